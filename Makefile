@@ -1,0 +1,40 @@
+# make quickstart   a first run, from nothing
+# make check test   what CI runs
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/fluvial run configs/quickstart.toml
+
+.PHONY: quickstart install dev check test test-slow test-claims clean
+
+quickstart: install
+	rm -rf runs/quickstart
+	$(RUN) --out runs/quickstart
+
+install: $(VENV)/.installed
+dev: $(VENV)/.dev
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Fluvial needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+check: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+test: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test
+
+test-slow: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m slow
+
+test-claims: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m claims
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

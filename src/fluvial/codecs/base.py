@@ -1,0 +1,115 @@
+"""What a codec is: two pure functions, and for a codec that learns, a fit that makes one.
+
+`decode` needs nothing but the bytes, and what the codec was built from: its settings, the layout and, for a learned
+codec, what was published. Error feedback is state of a site around a codec and not the codec's business.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fluvial.codecs.frame import Reader, seal, unseal
+from fluvial.errors import WireError
+from fluvial.payload import Payload
+from fluvial.tensors import Layout, Named, is_finite
+
+
+class CodecSettings(BaseModel):
+    """What all codecs share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    """Which codec."""
+    error_feedback: bool = False
+    """Sites keep what the codec lost and add it to their next update."""
+    feedback_decay: float = Field(0.9, ge=0, le=1)
+    """Factor on the kept residual for every round a site missed (an older residual refers to an older adapter)."""
+
+
+class Codec(ABC):
+    """Codes updates of one layout into bytes and back."""
+
+    code: ClassVar[int]
+    """Number in the frame that names the codec; never reused."""
+    learned: ClassVar[bool] = False
+
+    def __init__(self, settings: CodecSettings, layout: Layout) -> None:
+        self.settings, self.layout = settings, layout
+
+    def encode(self, update: Named, *, seed: int = 0) -> bytes:
+        """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the same bytes."""
+        assert is_finite(update), "an update with NaN or Inf must not be sent"
+        return seal(self.code, self.layout.fingerprint, self.body(self.layout.flatten(update), seed))
+
+    def decode(self, wire: bytes) -> Named:
+        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did not make."""
+        reader = unseal(wire, self.code, self.layout.fingerprint)
+        vector = self.parse(reader)
+        reader.finish()
+        if not bool(torch.isfinite(vector).all()):
+            raise WireError("frame: decodes to NaN or Inf")
+        return self.layout.unflatten(vector)
+
+    @abstractmethod
+    def body(self, vector: Tensor, seed: int) -> bytes:
+        """Code the flattened update (numel,), fp32."""
+
+    @abstractmethod
+    def parse(self, reader: Reader) -> Tensor:
+        """Inverse of `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than a few updates."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One update seen at TGAP: what site `site` changed in round `round`, against the adapter it had received."""
+
+    site: str
+    round: int
+    received: Named
+    update: Named
+
+
+class LearnedCodec(Codec):
+    """A codec made by `fit` from snapshots, and rebuilt on the other end from what is published."""
+
+    learned: ClassVar[bool] = True
+
+    @classmethod
+    @abstractmethod
+    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:
+        """A codec for updates like `updates` (each of `layout`); deterministic for a seed."""
+
+    @classmethod
+    @abstractmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """Bytes of one frame, at most, known before any fit; raises `ConfigError` if the layout cannot be coded."""
+
+    @abstractmethod
+    def published(self, *, decoder: bool) -> Payload:
+        """What a site downloads once: the encoder, and the decoder too if it must decode (error feedback)."""
+
+    @classmethod
+    @abstractmethod
+    def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
+        """Rebuild from `published`; without a decoder part, `decode` raises. Raises `WireError` if shapes are wrong."""
+
+
+class LatentCodec(LearnedCodec):
+    """A learned codec with a real-valued latent between analysis and packing; DP noise can be put there."""
+
+    @abstractmethod
+    def analyse(self, vector: Tensor) -> Tensor:
+        """The latent (any 1-D length) of a flattened update (numel,)."""
+
+    @abstractmethod
+    def pack(self, latent: Tensor, vector: Tensor) -> bytes:
+        """The body for `latent`; `vector` is the update it came from, for side information such as scales."""
+
+    def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        return self.pack(self.analyse(vector), vector)

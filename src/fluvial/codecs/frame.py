@@ -1,0 +1,84 @@
+"""The frame around every coded update, and how one is read without trusting it.
+
+offset  bytes  what
+0       1      format version
+1       1      codec code
+2       4      fingerprint of the layout (little endian, as everything)
+6       n      body, the codec's own
+6 + n   4      CRC-32 of all before
+"""
+
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluvial.errors import WireError
+
+VERSION = 1
+OVERHEAD = 10
+"""Bytes of a frame that are not body."""
+
+_HEAD = struct.Struct("<BBI")
+
+
+def seal(code: int, fingerprint: int, body: bytes) -> bytes:
+    """A frame around `body`."""
+    head = _HEAD.pack(VERSION, code, fingerprint) + body
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def unseal(wire: bytes, code: int, fingerprint: int) -> "Reader":
+    """A reader of the body; raises `WireError` if the frame is damaged or of another codec or layout."""
+    if len(wire) < OVERHEAD:
+        raise WireError(f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header")
+    version, found, layout = _HEAD.unpack_from(wire)
+    if zlib.crc32(wire[:-4]) != struct.unpack("<I", wire[-4:])[0]:
+        raise WireError("frame: checksum does not match; it was damaged on the way")
+    if version != VERSION:
+        raise WireError(
+            f"frame: format version {version}, this build reads {VERSION}; use the same fluvial on both ends"
+        )
+    if found != code:
+        raise WireError(f"frame: codec code {found}, expected {code}; both ends need the same codec settings")
+    if layout != fingerprint:
+        raise WireError("frame: made for other tensor names or shapes; both ends need the same model and lora settings")
+    return Reader(wire[_HEAD.size : -4])
+
+
+class Reader:
+    """Reads a body from front to back; every read is checked against what is left."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body, self._position = body, 0
+
+    @property
+    def left(self) -> int:
+        """Bytes not read yet."""
+        return len(self._body) - self._position
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        if not 0 <= count <= self.left:
+            raise WireError(f"frame: {count} bytes wanted, {self.left} left")
+        self._position += count
+        return self._body[self._position - count : self._position]
+
+    def number(self, form: str) -> int | float:
+        """One little-endian number in `struct` notation, such as "I" or "f"."""
+        (value,) = struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
+        assert isinstance(value, int | float)
+        return value
+
+    def array(self, dtype: str, count: int) -> NDArray[np.generic]:
+        """`count` little-endian items of a NumPy `dtype` such as "u2"; a copy."""
+        kind = np.dtype("<" + dtype)
+        if count < 0:
+            raise WireError(f"frame: negative count {count}")
+        return np.frombuffer(self.take(count * kind.itemsize), dtype=kind).copy()
+
+    def finish(self) -> None:
+        """Raise `WireError` unless everything was read."""
+        if self.left:
+            raise WireError(f"frame: {self.left} bytes too many")

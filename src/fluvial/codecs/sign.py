@@ -1,0 +1,150 @@
+"""Codecs that send signs and a magnitude per tensor: sign, half_sign and ternary.
+
+With the mean magnitude as the scale, ||u - D(E(u))||^2 = ||u||^2 - sum over tensors of kept * scale^2, so all
+three contract, and error feedback is safe with them.
+"""
+
+from typing import ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from fluvial.codecs.base import Codec, CodecSettings
+from fluvial.codecs.frame import Reader
+from fluvial.codecs.quantise import Floats, bf16, read_scales, to_numpy
+from fluvial.codecs.sparse import SEED, Indices, Masked, RateSettings, slots
+from fluvial.tensors import Layout
+
+
+def mean_magnitudes(kept: Floats, tensors: Indices, number: int) -> NDArray[np.uint16]:
+    """bf16 patterns of mean |value| for each of `number` tensors; `tensors` says which a value is of."""
+    sums = np.bincount(tensors, weights=np.abs(kept).astype(np.float64), minlength=number)
+    return bf16(sums / np.maximum(np.bincount(tensors, minlength=number), 1))
+
+
+def pack_signs(values: Floats) -> bytes:
+    """One bit per value, 1 for values >= 0, lowest bit first."""
+    return np.packbits(values >= 0, bitorder="little").tobytes()
+
+
+def read_signs(reader: Reader, scales: Floats) -> Floats:
+    """+-`scales`, one bit read for each."""
+    packed = reader.array("u1", (len(scales) + 7) // 8).astype(np.uint8)
+    positive = np.unpackbits(packed, count=len(scales), bitorder="little").astype(bool)
+    return np.where(positive, scales, -scales)
+
+
+class SignSettings(CodecSettings):
+    """The sign of every value."""
+
+    name: Literal["sign"] = "sign"
+    """Which codec."""
+
+
+class Sign(Codec):
+    """One bit per value, the mean magnitude per tensor. Body: a bf16 scale per tensor, then the bits."""
+
+    code: ClassVar[int] = 7
+
+    def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        values, sizes = to_numpy(vector), self.layout.sizes
+        scales = mean_magnitudes(values, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+        return scales.astype("<u2").tobytes() + pack_signs(values)
+
+    def parse(self, reader: Reader) -> Tensor:
+        sizes = self.layout.sizes
+        scales = read_scales(reader, len(sizes))
+        return torch.from_numpy(read_signs(reader, np.repeat(scales, sizes)))
+
+
+class HalfSignSettings(CodecSettings):
+    """The sign of a random part of the values."""
+
+    name: Literal["half_sign"] = "half_sign"
+    """Which codec."""
+    share: float = Field(0.5, gt=0, le=1)
+    """Part of the values whose sign is sent, at least one; bits per value but for header, seed and scales."""
+
+
+class HalfSign(Codec):
+    """Signs at positions that the seed in the frame gives; the other values decode to 0.
+
+    Body: seed u64, a bf16 scale per tensor (mean magnitude of what is sent of it), then the bits.
+    """
+
+    code: ClassVar[int] = 8
+    settings: HalfSignSettings
+
+    def __init__(self, settings: HalfSignSettings, layout: Layout) -> None:
+        super().__init__(settings, layout)
+        self.kept = min(max(round(settings.share * layout.numel), 1), layout.numel)
+
+    def body(self, vector: Tensor, seed: int) -> bytes:
+        seed %= 1 << 64
+        where, tensors = self._where(seed)
+        values = to_numpy(vector)[where]
+        scales = mean_magnitudes(values, tensors, len(self.layout.sizes))
+        return SEED.pack(seed) + scales.astype("<u2").tobytes() + pack_signs(values)
+
+    def parse(self, reader: Reader) -> Tensor:
+        where, tensors = self._where(int(reader.number("Q")))
+        scales = read_scales(reader, len(self.layout.sizes))
+        vector = np.zeros(self.layout.numel, dtype=np.float32)
+        vector[where] = read_signs(reader, scales[tensors])
+        return torch.from_numpy(vector)
+
+    def _where(self, seed: int) -> tuple[Indices, Indices]:
+        """Positions whose sign is sent, and the tensor that each is of."""
+        where = slots(seed, self.kept, self.layout.numel)
+        return where, np.searchsorted(np.cumsum(self.layout.sizes), where, side="right")
+
+
+class TernarySettings(RateSettings):
+    """+scale, 0 or -scale, entropy-coded."""
+
+    name: Literal["ternary"] = "ternary"
+    """Which codec."""
+
+
+class Ternary(Masked):
+    """Values beyond a dead zone become +-scale, the others 0.
+
+    The threshold is one multiple of the RMS of each tensor, as low as the rate allows; the scale is the mean
+    magnitude of what is kept of a tensor.
+    """
+
+    code: ClassVar[int] = 9
+    alphabet: ClassVar[int] = 2
+
+    def weights(self, values: Floats) -> NDArray[np.floating]:
+        """Magnitudes over the RMS of their tensor."""
+        sizes = self.layout.sizes
+        tensors = np.repeat(np.arange(len(sizes)), sizes)
+        squares = np.bincount(tensors, weights=values.astype(np.float64) ** 2, minlength=len(sizes))
+        rms = np.sqrt(squares / np.maximum(sizes, 1))[tensors]
+        return np.divide(np.abs(values), rms, out=np.zeros(len(values)), where=rms > 0)
+
+    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:
+        """The part of what fits that captures most energy: with bits to spare, a dead zone still helps."""
+
+        def captured(number: int) -> float:
+            kept = np.bincount(tensors[:number])
+            sums = np.bincount(tensors[:number], weights=weights[:number])
+            return float((sums**2 / np.maximum(kept, 1)).sum())
+
+        return max((round(len(weights) * tenths / 10) for tenths in range(10, 0, -1)), key=captured)
+
+    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:
+        """Mean magnitude of the kept values."""
+        return mean_magnitudes(kept, tensors, len(self.layout.sizes))
+
+    def to_symbols(self, kept: Floats, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002 - the sign is enough
+        """1 for positive values."""
+        return (kept > 0).astype(np.int32)
+
+    def from_symbols(self, symbols: NDArray[np.int32], scales: Floats) -> Floats:
+        """+-scale."""
+        return cast(Floats, np.where(symbols == 1, scales, -scales))

@@ -1,0 +1,205 @@
+"""The configuration of a run: TOML written by people, checked as a whole before anything is loaded."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fluvial.codecs import CodecConfig, CodecSettings
+from fluvial.data import DataConfig
+from fluvial.errors import ConfigError
+from fluvial.fleet import FleetConfig
+from fluvial.methods import METHODS, Method, MethodConfig
+from fluvial.methods.fedavg import FedAvgConfig
+from fluvial.models import LoraSettings, ModelConfig
+from fluvial.train import TrainConfig
+
+Baseline = Literal["local", "fedavg", "central"]
+
+
+class EvaluateConfig(BaseModel):
+    """What is measured on the held-out part of every site, before and after."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(0, ge=0)
+    """Measure the global adapter every so many rounds; 0 measures at the end only."""
+    max_new_tokens: int = Field(0, ge=0)
+    """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
+    sample_prompt: str | None = None
+    """Text that base and tuned model continue at the end; the first held-out question where there are some."""
+    sample_tokens: int = Field(40, ge=1)
+
+
+class RunConfig(BaseModel):
+    """Everything that defines a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0)
+    rounds: int = Field(20, ge=1)
+    """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
+    compare: tuple[Baseline, ...] = ()
+    """Baselines that are run first with the same data, steps and code."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    method: MethodConfig = FedAvgConfig()
+    codec: CodecConfig | None = None
+    """How updates are coded; the method's own default where it is not set."""
+    fleet: FleetConfig = FleetConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def entry(self) -> Method:
+        """The method."""
+        return METHODS[self.method.name]
+
+    @property
+    def coding(self) -> CodecSettings:
+        """The codec's settings, the method's default filled in."""
+        return self.codec or self.entry.codec
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> "RunConfig":
+        if self.codec is not None and not self.entry.coded:
+            raise ValueError(f"codec: without effect, because method {self.method.name!r} sends no update; remove it")
+        if self.method.name in self.compare:
+            raise ValueError(f"compare: {self.method.name!r} is the method itself; remove it from the list")
+        if len(set(self.compare)) < len(self.compare):
+            raise ValueError("compare: a baseline is named twice")
+        return self
+
+    def baseline(self, name: Baseline) -> "RunConfig":
+        """The same run with another method, uncompressed and without further baselines."""
+        table = self.model_dump(exclude={"codec", "compare"}, exclude_unset=True)
+        return RunConfig.model_validate({**table, "method": {"name": name}})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as JSON types."""
+        return self.model_copy(update={"codec": self.coding}).model_dump(mode="json")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply overrides, each a line of TOML such as `method.fraction = 0.5`.
+
+    Raises `ConfigError` with every problem found, its place and the nearest known key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration file {str(path)!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for line in overrides:
+        table = _merge(table, _override(line))
+    return parse(table, str(path))
+
+
+def parse(table: dict[str, Any], where: str) -> RunConfig:
+    """A configuration from a table; paths in it are relative to the working directory."""
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings in which two resolved configurations differ."""
+    left, right = dict(_flat(ours)), dict(_flat(theirs))
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _override(line: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(line)
+    except tomllib.TOMLDecodeError as error:
+        key, _, value = line.partition("=")
+        hint = f"; text needs quotes: --set '{key.strip()}=\"{value.strip()}\"'" if value else "; write key=value"
+        raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
+
+
+def _merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(table)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    """One line for a pydantic problem: dotted place, what is wrong, what would be right."""
+    model: type[BaseModel] | None = RunConfig
+    place: list[str] = []
+    for part in problem["loc"][: -1 if problem["type"] == "extra_forbidden" else None]:
+        if isinstance(part, str) and model is not None and part not in model.model_fields:
+            tagged = _tagged(model, place, part)
+            if tagged is not None:  # the tag of a union, such as the method's name, is no key
+                model = tagged
+                continue
+        place.append(str(part))
+        if model is not None and isinstance(part, str):
+            model = _inner(model, part)
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = list(model.model_fields) if model else []
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{'.'.join([*place, key])}: unknown key; {hint}"
+    if problem["type"] == "value_error":
+        return ".".join([*place, ""]).lstrip(".") + str(problem["ctx"]["error"])
+    if problem["type"] == "union_tag_invalid":
+        found, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        key = problem["ctx"]["discriminator"].strip("'")
+        close = difflib.get_close_matches(found, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
+        return f"{'.'.join(place)}: unknown {key} {found!r}; {hint}"
+    return f"{'.'.join(place)} = {problem['input']!r:.80}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _candidates(annotation: Any) -> list[type[BaseModel]]:
+    """Models among the alternatives of an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for item in get_args(annotation) for model in _candidates(item)]
+
+
+def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The model of a field, or None for a plain value or a union that its tag will decide."""
+    if key not in model.model_fields:
+        return None
+    models = _candidates(model.model_fields[key].annotation)
+    return models[0] if models else None
+
+
+def _tagged(model: type[BaseModel], place: list[str], tag: str) -> type[BaseModel] | None:
+    """The alternative of the union at `place` whose tag field has the value `tag`."""
+    current: type[BaseModel] = RunConfig
+    models: list[type[BaseModel]] = []
+    for key in place:
+        if key not in current.model_fields:
+            return None
+        models = _candidates(current.model_fields[key].annotation)
+        if not models:
+            return None
+        current = model if model in models else models[0]
+    for candidate in models:
+        if any(tag in get_args(field.annotation) for field in candidate.model_fields.values()):
+            return candidate
+    return None

@@ -1,0 +1,40 @@
+"""What can go wrong, as one small tree.
+
+    FluvialError
+    ├── ConfigError       a setting, path, model or data file of the user is wrong
+    ├── WireError         bytes from outside break the format or a limit
+    ├── ClientError       a site raised or stayed silent, or too few sites answered
+    ├── CheckpointError   a run folder cannot be written, locked or resumed
+    ├── GateError         a codec did not carry held-out updates and is refused
+    └── DivergenceError   training left the finite numbers or exploded
+
+A message says what was found, where, and what would be right. Broken invariants are `assert`, not these.
+"""
+
+
+class FluvialError(Exception):
+    """Base of every error that Fluvial raises on purpose."""
+
+
+class ConfigError(FluvialError):
+    """A setting, path, model or data record of the user is wrong."""
+
+
+class WireError(FluvialError):
+    """Bytes from outside break the format, a limit or the agreed layout."""
+
+
+class ClientError(FluvialError):
+    """A site raised or stayed silent, or fewer sites than the quorum answered."""
+
+
+class CheckpointError(FluvialError):
+    """A run folder cannot be written, locked or resumed."""
+
+
+class GateError(FluvialError):
+    """A codec did not carry held-out updates; the message lists the failed criteria."""
+
+
+class DivergenceError(FluvialError):
+    """Training produced NaN or Inf, or the adapter grew beyond the guard."""

@@ -1,0 +1,80 @@
+"""How good a model is: held-out loss and accuracy, exact match of greedy answers, multiple choice."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fluvial.data import Example
+from fluvial.errors import ConfigError
+from fluvial.models import Workbench
+from fluvial.tensors import Named
+from fluvial.train import collate, token_loss
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Sums over label tokens, so that results of several sites add up exactly."""
+
+    loss_sum: float
+    hits: int
+    label_tokens: int
+
+    @classmethod
+    def sum(cls, parts: Sequence["Heldout"]) -> "Heldout":
+        """All parts together."""
+        return cls(
+            math.fsum(part.loss_sum for part in parts),
+            sum(part.hits for part in parts),
+            sum(part.label_tokens for part in parts),
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats per label token."""
+        return self.loss_sum / self.label_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss."""
+        return math.exp(self.loss)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of label tokens that are the model's first choice."""
+        return self.hits / self.label_tokens
+
+
+@torch.no_grad()
+def heldout(model: nn.Module, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16) -> Heldout:
+    """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a batch."""
+    assert examples, "no examples"
+    device = next(model.parameters()).device
+    model.eval()
+    loss_sum, hits = 0.0, 0
+    order = sorted(examples, key=lambda example: len(example.input_ids))
+    for start in range(0, len(order), batch_size):
+        loss, right = token_loss(model, collate(order[start : start + batch_size], pad_token_id, device))
+        loss_sum, hits = loss_sum + float(loss), hits + int(right)
+    return Heldout(loss_sum, hits, sum(example.label_tokens for example in examples))
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
+    """How many answers equal what was expected, white space at both ends aside."""
+    return sum(answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True))
+
+
+def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> None:
+    """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not reach the model."""
+    tokens = torch.tensor([list(input_ids)], device=bench.device)
+    logits = []
+    with torch.no_grad():
+        for each in (bench.base_adapter(), adapter):
+            with bench.model(each) as model:
+                logits.append(model(input_ids=tokens).logits)
+    if torch.equal(*logits):
+        raise ConfigError(
+            "the adapter gives exactly the base model's logits: it was not trained, or does not belong to this model"
+        )

@@ -1,0 +1,270 @@
+"""The one call between server and sites, and the fleet that runs in one process.
+
+`LocalFleet` sends everything through the real bytes and gives a site nothing that a message or its own store did not
+bring, so a method that works here works over a network. `Metered` counts what was sent.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fluvial.errors import ClientError
+from fluvial.payload import Limits, Payload
+from fluvial.sites import Site, Task
+
+logger = logging.getLogger(__name__)
+
+
+class FleetConfig(BaseModel):
+    """How sites are asked, and what happens when one does not answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: int | Literal["auto"] = "auto"
+    """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
+    threads: int = Field(1, ge=1)
+    """Threads of one site's tensor operations; fixed, so that results do not depend on `workers`."""
+    deadline_s: float | None = Field(None, gt=0)
+    """A site that has not answered this long after it was asked has failed."""
+    on_failure: Literal["stop", "skip", "retry"] = "stop"
+    retries: int = Field(2, ge=1)
+    """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
+    quorum: float = Field(0.5, gt=0, le=1)
+    """Share of the asked sites that must have answered, or the run stops."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> "FleetConfig":
+        fields = type(self).model_fields
+        if self.on_failure == "stop" and self.quorum != fields["quorum"].default:
+            raise ValueError("quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'")
+        if self.on_failure != "retry" and self.retries != fields["retries"].default:
+            raise ValueError("retries: without effect unless on_failure='retry'")
+        return self
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply(Generic[T]):
+    """What one site answered, read and checked."""
+
+    site: str
+    content: T
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that raised or stayed silent, and what is known about it."""
+
+    site: str
+    round: int
+    task: str
+    reason: str
+    bytes_down: int
+    """Of the message that was in vain."""
+
+
+class Fleet(Protocol):
+    """Everything a method knows of the sites."""
+
+    sites: tuple[str, ...]
+    failures: list[Failure]
+
+    def ask(
+        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+    ) -> Iterator[Reply[T]]:
+        """Send each named site its message and yield the replies as they come.
+
+        `read` checks and decodes a reply; where it raises, the site has failed, as if it had not answered. Raises
+        `ClientError` when the policy says so, or after all replies were yielded when the quorum is missed.
+        """
+        ...
+
+
+def sample(sites: Sequence[str], fraction: float, *, seed: int, round: int) -> list[str]:
+    """The cohort of a round: max(int(fraction * N), 1) sites without replacement.
+
+    `numpy.random.RandomState(seed + round)`, as in Shepherd, whose seed is the round number.
+    """
+    count = max(int(fraction * len(sites)), 1)
+    chosen = np.random.RandomState((seed + round) % 2**32).choice(len(sites), count, replace=False)
+    return [sites[index] for index in sorted(chosen)]
+
+
+@dataclass
+class _Job:
+    site: Site
+    attempt: int
+    started: float
+    wire: bytes
+
+
+class LocalFleet:
+    """Sites of one process, each task in a thread of its own."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        open_site: Callable[[str], Site],
+        tasks: Mapping[str, Task],
+        config: FleetConfig | None = None,
+        *,
+        limits: Limits | None = None,
+    ) -> None:
+        self.sites = tuple(names)
+        self.failures: list[Failure] = []
+        self._open, self._tasks = open_site, tasks
+        self._config, self._limits = config or FleetConfig(), limits or Limits()
+        self._workers = self._config.workers
+
+    def ask(
+        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+    ) -> Iterator[Reply[T]]:
+        """See `Fleet`."""
+        assert task in self._tasks, f"unknown task {task!r}"
+        wires: dict[int, bytes] = {}
+        waiting = deque((name, 1) for name in messages)
+        working: dict[int, _Job] = {}
+        done: queue.SimpleQueue[tuple[int, bytes | None, str]] = queue.SimpleQueue()
+        answered, started = 0, 0
+        while waiting or working:
+            while waiting and len(working) < self._concurrency():
+                name, attempt = waiting.popleft()
+                message = messages[name]
+                wire = wires.setdefault(id(message), b"") or message.to_bytes()
+                wires[id(message)] = wire
+                started += 1
+                working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wire)
+                threading.Thread(
+                    target=self._work,
+                    args=(started, job, self._tasks[task], done),
+                    daemon=True,
+                    name=f"{task}:{name}",
+                ).start()
+            number, wire_up, problem = self._next(working, done)
+            if number not in working:
+                continue  # answered after its deadline; what it wanted to keep is dropped with it
+            job = working.pop(number)
+            name = job.site.name
+            if wire_up is not None:
+                try:
+                    content = read(Payload.from_bytes(wire_up, self._limits))
+                except Exception:
+                    wire_up, problem = None, traceback.format_exc()
+            if wire_up is None:
+                self._failed(Failure(name, round, task, problem, len(job.wire)), job.attempt, waiting)
+                continue
+            for slot, kept in job.site.kept.items():
+                job.site.store.write(name, slot, kept, round)
+            answered += 1
+            seconds = time.perf_counter() - job.started
+            logger.info("round %d, %s: %s answered (%d of %d)", round, task, name, answered, len(messages))
+            yield Reply(name, content, len(job.wire), len(wire_up), seconds)
+        if answered < self._config.quorum * len(messages) and self._config.on_failure != "stop":
+            missing = sorted({failure.site for failure in self.failures if failure.round == round})
+            raise ClientError(
+                f"round {round}, {task}: {answered} of {len(messages)} sites answered, fleet.quorum="
+                f"{self._config.quorum} needs {self._config.quorum * len(messages):g}; missing: {', '.join(missing)}. "
+                f"Last problem: {self.failures[-1].reason}"
+            )
+
+    def _concurrency(self) -> int:
+        if self._workers == "auto":
+            self._workers = 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
+        return self._workers
+
+    def _work(
+        self, number: int, job: _Job, task: Task, done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
+    ) -> None:
+        torch.set_num_threads(self._config.threads)
+        try:
+            done.put((number, task(job.site, Payload.from_bytes(job.wire, self._limits)).to_bytes(), ""))
+        except BaseException:
+            done.put((number, None, traceback.format_exc()))
+
+    def _next(
+        self, working: Mapping[int, _Job], done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
+    ) -> tuple[int, bytes | None, str]:
+        """The next finished job, or the first one whose deadline passes."""
+        deadline = self._config.deadline_s
+        if deadline is None:
+            return done.get()
+        oldest = min(working, key=lambda number: working[number].started)
+        left = working[oldest].started + deadline - time.perf_counter()
+        try:
+            return done.get(timeout=max(left, 0))
+        except queue.Empty:
+            return oldest, None, f"no answer within fleet.deadline_s={deadline:g}"
+
+    def _failed(self, failure: Failure, attempt: int, waiting: "deque[tuple[str, int]]") -> None:
+        self.failures.append(failure)
+        where = f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
+        if self._config.on_failure == "stop":
+            raise ClientError(where)
+        again = self._config.on_failure == "retry" and attempt <= self._config.retries
+        logger.warning("%s (%s)", where, "asked again" if again else "skipped")
+        if again:
+            waiting.append((failure.site, attempt + 1))
+
+
+Kind = tuple[Literal["up", "down"], str]
+"""Direction and task of a message."""
+
+
+@dataclass
+class Meter:
+    """Bytes of serialised messages: totals, and the current round site by site."""
+
+    totals: dict[Kind, int] = field(default_factory=dict)
+    current: dict[str, dict[Kind, int]] = field(default_factory=dict)
+
+    def count(self, site: str, kind: Kind, size: int) -> None:
+        """Add one message."""
+        for table in (self.totals, self.current.setdefault(site, {})):
+            table[kind] = table.get(kind, 0) + size
+
+    def total(self, direction: str, tasks: Collection[str]) -> int:
+        """Bytes of all sites and rounds."""
+        return sum(size for (way, task), size in self.totals.items() if way == direction and task in tasks)
+
+    def close_round(self) -> dict[str, dict[Kind, int]]:
+        """Bytes by site since the last call; only the totals are kept, so memory does not grow with rounds."""
+        closed, self.current = self.current, {}
+        return closed
+
+
+class Metered:
+    """A fleet that counts the bytes of another, messages to sites that failed included."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet, self.meter = fleet, Meter()
+        self.sites, self.failures = fleet.sites, fleet.failures
+
+    def ask(
+        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+    ) -> Iterator[Reply[T]]:
+        """See `Fleet`."""
+        known = len(self.failures)
+        try:
+            for reply in self._fleet.ask(task, messages, round=round, read=read):
+                self.meter.count(reply.site, ("down", task), reply.bytes_down)
+                self.meter.count(reply.site, ("up", task), reply.bytes_up)
+                yield reply
+        finally:
+            for failure in self.failures[known:]:
+                self.meter.count(failure.site, ("down", task), failure.bytes_down)

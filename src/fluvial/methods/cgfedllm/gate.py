@@ -1,0 +1,279 @@
+"""Does the codec carry held-out updates? Measured before the first federated round, on snapshots of later rounds.
+
+Two verdicts. `reproduction` lists the criteria of the independent reproduction of CG-FedLLM (innovation cosine 0.90
+among them), which nothing is known to pass at 1/64. `failed` lists ours, and these decide: finite; a contraction;
+output that depends on the input; and better than the zero, the training-mean and the previous-round predictor by
+`MARGIN`, for A, for B and for the aggregate.
+
+All errors are those of the *innovation*, the difference to the received adapter, whatever is sent: a codec that always
+returns the training mean has a state error of 0.4 % and an innovation cosine below zero.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fluvial.codecs.base import Codec, Snapshot
+from fluvial.tensors import (
+    Named,
+    WeightedMean,
+    add,
+    cosine,
+    energy,
+    factor,
+    is_finite,
+    norm,
+    only,
+    relative_error,
+    subtract,
+    zeros_like,
+)
+
+Representation = Literal["delta", "state"]
+MARGIN = 0.05
+"""A codec's squared error must be at most 1 - MARGIN of the best predictor's (ours)."""
+SHUFFLE_MARGIN = 0.01
+"""Decoding another site's frame must be worse by more than this share (spec g.8)."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative squared errors; 1 is what sending nothing gives."""
+
+    a: float
+    b: float
+    all: float
+    aggregate: float
+    """Of the mean over the sites of a round."""
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """What was measured, and the two verdicts."""
+
+    snapshots: int
+    bytes_per_update: float
+    raw_bytes: int
+    errors: Errors
+    predictors: dict[str, Errors]
+    shuffled_error: float
+    product_error: float
+    """Relative squared error of the change of the weights, s((B + dB)(A + dA) - BA)."""
+    coded_error_a: float
+    """Of what is coded: the state's own error under `state`, the same as `errors` under `delta`."""
+    coded_error_b: float
+    cosine: float
+    """Innovation cosine, mean over held-out snapshots."""
+    aggregate_cosine: float
+    b_norm_ratio: float
+    snr: float
+    """sum G^2 / sum (G - G~)^2 of what is coded."""
+    snr_printed: float
+    """The paper's figure: sum G^2 / mean (G - G~)^2, larger by the number of values."""
+    contraction: float
+    """Largest ||u - D(E(u))|| / ||u|| over held-out snapshots; a contraction is below 1."""
+    failed: list[str]
+    reproduction: dict[str, bool]
+
+    @property
+    def snr_db(self) -> float:
+        """10 log10 of `snr`."""
+        return 10 * math.log10(self.snr) if self.snr > 0 else -math.inf
+
+    def values(self) -> dict[str, Any]:
+        """Plain values for messages and files."""
+        return {**asdict(self), "snr_db": self.snr_db, "passed": not self.failed}
+
+
+def coded_object(snapshot_received: Named, update: Named, representation: Representation) -> Named:
+    """What a site codes: its update, or its whole adapter."""
+    return update if representation == "delta" else add(snapshot_received, update)
+
+
+def innovation(received: Named, decoded: Named, representation: Representation) -> Named:
+    """What a decoded object says about the difference to the received adapter."""
+    return decoded if representation == "delta" else subtract(decoded, received)
+
+
+def measure(
+    codec: Codec, training: Sequence[Snapshot], heldout: Sequence[Snapshot], representation: Representation
+) -> GateReport:
+    """Code every held-out snapshot and compare; `training` gives the predictors. Both must not be empty."""
+    assert training, "no training snapshots"
+    assert heldout, "no held-out snapshots"
+    frames, decoded, coded = [], [], []
+    for number, snapshot in enumerate(heldout):
+        coded.append(coded_object(snapshot.received, snapshot.update, representation))
+        frames.append(codec.encode(coded[-1], seed=number))
+        decoded.append(codec.decode(frames[-1]))
+    finite = all(is_finite(tensors) for tensors in decoded)
+    guesses = [
+        innovation(snapshot.received, tensors, representation)
+        for snapshot, tensors in zip(heldout, decoded, strict=True)
+    ]
+    # Rolling by one pairs each snapshot with another site's frame of the same round, where there is one.
+    shuffled = [
+        innovation(snapshot.received, decoded[index - 1], representation) for index, snapshot in enumerate(heldout)
+    ]
+    predictors = {
+        name: _errors(heldout, [predict(snapshot) for snapshot in heldout])
+        for name, predict in _predictors(training, heldout, representation).items()
+    }
+    errors, mixed = _errors(heldout, guesses), _errors(heldout, shuffled).all
+    lost = sum(energy(subtract(x, y)) for x, y in zip(coded, decoded, strict=True))
+    signal = sum(energy(x) for x in coded)
+    ratios = [
+        norm(subtract(snapshot.update, guess)) / max(norm(snapshot.update), 1e-30)
+        for snapshot, guess in zip(heldout, guesses, strict=True)
+    ]
+    b_true = math.sqrt(sum(energy(only(x, "B")) for x in coded))
+    b_decoded = math.sqrt(sum(energy(only(y, "B")) for y in decoded))
+    cosines = [cosine(snapshot.update, guess) for snapshot, guess in zip(heldout, guesses, strict=True)]
+    coded_a, coded_b = (_pooled(coded, decoded, which) for which in ("A", "B"))
+    aggregate_cosine = _aggregate(heldout, guesses, cosine)
+    failed = _ours(finite, max(ratios), errors, predictors, mixed)
+    ratio = b_decoded / b_true if b_true > 0 else 0.0
+    return GateReport(
+        snapshots=len(heldout),
+        bytes_per_update=sum(map(len, frames)) / len(frames),
+        raw_bytes=codec.layout.raw_bytes,
+        errors=errors,
+        predictors=predictors,
+        shuffled_error=mixed,
+        product_error=_product_error(heldout, guesses),
+        coded_error_a=coded_a,
+        coded_error_b=coded_b,
+        cosine=sum(cosines) / len(cosines),
+        aggregate_cosine=aggregate_cosine,
+        b_norm_ratio=ratio,
+        snr=signal / lost if lost > 0 else 1e30,
+        snr_printed=signal * codec.layout.numel / lost if lost > 0 else 1e30,
+        contraction=max(ratios),
+        failed=failed,
+        reproduction={
+            "finite": finite,
+            "A error < 1": coded_a < 1,
+            "B error < 1": coded_b < 1,
+            "innovation cosine >= 0.90": sum(cosines) / len(cosines) >= 0.90,
+            "B norm ratio in [0.5, 2]": 0.5 <= ratio <= 2,
+            "aggregate cosine >= 0.90": aggregate_cosine >= 0.90,
+            "depends on the input": mixed > errors.all,
+        },
+    )
+
+
+def explain(report: GateReport, codec: str) -> str:
+    """Why a codec was refused and what to do, in a few lines."""
+    return (
+        f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out snapshots "
+        + "; ".join(report.failed)
+        + f". (innovation cosine {report.cosine:.3f}, relative error {report.errors.all:.3f}, where sending nothing "
+        "gives 1.) Choose another codec, such as codec.name='linear', or set method.gate='report' to run it all the same."
+    )
+
+
+def _ours(
+    finite: bool, contraction: float, errors: Errors, predictors: dict[str, Errors], shuffled: float
+) -> list[str]:
+    failed = [] if finite else ["the output is not finite"]
+    if not contraction < 1:
+        failed.append(f"it is no contraction (error / update norm {contraction:.3f}, must be below 1)")
+    if not shuffled > (1 + SHUFFLE_MARGIN) * errors.all:
+        failed.append(
+            f"the output does not depend on the input (error {errors.all:.4f}, with frames shuffled {shuffled:.4f})"
+        )
+    for part in ("a", "b", "aggregate"):
+        best = min(predictors, key=lambda name: float(getattr(predictors[name], part)))
+        found, bar = getattr(errors, part), (1 - MARGIN) * getattr(predictors[best], part)
+        if not found <= bar:
+            label = {"a": "A", "b": "B", "aggregate": "the aggregate"}[part]
+            failed.append(
+                f"for {label} its error {found:.3f} is not below {bar:.3f}, {1 - MARGIN:g} of predictor {best!r}"
+            )
+    return failed
+
+
+def _predictors(
+    training: Sequence[Snapshot], heldout: Sequence[Snapshot], representation: Representation
+) -> dict[str, Callable[[Snapshot], Named]]:
+    """Guesses that need no message."""
+    average = _mean([coded_object(snapshot.received, snapshot.update, representation) for snapshot in training])
+    by_round: dict[int, Named] = {
+        round: _mean([snapshot.update for snapshot in (*training, *heldout) if snapshot.round == round])
+        for round in {snapshot.round for snapshot in (*training, *heldout)}
+    }
+
+    def previous(snapshot: Snapshot) -> Named:
+        earlier = [round for round in by_round if round < snapshot.round]
+        return by_round[max(earlier)] if earlier else zeros_like(snapshot.update)
+
+    return {
+        "zero": lambda snapshot: zeros_like(snapshot.update),
+        "training mean": lambda snapshot: innovation(snapshot.received, average, representation),
+        "previous round": previous,
+    }
+
+
+def _mean(tensors: Sequence[Named]) -> Named:
+    mean = WeightedMean()
+    for each in tensors:
+        mean.add(each, 1)
+    return mean.mean()
+
+
+def _errors(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> Errors:
+    true = [snapshot.update for snapshot in heldout]
+    return Errors(
+        a=_pooled(true, guesses, "A"),
+        b=_pooled(true, guesses, "B"),
+        all=_pooled(true, guesses, None),
+        aggregate=_aggregate(heldout, guesses, relative_error),
+    )
+
+
+def _pooled(true: Sequence[Named], guesses: Sequence[Named], which: Literal["A", "B"] | None) -> float:
+    lost = signal = 0.0
+    for x, y in zip(true, guesses, strict=True):
+        names = [name for name in x if which is None or factor(name) == which]
+        lost += energy({name: x[name] - y[name] for name in names})
+        signal += energy({name: x[name] for name in names})
+    return lost / signal if signal > 0 else 0.0
+
+
+def _aggregate(
+    heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]
+) -> float:
+    """Mean over held-out rounds of a measure between the true and the guessed mean update."""
+    found = []
+    for round in sorted({snapshot.round for snapshot in heldout}):
+        members = [index for index, snapshot in enumerate(heldout) if snapshot.round == round]
+        found.append(measure(_mean([heldout[i].update for i in members]), _mean([guesses[i] for i in members])))
+    return sum(found) / len(found)
+
+
+def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> float:
+    """Relative squared error of dM = dB A + (B + dB) dA, by Gram matrices of its 2r columns, never as d x d."""
+    lost = signal = 0.0
+    for snapshot, guess in zip(heldout, guesses, strict=True):
+        for name_a in only(snapshot.received, "A"):
+            name_b = name_a.replace(".lora_A.", ".lora_B.")
+            a, b = snapshot.received[name_a].double(), snapshot.received[name_b].double()
+
+            def change(update: Named, a: Any = a, b: Any = b, name_a: str = name_a, name_b: str = name_b) -> Any:
+                d_a, d_b = update[name_a].double(), update[name_b].double()
+                return (d_b, b + d_b), (a, d_a)
+
+            def product(left: Any, right: Any) -> float:
+                return float(
+                    sum(
+                        ((p.T @ q) * (x @ y.T)).sum()
+                        for p, x in zip(*left, strict=True)
+                        for q, y in zip(*right, strict=True)
+                    )
+                )
+
+            true, guessed = change(snapshot.update), change(guess)
+            signal += product(true, true)
+            lost += product(true, true) - 2 * product(true, guessed) + product(guessed, guessed)
+    return lost / signal if signal > 0 else 0.0

@@ -1,0 +1,80 @@
+"""What a method is: a config, a server half, and tasks that sites do."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from fluvial.codecs import CodecSettings
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.data import Example
+from fluvial.fleet import Fleet
+from fluvial.models import Workbench
+from fluvial.payload import Payload
+from fluvial.sites import Task
+from fluvial.tensors import Layout, Named
+from fluvial.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a server half may use; it sees no site's data."""
+
+    seed: int
+    rounds: int
+    layout: Layout
+    codec: CodecSettings
+    train: TrainConfig
+    open_bench: Callable[[], Workbench]
+    """The base model, for a method that simulates sites on public text."""
+    public: Callable[[], dict[str, list[Example]]]
+    """Public text; raises `ConfigError` if there is none."""
+
+
+Metrics = dict[str, Any]
+"""Plain values of one round; at least `loss`, the mean training loss of the sites, nats per label token."""
+
+
+class Server(Protocol):
+    """The server half. Everything it must not forget is in `state`."""
+
+    def setup(self, fleet: Fleet) -> Metrics:
+        """Once, before round 1; what it reports goes into the result."""
+        ...
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """One round, from 1: ask, fold the replies as they come, change the model at the end."""
+        ...
+
+    def model(self) -> Named | None:
+        """The global adapter; None where each site keeps its own."""
+        ...
+
+    def state(self) -> Payload:
+        """All that `restore` needs to go on after the last finished round."""
+        ...
+
+    def restore(self, state: Payload) -> None:
+        """Become the server whose `state` this was."""
+        ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """An entry of `METHODS`."""
+
+    config: type[BaseModel]
+    server: Callable[[Any, Context], Server]
+    tasks: Mapping[str, Task]
+    paper: str
+    """Authors, title, venue, year, link."""
+    codec: CodecSettings = field(default_factory=IdentitySettings)
+    """The codec when the configuration names none."""
+    coded: bool = True
+    """Whether updates go through a codec; False makes a codec in the configuration an error."""
+    pooled: bool = False
+    """Whether all data lies at one place (the centralised baseline)."""
+    check: Callable[[Any, CodecSettings, Layout], None] | None = None
+    """Raises `ConfigError` for settings that cannot work together, before anything is trained."""

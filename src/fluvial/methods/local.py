@@ -1,0 +1,77 @@
+"""Local training: every site alone, with the same data, steps and code. The baseline that federation must beat.
+
+Each site keeps its own adapter between rounds; nothing but the loss is sent.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fluvial.fleet import Fleet
+from fluvial.methods.fedavg import WeightedLoss
+from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.models import initial_adapter
+from fluvial.payload import Payload
+from fluvial.sites import Site, train_locally, weight_of
+from fluvial.tensors import add
+
+
+class LocalConfig(BaseModel):
+    """No settings of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["local"] = "local"
+
+
+class LocalServer:
+    """Keeps time and nothing else."""
+
+    def __init__(self, config: LocalConfig, context: Context) -> None:  # noqa: ARG002
+        pass
+
+    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
+        """Nothing."""
+        return {}
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """Every site trains from its own adapter."""
+        loss, count = WeightedLoss(), 0
+        message = Payload(values={"round": number})
+        for reply in fleet.ask("train", dict.fromkeys(fleet.sites, message), round=number, read=_read):
+            loss.add(*reply.content)
+            count += 1
+        return {"loss": loss.mean(), "sites": count}
+
+    def model(self) -> None:
+        """There is no global model."""
+
+    def state(self) -> Payload:
+        """The sites keep everything."""
+        return Payload()
+
+    def restore(self, state: Payload) -> None:
+        """See `state`."""
+
+
+def _read(reply: Payload) -> tuple[float, int]:
+    return reply.value("loss", float), weight_of(reply)
+
+
+def train(site: Site, message: Payload) -> Payload:
+    """Task: one more round on the site's own adapter."""
+    round = message.value("round", int)
+    adapter = site.recall("adapter").tensors or initial_adapter(site.layout, site.seed)
+    examples = site.load().train
+    update, report = train_locally(site, adapter, round, examples=examples)
+    site.keep("adapter", Payload(add(adapter, update)))
+    return Payload(values={"n": len(examples), "loss": report.loss})
+
+
+METHOD = Method(
+    LocalConfig,
+    LocalServer,
+    {"train": train},
+    paper="The local baseline: every site alone",
+    coded=False,
+)

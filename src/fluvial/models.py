@@ -1,0 +1,324 @@
+"""Hugging Face causal language models with LoRA adapters, loaded once and shared by all sites of a process.
+
+Models are adapted from outside by PEFT; modelling code is never copied. transformers and peft are imported where a
+model is loaded, so that other commands answer at once.
+"""
+
+import copy
+import queue
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError
+from fluvial.seeds import derive, generator
+from fluvial.tensors import Layout, Named, factor
+
+EMBEDDED = "embedded"
+_PREFIX = "base_model.model."
+
+
+class ModelConfig(BaseModel):
+    """Which base model, and how it is held."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name_or_path: str = EMBEDDED
+    """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; pin it, so that all sites hold the same base."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base; adapters are always fp32."""
+    device: str = "auto"
+    """"auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+
+
+class LoraSettings(BaseModel):
+    """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+
+class SeededDropout(nn.Module):
+    """Dropout whose mask depends only on its seed and its place in the model.
+
+    `nn.Dropout` draws from one generator for the whole process, so two sites that train side by side would disturb
+    each other's masks; it would also draw a second mask when gradient checkpointing repeats a forward pass.
+    """
+
+    def __init__(self, p: float, place: int) -> None:
+        super().__init__()
+        self.p, self.place, self.seed = p, place, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Zero a share `p` of `hidden` (any shape) and scale the rest, in training only."""
+        if not self.training or self.p == 0:
+            return hidden
+        generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
+        kept = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
+        return hidden * kept / (1 - self.p)
+
+
+def reseed_dropout(model: nn.Module, seed: int) -> None:
+    """Give every `SeededDropout` of `model` a new mask."""
+    for module in model.modules():
+        if isinstance(module, SeededDropout):
+            module.seed = seed
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `model.device` names; raises `ConfigError` when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device={name!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(
+            f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'auto'"
+        )
+    return device
+
+
+def _quiet() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is shown instead
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, config)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> nn.Module:
+    """The base model, frozen and without dropout (only `lora_dropout` acts), on its device."""
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    model: nn.Module = _from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        config,
+        config=_model_config(config),
+        dtype=getattr(torch, config.dtype),
+    )
+    return model.requires_grad_(False).to(resolve_device(config.device))
+
+
+def meta_base(config: ModelConfig) -> nn.Module:
+    """The base model without weights, on the meta device: names and shapes for planning."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(_model_config(config))
+    return model.requires_grad_(False)
+
+
+def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
+    """`base` with LoRA modules injected (in place) by PEFT; raises `ConfigError` naming what would fit."""
+    linear = {
+        name.rsplit(".", 1)[-1]: module
+        for name, module in base.named_modules()
+        if not isinstance(module, nn.Embedding) and getattr(module, "weight", torch.empty(0)).dim() == 2
+    }
+    for target in lora.target_modules:
+        if target not in linear:
+            raise ConfigError(
+                f"lora.target_modules: the model has no linear module {target!r}; "
+                f"it has {', '.join(sorted(linear)) or 'none'}"
+            )
+        smallest = min(linear[target].weight.shape)
+        if lora.r > smallest:
+            raise ConfigError(f"lora.r={lora.r} exceeds dimension {smallest} of {target!r}; choose at most {smallest}")
+    from peft import LoraConfig, get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT corrects fan_in_fan_out for GPT-2's Conv1D by itself and warns that it did.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        model: nn.Module = get_peft_model(
+            base,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.r,
+                lora_alpha=lora.lora_alpha,
+                lora_dropout=lora.lora_dropout,
+                target_modules=list(lora.target_modules),
+                use_rslora=lora.use_rslora,
+            ),
+        )
+    for place, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            parent, leaf = name.rsplit(".", 1)
+            model.get_submodule(parent)._modules[leaf] = SeededDropout(lora.lora_dropout, place)
+    return model
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`."""
+    return {
+        name.removeprefix(_PREFIX).replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def read_adapter(model: nn.Module) -> Named:
+    """A copy of the adapter on the CPU, fp32."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True)
+        for name, parameter in adapter_parameters(model).items()
+    }
+
+
+def read_shapes(model: nn.Module) -> Layout:
+    """The layout of the adapter; works on the meta device."""
+    return Layout.of({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
+
+
+@torch.no_grad()
+def write_adapter(model: nn.Module, adapter: Named) -> None:
+    """Put `adapter` (all factors, or some) into the model."""
+    parameters = adapter_parameters(model)
+    for name, tensor in adapter.items():
+        parameters[name].copy_(tensor)
+
+
+def initial_adapter(layout: Layout, seed: int) -> Named:
+    """PEFT's initial adapter from a published seed: A uniform in +-1/sqrt(d_in) (Kaiming, a = sqrt(5)), B zero."""
+    adapter = {}
+    for name, shape in layout.shapes:
+        if factor(name) == "A":
+            uniform = torch.rand(shape, generator=generator(seed, "lora", name))
+            adapter[name] = (2 * uniform - 1) / shape[1] ** 0.5
+        else:
+            adapter[name] = torch.zeros(shape)
+    return adapter
+
+
+class Workbench:
+    """Adapted models that share one frozen base; a site borrows one at a time.
+
+    Every borrowed model is a copy whose frozen parameters are the base's own, so a further one costs an adapter.
+    """
+
+    def __init__(self, model: ModelConfig, lora: LoraSettings) -> None:
+        """Load tokenizer and base; raises `ConfigError` if one cannot be loaded or the adapter does not fit."""
+        self.tokenizer = load_tokenizer(model)
+        self._template = adapt(load_base(model), lora)
+        self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
+        self.device = resolve_device(model.device)
+        self.model_config: Any = self._template.config
+        self.layout = read_shapes(self._template)
+        self.base_parameters = sum(p.numel() for n, p in self._template.named_parameters() if factor(n) is None)
+
+    @contextmanager
+    def model(
+        self,
+        adapter: Named,
+        *,
+        trainable: Literal["none", "A and B", "B"] = "none",
+        checkpointing: bool = False,
+    ) -> Iterator[nn.Module]:
+        """Borrow a model that holds `adapter`, with the named factors requiring gradients."""
+        model = self._take()
+        write_adapter(model, adapter)
+        for name, parameter in adapter_parameters(model).items():
+            parameter.requires_grad_(trainable == "A and B" or (trainable == "B" and factor(name) == "B"))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        try:
+            yield model.eval()
+        finally:
+            for parameter in adapter_parameters(model).values():
+                parameter.grad = None
+            if checkpointing:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
+            self._free.put(model)
+
+    def _take(self) -> nn.Module:
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            frozen = {id(p): p for n, p in self._template.named_parameters() if factor(n) is None}
+            return copy.deepcopy(self._template, dict(frozen))
+
+    def base_adapter(self) -> Named:
+        """The adapter that changes nothing: all zero."""
+        return {name: torch.zeros(shape) for name, shape in self.layout.shapes}
+
+    def save(self, adapter: Named, folder: Path) -> None:
+        """Write `adapter` as a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer."""
+        with self.model(adapter) as model:
+            model.save_pretrained(str(folder))  # type: ignore[operator]
+        self.tokenizer.save_pretrained(str(folder))
+
+    def generate(self, adapter: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Greedy continuations of `prompts`, without the prompts and special tokens."""
+        answers = []
+        with self.model(adapter) as model, torch.no_grad():
+            for prompt in prompts:
+                tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
+                tokens.pop("token_type_ids", None)
+                output = model.generate(  # type: ignore[operator]
+                    **tokens,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                )
+                new = output[0, tokens["input_ids"].shape[1] :]
+                answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
+        return answers
+
+
+def _source(config: ModelConfig) -> str:
+    if config.name_or_path != EMBEDDED:
+        return config.name_or_path
+    return str(resources.files("fluvial") / "assets" / "tiny")
+
+
+def _from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
+    """Call a `from_pretrained`, turning its many errors into one that names the setting."""
+    source = _source(wanted)
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
+    try:
+        return load(str(Path(source).expanduser()) if "~" in source else source, revision=wanted.revision, **options)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first} "
+            "(it must be a local folder of transformers' form, or a hub id that this machine can reach or has cached)"
+        ) from error
+
+
+def _model_config(config: ModelConfig) -> Any:
+    """The model's own configuration with every dropout at 0."""
+    from transformers import AutoConfig
+
+    settings = _from_hub(AutoConfig.from_pretrained, config)
+    for key, value in settings.to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(settings, key, 0.0)
+    return settings

@@ -1,0 +1,362 @@
+"""One self-contained page about a run: figures as inline SVG, light and dark, nothing loaded from anywhere."""
+
+import io
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from fluvial.errors import ConfigError
+from fluvial.show import (
+    RESULT_CAPTION,
+    failures,
+    human_bytes,
+    human_ratio,
+    human_seconds,
+    plain,
+    result_rows,
+    run_name,
+    with_compared,
+)
+
+COLOURS = {
+    name: f"#0101{number:02x}" for number, name in enumerate(("ink", "line", "own", "fedavg", "local", "central"), 1)
+}
+"""Stand-ins that `_svg` replaces by CSS variables, so that figures follow light and dark."""
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fluvial",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["ink"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+}
+UNSENT = ("local", "central")
+"""Runs that send no updates; they have no place on an axis of bytes."""
+HIGHEST = 2.5
+"""Where the bars of the gate are cut off; 1 is the error of sending nothing."""
+
+
+def write_page(found: dict[str, Any], path: Path) -> None:
+    """Write the page of what `read_run` found; raises `ConfigError` if `path` cannot be written."""
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that DejaVu lacks
+        page = TEMPLATE.render(_content(found)).encode(errors="replace")
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(page)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --html") from error
+
+
+def _content(found: dict[str, Any]) -> dict[str, Any]:
+    result, config, metrics = found["result"], found["config"], found["metrics"]
+    runs = {name: run for name, run in sorted(found["compare"].items()) if run["metrics"]}
+    method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
+    if metrics:
+        runs[method] = {"metrics": metrics, "result": result}
+    setup = (result or {}).get("setup", {})
+    gate = setup.get("gate")
+    figures = {
+        "rounds": _loss_by_round(runs, method) if runs else None,
+        "up": _loss_by_bytes(runs, method, ("up",)),
+        "both": _loss_by_bytes(runs, method, ("up", "down")),
+        "kinds": _bytes_by_kind(runs, method),
+        "gate": _gate(gate) if gate else None,
+        "sites": _sites(result, found["compare"].get("local", {}).get("result")) if result else None,
+    }
+    samples = [{key: plain(text) for key, text in sample.items()} for sample in (result or {}).get("samples", [])]
+    return {
+        "title": run_name(result) if result else method,
+        "model": config.get("model", {}).get("name_or_path", ""),
+        "rounds": config.get("rounds", len(metrics)),
+        "done": len(metrics),
+        "finished": result is not None,
+        "folder": found["folder"],
+        "headline": _headline(result) if result else [],
+        "rows": result_rows(with_compared(found)) if result else [],
+        "caption": RESULT_CAPTION,
+        "figures": figures,
+        "gate": gate,
+        "snapshots": setup.get("snapshots"),
+        "verdicts": _verdicts(gate) if gate else [],
+        "samples": samples,
+        "failures": failures(metrics),
+        "config": json.dumps(config, indent=2),
+        "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]} if result else {},
+        "sha256": (result or {}).get("adapter_sha256"),
+    }
+
+
+def _headline(result: dict[str, Any]) -> list[dict[str, str]]:
+    base, final = (result["heldout"][key]["loss"] for key in ("base", "final"))
+    found = [{"what": "held-out loss", "value": f"{final:.4f}", "note": f"base model {base:.4f} ({final - base:+.4f})"}]
+    if result.get("round_ratio") is not None:
+        up, sites = result["bytes"]["up"], result["sites"]
+        found += [
+            {
+                "what": "bytes of the updates",
+                "value": human_ratio(result["round_ratio"]),
+                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds",
+            },
+            {
+                "what": "amortised",
+                "value": human_ratio(result["amortised_ratio"]),
+                "note": "all bytes both ways, set-up included",
+            },
+        ]
+    found.append(
+        {
+            "what": "wall time",
+            "value": human_seconds(result["wall_s"]),
+            "note": f"{human_bytes(result['peak_rss_bytes'])} of memory at most",
+        }
+    )
+    return found
+
+
+def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both lists, ours first; of ours only what failed is on record by name."""
+    holds = "finite, a contraction, depends on the input, and better than every predictor for A, B and the aggregate"
+    ours = [{"what": reason, "holds": False} for reason in gate["failed"]] or [{"what": holds, "holds": True}]
+    theirs = [{"what": name, "holds": value} for name, value in gate["reproduction"].items()]
+    return [
+        {"name": "Fluvial's gate, which decides", "rows": ours},
+        {"name": "The reproduction's thresholds, for comparison", "rows": theirs},
+    ]
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+
+def _svg(figure: Any) -> Markup:
+    """The figure as an SVG element that takes its colours from the page; the same figure gives the same text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = buffer.getvalue()
+    text = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4)
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return Markup(text)  # noqa: S704 - matplotlib escapes the texts in it
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _colour(name: str, method: str) -> str:
+    return COLOURS["own"] if name == method else COLOURS.get(name, COLOURS["ink"])
+
+
+def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]) -> None:
+    """Training loss as lines, held-out loss as points; `place(run)` gives the axis value of round 0, 1, ..."""
+    for name, run in runs.items():
+        colour, at, records, result = _colour(name, method), place(run), run["metrics"], run["result"]
+        axes.plot(at[1:], [record["loss"] for record in records], color=colour, label=name, linewidth=1.6)
+        points = [
+            (at[number], record["heldout_loss"])
+            for number, record in enumerate(records, start=1)
+            if "heldout_loss" in record
+        ]
+        if result:
+            points = [(at[0], result["heldout"]["base"]["loss"]), *points, (at[-1], result["heldout"]["final"]["loss"])]
+        points = [point for point in points if point[0] > 0 or axes.get_xscale() == "linear"]
+        axes.plot(
+            *zip(*points, strict=True), "o:" if len(points) > 1 else "o", color=colour, ms=4, lw=0.9
+        ) if points else None
+    axes.set_ylabel("loss, nats per token")
+    axes.legend()
+
+
+def _loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
+    figure, axes = _axes(5.4, 3.3)
+    _draw_losses(axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])])
+    axes.set_xlabel("round")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(figure)
+
+
+def _loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -> Markup | None:
+    runs = {name: run for name, run in runs.items() if name not in UNSENT}
+    if not runs:
+        return None
+    figure, axes = _axes(5.4, 3.3)
+
+    def place(run: dict[str, Any]) -> list[float]:
+        """Cumulative bytes; set-up, known once a run is finished, comes before the first round."""
+        sums = [float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"]) if run["result"] else 0.0]
+        for record in run["metrics"]:
+            sums.append(sums[-1] + sum(record[f"bytes_{way}"] for way in ways))
+        return sums
+
+    axes.set_xscale("log")
+    _draw_losses(axes, runs, method, place)
+    ends = [value for run in runs.values() for value in place(run) if value > 0]
+    wide = max(ends) > 50 * min(ends)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: human_bytes(value).replace(".00", "").replace(".0", ""))
+    )
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(f"bytes so far, {' and '.join(ways)}")
+    return _svg(figure)
+
+
+def _bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
+    tables = {
+        name: run["result"]["bytes"]["by_kind"] for name, run in runs.items() if run["result"] and name not in UNSENT
+    }
+    kinds = sorted({kind for table in tables.values() for kind in table}, reverse=True)
+    if not kinds:
+        return None
+    figure, axes = _axes(5.4, 0.9 + len(kinds) * (0.14 + 0.2 * len(tables)))
+    thick = 0.8 / len(tables)
+    for number, (name, table) in enumerate(reversed(tables.items())):
+        at = [index + (number - (len(tables) - 1) / 2) * thick for index in range(len(kinds))]
+        bars = axes.barh(
+            at, [table.get(kind, 0) for kind in kinds], thick * 0.9, color=_colour(name, method), label=name
+        )
+        axes.bar_label(
+            bars, [human_bytes(table[kind]) if kind in table else "" for kind in kinds], padding=3, fontsize=8
+        )
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.15)
+    axes.legend(*(each[::-1] for each in axes.get_legend_handles_labels()), loc="lower right")
+    return _svg(figure)
+
+
+def _gate(gate: dict[str, Any]) -> Markup:
+    figure, axes = _axes(5.4, 3.3)
+    series = {"codec": gate["errors"], **gate["predictors"]}
+    colours = [COLOURS[name] for name in ("own", "fedavg", "local", "central")]
+    thick = 0.84 / len(series)
+    for number, (name, errors) in enumerate(series.items()):
+        at = [index + (number - (len(series) - 1) / 2) * thick for index in range(3)]
+        values = [errors[part] for part in ("a", "b", "aggregate")]
+        bars = axes.bar(at, [min(v, HIGHEST) for v in values], thick * 0.9, color=colours[number % 4], label=name)
+        axes.bar_label(bars, [f"{v:.2f}" if v < 100 else f"{v:.0e}" for v in values], padding=2, fontsize=7)
+    axes.axhline(1, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(3), ["A", "B", "aggregate"])
+    axes.set_ylabel("relative squared error")
+    axes.grid(visible=False, axis="x")
+    figure.legend(loc="outside upper center", ncols=len(series))
+    return _svg(figure)
+
+
+def _sites(result: dict[str, Any], local: dict[str, Any] | None) -> Markup:
+    table = dict(reversed(result["heldout_by_site"].items()))
+    figure, axes = _axes(5.4, 0.9 + 0.26 * len(table))
+    base, final = ([row[key]["loss"] for row in table.values()] for key in ("base", "final"))
+    at = range(len(table))
+    axes.hlines(at, base, final, color=COLOURS["line"], linewidth=3)
+    axes.plot(base, at, "o", color=COLOURS["ink"], markerfacecolor="none", label="base model")
+    if local and local is not result:
+        alone = [local["heldout_by_site"].get(site, {}).get("final", {}).get("loss", float("nan")) for site in table]
+        axes.plot(alone, at, "|", color=COLOURS["local"], markersize=10, markeredgewidth=2, label="local only")
+    axes.plot(final, at, "o", color=COLOURS["own"], label="final")
+    axes.set_yticks(at, [plain(site) for site in table])
+    axes.set_xlabel("held-out loss, nats per token")
+    figure.legend(loc="outside upper center", ncols=3)
+    return _svg(figure)
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+PAGE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }} - Fluvial</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #23272e; --soft: #667; --line: #d5d6da;
+  --own: #0b6fa4; --fedavg: #c8641b; --local: #5f8a3c; --central: #8657a6; --good: #2f7d32; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e4e6ea; --soft: #9aa1ac;
+  --line: #3a404b; --own: #58b4e6; --fedavg: #f0985a; --local: #9cc777; --central: #c39adf; --good: #7fc883; --bad: #f2877f } }
+body { margin: 0 auto; max-width: 1120px; padding: 28px 20px 48px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 26px; margin: 0 } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 6px 0 }
+.soft, figcaption { color: var(--soft); font-size: 13px }
+section, .cards > div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px }
+section, .cards, .two { margin-top: 16px } .two section { margin-top: 0; min-width: 0 }
+.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
+.cards b { display: block; font-size: 28px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.3 }
+.two { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)) }
+figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
+.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 14px }
+th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+th { font-weight: 600 } tr > :first-child, .texts td, .texts th { text-align: left } tr.own td { font-weight: 600; color: var(--own) }
+.yes { color: var(--good) } .no { color: var(--bad) }
+pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace }
+pre i { font-style: normal; color: var(--soft) } summary { cursor: pointer; font-weight: 600 } details pre { margin-top: 10px }
+</style></head><body>
+<h1>{{ title }}</h1>
+<p class="soft">{{ model }} &middot;
+{% if finished %}{{ rounds }} rounds{% else %}not finished: {{ done }} of {{ rounds }} rounds{% endif %} &middot; {{ folder }}</p>
+{% if headline %}<div class="cards">{% for each in headline %}
+<div><span class="soft">{{ each.what }}</span><b>{{ each.value }}</b><span class="soft">{{ each.note }}</span></div>
+{% endfor %}</div>{% endif %}
+{% if rows %}<section><h2>Result</h2><div class="scroll"><table>
+<tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows[1:] %}<tr{% if loop.last %} class="own"{% endif %}>
+{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table></div><p class="soft">{{ caption }}</p></section>{% endif %}
+{% macro draw(name, heading, words) %}{% if figures[name] %}<section><h2>{{ heading }}</h2><figure>{{ figures[name] }}
+<figcaption>{{ words }}</figcaption></figure></section>{% endif %}{% endmacro %}
+<div class="two">
+{{ draw("rounds", "Loss by round", "Lines: mean training loss of the sites. Points: held-out loss, mean over the sites.") }}
+{{ draw("up", "Loss by bytes sent up", "Set-up included. Lines: training loss. Points: held-out loss.") }}
+{{ draw("both", "Loss by bytes both ways", "Set-up included. Lines: training loss. Points: held-out loss.") }}
+{{ draw("kinds", "Bytes by kind", "Measured on serialised messages, all rounds and sites. Evaluation counts in no ratio.") }}
+{{ draw("gate", "Codec gate", "Errors of the innovation on held-out snapshots; the codec must beat guesses that need no message."
+  ~ " Bars end at 2.5; the dashed line is what sending nothing gives.") }}
+{% if gate %}<section><h2>Verdicts: {% if gate.passed %}<span class="yes">passed</span>{% else %}<span class="no">failed</span>
+{% endif %}</h2><table class="texts">{% for list in verdicts %}<tr><th colspan="2">{{ list.name }}</th></tr>
+{% for row in list.rows %}<tr><td>{{ row.what }}</td><td class="{{ 'yes' if row.holds else 'no' }}">
+{{ "holds" if row.holds else "fails" }}</td></tr>{% endfor %}{% endfor %}</table>
+<p class="soft">{{ gate.snapshots }} held-out of {{ snapshots }} snapshots. Innovation cosine {{ "%.3f"|format(gate.cosine) }},
+of the aggregate {{ "%.3f"|format(gate.aggregate_cosine) }}; error {{ "%.3f"|format(gate.errors.all) }}, with frames shuffled
+{{ "%.3f"|format(gate.shuffled_error) }}; error of the weights' change {{ "%.3f"|format(gate.product_error) }}; contraction
+{{ "%.3f"|format(gate.contraction) }}; SNR {{ "%.1f"|format(gate.snr_db) }} dB.</p></section>{% endif %}
+{{ draw("sites", "Held-out loss by site", "From the base model to the final one; lower is better.") }}
+{% if samples %}<section><h2>Samples</h2>{% for each in samples %}
+<p class="soft">Before</p><pre><i>{{ each.prompt }}</i>{{ each.base }}</pre>
+<p class="soft">After</p><pre><i>{{ each.prompt }}</i>{{ each.final }}</pre>{% endfor %}</section>{% endif %}
+</div>
+{% if failures %}<section><h2>Missing replies</h2><div class="scroll"><table class="texts">
+<tr><th>round</th><th>site</th><th>task</th><th>reason</th></tr>{% for each in failures %}
+<tr><td>{{ each.round }}</td><td>{{ each.site }}</td><td>{{ each.task }}</td><td>{{ each.reason }}</td></tr>{% endfor %}
+</table></div></section>{% endif %}
+<section><details><summary>Configuration</summary><pre>{{ config }}</pre></details></section>
+<p class="soft">{% for name, version in versions.items() %}{{ name }} {{ version }}{{ " &middot; "|safe if not loop.last }}
+{% endfor %}{% if sha256 %}<br>adapter SHA-256 {{ sha256 }}{% endif %}</p>
+</body></html>
+"""
+TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)

@@ -1,0 +1,113 @@
+"""What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
+
+from typing import Any
+
+import torch
+
+from fluvial.codecs import CODECS, build
+from fluvial.codecs.base import LearnedCodec
+from fluvial.codecs.quantise import Identity
+from fluvial.config import RunConfig
+from fluvial.data import IGNORE_INDEX, SiteTexts
+from fluvial.errors import ConfigError
+from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes
+from fluvial.run import check_settings
+from fluvial.tensors import Layout
+
+OPTIMIZER_BYTES = 16
+"""Per trained value: fp32 weight, gradient and two moments of AdamW."""
+TYPICAL_UPDATE = 1e-3
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run would refuse.
+
+    The model's weights are not loaded. Sizes are in bytes; the memory of a site leaves out activations.
+    """
+    tokenizer = load_tokenizer(config.model)
+    base = meta_base(config.model)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    model_config = base.config
+    layout = read_shapes(adapt(base, config.lora))
+    check_settings(config, layout, model_config)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed, pooled=config.entry.pooled)
+    sites, steps = [], 0
+    for name in texts.names:
+        data = texts.load(name)
+        steps = max(steps, config.train.steps(len(data.train)))
+        sites.append(
+            {
+                "name": name,
+                "records": data.records,
+                "train": len(data.train),
+                "heldout": len(data.heldout),
+                "truncated_records": data.truncated_records,
+            }
+        )
+    frame = frame_size(config, layout) if config.entry.coded else 0
+    down = len(Identity.of(layout).encode({name: torch.zeros(shape) for name, shape in layout.shapes}))
+    cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
+    width = getattr(torch, config.model.dtype).itemsize
+    rows = [
+        ("base parameters", f"{parameters:,}"),
+        ("trained parameters", f"{layout.numel:,} ({layout.numel / parameters:.2%})"),
+        ("sites in a round", f"{cohort} of {len(sites)}"),
+        ("optimizer steps of a site in a round", f"{steps}, {config.train.logical_batch} sequences each"),
+        ("update, uncompressed", f"{layout.raw_bytes:,} B"),
+        ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else "none"),
+        ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites"),
+        ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else "none"),
+        ("base in memory", f"{parameters * width:,} B"),
+        ("adapter and optimizer in memory", f"{layout.numel * OPTIMIZER_BYTES:,} B"),
+    ]
+    return {
+        "model": {
+            "name": config.model.name_or_path,
+            "parameters": parameters,
+            "trainable": layout.numel,
+            "targets": list(config.lora.target_modules),
+        },
+        "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
+        "sites": sites,
+        "rows": [{"what": what, "value": value} for what, value in rows],
+        "notes": _notes(config, sites),
+    }
+
+
+def frame_size(config: RunConfig, layout: Layout) -> int:
+    """Bytes of one coded update: computed for a learned codec, else measured on one of typical size."""
+    kind = CODECS[config.coding.name]
+    if issubclass(kind, LearnedCodec):
+        return kind.frame_size(config.coding, layout)
+    random = torch.Generator().manual_seed(0)
+    update = {name: TYPICAL_UPDATE * torch.randn(shape, generator=random) for name, shape in layout.shapes}
+    return len(build(config.coding, layout).encode(update))
+
+
+def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
+    """The first `count` training sequences of a site, token by token, with the loss mask."""
+    tokenizer = load_tokenizer(config.model)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed)
+    name = texts.names[0] if site is None else site
+    if name not in texts.names:
+        raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
+    sequences = []
+    for example in texts.load(name).train[:count]:
+        tokens = [
+            {"text": tokenizer.decode([token]), "loss": label != IGNORE_INDEX}
+            for token, label in zip(example.input_ids, example.labels, strict=True)
+        ]
+        tokens[0]["loss"] = False  # nothing stands before it that could predict it
+        sequences.append({"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens})
+    return {"site": name, "form": config.data.form, "sequences": sequences}
+
+
+def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
+    notes = [f"method: {config.entry.paper}"]
+    cut = sum(site["truncated_records"] for site in sites)
+    if cut:
+        notes.append(f"{cut} records are longer than data.max_length={config.data.max_length} and are cut at the end")
+    kind = CODECS[config.coding.name]
+    if kind.learned:
+        notes.append("the codec is learned: its gate is measured when the run starts, before the first round")
+    return notes

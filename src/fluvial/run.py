@@ -1,0 +1,366 @@
+"""A run: set-up, rounds, checkpoints, evaluation, result. Ordinary Python from top to bottom."""
+
+import hashlib
+import json
+import logging
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fluvial import __version__
+from fluvial.checkpoint import RunFolder
+from fluvial.config import RunConfig, difference
+from fluvial.data import SiteTexts
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.evaluate import Heldout, check_effect
+from fluvial.fleet import LocalFleet, Metered
+from fluvial.methods import Context
+from fluvial.models import Workbench
+from fluvial.payload import Payload, Value
+from fluvial.sites import COMMON_TASKS, Site, adapter_message, heldout_of
+from fluvial.tensors import Layout, Named
+from fluvial.train import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+ROUND_TASKS = ("train",)
+"""Messages that a round needs; everything else but `evaluate` is set-up."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a person watching a run wants to know."""
+
+    method: str
+    kind: str
+    """"setup", "round", "heldout" or "result"."""
+    values: dict[str, Any]
+
+
+def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
+    """The baselines of `config`, each in a folder of its own, then its method; the last event is the result.
+
+    Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another run's configuration.
+    """
+    runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
+    with RunFolder(folder) as main:
+        _check_folder(main, config, resume)
+        bench = Workbench(config.model, config.lora)  # the model is loaded once for all of them
+        for number, (each, path) in enumerate(runs):
+            check_settings(each, bench.layout, bench.model_config)
+            logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
+            if path == folder:
+                yield from Run(each, main, bench).events()
+                continue
+            with RunFolder(path) as baseline:
+                yield from Run(each, baseline, bench).events()
+
+
+def check_settings(config: RunConfig, layout: Layout, model_config: Any) -> None:
+    """Refuse settings that cannot work together; raises `ConfigError`."""
+    if config.entry.check is not None:
+        config.entry.check(config.method, config.coding, layout)
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        raise ConfigError(f"data.max_length={config.data.max_length}: the model reads at most {longest} tokens")
+
+
+def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
+    if not folder.started:
+        if resume:
+            raise CheckpointError(f"{folder.path} holds no run to resume; start it without --resume")
+        folder.write_json("config.json", {"fluvial": __version__, **config.resolved()})
+        return
+    if not resume:
+        raise CheckpointError(
+            f"{folder.path} already holds a run; use --resume to go on with it, --out for another folder, or remove it"
+        )
+    stored = folder.read_json("config.json")
+    stored.pop("fluvial", None)
+    # How many sites work at a time changes nothing in the result, so it may change between start and resume.
+    other = [key for key in difference(config.resolved(), stored) if not key.startswith("fleet.")]
+    if other:
+        raise CheckpointError(
+            f"{folder.path} was started with another configuration (differs in {', '.join(other[:5])}); "
+            "resume with the same one, or choose another --out"
+        )
+
+
+class Run:
+    """One method on one configuration in one folder."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, bench: Workbench) -> None:
+        self.config, self.folder, self.bench = config, folder, bench
+        method = config.entry
+        self.texts = SiteTexts(config.data, self.bench.tokenizer, seed=config.seed, pooled=method.pooled)
+        self.train = self._train_config()
+        self.context = Context(
+            seed=config.seed,
+            rounds=config.rounds,
+            layout=self.bench.layout,
+            codec=config.coding,
+            train=config.train,
+            open_bench=lambda: self.bench,
+            public=self.texts.public,
+        )
+        self.server = method.server(config.method, self.context)
+        tasks = {**COMMON_TASKS, **method.tasks}
+        self.fleet = Metered(LocalFleet(self.texts.names, self._open_site, tasks, config.fleet))
+        self.trained = 0
+        self.setup: dict[str, Any] = {}
+        self._wall_s, self._since = 0.0, time.perf_counter()
+
+    def events(self) -> Iterator[Event]:
+        """Run from where the folder stands to the result."""
+        name = self.config.method.name
+        finished = self.folder.read_json("result.json")
+        if finished is not None:
+            yield Event(name, "result", finished)
+            return
+        done = self._restore()
+        if done < 0:
+            self.setup = self.server.setup(self.fleet)
+            self._save(0)
+            done = 0
+            yield Event(name, "setup", self.setup)
+        for number in range(done + 1, self.config.rounds + 1):
+            record = self._round(number)
+            yield Event(name, "round", record)
+        result = self._finish()
+        self.folder.write_json("result.json", result)
+        yield Event(name, "result", result)
+
+    def _round(self, number: int) -> dict[str, Any]:
+        started = time.perf_counter()
+        known = len(self.fleet.failures)
+        metrics = self.server.round(number, self.fleet)
+        self.trained += int(metrics["sites"])
+        if self.config.evaluate.every and number % self.config.evaluate.every == 0:
+            total, _ = self._measure(self.server.model(), number)
+            metrics |= {"heldout_loss": total.loss, "heldout_accuracy": total.accuracy}
+        by_site = self.fleet.meter.close_round()
+        record = {
+            "round": number,
+            **metrics,
+            "seconds": time.perf_counter() - started,
+            "bytes_up": _bytes(by_site, "up", ROUND_TASKS),
+            "bytes_down": _bytes(by_site, "down", ROUND_TASKS),
+            "bytes": {site: {f"{way} {task}": n for (way, task), n in row.items()} for site, row in by_site.items()},
+            "missing": [
+                {
+                    "site": failure.site,
+                    "task": failure.task,
+                    "reason": failure.reason.strip().splitlines()[-1],
+                }
+                for failure in self.fleet.failures[known:]
+            ],
+        }
+        self.folder.append_metrics(record)
+        self._save(number)
+        return record
+
+    # -- sites --------------------------------------------------------------------------------------------------
+
+    def _open_site(self, name: str) -> Site:
+        return Site(
+            name=name,
+            seed=self.config.seed,
+            workbench=self.bench,
+            load=lambda: self.texts.load(name),
+            train=self.train,
+            codec=self.config.coding,
+            method=self.config.method,
+            store=self.folder.store,
+            rounds=self.config.rounds,
+        )
+
+    def _train_config(self) -> TrainConfig:
+        """The centralised baseline takes as many steps as all sites together."""
+        if not self.config.entry.pooled or self.config.train.max_steps is None:
+            return self.config.train
+        sites = len(SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed).names)
+        return self.config.train.model_copy(update={"max_steps": self.config.train.max_steps * sites})
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save(self, round: int) -> None:
+        state = self.server.state()
+        values: dict[str, Value] = {
+            "server": state.values,
+            "setup": self.setup,
+            "trained": self.trained,
+            "wall_s": self._elapsed(),
+            "meter": [[way, task, size] for (way, task), size in self.fleet.meter.totals.items()],
+        }
+        self.folder.save(round, Payload(state.tensors, values))
+
+    def _restore(self) -> int:
+        """The last finished round, 0 after set-up, -1 before."""
+        found = self.folder.newest()
+        if found is None:
+            self.folder.go_back_to(-1)
+            return -1
+        round, checkpoint = found
+        self.folder.go_back_to(round)
+        self.server.restore(Payload(checkpoint.tensors, checkpoint.value("server", dict)))
+        self.setup, self.trained = checkpoint.value("setup", dict), checkpoint.value("trained", int)
+        self._wall_s = checkpoint.value("wall_s", float)
+        self.fleet.meter.totals = {(way, task): size for way, task, size in checkpoint.value("meter", list)}
+        return round
+
+    def _elapsed(self) -> float:
+        return self._wall_s + time.perf_counter() - self._since
+
+    # -- result -------------------------------------------------------------------------------------------------
+
+    def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout, dict[str, Any]]:
+        """Held-out sums over all sites, and the values of each site."""
+        values: dict[str, Value] = {
+            "which": which or ("own" if adapter is None else "sent"),
+            "generate": self.config.evaluate.max_new_tokens,
+        }
+        message = Payload(values=values) if adapter is None else adapter_message(adapter, **values)
+        sums, table = [], {}
+        for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=_measured):
+            found, right, questions = reply.content
+            sums.append(found)
+            row: dict[str, Any] = {"loss": found.loss, "accuracy": found.accuracy}
+            table[reply.site] = row | ({"exact_match": right / questions} if questions else {})
+        return Heldout.sum(sums), dict(sorted(table.items()))
+
+    def _finish(self) -> dict[str, Any]:
+        rounds = self.config.rounds
+        adapter = self.server.model()
+        _, base = self._measure(None, rounds, which="base")
+        _, final = self._measure(adapter, rounds)
+        samples: list[dict[str, str]] = []
+        sha256 = None
+        if adapter is not None:
+            samples = self._samples(adapter)
+            check_effect(self.bench, adapter, self._probe())
+            sha256 = self._export(adapter, final)
+        result = {
+            "fluvial": __version__,
+            "method": self.config.method.name,
+            "codec": self.config.coding.name if self.config.entry.coded else None,
+            "rounds": rounds,
+            "sites": len(self.fleet.sites),
+            "heldout": {
+                "base": _mean(base),
+                "local": self._baseline("local"),
+                "fedavg": self._baseline("fedavg"),
+                "central": self._baseline("central"),
+                "final": _mean(final),
+            },
+            "heldout_by_site": {site: {"base": base[site], "final": final[site]} for site in final},
+            **self._traffic(),
+            "wall_s": self._elapsed(),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "adapter_sha256": sha256,
+            "samples": samples,
+            "compare": {name: self._compared(name) for name in self.config.compare},
+            "setup": self.setup,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+            "python": platform.python_version(),
+        }
+        if self.config.method.name in ("local", "fedavg", "central"):
+            result["heldout"][self.config.method.name] = result["heldout"]["final"]
+        return result
+
+    def _traffic(self) -> dict[str, Any]:
+        """Bytes as sent, and their ratios to an uncompressed run of the same rounds and cohorts."""
+        meter, raw = self.fleet.meter, self.bench.layout.raw_bytes * self.trained
+        up, down = meter.total("up", ROUND_TASKS), meter.total("down", ROUND_TASKS)
+        others = {task for _, task in meter.totals} - {*ROUND_TASKS, "evaluate"}
+        setup_up, setup_down = meter.total("up", others), meter.total("down", others)
+        sends = self.config.entry.coded
+        return {
+            "bytes": {
+                "up": up,
+                "down": down,
+                "setup": setup_up + setup_down,
+                "setup_up": setup_up,
+                "up_raw": raw if sends else 0,
+                "evaluate": meter.total("up", ["evaluate"]) + meter.total("down", ["evaluate"]),
+                "by_kind": {f"{way} {task}": size for (way, task), size in sorted(meter.totals.items())},
+            },
+            "round_ratio": up / raw if sends else None,
+            "amortised_ratio": (up + down + setup_up + setup_down) / (2 * raw) if sends else None,
+            "amortised_uplink_ratio": (up + setup_up) / raw if sends else None,
+        }
+
+    def _baseline(self, name: str) -> dict[str, Any] | None:
+        found = RunFolder(self.folder.path / "compare" / name).read_json("result.json")
+        return None if found is None else found["heldout"]["final"]
+
+    def _compared(self, name: str) -> dict[str, Any]:
+        found = RunFolder(self.folder.path / "compare" / name).read_json("result.json")
+        return {key: found[key] for key in ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")}
+
+    def _probe(self) -> list[int]:
+        return list(self.texts.load(self.texts.names[0]).heldout[0].input_ids)
+
+    def _samples(self, adapter: Named) -> list[dict[str, str]]:
+        config, texts = self.config.evaluate, self.texts.load(self.texts.names[0])
+        if config.sample_prompt is not None:
+            prompt = config.sample_prompt
+        elif texts.questions:
+            prompt = texts.questions[0].prompt
+        else:
+            ids = texts.heldout[0].input_ids
+            prompt = self.bench.tokenizer.decode(ids[: max(1, len(ids) // 4)], skip_special_tokens=True)
+        before, after = (
+            self.bench.generate(each, [prompt], max_new_tokens=config.sample_tokens)[0]
+            for each in (self.bench.base_adapter(), adapter)
+        )
+        return [{"prompt": prompt, "base": before, "final": after}]
+
+    def _export(self, adapter: Named, final: dict[str, Any]) -> str:
+        """Write the PEFT folder; returns the SHA-256 of adapter_model.safetensors."""
+        partial = self.folder.path / ".adapter.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.bench.save(adapter, partial)
+        (partial / "README.md").write_text(_card(self.config, final))
+        digest = hashlib.sha256((partial / "adapter_model.safetensors").read_bytes()).hexdigest()
+        self.folder.replace_folder("adapter", partial)
+        return digest
+
+
+def _measured(reply: Payload) -> tuple[Heldout, int, int]:
+    questions = reply.value("questions", int) if "questions" in reply.values else 0
+    return heldout_of(reply), reply.value("right", int) if questions else 0, questions
+
+
+def _mean(table: dict[str, Any]) -> dict[str, float]:
+    """Mean over the sites, each counting the same."""
+    keys = sorted(set.intersection(*(set(row) for row in table.values())))
+    return {key: sum(row[key] for row in table.values()) / len(table) for key in keys}
+
+
+def _bytes(by_site: dict[str, Any], direction: str, tasks: tuple[str, ...]) -> int:
+    return sum(n for row in by_site.values() for (way, task), n in row.items() if way == direction and task in tasks)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _card(config: RunConfig, final: dict[str, Any]) -> str:
+    settings = json.dumps(config.resolved(), indent=2)
+    mean = _mean(final)
+    base = config.model.name_or_path
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [federated-learning, lora]\n---\n\n"
+        f"# LoRA adapter made by Fluvial {__version__}\n\n"
+        f"Method `{config.method.name}` ({config.entry.paper}), {config.rounds} rounds over {len(final)} sites. "
+        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy {mean['accuracy']:.4f} "
+        f"(means over the sites).\n\nThe sites' data is not in this folder. Settings:\n\n```json\n{settings}\n```\n"
+    )

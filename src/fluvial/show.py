@@ -1,0 +1,344 @@
+"""What a person sees: a line per round, tables of a run, a plan and a preview.
+
+A run is read from its JSON files, without torch, so that `fluvial show` answers at once.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fluvial.errors import CheckpointError
+
+BASELINES = {
+    "local": "local only",
+    "central": "central, all data at one place",
+    "fedavg": "federated, uncompressed (fedavg)",
+}
+"""Runs that others are compared with, in the order of the result table."""
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Everything that the folder of a run tells, as plain JSON values; raises `CheckpointError` if it holds no run."""
+    found = {"folder": str(folder), "config": _read_json(folder / "config.json"), **_read_part(folder)}
+    if found["config"] is None and not found["metrics"] and found["result"] is None:
+        raise CheckpointError(
+            f"{folder} holds no run: it has no config.json; give the folder that `fluvial run` wrote, "
+            "by default runs/NAME"
+        )
+    compared = sorted(path for path in folder.glob("compare/*") if path.is_dir())
+    return {**found, "config": found["config"] or {}, "compare": {path.name: _read_part(path) for path in compared}}
+
+
+def _read_part(folder: Path) -> dict[str, Any]:
+    path, records = folder / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # a run that is being written, or was cut off, may end in half a line
+            break
+    return {"metrics": records, "result": _read_json(folder / "result.json")}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; it should be JSON that `fluvial run` wrote") from error
+
+
+# -- numbers and texts --------------------------------------------------------------------------------------------
+
+
+def human_bytes(count: float) -> str:
+    """Three digits and a unit; 1 kB is 1000 bytes."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        count /= 1000
+        if count < 999.5 or unit == "TB":
+            break
+    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
+
+
+def human_ratio(ratio: float | None) -> str:
+    """A ratio of bytes as 1/57; three decimals where little or nothing is saved."""
+    if ratio is None:
+        return "-"
+    if not 0 < ratio < 0.7:
+        return f"{ratio:.3f}"
+    return f"1/{1 / ratio:.{0 if ratio < 0.1 else 1}f}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds, or minutes and hours once there are many."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plain(text: str) -> str:
+    """`text` without control characters, which could drive a terminal, and with long runs of newlines counted."""
+    text = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+    return re.sub(r"\n{3,}", lambda run: f" [⏎ x {len(run[0])}] ", text)
+
+
+def _table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, left: int = 1, caption: str = ""
+) -> Table:
+    """A table of plain texts; the first `left` columns are set to the left, the others are numbers."""
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption=caption or None,
+        caption_justify="left",
+    )
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+# -- while it runs ------------------------------------------------------------------------------------------------
+
+
+def round_header(method: str) -> str:
+    """The name of a method and the headings of its `round_line`s."""
+    headings = f"{'round':>5}  {'loss':>8}  {'up':>8}  {'down':>8}  {'time':>8}  sites"
+    return f"[bold]{escape(method)}[/]\n[dim]{headings}[/]"
+
+
+def round_line(record: dict[str, Any]) -> str:
+    """One round: the columns that every round has, then what else is known, by name."""
+    missing = record.get("missing", [])
+    sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
+    parts = [
+        f"{record['round']:>5}  {record['loss']:>8.4f}  {human_bytes(record['bytes_up']):>8}  "
+        f"{human_bytes(record['bytes_down']):>8}  {human_seconds(record['seconds']):>8}  {sites:>5}"
+    ]
+    if "snr_db" in record:
+        parts.append(f"codec SNR {record['snr_db']:.1f} dB")
+    if "epsilon" in record:
+        parts.append(
+            f"epsilon {record['epsilon']:.3g}" + (f" at delta {record['delta']:g}" if "delta" in record else "")
+        )
+    if "heldout_loss" in record:
+        parts.append(f"held-out {record['heldout_loss']:.4f}")
+    if missing:
+        names = [plain(each["site"]) for each in missing]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        parts.append(f"[yellow]missing {escape(', '.join(names[:5]))}{more}[/]")
+    return "  ".join(parts)
+
+
+def setup_lines(values: dict[str, Any]) -> list[str]:
+    """What set-up found, for people; nothing for a method that has none."""
+    if "gate" not in values:
+        return []
+    gate = values["gate"]
+    if gate is None:
+        return ["codec gate: not measured, no snapshots were collected"]
+    best = best_predictor(gate)
+    unmet = [name for name, holds in gate["reproduction"].items() if not holds]
+    verdict = "[green]passed[/]" if gate["passed"] else "[red]failed[/]"
+    return [
+        f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
+        *(f"  [red]failed:[/] {escape(plain(reason))}" for reason in gate["failed"]),
+        f"  innovation cosine {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
+        f"the best predictor ({escape(best)}) {gate['predictors'][best]['all']:.3f}",
+        f"  {human_bytes(gate['bytes_per_update'])} per update, "
+        f"{human_ratio(gate['bytes_per_update'] / gate['raw_bytes'])} of {human_bytes(gate['raw_bytes'])}",
+        "  the reproduction's thresholds, which ask for cosine 0.90, "
+        + (f"do not hold: {escape('; '.join(unmet))}" if unmet else "hold"),
+    ]
+
+
+def best_predictor(gate: dict[str, Any]) -> str:
+    """The guess without a message whose error is least."""
+    errors: dict[str, dict[str, float]] = gate["predictors"]
+    return min(errors, key=lambda name: errors[name]["all"])
+
+
+# -- the result ---------------------------------------------------------------------------------------------------
+
+
+def run_name(result: dict[str, Any]) -> str:
+    """Method and codec in a few words."""
+    method, codec = str(result["method"]), result.get("codec")
+    if method in BASELINES and codec in (None, "identity"):
+        return BASELINES[method]
+    return f"federated, {method}" + (f" + {codec}" if codec else "")
+
+
+def result_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Headings, then base model, baselines and the run itself."""
+    heldout, compared = result["heldout"], result.get("compare", {})
+    runs: list[tuple[str, Any, Any]] = [("base model, untuned", heldout.get("base"), {})]
+    runs += [
+        (label, heldout.get(name), {} if name == "central" else compared.get(name) or {})
+        for name, label in BASELINES.items()
+        if name != result["method"]
+    ]
+    runs.append((run_name(result), heldout.get("final"), {} if result["method"] == "central" else result))
+    runs = [run for run in runs if run[1] is not None]
+    exact = any("exact_match" in values for _, values, _ in runs)
+    headings = ["", "held-out loss", "next-token accuracy", *(["exact match"] if exact else [])]
+    rows = [[*headings, "up per site", "round ratio", "amortised"]]
+    for label, values, traffic in runs:
+        row = [label, f"{values['loss']:.4f}", _percent(values.get("accuracy"))]
+        row += [_percent(values.get("exact_match"))] if exact else []
+        row += [human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"]
+        row += [human_ratio(traffic.get("round_ratio")), human_ratio(traffic.get("amortised_ratio"))]
+        rows.append(row)
+    return rows
+
+
+RESULT_CAPTION = (
+    "Held-out values are means over the sites. Up per site: bytes of all rounds; round ratio: these against "
+    "uncompressed updates. Amortised: all bytes both ways, set-up included, against an uncompressed run of the same rounds."
+)
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """The run beside the base model and its baselines."""
+    headings, *rows = result_rows(result)
+    return _table(headings, rows, "Result", caption=RESULT_CAPTION)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def closing_words(result: dict[str, Any], path: Path) -> RenderableType:
+    """Where the adapter lies, how to load it, what it changed."""
+    lines: list[RenderableType] = []
+    if result.get("adapter_sha256"):
+        lines += [
+            Text.assemble("Adapter  ", (str(path / "adapter"), "bold")),
+            Text.assemble(
+                "Load it  ",
+                (f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path / 'adapter')!r})", "cyan"),
+            ),
+        ]
+    else:
+        lines.append(Text(f"There is no global adapter: each site keeps its own below {path / 'sites'}"))
+    for sample in result.get("samples", []):
+        for when, key in (("before", "base"), ("after", "final")):
+            shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
+            lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
+    return Group(*lines, Text.assemble("\nDraw it  ", (f"fluvial show {path} --html report.html", "cyan")))
+
+
+def with_compared(found: dict[str, Any]) -> dict[str, Any]:
+    """The result, with the traffic of its baselines even where the run has not written it down."""
+    finished = {name: run["result"] for name, run in found["compare"].items() if run["result"]}
+    return {**found["result"], "compare": {**finished, **found["result"].get("compare", {})}}
+
+
+def run_tables(found: dict[str, Any]) -> Group:
+    """All of a run, finished or not."""
+    config, result, metrics = found["config"], found["result"], found["metrics"]
+    method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
+    parts: list[RenderableType] = []
+    if result:
+        parts += [Text.from_markup(line) for line in setup_lines(result.get("setup", {}))]
+    if metrics:
+        parts += [Text.from_markup(line) for line in (round_header(method), *map(round_line, metrics))]
+    if result is None:
+        state = f"Not finished: {len(metrics)} of {config.get('rounds', '?')} rounds of {method}."
+        for name, run in found["compare"].items():
+            state += f" Baseline {name}: " + ("finished." if run["result"] else f"{len(run['metrics'])} rounds.")
+        parts.append(Text(f"{state} Go on with --resume.", style="yellow"))
+    else:
+        parts += [Text(), result_table(with_compared(found)), Text(), _site_table(found), Text(), _bytes_table(result)]
+    failed = failures(metrics)
+    if failed:
+        rows = [[str(each["round"]), plain(each["site"]), each["task"], plain(each["reason"])] for each in failed]
+        parts += [Text(), _table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)]
+    if result:
+        parts += [Text(), closing_words(result, Path(found["folder"]))]
+    return Group(*parts)
+
+
+def failures(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Replies that did not come, with their round."""
+    return [{"round": record["round"], **each} for record in metrics for each in record.get("missing", [])]
+
+
+def _site_table(found: dict[str, Any]) -> Table:
+    local = (found["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
+    rows = []
+    for site, row in found["result"]["heldout_by_site"].items():
+        base, final = row["base"], row["final"]
+        losses = [f"{base['loss']:.4f}", f"{final['loss']:.4f}", f"{final['loss'] - base['loss']:+.4f}"]
+        losses += [f"{local[site]['final']['loss']:.4f}" if site in local else "-"] if local else []
+        rows.append([plain(site), *losses, _percent(base["accuracy"]), _percent(final["accuracy"])])
+    headings = [
+        "site",
+        "base loss",
+        "final loss",
+        "change",
+        *(["local only"] if local else []),
+        "base acc.",
+        "final acc.",
+    ]
+    return _table(headings, rows, "Held-out, by site")
+
+
+def _bytes_table(result: dict[str, Any]) -> Table:
+    rows = [[kind, human_bytes(size), f"{size:,}"] for kind, size in result["bytes"]["by_kind"].items()]
+    return _table(["message", "", "bytes"], rows, "Bytes by kind, all rounds and sites")
+
+
+# -- before it runs -----------------------------------------------------------------------------------------------
+
+
+def plan_table(planned: dict[str, Any]) -> Group:
+    """What a configuration would do: figures, sites, notes."""
+    model = planned["model"]
+    title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
+    sites = [
+        [plain(each["name"]), *(f"{each[key]:,}" for key in ("records", "train", "heldout", "truncated_records"))]
+        for each in planned["sites"]
+    ]
+    figures = _table(["", ""], [[plain(row["what"]), plain(row["value"])] for row in planned["rows"]], title)
+    figures.show_header = False
+    parts: list[RenderableType] = [
+        figures,
+        Text(),
+        _table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
+    ]
+    return Group(*parts, *(Text(f"• {plain(note)}") for note in planned["notes"]))
+
+
+def preview_text(found: dict[str, Any]) -> Group:
+    """The tokens of some sequences; those that carry loss stand out."""
+    parts: list[RenderableType] = [
+        Text.assemble(
+            f"site {plain(found['site'])}, {found['form']}: ", ("loss", "bold green"), ", ", ("no loss", "dim")
+        )
+    ]
+    for number, sequence in enumerate(found["sequences"], start=1):
+        text = Text()
+        for token in sequence["tokens"]:
+            # One by one: `plain` over the text would count newlines that belong to different tokens.
+            pieces = "⏎\n".join(map(plain, token["text"].split("\n")))
+            text.append(pieces, style="bold green" if token["loss"] else "dim")
+        head = f"\nSequence {number}: {sequence['length']} tokens, {sequence['label_tokens']} with loss"
+        parts += [Text(head, style="bold"), text]
+    return Group(*parts)

@@ -1,0 +1,198 @@
+"""Named tensors: the one form in which weights, adapters and updates move through the house."""
+
+import hashlib
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fluvial.errors import WireError
+
+Named = dict[str, Tensor]
+"""Tensors by name. An *update* is a difference of two adapters, a *state* holds absolute values."""
+
+
+def add(left: Named, right: Named) -> Named:
+    """left + right, name by name; both have the same names and shapes."""
+    return {name: tensor + right[name] for name, tensor in left.items()}
+
+
+def subtract(left: Named, right: Named) -> Named:
+    """left - right, name by name; both have the same names and shapes."""
+    return {name: tensor - right[name] for name, tensor in left.items()}
+
+
+def scale(tensors: Named, factor: float) -> Named:
+    """factor * tensors."""
+    return {name: tensor * factor for name, tensor in tensors.items()}
+
+
+def zeros_like(tensors: Named) -> Named:
+    """The zero update of the same shapes."""
+    return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+
+
+def energy(tensors: Named) -> float:
+    """Sum of squares over everything, in fp64."""
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values())
+
+
+def norm(tensors: Named) -> float:
+    """Global L2 norm."""
+    return math.sqrt(energy(tensors))
+
+
+def inner(left: Named, right: Named) -> float:
+    """Inner product over everything, in fp64."""
+    return sum(float((tensor.double() * right[name].double()).sum()) for name, tensor in left.items())
+
+
+def cosine(left: Named, right: Named) -> float:
+    """Cosine of the angle between two named vectors; 0 when either is zero."""
+    product = norm(left) * norm(right)
+    return inner(left, right) / product if product > 0 else 0.0
+
+
+def relative_error(true: Named, decoded: Named) -> float:
+    """||true - decoded||^2 / ||true||^2; 1 is what sending nothing gives."""
+    reference = energy(true)
+    return energy(subtract(true, decoded)) / reference if reference > 0 else 0.0
+
+
+def is_finite(tensors: Named) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def factor(name: str) -> Literal["A", "B"] | None:
+    """Which LoRA factor a tensor is, by PEFT's naming: A is (rank, in), B is (out, rank)."""
+    if ".lora_A." in name:
+        return "A"
+    return "B" if ".lora_B." in name else None
+
+
+def only(tensors: Named, which: Literal["A", "B"]) -> Named:
+    """The A factors or the B factors."""
+    return {name: tensor for name, tensor in tensors.items() if factor(name) == which}
+
+
+def digest(tensors: Named) -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of the names."""
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes that both ends agree on, so that a frame need not carry them. All values are fp32."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, tensors: Named) -> "Layout":
+        """The layout of `tensors`, in order of the names."""
+        return cls(tuple((name, tuple(tensors[name].shape)) for name in sorted(tensors)))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names in order."""
+        return tuple(name for name, _ in self.shapes)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Values of each tensor, in order."""
+        return tuple(math.prod(shape) for _, shape in self.shapes)
+
+    @property
+    def numel(self) -> int:
+        """Values of all tensors."""
+        return sum(self.sizes)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the uncompressed update, fp32."""
+        return 4 * self.numel
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """CRC-32 of names and shapes; a frame of another layout is refused by it."""
+        return zlib.crc32(repr(self.shapes).encode())
+
+    def flatten(self, tensors: Named) -> Tensor:
+        """One fp32 vector (numel,) in layout order; asserts that names and shapes are those of the layout."""
+        assert Layout.of(tensors) == self, "tensors of another layout"
+        return torch.cat([tensors[name].detach().float().reshape(-1) for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> Named:
+        """Inverse of `flatten`."""
+        pieces = torch.split(vector, list(self.sizes))
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+
+    def check(self, tensors: Named, what: str) -> None:
+        """Raise `WireError` unless `tensors` have exactly this layout, in fp32 and finite."""
+        found = Layout.of(tensors)
+        if found != self:
+            difference = sorted(set(found.shapes) ^ set(self.shapes))[:2]
+            raise WireError(f"{what}: tensors of another layout, first differences {difference}")
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.float32:
+                raise WireError(f"{what}: {name!r} is {tensor.dtype}, expected torch.float32")
+        if not is_finite(tensors):
+            raise WireError(f"{what}: NaN or Inf among the values")
+
+
+class WeightedMean:
+    """Weighted mean of named tensors, folded as they arrive; the result does not depend on the order.
+
+    Floating-point sums depend on their order, so every product weight * value is first cut, in fp64, into a multiple
+    of 2^-12 and a rest that is a multiple of 2^-64; sums of such parts are exact for 8192 updates at the limit, more
+    below it. Memory is two fp64 copies of one update, whatever the number of sites. With one site the mean is its update, bit for bit (values over 5e-13).
+    """
+
+    _COARSE, _FINE = 2.0**-12, 2.0**-64
+    _LIMIT = 2.0**28
+
+    def __init__(self) -> None:
+        self._high: Named = {}
+        self._low: Named = {}
+        self.weight = 0
+        self.count = 0
+
+    @classmethod
+    def check(cls, tensors: Named, weight: int) -> None:
+        """Raise `WireError` if a value is too large, or not a number, to be folded with `weight`."""
+        for name, tensor in tensors.items():
+            if not bool((tensor.abs().double() * weight < cls._LIMIT).all()):
+                raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+
+    def add(self, tensors: Named, weight: int) -> None:
+        """Fold one update in. `weight` is a positive whole number, such as a site's sample count."""
+        assert weight > 0, "weights are positive"
+        for name, tensor in tensors.items():
+            product = tensor.detach().double() * weight
+            assert bool((product.abs() < self._LIMIT).all()), f"{name}: not checked before"
+            high = self._round(product, self._COARSE)
+            low = self._round(product - high, self._FINE)
+            if name in self._high:
+                high, low = high + self._high[name], low + self._low[name]
+            carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
+            self._high[name], self._low[name] = high + carry, low - carry
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> Named:
+        """The mean in fp32; at least one update must have been added."""
+        assert self.count > 0, "mean of nothing"
+        return {name: ((high + self._low[name]) / self.weight).float() for name, high in self._high.items()}
+
+    @staticmethod
+    def _round(values: Tensor, quantum: float) -> Tensor:
+        return torch.round(values / quantum) * quantum

@@ -1,0 +1,129 @@
+"""Tiny models made from a configuration, offline and on one thread."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="fluvial-tests-")  # removed when the process ends
+os.environ["HF_HOME"] = _CACHE.name
+os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+CONTEXT = 128
+_TEXTS = [
+    "The river carries the water of many small streams, and no stream sees the whole river.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: what is the capital of France? Answer: Paris. user assistant system",
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _tokenizer() -> Any:
+    """Byte-level BPE with BOS before every text, as `scripts/pretrain_tiny.py` makes it, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        _TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<pad>", "<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def _llama(folder: Path, **changes: Any) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "tie_word_embeddings": True,
+        "attention_dropout": 0.1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return _saved(LlamaForCausalLM, LlamaConfig(**(settings | changes)), folder)
+
+
+def _saved(kind: Any, config: Any, folder: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(20261121)
+        kind(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of the tiny models: about 300 tokens, <pad>, <s>, </s>, a chat template."""
+    return _tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Llama: hidden 32, 2 layers, 4 heads, FFN 64, context 128, tied embeddings."""
+    return _llama(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_gqa_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two key-value heads, so that k and v are narrower than q."""
+    return _llama(tmp_path_factory.mktemp("tiny_gqa_model"), num_key_value_heads=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random GPT-2 of the same size: fused `c_attn`, Conv1D weights, dropouts of 0.1 in its config."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=300,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_inner=64,
+        n_positions=CONTEXT,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return _saved(GPT2LMHeadModel, config, tmp_path_factory.mktemp("tiny_gpt2_model"))
