@@ -45,8 +45,8 @@ def test_defaults_are_the_papers() -> None:
         ({"data": {"source": "x.jsonl", "partition": {"by": "dirichlet"}}}, "data.partition.column"),
         ({"method": {"name": "local"}, "codec": {"name": "int8"}}, "codec: without effect, because method 'local'"),
         ({"compare": ["fedavg"]}, "compare: 'fedavg' is the method itself"),
-        ({"data": {"partition": {"by": "iid"}}}, "data.partition: without effect, because source='stdlib'"),
-        ({"fleet": {"quorum": 0.5}}, "fleet.quorum: without effect under on_failure='stop'"),
+        ({"data": {"partition": {"by": "iid", "sites": 4}}}, "data.partition: without effect, because source='stdlib'"),
+        ({"fleet": {"quorum": 0.7}}, "fleet.quorum: without effect under on_failure='stop'"),
         (
             {"method": {"name": "cgfedllm", "privacy": {"placement": "update", "clip_norm": 1.0}}},
             "method.privacy.noise_multiplier: set exactly one of noise_multiplier and epsilon",
@@ -70,6 +70,7 @@ def test_overrides_are_lines_of_toml(tmp_path: Path) -> None:
     assert config.model_dump()["method"]["tgap"] | {"rounds": 4, "share": 0.5} == config.model_dump()["method"]["tgap"]
     assert config.coding.name == "int8"
     assert config.rounds == 2
+    assert load(file, ['method.name = "fedavg"']).method.name == "fedavg"  # tgap belonged to the other method
     with pytest.raises(ConfigError, match="text needs quotes: --set 'codec.name=\"int8\"'"):
         load(file, ["codec.name=int8"])
 

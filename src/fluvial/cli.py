@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,7 +21,7 @@ from rich.progress import (
 )
 
 from fluvial import __version__
-from fluvial.errors import FluvialError
+from fluvial.errors import ConfigError, FluvialError
 
 if TYPE_CHECKING:
     from fluvial.config import RunConfig
@@ -60,11 +61,10 @@ def _root(
     if version:
         out.print(__version__)
         raise typer.Exit
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    lines = logging.StreamHandler(sys.stderr)
+    # On the handler: a command that follows the library's messages lowers the level of the library's logger.
+    lines.setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(level=lines.level, format="%(asctime)s %(name)s: %(message)s", handlers=[lines])
 
 
 @app.command()
@@ -123,6 +123,41 @@ def preview(
     _print(found, format, show.preview_text)
 
 
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT folder, such as runs/NAME/adapter.")],
+    data: Annotated[Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")] = None,
+    choices: Annotated[Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")] = None,
+    shots: Annotated[int, typer.Option(min=0, max=5, help="Solved examples before each question.")] = 0,
+    shots_from: Annotated[Path | None, typer.Option(help="Questions that the examples are taken from.")] = None,
+    scoring: Annotated[
+        Literal["letter", "text"], typer.Option(help="What is compared: letters, or texts for each byte.")
+    ] = "letter",
+    language: Annotated[Literal["auto", "en", "zh"], typer.Option(help="Wording of the prompt.")] = "auto",
+    base: Annotated[bool, typer.Option(help="Measure the base model too.")] = True,
+    overrides: Overrides = None,
+    format: Format = "table",
+) -> None:
+    """Measure an adapter beside its base model, on a file of records or of multiple-choice questions."""
+    with _telling("reading the adapter"):
+        from fluvial.evaluate import ChoiceConfig, evaluate_adapter, read_adapter_folder
+
+        if choices is None and (shots or shots_from):
+            raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
+        found = read_adapter_folder(adapter)
+        settings = _evaluation_settings(found.settings(), data, overrides or [])
+        measured = evaluate_adapter(
+            found,
+            settings.model,
+            data=settings.data if data else None,
+            choices=ChoiceConfig(choices, shots, shots_from, scoring, language) if choices else None,
+            max_new_tokens=settings.evaluate.max_new_tokens,
+            seed=settings.seed,
+            base=base,
+        )
+    _print(measured, format, _evaluation_tables)
+
+
 @app.command("show")
 def show_run(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
@@ -147,6 +182,108 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
         from fluvial.config import load
 
         return load(path, overrides or [])
+
+
+def _evaluation_settings(table: dict[str, Any], data: Path | None, overrides: list[str]) -> "RunConfig":
+    """A configuration from what an adapter's folder tells and what --set adds; refuses what has no effect here."""
+    from fluvial.config import _merge, _override, parse
+    from fluvial.evaluate import whole_file
+
+    changes: dict[str, Any] = {}
+    for line in overrides:
+        changes = _merge(changes, _override(line))
+    known = {"seed", "model.", "evaluate.max_new_tokens"}
+    if data is not None:
+        known |= {f"data.{key}" for key in ("form", "columns", "max_length", "packing", "loss_on", "max_heldout")}
+        table = _merge(table, {"data": whole_file(data)})
+    else:
+        table = {**table, "data": {}}
+    for key, value in changes.items():
+        for name in (f"{key}.{inner}" for inner in value) if isinstance(value, dict) else (key,):
+            if name not in known and not name.startswith("model."):
+                raise ConfigError(
+                    f"--set {name}: without effect on {'this' if data else 'a'} evaluation"
+                    f"{'' if data else ' without --data'}; known here: {', '.join(sorted(known))}"
+                )
+    return parse(_merge(table, changes), "--set")
+
+
+def _evaluation_tables(found: dict[str, Any]) -> Any:
+    """One table for the records, one for the questions, one for their subjects."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from fluvial.show import plain
+
+    parts: list[Any] = [Text(plain(f"{found['adapter']} on {found['base_model']}"), style="bold")]
+    if "data" in found:
+        parts.append(_record_table(found["data"]))
+    if "choices" in found:
+        parts += _choice_tables(found["choices"])
+    return Group(*parts)
+
+
+def _record_table(data: dict[str, Any]) -> Any:
+    models = [name for name in ("base", "adapter") if name in data]
+    labels = {
+        "loss": "loss, nats per token",
+        "perplexity": "perplexity",
+        "accuracy": "next-token accuracy",
+        "exact_match": "exact match of greedy answers",
+    }
+    rows = [[labels[key], *(f"{data[model][key]:.4f}" for model in models)] for key in data["adapter"]]
+    notes = [f"{data['records']} records", f"{data['label_tokens']:,} label tokens"]
+    notes += [f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"]
+    if data["questions_too_long"]:
+        notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]
+    return _columns(data["source"], ["", *models], rows, notes)
+
+
+def _choice_tables(asked: dict[str, Any]) -> list[Any]:
+    models = [name for name in ("base", "adapter") if name in asked]
+    spans = {model: asked[model]["interval"] for model in models}
+    rows = [
+        ["accuracy", *(f"{asked[model]['accuracy']:.4f}" for model in models)],
+        ["95 % interval", *(f"{low:.4f} to {high:.4f}" for low, high in spans.values())],
+        ["standard error", *(f"{asked[model]['standard_error']:.4f}" for model in models)],
+    ]
+    notes = [f"{asked['questions']} questions by {asked['scoring']}", f"{asked['shots']} shots"]
+    notes += [f"chance {asked['chance']:.2f}"]
+    if "difference" in asked:
+        span = asked["difference"]["interval"]
+        known = f"95 %: {span[0]:+.4f} to {span[1]:+.4f}" if span else "the same for every question"
+        notes += [f"difference {asked['difference']['accuracy']:+.4f} ({known})"]
+    losses = {
+        "short_of_shots": "questions with fewer examples than asked for",
+        "dropped_shots": "examples dropped to fit the context",
+        "cut_questions": "prompts cut on the left to fit the context",
+    }
+    notes += [f"{asked[key]} {what}" for key, what in losses.items() if asked[key]]
+    subjects = [
+        [subject or "-", str(row["questions"]), *(f"{row[model]:.4f}" for model in models)]
+        for subject, row in asked["by_subject"].items()
+    ]
+    return [
+        _columns(asked["source"], ["", *models], rows, notes),
+        _columns("By subject", ["subject", "questions", *models], subjects, []),
+    ]
+
+
+def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list[str]) -> Any:
+    """A table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from fluvial.show import plain
+
+    table = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, caption="; ".join(notes) or None)
+    table.caption_justify = "left"
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    return table
 
 
 def _print(content: dict[str, Any], format: str, table: Any) -> None:
@@ -199,18 +336,44 @@ class _Watch(logging.Handler):
             self.bar.update(self.task, advance=1, description=event.method)
 
 
+class _Line(logging.Handler):
+    """Shows the newest message of the library as the text beside a spinner."""
+
+    def __init__(self, status: Any) -> None:
+        super().__init__(logging.INFO)
+        self.status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A log message of the library."""
+        if record.levelno < logging.WARNING:
+            self.status.update(escape(record.getMessage()))
+
+
+@contextmanager
+def _telling(first: str) -> Iterator[None]:
+    """A spinner that tells what the library is doing, beginning with `first`."""
+    with err.status(first) as status, _hearing(_Line(status)):
+        yield
+
+
+@contextmanager
+def _hearing(handler: logging.Handler) -> Iterator[None]:
+    """Hand the library's messages from INFO on to `handler`."""
+    library = logging.getLogger("fluvial")
+    level, library.level = library.level, logging.INFO
+    library.addHandler(handler)
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        library.level = level
+
+
 @contextmanager
 def _working(settings: "RunConfig", quiet: bool) -> Iterator[_Watch]:
     watch = _Watch(settings, quiet)
-    library = logging.getLogger("fluvial")
-    level, library.level = library.level, logging.INFO
-    library.addHandler(watch)
-    try:
-        with watch.bar:
-            yield watch
-    finally:
-        library.removeHandler(watch)
-        library.level = level
+    with _hearing(watch), watch.bar:
+        yield watch
 
 
 if __name__ == "__main__":

@@ -135,7 +135,14 @@ def _override(line: str) -> dict[str, Any]:
         raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
 
 
+TAGS = ("name", "by")
+"""Keys that choose what the rest of their table may hold."""
+
+
 def _merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` over `table`, key by key; another method, codec or partition takes the place of the whole table."""
+    if any(tag in change and tag in table and change[tag] != table[tag] for tag in TAGS):
+        return change
     merged = dict(table)
     for key, value in change.items():
         old = merged.get(key)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
@@ -87,7 +88,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"model.device={name!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device={name!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(
             f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'auto'"
@@ -156,6 +159,8 @@ def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
     with warnings.catch_warnings():
         # PEFT corrects fan_in_fan_out for GPT-2's Conv1D by itself and warns that it did.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        # PEFT 0.21 asks transformers 5.23 by a name that is going away.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         model: nn.Module = get_peft_model(
             base,
             LoraConfig(
@@ -305,7 +310,7 @@ def _from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
         raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
     try:
         return load(str(Path(source).expanduser()) if "~" in source else source, revision=wanted.revision, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first} "

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fluvial.errors import ConfigError
 from fluvial.show import (
@@ -59,6 +59,15 @@ UNSENT = ("local", "central")
 HIGHEST = 2.5
 """Where the bars of the gate are cut off; 1 is the error of sending nothing."""
 
+MEASURES = {
+    "cosine": "Innovation cosine",
+    "aggregate_cosine": "of the aggregate",
+    "shuffled_error": "error with frames shuffled",
+    "product_error": "error of the weights' change",
+    "contraction": "contraction",
+    "snr_db": "SNR in dB",
+}
+
 
 def write_page(found: dict[str, Any], path: Path) -> None:
     """Write the page of what `read_run` found; raises `ConfigError` if `path` cannot be written."""
@@ -104,9 +113,10 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "figures": figures,
         "gate": gate,
         "snapshots": setup.get("snapshots"),
+        "measures": {what: gate[key] for key, what in MEASURES.items()} if gate else {},
         "verdicts": _verdicts(gate) if gate else [],
         "samples": samples,
-        "failures": failures(metrics),
+        "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]} if result else {},
         "sha256": (result or {}).get("adapter_sha256"),
@@ -120,12 +130,12 @@ def _headline(result: dict[str, Any]) -> list[dict[str, str]]:
         up, sites = result["bytes"]["up"], result["sites"]
         found += [
             {
-                "what": "bytes of the updates",
+                "what": "updates, of uncompressed",
                 "value": human_ratio(result["round_ratio"]),
                 "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds",
             },
             {
-                "what": "amortised",
+                "what": "amortised, of uncompressed",
                 "value": human_ratio(result["amortised_ratio"]),
                 "note": "all bytes both ways, set-up included",
             },
@@ -155,14 +165,14 @@ def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _svg(figure: Any) -> Markup:
-    """The figure as an SVG element that takes its colours from the page; the same figure gives the same text."""
+    """The figure as an SVG element that takes its colours from the page; matplotlib escapes the texts in it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     text = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    return Markup(text)  # noqa: S704 - matplotlib escapes the texts in it
+    return Markup(text)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
@@ -191,7 +201,7 @@ def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callabl
             *zip(*points, strict=True), "o:" if len(points) > 1 else "o", color=colour, ms=4, lw=0.9
         ) if points else None
     axes.set_ylabel("loss, nats per token")
-    axes.legend()
+    axes.figure.legend(loc="outside upper left", ncols=len(runs))
 
 
 def _loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
@@ -246,10 +256,12 @@ def _bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
             bars, [human_bytes(table[kind]) if kind in table else "" for kind in kinds], padding=3, fontsize=8
         )
     axes.set_yticks(range(len(kinds)), kinds)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
     axes.grid(visible=False, axis="y")
     axes.margins(x=0.15)
-    axes.legend(*(each[::-1] for each in axes.get_legend_handles_labels()), loc="lower right")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=len(tables))
     return _svg(figure)
 
 
@@ -267,7 +279,7 @@ def _gate(gate: dict[str, Any]) -> Markup:
     axes.set_xticks(range(3), ["A", "B", "aggregate"])
     axes.set_ylabel("relative squared error")
     axes.grid(visible=False, axis="x")
-    figure.legend(loc="outside upper center", ncols=len(series))
+    figure.legend(loc="outside upper left", ncols=len(series))
     return _svg(figure)
 
 
@@ -283,8 +295,9 @@ def _sites(result: dict[str, Any], local: dict[str, Any] | None) -> Markup:
         axes.plot(alone, at, "|", color=COLOURS["local"], markersize=10, markeredgewidth=2, label="local only")
     axes.plot(final, at, "o", color=COLOURS["own"], label="final")
     axes.set_yticks(at, [plain(site) for site in table])
+    axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set_xlabel("held-out loss, nats per token")
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper left", ncols=3)
     return _svg(figure)
 
 
@@ -299,7 +312,8 @@ PAGE = """\
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #23272e; --soft: #667; --line: #d5d6da;
   --own: #0b6fa4; --fedavg: #c8641b; --local: #5f8a3c; --central: #8657a6; --good: #2f7d32; --bad: #b3261e }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e4e6ea; --soft: #9aa1ac;
-  --line: #3a404b; --own: #58b4e6; --fedavg: #f0985a; --local: #9cc777; --central: #c39adf; --good: #7fc883; --bad: #f2877f } }
+  --line: #3a404b; --own: #58b4e6; --fedavg: #f0985a; --local: #9cc777; --central: #c39adf; --good: #7fc883;
+  --bad: #f2877f } }
 body { margin: 0 auto; max-width: 1120px; padding: 28px 20px 48px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 26px; margin: 0 } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 6px 0 }
@@ -311,15 +325,19 @@ section, .cards, .two { margin-top: 16px } .two section { margin-top: 0; min-wid
 .two { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)) }
 figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 14px }
-th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
-th { font-weight: 600 } tr > :first-child, .texts td, .texts th { text-align: left } tr.own td { font-weight: 600; color: var(--own) }
+th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line) }
+td { font-variant-numeric: tabular-nums } th { font-weight: 600 }
+tr > :first-child, .texts td, .texts th { text-align: left }
+tr.own td { font-weight: 600; color: var(--own) }
 .yes { color: var(--good) } .no { color: var(--bad) }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace }
-pre i { font-style: normal; color: var(--soft) } summary { cursor: pointer; font-weight: 600 } details pre { margin-top: 10px }
+pre i { font-style: normal; color: var(--soft) } summary { cursor: pointer; font-weight: 600 }
+details pre { margin-top: 10px }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ model }} &middot;
-{% if finished %}{{ rounds }} rounds{% else %}not finished: {{ done }} of {{ rounds }} rounds{% endif %} &middot; {{ folder }}</p>
+{% if finished %}{{ rounds }} rounds{% else %}not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
+&middot; {{ folder }}</p>
 {% if headline %}<div class="cards">{% for each in headline %}
 <div><span class="soft">{{ each.what }}</span><b>{{ each.value }}</b><span class="soft">{{ each.note }}</span></div>
 {% endfor %}</div>{% endif %}
@@ -331,20 +349,21 @@ pre i { font-style: normal; color: var(--soft) } summary { cursor: pointer; font
 {% macro draw(name, heading, words) %}{% if figures[name] %}<section><h2>{{ heading }}</h2><figure>{{ figures[name] }}
 <figcaption>{{ words }}</figcaption></figure></section>{% endif %}{% endmacro %}
 <div class="two">
-{{ draw("rounds", "Loss by round", "Lines: mean training loss of the sites. Points: held-out loss, mean over the sites.") }}
-{{ draw("up", "Loss by bytes sent up", "Set-up included. Lines: training loss. Points: held-out loss.") }}
-{{ draw("both", "Loss by bytes both ways", "Set-up included. Lines: training loss. Points: held-out loss.") }}
-{{ draw("kinds", "Bytes by kind", "Measured on serialised messages, all rounds and sites. Evaluation counts in no ratio.") }}
-{{ draw("gate", "Codec gate", "Errors of the innovation on held-out snapshots; the codec must beat guesses that need no message."
-  ~ " Bars end at 2.5; the dashed line is what sending nothing gives.") }}
-{% if gate %}<section><h2>Verdicts: {% if gate.passed %}<span class="yes">passed</span>{% else %}<span class="no">failed</span>
-{% endif %}</h2><table class="texts">{% for list in verdicts %}<tr><th colspan="2">{{ list.name }}</th></tr>
+{% set words = "Lines: mean training loss of the sites. Points: held-out loss, mean over the sites." %}
+{% set counted = "Set-up included. " if finished else "" %}
+{{ draw("rounds", "Loss by round", words) }}
+{{ draw("up", "Loss by bytes sent up", counted ~ words) }}
+{{ draw("both", "Loss by bytes both ways", counted ~ words) }}
+{{ draw("kinds", "Bytes by kind", "Serialised messages, all rounds and sites. Evaluation counts in no ratio.") }}
+{{ draw("gate", "Codec gate", "Errors of the innovation on held-out snapshots; the codec must beat guesses without"
+  ~ " a message. Bars end at 2.5; the dashed line is what sending nothing gives.") }}
+{% if gate %}<section><h2>Verdict:
+<span class="{{ 'yes' if gate.passed else 'no' }}">{{ "passed" if gate.passed else "failed" }}</span></h2>
+<table class="texts">{% for list in verdicts %}<tr><th colspan="2">{{ list.name }}</th></tr>
 {% for row in list.rows %}<tr><td>{{ row.what }}</td><td class="{{ 'yes' if row.holds else 'no' }}">
 {{ "holds" if row.holds else "fails" }}</td></tr>{% endfor %}{% endfor %}</table>
-<p class="soft">{{ gate.snapshots }} held-out of {{ snapshots }} snapshots. Innovation cosine {{ "%.3f"|format(gate.cosine) }},
-of the aggregate {{ "%.3f"|format(gate.aggregate_cosine) }}; error {{ "%.3f"|format(gate.errors.all) }}, with frames shuffled
-{{ "%.3f"|format(gate.shuffled_error) }}; error of the weights' change {{ "%.3f"|format(gate.product_error) }}; contraction
-{{ "%.3f"|format(gate.contraction) }}; SNR {{ "%.1f"|format(gate.snr_db) }} dB.</p></section>{% endif %}
+<p class="soft">{{ gate.snapshots }} held-out of {{ snapshots }} snapshots. {% for what, value in measures.items() %}
+{{ what }} {{ "%.3f"|format(value) }}{{ ", " if not loop.last else "." }}{% endfor %}</p></section>{% endif %}
 {{ draw("sites", "Held-out loss by site", "From the base model to the final one; lower is better.") }}
 {% if samples %}<section><h2>Samples</h2>{% for each in samples %}
 <p class="soft">Before</p><pre><i>{{ each.prompt }}</i>{{ each.base }}</pre>
@@ -355,8 +374,8 @@ of the aggregate {{ "%.3f"|format(gate.aggregate_cosine) }}; error {{ "%.3f"|for
 <tr><td>{{ each.round }}</td><td>{{ each.site }}</td><td>{{ each.task }}</td><td>{{ each.reason }}</td></tr>{% endfor %}
 </table></div></section>{% endif %}
 <section><details><summary>Configuration</summary><pre>{{ config }}</pre></details></section>
-<p class="soft">{% for name, version in versions.items() %}{{ name }} {{ version }}{{ " &middot; "|safe if not loop.last }}
-{% endfor %}{% if sha256 %}<br>adapter SHA-256 {{ sha256 }}{% endif %}</p>
+<p class="soft">{% for name, version in versions.items() %}{{ name }} {{ version }}
+{{- " &middot; "|safe if not loop.last }}{% endfor %}{% if sha256 %}<br>adapter SHA-256 {{ sha256 }}{% endif %}</p>
 </body></html>
 """
 TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)

@@ -269,8 +269,9 @@ class Run:
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
             "python": platform.python_version(),
         }
-        if self.config.method.name in ("local", "fedavg", "central"):
-            result["heldout"][self.config.method.name] = result["heldout"]["final"]
+        name = self.config.method.name
+        if name in ("local", "central") or (name == "fedavg" and self.config.coding.name == "identity"):
+            result["heldout"][name] = result["heldout"]["final"]
         return result
 
     def _traffic(self) -> dict[str, Any]:

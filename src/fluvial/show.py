@@ -100,7 +100,7 @@ def _table(
 ) -> Table:
     """A table of plain texts; the first `left` columns are set to the left, the others are numbers."""
     table = Table(
-        title=title,
+        title=title or None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -210,7 +210,8 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
 
 RESULT_CAPTION = (
     "Held-out values are means over the sites. Up per site: bytes of all rounds; round ratio: these against "
-    "uncompressed updates. Amortised: all bytes both ways, set-up included, against an uncompressed run of the same rounds."
+    "uncompressed updates. Amortised: all bytes both ways, set-up included, against an uncompressed run of "
+    "the same rounds."
 )
 
 
@@ -316,11 +317,11 @@ def plan_table(planned: dict[str, Any]) -> Group:
         [plain(each["name"]), *(f"{each[key]:,}" for key in ("records", "train", "heldout", "truncated_records"))]
         for each in planned["sites"]
     ]
-    figures = _table(["", ""], [[plain(row["what"]), plain(row["value"])] for row in planned["rows"]], title)
+    figures = _table(["", ""], [[plain(row["what"]), plain(row["value"])] for row in planned["rows"]], "")
     figures.show_header = False
     parts: list[RenderableType] = [
+        Text(title, style="bold"),  # as a table's title it would be wrapped to the table's width
         figures,
-        Text(),
         _table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
     ]
     return Group(*parts, *(Text(f"• {plain(note)}") for note in planned["notes"]))

@@ -153,8 +153,9 @@ class WeightedMean:
     """Weighted mean of named tensors, folded as they arrive; the result does not depend on the order.
 
     Floating-point sums depend on their order, so every product weight * value is first cut, in fp64, into a multiple
-    of 2^-12 and a rest that is a multiple of 2^-64; sums of such parts are exact for 8192 updates at the limit, more
-    below it. Memory is two fp64 copies of one update, whatever the number of sites. With one site the mean is its update, bit for bit (values over 5e-13).
+    of 2^-12 and a rest that is a multiple of 2^-64; sums of such parts are exact (for 8192 updates at the limit, more
+    below it). Memory is two fp64 copies of one update, whatever the number of sites. With one site the mean is its
+    update, bit for bit (values over 5e-13).
     """
 
     _COARSE, _FINE = 2.0**-12, 2.0**-64

@@ -76,14 +76,15 @@ class TrainReport:
     """Mean global gradient norm before clipping."""
 
 
-def token_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy in nats and argmax hits over the labels of `batch` (see `collate`), both scalars."""
+def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (batch * (seq - 1), vocabulary), fp32, and labels (batch * (seq - 1),) of the next tokens of `batch`."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    predicted, labels = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-    kept = labels != IGNORE_INDEX
-    predicted, labels = predicted[kept].float(), labels[kept]
-    loss = nn.functional.cross_entropy(predicted, labels, reduction="sum")
-    return loss, (predicted.argmax(-1) == labels).sum()
+    return logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX` (see `predictions`)."""
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -184,7 +185,7 @@ def _backward(
         reseed_dropout(model, derive(dropout_seed, number))
         autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
         with autocast:
-            loss, _ = token_loss(model, collate(batch[start : start + size], pad_token_id, device))
+            loss = summed_loss(*predictions(model, collate(batch[start : start + size], pad_token_id, device)))
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
     return total / tokens

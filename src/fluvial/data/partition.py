@@ -1,6 +1,8 @@
 """How one data set becomes many sites. The splitting itself is flwr-datasets'."""
 
 import warnings
+from contextlib import redirect_stderr
+from io import StringIO
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,7 +86,8 @@ def split(dataset: Any, partition: Natural | Iid | Dirichlet | Shards, seed: int
         )
     chosen.dataset = dataset
     try:
-        with warnings.catch_warnings():
+        # Its natural partitioner draws a progress bar of its own into standard error.
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.filterwarnings("ignore", message="The specified min_partition_size")  # it tries again, then raises
             warnings.filterwarnings("ignore", category=FutureWarning, module="pyarrow")
             parts = [chosen.load_partition(number) for number in range(chosen.num_partitions)]

@@ -176,8 +176,11 @@ def _chat(name: str, messages: list[dict[str, str]], tokenizer: Any, loss_on: st
     for turn, message in enumerate(messages):
         if loss_on == "all" or message["role"] != "assistant":
             continue
-        start = _render(name, messages[:turn], tokenizer, add_generation_prompt=True)
         end = _render(name, messages[: turn + 1], tokenizer)
+        if turn == 0:  # there is no conversation before it to render, so its header ends where its content begins
+            start = end[: max(0, end.find(message["content"].strip()))]
+        else:
+            start = _render(name, messages[:turn], tokenizer, add_generation_prompt=True)
         if not (rendered.startswith(end) and end.startswith(start)):
             raise ConfigError(
                 f"{name}: the tokenizer's chat template renders turn {turn + 1} differently inside the whole "
@@ -199,9 +202,7 @@ def _chat(name: str, messages: list[dict[str, str]], tokenizer: Any, loss_on: st
 
 def _render(name: str, messages: list[dict[str, str]], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:  # templates refuse what they cannot show, such as two user turns in a row
         raise ConfigError(f"{name}: the tokenizer's chat template refuses the conversation: {error}") from error
     return text

@@ -68,6 +68,8 @@ class DataConfig(BaseModel):
                 raise ValueError(
                     f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split"
                 )
+        if self.heldout_split == self.split and self.heldout_source in (None, self.source):
+            raise ValueError(f"heldout_split={self.heldout_split!r}: these are the records to train on; name others")
         if "heldout_share" in touched and (self.heldout_source or self.heldout_split):
             raise ValueError("heldout_share: without effect beside heldout_source or heldout_split; remove one")
         return self
@@ -192,9 +194,7 @@ def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
     """Train and held-out `datasets.Dataset` of each site."""
     draw = derive(seed, "partition") % 2**32
     if isinstance(config.partition, Files):
-        train = {
-            path.stem: _open(str(path), config.split, "data.source") for path in _files(config.source, "data.source")
-        }
+        train = _open_each(config.source, config.split, "data.source")
     else:
         dataset = _open(config.source, config.split, "data.source")
         _check_columns(config, dataset.column_names)
@@ -202,10 +202,17 @@ def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
     heldout: dict[str, Any] = {}
     if config.heldout_source or config.heldout_split:
         source = config.heldout_source or config.source
+        if (
+            config.heldout_split
+            and _is_local(source)
+            and not (Path(source).expanduser() / "dataset_dict.json").exists()
+        ):
+            raise ConfigError(
+                f"data.heldout_split={config.heldout_split!r}: {source!r} has no splits; name the file or folder with "
+                "the held-out records in data.heldout_source"
+            )
         if isinstance(config.partition, Files):
-            heldout = {
-                path.stem: _open(str(path), config.split, "data") for path in _files(source, "data.heldout_source")
-            }
+            heldout = _open_each(source, config.split, "data.heldout_source")
         else:
             apart = _open(source, config.heldout_split or config.split, "data.heldout_source")
             same = config.partition
@@ -248,12 +255,27 @@ def _files(source: str, where: str) -> list[Path]:
     return files
 
 
+def _open_each(source: str, wanted: str, where: str) -> dict[str, Any]:
+    """One `datasets.Dataset` for each file of a folder, by the file's name."""
+    opened: dict[str, Any] = {}
+    for path in _files(source, where):
+        if path.stem in opened:
+            raise ConfigError(f"{where}: {source!r} holds two files for site {path.stem!r}; rename one or join them")
+        opened[path.stem] = _open(str(path), wanted, where)
+    return opened
+
+
+def _is_local(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.exists() or source.startswith((".", "/", "~")) or path.suffix in LOADERS
+
+
 def _open(source: str, wanted: str, where: str) -> Any:
     """One `datasets.Dataset`; raises `ConfigError` naming the setting."""
     import datasets
 
+    datasets.disable_progress_bars()  # the command line shows its own
     path = Path(source).expanduser()
-    local = path.exists() or source.startswith((".", "/", "~")) or path.suffix in LOADERS
     try:
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
             saved = datasets.load_from_disk(str(path))
@@ -262,7 +284,7 @@ def _open(source: str, wanted: str, where: str) -> Any:
                     raise ConfigError(f"{where}: {source!r} has the splits {', '.join(saved)}, not {wanted!r}")
                 saved = saved[wanted]
             return saved
-        if local:
+        if _is_local(source):
             files = _files(source, where)
             kinds = {LOADERS.get(file.suffix) for file in files}
             if len(kinds) != 1 or None in kinds:

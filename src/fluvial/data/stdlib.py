@@ -17,7 +17,7 @@ from fluvial.errors import ConfigError
 # A name is a module (`tarfile.py`) or a package (`email/`); what a Python version lacks is passed over, as long as
 # the site keeps MIN_CHARS of text.
 SITES: dict[str, tuple[str, ...]] = {
-    "archives": ("tarfile", "zipfile", "zipimport", "gzip", "bz2", "lzma", "shutil"),
+    "archives": ("tarfile", "zipfile", "gzip", "bz2", "lzma", "shutil"),
     "asyncio": ("asyncio",),
     "email": ("email", "mailbox", "quopri"),
     "numbers": ("_pydecimal", "statistics", "fractions", "numbers", "random", "heapq", "colorsys"),
@@ -32,7 +32,7 @@ PUBLIC: tuple[str, ...] = (
     "calendar", "contextlib", "string", "textwrap", "traceback", "tempfile", "selectors", "socket", "queue",
 )  # fmt: skip
 PRETRAIN: tuple[str, ...] = (
-    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "json", "collections", "re",
+    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "zipimport", "json", "collections", "re",
     "ctypes", "curses", "zoneinfo", "tomllib", "venv", "dbm", "sqlite3", "pydoc", "pydoc_data", "pickle",
     "pickletools", "difflib", "pdb", "bdb", "locale", "optparse", "os", "codecs", "cgi", "aifc", "smtpd", "sysconfig",
     "ntpath", "posixpath", "_collections_abc", "pstats", "trace", "dis", "_strptime", "webbrowser", "pkgutil", "pprint",

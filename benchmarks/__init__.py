@@ -1,0 +1,1 @@
+"""What this package costs and what its codecs carry, measured: `python -m benchmarks.NAME [--quick] [--out FILE]`."""
