@@ -39,6 +39,7 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.__exit__()
             raise CheckpointError(
                 f"{self.path} is in use by another run; wait for it, or choose another folder with --out"
             ) from None

@@ -155,7 +155,9 @@ def evaluate(
             seed=settings.seed,
             base=base,
         )
-    _print(measured, format, _evaluation_tables)
+    from fluvial.evaluation_tables import evaluation_tables
+
+    _print(measured, format, evaluation_tables)
 
 
 @app.command("show")
@@ -186,16 +188,16 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
 
 def _evaluation_settings(table: dict[str, Any], data: Path | None, overrides: list[str]) -> "RunConfig":
     """A configuration from what an adapter's folder tells and what --set adds; refuses what has no effect here."""
-    from fluvial.config import _merge, _override, parse
+    from fluvial.config import merge, override, parse
     from fluvial.evaluate import whole_file
 
     changes: dict[str, Any] = {}
     for line in overrides:
-        changes = _merge(changes, _override(line))
+        changes = merge(changes, override(line))
     known = {"seed", "model.", "evaluate.max_new_tokens"}
     if data is not None:
         known |= {f"data.{key}" for key in ("form", "columns", "max_length", "packing", "loss_on", "max_heldout")}
-        table = _merge(table, {"data": whole_file(data)})
+        table = merge(table, {"data": whole_file(data)})
     else:
         table = {**table, "data": {}}
     for key, value in changes.items():
@@ -205,85 +207,7 @@ def _evaluation_settings(table: dict[str, Any], data: Path | None, overrides: li
                     f"--set {name}: without effect on {'this' if data else 'a'} evaluation"
                     f"{'' if data else ' without --data'}; known here: {', '.join(sorted(known))}"
                 )
-    return parse(_merge(table, changes), "--set")
-
-
-def _evaluation_tables(found: dict[str, Any]) -> Any:
-    """One table for the records, one for the questions, one for their subjects."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from fluvial.show import plain
-
-    parts: list[Any] = [Text(plain(f"{found['adapter']} on {found['base_model']}"), style="bold")]
-    if "data" in found:
-        parts.append(_record_table(found["data"]))
-    if "choices" in found:
-        parts += _choice_tables(found["choices"])
-    return Group(*parts)
-
-
-def _record_table(data: dict[str, Any]) -> Any:
-    models = [name for name in ("base", "adapter") if name in data]
-    labels = {
-        "loss": "loss, nats per token",
-        "perplexity": "perplexity",
-        "accuracy": "next-token accuracy",
-        "exact_match": "exact match of greedy answers",
-    }
-    rows = [[labels[key], *(f"{data[model][key]:.4f}" for model in models)] for key in data["adapter"]]
-    notes = [f"{data['records']} records", f"{data['label_tokens']:,} label tokens"]
-    notes += [f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"]
-    if data["questions_too_long"]:
-        notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]
-    return _columns(data["source"], ["", *models], rows, notes)
-
-
-def _choice_tables(asked: dict[str, Any]) -> list[Any]:
-    models = [name for name in ("base", "adapter") if name in asked]
-    spans = {model: asked[model]["interval"] for model in models}
-    rows = [
-        ["accuracy", *(f"{asked[model]['accuracy']:.4f}" for model in models)],
-        ["95 % interval", *(f"{low:.4f} to {high:.4f}" for low, high in spans.values())],
-        ["standard error", *(f"{asked[model]['standard_error']:.4f}" for model in models)],
-    ]
-    notes = [f"{asked['questions']} questions by {asked['scoring']}", f"{asked['shots']} shots"]
-    notes += [f"chance {asked['chance']:.2f}"]
-    if "difference" in asked:
-        span = asked["difference"]["interval"]
-        known = f"95 %: {span[0]:+.4f} to {span[1]:+.4f}" if span else "the same for every question"
-        notes += [f"difference {asked['difference']['accuracy']:+.4f} ({known})"]
-    losses = {
-        "short_of_shots": "questions with fewer examples than asked for",
-        "dropped_shots": "examples dropped to fit the context",
-        "cut_questions": "prompts cut on the left to fit the context",
-    }
-    notes += [f"{asked[key]} {what}" for key, what in losses.items() if asked[key]]
-    subjects = [
-        [subject or "-", str(row["questions"]), *(f"{row[model]:.4f}" for model in models)]
-        for subject, row in asked["by_subject"].items()
-    ]
-    return [
-        _columns(asked["source"], ["", *models], rows, notes),
-        _columns("By subject", ["subject", "questions", *models], subjects, []),
-    ]
-
-
-def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list[str]) -> Any:
-    """A table whose first column is text and whose others are numbers."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from fluvial.show import plain
-
-    table = Table(title=Text(plain(title)), title_justify="left", box=box.SIMPLE_HEAD, caption="; ".join(notes) or None)
-    table.caption_justify = "left"
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
-    return table
+    return parse(merge(table, changes), "--set")
 
 
 def _print(content: dict[str, Any], format: str, table: Any) -> None:

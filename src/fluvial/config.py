@@ -99,7 +99,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for line in overrides:
-        table = _merge(table, _override(line))
+        table = merge(table, override(line))
     return parse(table, str(path))
 
 
@@ -126,7 +126,8 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", json.dumps(value)
 
 
-def _override(line: str) -> dict[str, Any]:
+def override(line: str) -> dict[str, Any]:
+    """The table that one line of TOML stands for; raises `ConfigError`."""
     try:
         return tomllib.loads(line)
     except tomllib.TOMLDecodeError as error:
@@ -139,14 +140,14 @@ TAGS = ("name", "by")
 """Keys that choose what the rest of their table may hold."""
 
 
-def _merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`change` over `table`, key by key; another method, codec or partition takes the place of the whole table."""
     if any(tag in change and tag in table and change[tag] != table[tag] for tag in TAGS):
         return change
     merged = dict(table)
     for key, value in change.items():
         old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
 
 

@@ -25,7 +25,7 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = STDLIB
-    """"stdlib", a file (jsonl, json, csv, parquet, txt) or a folder of such files, a folder of `save_to_disk`, a hub id."""
+    """"stdlib", a file (jsonl, json, csv, parquet, txt) or a folder of them, a `save_to_disk` folder, a hub id."""
     split: str = "train"
     """Split of a hub id or of a saved `DatasetDict`."""
     heldout_source: str | None = None

@@ -169,7 +169,7 @@ def explain(report: GateReport, codec: str) -> str:
         f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out snapshots "
         + "; ".join(report.failed)
         + f". (innovation cosine {report.cosine:.3f}, relative error {report.errors.all:.3f}, where sending nothing "
-        "gives 1.) Choose another codec, such as codec.name='linear', or set method.gate='report' to run it all the same."
+        "gives 1.) Choose another codec, such as codec.name='linear', or set method.gate='report' to run it anyway."
     )
 
 
