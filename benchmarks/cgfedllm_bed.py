@@ -3,8 +3,9 @@
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -228,14 +229,54 @@ def outcome(resolved: RunConfig) -> Row:
     }
 
 
-def outcomes(runs: Sequence[RunConfig]) -> list[Row]:
-    """`outcome` of each run, as many at a time as there are cores, each in a process of one thread.
+def gate_rows(
+    corpus: str,
+    size: Size,
+    codecs: Sequence[Table],
+    *,
+    source: Source = "sites",
+    representation: Representation = "delta",
+    rank: int = 8,
+) -> list[Row]:
+    """Each codec fitted to the earlier snapshots of `corpus` and measured on the later ones."""
+    found = ensemble(corpus, size, source, rank=rank)
+    rows = []
+    for table in codecs:
+        row: Row = {"corpus": corpus, "codec": label(table), "rank": rank, "representation": representation}
+        since = time.perf_counter()
+        try:
+            codec = fitted(table, found.layout, found.training, representation)
+        except FluvialError as error:
+            rows.append({**row, "stopped": f"{error}"[:200]})
+            continue
+        fit_s = time.perf_counter() - since
+        report = gate.measure(codec, found.training, found.heldout, representation)
+        rows.append({**row, **gate_row(report), "fit_s": fit_s})
+    return rows
+
+
+def label(table: Table) -> str:
+    """A codec's settings in a few characters."""
+    name: str = table["name"]
+    if name == "resnet":
+        name += f", 1/{2 ** table.get('stages', 6)}, {table['iterations']} it."
+        name += f", {table['normalise']}" if "normalise" in table else ""
+    elif "rate" in table:
+        name += f", 1/{table['rate']}"
+    elif name == "half_sign":
+        name += ", 1/64"
+    return name + (" + EF" if table.get("error_feedback") else "")
+
+
+@contextmanager
+def workers() -> Iterator[ProcessPoolExecutor]:
+    """As many processes of one thread as there are cores.
 
     Two sites in threads of one process share its interpreter, which small models keep busier than the tensors.
     """
     cores = os.cpu_count() or 1
     with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        return list(pool.map(outcome, runs))
+        yield pool
 
 
 def _one_thread() -> None:

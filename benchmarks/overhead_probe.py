@@ -122,8 +122,8 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     return {
         "round_s": seconds,
         "checkpoint_s": saving,
-        "bytes_up": fleet.meter.total("up", ["train"]) // (sites * number),
-        "bytes_down": fleet.meter.total("down", ["train"]) // (sites * number),
+        "bytes_up": fleet.meter.totals["up", "train"] // (sites * number),
+        "bytes_down": fleet.meter.totals["down", "train"] // (sites * number),
         "rss_before_bytes": before,
         "peak_rss_bytes": peak_rss_bytes(),
     }

@@ -83,14 +83,15 @@ def machine(started: Sequence[float]) -> dict[str, Any]:
 
 def show(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
     """A table of `rows` on the screen; `columns` is key to heading."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240
     table = Table(title=title, title_justify="left")
     for key, heading in columns.items():
         words = any(isinstance(row.get(key), str) for row in rows)
-        table.add_column(heading, justify="left" if words else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
-    console = Console()
-    console.width = max(console.width, 160) if not console.is_terminal else console.width
     console.print(table, markup=False)
 
 

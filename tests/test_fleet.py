@@ -163,18 +163,18 @@ def test_bytes_are_those_of_the_messages() -> None:
     metered = Metered(fleet(echo))
     replies = ask(metered, message)
     down, up = len(message.to_bytes()), {name: len(reply.to_bytes()) for name, reply in replies.items()}
-    assert metered.meter.total("down", ["work"]) == 4 * down
-    assert metered.meter.total("up", ["work"]) == sum(up.values())
+    assert metered.meter.totals["down", "work"] == 4 * down
+    assert metered.meter.totals["up", "work"] == sum(up.values())
     by_site = metered.meter.close_round()
     assert by_site["a"] == {("down", "work"): down, ("up", "work"): up["a"]}
     assert metered.meter.close_round() == {}
-    assert metered.meter.total("down", ["work"]) == 4 * down
+    assert metered.meter.totals["down", "work"] == 4 * down
 
 
 def test_messages_to_failed_sites_are_counted_too() -> None:
     metered = Metered(fleet(fail_at("b"), FleetConfig(on_failure="skip", quorum=0.5)))
     ask(metered)
-    assert metered.meter.total("down", ["work"]) == 4 * len(Payload().to_bytes())
+    assert metered.meter.totals["down", "work"] == 4 * len(Payload().to_bytes())
 
 
 def test_sampling_is_shepherds() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fluvial.errors import CheckpointError, WireError
-from fluvial.payload import Limits, Payload
+from fluvial.payload import OWN_FILES, Payload
 from fluvial.sites import StateStore, write_atomically
 
 KEPT = 2
@@ -107,7 +107,7 @@ class RunFolder:
             return None
         path = self._checkpoint(max(rounds))
         try:
-            return max(rounds), Payload.from_bytes(path.read_bytes(), Limits(max_bytes=2**40, max_header_bytes=2**26))
+            return max(rounds), Payload.from_bytes(path.read_bytes(), OWN_FILES)
         except WireError as error:
             raise CheckpointError(
                 f"{path} is damaged: {error}. Remove it to go on from the checkpoint before"

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -97,12 +97,12 @@ class Fleet(Protocol):
 
 
 def sample(sites: Sequence[str], fraction: float, *, seed: int, round: int) -> list[str]:
-    """The cohort of a round: max(int(fraction * N), 1) sites without replacement.
+    """The cohort of a round, counted from 1: max(int(fraction * N), 1) sites without replacement.
 
-    `numpy.random.RandomState(seed + round)`, as in Shepherd, whose seed is the round number.
+    `numpy.random.RandomState(seed + round - 1)`; with seed 0 these are Shepherd's, which counts from 0.
     """
     count = max(int(fraction * len(sites)), 1)
-    chosen = np.random.RandomState((seed + round) % 2**32).choice(len(sites), count, replace=False)
+    chosen = np.random.RandomState((seed + round - 1) % 2**32).choice(len(sites), count, replace=False)
     return [sites[index] for index in sorted(chosen)]
 
 
@@ -237,10 +237,6 @@ class Meter:
         """Add one message."""
         for table in (self.totals, self.current.setdefault(site, {})):
             table[kind] = table.get(kind, 0) + size
-
-    def total(self, direction: str, tasks: Collection[str]) -> int:
-        """Bytes of all sites and rounds."""
-        return sum(size for (way, task), size in self.totals.items() if way == direction and task in tasks)
 
     def close_round(self) -> dict[str, dict[Kind, int]]:
         """Bytes by site since the last call; only the totals are kept, so memory does not grow with rounds."""

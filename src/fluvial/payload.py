@@ -50,6 +50,10 @@ class Limits:
     max_dims: int = 8
 
 
+OWN_FILES = Limits(max_bytes=2**40, max_header_bytes=2**26)
+"""For files that this installation wrote itself."""
+
+
 @dataclass(frozen=True)
 class Payload:
     """Named tensors and plain values (JSON types; floats are finite)."""

@@ -12,6 +12,7 @@ from fluvial.data import IGNORE_INDEX, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes
 from fluvial.run import check_settings
+from fluvial.sites import part
 from fluvial.tensors import Layout
 
 OPTIMIZER_BYTES = 16
@@ -44,13 +45,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 "truncated_records": data.truncated_records,
             }
         )
-    frame = frame_size(config, layout) if config.entry.coded else 0
+    trained = part(layout, getattr(config.method, "factors", "A and B"))
+    frame = frame_size(config, trained) if config.entry.coded else 0
     down = len(Identity.of(layout).encode({name: torch.zeros(shape) for name, shape in layout.shapes}))
     cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
     width = getattr(torch, config.model.dtype).itemsize
     rows = [
         ("base parameters", f"{parameters:,}"),
-        ("trained parameters", f"{layout.numel:,} ({layout.numel / parameters:.2%})"),
+        ("trained parameters", f"{trained.numel:,} ({trained.numel / parameters:.2%})"),
         ("sites in a round", f"{cohort} of {len(sites)}"),
         ("optimizer steps of a site in a round", f"{steps}, {config.train.logical_batch} sequences each"),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
@@ -58,13 +60,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
         ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites"),
         ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else "none"),
         ("base in memory", f"{parameters * width:,} B"),
-        ("adapter and optimizer in memory", f"{layout.numel * OPTIMIZER_BYTES:,} B"),
+        ("adapter and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
     ]
     return {
         "model": {
             "name": config.model.name_or_path,
             "parameters": parameters,
-            "trainable": layout.numel,
+            "trainable": trained.numel,
             "targets": list(config.lora.target_modules),
         },
         "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},

@@ -19,7 +19,7 @@ from fluvial.config import RunConfig, difference
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.evaluate import Heldout, check_effect
-from fluvial.fleet import LocalFleet, Metered
+from fluvial.fleet import Kind, LocalFleet, Metered
 from fluvial.methods import Context
 from fluvial.models import Workbench
 from fluvial.payload import Payload, Value
@@ -29,8 +29,8 @@ from fluvial.train import TrainConfig
 
 logger = logging.getLogger(__name__)
 
-ROUND_TASKS = ("train",)
-"""Messages that a round needs; everything else but `evaluate` is set-up."""
+MEASURING = "evaluate"
+"""The task whose bytes are counted apart: they measure the method and are no part of it."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     stored = folder.read_json("config.json")
     stored.pop("fluvial", None)
     # How many sites work at a time changes nothing in the result, so it may change between start and resume.
-    other = [key for key in difference(config.resolved(), stored) if not key.startswith("fleet.")]
+    other = [key for key in difference(config.resolved(), stored) if key != "fleet.workers"]
     if other:
         raise CheckpointError(
             f"{folder.path} was started with another configuration (differs in {', '.join(other[:5])}); "
@@ -114,6 +114,7 @@ class Run:
         self.fleet = Metered(LocalFleet(self.texts.names, self._open_site, tasks, config.fleet))
         self.trained = 0
         self.setup: dict[str, Any] = {}
+        self.setup_bytes: dict[Kind, int] = {}
         self._wall_s, self._since = 0.0, time.perf_counter()
 
     def events(self) -> Iterator[Event]:
@@ -126,6 +127,8 @@ class Run:
         done = self._restore()
         if done < 0:
             self.setup = self.server.setup(self.fleet)
+            self.setup_bytes = dict(self.fleet.meter.totals)
+            self.fleet.meter.close_round()
             self._save(0)
             done = 0
             yield Event(name, "setup", self.setup)
@@ -149,8 +152,8 @@ class Run:
             "round": number,
             **metrics,
             "seconds": time.perf_counter() - started,
-            "bytes_up": _bytes(by_site, "up", ROUND_TASKS),
-            "bytes_down": _bytes(by_site, "down", ROUND_TASKS),
+            "bytes_up": _bytes(by_site, "up"),
+            "bytes_down": _bytes(by_site, "down"),
             "bytes": {site: {f"{way} {task}": n for (way, task), n in row.items()} for site, row in by_site.items()},
             "missing": [
                 {
@@ -196,7 +199,8 @@ class Run:
             "setup": self.setup,
             "trained": self.trained,
             "wall_s": self._elapsed(),
-            "meter": [[way, task, size] for (way, task), size in self.fleet.meter.totals.items()],
+            "meter": _listed(self.fleet.meter.totals),
+            "setup_meter": _listed(self.setup_bytes),
         }
         self.folder.save(round, Payload(state.tensors, values))
 
@@ -212,6 +216,7 @@ class Run:
         self.setup, self.trained = checkpoint.value("setup", dict), checkpoint.value("trained", int)
         self._wall_s = checkpoint.value("wall_s", float)
         self.fleet.meter.totals = {(way, task): size for way, task, size in checkpoint.value("meter", list)}
+        self.setup_bytes = {(way, task): size for way, task, size in checkpoint.value("setup_meter", list)}
         return round
 
     def _elapsed(self) -> float:
@@ -276,10 +281,9 @@ class Run:
 
     def _traffic(self) -> dict[str, Any]:
         """Bytes as sent, and their ratios to an uncompressed run of the same rounds and cohorts."""
-        meter, raw = self.fleet.meter, self.bench.layout.raw_bytes * self.trained
-        up, down = meter.total("up", ROUND_TASKS), meter.total("down", ROUND_TASKS)
-        others = {task for _, task in meter.totals} - {*ROUND_TASKS, "evaluate"}
-        setup_up, setup_down = meter.total("up", others), meter.total("down", others)
+        totals, raw = self.fleet.meter.totals, self.bench.layout.raw_bytes * self.trained
+        setup_up, setup_down = (_directed(self.setup_bytes, way) for way in ("up", "down"))
+        up, down = _directed(totals, "up") - setup_up, _directed(totals, "down") - setup_down
         sends = self.config.entry.coded
         return {
             "bytes": {
@@ -288,8 +292,8 @@ class Run:
                 "setup": setup_up + setup_down,
                 "setup_up": setup_up,
                 "up_raw": raw if sends else 0,
-                "evaluate": meter.total("up", ["evaluate"]) + meter.total("down", ["evaluate"]),
-                "by_kind": {f"{way} {task}": size for (way, task), size in sorted(meter.totals.items())},
+                "evaluate": sum(size for (_, task), size in totals.items() if task == MEASURING),
+                "by_kind": {f"{way} {task}": size for (way, task), size in sorted(totals.items())},
             },
             "round_ratio": up / raw if sends else None,
             "amortised_ratio": (up + down + setup_up + setup_down) / (2 * raw) if sends else None,
@@ -344,8 +348,17 @@ def _mean(table: dict[str, Any]) -> dict[str, float]:
     return {key: sum(row[key] for row in table.values()) / len(table) for key in keys}
 
 
-def _bytes(by_site: dict[str, Any], direction: str, tasks: tuple[str, ...]) -> int:
-    return sum(n for row in by_site.values() for (way, task), n in row.items() if way == direction and task in tasks)
+def _listed(table: dict[Kind, int]) -> list[Value]:
+    return [[way, task, size] for (way, task), size in table.items()]
+
+
+def _bytes(by_site: dict[str, dict[Kind, int]], direction: str) -> int:
+    return sum(_directed(row, direction) for row in by_site.values())
+
+
+def _directed(table: dict[Kind, int], direction: str) -> int:
+    """Bytes of one direction, without those of measuring."""
+    return sum(size for (way, task), size in table.items() if way == direction and task != MEASURING)
 
 
 def peak_rss_bytes() -> int:

@@ -14,7 +14,7 @@ from fluvial.data import Example, SiteData
 from fluvial.errors import CheckpointError, ConfigError, WireError
 from fluvial.evaluate import Heldout, exact_match, heldout
 from fluvial.models import Workbench, initial_adapter, read_adapter
-from fluvial.payload import Payload, frame_payload, payload_frame
+from fluvial.payload import OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.seeds import derive, generator
 from fluvial.tensors import Layout, Named, add, energy, factor, only, scale, subtract
 from fluvial.train import TrainConfig, TrainReport, train
@@ -40,7 +40,7 @@ class StateStore:
         if not versions:
             return Payload()
         newest = versions[max(versions)]
-        return Payload.from_bytes(self._memory[newest] if self.folder is None else newest.read_bytes())
+        return Payload.from_bytes(self._memory[newest] if self.folder is None else newest.read_bytes(), OWN_FILES)
 
     def write(self, site: str, slot: str, payload: Payload, round: int) -> None:
         """Add a version, atomically; drop all but the newest of the versions before it."""

@@ -84,6 +84,8 @@ def split(dataset: Any, partition: Natural | Iid | Dirichlet | Shards, seed: int
         chosen = flower.ShardPartitioner(
             partition.sites, partition.column, num_shards_per_partition=partition.shards_per_site, seed=seed
         )
+    if not isinstance(partition, Natural) and partition.sites > len(dataset):
+        raise ConfigError(f"data.partition.sites={partition.sites}: there are only {len(dataset)} records")
     chosen.dataset = dataset
     try:
         # Its natural partitioner draws a progress bar of its own into standard error.

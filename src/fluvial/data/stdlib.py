@@ -32,8 +32,8 @@ PUBLIC: tuple[str, ...] = (
     "calendar", "contextlib", "string", "textwrap", "traceback", "tempfile", "selectors", "socket", "queue",
 )  # fmt: skip
 PRETRAIN: tuple[str, ...] = (
-    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "json",
-    "collections", "re", "ctypes", "curses", "zoneinfo", "tomllib", "venv", "dbm", "sqlite3", "pydoc", "pydoc_data", "pickle",
+    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "json", "collections", "re",
+    "ctypes", "curses", "zoneinfo", "tomllib", "venv", "dbm", "sqlite3", "pydoc", "pydoc_data", "pickle",
     "pickletools", "difflib", "pdb", "bdb", "locale", "optparse", "os", "codecs", "cgi", "aifc", "smtpd", "sysconfig",
     "ntpath", "posixpath", "_collections_abc", "pstats", "trace", "dis", "_strptime", "webbrowser", "pkgutil", "pprint",
     "modulefinder", "telnetlib", "profile", "mimetypes", "nntplib", "_pyio", "tokenize", "copy", "copyreg", "shelve",

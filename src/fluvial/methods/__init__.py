@@ -1,4 +1,4 @@
-"""The methods. One line here and a file beside make a new one."""
+"""The methods. A file beside, and here its import, its entry and its config, make a new one."""
 
 from typing import Annotated
 

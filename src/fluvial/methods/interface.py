@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -34,7 +33,8 @@ class Context:
 
 
 Metrics = dict[str, Any]
-"""Plain values of one round; at least `loss`, the mean training loss of the sites, nats per label token."""
+"""Plain values of one round: at least `loss`, the mean training loss of the sites in nats per label token, and `sites`,
+how many of them answered."""
 
 
 class Server(Protocol):

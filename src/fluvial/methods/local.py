@@ -27,7 +27,7 @@ class LocalConfig(BaseModel):
 class LocalServer:
     """Keeps time and nothing else."""
 
-    def __init__(self, config: LocalConfig, context: Context) -> None:  # noqa: ARG002
+    def __init__(self, config: LocalConfig, context: Context) -> None:
         pass
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
