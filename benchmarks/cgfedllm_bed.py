@@ -17,6 +17,7 @@ from fluvial.checkpoint import RunFolder
 from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.config import RunConfig, parse
+from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
 from fluvial.methods.cgfedllm import gate, tgap
 from fluvial.methods.cgfedllm.gate import GateReport, Representation
@@ -140,7 +141,7 @@ def ensemble(
     settings = tgap.TgapConfig.model_validate(wanted)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:
         bench = Workbench(resolved.model, resolved.lora)
-        run = Run(resolved, place, bench)
+        run = Run(resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed))
         fleet = run.fleet if source == "sites" else tgap.simulated_fleet(settings, run.context, resolved.method)
         snapshots = tgap.collect(settings, fleet, bench.layout, seed)
     training, heldout = tgap.split_by_time(snapshots, settings.holdout)

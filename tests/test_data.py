@@ -353,9 +353,9 @@ def save(kind: str, folder: Path, dataset: Any) -> Path:
     return path
 
 
-def texts(source: Path | str, tokenizer: Any, *, seed: int = 0, pooled: bool = False, **changes: Any) -> SiteTexts:
+def texts(source: Path | str, tokenizer: Any, *, seed: int = 0, **changes: Any) -> SiteTexts:
     settings: dict[str, Any] = {"source": str(source), "partition": {"by": "iid", "sites": 2}}
-    return SiteTexts(DataConfig(**(settings | changes)), tokenizer, seed=seed, pooled=pooled)
+    return SiteTexts(DataConfig(**(settings | changes)), tokenizer, seed=seed)
 
 
 def found(sites: SiteTexts, tokenizer: Any) -> Counter[str]:
@@ -502,10 +502,11 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path, tokenizer: Any)
 
 def test_pooled_is_one_site_with_everybodys_data(tmp_path: Path, tokenizer: Any) -> None:
     source = save("jsonl", tmp_path, table())
-    apart, pooled = texts(source, tokenizer), texts(source, tokenizer, pooled=True)
-    assert pooled.names == (POOLED,)
-    assert found(pooled, tokenizer) == found(apart, tokenizer)
-    assert pooled.load(POOLED).heldout == [e for name in apart.names for e in apart.load(name).heldout]
+    sites = texts(source, tokenizer)
+    pooled = sites.load(POOLED)
+    assert pooled.train == [example for name in sites.names for example in sites.load(name).train]
+    assert pooled.heldout == [example for name in sites.names for example in sites.load(name).heldout]
+    assert POOLED not in sites.names
 
 
 def test_public_text_comes_from_its_own_source(tmp_path: Path, tokenizer: Any) -> None:

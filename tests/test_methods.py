@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fluvial.checkpoint import RunFolder
 from fluvial.config import parse
+from fluvial.data import SiteTexts
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.models import Workbench
 from fluvial.payload import Payload
@@ -44,7 +45,7 @@ def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> N
     config = parse(table, "test")
     bench = Workbench(config.model, config.lora)
     with RunFolder(tmp_path / "a") as folder:
-        run = Run(config, folder, bench)
+        run = Run(config, folder, bench, SiteTexts(config.data, bench.tokenizer, seed=config.seed))
         for event in run.events():
             if event.kind == "round":
                 break

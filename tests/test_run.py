@@ -346,3 +346,24 @@ def test_a_mistake_is_one_message_and_exit_code_1(
 def test_adapters_of_two_seeds_differ(run_config: dict[str, Any], tmp_path: Path) -> None:
     first, second = (adapter_of(run_table(run_config | {"seed": seed}, tmp_path / str(seed))) for seed in (1, 2))
     assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_global_adapter_is_measured_on_the_way(run_config: dict[str, Any], tmp_path: Path) -> None:
+    result = run_table(run_config | {"evaluate": {"every": 1, "sample_tokens": 2}}, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["heldout_loss"] > 0 for line in lines)
+    assert result["bytes"]["evaluate"] > 0
+    assert result["bytes"]["up"] == sum(line["bytes_up"] for line in lines)  # measuring is counted apart
+
+
+def test_exact_match_of_answers_is_reported(run_config: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    lines = [{"client": "ab"[n % 2], "prompt": f"{n % 5} + 1 =", "completion": f" {n % 5 + 1}"} for n in range(40)]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    data = {"source": str(path), "max_length": 32, "partition": {"by": "column", "column": "client"}}
+    train = run_config["train"] | {"max_steps": 30, "learning_rate": 3e-2}
+    table = run_config | {"data": data, "train": train, "evaluate": {"max_new_tokens": 3, "sample_tokens": 2}}
+    result = run_table(table, tmp_path / "run")
+    for row in result["heldout_by_site"].values():
+        assert 0 <= row["base"]["exact_match"] <= row["final"]["exact_match"] <= 1
+    assert result["samples"][0]["prompt"].endswith("+ 1 =")

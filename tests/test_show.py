@@ -212,10 +212,10 @@ def test_setup_lines_tell_both_verdicts() -> None:
 
 def test_tables_of_a_finished_run(finished: Path) -> None:
     words = text_of(show.run_tables(show.read_run(finished)))
-    rows = {line.split("  ")[1].strip(): line.split() for line in words.splitlines() if line.startswith("  ")}
+    rows = {line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()}
     assert rows["base model, untuned"][-6:] == ["3.3241", "30.12", "%", "-", "-", "-"]
     assert rows["local only"][-7:] == ["3.2871", "30.77", "%", "36", "B", "-", "-"]
-    assert rows["federated, uncompressed (fedavg)"][-7:] == ["3.2011", "31.99", "%", "525", "kB", "1.002", "1.001"]
+    assert rows["federated, uncompressed"][-7:] == ["3.2011", "31.99", "%", "525", "kB", "1.002", "1.001"]
     assert rows["federated, cgfedllm + linear"][-7:] == ["3.2345", "31.55", "%", "8.80", "kB", "1/60", "1/2.0"]
     assert rows["asyncio"][1:5] == ["3.2000", "3.1345", "-0.0655", "3.1871"]
     assert rows["up train"][-1] == "26,400"

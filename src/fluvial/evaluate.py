@@ -309,7 +309,7 @@ def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
     longest = _context(bench)
     if longest is not None and data.max_length > longest:
         raise ConfigError(f"data.max_length={data.max_length}: the model reads at most {longest} tokens")
-    return SiteTexts(data, bench.tokenizer, seed=seed, pooled=True).load(POOLED)
+    return SiteTexts(data, bench.tokenizer, seed=seed).load(POOLED)
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:

@@ -8,7 +8,7 @@ from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import LearnedCodec
 from fluvial.codecs.quantise import Identity
 from fluvial.config import RunConfig
-from fluvial.data import IGNORE_INDEX, SiteTexts
+from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes
 from fluvial.run import check_settings
@@ -31,9 +31,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
     model_config = base.config
     layout = read_shapes(adapt(base, config.lora))
     check_settings(config, layout, model_config)
-    texts = SiteTexts(config.data, tokenizer, seed=config.seed, pooled=config.entry.pooled)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed)
     sites, steps = [], 0
-    for name in texts.names:
+    for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.load(name)
         steps = max(steps, config.train.steps(len(data.train)))
         sites.append(

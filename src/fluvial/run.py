@@ -16,7 +16,7 @@ from typing import Any
 from fluvial import __version__
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
-from fluvial.data import SiteTexts
+from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.evaluate import Heldout, check_effect
 from fluvial.fleet import Kind, LocalFleet, Metered
@@ -51,15 +51,16 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
     runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
     with RunFolder(folder) as main:
         _check_folder(main, config, resume)
-        bench = Workbench(config.model, config.lora)  # the model is loaded once for all of them
+        bench = Workbench(config.model, config.lora)  # model and data are loaded once for all of them
+        texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for number, (each, path) in enumerate(runs):
             check_settings(each, bench.layout, bench.model_config)
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, bench).events()
+                yield from Run(each, main, bench, texts).events()
                 continue
             with RunFolder(path) as baseline:
-                yield from Run(each, baseline, bench).events()
+                yield from Run(each, baseline, bench, texts).events()
 
 
 def check_settings(config: RunConfig, layout: Layout, model_config: Any) -> None:
@@ -95,10 +96,9 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 class Run:
     """One method on one configuration in one folder."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, bench: Workbench) -> None:
-        self.config, self.folder, self.bench = config, folder, bench
+    def __init__(self, config: RunConfig, folder: RunFolder, bench: Workbench, texts: SiteTexts) -> None:
+        self.config, self.folder, self.bench, self.texts = config, folder, bench, texts
         method = config.entry
-        self.texts = SiteTexts(config.data, self.bench.tokenizer, seed=config.seed, pooled=method.pooled)
         self.train = self._train_config()
         self.context = Context(
             seed=config.seed,
@@ -111,7 +111,9 @@ class Run:
         )
         self.server = method.server(config.method, self.context)
         tasks = {**COMMON_TASKS, **method.tasks}
-        self.fleet = Metered(LocalFleet(self.texts.names, self._open_site, tasks, config.fleet))
+        self.fleet = Metered(
+            LocalFleet((POOLED,) if method.pooled else texts.names, self._open_site, tasks, config.fleet)
+        )
         self.trained = 0
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
@@ -187,8 +189,8 @@ class Run:
         """The centralised baseline takes as many steps as all sites together."""
         if not self.config.entry.pooled or self.config.train.max_steps is None:
             return self.config.train
-        sites = len(SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed).names)
-        return self.config.train.model_copy(update={"max_steps": self.config.train.max_steps * sites})
+        steps = self.config.train.max_steps * len(self.texts.names)
+        return self.config.train.model_copy(update={"max_steps": steps})
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -263,7 +265,7 @@ class Run:
                 "central": self._baseline("central"),
                 "final": _mean(final),
             },
-            "heldout_by_site": {site: {"base": base[site], "final": final[site]} for site in final},
+            "heldout_by_site": {site: {"base": base[site], "final": final[site]} for site in final if site in base},
             **self._traffic(),
             "wall_s": self._elapsed(),
             "peak_rss_bytes": peak_rss_bytes(),

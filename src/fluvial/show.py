@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -22,7 +22,7 @@ from fluvial.errors import CheckpointError
 BASELINES = {
     "local": "local only",
     "central": "central, all data at one place",
-    "fedavg": "federated, uncompressed (fedavg)",
+    "fedavg": "federated, uncompressed",
 }
 """Runs that others are compared with, in the order of the result table."""
 
@@ -106,9 +106,13 @@ def _table(
         box=box.SIMPLE_HEAD,
         caption=caption or None,
         caption_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
     )
+    label = min(32, max((len(row[0]) for row in rows), default=0))  # rather a heading in two lines than a label
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < left else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if number < left else "right"
+        table.add_column(heading, justify=justify, overflow="fold", min_width=0 if number else label)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -218,6 +222,7 @@ RESULT_CAPTION = (
 def result_table(result: dict[str, Any]) -> Table:
     """The run beside the base model and its baselines."""
     headings, *rows = result_rows(result)
+    headings = [heading.replace(" ", "\n", 1) for heading in headings]  # 80 columns hold the labels in one line
     return _table(headings, rows, "Result", caption=RESULT_CAPTION)
 
 

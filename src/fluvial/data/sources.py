@@ -91,21 +91,19 @@ class SiteData:
 class SiteTexts:
     """The data of all sites of a configuration; records are read once, tokens are made when a site is asked for."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int, pooled: bool = False) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
         self._parts = None if config.source == STDLIB else _partitioned(config, seed)
-        self._own = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
-        self.names = (POOLED,) if pooled else self._own
-        self._pooled = pooled
+        self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
         self.load = lru_cache(CACHED_SITES)(self._load)
 
     def _load(self, name: str) -> SiteData:
-        """Tokens of one site; raises `ConfigError` when a part of it is empty."""
-        if self._pooled:
-            return _union([self._load_own(own) for own in self._own])
-        return self._load_own(name)
+        """Tokens of one site, or of all together under the name `POOLED`.
 
-    def _load_own(self, name: str) -> SiteData:
+        Raises `ConfigError` when a site has nothing to train on, or nothing held out.
+        """
+        if name == POOLED and name not in self.names:
+            return _union([self._load(own) for own in self.names])
         if self._parts is None:
             text = stdlib.site_text(name)
             train, heldout = (self._stdlib(documents) for documents in (text.train, text.heldout))

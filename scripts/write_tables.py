@@ -1,0 +1,119 @@
+"""Write the tables of results into the documents, from what benchmarks and a run left behind.
+
+    fluvial run configs/quickstart.toml --out runs/quickstart
+    cp runs/quickstart/result.json benchmarks/results/quickstart.json
+    python scripts/write_tables.py [--check]
+
+Tables stand between `<!-- name: ... -->` and `<!-- /name -->`. With `--check` nothing is written, and the exit code
+says whether the documents are up to date.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluvial.show import RESULT_CAPTION, result_rows
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> Any:
+    """A file of results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first row is the heading, the first column is text."""
+    heading, *body = rows
+    rule = ["---", *("---:" for _ in heading[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heading, rule, *body))
+
+
+def quickstart() -> str:
+    """What `make quickstart` ends with, and the machine's cost of it."""
+    result = read("quickstart.json")
+    sites = result["heldout_by_site"]
+    gains = {site: row["base"]["loss"] - row["final"]["loss"] for site, row in sites.items()}
+    least = min(gains, key=gains.__getitem__)
+    setup = result["bytes"]["setup"] / result["sites"]
+    return "\n\n".join(
+        [
+            f"`make quickstart`: {result['sites']} sites, {result['rounds']} rounds, Python {result['python']}, "
+            f"torch {result['versions']['torch']}, two CPU cores.",
+            table(result_rows(result)),
+            RESULT_CAPTION,
+            f"Loss falls on every site's held-out files, by {gains[least]:.3f} ({least}) to {max(gains.values()):.3f} "
+            f"nats. Set-up is {setup / 1000:.0f} kB for each site, the codec's download.",
+        ]
+    )
+
+
+def claims(name: str) -> str:
+    """The claims of a benchmark, those that do not hold included."""
+    rows = [["claim", "value", "bar", "holds"]]
+    for claim in read(name)["claims"]:
+        value = claim["value"]
+        shown = f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+        rows.append(
+            [
+                claim["name"],
+                shown,
+                f"{claim.get('side', '')} {claim['bar']}".strip(),
+                "yes" if claim["holds"] else "**no**",
+            ]
+        )
+    return table(rows)
+
+
+def overhead() -> str:
+    """Time and memory of a round apart from training, ours and Flower's."""
+    rows = [["sites", "Fluvial, ms per site", "Flower + Ray, ms per site", "Fluvial, peak MB", "Flower + Ray, MB"]]
+    found = read("overhead.json")["rows"]
+    ours = {row["sites"]: row for row in found if row["what"] == "fluvial"}
+    theirs = {row["sites"]: row for row in found if row["what"].startswith("Flower")}
+    for sites, row in ours.items():
+        other = theirs.get(sites, {})
+        cells = [row["site_ms"], other.get("site_ms"), row["peak_mb"], other.get("peak_mb")]
+        rows.append([str(sites), *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
+    return table(rows) + "\n\n" + claims("overhead.json")
+
+
+TABLES = {
+    "README.md": {"results": quickstart},
+}
+
+
+def fill(text: str, marker: str, content: str) -> str:
+    """`text` with `content` between the two comments of `marker`."""
+    pattern = re.compile(rf"(<!-- {marker}:[^>]*-->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    found = pattern.search(text)
+    assert found, f"no place marked {marker!r}"
+    return f"{text[: found.start()]}{found[1]}\n{content}\n\n{found[2]}{text[found.end() :]}"
+
+
+def main() -> None:
+    """Fill every marked place."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, makers in TABLES.items():
+        path = ROOT / name
+        before = after = path.read_text()
+        for marker, make in makers.items():
+            after = fill(after, marker, make())
+        if after != before:
+            stale.append(name)
+            if not check:
+                path.write_text(after)
+    print("out of date:" if check else "changed:", ", ".join(stale) or "nothing")
+    sys.exit(bool(stale) and check)
+
+
+if __name__ == "__main__":
+    main()
