@@ -156,7 +156,8 @@ def loss_part(pool: Executor, corpora: Sequence[str], size: Size, *, quick: bool
         "amortised_ratio": "amortised",
         "stopped": "stopped",
     }
-    show(f"Held-out loss after {size.rounds} rounds (excess: over identity, same seeds, relative)", columns, rows)
+    shown = [row | {"stopped": "refused" if row["stopped"] else None} for row in rows]
+    show(f"Held-out loss after {size.rounds} rounds (excess: over identity, same seeds, relative)", columns, shown)
     return [{"part": "loss", **row} for row in rows], loss_claims(found, rows)
 
 

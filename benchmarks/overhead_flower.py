@@ -10,7 +10,6 @@ every core has one; the server polls every 5 ms, where Flower's own `send_and_re
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,27 +21,11 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 POLL_S = 0.005
-SAMPLE_S = 0.05
 
 
-class Memory:
-    """Peak of the resident memory of this process and all its descendants, sampled; shared pages count once (PSS)."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> int:
-        """The peak in bytes."""
-        self._stop.set()
-        self._thread.join()
-        return self.peak
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_S):
-            self.peak = max(self.peak, sum(_pss(process) for process in _family(os.getpid())))
+def resident() -> int:
+    """Memory of this process and all its descendants, bytes; shared pages count once (PSS)."""
+    return sum(_pss(process) for process in _family(os.getpid()))
 
 
 def _family(root: int) -> list[int]:
@@ -71,9 +54,9 @@ def _pss(process: int) -> int:
 
 
 def measure(sites: int, number: int, values: int) -> dict[str, Any]:
-    """Seconds of each round, the first of which starts the actors, and the peak memory of all processes."""
-    began, memory = time.perf_counter(), Memory()
-    found: dict[str, Any] = {"round_s": []}
+    """Seconds of each round, the first of which starts the actors, and the memory of all processes after each."""
+    began = time.perf_counter()
+    found: dict[str, Any] = {"round_s": [], "peak_pss_bytes": 0}
     client, server = ClientApp(), ServerApp()
 
     @client.train()  # type: ignore[untyped-decorator, unused-ignore]
@@ -109,11 +92,11 @@ def measure(sites: int, number: int, values: int) -> dict[str, Any]:
                     time.sleep(POLL_S)
             adapter = adapter + (total / weight).astype(np.float32)
             found["round_s"].append(time.perf_counter() - since)
+            found["peak_pss_bytes"] = max(found["peak_pss_bytes"], resident())  # apart from the time, as it takes some
         assert np.isfinite(adapter).all()
 
     resources = {"num_cpus": 1, "num_gpus": 0.0}
     run_simulation(server, client, sites, backend_config={"client_resources": resources})
-    found["peak_pss_bytes"] = memory.stop()
     return found
 
 

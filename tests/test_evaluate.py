@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fluvial.assess import read_adapter_folder
 from fluvial.choices import (
     Choice,
     Marks,
@@ -25,7 +26,7 @@ from fluvial.choices import (
 from fluvial.cli import app, main
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import ConfigError
-from fluvial.evaluate import Heldout, check_effect, exact_match, heldout, read_adapter_folder
+from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
 from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_adapter
 from fluvial.seeds import generator
 from fluvial.tensors import Named

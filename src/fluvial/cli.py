@@ -140,7 +140,7 @@ def evaluate(
 ) -> None:
     """Measure an adapter beside its base model, on a file of records or of multiple-choice questions."""
     with _telling("reading the adapter"):
-        from fluvial.evaluate import ChoiceConfig, evaluate_adapter, read_adapter_folder
+        from fluvial.assess import ChoiceConfig, evaluate_adapter, read_adapter_folder
 
         if choices is None and (shots or shots_from):
             raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
@@ -188,8 +188,8 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
 
 def _evaluation_settings(table: dict[str, Any], data: Path | None, overrides: list[str]) -> "RunConfig":
     """A configuration from what an adapter's folder tells and what --set adds; refuses what has no effect here."""
+    from fluvial.assess import whole_file
     from fluvial.config import merge, override, parse
-    from fluvial.evaluate import whole_file
 
     changes: dict[str, Any] = {}
     for line in overrides:

@@ -9,6 +9,7 @@
 Scales are bf16 because updates of 1e-6 and below are usual and fp16 ends at 6e-8.
 """
 
+from abc import abstractmethod
 from typing import ClassVar, Literal, cast
 
 import numpy as np
@@ -164,11 +165,13 @@ class _Blocks(Codec):
         with np.errstate(over="ignore"):
             return torch.from_numpy(self._unpack(reader) * np.repeat(scales, self._lengths))
 
+    @abstractmethod
     def _pack(self, coded: NDArray[np.int8]) -> bytes:
-        raise NotImplementedError
+        """Levels as bytes."""
 
+    @abstractmethod
     def _unpack(self, reader: Reader) -> Floats:
-        raise NotImplementedError
+        """Inverse of `_pack`."""
 
 
 class Int8(_Blocks):

@@ -1,0 +1,333 @@
+"""What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of questions."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fluvial import __version__
+from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, bootstrap, prepare, read_choices, score
+from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
+from fluvial.errors import ConfigError
+from fluvial.evaluate import check_effect, exact_match, heldout
+from fluvial.models import LoraSettings, ModelConfig, Workbench
+from fluvial.tensors import Layout, Named, is_finite
+
+logger = logging.getLogger(__name__)
+
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": (),
+    "layers_to_transform": (),
+    "exclude_modules": (),
+    "target_parameters": (),
+    "trainable_token_indices": (),
+    "layer_replication": (),
+    "use_qalora": (False,),
+    "alora_invocation_tokens": (),
+    "init_lora_weights": (True, False, "gaussian"),
+}
+"""Settings of PEFT that would change what the factors mean, with the values (beside null) under which they do not."""
+
+_FROM_RUN = {"data": ("max_length", "loss_on"), "model": ("dtype", "revision"), "evaluate": ("max_new_tokens",)}
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A LoRA adapter on disk, and what its folder tells about its base model and its run."""
+
+    path: Path
+    base: str
+    """Hub id, folder, or "embedded"."""
+    lora: LoraSettings
+    tensors: Named
+    run: dict[str, Any] = field(default_factory=dict)
+    """The resolved configuration of the run that wrote it; empty where there is none."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a run configuration needs, as tables: the base, and how the adapter's run measured."""
+        known = {
+            table: {key: self.run[table][key] for key in keys if self.run.get(table, {}).get(key) is not None}
+            for table, keys in _FROM_RUN.items()
+        }
+        new_tokens = known["evaluate"].get("max_new_tokens") or NEW_TOKENS
+        return {
+            "model": {**known["model"], "name_or_path": self.base},
+            "data": known["data"],
+            "evaluate": {"max_new_tokens": new_tokens},
+        }
+
+
+def read_adapter_folder(folder: Path) -> AdapterFolder:
+    """The adapter in a PEFT folder; raises `ConfigError` where it is none, or none that a `Workbench` can hold."""
+    config = _json(folder / "adapter_config.json")
+    if config is None:
+        inside = folder / "adapter"
+        hint = f"did you mean {inside}?" if (inside / "adapter_config.json").exists() else "a run writes RUN/adapter"
+        raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {hint}")
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) is not None and config[key] not in neutral:
+            raise ConfigError(
+                f"{folder / 'adapter_config.json'}: {key} = {config[key]!r:.80} is not supported here; merge the "
+                "adapter into its base with PEFT, or evaluate it with another tool"
+            )
+    targets = config.get("target_modules")
+    if not isinstance(targets, list):
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'}: target_modules must be a list of module names, found {targets!r:.80}"
+        )
+    run = _run_of(folder)
+    try:
+        lora = LoraSettings(
+            r=config["r"],
+            lora_alpha=config["lora_alpha"],
+            lora_dropout=0.0,
+            target_modules=tuple(sorted(targets)),
+            use_rslora=bool(config.get("use_rslora")),
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{folder / 'adapter_config.json'}: r, lora_alpha or target_modules: {error}") from error
+    return AdapterFolder(folder, _base_of(folder, config, run), lora, _factors(folder), run)
+
+
+def _factors(folder: Path) -> Named:
+    """The tensors by our names, fp32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        raise ConfigError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
+    named = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
+    if not is_finite(named):
+        raise ConfigError(f"{path}: holds values that are not finite: its training diverged; train it again")
+    return named
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    """The configuration of the run that `folder` lies in: RUN/adapter or RUN/compare/NAME/adapter."""
+    parents = folder.resolve().parents
+    for parent in (parents[0], *parents[2:3]):
+        found = _json(parent / "config.json")
+        if found is not None and "fluvial" in found:  # another config.json is a model's
+            return found
+    return {}
+
+
+def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
+    """The base that `adapter_config.json` names, or, where that folder is gone, the one that the run names."""
+    base, ours = config.get("base_model_name_or_path"), run.get("model", {}).get("name_or_path")
+    local = isinstance(base, str) and base.startswith((".", "/", "~"))
+    if isinstance(ours, str) and (not base or (local and not Path(str(base)).expanduser().is_dir())):
+        return ours
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}; write the hub id or folder of the "
+            "base model there ('embedded' for the one that comes with the package)"
+        )
+    return base
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+# -- base and adapter side by side ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """A multiple-choice test."""
+
+    path: Path
+    shots: int = 0
+    shots_path: Path | None = None
+    """Where the examples of a prompt come from: records of the same form, such as MMLU's dev split."""
+    scoring: Scoring = "letter"
+    language: Literal["auto"] | Language = "auto"
+    """Wording of the prompt; "auto" is Chinese for a question with Chinese characters."""
+
+
+def whole_file(path: Path) -> dict[str, Any]:
+    """The table `data` of a configuration in which every record of `path` is held out."""
+    return {"source": str(path), "heldout_source": str(path), "partition": {"by": "file"}}
+
+
+def evaluate_adapter(
+    adapter: AdapterFolder,
+    model: ModelConfig,
+    *,
+    data: DataConfig | None = None,
+    choices: ChoiceConfig | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+    base: bool = True,
+) -> dict[str, Any]:
+    """Measure an adapter, and with `base` its base model too, on the held-out part of `data`, on `choices`, or on both.
+
+    `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out.
+    Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
+    """
+    if data is None and choices is None:
+        raise ConfigError("nothing to measure: name a file with --data, questions with --choices, or both")
+    questions = None if choices is None else _questions(choices)
+    logger.info("loading the base model")
+    bench = Workbench(model, adapter.lora)
+    _check_fit(adapter, bench.layout, model.name_or_path)
+    logger.info("reading the data")
+    texts = None if data is None else _texts(data, bench, seed)
+    sheet = _sheet(choices, questions, bench) if choices and questions else None
+    probes = [texts.heldout[0].input_ids] if texts else []
+    probes += [sheet.prompts[0].prefix] if sheet else []
+    check_effect(bench, adapter.tensors, probes[0])
+    models = ({"base": bench.base_adapter()} if base else {}) | {"adapter": adapter.tensors}
+    found: dict[str, Any] = {"fluvial": __version__, "adapter": str(adapter.path), "base_model": model.name_or_path}
+    if data is not None and texts is not None:
+        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+    if choices is not None and sheet is not None:
+        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+    return found
+
+
+def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
+    """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's shapes."""
+    wanted, found = dict(layout.shapes), dict(Layout.of(adapter.tensors).shapes)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(
+            f"{adapter.path} does not fit {base!r}: {name} has shape {found.get(name, 'none')}, the model needs "
+            f"{wanted.get(name, 'none')} ({len(wrong)} tensors differ); is model.name_or_path what it was trained on?"
+        )
+
+
+def _context(bench: Workbench) -> int | None:
+    length: int | None = getattr(bench.model_config, "max_position_embeddings", None)
+    return length
+
+
+def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
+    longest = _context(bench)
+    if longest is not None and data.max_length > longest:
+        raise ConfigError(f"data.max_length={data.max_length}: the model reads at most {longest} tokens")
+    return SiteTexts(data, bench.tokenizer, seed=seed).load(POOLED)
+
+
+def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
+    """The questions, and those that examples are taken from."""
+    return read_choices(choices.path), read_choices(choices.shots_path) if choices.shots_path else []
+
+
+def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench) -> Sheet:
+    asked, examples = questions
+    return prepare(
+        asked,
+        bench.tokenizer,
+        context=_context(bench),
+        scoring=choices.scoring,
+        shots=choices.shots,
+        examples=examples,
+        language=choices.language,
+    )
+
+
+def _data_result(
+    data: DataConfig, texts: SiteData, bench: Workbench, models: dict[str, Named], max_new_tokens: int
+) -> dict[str, Any]:
+    questions = texts.questions[: data.max_heldout] if max_new_tokens else []
+    longest = _context(bench)
+    room = None if longest is None else longest - max_new_tokens
+    fit = [q for q in questions if room is None or len(bench.tokenizer(q.prompt, verbose=False)["input_ids"]) <= room]
+    table: dict[str, Any] = {
+        "source": data.source,
+        "max_length": data.max_length,
+        "records": texts.records // 2,  # the file is read as training part and as held-out part
+        "truncated_records": texts.truncated_records // 2,
+        "truncated_tokens": texts.truncated_tokens // 2,
+        "sequences": len(texts.heldout),
+        "label_tokens": sum(example.label_tokens for example in texts.heldout),
+        "questions": len(questions),
+        "questions_too_long": len(questions) - len(fit),
+        "max_new_tokens": max_new_tokens,
+    }
+    for name, adapter in models.items():
+        with bench.model(adapter) as model:
+            sums = heldout(model, texts.heldout, pad_token_id=bench.tokenizer.pad_token_id)
+        table[name] = {"loss": sums.loss, "perplexity": sums.perplexity, "accuracy": sums.accuracy}
+        if questions:
+            table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(questions)
+    return table
+
+
+def _greedy_matches(bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int) -> int:
+    right, told = 0, time.monotonic()
+    for number, question in enumerate(questions, start=1):
+        answers = bench.generate(adapter, [question.prompt], max_new_tokens=max_new_tokens)
+        right += exact_match(answers, [question.answer])
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            logger.info("exact match: %d of %d answers", number, len(questions))
+    return right
+
+
+def _choice_result(
+    choices: ChoiceConfig, sheet: Sheet, bench: Workbench, models: dict[str, Named], seed: int
+) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "source": str(choices.path),
+        "scoring": choices.scoring,
+        "shots": choices.shots,
+        "shots_source": None if choices.shots_path is None else str(choices.shots_path),
+        "language": choices.language,
+        "questions": len(sheet.questions),
+        "short_of_shots": sheet.short_of_shots,
+        "dropped_shots": sheet.dropped_shots,
+        "cut_questions": sheet.cut_questions,
+        "cut_tokens": sheet.cut_tokens,
+        "chance": CHANCE,
+    }
+    marks = {}
+    for name, adapter in models.items():
+        with bench.model(adapter) as model:
+            marks[name] = Marks.of(sheet, score(model, sheet, pad_token_id=bench.tokenizer.pad_token_id))
+        interval = marks[name].interval(seed)
+        table[name] = {
+            "accuracy": interval.mean,
+            "standard_error": marks[name].standard_error,
+            "interval": [interval.low, interval.high],
+        }
+    if "base" in marks:
+        pairs = zip(marks["adapter"].right, marks["base"].right, strict=True)
+        gains = [after - before for after, before in pairs]
+        gain = bootstrap(gains, seed)
+        table["difference"] = {
+            "accuracy": sum(gains) / len(gains),
+            "interval": None if gain is None else [gain.low, gain.high],
+        }
+    by_subject = {name: found.by_subject() for name, found in marks.items()}
+    table["by_subject"] = {
+        subject: {"questions": asked} | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
+        for subject, (_, asked) in by_subject["adapter"].items()
+    }
+    return table
