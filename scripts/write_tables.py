@@ -95,11 +95,11 @@ def gate() -> str:
     machine, settings = found["machine"], found["settings"]
     return "\n\n".join(
         [
-            f"Held-out snapshots of {settings['tgap_rounds']} TGAP rounds x 8 sites on public text; squared errors "
+            f"Held-out snapshots of {settings['tgap_rounds']} TGAP rounds x 8 sites; squared errors "
             f"relative to the update (1 is sending nothing), frames as sent. {machine['cores']} cores, torch "
             f"{machine['torch']}. `stdlib` is the embedded model and text; `fairytales` and `mini_ops` are tales "
-            "(FairytaleQA) and an arithmetic set with a 260 k parameter Llama trained on TinyStories, whose k and v are "
-            "half as wide: there the paper's autoencoder needs padding and so more bytes.",
+            "(FairytaleQA) and an arithmetic set with a 260 k parameter Llama trained on TinyStories, whose k and v "
+            "are half as wide: there the paper's autoencoder needs padding and so more bytes.",
             table(rows),
         ]
     )
@@ -136,8 +136,8 @@ def loss() -> str:
     return "\n\n".join(
         [
             f"{rounds} rounds of {steps} steps on 8 sites. *Gain kept* is the share of the uncompressed run's fall of "
-            "loss. *Ratio* is of the frames of a round, *amortised* of all bytes both ways with set-up. The learning rate "
-            "is the same for all and tuned for none.",
+            "loss. *Ratio* is of the frames of a round, *amortised* of all bytes both ways with set-up. The learning "
+            "rate is the same for all and tuned for none.",
             table(rows),
             "Claims of the benchmark:",
             claims("cgfedllm.json"),

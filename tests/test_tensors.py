@@ -124,7 +124,7 @@ def test_mean_counts_what_it_has_seen_and_keeps_no_update() -> None:
         assert not torch.equal(update["w"], torch.zeros(size))
     python_bytes = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    stored = [tensor for held in vars(mean).values() if isinstance(held, dict) for tensor in held.values()]
+    stored = [held for held in vars(mean).values() if isinstance(held, torch.Tensor)]
     assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == 2 * 8 * size
     assert python_bytes < 100_000
     assert (mean.count, mean.weight) == (50, 1275)

@@ -34,7 +34,8 @@ class FleetConfig(BaseModel):
     workers: int | Literal["auto"] = "auto"
     """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
     threads: int = Field(1, ge=1)
-    """Threads of one site's tensor operations; fixed, so that results do not depend on `workers`."""
+    """Threads for the tensor operations of one site, and of the server; fixed, so that results do not depend on
+    `workers`."""
     deadline_s: float | None = Field(None, gt=0)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"

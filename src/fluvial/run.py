@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fluvial import __version__
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
@@ -51,6 +53,7 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
     runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
     with RunFolder(folder) as main:
         _check_folder(main, config, resume)
+        torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.lora)  # model and data are loaded once for all of them
         texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for number, (each, path) in enumerate(runs):

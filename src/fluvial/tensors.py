@@ -162,37 +162,38 @@ class WeightedMean:
     _LIMIT = 2.0**28
 
     def __init__(self) -> None:
-        self._high: Named = {}
-        self._low: Named = {}
+        self._layout: Layout | None = None
+        self._high, self._low = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
         self.weight = 0
         self.count = 0
 
     @classmethod
     def check(cls, tensors: Named, weight: int) -> None:
         """Raise `WireError` if a value is too large, or not a number, to be folded with `weight`."""
-        for name, tensor in tensors.items():
-            if not bool((tensor.abs().double() * weight < cls._LIMIT).all()):
-                raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+        values = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
+        if not bool((values.double().abs() * weight < cls._LIMIT).all()):
+            raise WireError(f"update: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
 
     def add(self, tensors: Named, weight: int) -> None:
         """Fold one update in. `weight` is a positive whole number, such as a site's sample count."""
         assert weight > 0, "weights are positive"
-        for name, tensor in tensors.items():
-            product = tensor.detach().double() * weight
-            assert bool((product.abs() < self._LIMIT).all()), f"{name}: not checked before"
-            high = self._round(product, self._COARSE)
-            low = self._round(product - high, self._FINE)
-            if name in self._high:
-                high, low = high + self._high[name], low + self._low[name]
-            carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
-            self._high[name], self._low[name] = high + carry, low - carry
+        if self._layout is None:
+            self._layout = Layout.of(tensors)
+            self._high = torch.zeros(self._layout.numel, dtype=torch.float64)
+            self._low = torch.zeros_like(self._high)
+        product = self._layout.flatten(tensors).double() * weight
+        assert bool((product.abs() < self._LIMIT).all()), "not checked before"
+        high = self._round(product, self._COARSE)
+        low = self._low + self._round(product - high, self._FINE)
+        carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
+        self._high, self._low = self._high + high + carry, low - carry
         self.weight += weight
         self.count += 1
 
     def mean(self) -> Named:
         """The mean in fp32; at least one update must have been added."""
-        assert self.count > 0, "mean of nothing"
-        return {name: ((high + self._low[name]) / self.weight).float() for name, high in self._high.items()}
+        assert self._layout is not None, "mean of nothing"
+        return self._layout.unflatten(((self._high + self._low) / self.weight).float())
 
     @staticmethod
     def _round(values: Tensor, quantum: float) -> Tensor:
