@@ -171,8 +171,13 @@ class WeightedMean:
     def check(cls, tensors: Named, weight: int) -> None:
         """Raise `WireError` if a value is too large, or not a number, to be folded with `weight`."""
         values = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-        if not bool((values.double().abs() * weight < cls._LIMIT).all()):
-            raise WireError(f"update: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+        if not cls._fits(values, weight):
+            name = next(name for name, tensor in tensors.items() if not cls._fits(tensor, weight))
+            raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+
+    @classmethod
+    def _fits(cls, values: Tensor, weight: int) -> bool:
+        return bool((values.double().abs() * weight < cls._LIMIT).all())
 
     def add(self, tensors: Named, weight: int) -> None:
         """Fold one update in. `weight` is a positive whole number, such as a site's sample count."""
