@@ -1,5 +1,6 @@
 """CG-FedLLM item by item: TGAP, FAF, the gate, SNR, privacy. Numbers are the checklist's."""
 
+import io
 import itertools
 import json
 import math
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from fluvial import show
 from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.codecs.frame import Reader
@@ -17,7 +20,7 @@ from fluvial.codecs.quantise import Identity
 from fluvial.codecs.sign import TernarySettings
 from fluvial.config import parse
 from fluvial.data import SiteTexts
-from fluvial.errors import ConfigError, GateError
+from fluvial.errors import CheckpointError, ConfigError, GateError
 from fluvial.fleet import LocalFleet
 from fluvial.methods.cgfedllm import gate, privacy, tgap
 from fluvial.models import load_tokenizer
@@ -343,6 +346,24 @@ def test_a_refused_codec_explains_itself(run_config: dict[str, Any], tmp_path: P
     with pytest.raises(GateError, match=r"codec 'resnet' does not carry(.|\n)*codec.name='linear'(.|\n)*gate='report'"):
         list(execute(config, tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
+    text = Console(record=True, width=200, file=io.StringIO())
+    text.print(show.run_tables(show.read_run(tmp_path / "run")))
+    assert "Refused by the gate: codec 'resnet' does not carry" in text.export_text()
+
+
+def test_a_refused_codec_can_be_changed_without_training_the_baselines_again(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    table = run_config | {"compare": ["local"], "method": {"name": "cgfedllm", "tgap": PUBLIC}}
+    with pytest.raises(GateError):
+        list(execute(parse(table | {"codec": SMALL_RESNET}, "test"), tmp_path / "run"))
+    baseline = (tmp_path / "run" / "compare" / "local" / "result.json").read_bytes()
+    *_, last = execute(parse(table | {"codec": LINEAR}, "test"), tmp_path / "run", resume=True)
+    assert last.values["codec"] == "linear"
+    assert (tmp_path / "run" / "compare" / "local" / "result.json").read_bytes() == baseline
+    assert not (tmp_path / "run" / "refused.json").exists()
+    with pytest.raises(CheckpointError, match="another configuration"):
+        list(execute(parse(table | {"codec": LINEAR | {"rate": 16}}, "test"), tmp_path / "run", resume=True))
 
 
 def test_feedback_without_contraction_is_refused_even_when_only_reporting(

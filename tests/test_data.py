@@ -598,3 +598,27 @@ def test_the_embedded_text_needs_no_settings(tokenizer: Any) -> None:
     assert min(len(data.train), len(data.heldout)) > 20
     assert {len(example.input_ids) <= 128 for example in data.train} == {True}
     assert sites.load("archives") is data
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('{"text": "a", "client": "x"}\n{"text" "b"}\n', "line 2 is not JSON"),
+        ("", "is empty"),
+        (
+            '{"text": "a", "client": "x"}\n{"text": "b"}\n',
+            r"data.partition.column='client': record 2 has no such field",
+        ),
+        ('{"question": "a", "client": "x"}\n', "fit no form"),
+    ],
+)
+def test_broken_files_are_named_with_their_line(content: str, text: str, tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        texts(path, tokenizer, partition={"by": "column", "column": "client"})
+
+
+def test_an_empty_answer_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"record 7: the answer is empty.*remove the record"):
+        tokenize([("record 7", {"prompt": "a", "completion": " "})], "prompt_completion", tokenizer, max_length=32)

@@ -21,6 +21,7 @@ from fluvial.config import parse
 from fluvial.errors import CheckpointError, ClientError, ConfigError, DivergenceError, FluvialError
 from fluvial.models import Workbench
 from fluvial.payload import Payload
+from fluvial.plan import plan
 from fluvial.run import execute
 from tests.runs import adapter_of, run_table
 
@@ -148,7 +149,18 @@ def test_settings_that_cannot_work_are_refused_before_training(
 ) -> None:
     table = {**run_config, **{key: {**run_config.get(key, {}), **value} for key, value in change.items()}}
     refused(table, tmp_path / "run", ConfigError, text)
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()  # a folder into which nothing was written goes again
+
+
+def test_missing_public_text_is_noticed_before_a_baseline_is_trained(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    data = run_config["data"] | {"public_source": str(tmp_path / "nope.jsonl")}
+    method = {"name": "cgfedllm", "tgap": {"source": "public"}}
+    table = run_config | {"data": data, "method": method, "codec": {"name": "linear"}, "compare": ["local"]}
+    refused(table, tmp_path / "run", ConfigError, "data.public_source: there is no file or folder")
+    with pytest.raises(ConfigError, match="data.public_source"):
+        plan(parse(table, "test"))
 
 
 def test_a_gqa_model_does_not_fit_the_papers_canvas(

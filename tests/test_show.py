@@ -202,9 +202,9 @@ def test_setup_lines_tell_both_verdicts() -> None:
     assert "not measured" in show.setup_lines({"gate": None})[0]
     words = text_of("\n".join(show.setup_lines({"snapshots": 24, "gate": gate([])})))
     assert "passed on 8 held-out of 24 snapshots" in words
-    assert "cosine 0.439; relative error 0.773, the best predictor (zero) 1.000" in words
+    assert "cosine to the true update 0.439; relative error 0.773, the best predictor (zero) 1.000" in words
     assert "2.04 kB per update, 1/64 of 131 kB" in words
-    assert "cosine 0.90, do not hold: innovation cosine >= 0.90" in words
+    assert "reproduction of the paper: missed are innovation cosine >= 0.90" in words
     assert "failed: it is no contraction" in text_of(
         "\n".join(show.setup_lines({"snapshots": 24, "gate": gate(["it is no contraction"])}))
     )

@@ -5,6 +5,7 @@
     checkpoints/round-N         server state after round N, a payload; the newest two are kept
     sites/NAME/SLOT-N           what sites keep (see `sites.StateStore`)
     adapter/                    the result, as PEFT writes it
+    refused.json                why the gate refused the codec, if it did
     result.json                 written last; a folder that has it is finished
 
 Every file is replaced atomically. The line of a round is written before its checkpoint, so a checkpoint always has its
@@ -39,7 +40,8 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.__exit__()
+            if self._lock:
+                self._lock.close()
             raise CheckpointError(
                 f"{self.path} is in use by another run; wait for it, or choose another folder with --out"
             ) from None
@@ -48,9 +50,13 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock."""
+        """Release the lock; a folder into which nothing was written goes again."""
         if self._lock:
             self._lock.close()
+        lock = self.path / ".lock"
+        if list(self.path.iterdir()) == [lock]:
+            lock.unlink()
+            self.path.rmdir()
 
     @property
     def started(self) -> bool:

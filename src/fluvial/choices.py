@@ -124,8 +124,10 @@ def _choice(name: str, line: str) -> Choice:
     texts = choices if isinstance(choices, list) else []
     if len(texts) != len(LETTERS) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ConfigError(f"{name}: 'choices' must be a list of four texts, none blank, found {choices!r:.160}")
+    if type(answer) is int and 0 <= answer < len(LETTERS):  # as in the hub's copies of MMLU
+        answer = LETTERS[answer]
     if not (isinstance(answer, str) and len(answer) == 1 and answer in LETTERS):
-        raise ConfigError(f"{name}: 'answer' must be 'A', 'B', 'C' or 'D', found {answer!r:.80}")
+        raise ConfigError(f"{name}: 'answer' must be 'A', 'B', 'C' or 'D', or 0 to 3, found {answer!r:.80}")
     for key in ("subject", "subject_zh"):
         if not isinstance(record.get(key), str | None):
             raise ConfigError(f"{name}: {key!r} must be text or left out, found {record[key]!r:.80}")
@@ -193,8 +195,8 @@ def prepare(
     if not 0 <= shots <= MAX_SHOTS:
         raise ConfigError(f"shots={shots}: choose 0 to {MAX_SHOTS}")
     if (shots > 0) != bool(examples):
-        missing = "a file to take the examples from" if shots else "shots, the number of examples to take from the file"
-        raise ConfigError(f"examples need both: name {missing}")
+        lacking = "--shots-from, a file to take the examples from" if shots else "--shots, how many examples to take"
+        raise ConfigError(f"solved examples need --shots and --shots-from; add {lacking}")
     prompts, short, dropped, cut, cut_tokens = [], 0, 0, 0, 0
     for choice in questions:
         wording = language_of(choice.question) if language == "auto" else language

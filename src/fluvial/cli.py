@@ -2,7 +2,9 @@
 
 import json
 import logging
+import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +92,7 @@ def run(
     from fluvial import show
 
     out.print(show.result_table(event.values))
-    out.print(show.closing_words(event.values, path))
+    out.print(show.closing_words(event.values, path, _command()))
 
 
 @app.command()
@@ -120,7 +122,7 @@ def preview(
         from fluvial.plan import preview as preview_tokens
 
         found = preview_tokens(settings, site, count)
-    _print(found, format, show.preview_text)
+    _print(found, format, lambda tokens: show.preview_text(tokens, marks=not out.is_terminal))
 
 
 @app.command()
@@ -177,6 +179,11 @@ def show_run(
 
             write_page(found, html)
         err.print(f"wrote {html}")
+
+
+def _command() -> str:
+    """How this program can be called again from here."""
+    return "fluvial" if shutil.which("fluvial") else sys.argv[0]
 
 
 def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
@@ -242,6 +249,8 @@ class _Watch(logging.Handler):
         """A log message of the library."""
         if record.levelno < logging.WARNING:
             self.bar.update(self.task, doing=record.getMessage()[:60])
+            if not self.quiet:
+                _now_and_then(record)
 
     def show(self, event: Any) -> None:
         """One line for a round; the header once for each method."""
@@ -271,6 +280,18 @@ class _Line(logging.Handler):
         """A log message of the library."""
         if record.levelno < logging.WARNING:
             self.status.update(escape(record.getMessage()))
+            _now_and_then(record)
+
+
+_told = time.monotonic()
+
+
+def _now_and_then(record: logging.LogRecord) -> None:
+    """Where no bar can move, as in a log file, a line every ten seconds."""
+    global _told
+    if not err.is_terminal and time.monotonic() - _told > 10:
+        _told = time.monotonic()
+        err.print(record.getMessage(), style="dim", markup=False)
 
 
 @contextmanager

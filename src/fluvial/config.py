@@ -100,7 +100,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for line in overrides:
         table = merge(table, override(line))
-    return parse(table, str(path))
+    return parse(table, f"{path} with --set" if overrides else str(path))
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:

@@ -11,6 +11,8 @@
 A message says what was found, where, and what would be right. Broken invariants are `assert`, not these.
 """
 
+from typing import Any
+
 
 class FluvialError(Exception):
     """Base of every error that Fluvial raises on purpose."""
@@ -33,7 +35,11 @@ class CheckpointError(FluvialError):
 
 
 class GateError(FluvialError):
-    """A codec did not carry held-out updates; the message lists the failed criteria."""
+    """A codec did not carry held-out updates; the message lists the failed criteria, `report` all that was measured."""
+
+    def __init__(self, message: str, report: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class DivergenceError(FluvialError):

@@ -90,7 +90,8 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     if metrics:
         runs[method] = {"metrics": metrics, "result": result}
     setup = (result or {}).get("setup", {})
-    gate = setup.get("gate")
+    refused = found.get("refused") or {}
+    gate = setup.get("gate") or refused.get("gate")
     figures = {
         "rounds": _loss_by_round(runs, method) if runs else None,
         "up": _loss_by_bytes(runs, method, ("up",)),
@@ -105,6 +106,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "model": config.get("model", {}).get("name_or_path", ""),
         "rounds": config.get("rounds", len(metrics)),
         "done": len(metrics),
+        "refused": refused.get("why", ""),
         "finished": result is not None,
         "folder": found["folder"],
         "headline": _headline(result) if result else [],
@@ -336,8 +338,10 @@ details pre { margin-top: 10px }
 </style></head><body>
 <h1>{{ title }}</h1>
 <p class="soft">{{ model }} &middot;
-{% if finished %}{{ rounds }} rounds{% else %}not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
+{% if finished %}{{ rounds }} rounds{% elif refused %}refused by the gate{% else -%}
+not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 &middot; {{ folder }}</p>
+{% if refused %}<p class="no">{{ refused }}</p>{% endif %}
 {% if headline %}<div class="cards">{% for each in headline %}
 <div><span class="soft">{{ each.what }}</span><b>{{ each.value }}</b><span class="soft">{{ each.note }}</span></div>
 {% endfor %}</div>{% endif %}

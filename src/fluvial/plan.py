@@ -10,7 +10,7 @@ from fluvial.codecs.quantise import Identity
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
-from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes
+from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes, resolve_device
 from fluvial.run import check_settings
 from fluvial.sites import part
 from fluvial.tensors import Layout
@@ -25,13 +25,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
     The model's weights are not loaded. Sizes are in bytes; the memory of a site leaves out activations.
     """
+    resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     base = meta_base(config.model)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     model_config = base.config
     layout = read_shapes(adapt(base, config.lora))
-    check_settings(config, layout, model_config)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
+    check_settings(config, layout, model_config, texts)
     sites, steps = [], 0
     for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.load(name)
@@ -111,5 +112,8 @@ def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
         notes.append(f"{cut} records are longer than data.max_length={config.data.max_length} and are cut at the end")
     kind = CODECS[config.coding.name]
     if kind.learned:
-        notes.append("the codec is learned: its gate is measured when the run starts, before the first round")
+        notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
+    iterations = getattr(config.coding, "iterations", None)
+    if iterations:
+        notes.append(f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU")
     return notes

@@ -19,7 +19,7 @@ from fluvial import __version__
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError
+from fluvial.errors import CheckpointError, ConfigError, GateError
 from fluvial.evaluate import Heldout, check_effect
 from fluvial.fleet import Kind, LocalFleet, Metered
 from fluvial.methods import Context
@@ -56,8 +56,10 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
         torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.lora)  # model and data are loaded once for all of them
         texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+        for each, _ in runs:
+            check_settings(each, bench.layout, bench.model_config, texts)
+        main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         for number, (each, path) in enumerate(runs):
-            check_settings(each, bench.layout, bench.model_config)
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
                 yield from Run(each, main, bench, texts).events()
@@ -66,20 +68,21 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
                 yield from Run(each, baseline, bench, texts).events()
 
 
-def check_settings(config: RunConfig, layout: Layout, model_config: Any) -> None:
-    """Refuse settings that cannot work together; raises `ConfigError`."""
+def check_settings(config: RunConfig, layout: Layout, model_config: Any, texts: SiteTexts) -> None:
+    """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`."""
     if config.entry.check is not None:
         config.entry.check(config.method, config.coding, layout)
     longest = getattr(model_config, "max_position_embeddings", None)
     if longest is not None and config.data.max_length > longest:
         raise ConfigError(f"data.max_length={config.data.max_length}: the model reads at most {longest} tokens")
+    if config.entry.reads_public(config.method):
+        texts.public()
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     if not folder.started:
         if resume:
             raise CheckpointError(f"{folder.path} holds no run to resume; start it without --resume")
-        folder.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         return
     if not resume:
         raise CheckpointError(
@@ -87,8 +90,10 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         )
     stored = folder.read_json("config.json")
     stored.pop("fluvial", None)
-    # How many sites work at a time changes nothing in the result, so it may change between start and resume.
-    other = [key for key in difference(config.resolved(), stored) if key != "fleet.workers"]
+    # How many sites work at a time changes nothing in the result. And as long as the method itself has not got through
+    # its set-up, another method or codec only keeps the baselines, which do not depend on them.
+    free = ("fleet.workers",) if folder.newest() else ("fleet.workers", "method.", "codec.")
+    other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
     if other:
         raise CheckpointError(
             f"{folder.path} was started with another configuration (differs in {', '.join(other[:5])}); "
@@ -131,7 +136,12 @@ class Run:
             return
         done = self._restore()
         if done < 0:
-            self.setup = self.server.setup(self.fleet)
+            try:
+                self.setup = self.server.setup(self.fleet)
+            except GateError as refusal:
+                self.folder.write_json("refused.json", {"why": str(refusal), "gate": refusal.report})
+                raise
+            (self.folder.path / "refused.json").unlink(missing_ok=True)
             self.setup_bytes = dict(self.fleet.meter.totals)
             self.fleet.meter.close_round()
             self._save(0)

@@ -29,7 +29,12 @@ BASELINES = {
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Everything that the folder of a run tells, as plain JSON values; raises `CheckpointError` if it holds no run."""
-    found = {"folder": str(folder), "config": _read_json(folder / "config.json"), **_read_part(folder)}
+    found = {
+        "folder": str(folder),
+        "config": _read_json(folder / "config.json"),
+        "refused": _read_json(folder / "refused.json"),
+        **_read_part(folder),
+    }
     if found["config"] is None and not found["metrics"] and found["result"] is None:
         raise CheckpointError(
             f"{folder} holds no run: it has no config.json; give the folder that `fluvial run` wrote, "
@@ -124,7 +129,7 @@ def _table(
 def round_header(method: str) -> str:
     """The name of a method and the headings of its `round_line`s."""
     headings = f"{'round':>5}  {'loss':>8}  {'up':>8}  {'down':>8}  {'time':>8}  sites"
-    return f"[bold]{escape(method)}[/]\n[dim]{headings}[/]"
+    return f"[bold]{escape(method)}[/], bytes of all sites\n[dim]{headings}[/]"
 
 
 def round_line(record: dict[str, Any]) -> str:
@@ -163,12 +168,12 @@ def setup_lines(values: dict[str, Any]) -> list[str]:
     return [
         f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
         *(f"  [red]failed:[/] {escape(plain(reason))}" for reason in gate["failed"]),
-        f"  innovation cosine {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
+        f"  cosine to the true update {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
         f"the best predictor ({escape(best)}) {gate['predictors'][best]['all']:.3f}",
         f"  {human_bytes(gate['bytes_per_update'])} per update, "
         f"{human_ratio(gate['bytes_per_update'] / gate['raw_bytes'])} of {human_bytes(gate['raw_bytes'])}",
-        "  the reproduction's thresholds, which ask for cosine 0.90, "
-        + (f"do not hold: {escape('; '.join(unmet))}" if unmet else "hold"),
+        "  for comparison, the thresholds of an independent reproduction of the paper: "
+        + (f"missed are {escape('; '.join(unmet))}" if unmet else "all met"),
     ]
 
 
@@ -214,8 +219,8 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
 
 RESULT_CAPTION = (
     "Held-out values are means over the sites. Up per site: bytes of all rounds; round ratio: these against "
-    "uncompressed updates. Amortised: all bytes both ways, set-up included, against an uncompressed run of "
-    "the same rounds."
+    "uncompressed updates; local training only reports its loss. Amortised: all bytes both ways, set-up included, "
+    "against an uncompressed run of the same rounds."
 )
 
 
@@ -230,7 +235,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
-def closing_words(result: dict[str, Any], path: Path) -> RenderableType:
+def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
     """Where the adapter lies, how to load it, what it changed."""
     lines: list[RenderableType] = []
     if result.get("adapter_sha256"):
@@ -247,7 +252,7 @@ def closing_words(result: dict[str, Any], path: Path) -> RenderableType:
         for when, key in (("before", "base"), ("after", "final")):
             shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
             lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
-    return Group(*lines, Text.assemble("\nDraw it  ", (f"fluvial show {path} --html report.html", "cyan")))
+    return Group(*lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan")))
 
 
 def with_compared(found: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +270,10 @@ def run_tables(found: dict[str, Any]) -> Group:
         parts += [Text.from_markup(line) for line in setup_lines(result.get("setup", {}))]
     if metrics:
         parts += [Text.from_markup(line) for line in (round_header(method), *map(round_line, metrics))]
-    if result is None:
+    refused = found.get("refused")
+    if refused:
+        parts.append(Text(f"Refused by the gate: {plain(refused['why'])}", style="red"))
+    elif result is None:
         state = f"Not finished: {len(metrics)} of {config.get('rounds', '?')} rounds of {method}."
         for name, run in found["compare"].items():
             state += f" Baseline {name}: " + ("finished." if run["result"] else f"{len(run['metrics'])} rounds.")
@@ -332,11 +340,14 @@ def plan_table(planned: dict[str, Any]) -> Group:
     return Group(*parts, *(Text(f"• {plain(note)}") for note in planned["notes"]))
 
 
-def preview_text(found: dict[str, Any]) -> Group:
-    """The tokens of some sequences; those that carry loss stand out."""
+def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
+    """The tokens of some sequences; those that carry loss stand out, with `marks` also in «» where colours are lost."""
     parts: list[RenderableType] = [
         Text.assemble(
-            f"site {plain(found['site'])}, {found['form']}: ", ("loss", "bold green"), ", ", ("no loss", "dim")
+            f"site {plain(found['site'])}, {found['form']}: ",
+            ("«loss»" if marks else "loss", "bold green"),
+            ", ",
+            ("no loss", "dim"),
         )
     ]
     for number, sequence in enumerate(found["sequences"], start=1):
@@ -344,6 +355,7 @@ def preview_text(found: dict[str, Any]) -> Group:
         for token in sequence["tokens"]:
             # One by one: `plain` over the text would count newlines that belong to different tokens.
             pieces = "⏎\n".join(map(plain, token["text"].split("\n")))
+            pieces = f"«{pieces}»" if marks and token["loss"] else pieces
             text.append(pieces, style="bold green" if token["loss"] else "dim")
         head = f"\nSequence {number}: {sequence['length']} tokens, {sequence['label_tokens']} with loss"
         parts += [Text(head, style="bold"), text]

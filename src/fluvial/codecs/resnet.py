@@ -6,6 +6,7 @@ A site runs the encoder, the server the decoder; the latent has 1/2^stages of th
 It is here to reproduce the paper; for a learned codec that carries real updates see `linear`.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -34,6 +35,8 @@ from fluvial.payload import Payload
 from fluvial.tensors import Layout, Named
 
 _RESBLOCKS = 3
+logger = logging.getLogger(__name__)
+
 _LATENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -177,6 +180,8 @@ class ResNet(LatentCodec):
                     total += float(loss.detach())
                 optimizer.step()
                 curve.append((iteration, total))
+                if iteration % 20 == 0:
+                    logger.info("autoencoder: iteration %d of %d, error %.3f", iteration, settings.iterations, total)
         codec = cls(settings, layout, encoder.cpu(), decoder.cpu())
         codec.loss_curve = curve
         return codec

@@ -71,6 +71,10 @@ def split(dataset: Any, partition: Natural | Iid | Dirichlet | Shards, seed: int
         raise ConfigError(
             f"data.partition.column={partition.column!r}: the data has the columns {', '.join(dataset.column_names)}"
         )
+    if not isinstance(partition, Iid):
+        blank = next((number for number, value in enumerate(dataset[partition.column]) if value is None), None)
+        if blank is not None:
+            raise ConfigError(f"data.partition.column={partition.column!r}: record {blank + 1} has no such field")
     if isinstance(partition, Natural):
         chosen = flower.NaturalIdPartitioner(partition.column)
     elif isinstance(partition, Iid):

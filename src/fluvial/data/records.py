@@ -160,6 +160,8 @@ def _example(
         answer = _text(name, fields, "output")
     else:
         prompt, answer = _text(name, fields, "prompt"), _text(name, fields, "completion")
+    if not answer.strip():
+        raise ConfigError(f"{name}: the answer is empty, which would teach the model to say nothing; remove the record")
     # Tokenised apart, so that training sees the same prompt tokens as generation later does.
     before = _ids(tokenizer, prompt)
     after = _with_eos(_ids(tokenizer, answer, special=False), tokenizer)

@@ -1,8 +1,9 @@
 """Where the text of the sites comes from: the standard library, files, a saved data set or a hub id."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +97,7 @@ class SiteTexts:
         self._parts = None if config.source == STDLIB else _partitioned(config, seed)
         self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
         self.load = lru_cache(CACHED_SITES)(self._load)
+        self.public = cache(self._public)
 
     def _load(self, name: str) -> SiteData:
         """Tokens of one site, or of all together under the name `POOLED`.
@@ -121,7 +123,7 @@ class SiteTexts:
             train.truncated_tokens + heldout.truncated_tokens,
         )
 
-    def public(self) -> dict[str, list[Example]]:
+    def _public(self) -> dict[str, list[Example]]:
         """Examples of text that is nobody's, in parts that can stand for sites.
 
         Raises `ConfigError` when the configuration names no public text.
@@ -143,10 +145,8 @@ class SiteTexts:
         return tokenize(records, "text", self.tokenizer, max_length=self.config.max_length, packing=self.config.packing)
 
     def _records(self, site: str, dataset: Any) -> Tokenized:
-        columns = dict(self.config.columns)
-        ours = {theirs: field for field, theirs in columns.items()}
-        names = [ours.get(column, column) for column in dataset.column_names]
-        form = detect_form(names, "data") if self.config.form == "auto" else self.config.form
+        ours = {theirs: field for field, theirs in self.config.columns.items()}
+        form = _form(self.config, dataset.column_names)
 
         def records() -> Any:
             for number, row in enumerate(dataset):
@@ -195,7 +195,7 @@ def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
         train = _open_each(config.source, config.split, "data.source")
     else:
         dataset = _open(config.source, config.split, "data.source")
-        _check_columns(config, dataset.column_names)
+        _form(config, dataset.column_names)
         train = split(dataset, config.partition, draw)
     heldout: dict[str, Any] = {}
     if config.heldout_source or config.heldout_split:
@@ -235,10 +235,13 @@ def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
     return {name: (train[name], heldout[name]) for name in train}
 
 
-def _check_columns(config: DataConfig, found: list[str]) -> None:
+def _form(config: DataConfig, found: list[str]) -> Form:
+    """The form of records with the columns `found`; raises `ConfigError` if they are not those of the settings."""
     for field, column in config.columns.items():
         if column not in found:
             raise ConfigError(f"data.columns: {field} = {column!r}, but the data has the columns {', '.join(found)}")
+    ours = {theirs: field for field, theirs in config.columns.items()}
+    return detect_form((ours.get(column, column) for column in found), "data") if config.form == "auto" else config.form
 
 
 def _files(source: str, where: str) -> list[Path]:
@@ -268,11 +271,30 @@ def _is_local(source: str) -> bool:
     return path.exists() or source.startswith((".", "/", "~")) or path.suffix in LOADERS
 
 
+def _broken_line(path: Path) -> str:
+    """The first line of a jsonl file that is no JSON, or nothing: the readers of `datasets` do not tell."""
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                if line.strip():
+                    return f"line {number} is not JSON ({error})"
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[:300]}"
+
+
 def _open(source: str, wanted: str, where: str) -> Any:
     """One `datasets.Dataset`; raises `ConfigError` naming the setting."""
     import datasets
 
     datasets.disable_progress_bars()  # the command line shows its own
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is in the error below
     path = Path(source).expanduser()
     try:
         if path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
@@ -287,13 +309,15 @@ def _open(source: str, wanted: str, where: str) -> Any:
             kinds = {LOADERS.get(file.suffix) for file in files}
             if len(kinds) != 1 or None in kinds:
                 raise ConfigError(f"{where}: {source!r} must hold files of one kind among {', '.join(LOADERS)}")
+            if not any(file.stat().st_size for file in files):
+                raise ConfigError(f"{where}: {source!r} is empty")
             loaded = datasets.load_dataset(str(kinds.pop()), data_files=[str(file) for file in files], split="train")
         else:
             loaded = datasets.load_dataset(source, split=wanted)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise
-        raise ConfigError(f"{where}: {source!r} cannot be read: {type(error).__name__}: {str(error)[:300]}") from error
+        raise ConfigError(f"{where}: {source!r} cannot be read: {_broken_line(path) or _cause(error)}") from error
     if len(loaded) == 0:
         raise ConfigError(f"{where}: {source!r} is empty")
     return loaded

@@ -76,5 +76,7 @@ class Method:
     """Whether updates go through a codec; False makes a codec in the configuration an error."""
     pooled: bool = False
     """Whether all data lies at one place (the centralised baseline)."""
+    reads_public: Callable[[Any], bool] = lambda _: False
+    """Whether the method, so configured, reads public text."""
     check: Callable[[Any, CodecSettings, Layout], None] | None = None
     """Raises `ConfigError` for settings that cannot work together, before anything is trained."""

@@ -101,10 +101,11 @@ class CgFedLlmServer:
         if self.context.codec.error_feedback and not report.contraction < 1:
             raise GateError(
                 f"codec {name!r} with error feedback: the error is up to {report.contraction:.3f} of the update's norm "
-                "on held-out snapshots, so residuals would grow without bound; set codec.error_feedback=false"
+                "on held-out snapshots, so residuals would grow without bound; set codec.error_feedback=false",
+                report.values(),
             )
         if report.failed and self.config.gate == "refuse":
-            raise GateError(gate.explain(report, name))
+            raise GateError(gate.explain(report, name), report.values())
 
     # -- FAF ----------------------------------------------------------------------------------------------------
 
@@ -267,5 +268,6 @@ METHOD = Method(
     paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, ECAI 2025, "
     "https://arxiv.org/abs/2405.13746",
     codec=ResNetSettings(),
+    reads_public=lambda config: config.tgap.source == "public",
     check=check,
 )

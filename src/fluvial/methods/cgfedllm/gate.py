@@ -165,11 +165,14 @@ def measure(
 
 def explain(report: GateReport, codec: str) -> str:
     """Why a codec was refused and what to do, in a few lines."""
+    other = "a richer codec.rate" if codec == "linear" else "codec.name='linear'"
     return (
         f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out snapshots "
         + "; ".join(report.failed)
-        + f". (innovation cosine {report.cosine:.3f}, relative error {report.errors.all:.3f}, where sending nothing "
-        "gives 1.) Choose another codec, such as codec.name='linear', or set method.gate='report' to run it anyway."
+        + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where sending nothing "
+        f"gives 1.) Choose {other}, method.name='fedavg' with a codec that needs no fit such as 'int4', or set "
+        "method.gate='report' to go on anyway; --resume with the changed setting keeps the baselines that are done. "
+        "Few or very similar records can make a simple predictor hard to beat."
     )
 
 
