@@ -82,10 +82,10 @@ def _llama(folder: Path, **changes: Any) -> Path:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return _saved(LlamaForCausalLM, LlamaConfig(**(settings | changes)), folder)
+    return saved_model(LlamaForCausalLM, LlamaConfig(**(settings | changes)), folder)
 
 
-def _saved(kind: Any, config: Any, folder: Path) -> Path:
+def saved_model(kind: Any, config: Any, folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(20261121)
         kind(config).save_pretrained(folder)
@@ -127,7 +127,7 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return _saved(GPT2LMHeadModel, config, tmp_path_factory.mktemp("tiny_gpt2_model"))
+    return saved_model(GPT2LMHeadModel, config, tmp_path_factory.mktemp("tiny_gpt2_model"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from fluvial.models import Workbench
 from fluvial.payload import Payload
 from fluvial.plan import plan
 from fluvial.run import execute
+from tests.conftest import saved_model
 from tests.runs import adapter_of, run_table
 
 
@@ -379,3 +380,56 @@ def test_exact_match_of_answers_is_reported(run_config: dict[str, Any], tmp_path
     for row in result["heldout_by_site"].values():
         assert 0 <= row["base"]["exact_match"] <= row["final"]["exact_match"] <= 1
     assert result["samples"][0]["prompt"].endswith("+ 1 =")
+
+
+# -- other architectures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Gemma"])
+def test_other_families_run_unchanged(family: str, run_config: dict[str, Any], tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    folder = saved_model(getattr(transformers, f"{family}ForCausalLM"), config, tmp_path / "model")
+    method = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 2, "simulated_sites": 2}}
+    table = run_config | {
+        "model": {"name_or_path": str(folder)},
+        "method": method,
+        "codec": {"name": "linear", "rate": 8},
+    }
+    result = run_table(table, tmp_path / "run")
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+
+
+def test_gpt2_with_its_fused_attention_runs(run_config: dict[str, Any], tiny_gpt2_model: Path, tmp_path: Path) -> None:
+    table = run_config | {
+        "model": {"name_or_path": str(tiny_gpt2_model)},
+        "lora": {"r": 4, "target_modules": ["c_attn"]},
+        "codec": {"name": "ternary", "rate": 16, "error_feedback": True},
+    }
+    result = run_table(table, tmp_path / "run")
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+
+
+def test_the_papers_autoencoder_takes_narrow_keys_on_grouped_canvases(
+    run_config: dict[str, Any], tiny_gqa_model: Path, tmp_path: Path
+) -> None:
+    table = run_config | {
+        "model": {"name_or_path": str(tiny_gqa_model)},
+        "method": {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 2}},
+        "codec": {"name": "resnet", "canvas": "grouped", "iterations": 2, "batch_size": 2},
+    }
+    assert run_table(table, tmp_path / "run")["setup"]["gate"]["failed"]
