@@ -13,7 +13,7 @@ from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, boo
 from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
-from fluvial.models import LoraSettings, ModelConfig, Workbench
+from fluvial.models import LoraSettings, ModelConfig, Workbench, check_length, context_length
 from fluvial.tensors import Layout, Named, is_finite
 
 logger = logging.getLogger(__name__)
@@ -222,15 +222,8 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
         )
 
 
-def _context(bench: Workbench) -> int | None:
-    length: int | None = getattr(bench.model_config, "max_position_embeddings", None)
-    return length
-
-
 def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
-    longest = _context(bench)
-    if longest is not None and data.max_length > longest:
-        raise ConfigError(f"data.max_length={data.max_length}: the model reads at most {longest} tokens")
+    check_length(bench.model_config, data.max_length)
     return SiteTexts(data, bench.tokenizer, seed=seed).load(POOLED)
 
 
@@ -244,7 +237,7 @@ def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], 
     return prepare(
         asked,
         bench.tokenizer,
-        context=_context(bench),
+        context=context_length(bench.model_config),
         scoring=choices.scoring,
         shots=choices.shots,
         examples=examples,
@@ -256,7 +249,7 @@ def _data_result(
     data: DataConfig, texts: SiteData, bench: Workbench, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
     questions = texts.questions[: data.max_heldout] if max_new_tokens else []
-    longest = _context(bench)
+    longest = context_length(bench.model_config)
     room = None if longest is None else longest - max_new_tokens
     fit = [q for q in questions if room is None or len(bench.tokenizer(q.prompt, verbose=False)["input_ids"]) <= room]
     table: dict[str, Any] = {

@@ -32,10 +32,12 @@ class RunFolder:
         self.path = path
         self.store = StateStore(path / "sites")
         self._lock: IO[str] | None = None
+        self._made = False
 
     def __enter__(self) -> "RunFolder":
         """Make the folder and lock it; raises `CheckpointError` if another process holds it."""
         try:
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,13 +52,13 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock; a folder into which nothing was written goes again."""
-        if self._lock:
-            self._lock.close()
+        """Release the lock; a folder that was made here and into which nothing was written goes again."""
         lock = self.path / ".lock"
-        if list(self.path.iterdir()) == [lock]:
+        if self._made and list(self.path.iterdir()) == [lock]:
             lock.unlink()
             self.path.rmdir()
+        if self._lock:
+            self._lock.close()
 
     @property
     def started(self) -> bool:

@@ -138,6 +138,19 @@ def meta_base(config: ModelConfig) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def context_length(model_config: Any) -> int | None:
+    """Tokens that the model reads at most, where its configuration tells."""
+    length: int | None = getattr(model_config, "max_position_embeddings", None)
+    return length
+
+
+def check_length(model_config: Any, max_length: int) -> None:
+    """Raise `ConfigError` if sequences of `max_length` tokens are longer than the model reads."""
+    longest = context_length(model_config)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"data.max_length={max_length}: the model reads at most {longest} tokens")
+
+
 def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
     """`base` with LoRA modules injected (in place) by PEFT; raises `ConfigError` naming what would fit."""
     linear = {

@@ -19,11 +19,11 @@ from fluvial import __version__
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, GateError
+from fluvial.errors import CheckpointError, GateError
 from fluvial.evaluate import Heldout, check_effect
 from fluvial.fleet import Kind, LocalFleet, Metered
 from fluvial.methods import Context
-from fluvial.models import Workbench
+from fluvial.models import Workbench, check_length
 from fluvial.payload import Payload, Value
 from fluvial.sites import COMMON_TASKS, Site, adapter_message, heldout_of
 from fluvial.tensors import Layout, Named
@@ -72,9 +72,7 @@ def check_settings(config: RunConfig, layout: Layout, model_config: Any, texts: 
     """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`."""
     if config.entry.check is not None:
         config.entry.check(config.method, config.coding, layout)
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest is not None and config.data.max_length > longest:
-        raise ConfigError(f"data.max_length={config.data.max_length}: the model reads at most {longest} tokens")
+    check_length(model_config, config.data.max_length)
     if config.entry.reads_public(config.method):
         texts.public()
 
@@ -230,8 +228,8 @@ class Run:
         self.server.restore(Payload(checkpoint.tensors, checkpoint.value("server", dict)))
         self.setup, self.trained = checkpoint.value("setup", dict), checkpoint.value("trained", int)
         self._wall_s = checkpoint.value("wall_s", float)
-        self.fleet.meter.totals = {(way, task): size for way, task, size in checkpoint.value("meter", list)}
-        self.setup_bytes = {(way, task): size for way, task, size in checkpoint.value("setup_meter", list)}
+        self.fleet.meter.totals = _table(checkpoint.value("meter", list))
+        self.setup_bytes = _table(checkpoint.value("setup_meter", list))
         return round
 
     def _elapsed(self) -> float:
@@ -365,6 +363,11 @@ def _mean(table: dict[str, Any]) -> dict[str, float]:
 
 def _listed(table: dict[Kind, int]) -> list[Value]:
     return [[way, task, size] for (way, task), size in table.items()]
+
+
+def _table(listed: list[Any]) -> dict[Kind, int]:
+    """Inverse of `_listed`."""
+    return {(way, task): size for way, task, size in listed}
 
 
 def _bytes(by_site: dict[str, dict[Kind, int]], direction: str) -> int:

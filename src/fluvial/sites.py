@@ -16,7 +16,7 @@ from fluvial.evaluate import Heldout, exact_match, heldout
 from fluvial.models import Workbench, initial_adapter, read_adapter
 from fluvial.payload import OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.seeds import derive, generator
-from fluvial.tensors import Layout, Named, add, energy, factor, only, scale, subtract
+from fluvial.tensors import Layout, Named, WeightedMean, add, energy, factor, only, scale, subtract
 from fluvial.train import TrainConfig, TrainReport, train
 
 Factors = Literal["A and B", "B"]
@@ -255,6 +255,13 @@ def weight_of(reply: Payload) -> int:
     if not 1 <= samples <= 2**31:
         raise WireError(f"sample count n={samples} is out of range")
     return samples
+
+
+def read_update(reply: Payload, codec: Codec) -> tuple[Named, int]:
+    """The decoded update in a reply and its weight, checked so that they can be folded; raises `WireError`."""
+    update, weight = codec.decode(payload_frame(reply)), weight_of(reply)
+    WeightedMean.check(update, weight)
+    return update, weight
 
 
 def refuse_learned(settings: CodecSettings, method: str) -> None:

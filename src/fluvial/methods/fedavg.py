@@ -17,7 +17,7 @@ from fluvial.codecs import CodecSettings, build
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_adapter
-from fluvial.payload import Payload, frame_payload, payload_frame
+from fluvial.payload import Payload, frame_payload
 from fluvial.sites import (
     Factors,
     Site,
@@ -25,10 +25,10 @@ from fluvial.sites import (
     code,
     part,
     read_adapter_message,
+    read_update,
     refuse_learned,
     site_codec,
     train_locally,
-    weight_of,
 )
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
@@ -84,8 +84,7 @@ class FedAvgServer:
         return {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
 
     def _read(self, reply: Payload) -> tuple[Named, int, float]:
-        update, weight = self.codec.decode(payload_frame(reply)), weight_of(reply)
-        WeightedMean.check(update, weight)
+        update, weight = read_update(reply, self.codec)
         return update, weight, reply.value("loss", float)
 
     def model(self) -> Named:

@@ -18,10 +18,10 @@ from fluvial.errors import ConfigError
 from fluvial.fleet import Fleet, FleetConfig, LocalFleet
 from fluvial.methods.interface import Context
 from fluvial.models import initial_adapter
-from fluvial.payload import Payload, frame_payload, payload_frame
+from fluvial.payload import Payload, frame_payload
 from fluvial.seeds import derive
-from fluvial.sites import Site, StateStore, adapter_message, read_adapter_message, train_locally, weight_of
-from fluvial.tensors import Layout, Named, WeightedMean, add
+from fluvial.sites import Site, StateStore, adapter_message, read_adapter_message, read_update, train_locally
+from fluvial.tensors import Layout, WeightedMean, add
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +81,12 @@ def collect(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int) -> list
     own = dict.fromkeys(fleet.sites, shared)
     codec = Identity.of(layout)
 
-    def read(reply: Payload) -> tuple[Named, int]:
-        update, weight = codec.decode(payload_frame(reply)), weight_of(reply)
-        WeightedMean.check(update, weight)
-        return update, weight
-
     snapshots: list[Snapshot] = []
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
         mean = WeightedMean()
         messages = dict.fromkeys(fleet.sites, adapter_message(shared, round=number))
-        for reply in fleet.ask("snapshot", messages, round=0, read=read):
+        for reply in fleet.ask("snapshot", messages, round=0, read=lambda reply: read_update(reply, codec)):
             update, weight = reply.content
             snapshots.append(Snapshot(reply.site, number, own[reply.site], update))
             mean.add(update, weight)
