@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fluvial.codecs.canvas import Canvas
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.normalise import (
     BYTES_PER_SCALE,
     Normalisation,
@@ -153,7 +153,7 @@ def test_byte_table_of_the_paper(model: str, rank: int, shape: tuple[int, int], 
     assert Canvas(layout, "square", 6).shapes == [shape]
     assert layout.raw_bytes == raw
     scales = BYTES_PER_SCALE * len(layout.shapes)
-    assert frame_bytes(ResNetSettings(), layout) == FrameBytes(latent=latent, scales=scales, header=10)
+    assert frame_bytes(ResNetSettings(), layout) == FrameBytes(latent=latent, scales=scales, header=OVERHEAD)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from fluvial.codecs import CODECS, Codec, CodecConfig, build, entropy
-from fluvial.codecs.frame import OVERHEAD, seal
+from fluvial.codecs.frame import OVERHEAD, VERSION, seal
 from fluvial.codecs.quantise import bf16, from_bf16
 from fluvial.errors import ConfigError, WireError
 from fluvial.tensors import Layout, Named, cosine, norm, subtract
@@ -105,8 +105,8 @@ def test_codes_are_distinct_and_frames_of_others_are_refused(name: str) -> None:
                 make(other, update).decode(frame)
     with pytest.raises(WireError, match="names or shapes"):
         make(name, {**update, "odd": torch.zeros(8)}).decode(frame)
-    later = bytes([2]) + frame[1:-4]
-    with pytest.raises(WireError, match="version 2"):
+    later = bytes([VERSION + 1]) + frame[1:-4]
+    with pytest.raises(WireError, match=f"version {VERSION + 1}"):
         codec.decode(later + struct.pack("<I", zlib.crc32(later)))
     for bit in np.random.default_rng(0).integers(0, 8 * len(frame), 50):
         damaged = bytearray(frame)

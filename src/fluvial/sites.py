@@ -200,13 +200,13 @@ def code(site: Site, codec: Codec, update: Named, round: int) -> bytes:
     """
     seed = derive(site.seed, "codec", round, site.name)
     if not site.codec.error_feedback:
-        return codec.encode(update, seed=seed)
+        return codec.encode(update, seed=seed, round=round)
     kept = site.recall("residual")
     if kept.tensors:
         codec.layout.check(kept.tensors, "residual")
         missed = max(0, round - kept.value("round", int) - 1)
         update = add(update, scale(kept.tensors, site.codec.feedback_decay**missed))
-    frame = codec.encode(update, seed=seed)
+    frame = codec.encode(update, seed=seed, round=round)
     residual = subtract(update, codec.decode(frame))
     error = energy(residual) / max(energy(update), 1e-30)
     site.keep("residual", Payload(residual, {"round": round, "error": error}))
@@ -257,9 +257,9 @@ def weight_of(reply: Payload) -> int:
     return samples
 
 
-def read_update(reply: Payload, codec: Codec) -> tuple[Named, int]:
-    """The decoded update in a reply and its weight, checked so that they can be folded; raises `WireError`."""
-    update, weight = codec.decode(payload_frame(reply)), weight_of(reply)
+def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
+    """The decoded update of `round` in a reply and its weight, checked for the mean; raises `WireError`."""
+    update, weight = codec.decode(payload_frame(reply), round=round), weight_of(reply)
     WeightedMean.check(update, weight)
     return update, weight
 

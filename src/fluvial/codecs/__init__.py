@@ -13,7 +13,7 @@
     resnet     4 / 2^stages, and scales    what its autoencoder did not learn (the paper's; needs a fit)
     linear     4 / rate                    what is small in the basis it learned (needs a fit)
 
-Add to each 10 bytes of frame, to sign and half_sign 2 bytes of scale per tensor, and to half_sign 8 of seed.
+Add to each 12 bytes of frame, to sign and half_sign 2 bytes of scale per tensor, and to half_sign 8 of seed.
 Where there is a rate, all of that is within it.
 """
 

@@ -4,6 +4,7 @@
 codec, what was published. Error feedback is state of a site around a codec and not the codec's business.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fluvial.codecs.frame import Reader, seal, unseal
-from fluvial.errors import WireError
+from fluvial.codecs.frame import OVERHEAD, Reader, seal, unseal
+from fluvial.errors import ConfigError, WireError
 from fluvial.payload import Payload
 from fluvial.tensors import Layout, Named, is_finite
 
@@ -32,6 +33,25 @@ class CodecSettings(BaseModel):
     """Factor on the kept residual for every round a site missed (an older residual refers to an older adapter)."""
 
 
+class RateSettings(CodecSettings):
+    """A codec with a byte target."""
+
+    rate: float = Field(64, gt=0, allow_inf_nan=False)
+    """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
+
+
+def body_room(layout: Layout, rate: float, least: int) -> int:
+    """Bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that is under `least`."""
+    frame, need = int(layout.raw_bytes / rate), OVERHEAD + least
+    if frame < need:
+        most = math.floor(layout.raw_bytes / need * 1000) / 1000
+        raise ConfigError(
+            f"codec.rate={rate:g} leaves {frame} bytes for {layout.numel} values, but header, "
+            f"{len(layout.sizes)} scales and one value need {need}; choose at most {most:g}"
+        )
+    return frame - OVERHEAD
+
+
 class Codec(ABC):
     """Codes updates of one layout into bytes and back."""
 
@@ -42,14 +62,26 @@ class Codec(ABC):
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
         self.settings, self.layout = settings, layout
 
-    def encode(self, update: Named, *, seed: int = 0) -> bytes:
+    @property
+    def fingerprint(self) -> int:
+        """What both ends must agree on, as 32 bits in every frame."""
+        return self.layout.fingerprint
+
+    def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
         """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the same bytes."""
         assert is_finite(update), "an update with NaN or Inf must not be sent"
-        return seal(self.code, self.layout.fingerprint, self.body(self.layout.flatten(update), seed))
+        return self.seal(self.body(self.layout.flatten(update), seed), round=round)
 
-    def decode(self, wire: bytes) -> Named:
-        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did not make."""
-        reader = unseal(wire, self.code, self.layout.fingerprint)
+    def seal(self, body: bytes, *, round: int = 0) -> bytes:
+        """A frame of this codec around `body`."""
+        return seal(self.code, self.fingerprint, body, round=round)
+
+    def decode(self, wire: bytes, *, round: int | None = None) -> Named:
+        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did not make.
+
+        With `round`, a frame of another round is refused.
+        """
+        reader = unseal(wire, self.code, self.fingerprint, round=round)
         vector = self.parse(reader)
         reader.finish()
         if not bool(torch.isfinite(vector).all()):

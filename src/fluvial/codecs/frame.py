@@ -3,9 +3,10 @@
 offset  bytes  what
 0       1      format version
 1       1      codec code
-2       4      fingerprint of the layout (little endian, as everything)
-6       n      body, the codec's own
-6 + n   4      CRC-32 of all before
+2       2      round, modulo 2^16 (little endian, as everything)
+4       4      fingerprint of what both ends must agree on: the layout, or the published part of a learned codec
+8       n      body, the codec's own
+8 + n   4      CRC-32 of all before
 """
 
 import struct
@@ -16,24 +17,25 @@ from numpy.typing import NDArray
 
 from fluvial.errors import WireError
 
-VERSION = 1
-OVERHEAD = 10
+VERSION = 2
+OVERHEAD = 12
 """Bytes of a frame that are not body."""
 
-_HEAD = struct.Struct("<BBI")
+_ROUNDS = 1 << 16
+_HEAD = struct.Struct("<BBHI")
 
 
-def seal(code: int, fingerprint: int, body: bytes) -> bytes:
+def seal(code: int, fingerprint: int, body: bytes, *, round: int = 0) -> bytes:
     """A frame around `body`."""
-    head = _HEAD.pack(VERSION, code, fingerprint) + body
+    head = _HEAD.pack(VERSION, code, round % _ROUNDS, fingerprint) + body
     return head + struct.pack("<I", zlib.crc32(head))
 
 
-def unseal(wire: bytes, code: int, fingerprint: int) -> "Reader":
-    """A reader of the body; raises `WireError` if the frame is damaged or of another codec or layout."""
+def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None) -> "Reader":
+    """A reader of the body; raises `WireError` if the frame is damaged, or of another codec, layout or round."""
     if len(wire) < OVERHEAD:
         raise WireError(f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header")
-    version, found, layout = _HEAD.unpack_from(wire)
+    version, found, sent, layout = _HEAD.unpack_from(wire)
     if zlib.crc32(wire[:-4]) != struct.unpack("<I", wire[-4:])[0]:
         raise WireError("frame: checksum does not match; it was damaged on the way")
     if version != VERSION:
@@ -43,7 +45,12 @@ def unseal(wire: bytes, code: int, fingerprint: int) -> "Reader":
     if found != code:
         raise WireError(f"frame: codec code {found}, expected {code}; both ends need the same codec settings")
     if layout != fingerprint:
-        raise WireError("frame: made for other tensor names or shapes; both ends need the same model and lora settings")
+        raise WireError(
+            "frame: made for other tensor names or shapes, or with another published transform; both ends need the "
+            "same model, lora settings and codec"
+        )
+    if round is not None and sent != round % _ROUNDS:
+        raise WireError(f"frame: of round {sent}, expected round {round % _ROUNDS}; an old message was sent again")
     return Reader(wire[_HEAD.size : -4])
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, CodecSettings
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings
 from fluvial.codecs.frame import Reader
 from fluvial.codecs.quantise import Floats, bf16, read_scales, to_numpy
-from fluvial.codecs.sparse import SEED, Indices, Masked, RateSettings, slots
+from fluvial.codecs.sparse import SEED, Indices, Masked, slots
 from fluvial.tensors import Layout
 
 

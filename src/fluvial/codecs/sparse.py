@@ -11,32 +11,19 @@ from typing import ClassVar, Literal, Self, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import Codec, CodecSettings
-from fluvial.codecs.frame import OVERHEAD, Reader
+from fluvial.codecs.base import Codec, RateSettings, body_room
+from fluvial.codecs.frame import Reader
 from fluvial.codecs.quantise import Floats, bf16, from_bf16, read_scales, steps, to_levels, to_numpy
-from fluvial.errors import ConfigError
 from fluvial.tensors import Layout
 
 Indices = NDArray[np.int64]
 
 SEED = struct.Struct("<Q")
 """How a frame carries a seed."""
-
-
-def body_room(layout: Layout, rate: float, least: int) -> int:
-    """Bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that is under `least`."""
-    frame, need = int(layout.raw_bytes / rate), OVERHEAD + least
-    if frame < need:
-        most = math.floor(layout.raw_bytes / need * 1000) / 1000
-        raise ConfigError(
-            f"codec.rate={rate:g} leaves {frame} bytes for {layout.numel} values, but header, "
-            f"{len(layout.sizes)} scales and one value need {need}; choose at most {most:g}"
-        )
-    return frame - OVERHEAD
 
 
 def slots(seed: int, count: int, total: int) -> Indices:
@@ -47,13 +34,6 @@ def slots(seed: int, count: int, total: int) -> Indices:
     words = np.random.PCG64(seed).random_raw(total)
     chosen = np.argpartition(words, count - 1)[:count] if count < total else np.arange(total)
     return np.sort(chosen).astype(np.int64)
-
-
-class RateSettings(CodecSettings):
-    """A codec with a byte target."""
-
-    rate: float = Field(64, gt=0, allow_inf_nan=False)
-    """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
 
 
 class Masked(Codec):

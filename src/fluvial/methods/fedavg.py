@@ -75,7 +75,8 @@ class FedAvgServer:
         cohort = sample(fleet.sites, fraction, seed=self.context.seed, round=number)
         message = adapter_message(self.adapter, round=number)
         mean, loss = WeightedMean(), WeightedLoss()
-        for reply in fleet.ask("train", dict.fromkeys(cohort, message), round=number, read=self._read):
+        messages = dict.fromkeys(cohort, message)
+        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
             update, weight, site_loss = reply.content
             mean.add(update, weight)
             loss.add(site_loss, weight)
@@ -83,8 +84,8 @@ class FedAvgServer:
         self.adapter = {**self.adapter, **add({name: self.adapter[name] for name in update}, update)}
         return {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
 
-    def _read(self, reply: Payload) -> tuple[Named, int, float]:
-        update, weight = read_update(reply, self.codec)
+    def _read(self, reply: Payload, round: int) -> tuple[Named, int, float]:
+        update, weight = read_update(reply, self.codec, round)
         return update, weight, reply.value("loss", float)
 
     def model(self) -> Named:

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fluvial.codecs import CODECS, CodecSettings, build
 from fluvial.codecs.base import Codec, LatentCodec, LearnedCodec
-from fluvial.codecs.frame import seal
 from fluvial.codecs.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, GateError
 from fluvial.fleet import Fleet, sample
@@ -116,7 +115,8 @@ class CgFedLlmServer:
         message = adapter_message(self.adapter, round=number)
         mean, loss = WeightedMean(), WeightedLoss()
         weights, errors = [], {}
-        for reply in fleet.ask("train", dict.fromkeys(cohort, message), round=number, read=self._read):
+        messages = dict.fromkeys(cohort, message)
+        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
             update, weight, site_loss, error = reply.content
             mean.add(update, weight)
             loss.add(site_loss, weight)
@@ -137,10 +137,10 @@ class CgFedLlmServer:
             metrics |= {"epsilon": privacy.spent(multiplier, self.rounds_done, delta), "delta": delta}
         return metrics
 
-    def _read(self, reply: Payload) -> tuple[Named, int, float, float | None]:
+    def _read(self, reply: Payload, round: int) -> tuple[Named, int, float, float | None]:
         assert self.codec is not None
         weight = weight_of(reply)
-        decoded = self.codec.decode(payload_frame(reply))
+        decoded = self.codec.decode(payload_frame(reply), round=round)
         update = gate.innovation(self.adapter, decoded, self.config.representation)
         if self.config.privacy and self.config.privacy.placement == "aggregate":
             update = privacy.clip(update, self.config.privacy.clip_norm)  # decoding may have made it longer
@@ -227,7 +227,7 @@ def _private_frame(site: Site, config: CgFedLlmConfig, codec: Codec, update: Nam
         assert isinstance(codec, LatentCodec)
         vector = codec.layout.flatten(update)
         latent = privacy.release_latent(codec.analyse(vector), clip_norm, multiplier, random)
-        return seal(codec.code, codec.layout.fingerprint, codec.pack(latent, vector))
+        return codec.seal(codec.pack(latent, vector), round=round)
     update = privacy.clip(update, clip_norm)
     if config.privacy.placement == "update":
         update = privacy.disturb(update, privacy.noise_std(config.privacy, multiplier), random)

@@ -7,6 +7,7 @@ that costs the sites neither bytes nor privacy: the server trains simulated site
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,7 +72,7 @@ def snapshot(site: Site, message: Payload) -> Payload:
     update, report = train_locally(site, received, round, examples=examples, purpose="tgap")
     if tgap.reading == "local":
         site.keep("tgap", Payload(add(received, update)))
-    raw = Identity.of(site.layout).encode(update)
+    raw = Identity.of(site.layout).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
 
@@ -86,7 +87,8 @@ def collect(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int) -> list
         logger.info("TGAP round %d of %d", number, config.rounds)
         mean = WeightedMean()
         messages = dict.fromkeys(fleet.sites, adapter_message(shared, round=number))
-        for reply in fleet.ask("snapshot", messages, round=0, read=lambda reply: read_update(reply, codec)):
+        read = partial(read_update, codec=codec, round=number)
+        for reply in fleet.ask("snapshot", messages, round=0, read=read):
             update, weight = reply.content
             snapshots.append(Snapshot(reply.site, number, own[reply.site], update))
             mean.add(update, weight)
