@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,8 +19,8 @@ from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
-from fluvial.methods.cgfedllm import gate, tgap
-from fluvial.methods.cgfedllm.gate import GateReport, Representation
+from fluvial.methods.link import gate, tgap
+from fluvial.methods.link.gate import GateReport, Representation
 from fluvial.models import Workbench
 from fluvial.run import Run, execute
 from fluvial.tensors import Layout
@@ -43,6 +43,8 @@ class Corpus:
     """Below `SHARED`, with train.jsonl; None is Python's standard library."""
     public: str | None = "tinystories"
     """Below `SHARED`: what nobody owns, for TGAP on public text; the standard library brings its own."""
+    data: Table = field(default_factory=dict)
+    """Further settings of the `data` table."""
 
     @property
     def present(self) -> bool:
@@ -57,21 +59,29 @@ class Corpus:
             "source": str(SHARED / "data" / self.folder / "train.jsonl"),
             "partition": {"by": "column", "column": "client", "largest": 8},
             "public_source": str(SHARED / "data" / f"{self.public}" / "train.jsonl"),
+            **self.data,
         }
-        if self.folder == "mini_ops":
-            data["columns"] = {"completion": "answer"}
         model = self.model if self.model == "embedded" else str(SHARED / "models" / self.model)
         return {"model": {"name_or_path": model}, "data": data}
 
 
+ANSWERS = {"columns": {"completion": "answer"}}
+PACKED = {"packing": True}
+"""Utterances are shorter than a sequence."""
 CORPORA = {
     corpus.name: corpus
     for corpus in (
         Corpus("stdlib"),
         Corpus("fairytales", "stories260k", "fairytales"),
-        Corpus("mini_ops", "stories260k", "mini_ops"),
+        Corpus("mini_ops", "stories260k", "mini_ops", data=ANSWERS),
         Corpus("fairytales, embedded model", "embedded", "fairytales"),
-        Corpus("mini_ops, embedded model", "embedded", "mini_ops"),
+        Corpus("mini_ops, embedded model", "embedded", "mini_ops", data=ANSWERS),
+        Corpus("shakespeare", "stories260k", "shakespeare", data=PACKED),
+        Corpus("babi", "stories260k", "babi"),
+        Corpus("fairytales, babyllama105", "babyllama105", "fairytales"),
+        Corpus("mini_ops, babyllama105", "babyllama105", "mini_ops", data=ANSWERS),
+        Corpus("shakespeare, babyllama105", "babyllama105", "shakespeare", data=PACKED),
+        Corpus("babi, babyllama105", "babyllama105", "babi"),
     )
 }
 DEFAULT = ("stdlib", "fairytales", "mini_ops")
@@ -270,13 +280,13 @@ def label(table: Table) -> str:
 
 
 @contextmanager
-def workers() -> Iterator[ProcessPoolExecutor]:
-    """As many processes of one thread as there are cores.
+def workers(processes: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread, as many as there are cores unless told.
 
     Two sites in threads of one process share its interpreter, which small models keep busier than the tensors.
     """
-    cores = os.cpu_count() or 1
-    with ProcessPoolExecutor(cores, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    processes = processes or os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         yield pool
 
 

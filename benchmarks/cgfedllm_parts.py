@@ -23,8 +23,9 @@ from benchmarks.cgfedllm_bed import (
 )
 from benchmarks.report import Claim, Row, show
 from fluvial.codecs.normalise import Normalisation
-from fluvial.methods.cgfedllm import gate, privacy
-from fluvial.methods.cgfedllm.gate import Representation
+from fluvial.methods.cgfedllm import privacy
+from fluvial.methods.link import gate
+from fluvial.methods.link.gate import Representation
 from fluvial.seeds import generator
 from fluvial.tensors import energy, norm, subtract
 

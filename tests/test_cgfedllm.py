@@ -22,7 +22,8 @@ from fluvial.config import parse
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, GateError
 from fluvial.fleet import LocalFleet
-from fluvial.methods.cgfedllm import gate, privacy, tgap
+from fluvial.methods.cgfedllm import privacy
+from fluvial.methods.link import gate, tgap
 from fluvial.models import load_tokenizer
 from fluvial.payload import Payload
 from fluvial.run import execute
@@ -232,8 +233,8 @@ def test_local_reading_follows_each_sites_own_path(run_config: dict[str, Any], t
     found: list[Snapshot] = []
     collect = tgap.collect
 
-    def keep(*arguments: Any) -> list[Snapshot]:
-        found.extend(collect(*arguments))
+    def keep(*arguments: Any, **named: Any) -> list[Snapshot]:
+        found.extend(collect(*arguments, **named))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -306,7 +307,7 @@ def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(run_config: dic
 
     def answer(update: Named, round: int) -> Named:
         unused: Any = None
-        site = Site("a", 0, unused, unused, TrainConfig(), settings, None, store, 9)
+        site = Site("a", 0, unused, unused, TrainConfig(), settings, None, None, store, 9)
         decoded = codec.decode(code(site, codec, update, round))
         for slot, payload in site.kept.items():
             store.write("a", slot, payload, round)

@@ -13,7 +13,7 @@ from fluvial.codecs.resnet import ResNet, ResNetSettings
 from fluvial.config import load, parse
 from fluvial.data import SiteTexts
 from fluvial.methods import Context
-from fluvial.methods.cgfedllm import gate, tgap
+from fluvial.methods.link import gate, tgap
 from fluvial.models import Workbench
 from fluvial.tensors import Layout
 from tests.runs import run_table
@@ -30,7 +30,7 @@ def snapshots(table: dict[str, Any], rounds: int = 6) -> tuple[Layout, list[Snap
     config = parse(table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "linear"}}, "claims")
     bench = Workbench(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
-    context = Context(0, 1, bench.layout, config.coding, config.train, lambda: bench, texts.public)
+    context = Context(0, 1, bench.layout, config.coding, None, config.train, lambda: bench, texts.public)
     chosen = tgap.TgapConfig.model_validate(settings)
     found = tgap.collect(chosen, tgap.simulated_fleet(chosen, context, config.method), bench.layout, config.seed)
     return (bench.layout, *tgap.split_by_time(found, 0.2))

@@ -177,7 +177,7 @@ def test_figures_of_the_embedded_model_are_those_of_its_record() -> None:
 def test_bytes_of_the_envelope_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "decisions" / "0001-wire-format.md").read_text()
     frame = bytes(100_000)
-    down, up = frame_payload(frame, round=12), frame_payload(frame, n=1234, loss=2.345678901234567)
+    down, up = frame_payload(frame, round=12), frame_payload(frame, n=1234, loss=2.34568)
     for message, name in ((down, "down"), (up, "up")):
         assert f"{len(message.to_bytes()) - len(frame)} B {name} " in page
 

@@ -35,6 +35,7 @@ def fleet(
             train=TrainConfig(),
             codec=IdentitySettings(),
             method=None,
+            downlink=None,
             store=kept,
             rounds=1,
         )

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from fluvial import cli
 from fluvial.checkpoint import RunFolder
+from fluvial.codecs.frame import OVERHEAD
 from fluvial.config import parse
 from fluvial.errors import CheckpointError, ClientError, ConfigError, DivergenceError, FluvialError
 from fluvial.models import Workbench
@@ -52,10 +53,10 @@ def test_bytes_are_the_frames_and_their_envelopes(run_config: dict[str, Any], tm
     config = parse(run_config, "test")
     layout = Workbench(config.model, config.lora).layout
     result = run_table(run_config, tmp_path / "run")
-    frames = 6 * (layout.raw_bytes + 10)
+    frames = 6 * (layout.raw_bytes + OVERHEAD)
     assert result["bytes"]["up_raw"] == 6 * layout.raw_bytes
-    assert 0 < result["bytes"]["up"] - frames < 6 * 160
-    assert 0 < result["bytes"]["down"] - frames < 6 * 160
+    assert 0 < result["bytes"]["up"] - frames < 6 * 50
+    assert 0 < result["bytes"]["down"] - frames < 6 * 50
     assert result["bytes"]["setup"] == 0
     assert result["round_ratio"] == result["bytes"]["up"] / result["bytes"]["up_raw"]
 
@@ -138,7 +139,11 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"lora": {"r": 64}}, "lora.r=64 exceeds dimension 32 of 'q_proj'; choose at most 32"),
     ({"model": {"name_or_path": "./nowhere"}}, "there is no folder './nowhere'"),
     ({"data": {"max_length": 4096}}, "data.max_length=4096: the model reads at most 128 tokens"),
-    ({"codec": {"name": "linear"}}, "'linear' learns from updates, which method 'fedavg' does not collect"),
+    (
+        {"codec": {"name": "linear"}, "method": {"name": "fedavg", "tgap": {"source": "none"}}},
+        "'linear' must be trained",
+    ),
+    ({"method": {"name": "fedavg", "tgap": {"rounds": 3}}}, "tgap: without effect, because codec 'identity'"),
     ({"method": {"name": "cgfedllm", "tgap": {"source": "none"}}}, "codec 'resnet' must be trained"),
     ({"method": {"name": "cgfedllm"}}, "canvas"),  # 32 is no multiple of 64
 ]

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fluvial.codecs import CodecConfig, CodecSettings
+from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
 from fluvial.fleet import FleetConfig
@@ -52,6 +52,8 @@ class RunConfig(BaseModel):
     method: MethodConfig = FedAvgConfig()
     codec: CodecConfig | None = None
     """How updates are coded; the method's own default where it is not set."""
+    downlink: CodecConfig | None = None
+    """How the adapter goes down: coded against what a site already holds; as it is where not set."""
     fleet: FleetConfig = FleetConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -69,6 +71,17 @@ class RunConfig(BaseModel):
     def _no_setting_without_effect(self) -> "RunConfig":
         if self.codec is not None and not self.entry.coded:
             raise ValueError(f"codec: without effect, because method {self.method.name!r} sends no update; remove it")
+        if self.downlink is not None and not self.entry.coded:
+            raise ValueError(
+                f"downlink: without effect, because method {self.method.name!r} sends no update; remove it"
+            )
+        if self.downlink is not None and must_learn(self.downlink):
+            raise ValueError(
+                f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
+                "down; choose a codec that learns nothing, such as 'hadamard'"
+            )
+        if self.downlink is not None and self.downlink.error_feedback:
+            raise ValueError("downlink.error_feedback: the way down always repairs what it lost; remove it")
         if self.method.name in self.compare:
             raise ValueError(f"compare: {self.method.name!r} is the method itself; remove it from the list")
         if len(set(self.compare)) < len(self.compare):
@@ -77,7 +90,7 @@ class RunConfig(BaseModel):
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """The same run with another method, uncompressed and without further baselines."""
-        table = self.model_dump(exclude={"codec", "compare"}, exclude_unset=True)
+        table = self.model_dump(exclude={"codec", "downlink", "compare"}, exclude_unset=True)
         return RunConfig.model_validate({**table, "method": {"name": name}})
 
     def resolved(self) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from fluvial.codecs import CODECS, build
+from fluvial.codecs import CODECS, build, must_learn
+from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import LearnedCodec
 from fluvial.codecs.quantise import Identity
 from fluvial.config import RunConfig
@@ -79,6 +80,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 def frame_size(config: RunConfig, layout: Layout) -> int:
     """Bytes of one coded update: computed for a learned codec, else measured on one of typical size."""
+    if isinstance(config.coding, AutoSettings):
+        return int(layout.raw_bytes / config.coding.target(layout))
     kind = CODECS[config.coding.name]
     if issubclass(kind, LearnedCodec):
         return kind.frame_size(config.coding, layout)
@@ -110,8 +113,9 @@ def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
     cut = sum(site["truncated_records"] for site in sites)
     if cut:
         notes.append(f"{cut} records are longer than data.max_length={config.data.max_length} and are cut at the end")
-    kind = CODECS[config.coding.name]
-    if kind.learned:
+    if isinstance(config.coding, AutoSettings):
+        notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
+    elif must_learn(config.coding):
         notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
     iterations = getattr(config.coding, "iterations", None)
     if iterations:

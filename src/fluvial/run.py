@@ -73,7 +73,7 @@ def check_settings(config: RunConfig, layout: Layout, model_config: Any, texts: 
     if config.entry.check is not None:
         config.entry.check(config.method, config.coding, layout)
     check_length(model_config, config.data.max_length)
-    if config.entry.reads_public(config.method):
+    if config.entry.reads_public(config.method, config.coding):
         texts.public()
 
 
@@ -111,6 +111,7 @@ class Run:
             rounds=config.rounds,
             layout=self.bench.layout,
             codec=config.coding,
+            downlink=config.downlink,
             train=config.train,
             open_bench=lambda: self.bench,
             public=self.texts.public,
@@ -192,6 +193,7 @@ class Run:
             train=self.train,
             codec=self.config.coding,
             method=self.config.method,
+            downlink=self.config.downlink,
             store=self.folder.store,
             rounds=self.config.rounds,
         )

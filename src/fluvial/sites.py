@@ -4,11 +4,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fluvial.codecs import CODECS, CodecSettings, build
-from fluvial.codecs.base import Codec, LearnedCodec
+from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
+from fluvial.codecs.base import Codec, LearnedCodec, SteppedCodec
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import CheckpointError, ConfigError, WireError
@@ -114,6 +115,8 @@ class Site:
     codec: CodecSettings
     method: Any
     """The method's config."""
+    downlink: CodecSettings | None
+    """How the adapter comes down; None where it comes as it is."""
     store: StateStore
     rounds: int
     """Of the whole run; what a privacy budget is spread over."""
@@ -176,37 +179,45 @@ def train_locally(
 
 
 def site_codec(site: Site, layout: Layout) -> Codec:
-    """The codec of this run: built from its settings, or for a learned one from what was installed."""
-    kind = CODECS[site.codec.name]
-    if not issubclass(kind, LearnedCodec):
+    """The codec of this run: built from its settings, or as it was installed."""
+    if not must_learn(site.codec):
         return build(site.codec, layout)
     installed = site.recall("codec")
-    if not installed.tensors:
+    if not installed.values:
         raise WireError(f"site {site.name!r} was asked to train before its codec was installed")
-    return kind.from_published(site.codec, layout, installed)
+    settings = read_settings(installed.value("settings", dict))
+    kind = CODECS[settings.name]
+    if not issubclass(kind, LearnedCodec):
+        return build(settings, layout)
+    return kind.from_published(settings, layout, Payload(installed.tensors, installed.value("learned", dict)))
 
 
 def install_codec(site: Site, message: Payload) -> Payload:
-    """Task: keep the published part of a learned codec."""
+    """Task: keep the codec that the server learned or chose."""
     site.keep("codec", message)
     return Payload()
 
 
-def code(site: Site, codec: Codec, update: Named, round: int) -> bytes:
+def code(site: Site, codec: Codec, update: Named, round: int, *, step: float | None = None) -> bytes:
     """The frame for `update`. With error feedback the residual is added first, and what the codec lost is kept.
 
     u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014) and Karimireddy
-    et al. (2019). `missed` counts the rounds since the residual was made in which the site did not take part.
+    et al. (2019). `missed` counts the rounds since the residual was made in which the site did not take part. With
+    `step`, the codec quantises by that instead of by its rate.
     """
-    seed = derive(site.seed, "codec", round, site.name)
-    if not site.codec.error_feedback:
-        return codec.encode(update, seed=seed, round=round)
+    encode: Callable[..., bytes] = codec.encode
+    if step is not None:
+        assert isinstance(codec, SteppedCodec), "the server sets a step for codecs that have one"
+        encode = partial(codec.encode_at, step=step)
+    encode = partial(encode, seed=derive(site.seed, "codec", round, site.name), round=round)
+    if not codec.settings.error_feedback:
+        return encode(update)
     kept = site.recall("residual")
     if kept.tensors:
         codec.layout.check(kept.tensors, "residual")
         missed = max(0, round - kept.value("round", int) - 1)
-        update = add(update, scale(kept.tensors, site.codec.feedback_decay**missed))
-    frame = codec.encode(update, seed=seed, round=round)
+        update = add(update, scale(kept.tensors, codec.settings.feedback_decay**missed))
+    frame = encode(update)
     residual = subtract(update, codec.decode(frame))
     error = energy(residual) / max(energy(update), 1e-30)
     site.keep("residual", Payload(residual, {"round": round, "error": error}))
@@ -267,9 +278,10 @@ def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
 def refuse_learned(settings: CodecSettings, method: str) -> None:
     """Raise `ConfigError` if the codec needs a fit that `method` does not do."""
     name: str = settings.name
-    if CODECS[name].learned:
+    if must_learn(settings):
         raise ConfigError(
-            f"codec.name={name!r} learns from updates, which method {method!r} does not collect; use 'cgfedllm'"
+            f"codec.name={name!r} learns from updates, which method {method!r} does not collect; use 'fedavg' or "
+            "'cgfedllm'"
         )
 
 

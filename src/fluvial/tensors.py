@@ -26,6 +26,11 @@ def subtract(left: Named, right: Named) -> Named:
     return {name: tensor - right[name] for name, tensor in left.items()}
 
 
+def moved(state: Named, update: Named) -> Named:
+    """`state` + `update`, where the update may have only some of the names."""
+    return {name: tensor + update[name] if name in update else tensor for name, tensor in state.items()}
+
+
 def scale(tensors: Named, factor: float) -> Named:
     """factor * tensors."""
     return {name: tensor * factor for name, tensor in tensors.items()}

@@ -17,10 +17,11 @@ Add to each 12 bytes of frame, to sign and half_sign 2 bytes of scale per tensor
 Where there is a rate, all of that is within it.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 
+from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, CodecSettings
 from fluvial.codecs.linear import Linear, LinearSettings
 from fluvial.codecs.quantise import (
@@ -36,10 +37,10 @@ from fluvial.codecs.quantise import (
 from fluvial.codecs.resnet import ResNet, ResNetSettings
 from fluvial.codecs.sign import HalfSign, HalfSignSettings, Sign, SignSettings, Ternary, TernarySettings
 from fluvial.codecs.sparse import RandomK, RandomKSettings, TopK, TopKSettings
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, WireError
 from fluvial.tensors import Layout
 
-__all__ = ["CODECS", "Codec", "CodecConfig", "CodecSettings", "build"]
+__all__ = ["CODECS", "Codec", "CodecConfig", "CodecSettings", "build", "must_learn", "read_settings"]
 
 CODECS: dict[str, type[Codec]] = {
     "identity": Identity,
@@ -67,19 +68,35 @@ CodecConfig = Annotated[
     | HalfSignSettings
     | TernarySettings
     | ResNetSettings
-    | LinearSettings,
+    | LinearSettings
+    | AutoSettings,
     Field(discriminator="name"),
 ]
 """The `[codec]` table of a configuration."""
 
 
+_SETTINGS: TypeAdapter[Any] = TypeAdapter(CodecConfig)
+
+
+def read_settings(values: dict[str, Any]) -> Any:
+    """Settings from a message or a table; raises `WireError`."""
+    try:
+        return _SETTINGS.validate_python(values)
+    except ValidationError as error:
+        raise WireError(f"codec settings {values!r:.200}: {error.errors()[0]['msg']}") from None
+
+
+def must_learn(settings: CodecSettings) -> bool:
+    """Whether nothing can be coded before updates were seen: a learned codec, or one still to be chosen."""
+    return isinstance(settings, AutoSettings) or CODECS[settings.name].learned
+
+
 def build(settings: CodecSettings, layout: Layout) -> Codec:
     """The codec for updates of `layout`; raises `ConfigError` if it needs a fit or cannot meet its rate."""
-    codec = CODECS[settings.name]
-    if codec.learned:
+    if must_learn(settings):
         ready = ", ".join(name for name, other in CODECS.items() if not other.learned)
         raise ConfigError(
             f"codec.name={settings.name!r} is learned and has not been fitted; "
             f"use it with a method that fits it, or choose one of {ready}"
         )
-    return codec(settings, layout)
+    return CODECS[settings.name](settings, layout)

@@ -97,6 +97,22 @@ class Codec(ABC):
         """Inverse of `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than a few updates."""
 
 
+class SteppedCodec(Codec):
+    """A codec whose quantiser has one step, which the server may set instead of a rate."""
+
+    @abstractmethod
+    def encode_at(self, update: Named, step: float, *, seed: int = 0, round: int = 0) -> bytes:
+        """The frame for `update` at `step` (in units of the update), whatever its length."""
+
+    @abstractmethod
+    def step_of(self, wire: bytes) -> float:
+        """The step of a frame; raises `WireError`."""
+
+    @abstractmethod
+    def noise_of(self, wire: bytes) -> float:
+        """Expected squared error of the update in a frame; raises `WireError`."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """One update seen at TGAP: what site `site` changed in round `round`, against the adapter it had received."""
@@ -130,6 +146,17 @@ class LearnedCodec(Codec):
     @abstractmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
         """Rebuild from `published`; without a decoder part, `decode` raises. Raises `WireError` if shapes are wrong."""
+
+
+class AdaptiveCodec(LearnedCodec):
+    """A learned codec that can follow the updates of a run."""
+
+    @abstractmethod
+    def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
+        """A codec for updates like those of the fit and `updates`, which count `weight` (0 to 1) of the whole.
+
+        Depends on what is published and on `updates` alone, so that both ends can refit without a message.
+        """
 
 
 class LatentCodec(LearnedCodec):

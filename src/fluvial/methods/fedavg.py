@@ -9,28 +9,21 @@ The server adds the sample-weighted mean of the differences. FedIT averages A an
 their products; FFA-LoRA freezes A at its shared random start, so that the mean is exact and half the bytes are sent.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluvial.codecs import CodecSettings, build
+from fluvial.codecs import CodecSettings, must_learn
+from fluvial.errors import ConfigError
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, open_link
+from fluvial.methods.link.tgap import NO_TGAP, TgapConfig, after_tgap, snapshot
 from fluvial.models import initial_adapter
-from fluvial.payload import Payload, frame_payload
-from fluvial.sites import (
-    Factors,
-    Site,
-    adapter_message,
-    code,
-    part,
-    read_adapter_message,
-    read_update,
-    refuse_learned,
-    site_codec,
-    train_locally,
-)
-from fluvial.tensors import Layout, Named, WeightedMean, add, norm
+from fluvial.payload import Payload, join, split
+from fluvial.sites import Factors, Site, part, train_locally, weight_of
+from fluvial.tensors import Layout, Named, WeightedMean, moved, norm
 
 
 class FedAvgConfig(BaseModel):
@@ -43,6 +36,8 @@ class FedAvgConfig(BaseModel):
     """Share of the sites in a round's cohort; FedIT uses 0.05 of 100."""
     factors: Factors = "A and B"
     """What is tuned and sent: both factors (FedIT), or B with A frozen (FFA-LoRA)."""
+    tgap: TgapConfig = TgapConfig(source="public")
+    """How a codec that learns is pre-trained; without effect for the others."""
 
 
 class CentralConfig(BaseModel):
@@ -63,43 +58,49 @@ class FedAvgServer:
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
         self.config, self.context = config, context
         self.adapter = initial_adapter(context.layout, context.seed)
-        self.codec = build(context.codec, part(context.layout, config.factors))
+        self.layout = part(context.layout, config.factors)
+        tgap = config.tgap if isinstance(config, FedAvgConfig) and must_learn(context.codec) else NO_TGAP
+        self.link = Link(context, self.layout, self.adapter, tgap)
 
-    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
-        """Nothing: the initial adapter follows from the seed."""
-        return {}
+    def setup(self, fleet: Fleet) -> Metrics:
+        """The initial adapter follows from the seed; a codec that learns is fitted and installed."""
+        return self.link.setup(fleet, self.config)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Cohort, local training, weighted mean of the differences."""
         fraction = self.config.fraction if isinstance(self.config, FedAvgConfig) else 1.0
         cohort = sample(fleet.sites, fraction, seed=self.context.seed, round=number)
-        message = adapter_message(self.adapter, round=number)
         mean, loss = WeightedMean(), WeightedLoss()
-        messages = dict.fromkeys(cohort, message)
-        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
-            update, weight, site_loss = reply.content
-            mean.add(update, weight)
+        read = partial(self._read, round=number)
+        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
+            decoded, weight, site_loss = reply.content
+            mean.add(decoded.update, weight)
+            self.link.uplink.fold(reply.site, decoded)
             loss.add(site_loss, weight)
         update = mean.mean()
-        self.adapter = {**self.adapter, **add({name: self.adapter[name] for name in update}, update)}
-        return {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
+        self.adapter = moved(self.adapter, update)
+        metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
+        return {**metrics, **self.link.uplink.close(update, number)}
 
-    def _read(self, reply: Payload, round: int) -> tuple[Named, int, float]:
-        update, weight = read_update(reply, self.codec, round)
-        return update, weight, reply.value("loss", float)
+    def _read(self, reply: Payload, round: int) -> tuple[Decoded, int, float]:
+        decoded, weight = self.link.uplink.decode(reply, round), weight_of(reply)
+        WeightedMean.check(decoded.update, weight)
+        return decoded, weight, reply.value("loss", float)
 
     def model(self) -> Named:
         """The global adapter."""
         return self.adapter
 
     def state(self) -> Payload:
-        """The adapter is all."""
-        return Payload(self.adapter)
+        """The adapter, and what both directions remember."""
+        return join({"adapter": Payload(self.adapter), "link": self.link.state()})
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        self.context.layout.check(state.tensors, "checkpoint")
-        self.adapter = state.tensors
+        parts = split(state, ("adapter", "link"))
+        self.context.layout.check(parts["adapter"].tensors, "checkpoint")
+        self.adapter = parts["adapter"].tensors
+        self.link.restore(parts["link"])
 
 
 class WeightedLoss:
@@ -120,26 +121,31 @@ class WeightedLoss:
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune the received adapter on the site's data; the coded difference goes back."""
     config: Any = site.method
-    round = message.value("round", int)
-    examples = site.load().train
-    received = read_adapter_message(message, site.layout)
+    opened = open_link(site, message, part(site.layout, config.factors))
+    if opened is None:
+        return STALE
+    received, codec = opened
+    data, round = site.load().train, message.value("round", int)
+    examples = after_tgap(data, config.tgap) if must_learn(site.codec) else data
     update, report = train_locally(site, received, round, examples=examples, factors=config.factors)
-    codec = site_codec(site, part(site.layout, config.factors))
-    return frame_payload(code(site, codec, update, round), n=len(examples), loss=report.loss)
+    return coded_reply(site, codec, update, message, n=len(examples), loss=report.loss)
 
 
 def check(config: FedAvgConfig, codec: CodecSettings, layout: Layout) -> None:
-    """FedAvg has no pre-training stage, so a codec that learns has nothing to learn from."""
-    refuse_learned(codec, config.name)
-    build(codec, part(layout, config.factors))
+    """Refuse a codec that cannot code this layout, and a pre-training that no codec needs."""
+    if config.tgap != FedAvgConfig().tgap and not must_learn(codec):
+        name: str = codec.name
+        raise ConfigError(f"method.tgap: without effect, because codec {name!r} learns nothing; remove it")
+    check_codec(codec, config.tgap, part(layout, config.factors))
 
 
 METHOD = Method(
     FedAvgConfig,
     FedAvgServer,
-    {"train": train},
+    {"train": train, "snapshot": snapshot},
     paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, https://arxiv.org/abs/2305.05644",
     check=check,
+    reads_public=lambda config, codec: must_learn(codec) and config.tgap.source == "public",
 )
 CENTRAL = Method(
     CentralConfig,

@@ -25,6 +25,8 @@ class Context:
     rounds: int
     layout: Layout
     codec: CodecSettings
+    downlink: CodecSettings | None
+    """How the adapter goes down; None sends it as it is."""
     train: TrainConfig
     open_bench: Callable[[], Workbench]
     """The base model, for a method that simulates sites on public text."""
@@ -76,7 +78,7 @@ class Method:
     """Whether updates go through a codec; False makes a codec in the configuration an error."""
     pooled: bool = False
     """Whether all data lies at one place (the centralised baseline)."""
-    reads_public: Callable[[Any], bool] = lambda _: False
-    """Whether the method, so configured, reads public text."""
+    reads_public: Callable[[Any, CodecSettings], bool] = lambda _config, _codec: False
+    """Whether the method, so configured and with this codec, reads public text."""
     check: Callable[[Any, CodecSettings, Layout], None] | None = None
     """Raises `ConfigError` for settings that cannot work together, before anything is trained."""

@@ -9,33 +9,27 @@ can take the autoencoder's place; a gate measures on held-out snapshots whether 
 """
 
 import math
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluvial.codecs import CODECS, CodecSettings, build
-from fluvial.codecs.base import Codec, LatentCodec, LearnedCodec
+from fluvial.codecs import CODECS, CodecSettings
+from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.resnet import ResNetSettings
-from fluvial.errors import ConfigError, DivergenceError, GateError
+from fluvial.errors import ConfigError, DivergenceError
 from fluvial.fleet import Fleet, sample
-from fluvial.methods.cgfedllm import gate, privacy, tgap
-from fluvial.methods.cgfedllm.gate import GateReport, Representation
+from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
-from fluvial.methods.cgfedllm.tgap import TgapConfig
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
+from fluvial.methods.link.gate import Representation
+from fluvial.methods.link.tgap import TgapConfig, after_tgap, snapshot
 from fluvial.models import initial_adapter
-from fluvial.payload import Payload, frame_payload, payload_frame
-from fluvial.seeds import derive, generator
-from fluvial.sites import (
-    Site,
-    adapter_message,
-    code,
-    read_adapter_message,
-    site_codec,
-    train_locally,
-    weight_of,
-)
+from fluvial.payload import Payload, Value, frame_payload, join, split
+from fluvial.seeds import generator
+from fluvial.sites import Site, code, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 
@@ -59,94 +53,57 @@ class CgFedLlmConfig(BaseModel):
 
 
 class CgFedLlmServer:
-    """Keeps the global adapter and the decoder."""
+    """Keeps the global adapter; the decoder lies in the link's uplink."""
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
         self.config, self.context = config, context
         self.adapter = initial_adapter(context.layout, context.seed)
-        self.kind = CODECS[context.codec.name]
-        self.codec: Codec | None = None if self.kind.learned else build(context.codec, context.layout)
+        self.link = Link(
+            context,
+            context.layout,
+            self.adapter,
+            config.tgap,
+            representation=config.representation,
+            on_refusal=config.gate,
+        )
         self.longest = 0.0
         self.rounds_done = 0
 
-    # -- TGAP ---------------------------------------------------------------------------------------------------
-
     def setup(self, fleet: Fleet) -> Metrics:
-        """Collect snapshots, fit the codec, pass it through the gate, send each site its half."""
-        config = self.config.tgap
-        if config.source == "none":
-            return {"gate": None}
-        ensemble = tgap.simulated_fleet(config, self.context, self.config) if config.source == "public" else fleet
-        snapshots = tgap.collect(config, ensemble, self.context.layout, self.context.seed)
-        training, heldout = tgap.split_by_time(snapshots, config.holdout)
-        metrics: Metrics = {"snapshots": len(snapshots)}
-        if issubclass(self.kind, LearnedCodec):
-            objects = [gate.coded_object(s.received, s.update, self.config.representation) for s in training]
-            seed = derive(self.context.seed, "codec fit")
-            self.codec = self.kind.fit(self.context.codec, self.context.layout, objects, seed=seed)
-            metrics["loss_curve"] = [list(point) for point in getattr(self.codec, "loss_curve", [])]
-        assert self.codec is not None
-        report = gate.measure(self.codec, training, heldout, self.config.representation)
-        self._judge(report)
-        if isinstance(self.codec, LearnedCodec):
-            # Only error feedback makes a site decode, so only then does it download the decoder.
-            half = self.codec.published(decoder=self.context.codec.error_feedback)
-            for _ in fleet.ask("install", dict.fromkeys(fleet.sites, half), round=0, read=lambda reply: reply):
-                pass
-        return {**metrics, "gate": report.values()}
-
-    def _judge(self, report: GateReport) -> None:
-        name: str = self.context.codec.name
-        if self.context.codec.error_feedback and not report.contraction < 1:
-            raise GateError(
-                f"codec {name!r} with error feedback: the error is up to {report.contraction:.3f} of the update's norm "
-                "on held-out snapshots, so residuals would grow without bound; set codec.error_feedback=false",
-                report.values(),
-            )
-        if report.failed and self.config.gate == "refuse":
-            raise GateError(gate.explain(report, name), report.values())
-
-    # -- FAF ----------------------------------------------------------------------------------------------------
+        """TGAP: collect snapshots, fit the codec, pass it through the gate, send each site its half."""
+        return self.link.setup(fleet, self.config)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """C1: cohort, local training, encode; decode, weighted mean, new global adapter."""
-        assert self.codec is not None, "setup comes first"
+        """FAF (C1): cohort, local training, encode; decode, weighted mean, new global adapter."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
-        message = adapter_message(self.adapter, round=number)
-        mean, loss = WeightedMean(), WeightedLoss()
-        weights, errors = [], {}
-        messages = dict.fromkeys(cohort, message)
-        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
-            update, weight, site_loss, error = reply.content
+        mean, loss, weights = WeightedMean(), WeightedLoss(), []
+        read = partial(self._read, round=number)
+        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
+            decoded, update, weight, site_loss = reply.content
             mean.add(update, weight)
             loss.add(site_loss, weight)
             weights.append(weight)
-            if error is not None:
-                errors[reply.site] = error
+            self.link.uplink.fold(reply.site, decoded)
         update = self._private(mean.mean(), max(weights) / sum(weights), number)
         self._guard(norm(update), number)
         self.adapter = add(self.adapter, update)
         self.rounds_done += 1
         metrics: Metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
-        if errors:
-            error = math.fsum(errors.values()) / len(errors)
-            metrics |= {"codec_error": error, "snr_db": -10 * math.log10(max(error, 1e-30))}
+        metrics |= self.link.uplink.close(update, number)
         if self.config.privacy:
             multiplier = self.config.privacy.multiplier(self.context.rounds)
             delta = self.config.privacy.delta
             metrics |= {"epsilon": privacy.spent(multiplier, self.rounds_done, delta), "delta": delta}
         return metrics
 
-    def _read(self, reply: Payload, round: int) -> tuple[Named, int, float, float | None]:
-        assert self.codec is not None
+    def _read(self, reply: Payload, round: int) -> tuple[Decoded, Named, int, float]:
         weight = weight_of(reply)
-        decoded = self.codec.decode(payload_frame(reply), round=round)
-        update = gate.innovation(self.adapter, decoded, self.config.representation)
+        decoded = self.link.uplink.decode(reply, round)
+        update = gate.innovation(self.link.sent, decoded.update, self.config.representation)
         if self.config.privacy and self.config.privacy.placement == "aggregate":
             update = privacy.clip(update, self.config.privacy.clip_norm)  # decoding may have made it longer
         WeightedMean.check(update, weight)
-        error = reply.value("e", float) if "e" in reply.values else None
-        return update, weight, reply.value("loss", float), error
+        return decoded, update, weight, reply.value("loss", float)
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
         config = self.config.privacy
@@ -164,58 +121,39 @@ class CgFedLlmServer:
             )
         self.longest = max(self.longest, length)
 
-    # -- state --------------------------------------------------------------------------------------------------
-
     def model(self) -> Named:
         """The global adapter."""
         return self.adapter
 
     def state(self) -> Payload:
-        """Adapter, codec, and what the guard and the accountant remember."""
-        tensors = {f"adapter/{name}": tensor for name, tensor in self.adapter.items()}
-        values: dict[str, Any] = {"longest": self.longest, "rounds_done": self.rounds_done, "codec": {}}
-        if isinstance(self.codec, LearnedCodec):
-            published = self.codec.published(decoder=True)
-            tensors |= {f"codec/{name}": tensor for name, tensor in published.tensors.items()}
-            values["codec"] = published.values
-        return Payload(tensors, values)
+        """Adapter, codec and downlink, and what the guard and the accountant remember."""
+        values: dict[str, Value] = {"longest": self.longest, "rounds_done": self.rounds_done}
+        return join({"adapter": Payload(self.adapter, values), "link": self.link.state()})
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        adapter = {name.removeprefix("adapter/"): t for name, t in state.tensors.items() if name.startswith("adapter/")}
-        self.context.layout.check(adapter, "checkpoint")
-        self.adapter = adapter
-        self.longest, self.rounds_done = state.value("longest", float), state.value("rounds_done", int)
-        if issubclass(self.kind, LearnedCodec):
-            published = {
-                name.removeprefix("codec/"): t for name, t in state.tensors.items() if name.startswith("codec/")
-            }
-            payload = Payload(published, state.value("codec", dict))
-            self.codec = self.kind.from_published(self.context.codec, self.context.layout, payload)
+        parts = split(state, ("adapter", "link"))
+        adapter = parts["adapter"]
+        self.context.layout.check(adapter.tensors, "checkpoint")
+        self.adapter = adapter.tensors
+        self.longest, self.rounds_done = adapter.value("longest", float), adapter.value("rounds_done", int)
+        self.link.restore(parts["link"])
 
 
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune the received adapter on D2, encode the update (or the state), send the frame."""
     config: CgFedLlmConfig = site.method
-    round = message.value("round", int)
-    received = read_adapter_message(message, site.layout)
-    data = site.load().train
-    examples = second_part_of(data, config.tgap)
+    opened = open_link(site, message, site.layout)
+    if opened is None:
+        return STALE
+    received, codec = opened
+    examples, round = after_tgap(site.load().train, config.tgap), message.value("round", int)
     update, report = train_locally(site, received, round, examples=examples)
-    codec = site_codec(site, site.layout)
-    values: dict[str, Any] = {"n": len(examples), "loss": report.loss}
     if config.privacy:
         frame = _private_frame(site, config, codec, update, round)
-    else:
-        frame = code(site, codec, gate.coded_object(received, update, config.representation), round)
-        if "residual" in site.kept:
-            values["e"] = site.kept["residual"].value("error", float)
-    return frame_payload(frame, **values)
-
-
-def second_part_of(examples: Any, config: TgapConfig) -> Any:
-    """What FAF trains on: D2 where TGAP took D1 from the sites, else everything."""
-    return tgap.second_part(examples, config.share) if config.source == "sites" else examples
+        return frame_payload(frame, n=len(examples), loss=report.loss)
+    coded = gate.coded_object(received, update, config.representation)
+    return coded_reply(site, codec, coded, message, n=len(examples), loss=report.loss)
 
 
 def _private_frame(site: Site, config: CgFedLlmConfig, codec: Codec, update: Named, round: int) -> bytes:
@@ -237,9 +175,7 @@ def _private_frame(site: Site, config: CgFedLlmConfig, codec: Codec, update: Nam
 def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
     """Refuse settings that cannot work together."""
     name: str = codec.name
-    kind = CODECS[name]
-    if kind.learned and config.tgap.source == "none":
-        raise ConfigError(f"method.tgap.source='none': codec {name!r} must be trained; choose 'public' or 'sites'")
+    check_codec(codec, config.tgap, layout)
     if config.representation == "state" and codec.error_feedback:
         raise ConfigError(
             "codec.error_feedback: the residual of a whole adapter means nothing; use representation='delta'"
@@ -251,23 +187,19 @@ def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
             )
         if config.representation == "state":
             raise ConfigError("method.privacy: clipping a whole adapter would destroy it; use representation='delta'")
-        if config.privacy.placement == "latent" and not issubclass(kind, LatentCodec):
+        if config.privacy.placement == "latent" and not issubclass(CODECS.get(name, Codec), LatentCodec):
             raise ConfigError(
                 f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'linear'"
             )
-    if issubclass(kind, LearnedCodec):
-        kind.frame_size(codec, layout)
-    else:
-        build(codec, layout)
 
 
 METHOD = Method(
     CgFedLlmConfig,
     CgFedLlmServer,
-    {"train": train, "snapshot": tgap.snapshot},
+    {"train": train, "snapshot": snapshot},
     paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, ECAI 2025, "
     "https://arxiv.org/abs/2405.13746",
     codec=ResNetSettings(),
-    reads_public=lambda config: config.tgap.source == "public",
+    reads_public=lambda config, _codec: config.tgap.source == "public",
     check=check,
 )

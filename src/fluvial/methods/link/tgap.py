@@ -8,9 +8,9 @@ that costs the sites neither bytes nor privacy: the server trains simulated site
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fluvial.codecs.base import Snapshot
 from fluvial.codecs.quantise import Identity
@@ -21,8 +21,8 @@ from fluvial.methods.interface import Context
 from fluvial.models import initial_adapter
 from fluvial.payload import Payload, frame_payload
 from fluvial.seeds import derive
-from fluvial.sites import Site, StateStore, adapter_message, read_adapter_message, read_update, train_locally
-from fluvial.tensors import Layout, WeightedMean, add
+from fluvial.sites import Factors, Site, StateStore, adapter_message, read_adapter_message, read_update, train_locally
+from fluvial.tensors import Layout, WeightedMean, moved
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,22 @@ class TgapConfig(BaseModel):
     """Share of the rounds, the last ones, that the fit never sees (a random split leaks neighbours)."""
     simulated_sites: int = Field(8, ge=2)
     """Sites that the server simulates with source "public"."""
+    refit: Literal["no", "decoded", "broadcast"] = "no"
+    """Whether a klt follows the updates of FAF (ours). "decoded": the server refits from the updates of a round and
+    sends the transform again. "broadcast": server and sites refit alike from the adapters they saw, at no byte."""
+    refit_every: int = Field(5, ge=1)
+    """Rounds between refits."""
+    refit_weight: float = Field(0.5, gt=0, lt=1)
+    """Share of the new updates in the refitted covariance."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        fields = type(self).model_fields
+        if self.refit == "no" and any(
+            getattr(self, name) != fields[name].default for name in ("refit_every", "refit_weight")
+        ):
+            raise ValueError("refit_every, refit_weight: without effect under refit='no'; set refit='decoded'")
+        return self
 
 
 def first_part(examples: Sequence[Example], share: float) -> Sequence[Example]:
@@ -60,6 +76,14 @@ def second_part(examples: Sequence[Example], share: float) -> Sequence[Example]:
     return rest
 
 
+NO_TGAP = TgapConfig(source="none")
+
+
+def after_tgap(examples: Sequence[Example], config: TgapConfig) -> Sequence[Example]:
+    """What the rounds train on: D2 where TGAP takes D1 from the sites, else everything."""
+    return examples if config.source in ("public", "none") else second_part(examples, config.share)
+
+
 def snapshot(site: Site, message: Payload) -> Payload:
     """Task: train on D1 and send the raw update. With reading "local" the site goes on from its own adapter."""
     tgap: TgapConfig = site.method.tgap
@@ -69,18 +93,24 @@ def snapshot(site: Site, message: Payload) -> Payload:
         received = site.recall("tgap").tensors or received
     data = site.load().train
     examples = data if tgap.source == "public" else first_part(data, tgap.share)
-    update, report = train_locally(site, received, round, examples=examples, purpose="tgap")
+    factors: Factors = getattr(site.method, "factors", "A and B")
+    update, report = train_locally(site, received, round, examples=examples, factors=factors, purpose="tgap")
     if tgap.reading == "local":
-        site.keep("tgap", Payload(add(received, update)))
-    raw = Identity.of(site.layout).encode(update, round=round)
+        site.keep("tgap", Payload(moved(received, update)))
+    raw = Identity.of(Layout.of(update)).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
 
-def collect(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int) -> list[Snapshot]:
-    """Raw updates of every site over `config.rounds` rounds, from the same initial adapter as FAF."""
+def collect(
+    config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout | None = None
+) -> list[Snapshot]:
+    """Raw updates of all sites over `config.rounds` rounds, from the same initial adapter as FAF.
+
+    `layout` is the adapter's, `sent` the updates' where sites send only a part.
+    """
     shared = initial_adapter(layout, seed)
     own = dict.fromkeys(fleet.sites, shared)
-    codec = Identity.of(layout)
+    codec = Identity.of(sent or layout)
 
     snapshots: list[Snapshot] = []
     for number in range(1, config.rounds + 1):
@@ -93,9 +123,9 @@ def collect(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int) -> list
             snapshots.append(Snapshot(reply.site, number, own[reply.site], update))
             mean.add(update, weight)
             if config.reading == "local":
-                own[reply.site] = add(own[reply.site], update)
+                own[reply.site] = moved(own[reply.site], update)
         if config.reading == "federated":
-            shared = add(shared, mean.mean())
+            shared = moved(shared, mean.mean())
             own = dict.fromkeys(fleet.sites, shared)
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
 
@@ -128,6 +158,7 @@ def simulated_fleet(config: TgapConfig, context: Context, method: BaseModel) -> 
             train=context.train,
             codec=context.codec,
             method=method,
+            downlink=None,
             store=store,
             rounds=config.rounds,
         )

@@ -131,7 +131,7 @@ def measure(
     b_decoded = math.sqrt(sum(energy(only(y, "B")) for y in decoded))
     cosines = [cosine(snapshot.update, guess) for snapshot, guess in zip(heldout, guesses, strict=True)]
     coded_a, coded_b = (_pooled(coded, decoded, which) for which in ("A", "B"))
-    aggregate_cosine = _aggregate(heldout, guesses, cosine)
+    aggregate_cosine = aggregate(heldout, guesses, cosine)
     failed = _ours(finite, max(ratios), errors, predictors, mixed)
     ratio = b_decoded / b_true if b_true > 0 else 0.0
     return GateReport(
@@ -231,7 +231,7 @@ def _errors(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> Errors:
         a=_pooled(true, guesses, "A"),
         b=_pooled(true, guesses, "B"),
         all=_pooled(true, guesses, None),
-        aggregate=_aggregate(heldout, guesses, relative_error),
+        aggregate=aggregate(heldout, guesses, relative_error),
     )
 
 
@@ -244,9 +244,7 @@ def _pooled(true: Sequence[Named], guesses: Sequence[Named], which: Literal["A",
     return lost / signal if signal > 0 else 0.0
 
 
-def _aggregate(
-    heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]
-) -> float:
+def aggregate(heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]) -> float:
     """Mean over held-out rounds of a measure between the true and the guessed mean update."""
     found = []
     for round in sorted({snapshot.round for snapshot in heldout}):
@@ -264,7 +262,8 @@ def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> flo
             a, b = snapshot.received[name_a].double(), snapshot.received[name_b].double()
 
             def change(update: Named, a: Any = a, b: Any = b, name_a: str = name_a, name_b: str = name_b) -> Any:
-                d_a, d_b = update[name_a].double(), update[name_b].double()
+                d_b = update[name_b].double()
+                d_a = update[name_a].double() if name_a in update else a.new_zeros(a.shape)  # FFA freezes A
                 return (d_b, b + d_b), (a, d_a)
 
             def product(left: Any, right: Any) -> float:

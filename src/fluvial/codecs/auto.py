@@ -1,0 +1,159 @@
+"""The policy behind `codec.name = "auto"`: which codec and which rate, from what was measured at TGAP.
+
+The rules come from measurements on real updates (docs/methods/cgfedllm.md):
+
+- sites without state cannot repair what a biased codec loses, so they get an unbiased one;
+- at one bit per value and above, codecs with error feedback do not differ in the end, so the smallest measured error
+  wins and nothing is learned;
+- below that, the learned transform wins where it is clearly better than the best codec that learns nothing, and where
+  the bytes it saves are worth the download of the transform.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.codecs.base import CodecSettings
+from fluvial.tensors import Layout
+
+GAIN_DB = 1.0
+"""The learned transform must be this much better than the best codec that learns nothing."""
+DOWNLINK_PRICE = 0.1
+"""What a byte down costs, against one up: links of sites are about ten times slower up than down."""
+PATIENCE = 3
+"""Rounds in a row after which a drift is believed."""
+
+
+class AutoSettings(CodecSettings):
+    """Chosen by measurement, and chosen again when the measurements drift. Ours."""
+
+    name: Literal["auto"] = "auto"
+    rate: float | None = Field(None, ge=2, le=1024)
+    """Times smaller than fp32; unset, it follows from the link, or is 64."""
+    uplink_mbps: float | None = Field(None, gt=0)
+    """The thinnest uplink among the sites, in megabits per second."""
+    upload_s: float = Field(10.0, gt=0)
+    """Seconds that one update may take on that uplink."""
+    error_feedback: bool = True
+    """Sites keep state between rounds, so they can repair later what a codec lost. False for sites that cannot."""
+
+    def target(self, layout: Layout) -> float:
+        """The rate to aim at."""
+        if self.rate is not None:
+            return self.rate
+        if self.uplink_mbps is None:
+            return 64.0
+        room = self.uplink_mbps * 1e6 / 8 * self.upload_s
+        return float(min(max(layout.raw_bytes / room, 4.0), 256.0))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen and why, in one sentence."""
+
+    codec: CodecSettings
+    reason: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One candidate on held-out snapshots."""
+
+    codec: CodecSettings
+    error: float
+    """Relative squared error of an update."""
+    frame_bytes: float
+    published_bytes: int
+    """What each site downloads once."""
+    aggregate_error: float
+    """Of the mean over the sites of a round."""
+
+
+def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]]:
+    """The `[codec]` tables to measure at TGAP."""
+    rate = settings.target(layout)
+    if not settings.error_feedback:
+        return [
+            {"name": "eden", "rate": rate},
+            {"name": "klt", "rate": rate, "mode": "dithered"},
+        ]
+    tables: list[dict[str, object]] = [{"name": "hadamard", "rate": rate}]
+    if rate <= 7:
+        tables.append({"name": "int4"})
+    elif rate <= 30:
+        tables.append({"name": "sign"})
+    if rate > 32:
+        tables.append({"name": "klt", "rate": rate})
+    return [{**table, "error_feedback": True} for table in tables]
+
+
+def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int) -> Choice:
+    """The best of the candidates that could be measured; `rounds` is how long the transform will be used."""
+    rate = settings.target(layout)
+    if not settings.error_feedback:
+        best = min(measured.values(), key=lambda each: each.aggregate_error)
+        return Choice(
+            best.codec,
+            f"sites keep no state, so the codec must be unbiased: {best.codec.name} at 1/{rate:g} has the smallest "
+            f"error of the mean on held-out snapshots ({_listed(measured, 'aggregate_error')})",
+        )
+    plain = {name: each for name, each in measured.items() if name != "klt"}
+    best = min(plain.values(), key=lambda each: each.error)
+    learned = measured.get("klt")
+    if learned is None:
+        why = "one bit per value or more, where no learned transform is worth its download" if rate <= 32 else "no klt"
+        return Choice(
+            best.codec, f"{why}: {best.codec.name} + error feedback has the smallest error ({_listed(plain)})"
+        )
+    gain = 10 * math.log10(best.error / max(learned.error, 1e-30))
+    if gain < GAIN_DB:
+        return Choice(
+            best.codec,
+            f"the learned transform gains only {gain:.2f} dB on held-out snapshots, under {GAIN_DB:g} "
+            f"({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
+        )
+    saved = (_bytes_for(best, learned.error) - learned.frame_bytes) * rounds
+    cost = DOWNLINK_PRICE * learned.published_bytes
+    if saved < cost:
+        return Choice(
+            best.codec,
+            f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves {saved:,.0f} B up, less than a "
+            f"tenth of its download of {learned.published_bytes:,} B: {best.codec.name} + error feedback at 1/{rate:g}",
+        )
+    return Choice(
+        learned.codec,
+        f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) and saves "
+        f"{saved:,.0f} B up over {rounds} rounds for a download of {learned.published_bytes:,} B: klt + error feedback "
+        f"at 1/{rate:g}",
+    )
+
+
+@dataclass
+class Watch:
+    """Follows the error that sites report, and says when the choice no longer holds."""
+
+    expected: float
+    """Error of the best codec without a transform; a learned one that is worse has lost its reason."""
+    learned: bool
+    worse: int = 0
+    lost: int = 0
+
+    def see(self, error: float) -> Literal["keep", "plain", "int8"]:
+        """One round's mean error; "plain" after a learned codec was worse for some rounds, "int8" near 1."""
+        self.worse = self.worse + 1 if self.learned and error > self.expected else 0
+        self.lost = self.lost + 1 if not error < 0.98 else 0
+        if self.lost >= PATIENCE:
+            return "int8"
+        return "plain" if self.worse >= PATIENCE else "keep"
+
+
+def _bytes_for(plain: Measured, error: float) -> float:
+    """Frame bytes that a codec without a transform would need for `error`: bits fall as log(1 / error)."""
+    return plain.frame_bytes * math.log(max(error, 1e-9)) / math.log(min(max(plain.error, 1e-9), 0.999))
+
+
+def _listed(measured: Mapping[str, Measured], field: str = "error") -> str:
+    return ", ".join(f"{name} {getattr(each, field):.3f}" for name, each in measured.items())
