@@ -39,7 +39,7 @@ HALF = 0.45
 """Share of the signs whose frame is within 1/64."""
 
 AT_64: tuple[Table, ...] = (
-    {"name": "linear", "rate": 64},
+    {"name": "klt", "rate": 64},
     {"name": "ternary", "rate": 64},
     {"name": "top_k", "rate": 64},
     {"name": "half_sign", "share": HALF},
@@ -50,7 +50,7 @@ OTHERS: tuple[Table, ...] = (
     {"name": "int8"},
     {"name": "int4"},
     {"name": "sign"},
-    {"name": "linear", "rate": 16},
+    {"name": "klt", "rate": 16},
     {"name": "ternary", "rate": 16},
     {"name": "top_k", "rate": 16},
     {"name": "random_k", "rate": 16},
@@ -61,7 +61,7 @@ LOSS: tuple[Table, ...] = (
 )
 """Over all seeds."""
 LOSS_ONCE: tuple[Table, ...] = (
-    {"name": "linear", "rate": 64},
+    {"name": "klt", "rate": 64},
     {"name": "top_k", "rate": 64, "error_feedback": True},
     {"name": "random_k", "rate": 64, "error_feedback": True},
     {"name": "sign", "error_feedback": True},
@@ -92,11 +92,10 @@ def gate_claims(rows: Sequence[Row]) -> list[Claim]:
     """Claims a, b, c and e."""
     at_64 = [row for row in rows if ", 1/64" in row["codec"]]
     theirs = [row for row in at_64 if row["codec"].startswith("resnet")]
-    linear = {row["corpus"]: row for row in at_64 if row["codec"].startswith("linear")}
+    klt = {row["corpus"]: row for row in at_64 if row["codec"].startswith("klt")}
     gain = [
-        linear[corpus]["error"]
-        / min(row["error"] for row in at_64 if row["corpus"] == corpus and row is not linear[corpus])
-        for corpus in linear
+        klt[corpus]["error"] / min(row["error"] for row in at_64 if row["corpus"] == corpus and row is not klt[corpus])
+        for corpus in klt
     ]
     return [
         Claim("a: best innovation cosine of the paper's autoencoder at 1/64", _most(theirs, "cosine"), 0.1, "below"),
@@ -107,12 +106,12 @@ def gate_claims(rows: Sequence[Row]) -> list[Claim]:
             "at most",
         ),
         Claim(
-            "b: share of the corpora in which linear passes the gate",
-            mean(row["passes"] for row in linear.values()),
+            "b: share of the corpora in which klt passes the gate",
+            mean(row["passes"] for row in klt.values()),
             1,
             "at least",
         ),
-        Claim("c: error of linear at 1/64 over the best other codec's, worst corpus", max(gain), 1.0, "below"),
+        Claim("c: error of klt at 1/64 over the best other codec's, worst corpus", max(gain), 1.0, "below"),
         Claim("e: best innovation cosine of any codec at 1/64", _most(at_64, "cosine"), 0.90, "below"),
     ]
 
@@ -164,7 +163,7 @@ def loss_part(pool: Executor, corpora: Sequence[str], size: Size, *, quick: bool
 def _configured(corpus: str, table: Table | None, seed: int, size: Size) -> Any:
     if table is None:
         return config(corpus, size, method={"name": "fedavg"}, seed=seed, workers=1)
-    learns = table["name"] in ("linear", "resnet")
+    learns = table["name"] in ("klt", "resnet")
     tgap = {"source": "public", "rounds": size.tgap_rounds} if learns else {"source": "none"}
     method = {"name": "cgfedllm", "gate": "report", "tgap": tgap}
     return config(corpus, size, method=method, codec=table, seed=seed, workers=1)
@@ -199,7 +198,7 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
             f"d: {row['corpus']}, {row['codec']}: loss over uncompressed, less 1", row.get("excess"), 0.005, "at most"
         )
         for row in rows
-        if row["codec"] == "linear, 1/64 + EF"
+        if row["codec"] == "klt, 1/64 + EF"
     ]
     claims += [
         Claim(
@@ -209,7 +208,7 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
             "at least",
         )
         for row in rows
-        if row["codec"] == "linear, 1/64 + EF"
+        if row["codec"] == "klt, 1/64 + EF"
     ]
     digests: dict[str, set[str]] = {}
     for row in found:

@@ -146,7 +146,7 @@ def ensemble(
     since = time.perf_counter()
     wanted: Table = {"source": source, "reading": reading, "rounds": size.tgap_rounds}
     resolved = config(
-        corpus, size, method={"name": "cgfedllm", "tgap": wanted}, codec={"name": "linear"}, seed=seed, rank=rank
+        corpus, size, method={"name": "cgfedllm", "tgap": wanted}, codec={"name": "klt"}, seed=seed, rank=rank
     )
     settings = tgap.TgapConfig.model_validate(wanted)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:

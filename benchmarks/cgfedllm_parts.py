@@ -47,19 +47,19 @@ def _gates(pool: Executor, jobs: Sequence[tuple[str, dict[str, Any], list[Table]
 
 def rates(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Found:  # noqa: ARG001 - as all parts
     """Compression rates 1/4 to 1/256 and ranks 4 to 16, gate metrics; and the loss that each rate ends at."""
-    linear: list[Table] = [{"name": "linear", "rate": rate} for rate in (8, 16, 64, 256)]
+    klt: list[Table] = [{"name": "klt", "rate": rate} for rate in (8, 16, 64, 256)]
     ternary: list[Table] = [{"name": "ternary", "rate": rate} for rate in (16, 64, 256)]
     jobs: list[tuple[str, dict[str, Any], list[Table]]] = []
     for corpus in corpora:
         jobs += [(corpus, {}, [_resnet(size, stages=stages)]) for stages in (8, 6, 4, 2)]
-        jobs.append((corpus, {}, [*linear, *ternary]))
-        jobs += [(corpus, {"rank": rank}, [linear[2], ternary[1]]) for rank in (4, 16)]
+        jobs.append((corpus, {}, [*klt, *ternary]))
+        jobs += [(corpus, {"rank": rank}, [klt[2], ternary[1]]) for rank in (4, 16)]
     runs = []
     for corpus in corpora:
-        for table in ({"name": "identity"}, *linear, *ternary):
+        for table in ({"name": "identity"}, *klt, *ternary):
             coded = {**table, "error_feedback": table["name"] != "identity"}
             tgap: Table = {"source": "none"}
-            if table["name"] == "linear":
+            if table["name"] == "klt":
                 tgap = {"source": "public", "rounds": size.tgap_rounds}
             method = {"name": "cgfedllm", "gate": "report", "tgap": tgap}
             runs.append((corpus, coded, config(corpus, size, method=method, codec=coded, workers=1)))
@@ -110,9 +110,9 @@ def transfer(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> 
     rows = [row for each in waiting for row in each.result()]
     columns = {"fitted": "fitted on", "corpus": "measured on", "codec": "codec", **GATE_COLUMNS}
     show("Transfer of a codec from one text to another", columns, rows)
-    ours = [row for row in rows if row["codec"].startswith("linear") and row["fitted"] != "its own sites"]
+    ours = [row for row in rows if row["codec"].startswith("klt") and row["fitted"] != "its own sites"]
     gates = sum(row["passes"] for row in ours) / len(ours)
-    claim = Claim("share of the pairs in which linear, fitted on public text, passes the gate", gates, 1, "at least")
+    claim = Claim("share of the pairs in which klt, fitted on public text, passes the gate", gates, 1, "at least")
     return [{"part": "transfer", **row} for row in rows], [claim]
 
 
@@ -121,7 +121,7 @@ def _transferred(home: str, away: str, size: Size) -> list[Row]:
     name = "public standard library" if home == "stdlib" else "TinyStories"
     rows = []
     for source, training in ((name, public.training), ("its own sites", sites.training)):
-        for table in ({"name": "linear", "rate": 64}, _resnet(size)):
+        for table in ({"name": "klt", "rate": 64}, _resnet(size)):
             if table["name"] == "resnet" and source == "its own sites":
                 continue  # the part `gate` has it
             report = gate.measure(fitted(table, sites.layout, training), sites.training, sites.heldout, "delta")
@@ -150,11 +150,11 @@ def noise(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Fou
                     "tgap": {"source": "public", "rounds": size.tgap_rounds},
                     "privacy": secret,
                 }
-                run = config(corpus, size, method=method, codec={"name": "linear", "rate": 64}, workers=1)
+                run = config(corpus, size, method=method, codec={"name": "klt", "rate": 64}, workers=1)
                 runs.append(({"corpus": corpus, **secret}, pool.submit(outcome, run)))
     private = [{**described, **run.result()} for described, run in runs]
     columns = {"corpus": "corpus", "placement": "noise on", "epsilon": "epsilon", "base_loss": "base", "loss": "loss"}
-    show("Differential privacy, linear 1/64, delta 1e-5", {**columns, "stopped": "stopped"}, private)
+    show("Differential privacy, klt 1/64, delta 1e-5", {**columns, "stopped": "stopped"}, private)
     flat = []
     for corpus in corpora:
         errors = [row["mse"] for row in rows if row["corpus"] == corpus and row["codec"].startswith("resnet")]
@@ -168,7 +168,7 @@ def _noised(corpus: str, size: Size) -> tuple[list[Row], float]:
     numel = found.layout.numel * len(found.heldout)
     power = sum(energy(snapshot.update) for snapshot in found.heldout) / numel
     rows: list[Row] = []
-    tables: tuple[Table, ...] = ({"name": "identity"}, {"name": "linear", "rate": 64}, _resnet(size))
+    tables: tuple[Table, ...] = ({"name": "identity"}, {"name": "klt", "rate": 64}, _resnet(size))
     for table in tables:
         codec = fitted(table, found.layout, found.training)
         for sigma in SIGMAS:
@@ -189,7 +189,7 @@ def tgap(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Foun
             for reading in get_args(Reading):
                 wanted = {"source": source, "reading": reading, "rounds": size.tgap_rounds}
                 method = {"name": "cgfedllm", "gate": "report", "tgap": wanted}
-                codec = {"name": "linear", "rate": 64, "error_feedback": True}
+                codec = {"name": "klt", "rate": 64, "error_feedback": True}
                 run = config(corpus, size, method=method, codec=codec, workers=1)
                 runs.append(({"corpus": corpus, "codec": label(codec), **wanted}, pool.submit(outcome, run)))
     rows = [{**described, **run.result()} for described, run in runs]

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.report import Claim, Report
+from benchmarks import bytes_to_target, codec_speed, codecs_bed, rate_distortion
+from benchmarks.codecs_bed import Bed, Cache, Contender, Found
+from benchmarks.report import Claim, Report, Row
 
 ROOT = Path(__file__).parents[1]
 
 
-def _quick(name: str, out: Path) -> dict[str, Any]:
+def _quick(name: str, out: Path, *options: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out)],
+        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
         capture_output=True,
@@ -54,6 +56,147 @@ def test_cgfedllm(tmp_path: Path) -> None:
     held = {claim["name"][0]: claim["holds"] for claim in content["claims"]}
     assert set(held) == set("abcdef")
     assert held["f"]
+
+
+@pytest.mark.slow
+def test_rate_distortion(tmp_path: Path) -> None:
+    """Real frames within their rate, on every codec that the package has."""
+    content = _quick("rate_distortion", tmp_path / "rate_distortion.json")
+    rows = [row for row in content["rows"] if "part" not in row and row["seeds"]]
+    assert {16, 32, 64, 128} <= {row["rate"] for row in rows}
+    assert all(row["bytes"] <= row["raw_bytes"] / row["rate"] for row in rows if row["rate"])
+    assert all(row["error"] >= 0 and -1 <= row["cosine"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_codec_speed(tmp_path: Path) -> None:
+    """Two small layouts."""
+    content = _quick("codec_speed", tmp_path / "codec_speed.json")
+    assert {row["layout"] for row in content["rows"]} == {"d 64", "d 128"}
+    assert all(row["encode_mb_s"] > 0 and row["decode_mb_s"] > 0 for row in content["rows"])
+
+
+@pytest.mark.slow
+def test_bytes_to_target(tmp_path: Path) -> None:
+    """A row for every contender; a second run takes everything from the file."""
+    content = _quick("bytes_to_target", tmp_path / "bytes.json", "--cache", str(tmp_path / "runs.jsonl"))
+    rows = {row["contender"]: row for row in content["rows"]}
+    reference, int8 = rows["uncompressed"], rows["int8, both ways"]
+    assert reference["reached"] == reference["seeds"] == 2
+    assert reference["excess"] == 0
+    assert int8["bytes_all"] < 0.3 * reference["bytes_all"] * int8["rounds"] / reference["rounds"]
+    lines = (tmp_path / "runs.jsonl").read_text()
+    again = _quick("bytes_to_target", tmp_path / "again.json", "--cache", str(tmp_path / "runs.jsonl"))
+    assert again["rows"] == content["rows"]
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
+    """What one wrote the other finds, the newest line counts, a line that was cut off is not read."""
+    path = tmp_path / "runs.jsonl"
+    ours, theirs = Cache(path), Cache(path)
+    ours.add("a", {"loss": [1.0]})
+    assert theirs.find("a") == {"key": "a", "source": codecs_bed.SOURCE, "loss": [1.0]}
+    assert theirs.find("b") is None
+    with path.open("a") as file:
+        file.write('{"key": "a", "source": "older", "loss": [2.0]}\n{"key": "b", "sour')
+    assert ours.find("a") == {"key": "a", "source": "older", "loss": [2.0]}
+    assert ours.find("a", fresh=True) is None
+    assert ours.find("b") is None
+    assert Cache(None).find("a") is None
+
+
+def test_the_key_of_a_run_is_its_configuration() -> None:
+    """Another seed, rate or contender is another run; how many sites work at a time is not."""
+    first, second = codecs_bed.CONTENDERS[0], Contender("top_k", "assembled", {"name": "top_k", "rate": 64})
+    configs = [
+        codecs_bed.resolve("stdlib", contender, bytes_to_target.QUICK, learning_rate=rate, seed=seed)
+        for contender, rate, seed in ((first, 1e-3, 0), (first, 2e-3, 0), (first, 1e-3, 1), (second, 1e-3, 0))
+    ]
+    assert len({Cache.key(config) for config in configs}) == 4
+    faster = configs[0].model_copy(update={"fleet": configs[0].fleet.model_copy(update={"workers": 2})})
+    assert Cache.key(faster) == Cache.key(configs[0])
+
+
+BED = Bed(rounds=3, steps=1, batch=1, tgap_rounds=2, heldout=1, seeds=2, learning_rates=(1.0, 2.0, 4.0), target=2)
+
+
+def _run(loss: list[float], up: int, setup: int = 0) -> Row:
+    return {
+        "key": str(loss),
+        "source": codecs_bed.SOURCE,
+        "loss": loss,
+        "up": [2 * up] * 3,
+        "down": [200] * 3,
+        "setup": [2 * setup, 0, 0, 0],
+        "sites": 2,
+        "seconds": 1.0,
+        "cpu_s": 1.0,
+    }
+
+
+def _found(name: str, role: codecs_bed.Role, *runs: Row, rate: float | None = None) -> Found:
+    return Found("stdlib", Contender(name, role, rate=rate), {2.0: runs[0]}, list(runs), complete=True)
+
+
+def test_bytes_to_target_by_hand() -> None:
+    """Two seeds, the targets 3.0 and 4.0: rounds, bytes of one site, and the claims made of them."""
+    reference = _found("uncompressed", "reference", _run([5, 3, 2], 1000), _run([5, 4, 3], 1000))
+    ours = _found("klt 1/64 + EF", "ours", _run([6, 4, 2.9], 10, setup=50), _run([6, 4, 3.5], 10, setup=50), rate=64)
+    slow = _found("int8, both ways", "published", _run([6, 5, 4], 100), _run([6, 4, 4], 100))
+    other = _found("hadamard 1/64 + EF", "assembled", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40), rate=64)
+    rows = {row["contender"]: row for row in bytes_to_target.table([reference, ours, slow, other], BED)}
+
+    found = rows["klt 1/64 + EF"]
+    assert (found["reached"], found["rounds"], found["seeds"], found["edge"]) == (2, 2.5, 2, False)
+    assert (found["bytes_up"], found["bytes_down"], found["bytes_setup"]) == (25, 250, 50)
+    assert found["bytes_all"] == 325
+    assert found["excess"] == pytest.approx(0.7)
+    assert rows["int8, both ways"]["reached"] == 1
+    assert rows["uncompressed"]["bytes_all"] == 2200
+
+    values = [claim.value for claim in bytes_to_target.claims(list(rows.values()))]
+    assert 325 / 500 in values, "int8 is credited with the bytes of all three rounds in the seed that never got there"
+    assert values[-2:] == [1.0, 0.0], "25 bytes up are 0.25 of 100, 325 of both ways are more than 0.6 of 350"
+
+
+def test_what_did_not_reach_the_target_wins_nothing() -> None:
+    """A choice of ours that stays above the target makes no claim hold."""
+    reference = _found("uncompressed", "reference", _run([5, 3, 2], 1000), _run([5, 4, 3], 1000))
+    ours = _found("klt 1/64 + EF", "ours", _run([6, 5, 4], 1), _run([6, 5, 4.5], 1), rate=64)
+    other = _found("int8, both ways", "published", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40))
+    rows = bytes_to_target.table([reference, ours, other], BED)
+    assert [claim.value for claim in bytes_to_target.claims(rows) if claim.name.startswith("1")] == [None]
+
+
+def test_gains_in_decibels() -> None:
+    """Ten times less error is 10 dB, against the best codec that learns nothing at the same rate."""
+    base = {"cell": "c", "rate": 64, "width": 128, "raw_bytes": 640, "bytes": 10.0, "cosine": 0.5}
+    base |= {"error_mean": 0.5, "cosine_mean": 0.5}
+    found: list[Row] = []
+    for seed, error in enumerate((0.04, 0.05)):
+        found.append({**base, "codec": "klt", "source": "public", "learned": True, "seed": seed, "error": error})
+        found.append({**base, "codec": "vq", "source": "public", "learned": True, "seed": seed, "error": 0.1})
+        found.append({**base, "codec": "hadamard", "source": "-", "learned": False, "seed": seed, "error": 10 * error})
+        found.append({**base, "codec": "top_k", "source": "-", "learned": False, "seed": seed, "error": 0.9})
+    rows = rate_distortion.over_seeds(found)
+    assert [row["seeds"] for row in rows] == [2, 2, 2, 2]
+    (gain,) = rate_distortion.gains(rows, found)
+    assert gain["best"] == "hadamard"
+    assert gain["gain_db"] == pytest.approx(10)
+    (claim,) = rate_distortion.claims([gain])
+    assert claim.bar == rate_distortion.BAR_LARGE
+
+
+def test_synthetic_updates_have_the_layout_and_a_common_basis() -> None:
+    """Like real ones: modules that read the same input share their directions."""
+    layout = codec_speed.LAYOUTS["d 64"].layout()
+    first, second = codec_speed.updates(layout, 2)
+    assert layout.flatten(first).shape == (17_920,)
+    q, k = (f"model.layers.0.self_attn.{name}.lora_A.weight" for name in ("q_proj", "k_proj"))
+    spread = [(first[name].square() + second[name].square()).sum(0) for name in (q, k)]
+    assert first[q].ne(second[q]).all()
+    assert all(each.std() > 0 for each in spread)
 
 
 def test_a_claim_that_does_not_hold_stays(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_both_readings_and_sources(
 ) -> None:
     recorder = Recorder(monkeypatch)
     method = {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 3, "reading": reading, "source": source}}
-    codec = {"name": "linear", "rate": 8}
+    codec = {"name": "klt", "rate": 8}
     result = run_table(run_config | {"rounds": 1, "method": method, "codec": codec}, tmp_path / "run")
     assert ("up snapshot" in result["bytes"]["by_kind"]) == (source == "sites")
     sent = [message for way, task, message in recorder.sent if (way, task) == ("down", "snapshot")]
@@ -252,12 +252,12 @@ def test_public_tgap_needs_public_text(run_config: dict[str, Any], tmp_path: Pat
     data = {key: value for key, value in run_config["data"].items() if key != "public_source"}
     method = {"name": "cgfedllm", "tgap": {"source": "public"}}
     with pytest.raises(ConfigError, match="data.public_source: a codec that learns from public text needs some"):
-        run_table(run_config | {"data": data, "method": method, "codec": {"name": "linear"}}, tmp_path / "run")
+        run_table(run_config | {"data": data, "method": method, "codec": {"name": "klt"}}, tmp_path / "run")
 
 
 # -- FAF (5, and error feedback) --------------------------------------------------------------------------------
 
-LINEAR = {"name": "linear", "rate": 8}
+LINEAR = {"name": "klt", "rate": 8}
 PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
 
 
@@ -274,7 +274,7 @@ def test_the_server_never_sees_an_uncoded_update(
         assert set(reply.tensors) == {"f"}
         assert reply.tensors["f"].dtype == torch.uint8
         assert reply.tensors["f"].numel() <= result["setup"]["gate"]["raw_bytes"] / 8
-        assert int(reply.tensors["f"][1]) == CODECS["linear"].code
+        assert int(reply.tensors["f"][1]) == CODECS["klt"].code
         assert set(reply.values) == {"n", "loss"}
 
 
@@ -344,7 +344,7 @@ def test_error_feedback_repairs_a_coarse_codec(run_config: dict[str, Any], tmp_p
 def test_a_refused_codec_explains_itself(run_config: dict[str, Any], tmp_path: Path) -> None:
     method = {"name": "cgfedllm", "tgap": PUBLIC}
     config = parse(run_config | {"method": method, "codec": SMALL_RESNET}, "test")
-    with pytest.raises(GateError, match=r"codec 'resnet' does not carry(.|\n)*codec.name='linear'(.|\n)*gate='report'"):
+    with pytest.raises(GateError, match=r"codec 'resnet' does not carry(.|\n)*codec.name='klt'(.|\n)*gate='report'"):
         list(execute(config, tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
     text = Console(record=True, width=200, file=io.StringIO())
@@ -360,7 +360,7 @@ def test_a_refused_codec_can_be_changed_without_training_the_baselines_again(
         list(execute(parse(table | {"codec": SMALL_RESNET}, "test"), tmp_path / "run"))
     baseline = (tmp_path / "run" / "compare" / "local" / "result.json").read_bytes()
     *_, last = execute(parse(table | {"codec": LINEAR}, "test"), tmp_path / "run", resume=True)
-    assert last.values["codec"] == "linear"
+    assert last.values["codec"] == "klt"
     assert (tmp_path / "run" / "compare" / "local" / "result.json").read_bytes() == baseline
     assert not (tmp_path / "run" / "refused.json").exists()
     with pytest.raises(CheckpointError, match="another configuration"):
@@ -455,7 +455,7 @@ def test_every_placement_runs_and_accounts(placement: str, run_config: dict[str,
 def test_a_latent_needs_a_codec_that_has_one(run_config: dict[str, Any], tmp_path: Path) -> None:
     secret = {"placement": "latent", "clip_norm": 1.0, "epsilon": 8.0}
     method = {"name": "cgfedllm", "tgap": {"source": "none"}, "privacy": secret}
-    with pytest.raises(ConfigError, match="codec 'int8' has no latent; use 'resnet' or 'linear'"):
+    with pytest.raises(ConfigError, match="codec 'int8' has no latent; use 'resnet' or 'klt'"):
         run_table(run_config | {"method": method, "codec": {"name": "int8"}}, tmp_path / "run")
 
 
@@ -481,4 +481,4 @@ def test_aggregate_noise_is_scaled_by_the_heaviest_site(
 
 
 def test_every_learned_codec_is_a_learned_codec() -> None:
-    assert {name for name, kind in CODECS.items() if issubclass(kind, LearnedCodec)} == {"resnet", "linear"}
+    assert {name for name, kind in CODECS.items() if issubclass(kind, LearnedCodec)} == {"resnet", "cnn", "vq", "klt", "klt_sum"}

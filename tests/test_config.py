@@ -17,7 +17,7 @@ def problem(table: dict[str, object]) -> str:
 def test_quickstart_configuration_loads() -> None:
     config = load(Path(__file__).parents[1] / "configs" / "quickstart.toml")
     assert config.method.name == "cgfedllm"
-    assert config.coding.name == "linear"
+    assert config.coding.name == "klt"
     assert config.compare == ("local", "fedavg")
 
 

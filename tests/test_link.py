@@ -159,3 +159,81 @@ def test_fedavg_learns_a_codec(factors: str, run_config: dict[str, Any], tmp_pat
     result = run_table(table, tmp_path / "run")
     assert result["setup"]["gate"]["errors"]["all"] < 0.6
     assert result["bytes"]["up"] < result["bytes"]["up_raw"] / 4
+
+
+def test_the_server_moves_by_its_learning_rate(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """After one round: twice the rate is twice the way."""
+    from safetensors.torch import load_file
+
+    moved = []
+    for rate in (1.0, 2.0):
+        folder = tmp_path / str(rate)
+        run_table(run_config | {"rounds": 1, "method": {"name": "fedavg", "server_learning_rate": rate}}, folder)
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        moved.append({name: tensor for name, tensor in weights.items() if "lora_B" in name})  # B starts at zero
+    for name, tensor in moved[0].items():
+        assert torch.allclose(2 * tensor, moved[1][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("refit", ["decoded", "broadcast"])
+def test_a_refit_follows_the_run(refit: str, run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Every second round the transform moves to another epoch; only "decoded" sends it again."""
+    tgap = {"source": "sites", "rounds": 4, "refit": refit, "refit_every": 2}
+    method = {"name": "fedavg", "tgap": tgap}
+    table = run_config | {"rounds": 6, "method": method, "codec": {"name": "klt", "rate": 8, "error_feedback": True}}
+    result = run_table(table, tmp_path / "run")
+    installed = result["bytes"]["by_kind"]["down install"]
+    once = run_table(table | {"method": {"name": "fedavg", "tgap": {"source": "sites", "rounds": 4}}}, tmp_path / "no")
+    fixed = once["bytes"]["by_kind"]["down install"]
+    assert installed == pytest.approx(3 * fixed, rel=0.05) if refit == "decoded" else installed == fixed
+    assert result["adapter_sha256"] != once["adapter_sha256"]
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+
+
+def test_a_site_that_missed_a_refit_is_installed_anew(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """With two of three sites in a cohort nobody sees every adapter: a refit without bytes is not always possible."""
+    method = {
+        "name": "fedavg",
+        "fraction": 0.7,
+        "tgap": {"source": "sites", "rounds": 4, "refit": "broadcast", "refit_every": 2},
+    }
+    table = run_config | {"rounds": 6, "method": method, "codec": {"name": "klt", "rate": 8}}
+    result = run_table(table, tmp_path / "run")
+    sites = [row["bytes"] for row in _rounds(tmp_path / "run")]
+    assert any("down install" in row for record in sites for row in record.values())
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+
+
+def test_the_step_follows_the_noise_between_sites(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """After some rounds codec noise is near the wanted share of the sampling noise, whatever rate it began with."""
+    ratios = []
+    for wanted in (0.05, 1.0):
+        codec = {"name": "klt", "rate": 16, "noise_ratio": wanted}
+        method = {"name": "fedavg", "tgap": {"source": "sites", "rounds": 4}}
+        table = run_config | {"rounds": 8, "method": method, "codec": codec}
+        run_table(table, tmp_path / str(wanted))
+        last = _rounds(tmp_path / str(wanted))[-1]
+        ratios.append(last["codec_noise"] / last["sampling_noise"])
+    assert ratios[0] < 0.15
+    assert ratios[1] > 2 * ratios[0]
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_auto_chooses_and_says_why(feedback: bool, run_config: dict[str, Any], tmp_path: Path) -> None:
+    table = run_config | {
+        "rounds": 2,
+        "method": {"name": "fedavg", "tgap": {"source": "sites", "rounds": 4}},
+        "codec": {"name": "auto", "rate": 16, "error_feedback": feedback},
+    }
+    result = run_table(table, tmp_path / "run")
+    choice = result["setup"]["choice"]
+    assert choice["codec"]["error_feedback"] is feedback
+    assert choice["codec"]["name"] in ("trellis", "sign", "int4", "eden", "klt")
+    assert result["bytes"]["up"] < result["bytes"]["up_raw"] / 8
+    assert len(choice["why"]) > 20
+
+
+def _rounds(folder: Path) -> list[dict[str, Any]]:
+    import json
+
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

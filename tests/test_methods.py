@@ -21,7 +21,7 @@ from tests.runs import run_table
 SETTINGS: dict[str, dict[str, Any]] = {
     "cgfedllm": {
         "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
-        "codec": {"name": "linear", "rate": 8, "error_feedback": True},
+        "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     }
 }
 

@@ -1,7 +1,9 @@
 """Models: one frozen base, adapters that do not disturb each other, and folders that PEFT reads."""
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +111,38 @@ def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> No
         assert not model.training
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
+    bench = Workbench(config(tiny_model), LORA.model_copy(update={"lora_dropout": 0.5}))
+    with bench.model(trained(bench.layout)) as model:
+        assert not any(module.training for module in model.modules())
+        assert torch.equal(logits(model), logits(model))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_known_model_is_not_walked_over(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    """In a small model a walk over its modules costs as much as a layer."""
+    bench = Workbench(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
+    one, other = trained(bench.layout, 1), trained(bench.layout, 2)
+    with bench.model(one) as model:
+        reseed_dropout(model, 1)
+    for walk in ("named_modules", "children"):
+        monkeypatch.setattr(nn.Module, walk, lambda *_, **__: pytest.fail("walked over"))
+    with bench.model(other, trainable="B") as again:
+        assert again is model
+        reseed_dropout(model, 2)
+        found = read_adapter(model)
+    assert all(torch.equal(found[name], other[name]) for name in other)
+
+
+def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
+    bench = Workbench(config(tiny_model), LORA)
+    with bench.model(bench.base_adapter()) as model:
+        held = weakref.ref(model)
+    del bench, model
+    gc.collect()
+    assert held() is None
 
 
 def test_a_model_comes_back_after_an_error(tiny_model: Path) -> None:

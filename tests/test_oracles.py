@@ -103,7 +103,7 @@ METHODS_AND_CODECS = [
     {"method": {"name": "fedavg", "factors": "B"}},
     {
         "method": {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 3, "simulated_sites": 2}},
-        "codec": {"name": "linear", "rate": 8, "error_feedback": True},
+        "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     },
 ]
 

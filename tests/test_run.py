@@ -140,8 +140,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"model": {"name_or_path": "./nowhere"}}, "there is no folder './nowhere'"),
     ({"data": {"max_length": 4096}}, "data.max_length=4096: the model reads at most 128 tokens"),
     (
-        {"codec": {"name": "linear"}, "method": {"name": "fedavg", "tgap": {"source": "none"}}},
-        "'linear' must be trained",
+        {"codec": {"name": "klt"}, "method": {"name": "fedavg", "tgap": {"source": "none"}}},
+        "'klt' must be trained",
     ),
     ({"method": {"name": "fedavg", "tgap": {"rounds": 3}}}, "tgap: without effect, because codec 'identity'"),
     ({"method": {"name": "cgfedllm", "tgap": {"source": "none"}}}, "codec 'resnet' must be trained"),
@@ -163,7 +163,7 @@ def test_missing_public_text_is_noticed_before_a_baseline_is_trained(
 ) -> None:
     data = run_config["data"] | {"public_source": str(tmp_path / "nope.jsonl")}
     method = {"name": "cgfedllm", "tgap": {"source": "public"}}
-    table = run_config | {"data": data, "method": method, "codec": {"name": "linear"}, "compare": ["local"]}
+    table = run_config | {"data": data, "method": method, "codec": {"name": "klt"}, "compare": ["local"]}
     refused(table, tmp_path / "run", ConfigError, "data.public_source: there is no file or folder")
     with pytest.raises(ConfigError, match="data.public_source"):
         plan(parse(table, "test"))
@@ -273,8 +273,8 @@ def test_kill_9_at_any_moment(run_config: dict[str, Any], tmp_path: Path) -> Non
 
 
 def _kill_and_resume(run_config: dict[str, Any], folder: Path, where: str) -> None:
-    method = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 2, "simulated_sites": 2}}
-    codec = {"name": "linear", "rate": 8, "error_feedback": True}
+    method = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 4, "simulated_sites": 2}}
+    codec = {"name": "klt", "rate": 8, "error_feedback": True}
     table = run_config | {"rounds": 3, "method": method, "codec": codec}
     straight = run_table(table, folder / "straight")
     command = [sys.executable, "-c", CHILD, json.dumps(table), str(folder / "killed"), where]
@@ -409,11 +409,11 @@ def test_other_families_run_unchanged(family: str, run_config: dict[str, Any], t
     }
     config = getattr(transformers, f"{family}Config")(**sizes)
     folder = saved_model(getattr(transformers, f"{family}ForCausalLM"), config, tmp_path / "model")
-    method = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 2, "simulated_sites": 2}}
+    method = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 4, "simulated_sites": 2}}
     table = run_config | {
         "model": {"name_or_path": str(folder)},
         "method": method,
-        "codec": {"name": "linear", "rate": 8},
+        "codec": {"name": "klt", "rate": 8},
     }
     result = run_table(table, tmp_path / "run")
     assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]

@@ -119,7 +119,7 @@ def finished(tmp_path: Path) -> Path:
     config(folder, "cgfedllm")
     sample = {"prompt": "def f", "base": f"(x):\n\n\n\n\n{SCRIPT}", "final": "[bold]x[/bold] [/nothing]\x1b[2J"}
     setup = {"snapshots": 24, "gate": gate([])}
-    ours = result("cgfedllm", "linear", 3.2345, 2200, 131200, samples=[sample], setup=setup)
+    ours = result("cgfedllm", "klt", 3.2345, 2200, 131200, samples=[sample], setup=setup)
     write(folder, records(2200, 131200, start=3.3, missing=True, codec=True), ours)
     fedavg = result("fedavg", "identity", 3.2011, 131300, 131200)
     write(folder / "compare" / "fedavg", records(131300, 131200, start=3.28), fedavg)
@@ -216,7 +216,7 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
     assert rows["base model, untuned"][-6:] == ["3.3241", "30.12", "%", "-", "-", "-"]
     assert rows["local only"][-7:] == ["3.2871", "30.77", "%", "36", "B", "-", "-"]
     assert rows["federated, uncompressed"][-7:] == ["3.2011", "31.99", "%", "525", "kB", "1.002", "1.001"]
-    assert rows["federated, cgfedllm + linear"][-7:] == ["3.2345", "31.55", "%", "8.80", "kB", "1/60", "1/2.0"]
+    assert rows["federated, cgfedllm + klt"][-7:] == ["3.2345", "31.55", "%", "8.80", "kB", "1/60", "1/2.0"]
     assert rows["asyncio"][1:5] == ["3.2000", "3.1345", "-0.0655", "3.1871"]
     assert rows["up train"][-1] == "26,400"
     assert "TimeoutError: [bold]60 s" in words

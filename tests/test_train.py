@@ -266,6 +266,16 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workben
     assert not equal(first, tuned(dropout_bench, config, seed=2)[0])
 
 
+def test_all_tensors_at_once_step_as_one_by_one(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(optim="adamw_torch", weight_decay=0.1, max_steps=4)
+    at_once, report = tuned(bench, config)
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **named: plain(*args, **named | {"foreach": False}))
+    one_by_one, same = tuned(bench, config)
+    assert equal(at_once, one_by_one)
+    assert report == same
+
+
 def test_gradient_checkpointing_changes_nothing(dropout_bench: Workbench) -> None:
     """The repeated forward pass must draw the very same dropout masks."""
     config = settings(optim="adamw_torch", per_device_train_batch_size=4, max_steps=3)

@@ -69,12 +69,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> "RunConfig":
-        if self.codec is not None and not self.entry.coded:
-            raise ValueError(f"codec: without effect, because method {self.method.name!r} sends no update; remove it")
-        if self.downlink is not None and not self.entry.coded:
-            raise ValueError(
-                f"downlink: without effect, because method {self.method.name!r} sends no update; remove it"
-            )
+        why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(self.entry.sends)
+        for table, found in (("codec", self.codec), ("downlink", self.downlink)):
+            if found is not None and why is not None:
+                raise ValueError(f"{table}: without effect, because method {self.method.name!r} {why}; remove it")
         if self.downlink is not None and must_learn(self.downlink):
             raise ValueError(
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "

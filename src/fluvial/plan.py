@@ -48,19 +48,20 @@ def plan(config: RunConfig) -> dict[str, Any]:
             }
         )
     trained = part(layout, getattr(config.method, "factors", "A and B"))
-    frame = frame_size(config, trained) if config.entry.coded else 0
+    frame = frame_size(config, trained) if config.entry.sends == "codec" else 0
     down = len(Identity.of(layout).encode({name: torch.zeros(shape) for name, shape in layout.shapes}))
     cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
     width = getattr(torch, config.model.dtype).itemsize
+    absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
     rows = [
         ("base parameters", f"{parameters:,}"),
         ("trained parameters", f"{trained.numel:,} ({trained.numel / parameters:.2%})"),
         ("sites in a round", f"{cohort} of {len(sites)}"),
         ("optimizer steps of a site in a round", f"{steps}, {config.train.logical_batch} sequences each"),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
-        ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else "none"),
-        ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites"),
-        ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else "none"),
+        ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent),
+        ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent),
+        ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else absent),
         ("base in memory", f"{parameters * width:,} B"),
         ("adapter and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
     ]

@@ -268,7 +268,7 @@ class Run:
         result = {
             "fluvial": __version__,
             "method": self.config.method.name,
-            "codec": self.config.coding.name if self.config.entry.coded else None,
+            "codec": self.config.coding.name if self.config.entry.sends == "codec" else None,
             "rounds": rounds,
             "sites": len(self.fleet.sites),
             "heldout": {
@@ -299,7 +299,7 @@ class Run:
         totals, raw = self.fleet.meter.totals, self.bench.layout.raw_bytes * self.trained
         setup_up, setup_down = (_directed(self.setup_bytes, way) for way in ("up", "down"))
         up, down = _directed(totals, "up") - setup_up, _directed(totals, "down") - setup_down
-        sends = self.config.entry.coded
+        sends = self.config.entry.sends != "nothing"
         return {
             "bytes": {
                 "up": up,

@@ -148,6 +148,8 @@ def round_line(record: dict[str, Any]) -> str:
         )
     if "heldout_loss" in record:
         parts.append(f"held-out {record['heldout_loss']:.4f}")
+    parts += [f"codec: {escape(plain(record['choice']))}"] if "choice" in record else []
+    parts += ["transform refitted"] if "refit" in record else []
     if missing:
         names = [plain(each["site"]) for each in missing]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -165,7 +167,9 @@ def setup_lines(values: dict[str, Any]) -> list[str]:
     best = best_predictor(gate)
     unmet = [name for name, holds in gate["reproduction"].items() if not holds]
     verdict = "[green]passed[/]" if gate["passed"] else "[red]failed[/]"
+    choice = values.get("choice")
     return [
+        *([f"codec: {escape(plain(choice['why']))}"] if choice else []),
         f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
         *(f"  [red]failed:[/] {escape(plain(reason))}" for reason in gate["failed"]),
         f"  cosine to the true update {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
@@ -189,6 +193,8 @@ def best_predictor(gate: dict[str, Any]) -> str:
 def run_name(result: dict[str, Any]) -> str:
     """Method and codec in a few words."""
     method, codec = str(result["method"]), result.get("codec")
+    if codec == "auto" and result.get("setup", {}).get("choice"):
+        codec = f"auto ({result['setup']['choice']['codec']['name']})"
     if method in BASELINES and codec in (None, "identity"):
         return BASELINES[method]
     return f"federated, {method}" + (f" + {codec}" if codec else "")

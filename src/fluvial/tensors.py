@@ -112,11 +112,15 @@ class Layout:
         return tuple(name for name, _ in self.shapes)
 
     @cached_property
+    def _by_name(self) -> dict[str, tuple[int, ...]]:
+        return dict(self.shapes)
+
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Values of each tensor, in order."""
         return tuple(math.prod(shape) for _, shape in self.shapes)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Values of all tensors."""
         return sum(self.sizes)
@@ -133,13 +137,14 @@ class Layout:
 
     def flatten(self, tensors: Named) -> Tensor:
         """One fp32 vector (numel,) in layout order; asserts that names and shapes are those of the layout."""
-        assert Layout.of(tensors) == self, "tensors of another layout"
-        return torch.cat([tensors[name].detach().float().reshape(-1) for name in self.names])
+        assert tensors.keys() == self._by_name.keys(), "tensors of another layout"
+        assert all(tensors[name].shape == shape for name, shape in self.shapes), "tensors of another layout"
+        return torch.cat([tensors[name].reshape(-1) for name in self.names]).detach().float()
 
     def unflatten(self, vector: Tensor) -> Named:
         """Inverse of `flatten`."""
-        pieces = torch.split(vector, list(self.sizes))
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+        pieces = vector.split_with_sizes(self.sizes)
+        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
 
     def check(self, tensors: Named, what: str) -> None:
         """Raise `WireError` unless `tensors` have exactly this layout, in fp32 and finite."""

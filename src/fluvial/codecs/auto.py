@@ -5,6 +5,8 @@ The rules come from measurements on real updates (docs/methods/cgfedllm.md):
 - sites without state cannot repair what a biased codec loses, so they get an unbiased one;
 - at one bit per value and above, codecs with error feedback do not differ in the end, so the smallest measured error
   wins and nothing is learned;
+- error feedback makes what is coded ever whiter, so what lasts is a good quantiser: among codecs that learn nothing the
+  trellis needs the fewest bytes;
 - below that, the learned transform wins where it is clearly better than the best codec that learns nothing, and where
   the bytes it saves are worth the download of the transform.
 """
@@ -80,7 +82,7 @@ def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]
             {"name": "eden", "rate": rate},
             {"name": "klt", "rate": rate, "mode": "dithered"},
         ]
-    tables: list[dict[str, object]] = [{"name": "hadamard", "rate": rate}]
+    tables: list[dict[str, object]] = [{"name": "trellis", "rate": rate}]
     if rate <= 7:
         tables.append({"name": "int4"})
     elif rate <= 30:

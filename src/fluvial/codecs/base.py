@@ -17,7 +17,7 @@ from torch import Tensor
 from fluvial.codecs.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.errors import ConfigError, WireError
 from fluvial.payload import Payload
-from fluvial.tensors import Layout, Named, is_finite
+from fluvial.tensors import Layout, Named
 
 
 class CodecSettings(BaseModel):
@@ -52,6 +52,11 @@ def body_room(layout: Layout, rate: float, least: int) -> int:
     return frame - OVERHEAD
 
 
+def is_finite(vector: Tensor) -> bool:
+    """Whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite, which is quick to see."""
+    return math.isfinite(float(vector @ vector)) or bool(torch.isfinite(vector).all())
+
+
 class Codec(ABC):
     """Codes updates of one layout into bytes and back."""
 
@@ -69,8 +74,13 @@ class Codec(ABC):
 
     def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
         """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the same bytes."""
-        assert is_finite(update), "an update with NaN or Inf must not be sent"
-        return self.seal(self.body(self.layout.flatten(update), seed), round=round)
+        return self.seal(self.body(self.flat(update), seed), round=round)
+
+    def flat(self, update: Named) -> Tensor:
+        """The flattened update (numel,), fp32, which must be finite."""
+        vector = self.layout.flatten(update)
+        assert is_finite(vector), "an update with NaN or Inf must not be sent"
+        return vector
 
     def seal(self, body: bytes, *, round: int = 0) -> bytes:
         """A frame of this codec around `body`."""
@@ -84,7 +94,7 @@ class Codec(ABC):
         reader = unseal(wire, self.code, self.fingerprint, round=round)
         vector = self.parse(reader)
         reader.finish()
-        if not bool(torch.isfinite(vector).all()):
+        if not is_finite(vector):
             raise WireError("frame: decodes to NaN or Inf")
         return self.layout.unflatten(vector)
 

@@ -4,7 +4,6 @@ One stream holds several parts, each with its own table of frequencies, and is r
 was written. Tables are whole numbers, so that they travel as uint16 and both ends have the same model.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,10 +50,14 @@ def mask_bits(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> float:
 
 def encode(parts: Sequence[tuple[NDArray[np.integer], Counts]]) -> bytes:
     """One stream of all parts (symbols, frequencies); whole 32-bit words, about 4 bytes above the entropy."""
+    return encode_with([(symbols, model(counts)) for symbols, counts in parts if len(symbols) and len(counts) > 1])
+
+
+def encode_with(parts: Sequence[tuple[NDArray[np.integer], Any]]) -> bytes:
+    """The same with tables that `model` made; no part is empty."""
     coder = constriction.stream.stack.AnsCoder()
-    for symbols, counts in reversed(parts):
-        if len(symbols) and len(counts) > 1:
-            coder.encode_reverse(np.ascontiguousarray(symbols, dtype=np.int32), _model(counts))
+    for symbols, table in reversed(parts):
+        coder.encode_reverse(np.ascontiguousarray(symbols, dtype=np.int32), table)
     return np.asarray(coder.get_compressed()).astype("<u4").tobytes()
 
 
@@ -75,8 +78,12 @@ class Stream:
             raise WireError(f"frame: {number} symbols without frequencies")
         if number == 0 or len(counts) == 1:
             return np.zeros(number, dtype=np.int32)
+        return self.take_with(model(counts), number)
+
+    def take_with(self, table: Any, number: int) -> NDArray[np.int32]:
+        """The next `number` symbols, coded with a table that `model` made; allocates O(number)."""
         try:
-            return np.asarray(self._coder.decode(_model(counts), number), dtype=np.int32)
+            return np.asarray(self._coder.decode(table, number), dtype=np.int32)
         except BaseException as error:
             # A panic of the Rust side derives from BaseException and has no importable name.
             if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -89,6 +96,10 @@ class Stream:
             raise WireError("frame: entropy-coded stream is damaged or longer than its symbols")
 
 
-def _model(counts: Counts) -> Any:
-    total = math.fsum(counts)
-    return constriction.stream.model.Categorical(counts.astype(np.float64) / total, perfect=False)
+def model(counts: Counts) -> Any:
+    """The coder's table for at least two frequencies: symbol s has one share of 2^24, and its part of the rest.
+
+    With n frequencies of sum T it starts at s + floor((2^24 - n) / T * (sum of those before s)), in fp64 and in this
+    order; sums of whole numbers are exact, so that every machine has the same table.
+    """
+    return constriction.stream.model.Categorical(counts.astype(np.float64), perfect=False)

@@ -1,10 +1,11 @@
-"""Codecs that send every value, with fewer bits: identity, bf16, int8 and int4.
+"""Codecs that send every value, with fewer bits: identity, bf16, int8, int4 and nf4.
 
     name      bytes per value           what is lost
     identity  4                         nothing
     bf16      2                         relative error up to 2^-8
     int8      1 + 2 / block_size        up to 1/254 of the largest value of the block
     int4      1/2 + 2 / block_size      up to 1/14 of the largest value of the block
+    nf4       1/2 + 2 / block_size      up to 1/6 of it, less near zero: levels are quantiles of a Gaussian
 
 Scales are bf16 because updates of 1e-6 and below are usual and fp16 ends at 6e-8.
 """
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from scipy.special import ndtri
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings
@@ -136,16 +138,26 @@ class Int4Settings(CodecSettings):
     """Values that share one bf16 scale; the last block of a tensor may be shorter."""
 
 
-class _Blocks(Codec):
-    """Whole steps of a per-block scale; no block spans two tensors.
+class NF4Settings(CodecSettings):
+    """Sixteen levels at the quantiles of a Gaussian, with a scale per block."""
 
-    Body: one bf16 step per block, then the levels of all values.
+    name: Literal["nf4"] = "nf4"
+    """Which codec."""
+    block_size: int = Field(64, ge=1, le=65536)
+    """Values that share one bf16 scale; the last block of a tensor may be shorter."""
+
+
+class _Blocks(Codec):
+    """Levels relative to a per-block scale; no block spans two tensors.
+
+    Body: one bf16 scale per block (of int8 and int4 a step, of nf4 the largest value), then the levels of all values.
     """
 
     levels: ClassVar[int]
-    settings: Int8Settings | Int4Settings
+    """Steps from zero to the largest value of a block."""
+    settings: Int8Settings | Int4Settings | NF4Settings
 
-    def __init__(self, settings: Int8Settings | Int4Settings, layout: Layout) -> None:
+    def __init__(self, settings: Int8Settings | Int4Settings | NF4Settings, layout: Layout) -> None:
         super().__init__(settings, layout)
         starts, end = [np.zeros(0, dtype=np.int64)], 0
         for size in layout.sizes:
@@ -157,13 +169,17 @@ class _Blocks(Codec):
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         values = to_numpy(vector)
         bits = steps(np.maximum.reduceat(np.abs(values), self._starts), self.levels)
-        coded = to_levels(values, np.repeat(from_bf16(bits), self._lengths), self.levels)
+        coded = self._quantise(values, np.repeat(from_bf16(bits), self._lengths))
         return bits.astype("<u2").tobytes() + self._pack(coded)
 
     def parse(self, reader: Reader) -> Tensor:
         scales = read_scales(reader, len(self._starts))
         with np.errstate(over="ignore"):
             return torch.from_numpy(self._unpack(reader) * np.repeat(scales, self._lengths))
+
+    def _quantise(self, values: Floats, scales: Floats) -> NDArray[np.int8]:
+        """Levels of `values`, each with its scale."""
+        return to_levels(values, scales, self.levels)
 
     @abstractmethod
     def _pack(self, coded: NDArray[np.int8]) -> bytes:
@@ -194,12 +210,54 @@ class Int4(_Blocks):
     levels: ClassVar[int] = 7
 
     def _pack(self, coded: NDArray[np.int8]) -> bytes:
-        halves = (coded + 8).astype(np.uint8)
-        halves = np.append(halves, np.uint8(8)) if len(halves) % 2 else halves
-        return (halves[0::2] | halves[1::2] << 4).tobytes()
+        return _pack_halves((coded + 8).astype(np.uint8), fill=8)
 
     def _unpack(self, reader: Reader) -> Floats:
-        count = self.layout.numel
-        packed = reader.array("u1", (count + 1) // 2).astype(np.uint8)
-        halves = np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]
-        return halves.astype(np.float32) - np.float32(8)
+        return _read_halves(reader, self.layout.numel).astype(np.float32) - np.float32(8)
+
+
+class NF4(_Blocks):
+    """NormalFloat-4 (QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314, section 3 and appendix E).
+
+    Two values per byte, as int4. A level is the number of a quantile; number 7 is exactly zero.
+    """
+
+    code: ClassVar[int] = 13
+    levels: ClassVar[int] = 1
+
+    def _quantise(self, values: Floats, scales: Floats) -> NDArray[np.int8]:
+        scaled = np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)
+        between = (_NORMAL_FLOAT[1:] + _NORMAL_FLOAT[:-1]) / 2
+        return cast(NDArray[np.int8], np.searchsorted(between, scaled).astype(np.int8))
+
+    def _pack(self, coded: NDArray[np.int8]) -> bytes:
+        return _pack_halves(coded.view(np.uint8), fill=7)
+
+    def _unpack(self, reader: Reader) -> Floats:
+        return _NORMAL_FLOAT[_read_halves(reader, self.layout.numel)]
+
+
+def _normal_float() -> Floats:
+    """The 16 levels: 7 below zero, zero and 8 above at evenly spaced probabilities of N(0, 1), over the largest.
+
+    The outermost probability is the mean of 1 - 1/32 and 1 - 1/30, as QLoRA has it, so that all levels are finite.
+    """
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    above = ndtri(np.linspace(0.5, outermost, 9)[1:])
+    below = -ndtri(np.linspace(0.5, outermost, 8)[:0:-1])
+    return cast(Floats, (np.concatenate([below, [0.0], above]) / above[-1]).astype(np.float32))
+
+
+_NORMAL_FLOAT = _normal_float()
+
+
+def _pack_halves(halves: NDArray[np.uint8], *, fill: int) -> bytes:
+    """Two values of 0 to 15 per byte, the earlier one in the low half; an odd last one is paired with `fill`."""
+    halves = np.append(halves, np.uint8(fill)) if len(halves) % 2 else halves
+    return (halves[0::2] | halves[1::2] << 4).tobytes()
+
+
+def _read_halves(reader: Reader, count: int) -> NDArray[np.uint8]:
+    """Inverse of `_pack_halves` for `count` values."""
+    packed = reader.array("u1", (count + 1) // 2).astype(np.uint8)
+    return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]

@@ -3,7 +3,7 @@
 Paper: How to Compress Gradients in Federated Fine-tuning for LLMs, Table 3
 (Wu et al., ECAI 2025, arXiv 2405.13746).
 A site runs the encoder, the server the decoder; the latent has 1/2^stages of the canvas's cells, 1/64 in the paper.
-It is here to reproduce the paper; for a learned codec that carries real updates see `linear`.
+It is here to reproduce the paper; for a learned codec that carries real updates see `klt`.
 """
 
 import logging

@@ -117,7 +117,10 @@ class Ternary(Masked):
     """
 
     code: ClassVar[int] = 9
-    alphabet: ClassVar[int] = 2
+    alphabet = 2
+
+    def __init__(self, settings: TernarySettings, layout: Layout) -> None:
+        super().__init__(settings, layout, num_scales=len(layout.sizes))
 
     def weights(self, values: Floats) -> NDArray[np.floating]:
         """Magnitudes over the RMS of their tensor."""
@@ -141,10 +144,10 @@ class Ternary(Masked):
         """Mean magnitude of the kept values."""
         return mean_magnitudes(kept, tensors, len(self.layout.sizes))
 
-    def to_symbols(self, kept: Floats, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002 - the sign is enough
+    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
         """1 for positive values."""
         return (kept > 0).astype(np.int32)
 
-    def from_symbols(self, symbols: NDArray[np.int32], scales: Floats) -> Floats:
-        """+-scale."""
-        return cast(Floats, np.where(symbols == 1, scales, -scales))
+    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:
+        """+-scale of the tensor."""
+        return cast(Floats, np.where(symbols == 1, scales[tensors], -scales[tensors]))

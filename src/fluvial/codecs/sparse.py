@@ -18,6 +18,7 @@ from fluvial.codecs import entropy
 from fluvial.codecs.base import Codec, RateSettings, body_room
 from fluvial.codecs.frame import Reader
 from fluvial.codecs.quantise import Floats, bf16, from_bf16, read_scales, steps, to_levels, to_numpy
+from fluvial.errors import ConfigError, WireError
 from fluvial.tensors import Layout
 
 Indices = NDArray[np.int64]
@@ -39,19 +40,24 @@ def slots(seed: int, count: int, total: int) -> Indices:
 class Masked(Codec):
     """Keeps the values that weigh most, as many as the rate allows, and entropy-codes where they are.
 
-    Body: a bf16 scale per tensor (0: nothing kept), a uint16 density for each tensor with a scale, and a
-    stream: the masks of these tensors, then a symbol for each kept value.
+    Body: bf16 magnitudes, `num_scales` of them, the most usual class of density (u8), and a stream: the class of
+    every tensor (half octaves of the odds of being kept; 0: nothing kept), the masks of the tensors with kept
+    values, then a symbol for each kept value.
     """
 
-    alphabet: ClassVar[int]
+    alphabet: int
     """Different symbols for a kept value; all are taken to be equally frequent."""
+    num_scales: int
+    """Magnitudes in the body."""
     settings: RateSettings
 
-    def __init__(self, settings: RateSettings, layout: Layout) -> None:
+    def __init__(self, settings: RateSettings, layout: Layout, *, num_scales: int, mark: int = 0) -> None:
+        """`mark` bytes of the body are somebody else's."""
         super().__init__(settings, layout)
+        self.num_scales = num_scales
         self._sizes = np.array(layout.sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
-        self._room = body_room(layout, settings.rate, least=4 * len(self._sizes) + 12)
+        self._room = body_room(layout, settings.rate, least=mark + 2 * num_scales + len(self._sizes) + 9) - mark
 
     @abstractmethod
     def weights(self, values: Floats) -> NDArray[np.floating]:
@@ -59,17 +65,17 @@ class Masked(Codec):
 
     @abstractmethod
     def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:
-        """bf16 patterns (number of tensors,) from the kept values and the tensor that each is of."""
+        """bf16 patterns (num_scales,) from the kept values and the tensor that each is of."""
 
     @abstractmethod
-    def to_symbols(self, kept: Floats, scales: Floats) -> NDArray[np.integer]:
-        """Symbols of the kept values, each with its scale."""
+    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:
+        """Symbols of the kept values."""
 
     @abstractmethod
-    def from_symbols(self, symbols: NDArray[np.int32], scales: Floats) -> Floats:
+    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:
         """Inverse of `to_symbols`, but for what is lost."""
 
-    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - for ternary
+    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - for signs
         """How many of the heaviest values, sorted, to keep: for most codecs, all that fit."""
         return len(weights)
 
@@ -85,20 +91,21 @@ class Masked(Codec):
         return body
 
     def parse(self, reader: Reader) -> Tensor:
-        scales = read_scales(reader, len(self._sizes))
-        used = np.flatnonzero((scales > 0) & (self._sizes > 0))
-        densities = reader.array("u2", len(used)).astype(np.int64)
+        scales, centre = read_scales(reader, self.num_scales), int(reader.number("B"))
+        if centre >= _CLASSES:
+            raise WireError(f"frame: density class {centre}; there are {_CLASSES}")
         stream = entropy.Stream(reader.take(reader.left))
+        classes = stream.take(_class_frequencies(centre), len(self._sizes))
         kept = [np.zeros(0, dtype=np.int64)]
-        for tensor, ones in zip(used, densities, strict=True):
-            mask = stream.take(entropy.mask_counts(int(ones)), int(self._sizes[tensor]))
-            kept.append(np.flatnonzero(mask) + (self._ends[tensor] - self._sizes[tensor]))
+        for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
+            if number:
+                kept.append(np.flatnonzero(stream.take(_mask_counts(int(number)), int(size))) + (end - size))
         where = np.concatenate(kept)
         symbols = stream.take(np.ones(self.alphabet, dtype=np.int64), len(where))
         stream.finish()
         vector = np.zeros(self.layout.numel, dtype=np.float32)
         with np.errstate(over="ignore"):
-            vector[where] = self.from_symbols(symbols, scales[self._tensors(where)])
+            vector[where] = self.from_symbols(symbols, self._tensors(where), scales)
         return torch.from_numpy(vector)
 
     def _tensors(self, positions: Indices) -> Indices:
@@ -115,11 +122,12 @@ class Masked(Codec):
 
     def _most(self, tensors: Indices) -> int:
         """How many of the heaviest values fit, by the entropy; `tensors` says which each is of."""
-        room = self._room - 4 * len(self._sizes) - 4
+        room = 8 * (self._room - 2 * self.num_scales - 5)
 
         def fits(number: int) -> bool:
             kept = np.bincount(tensors[:number], minlength=len(self._sizes))
-            return entropy.mask_bits(kept, self._sizes) + number * math.log2(self.alphabet) <= 8 * room
+            bits = entropy.mask_bits(kept, self._sizes) + number * math.log2(self.alphabet)
+            return bits + _class_bits(_densities(kept, self._sizes)) <= room
 
         if fits(len(tensors)):
             return len(tensors)
@@ -131,53 +139,178 @@ class Masked(Codec):
 
     def _write(self, values: Floats, where: Indices) -> bytes:
         tensors = self._tensors(where)
-        bits = self.scales(values[where], tensors)
-        where = where[bits[tensors] > 0]
-        tensors = self._tensors(where)
-        kept = np.bincount(tensors, minlength=len(bits))
-        used = np.flatnonzero(bits)
-        densities = entropy.densities(kept[used], self._sizes[used])
+        scales = self.scales(values[where], tensors)
+        classes = _densities(np.bincount(tensors, minlength=len(self._sizes)), self._sizes)
         mask = np.zeros(len(values), dtype=np.int32)
         mask[where] = 1
-        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [
-            (mask[self._ends[t] - self._sizes[t] : self._ends[t]], entropy.mask_counts(int(ones)))
-            for t, ones in zip(used, densities, strict=True)
-        ]
-        symbols = self.to_symbols(values[where], from_bf16(bits)[tensors])
+        centre = _usual(classes)
+        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [(classes, _class_frequencies(centre))]
+        for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
+            if number:
+                parts.append((mask[end - size : end], _mask_counts(int(number))))
+        symbols = self.to_symbols(values[where], tensors, from_bf16(scales))
         parts.append((symbols, np.ones(self.alphabet, dtype=np.int64)))
-        return bits.astype("<u2").tobytes() + densities.astype("<u2").tobytes() + entropy.encode(parts)
+        return scales.astype("<u2").tobytes() + struct.pack("<B", centre) + entropy.encode(parts)
+
+
+_EVEN = 33
+"""The class of density 1/2."""
+_CLASSES = 2 * _EVEN
+
+
+def _densities(kept: NDArray[np.integer], sizes: Indices) -> Indices:
+    """The class of every tensor: 0 where nothing is kept, else half octaves of kept / not kept around `_EVEN`."""
+    odds = np.log2(np.maximum(kept, 0.5)) - np.log2(np.maximum(sizes - kept, 0.5))
+    classes = np.clip(np.rint(2 * odds) + _EVEN, 1, _CLASSES - 1)
+    return cast(Indices, np.where(kept > 0, classes, 0).astype(np.int64))
+
+
+def _mask_counts(number: int) -> entropy.Counts:
+    """Frequencies of zero and one in a mask of class `number`."""
+    odds = 2.0 ** ((number - _EVEN) / 2)
+    return entropy.mask_counts(min(max(round(entropy.UNIT * odds / (1 + odds)), 1), entropy.UNIT - 1))
+
+
+def _usual(classes: Indices) -> int:
+    """The most frequent class."""
+    return int(np.bincount(classes, minlength=1).argmax())
+
+
+def _class_frequencies(centre: int) -> entropy.Counts:
+    """Frequencies of the classes of density: half as often with each class away from `centre`."""
+    return (1 << 12 >> np.abs(np.arange(_CLASSES) - centre).clip(max=12)) + 8
+
+
+def _class_bits(classes: Indices) -> float:
+    """Bits of the classes in the stream."""
+    frequencies = _class_frequencies(_usual(classes))
+    return -float(np.log2(frequencies[classes] / frequencies.sum()).sum())
+
+
+class _Steps(Masked):
+    """Kept values in 255 whole steps, relative to the largest of all."""
+
+    alphabet = 255
+
+    def __init__(self, settings: RateSettings, layout: Layout, *, mark: int = 0) -> None:
+        super().__init__(settings, layout, num_scales=1, mark=mark)
+
+    def weights(self, values: Floats) -> NDArray[np.floating]:
+        return np.abs(values)
+
+    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:  # noqa: ARG002 - one for all
+        return steps(np.abs(kept).max(initial=0, keepdims=True), 127)
+
+    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
+        return to_levels(kept, np.broadcast_to(scales, kept.shape), 127).astype(np.int32) + 127
+
+    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:  # noqa: ARG002
+        return cast(Floats, (symbols - 127).astype(np.float32) * scales)
+
+
+class _Codebook(Masked):
+    """Kept values as a sign and one of a few magnitudes, which are fitted to the message (Lloyd)."""
+
+    def __init__(self, settings: RateSettings, layout: Layout, *, bits: int, mark: int = 0) -> None:
+        super().__init__(settings, layout, num_scales=1 << bits - 1, mark=mark)
+        self.alphabet = 1 << bits
+
+    def weights(self, values: Floats) -> NDArray[np.floating]:
+        return np.abs(values)
+
+    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - one for all
+        """With one magnitude for k values, (sum of them)^2 / k is what they capture; more can be worse."""
+        if self.num_scales > 1 or not len(weights):
+            return len(weights)
+        sums = np.cumsum(weights / weights[0], dtype=np.float64)
+        return int(np.argmax(sums**2 / np.arange(1, len(sums) + 1))) + 1
+
+    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:  # noqa: ARG002 - one for all
+        """Centroids, rising."""
+        if not len(kept):
+            return np.zeros(self.num_scales, dtype=np.uint16)
+        ordered = np.sort(np.abs(kept)).astype(np.float64)
+        sums = np.concatenate([[0.0], np.cumsum(ordered)])
+        centroids = ordered[((np.arange(self.num_scales) + 0.5) / self.num_scales * len(ordered)).astype(np.int64)]
+        for _ in range(20):
+            edges = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
+            edges = np.concatenate([[0], edges, [len(ordered)]])
+            counts = np.diff(edges)
+            centroids = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centroids)
+        return bf16(centroids)
+
+    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
+        """The nearest magnitude, plus `num_scales` for positive values."""
+        wide = scales.astype(np.float64)
+        return np.searchsorted((wide[1:] + wide[:-1]) / 2, np.abs(kept)) + self.num_scales * (kept > 0)
+
+    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:  # noqa: ARG002
+        return np.concatenate([-scales, scales])[symbols]
+
+
+ValueBits = Literal["best", 1, 2, 4, 8]
+_BITS = (1, 2, 4, 8)
+
+
+class Largest(Codec):
+    """The largest magnitudes of the whole update in so many bits each. Body: that of `Masked`.
+
+    With value_bits="best" every number of bits is tried, and the one of least error goes before it as a byte.
+    """
+
+    value_bits: ValueBits
+
+    def __init__(self, settings: RateSettings, layout: Layout, *, value_bits: ValueBits) -> None:
+        super().__init__(settings, layout)
+        self._coders: dict[int, Masked] = {}
+        self._marked = value_bits == "best"
+        for bits in _BITS if value_bits == "best" else (value_bits,):
+            try:
+                self._coders[bits] = _coder(settings, layout, bits=bits, mark=int(self._marked))
+            except ConfigError:
+                if not self._marked or bits == 1:
+                    raise
+
+    def body(self, vector: Tensor, seed: int) -> bytes:
+        if not self._marked:
+            (coder,) = self._coders.values()
+            return coder.body(vector, seed)
+        bodies = {bits: coder.body(vector, seed) for bits, coder in self._coders.items()}
+        bits = min(bodies, key=lambda bits: self._error(vector, bodies[bits], bits))
+        return struct.pack("<B", bits) + bodies[bits]
+
+    def parse(self, reader: Reader) -> Tensor:
+        bits = int(reader.number("B")) if self._marked else next(iter(self._coders))
+        if bits not in self._coders:
+            raise WireError(f"frame: {bits} bits for each value; expected one of {sorted(self._coders)}")
+        return self._coders[bits].parse(reader)
+
+    def _error(self, vector: Tensor, body: bytes, bits: int) -> float:
+        return float((self._coders[bits].parse(Reader(body)).double() - vector).square().sum())
+
+
+def _coder(settings: RateSettings, layout: Layout, *, bits: int, mark: int) -> Masked:
+    if bits == 8:
+        return _Steps(settings, layout, mark=mark)
+    return _Codebook(settings, layout, bits=bits, mark=mark)
 
 
 class TopKSettings(RateSettings):
-    """The largest values, 8 bits each."""
+    """The largest values, in a few bits each."""
 
     name: Literal["top_k"] = "top_k"
     """Which codec."""
+    value_bits: ValueBits = 8
+    """Bits of a kept value; fewer leave room for more values. 1 is best at 1/32 and below."""
 
 
-class TopK(Masked):
-    """The largest magnitudes of the whole update, in 8 bits relative to the largest of their tensor."""
+class TopK(Largest):
+    """The largest magnitudes of the whole update, not normalised: that captures the most energy."""
 
     code: ClassVar[int] = 5
-    alphabet: ClassVar[int] = 255
 
-    def weights(self, values: Floats) -> NDArray[np.floating]:
-        """Magnitudes, not normalised: that captures the most energy."""
-        return np.abs(values)
-
-    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:
-        """The step of each tensor, largest magnitude / 127."""
-        largest = np.zeros(len(self.layout.sizes), dtype=np.float32)
-        np.maximum.at(largest, tensors, np.abs(kept))
-        return steps(largest, 127)
-
-    def to_symbols(self, kept: Floats, scales: Floats) -> NDArray[np.integer]:
-        """Levels -127 to 127, plus 127."""
-        return to_levels(kept, scales, 127).astype(np.int32) + 127
-
-    def from_symbols(self, symbols: NDArray[np.int32], scales: Floats) -> Floats:
-        """Steps times level."""
-        return cast(Floats, (symbols - 127).astype(np.float32) * scales)
+    def __init__(self, settings: TopKSettings, layout: Layout) -> None:
+        super().__init__(settings, layout, value_bits=settings.value_bits)
 
 
 class RandomKSettings(RateSettings):

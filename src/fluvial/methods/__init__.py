@@ -4,9 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fluvial.methods import cgfedllm, fedavg, local
+from fluvial.methods import cgfedllm, ecolora, fedavg, flasc, local
 from fluvial.methods.cgfedllm import CgFedLlmConfig
+from fluvial.methods.ecolora import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
+from fluvial.methods.flasc import FlascConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
 from fluvial.methods.local import LocalConfig
 
@@ -15,10 +17,15 @@ __all__ = ["METHODS", "Context", "Method", "MethodConfig", "Metrics", "Server"]
 METHODS: dict[str, Method] = {
     "fedavg": fedavg.METHOD,
     "cgfedllm": cgfedllm.METHOD,
+    "flasc": flasc.METHOD,
+    "ecolora": ecolora.METHOD,
     "local": local.METHOD,
     "central": fedavg.CENTRAL,
 }
 """Every method by its name in a configuration."""
 
-MethodConfig = Annotated[FedAvgConfig | CgFedLlmConfig | LocalConfig | CentralConfig, Field(discriminator="name")]
+MethodConfig = Annotated[
+    FedAvgConfig | CgFedLlmConfig | FlascConfig | EcoLoraConfig | LocalConfig | CentralConfig,
+    Field(discriminator="name"),
+]
 """The `[method]` table of a configuration."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
@@ -74,8 +74,9 @@ class Method:
     """Authors, title, venue, year, link."""
     codec: CodecSettings = field(default_factory=IdentitySettings)
     """The codec when the configuration names none."""
-    coded: bool = True
-    """Whether updates go through a codec; False makes a codec in the configuration an error."""
+    sends: Literal["codec", "own code", "nothing"] = "codec"
+    """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
+    keeps what it learned. For the last two a codec in the configuration is an error."""
     pooled: bool = False
     """Whether all data lies at one place (the centralised baseline)."""
     reads_public: Callable[[Any, CodecSettings], bool] = lambda _config, _codec: False

@@ -73,5 +73,5 @@ METHOD = Method(
     LocalServer,
     {"train": train},
     paper="The local baseline: every site alone",
-    coded=False,
+    sends="nothing",
 )

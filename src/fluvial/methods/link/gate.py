@@ -165,7 +165,7 @@ def measure(
 
 def explain(report: GateReport, codec: str) -> str:
     """Why a codec was refused and what to do, in a few lines."""
-    other = "a richer codec.rate" if codec == "linear" else "codec.name='linear'"
+    other = "a richer codec.rate" if codec == "klt" else "codec.name='klt' or 'auto'"
     return (
         f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out snapshots "
         + "; ".join(report.failed)

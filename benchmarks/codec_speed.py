@@ -1,0 +1,226 @@
+"""How fast codecs are: encode and decode, in megabytes of fp32 update a second, on one thread.
+
+    python -m benchmarks.codec_speed [--quick] [--layout NAME ...] [--codec NAME ...] [--out FILE.json]
+
+Updates are synthetic: Gaussian with a falling spectrum along the feature axis of every module, in a basis that all
+updates share, so that learned codecs have something to learn and entropy coders something to save. Each figure is the
+fastest of several repetitions. The last columns set a codec against a copy of the same bytes in memory.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from benchmarks.cgfedllm_bed import Table, fitted
+from benchmarks.report import Claim, Report, Row, show
+from fluvial.codecs import CODECS
+from fluvial.codecs.base import Codec
+from fluvial.errors import FluvialError
+from fluvial.seeds import generator
+from fluvial.tensors import Layout, Named, factor, relative_error
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+RANK = 8
+BAR_MB_S = 100.0
+"""Of klt, encode and decode together: bytes of the update over the seconds of both."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A layout to time: LoRA of rank 8 on q, k, v, o."""
+
+    layers: int
+    width: int
+    narrow: int
+    """Of keys and values."""
+    fit: bool = True
+    """Whether codecs that learn are fitted here; the encode-only layout has them fitted nowhere."""
+    decode: bool = True
+
+    def layout(self) -> Layout:
+        """Names as PEFT gives them."""
+        shapes = []
+        for layer in range(self.layers):
+            for module in MODULES:
+                start = f"model.layers.{layer}.self_attn.{module}"
+                out = self.narrow if module in ("k_proj", "v_proj") else self.width
+                shapes += [(f"{start}.lora_A.weight", (RANK, self.width)), (f"{start}.lora_B.weight", (out, RANK))]
+        return Layout(tuple(sorted(shapes)))
+
+
+LAYOUTS = {
+    "d 64": Size(5, 64, 32),
+    "d 128": Size(8, 128, 128),
+    "Qwen1.5-1.8B": Size(24, 2048, 2048),
+    "LLaMA-7B": Size(32, 4096, 4096, fit=False, decode=False),
+}
+"""stories260k, the embedded model, and two from the papers; of the last, encode only and no learned codecs."""
+QUICK = ("d 64", "d 128")
+KLT: Table = {"name": "klt", "rate": 64}
+TABLES: tuple[Table, ...] = (
+    {"name": "identity"},
+    {"name": "bf16"},
+    {"name": "int8"},
+    {"name": "int4"},
+    {"name": "nf4"},
+    {"name": "sign"},
+    {"name": "half_sign"},
+    *(
+        {"name": name, "rate": 64}
+        for name in ("top_k", "random_k", "ternary", "dct_top_k", "hadamard", "eden", "powersgd", "vq", "cnn")
+    ),
+    KLT,
+    {"name": "klt", "rate": 16},
+    {"name": "klt", "rate": 64, "mode": "dithered"},
+)
+LARGE = 1_000_000
+"""On layouts of more values than this, only klt at 1/64 is fitted: fits take minutes there."""
+
+
+def updates(layout: Layout, count: int) -> list[Named]:
+    """Synthetic updates of a training run's size; the same every time."""
+    found: list[Named] = [{} for _ in range(count)]
+    for name, shape in layout.shapes:
+        across = factor(name) == "A"
+        width = shape[1] if across else shape[0]
+        # Modules that read the same hidden state have the same basis for A, as in a real model.
+        place = name.rsplit(".", 3)[0] + (".o" if "o_proj" in name else ".qkv") if across else name
+        basis = generator(0, "basis", place)
+        signs = torch.randint(0, 2, (width,), generator=basis) * 2.0 - 1.0
+        order = torch.randperm(width, generator=basis)
+        spectrum = (1.0 + torch.arange(width)) ** -0.5
+        for number, update in enumerate(found):
+            white = torch.randn(RANK, width, generator=generator(0, "update", number, name))
+            mixed = _cosines((white * spectrum)[:, order]) * signs
+            scaled = 1e-3 * mixed / mixed.square().mean().sqrt()
+            update[name] = scaled.contiguous() if across else scaled.T.contiguous()
+    return found
+
+
+def _cosines(rows: torch.Tensor) -> torch.Tensor:
+    """The orthonormal cosine transform of every row (rows, width)."""
+    from scipy.fft import dct
+
+    return torch.from_numpy(dct(rows.numpy(), norm="ortho")).float()
+
+
+def fastest(call: Callable[[], object], seconds: float) -> float:
+    """Seconds of the fastest of at least three calls, and of as many as fit into `seconds`."""
+    best, since, calls = float("inf"), time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - since < seconds:
+        started = time.perf_counter()
+        call()
+        best, calls = min(best, time.perf_counter() - started), calls + 1
+    return best
+
+
+def timed(codec: Codec, sample: Named, seconds: float, *, decode: bool) -> Row:
+    """Seconds to encode and to decode `sample`, and the frame."""
+    frame = codec.encode(sample)
+    row: Row = {"frame_bytes": len(frame), "encode_s": fastest(lambda: codec.encode(sample), seconds)}
+    if decode:
+        row["error"] = relative_error(sample, codec.decode(frame))
+        row["decode_s"] = fastest(lambda: codec.decode(frame), seconds)
+    return row
+
+
+def rows_of(name: str, wanted: list[str] | None, seconds: float, report: Report) -> list[Row]:
+    """Every codec on one layout."""
+    size = LAYOUTS[name]
+    layout = size.layout()
+    ensemble = updates(layout, 9 if size.fit else 1)
+    sample, training = ensemble[-1], ensemble[:-1]
+    vector = layout.flatten(sample)
+    copy_s = fastest(vector.clone, seconds)
+    rows = []
+    for table in TABLES:
+        codec_name = table["name"]
+        if codec_name not in CODECS or (wanted and codec_name not in wanted):
+            continue
+        learned = CODECS[codec_name].learned
+        if learned and not (size.fit and (layout.numel <= LARGE or table == KLT)):
+            report.skip(f"{name}, {_label(table)}: fitting it takes too long here")
+            continue
+        row: Row = {"layout": name, "codec": _label(table), "raw_bytes": layout.raw_bytes}
+        since = time.perf_counter()
+        try:
+            codec = fitted_on(table, layout, training)
+        except FluvialError as error:
+            report.skip(f"{name}, {row['codec']}: {str(error)[:200]}")
+            continue
+        row |= {"fit_s": time.perf_counter() - since if learned else None, "copy_s": copy_s}
+        row |= timed(codec, sample, seconds, decode=size.decode)
+        megabytes = layout.raw_bytes / 1e6
+        row |= {"encode_mb_s": megabytes / row["encode_s"], "copy_mb_s": megabytes / copy_s}
+        row["encode_share"] = copy_s / row["encode_s"]
+        if size.decode:
+            row["decode_mb_s"] = megabytes / row["decode_s"]
+            row["both_mb_s"] = megabytes / (row["encode_s"] + row["decode_s"])
+            row["decode_share"] = copy_s / row["decode_s"]
+        rows.append(row)
+    return rows
+
+
+def fitted_on(table: Table, layout: Layout, training: list[Named]) -> Codec:
+    """The codec, fitted to `training` if it learns."""
+    from fluvial.codecs.base import Snapshot
+
+    snapshots = [Snapshot("site", number, {}, update) for number, update in enumerate(training)]
+    return fitted(table, layout, snapshots)
+
+
+def _label(table: Table) -> str:
+    rate = f", 1/{table['rate']}" if "rate" in table else ""
+    return f"{table['name']}{rate}{', dithered' if table.get('mode') == 'dithered' else ''}"
+
+
+COLUMNS = {
+    "codec": "codec",
+    "frame_bytes": "bytes",
+    "error": "error",
+    "encode_mb_s": "encode MB/s",
+    "decode_mb_s": "decode MB/s",
+    "both_mb_s": "both MB/s",
+    "encode_share": "of a copy's speed, encode",
+    "decode_share": "decode",
+    "fit_s": "fit, s",
+}
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the two small layouts, short repetitions")
+    parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="default: all")
+    parser.add_argument("--codec", action="append", help="default: all")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    load = os.getloadavg()
+    torch.set_num_threads(1)
+    wanted = options.layout or list(QUICK if options.quick else LAYOUTS)
+    seconds = 0.05 if options.quick else 1.0
+    report = Report("codec_speed", {"quick": options.quick, "layouts": wanted, "threads": 1, "seconds": seconds})
+    for name in sorted({table["name"] for table in TABLES} - set(CODECS)):
+        report.skip(f"{name}: the package has no such codec")
+    for name in wanted:
+        rows = rows_of(name, options.codec, seconds, report)
+        report.rows += rows
+        copied = mean(row["copy_mb_s"] for row in rows) if rows else 0
+        megabytes = LAYOUTS[name].layout().raw_bytes / 1e6
+        show(f"{name}: {megabytes:.3g} MB of update; a copy runs at {copied:,.0f} MB/s", COLUMNS, rows)
+        report.claims += [
+            Claim(f"{name}: {row['codec']}: encode and decode, MB/s", row["both_mb_s"], BAR_MB_S, "at least")
+            for row in rows
+            if row["codec"] == "klt, 1/64"
+        ]
+    report.finish(options.out, load)
+
+
+if __name__ == "__main__":
+    main()

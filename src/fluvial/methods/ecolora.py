@@ -1,0 +1,315 @@
+"""EcoLoRA: a segment at a time, sparse with feedback, Golomb-coded.
+
+Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, "EcoLoRA: Communication-Efficient Federated Fine-Tuning of
+Large Language Models", EMNLP 2025, https://arxiv.org/abs/2506.02001.
+
+Every site sends one of N_s segments of the adapter, another one in every round, and the server averages each segment
+over the sites that sent it. Both ways only the largest changes are sent, fewer as the loss falls and fewer of B than
+of A; what is left out is kept and added the next time. A site starts from a mix of the global adapter and its own last
+one, so that the work on segments whose turn it was not is not lost.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fluvial.codecs import CodecSettings
+from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
+from fluvial.codecs.quantise import Floats, to_numpy
+from fluvial.errors import ConfigError, WireError
+from fluvial.fleet import Fleet, sample
+from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.models import initial_adapter
+from fluvial.payload import Payload, Value, frame_payload, payload_frame
+from fluvial.sites import Site, train_locally, weight_of
+from fluvial.tensors import Layout, Named, WeightedMean, factor
+
+
+class EcoLoraConfig(BaseModel):
+    """EcoLoRA; with one segment, nothing left out, fp32 and no mixing it is FedAvg."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["ecolora"] = "ecolora"
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
+    segments: int = Field(5, ge=1)
+    """N_s; the cohort should have at least as many sites, or a segment is missing in some rounds."""
+    most: float = Field(0.95, gt=0, le=1)
+    """k_max, the share of the values that is sent in round 1."""
+    least_a: float = Field(0.6, gt=0, le=1)
+    """k_min of A, the share that is approached as the loss falls."""
+    least_b: float = Field(0.5, gt=0, le=1)
+    """k_min of B, whose changes are concentrated in fewer values."""
+    gamma_a: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """How fast the share of A falls, per nat of training loss (ours: see the method's page)."""
+    gamma_b: float = Field(2.0, ge=0, allow_inf_nan=False)
+    """The same for B (ours)."""
+    mixing: Literal["staleness", "none"] = "staleness"
+    """What a site starts from: the global adapter mixed with its own last one, or the global one alone."""
+    beta: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The site's own adapter, of s rounds ago, weighs exp(-beta * s) (ours)."""
+    values: Values = "fp16"
+    """How a value is sent."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.most < max(self.least_a, self.least_b):
+            raise ValueError(f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; raise it")
+        if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
+            raise ValueError("beta: without effect under mixing='none'; remove it")
+        return self
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Values `start` to `stop` of the flattened adapter."""
+
+    start: int
+    stop: int
+
+
+def segment(number: int, segments: int, total: int) -> Slice:
+    """Segment `number` of `segments` of nearly equal size."""
+    return Slice(number * total // segments, (number + 1) * total // segments)
+
+
+def turn(place: int, round: int, segments: int) -> int:
+    """The segment that is sent in `round` by the site at `place` in the cohort: (place + round) mod N_s."""
+    return (place + round) % segments
+
+
+def share(least: float, most: float, gamma: float, fallen: float) -> float:
+    """k = k_min + (k_max - k_min) exp(-gamma * fallen), after the loss has fallen by that many nats; at most k_max.
+
+    Rounded to four places, which is how it travels.
+    """
+    return round(least + (most - least) * math.exp(-gamma * max(fallen, 0.0)), 4)
+
+
+def mix(ours: Floats, others: Floats, weight: float) -> Floats:
+    """(1 - weight) * others + weight * ours; exactly `others` at weight 0."""
+    return others + np.float32(weight) * (ours - others)
+
+
+class Sparsifier:
+    """Chooses what is sent: the largest values of A and the largest of B, a share of each."""
+
+    def __init__(self, layout: Layout) -> None:
+        kinds = [np.full(size, factor(name) == "B") for name, size in zip(layout.names, layout.sizes, strict=True)]
+        self._is_b: NDArray[np.bool_] = np.concatenate(kinds)
+
+    def choose(self, change: Floats, part: Slice, share_a: float, share_b: float) -> Indices:
+        """Positions within `part`, rising; change (part.stop - part.start,)."""
+        chosen = []
+        for wanted, kept in ((False, share_a), (True, share_b)):
+            places = np.flatnonzero(self._is_b[part.start : part.stop] == wanted)
+            count = math.ceil(kept * len(places))
+            chosen.append(places[largest(abs(change[places]), count)])
+        return np.sort(np.concatenate(chosen))
+
+
+class EcoLoraServer:
+    """Keeps the global adapter, what the sites know of it, and when each site last answered.
+
+    What the sites know is `view`: the same for all that are up to date. A site gets the present values of all places
+    that changed since it last answered, so that one that was away loses nothing, and nothing drifts apart.
+    """
+
+    def __init__(self, config: EcoLoraConfig, context: Context) -> None:
+        self.config, self.context = config, context
+        layout = context.layout
+        self.frames = SparseFrames(layout, config.values)
+        self.sparsifier = Sparsifier(layout)
+        self.parts = [segment(number, config.segments, layout.numel) for number in range(config.segments)]
+        self.uploads = [SparseFrames(layout, config.values, part.start, part.stop) for part in self.parts]
+        self.adapter = to_numpy(layout.flatten(initial_adapter(layout, context.seed)))
+        self.view = rounded(self.adapter, config.values)
+        self.changed = np.zeros(layout.numel, dtype=np.int32)
+        """The round in which a place of `view` last changed; 0 for never."""
+        self.answered: dict[str, int] = {}
+        """The round whose `view` a site has."""
+        self.losses: list[float] = []
+        """Mean training losses of the first and of the last round."""
+
+    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
+        """Nothing: the initial adapter follows from the seed."""
+        return {}
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """Sparse download, local training, one segment from each site, a mean for every segment."""
+        config = self.config
+        fallen = self.losses[0] - self.losses[-1] if self.losses else 0.0
+        share_a = share(config.least_a, config.most, config.gamma_a, fallen)
+        share_b = share(config.least_b, config.most, config.gamma_b, fallen)
+        self._broadcast(number, share_a, share_b)
+        cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
+        messages = self._messages(cohort, number, share_a, share_b)
+        means, loss = [WeightedMean() for _ in self.parts], WeightedMean()
+        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
+            which, update, site_loss, weight = reply.content
+            means[which].add(update, weight)
+            loss.add(site_loss, weight)
+            self.answered[reply.site] = number
+        for part, mean in zip(self.parts, means, strict=True):
+            if mean.count:
+                self.adapter[part.start : part.stop] += to_numpy(mean.mean()["segment"])
+        self.losses = [*self.losses[:1], float(loss.mean()["loss"])]
+        covered = sum(mean.count > 0 for mean in means)
+        return {
+            "loss": self.losses[-1],
+            "sites": loss.count,
+            "segments": covered,
+            "share_a": share_a,
+            "share_b": share_b,
+        }
+
+    def _broadcast(self, round: int, share_a: float, share_b: float) -> None:
+        """Bring the largest differences into `view`; what is left out stays a difference, and so is fed back."""
+        present = rounded(self.adapter, self.config.values)
+        whole = Slice(0, len(present))
+        where = self.sparsifier.choose(present - self.view, whole, share_a, share_b)
+        self.view[where] = present[where]
+        self.changed[where] = round
+
+    def _messages(self, cohort: list[str], round: int, share_a: float, share_b: float) -> dict[str, Payload]:
+        frames: dict[int, bytes] = {}
+        messages = {}
+        for place, site in enumerate(cohort):
+            since = self.answered.get(site, 0)
+            if since not in frames:
+                frames[since] = self.frames.encode(self.view, np.flatnonzero(self.changed > since), round=round)
+            messages[site] = frame_payload(
+                frames[since],
+                round=round,
+                since=since,
+                segment=turn(place, round, self.config.segments),
+                share=[share_a, share_b],
+            )
+        return messages
+
+    def _read(self, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
+        which, weight = reply.value("segment", int), weight_of(reply)
+        if not 0 <= which < len(self.parts):
+            raise WireError(f"segment {which} of {len(self.parts)}")
+        update = {"segment": torch.from_numpy(self.uploads[which].decode_dense(payload_frame(reply), round=round))}
+        loss = {"loss": torch.tensor([reply.value("loss", float)])}
+        WeightedMean.check(update, weight)
+        WeightedMean.check(loss, weight)
+        return which, update, loss, weight
+
+    def model(self) -> Named:
+        """The global adapter, as the server has it."""
+        return self.context.layout.unflatten(torch.from_numpy(self.adapter.copy()))
+
+    def state(self) -> Payload:
+        """Vectors of all values in layout order, the sites' rounds, the losses."""
+        tensors = {"adapter": self.adapter, "view": self.view, "changed": self.changed}
+        values: dict[str, Value] = {"answered": {**self.answered}, "losses": [*self.losses]}
+        return Payload({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, values)
+
+    def restore(self, state: Payload) -> None:
+        """See `state`."""
+        total = len(self.adapter)
+        self.adapter = vector(state, "adapter", torch.float32, total)
+        self.view = vector(state, "view", torch.float32, total)
+        self.changed = vector(state, "changed", torch.int32, total)
+        self.answered, self.losses = state.value("answered", dict), state.value("losses", list)
+
+
+def vector(kept: Payload, name: str, dtype: torch.dtype, total: int) -> NDArray[Any]:
+    """A copy of a kept vector; raises `WireError` unless it has `total` values of `dtype`."""
+    found = kept.tensor(name)
+    if found.dtype != dtype or found.shape != (total,):
+        raise WireError(f"{name}: expected {dtype} ({total},), found {found.dtype} {tuple(found.shape)}")
+    return found.numpy().copy()
+
+
+@dataclass
+class Kept:
+    """What a site keeps, vectors of all values in layout order: after round `round`, or at the start for round 0."""
+
+    view: Floats
+    """The global adapter as far as it was sent."""
+    local: Floats
+    """The site's own adapter after its last training."""
+    residual: Floats
+    """What the site has not sent of the segments that it did send."""
+    round: int
+
+    @classmethod
+    def recall(cls, site: Site, since: int) -> "Kept":
+        """What was kept in round `since`; raises `WireError` if it was another round."""
+        layout, total = site.layout, site.layout.numel
+        if since == 0:
+            start = rounded(to_numpy(layout.flatten(initial_adapter(layout, site.seed))), site.method.values)
+            return cls(start, start, np.zeros(total, dtype=np.float32), 0)
+        stored = site.recall("ecolora")
+        if not stored.tensors or stored.value("round", int) != since:
+            raise WireError(f"site {site.name!r} has no adapter of round {since}, on which the message builds")
+        view, local, residual = (vector(stored, name, torch.float32, total) for name in ("view", "local", "residual"))
+        return cls(view, local, residual, since)
+
+    def keep(self, site: Site) -> None:
+        """Inverse of `recall`."""
+        tensors = {"view": self.view, "local": self.local, "residual": self.residual}
+        payload = Payload({name: torch.from_numpy(array) for name, array in tensors.items()}, {"round": self.round})
+        site.keep("ecolora", payload)
+
+
+def train(site: Site, message: Payload) -> Payload:
+    """Task: tune a mix of the global and the own adapter, and send the largest changes of one segment."""
+    config: EcoLoraConfig = site.method
+    layout, round, since = site.layout, message.value("round", int), message.value("since", int)
+    number, (share_a, share_b) = _asked(message, config)
+    old = Kept.recall(site, since)
+    view = old.view.copy()
+    where, values = SparseFrames(layout, config.values).decode(payload_frame(message), round=round)
+    view[where] = values
+    weight = math.exp(-config.beta * (round - since)) if since and config.mixing == "staleness" else 0.0
+    start = mix(old.local, view, weight)
+    examples = site.load().train
+    update, report = train_locally(site, layout.unflatten(torch.from_numpy(start)), round, examples=examples)
+    change = (start - view) + to_numpy(layout.flatten(update))
+    part = segment(number, config.segments, layout.numel)
+    due = change[part.start : part.stop] + old.residual[part.start : part.stop]
+    chosen = Sparsifier(layout).choose(due, part, share_a, share_b)
+    residual = old.residual.copy()
+    residual[part.start : part.stop] = due
+    residual[part.start + chosen] -= rounded(due[chosen], config.values)
+    Kept(view, view + change, residual, round).keep(site)
+    frame = SparseFrames(layout, config.values, part.start, part.stop).encode(due, chosen, round=round)
+    return frame_payload(frame, n=len(examples), loss=report.loss, segment=number)
+
+
+def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
+    """The segment and the two shares that the server asks for; raises `WireError`."""
+    number, shares = message.value("segment", int), message.value("share", list)
+    if not 0 <= number < config.segments:
+        raise WireError(f"segment {number} of {config.segments}")
+    if len(shares) != 2 or not all(isinstance(kept, float) and 0 < kept <= 1 for kept in shares):
+        raise WireError(f"share={shares!r:.40}, expected two numbers above 0 and at most 1")
+    return number, shares
+
+
+def check(config: EcoLoraConfig, codec: CodecSettings, layout: Layout) -> None:  # noqa: ARG001 - it has its own code
+    """Every segment has at least one value."""
+    if config.segments > layout.numel:
+        raise ConfigError(f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; choose fewer")
+
+
+METHOD = Method(
+    EcoLoraConfig,
+    EcoLoraServer,
+    {"train": train},
+    paper="Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, EcoLoRA: Communication-Efficient Federated "
+    "Fine-Tuning of Large Language Models, EMNLP 2025, https://arxiv.org/abs/2506.02001",
+    sends="own code",
+    check=check,
+)
+"""`coded` is False because the method has its own code; a codec in the configuration is an error."""

@@ -1,0 +1,182 @@
+"""FLASC: dense local tuning, sparse messages both ways.
+
+Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024, https://arxiv.org/abs/2406.05233.
+
+A site receives the largest values of the global adapter and tunes all of them. It sends the largest values of what it
+changed; what it leaves out is forgotten. The server takes the mean of the changes for a gradient of FedAdam.
+"""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from fluvial.codecs.golomb import SparseFrames, Values, largest
+from fluvial.codecs.quantise import to_numpy
+from fluvial.errors import WireError
+from fluvial.fleet import Fleet, sample
+from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.models import initial_adapter
+from fluvial.payload import Payload, frame_payload, payload_frame
+from fluvial.sites import Site, train_locally, weight_of
+from fluvial.tensors import Layout, Named, WeightedMean, add, norm
+
+
+class FlascConfig(BaseModel):
+    """FLASC; with both densities 1, download = "weights", fp32 and fedavg it is FedAvg."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["flasc"] = "flasc"
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort; the paper draws 10 of hundreds."""
+    density_down: float = Field(0.25, gt=0, le=1)
+    """Share of the global weights that a site receives; 1/4 is among the paper's."""
+    density_up: float = Field(0.25, gt=0, le=1)
+    """Share of its change that a site sends; 1/4 is among the paper's."""
+    download: Literal["change", "weights"] = "change"
+    """What the largest values are taken of: the change since the start, which every site knows (ours), or the weights
+    (the paper's). Among weights the random A hides B, which starts at zero, for the first tens of rounds."""
+    values: Values = "fp16"
+    """How a value is sent; the paper counts values, not bytes."""
+    server_optimizer: Literal["fedavg", "fedadam"] = "fedadam"
+    """What the server does with the mean change: add it, or take it for a gradient of Adam."""
+    server_learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
+    """Of FedAdam; the value in the authors' code."""
+    beta_1: float = Field(0.9, ge=0, lt=1)
+    """Of FedAdam's first moment; the authors use PyTorch's default."""
+    beta_2: float = Field(0.999, ge=0, lt=1)
+    """Of FedAdam's second moment; the authors use PyTorch's default."""
+    epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """Of FedAdam; the authors use PyTorch's default."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("server_learning_rate", "beta_1", "beta_2", "epsilon"):
+            if self.server_optimizer == "fedavg" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: without effect under server_optimizer='fedavg'; remove it")
+        return self
+
+
+class FlascServer:
+    """Keeps the global adapter, all of it, and Adam's moments."""
+
+    def __init__(self, config: FlascConfig, context: Context) -> None:
+        self.config, self.context = config, context
+        self.frames = SparseFrames(context.layout, config.values)
+        self.adapter = initial_adapter(context.layout, context.seed)
+        self.known = known(config, context.layout, context.seed)
+        self.first, self.second = (torch.zeros(context.layout.numel) for _ in range(2))
+        self.steps = 0
+
+    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
+        """Nothing: every download is complete in itself."""
+        return {}
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """Sparse download, local training, mean of the sparse changes, a step of the server's optimizer."""
+        cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
+        message = frame_payload(self._download(number), round=number)
+        mean, loss = WeightedMean(), WeightedMean()
+        messages = dict.fromkeys(cohort, message)
+        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
+            update, site_loss, weight = reply.content
+            mean.add(update, weight)
+            loss.add(site_loss, weight)
+        step = self._step(mean.mean())
+        self.adapter = add(self.adapter, step)
+        return {"loss": float(loss.mean()["loss"]), "sites": mean.count, "update_norm": norm(step)}
+
+    def _download(self, round: int) -> bytes:
+        """The frame of the largest weights, or changes."""
+        news = to_numpy(self.context.layout.flatten(self.adapter) - self.known)
+        return self.frames.encode(news, largest(abs(news), kept(self.config.density_down, len(news))), round=round)
+
+    def _read(self, reply: Payload, round: int) -> tuple[Named, Named, int]:
+        vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
+        update, weight = self.context.layout.unflatten(vector), weight_of(reply)
+        loss = {"loss": torch.tensor([reply.value("loss", float)])}
+        WeightedMean.check(update, weight)
+        WeightedMean.check(loss, weight)
+        return update, loss, weight
+
+    def _step(self, mean: Named) -> Named:
+        """What to add to the adapter for the mean change: itself, or Adam's step with it as the negative gradient."""
+        if self.config.server_optimizer == "fedavg":
+            return mean
+        beta_1, beta_2 = self.config.beta_1, self.config.beta_2
+        change = self.context.layout.flatten(mean)
+        self.steps += 1
+        self.first = beta_1 * self.first + (1 - beta_1) * change
+        self.second = beta_2 * self.second + (1 - beta_2) * change**2
+        direction = self.first / (1 - beta_1**self.steps)
+        size = (self.second / (1 - beta_2**self.steps)).sqrt() + self.config.epsilon
+        return self.context.layout.unflatten(self.config.server_learning_rate * direction / size)
+
+    def model(self) -> Named:
+        """What a site would receive now, as the authors measure it, and not what the server alone holds."""
+        return self.context.layout.unflatten(received(self.frames, self.known, self._download(0), 0))
+
+    def state(self) -> Payload:
+        """Adapter, moments and the number of steps."""
+        moments = {"first": self.first, "second": self.second}
+        adapter = {f"adapter/{name}": tensor for name, tensor in self.adapter.items()}
+        return Payload(moments | adapter, {"steps": self.steps})
+
+    def restore(self, state: Payload) -> None:
+        """See `state`."""
+        self.first, self.second = (_moment(state, name, like=self.first) for name in ("first", "second"))
+        kept = {name: tensor for name, tensor in state.tensors.items() if name.startswith("adapter/")}
+        self.adapter = {name.removeprefix("adapter/"): tensor for name, tensor in kept.items()}
+        self.context.layout.check(self.adapter, "checkpoint")
+        self.steps = state.value("steps", int)
+
+
+def kept(share: float, total: int) -> int:
+    """How many values a share of `total` is; at least one."""
+    return max(int(share * total), 1)
+
+
+def known(config: FlascConfig, layout: Layout, seed: int) -> Tensor:
+    """What a download is added to (numel,): nothing, or the initial adapter."""
+    if config.download == "weights":
+        return torch.zeros(layout.numel)
+    return layout.flatten(initial_adapter(layout, seed))
+
+
+def received(frames: SparseFrames, known: Tensor, frame: bytes, round: int) -> Tensor:
+    """The adapter that a site starts from (numel,); raises `WireError`."""
+    return known + torch.from_numpy(frames.decode_dense(frame, round=round))
+
+
+def _moment(state: Payload, name: str, *, like: Tensor) -> Tensor:
+    found = state.tensor(name)
+    if found.dtype != like.dtype or found.shape != like.shape:
+        raise WireError(f"checkpoint, {name}: expected {like.dtype} {tuple(like.shape)}, found {tuple(found.shape)}")
+    return found
+
+
+def train(site: Site, message: Payload) -> Payload:
+    """Task: tune the sparse adapter, all values of it, and send the largest changes."""
+    config: FlascConfig = site.method
+    round, layout = message.value("round", int), site.layout
+    frames = SparseFrames(layout, config.values)
+    start = received(frames, known(config, layout, site.seed), payload_frame(message), round)
+    examples = site.load().train
+    update, report = train_locally(site, layout.unflatten(start), round, examples=examples)
+    change = to_numpy(layout.flatten(update))
+    where = largest(abs(change), kept(config.density_up, len(change)))
+    return frame_payload(frames.encode(change, where, round=round), n=len(examples), loss=report.loss)
+
+
+METHOD = Method(
+    FlascConfig,
+    FlascServer,
+    {"train": train},
+    paper="Kuo, Raje, Rajesh, Smith, Federated LoRA with Sparse Communication (FLASC), 2024, "
+    "https://arxiv.org/abs/2406.05233",
+    sends="own code",
+)
+"""`coded` is False because the method has its own code; a codec in the configuration is an error."""
