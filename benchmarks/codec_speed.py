@@ -73,9 +73,21 @@ TABLES: tuple[Table, ...] = (
     {"name": "half_sign"},
     *(
         {"name": name, "rate": 64}
-        for name in ("top_k", "random_k", "ternary", "dct_top_k", "hadamard", "eden", "powersgd", "vq", "cnn")
+        for name in (
+            "top_k",
+            "random_k",
+            "ternary",
+            "dct_top_k",
+            "hadamard",
+            "trellis",
+            "eden",
+            "powersgd",
+            "vq",
+            "cnn",
+        )
     ),
     KLT,
+    {"name": "klt_trellis", "rate": 64},
     {"name": "klt", "rate": 16},
     {"name": "klt", "rate": 64, "mode": "dithered"},
 )

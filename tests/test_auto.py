@@ -19,9 +19,9 @@ FRAME = LAYOUT.raw_bytes / 64
 def measured(published: int = 100_000, feedback: bool = True, **errors: float) -> dict[str, Measured]:
     found = {}
     for name, error in errors.items():
-        mode = {"mode": "dithered"} if name == "klt" and not feedback else {}
+        mode = {"mode": "dithered"} if name == "klt" else {}
         settings = read_settings({"name": name, "error_feedback": feedback, **mode})
-        found[name] = Measured(settings, error, FRAME, published if name == "klt" else 0, error / 4)
+        found[name] = Measured(settings, error, FRAME, published if name.startswith("klt") else 0, error / 4)
     return found
 
 
@@ -47,7 +47,7 @@ def test_the_rate_follows_from_the_link(settings: AutoSettings, rate: float) -> 
 def test_candidates_depend_on_the_rate_and_on_state() -> None:
     assert names(AutoSettings(rate=6)) == ["trellis", "int4"]
     assert names(AutoSettings(rate=16)) == ["trellis", "sign"]
-    assert names(AutoSettings(rate=64)) == ["trellis", "klt"]
+    assert names(AutoSettings(rate=64)) == ["trellis", "klt_trellis"]
     assert names(AutoSettings(rate=64, error_feedback=False)) == ["eden", "klt"]
     for settings in (AutoSettings(rate=6), AutoSettings(rate=64)):
         assert all(each["error_feedback"] is True for each in candidates(settings, LAYOUT))
@@ -56,18 +56,18 @@ def test_candidates_depend_on_the_rate_and_on_state() -> None:
 
 
 def test_the_transform_wins_by_a_decibel_and_not_by_less() -> None:
-    enough = measured(klt=0.62 / 10 ** ((GAIN_DB + 0.01) / 10), trellis=0.62)
-    close = measured(klt=0.62 / 10 ** ((GAIN_DB - 0.01) / 10), trellis=0.62)
-    assert choose(AutoSettings(), enough, LAYOUT, 100).codec.name == "klt"
+    enough = measured(klt_trellis=0.62 / 10 ** ((GAIN_DB + 0.01) / 10), trellis=0.62)
+    close = measured(klt_trellis=0.62 / 10 ** ((GAIN_DB - 0.01) / 10), trellis=0.62)
+    assert choose(AutoSettings(), enough, LAYOUT, 100).codec.name == "klt_trellis"
     other = choose(AutoSettings(), close, LAYOUT, 100)
     assert other.codec.name == "trellis"
-    assert "0.99 dB" in other.reason
+    assert f"{GAIN_DB - 0.01:.2f} dB" in other.reason
 
 
 def test_a_short_run_does_not_pay_for_a_large_transform() -> None:
-    found = measured(published=1_000_000, klt=0.45, trellis=0.62)
+    found = measured(published=1_000_000, klt_trellis=0.45, trellis=0.62)
     short, long = (choose(AutoSettings(), found, LAYOUT, rounds) for rounds in (2, 200))
-    assert (short.codec.name, long.codec.name) == ("trellis", "klt")
+    assert (short.codec.name, long.codec.name) == ("trellis", "klt_trellis")
     assert "a tenth of its download of 1,000,000 B" in short.reason
 
 
@@ -87,7 +87,7 @@ def test_sites_without_state_get_what_is_unbiased() -> None:
 
 @pytest.mark.parametrize("rate", [6, 16, 64])
 def test_the_reason_is_one_sentence(rate: int) -> None:
-    other = {64: "klt", 16: "sign", 6: "int4"}[rate]
+    other = {64: "klt_trellis", 16: "sign", 6: "int4"}[rate]
     found = measured(trellis=0.5) | {other: measured(**{other: 0.3})[other]}  # type: ignore[arg-type]
     reason = choose(AutoSettings(rate=rate), found, LAYOUT, 100).reason
     assert 20 < len(reason) < 300

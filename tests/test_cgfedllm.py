@@ -481,4 +481,4 @@ def test_aggregate_noise_is_scaled_by_the_heaviest_site(
 
 
 def test_every_learned_codec_is_a_learned_codec() -> None:
-    assert {name for name, kind in CODECS.items() if issubclass(kind, LearnedCodec)} == {"resnet", "cnn", "vq", "klt", "klt_sum"}
+    assert {name for name, kind in CODECS.items() if issubclass(kind, LearnedCodec)} == {"resnet", "cnn", "vq", "klt", "klt_trellis", "klt_sum"}

@@ -17,7 +17,8 @@ def problem(table: dict[str, object]) -> str:
 def test_quickstart_configuration_loads() -> None:
     config = load(Path(__file__).parents[1] / "configs" / "quickstart.toml")
     assert config.method.name == "cgfedllm"
-    assert config.coding.name == "klt"
+    assert config.coding.name == "auto"
+    assert config.downlink is not None
     assert config.compare == ("local", "fedavg")
 
 

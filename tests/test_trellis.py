@@ -1,5 +1,8 @@
 """Trellis-coded quantisation: near the Gaussian bound, a contraction, bits that both ends lay out alike."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +138,13 @@ def test_mutated_frames_are_refused_or_decode_to_numbers() -> None:
         except WireError:
             continue
         LAYOUT.check(decoded, "decoded")
+
+
+def test_golden_frames_decode_as_they_did() -> None:
+    """The format cannot change unnoticed."""
+    golden = json.loads((Path(__file__).parent / "golden" / "trellis.json").read_text())
+    layout = Layout(tuple(sorted((name, tuple(shape)) for name, shape in golden["shapes"].items())))
+    for row in golden["frames"]:
+        codec = Trellis(TrellisSettings(rate=row["rate"], memory=row["memory"]), layout)
+        decoded = layout.flatten(codec.decode(bytes.fromhex(row["frame"]), round=3))
+        assert decoded[::9].tolist() == pytest.approx(row["values"], rel=1e-4, abs=1e-6)

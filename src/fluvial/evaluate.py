@@ -56,7 +56,8 @@ def heldout(model: nn.Module, examples: Sequence[Example], *, pad_token_id: int,
     """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a batch."""
     assert examples, "no examples"
     device = next(model.parameters()).device
-    model.eval()
+    if model.training:
+        model.eval()
     loss_sum, hits, told = 0.0, 0, time.monotonic()
     order = sorted(examples, key=lambda example: len(example.input_ids))
     for start in range(0, len(order), batch_size):

@@ -9,9 +9,11 @@ import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -74,11 +76,36 @@ class SeededDropout(nn.Module):
         return hidden * kept / (1 - self.p)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What every message and every step asks a model for."""
+
+    adapter: dict[str, nn.Parameter]
+    """The LoRA factors by name."""
+    dropouts: list[SeededDropout]
+
+
+_known: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
+
+
+def _parts(model: nn.Module) -> _Parts:
+    """The parts of a model, found by one walk over its modules: what `adapt` returned keeps its structure."""
+    found = _known.get(model)
+    if found is None:
+        adapter = {
+            name.removeprefix(_PREFIX).replace(".default.", "."): parameter
+            for name, parameter in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name
+        }
+        dropouts = [module for module in model.modules() if isinstance(module, SeededDropout)]
+        found = _known[model] = _Parts(adapter, dropouts)
+    return found
+
+
 def reseed_dropout(model: nn.Module, seed: int) -> None:
     """Give every `SeededDropout` of `model` a new mask."""
-    for module in model.modules():
-        if isinstance(module, SeededDropout):
-            module.seed = seed
+    for module in _parts(model).dropouts:
+        module.seed = seed
 
 
 def resolve_device(name: str) -> torch.device:
@@ -194,11 +221,7 @@ def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    return {
-        name.removeprefix(_PREFIX).replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if ".lora_A." in name or ".lora_B." in name
-    }
+    return dict(_parts(model).adapter)
 
 
 def read_adapter(model: nn.Module) -> Named:
@@ -243,7 +266,7 @@ class Workbench:
     def __init__(self, model: ModelConfig, lora: LoraSettings) -> None:
         """Load tokenizer and base; raises `ConfigError` if one cannot be loaded or the adapter does not fit."""
         self.tokenizer = load_tokenizer(model)
-        self._template = adapt(load_base(model), lora)
+        self._template = adapt(load_base(model), lora).eval()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
         self.model_config: Any = self._template.config
@@ -265,8 +288,10 @@ class Workbench:
             parameter.requires_grad_(trainable == "A and B" or (trainable == "B" and factor(name) == "B"))
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        if model.training:
+            model.eval()
         try:
-            yield model.eval()
+            yield model
         finally:
             for parameter in adapter_parameters(model).values():
                 parameter.grad = None

@@ -145,7 +145,8 @@ def train(
     batches = shuffled_batches(examples, config.logical_batch, generator)
     dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
     losses, norms, label_tokens = 0.0, 0.0, 0
-    model.train()
+    if not model.training:
+        model.train()
     for step in range(steps):
         batch = next(batches)
         tokens = sum(example.label_tokens for example in batch)
@@ -196,6 +197,7 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.opt
         return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
         parameters,
+        foreach=True,  # the same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

@@ -20,6 +20,7 @@
     cnn        4 / rate                    what a 1-D autoencoder did not learn (needs a fit)
     vq         4 / rate                    the difference to the nearest of some learned vectors (needs a fit)
     klt        4 / rate                    what is small in the basis it learned (needs a fit)
+    klt_trellis 4 / rate                   the same, coded jointly, with variances that follow error feedback
     klt_sum    4 / rate                    the same, more of it; but frames can be added up unread (needs a fit)
     auto       what was asked for          chosen by measurement among the better ones
 
@@ -37,6 +38,7 @@ from fluvial.codecs.cnn import CNN, CNNSettings
 from fluvial.codecs.dct import DctTopK, DctTopKSettings
 from fluvial.codecs.klt import Klt, KltSettings
 from fluvial.codecs.klt_sum import KltSum, KltSumSettings
+from fluvial.codecs.klt_trellis import KltTrellis, KltTrellisSettings
 from fluvial.codecs.lowrank import PowerSgd, PowerSgdSettings
 from fluvial.codecs.quantise import (
     NF4,
@@ -81,6 +83,7 @@ CODECS: dict[str, type[Codec]] = {
     "cnn": CNN,
     "vq": VQ,
     "klt": Klt,
+    "klt_trellis": KltTrellis,
     "klt_sum": KltSum,
 }
 """Every codec by its name in a configuration; "auto" is a choice among them."""
@@ -105,6 +108,7 @@ CodecConfig = Annotated[
     | CNNSettings
     | VQSettings
     | KltSettings
+    | KltTrellisSettings
     | KltSumSettings
     | AutoSettings,
     Field(discriminator="name"),

@@ -26,6 +26,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Self
 
 import numpy as np
@@ -38,6 +39,7 @@ from fluvial.codecs import entropy
 from fluvial.codecs.base import AdaptiveCodec, CodecSettings, LatentCodec, RateSettings, SteppedCodec, is_finite
 from fluvial.codecs.frame import OVERHEAD, Reader, unseal
 from fluvial.codecs.klt_model import Model, Transform, learn, parts_of, power, spreads
+from fluvial.codecs.klt_moments import MomentCodec, Moments
 from fluvial.codecs.klt_tables import (
     CLASS,
     FAINTEST,
@@ -65,6 +67,7 @@ _SILENT, _QUIETEST = 15, 14
 _FAR = 2.0**-20  # a group whose power is below this share of the loudest is not sent
 _STEPS = 126 * 256  # beyond, fp32 ends
 _CODES = 254  # the largest sum of a row's and a column's logarithm
+_LOWEST = -_CODES - CLASS * _QUIETEST
 _STICKY = 8  # codes that `loud` may be off before the search starts again from there
 _START = 12  # bits that the coder takes before the first symbol, about
 _FEW = 0.01  # share of what is coded that may be sent as zeros to save half a transform
@@ -123,7 +126,7 @@ class Runs:
     """Mode "dithered": with which probability each is sent."""
 
 
-class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
+class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
     """Tied encoder and decoder: whoever can encode can decode."""
 
     code = 12
@@ -136,9 +139,10 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
         self.parts = parts_of(layout)
         self.num_groups = 1 + max(part.group for part in self.parts)
         self.budget = self.frame_size(settings, layout)
-        self.tables = Tables(settings.mode, model.learned)
+        self.tables = Tables("feedback" if settings.error_feedback else settings.mode, model.learned)
         self.transform = Transform(self.parts, settings.basis_share, model)
         self._dithered = settings.mode == "dithered"
+        self._zero_bits = _zero_bits(self.tables, self._dithered)
         self._overhead = _overhead(self.num_groups, settings)
         self._sort()
         published = [tensor.numpy().tobytes() for _, tensor in sorted(model.named().items())]
@@ -196,7 +200,7 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
             raise ConfigError("codec: klt has no updates to learn from; TGAP must collect at least one")
         cls.frame_size(settings, layout)
         codec = cls(
-            settings.model_copy(update={"mode": "biased"}), layout, learn(layout, settings.basis_share, updates)
+            settings.model_copy(update={"mode": "biased", "error_feedback": False}), layout, learn(layout, settings.basis_share, updates)
         )
         learned = codec._observe(updates)
         tables = {
@@ -204,6 +208,13 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
             "centroids": torch.from_numpy(learned.centroids.reshape(-1).copy()),
         }
         return cls(settings, layout, Model(**{**codec.model.named(), **tables}))
+
+    @classmethod
+    def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
+        """Principal directions and variances alone; tables stay generic, because moments hold no histogram."""
+        assert isinstance(settings, KltSettings)
+        cls.frame_size(settings, layout)
+        return cls(settings, layout, moments.fit(layout, settings.basis_share))
 
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
         """The codec of the next epoch, for updates like `updates`, such as decoded ones or broadcast means.
@@ -274,8 +285,7 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
         """Sum of squares of every group; the transform keeps it."""
         small = not 1e-20 < float(vector @ vector) < 1e30  # squares end where fp32 ends
         norms = torch.linalg.vector_norm(vector.view(-1, self._piece), dim=1, dtype=torch.float64 if small else None)
-        found: Doubles = np.bincount(self._owner, norms.double().square().numpy(), self.num_groups)
-        return found
+        return np.bincount(self._owner, norms.double().square().numpy(), self.num_groups).astype(np.float64)
 
     def parse(self, reader: Reader) -> Tensor:
         """Entropy-decode class by class, then centroids and the transpose of the transform."""
@@ -377,7 +387,7 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec):
             return most
         shift = np.where(side.gains == _SILENT, -10000, side.loud - CLASS * side.gains)[:, None]
         reached = (self._reach + shift >= CLASS * self.tables.low).any(1).sum(1)
-        return np.minimum(reached, most).tolist()
+        return [int(count) for count in np.minimum(reached, most)]
 
     def _needs_rest(self, side: Side) -> bool:
         """Whether more is coded along directions that are not published than is worth the time: sent as zeros."""
@@ -465,6 +475,8 @@ class _Encoder:
 
         None if the step must be so much coarser that less should be coded.
         """
+        if self._sum(self.codec._zero_bits, self._loud) > room:
+            return None, step + _FINE * _STICKY
         fits, fails = None, -_STEPS - 1
         before: tuple[int, float] | None = None
         for _ in range(16):
@@ -484,18 +496,26 @@ class _Encoder:
             step = step if fits is None else min(step, fits - 1)
         return fits, step if fits is None else fits
 
-    def _guess(self, room: float) -> tuple[float, float]:
-        """Where the loudest group stands above the step, in codes, to take `room` bits, and bits per unit of step."""
-        codec = self.codec
-        histogram, lowest = np.zeros(2 * _CODES + 1 + CLASS * _QUIETEST), -_CODES - CLASS * _QUIETEST
-        for gain, counts in zip(self.gains.tolist(), codec._histogram, strict=True):
+    @cached_property
+    def _histogram(self) -> NDArray[np.int64]:
+        """How many coefficients are of each logarithm, gains counted in, from _LOWEST."""
+        histogram = np.zeros(2 * _CODES + 1 + CLASS * _QUIETEST, np.int64)
+        for gain, counts in zip(self.gains.tolist(), self.codec._histogram, strict=True):
             if gain != _SILENT:
                 start = CLASS * (_QUIETEST - gain)
                 histogram[start : start + len(counts)] += counts
+        return histogram
+
+    def _sum(self, bits: Doubles, loud: int) -> float:
+        """Over all coefficients, of bits for each logarithm of sigma / step from -REACH to REACH."""
+        first = REACH + _LOWEST + loud
+        return float(self._histogram @ bits[first : first + len(self._histogram)])
+
+    def _guess(self, room: float) -> tuple[float, float]:
+        """Where the loudest group stands above the step, in codes, to take `room` bits, and bits per unit of step."""
 
         def expected(loud: int) -> float:
-            first = REACH + lowest + loud
-            return float(histogram @ self.tables.expected_bits[first : first + len(histogram)])
+            return self._sum(self.tables.expected_bits, loud)
 
         quiet, loud = _QUIET, _LOUD
         while loud - quiet > 1:
@@ -614,6 +634,13 @@ def _draw(runs: Runs, seed: int) -> tuple[NDArray[np.bool_], Runs, Floats]:
     sizes = runs.sizes.copy()
     sizes[0] = np.count_nonzero(sent[: sizes[0]])
     return sent, Runs(sizes, runs.where[sent], runs.share[sent]), dither[sent]
+
+
+def _zero_bits(tables: Tables, dithered: bool) -> Doubles:
+    """Bits of a coefficient that becomes 0, for each logarithm of sigma / step: no step makes it take fewer."""
+    classes = np.arange(-REACH, REACH + 1) // CLASS - tables.low
+    bits = tables.bits[tables.start].astype(np.float64)
+    return np.where((classes < 0) | dithered, 0.0, bits[classes.clip(0, len(bits) - 1)])
 
 
 def _overhead(num_groups: int, settings: KltSettings) -> int:

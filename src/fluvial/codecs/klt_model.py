@@ -6,7 +6,7 @@ no bytes. A factors that read the same input share Q.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from fluvial.tensors import Layout, Named, factor
 _SAME_INPUT = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _UNSEEN = 10 * OCTAVE
 _NOISE = 1e-10  # of the largest eigenvalue
+_NOISE_FP32 = 1e-6  # the same where sums were sent in fp32
 _FLOOR = 1e-4  # of a factor's mean variance, for a direction that `fit` hardly saw
 
 
@@ -143,7 +144,7 @@ class Transform:
         self.batches = []
         for (features, ranks, transposed), bases in kinds.items():
             u = torch.stack([_orthonormal(tops[basis].view(shapes[basis])) for basis in bases])
-            v = torch.stack([torch.block_diag(*(rotations[i] for i in members[basis])) for basis in bases])
+            v = torch.stack([_block_diagonal([rotations[i] for i in members[basis]]) for basis in bases])
             where = [i for basis in bases for i in members[basis]]
             self.batches.append(Batch(features, ranks, transposed, where, u, v))
         self.num_tops = sum(batch.count * batch.rows * batch.kept for batch in self.batches)
@@ -204,6 +205,15 @@ class Transform:
             second = latent[rest : rest + others].reshape(batch.count, batch.rows, -1)
             yield x, latent[top : top + tops].view(batch.count, batch.rows, -1), second
             start, top, rest = start + size, top + tops, rest + others
+
+
+def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    diagonal = torch.zeros(sum(len(block) for block in blocks), sum(len(block) for block in blocks))
+    start = 0
+    for block in blocks:
+        diagonal[start : start + len(block), start : start + len(block)] = block
+        start += len(block)
+    return diagonal
 
 
 def _pieces(sizes: Sequence[int], order: Sequence[int]) -> tuple[int, Tensor, Tensor]:
@@ -313,9 +323,7 @@ def learn(
         if old is not None:
             covariance += (1 - weight) * old.rows(index)
         rotations.append(torch.round(127 * _leading(covariance, part.rank)).to(torch.int8))
-    groups = _log(torch.from_numpy(energy) / (_sizes(parts) * len(updates)), 2**11)
-    # A group that hardly moved says nothing about its level later, as A does in a first round, where B is still zero.
-    groups = torch.where(groups < groups.max() - _UNSEEN, groups.max(), groups)
+    groups = _levels(torch.from_numpy(energy) / (_sizes(parts) * len(updates)))
     if old is not None:
         groups = torch.round((1 - weight) * old.model.groups + weight * groups)
     blank = _blank_tables() if prior is None else {"counts": prior.counts, "centroids": prior.centroids}
@@ -335,6 +343,80 @@ def learn(
         mean += (1 - weight) * old.variances(transform)
     rows, cols = _separate(mean, parts)
     return Model(**shape, rows=rows, cols=cols)
+
+
+def learn_moments(
+    layout: Layout, share: float, grams: Iterable[Tensor], rows: Sequence[Tensor], energy: Tensor, count: int
+) -> Model:
+    """The same from second moments of `count` updates; variances are a product of rows and columns from the start.
+
+    Both are shrunk, because what weighs the samples of one is the other's energy: they are fewer than `learn` has.
+    Sums over updates of unit norm: X'X (features, features) of every basis and XX' (rank, rank) of every factor, of
+    fp32 precision; `energy` (groups,) is that of the updates as they were.
+    """
+    parts = parts_of(layout)
+    rotations, along = [], []
+    for each in rows:
+        values, vectors = torch.linalg.eigh(each.double())
+        rotations.append(torch.round(127 * _leading_of(values, vectors, len(each), _NOISE_FP32)).to(torch.int8))
+        v = _orthonormal(rotations[-1]).double()
+        along.append((v.T @ each.double() @ v).diagonal().clamp_min(0))
+    tops, columns = [], []
+    for basis, gram in enumerate(grams):
+        values, vectors = torch.linalg.eigh(gram.double())
+        tops.append(_to_int8(_leading_of(values, vectors, kept(len(gram), share), _NOISE_FP32)))
+        members = torch.cat([found for part, found in zip(parts, along, strict=True) if part.basis == basis])
+        values = _shrunk(values.clamp_min(0), count * _spread_over(members))
+        columns.append(_along(tops[-1], vectors * values.sqrt()))
+    variances = []
+    for part, found in zip(parts, along, strict=True):
+        cols = columns[part.basis]
+        shrunk = _shrunk(found, count * _spread_over(cols))
+        variances.append(torch.outer(shrunk, cols / cols.sum().clamp_min(1e-60)).reshape(-1))
+    mean = torch.cat(variances)
+    row_codes, col_codes = _separate((mean / mean.sum().clamp_min(1e-60)).numpy(), parts)
+    return Model(
+        tops=torch.cat([top.reshape(-1) for top in tops]),
+        rotations=torch.cat([rotation.reshape(-1) for rotation in rotations]),
+        rows=row_codes,
+        cols=col_codes,
+        groups=_levels(energy.double() / (_sizes(parts) * count)).to(torch.int16),
+        **_blank_tables(),
+    )
+
+
+def _along(top: Tensor, root: Tensor) -> Tensor:
+    """Diagonal of Q'GQ (features,) for the basis Q that `top` (features, kept) leads; G = root root'."""
+    features, count = top.shape
+    batch = Batch(features, (features,), False, [0], _orthonormal(top)[None], torch.eye(features)[None])
+    latent = torch.zeros(1, features, features)
+    batch.forward(root.mT.float()[None], latent[..., :count], latent[..., count:])
+    return latent[0].double().square().sum(0)
+
+
+def _spread_over(variances: Tensor) -> float:
+    """Over how many directions the energy is spread: their number if all are equal, 1 if one has it all."""
+    return float(variances.sum().square() / variances.square().sum().clamp_min(1e-60))
+
+
+def _shrunk(variances: Tensor, seen: float) -> Tensor:
+    """Variances along principal directions, which few samples make too unequal, moved towards their mean.
+
+    The oracle approximating shrinkage of Chen, Wiesel, Eldar and Hero, Shrinkage algorithms for MMSE covariance
+    estimation, 2010. An update gives X'X as many of the `seen` samples as its energy is spread over rows, and XX' as
+    many as it is spread over columns.
+    """
+    p, total, squares = len(variances), float(variances.sum()), float(variances.square().sum())
+    unequal = (seen + 1 - 2 / p) * (squares - total**2 / p)
+    share = min(((1 - 2 / p) * squares + total**2) / unequal, 1.0) if unequal > 0 else 1.0
+    return (1 - share) * variances + share * total / p
+
+
+def _levels(power: Tensor) -> Tensor:
+    """Logarithm of every group's root mean square."""
+    groups = _log(power, 2**11)
+    # A group that hardly moved says nothing about its level later, as A does in a first round, where B is still zero.
+    return torch.where(groups < groups.max() - _UNSEEN, groups.max(), groups)
 
 
 class _Old:
@@ -428,9 +510,15 @@ def _leading(gram: Tensor, count: int) -> Tensor:
     Where there is nothing but rounding noise the direction is 0, because which one LAPACK picks is no function of the
     updates; `_orthonormal` completes such columns.
     """
-    values, vectors = (each.flip(-1)[..., :count] for each in torch.linalg.eigh(gram))
+    values, vectors = torch.linalg.eigh(gram)
+    return _leading_of(values, vectors, count, _NOISE)
+
+
+def _leading_of(values: Tensor, vectors: Tensor, count: int, noise: float) -> Tensor:
+    """The same from all eigenvalues, rising, and their eigenvectors; `noise` as a share of the largest."""
+    values, vectors = values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    signed: Tensor = vectors * largest.sign() * (values > _NOISE * values[0])
+    signed: Tensor = vectors * largest.sign() * (values > noise * values[0])
     return signed
 
 

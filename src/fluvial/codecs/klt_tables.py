@@ -2,7 +2,7 @@
 
 A class is a quarter octave of sigma / step, where sigma is the expected standard deviation of a coefficient. Codes
 are logarithms in 1/16 octave, so class = code // 4. Classes below `low` have no table: in mode "biased" sending
-nothing costs least there, in mode "dithered" a few are drawn and scaled up to the lowest class. `HIGH` stands for all
+nothing costs least there (under error feedback `low` is so low that none are), in mode "dithered" a few are drawn and scaled up to the lowest class. `HIGH` stands for all
 above. Every table is half Gaussian, half Laplacian; those of the lowest `LEARNED` classes are refined by `fit` and
 published.
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from fluvial.codecs import entropy
 
 Mode = Literal["biased", "dithered"]
+Kind = Literal["biased", "dithered", "feedback"]
+"""A mode, or "biased" under error feedback, where every class is coded: what is never sent would pile up at the site."""
 Codes = NDArray[np.int32]
 Doubles = NDArray[np.float64]
 
@@ -41,14 +43,14 @@ TOTAL = 1 << 22
 _WORTH_OF_ZERO, _WORTH = 0.1, 0.08
 """Squared steps that one bit is worth, between 0 and 1 and between larger levels; both measured on real updates, flat
 around these. They set the thresholds, which are the encoder's business, and the generic centroids."""
-_LOW = {"biased": -5, "dithered": -5}
+_LOW = {"biased": -5, "dithered": -5, "feedback": -24}
 FAINTEST = -40
 """Of the classes that mode "dithered" distinguishes below the lowest it codes."""
 
 
-def low(mode: Mode) -> int:
+def low(kind: Kind) -> int:
     """The lowest class that is coded."""
-    return _LOW[mode]
+    return _LOW[kind]
 
 
 def levels(number: int) -> int:
@@ -101,12 +103,13 @@ class Table:
 class Tables:
     """Tables of all classes, with those that `fit` learned in place."""
 
-    def __init__(self, mode: Mode, learned: "Learned | None" = None) -> None:
-        self.low = low(mode)
-        self.tables = list(generic(mode))
-        if learned is not None and mode == "biased":
+    def __init__(self, kind: Kind, learned: "Learned | None" = None) -> None:
+        self.low = low(kind)
+        self.tables = list(generic(kind))
+        if learned is not None and kind != "dithered":
+            first = low("biased") - self.low
             for number in range(LEARNED):
-                self.tables[number] = learned.refine(number, self.tables[number])
+                self.tables[first + number] = learned.refine(number, self.tables[first + number])
         sizes = np.array([len(table.counts) for table in self.tables])
         self.levels = (sizes - 1).astype(np.int32)
         self.start = np.concatenate([[0], np.cumsum(2 * sizes - 1)[:-1]]).astype(np.int32) + self.levels
@@ -118,7 +121,7 @@ class Tables:
         self.offset = np.array([table.offset for table in self.tables], np.float32)
         costs = np.array([table.expected_bits for table in self.tables])
         codes = np.arange(-REACH, REACH + 1) // CLASS - self.low
-        faint = costs[0] * drawn(codes) if mode == "dithered" else 0
+        faint = costs[0] * drawn(codes) if kind == "dithered" else 0
         self.expected_bits = np.where(codes < 0, faint, costs[codes.clip(0, len(costs) - 1)])
         """Bits that a coefficient takes on average, for every logarithm of sigma / step from -REACH to REACH."""
 
@@ -168,10 +171,10 @@ class Learned:
 
 
 @cache
-def generic(mode: Mode) -> tuple[Table, ...]:
+def generic(kind: Kind) -> tuple[Table, ...]:
     """The tables before any learning, of the classes from `low`."""
-    make = _quantiser if mode == "biased" else _dithered
-    return tuple(make(number) for number in range(low(mode), HIGH + 1))
+    make = _dithered if kind == "dithered" else _quantiser
+    return tuple(make(number) for number in range(low(kind), HIGH + 1))
 
 
 def _quantiser(number: int) -> Table:

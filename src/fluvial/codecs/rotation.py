@@ -13,8 +13,8 @@ A vector of n values is rotated by random signs and Hadamard matrices on its fir
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import ClassVar, Literal, Self, cast
+from functools import cache, cached_property
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ _CLASS = 4
 _UNIT = 12
 """The class whose RMS is one step; class 0 is silent, class 1 almost so."""
 _CLASSES = _UNIT + 6 * _CLASS + 1
+_NUMBERS = np.arange(_CLASSES)
 _LEVELS = 255
 _TOTAL = 1 << 22
 COARSEST = (1 << 24) // _CLASSES // 2 - 1
@@ -56,6 +57,11 @@ class Table:
     """Of the levels, (2 limit + 1,)."""
     centroids: Doubles
     """What the levels stand for (2 limit + 1,), in steps."""
+
+    @cached_property
+    def model(self) -> Any:
+        """The entropy coder's view of `frequencies`."""
+        return entropy.model(self.frequencies)
 
 
 @cache
@@ -116,51 +122,65 @@ class Blocks:
         """At most `room` bytes for `values` (sum of sizes,), with about the finest step that fits."""
         loudness = self.loudness(values)
         step = self.expected_step(loudness, room)
-        excess = self.excess(values, step, room)
+        excess = self.excess(values, step, room, loudness=loudness)
         if excess < 0:
             step += int(excess / self.slope(loudness, step))
         stride = 1
         while True:
             step = min(max(step, self.finest(loudness)), COARSEST)
-            excess = self.excess(values, step, room)
-            if (excess <= 0 or step == COARSEST) and len(data := self.encode_at(values, step)) <= room:
-                return data
+            excess = self.excess(values, step, room, loudness=loudness)
+            if excess <= 0 or step == COARSEST:
+                data = self.encode_at(values, step, loudness=loudness)
+                if len(data) <= room:
+                    return data
             assert step < COARSEST, "silence fits, as the constructor of the codec checked"
             step += max(int(excess / self.slope(loudness, step)), stride)
             stride *= 2
 
-    def encode_at(self, values: Doubles, step: int) -> bytes:
-        """`values` with a given step, whatever it takes."""
-        classes, levels = self._quantise(values, step)
+    def encode_at(self, values: Doubles, step: int, *, loudness: Doubles | None = None) -> bytes:
+        """`values` with a given step, whatever it takes; their `loudness` saves time."""
+        classes, levels = self._quantise(values, step, loudness)
         centre = _centre(classes)
-        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [(classes, _class_frequencies(centre))]
-        for number, size, end in zip(classes, self.sizes, self._ends, strict=True):
+        head = ((step - FINEST) * _CLASSES + centre).to_bytes(3, "little")
+        parts: list[tuple[NDArray[np.integer], Any]] = []
+        if len(classes):
+            parts.append((classes, entropy.model(_class_frequencies(centre))))
+        for number, start, end in self._runs(classes):
             table = tables()[number]
-            parts.append((levels[end - size : end] + table.limit, table.frequencies))
-        return ((step - FINEST) * _CLASSES + centre).to_bytes(3, "little") + entropy.encode(parts)
+            parts.append((levels[start:end] + table.limit, table.model))
+        return head + entropy.encode_with(parts)
 
     def decoded(self, values: Doubles, step: int) -> Doubles:
         """What `decode` makes of `encode_at`."""
-        classes, levels = self._quantise(values, step)
-        result = np.empty(len(values))
-        for number, (size, end) in zip(classes, self._spans, strict=True):
+        classes, levels = self._quantise(values, step, None)
+        result = np.zeros(len(values))
+        for number, start, end in self._runs(classes):
             table = tables()[number]
-            result[end - size : end] = table.centroids[levels[end - size : end] + table.limit]
+            result[start:end] = table.centroids.take(levels[start:end] + table.limit)
         result *= 2.0 ** (step / OCTAVE)
         return result
 
-    def excess(self, values: Doubles, step: int, room: int) -> float:
+    def _runs(self, classes: Ints) -> list[tuple[int, int, int]]:
+        """Class, start and end of all values that are not silent; neighbours of one class are one run."""
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(classes)) + 1, [len(classes)]])
+        bounds = np.concatenate([[0], self._ends])[edges]
+        runs = zip(classes[edges[:-1]] if len(classes) else [], bounds[:-1], bounds[1:], strict=False)
+        return [(int(number), int(start), int(end)) for number, start, end in runs if number and end > start]
+
+    def excess(self, values: Doubles, step: int, room: int, *, loudness: Doubles | None = None) -> float:
         """Bits by which `encode_at` goes beyond `room` bytes."""
-        classes, levels = self._quantise(values, step)
-        owner = np.repeat(classes * (_LEVELS + 1), self.sizes)
-        counts = np.bincount(owner + np.abs(levels), minlength=_costs().size)
+        classes, levels = self._quantise(values, step, loudness)
+        cells = np.abs(levels)
+        cells += np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
+        counts = np.bincount(cells, minlength=_costs().size)
         frequencies = _class_frequencies(_centre(classes))
         side = -np.log2(frequencies[classes] / frequencies.sum()).sum()
         return float(counts @ _costs().ravel() + side) - 8 * (room - self.least + 4)
 
     def loudness(self, values: Doubles) -> Doubles:
         """log2 of the RMS of every block; -inf for silence."""
-        power = np.array([float(np.square(values[end - n : end]).sum()) / n if n else 0.0 for n, end in self._spans])
+        pieces = ((values[end - n : end], n) for n, end in self._spans)
+        power = np.array([float(piece @ piece) / n if n else 0.0 for piece, n in pieces])
         with np.errstate(divide="ignore"):
             return cast(Doubles, np.log2(power) / 2)
 
@@ -185,19 +205,18 @@ class Blocks:
             raise WireError(f"frame: step {step}; the coarsest is {COARSEST}")
         stream = entropy.Stream(reader.take(reader.left))
         classes = stream.take(_class_frequencies(centre), len(self.sizes))
-        values, end = np.zeros(int(self.sizes.sum())), 0
-        for size, number in zip(self.sizes, classes, strict=True):
+        values = np.zeros(int(self.sizes.sum()))
+        for number, start, end in self._runs(classes.astype(np.int64)):
             table = tables()[number]
-            values[end : end + size] = table.centroids[stream.take(table.frequencies, int(size))]
-            end += size
+            values[start:end] = table.centroids.take(stream.take_with(table.model, end - start))
         stream.finish()
         values *= 2.0 ** (step / OCTAVE)
         return values
 
     def _expected(self, loudness: Doubles, step: int) -> float:
         """Bits of Gaussian blocks."""
-        where = np.clip(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0, _CLASSES - 1)
-        return float((self.sizes * np.interp(where, np.arange(_CLASSES), _rates())).sum()) + 3 * len(self.sizes)
+        rates = np.interp(_CLASS * (loudness - step / OCTAVE) + _UNIT, _NUMBERS, _rates())
+        return float(self.sizes @ rates) + 3 * len(self.sizes)
 
     def finest(self, loudness: Doubles) -> int:
         """The finest step: the loudest block just has a class."""
@@ -206,13 +225,17 @@ class Blocks:
             return COARSEST - 1
         return int(np.clip(np.ceil((loudest - 6) * OCTAVE), FINEST, COARSEST - 1))
 
-    def _quantise(self, values: Doubles, step: int) -> tuple[Ints, Ints]:
+    def _quantise(self, values: Doubles, step: int, loudness: Doubles | None) -> tuple[Ints, NDArray[np.int32]]:
         """Class of every block, level of every value."""
-        position = np.maximum(_CLASS * (self.loudness(values) - step / OCTAVE) + _UNIT, 0)
+        loudness = self.loudness(values) if loudness is None else loudness
+        position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
         classes = np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
         limits = np.repeat(_limits()[classes], self.sizes)
-        levels = np.rint(values * 2.0 ** (-step / OCTAVE))
-        return classes, np.clip(levels, -limits, limits, out=levels).astype(np.int64)
+        levels = values * 2.0 ** (-step / OCTAVE)
+        np.rint(levels, out=levels)
+        np.minimum(levels, limits, out=levels)
+        np.maximum(levels, np.negative(limits, out=limits), out=levels)
+        return classes, levels.astype(np.int32)
 
 
 @cache
@@ -234,13 +257,15 @@ class Rotation:
     """A random orthonormal map of each row of (rows, size), drawn from a seed."""
 
     def __init__(self, seed: int, rows: int, size: int) -> None:
-        words = np.random.PCG64(seed).random_raw(-(-2 * rows * size // 64)).astype("<u8")
-        bits = np.unpackbits(words.view(np.uint8), count=2 * rows * size).view(np.int8)
-        self._before, self._between = torch.from_numpy(1 - 2 * bits).view(2, rows, size)
         self._half, self._power = size // 2, 1 << size.bit_length() - 1
+        kinds = 1 if size == self._power else 2
+        words = np.random.PCG64(seed).random_raw(-(-kinds * rows * size // 64)).astype("<u8")
+        bits = np.unpackbits(words.view(np.uint8), count=kinds * rows * size).view(np.int8)
+        signs = torch.from_numpy(1 - 2 * bits).view(kinds, rows, size)
+        self._before, self._between = signs[0], signs[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Rotate x (rows, size), fp64."""
+        """Rotate x (rows, size), fp64 or fp32."""
         x = self._butterfly(x * self._before)
         first = torch.cat([_hadamard(x[:, : self._power]), x[:, self._power :]], dim=1)
         if x.shape[1] == self._power:
@@ -266,12 +291,12 @@ class Rotation:
 
 
 @cache
-def _sylvester(size: int) -> Tensor:
-    """The orthonormal Hadamard matrix (size, size), fp64; `size` is a power of two."""
+def _sylvester(size: int, dtype: torch.dtype) -> Tensor:
+    """The orthonormal Hadamard matrix (size, size); `size` is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix.div(size**0.5)
+    return matrix.div(size**0.5).to(dtype)
 
 
 def _hadamard(x: Tensor) -> Tensor:
@@ -280,7 +305,7 @@ def _hadamard(x: Tensor) -> Tensor:
     left = size
     while left > 1:
         radix = min(left, 32)
-        x = x.reshape(rows, radix, size // radix).transpose(1, 2) @ _sylvester(radix)
+        x = x.reshape(rows, radix, size // radix).transpose(1, 2) @ _sylvester(radix, x.dtype)
         left //= radix
     return x.reshape(rows, size)
 
@@ -305,26 +330,33 @@ class Hadamard(Codec):
         super().__init__(settings, layout)
         self._blocks = Blocks(layout.sizes)
         self._room = body_room(layout, settings.rate, least=4 + Blocks.least + len(layout.sizes))
-        sizes = np.array(layout.sizes, dtype=np.int64)
-        starts = np.cumsum(sizes) - sizes
-        self._alike = [
-            torch.from_numpy(starts[sizes == size, None] + np.arange(size)) for size in np.unique(sizes[sizes > 0])
-        ]
+        self._alike: dict[int, list[int]] = {}
+        for index, size in enumerate(layout.sizes):
+            if size:
+                self._alike.setdefault(size, []).append(index)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32
-        values, rotated = vector.double(), torch.zeros(self.layout.numel, dtype=torch.float64)
-        for number, where in enumerate(self._alike):
-            rotated[where] = Rotation(seed + number, *where.shape).forward(values[where])
+        rotated = self._rotate(vector, seed, back=False).double()
         return struct.pack("<I", seed) + self._blocks.encode(rotated.numpy(), self._room - 4)
 
     def parse(self, reader: Reader) -> Tensor:
         seed = int(reader.number("I"))
-        rotated = torch.from_numpy(self._blocks.decode(reader))
-        values = torch.zeros_like(rotated)
-        for number, where in enumerate(self._alike):
-            values[where] = Rotation(seed + number, *where.shape).inverse(rotated[where])
+        values = self._rotate(torch.from_numpy(self._blocks.decode(reader)), seed, back=True)
         return values.clamp(-_LARGEST, _LARGEST).float()
+
+    def _rotate(self, vector: Tensor, seed: int, *, back: bool) -> Tensor:
+        """Every tensor rotated; in fp32, unless sums would end where fp32 ends."""
+        large = float(torch.linalg.vector_norm(vector, ord=float("inf"))) > _LARGEST / 2**32
+        pieces = list(torch.split(vector.double() if large else vector.float(), list(self.layout.sizes)))
+        for number, size in enumerate(sorted(self._alike)):
+            alike = self._alike[size]
+            rotation = Rotation(seed + number, len(alike), size)
+            stacked = torch.stack([pieces[index] for index in alike])
+            turned = rotation.inverse(stacked) if back else rotation.forward(stacked)
+            for index, row in zip(alike, turned, strict=True):
+                pieces[index] = row
+        return torch.cat(pieces)
 
 
 class EdenSettings(RateSettings):

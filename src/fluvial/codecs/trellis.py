@@ -81,7 +81,7 @@ class Trellis(Codec):
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32
-        rotated = [_rotate(vector[where].double(), seed + number).numpy() for number, where in enumerate(self._where)]
+        rotated = [rotate(vector[where].double(), seed + number).numpy() for number, where in enumerate(self._where)]
         top, lower = _loudness(rotated)
         bits = self._allocate(lower)
         paths, decoded = [], []
@@ -114,7 +114,7 @@ class Trellis(Codec):
             if plan.total:
                 unit = follow(bits[end - plan.total : end], plan, self.settings.memory)
                 values = torch.from_numpy(unit * (gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE)))
-                vector[where] = _rotate(values, seed + number, back=True).clamp(-3e38, 3e38).float()
+                vector[where] = rotate(values, seed + number, back=True).clamp(-3e38, 3e38).float()
         return vector
 
     def _allocate(self, lower: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -266,7 +266,7 @@ def _loudness(groups: list[NDArray[np.float64]]) -> tuple[int, NDArray[np.int64]
     return top, np.where(rms > 0, codes, _SILENT).astype(np.int64)
 
 
-def _rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
+def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
     """A random rotation of (n,), fp64, in rows that each hold a sample of everything."""
     if not len(values):
         return values

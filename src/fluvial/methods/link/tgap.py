@@ -1,8 +1,10 @@
 """TGAP: collect updates over sites and rounds (the temporal ensemble), and fit the codec to them (section C4).
 
 The paper says that the encoder is pre-trained on gradients of D1, a share of every site's data; version 1 describes
-training without federation, version 3 a pre-training of the federated model. Both readings are here, and a third source
-that costs the sites neither bytes nor privacy: the server trains simulated sites on public text.
+training without federation, version 3 a pre-training of the federated model. Both readings are here, and two further
+sources. One costs the sites neither bytes nor privacy: the server trains simulated sites on public text. In the other
+they train on D1 and keep their updates: only sums of second moments go up, once, and later what a codec does to their
+held-out updates, in a few numbers.
 """
 
 import logging
@@ -12,16 +14,29 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot
+from fluvial.codecs.klt_moments import Moments, MomentsSum
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, WireError
 from fluvial.fleet import Fleet, FleetConfig, LocalFleet
 from fluvial.methods.interface import Context
+from fluvial.methods.link import gate
 from fluvial.models import initial_adapter
-from fluvial.payload import Payload, frame_payload
+from fluvial.payload import Payload, frame_payload, join, split
 from fluvial.seeds import derive
-from fluvial.sites import Factors, Site, StateStore, adapter_message, read_adapter_message, read_update, train_locally
+from fluvial.sites import (
+    Factors,
+    Site,
+    StateStore,
+    Task,
+    adapter_message,
+    read_adapter_message,
+    read_update,
+    site_codec,
+    train_locally,
+)
 from fluvial.tensors import Layout, WeightedMean, moved
 
 logger = logging.getLogger(__name__)
@@ -32,11 +47,13 @@ class TgapConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["sites", "public", "none"] = "sites"
-    """"sites": each site sends raw updates of D1 once (the paper). "public": simulated sites on public text, at no
-    byte from the sites (ours). "none": no pre-training and no gate, for codecs that do not learn."""
+    source: Literal["sites", "sites-covariance", "public", "none"] = "sites"
+    """"sites": each site sends raw updates of D1 once (the paper). "sites-covariance": sites keep them and send sums
+    of their second moments, for klt and klt_trellis (ours). "public": simulated sites on public text, at no byte from
+    the sites (ours). "none": no pre-training and no gate, for codecs that do not learn."""
     reading: Literal["federated", "local"] = "federated"
-    """"federated": sites share an averaged adapter between rounds (v3). "local": each goes its own way (v1)."""
+    """"federated": sites share an averaged adapter between rounds (v3). "local": each goes its own way (v1); source
+    "sites-covariance" needs that."""
     rounds: int = Field(10, ge=2)
     """Ours: the paper gives no value."""
     share: float = Field(0.3, gt=0, lt=1)
@@ -62,6 +79,20 @@ class TgapConfig(BaseModel):
             raise ValueError("refit_every, refit_weight: without effect under refit='no'; set refit='decoded'")
         return self
 
+    @model_validator(mode="after")
+    def _no_update_leaves(self) -> Self:
+        if self.source == "sites-covariance" and self.reading == "federated":
+            raise ValueError(
+                "reading='federated' averages updates, which source='sites-covariance' keeps at the sites; set "
+                "reading='local'"
+            )
+        return self
+
+    @property
+    def training_rounds(self) -> int:
+        """Rounds that the fit sees; those after them are held out, at least one and not all."""
+        return self.rounds - _num_heldout(self.rounds, self.holdout)
+
 
 def first_part(examples: Sequence[Example], share: float) -> Sequence[Example]:
     """D1: the first `share` of a site's examples, at least one."""
@@ -85,7 +116,10 @@ def after_tgap(examples: Sequence[Example], config: TgapConfig) -> Sequence[Exam
 
 
 def snapshot(site: Site, message: Payload) -> Payload:
-    """Task: train on D1 and send the raw update. With reading "local" the site goes on from its own adapter."""
+    """Task: train on D1 and send the raw update, or keep what is asked for later.
+
+    With reading "local" the site goes on from its own adapter.
+    """
     tgap: TgapConfig = site.method.tgap
     round = message.value("round", int)
     received = read_adapter_message(message, site.layout)
@@ -97,8 +131,95 @@ def snapshot(site: Site, message: Payload) -> Payload:
     update, report = train_locally(site, received, round, examples=examples, factors=factors, purpose="tgap")
     if tgap.reading == "local":
         site.keep("tgap", Payload(moved(received, update)))
+    if tgap.source == "sites-covariance":
+        _remember(site, Snapshot(site.name, round, received, update))
+        return Payload()
     raw = Identity.of(Layout.of(update)).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
+
+
+def _remember(site: Site, seen: Snapshot) -> None:
+    """Keep the moments of a snapshot that the fit sees, or a held-out one as it is."""
+    tgap: TgapConfig = site.method.tgap
+    if seen.round > tgap.training_rounds:
+        kept = split_snapshots(site.recall("heldout"), site.name)
+        site.keep("heldout", join_snapshots([*kept, seen]))
+        return
+    layout = Layout.of(seen.update)
+    moments = Moments.of(layout, gate.coded_object(seen.received, seen.update, _representation(site)))
+    before = site.recall("moments")
+    if before.values:
+        moments = Moments.read(layout, before, most=tgap.training_rounds) + moments
+    site.keep("moments", moments.payload())
+
+
+def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - nothing is asked but that
+    """Task: what was summed up over the rounds; the site need not keep it longer."""
+    moments = site.recall("moments")
+    if not moments.values:
+        raise WireError(f"site {site.name!r} has seen no update that it could sum up")
+    site.keep("moments", Payload())
+    return moments
+
+
+def probe(site: Site, message: Payload) -> Payload:
+    """Task: install a codec, and measure it on the held-out snapshots, which stay here."""
+    if must_learn(site.codec):
+        site.keep("codec", message)
+    heldout = split_snapshots(site.recall("heldout"), site.name)
+    if not heldout:
+        raise WireError(f"site {site.name!r} holds no snapshots to measure a codec on")
+    codec = site_codec(site, Layout.of(heldout[0].update))
+    return gate.Probe.of(codec, heldout, _representation(site)).payload()
+
+
+def _representation(site: Site) -> gate.Representation:
+    found: gate.Representation = getattr(site.method, "representation", "delta")
+    return found
+
+
+TASKS: dict[str, Task] = {"snapshot": snapshot, "moments": send_moments, "probe": probe}
+"""What a method's sites must be able to do for TGAP."""
+
+
+def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
+    """Snapshots of one site, as it keeps them."""
+    rounds = {str(each.round): join({"from": Payload(each.received), "by": Payload(each.update)}) for each in snapshots}
+    return join(rounds)
+
+
+def split_snapshots(kept: Payload, site: str) -> list[Snapshot]:
+    """Inverse of `join_snapshots`, by round; tensors by name, because sums depend on the order."""
+    found = []
+    for number in sorted(map(int, kept.values)):
+        halves = split(split(kept, (str(number),))[str(number)], ("from", "by"))
+        received, update = (dict(sorted(halves[half].tensors.items())) for half in ("from", "by"))
+        found.append(Snapshot(site, number, received, update))
+    return found
+
+
+def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout) -> Moments:
+    """Second moments of the updates of all sites; held-out updates stay there, for `probe`.
+
+    `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter as FAF and goes its
+    own way.
+    """
+    start = initial_adapter(layout, seed)
+    for number in range(1, config.rounds + 1):
+        logger.info("TGAP round %d of %d", number, config.rounds)
+        messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
+        for _ in fleet.ask("snapshot", messages, round=0, read=_nothing):
+            pass
+    total = MomentsSum()
+    read = partial(Moments.read, sent, most=config.training_rounds)
+    for reply in fleet.ask("moments", dict.fromkeys(fleet.sites, Payload()), round=0, read=read):
+        total.add(reply.content)
+    return total.total()
+
+
+def _nothing(reply: Payload) -> None:
+    if reply.tensors or reply.values:
+        raise WireError(f"snapshot: a site sent {sorted(reply.tensors)[:5]} where updates must not leave it")
 
 
 def collect(
@@ -133,12 +254,15 @@ def collect(
 def split_by_time(snapshots: Sequence[Snapshot], holdout: float) -> tuple[list[Snapshot], list[Snapshot]]:
     """Training and held-out snapshots: the last rounds are held out, at least one and not all."""
     rounds = sorted({snapshot.round for snapshot in snapshots})
-    kept = min(len(rounds) - 1, max(1, round(holdout * len(rounds))))
-    first_heldout = rounds[-kept]
+    first_heldout = rounds[-_num_heldout(len(rounds), holdout)]
     return (
         [snapshot for snapshot in snapshots if snapshot.round < first_heldout],
         [snapshot for snapshot in snapshots if snapshot.round >= first_heldout],
     )
+
+
+def _num_heldout(rounds: int, holdout: float) -> int:
+    return min(rounds - 1, max(1, round(holdout * rounds)))
 
 
 def simulated_fleet(config: TgapConfig, context: Context, method: BaseModel) -> LocalFleet:

@@ -9,12 +9,14 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Measured, Watch, candidates, choose
 from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, Snapshot, SteppedCodec
+from fluvial.codecs.klt_moments import MomentCodec, Moments, num_bytes
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError, GateError, WireError
 from fluvial.fleet import Fleet
@@ -22,10 +24,10 @@ from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.link import gate, tgap
 from fluvial.methods.link.gate import GateReport, Representation
 from fluvial.methods.link.tgap import TgapConfig
-from fluvial.payload import Payload, Value, frame_payload, join, payload_frame, split
+from fluvial.payload import Limits, Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.seeds import derive
 from fluvial.sites import Site, code, site_codec
-from fluvial.tensors import Layout, Named, energy, relative_error, subtract
+from fluvial.tensors import Layout, Named, energy, subtract
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,78 @@ class Decoded:
     noise: float | None
     """Expected squared error of the codec, from the frame, where the server sets the step."""
     step: float | None
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Updates at the server, by which codecs are fitted and measured."""
+
+    layout: Layout
+    representation: Representation
+    training: Sequence[Snapshot]
+    heldout: Sequence[Snapshot]
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Updates that a fit sees."""
+        return len(self.training)
+
+    def fit(self, settings: CodecSettings) -> Codec:
+        """A codec with these settings; raises `ConfigError` if it cannot code the layout."""
+        kind = CODECS[settings.name]
+        if not issubclass(kind, LearnedCodec):
+            return build(settings, self.layout)
+        objects = [gate.coded_object(each.received, each.update, self.representation) for each in self.training]
+        return kind.fit(settings, self.layout, objects, seed=self.seed)
+
+    def measure(self, codec: Codec) -> GateReport:
+        """What the codec does to held-out updates."""
+        return gate.measure(codec, self.training, self.heldout, self.representation)
+
+    def holders(self, settings: CodecSettings) -> Sequence[str]:  # noqa: ARG002 - nothing was sent
+        """Sites to which measuring has brought the codec with these settings."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The same where updates stay at the sites: moments to fit by, and sites that measure."""
+
+    layout: Layout
+    representation: Representation
+    moments: Moments
+    fleet: Fleet
+    num_heldout: int
+    """Snapshots that each site holds back."""
+    held: dict[str, CodecSettings] = field(default_factory=dict)
+    """Which codec each site was sent last."""
+
+    @property
+    def count(self) -> int:
+        """See `Snapshots`."""
+        return self.moments.count
+
+    def fit(self, settings: CodecSettings) -> Codec:
+        """See `Snapshots`."""
+        kind = CODECS[settings.name]
+        if not issubclass(kind, LearnedCodec):
+            return build(settings, self.layout)
+        if not issubclass(kind, MomentCodec):
+            raise ConfigError(_needs_updates(settings))
+        return kind.fit_moments(settings, self.layout, self.moments)
+
+    def measure(self, codec: Codec) -> GateReport:
+        """See `Snapshots`; a site that decodes must hold the decoder."""
+        messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
+        read = partial(gate.Probe.read, most=self.num_heldout)
+        replies = list(self.fleet.ask("probe", messages, round=0, read=read))
+        self.held.update((reply.site, codec.settings) for reply in replies)
+        return gate.fold([reply.content for reply in replies], self.layout, self.representation)
+
+    def holders(self, settings: CodecSettings) -> Sequence[str]:
+        """See `Snapshots`."""
+        return [site for site, held in self.held.items() if held == settings]
 
 
 class Uplink:
@@ -81,53 +155,57 @@ class Uplink:
         """Collect updates, fit or choose the codec, pass it through the gate, send each site its half."""
         if self.config.source == "none":
             return {"gate": None}
-        ensemble = tgap.simulated_fleet(self.config, self.context, method) if self.config.source == "public" else fleet
-        snapshots = tgap.collect(self.config, ensemble, self.context.layout, self.context.seed, sent=self.layout)
-        training, heldout = tgap.split_by_time(snapshots, self.config.holdout)
-        metrics: Metrics = {"snapshots": len(snapshots)}
+        found = self._collect(fleet, method)
+        metrics: Metrics = {}
         if isinstance(self.settings, AutoSettings):
-            metrics["choice"] = self._choose(self.settings, training, heldout)
+            report, metrics["choice"] = self._choose(self.settings, found)
         else:
-            self.codec = self._fitted(self.settings, training)
+            self.codec = found.fit(self.settings)
+            report = found.measure(self.codec)
+        metrics["snapshots"] = found.count + report.snapshots
         metrics["loss_curve"] = [list(point) for point in getattr(self.codec, "loss_curve", [])]
-        assert self.codec is not None
-        report = gate.measure(self.codec, training, heldout, self.representation)
         self._judge(report)
         if must_learn(self.context.codec):
             self.version = 1
+            self.installed = dict.fromkeys(found.holders(self.settings), 1)
             self.install(fleet, fleet.sites, 0)
         return {**metrics, "gate": report.values()}
 
-    def _fitted(self, settings: CodecSettings, training: Sequence[Snapshot]) -> Codec:
-        kind = CODECS[settings.name]
-        if not issubclass(kind, LearnedCodec):
-            return build(settings, self.layout)
-        objects = [gate.coded_object(s.received, s.update, self.representation) for s in training]
-        return kind.fit(settings, self.layout, objects, seed=derive(self.context.seed, "codec fit"))
+    def _collect(self, fleet: Fleet, method: Any) -> "Snapshots | Sums":
+        """What the sites have learned of their updates, or a simulation of it."""
+        config, whole, seed = self.config, self.context.layout, self.context.seed
+        if config.source == "sites-covariance":
+            moments = tgap.collect_moments(config, fleet, whole, seed, sent=self.layout)
+            return Sums(self.layout, self.representation, moments, fleet, config.rounds - config.training_rounds)
+        ensemble = tgap.simulated_fleet(config, self.context, method) if config.source == "public" else fleet
+        snapshots = tgap.collect(config, ensemble, whole, seed, sent=self.layout)
+        training, heldout = tgap.split_by_time(snapshots, config.holdout)
+        return Snapshots(self.layout, self.representation, training, heldout, derive(seed, "codec fit"))
 
-    def _choose(
-        self, settings: AutoSettings, training: Sequence[Snapshot], heldout: Sequence[Snapshot]
-    ) -> dict[str, Value]:
+    def _choose(self, settings: AutoSettings, found: "Snapshots | Sums") -> tuple[GateReport, dict[str, Value]]:
+        """The choice among the candidates that could be fitted, and what was measured of it."""
         measured: dict[str, Measured] = {}
-        fitted: dict[str, Codec] = {}
+        fitted: dict[str, tuple[Codec, GateReport]] = {}
         for table in candidates(settings, self.layout):
             try:
-                found: CodecSettings = read_settings(table)
-                codec = self._fitted(found, training)
+                candidate: CodecSettings = read_settings(table)
+                codec = found.fit(candidate)
             except ConfigError as error:
                 logger.info("auto: %s is no candidate: %s", table["name"], error)
                 continue
-            fitted[found.name] = codec
-            measured[found.name] = _measured(codec, heldout)
+            report = found.measure(codec)
+            fitted[candidate.name] = codec, report
+            measured[candidate.name] = _measured(codec, report)
         if not measured:
             raise ConfigError(f"codec: no codec reaches rate {settings.target(self.layout):g} on this layout")
         choice = choose(settings, measured, self.layout, self.context.rounds)
         logger.info("auto: %s", choice.reason)
-        self.settings, self.codec = choice.codec, fitted[choice.codec.name]
+        self.settings = choice.codec
+        self.codec, report = fitted[choice.codec.name]
         plain = [each.error for name, each in measured.items() if not CODECS[name].learned]
         if choice.codec.error_feedback:
             self.watch = Watch(min(plain, default=1.0), isinstance(self.codec, LearnedCodec))
-        return {"codec": choice.codec.model_dump(mode="json"), "why": choice.reason}
+        return report, {"codec": choice.codec.model_dump(mode="json"), "why": choice.reason}
 
     def _judge(self, report: GateReport) -> None:
         name = self.settings.name
@@ -327,6 +405,8 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
     name: str = codec.name
     if must_learn(codec) and config.source == "none":
         raise ConfigError(f"method.tgap.source='none': codec {name!r} must be trained; choose 'public' or 'sites'")
+    if config.source == "sites-covariance":
+        _check_moments(codec, layout)
     if isinstance(codec, AutoSettings):
         return
     kind = CODECS[name]
@@ -334,6 +414,33 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
         kind.frame_size(codec, layout)
     else:
         build(codec, layout)
+
+
+def _check_moments(codec: CodecSettings, layout: Layout) -> None:
+    """Raise `ConfigError` if second moments cannot fit the codec, or are too many for a message."""
+    name: str = codec.name
+    if not must_learn(codec):
+        raise ConfigError(
+            f"method.tgap.source='sites-covariance': codec {name!r} learns nothing, so no moments are needed; choose "
+            "'none', or 'sites' to have it measured"
+        )
+    if not isinstance(codec, AutoSettings) and not issubclass(CODECS[name], MomentCodec):
+        raise ConfigError(_needs_updates(codec))
+    need, most = num_bytes(layout), Limits().max_bytes
+    if need > most:
+        raise ConfigError(
+            f"method.tgap.source='sites-covariance': the moments of one site take {need:,} bytes, over the {most:,} of "
+            "a message, because they grow with the square of the layers' width; choose fewer lora.target_modules, or "
+            "source 'public' or 'sites'"
+        )
+
+
+def _needs_updates(codec: CodecSettings) -> str:
+    able = ", ".join(repr(name) for name, kind in CODECS.items() if issubclass(kind, MomentCodec))
+    return (
+        f"method.tgap.source='sites-covariance': codec {codec.name!r} learns from updates themselves, which no site "
+        f"sends; choose codec.name={able} or 'auto', or source 'public' or 'sites'"
+    )
 
 
 def coded_reply(site: Site, codec: Codec, update: Named, message: Payload, **values: Value) -> Payload:
@@ -386,16 +493,13 @@ def follow(site: Site, received: Named, message: Payload, layout: Layout) -> Cod
     return refitted
 
 
-def _measured(codec: Codec, heldout: Sequence[Snapshot]) -> Measured:
+def _measured(codec: Codec, report: GateReport) -> Measured:
     """Errors of a candidate, and what it sends."""
-    frames = [codec.encode(snapshot.update, seed=number) for number, snapshot in enumerate(heldout)]
-    decoded = [codec.decode(frame) for frame in frames]
-    lost = sum(energy(subtract(s.update, guess)) for s, guess in zip(heldout, decoded, strict=True))
     learned = isinstance(codec, LearnedCodec)
     return Measured(
         codec=codec.settings,
-        error=lost / max(sum(energy(snapshot.update) for snapshot in heldout), 1e-30),
-        frame_bytes=math.fsum(map(len, frames)) / len(frames),
+        error=report.errors.all,
+        frame_bytes=report.bytes_per_update,
         published_bytes=len(published(codec, 1, decoder=codec.settings.error_feedback).to_bytes()) if learned else 0,
-        aggregate_error=gate.aggregate(heldout, decoded, relative_error),
+        aggregate_error=report.errors.aggregate,
     )
