@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fluvial.codecs.klt import Klt, KltSettings
 
 from fluvial.codecs.base import Snapshot
+from fluvial.codecs.klt import Klt, KltSettings
 from fluvial.codecs.resnet import ResNet, ResNetSettings
 from fluvial.config import load, parse
 from fluvial.data import SiteTexts

@@ -43,7 +43,7 @@ Run = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 
 class _Config(RunConfig):
-    method: Annotated[FedAvgConfig | EcoLoraConfig, Field(discriminator="name")] = FedAvgConfig()  # type: ignore[assignment]
+    method: Annotated[FedAvgConfig | EcoLoraConfig, Field(discriminator="name")] = FedAvgConfig()
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "figures": figures,
         "gate": gate,
         "snapshots": setup.get("snapshots"),
-        "measures": {what: gate[key] for key, what in MEASURES.items()} if gate else {},
+        "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None} if gate else {},
         "verdicts": _verdicts(gate) if gate else [],
         "samples": samples,
         "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],

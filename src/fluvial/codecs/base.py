@@ -32,6 +32,11 @@ class CodecSettings(BaseModel):
     feedback_decay: float = Field(0.9, ge=0, le=1)
     """Factor on the kept residual for every round a site missed (an older residual refers to an older adapter)."""
 
+    @property
+    def without_bias(self) -> bool:
+        """Whether the mean over seeds of what is decoded is the update; its error is repaid by the mean over sites."""
+        return getattr(self, "unbiased", "no") == "yes" or getattr(self, "mode", "biased") == "dithered"
+
 
 class RateSettings(CodecSettings):
     """A codec with a byte target."""

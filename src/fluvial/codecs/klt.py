@@ -200,7 +200,9 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
             raise ConfigError("codec: klt has no updates to learn from; TGAP must collect at least one")
         cls.frame_size(settings, layout)
         codec = cls(
-            settings.model_copy(update={"mode": "biased", "error_feedback": False}), layout, learn(layout, settings.basis_share, updates)
+            settings.model_copy(update={"mode": "biased", "error_feedback": False}),
+            layout,
+            learn(layout, settings.basis_share, updates),
         )
         learned = codec._observe(updates)
         tables = {

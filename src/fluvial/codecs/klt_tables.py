@@ -2,9 +2,9 @@
 
 A class is a quarter octave of sigma / step, where sigma is the expected standard deviation of a coefficient. Codes
 are logarithms in 1/16 octave, so class = code // 4. Classes below `low` have no table: in mode "biased" sending
-nothing costs least there (under error feedback `low` is so low that none are), in mode "dithered" a few are drawn and scaled up to the lowest class. `HIGH` stands for all
-above. Every table is half Gaussian, half Laplacian; those of the lowest `LEARNED` classes are refined by `fit` and
-published.
+nothing costs least there (under error feedback `low` is so low that there are none), in mode "dithered" a few are
+drawn and scaled up to the lowest class. `HIGH` stands for all above. Every table is half Gaussian, half Laplacian;
+those of the lowest `LEARNED` classes that are worth coding are refined by `fit` and published.
 
 Frequencies are whole numbers and the only thing that the entropy decoder sees. Both ends compute the same ones:
 their CRC-32 is part of a frame's fingerprint.
@@ -25,7 +25,7 @@ from fluvial.codecs import entropy
 
 Mode = Literal["biased", "dithered"]
 Kind = Literal["biased", "dithered", "feedback"]
-"""A mode, or "biased" under error feedback, where every class is coded: what is never sent would pile up at the site."""
+"""A mode, or "biased" under error feedback: all classes are coded, because what is never sent piles up at the site."""
 Codes = NDArray[np.int32]
 Doubles = NDArray[np.float64]
 

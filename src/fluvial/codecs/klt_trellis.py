@@ -37,6 +37,7 @@ from torch import Tensor
 from fluvial.codecs.base import AdaptiveCodec, CodecSettings, RateSettings, body_room
 from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.klt_model import Model, Transform, learn, parts_of, power, spreads
+from fluvial.codecs.klt_moments import MomentCodec, Moments
 from fluvial.codecs.klt_tables import Doubles
 from fluvial.codecs.trellis import Plan, best_path, follow, rotate
 from fluvial.errors import ConfigError, WireError
@@ -84,7 +85,7 @@ class Side:
     lower: Ints
 
 
-class KltTrellis(AdaptiveCodec):
+class KltTrellis(AdaptiveCodec, MomentCodec):
     """Contracts, whatever the update. Whoever can encode can decode."""
 
     code = 23
@@ -137,6 +138,13 @@ class KltTrellis(AdaptiveCodec):
             raise ConfigError("codec: klt_trellis has no updates to learn from; TGAP must collect at least one")
         cls.frame_size(settings, layout)
         return cls(settings, layout, learn(layout, settings.basis_share, updates))
+
+    @classmethod
+    def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
+        """The same from moments of updates."""
+        assert isinstance(settings, KltTrellisSettings)
+        cls.frame_size(settings, layout)
+        return cls(settings, layout, moments.fit(layout, settings.basis_share))
 
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
         """The codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1), this codec's the rest."""

@@ -19,7 +19,7 @@ from fluvial.errors import ConfigError
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, open_link
-from fluvial.methods.link.tgap import NO_TGAP, TgapConfig, after_tgap, snapshot
+from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_adapter
 from fluvial.payload import Payload, join, split
 from fluvial.sites import Factors, Site, part, train_locally, weight_of
@@ -151,7 +151,7 @@ def check(config: FedAvgConfig, codec: CodecSettings, layout: Layout) -> None:
 METHOD = Method(
     FedAvgConfig,
     FedAvgServer,
-    {"train": train, "snapshot": snapshot},
+    {"train": train, **TASKS},
     paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, https://arxiv.org/abs/2305.05644",
     check=check,
     reads_public=lambda config, codec: must_learn(codec) and config.tgap.source == "public",

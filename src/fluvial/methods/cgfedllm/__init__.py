@@ -25,7 +25,7 @@ from fluvial.methods.fedavg import WeightedLoss, step
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
 from fluvial.methods.link.gate import Representation
-from fluvial.methods.link.tgap import TgapConfig, after_tgap, snapshot
+from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_adapter
 from fluvial.payload import Payload, Value, frame_payload, join, split
 from fluvial.seeds import generator
@@ -197,7 +197,7 @@ def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
 METHOD = Method(
     CgFedLlmConfig,
     CgFedLlmServer,
-    {"train": train, "snapshot": snapshot},
+    {"train": train, **TASKS},
     paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, ECAI 2025, "
     "https://arxiv.org/abs/2405.13746",
     codec=ResNetSettings(),

@@ -216,7 +216,7 @@ class Uplink:
                 report.values(),
             )
         # An unbiased codec may enlarge an update: its error is repaid by the mean over sites, not by a smaller error.
-        if report.failed and self.on_refusal == "refuse" and not getattr(self.codec, "unbiased", False):
+        if report.failed and self.on_refusal == "refuse" and not self.settings.without_bias:
             raise GateError(gate.explain(report, name), report.values())
 
     # -- rounds ---------------------------------------------------------------------------------------------------
