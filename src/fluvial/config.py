@@ -76,7 +76,7 @@ class RunConfig(BaseModel):
         if self.downlink is not None and must_learn(self.downlink):
             raise ValueError(
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
-                "down; choose a codec that learns nothing, such as 'hadamard'"
+                "down; choose a codec that learns nothing, such as 'trellis'"
             )
         if self.downlink is not None and self.downlink.error_feedback:
             raise ValueError("downlink.error_feedback: the way down always repairs what it lost; remove it")

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 
-from fluvial.codecs import CODECS, build, must_learn
+from fluvial.codecs import CODECS, CodecSettings, build, must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import LearnedCodec
-from fluvial.codecs.quantise import Identity
+from fluvial.codecs.quantise import IdentitySettings
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
@@ -48,8 +48,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
             }
         )
     trained = part(layout, getattr(config.method, "factors", "A and B"))
-    frame = frame_size(config, trained) if config.entry.sends == "codec" else 0
-    down = len(Identity.of(layout).encode({name: torch.zeros(shape) for name, shape in layout.shapes}))
+    frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
+    down = frame_size(config.downlink or IdentitySettings(), layout)
     cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
     width = getattr(torch, config.model.dtype).itemsize
     absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
@@ -79,16 +79,16 @@ def plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def frame_size(config: RunConfig, layout: Layout) -> int:
+def frame_size(settings: CodecSettings, layout: Layout) -> int:
     """Bytes of one coded update: computed for a learned codec, else measured on one of typical size."""
-    if isinstance(config.coding, AutoSettings):
-        return int(layout.raw_bytes / config.coding.target(layout))
-    kind = CODECS[config.coding.name]
+    if isinstance(settings, AutoSettings):
+        return int(layout.raw_bytes / settings.target(layout))
+    kind = CODECS[settings.name]
     if issubclass(kind, LearnedCodec):
-        return kind.frame_size(config.coding, layout)
+        return kind.frame_size(settings, layout)
     random = torch.Generator().manual_seed(0)
     update = {name: TYPICAL_UPDATE * torch.randn(shape, generator=random) for name, shape in layout.shapes}
-    return len(build(config.coding, layout).encode(update))
+    return len(build(settings, layout).encode(update))
 
 
 def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
