@@ -248,3 +248,29 @@ def test_an_unbiased_codec_is_not_held_to_the_error_of_one_update(run_config: di
     }
     result = run_table(table, tmp_path / "run")
     assert result["setup"]["choice"]["codec"]["name"] in ("eden", "klt")
+
+
+def test_weights_lower_the_error_of_the_weights(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Scales are known at both ends and cost no byte; what is decoded is the update again."""
+    from fluvial.codecs import build
+    from fluvial.codecs.weighted import Weighted, weighted
+    from fluvial.tensors import relative_error
+
+    received = {name: (0.05 if ".lora_B." in name else 1.0) * tensor for name, tensor in add(START, drift(3)).items()}
+    codec = build(read_settings({"name": "trellis", "rate": 8, "weighted": True}), LAYOUT)
+    plain, heavy = codec, weighted(codec, received)
+    assert isinstance(heavy, Weighted)
+    frame = heavy.encode(drift(5), seed=1)
+    assert len(frame) <= LAYOUT.raw_bytes / 8
+    errors = {}
+    for name, each in (("plain", plain), ("heavy", heavy)):
+        decoded = each.decode(each.encode(drift(5), seed=1))
+        b = {key: tensor for key, tensor in drift(5).items() if ".lora_B." in key}
+        errors[name] = relative_error(b, {key: decoded[key] for key in b})
+    assert errors["heavy"] < errors["plain"]  # A is large, so a change of B weighs more
+    method = {"name": "fedavg", "tgap": {"source": "sites", "rounds": 4}}
+    for settings in ({"name": "klt", "rate": 8, "error_feedback": True}, {"name": "trellis", "rate": 8}):
+        table = run_config | {"rounds": 2, "codec": {**settings, "weighted": True}}
+        table |= {"method": method} if settings["name"] == "klt" else {}
+        result = run_table(table, tmp_path / str(settings["name"]))
+        assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]

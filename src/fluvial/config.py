@@ -80,6 +80,8 @@ class RunConfig(BaseModel):
             )
         if self.downlink is not None and self.downlink.error_feedback:
             raise ValueError("downlink.error_feedback: the way down always repairs what it lost; remove it")
+        if self.downlink is not None and self.downlink.weighted:
+            raise ValueError("downlink.weighted: both ends know no partner on the way down; remove it")
         if self.method.name in self.compare:
             raise ValueError(f"compare: {self.method.name!r} is the method itself; remove it from the list")
         if len(set(self.compare)) < len(self.compare):

@@ -32,6 +32,9 @@ class CodecSettings(BaseModel):
     feedback_decay: float = Field(0.9, ge=0, le=1)
     """Factor on the kept residual for every round a site missed (an older residual refers to an older adapter)."""
 
+    weighted: bool = False
+    """Factors are scaled by their partners before they are coded, at no byte (see `weighted`)."""
+
     @property
     def without_bias(self) -> bool:
         """Whether the mean over seeds of what is decoded is the update; its error is repaid by the mean over sites."""

@@ -183,6 +183,8 @@ def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
         raise ConfigError(
             "codec.error_feedback: the residual of a whole adapter means nothing; use representation='delta'"
         )
+    if codec.weighted and (config.privacy or config.representation == "state"):
+        raise ConfigError("codec.weighted: scales updates only, and not where they are clipped; remove it")
     if config.privacy:
         if codec.error_feedback:
             raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fluvial.codecs.base import Codec
+from fluvial.codecs.weighted import weighted
 from fluvial.errors import WireError
 from fluvial.fleet import Fleet, Reply
 from fluvial.methods.interface import Context, Metrics
@@ -108,7 +109,7 @@ def open_link(site: Site, message: Payload, layout: Layout) -> tuple[Named, Code
     """The site's half: the adapter that `message` brings and the codec to answer with; None answers `STALE`."""
     received = receive(site, message)
     codec = None if received is None else follow(site, received, message, layout)
-    return None if received is None or codec is None else (received, codec)
+    return None if received is None or codec is None else (received, weighted(codec, received))
 
 
 __all__ = ["STALE", "Decoded", "Link", "OnRefusal", "TgapConfig", "check_codec", "coded_reply", "open_link"]

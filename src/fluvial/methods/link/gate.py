@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fluvial.codecs.base import Codec, Snapshot
+from fluvial.codecs.weighted import weighted
 from fluvial.errors import WireError
 from fluvial.payload import Payload
 from fluvial.tensors import (
@@ -115,8 +116,9 @@ def measure(
     frames, decoded, coded = [], [], []
     for number, snapshot in enumerate(heldout):
         coded.append(coded_object(snapshot.received, snapshot.update, representation))
-        frames.append(codec.encode(coded[-1], seed=number))
-        decoded.append(codec.decode(frames[-1]))
+        at_site = weighted(codec, snapshot.received)
+        frames.append(at_site.encode(coded[-1], seed=number))
+        decoded.append(at_site.decode(frames[-1]))
     finite = all(is_finite(tensors) for tensors in decoded)
     guesses = [
         innovation(snapshot.received, tensors, representation)

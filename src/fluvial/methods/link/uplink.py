@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
+
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Measured, Watch, candidates, choose
 from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, Snapshot, SteppedCodec
 from fluvial.codecs.klt_moments import MomentCodec, Moments, num_bytes
 from fluvial.codecs.quantise import Int8Settings
+from fluvial.codecs.weighted import scales, weigh, weighted
 from fluvial.errors import ConfigError, GateError, WireError
 from fluvial.fleet import Fleet
 from fluvial.methods.interface import Context, Metrics
@@ -68,6 +71,9 @@ class Snapshots:
         if not issubclass(kind, LearnedCodec):
             return build(settings, self.layout)
         objects = [gate.coded_object(each.received, each.update, self.representation) for each in self.training]
+        if settings.weighted:
+            pairs = zip(objects, self.training, strict=True)
+            objects = [weigh(update, scales(each.received, self.layout)) for update, each in pairs]
         return kind.fit(settings, self.layout, objects, seed=self.seed)
 
     def measure(self, codec: Codec) -> GateReport:
@@ -139,6 +145,7 @@ class Uplink:
         self.installed: dict[str, int] = {}
         self.watch: Watch | None = None
         self.step: float | None = None
+        self._sent: Named = {}  # what the sites of this round received
         self._seen: list[tuple[int, Named]] = []  # adapters as sites received them, for a refit without bytes
         self._decoded: list[tuple[str, Named]] = []
         self._errors: list[float] = []
@@ -223,6 +230,7 @@ class Uplink:
 
     def advance(self, sent: Named, round: int) -> None:
         """Called before a round's messages: `sent` is what sites of this round will receive."""
+        self._sent = sent
         self._decoded, self._errors, self._noise = [], [], []
         if self.config.refit != "broadcast":
             return
@@ -290,7 +298,7 @@ class Uplink:
         if self.noise_ratio is not None and isinstance(self.codec, SteppedCodec):
             noise, step = self.codec.noise_of(frame), self.codec.step_of(frame)
         error = reply.value("e", float) if "e" in reply.values else None
-        return Decoded(self.codec.decode(frame, round=round), error, noise, step)
+        return Decoded(weighted(self.codec, self._sent).decode(frame, round=round), error, noise, step)
 
     def fold(self, site: str, decoded: Decoded) -> None:
         """Take note of a reply that counts."""
@@ -403,6 +411,12 @@ class Uplink:
 def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> None:
     """Raise `ConfigError` if the codec cannot code `layout`, or has nothing to learn from."""
     name: str = codec.name
+    if codec.weighted:
+        if isinstance(codec, AutoSettings) or config.refit != "no" or config.source == "sites-covariance":
+            raise ConfigError("codec.weighted: not with codec 'auto', a refit, or tgap.source='sites-covariance'")
+        if getattr(codec, "noise_ratio", None) is not None:
+            raise ConfigError("codec.weighted: noise_ratio compares with unweighted noise; set one of the two")
+        scales({each: torch.zeros(shape) for each, shape in layout.shapes} | _partners(layout), layout)
     if must_learn(codec) and config.source == "none":
         raise ConfigError(f"method.tgap.source='none': codec {name!r} must be trained; choose 'public' or 'sites'")
     if config.source == "sites-covariance":
@@ -441,6 +455,13 @@ def _needs_updates(codec: CodecSettings) -> str:
         f"method.tgap.source='sites-covariance': codec {codec.name!r} learns from updates themselves, which no site "
         f"sends; choose codec.name={able} or 'auto', or source 'public' or 'sites'"
     )
+
+
+def _partners(layout: Layout) -> Named:
+    """Zeros for the factors that sites receive and do not send."""
+    swap = {".lora_A.": ".lora_B.", ".lora_B.": ".lora_A."}
+    names = [name.replace(mark, swap[mark]) for name in layout.names for mark in swap if mark in name]
+    return {name: torch.zeros(1) for name in names if name not in layout.names}
 
 
 def coded_reply(site: Site, codec: Codec, update: Named, message: Payload, **values: Value) -> Payload:
