@@ -1,8 +1,8 @@
 """A codec that counts the error of the weights, not of the factors: each factor times what the other one multiplies.
 
 A change dA of a factor changes the weights by B dA, a change dB by dB A. Both ends know the adapter that the update
-starts from, so they can scale every factor by the size of its partner, at no byte; while B is small, B is sent first. It
-lowers the error of the weights' change; in the runs that we know of it ends where the unweighted codec ends.
+starts from, so they can scale every factor by the size of its partner, at no byte; while B is small, B is sent first.
+It lowers the error of the weights' change; in the runs that we know of it ends where the unweighted codec ends.
 """
 
 import math
