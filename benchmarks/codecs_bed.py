@@ -110,6 +110,7 @@ CONTENDERS = (
         {"name": "powersgd", "rate": 64},
     ),
     _coded("trellis", 64, role="ours", down=DOWN),
+    _coded("trellis", 64, role="ours", down={"name": "trellis", "rate": 64}),
     _coded("hadamard", 64, role="assembled", down=ASSEMBLED_DOWN),
     _coded("trellis", 32, role="ours", tier=2),
     _coded("trellis", 16, role="ours", tier=2),

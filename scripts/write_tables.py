@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluvial.show import RESULT_CAPTION, human_ratio, result_rows
+from fluvial.show import RESULT_CAPTION, human_bytes, human_ratio, result_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,7 +48,8 @@ def quickstart() -> str:
             table(result_rows(result)),
             RESULT_CAPTION,
             f"Loss falls on every site's held-out files, by {gains[least]:.3f} ({least}) to {max(gains.values()):.3f} "
-            f"nats. Set-up is {setup / 1000:.0f} kB for each site, the codec's download.",
+            f"nats. Set-up is {human_bytes(setup)} for each site. What `auto` said: "
+            f"{result['setup']['choice']['why']}.",
         ]
     )
 
@@ -210,7 +211,7 @@ def distortion() -> str:
     return "\n\n".join(
         [
             f"Relative squared error of held-out updates (1 is sending nothing): {settings['tgap_rounds']} rounds of "
-            f"{settings['steps']} steps on 8 sites, {settings['seeds']} seeds (`vq` and `cnn`: one), every byte of the "
+            f"{settings['steps']} steps on 8 sites, {settings['seeds']} seeds, every byte of the "
             "frames counted. `sites` and `public` say what a codec was fitted on.",
             *tables,
             "Claims of the benchmark `rate_distortion`:",
