@@ -1,20 +1,18 @@
 """EcoLoRA: equal to FedAvg with one dense segment, round robin, feedback both ways, sites that were away, resume."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import Field
 
 from fluvial.config import RunConfig
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.fleet import LocalFleet
-from fluvial.methods import METHODS, Context
+from fluvial.methods import Context
 from fluvial.methods import ecolora as module
 from fluvial.methods.ecolora import (
     METHOD,
@@ -28,7 +26,6 @@ from fluvial.methods.ecolora import (
     share,
     turn,
 )
-from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.run import execute
 from fluvial.sites import Site, StateStore
@@ -38,24 +35,6 @@ from tests.runs import run_table
 
 LAYOUT = Layout.of({"m.lora_A.weight": torch.zeros(4, 40), "m.lora_B.weight": torch.zeros(30, 4)})
 PLAIN = {"name": "ecolora", "segments": 1, "most": 1.0, "least_a": 1.0, "least_b": 1.0, "mixing": "none"}
-
-Run = Callable[[dict[str, Any], Path], dict[str, Any]]
-
-
-class _Config(RunConfig):
-    method: Annotated[FedAvgConfig | EcoLoraConfig, Field(discriminator="name")] = FedAvgConfig()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a table whose method may be ecolora."""
-    monkeypatch.setitem(METHODS, "ecolora", METHOD)
-
-    def whole(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-        *_, last = execute(_Config.model_validate(table), folder)
-        return last.values
-
-    return whole
 
 
 def _context(**changes: Any) -> Context:
@@ -113,26 +92,26 @@ class _Sites:
         return LAYOUT.unflatten(torch.from_numpy(noise)), _Report()
 
 
-def test_one_dense_segment_in_fp32_is_fedavg(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_one_dense_segment_in_fp32_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
     plain = run_table(run_config | {"rounds": 3}, tmp_path / "fedavg")
-    dense = run(run_config | {"rounds": 3, "method": PLAIN | {"values": "fp32"}}, tmp_path / "ecolora")
+    dense = run_table(run_config | {"rounds": 3, "method": PLAIN | {"values": "fp32"}}, tmp_path / "ecolora")
     assert dense["adapter_sha256"] == plain["adapter_sha256"]
 
 
-def test_it_learns_from_few_bytes(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
-    dense = run(run_config | {"method": PLAIN | {"values": "fp32"}}, tmp_path / "dense")["bytes"]["by_kind"]
-    result = run(run_config | {"method": {"name": "ecolora"}}, tmp_path / "sparse")
+def test_it_learns_from_few_bytes(run_config: dict[str, Any], tmp_path: Path) -> None:
+    dense = run_table(run_config | {"method": PLAIN | {"values": "fp32"}}, tmp_path / "dense")["bytes"]["by_kind"]
+    result = run_table(run_config | {"method": {"name": "ecolora"}}, tmp_path / "sparse")
     assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
     assert result["bytes"]["by_kind"]["up train"] < 0.15 * dense["up train"]  # 16 of 32 bits, 1/5, 0.95, envelope
     assert result["bytes"]["by_kind"]["down train"] < dense["down train"]
 
 
-def test_resume_is_a_straight_run(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_is_a_straight_run(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = run_config | {"rounds": 4, "method": {"name": "ecolora", "fraction": 0.7, "segments": 2, "least_b": 0.1}}
-    straight = run(table, tmp_path / "straight")
+    straight = run_table(table, tmp_path / "straight")
     for stop_after in (1, 2, 1, 99):
         resume = (tmp_path / "stopped").exists()
-        for seen, event in enumerate(execute(_Config.model_validate(table), tmp_path / "stopped", resume=resume), 1):
+        for seen, event in enumerate(execute(RunConfig.model_validate(table), tmp_path / "stopped", resume=resume), 1):
             if seen == stop_after and event.kind != "result":
                 break
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
@@ -306,7 +285,7 @@ def test_a_site_refuses_what_it_cannot_build_on(monkeypatch: pytest.MonkeyPatch)
             module.train(sites._open("s0"), Payload(good.tensors, {**good.values, **bad}))
 
 
-def test_impossible_settings_are_refused(run: Run, run_config: dict[str, Any]) -> None:
+def test_impossible_settings_are_refused(run_config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="least_a"):
         EcoLoraConfig(most=0.5)
     with pytest.raises(ValueError, match="beta: without effect"):
@@ -314,4 +293,4 @@ def test_impossible_settings_are_refused(run: Run, run_config: dict[str, Any]) -
     with pytest.raises(ConfigError, match="choose fewer"):
         check(EcoLoraConfig(segments=281), METHOD.codec, LAYOUT)
     with pytest.raises(ValueError, match="codec"):
-        _Config.model_validate(run_config | {"method": {"name": "ecolora"}, "codec": {"name": "bf16"}})
+        RunConfig.model_validate(run_config | {"method": {"name": "ecolora"}, "codec": {"name": "bf16"}})

@@ -1,18 +1,15 @@
 """FLASC: equal to FedAvg where nothing is left out, sparse both ways, FedAdam, resume, damaged messages."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import Field
 
 from fluvial.config import RunConfig
 from fluvial.errors import WireError
-from fluvial.methods import METHODS, Context
-from fluvial.methods.fedavg import FedAvgConfig
+from fluvial.methods import Context
 from fluvial.methods.flasc import METHOD, FlascConfig, FlascServer, received
 from fluvial.payload import Payload, frame_payload, payload_frame
 from fluvial.run import execute
@@ -30,24 +27,6 @@ PLAIN = {
     "server_optimizer": "fedavg",
 }
 
-Run = Callable[[dict[str, Any], Path], dict[str, Any]]
-
-
-class _Config(RunConfig):
-    method: Annotated[FedAvgConfig | FlascConfig, Field(discriminator="name")] = FedAvgConfig()
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a table whose method may be flasc."""
-    monkeypatch.setitem(METHODS, "flasc", METHOD)
-
-    def whole(table: dict[str, Any], folder: Path) -> dict[str, Any]:
-        *_, last = execute(_Config.model_validate(table), folder)
-        return last.values
-
-    return whole
-
 
 def _context(**changes: Any) -> Context:
     def refuse() -> Any:
@@ -57,38 +36,38 @@ def _context(**changes: Any) -> Context:
     return Context(**settings | changes, train=TrainConfig(), open_bench=refuse, public=refuse)
 
 
-def test_all_values_in_fp32_without_adam_are_fedavg(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_all_values_in_fp32_without_adam_are_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
     plain = run_table(run_config, tmp_path / "fedavg")
-    dense = run(run_config | {"method": PLAIN}, tmp_path / "flasc")
+    dense = run_table(run_config | {"method": PLAIN}, tmp_path / "flasc")
     assert dense["adapter_sha256"] == plain["adapter_sha256"]
 
 
-def test_all_changes_in_fp32_are_fedavg_up_to_rounding(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_all_changes_in_fp32_are_fedavg_up_to_rounding(run_config: dict[str, Any], tmp_path: Path) -> None:
     """The initial adapter is subtracted on one end and added on the other, and each rounds once."""
     plain = run_table(run_config, tmp_path / "fedavg")
     table = run_config | {"method": PLAIN | {"download": "change"}}
-    run(table, tmp_path / "flasc")
+    run_table(table, tmp_path / "flasc")
     assert relative_error(adapter_of(plain), adapter_of({"folder": str(tmp_path / "flasc")})) < 1e-12  # squared
 
 
-def test_a_quarter_is_sent_both_ways(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
-    dense = run(run_config | {"method": PLAIN}, tmp_path / "dense")["bytes"]
-    sparse = run(run_config | {"method": {"name": "flasc"}}, tmp_path / "sparse")["bytes"]
+def test_a_quarter_is_sent_both_ways(run_config: dict[str, Any], tmp_path: Path) -> None:
+    dense = run_table(run_config | {"method": PLAIN}, tmp_path / "dense")["bytes"]
+    sparse = run_table(run_config | {"method": {"name": "flasc"}}, tmp_path / "sparse")["bytes"]
     for way in ("up train", "down train"):
         assert sparse["by_kind"][way] < 0.2 * dense["by_kind"][way]  # 16 of 32 bits, 1/4, positions, envelope
 
 
-def test_it_learns(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
-    heldout = run(run_config | {"method": {"name": "flasc"}}, tmp_path / "run")["heldout"]
+def test_it_learns(run_config: dict[str, Any], tmp_path: Path) -> None:
+    heldout = run_table(run_config | {"method": {"name": "flasc"}}, tmp_path / "run")["heldout"]
     assert heldout["final"]["loss"] < heldout["base"]["loss"]
 
 
-def test_resume_is_a_straight_run(run: Run, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_is_a_straight_run(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = run_config | {"rounds": 3, "method": {"name": "flasc", "fraction": 0.7}}
-    straight = run(table, tmp_path / "straight")
+    straight = run_table(table, tmp_path / "straight")
     for stop_after in (1, 2, 1, 99):
         resume = (tmp_path / "stopped").exists()
-        for seen, event in enumerate(execute(_Config.model_validate(table), tmp_path / "stopped", resume=resume), 1):
+        for seen, event in enumerate(execute(RunConfig.model_validate(table), tmp_path / "stopped", resume=resume), 1):
             if seen == stop_after and event.kind != "result":
                 break
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
@@ -163,7 +142,7 @@ def test_settings_of_adam_need_adam(key: str) -> None:
         FlascConfig.model_validate({"server_optimizer": "fedavg", key: 0.5})
 
 
-def test_a_codec_is_an_error(run: Run, run_config: dict[str, Any]) -> None:
+def test_a_codec_is_an_error(run_config: dict[str, Any]) -> None:
     table = run_config | {"method": {"name": "flasc"}, "codec": {"name": "bf16"}}
     with pytest.raises(ValueError, match="codec"):
-        _Config.model_validate(table)
+        RunConfig.model_validate(table)
