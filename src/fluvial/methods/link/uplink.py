@@ -147,6 +147,7 @@ class Uplink:
         self.step: float | None = None
         self._sent: Named = {}  # what the sites of this round received
         self._seen: list[tuple[int, Named]] = []  # adapters as sites received them, for a refit without bytes
+        self._refits = False  # after this round, from its decoded updates; only then are they kept
         self._decoded: list[tuple[str, Named]] = []
         self._errors: list[float] = []
         self._noise: list[tuple[float, float, float]] = []  # codec noise, energy and step of every reply
@@ -232,6 +233,8 @@ class Uplink:
         """Called before a round's messages: `sent` is what sites of this round will receive."""
         self._sent = sent
         self._decoded, self._errors, self._noise = [], [], []
+        adaptive = self.config.refit == "decoded" and isinstance(self.codec, AdaptiveCodec)
+        self._refits = adaptive and round % self.config.refit_every == 0 and round < self.context.rounds
         if self.config.refit != "broadcast":
             return
         self._seen = [*self._seen, (round, sent)][-(self.config.refit_every + 1) :]
@@ -243,7 +246,7 @@ class Uplink:
     def _due(self, round: int) -> bool:
         """Whether a refit from broadcast adapters happens before `round`."""
         every = self.config.refit_every
-        return every > 0 and round > every and (round - 1) % every == 0
+        return round > every and (round - 1) % every == 0
 
     def _refit(self, updates: Sequence[Named]) -> None:
         if isinstance(self.codec, AdaptiveCodec):
@@ -304,7 +307,7 @@ class Uplink:
         """Take note of a reply that counts."""
         if decoded.error is not None:
             self._errors.append(decoded.error)
-        if self.config.refit == "decoded":
+        if self._refits:
             self._decoded.append((site, decoded.update))
         if decoded.noise is not None and decoded.step is not None:
             self._noise.append((decoded.noise, energy(decoded.update), decoded.step))
@@ -319,8 +322,7 @@ class Uplink:
                 metrics |= self._follow(self.watch, error, round)
         if len(self._noise) > 1:
             metrics |= self._next_step(energy(mean))
-        every = self.config.refit_every
-        if self.config.refit == "decoded" and every and round % every == 0 and round < self.context.rounds:
+        if self._refits and isinstance(self.codec, AdaptiveCodec):  # the policy may just have changed it
             self._refit([update for _, update in sorted(self._decoded, key=lambda each: each[0])])
             metrics["refit"] = self.version
         return metrics
