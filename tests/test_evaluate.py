@@ -27,7 +27,7 @@ from fluvial.cli import app, main
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import ConfigError
 from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
-from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_adapter
+from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_state
 from fluvial.seeds import generator
 from fluvial.tensors import Named
 
@@ -46,7 +46,7 @@ def bench(tiny_model: Path) -> Workbench:
 @pytest.fixture(scope="module")
 def changed(bench: Workbench) -> Named:
     """An adapter that moves the logits a good deal."""
-    start = initial_adapter(bench.layout, 0)
+    start = initial_state(bench.layout, 0)
     return {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
 
 
@@ -65,7 +65,7 @@ def _write(path: Path, records: Sequence[Any]) -> Path:
 def test_heldout_loss_is_that_of_transformers(bench: Workbench) -> None:
     ids = list(bench.tokenizer("The river carries the water of many small streams.")["input_ids"])
     labels = [IGNORE_INDEX] * 5 + ids[5:]
-    with bench.model(bench.base_adapter()) as model, torch.no_grad():
+    with bench.model(bench.base_state()) as model, torch.no_grad():
         ours = heldout(model, [Example(ids, labels)], pad_token_id=0)
         theirs = float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
     assert ours.loss == pytest.approx(theirs, rel=1e-6)  # another order of summation
@@ -84,7 +84,7 @@ def test_exact_match_ignores_white_space_at_both_ends_only() -> None:
 
 def test_check_effect(bench: Workbench, changed: Named) -> None:
     with pytest.raises(ConfigError, match="exactly the base"):
-        check_effect(bench, initial_adapter(bench.layout, 3), [1, 20, 30])  # B is zero
+        check_effect(bench, initial_state(bench.layout, 3), [1, 20, 30])  # B is zero
     check_effect(bench, changed, [1, 20, 30])
 
 
@@ -298,7 +298,7 @@ def test_command(folder: Path, bench: Workbench, changed: Named, tmp_path: Path)
     found = _evaluate(folder, "--data", data, "--choices", choices, "--shots", 1, "--shots-from", choices, *limits)
     records = found["data"]
     assert (records["records"], records["questions"], records["max_length"], records["max_new_tokens"]) == (9, 9, 64, 3)
-    for name, adapter in (("base", bench.base_adapter()), ("adapter", changed)):
+    for name, adapter in (("base", bench.base_state()), ("adapter", changed)):
         tokens = [
             (bench.tokenizer(f"What is {n}? ")["input_ids"], bench.tokenizer(f"{n}</s>")["input_ids"][1:])
             for n in range(9)
@@ -324,7 +324,7 @@ def test_command(folder: Path, bench: Workbench, changed: Named, tmp_path: Path)
 def test_exit_code_of_an_adapter_without_effect(
     bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.save(initial_adapter(bench.layout, 0), tmp_path / "zero")
+    bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
     choices = _write(tmp_path / "q.jsonl", [_record()])
     monkeypatch.setattr("sys.argv", ["fluvial", "evaluate", str(tmp_path / "zero"), "--choices", str(choices)])
     with pytest.raises(SystemExit) as stopped:
@@ -345,7 +345,7 @@ def test_command_refuses(folder: Path, bench: Workbench, tmp_path: Path) -> None
         _evaluate(folder, "--data", data, "--shots", 2)
     with pytest.raises(ConfigError, match="reads at most 128"):
         _evaluate(folder, "--data", data, "--set", "data.max_length=129")
-    bench.save(initial_adapter(bench.layout, 0), tmp_path / "zero")
+    bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
     with pytest.raises(ConfigError, match="exactly the base"):
         _evaluate(tmp_path / "zero", "--data", data)
 

@@ -10,7 +10,7 @@ from fluvial.codecs import read_settings
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import WireError
 from fluvial.methods.link.downlink import Downlink
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload
 from fluvial.seeds import generator
 from fluvial.tensors import Layout, Named, add, norm, subtract
@@ -24,7 +24,7 @@ LAYOUT = Layout(
         for which in ("A", "B")
     )
 )
-START = initial_adapter(LAYOUT, 0)
+START = initial_state(LAYOUT, 0)
 
 
 def drift(round: int) -> Named:

@@ -18,15 +18,15 @@ from fluvial.models import (
     SeededDropout,
     Workbench,
     adapt,
-    adapter_parameters,
-    initial_adapter,
+    initial_state,
     load_base,
     load_tokenizer,
     meta_base,
-    read_adapter,
+    read_weights,
     reseed_dropout,
     resolve_device,
-    write_adapter,
+    tuned_parameters,
+    write_weights,
 )
 from fluvial.tensors import Layout, Named, factor, subtract, zeros_like
 
@@ -91,12 +91,12 @@ def test_two_borrowed_models_do_not_disturb_each_other(bench: Workbench) -> None
         two.train()
         two(input_ids=TOKENS).logits.square().sum().backward()
         with torch.no_grad():
-            for parameter in adapter_parameters(two).values():
+            for parameter in tuned_parameters(two).values():
                 parameter.add_(1.0)
         assert torch.equal(logits(one), alone)
         assert all(parameter.grad is None for parameter in one.parameters())
         assert not one.training
-        assert all(torch.equal(read_adapter(one)[name], first[name]) for name in first)
+        assert all(torch.equal(read_weights(one)[name], first[name]) for name in first)
     with bench.model(first) as again:
         assert torch.equal(logits(again), alone)
 
@@ -106,7 +106,7 @@ def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> No
     with bench.model(trained(bench.layout), trainable="A and B", checkpointing=True) as used:
         used.train()
         used(input_ids=TOKENS).logits.sum().backward()
-    with bench.model(bench.base_adapter()) as model:
+    with bench.model(bench.base_state()) as model:
         assert model is used
         assert not model.training
         assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
@@ -132,13 +132,13 @@ def test_a_known_model_is_not_walked_over(tiny_model: Path, monkeypatch: pytest.
     with bench.model(other, trainable="B") as again:
         assert again is model
         reseed_dropout(model, 2)
-        found = read_adapter(model)
+        found = read_weights(model)
     assert all(torch.equal(found[name], other[name]) for name in other)
 
 
 def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
     bench = Workbench(config(tiny_model), LORA)
-    with bench.model(bench.base_adapter()) as model:
+    with bench.model(bench.base_state()) as model:
         held = weakref.ref(model)
     del bench, model
     gc.collect()
@@ -147,22 +147,22 @@ def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
 
 def test_a_model_comes_back_after_an_error(tiny_model: Path) -> None:
     bench = Workbench(config(tiny_model), LORA)
-    with pytest.raises(ZeroDivisionError), bench.model(bench.base_adapter()) as borrowed:
+    with pytest.raises(ZeroDivisionError), bench.model(bench.base_state()) as borrowed:
         raise ZeroDivisionError
-    with bench.model(bench.base_adapter()) as model:
+    with bench.model(bench.base_state()) as model:
         assert model is borrowed
 
 
 def test_what_is_written_is_read(bench: Workbench) -> None:
     adapter = trained(bench.layout, 3)
     with bench.model(adapter) as model:
-        found = read_adapter(model)
+        found = read_weights(model)
         assert found.keys() == adapter.keys()
         assert all(torch.equal(found[name], adapter[name]) for name in adapter)
         name = bench.layout.names[0]
-        write_adapter(model, {name: torch.zeros_like(adapter[name])})
-        assert read_adapter(model)[name].count_nonzero() == 0
-        assert torch.equal(read_adapter(model)[bench.layout.names[1]], adapter[bench.layout.names[1]])
+        write_weights(model, {name: torch.zeros_like(adapter[name])})
+        assert read_weights(model)[name].count_nonzero() == 0
+        assert torch.equal(read_weights(model)[bench.layout.names[1]], adapter[bench.layout.names[1]])
         assert torch.equal(found[name], adapter[name]), "a read adapter is a copy"
 
 
@@ -191,7 +191,7 @@ def test_the_base_has_no_dropout_of_its_own(tiny_model: Path, tiny_gpt2_model: P
 
 def test_lora_dropout_depends_on_its_seed_and_place_alone(tiny_model: Path) -> None:
     model = adapt(load_base(config(tiny_model)), LORA.model_copy(update={"lora_dropout": 0.5}))
-    write_adapter(model, trained(Layout.of(read_adapter(model))))
+    write_weights(model, trained(Layout.of(read_weights(model))))
     model.train()
     places = [module.place for module in model.modules() if isinstance(module, SeededDropout)]
     assert len(set(places)) == len(places) == 4
@@ -224,16 +224,16 @@ def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
         for which, shape in (("A", (4, 32)), ("B", (96, 4)))
     }
     base = logits(load_base(config(tiny_gpt2_model)).eval())
-    with bench.model(initial_adapter(bench.layout, 0)) as model:
+    with bench.model(initial_state(bench.layout, 0)) as model:
         assert torch.equal(logits(model), base)
     with bench.model(trained(bench.layout)) as model:
         assert not torch.allclose(logits(model), base, atol=1e-3)
 
 
 def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
-    adapter = initial_adapter(bench.layout, 5)
+    adapter = initial_state(bench.layout, 5)
     assert Layout.of(adapter) == bench.layout
-    again, other = initial_adapter(bench.layout, 5), initial_adapter(bench.layout, 6)
+    again, other = initial_state(bench.layout, 5), initial_state(bench.layout, 6)
     for name, tensor in adapter.items():
         assert torch.equal(tensor, again[name])
         if factor(name) == "B":
@@ -246,10 +246,10 @@ def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
 
 def test_the_initial_adapter_changes_nothing(bench: Workbench, tiny_model: Path) -> None:
     base = logits(load_base(config(tiny_model)).eval())
-    for adapter in (initial_adapter(bench.layout, 5), bench.base_adapter()):
+    for adapter in (initial_state(bench.layout, 5), bench.base_state()):
         with bench.model(adapter) as model:
             assert torch.equal(logits(model), base)
-    assert bench.base_adapter().keys() == zeros_like(adapter).keys()
+    assert bench.base_state().keys() == zeros_like(adapter).keys()
 
 
 def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_saved_adapter_is_a_peft_folder(bench: Workbench, tiny_model: Path, tm
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
     with bench.model(adapter) as model:
         assert torch.equal(logits(loaded), logits(model))
-    difference = subtract(read_adapter(loaded), adapter)
+    difference = subtract(read_weights(loaded), adapter)
     assert all(tensor.count_nonzero() == 0 for tensor in difference.values())
     assert AutoTokenizer.from_pretrained(tmp_path)("stream")["input_ids"] == bench.tokenizer("stream")["input_ids"]
 
@@ -289,7 +289,7 @@ def test_meta_base_has_names_but_no_memory(bench: Workbench, tiny_model: Path) -
         n: p.shape for n, p in load_base(config(tiny_model)).named_parameters()
     }
     adapted = adapt(base, LORA)
-    assert {n: tuple(p.shape) for n, p in adapter_parameters(adapted).items()} == dict(bench.layout.shapes)
+    assert {n: tuple(p.shape) for n, p in tuned_parameters(adapted).items()} == dict(bench.layout.shapes)
 
 
 def test_the_base_is_held_in_the_wanted_type_and_the_adapter_in_fp32(tiny_model: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
 from fluvial.fleet import LocalFleet
-from fluvial.models import Workbench, initial_adapter, read_adapter
+from fluvial.models import Workbench, initial_state, read_weights
 from fluvial.payload import Payload
 from fluvial.run import execute
 from fluvial.seeds import generator
@@ -50,7 +50,7 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     config = parse(one_site | {"rounds": 3}, "test")
     bench = Workbench(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
-    adapter = initial_adapter(bench.layout, config.seed)
+    adapter = initial_state(bench.layout, config.seed)
     for number in (1, 2, 3):
         with bench.model(adapter, trainable="A and B") as model:
             train(
@@ -60,7 +60,7 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
                 pad_token_id=bench.tokenizer.pad_token_id,
                 generator=generator(config.seed, "train", number, texts.names[0]),
             )
-            trained = read_adapter(model)
+            trained = read_weights(model)
         adapter = add(adapter, subtract(trained, adapter))  # what fp32 keeps of the difference, as on the wire
     assert digest(adapter_of(run_table(one_site | {"rounds": 3}, tmp_path / "fed"))) == digest(adapter)
 
@@ -92,7 +92,7 @@ def test_one_sgd_step_is_one_central_step(run_config: dict[str, Any], tmp_path: 
     }
     fed = run_table(once | {"train": once["train"] | {"num_train_epochs": 1}}, tmp_path / "fed")
     central = run_table(once | {"method": {"name": "central"}}, tmp_path / "central")
-    start = initial_adapter(Workbench(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"])
+    start = initial_state(Workbench(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"])
     step = subtract(adapter_of(central), start)
     assert norm(step) > 0
     assert norm(subtract(adapter_of(fed), adapter_of(central))) < 1e-5 * norm(step)
@@ -158,7 +158,7 @@ def test_ffa_keeps_a_frozen_and_sends_less(run_config: dict[str, Any], tmp_path:
     both = run_table(run_config, tmp_path / "both")
     ffa = run_table(run_config | {"method": {"name": "fedavg", "factors": "B"}}, tmp_path / "b")
     config = RunConfig.model_validate(run_config)
-    start = initial_adapter(Workbench(config.model, config.lora).layout, config.seed)
+    start = initial_state(Workbench(config.model, config.lora).layout, config.seed)
     tuned: Named = adapter_of(ffa)
     assert all(torch.equal(tuned[name], start[name]) for name in tuned if ".lora_A." in name)
     assert any(not torch.equal(tuned[name], start[name]) for name in tuned if ".lora_B." in name)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models import LoraSettings, ModelConfig, Workbench, adapter_parameters, initial_adapter, read_adapter
+from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_state, read_weights, tuned_parameters
 from fluvial.seeds import generator
 from fluvial.tensors import Named, cosine, energy, norm, relative_error, scale, subtract
 from fluvial.train import (
@@ -75,7 +75,7 @@ def tuned(
     """The adapter after one call of `train`, and its report."""
     with bench.model(start(bench), trainable="A and B", checkpointing=config.gradient_checkpointing) as model:
         report = train(model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps)
-        return read_adapter(model), report
+        return read_weights(model), report
 
 
 def equal(left: Named, right: Named) -> bool:
@@ -92,7 +92,7 @@ def reference(bench: Workbench) -> Named:
     with bench.model(start(bench), trainable="A and B") as model:
         loss = summed_loss(*predictions(model, collate(EXAMPLES, 0)))
         (loss / sum(item.label_tokens for item in EXAMPLES)).backward()  # type: ignore[no-untyped-call]
-        return {name: p.grad.clone() for name, p in adapter_parameters(model).items() if p.grad is not None}
+        return {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
 
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
@@ -124,7 +124,7 @@ def test_averaging_each_micro_batch_would_give_another_gradient(bench: Workbench
         for item in EXAMPLES:
             loss = summed_loss(*predictions(model, collate([item], 0)))
             (loss / item.label_tokens / len(EXAMPLES)).backward()  # type: ignore[no-untyped-call]
-        averaged = {name: p.grad.clone() for name, p in adapter_parameters(model).items() if p.grad is not None}
+        averaged = {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
     assert cosine(reference(bench), averaged) < 0.95
     assert relative_error(reference(bench), averaged) > 0.1
 
@@ -248,7 +248,7 @@ def test_only_what_is_trainable_moves(bench: Workbench) -> None:
     with bench.model(before, trainable="B") as model:
         base = {name: p.clone() for name, p in model.named_parameters() if ".lora_" not in name}
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
-        after = read_adapter(model)
+        after = read_weights(model)
         assert not model.training
         assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
@@ -359,7 +359,7 @@ def test_a_step_that_is_not_finite_is_not_taken(bench: Workbench) -> None:
     with bench.model(broken, trainable="A and B") as model:
         with pytest.raises(DivergenceError, match="step 1 of 1"):
             train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
-        assert equal(read_adapter(model), broken)
+        assert equal(read_weights(model), broken)
 
 
 def test_training_needs_labels_examples_and_parameters(bench: Workbench) -> None:
@@ -372,17 +372,17 @@ def test_training_needs_labels_examples_and_parameters(bench: Workbench) -> None
     ):
         with (
             pytest.raises(AssertionError, match=message),
-            bench.model(start(bench), trainable=trainable) as model,  # type: ignore[arg-type]
+            bench.model(start(bench), trainable=trainable) as model,
         ):
             train(model, examples, settings(), pad_token_id=0, generator=generator(0))
 
 
 def test_the_initial_adapter_moves_only_b_at_first(bench: Workbench) -> None:
     """B is zero, so the gradient of A is too."""
-    with bench.model(initial_adapter(bench.layout, 0), trainable="A and B") as model:
-        before = read_adapter(model)
+    with bench.model(initial_state(bench.layout, 0), trainable="A and B") as model:
+        before = read_weights(model)
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
-        moved = subtract(read_adapter(model), before)
+        moved = subtract(read_weights(model), before)
     assert energy({name: tensor for name, tensor in moved.items() if "lora_A" in name}) == 0
     assert all(tensor.count_nonzero() for name, tensor in moved.items() if "lora_B" in name)
 

@@ -201,7 +201,7 @@ def evaluate_adapter(
     probes = [texts.heldout[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
     check_effect(bench, adapter.tensors, probes[0])
-    models = ({"base": bench.base_adapter()} if base else {}) | {"adapter": adapter.tensors}
+    models = ({"base": bench.base_state()} if base else {}) | {"adapter": adapter.tensors}
     found: dict[str, Any] = {"fluvial": __version__, "adapter": str(adapter.path), "base_model": model.name_or_path}
     if data is not None and texts is not None:
         found["data"] = _data_result(data, texts, bench, models, max_new_tokens)

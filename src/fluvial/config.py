@@ -15,6 +15,7 @@ from fluvial.errors import ConfigError
 from fluvial.fleet import FleetConfig
 from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
+from fluvial.methods.interface import Tune
 from fluvial.models import LoraSettings, ModelConfig
 from fluvial.train import TrainConfig
 
@@ -46,6 +47,8 @@ class RunConfig(BaseModel):
     compare: tuple[Baseline, ...] = ()
     """Baselines that are run first with the same data, steps and code."""
     model: ModelConfig = ModelConfig()
+    tune: Tune | None = None
+    """A LoRA adapter, or all weights ("full"); the method's own default where it is not set."""
     lora: LoraSettings = LoraSettings()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -66,6 +69,31 @@ class RunConfig(BaseModel):
     def coding(self) -> CodecSettings:
         """The codec's settings, the method's default filled in."""
         return self.codec or self.entry.codec
+
+    @property
+    def tuned(self) -> Tune:
+        """What is tuned, the method's default filled in."""
+        return self.tune or self.entry.tunes[0]
+
+    @property
+    def adapter(self) -> LoraSettings | None:
+        """The adapter's settings; None where all weights are tuned."""
+        return self.lora if self.tuned == "lora" else None
+
+    @model_validator(mode="after")
+    def _fits_what_is_tuned(self) -> "RunConfig":
+        if self.tuned not in self.entry.tunes:
+            known = " or ".join(self.entry.tunes)
+            raise ValueError(f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it")
+        if self.tuned == "full" and "lora" in self.model_fields_set:
+            raise ValueError("lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'")
+        if self.tuned == "full" and self.codec is not None and (must_learn(self.codec) or self.codec.weighted):
+            what = "learns" if must_learn(self.codec) else "scales by partners"
+            raise ValueError(
+                f"codec: {self.codec.name!r} {what} among LoRA factors, and here all weights are tuned; choose a "
+                "codec that learns nothing, such as 'int8' or 'hadamard', without 'weighted'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> "RunConfig":
@@ -91,11 +119,11 @@ class RunConfig(BaseModel):
     def baseline(self, name: Baseline) -> "RunConfig":
         """The same run with another method, uncompressed and without further baselines."""
         table = self.model_dump(exclude={"codec", "downlink", "compare"}, exclude_unset=True)
-        return RunConfig.model_validate({**table, "method": {"name": name}})
+        return RunConfig.model_validate({**table, "method": {"name": name}, "tune": self.tuned})
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON types."""
-        return self.model_copy(update={"codec": self.coding}).model_dump(mode="json")
+        return self.model_copy(update={"codec": self.coding, "tune": self.tuned}).model_dump(mode="json")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

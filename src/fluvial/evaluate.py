@@ -79,7 +79,7 @@ def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> 
     tokens = torch.tensor([list(input_ids)], device=bench.device)
     logits = []
     with torch.no_grad():
-        for each in (bench.base_adapter(), adapter):
+        for each in (bench.base_state(), adapter):
             with bench.model(each) as model:
                 logits.append(model(input_ids=tokens).logits)
     if torch.equal(*logits):

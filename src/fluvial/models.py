@@ -1,13 +1,14 @@
-"""Hugging Face causal language models with LoRA adapters, loaded once and shared by all sites of a process.
+"""Hugging Face causal language models, loaded once and shared by all sites of a process.
 
-Models are adapted from outside by PEFT; modelling code is never copied. transformers and peft are imported where a
-model is loaded, so that other commands answer at once.
+What is tuned is a LoRA adapter, whose factors travel as they are, or all weights, of which the change since the base
+travels. Models are adapted from outside by PEFT; modelling code is never copied. transformers and peft are imported
+where a model is loaded, so that other commands answer at once.
 """
 
 import copy
 import queue
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -80,8 +81,8 @@ class SeededDropout(nn.Module):
 class _Parts:
     """What every message and every step asks a model for."""
 
-    adapter: dict[str, nn.Parameter]
-    """The LoRA factors by name."""
+    tuned: dict[str, nn.Parameter]
+    """The LoRA factors by name, or all parameters of a model that has none."""
     dropouts: list[SeededDropout]
 
 
@@ -98,7 +99,7 @@ def _parts(model: nn.Module) -> _Parts:
             if ".lora_A." in name or ".lora_B." in name
         }
         dropouts = [module for module in model.modules() if isinstance(module, SeededDropout)]
-        found = _known[model] = _Parts(adapter, dropouts)
+        found = _known[model] = _Parts(adapter or dict(model.named_parameters()), dropouts)
     return found
 
 
@@ -165,6 +166,21 @@ def meta_base(config: ModelConfig) -> nn.Module:
     return model.requires_grad_(False)
 
 
+def skeleton(config: ModelConfig) -> nn.Module:
+    """The base model with parameters on the meta device and real buffers, to be filled with weights from elsewhere."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = AutoModelForCausalLM.from_config(_model_config(config), dtype=getattr(torch, config.dtype))
+    return model.requires_grad_(False).eval()
+
+
+def tuned_layout(base: nn.Module, lora: LoraSettings | None) -> Layout:
+    """The layout of what is tuned: the adapter, injected into `base`, or all parameters; works on the meta device."""
+    return read_shapes(base if lora is None else adapt(base, lora))
+
+
 def context_length(model_config: Any) -> int | None:
     """Tokens that the model reads at most, where its configuration tells."""
     length: int | None = getattr(model_config, "max_position_embeddings", None)
@@ -219,34 +235,35 @@ def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
     return model
 
 
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`."""
-    return dict(_parts(model).adapter)
+def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`, or all parameters, each once."""
+    return dict(_parts(model).tuned)
 
 
-def read_adapter(model: nn.Module) -> Named:
-    """A copy of the adapter on the CPU, fp32."""
+def read_weights(model: nn.Module) -> Named:
+    """A copy of what is tuned on the CPU, fp32: the LoRA factors, or all weights."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in adapter_parameters(model).items()
+        for name, parameter in tuned_parameters(model).items()
     }
 
 
 def read_shapes(model: nn.Module) -> Layout:
-    """The layout of the adapter; works on the meta device."""
-    return Layout.of({name: parameter.detach() for name, parameter in adapter_parameters(model).items()})
+    """The layout of what is tuned; works on the meta device."""
+    return Layout.of({name: parameter.detach() for name, parameter in tuned_parameters(model).items()})
 
 
 @torch.no_grad()
-def write_adapter(model: nn.Module, adapter: Named) -> None:
-    """Put `adapter` (all factors, or some) into the model."""
-    parameters = adapter_parameters(model)
-    for name, tensor in adapter.items():
+def write_weights(model: nn.Module, weights: Named) -> None:
+    """Put `weights` (everything that is tuned, or some of it) into the model, in its own type."""
+    parameters = tuned_parameters(model)
+    for name, tensor in weights.items():
         parameters[name].copy_(tensor)
 
 
-def initial_adapter(layout: Layout, seed: int) -> Named:
-    """PEFT's initial adapter from a published seed: A uniform in +-1/sqrt(d_in) (Kaiming, a = sqrt(5)), B zero."""
+def initial_state(layout: Layout, seed: int) -> Named:
+    """Where tuning starts, from a published seed: A uniform in +-1/sqrt(d_in) as PEFT has it (Kaiming, a = sqrt(5)),
+    everything else zero: B, and the change of a weight that is tuned itself."""
     adapter = {}
     for name, shape in layout.shapes:
         if factor(name) == "A":
@@ -258,15 +275,23 @@ def initial_adapter(layout: Layout, seed: int) -> Named:
 
 
 class Workbench:
-    """Adapted models that share one frozen base; a site borrows one at a time.
+    """Models that share one frozen base; a site borrows one at a time.
 
-    Every borrowed model is a copy whose frozen parameters are the base's own, so a further one costs an adapter.
+    With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a further one costs an
+    adapter. Where all weights are tuned a further one costs a base.
+
+    A *state* is what is learned, by name, fp32: the LoRA factors, or the change of every weight since the base.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraSettings) -> None:
-        """Load tokenizer and base; raises `ConfigError` if one cannot be loaded or the adapter does not fit."""
+    def __init__(self, model: ModelConfig, lora: LoraSettings | None) -> None:
+        """Load tokenizer and base; without `lora` all weights are tuned.
+
+        Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
+        """
         self.tokenizer = load_tokenizer(model)
-        self._template = adapt(load_base(model), lora).eval()
+        base = load_base(model)
+        self.config, self.full = model, lora is None
+        self._template = (base if lora is None else adapt(base, lora)).eval()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
         self.model_config: Any = self._template.config
@@ -276,16 +301,19 @@ class Workbench:
     @contextmanager
     def model(
         self,
-        adapter: Named,
+        state: Named,
         *,
-        trainable: Literal["none", "A and B", "B"] = "none",
+        trainable: Literal["none", "A and B", "B"] | Collection[str] = "none",
         checkpointing: bool = False,
     ) -> Iterator[nn.Module]:
-        """Borrow a model that holds `adapter`, with the named factors requiring gradients."""
+        """Borrow a model that holds `state`, with the factors or names that are `trainable` requiring gradients.
+
+        "A and B" is everything that is tuned.
+        """
         model = self._take()
-        write_adapter(model, adapter)
-        for name, parameter in adapter_parameters(model).items():
-            parameter.requires_grad_(trainable == "A and B" or (trainable == "B" and factor(name) == "B"))
+        write_weights(model, self.weights(state))
+        for name, parameter in tuned_parameters(model).items():
+            parameter.requires_grad_(_requires_grad(name, trainable))
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         if model.training:
@@ -293,33 +321,41 @@ class Workbench:
         try:
             yield model
         finally:
-            for parameter in adapter_parameters(model).values():
+            for parameter in tuned_parameters(model).values():
                 parameter.grad = None
             if checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
             self._free.put(model)
 
+    def weights(self, state: Named) -> Named:
+        """The values that parameters of a model with `state` have, fp32, for the names of `state`."""
+        if not self.full:
+            return state
+        base = tuned_parameters(self._template)
+        return {name: base[name].detach().to("cpu", torch.float32) + change for name, change in state.items()}
+
     def _take(self) -> nn.Module:
         try:
             return self._free.get_nowait()
         except queue.Empty:
-            frozen = {id(p): p for n, p in self._template.named_parameters() if factor(n) is None}
+            frozen = {id(p): p for n, p in self._template.named_parameters() if not self.full and factor(n) is None}
             return copy.deepcopy(self._template, dict(frozen))
 
-    def base_adapter(self) -> Named:
-        """The adapter that changes nothing: all zero."""
+    def base_state(self) -> Named:
+        """The state that changes nothing: all zero."""
         return {name: torch.zeros(shape) for name, shape in self.layout.shapes}
 
-    def save(self, adapter: Named, folder: Path) -> None:
-        """Write `adapter` as a PEFT folder: adapter_config.json, adapter_model.safetensors, tokenizer."""
-        with self.model(adapter) as model:
+    def save(self, state: Named, folder: Path) -> None:
+        """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as
+        a model folder of transformers, in the base's type."""
+        with self.model(state) as model:
             model.save_pretrained(str(folder))  # type: ignore[operator]
         self.tokenizer.save_pretrained(str(folder))
 
-    def generate(self, adapter: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""
         answers = []
-        with self.model(adapter) as model, torch.no_grad():
+        with self.model(state) as model, torch.no_grad():
             for prompt in prompts:
                 tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
                 tokens.pop("token_type_ids", None)
@@ -333,6 +369,12 @@ class Workbench:
                 new = output[0, tokens["input_ids"].shape[1] :]
                 answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return answers
+
+
+def _requires_grad(name: str, trainable: Literal["none", "A and B", "B"] | Collection[str]) -> bool:
+    if isinstance(trainable, str):
+        return trainable == "A and B" or (trainable == "B" and factor(name) == "B")
+    return name in trainable
 
 
 def _source(config: ModelConfig) -> str:

@@ -121,7 +121,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]} if result else {},
-        "sha256": (result or {}).get("adapter_sha256"),
+        "sha256": (result or {}).get("adapter_sha256") or (result or {}).get("model_sha256"),
     }
 
 
@@ -379,7 +379,7 @@ not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 </table></div></section>{% endif %}
 <section><details><summary>Configuration</summary><pre>{{ config }}</pre></details></section>
 <p class="soft">{% for name, version in versions.items() %}{{ name }} {{ version }}
-{{- " &middot; "|safe if not loop.last }}{% endfor %}{% if sha256 %}<br>adapter SHA-256 {{ sha256 }}{% endif %}</p>
+{{- " &middot; "|safe if not loop.last }}{% endfor %}{% if sha256 %}<br>weights SHA-256 {{ sha256 }}{% endif %}</p>
 </body></html>
 """
 TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)

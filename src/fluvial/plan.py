@@ -11,7 +11,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
-from fluvial.models import adapt, load_tokenizer, meta_base, read_shapes, resolve_device
+from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.run import check_settings
 from fluvial.sites import part
 from fluvial.tensors import Layout
@@ -31,7 +31,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     base = meta_base(config.model)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     model_config = base.config
-    layout = read_shapes(adapt(base, config.lora))
+    layout = tuned_layout(base, config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
     check_settings(config, layout, model_config, texts)
     sites, steps = [], 0
@@ -70,7 +70,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
             "name": config.model.name_or_path,
             "parameters": parameters,
             "trainable": trained.numel,
-            "targets": list(config.lora.target_modules),
+            "targets": list(config.lora.target_modules) if config.adapter else ["all weights"],
         },
         "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
         "sites": sites,

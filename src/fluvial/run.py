@@ -54,7 +54,7 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
     with RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
-        bench = Workbench(config.model, config.lora)  # model and data are loaded once for all of them
+        bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
         texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for each, _ in runs:
             check_settings(each, bench.layout, bench.model_config, texts)
@@ -260,7 +260,7 @@ class Run:
         _, base = self._measure(None, rounds, which="base")
         _, final = self._measure(adapter, rounds)
         samples: list[dict[str, str]] = []
-        sha256 = None
+        sha256: dict[str, str] = {}
         if adapter is not None:
             samples = self._samples(adapter)
             check_effect(self.bench, adapter, self._probe())
@@ -282,7 +282,8 @@ class Run:
             **self._traffic(),
             "wall_s": self._elapsed(),
             "peak_rss_bytes": peak_rss_bytes(),
-            "adapter_sha256": sha256,
+            "adapter_sha256": sha256.get("adapter"),
+            "model_sha256": sha256.get("model"),
             "samples": samples,
             "compare": {name: self._compared(name) for name in self.config.compare},
             "setup": self.setup,
@@ -337,19 +338,22 @@ class Run:
             prompt = self.bench.tokenizer.decode(ids[: max(1, len(ids) // 4)], skip_special_tokens=True)
         before, after = (
             self.bench.generate(each, [prompt], max_new_tokens=config.sample_tokens)[0]
-            for each in (self.bench.base_adapter(), adapter)
+            for each in (self.bench.base_state(), adapter)
         )
         return [{"prompt": prompt, "base": before, "final": after}]
 
-    def _export(self, adapter: Named, final: dict[str, Any]) -> str:
-        """Write the PEFT folder; returns the SHA-256 of adapter_model.safetensors."""
-        partial = self.folder.path / ".adapter.partial"
+    def _export(self, adapter: Named, final: dict[str, Any]) -> dict[str, str]:
+        """Write the folder of PEFT, or of the model; returns its name and the SHA-256 over its weight files."""
+        name = "model" if self.bench.full else "adapter"
+        partial = self.folder.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.bench.save(adapter, partial)
         (partial / "README.md").write_text(_card(self.config, final))
-        digest = hashlib.sha256((partial / "adapter_model.safetensors").read_bytes()).hexdigest()
-        self.folder.replace_folder("adapter", partial)
-        return digest
+        digest = hashlib.sha256()
+        for path in sorted(partial.glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        self.folder.replace_folder(name, partial)
+        return {name: digest.hexdigest()}
 
 
 def _measured(reply: Payload) -> tuple[Heldout, int, int]:
@@ -390,10 +394,11 @@ def peak_rss_bytes() -> int:
 def _card(config: RunConfig, final: dict[str, Any]) -> str:
     settings = json.dumps(config.resolved(), indent=2)
     mean = _mean(final)
-    base = config.model.name_or_path
+    base, what = config.model.name_or_path, "LoRA adapter" if config.adapter else "Model, all weights tuned,"
+    library, tag = ("peft", "lora") if config.adapter else ("transformers", "full-parameter-tuning")
     return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\ntags: [federated-learning, lora]\n---\n\n"
-        f"# LoRA adapter made by Fluvial {__version__}\n\n"
+        f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [federated-learning, {tag}]\n---\n\n"
+        f"# {what} made by Fluvial {__version__}\n\n"
         f"Method `{config.method.name}` ({config.entry.paper}), {config.rounds} rounds over {len(final)} sites. "
         f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy {mean['accuracy']:.4f} "
         f"(means over the sites).\n\nThe sites' data is not in this folder. Settings:\n\n```json\n{settings}\n```\n"

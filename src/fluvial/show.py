@@ -252,6 +252,14 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
                 (f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path / 'adapter')!r})", "cyan"),
             ),
         ]
+    elif result.get("model_sha256"):
+        lines += [
+            Text.assemble("Model    ", (str(path / "model"), "bold")),
+            Text.assemble(
+                "Load it  ",
+                (f"transformers.AutoModelForCausalLM.from_pretrained({str(path / 'model')!r})", "cyan"),
+            ),
+        ]
     else:
         lines.append(Text(f"There is no global adapter: each site keeps its own below {path / 'sites'}"))
     for sample in result.get("samples", []):

@@ -14,10 +14,10 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import CheckpointError, ConfigError, WireError
 from fluvial.evaluate import Heldout, exact_match, heldout
-from fluvial.models import Workbench, initial_adapter, read_adapter
+from fluvial.models import Workbench, initial_state
 from fluvial.payload import OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.seeds import derive, generator
-from fluvial.tensors import Layout, Named, WeightedMean, add, energy, factor, only, scale, subtract
+from fluvial.tensors import Layout, Named, WeightedMean, add, energy, factor, scale, subtract
 from fluvial.train import TrainConfig, TrainReport, train
 
 Factors = Literal["A and B", "B"]
@@ -164,8 +164,9 @@ def train_locally(
     factors: Factors = "A and B",
     purpose: str = "train",
 ) -> tuple[Named, TrainReport]:
-    """Tune the adapter from `received` on `examples`; returns the update (trained - received) of `factors`."""
+    """Tune from the state `received` on `examples`; returns the update (trained - received) of `factors`."""
     bench = site.workbench
+    start = bench.weights(received)
     with bench.model(received, trainable=factors, checkpointing=site.train.gradient_checkpointing) as model:
         report = train(
             model,
@@ -173,9 +174,9 @@ def train_locally(
             site.train,
             pad_token_id=bench.tokenizer.pad_token_id,
             generator=generator(site.seed, purpose, round, site.name),
+            start=start,
         )
-        update = subtract(read_adapter(model), received)
-    return (update if factors == "A and B" else only(update, "B")), report
+    return subtract(report.weights, start), report
 
 
 def site_codec(site: Site, layout: Layout) -> Codec:
@@ -235,9 +236,9 @@ def evaluate(site: Site, message: Payload) -> Payload:
     if which == "sent":
         adapter = read_adapter_message(message, site.layout)
     elif which == "own":
-        adapter = site.recall("adapter").tensors or initial_adapter(site.layout, site.seed)
+        adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     elif which == "base":
-        adapter = bench.base_adapter()
+        adapter = bench.base_state()
     else:
         raise WireError(f"evaluate: which={which!r:.40}, expected 'sent', 'own' or 'base'")
     with bench.model(adapter) as model:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models import reseed_dropout
+from fluvial.models import reseed_dropout, tuned_parameters
 from fluvial.seeds import derive
+from fluvial.tensors import Named
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class TrainReport:
     """Mean loss per label token over all steps, nats, each batch measured before its step."""
     grad_norm: float
     """Mean global gradient norm before clipping."""
+    weights: Named = field(default_factory=dict, compare=False, repr=False)
+    """What was trained, by the names of `models.tuned_parameters`, fp32, on the CPU."""
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -131,17 +134,23 @@ def train(
     pad_token_id: int,
     generator: torch.Generator,
     steps: int | None = None,
+    start: Named | None = None,
 ) -> TrainReport:
     """Tune the parameters of `model` that require gradients, in place, with a fresh optimizer.
 
-    Raises `DivergenceError` when a loss or a gradient norm is not finite; the step is then not taken.
+    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a step is smaller
+    than what half precision resolves (Micikevicius et al., ICLR 2018, https://arxiv.org/abs/1710.03740); the masters
+    begin at `start`, by the names of `models.tuned_parameters`, or else at the parameters. Raises `DivergenceError`
+    when a loss or a gradient norm is not finite; the step is then not taken.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in tuned_parameters(model).items() if parameter.requires_grad}
+    parameters = list(trained.values())
     assert parameters, "nothing to train"
     assert examples, "no examples"
     device = parameters[0].device
     steps = config.steps(len(examples)) if steps is None else steps
-    optimizer = _optimizer(parameters, config)
+    masters = _masters(trained, start or {})
+    optimizer = _optimizer(list(masters.values()), config)
     batches = shuffled_batches(examples, config.logical_batch, generator)
     dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
     losses, norms, label_tokens = 0.0, 0.0, 0
@@ -161,13 +170,36 @@ def train(
             )
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_share(step, steps, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _step(optimizer, trained, masters)
         if (step + 1) % 50 == 0:
             logger.info("step %d of %d, loss %.4f", step + 1, steps, loss)
         losses, norms, label_tokens = losses + loss * tokens, norms + norm, label_tokens + tokens
     model.eval()
-    return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps)
+    weights = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
+    return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, weights)
+
+
+def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:
+    """What the optimizer steps on: a parameter in fp32 itself, else a copy in fp32."""
+    return {
+        name: parameter
+        if parameter.dtype == torch.float32
+        else nn.Parameter(start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True))
+        for name, parameter in trained.items()
+    }
+
+
+@torch.no_grad()
+def _step(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
+    """One step on the masters with the parameters' gradients, which are dropped; parameters follow their masters."""
+    copies = [(parameter, masters[name]) for name, parameter in trained.items() if masters[name] is not parameter]
+    for parameter, master in copies:
+        master.grad = None if parameter.grad is None else parameter.grad.float()
+        parameter.grad = None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for parameter, master in copies:
+        parameter.copy_(master)
 
 
 def _backward(

@@ -24,7 +24,7 @@ from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import ConfigError, WireError
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, factor
@@ -128,7 +128,7 @@ class EcoLoraServer:
         self.sparsifier = Sparsifier(layout)
         self.parts = [segment(number, config.segments, layout.numel) for number in range(config.segments)]
         self.uploads = [SparseFrames(layout, config.values, part.start, part.stop) for part in self.parts]
-        self.adapter = to_numpy(layout.flatten(initial_adapter(layout, context.seed)))
+        self.adapter = to_numpy(layout.flatten(initial_state(layout, context.seed)))
         self.view = rounded(self.adapter, config.values)
         self.changed = np.zeros(layout.numel, dtype=np.int32)
         """The round in which a place of `view` last changed; 0 for never."""
@@ -247,7 +247,7 @@ class Kept:
         """What was kept in round `since`; raises `WireError` if it was another round."""
         layout, total = site.layout, site.layout.numel
         if since == 0:
-            start = rounded(to_numpy(layout.flatten(initial_adapter(layout, site.seed))), site.method.values)
+            start = rounded(to_numpy(layout.flatten(initial_state(layout, site.seed))), site.method.values)
             return cls(start, start, np.zeros(total, dtype=np.float32), 0)
         stored = site.recall("ecolora")
         if not stored.tensors or stored.value("round", int) != since:

@@ -20,7 +20,7 @@ from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, open_link
 from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, join, split
 from fluvial.sites import Factors, Site, part, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
@@ -60,7 +60,7 @@ class FedAvgServer:
 
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
         self.config, self.context = config, context
-        self.adapter = initial_adapter(context.layout, context.seed)
+        self.adapter = initial_state(context.layout, context.seed)
         self.layout = part(context.layout, config.factors)
         tgap = config.tgap if isinstance(config, FedAvgConfig) and must_learn(context.codec) else NO_TGAP
         self.link = Link(context, self.layout, self.adapter, tgap)
@@ -145,7 +145,14 @@ def check(config: FedAvgConfig, codec: CodecSettings, layout: Layout) -> None:
     if config.tgap != FedAvgConfig().tgap and not must_learn(codec):
         name: str = codec.name
         raise ConfigError(f"method.tgap: without effect, because codec {name!r} learns nothing; remove it")
+    check_factors(config, codec, layout)
     check_codec(codec, config.tgap, part(layout, config.factors))
+
+
+def check_factors(config: FedAvgConfig | CentralConfig, _codec: CodecSettings, layout: Layout) -> None:
+    """Refuse the factor B of weights that have no factors."""
+    if not part(layout, config.factors).shapes:
+        raise ConfigError(f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; remove it")
 
 
 METHOD = Method(
@@ -153,6 +160,7 @@ METHOD = Method(
     FedAvgServer,
     {"train": train, **TASKS},
     paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, https://arxiv.org/abs/2305.05644",
+    tunes=("lora", "full"),
     check=check,
     reads_public=lambda config, codec: must_learn(codec) and config.tgap.source == "public",
 )
@@ -162,5 +170,7 @@ CENTRAL = Method(
     {"train": train},
     paper="The centralised baseline: the same steps on the union of the data",
     sends="nothing",
+    tunes=("lora", "full"),
     pooled=True,
+    check=check_factors,
 )

@@ -17,7 +17,7 @@ from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, payload_frame
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
@@ -66,7 +66,7 @@ class FlascServer:
     def __init__(self, config: FlascConfig, context: Context) -> None:
         self.config, self.context = config, context
         self.frames = SparseFrames(context.layout, config.values)
-        self.adapter = initial_adapter(context.layout, context.seed)
+        self.adapter = initial_state(context.layout, context.seed)
         self.known = known(config, context.layout, context.seed)
         self.first, self.second = (torch.zeros(context.layout.numel) for _ in range(2))
         self.steps = 0
@@ -143,7 +143,7 @@ def known(config: FlascConfig, layout: Layout, seed: int) -> Tensor:
     """What a download is added to (numel,): nothing, or the initial adapter."""
     if config.download == "weights":
         return torch.zeros(layout.numel)
-    return layout.flatten(initial_adapter(layout, seed))
+    return layout.flatten(initial_state(layout, seed))
 
 
 def received(frames: SparseFrames, known: Tensor, frame: bytes, round: int) -> Tensor:

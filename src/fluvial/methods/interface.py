@@ -63,6 +63,10 @@ class Server(Protocol):
         ...
 
 
+Tune = Literal["lora", "full"]
+"""What is tuned: a LoRA adapter, or all weights."""
+
+
 @dataclass(frozen=True)
 class Method:
     """An entry of `METHODS`."""
@@ -77,6 +81,8 @@ class Method:
     sends: Literal["codec", "own code", "nothing"] = "codec"
     """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
     keeps what it learned. For the last two a codec in the configuration is an error."""
+    tunes: tuple[Tune, ...] = ("lora",)
+    """What the method can tune, its default first."""
     pooled: bool = False
     """Whether all data lies at one place (the centralised baseline)."""
     reads_public: Callable[[Any, CodecSettings], bool] = lambda _config, _codec: False

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from fluvial.fleet import Fleet
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import add
@@ -61,7 +61,7 @@ def _read(reply: Payload) -> tuple[float, int]:
 def train(site: Site, message: Payload) -> Payload:
     """Task: one more round on the site's own adapter."""
     round = message.value("round", int)
-    adapter = site.recall("adapter").tensors or initial_adapter(site.layout, site.seed)
+    adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     examples = site.load().train
     update, report = train_locally(site, adapter, round, examples=examples)
     site.keep("adapter", Payload(add(adapter, update)))
@@ -74,4 +74,5 @@ METHOD = Method(
     {"train": train},
     paper="The local baseline: every site alone",
     sends="nothing",
+    tunes=("lora", "full"),
 )

@@ -26,7 +26,7 @@ from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
 from fluvial.methods.link.gate import Representation
 from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, split
 from fluvial.seeds import generator
 from fluvial.sites import Site, code, train_locally, weight_of
@@ -60,7 +60,7 @@ class CgFedLlmServer:
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
         self.config, self.context = config, context
-        self.adapter = initial_adapter(context.layout, context.seed)
+        self.adapter = initial_state(context.layout, context.seed)
         self.link = Link(
             context,
             context.layout,

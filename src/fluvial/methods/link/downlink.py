@@ -12,7 +12,7 @@ import torch
 
 from fluvial.codecs import CodecSettings, build
 from fluvial.errors import WireError
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.seeds import derive
 from fluvial.sites import Site, adapter_message, read_adapter_message
@@ -127,7 +127,7 @@ def receive(site: Site, message: Payload) -> Named | None:
 
 def _held(site: Site, version: int) -> Named | None:
     if version == 0:
-        return initial_adapter(site.layout, site.seed)
+        return initial_state(site.layout, site.seed)
     kept = site.recall(_SLOT)
     if not kept.tensors or kept.value("version", int) != version:
         return None

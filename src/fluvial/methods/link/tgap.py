@@ -23,7 +23,7 @@ from fluvial.errors import ConfigError, WireError
 from fluvial.fleet import Fleet, FleetConfig, LocalFleet
 from fluvial.methods.interface import Context
 from fluvial.methods.link import gate
-from fluvial.models import initial_adapter
+from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, join, split
 from fluvial.seeds import derive
 from fluvial.sites import (
@@ -204,7 +204,7 @@ def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int,
     `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter as FAF and goes its
     own way.
     """
-    start = initial_adapter(layout, seed)
+    start = initial_state(layout, seed)
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
         messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
@@ -229,7 +229,7 @@ def collect(
 
     `layout` is the adapter's, `sent` the updates' where sites send only a part.
     """
-    shared = initial_adapter(layout, seed)
+    shared = initial_state(layout, seed)
     own = dict.fromkeys(fleet.sites, shared)
     codec = Identity.of(sent or layout)
 
