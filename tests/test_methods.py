@@ -26,16 +26,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes])
 def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration for each method."""
-    return run_config | {"method": {"name": request.param}} | SETTINGS.get(request.param, {})
+    """A configuration for each method and all that it can tune."""
+    name, tune = request.param.split()
+    table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
+    return table if tune == "lora" else {key: value for key, value in table.items() if key != "lora"}
 
 
 def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None:
     result = run_table(table, tmp_path / "run")
     assert result["method"] == table["method"]["name"]
-    assert (result["adapter_sha256"] is None) == (not (tmp_path / "run" / "adapter").exists())
+    for kind in ("adapter", "model"):
+        assert (result[f"{kind}_sha256"] is None) == (not (tmp_path / "run" / kind).exists())
     assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
     assert result["bytes"]["up"] > 0
     assert result["bytes"]["down"] > 0
@@ -66,7 +69,8 @@ def test_resume_after_every_event_is_a_straight_run(table: dict[str, Any], tmp_p
         event = next(execute(config, tmp_path / "stopped", resume=resume))  # then everything is thrown away
         resume = True
     assert event.kind == "result"
-    assert event.values["adapter_sha256"] == straight["adapter_sha256"]
+    for kind in ("adapter_sha256", "model_sha256"):
+        assert event.values[kind] == straight[kind]
     assert event.values["heldout"] == straight["heldout"]
     assert event.values["bytes"] == straight["bytes"]
 

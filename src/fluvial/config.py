@@ -101,6 +101,10 @@ class RunConfig(BaseModel):
         for table, found in (("codec", self.codec), ("downlink", self.downlink)):
             if found is not None and why is not None:
                 raise ValueError(f"{table}: without effect, because method {self.method.name!r} {why}; remove it")
+        if self.downlink is not None and self.entry.receives != "downlink":
+            raise ValueError(
+                f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
+            )
         if self.downlink is not None and must_learn(self.downlink):
             raise ValueError(
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
@@ -177,7 +181,7 @@ def override(line: str) -> dict[str, Any]:
         raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
 
 
-TAGS = ("name", "by")
+TAGS = ("name", "by", "form")
 """Keys that choose what the rest of their table may hold."""
 
 

@@ -87,13 +87,24 @@ class Fleet(Protocol):
     failures: list[Failure]
 
     def ask(
-        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+        self,
+        task: str,
+        messages: Mapping[str, Payload],
+        *,
+        round: int,
+        read: Callable[[Payload], T],
+        alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """Send each named site its message and yield the replies as they come.
 
         `read` checks and decodes a reply; where it raises, the site has failed, as if it had not answered. Raises
-        `ClientError` when the policy says so, or after all replies were yielded when the quorum is missed.
+        `ClientError` when the policy says so, or after all replies were yielded when the quorum is missed; that is left
+        to the caller (see `require_quorum`) where this call is not `alone` but one of several that make a round.
         """
+        ...
+
+    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
+        """Raise `ClientError` if fewer sites answered than the policy asks for."""
         ...
 
 
@@ -134,7 +145,13 @@ class LocalFleet:
         self._workers = self._config.workers
 
     def ask(
-        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+        self,
+        task: str,
+        messages: Mapping[str, Payload],
+        *,
+        round: int,
+        read: Callable[[Payload], T],
+        alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
         assert task in self._tasks, f"unknown task {task!r}"
@@ -176,11 +193,16 @@ class LocalFleet:
             seconds = time.perf_counter() - job.started
             logger.info("round %d, %s: %s answered (%d of %d)", round, task, name, answered, len(messages))
             yield Reply(name, content, len(job.wire), len(wire_up), seconds)
-        if answered < self._config.quorum * len(messages) and self._config.on_failure != "stop":
+        if alone:
+            self.require_quorum(task, round, answered=answered, asked=len(messages))
+
+    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
+        """See `Fleet`."""
+        if answered < self._config.quorum * asked and self._config.on_failure != "stop":
             missing = sorted({failure.site for failure in self.failures if failure.round == round})
             raise ClientError(
-                f"round {round}, {task}: {answered} of {len(messages)} sites answered, fleet.quorum="
-                f"{self._config.quorum} needs {self._config.quorum * len(messages):g}; missing: {', '.join(missing)}. "
+                f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
+                f"{self._config.quorum} needs {self._config.quorum * asked:g}; missing: {', '.join(missing)}. "
                 f"Last problem: {self.failures[-1].reason}"
             )
 
@@ -253,15 +275,25 @@ class Metered:
         self.sites, self.failures = fleet.sites, fleet.failures
 
     def ask(
-        self, task: str, messages: Mapping[str, Payload], *, round: int, read: Callable[[Payload], T]
+        self,
+        task: str,
+        messages: Mapping[str, Payload],
+        *,
+        round: int,
+        read: Callable[[Payload], T],
+        alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
         known = len(self.failures)
         try:
-            for reply in self._fleet.ask(task, messages, round=round, read=read):
+            for reply in self._fleet.ask(task, messages, round=round, read=read, alone=alone):
                 self.meter.count(reply.site, ("down", task), reply.bytes_down)
                 self.meter.count(reply.site, ("up", task), reply.bytes_up)
                 yield reply
         finally:
             for failure in self.failures[known:]:
                 self.meter.count(failure.site, ("down", task), failure.bytes_down)
+
+    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
+        """See `Fleet`."""
+        self._fleet.require_quorum(task, round, answered=answered, asked=asked)

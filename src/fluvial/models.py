@@ -7,6 +7,7 @@ where a model is loaded, so that other commands answer at once.
 
 import copy
 import queue
+import threading
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -173,7 +174,34 @@ def skeleton(config: ModelConfig) -> nn.Module:
 
     with init_empty_weights(include_buffers=False):
         model: nn.Module = AutoModelForCausalLM.from_config(_model_config(config), dtype=getattr(torch, config.dtype))
+    model.tie_weights()  # type: ignore[operator] # what was moved to the meta device was no longer tied
     return model.requires_grad_(False).eval()
+
+
+def weights_folder(config: ModelConfig) -> Path:
+    """The folder that holds the base's weights as safetensors; of a hub id, downloaded or cached."""
+    source = _source(config)
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    from huggingface_hub import snapshot_download
+
+    return Path(_from_hub(snapshot_download, config, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def fill(model: nn.Module, weights: Named) -> None:
+    """Give a `skeleton` its parameters, each cast to the type that it has there and used wherever it is tied.
+
+    A weight that has this type already is not copied.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = {
+        name: nn.Parameter(weights[name].to(parameter.dtype), requires_grad=False)
+        for name, parameter in model.named_parameters()
+    }
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[leaf] = made[names[id(parameter)]]
 
 
 def tuned_layout(base: nn.Module, lora: LoraSettings | None) -> Layout:
@@ -293,6 +321,8 @@ class Workbench:
         self.config, self.full = model, lora is None
         self._template = (base if lora is None else adapt(base, lora)).eval()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
+        self._blank: nn.Module | None = None
+        self._lock = threading.Lock()
         self.device = resolve_device(model.device)
         self.model_config: Any = self._template.config
         self.layout = read_shapes(self._template)
@@ -333,6 +363,13 @@ class Workbench:
             return state
         base = tuned_parameters(self._template)
         return {name: base[name].detach().to("cpu", torch.float32) + change for name, change in state.items()}
+
+    def blank(self) -> nn.Module:
+        """A skeleton of the base, for a site that was sent its weights (see `fill`)."""
+        with self._lock:
+            if self._blank is None:
+                self._blank = skeleton(self.config)
+            return copy.deepcopy(self._blank)
 
     def _take(self) -> nn.Module:
         try:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -107,6 +108,16 @@ class Payload:
         if name not in self.tensors:
             raise WireError(f"message tensor {name!r} is missing; found {sorted(self.tensors)[:5]}")
         return self.tensors[name]
+
+
+def read_values(path: Path) -> dict[str, Value]:
+    """The plain values of a payload in a file of this installation, without its tensors; raises `WireError`."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > OWN_FILES.max_header_bytes:
+            raise WireError(f"{path}: is no payload with named tensors")
+        header = _json(file.read(size), str(path))
+    return _plain_values(header.get("__metadata__", {}).get(_KEY, "{}"))
 
 
 def frame_payload(frame: bytes, /, **values: Value) -> Payload:

@@ -13,7 +13,6 @@ from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.run import check_settings
-from fluvial.sites import part
 from fluvial.tensors import Layout
 
 OPTIMIZER_BYTES = 16
@@ -30,10 +29,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     base = meta_base(config.model)
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    model_config = base.config
-    layout = tuned_layout(base, config.adapter)
+    layout = tuned_layout(meta_base(config.model), config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
-    check_settings(config, layout, model_config, texts)
+    check_settings(config, layout, base, texts)
     sites, steps = [], 0
     for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.load(name)
@@ -47,7 +45,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 "truncated_records": data.truncated_records,
             }
         )
-    trained = part(layout, getattr(config.method, "factors", "A and B"))
+    trained = config.entry.sent(config.method, layout)
     frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
     down = frame_size(config.downlink or IdentitySettings(), layout)
     cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)

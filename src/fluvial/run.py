@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fluvial import __version__
 from fluvial.checkpoint import RunFolder
@@ -57,7 +58,7 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
         texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for each, _ in runs:
-            check_settings(each, bench.layout, bench.model_config, texts)
+            check_settings(each, bench.layout, bench.blank(), texts)
         main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
@@ -68,11 +69,16 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
                 yield from Run(each, baseline, bench, texts).events()
 
 
-def check_settings(config: RunConfig, layout: Layout, model_config: Any, texts: SiteTexts) -> None:
-    """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`."""
+def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: SiteTexts) -> None:
+    """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`.
+
+    `base` may be without weights.
+    """
     if config.entry.check is not None:
         config.entry.check(config.method, config.coding, layout)
-    check_length(model_config, config.data.max_length)
+    if config.entry.check_model is not None:
+        config.entry.check_model(config.method, base)
+    check_length(base.config, config.data.max_length)
     if config.entry.reads_public(config.method, config.coding):
         texts.public()
 

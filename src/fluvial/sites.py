@@ -43,11 +43,25 @@ class StateStore:
         newest = versions[max(versions)]
         return Payload.from_bytes(self._memory[newest] if self.folder is None else newest.read_bytes(), OWN_FILES)
 
-    def write(self, site: str, slot: str, payload: Payload, round: int) -> None:
-        """Add a version, atomically; drop all but the newest of the versions before it."""
+    def file(self, site: str, slot: str) -> Path | None:
+        """Where the newest version lies, for a reader that does not want it whole in memory."""
+        versions = self._versions(site, slot)
+        return versions[max(versions)] if versions and self.folder is not None else None
+
+    def draft(self, site: str, slot: str, payload: Payload) -> Path:
+        """Write `payload` to a file that is no version yet; `write` makes it one."""
+        assert self.folder is not None, "a store in memory has no files"
+        path = self._folder(site) / f".{slot}.draft"
+        write_atomically(path, payload.to_bytes())
+        return path
+
+    def write(self, site: str, slot: str, payload: Payload | Path, round: int) -> None:
+        """Add a version, a payload or a draft of one, atomically; drop all but the newest of the versions before it."""
         versions = self._versions(site, slot)
         path = self._folder(site) / f"{slot}-{round:06d}.safetensors"
-        if self.folder is None:
+        if isinstance(payload, Path):
+            payload.replace(path)
+        elif self.folder is None:
             self._memory[path] = payload.to_bytes()
         else:
             write_atomically(path, payload.to_bytes())
@@ -120,8 +134,8 @@ class Site:
     store: StateStore
     rounds: int
     """Of the whole run; what a privacy budget is spread over."""
-    kept: dict[str, Payload] = field(default_factory=dict)
-    """What this answer wants to keep; stored when the answer is accepted."""
+    kept: dict[str, Payload | Path] = field(default_factory=dict)
+    """What this answer wants to keep, or the draft of it; stored when the answer is accepted."""
 
     @property
     def layout(self) -> Layout:
@@ -130,11 +144,19 @@ class Site:
 
     def recall(self, slot: str) -> Payload:
         """What the site kept under `slot`, or an empty payload."""
-        return self.kept[slot] if slot in self.kept else self.store.read(self.name, slot)
+        kept = self.kept.get(slot)
+        if isinstance(kept, Path):
+            return Payload.from_bytes(kept.read_bytes(), OWN_FILES)
+        return self.store.read(self.name, slot) if kept is None else kept
 
-    def keep(self, slot: str, payload: Payload) -> None:
-        """Keep `payload` under `slot` once this answer is accepted."""
-        self.kept[slot] = payload
+    def keep(self, slot: str, payload: Payload, *, draft: bool = False) -> None:
+        """Keep `payload` under `slot` once this answer is accepted; a `draft` lies in a file until then."""
+        self.kept[slot] = self.store.draft(self.name, slot, payload) if draft and self.store.folder else payload
+
+    def file(self, slot: str) -> Path | None:
+        """The file with what the site kept under `slot`, where there is one."""
+        kept = self.kept.get(slot)
+        return kept if isinstance(kept, Path) else self.store.file(self.name, slot)
 
 
 Task = Callable[[Site, Payload], Payload]
@@ -199,12 +221,14 @@ def install_codec(site: Site, message: Payload) -> Payload:
     return Payload()
 
 
-def code(site: Site, codec: Codec, update: Named, round: int, *, step: float | None = None) -> bytes:
+def code(
+    site: Site, codec: Codec, update: Named, round: int, *, step: float | None = None, slot: str = "residual"
+) -> bytes:
     """The frame for `update`. With error feedback the residual is added first, and what the codec lost is kept.
 
     u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014) and Karimireddy
     et al. (2019). `missed` counts the rounds since the residual was made in which the site did not take part. With
-    `step`, the codec quantises by that instead of by its rate.
+    `step`, the codec quantises by that instead of by its rate. The residual is kept under `slot`.
     """
     encode: Callable[..., bytes] = codec.encode
     if step is not None:
@@ -213,7 +237,7 @@ def code(site: Site, codec: Codec, update: Named, round: int, *, step: float | N
     encode = partial(encode, seed=derive(site.seed, "codec", round, site.name), round=round)
     if not codec.settings.error_feedback:
         return encode(update)
-    kept = site.recall("residual")
+    kept = site.recall(slot)
     if kept.tensors:
         codec.layout.check(kept.tensors, "residual")
         missed = max(0, round - kept.value("round", int) - 1)
@@ -221,7 +245,7 @@ def code(site: Site, codec: Codec, update: Named, round: int, *, step: float | N
     frame = encode(update)
     residual = subtract(update, codec.decode(frame))
     error = energy(residual) / max(energy(update), 1e-30)
-    site.keep("residual", Payload(residual, {"round": round, "error": error}))
+    site.keep(slot, Payload(residual, {"round": round, "error": error}))
     return frame
 
 

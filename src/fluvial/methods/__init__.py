@@ -4,10 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fluvial.methods import cgfedllm, ecolora, fedavg, flasc, local
+from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, flasc, local
 from fluvial.methods.cgfedllm import CgFedLlmConfig
 from fluvial.methods.ecolora import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
+from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
 from fluvial.methods.flasc import FlascConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
 from fluvial.methods.local import LocalConfig
@@ -17,15 +18,24 @@ __all__ = ["METHODS", "Context", "Method", "MethodConfig", "Metrics", "Server"]
 METHODS: dict[str, Method] = {
     "fedavg": fedavg.METHOD,
     "cgfedllm": cgfedllm.METHOD,
+    "fedcybgd": fedcybgd.METHOD,
     "flasc": flasc.METHOD,
     "ecolora": ecolora.METHOD,
     "local": local.METHOD,
     "central": fedavg.CENTRAL,
+    "central_cyclic": fedcybgd.CENTRAL_CYCLIC,
 }
 """Every method by its name in a configuration."""
 
 MethodConfig = Annotated[
-    FedAvgConfig | CgFedLlmConfig | FlascConfig | EcoLoraConfig | LocalConfig | CentralConfig,
+    FedAvgConfig
+    | CgFedLlmConfig
+    | FedCyBgdConfig
+    | FlascConfig
+    | EcoLoraConfig
+    | LocalConfig
+    | CentralConfig
+    | CentralCyclicConfig,
     Field(discriminator="name"),
 ]
 """The `[method]` table of a configuration."""

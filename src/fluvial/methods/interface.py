@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
+from torch import nn
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
@@ -12,7 +13,7 @@ from fluvial.data import Example
 from fluvial.fleet import Fleet
 from fluvial.models import Workbench
 from fluvial.payload import Payload
-from fluvial.sites import Task
+from fluvial.sites import Task, part
 from fluvial.tensors import Layout, Named
 from fluvial.train import TrainConfig
 
@@ -81,6 +82,10 @@ class Method:
     sends: Literal["codec", "own code", "nothing"] = "codec"
     """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
     keeps what it learned. For the last two a codec in the configuration is an error."""
+    receives: Literal["downlink", "own code"] = "downlink"
+    """What carries the model to the sites: as it is or by the configuration's downlink, or a code of the method's."""
+    sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(layout, getattr(config, "factors", "A and B"))
+    """The layout of what a site trains and sends in a round, at most."""
     tunes: tuple[Tune, ...] = ("lora",)
     """What the method can tune, its default first."""
     pooled: bool = False
@@ -89,3 +94,5 @@ class Method:
     """Whether the method, so configured and with this codec, reads public text."""
     check: Callable[[Any, CodecSettings, Layout], None] | None = None
     """Raises `ConfigError` for settings that cannot work together, before anything is trained."""
+    check_model: Callable[[Any, nn.Module], None] | None = None
+    """The same for settings that do not fit the base model, which may be without weights."""

@@ -473,7 +473,7 @@ def coded_reply(site: Site, codec: Codec, update: Named, message: Payload, **val
         raise WireError(f"the server sets a step of {step}; steps are above 0")
     frame = code(site, codec, update, message.value("round", int), step=step)
     if "residual" in site.kept:
-        values["e"] = site.kept["residual"].value("error", float)
+        values["e"] = site.recall("residual").value("error", float)
     short = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
     return frame_payload(frame, **short)
 

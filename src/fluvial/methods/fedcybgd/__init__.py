@@ -1,0 +1,88 @@
+"""FedCyBGD: full-parameter tuning by cycle block gradient descent.
+
+Wang, Wang, Tang, "Save It All: Enabling Full Parameter Tuning for Federated LLMs via Cycle Block Gradient Descent",
+2024, https://arxiv.org/abs/2406.11187; released code: L3030/FedCyBGD.
+
+The model is cut into blocks. Sites take part one after another; each is sent one block exactly and the others
+compressed, trains that block alone, and sends it back. So all weights are trained, while a site holds gradients and
+optimizer state of one block and sends only its change.
+"""
+
+from torch import nn
+
+from fluvial.codecs import CodecSettings, build
+from fluvial.codecs.quantise import Int8Settings
+from fluvial.errors import ConfigError
+from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
+from fluvial.methods.fedcybgd.download import LOSSY, ProxyDownload
+from fluvial.methods.fedcybgd.proxy import Anatomy
+from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.methods.fedcybgd.visit import visit
+from fluvial.methods.interface import Method
+from fluvial.models import tuned_layout
+from fluvial.sites import refuse_learned
+from fluvial.tensors import Layout, factor
+
+
+def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
+    """Refuse a codec that cannot code every block, blocks that are not there, and a proxy of an adapter."""
+    refuse_learned(codec, config.name)
+    for block in partition(config, layout).blocks:
+        try:
+            build(codec, block.layout)
+        except ConfigError as error:
+            raise ConfigError(f"block {block.name!r}: {error}") from error
+    proxy = isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload)
+    if proxy and any(factor(name) for name in layout.names):
+        raise ConfigError(
+            "method.download.form='proxy': drops layers of the base, and here an adapter is tuned; set "
+            "tune = 'full', or choose form = 'cache'"
+        )
+
+
+def check_model(config: Config, base: nn.Module) -> None:
+    """Refuse a proxy that keeps a share of this model that cannot be reached around some block."""
+    if isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload):
+        anatomy = Anatomy.of(base, config.download.prune)
+        for block in partition(config, tuned_layout(base, None)).blocks:
+            anatomy.check(block.layers, config.download)
+
+
+def sent(config: Config, layout: Layout) -> Layout:
+    """What a site sends at most in a visit: the largest block."""
+    return max((block.layout for block in partition(config, layout).blocks), key=lambda each: each.numel)
+
+
+def reads_public(config: Config, _codec: CodecSettings) -> bool:
+    """Whether scores, gradients or losses on public text are asked for."""
+    if isinstance(config, CentralCyclicConfig):
+        return False
+    lossy = isinstance(config.download, LOSSY) and config.gate.threshold > 0
+    return lossy or isinstance(config.download, ProxyDownload) or config.accept.on != "always"
+
+
+METHOD = Method(
+    FedCyBgdConfig,
+    FedCyBgdServer,
+    {"visit": visit},
+    paper="Wang, Wang, Tang, Save It All: Enabling Full Parameter Tuning for Federated LLMs via Cycle Block Gradient "
+    "Descent (FedCyBGD), 2024, https://arxiv.org/abs/2406.11187",
+    codec=Int8Settings(),
+    tunes=("full", "lora"),
+    receives="own code",
+    sent=sent,
+    check=check,
+    check_model=check_model,
+    reads_public=reads_public,
+)
+CENTRAL_CYCLIC = Method(
+    CentralCyclicConfig,
+    FedCyBgdServer,
+    {"visit": visit},
+    paper="The centralised cyclic baseline: block after block on the union of the data",
+    sends="nothing",
+    tunes=("full", "lora"),
+    pooled=True,
+    sent=sent,
+    check=check,
+)

@@ -1,0 +1,92 @@
+"""Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives values."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fluvial.methods.fedcybgd.blocks import Extra, Partition
+from fluvial.methods.fedcybgd.blocks import partition as partition_layout
+from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, DownloadConfig, ProxyDownload
+from fluvial.methods.fedcybgd.guards import AcceptConfig, GateConfig
+from fluvial.methods.fedcybgd.schedule import Order
+from fluvial.tensors import Layout
+
+Merge = Literal["sequential", "average", "overwrite"]
+
+
+class FedCyBgdConfig(BaseModel):
+    """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in FedAvg."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["fedcybgd"] = "fedcybgd"
+    order: Order = "ascending"
+    """Which site trains which block (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands the model on."""
+    extra: tuple[Extra, ...] = ()
+    """Blocks beside the decoder layers; the paper trains none of them."""
+    layers_per_block: int = Field(1, ge=1)
+    parallel: int = Field(1, ge=1)
+    """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one after another."""
+    merge: Merge | None = None
+    """Sites that share a block in a cycle: train it in turn, or together and "average" (the default of "pairs") or
+    "overwrite", where the last one wins (the released code)."""
+    weighting: Literal["samples", "equal"] = "samples"
+    """Of an average; the released code's is equal."""
+    damping: float = Field(1.0, gt=0, le=1)
+    """The server moves a block by this share of what was sent."""
+    decay: Literal["none", "cosine"] = "none"
+    """Of the learning rate over the cycles, beside the schedule of each visit."""
+    download: DownloadConfig = CacheDownload()
+    """How the blocks that are not trained come to a site."""
+    hold: Literal["memory", "disk"] = "memory"
+    """Where a site has them while it trains; from disk each is read when it is used, and costs no memory."""
+    gate: GateConfig = GateConfig()
+    accept: AcceptConfig = AcceptConfig()
+
+    @property
+    def merging(self) -> Merge:
+        """What happens to sites that share a block, the order's default filled in."""
+        return self.merge or ("average" if self.order == "pairs" else "sequential")
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        default, given = type(self).model_fields, self.model_fields_set
+        if self.order == "full":
+            for name in ("extra", "layers_per_block", "parallel", "merge"):
+                if name in given and getattr(self, name) != default[name].default:
+                    raise ValueError(f"{name}: without effect under order='full', which has one block; remove it")
+            if isinstance(self.download, ProxyDownload):
+                raise ValueError("download.form='proxy': nothing is left to compress under order='full'; use 'cache'")
+        if self.hold == "disk" and self.download.form in ("full", "proxy"):
+            raise ValueError(
+                f"hold='disk': form={self.download.form!r} brings the whole model in one message, and keeps nothing; "
+                "choose form = 'cache' or 'low-bit'"
+            )
+        if self.order == "pairs" and self.merging == "sequential":
+            raise ValueError("merge='sequential': order='pairs' trains a block from one state; use order='ascending'")
+        if self.weighting != "samples" and self.merging != "average":
+            raise ValueError("weighting: without effect unless merge='average' or order='pairs'; remove it")
+        if "gate" in given and not isinstance(self.download, LOSSY):
+            raise ValueError(f"gate: without effect, because form={self.download.form!r} is exact; remove it")
+        return self
+
+
+class CentralCyclicConfig(BaseModel):
+    """All data at one place, one block at a time: in every round each block gets its share of the steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["central_cyclic"] = "central_cyclic"
+    order: Literal["ascending", "descending", "latin-random"] = "ascending"
+    extra: tuple[Extra, ...] = ()
+    layers_per_block: int = Field(1, ge=1)
+
+
+Config = FedCyBgdConfig | CentralCyclicConfig
+
+
+def partition(config: Config, layout: Layout) -> Partition:
+    """The blocks of a run; both ends find the same ones."""
+    return partition_layout(
+        layout, extra=config.extra, layers_per_block=config.layers_per_block, whole=config.order == "full"
+    )

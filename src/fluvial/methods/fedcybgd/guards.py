@@ -1,0 +1,83 @@
+"""What keeps a bad download or a bad update out: gradients compared, and the true loss asked before a step is taken.
+
+Both need public text. The gradient of a block through a compressed model is biased (docs/methods/fedcybgd.md); its
+cosine to the gradient through the exact model says how much is left, and per byte it ranks the forms of download.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from fluvial.data import Example
+from fluvial.evaluate import heldout
+from fluvial.models import Workbench, tuned_parameters
+from fluvial.tensors import Named
+from fluvial.train import collate, predictions, summed_loss
+
+
+class GateConfig(BaseModel):
+    """When a compressed download is good enough to train through."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: float = Field(0.7, ge=0, lt=1)
+    """Least cosine between a block's gradient through the download and the exact one; 0 measures nothing."""
+    examples: int = Field(16, ge=1)
+    """Sequences of public text."""
+
+
+class AcceptConfig(BaseModel):
+    """When the server takes a step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    on: Literal["always", "public loss"] = "always"
+    """Every step (the paper), or one that does not raise the loss on public text."""
+    slack: float = Field(0.0, ge=0)
+    """Nats by which a step may raise it all the same."""
+    halvings: int = Field(2, ge=0, le=8)
+    """A refused step is tried again at 1/2, 1/4, ...; then it is dropped."""
+    examples: int = Field(32, ge=1)
+    """Sequences of public text."""
+
+
+def gradient(model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int) -> Named:
+    """d mean loss / d weights of `names`, fp32, on the CPU."""
+    parameters = {name: tuned_parameters(model)[name].requires_grad_() for name in names}
+    device = next(iter(parameters.values())).device
+    loss = summed_loss(*predictions(model, collate(examples, pad_token_id, device)))
+    found = torch.autograd.grad(loss / sum(each.label_tokens for each in examples), list(parameters.values()))
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    return {name: each.float().cpu() for name, each in zip(names, found, strict=True)}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The public loss, and what it makes of a step."""
+
+    config: AcceptConfig
+    bench: Workbench
+    examples: Sequence[Example]
+
+    def loss(self, state: Named) -> float:
+        """Nats per label token on public text."""
+        with self.bench.model(state) as model:
+            return heldout(model, self.examples, pad_token_id=self.bench.tokenizer.pad_token_id).loss
+
+    def share(self, state: Named, moved: Callable[[float], Named]) -> tuple[float, float, float]:
+        """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before and after.
+
+        `moved(share)` is the block after that share of the step.
+        """
+        before = self.loss(state)
+        for halving in range(self.config.halvings + 1):
+            share = 0.5**halving
+            after = self.loss({**state, **moved(share)})
+            if after <= before + self.config.slack:
+                return share, before, after
+        return 0.0, before, before

@@ -1,0 +1,287 @@
+"""The server's half of FedCyBGD: cycles of visits, and the guards around them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+
+from fluvial.codecs import build
+from fluvial.data import Example
+from fluvial.errors import GateError, WireError
+from fluvial.fleet import Fleet
+from fluvial.methods.fedavg import WeightedLoss
+from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
+from fluvial.methods.fedcybgd.download import LOSSY, FullDownload, Nobody, ProxyDownload, Sender, receive
+from fluvial.methods.fedcybgd.guards import Judge, gradient
+from fluvial.methods.fedcybgd.ledger import Commit, Ledger
+from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, plan_proxy
+from fluvial.methods.fedcybgd.schedule import assignment, groups
+from fluvial.methods.fedcybgd.visit import borrow
+from fluvial.methods.interface import Context, Metrics
+from fluvial.methods.link import STALE
+from fluvial.models import initial_state
+from fluvial.payload import Payload, Value, join, payload_frame, split
+from fluvial.seeds import generator
+from fluvial.sites import weight_of
+from fluvial.tensors import Named, WeightedMean, cosine, norm, subtract
+
+CALIBRATION = 32
+"""Sequences of public text that layers and neurons are scored on."""
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One site trains one block once."""
+
+    name: str
+    """Unique in a run; a visit is counted once, however often its answer comes."""
+    site: str
+    block: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a visit brought."""
+
+    visit: Visit
+    frame: bytes
+    update: Named
+    samples: int
+    loss: float
+
+
+class FedCyBgdServer:
+    """Keeps the blocks, and which site holds which version of them."""
+
+    def __init__(self, config: Config, context: Context) -> None:
+        self.pooled = isinstance(config, CentralCyclicConfig)
+        self.config = config if isinstance(config, FedCyBgdConfig) else FedCyBgdConfig(download=FullDownload())
+        self.context, self.order = context, config.order
+        self.parts = partition(config, context.layout)
+        self.codecs = [build(context.codec, block.layout) for block in self.parts.blocks]
+        self.ledger = Ledger(self.parts, self.codecs, initial_state(context.layout, context.seed))
+        self.sender = Sender(self.config.download, self.ledger, context.seed, context.open_bench, self._cut)
+
+    # -- set-up ---------------------------------------------------------------------------------------------------
+
+    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - sites are asked nothing
+        """Measure what a compressed download leaves of the gradients; raises `GateError` where that is too little."""
+        report: Metrics = {"blocks": [{"name": each.name, "values": each.numel} for each in self.parts.blocks]}
+        if not self._watched:
+            return report
+        cosines = {each.name: self._cosine(index, "0/setup") for index, each in enumerate(self.parts.blocks)}
+        worst = min(cosines, key=lambda name: cosines[name])
+        if cosines[worst] < self.config.gate.threshold:
+            raise GateError(
+                f"method.download.form={self.config.download.form!r}: through it the gradient of {worst!r} has cosine "
+                f"{cosines[worst]:.3f} to the exact one, method.gate.threshold is {self.config.gate.threshold:g}; send "
+                "more of the model, or form = 'cache'. All: "
+                + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()),
+                {},
+            )
+        return {**report, "gradient_cosines": cosines}
+
+    @property
+    def _watched(self) -> bool:
+        return isinstance(self.config.download, LOSSY) and self.config.gate.threshold > 0
+
+    @cached_property
+    def _public(self) -> list[Example]:
+        return [example for examples in self.context.public().values() for example in examples]
+
+    @cached_property
+    def _judge(self) -> Judge:
+        accept = self.config.accept
+        return Judge(accept, self.context.open_bench(), self._sample("accept", accept.examples))
+
+    def _sample(self, purpose: str, count: int) -> list[Example]:
+        order = generator(self.context.seed, "public", purpose)
+        places = torch.randperm(len(self._public), generator=order).tolist()
+        return [self._public[place] for place in places[:count]]
+
+    def _cut(self, index: int, visit: str) -> Manifest:
+        """The proxy of a visit."""
+        config = self.config.download
+        assert isinstance(config, ProxyDownload)
+        layers = self.parts.blocks[index].layers
+        return plan_proxy(
+            self._scores, self._anatomy, trained=layers, settings=config, seed=self.context.seed, visit=visit
+        )
+
+    @cached_property
+    def _anatomy(self) -> Anatomy:
+        config = self.config.download
+        assert isinstance(config, ProxyDownload)
+        return Anatomy.of(self.context.open_bench().blank(), config.prune)
+
+    @cached_property
+    def _scores(self) -> Scores:
+        """Of the base model on public text, so that a run that goes on finds the same."""
+        bench = self.context.open_bench()
+        with bench.model(bench.base_state()) as model:
+            examples = self._sample("scores", CALIBRATION)
+            return measure(model, self._anatomy, examples, pad_token_id=bench.tokenizer.pad_token_id)
+
+    def _cosine(self, index: int, visit: str) -> float:
+        """Cosine of a block's gradient through the download to the exact one."""
+        bench, examples = self.context.open_bench(), self._sample("gate", self.config.gate.examples)
+        pad, names = bench.tokenizer.pad_token_id, self.parts.blocks[index].layout.names
+        message = self.sender.message("", index, visit, {})
+        nobody = Nobody(bench, self.context.seed)
+        received = receive(self.config.download, nobody, message, self.parts, codec=self.context.codec)
+        assert received is not None, "everything was sent"
+        with bench.model(self.ledger.state) as model:
+            exact = gradient(model, names, examples, pad)
+        with borrow(bench, received) as model:
+            return cosine(exact, gradient(model, names, examples, pad))
+
+    # -- a cycle --------------------------------------------------------------------------------------------------
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """One cycle: group after group of visits, each block moved before the next group is asked."""
+        loss, start = WeightedLoss(), self.ledger.state
+        visits: list[dict[str, Any]] = []
+        conflicts: list[dict[str, Any]] = []
+        last: dict[int, Answer] = {}
+        metrics: Metrics = {}
+        cycle = self._groups(number, fleet.sites)
+        if self._watched:
+            first = cycle[0][0]
+            metrics["gradient_cosine"] = self._cosine(first.block, first.name)
+        for group in cycle:
+            answers = self._ask(number, fleet, group)
+            for block in dict.fromkeys(visit.block for visit in group):
+                mine = [answer for answer in answers if answer.visit.block == block]
+                if not mine:
+                    continue
+                conflicts += self._conflicts(block, mine, last.get(block))
+                share = self._merge(block, mine)
+                last[block] = mine[-1]
+                for answer in mine:
+                    loss.add(answer.loss, answer.samples)
+                    visits.append(self._record(answer, share))
+        asked = sum(map(len, cycle))
+        fleet.require_quorum("visit", number, answered=len(visits), asked=asked)
+        return {
+            "loss": loss.mean(),
+            "sites": len({visit["site"] for visit in visits}),
+            "update_norm": norm(subtract(self.ledger.state, start)),
+            **metrics,
+            "visits": visits,
+            "conflicts": conflicts,
+        }
+
+    def _groups(self, number: int, sites: Sequence[str]) -> list[list[Visit]]:
+        """The visits of a cycle, group by group."""
+        blocks = len(self.parts)
+        clients = blocks if self.pooled else len(sites)
+        assigned = assignment(self.order, clients=clients, blocks=blocks, cycle=number - 1, seed=self.context.seed)
+        together = self.config.merging != "sequential"
+        return [
+            [Visit(f"{number}/{client}", sites[client % len(sites)], assigned[client]) for client in group]
+            for group in groups(assigned, parallel=self.config.parallel, together=together)
+        ]
+
+    def _ask(self, number: int, fleet: Fleet, group: Sequence[Visit]) -> list[Answer]:
+        """The answers of a group in the order of its visits; a site that cannot follow is sent everything, once."""
+        waiting, answers = list(group), dict[str, Answer]()
+        for attempt in ("first", "again"):
+            messages = {
+                visit.site: self.sender.message(visit.site, visit.block, visit.name, self._values(number))
+                for visit in waiting
+            }
+            read = partial(self._read, number, {visit.name: visit for visit in waiting})
+            stale = set()
+            for reply in fleet.ask("visit", messages, round=number, read=read, alone=False):
+                if reply.content is None:
+                    stale.add(reply.site)
+                    self.sender.forget(reply.site)
+                    continue
+                self.sender.acknowledge(reply.site)
+                if self.ledger.claim(reply.content.visit.name, number):
+                    answers[reply.content.visit.name] = reply.content
+            waiting = [visit for visit in waiting if visit.site in stale]
+            if not waiting:
+                break
+            if attempt == "again":
+                raise WireError(f"sites {', '.join(sorted(stale))} cannot follow even after everything was sent again")
+        return [answers[visit.name] for visit in group if visit.name in answers]
+
+    def _values(self, number: int) -> dict[str, Value]:
+        """What a visit must know beside the model: round, share of the learning rate, visits that share the steps."""
+        done = (number - 1) / self.context.rounds
+        rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
+        return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
+
+    def _read(self, number: int, expected: dict[str, Visit], reply: Payload) -> Answer | None:
+        if reply.values == STALE.values:
+            return None
+        name = reply.value("visit", str)
+        if name not in expected:
+            raise WireError(f"visit: answer to {name!r:.40}, which was not asked")
+        visit, frame = expected[name], payload_frame(reply)
+        update, samples = self.codecs[visit.block].decode(frame, round=number), weight_of(reply)
+        WeightedMean.check(update, samples)
+        return Answer(visit, frame, update, samples, reply.value("loss", float))
+
+    def _merge(self, block: int, answers: Sequence[Answer]) -> float:
+        """Move a block by what was sent for it; returns the share of the step that was taken, 0 if none."""
+        if self.config.merging == "overwrite":
+            answers = answers[-1:]
+        frames = tuple(answer.frame for answer in answers)
+        weights = tuple(answer.samples if self.config.weighting == "samples" else 1 for answer in answers)
+
+        def step(share: float) -> Commit:
+            return Commit(self.config.damping * share, frames, weights)
+
+        share = 1.0
+        if self.config.accept.on == "public loss":
+            share, _, _ = self._judge.share(self.ledger.state, lambda share: self.ledger.moved(block, step(share)))
+        if share > 0:
+            self.ledger.commit(block, step(share))
+        return share
+
+    def _conflicts(self, block: int, answers: Sequence[Answer], before: Answer | None) -> list[dict[str, Any]]:
+        """Two sites that trained one block in one cycle, how far they agree, and what was made of it."""
+        kinds = {"sequential": "one after the other", "average": "averaged", "overwrite": "the last one wins"}
+        pairs = zip([*([before] if before else []), *answers], [*(answers if before else answers[1:])], strict=False)
+        return [
+            {
+                "block": self.parts.blocks[block].name,
+                "sites": [first.visit.site, second.visit.site],
+                "cosine": cosine(first.update, second.update),
+                "resolved": kinds[self.config.merging],
+            }
+            for first, second in pairs
+        ]
+
+    def _record(self, answer: Answer, share: float) -> dict[str, Any]:
+        """The line of a visit in the report."""
+        return {
+            "visit": answer.visit.name,
+            "site": answer.visit.site,
+            "block": self.parts.blocks[answer.visit.block].name,
+            "loss": answer.loss,
+            "norm": norm(answer.update),
+            "bytes": len(answer.frame),
+            "share": share,
+        }
+
+    # -- what it is and keeps -------------------------------------------------------------------------------------
+
+    def model(self) -> Named:
+        """The server's own store, never what a site saw."""
+        return self.ledger.state
+
+    def state(self) -> Payload:
+        """Blocks, commits, and who holds what."""
+        return join({"ledger": self.ledger.save(), "sender": Payload(values=self.sender.save())})
+
+    def restore(self, state: Payload) -> None:
+        """See `state`."""
+        parts = split(state, ("ledger", "sender"))
+        self.ledger.restore(parts["ledger"])
+        self.sender.restore(parts["sender"].values)

@@ -1,0 +1,86 @@
+"""The site's half of FedCyBGD: receive a model, train one block of it, send what changed."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from torch import nn
+
+from fluvial.codecs import build
+from fluvial.frozen import stream
+from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
+from fluvial.methods.fedcybgd.download import FullDownload, Received, frozen_type, receive
+from fluvial.methods.fedcybgd.proxy import slim
+from fluvial.methods.link import STALE
+from fluvial.models import Workbench, fill, tuned_parameters
+from fluvial.payload import Payload, frame_payload
+from fluvial.seeds import generator
+from fluvial.sites import Site, code
+from fluvial.tensors import subtract
+from fluvial.train import train
+
+
+@contextmanager
+def borrow(
+    bench: Workbench,
+    received: Received,
+    *,
+    trainable: Collection[str] = (),
+    hold: Literal["memory", "disk"] = "memory",
+    checkpointing: bool = False,
+) -> Iterator[nn.Module]:
+    """The model that a site was sent; parameters named in `trainable` require gradients, and nothing else does."""
+    start = {name: tensor.clone() for name, tensor in received.start.items()}  # is trained in place
+    if not bench.full:
+        rest = {name: received.rest.get(name) for name in received.rest.names}
+        with bench.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
+            yield model
+        return
+    kind = frozen_type(bench)
+    model = bench.blank()
+    if received.manifest is not None:
+        model = slim(model, received.manifest)
+    if hold == "disk":
+        resident = {name: tensor.to(kind) for name, tensor in start.items()}
+        model = stream(model, received.rest, resident, kind)
+    else:
+        fill(model, start | {name: received.rest.get(name) for name in received.rest.names})
+    model.to(bench.device)
+    for name, parameter in tuned_parameters(model).items():
+        parameter.requires_grad_(name in trainable)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    yield model
+
+
+def visit(site: Site, message: Payload) -> Payload:
+    """Task: train one block with the others frozen; its coded change goes back."""
+    config = site.method
+    download = FullDownload() if isinstance(config, CentralCyclicConfig) else config.download
+    parts = partition(config, site.layout)
+    received = receive(download, site, message, parts, codec=site.codec)
+    if received is None:
+        return STALE
+    index, round, visits = (message.value(name, int) for name in ("block", "round", "visits"))
+    block, examples = parts.blocks[index], site.load().train
+    settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * message.value("rate", float)})
+    with borrow(
+        site.workbench,
+        received,
+        trainable=block.layout.names,
+        hold=getattr(config, "hold", "memory"),
+        checkpointing=settings.gradient_checkpointing,
+    ) as model:
+        report = train(
+            model,
+            examples,
+            settings,
+            pad_token_id=site.workbench.tokenizer.pad_token_id,
+            generator=generator(site.seed, *(("train", index) if visits > 1 else ("train",)), round, site.name),
+            steps=max(1, settings.steps(len(examples)) // visits),
+            start=received.start,
+        )
+    update = subtract(report.weights, received.start)
+    codec = build(site.codec, block.layout)
+    frame = code(site, codec, update, round, slot=f"residual-{index}")
+    return frame_payload(frame, n=len(examples), loss=report.loss, visit=message.value("visit", str))
