@@ -344,6 +344,13 @@ def test_the_expected_change_of_a_randomised_layer_is_its_change() -> None:
         assert abs(float(gains.mean()) - 1) < 4.5 * float(gains.std()) / draws**0.5 + 1e-6
 
 
+def test_a_randomised_drop_leaves_a_layer_that_may_be_dropped() -> None:
+    anatomy, _ = made_up(10, prune="neurons")
+    assert anatomy.droppable((4,)) == [1, 2, 6, 7, 8]
+    assert anatomy.num_dropped((4,), ProxySettings(kept=0.1, drop=0.9)) == 5
+    assert anatomy.num_dropped((4,), ProxySettings(kept=0.1, drop=0.9, randomised=True)) == 4
+
+
 def test_chances_to_stay_sum_to_what_stays_and_have_the_least_variance() -> None:
     influence = [0.04, 0.09, 0.01, 0.3, 0.02]
     best = chances(influence, 3)

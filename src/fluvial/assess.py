@@ -13,8 +13,9 @@ from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, boo
 from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
+from fluvial.frozen import FolderSource
 from fluvial.models import LoraSettings, ModelConfig, Workbench, check_length, context_length
-from fluvial.tensors import Layout, Named, is_finite
+from fluvial.tensors import Layout, Named, is_finite, subtract
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +44,15 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A LoRA adapter on disk, and what its folder tells about its base model and its run."""
+    """A LoRA adapter or a tuned model on disk, and what its folder tells about its base model and its run."""
 
     path: Path
     base: str
     """Hub id, folder, or "embedded"."""
-    lora: LoraSettings
+    lora: LoraSettings | None
+    """None for the folder of a model of which all weights were tuned."""
     tensors: Named
+    """The factors, or all weights, fp32, by our names."""
     run: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration of the run that wrote it; empty where there is none."""
 
@@ -68,11 +71,16 @@ class AdapterFolder:
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
-    """The adapter in a PEFT folder; raises `ConfigError` where it is none, or none that a `Workbench` can hold."""
+    """The adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
+
+    Raises `ConfigError` where it is neither, or none that a `Workbench` can hold.
+    """
     config = _json(folder / "adapter_config.json")
+    if config is None and "architectures" in (_json(folder / "config.json") or {}):
+        return _model_folder(folder)
     if config is None:
-        inside = folder / "adapter"
-        hint = f"did you mean {inside}?" if (inside / "adapter_config.json").exists() else "a run writes RUN/adapter"
+        made = [name for name in ("adapter", "model") if (folder / name).is_dir()]
+        hint = f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
         raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {hint}")
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
@@ -101,6 +109,30 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
     return AdapterFolder(folder, _base_of(folder, config, run), lora, _factors(folder), run)
 
 
+def _model_folder(folder: Path) -> AdapterFolder:
+    """A model whose base its run names."""
+    run = _run_of(folder)
+    base = run.get("model", {}).get("name_or_path")
+    if not isinstance(base, str):
+        raise ConfigError(
+            f"{folder} is a whole model, and no run lies around it that names its base; compare it with another tool, "
+            "or give RUN/model of a run"
+        )
+    names = {name: name for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
+    source = FolderSource(folder, names)
+    return AdapterFolder(folder, base, None, _finite({name: source.get(name).float() for name in names}, folder), run)
+
+
+def _names(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
+
+
 def _factors(folder: Path) -> Named:
     """The tensors by our names, fp32."""
     from safetensors import SafetensorError
@@ -113,10 +145,13 @@ def _factors(folder: Path) -> Named:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
-    named = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}
-    if not is_finite(named):
+    return _finite({name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}, path)
+
+
+def _finite(tensors: Named, path: Path) -> Named:
+    if not is_finite(tensors):
         raise ConfigError(f"{path}: holds values that are not finite: its training diverged; train it again")
-    return named
+    return tensors
 
 
 def _run_of(folder: Path) -> dict[str, Any]:
@@ -184,7 +219,8 @@ def evaluate_adapter(
     seed: int = 0,
     base: bool = True,
 ) -> dict[str, Any]:
-    """Measure an adapter, and with `base` its base model too, on the held-out part of `data`, on `choices`, or on both.
+    """Measure an adapter or a tuned model, and with `base` its base model too, on the held-out part of `data`, on
+    `choices`, or on both.
 
     `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out.
     Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
@@ -195,14 +231,20 @@ def evaluate_adapter(
     logger.info("loading the base model")
     bench = Workbench(model, adapter.lora)
     _check_fit(adapter, bench.layout, model.name_or_path)
+    state = adapter.tensors if adapter.lora else subtract(adapter.tensors, bench.weights(bench.base_state()))
     logger.info("reading the data")
     texts = None if data is None else _texts(data, bench, seed)
     sheet = _sheet(choices, questions, bench) if choices and questions else None
     probes = [texts.heldout[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
-    check_effect(bench, adapter.tensors, probes[0])
-    models = ({"base": bench.base_state()} if base else {}) | {"adapter": adapter.tensors}
-    found: dict[str, Any] = {"fluvial": __version__, "adapter": str(adapter.path), "base_model": model.name_or_path}
+    check_effect(bench, state, probes[0])
+    models = ({"base": bench.base_state()} if base else {}) | {"adapter": state}
+    found: dict[str, Any] = {
+        "fluvial": __version__,
+        "adapter": str(adapter.path),
+        "tuned": "lora" if adapter.lora else "full",
+        "base_model": model.name_or_path,
+    }
     if data is not None and texts is not None:
         found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
     if choices is not None and sheet is not None:

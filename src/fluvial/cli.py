@@ -127,7 +127,9 @@ def preview(
 
 @app.command()
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT folder, such as runs/NAME/adapter.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="What a run wrote: runs/NAME/adapter (any PEFT folder) or runs/NAME/model.")
+    ],
     data: Annotated[Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")] = None,
     choices: Annotated[Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")] = None,
     shots: Annotated[int, typer.Option(min=0, max=5, help="Solved examples before each question.")] = 0,
@@ -140,7 +142,7 @@ def evaluate(
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
-    """Measure an adapter beside its base model, on a file of records or of multiple-choice questions."""
+    """Measure an adapter or a tuned model beside its base model, on records or on multiple-choice questions."""
     with _telling("reading the adapter"):
         from fluvial.assess import ChoiceConfig, evaluate_adapter, read_adapter_folder
 

@@ -14,13 +14,18 @@ def evaluation_tables(found: dict[str, Any]) -> Group:
     """One table for the records, one for the questions, one for their subjects."""
     parts: list[Any] = [Text(plain(f"{found['adapter']} on {found['base_model']}"), style="bold")]
     if "data" in found:
-        parts.append(_record_table(found["data"]))
+        parts.append(_record_table(found["data"], _title(found)))
     if "choices" in found:
-        parts += _choice_tables(found["choices"])
+        parts += _choice_tables(found["choices"], _title(found))
     return Group(*parts)
 
 
-def _record_table(data: dict[str, Any]) -> Table:
+def _title(found: dict[str, Any]) -> dict[str, str]:
+    """The heading of each column."""
+    return {"base": "base", "adapter": "adapter" if found["tuned"] == "lora" else "tuned model"}
+
+
+def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
     models = [name for name in ("base", "adapter") if name in data]
     labels = {
         "loss": "loss, nats per token",
@@ -33,10 +38,10 @@ def _record_table(data: dict[str, Any]) -> Table:
     notes += [f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"]
     if data["questions_too_long"]:
         notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]
-    return _columns(data["source"], ["", *models], rows, notes)
+    return _columns(data["source"], ["", *(titles[model] for model in models)], rows, notes)
 
 
-def _choice_tables(asked: dict[str, Any]) -> list[Table]:
+def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]:
     models = [name for name in ("base", "adapter") if name in asked]
     spans = {model: asked[model]["interval"] for model in models}
     rows = [
@@ -61,8 +66,8 @@ def _choice_tables(asked: dict[str, Any]) -> list[Table]:
         for subject, row in asked["by_subject"].items()
     ]
     return [
-        _columns(asked["source"], ["", *models], rows, notes),
-        _columns("By subject", ["subject", "questions", *models], subjects, []),
+        _columns(asked["source"], ["", *(titles[model] for model in models)], rows, notes),
+        _columns("By subject", ["subject", "questions", *(titles[model] for model in models)], subjects, []),
     ]
 
 

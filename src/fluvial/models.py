@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
+from fluvial.frozen import FolderSource, Source
 from fluvial.seeds import derive, generator
 from fluvial.tensors import Layout, Named, factor
 
@@ -311,22 +313,37 @@ class Workbench:
     A *state* is what is learned, by name, fp32: the LoRA factors, or the change of every weight since the base.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraSettings | None) -> None:
+    def __init__(self, model: ModelConfig, lora: LoraSettings | None, *, load: Literal["now", "late"] = "now") -> None:
         """Load tokenizer and base; without `lora` all weights are tuned.
 
-        Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
+        With `load` "late" the base is loaded when a whole model is borrowed; a site that never does so reads what it
+        needs from `base`. Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
         """
         self.tokenizer = load_tokenizer(model)
-        base = load_base(model)
-        self.config, self.full = model, lora is None
-        self._template = (base if lora is None else adapt(base, lora)).eval()
-        self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
-        self._blank: nn.Module | None = None
+        self.config, self.lora, self.full = model, lora, lora is None
         self._lock = threading.Lock()
+        self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
-        self.model_config: Any = self._template.config
-        self.layout = read_shapes(self._template)
-        self.base_parameters = sum(p.numel() for n, p in self._template.named_parameters() if factor(n) is None)
+        like = self._template if load == "now" or lora is not None else self._blank
+        self.model_config: Any = like.config
+        self.layout = read_shapes(like)
+        self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
+
+    @cached_property
+    def _template(self) -> nn.Module:
+        """What borrowed models are copied from."""
+        base = load_base(self.config)
+        return (base if self.lora is None else adapt(base, self.lora)).eval()
+
+    @cached_property
+    def _blank(self) -> nn.Module:
+        return skeleton(self.config)
+
+    @cached_property
+    def base(self) -> Source:
+        """The base's weights as they lie on disk, in the model's type."""
+        names = (name for name, _ in self._blank.named_parameters())
+        return FolderSource(weights_folder(self.config), names, getattr(torch, self.config.dtype))
 
     @contextmanager
     def model(
@@ -361,14 +378,14 @@ class Workbench:
         """The values that parameters of a model with `state` have, fp32, for the names of `state`."""
         if not self.full:
             return state
+        if "_template" not in self.__dict__:
+            return {name: self.base.get(name).float() + change for name, change in state.items()}
         base = tuned_parameters(self._template)
         return {name: base[name].detach().to("cpu", torch.float32) + change for name, change in state.items()}
 
     def blank(self) -> nn.Module:
         """A skeleton of the base, for a site that was sent its weights (see `fill`)."""
         with self._lock:
-            if self._blank is None:
-                self._blank = skeleton(self.config)
             return copy.deepcopy(self._blank)
 
     def _take(self) -> nn.Module:

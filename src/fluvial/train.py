@@ -224,12 +224,17 @@ def _backward(
     return total / tokens
 
 
+_MANY = 2**24
+"""Values from which on the memory that AdamW takes over all tensors at once, 4 bytes each, counts."""
+
+
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optim == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(
         parameters,
-        foreach=True,  # the same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU
+        # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
+        foreach=sum(parameter.numel() for parameter in parameters) < _MANY,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

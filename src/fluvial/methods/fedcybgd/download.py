@@ -27,12 +27,12 @@ from torch import Tensor
 from fluvial.codecs import CodecConfig, CodecSettings, build
 from fluvial.codecs.quantise import Identity, NF4Settings
 from fluvial.errors import WireError
-from fluvial.frozen import FileSource, FolderSource, MemorySource, Source, Sum
+from fluvial.frozen import FileSource, MemorySource, Source, Sum
 from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import subset_size
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, ProxySettings, cut, slim
-from fluvial.models import Workbench, initial_state, weights_folder
+from fluvial.models import Workbench, initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame, read_values
 from fluvial.seeds import generator
 from fluvial.tensors import Layout, Named, add, is_finite
@@ -133,7 +133,7 @@ class Received:
     start: Named
     """The block to train, fp32."""
     rest: Source
-    """All other weights, in the model's type."""
+    """All other weights, in the model's type; maybe also others, which do not count."""
     manifest: Manifest | None = None
     """What is missing from a proxy."""
 
@@ -319,7 +319,7 @@ def receive(
         left = slim(blank, manifest).named_parameters()
         expected = {name: tuple(each.shape) for name, each in left if name not in start}
     if isinstance(config, StaleDownload):
-        rest = _Over(_base(holder, expected), [MemorySource(others)])
+        rest = _Over(_base(holder), [MemorySource(others)])
         expected = {name: shape for name, shape in expected.items() if name in others}
     _check(others, expected, kind)
     return Received(start, rest, manifest)
@@ -337,12 +337,10 @@ def _check(found: Named, expected: Mapping[str, tuple[int, ...]], kind: torch.dt
         raise WireError("visit: NaN or Inf among the weights")
 
 
-def _base(holder: Holder, names: Iterable[str]) -> Source:
+def _base(holder: Holder) -> Source:
     """The weights that a site has from the start: the base's files, or an adapter's initial factors."""
     bench = holder.workbench
-    if bench.full:
-        return FolderSource(weights_folder(bench.config), names, frozen_type(bench))
-    return MemorySource(initial_state(bench.layout, holder.seed))
+    return bench.base if bench.full else MemorySource(initial_state(bench.layout, holder.seed))
 
 
 class _Over(Source):
@@ -472,9 +470,9 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
             held.append(source)
     if crc(trained) != message.value("crc", int):
         return None
-    rest = [name for name in holder.workbench.layout.names if name not in trained]
-    base, over = _base(holder, rest), _Over(MemorySource({}), held)
-    return Received(holder.workbench.weights(trained), Sum(base, over) if holder.workbench.full else _Over(base, held))
+    base, over = _base(holder), _Over(MemorySource({}), held)
+    rest = Sum(base, over) if holder.workbench.full else _Over(base, held)
+    return Received(holder.workbench.weights(trained), rest)
 
 
 def _brought_forward(

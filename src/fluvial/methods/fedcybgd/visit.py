@@ -31,8 +31,9 @@ def borrow(
 ) -> Iterator[nn.Module]:
     """The model that a site was sent; parameters named in `trainable` require gradients, and nothing else does."""
     start = {name: tensor.clone() for name, tensor in received.start.items()}  # is trained in place
+    frozen = received.rest.names - start.keys()
     if not bench.full:
-        rest = {name: received.rest.get(name) for name in received.rest.names}
+        rest = {name: received.rest.get(name) for name in frozen}
         with bench.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
             yield model
         return
@@ -44,7 +45,7 @@ def borrow(
         resident = {name: tensor.to(kind) for name, tensor in start.items()}
         model = stream(model, received.rest, resident, kind)
     else:
-        fill(model, start | {name: received.rest.get(name) for name in received.rest.names})
+        fill(model, start | {name: received.rest.get(name) for name in frozen})
     model.to(bench.device)
     for name, parameter in tuned_parameters(model).items():
         parameter.requires_grad_(name in trainable)
