@@ -48,6 +48,16 @@ def test_defaults_are_the_papers() -> None:
         ({"compare": ["fedavg"]}, "compare: 'fedavg' is the method itself"),
         ({"data": {"partition": {"by": "iid", "sites": 4}}}, "data.partition: without effect, because source='stdlib'"),
         ({"fleet": {"quorum": 0.7}}, "fleet.quorum: without effect under on_failure='stop'"),
+        ({"method": {"name": "cgfedllm"}, "tune": "full"}, "tune='full': method 'cgfedllm' tunes lora only"),
+        ({"tune": "full", "lora": {"r": 4}}, "lora: without effect, because all weights are tuned"),
+        ({"tune": "full", "codec": {"name": "klt"}}, "codec: 'klt' learns among LoRA factors"),
+        ({"method": {"name": "fedcybgd"}, "downlink": {"name": "int8"}}, "downlink: without effect, because method"),
+        ({"method": {"name": "fedcybgd", "gate": {"threshold": 0.5}}}, "gate: without effect, because form='cache'"),
+        (
+            {"method": {"name": "fedcybgd", "hold": "disk", "download": {"form": "full"}}},
+            "hold='disk': form='full' brings the whole model in one message",
+        ),
+        ({"method": {"name": "fedcybgd", "order": "full", "parallel": 2}}, "parallel: without effect under order='full'"),
         (
             {"method": {"name": "cgfedllm", "privacy": {"placement": "update", "clip_norm": 1.0}}},
             "method.privacy.noise_multiplier: set exactly one of noise_multiplier and epsilon",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
 from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_state
 from fluvial.seeds import generator
 from fluvial.tensors import Named
+from tests.runs import run_table
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LORA = LoraSettings(r=2, lora_alpha=4, lora_dropout=0.0)
@@ -400,3 +402,20 @@ def test_an_answer_may_be_a_number(tmp_path: Path) -> None:
     """As in the hub's copies of MMLU."""
     path = _write(tmp_path / "q.jsonl", [_record(answer=2)])
     assert read_choices(path)[0].answer == read_choices(_write(tmp_path / "l.jsonl", [_record(answer="C")]))[0].answer
+
+
+def test_a_tuned_model_beside_its_base(run_config: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """The folder that a run with tune = "full" writes."""
+    table = {key: value for key, value in run_config.items() if key != "lora"} | {"tune": "full", "rounds": 1}
+    folder = Path(run_table(table, tmp_path / "run")["folder"]) / "model"
+    data = _write(tmp_path / "d.jsonl", [{"text": "The river carries the water of many small streams."}])
+    found = _evaluate(folder, "--data", data)
+    assert found["base_model"] == str(tiny_model)
+    whole = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
+    weights = whole.weights(whole.base_state())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in read_adapter_folder(folder).tensors.items())
+    assert found["data"]["adapter"]["loss"] != pytest.approx(found["data"]["base"]["loss"], rel=1e-3)
+    assert "tuned model" in CliRunner().invoke(app, ["evaluate", str(folder), "--data", str(data)]).stdout
+    shutil.copytree(folder, tmp_path / "alone")
+    with pytest.raises(ConfigError, match="no run lies around it"):
+        _evaluate(tmp_path / "alone", "--data", data)

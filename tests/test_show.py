@@ -234,7 +234,7 @@ def test_tables_of_an_unfinished_run(unfinished: Path) -> None:
 
 def test_tables_of_sites_alone(local: Path) -> None:
     words = text_of(show.run_tables(show.read_run(local)))
-    assert "no global adapter" in words
+    assert "no global model" in words
     assert words.count("local only") == 1
 
 
@@ -285,3 +285,128 @@ def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) ->
     assert "local only" in page.read_text()
     with pytest.raises(ConfigError, match="cannot write"):
         write_page(show.read_run(local), tmp_path / "nowhere" / "page.html")
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+SIZES = [("layers 0 to 3", 4000), ("layers 4 to 7", 4000), ("embeddings", 1500)]
+BLOCKS = {
+    "blocks": [{"name": name, "values": values} for name, values in SIZES],
+    "gradient_cosines": {"layers 0 to 3": 0.8123, "layers 4 to 7": 0.9, "embeddings": 0.95},
+}
+
+
+def visit(site: str, block: str, share: float = 1.0) -> dict[str, Any]:
+    return {"visit": "1/0", "site": site, "block": block, "loss": 3.0, "norm": 0.7, "bytes": 1000, "share": share}
+
+
+def cycles(count: int) -> list[dict[str, Any]]:
+    """Three sites train two blocks; in the second cycle one step is refused and one halved twice, one site is away."""
+    found = []
+    for number in range(1, count + 1):
+        second = number == 2
+        visits = [visit(SITES[0], "layers 0 to 3", 0.0 if second else 1.0)]
+        visits += [visit(SITES[1], "embeddings", 0.25 if second else 1.0)]
+        visits += [] if second else [visit(SITES[2], "layers 0 to 3")]
+        pair = {"block": "layers 0 to 3", "sites": [SITES[0], SITES[2]], "resolved": "one after the other"}
+        record = {"round": number, "loss": 3.3, "sites": 2 if second else 3, "seconds": 2.5, "visits": visits}
+        record |= {"bytes_up": 3000, "bytes_down": 9000, "gradient_cosine": 0.8766}
+        record["conflicts"] = [] if second else [{**pair, "cosine": 0.01 * number}]
+        record["missing"] = [{"site": SITES[2], "task": "visit", "reason": "TimeoutError: late"}] if second else []
+        found.append(record)
+    return found
+
+
+@pytest.fixture
+def cyclic(tmp_path: Path) -> Path:
+    """FedCyBGD, finished, with a model folder."""
+    folder = tmp_path / "cyclic"
+    config(folder, "fedcybgd")
+    found = result("fedcybgd", "int8", 3.2, 1000, 3000, setup=BLOCKS, adapter_sha256=None, model_sha256="cd" * 32)
+    write(folder, cycles(4), found)
+    return folder
+
+
+def test_a_cycle_names_what_was_refused_and_what_the_download_leaves(cyclic: Path) -> None:
+    lines = [text_of(show.round_line(record)) for record in show.read_run(cyclic)["metrics"]]
+    first, second, *_ = (line.replace("\n", "") for line in lines)
+    assert "gradient cosine 0.877" in first
+    assert "refused" not in first
+    assert "refused asyncio (layers 0 to 3)" in second
+    assert "missing [red]xml[/]" in second
+    many = {**cycles(1)[0], "visits": [visit(f"site {number}", "head", 0.0) for number in range(7)]}
+    assert "site 4 (head) and 2 more" in text_of(show.round_line(many))
+
+
+def test_set_up_tells_blocks_and_cosines() -> None:
+    words = text_of("\n".join(show.setup_lines(BLOCKS)))
+    assert "3 blocks: layers 0 to 3 ... layers 4 to 7 with 4,000 values; embeddings with 1,500 values" in words
+    assert "gradients through the download: layers 0 to 3 0.812, layers 4 to 7 0.900, embeddings 0.950" in words
+    assert len(show.setup_lines({"blocks": BLOCKS["blocks"]})) == 1
+
+
+def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:
+    schedule = show.block_schedule(cycles(3), cycles=5, sites=5)
+    assert schedule is not None
+    assert schedule.headings == ["site", "1", "2", "3"]
+    assert schedule.rows == [
+        [SITES[2], "0-3", "-", "0-3"],
+        [SITES[0], "0-3", "0-3 refused", "0-3"],
+        [SITES[1], "embeddings", "embeddings (1/4)", "embeddings"],
+    ]
+    assert "8 visits: 1 refused, 1 scaled" in schedule.words
+    assert show.block_schedule(records(1, 1, start=3.0), cycles=5, sites=5) is None
+
+
+def test_of_a_long_schedule_the_last_cycles_are_shown_and_all_are_counted() -> None:
+    schedule = show.block_schedule(cycles(40), cycles=2, sites=1)
+    assert schedule is not None
+    assert schedule.headings == ["site", "39", "40"]
+    assert len(schedule.rows) == 1
+    assert "119 visits: 1 refused, 1 scaled" in schedule.words
+    assert schedule.words.endswith("Not shown: the first 38 cycles and 2 sites.")
+
+
+def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
+    visits = [visit("pooled", f"layer {number}") for number in range(32)]
+    schedule = show.block_schedule(
+        [{"round": 1, "visits": visits[:4]}, {"round": 2, "visits": visits}], cycles=5, sites=5
+    )
+    assert schedule is not None
+    assert schedule.rows == [["pooled", "0, 1, 2, 3", "0, 1, ..., 31"]]
+    assert show.run_name({"method": "central_cyclic", "codec": None}) == "central, block after block"
+
+
+def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
+    log = show.conflict_log(cycles(5), last=2)
+    assert log is not None
+    sites = f"{SITES[0]} and {SITES[2]}"
+    assert log.rows == [
+        ["4", "layers 0 to 3", sites, "one after the other", "0.040"],
+        ["5", "layers 0 to 3", sites, "one after the other", "0.050"],
+    ]
+    assert log.words.startswith("4 times")
+    assert "mean cosine of what they sent 0.033. Shown: the last 2." in log.words
+    assert show.conflict_log(records(1, 1, start=3.0), last=2) is None
+
+
+def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
+    words = text_of(show.run_tables(show.read_run(cyclic)))
+    rows = {line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()}
+    assert "Block schedule, by cycle" in words
+    assert "0-3 refused" in words
+    assert rows["4"][-1] == "0.040"
+    assert "3 times two sites" in words
+    assert "transformers.AutoModelForCausalLM" in words
+    assert "dapter" not in words
+
+
+def test_page_of_a_run_by_blocks(cyclic: Path, tmp_path: Path) -> None:
+    write_page(show.read_run(cyclic), tmp_path / "page.html")
+    page = tmp_path.joinpath("page.html").read_text()
+    for heading in ("Blocks", "Block schedule, by cycle", "Conflict log", "Missing replies"):
+        assert page.count(f"<h2>{heading}</h2>") == 1
+    assert '<td class="no">0-3 refused</td>' in page
+    assert re.search(r">layers 0 to 3</td><td[^>]*>4,000</td><td[^>]*>0.812</td>", page)
+    assert "[red]xml[/]" in page
+    assert "cd" * 32 in page

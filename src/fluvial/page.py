@@ -17,6 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from fluvial.errors import ConfigError
 from fluvial.show import (
     RESULT_CAPTION,
+    Excerpt,
+    block_schedule,
+    conflict_log,
     failures,
     human_bytes,
     human_ratio,
@@ -54,7 +57,9 @@ STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "none",
 }
-UNSENT = ("local", "central")
+CYCLES, SITES, CONFLICTS = 48, 256, 128
+"""How much of a long block schedule and of a long conflict log is on the page."""
+UNSENT = ("local", "central", "central_cyclic")
 """Runs that send no updates; they have no place on an axis of bytes."""
 HIGHEST = 2.5
 """Where the bars of the gate are cut off; 1 is the error of sending nothing."""
@@ -101,6 +106,11 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "sites": _sites(result, found["compare"].get("local", {}).get("result")) if result else None,
     }
     samples = [{key: plain(text) for key, text in sample.items()} for sample in (result or {}).get("samples", [])]
+    excerpts = (
+        _blocks(setup),
+        block_schedule(metrics, cycles=CYCLES, sites=SITES),
+        conflict_log(metrics, last=CONFLICTS),
+    )
     return {
         "title": run_name(result) if result else method,
         "model": config.get("model", {}).get("name_or_path", ""),
@@ -118,6 +128,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None} if gate else {},
         "verdicts": _verdicts(gate) if gate else [],
         "samples": samples,
+        "excerpts": [each for each in excerpts if each],
         "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]} if result else {},
@@ -161,6 +172,19 @@ def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
         {"name": "Fluvial's gate, which decides", "rows": ours},
         {"name": "The reproduction's thresholds, for comparison", "rows": theirs},
     ]
+
+
+def _blocks(setup: dict[str, Any]) -> Excerpt | None:
+    """What the model was cut into, and what the download leaves of each block's gradient where that was measured."""
+    if "blocks" not in setup:
+        return None
+    cosines = setup.get("gradient_cosines", {})
+    rows = [
+        [plain(each["name"]), f"{each['values']:,}"] + ([f"{cosines[each['name']]:.3f}"] if cosines else [])
+        for each in setup["blocks"]
+    ]
+    words = "Gradient cosine: on public text, through the download against the exact model." if cosines else ""
+    return Excerpt("Blocks", ["block", "values", *(["gradient cosine"] if cosines else [])], rows, left=1, words=words)
 
 
 # -- figures ------------------------------------------------------------------------------------------------------
@@ -329,7 +353,7 @@ figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text 
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid var(--line) }
 td { font-variant-numeric: tabular-nums } th { font-weight: 600 }
-tr > :first-child, .texts td, .texts th { text-align: left }
+tr > :first-child, .text, .texts td, .texts th { text-align: left }
 tr.own td { font-weight: 600; color: var(--own) }
 .yes { color: var(--good) } .no { color: var(--bad) }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace }
@@ -373,6 +397,13 @@ not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 <p class="soft">Before</p><pre><i>{{ each.prompt }}</i>{{ each.base }}</pre>
 <p class="soft">After</p><pre><i>{{ each.prompt }}</i>{{ each.final }}</pre>{% endfor %}</section>{% endif %}
 </div>
+{% for each in excerpts %}<section><h2>{{ each.title }}</h2><div class="scroll"><table>
+<tr>{% for cell in each.headings %}<th{% if loop.index <= each.left %} class="text"{% endif %}>{{ cell }}</th>
+{% endfor %}</tr>
+{% for row in each.rows %}<tr>{% for cell in row %}<td class="{{ 'text' if loop.index <= each.left else
+'no' if cell.endswith(' refused') }}">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div><p class="soft">{{ each.words }}</p></section>{% endfor %}
 {% if failures %}<section><h2>Missing replies</h2><div class="scroll"><table class="texts">
 <tr><th>round</th><th>site</th><th>task</th><th>reason</th></tr>{% for each in failures %}
 <tr><td>{{ each.round }}</td><td>{{ each.site }}</td><td>{{ each.task }}</td><td>{{ each.reason }}</td></tr>{% endfor %}

@@ -11,6 +11,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.methods.interface import Forecast
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.run import check_settings
 from fluvial.tensors import Layout
@@ -59,10 +60,16 @@ def plan(config: RunConfig) -> dict[str, Any]:
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
         ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent),
         ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent),
-        ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else absent),
-        ("base in memory", f"{parameters * width:,} B"),
-        ("adapter and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
     ]
+    forecast = config.entry.forecast
+    if forecast is not None:
+        rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds))
+    else:
+        rows += [
+            ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else absent),
+            ("base in memory", f"{parameters * width:,} B"),
+            ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
+        ]
     return {
         "model": {
             "name": config.model.name_or_path,

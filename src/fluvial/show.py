@@ -7,6 +7,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +24,13 @@ from fluvial.errors import CheckpointError
 BASELINES = {
     "local": "local only",
     "central": "central, all data at one place",
+    "central_cyclic": "central, block after block",
     "fedavg": "federated, uncompressed",
 }
 """Runs that others are compared with, in the order of the result table."""
+
+CYCLES, SITES, CONFLICTS = 12, 32, 10
+"""How much of a long block schedule and of a long conflict log the terminal gets; the page gets more."""
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def round_header(method: str) -> str:
 
 def round_line(record: dict[str, Any]) -> str:
     """One round: the columns that every round has, then what else is known, by name."""
-    missing = record.get("missing", [])
+    missing = [each["site"] for each in record.get("missing", [])]
     sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
     parts = [
         f"{record['round']:>5}  {record['loss']:>8.4f}  {human_bytes(record['bytes_up']):>8}  "
@@ -150,15 +156,40 @@ def round_line(record: dict[str, Any]) -> str:
         parts.append(f"held-out {record['heldout_loss']:.4f}")
     parts += [f"codec: {escape(plain(record['choice']))}"] if "choice" in record else []
     parts += ["transform refitted"] if "refit" in record else []
-    if missing:
-        names = [plain(each["site"]) for each in missing]
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        parts.append(f"[yellow]missing {escape(', '.join(names[:5]))}{more}[/]")
+    parts += [f"gradient cosine {record['gradient_cosine']:.3f}"] if "gradient_cosine" in record else []
+    refused = [f"{each['site']} ({each['block']})" for each in record.get("visits", []) if each["share"] == 0]
+    parts += [
+        f"[yellow]{word} {_some(names)}[/]" for word, names in (("refused", refused), ("missing", missing)) if names
+    ]
     return "  ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first five, safe to print."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return escape(plain(", ".join(names[:5]))) + more
 
 
 def setup_lines(values: dict[str, Any]) -> list[str]:
     """What set-up found, for people; nothing for a method that has none."""
+    return [*_block_lines(values), *_gate_lines(values)]
+
+
+def _block_lines(values: dict[str, Any]) -> list[str]:
+    """The blocks, runs of equal ones together, and what the download leaves of their gradients."""
+    if "blocks" not in values:
+        return []
+    sizes = []
+    for size, run in groupby(values["blocks"], key=lambda block: block["values"]):
+        names = [block["name"] for block in run]
+        sizes.append(" ... ".join(dict.fromkeys((names[0], names[-1]))) + f" with {size:,} values")
+    lines = [f"{len(values['blocks'])} blocks: {escape(plain('; '.join(sizes)))}"]
+    cosines = ", ".join(f"{name} {value:.3f}" for name, value in values.get("gradient_cosines", {}).items())
+    return lines + ([f"cosine of gradients through the download: {escape(plain(cosines))}"] if cosines else [])
+
+
+def _gate_lines(values: dict[str, Any]) -> list[str]:
+    """The verdict on a codec."""
     if "gate" not in values:
         return []
     gate = values["gate"]
@@ -242,7 +273,7 @@ def _percent(share: float | None) -> str:
 
 
 def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
-    """Where the adapter lies, how to load it, what it changed."""
+    """Where adapter or model lies, how to load it, what it changed."""
     lines: list[RenderableType] = []
     if result.get("adapter_sha256"):
         lines += [
@@ -261,7 +292,7 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
             ),
         ]
     else:
-        lines.append(Text(f"There is no global adapter: each site keeps its own below {path / 'sites'}"))
+        lines.append(Text(f"There is no global model: each site keeps its own weights below {path / 'sites'}"))
     for sample in result.get("samples", []):
         for when, key in (("before", "base"), ("after", "final")):
             shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
@@ -294,6 +325,10 @@ def run_tables(found: dict[str, Any]) -> Group:
         parts.append(Text(f"{state} Go on with --resume.", style="yellow"))
     else:
         parts += [Text(), result_table(with_compared(found)), Text(), _site_table(found), Text(), _bytes_table(result)]
+    for excerpt in (block_schedule(metrics, cycles=CYCLES, sites=SITES), conflict_log(metrics, last=CONFLICTS)):
+        if excerpt:
+            parts += [Text(f"\n{excerpt.title}", style="bold")]  # a table's own title wraps to its width
+            parts += [_table(excerpt.headings, excerpt.rows, "", excerpt.left), Text(excerpt.words, style="italic dim")]
     failed = failures(metrics)
     if failed:
         rows = [[str(each["round"]), plain(each["site"]), each["task"], plain(each["reason"])] for each in failed]
@@ -331,6 +366,70 @@ def _site_table(found: dict[str, Any]) -> Table:
 def _bytes_table(result: dict[str, Any]) -> Table:
     rows = [[kind, human_bytes(size), f"{size:,}"] for kind, size in result["bytes"]["by_kind"].items()]
     return _table(["message", "", "bytes"], rows, "Bytes by kind, all rounds and sites")
+
+
+# -- blocks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Some of a long table, and words about all of it."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    left: int
+    """How many columns, from the first, are texts."""
+    words: str
+
+
+def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int) -> Excerpt | None:
+    """Which block each of the first `sites` trained in the last `cycles`; None for a method without visits."""
+    records = [record for record in metrics if "visits" in record]
+    if not records:
+        return None
+    visits = [visit for record in records for visit in record["visits"]]
+    names = sorted({each["site"] for each in [*visits, *failures(records)]})
+    shown = records[-cycles:]
+    rows = [[plain(name), *(_trained(record["visits"], name) for record in shown)] for name in names[:sites]]
+    refused = sum(visit["share"] == 0 for visit in visits)
+    scaled = sum(0 < visit["share"] < 1 for visit in visits)
+    words = (
+        f"A number is a decoder layer. {len(visits)} visits: {refused} refused, {scaled} scaled (share in brackets)."
+    )
+    absent = [f"the first {len(records) - cycles} cycles"] if len(records) > cycles else []
+    absent += [f"{len(names) - sites} sites"] if len(names) > sites else []
+    words += f" Not shown: {' and '.join(absent)}." if absent else ""
+    return Excerpt(
+        "Block schedule, by cycle", ["site", *(str(record["round"]) for record in shown)], rows, left=1, words=words
+    )
+
+
+def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
+    """What a site trained in a cycle: in general one block, more where all data lies, - if it did not answer."""
+    cells = [_cell(visit) for visit in visits if visit["site"] == site]
+    return ", ".join(cells if len(cells) < 5 else [*cells[:2], "...", cells[-1]]) or "-"
+
+
+def _cell(visit: dict[str, Any]) -> str:
+    """`3` for layer 3, `4-7` for layers 4 to 7, and what was made of the step where it was not taken whole."""
+    block, share = re.sub(r"^layers? ", "", plain(visit["block"])).replace(" to ", "-"), visit["share"]
+    return block if share == 1 else f"{block} refused" if share == 0 else f"{block} (1/{1 / share:g})"
+
+
+def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | None:
+    """The `last` pairs of sites that trained one block in one cycle; None if there are none."""
+    made = [{"cycle": record["round"], **each} for record in metrics for each in record.get("conflicts", [])]
+    if not made:
+        return None
+    mean = sum(each["cosine"] for each in made) / len(made)
+    words = f"{len(made)} times two sites trained one block in one cycle; mean cosine of what they sent {mean:.3f}."
+    words += f" Shown: the last {last}." if len(made) > last else ""
+    rows = []
+    for each in made[-last:]:
+        names = [each["block"], " and ".join(each["sites"]), each["resolved"]]
+        rows.append([str(each["cycle"]), *map(plain, names), f"{each['cosine']:.3f}"])
+    return Excerpt("Conflict log", ["cycle", "block", "sites", "resolved", "cosine"], rows, left=4, words=words)
 
 
 # -- before it runs -----------------------------------------------------------------------------------------------

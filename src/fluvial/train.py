@@ -224,8 +224,8 @@ def _backward(
     return total / tokens
 
 
-_MANY = 2**24
-"""Values from which on the memory that AdamW takes over all tensors at once, 4 bytes each, counts."""
+AT_ONCE = 2**24
+"""AdamW steps all tensors at once below so many values; from there on its 4 further bytes for each count."""
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -234,7 +234,7 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.opt
     return torch.optim.AdamW(
         parameters,
         # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
-        foreach=sum(parameter.numel() for parameter in parameters) < _MANY,
+        foreach=sum(parameter.numel() for parameter in parameters) < AT_ONCE,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

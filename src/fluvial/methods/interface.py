@@ -64,6 +64,18 @@ class Server(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a run before it begins."""
+
+    frame: int
+    """Bytes of one coded update."""
+    width: int
+    """Bytes of a value of the base."""
+    sites: int
+    rounds: int
+
+
 Tune = Literal["lora", "full"]
 """What is tuned: a LoRA adapter, or all weights."""
 
@@ -86,6 +98,8 @@ class Method:
     """What carries the model to the sites: as it is or by the configuration's downlink, or a code of the method's."""
     sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(layout, getattr(config, "factors", "A and B"))
     """The layout of what a site trains and sends in a round, at most."""
+    forecast: Callable[[Any, Layout, Forecast], list[tuple[str, str]]] | None = None
+    """Rows of `fluvial check` about the way down and the memory of a site, where these are the method's own."""
     tunes: tuple[Tune, ...] = ("lora",)
     """What the method can tune, its default first."""
     pooled: bool = False

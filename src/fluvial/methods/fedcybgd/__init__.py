@@ -8,17 +8,31 @@ compressed, trains that block alone, and sends it back. So all weights are train
 optimizer state of one block and sends only its change.
 """
 
+import torch
 from torch import nn
 
 from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import LOSSY, ProxyDownload
+from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
+from fluvial.methods.fedcybgd.memory import (
+    Cache,
+    Form,
+    Full,
+    LowBit,
+    OnDisk,
+    Proxy,
+    Sizes,
+    StaleSubset,
+    Width,
+    client_memory,
+    visit_bytes,
+)
 from fluvial.methods.fedcybgd.proxy import Anatomy
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.visit import visit
-from fluvial.methods.interface import Method
+from fluvial.methods.interface import Forecast, Method
 from fluvial.models import tuned_layout
 from fluvial.sites import refuse_learned
 from fluvial.tensors import Layout, factor
@@ -53,6 +67,40 @@ def sent(config: Config, layout: Layout) -> Layout:
     return max((block.layout for block in partition(config, layout).blocks), key=lambda each: each.numel)
 
 
+def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tuple[str, str]]:
+    """Blocks, download and memory of a site by the formulas of `memory`, once all blocks have moved."""
+    parts = partition(config, layout)
+    largest = max(range(len(parts)), key=lambda index: parts.blocks[index].numel)
+    sizes = Sizes.of(parts, largest)
+    width: Width = 4 if known.width == 4 else 2
+    form = _form(config, known, len(parts))
+    down = visit_bytes(sizes, form, width=width).down
+    used = client_memory(sizes, OnDisk(form) if config.hold == "disk" else form, width=width)
+    adapter = any(factor(name) for name in layout.names)
+    return [
+        ("blocks", f"{len(parts)} of up to {sizes.block:,} values"),
+        ("in no block, never trained", f"{parts.fixed.numel:,}"),
+        ("down to a site in a cycle", f"about {down:,} B as {config.download.form!r}"),
+        ("down, whole run", f"about {down * known.sites * known.rounds:,} B to all sites"),
+        ("memory of a site", f"{used.peak():,} B and activations{' and the base' if adapter else ''}"),
+    ]
+
+
+def _form(config: FedCyBgdConfig, known: Forecast, blocks: int) -> Form:
+    match config.download:
+        case ProxyDownload(kept=kept):
+            return Proxy(kept)
+        case StaleDownload(share=share):
+            return StaleSubset(share, blocks)
+        case LowBitDownload(codec=codec):
+            many = Layout((("matrix", (1024, 64)),))
+            frame = build(codec, many).encode({"matrix": torch.ones(1024, 64)})
+            return LowBit(8 * len(frame) / many.numel, blocks - 1)
+        case CacheDownload():
+            return Cache(known.sites, blocks, known.frame)
+    return Full()
+
+
 def reads_public(config: Config, _codec: CodecSettings) -> bool:
     """Whether scores, gradients or losses on public text are asked for."""
     if isinstance(config, CentralCyclicConfig):
@@ -71,6 +119,7 @@ METHOD = Method(
     tunes=("full", "lora"),
     receives="own code",
     sent=sent,
+    forecast=forecast,
     check=check,
     check_model=check_model,
     reads_public=reads_public,

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, Self
 
 from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.tensors import Layout
+from fluvial.train import AT_ONCE
 
 Width = Literal[2, 4]
 
@@ -113,7 +114,7 @@ class StaleSubset(Form):
 
 @dataclass(frozen=True)
 class LowBit(Form):
-    """The rest in few bits, kept so, and decoded one weight at a time; that weight is not counted.
+    """The rest in few bits; held decoded, unless it is read from disk.
 
     Vectors, which travel as they are, are counted as if they were coded: of LLaMA-2-7B they are 0.004 %.
     """
@@ -127,10 +128,6 @@ class LowBit(Form):
     def sent(self, sizes: Sizes, width: Width) -> int:  # noqa: ARG002 - whatever the model's type
         """What changed, coded."""
         return math.ceil(self.bits * (sizes.rest if self.changed is None else self.changed * sizes.block) / 8)
-
-    def held(self, sizes: Sizes, width: Width) -> int:  # noqa: ARG002 - whatever the model's type
-        """All of the rest, coded."""
-        return math.ceil(self.bits * sizes.rest / 8)
 
 
 @dataclass(frozen=True)
@@ -154,6 +151,21 @@ class Cache(Form):
         each, more = divmod(self.visits, self.blocks)
         whole = 4 * sizes.block
         return (self.blocks - more) * min(each * self.coded, whole) + more * min((each + 1) * self.coded, whole)
+
+
+@dataclass(frozen=True)
+class OnDisk(Form):
+    """Another form, of which nothing is held: each weight is read when it is used (hold = "disk")."""
+
+    form: Form
+
+    def sent(self, sizes: Sizes, width: Width) -> int:
+        """As the form has it."""
+        return self.form.sent(sizes, width)
+
+    def held(self, sizes: Sizes, width: Width) -> int:  # noqa: ARG002
+        """Nothing; the one weight in use is not counted."""
+        return 0
 
 
 def subset_size(share: float, updated: int) -> int:
@@ -197,7 +209,8 @@ class ClientMemory:
         masters        -      4   fp32, from the first step to the last
         gradient       4      4   in half precision 2 before the step, which turns tensor after tensor into fp32
         moments        8      8   fp32, two
-        workspace      4      4   fp32 root of the second moment, of all tensors at once, only during the step
+        workspace      4      4   fp32 root of the second moment, of all tensors at once, only during the step; none
+                                  from `train.AT_ONCE` values on, where tensor after tensor is stepped
 
     Not counted: activations and what autograd saves, one tensor's gradient at a time that is being made or converted,
     messages while they are read or written, the state from which the change is taken, the base under blocks of an
@@ -237,7 +250,7 @@ def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:
         masters=0 if width == 4 else fp32,
         gradient=fp32,
         moments=2 * fp32,
-        workspace=fp32,
+        workspace=fp32 if sizes.block < AT_ONCE else 0,
     )
 
 
