@@ -13,14 +13,14 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fluvial.errors import ClientError
-from fluvial.payload import Limits, Payload
+from fluvial.payload import Limits, Payload, Value
 from fluvial.sites import Site, Task
 
 logger = logging.getLogger(__name__)
@@ -107,6 +107,14 @@ class Fleet(Protocol):
         """Raise `ClientError` if fewer sites answered than the policy asks for."""
         ...
 
+    def state(self) -> dict[str, Value]:
+        """What a checkpoint must keep of the fleet."""
+        ...
+
+    def restore(self, state: dict[str, Any], round: int) -> None:
+        """Go on from a checkpoint of `round`, -1 for none; sites forget what they kept after it."""
+        ...
+
 
 def sample(sites: Sequence[str], fraction: float, *, seed: int, round: int) -> list[str]:
     """The cohort of a round, counted from 1: max(int(fraction * N), 1) sites without replacement.
@@ -126,7 +134,35 @@ class _Job:
     wire: bytes
 
 
-class LocalFleet:
+class Policy:
+    """What every fleet does when a site does not answer."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self.failures: list[Failure] = []
+        self._config = config
+
+    def failed(self, failure: Failure, attempt: int) -> bool:
+        """Note a failure; whether the site is to be asked again. Raises `ClientError` under on_failure="stop"."""
+        self.failures.append(failure)
+        where = f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
+        if self._config.on_failure == "stop":
+            raise ClientError(where)
+        again = self._config.on_failure == "retry" and attempt <= self._config.retries
+        logger.warning("%s (%s)", where, "asked again" if again else "skipped")
+        return again
+
+    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
+        """See `Fleet`."""
+        if answered < self._config.quorum * asked and self._config.on_failure != "stop":
+            missing = sorted({failure.site for failure in self.failures if failure.round == round})
+            raise ClientError(
+                f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
+                f"{self._config.quorum} needs {self._config.quorum * asked:g}; missing: {', '.join(missing)}. "
+                f"Last problem: {self.failures[-1].reason}"
+            )
+
+
+class LocalFleet(Policy):
     """Sites of one process, each task in a thread of its own."""
 
     def __init__(
@@ -138,10 +174,10 @@ class LocalFleet:
         *,
         limits: Limits | None = None,
     ) -> None:
+        super().__init__(config or FleetConfig())
         self.sites = tuple(names)
-        self.failures: list[Failure] = []
         self._open, self._tasks = open_site, tasks
-        self._config, self._limits = config or FleetConfig(), limits or Limits()
+        self._limits = limits or Limits()
         self._workers = self._config.workers
 
     def ask(
@@ -185,7 +221,8 @@ class LocalFleet:
                 except Exception:
                     wire_up, problem = None, traceback.format_exc()
             if wire_up is None:
-                self._failed(Failure(name, round, task, problem, len(job.wire)), job.attempt, waiting)
+                if self.failed(Failure(name, round, task, problem, len(job.wire)), job.attempt):
+                    waiting.append((name, job.attempt + 1))
                 continue
             for slot, kept in job.site.kept.items():
                 job.site.store.write(name, slot, kept, round)
@@ -196,15 +233,12 @@ class LocalFleet:
         if alone:
             self.require_quorum(task, round, answered=answered, asked=len(messages))
 
-    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
-        """See `Fleet`."""
-        if answered < self._config.quorum * asked and self._config.on_failure != "stop":
-            missing = sorted({failure.site for failure in self.failures if failure.round == round})
-            raise ClientError(
-                f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
-                f"{self._config.quorum} needs {self._config.quorum * asked:g}; missing: {', '.join(missing)}. "
-                f"Last problem: {self.failures[-1].reason}"
-            )
+    def state(self) -> dict[str, Value]:
+        """Nothing: what its sites keep lies in the run's own folder."""
+        return {}
+
+    def restore(self, state: dict[str, Any], round: int) -> None:
+        """See `state`."""
 
     def _concurrency(self) -> int:
         if self._workers == "auto":
@@ -233,16 +267,6 @@ class LocalFleet:
             return done.get(timeout=max(left, 0))
         except queue.Empty:
             return oldest, None, f"no answer within fleet.deadline_s={deadline:g}"
-
-    def _failed(self, failure: Failure, attempt: int, waiting: "deque[tuple[str, int]]") -> None:
-        self.failures.append(failure)
-        where = f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
-        if self._config.on_failure == "stop":
-            raise ClientError(where)
-        again = self._config.on_failure == "retry" and attempt <= self._config.retries
-        logger.warning("%s (%s)", where, "asked again" if again else "skipped")
-        if again:
-            waiting.append((failure.site, attempt + 1))
 
 
 Kind = tuple[Literal["up", "down"], str]
@@ -297,3 +321,11 @@ class Metered:
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """See `Fleet`."""
         self._fleet.require_quorum(task, round, answered=answered, asked=asked)
+
+    def state(self) -> dict[str, Value]:
+        """See `Fleet`."""
+        return self._fleet.state()
+
+    def restore(self, state: dict[str, Any], round: int) -> None:
+        """See `Fleet`."""
+        self._fleet.restore(state, round)

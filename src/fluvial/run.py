@@ -219,6 +219,7 @@ class Run:
             "server": state.values,
             "setup": self.setup,
             "trained": self.trained,
+            "fleet": self.fleet.state(),
             "wall_s": self._elapsed(),
             "meter": _listed(self.fleet.meter.totals),
             "setup_meter": _listed(self.setup_bytes),
@@ -230,9 +231,11 @@ class Run:
         found = self.folder.newest()
         if found is None:
             self.folder.go_back_to(-1)
+            self.fleet.restore({}, -1)
             return -1
         round, checkpoint = found
         self.folder.go_back_to(round)
+        self.fleet.restore(checkpoint.value("fleet", dict), round)
         self.server.restore(Payload(checkpoint.tensors, checkpoint.value("server", dict)))
         self.setup, self.trained = checkpoint.value("setup", dict), checkpoint.value("trained", int)
         self._wall_s = checkpoint.value("wall_s", float)
