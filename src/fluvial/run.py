@@ -7,11 +7,12 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,14 +20,14 @@ from torch import nn
 from fluvial import __version__
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
-from fluvial.data import POOLED, SiteTexts
+from fluvial.data import POOLED, Example, SiteData, SiteTexts
 from fluvial.errors import CheckpointError, GateError
 from fluvial.evaluate import Heldout, check_effect
-from fluvial.fleet import Kind, LocalFleet, Metered
+from fluvial.fleet import Fleet, Kind, LocalFleet, Metered
 from fluvial.methods import Context
 from fluvial.models import Workbench, check_length
 from fluvial.payload import Payload, Value
-from fluvial.sites import COMMON_TASKS, Site, adapter_message, heldout_of
+from fluvial.sites import COMMON_TASKS, Site, StateStore, Task, adapter_message, heldout_of
 from fluvial.tensors import Layout, Named
 from fluvial.train import TrainConfig
 
@@ -46,7 +47,71 @@ class Event:
     values: dict[str, Any]
 
 
-def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
+class Texts(Protocol):
+    """What a server knows of the sites' data."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the sites."""
+        ...
+
+    def public(self) -> dict[str, list[Example]]:
+        """Text that belongs to no site; raises `ConfigError` if there is none."""
+        ...
+
+    def sample(self) -> SiteData:
+        """Held-out text to show the model on."""
+        ...
+
+
+Assemble = Callable[[RunConfig, RunFolder, Workbench, Texts], Fleet]
+"""Brings the sites together: called once for each method of a run."""
+
+
+def site_of(config: RunConfig, name: str, bench: Workbench, texts: SiteTexts, store: StateStore) -> Site:
+    """The site `name` for one message, with the data that `texts` has for it."""
+    return Site(
+        name=name,
+        seed=config.seed,
+        workbench=bench,
+        load=lambda: texts.load(name),
+        train=_train_config(config, len(texts.names)),
+        codec=config.coding,
+        method=config.method,
+        downlink=config.downlink,
+        store=store,
+        rounds=config.rounds,
+    )
+
+
+def _train_config(config: RunConfig, sites: int) -> TrainConfig:
+    """The centralised baseline takes as many steps as all sites together."""
+    if not config.entry.pooled or config.train.max_steps is None:
+        return config.train
+    return config.train.model_copy(update={"max_steps": config.train.max_steps * sites})
+
+
+def tasks_of(config: RunConfig) -> dict[str, Task]:
+    """Everything that a site can be asked for in this run."""
+    return {**COMMON_TASKS, **config.entry.tasks}
+
+
+def in_process(config: RunConfig, folder: RunFolder, bench: Workbench, texts: Texts) -> Fleet:
+    """All sites in this process."""
+    assert isinstance(texts, SiteTexts), "the data of all sites is here"
+    names = (POOLED,) if config.entry.pooled else texts.names
+    open_site = partial(site_of, config, bench=bench, texts=texts, store=folder.store)
+    return LocalFleet(names, open_site, tasks_of(config), config.fleet)
+
+
+def execute(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    assemble: Assemble = in_process,
+    texts: Callable[[RunConfig, Workbench], Texts] | None = None,
+) -> Iterator[Event]:
     """The baselines of `config`, each in a folder of its own, then its method; the last event is the result.
 
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another run's configuration.
@@ -56,20 +121,20 @@ def execute(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterato
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
-        texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+        known = texts(config, bench) if texts else SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for each, _ in runs:
-            check_settings(each, bench.layout, bench.blank(), texts)
+            check_settings(each, bench.layout, bench.blank(), known)
         main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, bench, texts).events()
+                yield from Run(each, main, bench, known, assemble).events()
                 continue
             with RunFolder(path) as baseline:
-                yield from Run(each, baseline, bench, texts).events()
+                yield from Run(each, baseline, bench, known, assemble).events()
 
 
-def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: SiteTexts) -> None:
+def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Texts) -> None:
     """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`.
 
     `base` may be without weights.
@@ -108,10 +173,16 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 class Run:
     """One method on one configuration in one folder."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, bench: Workbench, texts: SiteTexts) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        bench: Workbench,
+        texts: Texts,
+        assemble: Assemble = in_process,
+    ) -> None:
         self.config, self.folder, self.bench, self.texts = config, folder, bench, texts
         method = config.entry
-        self.train = self._train_config()
         self.context = Context(
             seed=config.seed,
             rounds=config.rounds,
@@ -123,10 +194,7 @@ class Run:
             public=self.texts.public,
         )
         self.server = method.server(config.method, self.context)
-        tasks = {**COMMON_TASKS, **method.tasks}
-        self.fleet = Metered(
-            LocalFleet((POOLED,) if method.pooled else texts.names, self._open_site, tasks, config.fleet)
-        )
+        self.fleet = Metered(assemble(config, folder, bench, texts))
         self.trained = 0
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
@@ -187,29 +255,6 @@ class Run:
         self.folder.append_metrics(record)
         self._save(number)
         return record
-
-    # -- sites --------------------------------------------------------------------------------------------------
-
-    def _open_site(self, name: str) -> Site:
-        return Site(
-            name=name,
-            seed=self.config.seed,
-            workbench=self.bench,
-            load=lambda: self.texts.load(name),
-            train=self.train,
-            codec=self.config.coding,
-            method=self.config.method,
-            downlink=self.config.downlink,
-            store=self.folder.store,
-            rounds=self.config.rounds,
-        )
-
-    def _train_config(self) -> TrainConfig:
-        """The centralised baseline takes as many steps as all sites together."""
-        if not self.config.entry.pooled or self.config.train.max_steps is None:
-            return self.config.train
-        steps = self.config.train.max_steps * len(self.texts.names)
-        return self.config.train.model_copy(update={"max_steps": steps})
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -334,10 +379,10 @@ class Run:
         return {key: found[key] for key in ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")}
 
     def _probe(self) -> list[int]:
-        return list(self.texts.load(self.texts.names[0]).heldout[0].input_ids)
+        return list(self.texts.sample().heldout[0].input_ids)
 
     def _samples(self, adapter: Named) -> list[dict[str, str]]:
-        config, texts = self.config.evaluate, self.texts.load(self.texts.names[0])
+        config, texts = self.config.evaluate, self.texts.sample()
         if config.sample_prompt is not None:
             prompt = config.sample_prompt
         elif texts.questions:

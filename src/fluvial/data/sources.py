@@ -99,6 +99,10 @@ class SiteTexts:
         self.load = lru_cache(CACHED_SITES)(self._load)
         self.public = cache(self._public)
 
+    def sample(self) -> SiteData:
+        """The data of the first site, to show the model on."""
+        return self.load(self.names[0])
+
     def _load(self, name: str) -> SiteData:
         """Tokens of one site, or of all together under the name `POOLED`.
 
