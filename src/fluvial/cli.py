@@ -77,7 +77,7 @@ def run(
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
-    """Run a configuration to its result: baselines, rounds, held-out measures, adapter."""
+    """Run a configuration to its result: baselines, rounds, held-out measures, weights."""
     settings = _load(config, overrides)
     path = folder or Path("runs") / config.stem
     with _working(settings, quiet=format == "json") as progress:
@@ -143,7 +143,7 @@ def evaluate(
     format: Format = "table",
 ) -> None:
     """Measure an adapter or a tuned model beside its base model, on records or on multiple-choice questions."""
-    with _telling("reading the adapter"):
+    with _telling("reading the weights"):
         from fluvial.assess import ChoiceConfig, evaluate_adapter, read_adapter_folder
 
         if choices is None and (shots or shots_from):

@@ -28,7 +28,7 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     every: int = Field(0, ge=0)
-    """Measure the global adapter every so many rounds; 0 measures at the end only."""
+    """Measure the global model every so many rounds; 0 measures at the end only."""
     max_new_tokens: int = Field(0, ge=0)
     """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
     sample_prompt: str | None = None

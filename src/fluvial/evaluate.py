@@ -84,5 +84,5 @@ def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> 
                 logits.append(model(input_ids=tokens).logits)
     if torch.equal(*logits):
         raise ConfigError(
-            "the adapter gives exactly the base model's logits: it was not trained, or does not belong to this model"
+            "what was tuned gives exactly the base model's logits: it was not trained, or does not belong to this model"
         )

@@ -28,7 +28,7 @@ from fluvial.methods import Context
 from fluvial.models import Workbench, check_length
 from fluvial.payload import Payload, Value
 from fluvial.sites import COMMON_TASKS, Site, StateStore, Task, adapter_message, heldout_of
-from fluvial.tensors import Layout, Named
+from fluvial.tensors import Layout, Named, norm
 from fluvial.train import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,10 @@ class Run:
         sha256: dict[str, str] = {}
         if adapter is not None:
             samples = self._samples(adapter)
-            check_effect(self.bench, adapter, self._probe())
+            if self.bench.full and norm(adapter) == 0:
+                logger.warning("no step was taken in any round: the model is the base")
+            else:
+                check_effect(self.bench, adapter, self._probe())
             sha256 = self._export(adapter, final)
         result = {
             "fluvial": __version__,

@@ -240,7 +240,7 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
         for name, label in BASELINES.items()
         if name != result["method"]
     ]
-    runs.append((run_name(result), heldout.get("final"), {} if result["method"] == "central" else result))
+    runs.append((run_name(result), heldout.get("final"), {} if result["method"] in ("central", "central_cyclic") else result))
     runs = [run for run in runs if run[1] is not None]
     exact = any("exact_match" in values for _, values, _ in runs)
     headings = ["", "held-out loss", "next-token accuracy", *(["exact match"] if exact else [])]

@@ -47,6 +47,8 @@ def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
         except ConfigError as error:
             raise ConfigError(f"block {block.name!r}: {error}") from error
     proxy = isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload)
+    if isinstance(config, FedCyBgdConfig) and config.hold == "disk" and any(factor(name) for name in layout.names):
+        raise ConfigError("method.hold='disk': without effect, because an adapter is tuned; remove it")
     if proxy and any(factor(name) for name in layout.names):
         raise ConfigError(
             "method.download.form='proxy': drops layers of the base, and here an adapter is tuned; set "

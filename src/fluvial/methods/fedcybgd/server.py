@@ -162,7 +162,8 @@ class FedCyBgdServer:
                 last[block] = mine[-1]
                 for answer in mine:
                     loss.add(answer.loss, answer.samples)
-                    visits.append(self._record(answer, share))
+                    overwritten = self.config.merging == "overwrite" and answer is not mine[-1]
+                    visits.append(self._record(answer, 0.0 if overwritten else share))
         asked = sum(map(len, cycle))
         fleet.require_quorum("visit", number, answered=len(visits), asked=asked)
         return {
