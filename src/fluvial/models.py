@@ -206,6 +206,12 @@ def fill(model: nn.Module, weights: Named) -> None:
                 module._parameters[leaf] = made[names[id(parameter)]]
 
 
+def checkpoint_layers(model: Any) -> None:
+    """Switch gradient checkpointing on; below what is trained still no graph is built."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.disable_input_require_grads()  # which only the reentrant kind needs
+
+
 def tuned_layout(base: nn.Module, lora: LoraSettings | None) -> Layout:
     """The layout of what is tuned: the adapter, injected into `base`, or all parameters; works on the meta device."""
     return read_shapes(base if lora is None else adapt(base, lora))
@@ -362,7 +368,7 @@ class Workbench:
         for name, parameter in tuned_parameters(model).items():
             parameter.requires_grad_(_requires_grad(name, trainable))
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+            checkpoint_layers(model)
         if model.training:
             model.eval()
         try:

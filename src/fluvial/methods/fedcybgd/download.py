@@ -244,7 +244,7 @@ class Sender:
                 data += commit.frames
                 table.append([commit.factor, [len(frame) for frame in commit.frames], list(commit.weights)])
             news.append([number, held[number], self.ledger.versions[number], table])
-        values = values | {"news": news, "crc": crc(self.ledger.block(index))}
+        values = values | {"news": news, "versions": [*self.ledger.versions], "crc": crc(self.ledger.block(index))}
         joined = b"".join(data)
         return frame_payload(joined, **values) if joined else Payload(values=values)
 
@@ -451,6 +451,9 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
     news = dict(_news(entry, reader, len(parts)) for entry in message.value("news", list))
     if reader.place != len(reader.data):
         raise WireError(f"visit: {len(reader.data) - reader.place} bytes belong to no block")
+    versions = message.value("versions", list)
+    if len(versions) != len(parts):
+        raise WireError(f"visit: versions of {len(versions)} blocks, expected {len(parts)}")
     initial = initial_state(holder.workbench.layout, holder.seed)
     held: list[Source] = []
     trained: Named = {}
@@ -461,7 +464,9 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
             if now is None:
                 return None
             holder.keep(slot, Payload(now, {"version": news[number].version}), draft=True)
-        _, source = _kept(holder, slot, _no_frame)
+        version, source = _kept(holder, slot, _no_frame)
+        if (version or 0) != versions[number]:
+            return None
         if number == index:
             source = source or MemorySource(initial)
             trained = {name: source.get(name) for name in block.layout.names}

@@ -6,10 +6,10 @@ cosine to the gradient through the exact model says how much is left, and per by
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from fluvial.data import Example
@@ -43,6 +43,13 @@ class AcceptConfig(BaseModel):
     """A refused step is tried again at 1/2, 1/4, ...; then it is dropped."""
     examples: int = Field(32, ge=1)
     """Sequences of public text."""
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> Self:
+        idle = sorted(self.model_fields_set - {"on"})
+        if self.on == "always" and idle:
+            raise ValueError(f"{', '.join(idle)}: without effect under on='always'; set on='public loss'")
+        return self
 
 
 def gradient(model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int) -> Named:

@@ -1,5 +1,6 @@
 """The server's half of FedCyBGD: cycles of visits, and the guards around them."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from fluvial.payload import Payload, Value, join, payload_frame, split
 from fluvial.seeds import generator
 from fluvial.sites import weight_of
 from fluvial.tensors import Named, WeightedMean, cosine, norm, subtract
+
+logger = logging.getLogger(__name__)
 
 CALIBRATION = 32
 """Sequences of public text that layers and neurons are scored on."""
@@ -194,7 +197,7 @@ class FedCyBgdServer:
                 visit.site: self.sender.message(visit.site, visit.block, visit.name, self._values(number))
                 for visit in waiting
             }
-            read = partial(self._read, number, {visit.name: visit for visit in waiting})
+            read = partial(self._read, number, {visit.name: visit for visit in waiting}, again=attempt == "again")
             stale = set()
             for reply in fleet.ask("visit", messages, round=number, read=read, alone=False):
                 if reply.content is None:
@@ -202,13 +205,14 @@ class FedCyBgdServer:
                     self.sender.forget(reply.site)
                     continue
                 self.sender.acknowledge(reply.site)
+                if reply.content.visit.site != reply.site:
+                    logger.warning("site %s answered for %s; dropped", reply.site, reply.content.visit.site)
+                    continue
                 if self.ledger.claim(reply.content.visit.name, number):
                     answers[reply.content.visit.name] = reply.content
             waiting = [visit for visit in waiting if visit.site in stale]
             if not waiting:
                 break
-            if attempt == "again":
-                raise WireError(f"sites {', '.join(sorted(stale))} cannot follow even after everything was sent again")
         return [answers[visit.name] for visit in group if visit.name in answers]
 
     def _values(self, number: int) -> dict[str, Value]:
@@ -217,8 +221,10 @@ class FedCyBgdServer:
         rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
 
-    def _read(self, number: int, expected: dict[str, Visit], reply: Payload) -> Answer | None:
+    def _read(self, number: int, expected: dict[str, Visit], reply: Payload, *, again: bool) -> Answer | None:
         if reply.values == STALE.values:
+            if again:
+                raise WireError("visit: the site cannot follow even after everything was sent again")
             return None
         name = reply.value("visit", str)
         if name not in expected:

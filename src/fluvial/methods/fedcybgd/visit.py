@@ -7,12 +7,13 @@ from typing import Literal
 from torch import nn
 
 from fluvial.codecs import build
+from fluvial.errors import WireError
 from fluvial.frozen import stream
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Received, frozen_type, receive
 from fluvial.methods.fedcybgd.proxy import slim
 from fluvial.methods.link import STALE
-from fluvial.models import Workbench, fill, tuned_parameters
+from fluvial.models import Workbench, checkpoint_layers, fill, tuned_parameters
 from fluvial.payload import Payload, frame_payload
 from fluvial.seeds import generator
 from fluvial.sites import Site, code
@@ -50,8 +51,17 @@ def borrow(
     for name, parameter in tuned_parameters(model).items():
         parameter.requires_grad_(name in trainable)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        checkpoint_layers(model)
     yield model
+
+
+def _orders(message: Payload) -> tuple[int, int, int, float]:
+    """Block, round, visits that share the steps, and share of the learning rate; raises `WireError`."""
+    index, round, visits = (message.value(name, int) for name in ("block", "round", "visits"))
+    rate = message.value("rate", float)
+    if round < 1 or visits < 1 or not 0 < rate <= 1:
+        raise WireError(f"visit: round {round}, {visits} visits, rate {rate}: all are above 0, and the rate at most 1")
+    return index, round, visits, rate
 
 
 def visit(site: Site, message: Payload) -> Payload:
@@ -59,12 +69,12 @@ def visit(site: Site, message: Payload) -> Payload:
     config = site.method
     download = FullDownload() if isinstance(config, CentralCyclicConfig) else config.download
     parts = partition(config, site.layout)
+    index, round, visits, rate = _orders(message)
     received = receive(download, site, message, parts, codec=site.codec)
     if received is None:
         return STALE
-    index, round, visits = (message.value(name, int) for name in ("block", "round", "visits"))
     block, examples = parts.blocks[index], site.load().train
-    settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * message.value("rate", float)})
+    settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * rate})
     with borrow(
         site.workbench,
         received,
