@@ -74,6 +74,9 @@ def run(
     config: ConfigPath,
     folder: Annotated[Path | None, typer.Option("--out", help="Where the run lies; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    fleet: Annotated[
+        Literal["process", "flower"], typer.Option("--fleet", help="Sites in this process, or Flower's simulation.")
+    ] = "process",
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
@@ -81,7 +84,10 @@ def run(
     settings = _load(config, overrides)
     path = folder or Path("runs") / config.stem
     with _working(settings, quiet=format == "json") as progress:
-        from fluvial.run import execute
+        if fleet == "flower":
+            from fluvial.flower.simulate import simulate as execute
+        else:
+            from fluvial.run import execute
 
         for event in execute(settings, path, resume=resume):
             progress.show(event)
@@ -181,6 +187,123 @@ def show_run(
 
             write_page(found, html)
         err.print(f"wrote {html}")
+
+
+server_app = typer.Typer(help="Many machines: the server.", no_args_is_help=True)
+site_app = typer.Typer(help="Many machines: a site.", no_args_is_help=True)
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
+ServerFolder = Annotated[Path, typer.Argument(help="The server's folder.")]
+SiteFolder = Annotated[Path, typer.Argument(help="The site's folder.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys: on one machine, to try things.")]
+
+
+@server_app.command("init")
+def server_init(
+    folder: ServerFolder,
+    address: Annotated[str, typer.Option(help="HOST:PORT under which sites reach it.")] = "127.0.0.1:8000",
+    certificate: Annotated[Path | None, typer.Option(help="Your own certificate; default, one is made.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The authority that signed it.")] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Make a server's folder: certificate authority, server certificate, settings."""
+    from fluvial.flower import deploy
+
+    made = deploy.server_init(folder, address=address, insecure=insecure, certificate=certificate, key=key, ca=ca)
+    for line in made:
+        out.print(line, markup=False)
+
+
+@server_app.command("start")
+def server_start(folder: ServerFolder) -> None:
+    """Run the server until it is stopped."""
+    from fluvial.flower import deploy
+
+    deploy.server_start(folder)
+
+
+@site_app.command("init")
+def site_init(
+    folder: SiteFolder,
+    name: Annotated[str, typer.Option(help="The site's name in runs and reports.")],
+    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8000",
+    ca: Annotated[Path | None, typer.Option(help="The server's ca.crt.")] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Make a site's folder: key pair and settings."""
+    from fluvial.flower import deploy
+
+    for line in deploy.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
+        out.print(line, markup=False)
+
+
+@site_app.command("register")
+def site_register(
+    server: ServerFolder, public_key: Annotated[Path, typer.Argument(help="The site's NAME.pub.")]
+) -> None:
+    """Let a site join; run by the server's operator."""
+    from fluvial.flower import deploy
+
+    out.print(deploy.register(server, public_key).strip(), markup=False)
+
+
+@site_app.command("start")
+def site_start(
+    folder: SiteFolder,
+    stock: Annotated[bool, typer.Option("--stock", help="Flower's own execution: a new process per message.")] = False,
+) -> None:
+    """Run a site until it is stopped."""
+    from fluvial.flower import deploy
+
+    raise typer.Exit(deploy.site_start(folder, warm=not stock))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    server: Annotated[Path, typer.Option(help="The server's folder.")],
+    folder: Annotated[Path | None, typer.Option("--out", help="Where the run lies; default SERVER/runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Start a configuration on a server; its sites do the work."""
+    settings = _load(config, overrides)
+    from fluvial.flower import deploy
+
+    path = folder or server / "runs" / config.stem
+    number = deploy.submit(settings, server, out=path, resume=resume)
+    out.print(f"run {number} in {path}", markup=False)
+    out.print(f"follow it:  {_command()} logs {server} {number}", markup=False)
+
+
+@app.command()
+def status(server: ServerFolder, format: Format = "table") -> None:
+    """Show a server's runs and sites."""
+    from fluvial import show
+    from fluvial.flower import deploy
+
+    _print(deploy.status(server), format, show.status_tables)
+
+
+@app.command()
+def logs(
+    server: ServerFolder,
+    run: Annotated[int, typer.Argument(help="The run's number.")],
+    follow: Annotated[bool, typer.Option(help="Go on until it ends.")] = True,
+) -> None:
+    """Print what a run says."""
+    from fluvial.flower import deploy
+
+    deploy.logs(server, run, follow=follow)
+
+
+@app.command()
+def stop(server: ServerFolder, run: Annotated[int, typer.Argument(help="The run's number.")]) -> None:
+    """End a run; `submit --resume` goes on with it."""
+    from fluvial.flower import deploy
+
+    out.print(deploy.stop(server, run).strip(), markup=False)
 
 
 def _command() -> str:

@@ -36,6 +36,8 @@ class FleetConfig(BaseModel):
     threads: int = Field(1, ge=1)
     """Threads for the tensor operations of one site, and of the server; fixed, so that results do not depend on
     `workers`."""
+    sites: tuple[str, ...] = ()
+    """Names of the sites that a deployed run waits for; where this is empty, those of data that all sites can read."""
     deadline_s: float | None = Field(None, gt=0)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"

@@ -240,7 +240,9 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
         for name, label in BASELINES.items()
         if name != result["method"]
     ]
-    runs.append((run_name(result), heldout.get("final"), {} if result["method"] in ("central", "central_cyclic") else result))
+    runs.append(
+        (run_name(result), heldout.get("final"), {} if result["method"] in ("central", "central_cyclic") else result)
+    )
     runs = [run for run in runs if run[1] is not None]
     exact = any("exact_match" in values for _, values, _ in runs)
     headings = ["", "held-out loss", "next-token accuracy", *(["exact match"] if exact else [])]
@@ -430,6 +432,19 @@ def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | N
         names = [each["block"], " and ".join(each["sites"]), each["resolved"]]
         rows.append([str(each["cycle"]), *map(plain, names), f"{each['cosine']:.3f}"])
     return Excerpt("Conflict log", ["cycle", "block", "sites", "resolved", "cosine"], rows, left=4, words=words)
+
+
+def status_tables(found: dict[str, Any]) -> Group:
+    """Runs and sites of a server, with whatever columns it gives."""
+    return Group(*(_listing(name, found[name]) for name in ("runs", "sites")))
+
+
+def _listing(title: str, rows: Sequence[dict[str, Any]]) -> RenderableType:
+    if not rows:
+        return Text(f"No {title}.")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[plain(str(row.get(column, "-"))) for column in columns] for row in rows]
+    return _table(columns, cells, title.capitalize(), left=len(columns))
 
 
 # -- before it runs -----------------------------------------------------------------------------------------------

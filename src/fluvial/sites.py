@@ -68,11 +68,12 @@ class StateStore:
         for old in sorted(number for number in versions if number < round)[:-1]:
             self._remove(versions[old])
 
-    def rollback(self, round: int) -> None:
-        """Forget everything written after `round`."""
+    def rollback(self, round: int, site: str | None = None) -> None:
+        """Forget everything written after `round`, by all sites or by one."""
         paths = list(self._memory) if self.folder is None else list(self.folder.glob("*/*.safetensors"))
         for path in paths:
-            if int(path.stem.rsplit("-", 1)[1]) > round:
+            mine = site is None or path.parent == self._folder(site)
+            if mine and int(path.stem.rsplit("-", 1)[1]) > round:
                 self._remove(path)
 
     def _versions(self, site: str, slot: str) -> dict[int, Path]:

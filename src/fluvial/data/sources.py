@@ -92,9 +92,13 @@ class SiteData:
 class SiteTexts:
     """The data of all sites of a configuration; records are read once, tokens are made when a site is asked for."""
 
-    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int, owner: str | None = None) -> None:
+        """With an `owner` all records are of the one site of that name, whatever the configuration's partition."""
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._parts = None if config.source == STDLIB else _partitioned(config, seed)
+        if owner is not None:
+            self._parts: dict[str, tuple[Any, Any]] | None = {owner: _whole(config, seed, owner)}
+        else:
+            self._parts = None if config.source == STDLIB else _partitioned(config, seed)
         self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
         self.load = lru_cache(CACHED_SITES)(self._load)
         self.public = cache(self._public)
@@ -192,6 +196,16 @@ def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str,
     return {names[0]: examples for names, examples in groups if examples}
 
 
+def _whole(config: DataConfig, seed: int, owner: str) -> tuple[Any, Any]:
+    """Train and held-out `datasets.Dataset` of a site that has its records to itself."""
+    train = _open(config.source, config.split, "data.source")
+    _form(config, train.column_names)
+    if not (config.heldout_source or config.heldout_split):
+        return _hold_out(owner, train, config, seed)
+    source = config.heldout_source or config.source
+    return train, _open(source, config.heldout_split or config.split, "data.heldout_source")
+
+
 def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
     """Train and held-out `datasets.Dataset` of each site."""
     draw = derive(seed, "partition") % 2**32
@@ -228,15 +242,20 @@ def _partitioned(config: DataConfig, seed: int) -> dict[str, tuple[Any, Any]]:
             )
     else:
         for name, part in train.items():
-            order = numpy_generator(seed, "heldout", name).permutation(len(part))
-            cut = round(config.heldout_share * len(part))
-            if not 0 < cut < len(part):
-                raise ConfigError(
-                    f"data: site {name!r} has {len(part)} records; data.heldout_share={config.heldout_share} leaves "
-                    f"{len(part) - cut} to train on and {cut} held out, and both need at least one"
-                )
-            heldout[name], train[name] = part.select(sorted(order[:cut])), part.select(sorted(order[cut:]))
+            train[name], heldout[name] = _hold_out(name, part, config, seed)
     return {name: (train[name], heldout[name]) for name in train}
+
+
+def _hold_out(name: str, part: Any, config: DataConfig, seed: int) -> tuple[Any, Any]:
+    """The records of a site to train on, and a drawn share of them that is held out."""
+    order = numpy_generator(seed, "heldout", name).permutation(len(part))
+    cut = round(config.heldout_share * len(part))
+    if not 0 < cut < len(part):
+        raise ConfigError(
+            f"data: site {name!r} has {len(part)} records; data.heldout_share={config.heldout_share} leaves "
+            f"{len(part) - cut} to train on and {cut} held out, and both need at least one"
+        )
+    return part.select(sorted(order[cut:])), part.select(sorted(order[:cut]))
 
 
 def _form(config: DataConfig, found: list[str]) -> Form:

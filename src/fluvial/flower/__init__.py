@@ -1,0 +1,1 @@
+"""Flower: the same run over processes and machines. Only this folder imports flwr."""

@@ -1,0 +1,337 @@
+"""What an operator does: thin over Flower's own programs, with TLS and node keys unless the insecure mode is asked for.
+
+server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, flower/ (Flower's home), runs/
+site folder     site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fluvial.config import RunConfig
+from fluvial.errors import ConfigError
+from fluvial.flower import certificates
+from fluvial.station import SiteFile, read_site_file
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+}
+"""No telemetry, no question to a hub, no installation while a run runs."""
+_CONNECTION = "fluvial"
+_APP = """[project]
+name = "fluvial-run"
+version = "1.0.0"
+description = "A run of Fluvial; the code is the installed package"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "fluvial"
+
+[tool.flwr.app.components]
+serverapp = "fluvial.flower.server:app"
+clientapp = "fluvial.flower.site:app"
+
+[tool.flwr.app.config]
+config = ""
+folder = ""
+resume = false
+"""
+
+
+class ServerFile(BaseModel):
+    """server.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "0.0.0.0"
+    port: int = 8000
+    address: str
+    """Under which the sites reach it."""
+    insecure: bool = False
+    certificate: Path = Path("server.crt")
+    key: Path = Path("server.key")
+    ca: Path = Path("ca.crt")
+
+
+# -- the server's operator --------------------------------------------------------------------------------------------
+
+
+def server_init(
+    folder: Path,
+    *,
+    address: str,
+    insecure: bool = False,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    ca: Path | None = None,
+) -> list[str]:
+    """Make a server's folder; returns what to do next. Raises `ConfigError` if one is there already."""
+    host, port = _address(address)
+    if (folder / "server.toml").exists():
+        raise ConfigError(f"{folder} holds a server already; start it, or choose another folder")
+    own = (certificate, key, ca)
+    if any(own) and not all(own):
+        raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f'address = "{host}:{port}"', f"port = {port}"]
+    if host in ("127.0.0.1", "localhost"):
+        lines.append('host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere')
+    if insecure:
+        lines.append("insecure = true       # no TLS, no node keys: for experiments on one machine only")
+    elif all(own):
+        given = zip(("certificate", "key", "ca"), own, strict=True)
+        lines += [f'{name} = "{Path(str(path)).resolve()}"' for name, path in given]
+    else:
+        certificates.make_authority(folder)
+        certificates.make_server_certificate(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+    (folder / "server.toml").write_text("\n".join(lines) + "\n")
+    _connection(folder, read_server_file(folder))
+    return [
+        f"server in {folder}; start it:  fluvial server start {folder}",
+        *([] if insecure else [f"give every site {ca or folder / 'ca.crt'}"]),
+    ]
+
+
+def read_server_file(folder: Path) -> ServerFile:
+    """server.toml of a folder; raises `ConfigError`."""
+    path = folder / "server.toml"
+    try:
+        found = ServerFile.model_validate(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no server; `fluvial server init` makes one") from None
+    except (tomllib.TOMLDecodeError, ValidationError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    here = folder.resolve()
+    return found.model_copy(update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")})
+
+
+def server_start(folder: Path) -> None:
+    """Become Flower's SuperLink; does not return."""
+    server = read_server_file(folder)
+    command = [_program("flower-superlink"), "--host", server.host, "--port", str(server.port)]
+    command += ["--database", str(folder.resolve() / "superlink.db"), "--disable-runtime-dependency-installation"]
+    if server.insecure:
+        _warn("server.toml says insecure = true: no TLS and no node keys")
+        command += ["--insecure"]
+    else:
+        command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.key)]
+        command += ["--ssl-ca-certfile", str(server.ca), "--enable-supernode-auth"]
+    os.execve(command[0], command, _environment(folder))
+
+
+def register(folder: Path, public_key: Path) -> str:
+    """Let the site with this key join; returns Flower's answer."""
+    if not public_key.exists():
+        raise ConfigError(f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub")
+    return _flwr(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
+
+
+def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
+    """Start a run on the server of `folder`; returns Flower's number of it. Raises `ConfigError`."""
+    app = folder / "app"
+    app.mkdir(exist_ok=True)
+    (app / "pyproject.toml").write_text(_APP)
+    given = {
+        "config": json.dumps(config.model_dump(mode="json", exclude_unset=True)),
+        "folder": str(out.resolve()),
+    }
+    lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
+    lines.append(f"resume = {'true' if resume else 'false'}")
+    (folder / "submitted.toml").write_text("\n".join(lines) + "\n")
+    answer = _flwr(
+        folder,
+        "run",
+        str(app.resolve()),
+        _CONNECTION,
+        "--run-config",
+        str(folder.resolve() / "submitted.toml"),
+        "--format",
+        "json",
+    )
+    found = _json(answer)
+    if not found.get("success") or "run-id" not in found:
+        raise ConfigError(f"the server did not take the run: {answer.strip()[:500]}")
+    return int(found["run-id"])
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """Runs and sites as Flower's server knows them."""
+    nodes = _json(_flwr(folder, "supernode", "list", _CONNECTION, "--format", "json"))
+    runs = _json(_flwr(folder, "list", _CONNECTION, "--format", "json"))
+    return {"runs": runs.get("runs", []), "sites": nodes.get("nodes", [])}
+
+
+def logs(folder: Path, run: int, *, follow: bool) -> None:
+    """Print what a run's server wrote; does not return."""
+    command = [_program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
+    os.execve(command[0], command, _environment(folder))
+
+
+def stop(folder: Path, run: int) -> str:
+    """End a run; what it had reached can be resumed."""
+    return _flwr(folder, "stop", str(run), _CONNECTION)
+
+
+# -- a site's operator ------------------------------------------------------------------------------------------------
+
+
+def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure: bool = False) -> list[str]:
+    """Make a site's folder; returns what to do next."""
+    host, port = _address(server)
+    if (folder / "site.toml").exists():
+        raise ConfigError(f"{folder} holds a site already; start it, or choose another folder")
+    if (ca is None) != insecure:
+        raise ConfigError("give --ca with the server's ca.crt, or ask for --insecure by name; not both")
+    if ca is not None and not ca.exists():
+        raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
+    SiteFile(name=name)  # a name that cannot be used is refused before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
+    if ca is not None:
+        shutil.copy(ca, folder / "ca.crt")
+        _, public = certificates.make_node_key(folder, name)
+        lines += ['ca = "ca.crt"', f'key = "{name}.key"']
+    lines += [
+        '# model = "/models/llama"          # a local copy of the base model that runs name',
+        "# [data]",
+        '# source = "/data/records.jsonl"   # this site\'s records; without it, what the run names',
+        "# [allow]                          # what this site takes part in; empty allows everything",
+        '# methods = ["fedavg", "cgfedllm"]',
+        '# tensors = ["*.lora_*"]',
+        "# max_bytes_up_per_round = 20_000_000",
+    ]
+    (folder / "site.toml").write_text("\n".join(lines) + "\n")
+    read_site_file(folder / "site.toml")
+    done = [f"site in {folder}; its settings are in {folder / 'site.toml'}"]
+    if ca is not None:
+        done.append(f"send {public} to the server's operator, who runs:  fluvial site register SERVER {public.name}")
+    return [*done, f"then start it:  fluvial site start {folder}"]
+
+
+def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
+    """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
+    site = read_site_file(folder / "site.toml")
+    port = port or _free_port()
+    serve: Any = None
+    if warm:
+        try:
+            from fluvial.flower.executor import serve
+        except ImportError as error:
+            _warn(f"this Flower has another inside ({error}); sites answer by its stock execution, which is slower")
+    command = [_program("flower-supernode"), "--superlink", site.server, "--port", str(port)]
+    command += ["--node-config", f'site-file="{(folder / "site.toml").resolve()}"']
+    command += ["--isolation", "process" if serve else "subprocess"]
+    if site.ca is None:
+        _warn("site.toml names no ca: no TLS and no node key")
+        command += ["--insecure"]
+    else:
+        command += ["--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key)]
+    node = subprocess.Popen(command, env=_environment(folder))
+    worker = None
+    if serve:
+        worker = os.fork()
+        if worker == 0:
+            os.environ.update(_environment(folder))
+            serve(f"127.0.0.1:{port}", site, parent=node.pid)
+            os._exit(0)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.terminate())
+    code = node.wait()
+    if worker:
+        os.kill(worker, signal.SIGTERM)
+        os.waitpid(worker, 0)
+    if code not in (0, -signal.SIGTERM):
+        _warn(
+            f"the SuperNode ended with code {code}; if it says 305, this site's key is not registered, or its last "
+            "process went less than 60 s ago"
+        )
+    return code
+
+
+# -- Flower's programs ------------------------------------------------------------------------------------------------
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"address {text!r}: write HOST:PORT, such as fluvial.example.org:8000")
+    return host, int(port)
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def _program(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if not found:
+        raise ConfigError(f"{name} is not installed; run pip install 'fluvial[flower]'")
+    return found
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Flower's home inside the folder, its own programs on the path, nothing that calls out."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(folder.resolve() / "flower")}
+
+
+def _connection(folder: Path, server: ServerFile) -> None:
+    """Tell Flower's own command where the server is."""
+    lines = ["[superlink]", f'default = "{_CONNECTION}"', "", f"[superlink.{_CONNECTION}]"]
+    lines += [f'address = "{server.address}"']
+    lines += ["insecure = true"] if server.insecure else [f'root-certificates = "{server.ca}"', "insecure = false"]
+    home = folder / "flower"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text("\n".join(lines) + "\n")
+
+
+def _flwr(folder: Path, *arguments: str) -> str:
+    """The output of Flower's command; raises `ConfigError` with what it says when it fails."""
+    _connection(folder, read_server_file(folder))
+    done = subprocess.run(
+        [_program("flwr"), *arguments], env=_environment(folder), capture_output=True, text=True, timeout=120
+    )
+    if done.returncode != 0:
+        raise ConfigError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-800:]}")
+    return done.stdout
+
+
+def _json(text: str) -> dict[str, Any]:
+    start = text.find("{")
+    found: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
+    return found
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+__all__: Sequence[str] = (
+    "logs",
+    "register",
+    "server_init",
+    "server_start",
+    "site_init",
+    "site_start",
+    "status",
+    "stop",
+    "submit",
+)

@@ -1,0 +1,79 @@
+"""The server's half in a deployment: what Flower's SuperLink starts for a submitted run."""
+
+import json
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fluvial.config import RunConfig, parse
+from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
+from fluvial.errors import ConfigError
+from fluvial.flower.fleet import FlowerFleet
+from fluvial.models import Workbench
+from fluvial.run import execute
+from fluvial.show import round_line, setup_lines
+
+logger = logging.getLogger("fluvial")
+
+app = ServerApp()
+"""What the SuperLink runs."""
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configuration that was submitted, in the folder that the server's operator chose."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    given = context.run_config
+    config = parse(json.loads(str(given["config"])), "the submitted configuration")
+    folder = Path(str(given["folder"]))
+
+    def assemble(each: RunConfig, place: Any, bench: Workbench, texts: Any) -> FlowerFleet:
+        return FlowerFleet(grid, each, str(place.path), texts.names, bench)
+
+    def texts(config: RunConfig, bench: Workbench) -> ServerTexts:
+        return ServerTexts(config, bench)
+
+    for event in execute(config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts):
+        if event.kind == "round":
+            logger.info("%s", round_line(event.values))
+        elif event.kind == "setup":
+            for line in setup_lines(event.values):
+                logger.info("%s", line)
+        else:
+            logger.info("%s: held-out loss %.4f", event.method, event.values["heldout"]["final"]["loss"])
+
+
+class ServerTexts:
+    """What a server knows of data that lies with its sites: their names, public text, and a prompt."""
+
+    def __init__(self, config: RunConfig, bench: Workbench) -> None:
+        self.config, self.bench = config, bench
+        if config.entry.pooled or "central" in config.compare:
+            raise ConfigError("the central baseline needs all data at one place; remove it from compare")
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """As the configuration has them: `fleet.sites`, or those of data that is the same everywhere."""
+        if self.config.fleet.sites:
+            return tuple(sorted(self.config.fleet.sites))
+        return self._texts.names
+
+    @cached_property
+    def _texts(self) -> SiteTexts:
+        return SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
+
+    def public(self) -> dict[str, list[Example]]:
+        """See `Texts`."""
+        return self._texts.public()
+
+    def sample(self) -> SiteData:
+        """The configured prompt, since the sites' text is not here."""
+        prompt = self.config.evaluate.sample_prompt or "Once upon a time"
+        ids = list(self.bench.tokenizer(prompt)["input_ids"])
+        example = Example(ids, [IGNORE_INDEX, *ids[1:]])
+        return SiteData([example], [example], [], 1, 0, 0)

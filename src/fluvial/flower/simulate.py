@@ -1,0 +1,94 @@
+"""Flower's simulation runtime: the sites as Ray actors on this machine."""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fluvial.config import RunConfig
+from fluvial.data import POOLED
+from fluvial.errors import ConfigError
+from fluvial.run import Event, execute
+
+_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
+    """`execute` over Flower's simulation; the events are the same, and so are the weights.
+
+    Raises `ConfigError` where Flower is not installed.
+    """
+    os.environ.update(_QUIET)
+    try:
+        from flwr.app import Context
+        from flwr.serverapp import Grid, ServerApp
+        from flwr.simulation import run_simulation
+    except ImportError as error:
+        raise ConfigError(
+            f"--fleet flower: {error.name} is not installed; run pip install 'fluvial[flower]'"
+        ) from error
+    from fluvial.flower.fleet import FlowerFleet
+    from fluvial.flower.site import client_app
+    from fluvial.station import SiteFile
+
+    names = _site_names(config)
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
+        def assemble(each: RunConfig, place: Any, bench: Any, texts: Any) -> FlowerFleet:
+            names = (POOLED,) if each.entry.pooled else texts.names
+            return FlowerFleet(grid, each, str(place.path), names, bench)
+
+        try:
+            for event in execute(config, folder, resume=resume, assemble=assemble):
+                told.put(event)
+        except BaseException as error:
+            told.put(error)
+        told.put(None)
+
+    def find(context: Context) -> SiteFile:
+        name = names[int(context.node_config["partition-id"])]
+        return SiteFile(name=name, folder=folder / "stations" / name, device=config.model.device)
+
+    workers = config.fleet.workers if config.fleet.workers != "auto" else (os.cpu_count() or 1)
+    backend: Any = {
+        "init_args": {"num_cpus": workers, "log_to_driver": False, "include_dashboard": False},
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+    }
+    runner = threading.Thread(
+        target=run_simulation,
+        kwargs={
+            "server_app": server,
+            "client_app": client_app(find),
+            "num_supernodes": len(names),
+            "backend_config": backend,
+        },
+        daemon=True,
+    )
+    runner.start()
+    while True:
+        try:
+            found = told.get(timeout=1.0)
+        except queue.Empty:
+            if not runner.is_alive():
+                raise ConfigError("Flower's simulation ended without a result; -v shows its log") from None
+            continue
+        if found is None:
+            break
+        if isinstance(found, BaseException):
+            runner.join(timeout=30)
+            raise found
+        yield found
+    runner.join(timeout=60)
+
+
+def _site_names(config: RunConfig) -> tuple[str, ...]:
+    """The sites of the configuration's data."""
+    from fluvial.data import SiteTexts
+    from fluvial.models import load_tokenizer
+
+    return SiteTexts(config.data, load_tokenizer(config.model), seed=config.seed).names

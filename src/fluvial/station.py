@@ -1,0 +1,337 @@
+"""A site as a process of its own: one message in, one answer out, and nothing lost between two.
+
+The process may be new for every message. What an answer wants to keep lies in pending files until the next message says
+that the server accepted the answer; so a site's state is that of its last accepted answer, whoever was killed when.
+Before a run begins the two sides compare what must be equal; the site's own file decides what it takes part in.
+"""
+
+import fnmatch
+import hashlib
+import json
+import time
+import tomllib
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fluvial import __version__
+from fluvial.config import RunConfig, parse
+from fluvial.data import POOLED, SiteTexts
+from fluvial.errors import CheckpointError, ConfigError, WireError
+from fluvial.models import Workbench, weights_folder
+from fluvial.payload import Limits, Payload
+from fluvial.run import site_of, tasks_of
+from fluvial.sites import StateStore, write_atomically
+
+HELLO = "hello"
+"""The task that brings a run's configuration to a site."""
+UNKNOWN = Payload(values={"unknown": True})
+"""A site's answer when it has not met the run: the server says hello again."""
+
+
+class Allowed(BaseModel):
+    """What the site takes part in, and what may leave it; empty lists allow everything."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    """Values of model.name_or_path."""
+    tensors: tuple[str, ...] = ()
+    """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
+    max_bytes_up_per_round: int | None = Field(None, ge=1)
+
+
+class SiteData(BaseModel):
+    """The site's own records, in place of those that the run names; settings as in the run's [data]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    heldout_source: str | None = None
+    form: str | None = None
+    columns: dict[str, str] | None = None
+
+
+class SiteFile(BaseModel):
+    """The file of a site's operator."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    folder: Path = Path("fluvial-site")
+    """Where the site keeps its state and its log."""
+    model: str | None = None
+    """A local folder of the base model, in place of what the run names; its content must be the same."""
+    device: str = "auto"
+    data: SiteData | None = None
+    """None takes the data that the run names, from where this process can reach it."""
+    allow: Allowed = Allowed()
+    server: str = "127.0.0.1:8000"
+    """Address of the server's SuperLink."""
+    ca: Path | None = None
+    """The certificate that the server's is checked against."""
+    key: Path | None = None
+    """The site's private key."""
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read and check a site file; paths in it are relative to its folder. Raises `ConfigError`."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no site file {str(path)!r}; `fluvial site init` makes one") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        found = SiteFile.model_validate(table)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+    here = path.resolve().parent
+    places = {key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None}
+    return found.model_copy(update=places)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What travels beside a message's payload."""
+
+    run: str
+    """Names a run of one method, and stays the same when it is resumed."""
+    task: str
+    round: int
+    session: str
+    """Names the server process."""
+    seq: int
+    """Counts the messages of a run."""
+    ack: int
+    """The site's last answer that the server accepted; 0 is none."""
+    base: int
+    """The round that the server's process went on from, -1 for the start."""
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Header":
+        """A header from outside; raises `WireError`."""
+        for name, kind in cls.__annotations__.items():
+            if type(values.get(name)) is not kind or (kind is str and not 0 < len(values[name]) <= 200):
+                raise WireError(f"header: {name}={values.get(name)!r:.40}, expected {kind.__name__}")
+        return cls(**{name: values[name] for name in cls.__annotations__})
+
+    def values(self) -> dict[str, Any]:
+        """For the wire."""
+        return asdict(self)
+
+
+class Journal:
+    """What one site's last answer wants to keep, until it is known whether it counts."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.store, self.name = StateStore(folder), name
+        self._folder = folder / f"{name}.pending"
+
+    def settle(self, header: Header) -> None:
+        """Keep or drop what is pending; where the server began anew, forget what it does not know of."""
+        state = self._read()
+        pending = state.get("pending")
+        if pending and pending["seq"] == header.ack:
+            for slot in pending["slots"]:
+                path = self._folder / slot
+                if path.exists():  # else it was moved before this process was killed
+                    self.store.write(self.name, slot, path, pending["round"])
+        if state.get("session") != header.session:
+            self.store.rollback(header.base, site=self.name)
+        self._write({"session": header.session, "pending": None})
+
+    def post(self, header: Header, kept: dict[str, Payload | Path]) -> None:
+        """Lay down what the answer to `header` wants to keep."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for slot, each in kept.items():
+            if isinstance(each, Path):
+                each.replace(self._folder / slot)
+            else:
+                write_atomically(self._folder / slot, each.to_bytes())
+        pending = {"seq": header.seq, "round": header.round, "slots": sorted(kept)}
+        self._write({"session": header.session, "pending": pending})
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads((self._folder / "journal.json").read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._folder / 'journal.json'} is damaged: {error}; remove {self._folder}"
+            ) from error
+        return found
+
+    def _write(self, state: dict[str, Any]) -> None:
+        write_atomically(self._folder / "journal.json", json.dumps(state).encode())
+
+
+class Station:
+    """Answers messages for one site; what it remembers between two is a cache."""
+
+    def __init__(self, site: SiteFile, *, limits: Limits | None = None) -> None:
+        self.site, self.limits = site, limits or Limits()
+        self._benches: dict[str, Workbench] = {}
+        self._texts: dict[str, SiteTexts] = {}
+
+    def prepare(self) -> None:
+        """Load the base model of the newest run, so that processes forked from this one have it."""
+        paths = sorted(self.site.folder.glob("runs/*/config.json"), key=lambda path: path.stat().st_mtime)
+        if paths:
+            config = self._at_home(parse(json.loads(paths[-1].read_text()), str(paths[-1])))
+            self._data(config, self._bench(config))
+
+    def answer(self, header: Header, wire: bytes) -> bytes:
+        """The answer to one message, as bytes of a payload; raises what the task raises."""
+        message = Payload.from_bytes(wire, self.limits)
+        if header.task == HELLO:
+            return self._hello(header, message).to_bytes()
+        config = self._config(header.run)
+        if config is None:
+            return UNKNOWN.to_bytes()
+        tasks = tasks_of(config)
+        if header.task not in tasks:
+            raise WireError(f"unknown task {header.task!r:.40}")
+        torch.set_num_threads(config.fleet.threads)
+        journal = Journal(self._run_folder(header.run), self._name(config))
+        journal.settle(header)
+        bench = self._bench(config)
+        site = site_of(config, self._name(config), bench, self._data(config, bench), journal.store)
+        answer = tasks[header.task](site, message)
+        data = answer.to_bytes()
+        self._let_out(header, config, answer, data)
+        journal.post(header, site.kept)
+        return data
+
+    # -- a run ----------------------------------------------------------------------------------------------------
+
+    def _hello(self, header: Header, message: Payload) -> Payload:
+        """Take part in a run, or raise `ConfigError` with the reason."""
+        config = parse(message.value("config", dict), "the run's configuration")
+        local = self._at_home(config)
+        allowed = self.site.allow
+        for what, found, wanted in (
+            ("method", config.method.name, allowed.methods),
+            ("model", config.model.name_or_path, allowed.models),
+        ):
+            if wanted and found not in wanted:
+                raise ConfigError(f"site {self.site.name!r} does not allow {what} {found!r}, but {', '.join(wanted)}")
+        bench = self._bench(local)
+        strange = [name for name in bench.layout.names if not _matches(name, allowed.tensors)]
+        if strange:
+            raise ConfigError(
+                f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more); its file "
+                f"allows {', '.join(allowed.tensors)}"
+            )
+        self._data(local, bench).load(self._name(local))
+        folder = self._run_folder(header.run)
+        write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())
+        return Payload(values={"site": self.site.name, "prints": {**fingerprints(bench)}})
+
+    def _config(self, run: str) -> RunConfig | None:
+        """The configuration that was agreed on for `run`, with the site's own model and data."""
+        path = self._run_folder(run) / "config.json"
+        if not path.exists():
+            return None
+        return self._at_home(parse(json.loads(path.read_text()), str(path)))
+
+    def _at_home(self, config: RunConfig) -> RunConfig:
+        """The run's configuration with the site's own paths."""
+        table = config.model_dump(mode="json", exclude_unset=True)
+        table["model"] = {**table.get("model", {}), "device": self.site.device}
+        if self.site.model is not None:
+            table["model"] |= {"name_or_path": self.site.model, "revision": None}
+        if self.site.data is not None:
+            given = self.site.data.model_dump(exclude_none=True)
+            table["data"] = {**table.get("data", {}), **given}
+        return parse(table, f"site {self.site.name!r}")
+
+    def _name(self, config: RunConfig) -> str:
+        return POOLED if config.entry.pooled else self.site.name
+
+    def _bench(self, config: RunConfig) -> Workbench:
+        key = f"{config.model!r} {config.adapter!r}"
+        if key not in self._benches:
+            self._benches = {key: Workbench(config.model, config.adapter)}  # one base at a time
+        return self._benches[key]
+
+    def _data(self, config: RunConfig, bench: Workbench) -> SiteTexts:
+        key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
+        if key not in self._texts:
+            owner = None if self.site.data is None else self.site.name
+            self._texts = {key: SiteTexts(config.data, bench.tokenizer, seed=config.seed, owner=owner)}
+        return self._texts[key]
+
+    def _run_folder(self, run: str) -> Path:
+        return self.site.folder / "runs" / hashlib.sha256(run.encode()).hexdigest()[:24]
+
+    # -- what leaves ----------------------------------------------------------------------------------------------
+
+    def _let_out(self, header: Header, config: RunConfig, answer: Payload, data: bytes) -> None:
+        """Log an answer before it leaves; raises `ConfigError` where the site's file does not let it."""
+        log = self.site.folder / "outgoing.jsonl"
+        self.site.folder.mkdir(parents=True, exist_ok=True)
+        most = self.site.allow.max_bytes_up_per_round
+        if most is not None and len(data) + _sent(log, header) > most:
+            raise ConfigError(
+                f"site {self.site.name!r} lets {most} bytes leave in a round; this answer of {len(data)} exceeds it"
+            )
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "run": header.run,
+            "round": header.round,
+            "task": header.task,
+            "method": config.method.name,
+            "codec": config.coding.name,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "tensors": {name: list(tensor.shape) for name, tensor in answer.tensors.items()},
+            "values": sorted(answer.values),
+        }
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _sent(log: Path, header: Header) -> int:
+    """Bytes that left in this round so far."""
+    total = 0
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        entry = json.loads(line)
+        if entry["run"] == header.run and entry["round"] == header.round:
+            total += entry["bytes"]
+    return total
+
+
+def fingerprints(bench: Workbench) -> dict[str, str]:
+    """What must be the same at all ends of a run: package, base model, tokenizer, chat template."""
+    tokenizer = bench.tokenizer
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        "fluvial": __version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
+        "base": _hash_of(weights_folder(bench.config)),
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32],
+        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
+        "layout": f"{bench.layout.fingerprint:08x}",
+    }
+
+
+def _hash_of(folder: Path) -> str:
+    """Over the weights and the configuration of a model folder."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32]
