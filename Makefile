@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/fluvial run configs/quickstart.toml
 
-.PHONY: quickstart install dev check test test-slow test-claims clean
+.PHONY: quickstart install dev check test test-slow test-claims faults clean
 
 quickstart: install
 	rm -rf runs/quickstart
@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
 	touch $@
 
 check: dev
@@ -32,6 +32,9 @@ test: dev
 
 test-slow: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m slow
+
+faults: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/faults.py --out docs/reliability.md
 
 test-claims: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m claims
