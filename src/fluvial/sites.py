@@ -60,6 +60,7 @@ class StateStore:
         versions = self._versions(site, slot)
         path = self._folder(site) / f"{slot}-{round:06d}.safetensors"
         if isinstance(payload, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             payload.replace(path)
         elif self.folder is None:
             self._memory[path] = payload.to_bytes()

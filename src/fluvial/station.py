@@ -233,7 +233,7 @@ class Station:
         self._data(local, bench).load(self._name(local))
         folder = self._run_folder(header.run)
         write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())
-        return Payload(values={"site": self.site.name, "prints": {**fingerprints(bench)}})
+        return Payload(values={"site": self._name(config), "prints": {**fingerprints(bench)}})
 
     def _config(self, run: str) -> RunConfig | None:
         """The configuration that was agreed on for `run`, with the site's own model and data."""

@@ -1,5 +1,6 @@
 """Flower's simulation runtime: the sites as Ray actors on this machine."""
 
+import logging
 import os
 import queue
 import threading
@@ -12,7 +13,12 @@ from fluvial.data import POOLED
 from fluvial.errors import ConfigError
 from fluvial.run import Event, execute
 
-_QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+_QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by itself, and warns that it does not yet
+}
 
 
 def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
@@ -29,6 +35,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         raise ConfigError(
             f"--fleet flower: {error.name} is not installed; run pip install 'fluvial[flower]'"
         ) from error
+    for name in ("flwr", "ray"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.fleet import FlowerFleet
     from fluvial.flower.site import client_app
     from fluvial.station import SiteFile
