@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bytes_to_target, codec_speed, codecs_bed, rate_distortion
+from benchmarks import (
+    bytes_to_target,
+    codec_speed,
+    codecs_bed,
+    fedcybgd,
+    fedcybgd_bed,
+    fedcybgd_compute,
+    fedcybgd_memory,
+    rate_distortion,
+)
 from benchmarks.codecs_bed import Bed, Cache, Contender, Found
 from benchmarks.report import Claim, Report, Row
 
@@ -89,6 +98,52 @@ def test_bytes_to_target(tmp_path: Path) -> None:
     again = _quick("bytes_to_target", tmp_path / "again.json", "--cache", str(tmp_path / "runs.jsonl"))
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_fedcybgd_losses(tmp_path: Path) -> None:
+    """A row for every contender; a second run takes everything from the file."""
+    options = ("--part", "losses", "--cache", str(tmp_path / "runs.jsonl"))
+    content = _quick("fedcybgd", tmp_path / "losses.json", *options)
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert set(rows) == set(fedcybgd_bed.QUICK_NAMES)
+    full, ours = rows[fedcybgd_bed.REFERENCE], rows[fedcybgd_bed.OURS]
+    assert full["ratio"] == full["up_share"] == full["memory_share"] == 1
+    assert ours["up_share"] < 0.02
+    assert ours["memory_share"] < 0.25
+    lines = (tmp_path / "runs.jsonl").read_text()
+    assert _quick("fedcybgd", tmp_path / "again.json", *options)["rows"] == content["rows"]
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_fedcybgd_download(tmp_path: Path) -> None:
+    """The cache is exact, what compresses is not, and the codec of the upload makes the cache small."""
+    content = _quick("fedcybgd", tmp_path / "download.json", "--part", "download")
+    rows = {row["form"]: row for row in content["rows"]}
+    assert set(rows) == set(fedcybgd.QUICK_FORMS)
+    assert rows[fedcybgd.EXACT]["cosine_tuned_least"] == pytest.approx(1)
+    assert rows["stale subset 0.5"]["cosine_tuned"] < 1
+    assert rows["proxy, kept 0.5"]["cosine_base"] < 0.9
+    assert rows["cache, hadamard 1/16"]["down"] < 0.3 * rows[fedcybgd.EXACT]["down"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_fedcybgd_memory(tmp_path: Path) -> None:
+    """One block takes less than everything, and less again from disk; the table has two models."""
+    content = _quick("fedcybgd", tmp_path / "memory.json", "--part", "memory")
+    full, held, streamed = (row for row in content["rows"] if row["part"] == "memory")
+    assert full["train_mb"] > held["train_mb"] > streamed["train_mb"]
+    assert {row["model"] for row in content["rows"] if row["part"] == "shapes"} == {"LLaMA-2-7B", "Llama-3-8B"}
+
+
+@pytest.mark.slow
+def test_fedcybgd_compute(tmp_path: Path) -> None:
+    """A row for full tuning and one for every block."""
+    content = _quick("fedcybgd", tmp_path / "compute.json", "--part", "compute")
+    assert [row["trains"] for row in content["rows"]] == ["full", *(f"block {index}" for index in range(4))]
+    assert all(0 < row["share"] <= 1 for row in content["rows"])
 
 
 def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
@@ -212,3 +267,83 @@ def test_a_claim_that_does_not_hold_stays(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "none.json").read_text())["claims"]
     assert [claim["holds"] for claim in found] == [False, True, True, False]
     assert [claim["value"] for claim in found] == [6.0, 5.0, "inf", None]
+
+
+CELL = fedcybgd_bed.CELLS["embedded"]
+
+
+@pytest.mark.parametrize("which", [each for each in fedcybgd_bed.CONTENDERS if each.match], ids=lambda each: each.name)
+def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: fedcybgd_bed.Contender) -> None:
+    """Of rank and rate, no more bytes in a frame than the other and not much fewer; of rounds, in all of them."""
+    assert which.match is not None
+    mine, other = (
+        fedcybgd_bed.resolve(CELL, each, fedcybgd.FULL, pace=1.0, seed=0)
+        for each in (which, fedcybgd_bed.contender(which.match.name))
+    )
+    spent, wanted = (fedcybgd_bed.frame_bytes(each) * each.rounds for each in (mine, other))
+    if which.match.by == "rounds":
+        assert mine.rounds > other.rounds
+        assert spent == pytest.approx(wanted, rel=0.5 / other.rounds)
+    else:
+        assert mine.rounds == other.rounds
+        assert 0.9 * wanted < spent <= wanted
+
+
+def test_memory_of_clients_by_formula() -> None:
+    """20 bytes for a value that is trained, 4 for one that is not; from disk only the largest weight, in its turn."""
+    parameters, block, embeddings = 1_115_264, 213_248, 2048 * 128
+    found = {
+        name: fedcybgd_bed.memory_bytes(
+            fedcybgd_bed.resolve(CELL, fedcybgd_bed.contender(name), fedcybgd.FULL, pace=1.0, seed=0)
+        )
+        for name in (fedcybgd_bed.REFERENCE, fedcybgd_bed.INT8, fedcybgd_bed.OURS, fedcybgd_bed.LORA)
+    }
+    assert list(found.values()) == [
+        20 * parameters,
+        4 * parameters + 16 * block,
+        16 * block + 4 * embeddings,
+        4 * parameters + 20 * 81_920,
+    ]
+
+
+def _lost(contender: str, loss: float, *, up: float = 1.0) -> Row:
+    row = {"cell": "c", "contender": contender, "seeds": 2, "loss": loss, "ratio": loss / 2}
+    return row | {"up_share": up, "memory_share": up}
+
+
+def test_claims_of_fedcybgd_by_hand() -> None:
+    """Within 1 % of Fed-full, and against LoRA only where Fed-full beats it."""
+    matched = next(each for each in fedcybgd_bed.CONTENDERS if each.match and each.match.name == fedcybgd_bed.OURS)
+    rows = [
+        _lost(fedcybgd_bed.REFERENCE, 2.0),
+        _lost(fedcybgd_bed.OURS, 2.01, up=0.05),
+        _lost(fedcybgd_bed.LORA, 2.1),
+        _lost(matched.name, 2.05),
+    ]
+    report = Report("none", {})
+    found = fedcybgd.claims(rows, report)
+    assert [claim.value for claim in found] == pytest.approx([0.005, 0.05, 0.05, -0.04])
+    assert all(claim.holds for claim in found)
+    rows[2]["loss"] = 1.9
+    assert len(fedcybgd.claims(rows, report)) == 3
+    assert "does not beat" in report.skipped[0]
+
+
+def test_the_cache_is_compared_with_the_cheapest_proxy_of_equal_loss() -> None:
+    """Or, where no proxy comes near its loss, with the cheapest of all."""
+    rows: list[Row] = [
+        {"form": "proxy, kept 1", "seeds": 1, "loss": 2.0, "down": 80.0},
+        {"form": "proxy, kept 0.5", "seeds": 1, "loss": 2.5, "down": 40.0},
+        {"form": "cache, hadamard 1/16", "seeds": 1, "loss": 2.0, "down": 8.0},
+        {"form": "stopped", "seeds": 0},
+    ]
+    assert [claim.value for claim in fedcybgd.down_claims("c", rows)] == [10.0]
+    rows[2]["loss"] = 1.9
+    assert [claim.value for claim in fedcybgd.down_claims("c", rows)] == [5.0]
+
+
+def test_work_of_a_step_by_block() -> None:
+    """Without a head, full tuning of two layers is 6; the upper block costs 2 + 1 + 1, the lower one 2 + 2 + 1."""
+    shape = fedcybgd_memory.Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
+    assert fedcybgd_compute.predicted(shape, 1) == pytest.approx(4 / 6)
+    assert fedcybgd_compute.predicted(shape, 0) == pytest.approx(5 / 6)

@@ -57,7 +57,10 @@ def test_defaults_are_the_papers() -> None:
             {"method": {"name": "fedcybgd", "hold": "disk", "download": {"form": "full"}}},
             "hold='disk': form='full' brings the whole model in one message",
         ),
-        ({"method": {"name": "fedcybgd", "order": "full", "parallel": 2}}, "parallel: without effect under order='full'"),
+        (
+            {"method": {"name": "fedcybgd", "order": "full", "parallel": 2}},
+            "parallel: without effect under order='full'",
+        ),
         (
             {"method": {"name": "cgfedllm", "privacy": {"placement": "update", "clip_norm": 1.0}}},
             "method.privacy.noise_multiplier: set exactly one of noise_multiplier and epsilon",

@@ -207,15 +207,15 @@ class Oracle:
         names, settings = self.names(block), self.config.train
         start = self.bench.weights({name: state[name] for name in names})
         with self.bench.model(state, trainable=names) as model:
-            train(
+            report = train(
                 model,
                 self.texts.load(site).train,
                 settings.model_copy(update={"learning_rate": rate * settings.learning_rate}),
                 pad_token_id=0,
                 generator=generator(self.config.seed, "train", round, site),
+                start=start,
             )
-            trained = read_weights(model)
-        return subtract({name: trained[name] for name in names}, start)
+        return subtract(report.weights, start)
 
     def cyclic(self, block: Callable[[int, int], int]) -> Named:
         """Centralised block coordinate descent on the sites' data, in their order; `block(client, cycle)`."""
@@ -229,26 +229,11 @@ class Oracle:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     root = tmp_path_factory.mktemp("fedcybgd")
-    words = [
-        "snow",
-        "ice",
-        "wind",
-        "frost",
-        "sun",
-        "sand",
-        "heat",
-        "palm",
-        "rain",
-        "sea",
-        "wave",
-        "fog",
-        "rock",
-        "hill",
-    ]
+    words = ("snow", "ice", "wind", "frost", "sun", "sand", "heat", "palm", "rain", "sea", "wave", "fog")
     lines = []
     for place, site in enumerate(SITES):
         for number in range(10 + 2 * place):
-            text = " ".join(words[(2 * place + number + shift) % 14] for shift in range(4 + number % 5))
+            text = " ".join(words[(2 * place + number + shift) % 12] for shift in range(4 + number % 5))
             lines.append(json.dumps({"client": site, "text": f"{number} {text}"}))
     (root / "text.jsonl").write_text("\n".join(lines))
     return Stage(four_layers(root / "model"), root / "text.jsonl", root / "runs")
@@ -342,10 +327,19 @@ def test_a_whole_model_that_is_handed_on_is_tuned_by_one_site_after_the_other(st
     assert not differ(stage.play(table).state, stage.oracle(table).cyclic(whole))
 
 
-@pytest.mark.parametrize("block", [ascending, descending, latin])
-def test_sites_in_turn_are_centralised_cyclic_descent(block: Callable[[int, int], int], stage: Stage) -> None:
-    """On the same data in the same order; more sites than blocks, so that a block is trained twice in a cycle."""
-    table = stage.table(5, {"order": block.__name__})
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [(ascending, "float32"), (descending, "float32"), (latin, "float32"), (ascending, "bfloat16")],
+    ids=lambda each: each if isinstance(each, str) else each.__name__,
+)
+def test_sites_in_turn_are_centralised_cyclic_descent(
+    block: Callable[[int, int], int], dtype: str, stage: Stage
+) -> None:
+    """On the same data in the same order; more sites than blocks, so that a block is trained twice in a cycle.
+
+    In half precision the masters of a visit begin at what the server holds in fp32.
+    """
+    table = stage.table(5, {"order": block.__name__}, model={"dtype": dtype})
     assert not differ(stage.play(table).state, stage.oracle(table).cyclic(block))
 
 
@@ -1100,7 +1094,7 @@ def test_a_site_that_answers_when_asked_again_leaves_no_trace(stage: Stage, task
 
 
 def test_a_straggler_is_left_behind_at_its_deadline(stage: Stage, task: Callable[[Task], None]) -> None:
-    fleet = {"workers": 4, "on_failure": "skip", "deadline_s": 1.5}
+    fleet = {"workers": 4, "on_failure": "skip", "deadline_s": 8.0}  # long, for a busy machine
     table = stage.table(4, {"parallel": 4}, rounds=1, fleet=fleet)
     slow, over = stage.oracle(table).sites[1], threading.Event()
 
@@ -1113,10 +1107,10 @@ def test_a_straggler_is_left_behind_at_its_deadline(stage: Stage, task: Callable
     (record,) = stage.play(table).rounds
     over.set()
     assert [(row["site"], row["reason"]) for row in record["missing"]] == [
-        (slow, "no answer within fleet.deadline_s=1.5")
+        (slow, "no answer within fleet.deadline_s=8")
     ]
     assert record["sites"] == 3
-    assert 1.5 < record["seconds"] < 10
+    assert 8 < record["seconds"] < 60
 
 
 # -- counted once, and not twice after a crash ------------------------------------------------------------------------

@@ -411,7 +411,7 @@ def test_a_stale_subset_refreshes_the_share_that_was_asked_for_and_leaves_the_ba
     visit=st.text(max_size=5),
     seed=st.integers(0, 2**32),
 )
-@example(changed=list(range(10)), percent=70, visit="", seed=0)
+@example(changed=list(range(25)), percent=28, visit="", seed=0)  # 0.28 * 25 is more than 7
 @runs(max_examples=25, deadline=None)
 def test_a_subset_has_exactly_its_size(changed: list[int], percent: int, visit: str, seed: int) -> None:
     drawn = subset(changed, percent / 100, seed, visit)
@@ -697,6 +697,22 @@ def test_bytes_that_belong_to_no_commit_are_refused(scene: Callable[..., Scene])
     for data in (frame + b"x", frame[:-1]):
         with pytest.raises(WireError):
             made.read(Payload({"f": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, message.values), made.site())
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "cache"])
+def test_a_tensor_too_many_or_too_few_is_refused(form: str, scene: Callable[..., Scene]) -> None:
+    made = scene(form)
+    made.move(1, 2)
+    message = made.send(0)
+    block = made.parts.blocks[0].layout.names
+    lacking = [
+        {name: tensor for name, tensor in message.tensors.items() if name != gone}
+        for gone in (block if form == "stale-subset" else message.tensors)  # which of the others come is its choice
+    ]
+    strange = [{**message.tensors, f"model.layers.{n}.mlp.up_proj.weight": torch.zeros(2)} for n in (4, 10)]
+    for tensors in lacking + strange:
+        with pytest.raises(WireError):
+            made.read(Payload(tensors, message.values), made.site())
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,6 +11,7 @@ Scales are bf16 because updates of 1e-6 and below are usual and fp16 ends at 6e-
 """
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Literal, cast
 
 import numpy as np
@@ -27,6 +28,8 @@ from fluvial.tensors import Layout
 
 Floats = NDArray[np.float32]
 
+_PIECE = 4096
+"""Blocks that are coded at a time."""
 _BF16_MAX = 0x7F7F
 _FP32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
@@ -168,14 +171,28 @@ class _Blocks(Codec):
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         values = to_numpy(vector)
-        bits = steps(np.maximum.reduceat(np.abs(values), self._starts), self.levels)
-        coded = self._quantise(values, np.repeat(from_bf16(bits), self._lengths))
+        bits = np.empty(len(self._starts), dtype=np.uint16)
+        coded = np.empty(len(values), dtype=np.int8)
+        for blocks, here in self._pieces():
+            piece, lengths = values[here], self._lengths[blocks]
+            largest = np.maximum.reduceat(np.abs(piece), self._starts[blocks] - here.start)
+            bits[blocks] = steps(largest, self.levels)
+            coded[here] = self._quantise(piece, np.repeat(from_bf16(bits[blocks]), lengths))
         return bits.astype("<u2").tobytes() + self._pack(coded)
 
     def parse(self, reader: Reader) -> Tensor:
         scales = read_scales(reader, len(self._starts))
+        values = self._unpack(reader)
         with np.errstate(over="ignore"):
-            return torch.from_numpy(self._unpack(reader) * np.repeat(scales, self._lengths))
+            for blocks, here in self._pieces():
+                values[here] *= np.repeat(scales[blocks], self._lengths[blocks])
+        return torch.from_numpy(values)
+
+    def _pieces(self) -> Iterator[tuple[slice, slice]]:
+        """Runs of blocks and their values, so that what is computed for each value does not need memory for all."""
+        for first in range(0, len(self._starts), _PIECE):
+            blocks = slice(first, min(first + _PIECE, len(self._starts)))
+            yield blocks, slice(int(self._starts[first]), int(self._starts[first] + self._lengths[blocks].sum()))
 
     def _quantise(self, values: Floats, scales: Floats) -> NDArray[np.int8]:
         """Levels of `values`, each with its scale."""

@@ -84,7 +84,7 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
         ("in no block, never trained", f"{parts.fixed.numel:,}"),
         ("down to a site in a cycle", f"about {down:,} B as {config.download.form!r}"),
         ("down, whole run", f"about {down * known.sites * known.rounds:,} B to all sites"),
-        ("memory of a site", f"{used.peak():,} B and activations{' and the base' if adapter else ''}"),
+        ("memory of a site", f"{used.visit():,} B and activations{' and the base' if adapter else ''}"),
     ]
 
 

@@ -209,12 +209,13 @@ class ClientMemory:
         masters        -      4   fp32, from the first step to the last
         gradient       4      4   in half precision 2 before the step, which turns tensor after tensor into fp32
         moments        8      8   fp32, two
+        start          4      4   fp32: what was received, from which the change is taken; in `visit` alone
         workspace      4      4   fp32 root of the second moment, of all tensors at once, only during the step; none
                                   from `train.AT_ONCE` values on, where tensor after tensor is stepped
 
     Not counted: activations and what autograd saves, one tensor's gradient at a time that is being made or converted,
-    messages while they are read or written, the state from which the change is taken, the base under blocks of an
-    adapter, and the libraries.
+    messages while they are read or written and updates while they are coded, the base under blocks of an adapter, and
+    the libraries.
     """
 
     frozen: int
@@ -239,6 +240,10 @@ class ClientMemory:
     def peak(self, activations: int = 0) -> int:
         """The most at once, where a backward pass needs `activations` besides: there, or in the optimizer's step."""
         return max(self.backward + activations, self.states + self.workspace)
+
+    def visit(self, activations: int = 0) -> int:
+        """`peak`, and what was received, which waits to be taken from what was trained."""
+        return self.peak(activations) + self.gradient
 
 
 def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:

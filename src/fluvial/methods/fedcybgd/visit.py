@@ -1,6 +1,6 @@
 """The site's half of FedCyBGD: receive a model, train one block of it, send what changed."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -17,8 +17,7 @@ from fluvial.models import Workbench, checkpoint_layers, fill, tuned_parameters
 from fluvial.payload import Payload, frame_payload
 from fluvial.seeds import generator
 from fluvial.sites import Site, code
-from fluvial.tensors import subtract
-from fluvial.train import train
+from fluvial.train import TrainConfig, TrainReport, train
 
 
 @contextmanager
@@ -75,23 +74,36 @@ def visit(site: Site, message: Payload) -> Payload:
         return STALE
     block, examples = parts.blocks[index], site.load().train
     settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * rate})
-    with borrow(
-        site.workbench,
-        received,
-        trainable=block.layout.names,
-        hold=getattr(config, "hold", "memory"),
-        checkpointing=settings.gradient_checkpointing,
-    ) as model:
-        report = train(
+    report = _tuned(site, received, settings, index, round, visits, block.layout.names)
+    update = report.weights
+    for name, tensor in update.items():
+        tensor -= received.start[name]
+    del received  # a block is large, and coding it takes memory too
+    codec = build(site.codec, block.layout)
+    frame = code(site, codec, update, round, slot=f"residual-{index}")
+    return frame_payload(frame, n=len(examples), loss=report.loss, visit=message.value("visit", str))
+
+
+def _tuned(
+    site: Site,
+    received: Received,
+    settings: TrainConfig,
+    index: int,
+    round: int,
+    visits: int,
+    names: Sequence[str],
+) -> TrainReport:
+    """Train the parameters `names` of the received model, which is gone when this returns."""
+    bench, examples = site.workbench, site.load().train
+    hold: Literal["memory", "disk"] = getattr(site.method, "hold", "memory")
+    checkpointing = settings.gradient_checkpointing
+    with borrow(bench, received, trainable=names, hold=hold, checkpointing=checkpointing) as model:
+        return train(
             model,
             examples,
             settings,
-            pad_token_id=site.workbench.tokenizer.pad_token_id,
+            pad_token_id=bench.tokenizer.pad_token_id,
             generator=generator(site.seed, *(("train", index) if visits > 1 else ("train",)), round, site.name),
             steps=max(1, settings.steps(len(examples)) // visits),
             start=received.start,
         )
-    update = subtract(report.weights, received.start)
-    codec = build(site.codec, block.layout)
-    frame = code(site, codec, update, round, slot=f"residual-{index}")
-    return frame_payload(frame, n=len(examples), loss=report.loss, visit=message.value("visit", str))

@@ -1,0 +1,442 @@
+"""The beds of `benchmarks.fedcybgd`: cells, contenders, one run of a contender, and gradients through a download.
+
+A cell is a model with the text of eight sites. All contenders of a cell make the same passes: a cycle of FedCyBGD is a
+round of FedAvg, in which every site takes the same number of steps. Those that are compared at equal bytes get their
+rank, their rate or their rounds from the size of the frame that they are to match (see `Match`).
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.cgfedllm_bed import CORPORA, Table
+from benchmarks.codecs_bed import MEMORY, Cache
+from benchmarks.fedcybgd_memory import largest_beside
+from benchmarks.report import Row
+from fluvial.checkpoint import RunFolder
+from fluvial.codecs import CodecSettings, build
+from fluvial.config import RunConfig, parse
+from fluvial.data import DataConfig, SiteTexts
+from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
+from fluvial.evaluate import heldout
+from fluvial.methods.fedcybgd.config import partition
+from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
+from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.models import LoraSettings, ModelConfig, Workbench, meta_base, tuned_layout
+from fluvial.run import Run, check_settings
+from fluvial.seeds import generator
+from fluvial.tensors import Layout
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, its sites' text and how it is trained."""
+
+    name: str
+    corpus: str
+    """Of `cgfedllm_bed.CORPORA`."""
+    length: int
+    """Tokens of a sequence."""
+    batch: int
+    heldout: int
+    """Sequences of a site."""
+    rate: float
+    """Centre of the learning rates of Fed-full; found in single runs with seed 0, as are the next and each `pace`."""
+    lora_rate: float
+    """And of LoRA."""
+    layers_per_pair: int
+    """Layers in a block of FedBAvg, so that eight sites are at least two to a block."""
+
+    @property
+    def present(self) -> bool:
+        """Whether this checkout has what the cell needs."""
+        return CORPORA[self.corpus].present
+
+
+_STORIES: Any = {"length": 128, "batch": 4, "heldout": 24, "rate": 2e-3, "lora_rate": 8e-3, "layers_per_pair": 2}
+_BABY: Any = _STORIES | {"rate": 2e-4, "lora_rate": 4e-3}
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell("embedded", "stdlib", 64, 8, 48, rate=1e-3, lora_rate=5e-3, layers_per_pair=1),
+        Cell("fairytales", "fairytales", **_STORIES),
+        Cell("shakespeare", "shakespeare", **_STORIES),
+        Cell("fairytales, babyllama105", "fairytales, babyllama105", **_BABY),
+        Cell("shakespeare, babyllama105", "shakespeare, babyllama105", **_BABY),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Bed:
+    """How much is run of every contender."""
+
+    rounds: int
+    steps: int
+    """Of a site in a round."""
+    heldout: int | None
+    """Sequences of a site; the cell's own where None, as of `length`."""
+    length: int | None
+    seeds: int
+    paces: tuple[float, ...]
+    """The grid of learning rates, in units of a contender's centre: as many for all."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """Bytes up that a contender is to have in common with another."""
+
+    name: str
+    """Of the other contender."""
+    by: Literal["rank", "rate", "rounds"]
+    """The largest rank, or the least rate, whose frame is no larger; or as many rounds as come to the same bytes."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What competes, as tables of a configuration."""
+
+    name: str
+    method: Table
+    tune: Literal["full", "lora"] = "full"
+    codec: Table | None = None
+    match: Match | None = None
+    pace: float = 1.0
+    """Centre of its learning rates, in units of the cell's."""
+    tier: int = 1
+    """Contenders of tier 1 come first."""
+
+
+REFERENCE, INT8, OURS, LORA = "fed-full", "fedcybgd int8", "fedcybgd hadamard 1/16", "lora r 8, equal passes"
+FEDBAVG, CYCLIC, CENTRAL = "fedbavg int8", "central cyclic", "central"
+LATIN: Table = {"name": "fedcybgd", "order": "latin"}
+GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
+"""As configs/fedcybgd.toml, with the rest of the model on disk."""
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _hadamard(rate: float, **more: Any) -> Table:
+    return {"name": "hadamard", "rate": rate, **more}
+
+
+CONTENDERS = (
+    Contender(REFERENCE, {"name": "fedavg"}, codec={"name": "identity"}),
+    Contender(INT8, LATIN, codec={"name": "int8"}, pace=0.5),
+    Contender(OURS, GROUPED, codec=_hadamard(16)),
+    Contender(FEDBAVG, {"name": "fedcybgd", "order": "pairs"}, codec={"name": "int8"}, pace=0.5),
+    Contender(LORA, {"name": "fedavg"}, "lora", {"name": "identity"}),
+    Contender("lora int8, bytes of fedcybgd int8", {"name": "fedavg"}, "lora", {"name": "int8"}, Match(INT8, "rank")),
+    Contender(
+        "lora r 8 hadamard + EF, bytes of fedcybgd hadamard 1/16",
+        {"name": "fedavg"},
+        "lora",
+        _hadamard(1, error_feedback=True),
+        Match(OURS, "rate"),
+    ),
+    Contender(CYCLIC, {"name": "central_cyclic"}, pace=0.5),
+    Contender(CENTRAL, {"name": "central"}, pace=0.5),
+    Contender("fedcybgd int8, parallel 2", LATIN | {"parallel": 2}, codec={"name": "int8"}, pace=0.5, tier=2),
+    Contender("fedcybgd int8, parallel 4", LATIN | {"parallel": 4}, codec={"name": "int8"}, pace=0.5, tier=2),
+    Contender("fedcybgd int8, cosine", LATIN | {"decay": "cosine"}, codec={"name": "int8"}, tier=2),
+    Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
+    Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
+    Contender("fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2),
+    Contender(
+        f"{OURS}, embeddings and norm too", GROUPED | {"extra": ["embeddings", "norm"]}, codec=_hadamard(16), tier=2
+    ),
+    Contender(
+        "lora r 8 int8, more rounds to bytes of fedcybgd int8",
+        {"name": "fedavg"},
+        "lora",
+        {"name": "int8"},
+        Match(INT8, "rounds"),
+        tier=2,
+    ),
+    Contender(
+        "fed-full hadamard + EF, bytes of fedcybgd int8",
+        {"name": "fedavg"},
+        codec=_hadamard(1, error_feedback=True),
+        match=Match(INT8, "rate"),
+        tier=2,
+    ),
+)
+"""In the order of their importance. Of FedCyBGD, the first is the default and the second what configs/fedcybgd.toml
+recommends. Decay over the rounds is a setting that FedAvg does not have here."""
+QUICK_NAMES = (REFERENCE, INT8, OURS, LORA, CONTENDERS[5].name)
+
+
+def contender(name: str) -> Contender:
+    """By its name."""
+    return next(each for each in CONTENDERS if each.name == name)
+
+
+def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -> RunConfig:
+    """The configuration of one run; raises `ConfigError` where no setting matches the bytes that are to be matched."""
+    centre = cell.lora_rate if which.tune == "lora" else cell.rate
+    tables = CORPORA[cell.corpus].tables()
+    method = which.method
+    if method.get("order") == "pairs":
+        method = method | {"layers_per_block": cell.layers_per_pair}
+    table: Table = {
+        **tables,
+        "data": tables["data"] | {"max_length": bed.length or cell.length, "max_heldout": bed.heldout or cell.heldout},
+        "seed": seed,
+        "rounds": bed.rounds,
+        "train": {
+            "learning_rate": centre * which.pace * pace,
+            "per_device_train_batch_size": cell.batch,
+            "max_steps": bed.steps,
+        },
+        "method": method,
+        "evaluate": {"sample_tokens": 1},
+        "fleet": {"workers": 1},
+    }
+    if which.tune == "lora":
+        table["lora"] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": LINEAR}
+    elif which.method["name"] in ("fedavg", "central"):
+        table["tune"] = "full"
+    table |= {"codec": which.codec} if which.codec is not None else {}
+    config = parse(table, f"{cell.name}, {which.name}")
+    if which.match is None:
+        return config
+    wanted = frame_bytes(resolve(cell, contender(which.match.name), bed, pace=1.0, seed=0))
+    return parse(_matched(table, config, which.match, wanted), f"{cell.name}, {which.name}")
+
+
+def _matched(table: Table, config: RunConfig, match: Match, wanted: int) -> Table:
+    """`table` with the setting that brings its bytes to those `wanted` of a frame."""
+    found = frame_bytes(config)
+    if match.by == "rounds":
+        rounds = round(config.rounds * wanted / found)
+        if rounds <= config.rounds:
+            raise ConfigError(f"a frame has {found} bytes and the other's {wanted}: no more rounds for the same bytes")
+        return table | {"rounds": rounds}
+    if match.by == "rate":
+        rate = layout(config).raw_bytes / wanted
+        return table | {"codec": table["codec"] | {"rate": rate}}
+    highest = min(min(shape) for _, shape in _layout(config.model, None).shapes if len(shape) > 1)
+    for rank in range(min(highest, round(8 * wanted / found) + 1), 0, -1):
+        changed = table | {"lora": table["lora"] | {"r": rank, "lora_alpha": 2 * rank}}
+        if frame_bytes(parse(changed, "match")) <= wanted:
+            return changed
+    raise ConfigError(f"even rank 1 has more bytes than {wanted}")
+
+
+def layout(config: RunConfig) -> Layout:
+    """What is tuned."""
+    return _layout(config.model, config.adapter)
+
+
+@lru_cache(32)
+def _layout(model: ModelConfig, lora: LoraSettings | None) -> Layout:
+    return tuned_layout(meta_base(model), lora)
+
+
+def frame_bytes(config: RunConfig) -> int:
+    """Bytes of one update, of the largest block where there are some."""
+    return _frame_bytes(config.coding, config.entry.sent(config.method, layout(config)))
+
+
+@lru_cache(64)
+def _frame_bytes(codec: CodecSettings, sent: Layout) -> int:
+    update = {name: torch.randn(shape, generator=generator(0, name)) for name, shape in sent.shapes}
+    return len(build(codec, sent).encode(update))
+
+
+def memory_bytes(config: RunConfig) -> int:
+    """The most that a client holds, by formula and without activations.
+
+    Under an adapter lies the whole base. Of what is read from disk the largest weight counts, which is in use at times.
+    """
+    method: Any = config.method
+    whole = _layout(config.model, None).numel
+    width: Any = 4 if config.model.dtype == "float32" else 2
+    if config.adapter is not None:
+        return client_memory(Sizes(layout(config).numel, 0, whole), Full(), width=width).peak()
+    if method.name in ("fedavg", "central"):
+        return client_memory(Sizes.full(whole), Full(), width=width).peak()
+    parts = partition(method, layout(config))
+    largest = max(range(len(parts)), key=lambda index: parts.blocks[index].numel)
+    sizes = Sizes.of(parts, largest)
+    if getattr(method, "hold", "memory") == "disk":
+        in_use = width * largest_beside(layout(config), parts.blocks[largest].layout)
+        return client_memory(sizes, OnDisk(Full()), width=width).peak(in_use)
+    return client_memory(sizes, Full(), width=width).peak()
+
+
+# -- one run ----------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(2)
+def _bench(model: ModelConfig, lora: LoraSettings | None) -> Workbench:
+    return Workbench(model, lora)
+
+
+@lru_cache(6)
+def _texts(data: str, bench: Workbench, seed: int) -> SiteTexts:
+    return SiteTexts(DataConfig.model_validate_json(data), bench.tokenizer, seed=seed)
+
+
+@dataclass
+class Finished:
+    """A run that went to its end."""
+
+    run: Run
+    texts: SiteTexts
+    records: list[Row]
+    """metrics.jsonl."""
+
+
+def finish(config: RunConfig) -> Finished:
+    """All rounds of a run, and not what a run does at its end."""
+    bench = _bench(config.model, config.adapter)
+    texts = _texts(config.data.model_dump_json(), bench, config.seed)
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
+        RunFolder(Path(folder)) as place,
+    ):
+        check_settings(config, bench.layout, bench.blank(), texts)
+        run = Run(config, place, bench, texts)
+        for event in run.events():
+            if event.kind == "round" and event.values["round"] == config.rounds:
+                break
+        return Finished(run, texts, place.metrics())
+
+
+def traced(config: RunConfig) -> Row:
+    """Held-out losses and bytes of one run; a run that was refused or stopped says why.
+
+    Losses are means over the sites, also of a baseline that trains on the union. Bytes are of all sites, as sent,
+    round by round, without those of measuring.
+    """
+    since, busy = time.perf_counter(), time.process_time()
+    try:
+        done = finish(config)
+    except (GateError, DivergenceError, ClientError) as error:
+        return {"stopped": f"{type(error).__name__}: {error}"[-300:]}
+    state, bench = done.run.server.model(), done.run.bench
+    assert state is not None, "all of these have a global model"
+    taken = {"seconds": time.perf_counter() - since, "cpu_s": time.process_time() - busy}
+    return {
+        "base_loss": _loss(bench, done.texts, bench.base_state()),
+        "loss": _loss(bench, done.texts, state),
+        "up": [record["bytes_up"] for record in done.records],
+        "down": [record["bytes_down"] for record in done.records],
+        "visits": [len(record.get("visits", done.texts.names)) for record in done.records],
+        "conflicts": sum(len(record.get("conflicts", ())) for record in done.records),
+        "sites": len(done.texts.names),
+        **taken,
+    }
+
+
+def _loss(bench: Workbench, texts: SiteTexts, state: Any) -> float:
+    pad = bench.tokenizer.pad_token_id
+    with bench.model(state) as model:
+        return mean(heldout(model, texts.load(name).heldout, pad_token_id=pad).loss for name in texts.names)
+
+
+# -- gradients through a download -------------------------------------------------------------------------------------
+
+
+def cosines(exact: RunConfig, forms: Sequence[RunConfig], draws: int) -> list[Row]:
+    """For every form of download, the cosine of each block's gradient to the exact one, at the base and after `exact`.
+
+    `exact` is run to its end, and each form's server is put into its state, whatever codec the form's own run has: what
+    a site sees follows from the state and the form. A stale subset is drawn `draws` times.
+    """
+    done = finish(exact)
+    state, rows = done.run.server.state(), []
+    for config in forms:
+        method: Any = config.method
+        row: Row = {"cosine_base": [], "cosine_tuned": []}
+        for key in ("cosine_base", "cosine_tuned"):
+            server = FedCyBgdServer(method, done.run.context)
+            if key == "cosine_tuned":
+                server.restore(state)
+            visits = [f"draw/{draw}" for draw in range(draws if method.download.form == "stale-subset" else 1)]
+            for block in range(len(server.parts)):
+                row[key].append(mean(server._cosine(block, visit) for visit in visits))
+        rows.append(row)
+    return rows
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One contender in one cell: every learning rate on seed 0, then the best of them on all seeds."""
+
+    cell: Cell
+    contender: Contender
+    bed: Bed
+    cache: Path | None
+    deadline: float
+    """Nothing is begun after this, in seconds of `time.time`."""
+
+
+@dataclass
+class Found:
+    """What a job measured."""
+
+    job: Job
+    tuning: dict[float, Row] = field(default_factory=dict)
+    """By learning rate, seed 0."""
+    runs: list[Row] = field(default_factory=list)
+    """By seed, at the best learning rate."""
+    config: RunConfig | None = None
+    memory_bytes: int | None = None
+    """Of a client, by formula."""
+    complete: bool = False
+
+    @property
+    def best(self) -> float | None:
+        """The learning rate of the lowest loss on seed 0."""
+        ended = {rate: row["loss"] for rate, row in self.tuning.items() if "stopped" not in row}
+        return min(ended, key=lambda rate: ended[rate]) if ended else None
+
+
+@lru_cache(1)
+def _cache(path: Path | None) -> Cache:
+    return Cache(path)
+
+
+def compete(job: Job) -> Found:
+    """Do a job, or what of it fits before its deadline."""
+    found, paces = Found(job), dict[float, float]()
+    for pace in job.bed.paces:
+        config = resolve(job.cell, job.contender, job.bed, pace=pace, seed=0)
+        row = remembered(job, config)
+        if row is None:
+            return found
+        found.tuning[config.train.learning_rate], paces[config.train.learning_rate] = row, pace
+    best = found.best
+    if best is None:
+        return replace(found, complete=True)
+    found.memory_bytes = memory_bytes(resolve(job.cell, job.contender, job.bed, pace=paces[best], seed=0))
+    for seed in range(job.bed.seeds):
+        found.config = resolve(job.cell, job.contender, job.bed, pace=paces[best], seed=seed)
+        row = remembered(job, found.config)
+        if row is None:
+            return found
+        found.runs.append(row)
+    return replace(found, complete=True)
+
+
+def remembered(job: Job, config: RunConfig) -> Row | None:
+    """The row of a run from the cache, or made now; None where the time is over."""
+    cache, key = _cache(job.cache), Cache.key(config)
+    known = cache.find(key)
+    if known is not None:
+        return known
+    if time.time() >= job.deadline:
+        return None
+    described = {"cell": job.cell.name, "contender": job.contender.name, "learning_rate": config.train.learning_rate}
+    return cache.add(key, {**described, "seed": config.seed, **traced(config)})

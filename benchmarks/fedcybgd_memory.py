@@ -1,0 +1,355 @@
+"""Part "memory" of `benchmarks.fedcybgd`: the peak of one visit in a process of its own, against the formula.
+
+    python -m benchmarks.fedcybgd_memory LARGE SMALL TUNES HOLD      one visit to each model; prints one JSON object
+
+The process does a visit by the package's own task: it receives a message, trains, and codes the change. The base is a
+folder of files that it has never held. What counts is the growth over what it holds after the same visit to the tiny
+model in SMALL; pages of mapped files count as they do for the system (VmHWM). Freed memory goes back at once, so that
+the peak is what is in use and not what the allocator keeps. The formula, `ClientMemory.visit`, leaves out activations,
+which are small here (one sequence). Where the rest is on disk, it is asked with the largest weight, which is in use
+during a backward pass. A second ratio is to `ClientMemory.peak`, without the state from which the change is taken.
+"""
+
+import gc
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from benchmarks.report import Claim, Report, Row, show
+
+if TYPE_CHECKING:
+    from fluvial.tensors import Layout
+
+Tunes = Literal["full", "block"]
+Hold = Literal["memory", "disk"]
+Case = tuple[Tunes, str, Hold]
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+WITHIN = 0.10
+"""How far a measured peak may be from the formula."""
+TOKENS = 32
+"""Of the one sequence that is trained on."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    tied: bool = True
+
+
+SMALL = Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=2, vocabulary=64)
+FULL = Shape(hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=8000)
+QUICK = replace(FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2000)
+LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000, tied=False)
+LLAMA_3_8B = Shape(4096, 14336, 32, 32, 8, 128256, tied=False)
+CASES: tuple[Case, ...] = (
+    ("full", "float32", "memory"),
+    ("full", "bfloat16", "memory"),
+    ("block", "float32", "memory"),
+    ("block", "bfloat16", "memory"),
+    ("block", "float32", "disk"),
+    ("block", "bfloat16", "disk"),
+)
+QUICK_CASES: tuple[Case, ...] = (CASES[0], CASES[2], CASES[4])
+BITS = {"int8": 8.25, "hadamard 1/16": 2.0, "hadamard 1/32": 1.0}
+"""Of a coded change, by value."""
+COLUMNS = {
+    "case": "tunes, type, rest in",
+    "formula_mb": "formula MB",
+    "before_mb": "receiving MB",
+    "train_mb": "training MB",
+    "after_mb": "coding MB",
+    "ratio": "training, of formula",
+    "visit_ratio": "whole visit, of formula",
+    "ratio_to_peak": "training, without start state",
+    "share": "of full tuning",
+    "formula_share": "by formula",
+}
+SHAPE_COLUMNS = {
+    "model": "model",
+    "form": "form",
+    "coded": "upload coded",
+    "block": "values of a block",
+    "up_half": "up, half",
+    "up_coded": "up, coded",
+    "down_half": "down, half",
+    "down_fp32": "down, fp32 block",
+    "memory": "memory",
+    "peak": "peak",
+    "full_memory": "full tuning",
+    "badam": "2M + 16M/D",
+}
+
+
+def llama(shape: Shape, **more: Any) -> Any:
+    """The configuration of a model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=shape.tied,
+        **more,
+    )
+
+
+def layout_of(shape: Shape) -> "Layout":
+    """All parameters, by way of the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fluvial.models import tuned_layout
+
+    with torch.device("meta"):
+        return tuned_layout(AutoModelForCausalLM.from_config(llama(shape)), None)
+
+
+# -- a visit, in a process of its own ---------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, shape: Shape, dtype: str) -> None:
+    """A random model, one file for a tensor, so that it is never held; with the embedded model's tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+
+    llama(shape, dtype=dtype).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        with resources.as_file(resources.files("fluvial") / "assets" / "tiny" / name) as path:
+            shutil.copy(path, folder / name)
+    draw, files = torch.Generator().manual_seed(0), {}
+    for name, size in layout_of(shape).shapes:
+        files[name] = f"{name}.safetensors"
+        values = 0.02 * torch.randn(size, generator=draw) if len(size) > 1 else torch.ones(size)
+        save_file({name: values.to(getattr(torch, dtype))}, folder / files[name])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], Any]) -> None:
+    """A site's first visit with the model in `folder`; `meter` wraps the training loop, just before the visit."""
+    from fluvial.codecs.quantise import Int8, Int8Settings
+    from fluvial.data import Example, SiteData
+    from fluvial.methods.fedcybgd.config import FedCyBgdConfig, partition
+    from fluvial.methods.fedcybgd.download import Sender
+    from fluvial.methods.fedcybgd.ledger import Ledger
+    from fluvial.models import ModelConfig, Workbench, initial_state
+    from fluvial.payload import Payload
+    from fluvial.sites import Site, StateStore
+    from fluvial.train import TrainConfig
+
+    module: Any = importlib.import_module("fluvial.methods.fedcybgd.visit")  # the package has a function of this name
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    model = ModelConfig.model_validate({"name_or_path": str(folder), "dtype": dtype, "device": "cpu"})
+    bench = Workbench(model, None, load="late")
+    config = FedCyBgdConfig(order="full" if tunes == "full" else "ascending", hold=hold)
+    parts = partition(config, bench.layout)
+    ledger = Ledger(parts, [Int8(Int8Settings(), each.layout) for each in parts.blocks], initial_state(bench.layout, 0))
+    sender = Sender(config.download, ledger, 0, lambda: bench, _no_proxy)
+    values: Any = {"round": 1, "rate": 1.0, "visits": 1}
+    message = sender.message("site", trained_block(len(parts)), "1/0", values).to_bytes()
+    del ledger, sender
+    ids = list(range(1, TOKENS + 1))
+    data = SiteData([Example(ids, ids)], [], [], 1, 0, 0)
+    site = Site(
+        name="site",
+        seed=0,
+        workbench=bench,
+        load=lambda: data,
+        train=TrainConfig(learning_rate=1e-5, max_steps=2, per_device_train_batch_size=1),
+        codec=Int8Settings(),
+        method=config,
+        downlink=None,
+        store=StateStore(None),
+        rounds=1,
+    )
+    train = module.train
+    module.train = meter(train)
+    try:
+        reply = module.visit(site, Payload.from_bytes(message))
+    finally:
+        module.train = train
+    assert "visit" in reply.values, "the site could not follow"
+
+
+def _no_proxy(_block: int, _visit: str) -> Any:
+    raise AssertionError("a cache has no proxy")
+
+
+def trained_block(blocks: int) -> int:
+    """In the middle."""
+    return blocks // 2
+
+
+def status(key: str) -> int:
+    """A figure of this process in bytes: VmRSS, or VmHWM, the most since it was reset."""
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+def probe(large: Path, small: Path, tunes: Tunes, hold: Hold) -> dict[str, int]:
+    """What a visit adds to a process that has made a small one: the most before, in and after training, bytes."""
+    import torch
+
+    torch.set_num_threads(1)
+    visit_once(small, tunes, hold, lambda train: train)
+    gc.collect()
+    base, found = status("VmRSS"), dict[str, int]()
+
+    def metered(train: Any) -> Any:
+        def run(*arguments: Any, **named: Any) -> Any:
+            found["before"] = status("VmHWM") - base
+            RESET.write_text("5")
+            report = train(*arguments, **named)
+            found["train"] = status("VmHWM") - base
+            RESET.write_text("5")
+            return report
+
+        RESET.write_text("5")
+        return run
+
+    visit_once(large, tunes, hold, metered)
+    return {**found, "after": status("VmHWM") - base, "baseline": base}
+
+
+# -- the part ---------------------------------------------------------------------------------------------------------
+
+
+def memory_part(report: Report, *, quick: bool) -> None:
+    """Measured peaks, and the formulas' table for two large models."""
+    shape, cases = (QUICK, QUICK_CASES) if quick else (FULL, CASES)
+    report.settings["memory"] = asdict(shape)
+    if STATUS.exists() and RESET.exists():
+        rows = measured(shape, cases)
+        show("Growth of the process in one visit, against `memory.client_memory`", COLUMNS, rows)
+        report.rows += [{"part": "memory", **row} for row in rows]
+        report.claims += claims(rows)
+    else:
+        report.skip("memory: peaks are read from Linux's /proc")
+    shapes = tables()
+    show("By formula, bytes of one visit and of a client", SHAPE_COLUMNS, shapes)
+    report.rows += [{"part": "shapes", **row} for row in shapes]
+
+
+def measured(shape: Shape, cases: Sequence[Case]) -> list[Row]:
+    """A row for every case, each in a fresh process."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as place:
+        for dtype in dict.fromkeys(dtype for _, dtype, _ in cases):
+            small, large = Path(place) / f"small-{dtype}", Path(place) / f"large-{dtype}"
+            write_model(small, SMALL, dtype)
+            write_model(large, shape, dtype)
+            rows += [_row(shape, case, _ask(large, small, case)) for case in cases if case[1] == dtype]
+            shutil.rmtree(large)
+    full = {row["dtype"]: row for row in rows if row["tunes"] == "full"}
+    for row in rows:
+        whole = full[row["dtype"]]
+        row["share"] = row["train_mb"] / whole["train_mb"]
+        row["formula_share"] = row["formula_mb"] / whole["formula_mb"]
+    return rows
+
+
+def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
+    tunes, _, hold = case
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fedcybgd_memory", str(large), str(small), tunes, hold],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ALLOCATOR},
+        timeout=600,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-400:])
+    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _row(shape: Shape, case: Case, found: dict[str, int]) -> Row:
+    from fluvial.methods.fedcybgd.blocks import partition
+    from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
+
+    tunes, dtype, hold = case
+    layout = layout_of(shape)
+    parts = partition(layout, whole=tunes == "full")
+    block = trained_block(len(parts))
+    width: Any = 4 if dtype == "float32" else 2
+    form = OnDisk(Full()) if hold == "disk" else Full()
+    memory, own = client_memory(Sizes.of(parts, block), form, width=width), parts.blocks[block].layout
+    in_use = width * largest_beside(layout, own) if hold == "disk" else 0
+    expected = memory.visit(in_use)
+    return {
+        "case": ", ".join(case),
+        "tunes": tunes,
+        "dtype": dtype,
+        "hold": hold,
+        "parameters": layout.numel,
+        "trained": own.numel,
+        "formula_mb": expected / 1e6,
+        "states_mb": memory.states / 1e6,
+        **{f"{stage}_mb": found[stage] / 1e6 for stage in ("before", "train", "after", "baseline")},
+        "ratio": found["train"] / expected,
+        "visit_ratio": max(found["before"], found["train"], found["after"]) / expected,
+        "ratio_to_peak": found["train"] / memory.peak(in_use),
+    }
+
+
+def largest_beside(layout: "Layout", block: "Layout") -> int:
+    """Values of the largest tensor outside a block."""
+    return max(math.prod(shape) for name, shape in layout.shapes if name not in set(block.names))
+
+
+def tables() -> list[Row]:
+    """The formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and by codec of the upload."""
+    from fluvial.methods.fedcybgd.memory import shape_table
+
+    layouts = {"LLaMA-2-7B": layout_of(LLAMA_2_7B), "Llama-3-8B": layout_of(LLAMA_3_8B)}
+    return [
+        {"coded": coded, **asdict(row)}
+        for coded, bits in BITS.items()
+        for row in shape_table(layouts, coded_bits=bits)
+        if coded == "int8" or row.form == "cache"
+    ]
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """Peaks against the formula, in training and of the whole visit; shares of full tuning."""
+    found = []
+    for row in rows:
+        case = f"memory: {row['case']}"
+        found.append(Claim(f"{case}: training off the formula", abs(row["ratio"] - 1), WITHIN, "at most"))
+        found.append(Claim(f"{case}: whole visit off the formula", abs(row["visit_ratio"] - 1), WITHIN, "at most"))
+        if row["tunes"] == "block":
+            found.append(Claim(f"{case}: training over full tuning's, measured", row["share"], 1 / 3, "at most"))
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """See the module."""
+    large, small, tunes, hold = arguments
+    found = probe(Path(large), Path(small), cast(Tunes, tunes), cast(Hold, hold))
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
