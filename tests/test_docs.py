@@ -145,6 +145,9 @@ def test_commands_exist_with_their_options(page: Path) -> None:
         command = group
         if words and words[0] in group.commands:
             command = group.commands[words[0]]
+            while hasattr(command, "commands"):
+                words = words[1:]
+                command = command.commands[words[0]]
         else:
             assert words
             assert words[0].startswith("-"), f"fluvial has no command {words[0]!r}"

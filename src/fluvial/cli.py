@@ -212,7 +212,7 @@ def server_init(
 
     made = deploy.server_init(folder, address=address, insecure=insecure, certificate=certificate, key=key, ca=ca)
     for line in made:
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
 
 
 @server_app.command("start")
@@ -235,7 +235,7 @@ def site_init(
     from fluvial.flower import deploy
 
     for line in deploy.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
-        out.print(line, markup=False)
+        out.print(line, markup=False, soft_wrap=True)
 
 
 @site_app.command("register")
@@ -245,7 +245,7 @@ def site_register(
     """Let a site join; run by the server's operator."""
     from fluvial.flower import deploy
 
-    out.print(deploy.register(server, public_key).strip(), markup=False)
+    out.print(deploy.register(server, public_key).strip(), markup=False, soft_wrap=True)
 
 
 @site_app.command("start")
@@ -273,8 +273,8 @@ def submit(
 
     path = folder or server / "runs" / config.stem
     number = deploy.submit(settings, server, out=path, resume=resume)
-    out.print(f"run {number} in {path}", markup=False)
-    out.print(f"follow it:  {_command()} logs {server} {number}", markup=False)
+    out.print(f"run {number} in {path}", markup=False, soft_wrap=True)
+    out.print(f"follow it:  {_command()} logs {server} {number}", markup=False, soft_wrap=True)
 
 
 @app.command()

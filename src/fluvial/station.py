@@ -295,19 +295,32 @@ class Station:
             "tensors": {name: list(tensor.shape) for name, tensor in answer.tensors.items()},
             "values": sorted(answer.values),
         }
+        start = "" if _whole(log) else "\n"
         with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(start + json.dumps(entry) + "\n")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def _whole(log: Path) -> bool:
+    """Whether the log ends with a whole line."""
+    if not log.exists() or log.stat().st_size == 0:
+        return True
+    with log.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read() == b"\n"
+
+
 def _sent(log: Path, header: Header) -> int:
     """Bytes that left in this round so far."""
     total = 0
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # cut off by a kill or a full disk: what it would have told of has not left
         if entry["run"] == header.run and entry["round"] == header.round:
             total += entry["bytes"]
     return total

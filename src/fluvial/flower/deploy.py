@@ -1,6 +1,6 @@
 """What an operator does: thin over Flower's own programs, with TLS and node keys unless the insecure mode is asked for.
 
-server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, flower/ (Flower's home), runs/
+server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, names.json, flower/ (its home), runs/
 site folder     site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
 """
 
@@ -8,8 +8,11 @@ import json
 import os
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fluvial.config import RunConfig
 from fluvial.errors import ConfigError
 from fluvial.flower import certificates
+from fluvial.sites import write_atomically
 from fluvial.station import SiteFile, read_site_file
 
 QUIET = {
@@ -84,6 +88,9 @@ def server_init(
     own = (certificate, key, ca)
     if any(own) and not all(own):
         raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
+    for option, path in zip(("certificate", "key", "ca"), own, strict=True):
+        if path is not None and not path.exists():
+            raise ConfigError(f"--{option}: there is no file {str(path)!r}")
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f'address = "{host}:{port}"', f"port = {port}"]
     if host in ("127.0.0.1", "localhost"):
@@ -132,10 +139,15 @@ def server_start(folder: Path) -> None:
 
 
 def register(folder: Path, public_key: Path) -> str:
-    """Let the site with this key join; returns Flower's answer."""
+    """Let the site with this key join; returns what was done."""
     if not public_key.exists():
         raise ConfigError(f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub")
-    return _flwr(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
+    answer = _flwr(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION, "--format", "json")
+    number = str(_json(answer).get("node-id", ""))
+    words = public_key.read_text().split()  # type, key, and as a comment the site's name
+    name = words[2] if len(words) > 2 else public_key.stem
+    _name(folder, "sites", number, name)
+    return f"site {name} may join (node {number})"
 
 
 def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
@@ -163,14 +175,19 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     found = _json(answer)
     if not found.get("success") or "run-id" not in found:
         raise ConfigError(f"the server did not take the run: {answer.strip()[:500]}")
+    _name(folder, "runs", str(found["run-id"]), out.name)
     return int(found["run-id"])
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Runs and sites as Flower's server knows them."""
-    nodes = _json(_flwr(folder, "supernode", "list", _CONNECTION, "--format", "json"))
-    runs = _json(_flwr(folder, "list", _CONNECTION, "--format", "json"))
-    return {"runs": runs.get("runs", []), "sites": nodes.get("nodes", [])}
+    """Runs and sites as Flower's server knows them, with the names that they were submitted and registered under."""
+    nodes = _json(_flwr(folder, "supernode", "list", _CONNECTION, "--format", "json")).get("nodes", [])
+    runs = _json(_flwr(folder, "list", _CONNECTION, "--format", "json")).get("runs", [])
+    names = _names(folder)
+    return {
+        "runs": [{"name": names["runs"].get(str(run["run-id"]), ""), **run} for run in runs],
+        "sites": [{"name": names["sites"].get(str(node["node-id"]), ""), **node} for node in nodes],
+    }
 
 
 def logs(folder: Path, run: int, *, follow: bool) -> None:
@@ -206,7 +223,7 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',
         "# [data]",
-        '# source = "/data/records.jsonl"   # this site\'s records; without it, what the run names',
+        '# source = "/whole/path/records.jsonl"   # this site\'s records; without it, what the run names',
         "# [allow]                          # what this site takes part in; empty allows everything",
         '# methods = ["fedavg", "cgfedllm"]',
         '# tensors = ["*.lora_*"]',
@@ -216,13 +233,16 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     read_site_file(folder / "site.toml")
     done = [f"site in {folder}; its settings are in {folder / 'site.toml'}"]
     if ca is not None:
-        done.append(f"send {public} to the server's operator, who runs:  fluvial site register SERVER {public.name}")
+        done.append(
+            f"send {public} to the server's operator, who runs:  fluvial site register SERVER-FOLDER {public.name}"
+        )
     return [*done, f"then start it:  fluvial site start {folder}"]
 
 
 def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
     """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
     site = read_site_file(folder / "site.toml")
+    _try_connection(site)
     port = port or _free_port()
     serve: Any = None
     if warm:
@@ -248,7 +268,13 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
             os._exit(0)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.terminate())
-    code = node.wait()
+    while (code := node.poll()) is None:
+        if worker and os.waitpid(worker, os.WNOHANG)[0]:
+            _warn("the process that answers for this site has ended, and the site with it")
+            node.terminate()
+            node.wait()
+            return 1
+        time.sleep(0.2)
     if worker:
         os.kill(worker, signal.SIGTERM)
         os.waitpid(worker, 0)
@@ -270,9 +296,41 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _free_port() -> int:
-    import socket
+def _try_connection(site: SiteFile) -> None:
+    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, or a certificate that is not valid."""
+    host, port = _address(site.server)
+    for path in (site.ca, site.key):
+        if path is not None and not path.exists():
+            raise ConfigError(f"site {site.name!r}: there is no file {str(path)!r}")
+    context = ssl.create_default_context(cafile=site.ca)
+    if site.ca is None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with (
+            socket.create_connection((host, port), timeout=5) as raw,
+            context.wrap_socket(raw, server_hostname=host),
+        ):
+            if site.ca is None:
+                raise ConfigError(
+                    f"the server at {site.server} speaks TLS; get its ca.crt and name it in site.toml, or make the "
+                    "site again with --ca"
+                )
+    except ssl.SSLCertVerificationError as error:
+        raise ConfigError(
+            f"the certificate of the server at {site.server} does not hold: {error.verify_message}; checked with "
+            f"{site.ca}"
+        ) from None
+    except ssl.SSLError as error:
+        if site.ca is not None:
+            raise ConfigError(
+                f"the server at {site.server} does not speak TLS ({error.reason}); if it was made with --insecure, "
+                "make the site so too"
+            ) from None
+    except OSError:
+        return  # the server is not there yet; the site goes on trying
 
+
+def _free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]
@@ -312,6 +370,18 @@ def _flwr(folder: Path, *arguments: str) -> str:
     if done.returncode != 0:
         raise ConfigError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-800:]}")
     return done.stdout
+
+
+def _names(folder: Path) -> dict[str, dict[str, str]]:
+    """What people call the runs and sites that Flower knows by number."""
+    path = folder / "names.json"
+    return {"runs": {}, "sites": {}, **(json.loads(path.read_text()) if path.exists() else {})}
+
+
+def _name(folder: Path, what: str, number: str, name: str) -> None:
+    names = _names(folder)
+    names[what][number] = name
+    write_atomically(folder / "names.json", json.dumps(names, indent=2).encode())
 
 
 def _json(text: str) -> dict[str, Any]:

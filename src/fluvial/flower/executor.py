@@ -37,6 +37,7 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None, poll_s
     resident = site.device != "cpu" and torch.cuda.is_available()
     client = _client(runtime_api, "SuperExec", token=None)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the site's process ends this one
     while parent is None or os.getppid() == parent or Path(f"/proc/{parent}").exists():
         try:
             found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))

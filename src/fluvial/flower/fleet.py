@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 _FINISHED = 12 * 3600.0
 """Seconds that Flower keeps a message for without a deadline."""
+_SPARE_S = 5.0
+"""That Flower keeps it longer than we wait, so that our deadline speaks first."""
 
 
 @dataclass
@@ -97,13 +99,20 @@ class FlowerFleet(Policy):
 
     def _hello(self, nodes: Sequence[int]) -> None:
         wire = Payload(values={"config": self._table}).to_bytes()
-        waiting = {self._push(node, HELLO, wire, round=0, ack=0): node for node in nodes}
+        waiting: dict[str, int] = {}
+        for node in nodes:
+            try:
+                waiting[self._push(node, HELLO, wire, round=0, ack=0)] = node
+            except ClientError as gone:
+                logger.info("%s", gone)
         until = time.monotonic() + self._start_timeout_s
         while waiting and time.monotonic() < until:
             for reply in self._grid.pull_messages(list(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id)
-                self._met.add(node)
-                self._join(node, reply)
+                node = waiting.pop(reply.metadata.reply_to_message_id, 0)
+                if node:  # else nobody waits for it
+                    if not reply.has_error():  # else these are Flower's words, and the site is greeted again
+                        self._met.add(node)
+                    self._join(node, reply)
             if waiting:
                 time.sleep(self._poll_s)
 
@@ -119,6 +128,10 @@ class FlowerFleet(Policy):
             self._refused[node] = str(problem)
             logger.warning("node %d does not take part: %s", node, problem)
             return
+        other = self._nodes.get(name, node)
+        if other != node:
+            self._refused[other] = f"two nodes say that they are site {name!r}; the one that came later counts"
+            logger.warning("node %d: %s", other, self._refused[other])
         self._nodes[name] = node
 
     # -- asking ---------------------------------------------------------------------------------------------------
@@ -137,10 +150,9 @@ class FlowerFleet(Policy):
         queue = [(name, 1) for name in messages]
         under_way: dict[str, _Out] = {}
         answered = 0
-        known = set(self._grid.get_node_ids())
-        if not {self._nodes.get(name) for name in messages} <= known:
-            self._greet()
         while queue or under_way:
+            if queue and not {self._nodes.get(name) for name, _ in queue} <= set(self._grid.get_node_ids()):
+                self._greet()  # a site may have come back as another node
             for name, attempt in queue:
                 wire = wires.setdefault(id(messages[name]), b"") or messages[name].to_bytes()
                 wires[id(messages[name])] = wire
@@ -149,11 +161,16 @@ class FlowerFleet(Policy):
                 if node is None:
                     under_way[f"absent {name}"] = out
                     continue
-                message_id = self._push(node, task, wire, round=round, ack=self._acks.get(name, 0))
+                try:
+                    message_id = self._push(node, task, wire, round=round, ack=self._acks.get(name, 0))
+                except ClientError:
+                    message_id = f"absent {name}"
                 out.seq = self._seq
                 under_way[message_id] = out
             queue = []
             for message_id, problem, reply in self._arrivals(under_way):
+                if message_id not in under_way:
+                    continue  # a reply that nobody waits for, or the second of two
                 out = under_way.pop(message_id)
                 content: Any = None
                 size = 0
@@ -215,7 +232,7 @@ class FlowerFleet(Policy):
             pack(wire, header.values()),
             dst_node_id=node,
             message_type="train",
-            ttl=self._config.deadline_s or _FINISHED,
+            ttl=_SPARE_S + (self._start_timeout_s if task == HELLO else self._config.deadline_s or _FINISHED),
         )
         (message_id,) = self._grid.push_messages([message])
         if not message_id:

@@ -28,6 +28,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted, in the folder that the server's operator chose."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request of Flower's, sent as a request
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))

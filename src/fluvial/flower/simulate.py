@@ -43,17 +43,22 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    left = threading.Event()
+    """Nobody listens any more: the process ends only when its threads do, so the run ends with its round."""
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
         def assemble(each: RunConfig, place: Any, bench: Any, texts: Any) -> FlowerFleet:
             names = (POOLED,) if each.entry.pooled else texts.names
-            return FlowerFleet(grid, each, str(place.path), names, bench)
+            # Every site is there; the first answer takes as long as the libraries take to load.
+            return FlowerFleet(grid, each, str(place.path), names, bench, start_timeout_s=600.0)
 
         try:
             for event in execute(config, folder, resume=resume, assemble=assemble):
                 told.put(event)
+                if left.is_set():
+                    break
         except BaseException as error:
             told.put(error)
         told.put(None)
@@ -78,19 +83,22 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         daemon=True,
     )
     runner.start()
-    while True:
-        try:
-            found = told.get(timeout=1.0)
-        except queue.Empty:
-            if not runner.is_alive():
-                raise ConfigError("Flower's simulation ended without a result; -v shows its log") from None
-            continue
-        if found is None:
-            break
-        if isinstance(found, BaseException):
-            runner.join(timeout=30)
-            raise found
-        yield found
+    try:
+        while True:
+            try:
+                found = told.get(timeout=1.0)
+            except queue.Empty:
+                if not runner.is_alive():
+                    raise ConfigError("Flower's simulation ended without a result; -v shows its log") from None
+                continue
+            if found is None:
+                break
+            if isinstance(found, BaseException):
+                runner.join(timeout=30)
+                raise found
+            yield found
+    finally:
+        left.set()
     runner.join(timeout=60)
 
 
