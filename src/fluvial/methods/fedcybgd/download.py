@@ -454,13 +454,12 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
     versions = message.value("versions", list)
     if len(versions) != len(parts):
         raise WireError(f"visit: versions of {len(versions)} blocks, expected {len(parts)}")
-    initial = initial_state(holder.workbench.layout, holder.seed)
     held: list[Source] = []
     trained: Named = {}
     for number, block in enumerate(parts.blocks):
         slot = f"block-{number}"
         if number in news:
-            now = _brought_forward(holder, slot, block.layout, news[number], initial, codec)
+            now = _brought_forward(holder, slot, block.layout, news[number], codec)
             if now is None:
                 return None
             holder.keep(slot, Payload(now, {"version": news[number].version}), draft=True)
@@ -468,7 +467,7 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
         if (version or 0) != versions[number]:
             return None
         if number == index:
-            source = source or MemorySource(initial)
+            source = source or MemorySource(initial_state(block.layout, holder.seed))
             trained = {name: source.get(name) for name in block.layout.names}
             block.layout.check(trained, f"block {index} as the site keeps it")
         elif source is not None:
@@ -480,16 +479,14 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
     return Received(holder.workbench.weights(trained), rest)
 
 
-def _brought_forward(
-    holder: Holder, slot: str, layout: Layout, news: _News, initial: Named, codec: CodecSettings
-) -> Named | None:
+def _brought_forward(holder: Holder, slot: str, layout: Layout, news: _News, codec: CodecSettings) -> Named | None:
     """A block after its commits; None if they start from another version than the site's."""
     if news.base == -1:
         return Identity.of(layout).decode(news.commits[0].frames[0])
     version, source = _kept(holder, slot, _no_frame)
     if news.base != (version or 0):
         return None
-    source = source or MemorySource(initial)
+    source = source or MemorySource(initial_state(layout, holder.seed))
     now = {name: source.get(name) for name in layout.names}
     layout.check(now, f"{slot} as the site keeps it")
     for commit in news.commits:
