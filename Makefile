@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/fluvial run configs/quickstart.toml
 
-.PHONY: quickstart install dev check test test-slow test-claims faults clean
+.PHONY: quickstart install dev check test test-slow test-claims test-flower faults clean
 
 quickstart: install
 	rm -rf runs/quickstart
@@ -32,6 +32,9 @@ test: dev
 
 test-slow: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m slow
+
+test-flower: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m 'flower and not faults'
 
 faults: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/faults.py --out docs/reliability.md
