@@ -289,6 +289,12 @@ def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: fedcybgd_bed
         assert 0.9 * wanted < spent <= wanted
 
 
+def test_a_grid_goes_on_where_its_best_is_at_the_edge() -> None:
+    assert fedcybgd_bed.beyond([0.5, 1.0, 2.0], 2.0) == [4.0]
+    assert fedcybgd_bed.beyond([0.5, 1.0, 2.0], 0.5) == [0.25]
+    assert fedcybgd_bed.beyond([0.5, 1.0, 2.0, 4.0], 2.0) == []
+
+
 def test_memory_of_clients_by_formula() -> None:
     """20 bytes for a value that is trained, 4 for one that is not; from disk only the largest weight, in its turn."""
     parameters, block, embeddings = 1_115_264, 213_248, 2048 * 128

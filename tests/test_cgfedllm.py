@@ -187,14 +187,16 @@ class Recorder:
         self.sent: list[tuple[str, str, Payload]] = []
         ask = LocalFleet.ask
 
-        def recorded(fleet: LocalFleet, task: str, messages: Mapping[str, Payload], *, round: int, read: Any) -> Any:
+        def recorded(
+            fleet: LocalFleet, task: str, messages: Mapping[str, Payload], *, read: Any, **options: Any
+        ) -> Any:
             self.sent += [("down", task, message) for message in messages.values()]
 
             def reading(reply: Payload) -> Any:
                 self.sent.append(("up", task, reply))
                 return read(reply)
 
-            return ask(fleet, task, messages, round=round, read=reading)
+            return ask(fleet, task, messages, read=reading, **options)
 
         monkeypatch.setattr(LocalFleet, "ask", recorded)
 

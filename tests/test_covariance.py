@@ -279,12 +279,14 @@ class Ups:
         self.sent: list[tuple[str, Payload]] = []
         ask = LocalFleet.ask
 
-        def recorded(fleet: LocalFleet, task: str, messages: Mapping[str, Payload], *, round: int, read: Any) -> Any:
+        def recorded(
+            fleet: LocalFleet, task: str, messages: Mapping[str, Payload], *, read: Any, **options: Any
+        ) -> Any:
             def reading(reply: Payload) -> Any:
                 self.sent.append((task, reply))
                 return read(reply)
 
-            return ask(fleet, task, messages, round=round, read=reading)
+            return ask(fleet, task, messages, read=reading, **options)
 
         monkeypatch.setattr(LocalFleet, "ask", recorded)
 

@@ -30,20 +30,19 @@ def borrow(
     checkpointing: bool = False,
 ) -> Iterator[nn.Module]:
     """The model that a site was sent; parameters named in `trainable` require gradients, and nothing else does."""
-    start = {name: tensor.clone() for name, tensor in received.start.items()}  # is trained in place
+    kind = frozen_type(bench)
+    start = {name: tensor.to(kind, copy=True) for name, tensor in received.start.items()}  # is trained in place
     frozen = received.rest.names - start.keys()
     if not bench.full:
         rest = {name: received.rest.get(name) for name in frozen}
         with bench.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
             yield model
         return
-    kind = frozen_type(bench)
     model = bench.blank()
     if received.manifest is not None:
         model = slim(model, received.manifest)
     if hold == "disk":
-        resident = {name: tensor.to(kind) for name, tensor in start.items()}
-        model = stream(model, received.rest, resident, kind)
+        model = stream(model, received.rest, start, kind)
     else:
         fill(model, start | {name: received.rest.get(name) for name in frozen})
     model.to(bench.device)
