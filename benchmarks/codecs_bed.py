@@ -221,7 +221,7 @@ def traced(config: RunConfig) -> Row:
         RunFolder(Path(folder)) as place,
     ):
         try:
-            check_settings(config, bench.layout, bench.model_config, texts)
+            check_settings(config, bench.layout, bench.blank(), texts)
             with shared_snapshots(config):
                 run = Run(config, place, bench, texts)
                 for event in run.events():  # the rounds, and not what a run does at its end

@@ -86,7 +86,9 @@ class Bed:
     length: int | None
     seeds: int
     paces: tuple[float, ...]
-    """The grid of learning rates, in units of a contender's centre: as many for all."""
+    """The grid of learning rates, in units of a contender's centre: the same for all, rising by factors of 2."""
+    further: int
+    """Rates that are tried beyond the grid at most, one by one, where the best lies at its edge."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +374,7 @@ def cosines(exact: RunConfig, forms: Sequence[RunConfig], draws: int) -> list[Ro
 
 @dataclass(frozen=True)
 class Job:
-    """One contender in one cell: every learning rate on seed 0, then the best of them on all seeds."""
+    """One contender in one cell: the learning rates on seed 0, then the best of them on all seeds."""
 
     cell: Cell
     contender: Contender
@@ -411,23 +413,34 @@ def _cache(path: Path | None) -> Cache:
 def compete(job: Job) -> Found:
     """Do a job, or what of it fits before its deadline."""
     found, paces = Found(job), dict[float, float]()
-    for pace in job.bed.paces:
+    waiting, further = list(job.bed.paces), job.bed.further
+    while waiting:
+        pace = waiting.pop(0)
         config = resolve(job.cell, job.contender, job.bed, pace=pace, seed=0)
         row = remembered(job, config)
         if row is None:
             return found
         found.tuning[config.train.learning_rate], paces[config.train.learning_rate] = row, pace
-    best = found.best
-    if best is None:
+        if not waiting and further and found.best is not None:
+            waiting, further = beyond(list(paces.values()), paces[found.best]), further - 1
+    if found.best is None:
         return replace(found, complete=True)
-    found.memory_bytes = memory_bytes(resolve(job.cell, job.contender, job.bed, pace=paces[best], seed=0))
+    pace = paces[found.best]
+    found.memory_bytes = memory_bytes(resolve(job.cell, job.contender, job.bed, pace=pace, seed=0))
     for seed in range(job.bed.seeds):
-        found.config = resolve(job.cell, job.contender, job.bed, pace=paces[best], seed=seed)
+        found.config = resolve(job.cell, job.contender, job.bed, pace=pace, seed=seed)
         row = remembered(job, found.config)
         if row is None:
             return found
         found.runs.append(row)
     return replace(found, complete=True)
+
+
+def beyond(paces: Sequence[float], best: float) -> list[float]:
+    """The pace that continues a grid where the best lies at its edge, or none."""
+    if best == max(paces):
+        return [2 * best]
+    return [best / 2] if best == min(paces) else []
 
 
 def remembered(job: Job, config: RunConfig) -> Row | None:

@@ -276,11 +276,11 @@ def speed() -> str:
 
 
 def cell(value: Any) -> str:
-    """A figure with four digits; what was not measured is a dash."""
+    """A figure with five digits, a large one whole; what was not measured is a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.5g}" if abs(value) < 10_000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -334,11 +334,11 @@ def block_memory() -> str:
     columns = {
         "case": "tunes, type, rest in",
         "formula_mb": "formula, MB",
-        "train_mb": "training, MB",
-        "ratio": "of formula",
-        "ratio_with_start": "of formula and start state",
         "before_mb": "receiving, MB",
+        "train_mb": "training, MB",
         "after_mb": "coding, MB",
+        "ratio": "training, of formula",
+        "visit_ratio": "whole visit, of formula",
         "share": "of full tuning",
     }
     shapes = {
