@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,9 +50,12 @@ class StateStore:
         return versions[max(versions)] if versions and self.folder is not None else None
 
     def draft(self, site: str, slot: str, payload: Payload) -> Path:
-        """Write `payload` to a file that is no version yet; `write` makes it one."""
+        """Write `payload` to a file that is no version yet; `write` makes it one.
+
+        Every draft has a name of its own: an attempt that is past its deadline may still be writing.
+        """
         assert self.folder is not None, "a store in memory has no files"
-        path = self._folder(site) / f".{slot}.draft"
+        path = self._folder(site) / f".{slot}.{secrets.token_hex(8)}.draft"
         write_atomically(path, payload.to_bytes())
         return path
 
