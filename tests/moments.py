@@ -54,12 +54,12 @@ def _here(what: str) -> str:
 def _station(module: ModuleType) -> None:
     answer, hello, write = module.Station.answer, module.Station._hello, module.write_atomically
 
-    def answered(self: Any, header: Any, wire: bytes) -> bytes:
+    def answered(self: Any, header: Any, wire: bytes) -> Any:
         _answering[:] = [self.site.name, header.round if header.task == "train" else 0]
-        data: bytes = answer(self, header, wire)
+        found = answer(self, header, wire)
         if header.task == "train":
-            (Path(os.environ[FOLDER]) / f"{self.site.name} {header.round}.answer").write_bytes(data)
-        return data
+            (Path(os.environ[FOLDER]) / f"{self.site.name} {header.round}.answer").write_bytes(found.data)
+        return found
 
     def joined(self: Any, header: Any, message: Any) -> Any:
         moment(f"{self.site.name} joining")
@@ -97,14 +97,19 @@ def _runtime(module: ModuleType) -> None:
     module.push_objects = pushed  # type: ignore[attr-defined]
 
 
-def _site(module: ModuleType) -> None:
-    pack = module.pack
+def _executor(module: ModuleType) -> None:
+    fork, pack = module._fork, module.pack
+
+    def forked(site: Any, message: Any) -> Any:
+        header = message.content["header"]
+        _answering[:] = [site.name, header["round"] if header["task"] == "train" else 0]
+        return fork(site, message)
 
     def packed(data: bytes, header: Any) -> Any:
         wanted = _here("answering")
         return pack(_false(wanted, data) if wanted else data, header)
 
-    module.pack = packed  # type: ignore[attr-defined]
+    module._fork, module.pack = forked, packed  # type: ignore[attr-defined]
 
 
 def _false(wanted: str, data: bytes) -> bytes:
@@ -190,7 +195,7 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.train": _train,
     "fluvial.fleet": _fleet,
     "fluvial.checkpoint": _checkpoint,
-    "fluvial.flower.site": _site,
+    "fluvial.flower.executor": _executor,
     "fluvial.flower.server": _server,
     "flwr.supernode.runtime.run_clientapp": _runtime,
     "flwr.supercore.date": _date,

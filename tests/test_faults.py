@@ -213,13 +213,16 @@ def told(failure: dict[str, Any]) -> str:
 def test_client_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The process that answers one message; the site is asked again, and the answer is the same."""
+    """The process that makes one answer, or the one that sends it; asked again, the site answers the same."""
     lab.moments.arm(MOMENTS[when])
     out = tmp_path / f"client-{when}"
     lab.deployed.submit(policy(table, on_failure="retry", retries=8), out)
     lab.moments.wait(MOMENTS[when])
-    killed = lab.kill("north", "task")
+    sends = when == "upload"
+    killed = lab.kill("north", "executor" if sends else "task")
     lab.moments.free()
+    if sends:
+        lab.restart("north")  # it ends with the process that sends
     fault = f"kill -9 of a site's client process {WHEN[when]}"
     if when == "start":
         assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
@@ -229,7 +232,9 @@ def test_client_killed(
     assert (failure["site"], failure["round"]) == ("north", 2)
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
     observed = f"{told(failure)}; asked again: same adapter"
-    row(fault, "noticed by the deadline; asked again: same adapter", observed, failure["time"] - killed)
+    noticed = "by the deadline" if sends else "at once"
+    assert ("within fleet.deadline_s" if sends else "ended with signal 9") in observed
+    row(fault, f"noticed {noticed}; asked again: same adapter", observed, failure["time"] - killed)
 
 
 @pytest.mark.parametrize("when", ["upload", "checkpoint", "start"])

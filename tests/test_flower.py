@@ -11,6 +11,7 @@ import re
 import signal
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +27,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+import fluvial.flower.fleet
 from fluvial.codecs import build, read_settings
 from fluvial.config import parse
-from fluvial.errors import ClientError
-from fluvial.fleet import Reply
+from fluvial.errors import ClientError, ConfigError
+from fluvial.fleet import LocalFleet, Reply
 from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import STYPE, pack, unpack
 from fluvial.flower.fleet import FlowerFleet
@@ -65,6 +67,8 @@ class FakeGrid:
     """Delivered with the next replies, whatever was asked for."""
     seen: list[tuple[int, Header, bytes]] = field(default_factory=list)
     greet: Callable[[int], RecordDict | None] | None = None
+    known: bool = True
+    """Whether sites say that they answered before."""
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -99,7 +103,7 @@ class FakeGrid:
         return stray + found
 
     def hello(self, name: str, **changes: str) -> RecordDict:
-        return content(Payload(values={"site": name, "prints": {**self.prints, **changes}}))
+        return content(Payload(values={"site": name, "prints": {**self.prints, **changes}, "known": self.known}))
 
 
 def reply(found: RecordDict | Error, message: Message) -> Message:
@@ -131,12 +135,25 @@ class Stand:
     table: dict[str, Any]
 
     def __call__(
-        self, answer: Answer, limits: Limits | None = None, names: tuple[str, ...] = NAMES, **policy: Any
+        self,
+        answer: Answer,
+        limits: Limits | None = None,
+        names: tuple[str, ...] = NAMES,
+        registered: Callable[[], dict[int, str]] = dict,
+        **policy: Any,
     ) -> tuple[FlowerFleet, FakeGrid]:
         grid = FakeGrid(answer, fingerprints(self.bench))
         config = parse(self.table | {"fleet": policy}, "test")
         made = FlowerFleet(
-            cast(Grid, grid), config, "run", names, self.bench, start_timeout_s=0.5, poll_s=0.001, limits=limits
+            cast(Grid, grid),
+            config,
+            "run",
+            names,
+            self.bench,
+            registered=registered,
+            join_timeout_s=0.5,
+            poll_s=0.001,
+            limits=limits,
         )
         return made, grid
 
@@ -241,11 +258,72 @@ def test_a_site_that_refuses_says_why(stand: Stand) -> None:
 
 def test_a_run_that_is_unknown_is_told_again(stand: Stand) -> None:
     first = itertools.count()
-    fleet, grid = stand(
-        at("north", lambda: content(UNKNOWN) if not next(first) else content(Payload())), on_failure="retry"
-    )
+    fleet, grid = stand(at("north", lambda: content(UNKNOWN) if not next(first) else content(Payload())))
     assert len(ask(met(fleet))) == 3
     assert [header.task for node, header, _ in grid.seen if node == 1] == [HELLO, "train", HELLO, "train"]
+
+
+def test_a_site_that_does_not_know_the_run_twice_has_failed(stand: Stand) -> None:
+    fleet, _ = stand(at("north", lambda: content(UNKNOWN)), **SKIP)
+    found = ask(met(fleet), read=lambda each: each.value("site", str))
+    assert sorted(each.site for each in found) == ["south", "west"]
+    assert [each.site for each in fleet.failures] == ["north"]
+
+
+def test_a_site_that_lost_what_it_kept_is_refused(stand: Stand) -> None:
+    fleet, grid = stand(at("north", lambda: content(Payload(), kept=True)), **SKIP)
+    ask(met(fleet))
+    saved = fleet.state()
+    assert saved["keepers"] == ["north"]
+    grid.known = False  # whoever kept nothing may come without it
+    later, other = stand(echo, **SKIP)
+    other.known = False
+    later.restore(saved, 1)
+    assert sorted(each.site for each in ask(later)) == ["south", "west"]
+    assert "site 'north' has lost what it kept for this run" in later.failures[0].reason
+
+
+def test_a_run_goes_on_under_its_name_and_never_with_other_sites(stand: Stand) -> None:
+    fleet, grid = stand(echo)
+    ask(met(fleet))
+    later, other = stand(echo)
+    later.restore(fleet.state(), 1)
+    ask(later)
+    assert {header.run for _, header, _ in grid.seen} == {header.run for _, header, _ in other.seen}
+    with pytest.raises(ConfigError, match="begun in one process.*resume it with --fleet process"):
+        later.restore({}, 1)
+    with pytest.raises(ConfigError, match="begun over Flower"):
+        LocalFleet(NAMES, cast(Any, None), {}).restore(fleet.state(), 1)
+    fresh, third = stand(echo)
+    ask(met(fresh))
+    assert third.seen[0][1].run != grid.seen[0][1].run
+
+
+def test_a_name_belongs_to_its_key(stand: Stand) -> None:
+    fleet, _ = stand(echo, registered=lambda: {1: "north", 2: "east", 3: "west"})
+    with pytest.raises(ClientError, match="sites south have not.*says that it is 'south', and its key was registered"):
+        met(fleet)
+
+
+def test_who_was_refused_may_come_when_it_is_mended(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fluvial.flower.fleet, "_AGAIN_S", 0.05)
+    tries = itertools.count()
+    fleet, grid = stand(echo)
+    grid.greet = lambda node: refusal("not yet") if node == 2 and next(tries) < 2 else grid.hello(NAMES[node - 1])
+    assert len(ask(met(fleet))) == 3
+
+
+def test_retry_waits_for_a_site_that_went(stand: Stand) -> None:
+    fleet, grid = stand(echo, on_failure="retry", retries=1)
+    met(fleet)
+    del grid.nodes[2]
+    back = threading.Timer(0.2, lambda: grid.nodes.update({2: "south"}))
+    back.start()
+    assert sorted(each.site for each in ask(fleet)) == list(NAMES)
+    assert fleet.failures == []
+    del grid.nodes[2]  # and does not come
+    assert sorted(each.site for each in ask(fleet)) == ["north", "west"]
+    assert {each.reason for each in fleet.failures} == {"is not connected"}
 
 
 def test_replies_nobody_waits_for_change_nothing(stand: Stand) -> None:
@@ -424,6 +502,7 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(form: str, 
 # -- Flower's inside --------------------------------------------------------------------------------------------------
 
 INTERNAL = {
+    "flwr.app": ("Message",),
     "flwr.proto.runtime_pb2": ("AcquireTaskRequest",),
     "flwr.supercore.constant": ("TaskType",),
     "flwr.supercore.heartbeat": ("HeartbeatSender", "make_task_heartbeat_fn_http"),
@@ -432,7 +511,7 @@ INTERNAL = {
     "flwr.supercore.runtime": ("RuntimeHttpClient",),
     "flwr.supernode.runtime.run_clientapp": ("pull_task_input", "push_message", "push_task_output"),
 }
-"""What executor.py takes from inside Flower; another release may have moved it."""
+"""What executor.py takes from Flower, most of it from inside; another release may have moved it."""
 
 
 def test_flowers_inside_is_where_the_executor_looks_for_it() -> None:

@@ -280,7 +280,7 @@ def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
 
 def hello(station: Station, table: dict[str, Any], **changes: Any) -> Payload:
     wire = Payload(values={"config": table}).to_bytes()
-    return Payload.from_bytes(station.answer(header(task=HELLO, round=0, **changes), wire))
+    return Payload.from_bytes(station.answer(header(task=HELLO, round=0, **changes), wire).data)
 
 
 def training(bench: Workbench, round: int = 1) -> bytes:
@@ -291,7 +291,7 @@ def training(bench: Workbench, round: int = 1) -> bytes:
 
 def answers(open_station: Callable[[], Station], table: dict[str, Any], bench: Workbench) -> list[bytes]:
     hello(open_station(), table)
-    return [open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)) for n in range(1, 4)]
+    return [open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data for n in range(1, 4)]
 
 
 def test_cold_and_warm_answers_are_the_same(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
@@ -321,11 +321,11 @@ def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
 
 def test_a_run_that_was_not_met_is_unknown(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
     station = Station(site_file(tmp_path))
-    assert Payload.from_bytes(station.answer(header(), training(bench))) == UNKNOWN
-    assert not (tmp_path / "site" / "outgoing.jsonl").exists()
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
+    assert [(line["task"], line["values"]) for line in log_of(tmp_path)] == [("train", ["unknown"])]
     hello(station, table)
-    assert Payload.from_bytes(station.answer(header(), training(bench))) != UNKNOWN
-    assert Payload.from_bytes(station.answer(header(run="another"), training(bench))) == UNKNOWN
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) != UNKNOWN
+    assert Payload.from_bytes(station.answer(header(run="another"), training(bench)).data) == UNKNOWN
 
 
 def test_a_task_that_there_is_not_is_refused(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_site_takes_no_part_in_what_its_file_does_not_name(
     station = Station(site_file(tmp_path, allow=allow))
     with pytest.raises(ConfigError, match=f"site 'south' {said}"):
         hello(station, table)
-    assert Payload.from_bytes(station.answer(header(), training(bench))) == UNKNOWN
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
 
 
 def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_path: Path) -> None:
@@ -388,13 +388,13 @@ def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_pat
 def test_no_more_leaves_in_a_round_than_the_file_says(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
     free = Station(site_file(tmp_path / "free"))
     hello(free, table)
-    size = len(free.answer(header(), training(bench)))
+    size = len(free.answer(header(), training(bench)).data)
     station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
     hello(station, table)
     station.answer(header(), training(bench))
     with pytest.raises(ConfigError, match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it"):
         station.answer(header(seq=2), training(bench))
-    assert len(log_of(tmp_path)) == 1
+    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
     station.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
 
 
@@ -407,8 +407,8 @@ def test_the_limit_holds_after_a_line_that_was_cut_off(table: dict[str, Any], be
         file.write('{"run": "a run", "ro')  # killed, or the disk was full
     station.answer(header(seq=2), training(bench))
     lines = log.read_text().splitlines()
-    assert len(lines) == 3
-    assert json.loads(lines[2])["bytes"] > 0
+    assert len(lines) == 4  # the greeting, an answer, half a line, an answer
+    assert json.loads(lines[3])["bytes"] > 0
 
 
 # -- what leaves ------------------------------------------------------------------------------------------------------
@@ -421,11 +421,12 @@ def log_of(tmp_path: Path) -> list[dict[str, Any]]:
 def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
-    first = station.answer(header(seq=1), training(bench))
+    first = station.answer(header(seq=1), training(bench)).data
     before = (tmp_path / "site" / "outgoing.jsonl").read_bytes()
-    second = station.answer(header(round=2, seq=2, ack=1), training(bench, 2))
+    second = station.answer(header(round=2, seq=2, ack=1), training(bench, 2)).data
     assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
-    lines = log_of(tmp_path)
+    greeting, *lines = log_of(tmp_path)
+    assert (greeting["task"], greeting["values"]) == ("hello", ["known", "prints", "site"])
     for line, answer, round in zip(lines, (first, second), (1, 2), strict=True):
         sent = Payload.from_bytes(answer)
         assert line["bytes"] == len(answer)
@@ -449,7 +450,38 @@ def test_it_is_logged_before_it_leaves(
     monkeypatch.setattr(Journal, "post", killed)
     with pytest.raises(Killed):
         station.answer(header(), training(bench))
-    assert len(log_of(tmp_path)) == 1
+    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
+
+
+def test_a_refusal_is_logged_and_quotes_no_error_that_was_not_made_for_it(tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+
+    def told(error: Exception, header: Header | None = None) -> str:
+        with pytest.raises(type(error)) as raised:
+            raise error
+        return station.refusal(header, raised.value)
+
+    text = told(KeyError("patient 17"), header())
+    assert text.startswith("KeyError at test_station.py:")
+    assert "patient" not in text
+    assert told(ConfigError("no such column")) == "ConfigError: no such column"
+    assert "No space left on device" in told(OSError(28, "No space left on device", "/secret"))
+    logged = log_of(tmp_path)
+    assert logged[0]["error"] == text
+    assert [line["bytes"] for line in logged[:2]] == [len(text), len("ConfigError: no such column")]
+    assert "/secret" not in logged[2]["error"]
+
+
+def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "records.jsonl").write_text("")
+    path = tmp_path / "site.toml"
+    path.write_text('name = "a"\nmodel = "base"\n[data]\nsource = "records.jsonl"\nheldout_source = "hub/id"\n')
+    found = read_site_file(path)
+    assert found.data is not None
+    here = tmp_path.resolve()
+    assert (found.model, found.data.source) == (str(here / "base"), str(here / "records.jsonl"))
+    assert found.data.heldout_source == "hub/id"
 
 
 # -- what must be equal -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fluvial.errors import ClientError
+from fluvial.errors import ClientError, ConfigError
 from fluvial.payload import Limits, Payload, Value
 from fluvial.sites import Site, Task
 
@@ -38,6 +38,8 @@ class FleetConfig(BaseModel):
     `workers`."""
     sites: tuple[str, ...] = ()
     """Names of the sites that a deployed run waits for; where this is empty, those of data that all sites can read."""
+    join_timeout_s: float = Field(120.0, gt=0)
+    """A deployed run waits this long for its sites to join."""
     deadline_s: float | None = Field(None, gt=0)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"
@@ -128,6 +130,20 @@ def sample(sites: Sequence[str], fraction: float, *, seed: int, round: int) -> l
     return [sites[index] for index in sorted(chosen)]
 
 
+class Wires:
+    """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first sent."""
+
+    def __init__(self, messages: Mapping[str, Payload]) -> None:
+        self._messages = messages
+        self._made: dict[int, bytes] = {}
+
+    def __getitem__(self, site: str) -> bytes:
+        message = self._messages[site]
+        if id(message) not in self._made:
+            self._made[id(message)] = message.to_bytes()
+        return self._made[id(message)]
+
+
 @dataclass
 class _Job:
     site: Site
@@ -193,7 +209,7 @@ class LocalFleet(Policy):
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
         assert task in self._tasks, f"unknown task {task!r}"
-        wires: dict[int, bytes] = {}
+        wires = Wires(messages)
         waiting = deque((name, 1) for name in messages)
         working: dict[int, _Job] = {}
         done: queue.SimpleQueue[tuple[int, bytes | None, str]] = queue.SimpleQueue()
@@ -201,11 +217,8 @@ class LocalFleet(Policy):
         while waiting or working:
             while waiting and len(working) < self._concurrency():
                 name, attempt = waiting.popleft()
-                message = messages[name]
-                wire = wires.setdefault(id(message), b"") or message.to_bytes()
-                wires[id(message)] = wire
                 started += 1
-                working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wire)
+                working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wires[name])
                 threading.Thread(
                     target=self._work,
                     args=(started, job, self._tasks[task], done),
@@ -239,8 +252,13 @@ class LocalFleet(Policy):
         """Nothing: what its sites keep lies in the run's own folder."""
         return {}
 
-    def restore(self, state: dict[str, Any], round: int) -> None:
-        """See `state`."""
+    def restore(self, state: dict[str, Any], round: int) -> None:  # noqa: ARG002
+        """See `state`; raises `ConfigError` where sites elsewhere keep it."""
+        if state:
+            raise ConfigError(
+                "this run was begun over Flower, and its sites keep there what they need to go on; resume it as it was "
+                "begun, with --fleet flower or submit"
+            )
 
     def _concurrency(self) -> int:
         if self._workers == "auto":

@@ -10,7 +10,9 @@ import hashlib
 import json
 import time
 import tomllib
+import traceback
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fluvial import __version__
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, WireError
+from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
 from fluvial.models import Workbench, weights_folder
 from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
@@ -93,8 +95,20 @@ def read_site_file(path: Path) -> SiteFile:
         lines = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise ConfigError("\n".join(lines)) from None
     here = path.resolve().parent
-    places = {key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None}
-    return found.model_copy(update=places)
+    changes: dict[str, Any] = {
+        key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None
+    }
+    if found.model is not None:
+        changes["model"] = _beside(here, found.model)
+    if found.data is not None:
+        given = found.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
+        changes["data"] = found.data.model_copy(update={key: _beside(here, text) for key, text in given.items()})
+    return found.model_copy(update=changes)
+
+
+def _beside(here: Path, text: str) -> str:
+    """The whole path of what lies in the site file's folder; else the text, such as the id of a hub."""
+    return str(here / text) if (here / text).exists() else text
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,11 @@ class Journal:
     def __init__(self, folder: Path, name: str) -> None:
         self.store, self.name = StateStore(folder), name
         self._folder = folder / f"{name}.pending"
+
+    @property
+    def begun(self) -> bool:
+        """Whether an answer was given here before."""
+        return (self._folder / "journal.json").exists()
 
     def settle(self, header: Header) -> None:
         """Keep or drop what is pending; where the server began anew, forget what it does not know of."""
@@ -173,6 +192,16 @@ class Journal:
         write_atomically(self._folder / "journal.json", json.dumps(state).encode())
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What leaves a site."""
+
+    data: bytes
+    """Of a payload."""
+    kept: bool
+    """Whether the site keeps something that a later message of the run needs."""
+
+
 class Station:
     """Answers messages for one site; what it remembers between two is a cache."""
 
@@ -188,14 +217,14 @@ class Station:
             config = self._at_home(parse(json.loads(paths[-1].read_text()), str(paths[-1])))
             self._data(config, self._bench(config))
 
-    def answer(self, header: Header, wire: bytes) -> bytes:
-        """The answer to one message, as bytes of a payload; raises what the task raises."""
+    def answer(self, header: Header, wire: bytes) -> Answer:
+        """The answer to one message; raises what the task raises."""
         message = Payload.from_bytes(wire, self.limits)
         if header.task == HELLO:
-            return self._hello(header, message).to_bytes()
+            return self._let_out(header, self._hello(header, message))
         config = self._config(header.run)
         if config is None:
-            return UNKNOWN.to_bytes()
+            return self._let_out(header, UNKNOWN)
         tasks = tasks_of(config)
         if header.task not in tasks:
             raise WireError(f"unknown task {header.task!r:.40}")
@@ -204,11 +233,23 @@ class Station:
         journal.settle(header)
         bench = self._bench(config)
         site = site_of(config, self._name(config), bench, self._data(config, bench), journal.store)
-        answer = tasks[header.task](site, message)
-        data = answer.to_bytes()
-        self._let_out(header, config, answer, data)
+        answer = self._let_out(header, tasks[header.task](site, message), config, kept=bool(site.kept))
         journal.post(header, site.kept)
-        return data
+        return answer
+
+    def refusal(self, header: Header | None, problem: Exception) -> str:
+        """What the server is told of a problem, and the log has: no word of an error that was not made for it."""
+        if isinstance(problem, FluvialError):
+            text = f"{type(problem).__name__}: {problem}"[:2000]
+        else:
+            place = traceback.extract_tb(problem.__traceback__)[-1]
+            why = f", {problem.strerror}" if isinstance(problem, OSError) else ""
+            text = f"{type(problem).__name__} at {Path(place.filename).name}:{place.lineno}{why}; the site knows more"
+        try:
+            self._log(header, {"bytes": len(text.encode()), "error": text})
+        except OSError as full:
+            return f"the site cannot write its log: {full.strerror}"
+        return text
 
     # -- a run ----------------------------------------------------------------------------------------------------
 
@@ -231,9 +272,10 @@ class Station:
                 f"allows {', '.join(allowed.tensors)}"
             )
         self._data(local, bench).load(self._name(local))
-        folder = self._run_folder(header.run)
+        folder, name = self._run_folder(header.run), self._name(config)
+        known = Journal(folder, name).begun
         write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())
-        return Payload(values={"site": self._name(config), "prints": {**fingerprints(bench)}})
+        return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
 
     def _config(self, run: str) -> RunConfig | None:
         """The configuration that was agreed on for `run`, with the site's own model and data."""
@@ -274,30 +316,40 @@ class Station:
 
     # -- what leaves ----------------------------------------------------------------------------------------------
 
-    def _let_out(self, header: Header, config: RunConfig, answer: Payload, data: bytes) -> None:
+    def _let_out(
+        self, header: Header, answer: Payload, config: RunConfig | None = None, *, kept: bool = False
+    ) -> Answer:
         """Log an answer before it leaves; raises `ConfigError` where the site's file does not let it."""
-        log = self.site.folder / "outgoing.jsonl"
-        self.site.folder.mkdir(parents=True, exist_ok=True)
-        most = self.site.allow.max_bytes_up_per_round
-        if most is not None and len(data) + _sent(log, header) > most:
+        data, most = answer.to_bytes(), self.site.allow.max_bytes_up_per_round
+        if most is not None and len(data) + _sent(self._outgoing, header) > most:
             raise ConfigError(
                 f"site {self.site.name!r} lets {most} bytes leave in a round; this answer of {len(data)} exceeds it"
             )
-        entry = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "run": header.run,
-            "round": header.round,
-            "task": header.task,
-            "method": config.method.name,
-            "codec": config.coding.name,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "tensors": {name: list(tensor.shape) for name, tensor in answer.tensors.items()},
-            "values": sorted(answer.values),
-        }
-        start = "" if _whole(log) else "\n"
-        with log.open("a", encoding="utf-8") as file:
-            file.write(start + json.dumps(entry) + "\n")
+        of_run = {} if config is None else {"method": config.method.name, "codec": config.coding.name}
+        self._log(
+            header,
+            {
+                **of_run,
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "tensors": {name: list(tensor.shape) for name, tensor in answer.tensors.items()},
+                "values": sorted(answer.values),
+            },
+        )
+        return Answer(data, kept)
+
+    @property
+    def _outgoing(self) -> Path:
+        return self.site.folder / "outgoing.jsonl"
+
+    def _log(self, header: Header | None, entry: dict[str, Any]) -> None:
+        """One line of what leaves the site."""
+        self.site.folder.mkdir(parents=True, exist_ok=True)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        said = {} if header is None else {"run": header.run, "round": header.round, "task": header.task}
+        start = "" if _whole(self._outgoing) else "\n"
+        with self._outgoing.open("a", encoding="utf-8") as file:
+            file.write(start + json.dumps({"time": now, **said, **entry}) + "\n")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -321,7 +373,7 @@ def _sent(log: Path, header: Header) -> int:
             entry = json.loads(line)
         except ValueError:
             continue  # cut off by a kill or a full disk: what it would have told of has not left
-        if entry["run"] == header.run and entry["round"] == header.round:
+        if entry.get("run") == header.run and entry["round"] == header.round:
             total += entry["bytes"]
     return total
 
@@ -345,6 +397,12 @@ def _hash_of(folder: Path) -> str:
     """Over the weights and the configuration of a model folder."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        state = path.stat()
+        digest.update(_hash_of_file(path, state.st_mtime_ns, state.st_size))
     return digest.hexdigest()[:32]
+
+
+@cache
+def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - another state is another call
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

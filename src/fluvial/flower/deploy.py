@@ -22,17 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fluvial.config import RunConfig
 from fluvial.errors import ConfigError
-from fluvial.flower import certificates
+from fluvial.flower import QUIET, certificates
 from fluvial.sites import write_atomically
 from fluvial.station import SiteFile, read_site_file
 
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
-}
-"""No telemetry, no question to a hub, no installation while a run runs."""
+_SETTINGS = QUIET | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
+"""Nor an installation while a run runs."""
 _CONNECTION = "fluvial"
 _APP = """[project]
 name = "fluvial-run"
@@ -50,6 +45,7 @@ clientapp = "fluvial.flower.site:app"
 [tool.flwr.app.config]
 config = ""
 folder = ""
+names = ""
 resume = false
 """
 
@@ -158,6 +154,7 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     given = {
         "config": json.dumps(config.model_dump(mode="json", exclude_unset=True)),
         "folder": str(out.resolve()),
+        "names": str(folder.resolve() / "names.json"),
     }
     lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
     lines.append(f"resume = {'true' if resume else 'false'}")
@@ -348,7 +345,7 @@ def _program(name: str) -> str:
 def _environment(folder: Path) -> dict[str, str]:
     """Flower's home inside the folder, its own programs on the path, nothing that calls out."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **QUIET, "PATH": path, "FLWR_HOME": str(folder.resolve() / "flower")}
+    return {**os.environ, **_SETTINGS, "PATH": path, "FLWR_HOME": str(folder.resolve() / "flower")}
 
 
 def _connection(folder: Path, server: ServerFile) -> None:

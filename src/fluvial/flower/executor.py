@@ -1,4 +1,4 @@
-"""A warm client: libraries and base model are loaded once, and every Flower task gets a fork of that process.
+"""A warm client: libraries and base model are loaded once, and a fork of that process makes each answer.
 
 Stock Flower starts a new Python for each message, which imports torch and loads the model again. This stands beside a
 SuperNode of `--isolation process`, takes its tasks over Flower's Runtime API, and answers with the installed Fluvial.
@@ -7,12 +7,20 @@ The app that came with the run is never installed nor executed, so a server cann
 The names below are internal to Flower 1.41; tests/test_flower.py names each of them.
 """
 
+import ctypes
+import json
 import logging
 import os
+import select
 import signal
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from flwr.app import Message
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -21,7 +29,9 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fluvial.flower.site import answer, station
+from fluvial.errors import ClientError
+from fluvial.flower.envelope import pack
+from fluvial.flower.site import respond, station
 from fluvial.station import SiteFile
 
 logger = logging.getLogger(__name__)
@@ -45,47 +55,106 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None, poll_s
             logger.debug("no task: %s", error)  # the SuperNode is starting, or going
             time.sleep(1.0)
             continue
-        if found.HasField("task") and found.token:
-            if resident:  # CUDA must not be initialised before a fork, so this process answers itself
-                _task(runtime_api, found.token, site)
-            else:
-                station(site.model_dump_json()).prepare()
-                _forked(runtime_api, found.token, site)
+        if not found.HasField("task") or not found.token:
+            time.sleep(poll_s)
             continue
-        time.sleep(poll_s)
-
-
-def _forked(runtime_api: str, token: str, site: SiteFile) -> None:
-    """Do one task in a child; a SuperNode has one task at a time, so this waits."""
-    child = os.fork()
-    if child == 0:
-        code = 1
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            _task(runtime_api, token, site)
-            code = 0
-        except BaseException:
-            logger.exception("task failed")
-        finally:
-            os._exit(code)
-    os.waitpid(child, 0)
+            _task(runtime_api, found.token, site, resident=resident)
+        except Exception:
+            logger.exception("site %s: a task came to nothing", site.name)
 
 
-def _task(runtime_api: str, token: str, site: SiteFile) -> None:
-    """Pull one message, answer it, push the answer."""
+def _task(runtime_api: str, token: str, site: SiteFile, *, resident: bool) -> None:
+    """Pull one message, answer it, push the answer; a `resident` process makes the answer itself.
+
+    CUDA must not be initialised before a fork. Without it, a fork that is killed, as for its memory, costs one answer:
+    this process lives on and says so.
+    """
     client = _client(runtime_api, "flwr-clientapp", token=token)
-    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
-    heartbeat.start()
     context = None
     status, details = "failed", "the task failed for an unknown reason"
     try:
-        message, context, _, _ = pull_task_input(client)
-        push_message(client, answer(site, message), context)
+        with _beating(client):
+            message, context, _, _ = pull_task_input(client)
+            if not resident:
+                _prepare(site)
+        child = None if resident else _fork(site, message)  # while this process has no other thread
+        with _beating(client):
+            data, header = _collect(child, site, message.metadata.ttl) if child else respond(site, message)
+            push_message(client, Message(pack(data, header), reply_to=message), context)
         status, details = "completed", ""
     finally:
         push_task_output(client=client, context=context, sub_status=status, details=details)
-        heartbeat.stop()
         client.close()
+
+
+def _prepare(site: SiteFile) -> None:
+    try:
+        station(site.model_dump_json()).prepare()
+    except Exception as error:
+        logger.warning("site %s: %s", site.name, error)  # the fork meets it too, and tells the server
+
+
+@contextmanager
+def _beating(client: RuntimeHttpClient) -> Iterator[None]:
+    """Tell the SuperNode now and then that its task is being worked on."""
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    try:
+        yield
+    finally:
+        if heartbeat.is_running:
+            heartbeat.stop()
+
+
+def _fork(site: SiteFile, message: Message) -> tuple[int, int]:
+    """Begin an answer in a child; its process id, and the pipe that the answer comes through."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(theirs)
+        return child, ours
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if sys.platform == "linux":  # a site that was ended does not go on in the background
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        data, header = respond(site, message)
+        line = json.dumps(header).encode()
+        with os.fdopen(theirs, "wb") as pipe:
+            pipe.write(len(line).to_bytes(4, "big") + line)
+            pipe.write(data)
+        os._exit(0)
+    except BaseException:
+        logger.exception("site %s", site.name)
+    finally:
+        os._exit(1)
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _collect(child: tuple[int, int], site: SiteFile, seconds: float) -> tuple[bytes, dict[str, Any]]:
+    """The answer of a child, or what ended it; after `seconds` nobody waits any more, and it is ended here."""
+    number, pipe = child
+    until, found, late = time.monotonic() + seconds, bytearray(), False
+    try:
+        while not late:
+            late = not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]
+            chunk = b"" if late else os.read(pipe, 2**20)
+            if not chunk:
+                break
+            found += chunk
+    finally:
+        os.close(pipe)
+    if late:
+        os.kill(number, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    if code == 0:
+        size = 4 + int.from_bytes(found[:4], "big")
+        return bytes(found[size:]), json.loads(found[4:size])
+    why = f"signal {-code}; if nobody sent it, the machine's memory was too small" if code < 0 else f"code {code}"
+    text = f"no answer within {seconds:g} s, ended" if late else f"the process that answered ended with {why}"
+    return b"", {"error": station(site.model_dump_json()).refusal(None, ClientError(text))}
 
 
 def _client(runtime_api: str, component: str, *, token: str | None) -> RuntimeHttpClient:

@@ -4,15 +4,16 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fluvial.config import RunConfig
-from fluvial.errors import ClientError, WireError
-from fluvial.fleet import Failure, Policy, Reply
+from fluvial.errors import ClientError, ConfigError, WireError
+from fluvial.fleet import Failure, Policy, Reply, Wires
 from fluvial.flower.envelope import pack, unpack
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, Value
@@ -25,17 +26,25 @@ _FINISHED = 12 * 3600.0
 """Seconds that Flower keeps a message for without a deadline."""
 _SPARE_S = 5.0
 """That Flower keeps it longer than we wait, so that our deadline speaks first."""
+_LOOK_S = 1.0
+"""Between two looks at who is connected, while somebody is missing."""
+_AGAIN_S = 10.0
+"""After which a site that was refused is asked again who it is."""
+_AT_ONCE = 8
+"""Replies that are fetched together, so that the server's memory does not grow with the number of sites."""
 
 
 @dataclass
-class _Out:
-    """A message that is under way."""
+class _Turn:
+    """What one site is asked in one call of `ask`."""
 
     site: str
-    attempt: int
-    wire: bytes
-    seq: int
-    started: float
+    attempt: int = 1
+    since: float = field(default_factory=time.monotonic)
+    """When it was sent, and until then when it was to be."""
+    seq: int = 0
+    told: bool = False
+    """Whether it was told of the run again in this call."""
 
 
 class FlowerFleet(Policy):
@@ -45,94 +54,124 @@ class FlowerFleet(Policy):
         self,
         grid: Grid,
         config: RunConfig,
-        run: str,
+        label: str,
         names: Sequence[str],
         bench: Workbench,
         *,
-        start_timeout_s: float = 120.0,
+        registered: Callable[[], Mapping[int, str]] = dict,
+        join_timeout_s: float | None = None,
         poll_s: float = 0.05,
         limits: Limits | None = None,
     ) -> None:
-        """Wait for all sites of `names` and agree with each on the run; raises `ClientError` naming who is missing.
+        """`label` names the run of one method in the sites' logs; nobody is asked anything before `restore`.
 
-        `run` names the run of one method, the same when it is resumed.
+        `registered` gives, by number of a Flower node, the name that its key was registered under: under another name
+        a node is refused. `join_timeout_s` is in place of the configuration's.
         """
         super().__init__(config.fleet)
         self.sites = tuple(names)
-        self._grid, self._run, self._limits, self._poll_s = grid, run, limits or Limits(), poll_s
-        self._table = config.model_dump(mode="json", exclude_unset=True)
+        self._grid, self._limits, self._poll_s = grid, limits or Limits(), poll_s
+        self._registered = registered
+        self._join_timeout_s = join_timeout_s or config.fleet.join_timeout_s
+        self._hello = Payload(values={"config": config.model_dump(mode="json", exclude_unset=True)}).to_bytes()
         self._prints = fingerprints(bench)
+        self._run = f"{label[-150:]} {secrets.token_hex(8)}"
         self._session = secrets.token_hex(8)
-        self._nodes: dict[str, int] = {}
-        self._met: set[int] = set()
-        self._refused: dict[int, str] = {}
         self._seq, self._base = 0, -1
         self._acks: dict[str, int] = {}
-        self._start_timeout_s = start_timeout_s
+        self._keepers: set[str] = set()
+        """Sites that keep something which the run cannot do without."""
+        self._nodes: dict[str, int] = {}
+        self._greeted: dict[str, tuple[int, float]] = {}
+        """By message: nodes that have not answered yet, and since when."""
+        self._refused: dict[int, tuple[str, float]] = {}
+        """Why nodes do not take part, and when they are greeted again: somebody may have mended it."""
+        self._looked = float("-inf")
 
     # -- who is there ---------------------------------------------------------------------------------------------
 
     def meet(self) -> None:
         """Wait until every site has joined; raises `ClientError` naming those that have not, and refusals."""
-        until = time.monotonic() + self._start_timeout_s
-        while not set(self.sites) <= self._nodes.keys():
-            self._greet()
-            if set(self.sites) <= self._nodes.keys():
-                return
+        until = time.monotonic() + self._join_timeout_s
+        while missing := sorted(set(self.sites) - self._nodes.keys()):
             if time.monotonic() > until:
-                missing = ", ".join(sorted(set(self.sites) - self._nodes.keys()))
-                why = "".join(f"; {reason}" for reason in self._refused.values())
+                text = f"sites {', '.join(missing)} have not joined within {self._join_timeout_s:g} s{self._reasons()}"
                 if self._config.on_failure == "stop":
-                    raise ClientError(f"sites {missing} have not joined within {self._start_timeout_s:g} s{why}")
-                logger.warning("sites %s have not joined within %g s%s", missing, self._start_timeout_s, why)
+                    raise ClientError(f"{text}. fleet.join_timeout_s sets how long a run waits")
+                logger.warning("%s", text)
                 return
-            time.sleep(min(1.0, 20 * self._poll_s))
+            self._look()
+            time.sleep(self._poll_s)
 
-    def _greet(self) -> None:
-        """Say hello to nodes that were not met yet."""
-        present = set(self._grid.get_node_ids())
-        self._nodes = {name: node for name, node in self._nodes.items() if node in present}
-        self._met &= present
-        fresh = sorted(present - self._met)
-        if fresh:
-            self._hello(fresh)
-
-    def _hello(self, nodes: Sequence[int]) -> None:
-        wire = Payload(values={"config": self._table}).to_bytes()
-        waiting: dict[str, int] = {}
-        for node in nodes:
-            try:
-                waiting[self._push(node, HELLO, wire, round=0, ack=0)] = node
-            except ClientError as gone:
-                logger.info("%s", gone)
-        until = time.monotonic() + self._start_timeout_s
-        while waiting and time.monotonic() < until:
-            for reply in self._grid.pull_messages(list(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id, 0)
-                if node:  # else nobody waits for it
-                    if not reply.has_error():  # else these are Flower's words, and the site is greeted again
-                        self._met.add(node)
-                    self._join(node, reply)
-            if waiting:
-                time.sleep(self._poll_s)
+    def _look(self) -> None:
+        """Say hello to nodes that were not met yet, and hear what those say that were greeted."""
+        now = time.monotonic()
+        if now - self._looked >= min(_LOOK_S, 20 * self._poll_s):
+            self._looked = now
+            present = set(self._grid.get_node_ids())
+            self._nodes = {name: node for name, node in self._nodes.items() if node in present}
+            self._greeted = {number: entry for number, entry in self._greeted.items() if entry[0] in present}
+            self._refused = {node: entry for node, entry in self._refused.items() if node in present}
+            known = {*self._nodes.values(), *(node for node, _ in self._greeted.values())}
+            known |= {node for node, (_, again) in self._refused.items() if now < again}
+            for node in sorted(present - known):
+                if number := self._push(node, HELLO, self._hello, round=0, ack=0):
+                    self._greeted[number] = node, now
+        if not self._greeted:
+            return
+        for reply in self._grid.pull_messages(list(self._greeted)):
+            node, _ = self._greeted.pop(reply.metadata.reply_to_message_id, (0, 0.0))
+            if node and not reply.has_error():  # else nobody waits for it, or these are Flower's words: greet it again
+                self._join(node, reply)
+        for number, (node, since) in list(self._greeted.items()):
+            if now - since > self._join_timeout_s:
+                del self._greeted[number]
+                self._refuse(node, f"a site did not say who it is within {self._join_timeout_s:g} s")
 
     def _join(self, node: int, reply: Message) -> None:
         try:
-            answer, _ = self._open(reply, max_bytes=2**20)
+            answer, *_ = self._open(reply, max_bytes=2**20)
             name, prints = answer.value("site", str), answer.value("prints", dict)
+            key = self._registered().get(node, name)
+            if key != name and name in self.sites:
+                raise ClientError(f"a site says that it is {name!r:.70}, and its key was registered for {key!r}")
             for what, ours in self._prints.items():
                 if prints.get(what) != ours:
                     theirs = f"{prints.get(what)!r:.40}"
                     raise ClientError(f"site {name!r} has another {what} ({theirs}, here {ours!r}); give both the same")
+            if name in self._keepers and not answer.value("known", bool):
+                raise ClientError(
+                    f"site {name!r} has lost what it kept for this run; restore its folder, or begin a new run"
+                )
         except (ClientError, WireError) as problem:
-            self._refused[node] = str(problem)
-            logger.warning("node %d does not take part: %s", node, problem)
+            self._refuse(node, str(problem))
             return
         other = self._nodes.get(name, node)
         if other != node:
-            self._refused[other] = f"two nodes say that they are site {name!r}; the one that came later counts"
-            logger.warning("node %d: %s", other, self._refused[other])
+            text = f"two nodes say that they are site {name!r}; the one that came later counts"
+            self._refuse(other, text, for_good=True)
         self._nodes[name] = node
+        self._refused.pop(node, None)
+
+    def _refuse(self, node: int, reason: str, *, for_good: bool = False) -> None:
+        if self._refused.get(node, ("",))[0] != reason:
+            logger.warning("node %d does not take part: %s", node, reason)
+        self._refused[node] = reason, float("inf") if for_good else time.monotonic() + _AGAIN_S
+
+    def _reasons(self) -> str:
+        """Why nodes that are there do not take part."""
+        return "".join(f"; {reason}" for reason, _ in self._refused.values())
+
+    def _tell_again(self, turn: _Turn) -> None:
+        """Greet a site again that does not know the run."""
+        del self._nodes[turn.site]
+        self._looked, turn.told = float("-inf"), True
+
+    def _may_come(self, turn: _Turn) -> bool:
+        """Whether a site that is not connected is worth waiting for: it was greeted, or will be asked again anyway."""
+        patience = min(self._join_timeout_s, self._config.deadline_s or self._join_timeout_s)
+        waits = bool(self._greeted) or self._config.on_failure == "retry"
+        return waits and time.monotonic() - turn.since < patience
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
@@ -145,108 +184,122 @@ class FlowerFleet(Policy):
         read: Callable[[Payload], T],
         alone: bool = True,
     ) -> Iterator[Reply[T]]:
-        """See `Fleet`."""
-        wires: dict[int, bytes] = {}
-        queue = [(name, 1) for name in messages]
-        under_way: dict[str, _Out] = {}
+        """See `Fleet`. A site that is not connected is waited for under on_failure="retry", and else has failed."""
+        wires = Wires(messages)
+        waiting, out = [_Turn(name) for name in messages], dict[str, _Turn]()
         answered = 0
-        while queue or under_way:
-            if queue and not {self._nodes.get(name) for name, _ in queue} <= set(self._grid.get_node_ids()):
-                self._greet()  # a site may have come back as another node
-            for name, attempt in queue:
-                wire = wires.setdefault(id(messages[name]), b"") or messages[name].to_bytes()
-                wires[id(messages[name])] = wire
-                node = self._nodes.get(name)
-                out = _Out(name, attempt, wire, 0, time.monotonic())
-                if node is None:
-                    under_way[f"absent {name}"] = out
-                    continue
-                try:
-                    message_id = self._push(node, task, wire, round=round, ack=self._acks.get(name, 0))
-                except ClientError:
-                    message_id = f"absent {name}"
-                out.seq = self._seq
-                under_way[message_id] = out
-            queue = []
-            for message_id, problem, reply in self._arrivals(under_way):
-                if message_id not in under_way:
-                    continue  # a reply that nobody waits for, or the second of two
-                out = under_way.pop(message_id)
+        self._looked = float("-inf")
+        while waiting or out:
+            turns, waiting = waiting, []
+            absent = list[_Turn]()
+            if turns:
+                self._look()  # a site may have gone, or come back as another node
+            for turn in turns:
+                node = self._nodes.get(turn.site)
+                ack = self._acks.get(turn.site, 0)
+                number = self._push(node, task, wires[turn.site], round=round, ack=ack) if node else ""
+                if number:
+                    turn.seq, turn.since = self._seq, time.monotonic()
+                    out[number] = turn
+                elif self._may_come(turn):
+                    waiting.append(turn)
+                else:
+                    absent.append(turn)
+            for turn, problem, reply in chain(
+                ((turn, f"is not connected{self._reasons()}", None) for turn in absent),
+                self._arrivals(out, wait=not absent and not waiting),
+            ):
                 content: Any = None
-                size = 0
+                size, kept = 0, False
                 if reply is not None:
                     try:
-                        answer, size = self._open(reply, max_bytes=self._limits.max_bytes)
-                        if answer.values == UNKNOWN.values:
-                            self._hello([self._nodes[out.site]])
-                            raise ClientError("did not know the run, and has been told")
+                        answer, size, kept = self._open(reply, max_bytes=self._limits.max_bytes)
+                        if answer.values == UNKNOWN.values and not turn.told:
+                            self._tell_again(turn)
+                            waiting.append(turn)
+                            continue
                         content = read(answer)
+                    except ClientError as words:
+                        problem = str(words)
                     except Exception as error:
                         problem = f"{type(error).__name__}: {error}"
                 if problem:
-                    if self.failed(Failure(out.site, round, task, problem, len(out.wire)), out.attempt):
-                        queue.append((out.site, out.attempt + 1))
+                    if self.failed(Failure(turn.site, round, task, problem, len(wires[turn.site])), turn.attempt):
+                        waiting.append(_Turn(turn.site, turn.attempt + 1))
                     continue
-                self._acks[out.site] = out.seq
+                self._acks[turn.site] = turn.seq
+                if kept:
+                    self._keepers.add(turn.site)
                 answered += 1
-                logger.info("round %d, %s: %s answered (%d of %d)", round, task, out.site, answered, len(messages))
-                yield Reply(out.site, content, len(out.wire), size, time.monotonic() - out.started)
+                logger.info("round %d, %s: %s answered (%d of %d)", round, task, turn.site, answered, len(messages))
+                yield Reply(turn.site, content, len(wires[turn.site]), size, time.monotonic() - turn.since)
+            if waiting:
+                time.sleep(self._poll_s)
         if alone:
             self.require_quorum(task, round, answered=answered, asked=len(messages))
 
-    def _arrivals(self, under_way: Mapping[str, _Out]) -> Iterator[tuple[str, str, Message | None]]:
-        """Message ids with a problem or a reply; waits for the first."""
+    def _arrivals(self, out: dict[str, _Turn], *, wait: bool) -> Iterator[tuple[_Turn, str, Message | None]]:
+        """Take from `out` the turns that have a reply or a problem, waiting for the first of them if told to."""
         deadline = self._config.deadline_s
-        while True:
+        while out:
             found = False
-            sent = [message_id for message_id in under_way if not message_id.startswith("absent ")]
-            replies = list(self._grid.pull_messages(sent)) if sent else []
-            for reply in replies:
-                found = True
-                yield reply.metadata.reply_to_message_id, "", reply
-            now = time.monotonic()
-            for message_id, out in list(under_way.items()):
-                if message_id.startswith("absent "):
+            numbers = list(out)
+            for start in range(0, len(numbers), _AT_ONCE):
+                for reply in self._grid.pull_messages(numbers[start : start + _AT_ONCE]):
+                    turn = out.pop(reply.metadata.reply_to_message_id, None)
+                    if turn is not None:  # else nobody waits for it, or it is the second of two
+                        found = True
+                        yield turn, "", reply
+            for number, turn in list(out.items()):
+                if deadline is not None and time.monotonic() - turn.since > deadline:
                     found = True
-                    yield message_id, "is not connected", None
-                elif deadline is not None and now - out.started > deadline:
-                    found = True
-                    yield message_id, f"no answer within fleet.deadline_s={deadline:g}", None
-            if found or not under_way:
+                    yield out.pop(number), f"no answer within fleet.deadline_s={deadline:g}", None
+            if found or not wait:
                 return
             time.sleep(self._poll_s)
 
-    def _open(self, reply: Message, *, max_bytes: int) -> tuple[Payload, int]:
-        """The answer in a reply, and its bytes; raises `ClientError` with the site's own words if it failed."""
+    def _open(self, reply: Message, *, max_bytes: int) -> tuple[Payload, int, bool]:
+        """The answer in a reply, its bytes, and whether the site keeps something for the next.
+
+        Raises `ClientError` with the site's own words if it failed.
+        """
         if reply.has_error():
             raise ClientError(f"Flower's error {reply.error.code}: {reply.error.reason}")
         data, header = unpack(reply, max_bytes=max_bytes)
-        if header.get("error"):
-            raise ClientError(str(header["error"])[:4000])
-        return Payload.from_bytes(data, self._limits), len(data)
+        error = header.get("error")
+        if not isinstance(error, str):
+            raise WireError(f"header: error={error!r:.40}, expected text")
+        if error:
+            raise ClientError(error[:4000])
+        return Payload.from_bytes(data, self._limits), len(data), header.get("kept") is True
 
     def _push(self, node: int, task: str, wire: bytes, *, round: int, ack: int) -> str:
+        """The number of the message, "" where Flower did not take it."""
         self._seq += 1
         header = Header(self._run, task, round, self._session, self._seq, ack, self._base)
         message = Message(
             pack(wire, header.values()),
             dst_node_id=node,
             message_type="train",
-            ttl=_SPARE_S + (self._start_timeout_s if task == HELLO else self._config.deadline_s or _FINISHED),
+            ttl=_SPARE_S + (self._join_timeout_s if task == HELLO else self._config.deadline_s or _FINISHED),
         )
-        (message_id,) = self._grid.push_messages([message])
-        if not message_id:
-            raise ClientError(f"Flower did not take a message for node {node}")
-        return str(message_id)
+        (number,) = self._grid.push_messages([message])
+        return str(number or "")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Value]:
-        """Which answers count, so that sites keep what these wanted to keep."""
-        return {"seq": self._seq, "acks": {**self._acks}}
+        """The run's name for the sites, which answers count, so that they keep what these wanted to keep, and whose."""
+        return {"run": self._run, "seq": self._seq, "acks": {**self._acks}, "keepers": [*sorted(self._keepers)]}
 
     def restore(self, state: dict[str, Any], round: int) -> None:
-        """See `state`."""
-        self._seq, self._base = state.get("seq", 0), round
-        self._acks = dict(state.get("acks", {}))
+        """See `state`; raises `ConfigError` where a run was begun with other sites than Flower's."""
+        if round >= 0 and "run" not in state:
+            raise ConfigError(
+                "this run was begun in one process, and its sites keep in its folder what they need to go on; resume "
+                "it with --fleet process"
+            )
+        self._base = round
+        self._run, self._seq = state.get("run", self._run), state.get("seq", 0)
+        self._acks, self._keepers = dict(state.get("acks", {})), set(state.get("keepers", []))
         self.meet()

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import threading
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +32,20 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted, in the folder that the server's operator chose."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request of Flower's, sent as a request
+    _end_with_parent()
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))
 
-    def assemble(each: RunConfig, place: Any, bench: Workbench, texts: Any) -> FlowerFleet:
-        return FlowerFleet(grid, each, str(place.path), texts.names, bench)
+    names = Path(str(given["names"]))
+
+    def registered() -> dict[int, str]:
+        found = json.loads(names.read_text()) if names.exists() else {}
+        return {int(number): name for number, name in found.get("sites", {}).items()}
+
+    def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
+        label = f"{folder.name} {each.method.name}"
+        return FlowerFleet(grid, each, label, texts.names, bench, registered=registered)
 
     def texts(config: RunConfig, bench: Workbench) -> ServerTexts:
         return ServerTexts(config, bench)
@@ -47,6 +58,22 @@ def main(grid: Grid, context: Context) -> None:
                 logger.info("%s", line)
         else:
             logger.info("%s: held-out loss %.4f", event.method, event.values["heldout"]["final"]["loss"])
+
+
+def _end_with_parent() -> None:
+    """End this process, and with it the lock on the run's folder, when Flower's has gone that started it.
+
+    Flower looks too, but takes a process that nobody has waited for, as in a container, for a living one.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        logger.error("the server that started this run has gone; the run can be resumed")
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class ServerTexts:

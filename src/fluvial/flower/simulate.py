@@ -11,11 +11,10 @@ from typing import Any
 from fluvial.config import RunConfig
 from fluvial.data import POOLED
 from fluvial.errors import ConfigError
+from fluvial.flower import QUIET
 from fluvial.run import Event, execute
 
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
+_QUIET = QUIET | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by itself, and warns that it does not yet
 }
@@ -49,10 +48,11 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
-        def assemble(each: RunConfig, place: Any, bench: Any, texts: Any) -> FlowerFleet:
+        def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> FlowerFleet:
             names = (POOLED,) if each.entry.pooled else texts.names
+            label = f"{folder.name} {each.method.name}"
             # Every site is there; the first answer takes as long as the libraries take to load.
-            return FlowerFleet(grid, each, str(place.path), names, bench, start_timeout_s=600.0)
+            return FlowerFleet(grid, each, label, names, bench, join_timeout_s=600.0)
 
         try:
             for event in execute(config, folder, resume=resume, assemble=assemble):

@@ -1,10 +1,10 @@
 """The site's half: Flower's messages to a `Station` and back."""
 
 import logging
-import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -29,17 +29,24 @@ def client_app(find: Callable[[Context], SiteFile]) -> ClientApp:
 
 
 def answer(site: SiteFile, message: Message) -> Message:
-    """The reply to one message; what goes wrong at the site is told in the reply's header."""
+    """The reply to one message."""
+    return Message(pack(*respond(site, message)), reply_to=message)
+
+
+def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
+    """Payload and header of the reply to one message; what goes wrong at the site is told in the header."""
+    here, header = station(site.model_dump_json()), None
     try:
-        wire, header = unpack(message, max_bytes=Limits().max_bytes)
-        data, error = station(site.model_dump_json()).answer(Header.read(header), wire), ""
-    except FluvialError as problem:
-        data, error = b"", f"{type(problem).__name__}: {problem}"
-    except Exception:
-        data, error = b"", traceback.format_exc()[-3000:]
-    if error:
+        wire, values = unpack(message, max_bytes=Limits().max_bytes)
+        header = Header.read(values)
+        answer = here.answer(header, wire)
+    except Exception as problem:
+        if not isinstance(problem, FluvialError):
+            logger.exception("site %s", site.name)
+        error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)
-    return Message(pack(data, {"error": error}), reply_to=message)
+        return b"", {"error": error}
+    return answer.data, {"error": "", "kept": answer.kept}
 
 
 @cache
