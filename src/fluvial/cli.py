@@ -195,6 +195,7 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 ServerFolder = Annotated[Path, typer.Argument(help="The server's folder.")]
 SiteFolder = Annotated[Path, typer.Argument(help="The site's folder.")]
+RunNumber = Annotated[int | None, typer.Argument(help="The run's number; default the one submitted last.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys: on one machine, to try things.")]
 
 
@@ -221,6 +222,14 @@ def server_start(folder: ServerFolder) -> None:
     from fluvial.flower import deploy
 
     deploy.server_start(folder)
+
+
+@server_app.command("renew")
+def server_renew(folder: ServerFolder) -> None:
+    """Make the server's certificate anew; sites need nothing new."""
+    from fluvial.flower import deploy
+
+    out.print(deploy.renew(folder), markup=False, soft_wrap=True)
 
 
 @site_app.command("init")
@@ -289,21 +298,21 @@ def status(server: ServerFolder, format: Format = "table") -> None:
 @app.command()
 def logs(
     server: ServerFolder,
-    run: Annotated[int, typer.Argument(help="The run's number.")],
+    run: RunNumber = None,
     follow: Annotated[bool, typer.Option(help="Go on until it ends.")] = True,
 ) -> None:
     """Print what a run says."""
     from fluvial.flower import deploy
 
-    deploy.logs(server, run, follow=follow)
+    deploy.logs(server, deploy.newest(server) if run is None else run, follow=follow)
 
 
 @app.command()
-def stop(server: ServerFolder, run: Annotated[int, typer.Argument(help="The run's number.")]) -> None:
+def stop(server: ServerFolder, run: RunNumber = None) -> None:
     """End a run; `submit --resume` goes on with it."""
     from fluvial.flower import deploy
 
-    out.print(deploy.stop(server, run).strip(), markup=False)
+    out.print(deploy.stop(server, deploy.newest(server) if run is None else run).strip(), markup=False)
 
 
 def _command() -> str:

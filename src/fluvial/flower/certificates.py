@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fluvial.errors import ConfigError
 
 YEARS = 2
 
@@ -28,7 +31,10 @@ def make_authority(folder: Path) -> None:
 
 
 def make_server_certificate(folder: Path, hosts: list[str]) -> None:
-    """server.crt and server.key for these host names and addresses, signed by the authority in `folder`."""
+    """server.crt and server.key for these host names and addresses, signed by the authority in `folder`.
+
+    Those that were there are replaced.
+    """
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey), "made above"
@@ -42,8 +48,62 @@ def make_server_certificate(folder: Path, hosts: list[str]) -> None:
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signer, hashes.SHA384())
     )
+    (folder / "server.key").unlink(missing_ok=True)
     _write_key(folder / "server.key", key)
     (folder / "server.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def days_left(certificate: Path) -> float:
+    """Until the certificate ends; negative when it has."""
+    found = x509.load_pem_x509_certificate(certificate.read_bytes())
+    return (found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
+
+
+def names(certificate: Path, host: str) -> bool:
+    """Whether the certificate holds for a host name or address."""
+    own = x509.load_pem_x509_certificate(certificate.read_bytes())
+    try:
+        found = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return False
+    wanted = _alternative(host)
+    if isinstance(wanted, x509.IPAddress):
+        return wanted.value in found.get_values_for_type(x509.IPAddress)
+    known = [name.lower() for name in found.get_values_for_type(x509.DNSName)]
+    return host.lower() in known or f"*.{host.lower().partition('.')[2]}" in known
+
+
+def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
+    """Raise `ConfigError` unless the three belong together, are valid now, and the certificate names `host`."""
+    try:
+        own, *between = x509.load_pem_x509_certificates(certificate.read_bytes())
+        authorities = x509.load_pem_x509_certificates(ca.read_bytes())
+        secret = serialization.load_pem_private_key(key.read_bytes(), password=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{certificate}, {key}, {ca}: expected PEM files, the key without a passphrase: {error}"
+        ) from None
+    if secret.public_key() != own.public_key():
+        raise ConfigError(f"{key} is not the key of {certificate}")
+    now = datetime.datetime.now(datetime.UTC)
+    if not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
+        raise ConfigError(
+            f"{certificate} is valid from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
+        )
+    if not any(_signed(own, each) for each in (*between, *authorities)):
+        raise ConfigError(f"{certificate} is not signed by {ca}, nor by a certificate that follows in its own file")
+    if not names(certificate, host):
+        raise ConfigError(
+            f"{certificate} does not name {host!r} among its subject alternative names; sites reach the server by that"
+        )
+
+
+def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:

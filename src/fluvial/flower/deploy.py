@@ -4,6 +4,7 @@ server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.d
 site folder     site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from fluvial.station import SiteFile, read_site_file
 
 _SETTINGS = QUIET | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """Nor an installation while a run runs."""
+WARN_DAYS = 30
+"""Before a certificate ends, the server says so when it starts."""
 _CONNECTION = "fluvial"
 _APP = """[project]
 name = "fluvial-run"
@@ -81,24 +85,28 @@ def server_init(
     host, port = _address(address)
     if (folder / "server.toml").exists():
         raise ConfigError(f"{folder} holds a server already; start it, or choose another folder")
-    own = (certificate, key, ca)
-    if any(own) and not all(own):
-        raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
-    for option, path in zip(("certificate", "key", "ca"), own, strict=True):
+    own = {"certificate": certificate, "key": key, "ca": ca}
+    for option, path in own.items():
         if path is not None and not path.exists():
             raise ConfigError(f"--{option}: there is no file {str(path)!r}")
-    folder.mkdir(parents=True, exist_ok=True)
     lines = [f'address = "{host}:{port}"', f"port = {port}"]
-    if host in ("127.0.0.1", "localhost"):
+    local = host in ("127.0.0.1", "localhost")
+    if certificate and key and ca:
+        certificates.check(certificate, key, ca, host=host)
+        lines += [f'{option} = "{Path(str(path)).resolve()}"' for option, path in own.items()]
+        if not certificates.names(certificate, "127.0.0.1"):
+            lines.append(f'host = "{host}"  # Flower\'s own processes come here too; the certificate has no 127.0.0.1')
+            local = False
+    elif any(own.values()):
+        raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
+    if local:
         lines.append('host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere')
+    folder.mkdir(parents=True, exist_ok=True)
     if insecure:
         lines.append("insecure = true       # no TLS, no node keys: for experiments on one machine only")
-    elif all(own):
-        given = zip(("certificate", "key", "ca"), own, strict=True)
-        lines += [f'{name} = "{Path(str(path)).resolve()}"' for name, path in given]
-    else:
+    elif not certificate:
         certificates.make_authority(folder)
-        certificates.make_server_certificate(folder, list(dict.fromkeys([host, "localhost", "127.0.0.1"])))
+        certificates.make_server_certificate(folder, _hosts(host))
     (folder / "server.toml").write_text("\n".join(lines) + "\n")
     _connection(folder, read_server_file(folder))
     return [
@@ -120,6 +128,16 @@ def read_server_file(folder: Path) -> ServerFile:
     return found.model_copy(update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")})
 
 
+def renew(folder: Path) -> str:
+    """Make the server's certificate anew, signed by the same authority, so that sites need nothing new."""
+    server = read_server_file(folder)
+    if server.insecure or not (folder / "ca.key").exists():
+        raise ConfigError(f"{folder} has no authority of its own; renew the certificate where it was made")
+    certificates.make_server_certificate(folder, _hosts(_address(server.address)[0]))
+    days = certificates.days_left(server.certificate)
+    return f"{server.certificate} is valid for {days:.0f} days; start the server again"
+
+
 def server_start(folder: Path) -> None:
     """Become Flower's SuperLink; does not return."""
     server = read_server_file(folder)
@@ -129,6 +147,7 @@ def server_start(folder: Path) -> None:
         _warn("server.toml says insecure = true: no TLS and no node keys")
         command += ["--insecure"]
     else:
+        _watch_certificate(server)
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.key)]
         command += ["--ssl-ca-certfile", str(server.ca), "--enable-supernode-auth"]
     os.execve(command[0], command, _environment(folder))
@@ -187,6 +206,14 @@ def status(folder: Path) -> dict[str, Any]:
     }
 
 
+def newest(folder: Path) -> int:
+    """The run that was submitted last; raises `ConfigError` if there is none."""
+    runs = _names(folder)["runs"]
+    if not runs:
+        raise ConfigError(f"no run was submitted to {folder} yet; `fluvial submit` starts one")
+    return int(list(runs)[-1])
+
+
 def logs(folder: Path, run: int, *, follow: bool) -> None:
     """Print what a run's server wrote; does not return."""
     command = [_program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
@@ -239,6 +266,22 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
 def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
     """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
     site = read_site_file(folder / "site.toml")
+    with _alone(folder, site):
+        return _run_site(folder, site, warm=warm, port=port)
+
+
+@contextmanager
+def _alone(folder: Path, site: SiteFile) -> Iterator[None]:
+    """No second process may answer for a site; forks hold the lock too, so one that was killed is over before."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a process of site {site.name!r} is running already in {folder}; end it first") from None
+        yield
+
+
+def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> int:
     _try_connection(site)
     port = port or _free_port()
     serve: Any = None
@@ -291,6 +334,19 @@ def _address(text: str) -> tuple[str, int]:
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"address {text!r}: write HOST:PORT, such as fluvial.example.org:8000")
     return host, int(port)
+
+
+def _hosts(host: str) -> list[str]:
+    """What a server's certificate names: its address, and where Flower's own processes reach it."""
+    return list(dict.fromkeys([host, "localhost", "127.0.0.1"]))
+
+
+def _watch_certificate(server: ServerFile) -> None:
+    """Warn of a certificate that ends soon."""
+    for path, remedy in ((server.certificate, "renew it"), (server.ca, "make a new server folder")):
+        left = certificates.days_left(path)
+        if left < WARN_DAYS:
+            _warn(f"{path} {'has ended' if left < 0 else f'ends in {left:.0f} days'}; {remedy}")
 
 
 def _try_connection(site: SiteFile) -> None:
@@ -393,7 +449,9 @@ def _warn(text: str) -> None:
 
 __all__: Sequence[str] = (
     "logs",
+    "newest",
     "register",
+    "renew",
     "server_init",
     "server_start",
     "site_init",

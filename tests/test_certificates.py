@@ -1,0 +1,113 @@
+"""Certificates of a deployment: the company's own, those made here, and what an operator is told of them."""
+
+import fcntl
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cryptography")
+
+from fluvial.errors import ConfigError
+from fluvial.flower import certificates, deploy
+
+HOST = "fluvial.example.org"
+
+
+def made(folder: Path, *hosts: str) -> dict[str, Any]:
+    """An authority and a certificate for `hosts`, as a company would have them."""
+    folder.mkdir()
+    certificates.make_authority(folder)
+    certificates.make_server_certificate(folder, list(hosts))
+    return {"certificate": folder / "server.crt", "key": folder / "server.key", "ca": folder / "ca.crt"}
+
+
+def test_a_companys_own_certificate_is_taken_as_it_is(tmp_path: Path) -> None:
+    own = made(tmp_path / "own", HOST, "127.0.0.1")
+    deploy.server_init(tmp_path / "server", address=f"{HOST}:9000", **own)
+    found = deploy.read_server_file(tmp_path / "server")
+    assert {"certificate": found.certificate, "key": found.key, "ca": found.ca} == own
+    assert found.host == "0.0.0.0"
+    assert not (tmp_path / "server" / "ca.key").exists()
+
+
+def test_flowers_own_processes_go_where_the_certificate_holds(tmp_path: Path) -> None:
+    own = made(tmp_path / "own", HOST)
+    deploy.server_init(tmp_path / "server", address=f"{HOST}:9000", **own)
+    assert deploy.read_server_file(tmp_path / "server").host == HOST
+
+
+@pytest.mark.parametrize("host", [HOST, "10.1.2.3", "a.b.example.org"])
+def test_a_certificate_names_hosts_and_addresses(host: str, tmp_path: Path) -> None:
+    own = made(tmp_path / "own", host, "*.sites.example.org")
+    assert certificates.names(own["certificate"], host)
+    assert certificates.names(own["certificate"], "north.sites.example.org")
+    assert not certificates.names(own["certificate"], "far.north.sites.example.org")
+    assert not certificates.names(own["certificate"], "10.9.9.9")
+
+
+def test_a_certificate_for_another_address_is_refused(tmp_path: Path) -> None:
+    own = made(tmp_path / "own", "other.example.org", "127.0.0.1")
+    with pytest.raises(ConfigError, match=r"server\.crt does not name 'fluvial\.example\.org' among"):
+        deploy.server_init(tmp_path / "server", address=f"{HOST}:9000", **own)
+    assert not (tmp_path / "server").exists()
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    own, other = made(tmp_path / "own", HOST), made(tmp_path / "other", HOST)
+    for part, why in (("key", "is not the key of"), ("ca", "is not signed by")):
+        with pytest.raises(ConfigError, match=why):
+            certificates.check(**(own | {part: other[part]}), host=HOST)
+    with pytest.raises(ConfigError, match="expected PEM files"):
+        certificates.check(**(own | {"key": own["certificate"]}), host=HOST)
+    with pytest.raises(ConfigError, match="belong together"):
+        deploy.server_init(tmp_path / "server", address=f"{HOST}:9000", certificate=own["certificate"])
+
+
+def test_an_intermediate_authority_may_follow_in_the_file(tmp_path: Path) -> None:
+    own, other = made(tmp_path / "own", HOST), made(tmp_path / "other", HOST)
+    chain = tmp_path / "chain.crt"
+    chain.write_bytes(own["certificate"].read_bytes() + own["ca"].read_bytes())
+    certificates.check(chain, own["key"], other["ca"], host=HOST)
+
+
+def test_a_certificate_that_ended_is_refused_and_an_operator_warned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(certificates, "YEARS", -1 / (365 * 24 * 60))  # a minute ago
+    own = made(tmp_path / "own", HOST)
+    with pytest.raises(ConfigError, match="is valid from"):
+        certificates.check(**own, host=HOST)
+    server = deploy.ServerFile(address=f"{HOST}:9000", certificate=own["certificate"], key=own["key"], ca=own["ca"])
+    deploy._watch_certificate(server)
+    assert capsys.readouterr().err.count("has ended") == 2
+
+
+def test_a_renewed_certificate_holds_for_the_sites_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    deploy.server_init(folder, address=f"{HOST}:9000")
+    before, authority = (folder / "server.crt").read_bytes(), (folder / "ca.crt").read_bytes()
+    assert "is valid for" in deploy.renew(folder)
+    assert (folder / "server.crt").read_bytes() != before
+    assert (folder / "ca.crt").read_bytes() == authority
+    certificates.check(folder / "server.crt", folder / "server.key", folder / "ca.crt", host=HOST)
+    assert (folder / "server.key").stat().st_mode & 0o777 == 0o600
+    deploy.server_init(tmp_path / "open", address="127.0.0.1:9000", insecure=True)
+    with pytest.raises(ConfigError, match="no authority of its own"):
+        deploy.renew(tmp_path / "open")
+
+
+def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run was submitted"):
+        deploy.newest(tmp_path)
+    for number in ("91", "17"):
+        deploy._name(tmp_path, "runs", number, "run")
+    assert deploy.newest(tmp_path) == 17
+
+
+def test_a_site_runs_once(tmp_path: Path) -> None:
+    deploy.site_init(tmp_path / "north", name="north", server="127.0.0.1:9", ca=None, insecure=True)
+    with (tmp_path / "north" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="a process of site 'north' is running already"):
+            deploy.site_start(tmp_path / "north")
