@@ -652,13 +652,14 @@ def test_deployed_equals_in_process(
 ) -> None:
     table = without_lora(tables[name]) if name == "fedcybgd" else tables[name]
     own = run_table(table, tmp_path / "own")
-    number = deployed.submit(table, tmp_path / "deployed")
-    same(deployed.wait(tmp_path / "deployed"), own)
+    out = tmp_path / f"deployed-{name}"
+    number = deployed.submit(table, out)
+    same(deployed.wait(out), own)
     assert deployed.finished(number)["status"] == "finished:completed"
     logged = [
         json.loads(line) for each in NAMES for line in (deployed.site(each) / "outgoing.jsonl").read_text().splitlines()
     ]
-    run = [entry for entry in logged if entry["run"] == str(tmp_path / "deployed")]
+    run = [entry for entry in logged if entry["run"].startswith(f"{out.name} ") and entry["task"] != HELLO]
     assert sum(entry["bytes"] for entry in run) == sum(
         size for kind, size in own["bytes"]["by_kind"].items() if kind.startswith("up ")
     )
@@ -718,6 +719,21 @@ def test_a_key_that_is_not_registered_is_told(deployed: Deployment) -> None:
         assert deployed.online() == 3
     finally:
         deployed.end("stranger")
+
+
+def test_a_site_cannot_take_anothers_name(deployed: Deployment, tables: dict[str, Any], tmp_path: Path) -> None:
+    deployed.make_site("liar")
+    settings = deployed.site("liar") / "site.toml"
+    settings.write_text(settings.read_text().replace('name = "liar"', 'name = "north"'))
+    deployed.start_site("liar")
+    try:
+        deployed.wait_online(4)
+        table, out = tables["fedavg"] | {"rounds": 1}, tmp_path / "run"
+        number = deployed.submit(table, out)
+        same(deployed.wait(out), run_table(table, tmp_path / "own"))
+        assert "says that it is 'north', and its key was registered for 'liar'" in deployed.logs(number)
+    finally:
+        deployed.end("liar")
 
 
 def test_a_client_without_tls_is_refused(deployed: Deployment) -> None:

@@ -204,10 +204,11 @@ class FedCyBgdServer:
                     stale.add(reply.site)
                     self.sender.forget(reply.site)
                     continue
-                self.sender.acknowledge(reply.site)
                 if reply.content.visit.site != reply.site:
                     logger.warning("site %s answered for %s; dropped", reply.site, reply.content.visit.site)
+                    self.sender.forget(reply.site)
                     continue
+                self.sender.acknowledge(reply.site)
                 if self.ledger.claim(reply.content.visit.name, number):
                     answers[reply.content.visit.name] = reply.content
             waiting = [visit for visit in waiting if visit.site in stale]
