@@ -178,6 +178,8 @@ class Deployment:
                 while above in own and depth < 2:
                     depth, above = depth + 1, processes[above][0]
                 found[("site", "executor", "task")[depth]] = pid
+        if who == SERVER and (server := self._started.get(who)) and server.pid in processes:
+            found["superlink"] = server.pid  # a child has its words for a moment
         return found
 
     def kill(self, who: str, role: str, number: signal.Signals = signal.SIGKILL) -> int:

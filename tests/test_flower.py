@@ -28,6 +28,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import fluvial.flower.fleet
+import fluvial.flower.inbox
 from fluvial.codecs import build, read_settings
 from fluvial.config import parse
 from fluvial.errors import ClientError, ConfigError
@@ -67,6 +68,9 @@ class FakeGrid:
     """Delivered with the next replies, whatever was asked for."""
     seen: list[tuple[int, Header, bytes]] = field(default_factory=list)
     greet: Callable[[int], RecordDict | None] | None = None
+    half: str = ""
+    """A site whose reply is shown before it is there; whoever asks for it waits."""
+    there: threading.Event = field(default_factory=threading.Event)
     known: bool = True
     """Whether sites say that they answered before."""
 
@@ -99,6 +103,8 @@ class FakeGrid:
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
         found = [each for number in numbers for each in self.ready.pop(number, [])]
+        if any(self.nodes.get(each.metadata.src_node_id) == self.half for each in found):
+            self.there.wait(30)
         stray, self.stray = self.stray, []
         return stray + found
 
@@ -353,6 +359,20 @@ def test_a_node_that_flower_takes_nothing_for_is_a_failure_of_its_site(stand: St
     grid.refused = {2}
     assert sorted(each.site for each in ask(fleet)) == ["north", "west"]
     assert fleet.failures[0].site == "south"
+
+
+def test_a_reply_that_is_being_uploaded_holds_up_nobody_else(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fluvial.flower.inbox, "_STUCK_S", 0.05)
+    fleet, grid = stand(echo, deadline_s=0.5, **SKIP)
+    met(fleet)
+    grid.half = "south"
+    started = time.monotonic()
+    assert sorted(each.site for each in ask(fleet)) == ["north", "west"]
+    assert time.monotonic() - started < 5
+    assert [(each.site, each.reason) for each in fleet.failures] == [("south", "no answer within fleet.deadline_s=0.5")]
+    grid.half = ""
+    grid.there.set()  # now it is there, and too late
+    assert sorted(each.site for each in ask(fleet, round=2)) == list(NAMES)
 
 
 def test_a_site_may_come_back_as_another_node(stand: Stand) -> None:

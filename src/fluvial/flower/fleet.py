@@ -15,6 +15,7 @@ from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError, WireError
 from fluvial.fleet import Failure, Policy, Reply, Wires
 from fluvial.flower.envelope import pack, unpack
+from fluvial.flower.inbox import Inbox
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, Value
 from fluvial.station import HELLO, UNKNOWN, Header, fingerprints
@@ -30,8 +31,6 @@ _LOOK_S = 1.0
 """Between two looks at who is connected, while somebody is missing."""
 _AGAIN_S = 10.0
 """After which a site that was refused is asked again who it is."""
-_AT_ONCE = 8
-"""Replies that are fetched together, so that the server's memory does not grow with the number of sites."""
 
 
 @dataclass
@@ -71,7 +70,7 @@ class FlowerFleet(Policy):
         super().__init__(config.fleet)
         self.sites = tuple(names)
         self._grid, self._limits, self._poll_s = grid, limits or Limits(), poll_s
-        self._registered = registered
+        self._registered, self._inbox = registered, Inbox(grid, poll_s=poll_s)
         self._join_timeout_s = join_timeout_s or config.fleet.join_timeout_s
         self._hello = Payload(values={"config": config.model_dump(mode="json", exclude_unset=True)}).to_bytes()
         self._prints = fingerprints(bench)
@@ -101,10 +100,11 @@ class FlowerFleet(Policy):
                 logger.warning("%s", text)
                 return
             self._look()
-            time.sleep(self._poll_s)
+            for _ in self._arrivals({}, wait=False):
+                pass  # nobody is asked anything yet, and greetings are heard on the way
 
     def _look(self) -> None:
-        """Say hello to nodes that were not met yet, and hear what those say that were greeted."""
+        """Say hello to nodes that were not met yet."""
         now = time.monotonic()
         if now - self._looked >= min(_LOOK_S, 20 * self._poll_s):
             self._looked = now
@@ -117,16 +117,18 @@ class FlowerFleet(Policy):
             for node in sorted(present - known):
                 if number := self._push(node, HELLO, self._hello, round=0, ack=0):
                     self._greeted[number] = node, now
-        if not self._greeted:
-            return
-        for reply in self._grid.pull_messages(list(self._greeted)):
-            node, _ = self._greeted.pop(reply.metadata.reply_to_message_id, (0, 0.0))
-            if node and not reply.has_error():  # else nobody waits for it, or these are Flower's words: greet it again
-                self._join(node, reply)
         for number, (node, since) in list(self._greeted.items()):
             if now - since > self._join_timeout_s:
                 del self._greeted[number]
+                self._inbox.forget(number)
                 self._refuse(node, f"a site did not say who it is within {self._join_timeout_s:g} s")
+
+    def _greeting(self, number: str, reply: Message) -> None:
+        """Hear what a site says that was greeted; Flower's own words mean that it is to be greeted again."""
+        if number in self._greeted:
+            node, _ = self._greeted.pop(number)
+            if not reply.has_error():
+                self._join(node, reply)
 
     def _join(self, node: int, reply: Message) -> None:
         try:
@@ -233,30 +235,31 @@ class FlowerFleet(Policy):
                 answered += 1
                 logger.info("round %d, %s: %s answered (%d of %d)", round, task, turn.site, answered, len(messages))
                 yield Reply(turn.site, content, len(wires[turn.site]), size, time.monotonic() - turn.since)
-            if waiting:
-                time.sleep(self._poll_s)
         if alone:
             self.require_quorum(task, round, answered=answered, asked=len(messages))
 
     def _arrivals(self, out: dict[str, _Turn], *, wait: bool) -> Iterator[tuple[_Turn, str, Message | None]]:
         """Take from `out` the turns that have a reply or a problem, waiting for the first of them if told to."""
         deadline = self._config.deadline_s
-        while out:
+        while out or not wait:
             found = False
-            numbers = list(out)
-            for start in range(0, len(numbers), _AT_ONCE):
-                for reply in self._grid.pull_messages(numbers[start : start + _AT_ONCE]):
-                    turn = out.pop(reply.metadata.reply_to_message_id, None)
-                    if turn is not None:  # else nobody waits for it, or it is the second of two
-                        found = True
-                        yield turn, "", reply
+            reply = self._inbox.next(self._poll_s)
+            while reply is not None:
+                number = reply.metadata.reply_to_message_id
+                turn = out.pop(number, None)
+                if turn is not None:
+                    found = True
+                    yield turn, "", reply
+                else:  # a greeting, or nobody waits for it, or it is the second of two
+                    self._greeting(number, reply)
+                reply = self._inbox.next(0)
             for number, turn in list(out.items()):
                 if deadline is not None and time.monotonic() - turn.since > deadline:
                     found = True
+                    self._inbox.forget(number)
                     yield out.pop(number), f"no answer within fleet.deadline_s={deadline:g}", None
             if found or not wait:
                 return
-            time.sleep(self._poll_s)
 
     def _open(self, reply: Message, *, max_bytes: int) -> tuple[Payload, int, bool]:
         """The answer in a reply, its bytes, and whether the site keeps something for the next.
@@ -284,6 +287,8 @@ class FlowerFleet(Policy):
             ttl=_SPARE_S + (self._join_timeout_s if task == HELLO else self._config.deadline_s or _FINISHED),
         )
         (number,) = self._grid.push_messages([message])
+        if number:
+            self._inbox.watch(str(number))
         return str(number or "")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

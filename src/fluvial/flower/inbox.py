@@ -1,0 +1,93 @@
+"""Replies of a Flower grid as they arrive, so that one which is still being uploaded holds up nobody else.
+
+Flower shows a reply as soon as its upload begins, hands it out once, and then waits for the rest of it: as long as a
+thin link takes, and for minutes where the site died. So the waiting is done in threads, and where all of them wait,
+another goes on asking.
+"""
+
+import queue
+import threading
+import time
+from itertools import count
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_THREADS = 32
+"""At most; as many uploads can be waited for at the same time."""
+_STUCK_S = 1.0
+"""A thread that has asked for this long waits for an upload."""
+_GROUPS = 16
+"""Questions in which all messages are asked for; a reply that is being uploaded holds up what came in one answer."""
+_AHEAD = 8
+"""Replies that are held for whoever calls `next`, so that memory does not grow with the number of sites."""
+
+
+class Inbox:
+    """Asks for the replies to the messages that are watched."""
+
+    def __init__(self, grid: Grid, *, poll_s: float) -> None:
+        self._grid, self._poll_s = grid, poll_s
+        self._watched: dict[str, None] = {}
+        self._changed = threading.Condition()
+        self._turn = count()
+        self._asking: dict[int, float] = {}
+        """By thread, since when it has been waiting for an answer of the grid."""
+        self._threads = 0
+        self._found: queue.Queue[Message | Exception] = queue.Queue(_AHEAD)
+
+    def watch(self, number: str) -> None:
+        """Ask for the reply to this message until it is there."""
+        with self._changed:
+            self._watched[number] = None
+            self._changed.notify_all()
+
+    def forget(self, number: str) -> None:
+        """Ask no more."""
+        with self._changed:
+            self._watched.pop(number, None)
+
+    def next(self, timeout: float) -> Message | None:
+        """A reply, of which there may be two to one message; None if none came in time. Raises what the grid raised."""
+        self._keep_asking()
+        try:
+            found = self._found.get(timeout=timeout) if timeout > 0 else self._found.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _keep_asking(self) -> None:
+        """Start a thread where none asks: at first, and when all wait for uploads."""
+        now = time.monotonic()
+        with self._changed:
+            waiting = sum(now - since > _STUCK_S for since in self._asking.values())
+            if self._watched and waiting == self._threads < _THREADS:
+                self._threads += 1
+                threading.Thread(target=self._ask, daemon=True, name=f"inbox-{self._threads}").start()
+
+    def _ask(self) -> None:
+        own = threading.get_ident()
+        while True:
+            with self._changed:
+                while not self._watched:
+                    self._changed.wait()
+                numbers = list(self._watched)
+                groups = min(_GROUPS, len(numbers))
+                mine = numbers[next(self._turn) % groups :: groups]
+                self._asking[own] = time.monotonic()
+            found: list[Message | Exception]
+            try:
+                found = list(self._grid.pull_messages(mine))
+            except Exception as error:
+                found = [error]
+            with self._changed:
+                del self._asking[own]
+                for each in found:
+                    if isinstance(each, Message):
+                        self._watched.pop(each.metadata.reply_to_message_id, None)
+            for each in found:
+                self._found.put(each)
+            if not found:
+                time.sleep(self._poll_s)
