@@ -1,4 +1,4 @@
-"""What the benchmark `engine` computes: uncovered time, the grid, the prediction of a round over a line."""
+"""What the benchmark `engine` computes: uncovered time, the grid, the engine's own times."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 from benchmarks import engine
 from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
 from benchmarks.engine_fleets import BYTES_OF_A_RANK, ROOT, Cell, table_of
-from benchmarks.engine_link import Engine, Link, fitted, objects_s, round_s, transfer_s
+from benchmarks.engine_link import fitted
 from fluvial.config import parse
+from fluvial.line import Line, round_s
 from fluvial.models import meta_base, tuned_layout
 
-FAST = Link(1000, 1000, 0)
-SLOW = Link(20, 20, 100)
+FREE = Line(up_mbit_s=1e9, down_mbit_s=1e9, rtt_ms=0)
 
 
 def test_covered_time_counts_overlaps_once_and_cuts_at_the_ends() -> None:
@@ -54,26 +54,6 @@ def test_the_grid_begins_with_what_is_cheap() -> None:
     ]
 
 
-def test_a_line_without_bounds_costs_nothing() -> None:
-    assert round_s(10**6, 10**6, link=Link(1e9, 1e9, 0), engine=Engine(4.0, 0.5), train_s=2) == pytest.approx(7, 1e-4)
-
-
-def test_bytes_take_their_time_and_the_way_takes_its_own() -> None:
-    whole = transfer_s(10**7, 20, Link(20, 20, 0), Engine())
-    assert whole == pytest.approx(8 * 10 / 20, rel=0.05)  # packets have headers
-    assert transfer_s(10**7, 20, SLOW, Engine()) > whole  # windows open first
-    assert round_s(0, 0, link=SLOW) - round_s(0, 0, link=FAST) > 0.1 * Engine().exchanges
-    assert objects_s(10**7, 20, SLOW, Engine()) > objects_s(10**6, 20, SLOW, Engine())
-
-
-def test_loss_and_neighbours_make_a_round_longer() -> None:
-    times = [round_s(10**7, 10**7, link=Link(20, 20, 100, loss)) for loss in (0, 1e-5, 1e-4, 1e-3, 1e-2)]
-    assert times == sorted(times)
-    shared = [round_s(10**7, 10**7, link=SLOW, sharing=sharing) for sharing in (1, 2, 4)]
-    assert shared[1] - shared[0] == pytest.approx(8, rel=0.1)
-    assert shared == sorted(shared)
-
-
 def test_the_engine_is_what_was_measured_without_a_line() -> None:
     rows = [
         {"round_s": 4.6, "train_s": 0.1, "bytes_down": 1e5, "bytes_up": 1e5},
@@ -82,6 +62,6 @@ def test_the_engine_is_what_was_measured_without_a_line() -> None:
     found = fitted(rows)
     for row in rows:
         predicted = round_s(
-            int(row["bytes_down"]), int(row["bytes_up"]), link=Link(1e9, 1e9, 0), engine=found, train_s=row["train_s"]
+            int(row["bytes_down"]), int(row["bytes_up"]), sites=2, line=FREE, engine=found, train_s=row["train_s"]
         )
         assert predicted == pytest.approx(row["round_s"], abs=0.01)

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fluvial.errors import ClientError, ConfigError
+from fluvial.line import Line
 from fluvial.payload import Limits, Payload, Value
 from fluvial.sites import Site, Task
 
@@ -40,6 +41,8 @@ class FleetConfig(BaseModel):
     """Names of the sites that a deployed run waits for; where this is empty, those of data that all sites can read."""
     join_timeout_s: float = Field(120.0, gt=0)
     """A deployed run waits this long for its sites to join."""
+    line: Line | None = None
+    """What `fluvial check` predicts the time of a round from; a run does not ask for it."""
     deadline_s: float | None = Field(None, gt=0)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"

@@ -11,6 +11,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.line import round_s
 from fluvial.methods.interface import Forecast
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.run import check_settings
@@ -70,6 +71,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
             ("base in memory", f"{parameters * width:,} B"),
             ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
         ]
+    line, over_line = config.fleet.line, None
+    if line is not None and frame and forecast is None:
+        over_line = round_s(down, frame, sites=cohort, line=line)
+        rows.append(("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training"))
     return {
         "model": {
             "name": config.model.name_or_path,
@@ -78,6 +83,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
             "targets": list(config.lora.target_modules) if config.adapter else ["all weights"],
         },
         "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
+        "round_over_line_s": over_line,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": _notes(config, sites),
@@ -123,6 +129,8 @@ def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
         notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
     elif must_learn(config.coding):
         notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
+    if config.fleet.line is not None and (config.entry.sends != "codec" or config.entry.forecast is not None):
+        notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
     iterations = getattr(config.coding, "iterations", None)
     if iterations:
         notes.append(f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU")

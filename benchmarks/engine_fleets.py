@@ -1,0 +1,341 @@
+"""One run on one engine for `benchmarks.engine`, watched from outside: rounds, training, memory, bytes.
+
+The model and its steps are the same on all engines: the package's small Llama, one step on one sequence of 32 tokens
+at each site and round. Only the rank of its adapter grows with the payload: rank 1 is 16,384 bytes of fp32, which an
+identity codec sends as they are. Sites differ in their text and so in every answer.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
+from benchmarks.report import Row
+from tests import flower_lab
+
+ROOT = Path(__file__).parents[1]
+FLEETS = ("local", "ray", "warm", "stock", "nvflare")
+NAMES = {
+    "local": "in process",
+    "ray": "Flower, Ray",
+    "warm": "Flower deployed, warm",
+    "stock": "Flower deployed, stock",
+    "nvflare": "NVFlare 2.9 simulator",
+}
+BYTES_OF_A_RANK = 4 * 16 * (128 + 128)
+"""fp32; q, k, v and o of four layers, hidden size 128."""
+MARK = "ENGINE_MARK"
+"""In the environment of every process of a cell."""
+SAMPLE_S = 0.5
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+SERVERS = ("flower-superlink", "flwr-serverapp")
+"""Programs that are the server of a deployment."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured at once."""
+
+    fleet: str
+    payload_mb: float
+    sites: int
+    rounds: int
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter."""
+        return max(1, round(self.payload_mb * 1e6 / BYTES_OF_A_RANK))
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the values that a site is sent, and answers with."""
+        return self.rank * BYTES_OF_A_RANK
+
+    def __str__(self) -> str:
+        return f"{NAMES[self.fleet]}, {self.payload_mb:g} MB, {self.sites} sites"
+
+
+def names_of(sites: int) -> list[str]:
+    """Of the sites, which are those of the files of their text."""
+    return [f"site{number}" for number in range(1, sites + 1)]
+
+
+def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
+    """The configuration of a cell; writes the sites' text into `folder`."""
+    text = folder / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names_of(cell.sites)):
+        lines = [{"text": f"Site {number} writes line {line}: water flows on, stone {line * 7 + number} stays."}
+                 for line in range(12)]  # fmt: skip
+        (text / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "rounds": cell.rounds,
+        "lora": {"r": cell.rank, "lora_dropout": 0.0},
+        "data": {
+            "source": str(text.resolve()),
+            "form": "text",
+            "partition": {"by": "file"},
+            "max_length": 32,
+            "max_heldout": 1,
+        },
+        "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 1, "max_steps": 1},
+        "codec": {"name": "identity"},
+        "fleet": {"deadline_s": 600.0},
+        "evaluate": {"sample_tokens": 1},
+    }
+
+
+@dataclass
+class Watch:
+    """What is seen of a run while it runs: when each round ended, and the memory of all processes."""
+
+    environment: dict[str, str]
+    records: list[dict[str, Any]] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
+    peak_pss: int = 0
+    server_peaks: dict[int, int] = field(default_factory=dict)
+
+    def rounds(self, out: Path, rounds: int, *, alive: Callable[[], bool], timeout: float) -> None:
+        """Return when the run in `out` has ended `rounds` rounds; raises `RuntimeError` if it will not."""
+        until, metrics = time.monotonic() + timeout, out / "metrics.jsonl"
+        while len(self.records) < rounds:
+            running = alive()
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            for line in lines[len(self.records) :]:
+                if line.endswith("\n"):
+                    self.records.append(json.loads(line))
+                    self.ended.append(time.time())
+            if len(self.records) < rounds:
+                if not running or time.monotonic() > until:
+                    raise RuntimeError(
+                        f"{len(self.records)} of {rounds} rounds, then {'silence' if running else 'end'}"
+                    )
+                time.sleep(0.02)
+
+    @contextmanager
+    def memory(self, serves: Callable[[list[str]], bool]) -> Iterator[None]:
+        """Note the peaks inside; `serves` says of a command line whether it is the server's."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(SAMPLE_S):
+                found = marked(self.environment[MARK])
+                self.peak_pss = max(self.peak_pss, sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in found))
+                for pid, words in found.items():
+                    if serves(words):
+                        if pid not in self.server_peaks:
+                            _forget_peak(pid)
+                        peak = _kilobytes(pid, "status", "VmHWM:")
+                        self.server_peaks[pid] = max(self.server_peaks.get(pid, 0), peak)
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def row(self, cell: Cell, began: float) -> Row:
+        """Figures of the rounds after the first; a round is apart from training while no site trains."""
+        spans = [span for span in read_clock(Path(self.environment[CLOCK])) if span[0] >= began]
+        whole = [record["seconds"] for record in self.records]
+        apart = [seconds - covered_s(spans, end - seconds, end) for seconds, end in zip(whole, self.ended, strict=True)]
+        assert len(spans) >= cell.sites * cell.rounds, f"{cell}: the clock saw {len(spans)} trainings"
+        last = self.records[-1]
+        return {
+            **head(cell),
+            "apart_s": statistics.median(apart[1:]),
+            "apart_worst_s": max(apart[1:]),
+            "round_s": statistics.median(whole[1:]),
+            "train_s": statistics.median(until - since for since, until in spans),
+            "start_s": self.ended[0] - began,
+            "peak_mb": self.peak_pss / 1e6,
+            "server_mb": sum(self.server_peaks.values()) / 1e6 or None,
+            "payload": cell.payload,
+            "bytes_up": last["bytes_up"] / cell.sites,
+            "bytes_down": last["bytes_down"] / cell.sites,
+        }
+
+
+def head(cell: Cell) -> Row:
+    """The columns that name a row."""
+    return {"part": "rounds", "what": NAMES[cell.fleet], "payload_mb": cell.payload_mb, "sites": cell.sites}
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """What every process of a cell, or of a deployment, must have in its environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = [str(folder_of_clock(folder / "clock")), str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {
+        **QUIET,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        CLOCK: str(folder.resolve() / "trained"),
+        MARK: str(folder.resolve()),
+    }
+
+
+def one_machine(cell: Cell, folder: Path) -> Row:
+    """`fluvial run`, in one process or over Flower's simulation."""
+    seen, out = Watch(environment_of(folder)), folder / "run"
+    config = folder / "run.toml"
+    config.write_text(flower_lab.toml(table_of(cell, folder)))
+    command = [*flower_lab.FLUVIAL, "run", str(config), "--out", str(out), "--format", "json"]
+    command += ["--fleet", "flower" if cell.fleet == "ray" else "process"]
+    began = time.time()
+    with running(command, seen.environment, folder / "log") as process, seen.memory(_drives(cell)):
+        seen.rounds(out, cell.rounds, alive=lambda: process.poll() is None, timeout=600)
+    return seen.row(cell, began)
+
+
+def _drives(cell: Cell) -> Callable[[list[str]], bool]:
+    return lambda words: cell.fleet == "ray" and "fluvial.cli" in words
+
+
+def deployed(cells: Sequence[Cell], folder: Path) -> Iterator[Row]:
+    """Runs one after the other on one server and its sites, processes with TLS and node keys.
+
+    `start_s` is from the submission on, `join_s` from the start of the sites until the server sees all. A run is
+    waited for to its end, so that Flower's meter has seen what was counted: the rounds and two measurements after them.
+    """
+    environment = environment_of(folder)
+    first = cells[0]
+    stock, names = first.fleet == "stock", names_of(first.sites)
+    assert all((cell.fleet, cell.sites) == (first.fleet, first.sites) for cell in cells)
+    with flower_lab.deployment(
+        folder / "lab", dict.fromkeys(names, ""), stock=stock, environment=environment, start=False
+    ) as made:
+        made.start_server()
+        for name in names:
+            made.make_site(name)
+        joining = time.time()
+        for name in names:
+            made.start_site(name)
+        made.wait_online(len(names), timeout=300)
+        joined = time.time() - joining
+        for cell in cells:
+            seen, out = Watch(environment), folder / f"rank-{cell.rank}"
+            began = time.time()
+            number = made.submit(table_of(cell, folder), out)
+            with seen.memory(lambda words: any(Path(word).name in SERVERS for word in words[:3])):
+                seen.rounds(out, cell.rounds, alive=lambda: True, timeout=900)
+            row = {**seen.row(cell, began), "join_s": joined}
+            result = made.wait(out)
+            meter = made.finished(number)["network-traffic"]
+            row["counted"] = sum(result["bytes"]["by_kind"].values())
+            row["metered"] = meter["inbound-bytes"] + meter["outbound-bytes"]
+            # Every round brings the adapter down and an update up; at the end it comes down once more to be measured.
+            row["metered_ratio"] = row["metered"] / (cell.payload * cell.sites * (2 * cell.rounds + 1))
+            yield row
+
+
+def nvflare(cell: Cell, folder: Path, python: str) -> Row:
+    """Its simulator with clients that only answer: there is nothing to subtract."""
+    seen = Watch(environment_of(folder))
+    environment = {key: value for key, value in seen.environment.items() if key not in (CLOCK, "PYTHONPATH")}
+    script = str(ROOT / "benchmarks" / "engine_nvflare.py")
+    command = [python, script, "server", str(cell.sites), str(cell.rounds), str(cell.payload), str(folder.resolve())]
+    environment["ENGINE_BEGAN"] = repr(time.time())
+    with (
+        running(command, environment, folder / "log") as process,
+        seen.memory(lambda words: "nvflare.private.fed.app.simulator.simulator" in words),
+    ):
+        if process.wait(600):
+            raise RuntimeError(f"NVFlare: {(folder / 'log').read_text(errors='replace')[-400:]}")
+    found = json.loads((folder / "log").read_text(errors="replace").strip().splitlines()[-1])
+    return {
+        **head(cell),
+        "apart_s": statistics.median(found["round_s"][1:]),
+        "apart_worst_s": max(found["round_s"][1:]),
+        "round_s": statistics.median(found["round_s"][1:]),
+        "start_s": found["start_s"],
+        "peak_mb": seen.peak_pss / 1e6,
+        "server_mb": max(seen.server_peaks.values(), default=0) / 1e6 or None,  # its starter has the same name
+        "payload": cell.payload,
+    }
+
+
+@contextmanager
+def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program and all that it starts, ended at the end by the mark in their environment."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=log.parent,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        while left := marked(environment[MARK]):
+            for pid in left:
+                try:
+                    os.kill(pid, 9)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.1)
+        process.wait(10)
+
+
+def marked(mark: str) -> dict[int, list[str]]:
+    """Command lines of the living processes of a cell."""
+    wanted, found = f"{MARK}={mark}".encode(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if wanted in (path / "environ").read_bytes().split(b"\0"):
+                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+                words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                if state != "Z":
+                    found[int(path.name)] = words
+        except OSError:
+            continue  # it has ended, or is somebody else's
+    return found
+
+
+def _forget_peak(pid: int) -> None:
+    """Let the peak of a process begin anew: a SuperLink has had other runs."""
+    try:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    except OSError:
+        return  # gone, or not ours: its peak counts from its start
+
+
+def _kilobytes(pid: int, file: str, key: str) -> int:
+    """A line of /proc in kB, as bytes; 0 where the process is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
+
+
+def measure(cells: Sequence[Cell], folder: Path, *, nvflare_python: str = sys.executable) -> Generator[Row, None, None]:
+    """The rows of cells of one engine; those of a deployment share it. Raises what went wrong."""
+    fleet = cells[0].fleet
+    if fleet in ("warm", "stock"):
+        yield from deployed(cells, folder)
+        return
+    for cell in cells:
+        own = folder / f"rank-{cell.rank}"
+        yield nvflare(cell, own, nvflare_python) if fleet == "nvflare" else one_machine(cell, own)

@@ -1,0 +1,118 @@
+"""How long a round takes over a slow line, from bytes and the line alone: what `fluvial check` predicts.
+
+The engine's own constants were measured on Flower 1.41 without a line (`python -m benchmarks.engine --part link`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Line(BaseModel):
+    """The line between a site and the server; what `fluvial check` predicts a round's time from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    up_mbit_s: float = Field(gt=0)
+    """From the site, in 10^6 bits a second."""
+    down_mbit_s: float = Field(gt=0)
+    rtt_ms: float = Field(ge=0)
+    """There and back."""
+    loss: float = Field(0.0, ge=0, lt=0.5)
+    """Share of the packets that do not arrive, in each direction."""
+    shared: bool = False
+    """One line for all sites, as when it is the server's own; else each has its own."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a round costs where the line is none, and how Flower 1.41 uses a line."""
+
+    fixed_s: float = 4.5
+    """A round of a small payload without training: the node's sleep of 3 s, its steps of 0.5 s, one fork."""
+    s_per_mb: float = 0.05
+    """Packing, hashing and copying at both ends, for each MB of one site, up and down together."""
+    exchanges: int = 4
+    """Requests of one round and site that wait for each other: poll, receipt, announcement of the answer, and a poll in
+    vain before the sleep; what moves objects comes on top."""
+    small_objects: int = 5
+    """Requests for what surrounds the chunks of a message: Flower sends each part of it by a request of its own."""
+    kept_s: float = 5.0
+    """A connection that was idle for longer is opened anew: two round trips."""
+    connections: int = 2
+    """Objects in flight at a time."""
+    chunk: int = 5 * 1024 * 1024
+    """Bytes of the largest object."""
+
+
+MSS = 1448
+"""Bytes of data in a packet of 1,500."""
+WIRE = 1500 / MSS
+"""Bytes on the line for each byte of data."""
+FIRST_WINDOW = 10
+"""Packets of a new or rested connection (RFC 6928)."""
+
+
+FLOWER = Engine()
+
+
+def round_s(down: int, up: int, *, sites: int, line: Line, engine: Engine = FLOWER, train_s: float = 0.0) -> float:
+    """Seconds of a round in which each of `sites` is sent `down` bytes and answers with `up`, after training `train_s`.
+
+    Sites are alike and work side by side, so the round is that of one site, with its share of a line that is shared:
+
+        fixed + MB * s_per_mb + train + rtt * exchanges + objects(down) + objects(up)
+    """
+    rtt_s, sharing = line.rtt_ms / 1e3, sites if line.shared else 1
+    reopened = 2 if train_s > engine.kept_s else 0
+    return (
+        engine.fixed_s
+        + (down + up) / 1e6 * engine.s_per_mb
+        + train_s
+        + rtt_s * (engine.exchanges + reopened)
+        + objects_s(down, line.down_mbit_s / sharing, line, engine)
+        + objects_s(up, line.up_mbit_s / sharing, line, engine)
+    )
+
+
+def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
+    """Seconds in which all objects of a message pass, `connections` at a time.
+
+    While one chunk passes, the small objects pass on the other connection; after several chunks they are still to come.
+    """
+    rtt_s, chunks = line.rtt_ms / 1e3, math.ceil(size / engine.chunk)
+    moving = transfer_s(size, mbit_s, line, engine)
+    if chunks < engine.connections:
+        return max(rtt_s + moving, rtt_s * engine.small_objects / (engine.connections - chunks))
+    return moving + rtt_s * math.ceil((chunks + engine.small_objects) / engine.connections)
+
+
+def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
+    """Seconds beyond one round trip in which `size` bytes arrive over a line of `mbit_s`.
+
+    As Cardwell, Savage and Anderson, "Modeling TCP Latency", INFOCOM 2000: the window doubles until the line is full or
+    the first packet is lost; from then on a connection has the mean rate that Mathis et al. (1997) give for random
+    loss, MSS / rtt * sqrt(3 / 2p); cubic keeps to it where its own is lower (RFC 9438, 4.3). Two objects travel at a
+    time.
+    """
+    streams = max(1, min(engine.connections, math.ceil(size / engine.chunk)))
+    rtt_s, packets = line.rtt_ms / 1e3, math.ceil(size / MSS / streams)
+    full = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
+    """Packets a second of one stream."""
+
+    def climb(count: float) -> float:
+        """Seconds until `count` packets have left without a loss."""
+        seconds, sent, window = 0.0, 0.0, float(FIRST_WINDOW)
+        while sent + window < count and window < full * rtt_s:
+            seconds, sent, window = seconds + rtt_s, sent + window, 2 * window
+        return seconds + (count - sent) / full
+
+    if not line.loss or not rtt_s:
+        return climb(packets)
+    whole = (1 - line.loss) ** packets
+    """Chance that nothing is lost."""
+    early = 1 / line.loss - packets * whole / (1 - whole)  # mean place of the first loss, if there is one
+    rate = min(full, math.sqrt(1.5 / line.loss) / rtt_s)
+    lossy = climb(early) + rtt_s + (packets - early) / rate
+    return whole * climb(packets) + (1 - whole) * max(lossy, climb(packets))
