@@ -66,8 +66,11 @@ class FakeGrid:
     ready: dict[str, list[Message]] = field(default_factory=dict)
     stray: list[Message] = field(default_factory=list)
     """Delivered with the next replies, whatever was asked for."""
+    taken: dict[str, Message] = field(default_factory=dict)
+    """Messages whose replies were handed out."""
     seen: list[tuple[int, Header, bytes]] = field(default_factory=list)
     greet: Callable[[int], RecordDict | None] | None = None
+    pushed: dict[str, Message] = field(default_factory=dict)
     half: str = ""
     """A site whose reply is shown before it is there; whoever asks for it waits."""
     there: threading.Event = field(default_factory=threading.Event)
@@ -99,10 +102,17 @@ class FakeGrid:
                 found = self.answer(self.nodes[node], read, wire)
             if found is not None:
                 self.ready[number] = [reply(found, message)]
+                self.pushed[number] = message
         return given
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
-        found = [each for number in numbers for each in self.ready.pop(number, [])]
+        found = []
+        for number in numbers:
+            if number in self.taken:
+                found.append(reply(Error(3, "the requested message could not be found"), self.taken[number]))
+            elif number in self.ready:
+                found += self.ready.pop(number)
+                self.taken[number] = self.pushed[number]
         if any(self.nodes.get(each.metadata.src_node_id) == self.half for each in found):
             self.there.wait(30)
         stray, self.stray = self.stray, []
@@ -523,6 +533,8 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(form: str, 
 
 INTERNAL = {
     "flwr.app": ("Message",),
+    "flwr.common.constant": ("ErrorCode",),
+    "flwr.serverapp": ("Grid",),
     "flwr.proto.runtime_pb2": ("AcquireTaskRequest",),
     "flwr.supercore.constant": ("TaskType",),
     "flwr.supercore.heartbeat": ("HeartbeatSender", "make_task_heartbeat_fn_http"),
@@ -531,28 +543,30 @@ INTERNAL = {
     "flwr.supercore.runtime": ("RuntimeHttpClient",),
     "flwr.supernode.runtime.run_clientapp": ("pull_task_input", "push_message", "push_task_output"),
 }
-"""What executor.py takes from Flower, most of it from inside; another release may have moved it."""
+"""What executor.py and inbox.py take from Flower, most of it from inside; another release may have moved it."""
 
 
-def test_flowers_inside_is_where_the_executor_looks_for_it() -> None:
+def test_flowers_inside_is_where_we_look_for_it() -> None:
     from importlib.metadata import version
 
     assert version("flwr").startswith("1.41.")
     for module, names in INTERNAL.items():
         for name in names:
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+    from flwr.common.constant import ErrorCode
     from flwr.supercore.constant import TaskType
     from flwr.supercore.runtime import RuntimeHttpClient
 
     assert hasattr(TaskType, "CLIENT_APP")
+    assert ErrorCode.MESSAGE_UNAVAILABLE == 3
     assert hasattr(RuntimeHttpClient, "AcquireTask")
     assert hasattr(RuntimeHttpClient, "from_server_address")
 
 
-def test_the_executor_takes_nothing_else_from_flower() -> None:
-    from fluvial.flower import executor
+def test_nothing_else_is_taken_from_flowers_inside() -> None:
+    from fluvial.flower import executor, inbox
 
-    lines = Path(executor.__file__).read_text()
+    lines = Path(executor.__file__).read_text() + Path(inbox.__file__).read_text()
     found = {
         module: tuple(name.strip() for name in names.split(","))
         for module, names in re.findall(r"from (flwr[\w.]*) import ([\w, ]+)", lines)

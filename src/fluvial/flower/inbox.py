@@ -2,7 +2,7 @@
 
 Flower shows a reply as soon as its upload begins, hands it out once, and then waits for the rest of it: as long as a
 thin link takes, and for minutes where the site died. So the waiting is done in threads, and where all of them wait,
-another goes on asking.
+another goes on asking. To whoever asks second for the same reply Flower says that there is no such message.
 """
 
 import queue
@@ -11,6 +11,7 @@ import time
 from itertools import count
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 _THREADS = 32
@@ -31,8 +32,10 @@ class Inbox:
         self._watched: dict[str, None] = {}
         self._changed = threading.Condition()
         self._turn = count()
-        self._asking: dict[int, float] = {}
-        """By thread, since when it has been waiting for an answer of the grid."""
+        self._asking: dict[int, tuple[float, frozenset[str]]] = {}
+        """By thread, since when it has been waiting for an answer of the grid, and what it asked for."""
+        self._held: set[str] = set()
+        """Messages whose replies a thread has that is still waiting for the rest."""
         self._threads = 0
         self._found: queue.Queue[Message | Exception] = queue.Queue(_AHEAD)
 
@@ -62,7 +65,7 @@ class Inbox:
         """Start a thread where none asks: at first, and when all wait for uploads."""
         now = time.monotonic()
         with self._changed:
-            waiting = sum(now - since > _STUCK_S for since in self._asking.values())
+            waiting = sum(now - since > _STUCK_S for since, _ in self._asking.values())
             if self._watched and waiting == self._threads < _THREADS:
                 self._threads += 1
                 threading.Thread(target=self._ask, daemon=True, name=f"inbox-{self._threads}").start()
@@ -71,12 +74,11 @@ class Inbox:
         own = threading.get_ident()
         while True:
             with self._changed:
-                while not self._watched:
+                while not (numbers := [number for number in self._watched if number not in self._held]):
                     self._changed.wait()
-                numbers = list(self._watched)
                 groups = min(_GROUPS, len(numbers))
                 mine = numbers[next(self._turn) % groups :: groups]
-                self._asking[own] = time.monotonic()
+                self._asking[own] = time.monotonic(), frozenset(mine)
             found: list[Message | Exception]
             try:
                 found = list(self._grid.pull_messages(mine))
@@ -84,10 +86,22 @@ class Inbox:
                 found = [error]
             with self._changed:
                 del self._asking[own]
-                for each in found:
-                    if isinstance(each, Message):
-                        self._watched.pop(each.metadata.reply_to_message_id, None)
+                self._held.difference_update(mine)
+                found = [each for each in found if isinstance(each, Exception) or self._counts(each)]
+                self._changed.notify_all()
             for each in found:
                 self._found.put(each)
             if not found:
                 time.sleep(self._poll_s)
+
+    def _counts(self, reply: Message) -> bool:
+        """Whether this is the reply to a message, and not the news that another thread has it."""
+        number = reply.metadata.reply_to_message_id
+        if reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE:
+            if number not in self._watched:
+                return False
+            if any(number in numbers for _, numbers in self._asking.values()):
+                self._held.add(number)
+                return False
+        self._watched.pop(number, None)
+        return True
