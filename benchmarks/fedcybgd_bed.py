@@ -150,9 +150,7 @@ CONTENDERS = (
     Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
     Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
     Contender("fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2),
-    Contender(
-        f"{OURS}, embeddings and norm too", GROUPED | {"extra": ["embeddings", "norm"]}, codec=_hadamard(16), tier=2
-    ),
+    Contender(f"{OURS}, embeddings too", GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
     Contender(
         "lora r 8 int8, more rounds to bytes of fedcybgd int8",
         {"name": "fedavg"},

@@ -3,6 +3,7 @@
 import itertools
 import weakref
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from fluvial.methods.fedcybgd.memory import (
     subset_size,
     visit_bytes,
 )
-from fluvial.methods.fedcybgd.schedule import Order, assignment, groups
+from fluvial.methods.fedcybgd.schedule import Order, assignment, groups, wall_clock
 from fluvial.models import LoraSettings, tuned_layout
 from fluvial.tensors import Layout
 from fluvial.train import TrainConfig, train
@@ -357,6 +358,19 @@ def test_a_pair_trains_its_block_from_the_same_state() -> None:
     assigned = assignment("pairs", clients=8, blocks=4, cycle=0, seed=0)
     assert groups(assigned, parallel=1, together=True) == [[0, 4], [1, 5], [2, 6], [3, 7]]
     assert groups(assigned, parallel=2, together=True) == [[0, 4, 2, 6], [1, 5, 3, 7]]
+
+
+def test_the_time_of_a_cycle_is_what_the_page_says() -> None:
+    assigned = assignment("latin", clients=8, blocks=4, cycle=0, seed=0)
+    even = [60.0] * 8
+    slow = [300.0 if client == 3 else 60.0 for client in range(8)]
+    made = {"FedAvg, all at once": [list(range(8))]}
+    made |= {f"FedCyBGD, `parallel = {n}`": groups(assigned, parallel=n, together=False) for n in (1, 2, 4)}
+    made |= {f"FedBAvg, `parallel = {n}`": groups(assigned, parallel=n, together=True) for n in (1, 4)}
+    page = (Path(__file__).parents[1] / "docs" / "methods" / "fedcybgd.md").read_text()
+    for name, visits in made.items():
+        times = wall_clock(visits, even), wall_clock(visits, slow), wall_clock(visits, slow, deadline_s=120)
+        assert f"| {name} | {len(visits)} | " + " | ".join(f"{each:g}" for each in times) + " |\n" in page, name
 
 
 # -- bytes and memory -------------------------------------------------------------------------------------------------

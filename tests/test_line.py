@@ -61,13 +61,27 @@ def test_check_predicts_a_round_from_the_bytes_that_it_predicts(run_config: dict
     assert [row for row in found["rows"] if row is not None and "fleet.line" not in row["what"]] == silent["rows"]
 
 
-def test_a_method_whose_bytes_are_its_own_gets_no_time(run_config: dict[str, Any]) -> None:
+def test_visits_that_wait_for_each_other_take_their_time_one_after_another(run_config: dict[str, Any]) -> None:
     table = {key: value for key, value in run_config.items() if key != "lora"}
     line = {"up_mbit_s": 1, "down_mbit_s": 20, "rtt_ms": 100}
-    table |= {"tune": "full", "method": {"name": "fedcybgd"}, "fleet": {"line": line}}
+    table |= {"tune": "full", "fleet": {"line": line}, "data": run_config["data"] | {"heldout_share": 0.2}}
+    seconds = []
+    for parallel in (1, 3):
+        method = {"name": "fedcybgd", "parallel": parallel, "layers_per_block": 1}
+        rows = plan(parse(table | {"method": method}, "test"))["rows"]
+        words = next(row["value"] for row in rows if "fleet.line" in row["what"])
+        seconds.append(float(words.split()[0]))
+        assert f"of up to {min(parallel, 2)} visits at once" in words  # there are two blocks
+    assert seconds[0] > seconds[1]
+
+
+def test_a_method_whose_bytes_are_its_own_gets_no_time(run_config: dict[str, Any]) -> None:
+    table = run_config | {"method": {"name": "ecolora"}}
+    table["fleet"] = {"line": {"up_mbit_s": 1, "down_mbit_s": 20, "rtt_ms": 100}}
+    table.pop("codec", None)
     found = plan(parse(table, "test"))
     assert found["round_over_line_s"] is None
-    assert "fleet.line: no time is predicted for method 'fedcybgd'" in found["notes"]
+    assert "fleet.line: no time is predicted for method 'ecolora'" in found["notes"]
 
 
 @pytest.mark.parametrize("line", [{"up_mbit_s": 0}, {"rtt_ms": -1}, {"loss": 0.5}, {"speed": 3}])

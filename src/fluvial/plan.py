@@ -64,7 +64,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     ]
     forecast = config.entry.forecast
     if forecast is not None:
-        rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds))
+        rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds, config.fleet.line))
     else:
         rows += [
             ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else absent),
@@ -129,7 +129,7 @@ def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
         notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
     elif must_learn(config.coding):
         notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
-    if config.fleet.line is not None and (config.entry.sends != "codec" or config.entry.forecast is not None):
+    if config.fleet.line is not None and config.entry.sends != "codec":
         notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
     iterations = getattr(config.coding, "iterations", None)
     if iterations:

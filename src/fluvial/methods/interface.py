@@ -11,6 +11,7 @@ from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import Example
 from fluvial.fleet import Fleet
+from fluvial.line import Line
 from fluvial.models import Workbench
 from fluvial.payload import Payload
 from fluvial.sites import Task, part
@@ -74,6 +75,8 @@ class Forecast:
     """Bytes of a value of the base."""
     sites: int
     rounds: int
+    line: Line | None
+    """Of a site to the server, if the configuration knows it."""
 
 
 Tune = Literal["lora", "full"]

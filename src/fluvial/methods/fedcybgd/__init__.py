@@ -14,6 +14,7 @@ from torch import nn
 from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
+from fluvial.line import round_s
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
 from fluvial.methods.fedcybgd.memory import (
@@ -30,6 +31,7 @@ from fluvial.methods.fedcybgd.memory import (
     visit_bytes,
 )
 from fluvial.methods.fedcybgd.proxy import Anatomy
+from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Method
@@ -79,13 +81,26 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
     down = visit_bytes(sizes, form, width=width).down
     used = client_memory(sizes, OnDisk(form) if config.hold == "disk" else form, width=width)
     adapter = any(factor(name) for name in layout.names)
-    return [
+    rows = [
         ("blocks", f"{len(parts)} of up to {sizes.block:,} values"),
         ("in no block, never trained", f"{parts.fixed.numel:,}"),
         ("down to a site in a cycle", f"about {down:,} B as {config.download.form!r}"),
         ("down, whole run", f"about {down * known.sites * known.rounds:,} B to all sites"),
         ("memory of a site", f"{used.visit():,} B and activations{' and the base' if adapter else ''}"),
     ]
+    if known.line is not None:
+        assigned = assignment(config.order, clients=known.sites, blocks=len(parts), cycle=0, seed=0)
+        visits = groups(assigned, parallel=config.parallel, together=config.merging != "sequential")
+        widest = max(map(len, visits))
+        each = round_s(down, known.frame, sites=widest, line=known.line)
+        whole = wall_clock(visits, [each] * known.sites)
+        rows.append(
+            (
+                "a cycle over fleet.line, over Flower",
+                f"{whole:.1f} s and the time of training: {len(visits)} in turn, of up to {widest} visits at once",
+            )
+        )
+    return rows
 
 
 def _form(config: FedCyBgdConfig, known: Forecast, blocks: int) -> Form:

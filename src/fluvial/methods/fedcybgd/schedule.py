@@ -65,6 +65,11 @@ def groups(assigned: Sequence[int], *, parallel: int, together: bool) -> list[li
     return made
 
 
+def wall_clock(groups: Sequence[Sequence[int]], seconds: Sequence[float], *, deadline_s: float = math.inf) -> float:
+    """Seconds of a cycle in which client c takes `seconds[c]`: a group waits for its slowest, or until the deadline."""
+    return sum(min(max(seconds[client] for client in group), deadline_s) for group in groups)
+
+
 def _sweeps(units: Sequence[list[int]], assigned: Sequence[int]) -> list[list[list[int]]]:
     """Runs of units in order, as long as no block comes twice in one."""
     sweeps: list[list[list[int]]] = []
