@@ -454,7 +454,7 @@ def test_another_authority(guarded: Deployment, tmp_path: Path, row: Row) -> Non
     guarded.make_site("astray")
     certificates.make_authority(tmp_path)
     (guarded.site("astray") / "ca.crt").write_bytes((tmp_path / "ca.crt").read_bytes())
-    line, seen = knocks(guarded, "astray", "CERTIFICATE_VERIFY_FAILED|certificate verify failed")
+    line, seen = knocks(guarded, "astray", "does not hold: ")
     row("a server whose certificate another authority signed", "refused, with the reason", line, seen)
 
 
@@ -464,7 +464,7 @@ def test_plain_text(guarded: Deployment, row: Row) -> None:
     path = guarded.site("plain") / "site.toml"
     kept = [line for line in path.read_text().splitlines() if not line.startswith(("ca ", "key "))]
     path.write_text("\n".join(kept) + "\n")
-    line, seen = knocks(guarded, "plain", "disconnected|RemoteProtocolError|ended with code|attempt failed")
+    line, seen = knocks(guarded, "plain", "speaks TLS")
     row("a plain-text site at a server with TLS", "refused, with the reason", line, seen)
 
 
