@@ -31,6 +31,7 @@ from benchmarks.codecs_bed import SOURCE, Cache, half_width
 from benchmarks.fedcybgd_bed import (
     CELLS,
     CONTENDERS,
+    EMBEDDINGS,
     FEDBAVG,
     INT8,
     LATIN,
@@ -38,6 +39,7 @@ from benchmarks.fedcybgd_bed import (
     OURS,
     QUICK_NAMES,
     REFERENCE,
+    WIDE,
     Bed,
     Cell,
     Contender,
@@ -192,7 +194,7 @@ def claims(rows: Sequence[Row], report: Report) -> list[Claim]:
         here = {row["contender"]: row for row in rows if row["cell"] == cell and row["seeds"]}
         if REFERENCE not in here:
             continue
-        for name in (OURS, INT8):
+        for name in (OURS, INT8, EMBEDDINGS, WIDE):
             if name in here:
                 row, title = here[name], f"{cell}: {name}"
                 found += [

@@ -118,6 +118,7 @@ class Contender:
 
 REFERENCE, INT8, OURS, LORA = "fed-full", "fedcybgd int8", "fedcybgd hadamard 1/16", "lora r 8, equal passes"
 FEDBAVG, CYCLIC, CENTRAL = "fedbavg int8", "central cyclic", "central"
+EMBEDDINGS, WIDE = f"{OURS}, embeddings too", f"{OURS}, embeddings too, two layers a block"
 LATIN: Table = {"name": "fedcybgd", "order": "latin"}
 GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
 """As configs/fedcybgd.toml, with the rest of the model on disk."""
@@ -150,7 +151,8 @@ CONTENDERS = (
     Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
     Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
     Contender("fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2),
-    Contender(f"{OURS}, embeddings too", GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
+    Contender(EMBEDDINGS, GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
+    Contender(WIDE, GROUPED | {"extra": ["embeddings"], "layers_per_block": 2}, codec=_hadamard(16), tier=2),
     Contender(
         "lora r 8 int8, more rounds to bytes of fedcybgd int8",
         {"name": "fedavg"},
