@@ -366,6 +366,43 @@ def block_compute() -> str:
     return listing("fedcybgd_compute.json", "compute", {key: key.replace("_", " ") for key in keys}, "")
 
 
+def engine_rounds() -> str:
+    """Rounds on five engines."""
+    columns = {
+        "what": "engine",
+        "payload_mb": "payload, MB",
+        "sites": "sites",
+        "apart_s": "s a round, training apart",
+        "apart_worst_s": "worst",
+        "start_s": "s to the first round's end",
+        "peak_mb": "peak memory of all, MB",
+        "server_mb": "of the server, MB",
+        "bytes_up": "up, B a site",
+        "metered_ratio": "Flower's meter, of the payloads",
+    }
+    words = "Two CPU cores, everything on one machine; what each column is, `python -m benchmarks.engine --help` says."
+    return listing("engine_rounds.json", "rounds", columns, words)
+
+
+def engine_line() -> str:
+    """Rounds over a slow line, predicted and measured."""
+    columns = {
+        "link": "line",
+        "payload_mb": "payload, MB each way",
+        "round_s": "s a round",
+        "fastest_s": "fastest",
+        "slowest_s": "slowest",
+        "predicted_s": "`fluvial check`, with training as measured",
+        "off": "off",
+        "fitted_s": "with this run's own constants",
+    }
+    words = (
+        "Two warm sites behind an emulated line (packets through TUN devices between network namespaces, TCP Reno); "
+        "`none` is without."
+    )
+    return listing("engine_link.json", "link", columns, words)
+
+
 TABLES = {
     "README.md": {"results": quickstart},
     "docs/methods/cgfedllm.md": {"gate": gate, "loss": loss, "parts": parts},
@@ -377,6 +414,7 @@ TABLES = {
     },
     "docs/codecs.md": {"distortion": distortion, "target": target, "speed": speed},
     "docs/architecture.md": {"overhead": overhead},
+    "docs/deploy.md": {"rounds": engine_rounds, "line": engine_line},
 }
 
 
