@@ -189,6 +189,9 @@ class Deployment:
             assert time.monotonic() < until, f"{who} has no {role}: {self.pids(who)}"
             time.sleep(0.01)
         os.kill(pid, number)
+        for process in self._started.values():
+            if process.pid == pid and number == signal.SIGKILL:
+                process.wait(10)
         return pid
 
     def end(self, who: str, *, gently: bool = True) -> None:
