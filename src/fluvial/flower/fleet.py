@@ -166,7 +166,7 @@ class FlowerFleet(Policy):
 
     def _tell_again(self, turn: _Turn) -> None:
         """Greet a site again that does not know the run."""
-        del self._nodes[turn.site]
+        self._nodes.pop(turn.site, None)
         self._looked, turn.told = float("-inf"), True
 
     def _may_come(self, turn: _Turn) -> bool:
