@@ -171,6 +171,11 @@ def _fleet(module: ModuleType) -> None:
     module.Policy.failed = noted
 
 
+def _deploy(module: ModuleType) -> None:
+    clock, ahead = module._clock, float(os.environ.get(SKEW, "0"))
+    module._clock = lambda: clock() + ahead  # type: ignore[attr-defined]
+
+
 def _date(module: ModuleType) -> None:
     import datetime
 
@@ -195,6 +200,7 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.train": _train,
     "fluvial.fleet": _fleet,
     "fluvial.checkpoint": _checkpoint,
+    "fluvial.flower.deploy": _deploy,
     "fluvial.flower.executor": _executor,
     "fluvial.flower.server": _server,
     "flwr.supernode.runtime.run_clientapp": _runtime,

@@ -1,5 +1,6 @@
 """Certificates of a deployment: the company's own, those made here, and what an operator is told of them."""
 
+import email.utils
 import fcntl
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,21 @@ def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
     for number in ("91", "17"):
         deploy._name(tmp_path, "runs", number, "run")
     assert deploy.newest(tmp_path) == 17
+
+
+def test_clocks_that_differ_are_told_before_flower_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "_clock", lambda: 1_000_000.0)
+
+    def date(ahead: float) -> str:
+        return email.utils.formatdate(1_000_000.0 - ahead, usegmt=True)
+
+    for ahead in (0, 4, -300):
+        deploy._compare_clocks(date(ahead), "there:1")
+    deploy._compare_clocks(None, "there:1")
+    with pytest.raises(ConfigError, match="clock is 60 s ahead of that of the server at there:1"):
+        deploy._compare_clocks(date(60), "there:1")
+    with pytest.raises(ConfigError, match="clock is 400 s behind"):
+        deploy._compare_clocks(date(-400), "there:1")
 
 
 def test_a_site_runs_once(tmp_path: Path) -> None:

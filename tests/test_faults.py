@@ -488,12 +488,12 @@ def test_certificate_out_of_time(when: str, guarded: Deployment, row: Row) -> No
     row(fault[when], "refused, with the reason", line, seen)
 
 
-@pytest.mark.parametrize("seconds", [120, 3600])
+@pytest.mark.parametrize("seconds", [20, 3600])
 def test_clock_skew(seconds: int, guarded: Deployment, row: Row) -> None:
     """A site signs the time of every request; the server takes what is at most 5 s ahead or 305 s behind."""
     name = f"ahead-{seconds}"
     guarded.make_site(name)
-    line, seen = knocks(guarded, name, "ended with code|Timestamp|UNAUTHENTICATED|401|305", ahead_s=seconds)
+    line, seen = knocks(guarded, name, r"clock is \d+ s ahead of", ahead_s=seconds)
     row(f"clock skew: a site {seconds} s ahead", "refused, with the reason", line, seen)
 
 

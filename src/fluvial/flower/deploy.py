@@ -4,7 +4,9 @@ server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.d
 site folder     site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
 """
 
+import email.utils
 import fcntl
+import http.client
 import json
 import os
 import shutil
@@ -30,6 +32,8 @@ from fluvial.station import SiteFile, read_site_file
 
 _SETTINGS = QUIET | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """Nor an installation while a run runs."""
+AHEAD_S, BEHIND_S = 5.0, 305.0
+"""Flower refuses the signature of a site whose clock is further from the server's."""
 WARN_DAYS = 30
 """Before a certificate ends, the server says so when it starts."""
 _CONNECTION = "fluvial"
@@ -350,7 +354,7 @@ def _watch_certificate(server: ServerFile) -> None:
 
 
 def _try_connection(site: SiteFile) -> None:
-    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, or a certificate that is not valid."""
+    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, a bad certificate or clock."""
     host, port = _address(site.server)
     for path in (site.ca, site.key):
         if path is not None and not path.exists():
@@ -358,16 +362,16 @@ def _try_connection(site: SiteFile) -> None:
     context = ssl.create_default_context(cafile=site.ca)
     if site.ca is None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(host, port, timeout=5, context=context)
     try:
-        with (
-            socket.create_connection((host, port), timeout=5) as raw,
-            context.wrap_socket(raw, server_hostname=host),
-        ):
-            if site.ca is None:
-                raise ConfigError(
-                    f"the server at {site.server} speaks TLS; get its ca.crt and name it in site.toml, or make the "
-                    "site again with --ca"
-                )
+        connection.connect()
+        if site.ca is None:
+            raise ConfigError(
+                f"the server at {site.server} speaks TLS; get its ca.crt and name it in site.toml, or make the "
+                "site again with --ca"
+            )
+        connection.request("HEAD", "/")
+        _compare_clocks(connection.getresponse().getheader("Date"), site.server)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
             f"the certificate of the server at {site.server} does not hold: {error.verify_message}; checked with "
@@ -379,8 +383,26 @@ def _try_connection(site: SiteFile) -> None:
                 f"the server at {site.server} does not speak TLS ({error.reason}); if it was made with --insecure, "
                 "make the site so too"
             ) from None
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return  # the server is not there yet; the site goes on trying
+    finally:
+        connection.close()
+
+
+def _compare_clocks(theirs: str | None, server: str) -> None:
+    """Raise `ConfigError` where Flower would take no signature of ours, because it covers the time."""
+    if theirs is None:
+        return
+    ahead = _clock() - email.utils.parsedate_to_datetime(theirs).timestamp()
+    if not -BEHIND_S < ahead < AHEAD_S:
+        raise ConfigError(
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of the server at "
+            f"{server}; Flower takes {AHEAD_S:g} s ahead and {BEHIND_S:g} s behind, so set both by NTP"
+        )
+
+
+def _clock() -> float:
+    return time.time()
 
 
 def _free_port() -> int:
