@@ -172,8 +172,8 @@ def _fleet(module: ModuleType) -> None:
 
 
 def _deploy(module: ModuleType) -> None:
-    clock, ahead = module._clock, float(os.environ.get(SKEW, "0"))
-    module._clock = lambda: clock() + ahead  # type: ignore[attr-defined]
+    ahead = float(os.environ.get(SKEW, "0"))
+    module._clock = lambda: time.time() + ahead  # type: ignore[attr-defined]
 
 
 def _date(module: ModuleType) -> None:
