@@ -171,11 +171,6 @@ def _fleet(module: ModuleType) -> None:
     module.Policy.failed = noted
 
 
-def _deploy(module: ModuleType) -> None:
-    ahead = float(os.environ.get(SKEW, "0"))
-    module._clock = lambda: time.time() + ahead  # type: ignore[attr-defined]
-
-
 def _date(module: ModuleType) -> None:
     import datetime
 
@@ -200,7 +195,6 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.train": _train,
     "fluvial.fleet": _fleet,
     "fluvial.checkpoint": _checkpoint,
-    "fluvial.flower.deploy": _deploy,
     "fluvial.flower.executor": _executor,
     "fluvial.flower.server": _server,
     "flwr.supernode.runtime.run_clientapp": _runtime,
