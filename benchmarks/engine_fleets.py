@@ -1,8 +1,8 @@
 """One run on one engine for `benchmarks.engine`, watched from outside: rounds, training, memory, bytes.
 
 The model and its steps are the same on all engines: the package's small Llama, one step on one sequence of 32 tokens
-at each site and round. Only the rank of its adapter grows with the payload: rank 1 is 16,384 bytes of fp32, which an
-identity codec sends as they are. Sites differ in their text and so in every answer.
+at each site and round. The rank of its adapter grows with the payload, which an identity codec sends as it is; where
+the model is too small for that rank, a wider one has random weights. Sites differ in their text, so in every answer.
 """
 
 import json
@@ -18,8 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
 from benchmarks.report import Row
+from fluvial.models import ModelConfig, load_tokenizer
 from tests import flower_lab
 
 ROOT = Path(__file__).parents[1]
@@ -31,14 +35,20 @@ NAMES = {
     "stock": "Flower deployed, stock",
     "nvflare": "NVFlare 2.9 simulator",
 }
-BYTES_OF_A_RANK = 4 * 16 * (128 + 128)
-"""fp32; q, k, v and o of four layers, hidden size 128."""
+SHAPES = ((4, 128), (4, 512), (8, 1024))
+"""Layers and hidden size: the package's model, and two with random weights for adapters that it cannot have."""
 MARK = "ENGINE_MARK"
 """In the environment of every process of a cell."""
 SAMPLE_S = 0.5
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 SERVERS = ("flower-superlink", "flwr-serverapp")
 """Programs that are the server of a deployment."""
+
+
+def bytes_of_a_rank(shape: tuple[int, int]) -> int:
+    """fp32; q, k, v and o of all layers."""
+    layers, hidden = shape
+    return 4 * 4 * layers * (hidden + hidden)
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,22 @@ class Cell:
     rounds: int
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and hidden size of the smallest model that an adapter of this size fits."""
+        return next(shape for shape in SHAPES if self._rank(shape) <= shape[1])
+
+    @property
     def rank(self) -> int:
         """Of the adapter."""
-        return max(1, round(self.payload_mb * 1e6 / BYTES_OF_A_RANK))
+        return self._rank(self.shape)
 
     @property
     def payload(self) -> int:
         """Bytes of the values that a site is sent, and answers with."""
-        return self.rank * BYTES_OF_A_RANK
+        return self.rank * bytes_of_a_rank(self.shape)
+
+    def _rank(self, shape: tuple[int, int]) -> int:
+        return max(1, round(self.payload_mb * 1e6 / bytes_of_a_rank(shape)))
 
     def __str__(self) -> str:
         return f"{NAMES[self.fleet]}, {self.payload_mb:g} MB, {self.sites} sites"
@@ -77,7 +95,9 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
         lines = [{"text": f"Site {number} writes line {line}: water flows on, stone {line * 7 + number} stays."}
                  for line in range(12)]  # fmt: skip
         (text / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    model = {} if cell.shape == SHAPES[0] else {"name_or_path": str(_model(cell.shape, folder))}
     return {
+        "model": model,
         "rounds": cell.rounds,
         "lora": {"r": cell.rank, "lora_dropout": 0.0},
         "data": {
@@ -92,6 +112,33 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
         "fleet": {"deadline_s": 600.0},
         "evaluate": {"sample_tokens": 1},
     }
+
+
+def _model(shape: tuple[int, int], folder: Path) -> Path:
+    """A Llama with random weights and the package's tokenizer, made once for a folder."""
+    layers, hidden = shape
+    path = folder.resolve() / f"model-{hidden}"
+    if not path.exists():
+        tokenizer = load_tokenizer(ModelConfig())
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden,
+                intermediate_size=64,
+                num_hidden_layers=layers,
+                num_attention_heads=8,
+                num_key_value_heads=8,
+                max_position_embeddings=64,
+                tie_word_embeddings=True,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    return path
 
 
 @dataclass

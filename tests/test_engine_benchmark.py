@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import engine
 from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
-from benchmarks.engine_fleets import BYTES_OF_A_RANK, ROOT, Cell, table_of
+from benchmarks.engine_fleets import ROOT, Cell, bytes_of_a_rank, table_of
 from benchmarks.engine_link import fitted
 from fluvial.config import parse
 from fluvial.line import Line, round_s
@@ -38,8 +38,12 @@ def test_the_payload_is_the_adapter(tmp_path: Path) -> None:
     cell = Cell("local", 1.0, 3, 2)
     config = parse(table_of(cell, tmp_path), "test")
     layout = tuned_layout(meta_base(config.model), config.adapter)
-    assert layout.raw_bytes == cell.payload == 61 * BYTES_OF_A_RANK
+    assert layout.raw_bytes == cell.payload == 61 * bytes_of_a_rank(cell.shape)
     assert abs(cell.payload / 1e6 - cell.payload_mb) < 0.01
+    for megabytes in (0.1, 10.0, 100.0):
+        wide = Cell("local", megabytes, 2, 2)
+        assert wide.rank <= wide.shape[1]
+        assert abs(wide.payload / 1e6 / megabytes - 1) < 0.02
 
 
 def test_the_grid_begins_with_what_is_cheap() -> None:
