@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("cryptography")
 
+from fluvial.config import RunConfig
 from fluvial.errors import ConfigError
 from fluvial.flower import certificates, deploy
 
@@ -98,7 +99,41 @@ def test_a_renewed_certificate_holds_for_the_sites_as_they_are(tmp_path: Path) -
         deploy.renew(tmp_path / "open")
 
 
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ('{"success": false, "error-message": "Connection to the SuperLink is unavailable"}', "is the server running"),
+        ('{"success": false, "error-message": "public key\\n already in use"}', "public key already in use"),
+        ("words", "words"),
+    ],
+)
+def test_what_flowers_command_did_not_do_is_an_error(
+    printed: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deploy.server_init(tmp_path / "server", address="127.0.0.1:9000")
+    (tmp_path / "north.pub").write_text("ecdsa KEY north")
+    monkeypatch.setattr(deploy, "_flwr", lambda *_: printed)
+    with pytest.raises(ConfigError, match=said):
+        deploy.register(tmp_path / "server", tmp_path / "north.pub")
+    with pytest.raises(ConfigError, match=said):
+        deploy.status(tmp_path / "server")
+    assert not (tmp_path / "server" / "names.json").exists()
+
+
+def test_a_run_is_not_submitted_where_it_cannot_begin(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no server"):
+        deploy.submit(RunConfig(), tmp_path / "none", out=tmp_path / "run")
+    deploy.server_init(tmp_path / "server", address="127.0.0.1:9000")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+        deploy.submit(RunConfig(), tmp_path / "server", out=tmp_path / "run")
+
+
 def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no server"):
+        deploy.newest(tmp_path)
+    deploy.server_init(tmp_path, address="127.0.0.1:9000")
     with pytest.raises(ConfigError, match="no run was submitted"):
         deploy.newest(tmp_path)
     for number in ("91", "17"):

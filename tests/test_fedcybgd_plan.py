@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fluvial.codecs.quantise import Int8Settings
 from fluvial.data import Example
 from fluvial.errors import ConfigError
+from fluvial.methods.fedcybgd import check
 from fluvial.methods.fedcybgd.blocks import Partition, partition
+from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.fedcybgd.memory import (
     Cache,
     Full,
@@ -168,6 +171,13 @@ def test_consecutive_layers_share_a_block_and_the_last_takes_what_is_left(
     assert [len(block.layers) for block in parts.blocks] == sizes
     assert [layer for block in parts.blocks for layer in block.layers] == list(range(12))
     assert parts.num_layers == 12
+
+
+def test_more_layers_in_a_block_than_there_are_is_refused() -> None:
+    layout = layout_of("llama")
+    check(FedCyBgdConfig(layers_per_block=12), Int8Settings(), layout)
+    with pytest.raises(ConfigError, match="layers_per_block=13: the model has 12 layers; choose at most as many"):
+        check(FedCyBgdConfig(layers_per_block=13), Int8Settings(), layout)
 
 
 @given(layers=st.integers(1, 130), layers_per_block=st.integers(1, 140))

@@ -308,6 +308,8 @@ def test_a_run_goes_on_under_its_name_and_never_with_other_sites(stand: Stand) -
     assert {header.run for _, header, _ in grid.seen} == {header.run for _, header, _ in other.seen}
     with pytest.raises(ConfigError, match="begun in one process.*resume it with --fleet process"):
         later.restore({}, 1)
+    with pytest.raises(ConfigError, match="begun with other sites.*resume it by --fleet flower"):
+        later.restore(fleet.state() | {"simulated": True}, 1)
     with pytest.raises(ConfigError, match="begun over Flower"):
         LocalFleet(NAMES, cast(Any, None), {}).restore(fleet.state(), 1)
     fresh, third = stand(echo)

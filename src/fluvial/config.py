@@ -153,7 +153,7 @@ def parse(table: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(problem)}" for problem in error.errors()]
+        lines = [f"{where}: {explain(problem)}" for problem in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -196,13 +196,14 @@ def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(problem: Any) -> str:
-    """One line for a pydantic problem: dotted place, what is wrong, what would be right."""
-    model: type[BaseModel] | None = RunConfig
+def explain(problem: Any, root: type[BaseModel] | None = None) -> str:
+    """One line for a pydantic problem of `root` (`RunConfig`): dotted place, what is wrong, what would be right."""
+    root = root or RunConfig
+    model: type[BaseModel] | None = root
     place: list[str] = []
     for part in problem["loc"][: -1 if problem["type"] == "extra_forbidden" else None]:
         if isinstance(part, str) and model is not None and part not in model.model_fields:
-            tagged = _tagged(model, place, part)
+            tagged = _tagged(root, model, place, part)
             if tagged is not None:  # the tag of a union, such as the method's name, is no key
                 model = tagged
                 continue
@@ -213,7 +214,7 @@ def _explain(problem: Any) -> str:
         key = str(problem["loc"][-1])
         known = list(model.model_fields) if model else []
         close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'none'}"
         return f"{'.'.join([*place, key])}: unknown key; {hint}"
     if problem["type"] == "value_error":
         return ".".join([*place, ""]).lstrip(".") + str(problem["ctx"]["error"])
@@ -241,9 +242,9 @@ def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
-def _tagged(model: type[BaseModel], place: list[str], tag: str) -> type[BaseModel] | None:
+def _tagged(root: type[BaseModel], model: type[BaseModel], place: list[str], tag: str) -> type[BaseModel] | None:
     """The alternative of the union at `place` whose tag field has the value `tag`."""
-    current: type[BaseModel] = RunConfig
+    current = root
     models: list[type[BaseModel]] = []
     for key in place:
         if key not in current.model_fields:

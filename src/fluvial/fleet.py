@@ -260,7 +260,7 @@ class LocalFleet(Policy):
         if state:
             raise ConfigError(
                 "this run was begun over Flower, and its sites keep there what they need to go on; resume it as it was "
-                "begun, with --fleet flower or submit"
+                "begun: by submit --resume, or a simulation with --fleet flower"
             )
 
     def _concurrency(self) -> int:

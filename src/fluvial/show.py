@@ -120,7 +120,7 @@ def _table(
         collapse_padding=True,
         pad_edge=False,
     )
-    label = min(32, max((len(row[0]) for row in rows), default=0))  # rather a heading in two lines than a label
+    label = min(18, max((len(row[0]) for row in rows), default=0))  # rather a heading in two lines than a label
     for number, heading in enumerate(headings):
         justify: Literal["left", "right"] = "left" if number < left else "right"
         table.add_column(heading, justify=justify, overflow="fold", min_width=0 if number else label)

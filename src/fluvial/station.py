@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fluvial import __version__
-from fluvial.config import RunConfig, parse
+from fluvial.config import RunConfig, explain, parse
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
 from fluvial.models import Workbench, weights_folder
@@ -92,8 +92,7 @@ def read_site_file(path: Path) -> SiteFile:
     try:
         found = SiteFile.model_validate(table)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError("\n".join(f"{path}: {explain(each, SiteFile)}" for each in error.errors())) from None
     here = path.resolve().parent
     changes: dict[str, Any] = {
         key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None

@@ -161,8 +161,10 @@ def register(folder: Path, public_key: Path) -> str:
     """Let the site with this key join; returns what was done."""
     if not public_key.exists():
         raise ConfigError(f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub")
-    answer = _flwr(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION, "--format", "json")
-    number = str(_json(answer).get("node-id", ""))
+    found = _asked(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
+    number = str(found.get("node-id", ""))
+    if not number.isdigit():
+        raise ConfigError(f"{public_key} was not registered: {found}")
     words = public_key.read_text().split()  # type, key, and as a comment the site's name
     name = words[2] if len(words) > 2 else public_key.stem
     _name(folder, "sites", number, name)
@@ -171,6 +173,9 @@ def register(folder: Path, public_key: Path) -> str:
 
 def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
     """Start a run on the server of `folder`; returns Flower's number of it. Raises `ConfigError`."""
+    read_server_file(folder)
+    if (out / "config.json").exists() and not resume:
+        raise ConfigError(f"{out} already holds a run; go on with it by --resume, or choose another folder with --out")
     app = folder / "app"
     app.mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(_APP)
@@ -182,27 +187,18 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
     lines.append(f"resume = {'true' if resume else 'false'}")
     (folder / "submitted.toml").write_text("\n".join(lines) + "\n")
-    answer = _flwr(
-        folder,
-        "run",
-        str(app.resolve()),
-        _CONNECTION,
-        "--run-config",
-        str(folder.resolve() / "submitted.toml"),
-        "--format",
-        "json",
-    )
-    found = _json(answer)
-    if not found.get("success") or "run-id" not in found:
-        raise ConfigError(f"the server did not take the run: {answer.strip()[:500]}")
+    settings = str(folder.resolve() / "submitted.toml")
+    found = _asked(folder, "run", str(app.resolve()), _CONNECTION, "--run-config", settings)
+    if "run-id" not in found:
+        raise ConfigError(f"the server did not take the run: {found}")
     _name(folder, "runs", str(found["run-id"]), out.name)
     return int(found["run-id"])
 
 
 def status(folder: Path) -> dict[str, Any]:
     """Runs and sites as Flower's server knows them, with the names that they were submitted and registered under."""
-    nodes = _json(_flwr(folder, "supernode", "list", _CONNECTION, "--format", "json")).get("nodes", [])
-    runs = _json(_flwr(folder, "list", _CONNECTION, "--format", "json")).get("runs", [])
+    nodes = _asked(folder, "supernode", "list", _CONNECTION).get("nodes", [])
+    runs = _asked(folder, "list", _CONNECTION).get("runs", [])
     names = _names(folder)
     return {
         "runs": [{"name": names["runs"].get(str(run["run-id"]), ""), **run} for run in runs],
@@ -212,6 +208,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 def newest(folder: Path) -> int:
     """The run that was submitted last; raises `ConfigError` if there is none."""
+    read_server_file(folder)
     runs = _names(folder)["runs"]
     if not runs:
         raise ConfigError(f"no run was submitted to {folder} yet; `fluvial submit` starts one")
@@ -251,7 +248,7 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',
         "# [data]",
-        '# source = "/whole/path/records.jsonl"   # this site\'s records; without it, what the run names',
+        '# source = "records.jsonl"         # this site\'s records, beside this file; without it, what the run names',
         "# [allow]                          # what this site takes part in; empty allows everything",
         '# methods = ["fedavg", "cgfedllm"]',
         '# tensors = ["*.lora_*"]',
@@ -325,7 +322,7 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
     if code not in (0, -signal.SIGTERM):
         _warn(
             f"the SuperNode ended with code {code}; if it says 305, this site's key is not registered, or its last "
-            "process went less than 60 s ago"
+            "process went less than 60 s ago, or another one with this key is there"
         )
     return code
 
@@ -447,6 +444,19 @@ def _flwr(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def _asked(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON that Flower's command prints; raises `ConfigError` with its reason where it did not succeed."""
+    text = _flwr(folder, *arguments, "--format", "json")
+    start = text.find("{")
+    found: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
+    if not found.get("success"):
+        said = " ".join(str(found.get("error-message") or text).split())
+        if "unavailable" in said or "nable to connect" in said or "refused" in said:
+            said = f"{said}; is the server running? fluvial server start {folder}"
+        raise ConfigError(f"flwr {arguments[0]}: {said[-800:]}")
+    return found
+
+
 def _names(folder: Path) -> dict[str, dict[str, str]]:
     """What people call the runs and sites that Flower knows by number."""
     path = folder / "names.json"
@@ -457,12 +467,6 @@ def _name(folder: Path, what: str, number: str, name: str) -> None:
     names = _names(folder)
     names[what][number] = name
     write_atomically(folder / "names.json", json.dumps(names, indent=2).encode())
-
-
-def _json(text: str) -> dict[str, Any]:
-    start = text.find("{")
-    found: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
-    return found
 
 
 def _warn(text: str) -> None:

@@ -57,12 +57,15 @@ class FlowerFleet(Policy):
         names: Sequence[str],
         bench: Workbench,
         *,
+        simulated: bool = False,
         registered: Callable[[], Mapping[int, str]] = dict,
         join_timeout_s: float | None = None,
         poll_s: float = 0.05,
         limits: Limits | None = None,
     ) -> None:
         """`label` names the run of one method in the sites' logs; nobody is asked anything before `restore`.
+
+        A run that was begun with sites on this machine, `simulated`, does not go on with others, nor the reverse.
 
         `registered` gives, by number of a Flower node, the name that its key was registered under: under another name
         a node is refused. `join_timeout_s` is in place of the configuration's.
@@ -73,7 +76,7 @@ class FlowerFleet(Policy):
         self._registered, self._inbox = registered, Inbox(grid, poll_s=poll_s)
         self._join_timeout_s = join_timeout_s or config.fleet.join_timeout_s
         self._hello = Payload(values={"config": config.model_dump(mode="json", exclude_unset=True)}).to_bytes()
-        self._prints = fingerprints(bench)
+        self._prints, self._simulated = fingerprints(bench), simulated
         self._run = f"{label[-150:]} {secrets.token_hex(8)}"
         self._session = secrets.token_hex(8)
         self._seq, self._base = 0, -1
@@ -295,7 +298,13 @@ class FlowerFleet(Policy):
 
     def state(self) -> dict[str, Value]:
         """The run's name for the sites, which answers count, so that they keep what these wanted to keep, and whose."""
-        return {"run": self._run, "seq": self._seq, "acks": {**self._acks}, "keepers": [*sorted(self._keepers)]}
+        return {
+            "run": self._run,
+            "simulated": self._simulated,
+            "seq": self._seq,
+            "acks": {**self._acks},
+            "keepers": [*sorted(self._keepers)],
+        }
 
     def restore(self, state: dict[str, Any], round: int) -> None:
         """See `state`; raises `ConfigError` where a run was begun with other sites than Flower's."""
@@ -303,6 +312,11 @@ class FlowerFleet(Policy):
             raise ConfigError(
                 "this run was begun in one process, and its sites keep in its folder what they need to go on; resume "
                 "it with --fleet process"
+            )
+        if round >= 0 and state.get("simulated") != self._simulated:
+            how = "--fleet flower" if state.get("simulated") else "submit --resume"
+            raise ConfigError(
+                f"this run was begun with other sites, which keep what they need to go on; resume it by {how}"
             )
         self._base = round
         self._run, self._seq = state.get("run", self._run), state.get("seq", 0)

@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
 
     def registered() -> dict[int, str]:
         found = json.loads(names.read_text()) if names.exists() else {}
-        return {int(number): name for number, name in found.get("sites", {}).items()}
+        return {int(number): name for number, name in found.get("sites", {}).items() if number.isdigit()}
 
     def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
         label = f"{folder.name} {each.method.name}"

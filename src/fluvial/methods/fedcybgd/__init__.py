@@ -43,7 +43,13 @@ from fluvial.tensors import Layout, factor
 def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
     """Refuse a codec that cannot code every block, blocks that are not there, and a proxy of an adapter."""
     refuse_learned(codec, config.name)
-    for block in partition(config, layout).blocks:
+    parts = partition(config, layout)
+    if config.layers_per_block > parts.num_layers:
+        raise ConfigError(
+            f"method.layers_per_block={config.layers_per_block}: the model has {parts.num_layers} layers; choose at "
+            "most as many"
+        )
+    for block in parts.blocks:
         try:
             build(codec, block.layout)
         except ConfigError as error:
