@@ -31,18 +31,22 @@ import fluvial.flower.fleet
 import fluvial.flower.inbox
 from fluvial.codecs import build, read_settings
 from fluvial.config import parse
+from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError
 from fluvial.fleet import LocalFleet, Reply
 from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import STYPE, pack, unpack
 from fluvial.flower.fleet import FlowerFleet
+from fluvial.methods import METHODS
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, frame_payload
+from fluvial.run import execute
 from fluvial.sites import read_update
-from fluvial.station import HELLO, UNKNOWN, Header, fingerprints
+from fluvial.station import HELLO, UNKNOWN, Header, SiteFile, Station, fingerprints
 from tests.conftest import saved_model
 from tests.flower_lab import FLUVIAL, Deployment, deployment, toml
 from tests.runs import run_table
+from tests.test_methods import SETTINGS
 
 pytestmark = pytest.mark.flower
 
@@ -74,6 +78,8 @@ class FakeGrid:
     half: str = ""
     """A site whose reply is shown before it is there; whoever asks for it waits."""
     there: threading.Event = field(default_factory=threading.Event)
+    whole: bool = False
+    """Whether `answer` hears greetings too."""
     known: bool = True
     """Whether sites say that they answered before."""
 
@@ -96,7 +102,7 @@ class FakeGrid:
             found: RecordDict | Error | None
             if read.task == HELLO and self.greet is not None:
                 found = self.greet(node)
-            elif read.task == HELLO:
+            elif read.task == HELLO and not self.whole:
                 found = self.hello(self.nodes[node])
             else:
                 found = self.answer(self.nodes[node], read, wire)
@@ -610,6 +616,39 @@ def tables(run_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+CASES = [f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_interrupted_at_every_event_equals_in_process(
+    case: str, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sites know their folders and the bytes of messages, and the server its checkpoint; nothing else."""
+    for identity in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, identity, 1)
+    name, tune = case.split()
+    table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
+    table = table if tune == "lora" else without_lora(table)
+    own = run_table(table, tmp_path / "own")
+
+    def answer(site: str, header: Header, wire: bytes) -> RecordDict:
+        found = Station(SiteFile(name=site, folder=tmp_path / "sites" / site, device="cpu")).answer(header, wire)
+        return pack(found.data, {"error": "", "kept": found.kept})
+
+    grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
+
+    def assemble(each: Any, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
+        names = (POOLED,) if each.entry.pooled else texts.names
+        return FlowerFleet(cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001)
+
+    config = parse(table, "test")
+    for event_number in range(config.rounds + 2):
+        folder, again = tmp_path / "over", event_number > 0
+        event = next(execute(config, folder, resume=again, assemble=assemble))  # then everything is thrown away
+    assert event.kind == "result"
+    same(event.values, own)
+
+
 def without_lora(table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in table.items() if key != "lora"}
 
@@ -618,7 +657,7 @@ def same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Two results with the same weights, measures, bytes and text."""
     for key in ("adapter_sha256", "model_sha256", "heldout_by_site", "bytes", "samples"):
         assert found[key] == wanted[key], key
-    assert found["adapter_sha256"] or found["model_sha256"]
+    assert found["adapter_sha256"] or found["model_sha256"] or found["method"] == "local"
 
 
 class Simulated:
