@@ -582,6 +582,21 @@ def test_nothing_else_is_taken_from_flowers_inside() -> None:
     assert found == INTERNAL
 
 
+def test_what_the_supernode_lost_is_not_waited_for() -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
+
+    from fluvial.flower.executor import _within
+
+    def lost(_: str) -> bytes:
+        raise ObjectUnavailableError("lost")
+
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"did not hand over a message within 0\.3 s"), _within(0.3):
+        pull_objects(["one", "two"], lost)
+    assert time.monotonic() - started < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 def test_an_answer_of_a_site_travels_in_one_array(stand: Stand) -> None:
     message = Message(pack(b"abc", {"task": "train"}), dst_node_id=1, message_type="train")
     assert unpack(message, max_bytes=3) == (b"abc", {"task": "train"})

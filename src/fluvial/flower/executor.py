@@ -36,6 +36,9 @@ from fluvial.station import SiteFile
 
 logger = logging.getLogger(__name__)
 
+PULL_S = 45.0
+"""For a message from the SuperNode, which has all of it, on this machine."""
+
 
 def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None, poll_s: float = 0.1) -> None:
     """Take tasks until the process `parent` (the SuperNode) is gone."""
@@ -75,7 +78,8 @@ def _task(runtime_api: str, token: str, site: SiteFile, *, resident: bool) -> No
     status, details = "failed", "the task failed for an unknown reason"
     try:
         with _beating(client):
-            message, context, _, _ = pull_task_input(client)
+            with _within(PULL_S):
+                message, context, _, _ = pull_task_input(client)
             if not resident:
                 _prepare(site)
         child = None if resident else _fork(site, message)  # while this process has no other thread
@@ -93,6 +97,26 @@ def _prepare(site: SiteFile) -> None:
         station(site.model_dump_json()).prepare()
     except Exception as error:
         logger.warning("site %s: %s", site.name, error)  # the fork meets it too, and tells the server
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` after `seconds`, in the main thread.
+
+    A SuperNode that drops a message of a stopped run can lose an object of the next one, and Flower would ask it for
+    that for two hours. Given up, the message comes again.
+    """
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"the SuperNode did not hand over a message within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @contextmanager
