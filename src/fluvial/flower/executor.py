@@ -94,7 +94,7 @@ def _task(runtime_api: str, token: str, site: SiteFile, *, resident: bool) -> No
 
 def _prepare(site: SiteFile) -> None:
     try:
-        station(site.model_dump_json()).prepare()
+        station(site).prepare()
     except Exception as error:
         logger.warning("site %s: %s", site.name, error)  # the fork meets it too, and tells the server
 
@@ -178,7 +178,7 @@ def _collect(child: tuple[int, int], site: SiteFile, seconds: float) -> tuple[by
         return bytes(found[size:]), json.loads(found[4:size])
     why = f"signal {-code}; if nobody sent it, the machine's memory was too small" if code < 0 else f"code {code}"
     text = f"no answer within {seconds:g} s, ended" if late else f"the process that answered ended with {why}"
-    return b"", {"error": station(site.model_dump_json()).refusal(None, ClientError(text))}
+    return b"", {"error": station(site).refusal(None, ClientError(text))}
 
 
 def _client(runtime_api: str, component: str, *, token: str | None) -> RuntimeHttpClient:

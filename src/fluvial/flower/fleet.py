@@ -63,7 +63,7 @@ class FlowerFleet(Policy):
         poll_s: float = 0.05,
         limits: Limits | None = None,
     ) -> None:
-        """`label` names the run of one method in the sites' logs; nobody is asked anything before `restore`.
+        """`label` names the run in the sites' logs, beside its method; nobody is asked anything before `restore`.
 
         A run that was begun with sites on this machine, `simulated`, does not go on with others, nor the reverse.
 
@@ -77,7 +77,7 @@ class FlowerFleet(Policy):
         self._join_timeout_s = join_timeout_s or config.fleet.join_timeout_s
         self._hello = Payload(values={"config": config.model_dump(mode="json", exclude_unset=True)}).to_bytes()
         self._prints, self._simulated = fingerprints(bench), simulated
-        self._run = f"{label[-150:]} {secrets.token_hex(8)}"
+        self._run = f"{label[-150:]} {config.method.name} {secrets.token_hex(8)}"
         self._session = secrets.token_hex(8)
         self._seq, self._base = 0, -1
         self._acks: dict[str, int] = {}

@@ -36,7 +36,6 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))
-
     names = Path(str(given["names"]))
 
     def registered() -> dict[int, str]:
@@ -44,8 +43,7 @@ def main(grid: Grid, context: Context) -> None:
         return {int(number): name for number, name in found.get("sites", {}).items() if number.isdigit()}
 
     def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
-        label = f"{folder.name} {each.method.name}"
-        return FlowerFleet(grid, each, label, texts.names, bench, registered=registered)
+        return FlowerFleet(grid, each, folder.name, texts.names, bench, registered=registered)
 
     def texts(config: RunConfig, bench: Workbench) -> ServerTexts:
         return ServerTexts(config, bench)

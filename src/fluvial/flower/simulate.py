@@ -50,9 +50,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
         def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> FlowerFleet:
             names = (POOLED,) if each.entry.pooled else texts.names
-            label = f"{folder.name} {each.method.name}"
             # Every site is there; the first answer takes as long as the libraries take to load.
-            return FlowerFleet(grid, each, label, names, bench, simulated=True, join_timeout_s=600.0)
+            return FlowerFleet(grid, each, folder.name, names, bench, simulated=True, join_timeout_s=600.0)
 
         try:
             for event in execute(config, folder, resume=resume, assemble=assemble):

@@ -35,7 +35,7 @@ def answer(site: SiteFile, message: Message) -> Message:
 
 def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     """Payload and header of the reply to one message; what goes wrong at the site is told in the header."""
-    here, header = station(site.model_dump_json()), None
+    here, header = station(site), None
     try:
         wire, values = unpack(message, max_bytes=Limits().max_bytes)
         header = Header.read(values)
@@ -49,9 +49,13 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     return answer.data, {"error": "", "kept": answer.kept}
 
 
+def station(site: SiteFile) -> Station:
+    """The station of a site in this process; a new one gives the same answers."""
+    return _station(site.model_dump_json())
+
+
 @cache
-def station(site: str) -> Station:
-    """The station of a site, as JSON, in this process; a new one gives the same answers."""
+def _station(site: str) -> Station:
     return Station(SiteFile.model_validate_json(site))
 
 
