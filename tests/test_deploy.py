@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import typer
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel
 
 from fluvial import __version__
 from fluvial.cli import app
 from fluvial.fleet import FleetConfig
+from fluvial.settings import Settings
 from fluvial.show import status_tables
 from fluvial.station import Allowed, SiteData, SiteFile
 
@@ -240,7 +240,7 @@ def _control_without_any_credential(port: int) -> int:
 
 
 def test_every_key_of_a_site_file_is_explained() -> None:
-    tables: dict[str, type[BaseModel]] = {"data": SiteData, "allow": Allowed}
+    tables: dict[str, type[Settings]] = {"data": SiteData, "allow": Allowed}
     keys = set(SiteFile.model_fields) - set(tables)
     keys |= {f"{name}.{key}" for name, table in tables.items() for key in table.model_fields}
     assert first_column(section("The site file")) == keys

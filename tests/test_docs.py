@@ -4,6 +4,7 @@ import json
 import operator
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from pydantic import BaseModel, Field, TypeAdapter, create_model
+from pydantic import Field, TypeAdapter, create_model
 
 from fluvial import config
 from fluvial.cli import app
@@ -25,6 +26,7 @@ from fluvial.codecs import CODECS, CodecConfig
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.payload import frame_payload
+from fluvial.settings import Settings
 from fluvial.tensors import norm, subtract
 from tests import test_codecs
 
@@ -52,7 +54,7 @@ def examples(made: ModuleType) -> Iterator[Callable[..., None]]:
     return (value for name, value in vars(made).items() if name.startswith("test_"))
 
 
-def widened(union: Any, settings: type[BaseModel]) -> Any:
+def widened(union: Any, settings: type[Settings]) -> Any:
     """What the union of a `__init__` is after the edit that the page shows."""
     members = get_args(get_args(union)[0])
     return Annotated[reduce(operator.or_, members, settings), Field(discriminator="name")]
@@ -183,6 +185,12 @@ def test_bytes_of_the_envelope_are_those_of_the_page() -> None:
     down, up = frame_payload(frame, round=12), frame_payload(frame, n=1234, loss=2.34568)
     for message, name in ((down, "down"), (up, "up")):
         assert f"{len(message.to_bytes()) - len(frame)} B {name} " in page
+
+
+def test_every_setting_is_on_its_page() -> None:
+    pytest.importorskip("flwr", reason="needs the extra 'flower'")
+    script = [sys.executable, str(ROOT / "scripts" / "write_settings.py"), "--check"]
+    assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_settings.py"
 
 
 def test_the_list_of_files_is_complete() -> None:

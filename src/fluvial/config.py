@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig
@@ -17,15 +17,14 @@ from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Tune
 from fluvial.models import LoraSettings, ModelConfig
+from fluvial.settings import Settings
 from fluvial.train import TrainConfig
 
 Baseline = Literal["local", "fedavg", "central"]
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Settings):
     """What is measured on the held-out part of every site, before and after."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     every: int = Field(0, ge=0)
     """Measure the global model every so many rounds; 0 measures at the end only."""
@@ -36,12 +35,11 @@ class EvaluateConfig(BaseModel):
     sample_tokens: int = Field(40, ge=1)
 
 
-class RunConfig(BaseModel):
+class RunConfig(Settings):
     """Everything that defines a run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     seed: int = Field(0, ge=0)
+    """Of everything that is drawn."""
     rounds: int = Field(20, ge=1)
     """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
     compare: tuple[Baseline, ...] = ()
@@ -53,6 +51,7 @@ class RunConfig(BaseModel):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig = FedAvgConfig()
+    """Which method, and its settings."""
     codec: CodecConfig | None = None
     """How updates are coded; the method's own default where it is not set."""
     downlink: CodecConfig | None = None
@@ -196,10 +195,10 @@ def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def explain(problem: Any, root: type[BaseModel] | None = None) -> str:
+def explain(problem: Any, root: type[Settings] | None = None) -> str:
     """One line for a pydantic problem of `root` (`RunConfig`): dotted place, what is wrong, what would be right."""
     root = root or RunConfig
-    model: type[BaseModel] | None = root
+    model: type[Settings] | None = root
     place: list[str] = []
     for part in problem["loc"][: -1 if problem["type"] == "extra_forbidden" else None]:
         if isinstance(part, str) and model is not None and part not in model.model_fields:
@@ -227,14 +226,14 @@ def explain(problem: Any, root: type[BaseModel] | None = None) -> str:
     return f"{'.'.join(place)} = {problem['input']!r:.80}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
 
 
-def _candidates(annotation: Any) -> list[type[BaseModel]]:
+def _candidates(annotation: Any) -> list[type[Settings]]:
     """Models among the alternatives of an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
         return [annotation]
     return [model for item in get_args(annotation) for model in _candidates(item)]
 
 
-def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+def _inner(model: type[Settings], key: str) -> type[Settings] | None:
     """The model of a field, or None for a plain value or a union that its tag will decide."""
     if key not in model.model_fields:
         return None
@@ -242,10 +241,10 @@ def _inner(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
-def _tagged(root: type[BaseModel], model: type[BaseModel], place: list[str], tag: str) -> type[BaseModel] | None:
+def _tagged(root: type[Settings], model: type[Settings], place: list[str], tag: str) -> type[Settings] | None:
     """The alternative of the union at `place` whose tag field has the value `tag`."""
     current = root
-    models: list[type[BaseModel]] = []
+    models: list[type[Settings]] = []
     for key in place:
         if key not in current.model_fields:
             return None

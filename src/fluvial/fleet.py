@@ -17,20 +17,19 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluvial.errors import ClientError, ConfigError
 from fluvial.line import Line
 from fluvial.payload import Limits, Payload, Value
+from fluvial.settings import Settings
 from fluvial.sites import Site, Task
 
 logger = logging.getLogger(__name__)
 
 
-class FleetConfig(BaseModel):
+class FleetConfig(Settings):
     """How sites are asked, and what happens when one does not answer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: int | Literal["auto"] = "auto"
     """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
@@ -46,6 +45,7 @@ class FleetConfig(BaseModel):
     deadline_s: float | None = Field(None, gt=0)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"
+    """Of a site: stop the run, go on without it in this round, or ask it again first."""
     retries: int = Field(2, ge=1)
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
     quorum: float = Field(0.5, gt=0, le=1)

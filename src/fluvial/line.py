@@ -6,13 +6,13 @@ The engine's own constants were measured on Flower 1.41 without a line (`python 
 import math
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fluvial.settings import Settings
 
 
-class Line(BaseModel):
+class Line(Settings):
     """The line between a site and the server; what `fluvial check` predicts a round's time from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     up_mbit_s: float = Field(gt=0)
     """From the site, in 10^6 bits a second."""

@@ -19,23 +19,22 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.frozen import FolderSource, Source
 from fluvial.seeds import derive, generator
+from fluvial.settings import Settings
 from fluvial.tensors import Layout, Named, factor
 
 EMBEDDED = "embedded"
 _PREFIX = "base_model.model."
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Settings):
     """Which base model, and how it is held."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name_or_path: str = EMBEDDED
     """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
@@ -47,10 +46,8 @@ class ModelConfig(BaseModel):
     """"auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(Settings):
     """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(16, gt=0)

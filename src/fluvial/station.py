@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fluvial import __version__
 from fluvial.config import RunConfig, explain, parse
@@ -27,6 +27,7 @@ from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
 from fluvial.models import Workbench, weights_folder
 from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
+from fluvial.settings import Settings
 from fluvial.sites import StateStore, write_atomically
 
 HELLO = "hello"
@@ -35,43 +36,42 @@ UNKNOWN = Payload(values={"unknown": True})
 """A site's answer when it has not met the run: the server says hello again."""
 
 
-class Allowed(BaseModel):
+class Allowed(Settings):
     """What the site takes part in, and what may leave it; empty lists allow everything."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     methods: tuple[str, ...] = ()
+    """Values of method.name."""
     models: tuple[str, ...] = ()
     """Values of model.name_or_path."""
     tensors: tuple[str, ...] = ()
     """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
     max_bytes_up_per_round: int | None = Field(None, ge=1)
+    """An answer that would be more is not sent; the server is told why."""
 
 
-class SiteData(BaseModel):
+class SiteData(Settings):
     """The site's own records, in place of those that the run names; settings as in the run's [data]."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     source: str
+    """A file or folder; a relative one lies beside site.toml."""
     heldout_source: str | None = None
     form: str | None = None
     columns: dict[str, str] | None = None
 
 
-class SiteFile(BaseModel):
+class SiteFile(Settings):
     """The file of a site's operator."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
     folder: Path = Path("fluvial-site")
     """Where the site keeps its state and its log."""
     model: str | None = None
     """A local folder of the base model, in place of what the run names; its content must be the same."""
     device: str = "auto"
+    """As in the run's [model]; this machine's word counts."""
     data: SiteData | None = None
-    """None takes the data that the run names, from where this process can reach it."""
+    """The site's own records; unset, those that the run names, from where this process can reach them."""
     allow: Allowed = Allowed()
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""

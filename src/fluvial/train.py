@@ -13,22 +13,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
 from fluvial.models import reseed_dropout, tuned_parameters
 from fluvial.seeds import derive
+from fluvial.settings import Settings
 from fluvial.tensors import Named
 
 logger = logging.getLogger(__name__)
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """Local training of one site in one round; names as in Hugging Face's `TrainingArguments`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     learning_rate: float = Field(1.5e-4, gt=0)
     """CG-FedLLM's value for LLaMA-7B with Dolly."""

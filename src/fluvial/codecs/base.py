@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.errors import ConfigError, WireError
 from fluvial.payload import Payload
+from fluvial.settings import Settings
 from fluvial.tensors import Layout, Named
 
 
-class CodecSettings(BaseModel):
+class CodecSettings(Settings):
     """What all codecs share."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     """Which codec."""

@@ -5,16 +5,13 @@ from contextlib import redirect_stderr
 from io import StringIO
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fluvial.errors import ConfigError
+from fluvial.settings import Settings
 
 
-class _Partition(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Natural(_Partition):
+class Natural(Settings):
     """One site for each value of a column, such as a hospital's name."""
 
     by: Literal["column"] = "column"
@@ -23,33 +20,36 @@ class Natural(_Partition):
     """Keep only this many sites, those with the most records."""
 
 
-class Iid(_Partition):
+class Iid(Settings):
     """Equal shares of the shuffled records."""
 
     by: Literal["iid"] = "iid"
     sites: int = Field(8, ge=1)
 
 
-class Dirichlet(_Partition):
+class Dirichlet(Settings):
     """Shares of each class drawn from a Dirichlet distribution: smaller `alpha`, more skew (Hsu et al. 2019)."""
 
     by: Literal["dirichlet"] = "dirichlet"
     column: str
+    """The class of a record."""
     sites: int = Field(8, ge=1)
     alpha: float = Field(0.5, gt=0)
     min_records: int = Field(10, ge=1)
+    """Drawn again until every site has so many."""
 
 
-class Shards(_Partition):
+class Shards(Settings):
     """Records sorted by class and cut into shards; each site gets some (McMahan et al. 2017)."""
 
     by: Literal["shards"] = "shards"
     column: str
+    """The class of a record."""
     sites: int = Field(8, ge=1)
     shards_per_site: int = Field(2, ge=1)
 
 
-class Files(_Partition):
+class Files(Settings):
     """One site for each file of a folder, named after the file."""
 
     by: Literal["file"] = "file"

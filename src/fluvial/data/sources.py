@@ -7,23 +7,22 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluvial.data import stdlib
 from fluvial.data.partition import Files, Iid, Natural, Partition, split
 from fluvial.data.records import Example, Form, Question, Tokenized, detect_form, tokenize
 from fluvial.errors import ConfigError
 from fluvial.seeds import derive, numpy_generator
+from fluvial.settings import Settings
 
 STDLIB = "stdlib"
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 CACHED_SITES = 32
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings):
     """Which text, in which form, split how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = STDLIB
     """"stdlib", a file (jsonl, json, csv, parquet, txt) or a folder of them, a `save_to_disk` folder, a hub id."""
@@ -37,15 +36,18 @@ class DataConfig(BaseModel):
     """Share of each site's records that is never trained on, when no held-out source is named."""
     public_source: str | None = None
     """Text that belongs to no site and that the server may read: what a codec is pre-trained on."""
-    form: Literal["auto"] | Form = "auto"
+    form: Literal["auto", Form] = "auto"
+    """What a record looks like; "auto" tells by its fields."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field = your column, such as {completion = "answer"}."""
     partition: Partition = Iid()
+    """How one data set becomes many sites; a deployed site has its own."""
     max_length: int = Field(128, ge=8)
     """Tokens of one sequence."""
     packing: bool = False
     """Join sequences before cutting them to `max_length`; attention crosses the EOS between them."""
     loss_on: Literal["answer", "all"] = "answer"
+    """Which tokens of a conversation are learned; of plain text always all."""
     max_heldout: int | None = Field(None, ge=1)
     """At most this many held-out sequences for each site, the first ones."""
 

@@ -22,11 +22,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from fluvial.config import RunConfig
 from fluvial.errors import ConfigError
 from fluvial.flower import QUIET, certificates
+from fluvial.settings import Settings
 from fluvial.sites import write_atomically
 from fluvial.station import SiteFile, read_site_file
 
@@ -58,19 +59,22 @@ resume = false
 """
 
 
-class ServerFile(BaseModel):
+class ServerFile(Settings):
     """server.toml."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     host: str = "0.0.0.0"
+    """Of the network interface that the server listens on; this one means all."""
     port: int = 8000
     address: str
     """Under which the sites reach it."""
     insecure: bool = False
+    """No TLS and no keys, so anybody may be a site: for trials on one machine."""
     certificate: Path = Path("server.crt")
+    """Of the server; a relative path lies beside server.toml, in all three."""
     key: Path = Path("server.key")
+    """Of the certificate."""
     ca: Path = Path("ca.crt")
+    """The authority that signed it, which the sites get."""
 
 
 # -- the server's operator --------------------------------------------------------------------------------------------

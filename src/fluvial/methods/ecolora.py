@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
@@ -26,14 +26,13 @@ from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
+from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, factor
 
 
-class EcoLoraConfig(BaseModel):
+class EcoLoraConfig(Settings):
     """EcoLoRA; with one segment, nothing left out, fp32 and no mixing it is FedAvg."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["ecolora"] = "ecolora"
     fraction: float = Field(1.0, gt=0, le=1)

@@ -12,7 +12,7 @@ their products; FFA-LoRA freezes A at its shared random start, so that the mean 
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.errors import ConfigError
@@ -22,14 +22,13 @@ from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply,
 from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, join, split
+from fluvial.settings import Settings
 from fluvial.sites import Factors, Site, part, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
 
 
-class FedAvgConfig(BaseModel):
+class FedAvgConfig(Settings):
     """FedIT; FFA-LoRA with `factors = "B"`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["fedavg"] = "fedavg"
     fraction: float = Field(1.0, gt=0, le=1)
@@ -43,13 +42,11 @@ class FedAvgConfig(BaseModel):
     """How a codec that learns is pre-trained; without effect for the others."""
 
 
-class CentralConfig(BaseModel):
+class CentralConfig(Settings):
     """All data at one place: what federated training would be without its constraint.
 
     `train.max_steps`, if set, is multiplied by the number of sites, so that as many sequences are seen.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["central"] = "central"
     factors: Factors = "A and B"

@@ -9,7 +9,7 @@ changed; what it leaves out is forgotten. The server takes the mean of the chang
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fluvial.codecs.golomb import SparseFrames, Values, largest
@@ -19,14 +19,13 @@ from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, payload_frame
+from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 
-class FlascConfig(BaseModel):
+class FlascConfig(Settings):
     """FLASC; with both densities 1, download = "weights", fp32 and fedavg it is FedAvg."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["flasc"] = "flasc"
     fraction: float = Field(1.0, gt=0, le=1)

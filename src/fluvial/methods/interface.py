@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel
 from torch import nn
 
 from fluvial.codecs import CodecSettings
@@ -14,6 +13,7 @@ from fluvial.fleet import Fleet
 from fluvial.line import Line
 from fluvial.models import Workbench
 from fluvial.payload import Payload
+from fluvial.settings import Settings
 from fluvial.sites import Task, part
 from fluvial.tensors import Layout, Named
 from fluvial.train import TrainConfig
@@ -87,7 +87,7 @@ Tune = Literal["lora", "full"]
 class Method:
     """An entry of `METHODS`."""
 
-    config: type[BaseModel]
+    config: type[Settings]
     server: Callable[[Any, Context], Server]
     tasks: Mapping[str, Task]
     paper: str

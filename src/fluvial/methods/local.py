@@ -5,21 +5,18 @@ Each site keeps its own adapter between rounds; nothing but the loss is sent.
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from fluvial.fleet import Fleet
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload
+from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally, weight_of
 from fluvial.tensors import add
 
 
-class LocalConfig(BaseModel):
+class LocalConfig(Settings):
     """No settings of its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["local"] = "local"
 

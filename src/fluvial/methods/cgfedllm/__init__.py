@@ -12,7 +12,7 @@ import math
 from functools import partial
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.base import Codec, LatentCodec
@@ -29,14 +29,13 @@ from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, split
 from fluvial.seeds import generator
+from fluvial.settings import Settings
 from fluvial.sites import Site, code, train_locally, weight_of
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 
-class CgFedLlmConfig(BaseModel):
+class CgFedLlmConfig(Settings):
     """Defaults are the paper's where it gives them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["cgfedllm"] = "cgfedllm"
     fraction: float = Field(1.0, gt=0, le=1)

@@ -17,18 +17,18 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from fluvial.settings import Settings
 from fluvial.tensors import Named, norm, scale
 
 
-class PrivacyConfig(BaseModel):
+class PrivacyConfig(Settings):
     """Gaussian mechanism on what a site releases in one round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     placement: Literal["update", "latent", "aggregate"]
+    """What is clipped and noised: the site's update, its code (the paper), or the server's mean."""
     clip_norm: float = Field(gt=0)
     """L2 bound C; the median norm of undisturbed updates is a good start."""
     noise_multiplier: float | None = Field(None, gt=0)

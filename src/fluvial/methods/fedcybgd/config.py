@@ -2,22 +2,21 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluvial.methods.fedcybgd.blocks import Extra, Partition
 from fluvial.methods.fedcybgd.blocks import partition as partition_layout
 from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, DownloadConfig, ProxyDownload
 from fluvial.methods.fedcybgd.guards import AcceptConfig, GateConfig
 from fluvial.methods.fedcybgd.schedule import Order
+from fluvial.settings import Settings
 from fluvial.tensors import Layout
 
 Merge = Literal["sequential", "average", "overwrite"]
 
 
-class FedCyBgdConfig(BaseModel):
+class FedCyBgdConfig(Settings):
     """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in FedAvg."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["fedcybgd"] = "fedcybgd"
     order: Order = "ascending"
@@ -71,10 +70,8 @@ class FedCyBgdConfig(BaseModel):
         return self
 
 
-class CentralCyclicConfig(BaseModel):
+class CentralCyclicConfig(Settings):
     """All data at one place, one block at a time: in every round each block gets its share of the steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["central_cyclic"] = "central_cyclic"
     order: Literal["ascending", "descending", "latin-random"] = "ascending"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs import CodecConfig, CodecSettings, build
@@ -35,13 +35,12 @@ from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, ProxySettings, cut
 from fluvial.models import Workbench, initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame, read_values
 from fluvial.seeds import generator
+from fluvial.settings import Settings
 from fluvial.tensors import Layout, Named, add, is_finite
 
 
-class FullDownload(BaseModel):
+class FullDownload(Settings):
     """Everything, exact: compression C = identity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     form: Literal["full"] = "full"
 
@@ -52,30 +51,24 @@ class ProxyDownload(ProxySettings):
     form: Literal["proxy"] = "proxy"
 
 
-class StaleDownload(BaseModel):
+class StaleDownload(Settings):
     """The released code's `update_global`: of the blocks that have moved, a random share is refreshed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     form: Literal["stale-subset"] = "stale-subset"
     share: float = Field(0.5, gt=0, le=1)
     """ceil(share * moved blocks) are sent, and the trained block in any case; the code's default of -1 crashes."""
 
 
-class LowBitDownload(BaseModel):
+class LowBitDownload(Settings):
     """All layers, with fewer bits (ours)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     form: Literal["low-bit"] = "low-bit"
     codec: CodecConfig = NF4Settings()
     """For matrices; vectors, such as norms, go as they are."""
 
 
-class CacheDownload(BaseModel):
+class CacheDownload(Settings):
     """A versioned cache of blocks, brought up to date by replaying commits (ours)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     form: Literal["cache"] = "cache"
 

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from fluvial.data import Example
 from fluvial.evaluate import heldout
 from fluvial.models import Workbench, tuned_parameters
+from fluvial.settings import Settings
 from fluvial.tensors import Named
 from fluvial.train import collate, predictions, summed_loss
 
 
-class GateConfig(BaseModel):
+class GateConfig(Settings):
     """When a compressed download is good enough to train through."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     threshold: float = Field(0.7, ge=0, lt=1)
     """Least cosine between a block's gradient through the download and the exact one; 0 measures nothing."""
@@ -30,10 +29,8 @@ class GateConfig(BaseModel):
     """Sequences of public text."""
 
 
-class AcceptConfig(BaseModel):
+class AcceptConfig(Settings):
     """When the server takes a step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     on: Literal["always", "public loss"] = "always"
     """Every step (the paper), or one that does not raise the loss on public text."""

@@ -19,12 +19,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fluvial.data import Example
 from fluvial.errors import ConfigError, WireError
 from fluvial.seeds import generator
+from fluvial.settings import Settings
 from fluvial.tensors import Named
 from fluvial.train import collate, predictions
 
@@ -43,10 +44,8 @@ _MLPS: tuple[tuple[dict[str, int], str], ...] = (
 output, and the one that reads them."""
 
 
-class ProxySettings(BaseModel):
+class ProxySettings(Settings):
     """How much a site gets of the layers that it does not train. The defaults are ours; the paper's are not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kept: float = Field(0.5, gt=0, le=1)
     """Share of the other decoder layers' parameters that is sent (rho); met within 1 %."""

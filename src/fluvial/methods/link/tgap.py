@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot
@@ -26,6 +26,7 @@ from fluvial.methods.link import gate
 from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, join, split
 from fluvial.seeds import derive
+from fluvial.settings import Settings
 from fluvial.sites import (
     Factors,
     Site,
@@ -42,10 +43,8 @@ from fluvial.tensors import Layout, WeightedMean, moved
 logger = logging.getLogger(__name__)
 
 
-class TgapConfig(BaseModel):
+class TgapConfig(Settings):
     """How the codec is pre-trained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["sites", "sites-covariance", "public", "none"] = "sites"
     """"sites": each site sends raw updates of D1 once (the paper). "sites-covariance": sites keep them and send sums
@@ -265,7 +264,7 @@ def _num_heldout(rounds: int, holdout: float) -> int:
     return min(rounds - 1, max(1, round(holdout * rounds)))
 
 
-def simulated_fleet(config: TgapConfig, context: Context, method: BaseModel) -> LocalFleet:
+def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> LocalFleet:
     """Sites that the server plays itself, on public text."""
     parts = context.public()
     names = sorted(parts)[: config.simulated_sites]
