@@ -5,7 +5,8 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -197,33 +198,46 @@ def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 def explain(problem: Any, root: type[Settings] | None = None) -> str:
     """One line for a pydantic problem of `root` (`RunConfig`): dotted place, what is wrong, what would be right."""
-    root = root or RunConfig
-    model: type[Settings] | None = root
-    place: list[str] = []
+    place, options, plain = list[str](), [root or RunConfig], False
     for part in problem["loc"][: -1 if problem["type"] == "extra_forbidden" else None]:
-        if isinstance(part, str) and model is not None and part not in model.model_fields:
-            tagged = _tagged(root, model, place, part)
-            if tagged is not None:  # the tag of a union, such as the method's name, is no key
-                model = tagged
-                continue
+        if len(options) > 1:  # the tag of a union, such as the method's name, is no key
+            options = [each for each in options if part in _tags(each)]
+            continue
+        if plain and not options and isinstance(part, str):  # an alternative of a value that is no table, such as "int"
+            continue
         place.append(str(part))
-        if model is not None and isinstance(part, str):
-            model = _inner(model, part)
-    if problem["type"] == "extra_forbidden":
+        fields = options[0].model_fields if options else {}
+        annotation = fields[part].annotation if part in fields else None
+        options = _candidates(annotation)
+        plain = get_origin(annotation) in (Union, UnionType) and NoneType not in get_args(annotation)
+    where, kind = ".".join(place), problem["type"]
+    if kind == "extra_forbidden":
         key = str(problem["loc"][-1])
-        known = list(model.model_fields) if model else []
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known) or 'none'}"
+        hint = _nearest(key, list(options[0].model_fields) if options else [], "known keys: ")
         return f"{'.'.join([*place, key])}: unknown key; {hint}"
-    if problem["type"] == "value_error":
+    if kind == "value_error":
         return ".".join([*place, ""]).lstrip(".") + str(problem["ctx"]["error"])
-    if problem["type"] == "union_tag_invalid":
+    if kind == "union_tag_invalid":
         found, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         key = problem["ctx"]["discriminator"].strip("'")
-        close = difflib.get_close_matches(found, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
-        return f"{'.'.join(place)}: unknown {key} {found!r}; {hint}"
-    return f"{'.'.join(place)} = {problem['input']!r:.80}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        return f"{where}: unknown {key} {found!r}; {_nearest(found, known, 'choose one of ')}"
+    if kind == "union_tag_not_found":
+        key = problem["ctx"]["discriminator"].strip("'")
+        return f"{where}: {key} is missing; choose one of {', '.join(tag for each in options for tag in _tags(each))}"
+    if kind == "missing":
+        return f"{where}: missing, and has no default"
+    found = f"{where} = {problem['input']!r:.80}"
+    if kind in ("model_type", "model_attributes_type"):
+        tag = next((key for key in TAGS if options and key in options[0].model_fields), None)
+        word = problem["input"] if len(options) > 1 and isinstance(problem["input"], str) else None
+        hint = f"; write {{{tag} = {json.dumps(word)}}}" if word else ""
+        return f"{found}: must be a table{hint}"
+    return f"{found}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def _nearest(found: str, known: Sequence[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(found, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"{otherwise}{', '.join(known) or 'none'}"
 
 
 def _candidates(annotation: Any) -> list[type[Settings]]:
@@ -233,26 +247,6 @@ def _candidates(annotation: Any) -> list[type[Settings]]:
     return [model for item in get_args(annotation) for model in _candidates(item)]
 
 
-def _inner(model: type[Settings], key: str) -> type[Settings] | None:
-    """The model of a field, or None for a plain value or a union that its tag will decide."""
-    if key not in model.model_fields:
-        return None
-    models = _candidates(model.model_fields[key].annotation)
-    return models[0] if models else None
-
-
-def _tagged(root: type[Settings], model: type[Settings], place: list[str], tag: str) -> type[Settings] | None:
-    """The alternative of the union at `place` whose tag field has the value `tag`."""
-    current = root
-    models: list[type[Settings]] = []
-    for key in place:
-        if key not in current.model_fields:
-            return None
-        models = _candidates(current.model_fields[key].annotation)
-        if not models:
-            return None
-        current = model if model in models else models[0]
-    for candidate in models:
-        if any(tag in get_args(field.annotation) for field in candidate.model_fields.values()):
-            return candidate
-    return None
+def _tags(model: type[Settings]) -> list[str]:
+    """Values that choose this model in a union."""
+    return [tag for key in TAGS if key in model.model_fields for tag in get_args(model.model_fields[key].annotation)]
