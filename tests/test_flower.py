@@ -32,11 +32,12 @@ import fluvial.flower.inbox
 from fluvial.codecs import build, read_settings
 from fluvial.config import parse
 from fluvial.data import POOLED
-from fluvial.errors import ClientError, ConfigError
+from fluvial.errors import ClientError, ConfigError, WireError
 from fluvial.fleet import LocalFleet, Reply
 from fluvial.flower.certificates import make_authority
-from fluvial.flower.envelope import STYPE, pack, unpack
+from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
 from fluvial.flower.fleet import FlowerFleet
+from fluvial.line import FLOWER
 from fluvial.methods import METHODS
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, frame_payload
@@ -497,6 +498,9 @@ def mangled(data: bytes, chance: random.Random) -> RecordDict:
         [
             RecordDict({}),
             RecordDict({"payload": ArrayRecord({"p": array})}),
+            RecordDict({"header": ArrayRecord({"p": array})}),
+            RecordDict({"header": header}),
+            RecordDict({"header": ConfigRecord({"error": "", "payload": chance.choice([1, "text", [data]])})}),
             RecordDict({"payload": header, "header": header}),
             RecordDict({"payload": ArrayRecord({"q": array}), "header": header}),
             RecordDict({"payload": ArrayRecord({"p": array, "q": array}), "header": header}),
@@ -540,18 +544,25 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(form: str, 
 # -- Flower's inside --------------------------------------------------------------------------------------------------
 
 INTERNAL = {
-    "flwr.app": ("Message",),
+    "flwr.app": ("Context", "Message"),
     "flwr.common.constant": ("ErrorCode",),
-    "flwr.serverapp": ("Grid",),
-    "flwr.proto.runtime_pb2": ("AcquireTaskRequest",),
+    "flwr.common.serde": ("context_from_proto",),
+    "flwr.proto.message_pb2": ("ConfirmMessageReceivedRequest", "PullObjectRequest"),
+    "flwr.proto.node_pb2": ("Node",),
+    "flwr.proto.runtime_pb2": ("AcquireTaskRequest", "PullAppMessagesRequest", "PullTaskInputRequest"),
+    "flwr.serverapp": ("Grid", "ServerApp"),
     "flwr.supercore.constant": ("TaskType",),
     "flwr.supercore.heartbeat": ("HeartbeatSender", "make_task_heartbeat_fn_http"),
+    "flwr.supercore.inflatable.inflatable_object": ("iterate_object_tree",),
+    "flwr.supercore.inflatable.inflatable_utils": ("inflate_object_from_contents", "pull_objects"),
     "flwr.supercore.interceptors": ("RuntimeTokenHttpInterceptor", "RuntimeVersionHttpInterceptor"),
     "flwr.supercore.retry": ("make_simple_http_retry_invoker",),
     "flwr.supercore.runtime": ("RuntimeHttpClient",),
-    "flwr.supernode.runtime.run_clientapp": ("pull_task_input", "push_message", "push_task_output"),
+    "flwr.supercore.task_identity": ("TaskIdentity",),
+    "flwr.superlink.grid": ("http_grid",),
+    "flwr.supernode.runtime.run_clientapp": ("push_message", "push_task_output"),
 }
-"""What executor.py and inbox.py take from Flower, most of it from inside; another release may have moved it."""
+"""What three modules take from Flower, most of it from inside; another release may have moved it."""
 
 
 def test_flowers_inside_is_where_we_look_for_it() -> None:
@@ -572,35 +583,154 @@ def test_flowers_inside_is_where_we_look_for_it() -> None:
 
 
 def test_nothing_else_is_taken_from_flowers_inside() -> None:
-    from fluvial.flower import executor, inbox
-
-    lines = Path(executor.__file__).read_text() + Path(inbox.__file__).read_text()
-    found = {
-        module: tuple(name.strip() for name in names.split(","))
-        for module, names in re.findall(r"from (flwr[\w.]*) import ([\w, ]+)", lines)
-    }
-    assert found == INTERNAL
+    folder = Path(fluvial.flower.inbox.__file__).parent
+    found: dict[str, set[str]] = {}
+    for name in ("executor", "inbox", "server"):
+        for module, names in re.findall(r"from (flwr[\w.]*) import ([\w, ]+)", (folder / f"{name}.py").read_text()):
+            found.setdefault(module, set()).update(name.strip() for name in names.split(","))
+    assert found == {module: set(names) for module, names in INTERNAL.items()}
 
 
-def test_what_the_supernode_lost_is_not_waited_for() -> None:
+def test_the_server_asks_for_the_rest_of_an_upload_in_its_own_time() -> None:
     from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
+    from flwr.superlink.grid import http_grid
 
-    from fluvial.flower.executor import _within
+    from fluvial.flower.server import ASK_S
 
-    def lost(_: str) -> bytes:
-        raise ObjectUnavailableError("lost")
+    assert vars(http_grid)["pull_objects"] is pull_objects  # which the server's process replaces
+    asked: list[float] = []
 
-    started = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"did not hand over a message within 0\.3 s"), _within(0.3):
-        pull_objects(["one", "two"], lost)
-    assert time.monotonic() - started < 5
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    def late(_: str) -> bytes:
+        asked.append(time.monotonic())
+        if asked[-1] - asked[0] < 1.5:
+            raise ObjectUnavailableError("late")
+        return b"there"
+
+    assert pull_objects(["part"], late, **ASK_S) == {"part": b"there"}
+    assert asked[-1] - asked[0] < 1.5 + 1.2 * ASK_S["backoff_cap"] + 0.5
 
 
-def test_an_answer_of_a_site_travels_in_one_array(stand: Stand) -> None:
-    message = Message(pack(b"abc", {"task": "train"}), dst_node_id=1, message_type="train")
-    assert unpack(message, max_bytes=3) == (b"abc", {"task": "train"})
-    assert list(message.content["payload"]) == ["p"]
+@dataclass
+class Runtime:
+    """What a SuperNode says of one task; the message, and each part of it, is there after so many questions."""
+
+    message: Message
+    after: float = 1
+    lost: bool = False
+    asked: dict[str, float] = field(default_factory=dict)
+    confirmed: list[str] = field(default_factory=list)
+
+    def PullTaskInput(self, _: Any) -> Any:  # noqa: N802 - Flower's name
+        from flwr.app import Context
+        from flwr.common.serde import context_to_proto
+        from flwr.proto.run_pb2 import Run
+        from flwr.proto.runtime_pb2 import PullTaskInputResponse
+
+        context = Context(run_id=7, node_id=3, node_config={}, state=RecordDict(), run_config={})
+        return PullTaskInputResponse(context=context_to_proto(context), run=Run(run_id=7), task_id=5)
+
+    def PullMessages(self, _: Any) -> Any:  # noqa: N802 - Flower's name
+        from flwr.app.message import remove_content_from_message
+        from flwr.common.serde import message_to_proto
+        from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+        from flwr.supercore.inflatable.inflatable_object import get_object_tree
+
+        if not self._there("message"):
+            return PullAppMessagesResponse()
+        bare = message_to_proto(remove_content_from_message(self.message))
+        return PullAppMessagesResponse(messages_list=[bare], message_object_trees=[get_object_tree(self.message)])
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        from flwr.proto.message_pb2 import PullObjectResponse
+        from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+        assert (request.run_id, request.node.node_id) == (7, 3)
+        found, there = not self.lost, self._there(request.object_id)
+        content = get_all_nested_objects(self.message)[request.object_id].deflate() if found and there else b""
+        return PullObjectResponse(object_found=found, object_available=found and there, object_content=content)
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802 - Flower's name
+        self.confirmed.append(request.message_object_id)
+
+    def _there(self, what: str) -> bool:
+        self.asked[what] = self.asked.get(what, 0) + 1
+        return self.asked[what] >= self.after
+
+
+class Waiting:
+    """The SuperNode's next task comes after so many questions."""
+
+    def __init__(self, after: float = math.inf) -> None:
+        self.after, self.asked = after, 0
+
+    def AcquireTask(self, _: Any) -> Any:  # noqa: N802 - Flower's name
+        from flwr.proto.runtime_pb2 import AcquireTaskResponse
+
+        self.asked += 1
+        return AcquireTaskResponse(token="the next" if self.asked > self.after else "")
+
+
+@pytest.fixture
+def coming(monkeypatch: pytest.MonkeyPatch) -> Message:
+    from fluvial.flower import executor
+
+    for identity in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, identity, 1)
+    monkeypatch.setattr(executor, "POLL_S", 0.001)
+    return Message(pack(b"payload" * 1000, {"task": "train"}), dst_node_id=3, message_type="train", ttl=60.0)
+
+
+def test_a_message_is_answered_when_all_of_it_is_there(coming: Message) -> None:
+    from fluvial.flower.executor import Tasks, pull
+
+    runtime = Runtime(coming, after=2)
+    message, context = pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
+    assert unpack(message, max_bytes=10_000) == (b"payload" * 1000, {"task": "train"})
+    assert (message.metadata.message_id, context.node_id) == (coming.object_id, 3)
+    assert runtime.confirmed == [coming.object_id]
+    assert (TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id) == (5, 7, 3)
+
+
+def test_a_message_that_the_supernode_dropped_gives_way_to_the_next(coming: Message) -> None:
+    from fluvial.flower.executor import Tasks, pull
+
+    runtime, tasks = Runtime(coming, after=math.inf), Tasks(cast(Any, Waiting(after=20)))
+    with pytest.raises(ClientError, match="the SuperNode dropped a message before all of it was here"):
+        pull(cast(Any, runtime), tasks)
+    assert runtime.confirmed == []
+    assert tasks.next() == "the next"
+
+
+def test_a_message_that_nobody_waits_for_any_more_is_given_up(coming: Message) -> None:
+    from fluvial.flower.executor import Tasks, pull
+
+    coming.metadata.ttl = 0.05
+    runtime = Runtime(coming, after=math.inf, asked={"message": math.inf})
+    with pytest.raises(ClientError, match="the SuperNode dropped a message"):
+        pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
+
+
+def test_a_part_that_the_supernode_lost_is_told(coming: Message) -> None:
+    from fluvial.flower.executor import Tasks, pull
+
+    with pytest.raises(ClientError, match="has lost a part of a message"):
+        pull(cast(Any, Runtime(coming, lost=True)), Tasks(cast(Any, Waiting())))
+
+
+def test_the_time_of_a_round_is_predicted_for_this_envelope() -> None:
+    assert FLOWER.inline == SMALL
+
+
+@pytest.mark.parametrize(("size", "objects"), [(0, 3), (SMALL, 3), (SMALL + 1, 6), (2**23, 7)])
+def test_a_message_is_as_few_objects_as_its_size_allows(size: int, objects: int, coming: Message) -> None:
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    data = random.Random(1).randbytes(size)
+    message = Message(pack(data, {"task": "train"}), dst_node_id=1, message_type="train")
+    assert unpack(message, max_bytes=size) == (data, {"task": "train"})
+    assert len(get_all_nested_objects(message)) == objects
+    with pytest.raises(WireError, match=f"message of {size} bytes exceeds the limit"):
+        unpack(message, max_bytes=size - 1)
 
 
 # -- equal to the run in one process ----------------------------------------------------------------------------------

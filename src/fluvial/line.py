@@ -29,15 +29,17 @@ class Line(Settings):
 class Engine:
     """What a round costs where the line is none, and how Flower 1.41 uses a line."""
 
-    fixed_s: float = 4.5
+    fixed_s: float = 3.9
     """A round of a small payload without training: the node's sleep of 3 s, its steps of 0.5 s, one fork."""
-    s_per_mb: float = 0.05
+    s_per_mb: float = 0.06
     """Packing, hashing and copying at both ends, for each MB of one site, up and down together."""
     exchanges: int = 4
     """Requests of one round and site that wait for each other: poll, receipt, announcement of the answer, and a poll in
     vain before the sleep; what moves objects comes on top."""
     small_objects: int = 5
     """Requests for what surrounds the chunks of a message: Flower sends each part of it by a request of its own."""
+    inline: int = 2**18
+    """Bytes of a payload that travels within the header, so that only two other objects surround it."""
     kept_s: float = 5.0
     """A connection that was idle for longer is opened anew: two round trips."""
     connections: int = 2
@@ -82,10 +84,11 @@ def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
     While one chunk passes, the small objects pass on the other connection; after several chunks they are still to come.
     """
     rtt_s, chunks = line.rtt_ms / 1e3, math.ceil(size / engine.chunk)
+    small = 2 if size <= engine.inline else engine.small_objects
     moving = transfer_s(size, mbit_s, line, engine)
     if chunks < engine.connections:
-        return max(rtt_s + moving, rtt_s * engine.small_objects / (engine.connections - chunks))
-    return moving + rtt_s * math.ceil((chunks + engine.small_objects) / engine.connections)
+        return max(rtt_s + moving, rtt_s * small / (engine.connections - chunks))
+    return moving + rtt_s * math.ceil((chunks + small) / engine.connections)
 
 
 def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:

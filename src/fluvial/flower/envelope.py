@@ -1,7 +1,9 @@
-"""A payload as one Flower message: one packed array with our own type, and a flat header.
+"""A payload as one Flower message: a flat header, and the payload in it or beside it.
 
-Flower sends every array as requests of its own, and reads numpy's or torch's arrays with numpy; one array of bytes with
-a type that it does not know is the cheapest, and nobody unpickles it.
+Flower moves every record, every array and every chunk of an array by a request of its own, each with its hash in the
+requests around it. A small payload travels in the header, which is three objects for a message. A larger one is an
+array of bytes with a type that Flower does not know, so that nobody unpickles it: six objects, and more above 5 MB. One
+that goes to many sites is then kept once by the SuperLink.
 """
 
 from typing import Any
@@ -11,22 +13,38 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from fluvial.errors import WireError
 
 STYPE = "fluvial.payload.2"
+SMALL = 2**18
+"""Bytes of the largest payload that travels in the header."""
+_PAYLOAD = "payload"
 
 
 def pack(data: bytes, header: dict[str, Any]) -> RecordDict:
     """The content of a message."""
+    if len(data) <= SMALL:
+        return RecordDict({"header": ConfigRecord({**header, _PAYLOAD: data})})
     array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
-    return RecordDict({"payload": ArrayRecord({"p": array}), "header": ConfigRecord(header)})
+    return RecordDict({_PAYLOAD: ArrayRecord({"p": array}), "header": ConfigRecord(header)})
 
 
 def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
     """Payload and header of a message from outside; raises `WireError`."""
-    arrays, header = message.content.get("payload"), message.content.get("header")
-    if not isinstance(arrays, ArrayRecord) or not isinstance(header, ConfigRecord) or set(arrays) != {"p"}:
-        raise WireError("message: expected one array 'p' and a header; is the other side a Fluvial of this version?")
+    record = message.content.get("header")
+    if not isinstance(record, ConfigRecord):
+        raise WireError("message: expected a header; is the other side a Fluvial of this version?")
+    header = dict(record)
+    data = _array(message) if _PAYLOAD in message.content else header.pop(_PAYLOAD, None)
+    if not isinstance(data, bytes):
+        raise WireError("message: expected a payload of bytes; is the other side a Fluvial of this version?")
+    if len(data) > max_bytes:
+        raise WireError(f"message of {len(data)} bytes exceeds the limit of {max_bytes}")
+    return data, header
+
+
+def _array(message: Message) -> bytes:
+    arrays = message.content[_PAYLOAD]
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != {"p"}:
+        raise WireError("message: expected one array 'p'; is the other side a Fluvial of this version?")
     array = arrays["p"]
     if array.stype != STYPE or array.dtype != "uint8":
         raise WireError(f"message: an array of type {array.stype!r:.40}, expected {STYPE!r}")
-    if len(array.data) > max_bytes:
-        raise WireError(f"message of {len(array.data)} bytes exceeds the limit of {max_bytes}")
-    return array.data, dict(header)
+    return array.data

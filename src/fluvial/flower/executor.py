@@ -20,14 +20,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
+from flwr.app import Context, Message
+from flwr.common.serde import context_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fluvial.errors import ClientError
 from fluvial.flower.envelope import pack
@@ -36,11 +42,11 @@ from fluvial.station import SiteFile
 
 logger = logging.getLogger(__name__)
 
-PULL_S = 45.0
-"""For a message from the SuperNode, which has all of it, on this machine."""
+POLL_S = 0.1
+"""Between two questions to the SuperNode, which is on this machine, for a task or for a part of a message."""
 
 
-def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None, poll_s: float = 0.1) -> None:
+def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> None:
     """Take tasks until the process `parent` (the SuperNode) is gone."""
     import peft  # noqa: F401 - what every task needs is imported once
     import torch
@@ -48,26 +54,47 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None, poll_s
 
     torch.set_num_threads(1)  # no thread pool may exist when the process forks
     resident = site.device != "cpu" and torch.cuda.is_available()
-    client = _client(runtime_api, "SuperExec", token=None)
+    tasks = Tasks(_client(runtime_api, "SuperExec", token=None))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the site's process ends this one
     while parent is None or os.getppid() == parent or Path(f"/proc/{parent}").exists():
         try:
-            found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+            token = tasks.next()
         except Exception as error:
             logger.debug("no task: %s", error)  # the SuperNode is starting, or going
             time.sleep(1.0)
             continue
-        if not found.HasField("task") or not found.token:
-            time.sleep(poll_s)
+        if not token:
+            time.sleep(POLL_S)
             continue
         try:
-            _task(runtime_api, found.token, site, resident=resident)
+            _task(runtime_api, token, tasks, site, resident=resident)
         except Exception:
             logger.exception("site %s: a task came to nothing", site.name)
 
 
-def _task(runtime_api: str, token: str, site: SiteFile, *, resident: bool) -> None:
+class Tasks:
+    """The SuperNode's tasks in turn, each as the token that stands for it."""
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client, self._ahead = client, ""
+
+    def next(self) -> str:
+        """A task, "" if there is none; whoever has it must end it."""
+        token, self._ahead = self._ahead or self._acquire(), ""
+        return token
+
+    def another(self) -> bool:
+        """Whether one is waiting; it comes next."""
+        self._ahead = self._ahead or self._acquire()
+        return bool(self._ahead)
+
+    def _acquire(self) -> str:
+        found = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
+        return str(found.token)
+
+
+def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, resident: bool) -> None:
     """Pull one message, answer it, push the answer; a `resident` process makes the answer itself.
 
     CUDA must not be initialised before a fork. Without it, a fork that is killed, as for its memory, costs one answer:
@@ -78,8 +105,7 @@ def _task(runtime_api: str, token: str, site: SiteFile, *, resident: bool) -> No
     status, details = "failed", "the task failed for an unknown reason"
     try:
         with _beating(client):
-            with _within(PULL_S):
-                message, context, _, _ = pull_task_input(client)
+            message, context = pull(client, tasks)
             if not resident:
                 _prepare(site)
         child = None if resident else _fork(site, message)  # while this process has no other thread
@@ -99,24 +125,43 @@ def _prepare(site: SiteFile) -> None:
         logger.warning("site %s: %s", site.name, error)  # the fork meets it too, and tells the server
 
 
-@contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` after `seconds`, in the main thread.
+def pull(client: RuntimeHttpClient, tasks: Tasks) -> tuple[Message, Context]:
+    """The message of a task as soon as all of it is there, and what Flower keeps beside it.
 
-    A SuperNode that drops a message of a stopped run can lose an object of the next one, and Flower would ask it for
-    that for two hours. Given up, the message comes again.
+    There is a task as soon as the SuperNode begins to receive its message. Flower's own client asks for what is missing
+    after 1, 3, 7, 15 s and so on, so what comes in the fourth second waits for three more.
+
+    Raises `ClientError` when the rest will not come. The SuperNode drops the message of a run that was stopped, and
+    tells nobody; but it receives one at a time, so another task says it, or else the end of the time it was sent for.
     """
+    given = client.PullTaskInput(PullTaskInputRequest())
+    run, node = given.run.run_id, Node(node_id=given.context.node_id)
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = given.task_id, run, node.node_id
+    ends = float("inf")
 
-    def late(*_: object) -> None:
-        raise TimeoutError(f"the SuperNode did not hand over a message within {seconds:g} s")
+    def wait() -> None:
+        if tasks.another() or time.monotonic() > ends:
+            raise ClientError("the SuperNode dropped a message before all of it was here, as when its run was stopped")
+        time.sleep(POLL_S)
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    while not (found := client.PullMessages(PullAppMessagesRequest())).messages_list:
+        wait()
+    tree, ends = found.message_object_trees[0], time.monotonic() + found.messages_list[0].metadata.ttl
+    parts: dict[str, bytes] = {}
+    for each in reversed(list(iterate_object_tree(tree))):  # what comes last is asked for first
+        wanted = PullObjectRequest(node=node, run_id=run, object_id=each.object_id)
+        while not (part := client.PullObject(wanted)).object_available:
+            if not part.object_found:
+                raise ClientError("the SuperNode has lost a part of a message")
+            wait()
+        parts[each.object_id] = part.object_content
+    client.ConfirmMessageReceived(
+        ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
+    )
+    message = inflate_object_from_contents(tree.object_id, parts)
+    assert isinstance(message, Message)
+    vars(message.metadata)["_message_id"] = tree.object_id  # not part of what was sent
+    return message, context_from_proto(given.context)
 
 
 @contextmanager

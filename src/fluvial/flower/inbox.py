@@ -20,6 +20,11 @@ _STUCK_S = 1.0
 """A thread that has asked for this long waits for an upload."""
 _GROUPS = 16
 """Questions in which all messages are asked for; a reply that is being uploaded holds up what came in one answer."""
+_LATER = 0.1
+"""A reply is noticed later by at most this share of the time since the last one, or since the last was watched for: a
+question costs the SuperLink 20 ms, and answers to a long training are no more urgent than to a short one."""
+_LATEST_S = 5.0
+"""And by at most so much."""
 _AHEAD = 8
 """Replies that are held for whoever calls `next`, so that memory does not grow with the number of sites."""
 
@@ -32,6 +37,8 @@ class Inbox:
         self._watched: dict[str, None] = {}
         self._changed = threading.Condition()
         self._turn = count()
+        self._moved = time.monotonic()
+        """When a message was last watched for, or a reply came."""
         self._asking: dict[int, tuple[float, frozenset[str]]] = {}
         """By thread, since when it has been waiting for an answer of the grid, and what it asked for."""
         self._held: set[str] = set()
@@ -43,6 +50,7 @@ class Inbox:
         """Ask for the reply to this message until it is there."""
         with self._changed:
             self._watched[number] = None
+            self._moved = time.monotonic()
             self._changed.notify_all()
 
     def forget(self, number: str) -> None:
@@ -89,10 +97,13 @@ class Inbox:
                 self._held.difference_update(mine)
                 found = [each for each in found if isinstance(each, Exception) or self._counts(each)]
                 self._changed.notify_all()
+                if found:
+                    self._moved = time.monotonic()
+                later = min(_LATEST_S, _LATER * (time.monotonic() - self._moved))
             for each in found:
                 self._found.put(each)
             if not found:
-                time.sleep(self._poll_s)
+                time.sleep(max(self._poll_s, later / groups))
 
     def _counts(self, reply: Message) -> bool:
         """Whether this is the reply to a message, and not the news that another thread has it."""

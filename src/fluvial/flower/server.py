@@ -6,12 +6,14 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.superlink.grid import http_grid
 
 from fluvial.config import RunConfig, parse
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
@@ -23,6 +25,10 @@ from fluvial.show import round_line, setup_lines
 
 logger = logging.getLogger("fluvial")
 
+ASK_S = {"initial_backoff": 0.1, "backoff_cap": 0.5}
+"""When Flower asks for the rest of a reply that is being uploaded. By itself it does after 1, 3, 7, 15 s and so on, so
+that an upload of eight seconds is noticed in the fifteenth."""
+
 app = ServerApp()
 """What the SuperLink runs."""
 
@@ -33,6 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request of Flower's, sent as a request
     _end_with_parent()
+    vars(http_grid)["pull_objects"] = partial(pull_objects, **ASK_S)
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))
