@@ -152,7 +152,8 @@ class Deployment:
 
     def logs(self, number: int) -> str:
         """What a run's server wrote."""
-        return self.command("logs", str(self.server), str(number), "--no-follow")
+        failed = self.run(number)["status"] in ("finished:failed", "finished:stopped")
+        return self.command("logs", str(self.server), str(number), "--no-follow", fails=failed)
 
     def tail(self, who: str, characters: int = 4000) -> str:
         """The end of a process's log."""

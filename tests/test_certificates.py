@@ -2,6 +2,7 @@
 
 import email.utils
 import fcntl
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 pytest.importorskip("cryptography")
 
 from fluvial.config import RunConfig
-from fluvial.errors import ConfigError
+from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, deploy
 
 HOST = "fluvial.example.org"
@@ -139,6 +140,27 @@ def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
     for number in ("91", "17"):
         deploy._name(tmp_path, "runs", number, "run")
     assert deploy.newest(tmp_path) == 17
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        ("finished:failed", ClientError, r"run 17 \(hospitals\) has failed; `fluvial submit --resume` goes on with it"),
+        ("finished:stopped", ClientError, "has stopped"),
+        ("", ConfigError, "has no run 17"),
+        ("finished:completed", None, ""),
+    ],
+)
+def test_the_log_of_a_run_without_a_result_ends_with_an_error(
+    status: str, error: type[Exception] | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[list[str]] = []
+    monkeypatch.setattr("fluvial.flower.deploy.subprocess.run", lambda command, **_: shown.append(command))
+    runs = [{"run-id": 17, "name": "hospitals", "status": status}] if status else []
+    monkeypatch.setattr(deploy, "status", lambda _: {"runs": runs, "sites": []})
+    with pytest.raises(error, match=said) if error else nullcontext():
+        deploy.logs(tmp_path, 17, follow=False)
+    assert shown[0][1:3] == ["log", "17"]
 
 
 def test_clocks_that_differ_are_told_before_flower_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

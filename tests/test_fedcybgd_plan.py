@@ -20,6 +20,8 @@ from fluvial.errors import ConfigError
 from fluvial.methods.fedcybgd import check
 from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
+from fluvial.methods.fedcybgd.download import ProxyDownload
+from fluvial.methods.fedcybgd.guards import GateConfig
 from fluvial.methods.fedcybgd.memory import (
     Cache,
     Full,
@@ -581,3 +583,10 @@ def test_the_formula_is_what_training_holds(width: Width, whole: bool) -> None:
         )
     sizes = Sizes.of(parts, len(parts) - 1)
     assert live.peak == pytest.approx(client_memory(sizes, Full(), width=width).peak(), rel=1e-3)
+
+
+def test_a_gate_to_come_is_announced() -> None:
+    (note,) = FedCyBgdConfig(download=ProxyDownload()).notes
+    assert "may refuse the download: gradients through form='proxy' must keep a cosine of 0.7" in note
+    assert FedCyBgdConfig(download=ProxyDownload(), gate=GateConfig(threshold=0)).notes == []
+    assert FedCyBgdConfig().notes == []

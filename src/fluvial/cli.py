@@ -301,7 +301,7 @@ def logs(
     run: RunNumber = None,
     follow: Annotated[bool, typer.Option(help="Go on until it ends.")] = True,
 ) -> None:
-    """Print what a run says."""
+    """Print what a run says; the exit code is 1 when it has failed or was stopped."""
     from fluvial.flower import deploy
 
     deploy.logs(server, deploy.newest(server) if run is None else run, follow=follow)

@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fluvial.config import RunConfig
-from fluvial.errors import ConfigError
+from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import QUIET, certificates
 from fluvial.settings import Settings
 from fluvial.sites import write_atomically
@@ -220,9 +220,15 @@ def newest(folder: Path) -> int:
 
 
 def logs(folder: Path, run: int, *, follow: bool) -> None:
-    """Print what a run's server wrote; does not return."""
+    """Print what a run's server wrote; raises `ClientError` where it ended otherwise than with a result."""
     command = [_program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
-    os.execve(command[0], command, _environment(folder))
+    subprocess.run(command, env=_environment(folder), check=False)
+    found = next((each for each in status(folder)["runs"] if int(each["run-id"]) == run), None)
+    if found is None:
+        raise ConfigError(f"the server of {folder} has no run {run}; `fluvial status {folder}` lists them")
+    if found["status"] in ("finished:failed", "finished:stopped"):
+        how = found["status"].partition(":")[2]
+        raise ClientError(f"run {run} ({found['name']}) has {how}; `fluvial submit --resume` goes on with it")
 
 
 def stop(folder: Path, run: int) -> str:
