@@ -47,4 +47,4 @@ def _array(message: Message) -> bytes:
     array = arrays["p"]
     if array.stype != STYPE or array.dtype != "uint8":
         raise WireError(f"message: an array of type {array.stype!r:.40}, expected {STYPE!r}")
-    return array.data
+    return bytes(array.data)
