@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -50,9 +51,6 @@ def main() -> None:
         err.print(f"[red]{type(error).__name__}[/]: ", end="")
         err.print(str(error), markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; go on with --resume")
-        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -89,8 +87,13 @@ def run(
         else:
             from fluvial.run import execute
 
-        for event in execute(settings, path, resume=resume):
-            progress.show(event)
+        try:
+            for event in execute(settings, path, resume=resume):
+                progress.show(event)
+        except KeyboardInterrupt:
+            again = shlex.join([_command(), *sys.argv[1:], *([] if resume else ["--resume"])])
+            err.print(f"interrupted; what was finished is kept, go on with:  {again}", markup=False, soft_wrap=True)
+            raise
     assert event.kind == "result"
     if format == "json":
         print(json.dumps(event.values, indent=2))  # noqa: T201 - this is the output
