@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +37,7 @@ from fluvial.errors import ClientError, ConfigError, WireError
 from fluvial.fleet import LocalFleet, Reply
 from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
+from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.line import FLOWER
 from fluvial.methods import METHODS
@@ -708,6 +710,44 @@ def test_a_message_that_nobody_waits_for_any_more_is_given_up(coming: Message) -
     runtime = Runtime(coming, after=math.inf, asked={"message": math.inf})
     with pytest.raises(ClientError, match="the SuperNode dropped a message"):
         pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
+
+
+class Outbox:
+    """A SuperNode that holds a reply for so many questions before it has sent it."""
+
+    def __init__(self, held: float) -> None:
+        self.held, self.asked = held, 0
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
+        from flwr.proto.message_pb2 import PullObjectResponse
+
+        self.asked += 1
+        return PullObjectResponse(object_found=self.asked <= self.held)
+
+
+@pytest.mark.parametrize(
+    ("held", "next_task", "error", "given"),
+    [
+        (3, math.inf, None, 1),
+        (0, math.inf, None, 1),
+        (math.inf, 0, ClientError, 0),  # which is still in time
+        (math.inf, 3, OutOfStepError, 1),
+        (2, 2, None, 1),  # sent between two questions, and the next message after it
+    ],
+)
+def test_a_reply_to_a_message_that_was_dropped_is_not_given(
+    held: float, next_task: float, error: type[Exception] | None, given: int, coming: Message, monkeypatch: Any
+) -> None:
+    from fluvial.flower import executor
+
+    pushed: list[Message] = []
+    monkeypatch.setattr(executor, "push_message", lambda *given: pushed.append(given[1]))
+    tasks = executor.Tasks(cast(Any, Waiting(after=next_task)))
+    with pytest.raises(error) if error else nullcontext():
+        executor._hand_over(cast(Any, Outbox(held)), tasks, coming, cast(Any, None))
+    assert len(pushed) == given
+    if next_task < math.inf:
+        assert tasks.next() == "the next"
 
 
 def test_a_part_that_the_supernode_lost_is_told(coming: Message) -> None:

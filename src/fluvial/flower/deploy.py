@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError
-from fluvial.flower import QUIET, certificates
+from fluvial.flower import OUT_OF_STEP, QUIET, certificates
 from fluvial.settings import Settings
 from fluvial.sites import write_atomically
 from fluvial.station import SiteFile, read_site_file
@@ -278,7 +278,9 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
     """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
     site = read_site_file(folder / "site.toml")
     with _alone(folder, site):
-        return _run_site(folder, site, warm=warm, port=port)
+        while (code := _run_site(folder, site, warm=warm, port=port)) == OUT_OF_STEP:
+            pass
+        return code
 
 
 @contextmanager
@@ -320,10 +322,12 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.terminate())
     while (code := node.poll()) is None:
-        if worker and os.waitpid(worker, os.WNOHANG)[0]:
-            _warn("the process that answers for this site has ended, and the site with it")
+        if worker and (ended := os.waitpid(worker, os.WNOHANG))[0]:
             node.terminate()
             node.wait()
+            if os.waitstatus_to_exitcode(ended[1]) == OUT_OF_STEP:
+                return OUT_OF_STEP
+            _warn("the process that answers for this site has ended, and the site with it")
             return 1
         time.sleep(0.2)
     if worker:

@@ -36,6 +36,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fluvial.errors import ClientError
+from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack
 from fluvial.flower.site import respond, station
 from fluvial.station import SiteFile
@@ -69,6 +70,11 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> Non
             continue
         try:
             _task(runtime_api, token, tasks, site, resident=resident)
+        except OutOfStepError:
+            logger.warning("site %s: its SuperNode is started again, because it was out of step", site.name)
+            os._exit(OUT_OF_STEP)
+        except ClientError as problem:
+            logger.warning("site %s: %s", site.name, problem)
         except Exception:
             logger.exception("site %s: a task came to nothing", site.name)
 
@@ -111,7 +117,7 @@ def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, residen
         child = None if resident else _fork(site, message)  # while this process has no other thread
         with _beating(client):
             data, header = _collect(child, site, message.metadata.ttl) if child else respond(site, message)
-            push_message(client, Message(pack(data, header), reply_to=message), context)
+            _hand_over(client, tasks, Message(pack(data, header), reply_to=message), context)
         status, details = "completed", ""
     finally:
         push_task_output(client=client, context=context, sub_status=status, details=details)
@@ -164,6 +170,29 @@ def pull(client: RuntimeHttpClient, tasks: Tasks) -> tuple[Message, Context]:
     return message, context_from_proto(given.context)
 
 
+class OutOfStepError(Exception):
+    """The SuperNode will send every further reply one message too late."""
+
+
+def _hand_over(client: RuntimeHttpClient, tasks: Tasks, reply: Message, context: Context) -> None:
+    """Give a reply to the SuperNode and wait until it was sent.
+
+    Where a run is stopped just when its message has come down, the SuperNode drops the message, without a word, and
+    looks for the next one. A reply to the first, given to it now, would be sent in the place of the reply to the next;
+    and that one not before there is a third message, for which the server waits in vain. It begins with another message
+    only when it has sent the reply to the one before. So a task that is waiting tells of a message that was dropped.
+    Raises `ClientError` while it can be mended by giving no reply, and `OutOfStepError` afterwards.
+    """
+    if tasks.another():
+        raise ClientError("the SuperNode dropped a message while it was answered, as when its run was stopped")
+    wanted = PullObjectRequest(object_id=reply.object_id)
+    push_message(client, reply, context)
+    while client.PullObject(wanted).object_found:
+        if tasks.another() and client.PullObject(wanted).object_found:
+            raise OutOfStepError
+        time.sleep(POLL_S)
+
+
 @contextmanager
 def _beating(client: RuntimeHttpClient) -> Iterator[None]:
     """Tell the SuperNode now and then that its task is being worked on."""
@@ -184,7 +213,10 @@ def _fork(site: SiteFile, message: Message) -> tuple[int, int]:
         os.close(theirs)
         return child, ours
     try:
+        import torch
+
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        torch.set_num_threads(1)  # renews torch's thread pool; two loading threads at once would find it half renewed
         if sys.platform == "linux":  # a site that was ended does not go on in the background
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         data, header = respond(site, message)
