@@ -153,7 +153,8 @@ class Deployment:
     def logs(self, number: int) -> str:
         """What a run's server wrote."""
         failed = self.run(number)["status"] in ("finished:failed", "finished:stopped")
-        return self.command("logs", str(self.server), str(number), "--no-follow", fails=failed)
+        printed = self.command("logs", str(self.server), str(number), "--no-follow", fails=failed)
+        return printed.rpartition(f"ClientError: run {number}")[0] if failed else printed
 
     def tail(self, who: str, characters: int = 4000) -> str:
         """The end of a process's log."""

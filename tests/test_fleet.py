@@ -73,12 +73,15 @@ def test_replies_come_as_they_are_ready() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_no_more_sites_work_at_once_than_workers(workers: int) -> None:
-    lock, now, most = threading.Lock(), [0], [0]
+    lock, now, most, all_there = threading.Lock(), [0], [0], threading.Event()
 
     def count(site: Site, message: Payload) -> Payload:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
+            if now[0] == workers:
+                all_there.set()
+        all_there.wait(10)
         time.sleep(0.02)
         with lock:
             now[0] -= 1
