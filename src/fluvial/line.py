@@ -94,28 +94,18 @@ def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
 def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
     """Seconds beyond one round trip in which `size` bytes arrive over a line of `mbit_s`.
 
-    As Cardwell, Savage and Anderson, "Modeling TCP Latency", INFOCOM 2000: the window doubles until the line is full or
-    the first packet is lost; from then on a connection has the mean rate that Mathis et al. (1997) give for random
-    loss, MSS / rtt * sqrt(3 / 2p); cubic keeps to it where its own is lower (RFC 9438, 4.3). Two objects travel at a
-    time.
+    The window doubles until the line is full (Cardwell, Savage and Anderson, "Modeling TCP Latency", INFOCOM 2000) or,
+    with loss, until it has the mean that Mathis et al. (1997) give for random loss, sqrt(3 / 2p) packets, where it
+    stays: connections live through rounds, and a threshold that a loss has set outlives the rest between them. Cubic
+    keeps to that where its own is lower (RFC 9438, 4.3). Two objects travel at a time.
     """
     streams = max(1, min(engine.connections, math.ceil(size / engine.chunk)))
     rtt_s, packets = line.rtt_ms / 1e3, math.ceil(size / MSS / streams)
-    full = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
+    rate = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
     """Packets a second of one stream."""
-
-    def climb(count: float) -> float:
-        """Seconds until `count` packets have left without a loss."""
-        seconds, sent, window = 0.0, 0.0, float(FIRST_WINDOW)
-        while sent + window < count and window < full * rtt_s:
-            seconds, sent, window = seconds + rtt_s, sent + window, 2 * window
-        return seconds + (count - sent) / full
-
-    if not line.loss or not rtt_s:
-        return climb(packets)
-    whole = (1 - line.loss) ** packets
-    """Chance that nothing is lost."""
-    early = 1 / line.loss - packets * whole / (1 - whole)  # mean place of the first loss, if there is one
-    rate = min(full, math.sqrt(1.5 / line.loss) / rtt_s)
-    lossy = climb(early) + rtt_s + (packets - early) / rate
-    return whole * climb(packets) + (1 - whole) * max(lossy, climb(packets))
+    if line.loss and rtt_s:
+        rate = min(rate, math.sqrt(1.5 / line.loss) / rtt_s)
+    seconds, sent, window = 0.0, 0.0, float(FIRST_WINDOW)
+    while sent + window < packets and window < rate * rtt_s:
+        seconds, sent, window = seconds + rtt_s, sent + window, 2 * window
+    return seconds + (packets - sent) / rate
