@@ -35,7 +35,7 @@ BOUNDS = {
     "maximum": "at most",
     "exclusiveMaximum": "below",
 }
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "unset"}
+TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
 
 
 class Page:
@@ -47,9 +47,8 @@ class Page:
         self.home: dict[str, str] = {}
         """The place at which a table is told of that may stand at several: that of the fewest names."""
         for place, found in self._places(self.schema, ""):
-            known = self.home.setdefault(json.dumps(found), place)
-            if place.count(".") < known.count("."):
-                self.home[json.dumps(found)] = place
+            what = json.dumps(found)
+            self.home[what] = min(self.home.get(what, place), place, key=lambda each: each.count("."))
         self.told = set[str]()
 
     def sections(self) -> Iterator[str]:
@@ -76,13 +75,14 @@ class Page:
         for key, found in tables.items():
             inner = f"{place}.{key}".lstrip(".")
             words = _sentence(fields[key]) or (_sentence(found[0]) if len(found) == 1 else "")
-            home = self.home[json.dumps(found)]
-            here = home == inner and json.dumps(found) not in self.told
+            what = json.dumps(found)
+            home = self.home[what]
+            here = home == inner and what not in self.told
             if not here:
                 words = f"{words} See `[{home}]`.".lstrip()
             yield f"### `[{inner}]`\n\n{words}".rstrip()
             if here:
-                self.told.add(json.dumps(found))
+                self.told.add(what)
                 yield from self._table(found[0], inner) if len(found) == 1 else self._union(found, inner)
 
     def _union(self, found: list[dict[str, Any]], place: str) -> Iterator[str]:
