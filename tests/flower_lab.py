@@ -203,9 +203,12 @@ class Deployment:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-        for pid in _processes(f"{self.folder}:{who}"):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while (left := _processes(f"{self.folder}:{who}")) and time.monotonic() < until:  # some are just starting
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
         if process is not None:
             process.wait(10)
 

@@ -26,6 +26,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 import fluvial.flower.fleet
@@ -39,6 +40,7 @@ from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
 from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.fleet import FlowerFleet
+from fluvial.flower.inbox import pull_complete
 from fluvial.line import FLOWER
 from fluvial.methods import METHODS
 from fluvial.models import Workbench
@@ -556,7 +558,11 @@ INTERNAL = {
     "flwr.supercore.constant": ("TaskType",),
     "flwr.supercore.heartbeat": ("HeartbeatSender", "make_task_heartbeat_fn_http"),
     "flwr.supercore.inflatable.inflatable_object": ("iterate_object_tree",),
-    "flwr.supercore.inflatable.inflatable_utils": ("inflate_object_from_contents", "pull_objects"),
+    "flwr.supercore.inflatable.inflatable_utils": (
+        "ObjectPullError",
+        "inflate_object_from_contents",
+        "pull_objects",
+    ),
     "flwr.supercore.interceptors": ("RuntimeTokenHttpInterceptor", "RuntimeVersionHttpInterceptor"),
     "flwr.supercore.retry": ("make_simple_http_retry_invoker",),
     "flwr.supercore.runtime": ("RuntimeHttpClient",),
@@ -594,12 +600,6 @@ def test_nothing_else_is_taken_from_flowers_inside() -> None:
 
 
 def test_the_server_asks_for_the_rest_of_an_upload_in_its_own_time() -> None:
-    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
-    from flwr.superlink.grid import http_grid
-
-    from fluvial.flower.server import ASK_S
-
-    assert vars(http_grid)["pull_objects"] is pull_objects  # which the server's process replaces
     asked: list[float] = []
 
     def late(_: str) -> bytes:
@@ -608,8 +608,53 @@ def test_the_server_asks_for_the_rest_of_an_upload_in_its_own_time() -> None:
             raise ObjectUnavailableError("late")
         return b"there"
 
-    assert pull_objects(["part"], late, **ASK_S) == {"part": b"there"}
-    assert asked[-1] - asked[0] < 1.5 + 1.2 * ASK_S["backoff_cap"] + 0.5
+    assert pull_complete(["last"], late) == {"last": b"there"}
+    assert asked[-1] - asked[0] < 1.5 + 1.2 * 0.5 + 0.5
+
+
+def test_a_reply_is_fetched_when_its_last_part_is_there() -> None:
+    asked: list[str] = []
+
+    def pull(part: str) -> bytes:
+        asked.append(part)
+        if asked.count("root") < 3:
+            raise ObjectUnavailableError(part)
+        return part.encode()
+
+    found = pull_complete(object_ids=["a", "b", "root"], pull_object_fn=pull)  # as Flower calls it
+    assert found == {part: part.encode() for part in ("a", "b", "root")}
+    assert asked[:3] == ["root"] * 3
+    assert sorted(asked[3:]) == ["a", "b"]
+
+
+def test_replies_whose_last_part_overtook_another_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fluvial.flower.inbox, "_PART_S", 0.2)
+    dead = threading.Event()
+
+    def half(part: str) -> bytes:
+        if part == "a" and not dead.wait(0.05):
+            raise ObjectUnavailableError(part)
+        return b"there"
+
+    stuck = [threading.Thread(target=pull_complete, args=(["a", "root"], half), daemon=True) for _ in range(4)]
+    for thread in stuck:
+        thread.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert len(pull_complete(["b", "root"], lambda part: part.encode())) == 2
+    assert time.monotonic() - began < 5
+    assert all(thread.is_alive() for thread in stuck)
+    dead.set()
+    for thread in stuck:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_the_server_takes_the_place_of_flowers_pull() -> None:
+    from flwr.superlink.grid import http_grid
+
+    assert vars(http_grid)["pull_objects"] is pull_objects  # which the server's process replaces
+    assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
 
 
 @dataclass

@@ -33,6 +33,8 @@ from fluvial.station import SiteFile, read_site_file
 
 _SETTINGS = QUIET | {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5"}
 """Nor an installation while a run runs."""
+_MEMORY = {"MALLOC_ARENA_MAX": "2"}
+"""Of glibc, where the environment does not say otherwise: every thread's own arena keeps what a large message took."""
 AHEAD_S, BEHIND_S = 5.0, 305.0
 """Flower refuses the signature of a site whose clock is further from the server's."""
 WARN_DAYS = 30
@@ -434,7 +436,7 @@ def _program(name: str) -> str:
 def _environment(folder: Path) -> dict[str, str]:
     """Flower's home inside the folder, its own programs on the path, nothing that calls out."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **_SETTINGS, "PATH": path, "FLWR_HOME": str(folder.resolve() / "flower")}
+    return {**_MEMORY, **os.environ, **_SETTINGS, "PATH": path, "FLWR_HOME": str(folder.resolve() / "flower")}
 
 
 def _connection(folder: Path, server: ServerFile) -> None:

@@ -8,11 +8,14 @@ another goes on asking. To whoever asks second for the same reply Flower says th
 import queue
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 
 _THREADS = 32
 """At most; as many uploads can be waited for at the same time."""
@@ -25,8 +28,14 @@ _LATER = 0.1
 question costs the SuperLink 20 ms, and answers to a long training are no more urgent than to a short one."""
 _LATEST_S = 5.0
 """And by at most so much."""
-_AHEAD = 8
+_AHEAD = 2
 """Replies that are held for whoever calls `next`, so that memory does not grow with the number of sites."""
+_ASK_S = {"initial_backoff": 0.1, "backoff_cap": 0.5}
+"""When the rest of a reply that is being uploaded is asked for. Flower asks after 1, 3, 7, 15 s and so on, so that an
+upload of eight seconds is noticed in the fifteenth."""
+_PART_S = 5.0
+"""For which a reply with a missing part may hold up the others."""
+_fetching = threading.Semaphore(2)
 
 
 class Inbox:
@@ -100,10 +109,10 @@ class Inbox:
                 if found:
                     self._moved = time.monotonic()
                 later = min(_LATEST_S, _LATER * (time.monotonic() - self._moved))
-            for each in found:
-                self._found.put(each)
             if not found:
                 time.sleep(max(self._poll_s, later / groups))
+            while found:
+                self._found.put(found.pop(0))  # and not held here while the next is waited for
 
     def _counts(self, reply: Message) -> bool:
         """Whether this is the reply to a message, and not the news that another thread has it."""
@@ -116,3 +125,18 @@ class Inbox:
                 return False
         self._watched.pop(number, None)
         return True
+
+
+def pull_complete(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """The parts of a reply once it has been uploaded, and of two replies at a time.
+
+    Flower's own `pull_objects`, whose place this takes, holds the parts of all replies that are on their way. A site
+    uploads the last part last, and it is small. Raises `ObjectPullError` if a part does not come.
+    """
+    *parts, last = object_ids
+    found: dict[str, bytes] = pull_objects([last], pull_object_fn, **_ASK_S)
+    with _fetching, suppress(ObjectPullError):  # one part is late, or will never come
+        found |= pull_objects(parts, pull_object_fn, max_time=_PART_S, **_ASK_S)
+        return found
+    found |= pull_objects(parts, pull_object_fn, **_ASK_S)
+    return found

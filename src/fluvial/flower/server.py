@@ -6,28 +6,24 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
 from fluvial.config import RunConfig, parse
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.flower.fleet import FlowerFleet
+from fluvial.flower.inbox import pull_complete
 from fluvial.models import Workbench
 from fluvial.run import execute
 from fluvial.show import round_line, setup_lines
 
 logger = logging.getLogger("fluvial")
-
-ASK_S = {"initial_backoff": 0.1, "backoff_cap": 0.5}
-"""When Flower asks for the rest of a reply that is being uploaded. By itself it does after 1, 3, 7, 15 s and so on, so
-that an upload of eight seconds is noticed in the fifteenth."""
 
 app = ServerApp()
 """What the SuperLink runs."""
@@ -39,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request of Flower's, sent as a request
     _end_with_parent()
-    vars(http_grid)["pull_objects"] = partial(pull_objects, **ASK_S)
+    vars(http_grid)["pull_objects"] = pull_complete
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))
