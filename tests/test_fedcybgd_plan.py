@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.data import Example
 from fluvial.errors import ConfigError
-from fluvial.methods.fedcybgd import check
+from fluvial.methods.fedcybgd import check, notes
 from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.fedcybgd.download import ProxyDownload
@@ -586,7 +586,7 @@ def test_the_formula_is_what_training_holds(width: Width, whole: bool) -> None:
 
 
 def test_a_gate_to_come_is_announced() -> None:
-    (note,) = FedCyBgdConfig(download=ProxyDownload()).notes
+    (note,) = notes(FedCyBgdConfig(download=ProxyDownload()))
     assert "may refuse the download: gradients through form='proxy' must keep a cosine of 0.7" in note
-    assert FedCyBgdConfig(download=ProxyDownload(), gate=GateConfig(threshold=0)).notes == []
-    assert FedCyBgdConfig().notes == []
+    assert notes(FedCyBgdConfig(download=ProxyDownload(), gate=GateConfig(threshold=0))) == []
+    assert notes(FedCyBgdConfig()) == []

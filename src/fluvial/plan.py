@@ -121,7 +121,7 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
 
 
 def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
-    notes = [f"method: {config.entry.paper}", *getattr(config.method, "notes", ())]
+    notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method)]
     cut = sum(site["truncated_records"] for site in sites)
     if cut:
         notes.append(f"{cut} records are longer than data.max_length={config.data.max_length} and are cut at the end")

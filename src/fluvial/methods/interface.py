@@ -1,6 +1,6 @@
 """What a method is: a config, a server half, and tasks that sites do."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -103,6 +103,8 @@ class Method:
     """The layout of what a site trains and sends in a round, at most."""
     forecast: Callable[[Any, Layout, Forecast], list[tuple[str, str]]] | None = None
     """Rows of `fluvial check` about the way down and the memory of a site, where these are the method's own."""
+    notes: Callable[[Any], Sequence[str]] = lambda _config: ()
+    """What `fluvial check` adds: what is decided only when the run starts."""
     tunes: tuple[Tune, ...] = ("lora",)
     """What the method can tune, its default first."""
     pooled: bool = False

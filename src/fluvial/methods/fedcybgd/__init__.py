@@ -109,6 +109,16 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
     return rows
 
 
+def notes(config: FedCyBgdConfig) -> list[str]:
+    """That a download may be refused, where it has a gate."""
+    if not isinstance(config.download, LOSSY) or not config.gate.threshold:
+        return []
+    return [
+        f"the gate is measured when the run starts, and may refuse the download: gradients through "
+        f"form={config.download.form!r} must keep a cosine of {config.gate.threshold:g} (method.gate.threshold)"
+    ]
+
+
 def _form(config: FedCyBgdConfig, known: Forecast, blocks: int) -> Form:
     match config.download:
         case ProxyDownload(kept=kept):
@@ -143,6 +153,7 @@ METHOD = Method(
     receives="own code",
     sent=sent,
     forecast=forecast,
+    notes=notes,
     check=check,
     check_model=check_model,
     reads_public=reads_public,

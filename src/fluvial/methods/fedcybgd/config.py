@@ -47,16 +47,6 @@ class FedCyBgdConfig(Settings):
         """What happens to sites that share a block, the order's default filled in."""
         return self.merge or ("average" if self.order == "pairs" else "sequential")
 
-    @property
-    def notes(self) -> list[str]:
-        """What is decided only when the run starts."""
-        if not isinstance(self.download, LOSSY) or not self.gate.threshold:
-            return []
-        return [
-            f"the gate is measured when the run starts, and may refuse the download: gradients through "
-            f"form={self.download.form!r} must keep a cosine of {self.gate.threshold:g} (method.gate.threshold)"
-        ]
-
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         default, given = type(self).model_fields, self.model_fields_set
