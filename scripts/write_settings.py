@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.config import RunConfig
-from fluvial.flower.deploy import ServerFile
+from fluvial.flower.server_operator import ServerFile
 from fluvial.settings import Settings
 from fluvial.station import SiteFile
 

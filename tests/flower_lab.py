@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from fluvial.flower import deploy
+from fluvial.flower import server_operator
 
 FLUVIAL = (sys.executable, "-m", "fluvial.cli")
 SERVER = "server"
@@ -97,7 +97,7 @@ class Deployment:
 
     def status(self) -> dict[str, Any]:
         """Runs and sites as Flower's server knows them; about two seconds of processor time."""
-        return deploy.status(self.server)
+        return server_operator.status(self.server)
 
     def online(self) -> int:
         """How many sites Flower's server takes for present."""

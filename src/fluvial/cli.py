@@ -212,9 +212,11 @@ def server_init(
     insecure: Insecure = False,
 ) -> None:
     """Make a server's folder: certificate authority, server certificate, settings."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    made = deploy.server_init(folder, address=address, insecure=insecure, certificate=certificate, key=key, ca=ca)
+    made = server_operator.server_init(
+        folder, address=address, insecure=insecure, certificate=certificate, key=key, ca=ca
+    )
     for line in made:
         out.print(line, markup=False, soft_wrap=True)
 
@@ -222,17 +224,17 @@ def server_init(
 @server_app.command("start")
 def server_start(folder: ServerFolder) -> None:
     """Run the server until it is stopped."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    deploy.server_start(folder)
+    server_operator.server_start(folder)
 
 
 @server_app.command("renew")
 def server_renew(folder: ServerFolder) -> None:
     """Make the server's certificate anew; sites need nothing new."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    out.print(deploy.renew(folder), markup=False, soft_wrap=True)
+    out.print(server_operator.renew(folder), markup=False, soft_wrap=True)
 
 
 @site_app.command("init")
@@ -244,9 +246,9 @@ def site_init(
     insecure: Insecure = False,
 ) -> None:
     """Make a site's folder: key pair and settings."""
-    from fluvial.flower import deploy
+    from fluvial.flower import site_operator
 
-    for line in deploy.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
+    for line in site_operator.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
         out.print(line, markup=False, soft_wrap=True)
 
 
@@ -255,9 +257,9 @@ def site_register(
     server: ServerFolder, public_key: Annotated[Path, typer.Argument(help="The site's NAME.pub.")]
 ) -> None:
     """Let a site join; run by the server's operator."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    out.print(deploy.register(server, public_key).strip(), markup=False, soft_wrap=True)
+    out.print(server_operator.register(server, public_key).strip(), markup=False, soft_wrap=True)
 
 
 @site_app.command("start")
@@ -266,9 +268,9 @@ def site_start(
     stock: Annotated[bool, typer.Option("--stock", help="Flower's own execution: a new process per message.")] = False,
 ) -> None:
     """Run a site until it is stopped."""
-    from fluvial.flower import deploy
+    from fluvial.flower import site_operator
 
-    raise typer.Exit(deploy.site_start(folder, warm=not stock))
+    raise typer.Exit(site_operator.site_start(folder, warm=not stock))
 
 
 @app.command()
@@ -281,10 +283,10 @@ def submit(
 ) -> None:
     """Start a configuration on a server; its sites do the work."""
     settings = _load(config, overrides)
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
     path = folder or server / "runs" / config.stem
-    number = deploy.submit(settings, server, out=path, resume=resume)
+    number = server_operator.submit(settings, server, out=path, resume=resume)
     out.print(f"run {number} in {path}", markup=False, soft_wrap=True)
     out.print(f"follow it:  {_command()} logs {server} {number}", markup=False, soft_wrap=True)
 
@@ -293,9 +295,9 @@ def submit(
 def status(server: ServerFolder, format: Format = "table") -> None:
     """Show a server's runs and sites."""
     from fluvial import show
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    _print(deploy.status(server), format, show.status_tables)
+    _print(server_operator.status(server), format, show.status_tables)
 
 
 @app.command()
@@ -305,17 +307,19 @@ def logs(
     follow: Annotated[bool, typer.Option(help="Go on until it ends.")] = True,
 ) -> None:
     """Print what a run says; the exit code is 1 when it has failed or was stopped."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    deploy.logs(server, deploy.newest(server) if run is None else run, follow=follow)
+    server_operator.logs(server, server_operator.newest(server) if run is None else run, follow=follow)
 
 
 @app.command()
 def stop(server: ServerFolder, run: RunNumber = None) -> None:
     """End a run; `submit --resume` goes on with it."""
-    from fluvial.flower import deploy
+    from fluvial.flower import server_operator
 
-    out.print(deploy.stop(server, deploy.newest(server) if run is None else run).strip(), markup=False)
+    out.print(
+        server_operator.stop(server, server_operator.newest(server) if run is None else run).strip(), markup=False
+    )
 
 
 def _command() -> str:

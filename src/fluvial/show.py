@@ -435,7 +435,7 @@ def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | N
 
 
 def status_tables(found: dict[str, Any]) -> Group:
-    """Runs and sites of a server, newest run first, as `fluvial.flower.deploy.status` tells them."""
+    """Runs and sites of a server, newest run first, as `fluvial.flower.server_operator.status` tells them."""
     parts: list[RenderableType] = []
     if found["runs"]:
         runs = [_status_of_run(run) for run in sorted(found["runs"], key=lambda run: str(run["pending-at"]))[::-1]]

@@ -17,6 +17,7 @@ from flwr.superlink.grid import http_grid
 from fluvial.config import RunConfig, parse
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.flower import names
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
 from fluvial.models import Workbench
@@ -39,11 +40,10 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     config = parse(json.loads(str(given["config"])), "the submitted configuration")
     folder = Path(str(given["folder"]))
-    names = Path(str(given["names"]))
+    named = Path(str(given["names"]))
 
     def registered() -> dict[int, str]:
-        found = json.loads(names.read_text()) if names.exists() else {}
-        return {int(number): name for number, name in found.get("sites", {}).items() if number.isdigit()}
+        return {int(number): name for number, name in names.read(named)["sites"].items() if number.isdigit()}
 
     def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
         return FlowerFleet(grid, each, folder.name, texts.names, bench, registered=registered)
