@@ -252,7 +252,7 @@ def test_every_key_of_the_fleet_is_explained() -> None:
 
 def test_every_key_of_a_server_file_is_named() -> None:
     path = ROOT / "src" / "fluvial" / "flower" / "server_operator.py"
-    source = ast.parse(path.read_text())
+    source = ast.parse(path.read_text())  # importing it needs cryptography
     (server,) = (node for node in source.body if isinstance(node, ast.ClassDef) and node.name == "ServerFile")
     annotated = [each.target for each in server.body if isinstance(each, ast.AnnAssign)]
     keys = [target.id for target in annotated if isinstance(target, ast.Name)]

@@ -16,7 +16,7 @@ from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
 from fluvial.line import round_s
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
+from fluvial.methods.fedcybgd.download import CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
 from fluvial.methods.fedcybgd.memory import (
     Cache,
     Form,
@@ -111,7 +111,7 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
 
 def notes(config: FedCyBgdConfig) -> list[str]:
     """That a download may be refused, where it has a gate."""
-    if not isinstance(config.download, LOSSY) or not config.gate.threshold:
+    if not config.gated:
         return []
     return [
         f"the gate is measured when the run starts, and may refuse the download: gradients through "
@@ -138,8 +138,7 @@ def reads_public(config: Config, _codec: CodecSettings) -> bool:
     """Whether scores, gradients or losses on public text are asked for."""
     if isinstance(config, CentralCyclicConfig):
         return False
-    lossy = isinstance(config.download, LOSSY) and config.gate.threshold > 0
-    return lossy or isinstance(config.download, ProxyDownload) or config.accept.on != "always"
+    return config.gated or isinstance(config.download, ProxyDownload) or config.accept.on != "always"
 
 
 METHOD = Method(

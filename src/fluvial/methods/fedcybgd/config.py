@@ -47,6 +47,11 @@ class FedCyBgdConfig(Settings):
         """What happens to sites that share a block, the order's default filled in."""
         return self.merge or ("average" if self.order == "pairs" else "sequential")
 
+    @property
+    def gated(self) -> bool:
+        """Whether the gradient through the download is measured, and the download may be refused."""
+        return isinstance(self.download, LOSSY) and self.gate.threshold > 0
+
     @model_validator(mode="after")
     def _no_setting_without_effect(self) -> Self:
         default, given = type(self).model_fields, self.model_fields_set

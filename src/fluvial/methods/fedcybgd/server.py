@@ -15,7 +15,7 @@ from fluvial.errors import GateError, WireError
 from fluvial.fleet import Fleet
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import LOSSY, FullDownload, Nobody, ProxyDownload, Sender, receive
+from fluvial.methods.fedcybgd.download import FullDownload, Nobody, ProxyDownload, Sender, receive
 from fluvial.methods.fedcybgd.guards import Judge, gradient
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, plan_proxy
@@ -73,7 +73,7 @@ class FedCyBgdServer:
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - sites are asked nothing
         """Measure what a compressed download leaves of the gradients; raises `GateError` where that is too little."""
         report: Metrics = {"blocks": [{"name": each.name, "values": each.numel} for each in self.parts.blocks]}
-        if not self._watched:
+        if not self.config.gated:
             return report
         cosines = {each.name: self._cosine(index, "0/setup") for index, each in enumerate(self.parts.blocks)}
         worst = min(cosines, key=lambda name: cosines[name])
@@ -86,10 +86,6 @@ class FedCyBgdServer:
                 {},
             )
         return {**report, "gradient_cosines": cosines}
-
-    @property
-    def _watched(self) -> bool:
-        return isinstance(self.config.download, LOSSY) and self.config.gate.threshold > 0
 
     @cached_property
     def _public(self) -> list[Example]:
@@ -151,7 +147,7 @@ class FedCyBgdServer:
         last: dict[int, Answer] = {}
         metrics: Metrics = {}
         cycle = self._groups(number, fleet.sites)
-        if self._watched:
+        if self.config.gated:
             first = cycle[0][0]
             metrics["gradient_cosine"] = self._cosine(first.block, first.name)
         for group in cycle:
