@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluvial.show import RESULT_CAPTION, human_bytes, human_ratio, result_rows
+from fluvial.show import RESULT_CAPTION, result_rows
+from fluvial.words import human_bytes, human_ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -11,7 +11,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fluvial.assess import read_adapter_folder
 from fluvial.choices import (
     Choice,
     Marks,
@@ -28,6 +27,7 @@ from fluvial.cli import app, main
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import ConfigError
 from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
+from fluvial.folders import read_adapter_folder
 from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_state
 from fluvial.seeds import generator
 from fluvial.tensors import Named

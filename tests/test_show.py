@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from fluvial import show
+from fluvial import block_tables, show
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.page import write_page
+from fluvial.plan_tables import plan_table, preview_text
+from fluvial.words import human_bytes, human_ratio
 
 SITES = ("asyncio", "email", "[red]xml[/]")
 RAW = 131072
@@ -171,11 +173,11 @@ def test_reading_is_plain_json_and_needs_a_run(finished: Path, unfinished: Path,
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (17552, "17.6 kB"), (999_600, "1.00 MB"), (1_049_552, "1.05 MB")],
 )
 def test_bytes_have_three_digits(count: int, words: str) -> None:
-    assert show.human_bytes(count) == words
+    assert human_bytes(count) == words
 
 
 def test_ratios_are_fractions_where_something_is_saved() -> None:
-    assert [show.human_ratio(ratio) for ratio in (1 / 57, 0.5, 1.0011, 0, None)] == [
+    assert [human_ratio(ratio) for ratio in (1 / 57, 0.5, 1.0011, 0, None)] == [
         "1/57",
         "1/2.0",
         "1.001",
@@ -250,14 +252,14 @@ def test_plan_and_preview() -> None:
         "rows": [{"what": "bytes per update", "value": "131 kB"}],
         "notes": ["[see] the notes"],
     }
-    words = text_of(show.plan_table(planned))
+    words = text_of(plan_table(planned))
     assert "1,000,000 parameters, 32,768 trainable" in words
     assert re.search(r"bytes per update\s+131 kB", words)
     assert re.search(r"xml\s+100\s+90\s+10\s+7", words)
     assert "• [see] the notes" in words
     tokens = [{"text": "a [b]\n", "loss": False}, {"text": "c", "loss": True}]
     found = {"site": "xml", "form": "text", "sequences": [{"tokens": tokens, "length": 2, "label_tokens": 1}]}
-    words = text_of(show.preview_text(found))
+    words = text_of(preview_text(found))
     assert "2 tokens, 1 with loss\na [b]⏎\nc\n" in words
 
 
@@ -346,7 +348,7 @@ def test_set_up_tells_blocks_and_cosines() -> None:
 
 
 def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:
-    schedule = show.block_schedule(cycles(3), cycles=5, sites=5)
+    schedule = block_tables.block_schedule(cycles(3), cycles=5, sites=5)
     assert schedule is not None
     assert schedule.headings == ["site", "1", "2", "3"]
     assert schedule.rows == [
@@ -355,11 +357,11 @@ def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:
         [SITES[1], "embeddings", "embeddings (1/4)", "embeddings"],
     ]
     assert "8 visits: 1 refused, 1 scaled" in schedule.words
-    assert show.block_schedule(records(1, 1, start=3.0), cycles=5, sites=5) is None
+    assert block_tables.block_schedule(records(1, 1, start=3.0), cycles=5, sites=5) is None
 
 
 def test_of_a_long_schedule_the_last_cycles_are_shown_and_all_are_counted() -> None:
-    schedule = show.block_schedule(cycles(40), cycles=2, sites=1)
+    schedule = block_tables.block_schedule(cycles(40), cycles=2, sites=1)
     assert schedule is not None
     assert schedule.headings == ["site", "39", "40"]
     assert len(schedule.rows) == 1
@@ -369,7 +371,7 @@ def test_of_a_long_schedule_the_last_cycles_are_shown_and_all_are_counted() -> N
 
 def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
     visits = [visit("pooled", f"layer {number}") for number in range(32)]
-    schedule = show.block_schedule(
+    schedule = block_tables.block_schedule(
         [{"round": 1, "visits": visits[:4]}, {"round": 2, "visits": visits}], cycles=5, sites=5
     )
     assert schedule is not None
@@ -378,7 +380,7 @@ def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
 
 
 def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
-    log = show.conflict_log(cycles(5), last=2)
+    log = block_tables.conflict_log(cycles(5), last=2)
     assert log is not None
     sites = f"{SITES[0]} and {SITES[2]}"
     assert log.rows == [
@@ -387,7 +389,7 @@ def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
     ]
     assert log.words.startswith("4 times")
     assert "mean cosine of what they sent 0.033. Shown: the last 2." in log.words
-    assert show.conflict_log(records(1, 1, start=3.0), last=2) is None
+    assert block_tables.conflict_log(records(1, 1, start=3.0), last=2) is None
 
 
 def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:

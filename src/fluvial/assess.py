@@ -1,10 +1,9 @@
 """What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of questions."""
 
-import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,182 +12,11 @@ from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, boo
 from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
-from fluvial.frozen import FolderSource
-from fluvial.models import LoraSettings, ModelConfig, Workbench, check_length, context_length
-from fluvial.tensors import Layout, Named, is_finite, subtract
+from fluvial.folders import NEW_TOKENS, AdapterFolder
+from fluvial.models import ModelConfig, Workbench, check_length, context_length
+from fluvial.tensors import Layout, Named, subtract
 
 logger = logging.getLogger(__name__)
-
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": (),
-    "layers_to_transform": (),
-    "exclude_modules": (),
-    "target_parameters": (),
-    "trainable_token_indices": (),
-    "layer_replication": (),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": (),
-    "init_lora_weights": (True, False, "gaussian"),
-}
-"""Settings of PEFT that would change what the factors mean, with the values (beside null) under which they do not."""
-
-_FROM_RUN = {"data": ("max_length", "loss_on"), "model": ("dtype", "revision"), "evaluate": ("max_new_tokens",)}
-NEW_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class AdapterFolder:
-    """A LoRA adapter or a tuned model on disk, and what its folder tells about its base model and its run."""
-
-    path: Path
-    base: str
-    """Hub id, folder, or "embedded"."""
-    lora: LoraSettings | None
-    """None for the folder of a model of which all weights were tuned."""
-    tensors: Named
-    """The factors, or all weights, fp32, by our names."""
-    run: dict[str, Any] = field(default_factory=dict)
-    """The resolved configuration of the run that wrote it; empty where there is none."""
-
-    def settings(self) -> dict[str, Any]:
-        """What a run configuration needs, as tables: the base, and how the adapter's run measured."""
-        known = {
-            table: {key: self.run[table][key] for key in keys if self.run.get(table, {}).get(key) is not None}
-            for table, keys in _FROM_RUN.items()
-        }
-        new_tokens = known["evaluate"].get("max_new_tokens") or NEW_TOKENS
-        return {
-            "model": {**known["model"], "name_or_path": self.base},
-            "data": known["data"],
-            "evaluate": {"max_new_tokens": new_tokens},
-        }
-
-
-def read_adapter_folder(folder: Path) -> AdapterFolder:
-    """The adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
-
-    Raises `ConfigError` where it is neither, or none that a `Workbench` can hold.
-    """
-    config = _json(folder / "adapter_config.json")
-    if config is None and "architectures" in (_json(folder / "config.json") or {}):
-        return _model_folder(folder)
-    if config is None:
-        made = [name for name in ("adapter", "model") if (folder / name).is_dir()]
-        hint = f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
-        raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {hint}")
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key) is not None and config[key] not in neutral:
-            raise ConfigError(
-                f"{folder / 'adapter_config.json'}: {key} = {config[key]!r:.80} is not supported here; merge the "
-                "adapter into its base with PEFT, or evaluate it with another tool"
-            )
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: target_modules must be a list of module names, found {targets!r:.80}"
-        )
-    run = _run_of(folder)
-    try:
-        lora = LoraSettings(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=0.0,
-            target_modules=tuple(sorted(targets)),
-            use_rslora=bool(config.get("use_rslora")),
-        )
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{folder / 'adapter_config.json'}: r, lora_alpha or target_modules: {error}") from error
-    return AdapterFolder(folder, _base_of(folder, config, run), lora, _factors(folder), run)
-
-
-def _model_folder(folder: Path) -> AdapterFolder:
-    """A model whose base its run names."""
-    run = _run_of(folder)
-    base = run.get("model", {}).get("name_or_path")
-    if not isinstance(base, str):
-        raise ConfigError(
-            f"{folder} is a whole model, and no run lies around it that names its base; compare it with another tool, "
-            "or give RUN/model of a run"
-        )
-    names = {name: name for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
-    source = FolderSource(folder, names)
-    return AdapterFolder(folder, base, None, _finite({name: source.get(name).float() for name in names}, folder), run)
-
-
-def _names(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
-
-
-def _factors(folder: Path) -> Named:
-    """The tensors by our names, fp32."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / "adapter_model.safetensors"
-    if not path.exists():
-        raise ConfigError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
-    return _finite({name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}, path)
-
-
-def _finite(tensors: Named, path: Path) -> Named:
-    if not is_finite(tensors):
-        raise ConfigError(f"{path}: holds values that are not finite: its training diverged; train it again")
-    return tensors
-
-
-def _run_of(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that `folder` lies in: RUN/adapter or RUN/compare/NAME/adapter."""
-    parents = folder.resolve().parents
-    for parent in (parents[0], *parents[2:3]):
-        found = _json(parent / "config.json")
-        if found is not None and "fluvial" in found:  # another config.json is a model's
-            return found
-    return {}
-
-
-def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
-    """The base that `adapter_config.json` names, or, where that folder is gone, the one that the run names."""
-    base, ours = config.get("base_model_name_or_path"), run.get("model", {}).get("name_or_path")
-    local = isinstance(base, str) and base.startswith((".", "/", "~"))
-    if isinstance(ours, str) and (not base or (local and not Path(str(base)).expanduser().is_dir())):
-        return ours
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}; write the hub id or folder of the "
-            "base model there ('embedded' for the one that comes with the package)"
-        )
-    return base
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
-    return found if isinstance(found, dict) else {}
-
-
-# -- base and adapter side by side ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,11 @@ def check(config: ConfigPath, overrides: Overrides = None, format: Format = "tab
     """Check a configuration and its data, and print parameters, bytes and memory, without training."""
     settings = _load(config, overrides)
     with err.status("loading model configuration and data"):
-        from fluvial import show
         from fluvial.plan import plan
+        from fluvial.plan_tables import plan_table
 
         planned = plan(settings)
-    _print(planned, format, show.plan_table)
+    _print(planned, format, plan_table)
 
 
 @app.command()
@@ -127,11 +127,11 @@ def preview(
     """Show the tokens that a site trains on; those that carry loss are marked."""
     settings = _load(config, overrides)
     with err.status("reading data"):
-        from fluvial import show
         from fluvial.plan import preview as preview_tokens
+        from fluvial.plan_tables import preview_text
 
         found = preview_tokens(settings, site, count)
-    _print(found, format, lambda tokens: show.preview_text(tokens, marks=not out.is_terminal))
+    _print(found, format, lambda tokens: preview_text(tokens, marks=not out.is_terminal))
 
 
 @app.command()
@@ -153,7 +153,8 @@ def evaluate(
 ) -> None:
     """Measure an adapter or a tuned model beside its base model, on records or on multiple-choice questions."""
     with _telling("reading the weights"):
-        from fluvial.assess import ChoiceConfig, evaluate_adapter, read_adapter_folder
+        from fluvial.assess import ChoiceConfig, evaluate_adapter
+        from fluvial.folders import read_adapter_folder
 
         if choices is None and (shots or shots_from):
             raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
@@ -294,10 +295,10 @@ def submit(
 @app.command()
 def status(server: ServerFolder, format: Format = "table") -> None:
     """Show a server's runs and sites."""
-    from fluvial import show
     from fluvial.flower import server_operator
+    from fluvial.status_tables import status_tables
 
-    _print(server_operator.status(server), format, show.status_tables)
+    _print(server_operator.status(server), format, status_tables)
 
 
 @app.command()

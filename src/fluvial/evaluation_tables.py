@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fluvial.show import plain
+from fluvial.words import plain
 
 
 def evaluation_tables(found: dict[str, Any]) -> Group:

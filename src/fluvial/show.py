@@ -1,25 +1,23 @@
-"""What a person sees: a line per round, tables of a run, a plan and a preview.
+"""What a person sees of a run: a line per round, its result and its bytes.
 
 A run is read from its JSON files, without torch, so that `fluvial show` answers at once.
 """
 
 import json
-import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from fluvial.block_tables import block_schedule, conflict_log, failures
 from fluvial.errors import CheckpointError
+from fluvial.words import human_bytes, human_ratio, human_seconds, percent, plain, table
 
 BASELINES = {
     "local": "local only",
@@ -67,66 +65,6 @@ def _read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; it should be JSON that `fluvial run` wrote") from error
-
-
-# -- numbers and texts --------------------------------------------------------------------------------------------
-
-
-def human_bytes(count: float) -> str:
-    """Three digits and a unit; 1 kB is 1000 bytes."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB", "TB"):
-        count /= 1000
-        if count < 999.5 or unit == "TB":
-            break
-    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
-
-
-def human_ratio(ratio: float | None) -> str:
-    """A ratio of bytes as 1/57; three decimals where little or nothing is saved."""
-    if ratio is None:
-        return "-"
-    if not 0 < ratio < 0.7:
-        return f"{ratio:.3f}"
-    return f"1/{1 / ratio:.{0 if ratio < 0.1 else 1}f}"
-
-
-def human_seconds(seconds: float) -> str:
-    """Seconds, or minutes and hours once there are many."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plain(text: str) -> str:
-    """`text` without control characters, which could drive a terminal, and with long runs of newlines counted."""
-    text = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
-    return re.sub(r"\n{3,}", lambda run: f" [⏎ x {len(run[0])}] ", text)
-
-
-def _table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, left: int = 1, caption: str = ""
-) -> Table:
-    """A table of plain texts; the first `left` columns are set to the left, the others are numbers."""
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        caption=caption or None,
-        caption_justify="left",
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    label = min(18, max((len(row[0]) for row in rows), default=0))  # rather a heading in two lines than a label
-    for number, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "left" if number < left else "right"
-        table.add_column(heading, justify=justify, overflow="fold", min_width=0 if number else label)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
 
 
 # -- while it runs ------------------------------------------------------------------------------------------------
@@ -248,8 +186,8 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
     headings = ["", "held-out loss", "next-token accuracy", *(["exact match"] if exact else [])]
     rows = [[*headings, "up per site", "round ratio", "amortised"]]
     for label, values, traffic in runs:
-        row = [label, f"{values['loss']:.4f}", _percent(values.get("accuracy"))]
-        row += [_percent(values.get("exact_match"))] if exact else []
+        row = [label, f"{values['loss']:.4f}", percent(values.get("accuracy"))]
+        row += [percent(values.get("exact_match"))] if exact else []
         row += [human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"]
         row += [human_ratio(traffic.get("round_ratio")), human_ratio(traffic.get("amortised_ratio"))]
         rows.append(row)
@@ -267,11 +205,7 @@ def result_table(result: dict[str, Any]) -> Table:
     """The run beside the base model and its baselines."""
     headings, *rows = result_rows(result)
     headings = [heading.replace(" ", "\n", 1) for heading in headings]  # 80 columns hold the labels in one line
-    return _table(headings, rows, "Result", caption=RESULT_CAPTION)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f} %"
+    return table(headings, rows, "Result", caption=RESULT_CAPTION)
 
 
 def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
@@ -330,19 +264,14 @@ def run_tables(found: dict[str, Any]) -> Group:
     for excerpt in (block_schedule(metrics, cycles=CYCLES, sites=SITES), conflict_log(metrics, last=CONFLICTS)):
         if excerpt:
             parts += [Text(f"\n{excerpt.title}", style="bold")]  # a table's own title wraps to its width
-            parts += [_table(excerpt.headings, excerpt.rows, "", excerpt.left), Text(excerpt.words, style="italic dim")]
+            parts += [table(excerpt.headings, excerpt.rows, "", excerpt.left), Text(excerpt.words, style="italic dim")]
     failed = failures(metrics)
     if failed:
         rows = [[str(each["round"]), plain(each["site"]), each["task"], plain(each["reason"])] for each in failed]
-        parts += [Text(), _table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)]
+        parts += [Text(), table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)]
     if result:
         parts += [Text(), closing_words(result, Path(found["folder"]))]
     return Group(*parts)
-
-
-def failures(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Replies that did not come, with their round."""
-    return [{"round": record["round"], **each} for record in metrics for each in record.get("missing", [])]
 
 
 def _site_table(found: dict[str, Any]) -> Table:
@@ -352,7 +281,7 @@ def _site_table(found: dict[str, Any]) -> Table:
         base, final = row["base"], row["final"]
         losses = [f"{base['loss']:.4f}", f"{final['loss']:.4f}", f"{final['loss'] - base['loss']:+.4f}"]
         losses += [f"{local[site]['final']['loss']:.4f}" if site in local else "-"] if local else []
-        rows.append([plain(site), *losses, _percent(base["accuracy"]), _percent(final["accuracy"])])
+        rows.append([plain(site), *losses, percent(base["accuracy"]), percent(final["accuracy"])])
     headings = [
         "site",
         "base loss",
@@ -362,152 +291,9 @@ def _site_table(found: dict[str, Any]) -> Table:
         "base acc.",
         "final acc.",
     ]
-    return _table(headings, rows, "Held-out, by site")
+    return table(headings, rows, "Held-out, by site")
 
 
 def _bytes_table(result: dict[str, Any]) -> Table:
     rows = [[kind, human_bytes(size), f"{size:,}"] for kind, size in result["bytes"]["by_kind"].items()]
-    return _table(["message", "", "bytes"], rows, "Bytes by kind, all rounds and sites")
-
-
-# -- blocks -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """Some of a long table, and words about all of it."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    left: int
-    """How many columns, from the first, are texts."""
-    words: str
-
-
-def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int) -> Excerpt | None:
-    """Which block each of the first `sites` trained in the last `cycles`; None for a method without visits."""
-    records = [record for record in metrics if "visits" in record]
-    if not records:
-        return None
-    visits = [visit for record in records for visit in record["visits"]]
-    names = sorted({each["site"] for each in [*visits, *failures(records)]})
-    shown = records[-cycles:]
-    rows = [[plain(name), *(_trained(record["visits"], name) for record in shown)] for name in names[:sites]]
-    refused = sum(visit["share"] == 0 for visit in visits)
-    scaled = sum(0 < visit["share"] < 1 for visit in visits)
-    words = (
-        f"A number is a decoder layer. {len(visits)} visits: {refused} refused, {scaled} scaled (share in brackets)."
-    )
-    absent = [f"the first {len(records) - cycles} cycles"] if len(records) > cycles else []
-    absent += [f"{len(names) - sites} sites"] if len(names) > sites else []
-    words += f" Not shown: {' and '.join(absent)}." if absent else ""
-    return Excerpt(
-        "Block schedule, by cycle", ["site", *(str(record["round"]) for record in shown)], rows, left=1, words=words
-    )
-
-
-def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
-    """What a site trained in a cycle: in general one block, more where all data lies, - if it did not answer."""
-    cells = [_cell(visit) for visit in visits if visit["site"] == site]
-    return ", ".join(cells if len(cells) < 5 else [*cells[:2], "...", cells[-1]]) or "-"
-
-
-def _cell(visit: dict[str, Any]) -> str:
-    """`3` for layer 3, `4-7` for layers 4 to 7, and what was made of the step where it was not taken whole."""
-    block, share = re.sub(r"^layers? ", "", plain(visit["block"])).replace(" to ", "-"), visit["share"]
-    return block if share == 1 else f"{block} refused" if share == 0 else f"{block} (1/{1 / share:g})"
-
-
-def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | None:
-    """The `last` pairs of sites that trained one block in one cycle; None if there are none."""
-    made = [{"cycle": record["round"], **each} for record in metrics for each in record.get("conflicts", [])]
-    if not made:
-        return None
-    mean = sum(each["cosine"] for each in made) / len(made)
-    words = f"{len(made)} times two sites trained one block in one cycle; mean cosine of what they sent {mean:.3f}."
-    words += f" Shown: the last {last}." if len(made) > last else ""
-    rows = []
-    for each in made[-last:]:
-        names = [each["block"], " and ".join(each["sites"]), each["resolved"]]
-        rows.append([str(each["cycle"]), *map(plain, names), f"{each['cosine']:.3f}"])
-    return Excerpt("Conflict log", ["cycle", "block", "sites", "resolved", "cosine"], rows, left=4, words=words)
-
-
-def status_tables(found: dict[str, Any]) -> Group:
-    """Runs and sites of a server, newest run first, as `fluvial.flower.server_operator.status` tells them."""
-    parts: list[RenderableType] = []
-    if found["runs"]:
-        runs = [_status_of_run(run) for run in sorted(found["runs"], key=lambda run: str(run["pending-at"]))[::-1]]
-        parts.append(_table(["run", "number", "status", "took", "in", "out"], runs, "Runs", left=3))
-        parts += [
-            Text(f"{run['run-id']}: {plain(run['status-details'])}", style="dim")
-            for run in found["runs"]
-            if run["status-details"] not in ("", "N/A")
-        ]
-    else:
-        parts.append(Text("No runs."))
-    if found["sites"]:
-        sites = [_status_of_site(site) for site in found["sites"]]
-        parts.append(_table(["site", "status", "since"], sorted(sites), "Sites", left=3))
-    else:
-        parts.append(Text("No sites."))
-    return Group(*parts)
-
-
-def _status_of_run(run: dict[str, Any]) -> list[str]:
-    """Bytes as Flower counts them at the server: in from the sites, out to them."""
-    traffic = run["network-traffic"]
-    status = plain(run["status"]).removeprefix("finished:")
-    sizes = [human_bytes(traffic[f"{way}-bytes"]) for way in ("inbound", "outbound")]
-    return [plain(run.get("name") or "-"), str(run["run-id"]), status, human_seconds(run["elapsed"]), *sizes]
-
-
-def _status_of_site(site: dict[str, Any]) -> list[str]:
-    """A site by the name it was registered under; one without a key has only Flower's number."""
-    status = plain(site["status"])
-    since = {"online": site["online-at"], "offline": site["offline-at"]}.get(status, site["created-at"])
-    return [plain(site.get("name") or f"node {site['node-id']}"), status, plain(str(since))]
-
-
-# -- before it runs -----------------------------------------------------------------------------------------------
-
-
-def plan_table(planned: dict[str, Any]) -> Group:
-    """What a configuration would do: figures, sites, notes."""
-    model = planned["model"]
-    title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
-    sites = [
-        [plain(each["name"]), *(f"{each[key]:,}" for key in ("records", "train", "heldout", "truncated_records"))]
-        for each in planned["sites"]
-    ]
-    figures = _table(["", ""], [[plain(row["what"]), plain(row["value"])] for row in planned["rows"]], "")
-    figures.show_header = False
-    parts: list[RenderableType] = [
-        Text(title, style="bold"),  # as a table's title it would be wrapped to the table's width
-        figures,
-        _table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
-    ]
-    return Group(*parts, *(Text(f"• {plain(note)}") for note in planned["notes"]))
-
-
-def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
-    """The tokens of some sequences; those that carry loss stand out, with `marks` also in «» where colours are lost."""
-    parts: list[RenderableType] = [
-        Text.assemble(
-            f"site {plain(found['site'])}, {found['form']}: ",
-            ("«loss»" if marks else "loss", "bold green"),
-            ", ",
-            ("no loss", "dim"),
-        )
-    ]
-    for number, sequence in enumerate(found["sequences"], start=1):
-        text = Text()
-        for token in sequence["tokens"]:
-            # One by one: `plain` over the text would count newlines that belong to different tokens.
-            pieces = "⏎\n".join(map(plain, token["text"].split("\n")))
-            pieces = f"«{pieces}»" if marks and token["loss"] else pieces
-            text.append(pieces, style="bold green" if token["loss"] else "dim")
-        head = f"\nSequence {number}: {sequence['length']} tokens, {sequence['label_tokens']} with loss"
-        parts += [Text(head, style="bold"), text]
-    return Group(*parts)
+    return table(["message", "", "bytes"], rows, "Bytes by kind, all rounds and sites")
