@@ -28,7 +28,7 @@ from fluvial.codecs.base import Snapshot
 from fluvial.config import RunConfig, parse
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
-from fluvial.fleet import Metered
+from fluvial.meter import Metered
 from fluvial.methods.link import tgap
 from fluvial.models import LoraSettings, ModelConfig, Workbench
 from fluvial.run import MEASURING, Run, check_settings

@@ -155,7 +155,8 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     from fluvial.methods.fedcybgd.ledger import Ledger
     from fluvial.models import ModelConfig, Workbench, initial_state
     from fluvial.payload import Payload
-    from fluvial.sites import Site, StateStore
+    from fluvial.sites import Site
+    from fluvial.store import StateStore
     from fluvial.train import TrainConfig
 
     module: Any = importlib.import_module("fluvial.methods.fedcybgd.visit")  # the package has a function of this name

@@ -58,13 +58,15 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
 
     from fluvial.checkpoint import RunFolder
     from fluvial.codecs.quantise import Identity, IdentitySettings
-    from fluvial.fleet import LocalFleet, Metered
+    from fluvial.local_fleet import LocalFleet
+    from fluvial.meter import Metered
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
     from fluvial.methods.interface import Context
     from fluvial.models import Workbench
     from fluvial.payload import Payload, frame_payload
     from fluvial.run import peak_rss_bytes
-    from fluvial.sites import Site, StateStore, code, read_adapter_message
+    from fluvial.sites import Site, code, read_adapter_message
+    from fluvial.store import StateStore
     from fluvial.tensors import Layout
     from fluvial.train import TrainConfig
 

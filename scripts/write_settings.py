@@ -15,7 +15,7 @@ from typing import Any
 from fluvial.config import RunConfig
 from fluvial.flower.server_operator import ServerFile
 from fluvial.settings import Settings
-from fluvial.station import SiteFile
+from fluvial.site_file import SiteFile
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Every setting

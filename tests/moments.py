@@ -52,7 +52,7 @@ def _here(what: str) -> str:
 
 
 def _station(module: ModuleType) -> None:
-    answer, hello, write = module.Station.answer, module.Station._hello, module.write_atomically
+    answer, hello = module.Station.answer, module.Station._hello
 
     def answered(self: Any, header: Any, wire: bytes) -> Any:
         _answering[:] = [self.site.name, header.round if header.task == "train" else 0]
@@ -65,13 +65,19 @@ def _station(module: ModuleType) -> None:
         moment(f"{self.site.name} joining")
         return hello(self, header, message)
 
+    module.Station.answer, module.Station._hello = answered, joined
+
+
+def _journal(module: ModuleType) -> None:
+    write = module.write_atomically
+
     def written(path: Path, data: bytes) -> None:
         """Slots lie there, the journal does not know of them."""
         wanted = _here("keeping") if path.name == "journal.json" and b'"pending": null' not in data else ""
         with _full(wanted == "full"):
             write(path, data)
 
-    module.Station.answer, module.Station._hello, module.write_atomically = answered, joined, written  # type: ignore[attr-defined]
+    module.write_atomically = written  # type: ignore[attr-defined]
 
 
 def _train(module: ModuleType) -> None:
@@ -192,6 +198,7 @@ def _full(full: bool) -> Iterator[None]:
 
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.station": _station,
+    "fluvial.journal": _journal,
     "fluvial.train": _train,
     "fluvial.fleet": _fleet,
     "fluvial.checkpoint": _checkpoint,

@@ -21,7 +21,7 @@ from fluvial.codecs.sign import TernarySettings
 from fluvial.config import parse
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, GateError
-from fluvial.fleet import LocalFleet
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.link import gate, tgap
 from fluvial.models import load_tokenizer
@@ -307,7 +307,8 @@ def test_a_decoder_is_downloaded_only_for_error_feedback(
 def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(run_config: dict[str, Any], tmp_path: Path) -> None:
     """What the server has decoded so far plus the residual is everything the site has wanted to send."""
     from fluvial.codecs.sign import HalfSign, HalfSignSettings
-    from fluvial.sites import Site, StateStore, code
+    from fluvial.sites import Site, code
+    from fluvial.store import StateStore
     from fluvial.train import TrainConfig
 
     settings = HalfSignSettings(error_feedback=True, feedback_decay=0.5)

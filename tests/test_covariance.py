@@ -22,7 +22,7 @@ from fluvial.codecs.klt_moments import Moments, MomentsSum, num_bytes
 from fluvial.codecs.quantise import Identity
 from fluvial.config import parse
 from fluvial.errors import ConfigError, GateError, WireError
-from fluvial.fleet import LocalFleet
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods.link import gate, tgap
 from fluvial.methods.link.tgap import TgapConfig
 from fluvial.methods.link.uplink import check_codec

@@ -27,7 +27,7 @@ from fluvial import __version__
 from fluvial.cli import app
 from fluvial.fleet import FleetConfig
 from fluvial.settings import Settings
-from fluvial.station import Allowed, SiteData, SiteFile
+from fluvial.site_file import Allowed, SiteData, SiteFile
 from fluvial.status_tables import status_tables
 
 ROOT = Path(__file__).parents[1]

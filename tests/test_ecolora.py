@@ -11,7 +11,7 @@ import torch
 from fluvial.config import RunConfig
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
-from fluvial.fleet import LocalFleet
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods import Context
 from fluvial.methods import ecolora as module
 from fluvial.methods.ecolora import (
@@ -28,7 +28,8 @@ from fluvial.methods.ecolora import (
 )
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.run import execute
-from fluvial.sites import Site, StateStore
+from fluvial.sites import Site
+from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named
 from fluvial.train import TrainConfig
 from tests.runs import run_table

@@ -26,8 +26,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fluvial.config import parse
-from fluvial.fleet import Failure, LocalFleet
+from fluvial.fleet import Failure
 from fluvial.flower import certificates
+from fluvial.local_fleet import LocalFleet
 from fluvial.run import execute, site_of, tasks_of
 from tests.flower_lab import SERVER, Deployment, RunEndedError, deployment
 from tests.moments import SKEW, Moments

@@ -25,7 +25,7 @@ from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, Example, SiteTexts
 from fluvial.errors import ClientError, ConfigError, GateError
 from fluvial.evaluate import heldout
-from fluvial.fleet import LocalFleet
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods import METHODS
 from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.guards import AcceptConfig, Judge

@@ -36,7 +36,8 @@ from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, cut, measure, plan
 from fluvial.models import LoraSettings, ModelConfig, Workbench, initial_state
 from fluvial.payload import Payload, payload_frame
 from fluvial.seeds import generator
-from fluvial.sites import Site, StateStore
+from fluvial.sites import Site
+from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, add
 from fluvial.train import TrainConfig
 from tests.conftest import saved_model

@@ -11,10 +11,13 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import CheckpointError, ClientError
-from fluvial.fleet import FleetConfig, LocalFleet, Metered, sample
+from fluvial.fleet import FleetConfig, sample
+from fluvial.local_fleet import LocalFleet
+from fluvial.meter import Metered
 from fluvial.models import Workbench
 from fluvial.payload import Payload
-from fluvial.sites import Site, StateStore
+from fluvial.sites import Site
+from fluvial.store import StateStore
 from fluvial.train import TrainConfig
 
 NAMES = ("a", "b", "c", "d")

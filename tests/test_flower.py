@@ -35,19 +35,23 @@ from fluvial.codecs import build, read_settings
 from fluvial.config import parse
 from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError, WireError
-from fluvial.fleet import LocalFleet, Reply
+from fluvial.fingerprints import fingerprints
+from fluvial.fleet import Reply
 from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
 from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
+from fluvial.journal import Header
 from fluvial.line import FLOWER
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods import METHODS
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, frame_payload
+from fluvial.replies import read_update
 from fluvial.run import execute
-from fluvial.sites import read_update
-from fluvial.station import HELLO, UNKNOWN, Header, SiteFile, Station, fingerprints
+from fluvial.site_file import SiteFile
+from fluvial.station import HELLO, UNKNOWN, Station
 from tests.conftest import saved_model
 from tests.flower_lab import FLUVIAL, Deployment, deployment, toml
 from tests.runs import run_table

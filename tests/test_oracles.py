@@ -9,7 +9,7 @@ import torch
 
 from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
-from fluvial.fleet import LocalFleet
+from fluvial.local_fleet import LocalFleet
 from fluvial.models import Workbench, initial_state, read_weights
 from fluvial.payload import Payload
 from fluvial.run import execute

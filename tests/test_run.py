@@ -240,14 +240,14 @@ if where == "second checkpoint":
     save = RunFolder.save
     RunFolder.save = lambda self, round, payload: die() if round == 2 else save(self, round, payload)
 elif where == "half a file":
-    import fluvial.sites
+    import fluvial.store
     fsync, calls = os.fsync, [0]
     def count(handle):
         calls[0] += 1
         return die() if calls[0] == 9 else fsync(handle)
     os.fsync = count
 elif where == "after a site kept its state":
-    from fluvial.sites import StateStore
+    from fluvial.store import StateStore
     write = StateStore.write
     def once(self, site, slot, payload, round):
         write(self, site, slot, payload, round)

@@ -11,24 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-import fluvial.sites
-import fluvial.station
+import fluvial.fingerprints
+import fluvial.journal
+import fluvial.store
 from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
+from fluvial.fingerprints import fingerprints
+from fluvial.journal import Header, Journal
 from fluvial.models import Workbench, initial_state
 from fluvial.payload import Limits, Payload
+from fluvial.site_file import SiteFile, read_site_file
 from fluvial.sites import adapter_message
-from fluvial.station import (
-    HELLO,
-    UNKNOWN,
-    Header,
-    Journal,
-    SiteFile,
-    Station,
-    fingerprints,
-    read_site_file,
-)
+from fluvial.station import HELLO, UNKNOWN, Station
 
 SITE = "south"
 
@@ -150,7 +145,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable[[], int]]]:
     """Kill at the n-th file operation, before or in the middle of it; tells how many there were."""
-    write, replace, unlink = fluvial.sites.write_atomically, Path.replace, Path.unlink
+    write, replace, unlink = fluvial.store.write_atomically, Path.replace, Path.unlink
 
     def arm(at: int) -> Callable[[], int]:
         count = 0
@@ -175,7 +170,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable
             step()
             unlink(self, missing_ok)
 
-        for module in (fluvial.sites, fluvial.station):
+        for module in (fluvial.store, fluvial.journal):
             monkeypatch.setattr(module, "write_atomically", writes)
         monkeypatch.setattr(Path, "replace", replaces)
         monkeypatch.setattr(Path, "unlink", unlinks)
@@ -520,9 +515,9 @@ def test_what_differs_has_another_print(
         assert adapter is not None
         adapter = adapter.model_copy(update={"r": 8})
     elif what == "fluvial":
-        monkeypatch.setattr(fluvial.station, "__version__", "0.0.1")
+        monkeypatch.setattr(fluvial.fingerprints, "__version__", "0.0.1")
     elif what == "transformers":
-        monkeypatch.setattr(fluvial.station, "version", lambda name: "9" if name == what else ours[name])
+        monkeypatch.setattr(fluvial.fingerprints, "version", lambda name: "9" if name == what else ours[name])
     other = Workbench(config.model.model_copy(update={"name_or_path": str(folder)}), adapter)
     if what == "tokenizer":
         other.tokenizer.add_tokens(["river"])

@@ -3,7 +3,7 @@
     config.json                 the resolved configuration
     metrics.jsonl               one JSON object per round
     checkpoints/round-N         server state after round N, a payload; the newest two are kept
-    sites/NAME/SLOT-N           what sites keep (see `sites.StateStore`)
+    sites/NAME/SLOT-N           what sites keep (see `store.StateStore`)
     adapter/                    the result, as PEFT writes it
     refused.json                why the gate refused the codec, if it did
     result.json                 written last; a folder that has it is finished
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from fluvial.errors import CheckpointError, WireError
 from fluvial.payload import OWN_FILES, Payload
-from fluvial.sites import StateStore, write_atomically
+from fluvial.store import StateStore, write_atomically
 
 KEPT = 2
 

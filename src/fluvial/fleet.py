@@ -1,29 +1,17 @@
-"""The one call between server and sites, and the fleet that runs in one process.
-
-`LocalFleet` sends everything through the real bytes and gives a site nothing that a message or its own store did not
-bring, so a method that works here works over a network. `Metered` counts what was sent.
-"""
+"""The one call between server and sites, and what happens when a site does not answer."""
 
 import logging
-import os
-import queue
-import threading
-import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
-from fluvial.errors import ClientError, ConfigError
+from fluvial.errors import ClientError
 from fluvial.line import Line
-from fluvial.payload import Limits, Payload, Value
+from fluvial.payload import Payload, Value
 from fluvial.settings import Settings
-from fluvial.sites import Site, Task
 
 logger = logging.getLogger(__name__)
 
@@ -147,14 +135,6 @@ class Wires:
         return self._made[id(message)]
 
 
-@dataclass
-class _Job:
-    site: Site
-    attempt: int
-    started: float
-    wire: bytes
-
-
 class Policy:
     """What every fleet does when a site does not answer."""
 
@@ -181,174 +161,3 @@ class Policy:
                 f"{self._config.quorum} needs {self._config.quorum * asked:g}; missing: {', '.join(missing)}. "
                 f"Last problem: {self.failures[-1].reason}"
             )
-
-
-class LocalFleet(Policy):
-    """Sites of one process, each task in a thread of its own."""
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        open_site: Callable[[str], Site],
-        tasks: Mapping[str, Task],
-        config: FleetConfig | None = None,
-        *,
-        limits: Limits | None = None,
-    ) -> None:
-        super().__init__(config or FleetConfig())
-        self.sites = tuple(names)
-        self._open, self._tasks = open_site, tasks
-        self._limits = limits or Limits()
-        self._workers = self._config.workers
-
-    def ask(
-        self,
-        task: str,
-        messages: Mapping[str, Payload],
-        *,
-        round: int,
-        read: Callable[[Payload], T],
-        alone: bool = True,
-    ) -> Iterator[Reply[T]]:
-        """See `Fleet`."""
-        assert task in self._tasks, f"unknown task {task!r}"
-        wires = Wires(messages)
-        waiting = deque((name, 1) for name in messages)
-        working: dict[int, _Job] = {}
-        done: queue.SimpleQueue[tuple[int, bytes | None, str]] = queue.SimpleQueue()
-        answered, started = 0, 0
-        while waiting or working:
-            while waiting and len(working) < self._concurrency():
-                name, attempt = waiting.popleft()
-                started += 1
-                working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wires[name])
-                threading.Thread(
-                    target=self._work,
-                    args=(started, job, self._tasks[task], done),
-                    daemon=True,
-                    name=f"{task}:{name}",
-                ).start()
-            number, wire_up, problem = self._next(working, done)
-            if number not in working:
-                continue  # answered after its deadline; what it wanted to keep is dropped with it
-            job = working.pop(number)
-            name = job.site.name
-            if wire_up is not None:
-                try:
-                    content = read(Payload.from_bytes(wire_up, self._limits))
-                except Exception:
-                    wire_up, problem = None, traceback.format_exc()
-            if wire_up is None:
-                if self.failed(Failure(name, round, task, problem, len(job.wire)), job.attempt):
-                    waiting.append((name, job.attempt + 1))
-                continue
-            for slot, kept in job.site.kept.items():
-                job.site.store.write(name, slot, kept, round)
-            answered += 1
-            seconds = time.perf_counter() - job.started
-            logger.info("round %d, %s: %s answered (%d of %d)", round, task, name, answered, len(messages))
-            yield Reply(name, content, len(job.wire), len(wire_up), seconds)
-        if alone:
-            self.require_quorum(task, round, answered=answered, asked=len(messages))
-
-    def state(self) -> dict[str, Value]:
-        """Nothing: what its sites keep lies in the run's own folder."""
-        return {}
-
-    def restore(self, state: dict[str, Any], round: int) -> None:  # noqa: ARG002
-        """See `state`; raises `ConfigError` where sites elsewhere keep it."""
-        if state:
-            raise ConfigError(
-                "this run was begun over Flower, and its sites keep there what they need to go on; resume it as it was "
-                "begun: by submit --resume, or a simulation with --fleet flower"
-            )
-
-    def _concurrency(self) -> int:
-        if self._workers == "auto":
-            self._workers = 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
-        return self._workers
-
-    def _work(
-        self, number: int, job: _Job, task: Task, done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
-    ) -> None:
-        torch.set_num_threads(self._config.threads)
-        try:
-            done.put((number, task(job.site, Payload.from_bytes(job.wire, self._limits)).to_bytes(), ""))
-        except BaseException:
-            done.put((number, None, traceback.format_exc()))
-
-    def _next(
-        self, working: Mapping[int, _Job], done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
-    ) -> tuple[int, bytes | None, str]:
-        """The next finished job, or the first one whose deadline passes."""
-        deadline = self._config.deadline_s
-        if deadline is None:
-            return done.get()
-        oldest = min(working, key=lambda number: working[number].started)
-        left = working[oldest].started + deadline - time.perf_counter()
-        try:
-            return done.get(timeout=max(left, 0))
-        except queue.Empty:
-            return oldest, None, f"no answer within fleet.deadline_s={deadline:g}"
-
-
-Kind = tuple[Literal["up", "down"], str]
-"""Direction and task of a message."""
-
-
-@dataclass
-class Meter:
-    """Bytes of serialised messages: totals, and the current round site by site."""
-
-    totals: dict[Kind, int] = field(default_factory=dict)
-    current: dict[str, dict[Kind, int]] = field(default_factory=dict)
-
-    def count(self, site: str, kind: Kind, size: int) -> None:
-        """Add one message."""
-        for table in (self.totals, self.current.setdefault(site, {})):
-            table[kind] = table.get(kind, 0) + size
-
-    def close_round(self) -> dict[str, dict[Kind, int]]:
-        """Bytes by site since the last call; only the totals are kept, so memory does not grow with rounds."""
-        closed, self.current = self.current, {}
-        return closed
-
-
-class Metered:
-    """A fleet that counts the bytes of another, messages to sites that failed included."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet, self.meter = fleet, Meter()
-        self.sites, self.failures = fleet.sites, fleet.failures
-
-    def ask(
-        self,
-        task: str,
-        messages: Mapping[str, Payload],
-        *,
-        round: int,
-        read: Callable[[Payload], T],
-        alone: bool = True,
-    ) -> Iterator[Reply[T]]:
-        """See `Fleet`."""
-        known = len(self.failures)
-        try:
-            for reply in self._fleet.ask(task, messages, round=round, read=read, alone=alone):
-                self.meter.count(reply.site, ("down", task), reply.bytes_down)
-                self.meter.count(reply.site, ("up", task), reply.bytes_up)
-                yield reply
-        finally:
-            for failure in self.failures[known:]:
-                self.meter.count(failure.site, ("down", task), failure.bytes_down)
-
-    def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
-        """See `Fleet`."""
-        self._fleet.require_quorum(task, round, answered=answered, asked=asked)
-
-    def state(self) -> dict[str, Value]:
-        """See `Fleet`."""
-        return self._fleet.state()
-
-    def restore(self, state: dict[str, Any], round: int) -> None:
-        """See `Fleet`."""
-        self._fleet.restore(state, round)

@@ -23,11 +23,15 @@ from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts
 from fluvial.errors import CheckpointError, GateError
 from fluvial.evaluate import Heldout, check_effect
-from fluvial.fleet import Fleet, Kind, LocalFleet, Metered
+from fluvial.fleet import Fleet
+from fluvial.local_fleet import LocalFleet
+from fluvial.meter import Kind, Metered
 from fluvial.methods import Context
 from fluvial.models import Workbench, check_length
 from fluvial.payload import Payload, Value
-from fluvial.sites import COMMON_TASKS, Site, StateStore, Task, adapter_message, heldout_of
+from fluvial.replies import heldout_of
+from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
+from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, norm
 from fluvial.train import TrainConfig
 

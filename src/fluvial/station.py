@@ -9,186 +9,28 @@ import fnmatch
 import hashlib
 import json
 import time
-import tomllib
 import traceback
-from dataclasses import asdict, dataclass
-from functools import cache
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
 
-from fluvial import __version__
-from fluvial.config import RunConfig, explain, parse
+from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
-from fluvial.models import Workbench, weights_folder
+from fluvial.errors import ConfigError, FluvialError, WireError
+from fluvial.fingerprints import fingerprints
+from fluvial.journal import Header, Journal
+from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
-from fluvial.settings import Settings
-from fluvial.sites import StateStore, write_atomically
+from fluvial.site_file import SiteFile
+from fluvial.store import write_atomically
 
 HELLO = "hello"
 """The task that brings a run's configuration to a site."""
 UNKNOWN = Payload(values={"unknown": True})
 """A site's answer when it has not met the run: the server says hello again."""
-
-
-class Allowed(Settings):
-    """What the site takes part in, and what may leave it; empty lists allow everything."""
-
-    methods: tuple[str, ...] = ()
-    """Values of method.name."""
-    models: tuple[str, ...] = ()
-    """Values of model.name_or_path."""
-    tensors: tuple[str, ...] = ()
-    """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
-    max_bytes_up_per_round: int | None = Field(None, ge=1)
-    """An answer that would be more is not sent; the server is told why."""
-
-
-class SiteData(Settings):
-    """The site's own records, in place of those that the run names; settings as in the run's [data]."""
-
-    source: str
-    """A file or folder; a relative one lies beside site.toml."""
-    heldout_source: str | None = None
-    form: str | None = None
-    columns: dict[str, str] | None = None
-
-
-class SiteFile(Settings):
-    """The file of a site's operator."""
-
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
-    folder: Path = Path("fluvial-site")
-    """Where the site keeps its state and its log."""
-    model: str | None = None
-    """A local folder of the base model, in place of what the run names; its content must be the same."""
-    device: str = "auto"
-    """As in the run's [model]; this machine's word counts."""
-    data: SiteData | None = None
-    """The site's own records; unset, those that the run names, from where this process can reach them."""
-    allow: Allowed = Allowed()
-    server: str = "127.0.0.1:8000"
-    """Address of the server's SuperLink."""
-    ca: Path | None = None
-    """The certificate that the server's is checked against."""
-    key: Path | None = None
-    """The site's private key."""
-
-
-def read_site_file(path: Path) -> SiteFile:
-    """Read and check a site file; paths in it are relative to its folder. Raises `ConfigError`."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no site file {str(path)!r}; `fluvial site init` makes one") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        found = SiteFile.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {explain(each, SiteFile)}" for each in error.errors())) from None
-    here = path.resolve().parent
-    changes: dict[str, Any] = {
-        key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None
-    }
-    if found.model is not None:
-        changes["model"] = _beside(here, found.model)
-    if found.data is not None:
-        given = found.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
-        changes["data"] = found.data.model_copy(update={key: _beside(here, text) for key, text in given.items()})
-    return found.model_copy(update=changes)
-
-
-def _beside(here: Path, text: str) -> str:
-    """The whole path of what lies in the site file's folder; else the text, such as the id of a hub."""
-    return str(here / text) if (here / text).exists() else text
-
-
-@dataclass(frozen=True)
-class Header:
-    """What travels beside a message's payload."""
-
-    run: str
-    """Names a run of one method, and stays the same when it is resumed."""
-    task: str
-    round: int
-    session: str
-    """Names the server process."""
-    seq: int
-    """Counts the messages of a run."""
-    ack: int
-    """The site's last answer that the server accepted; 0 is none."""
-    base: int
-    """The round that the server's process went on from, -1 for the start."""
-
-    @classmethod
-    def read(cls, values: dict[str, Any]) -> "Header":
-        """A header from outside; raises `WireError`."""
-        for name, kind in cls.__annotations__.items():
-            if type(values.get(name)) is not kind or (kind is str and not 0 < len(values[name]) <= 200):
-                raise WireError(f"header: {name}={values.get(name)!r:.40}, expected {kind.__name__}")
-        return cls(**{name: values[name] for name in cls.__annotations__})
-
-    def values(self) -> dict[str, Any]:
-        """For the wire."""
-        return asdict(self)
-
-
-class Journal:
-    """What one site's last answer wants to keep, until it is known whether it counts."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.store, self.name = StateStore(folder), name
-        self._folder = folder / f"{name}.pending"
-
-    @property
-    def begun(self) -> bool:
-        """Whether an answer was given here before."""
-        return (self._folder / "journal.json").exists()
-
-    def settle(self, header: Header) -> None:
-        """Keep or drop what is pending; where the server began anew, forget what it does not know of."""
-        state = self._read()
-        pending = state.get("pending")
-        if pending and pending["seq"] == header.ack:
-            for slot in pending["slots"]:
-                path = self._folder / slot
-                if path.exists():  # else it was moved before this process was killed
-                    self.store.write(self.name, slot, path, pending["round"])
-        if state.get("session") != header.session:
-            self.store.rollback(header.base, site=self.name)
-        self._write({"session": header.session, "pending": None})
-
-    def post(self, header: Header, kept: dict[str, Payload | Path]) -> None:
-        """Lay down what the answer to `header` wants to keep."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for slot, each in kept.items():
-            if isinstance(each, Path):
-                each.replace(self._folder / slot)
-            else:
-                write_atomically(self._folder / slot, each.to_bytes())
-        pending = {"seq": header.seq, "round": header.round, "slots": sorted(kept)}
-        self._write({"session": header.session, "pending": pending})
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads((self._folder / "journal.json").read_text())
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self._folder / 'journal.json'} is damaged: {error}; remove {self._folder}"
-            ) from error
-        return found
-
-    def _write(self, state: dict[str, Any]) -> None:
-        write_atomically(self._folder / "journal.json", json.dumps(state).encode())
 
 
 @dataclass(frozen=True)
@@ -375,33 +217,3 @@ def _sent(log: Path, header: Header) -> int:
         if entry.get("run") == header.run and entry["round"] == header.round:
             total += entry["bytes"]
     return total
-
-
-def fingerprints(bench: Workbench) -> dict[str, str]:
-    """What must be the same at all ends of a run: package, base model, tokenizer, chat template."""
-    tokenizer = bench.tokenizer
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return {
-        "fluvial": __version__,
-        "transformers": version("transformers"),
-        "peft": version("peft"),
-        "base": _hash_of(weights_folder(bench.config)),
-        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32],
-        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
-        "layout": f"{bench.layout.fingerprint:08x}",
-    }
-
-
-def _hash_of(folder: Path) -> str:
-    """Over the weights and the configuration of a model folder."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
-        state = path.stat()
-        digest.update(_hash_of_file(path, state.st_mtime_ns, state.st_size))
-    return digest.hexdigest()[:32]
-
-
-@cache
-def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - another state is another call
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

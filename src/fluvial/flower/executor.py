@@ -39,7 +39,7 @@ from fluvial.errors import ClientError
 from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack
 from fluvial.flower.site import respond, station
-from fluvial.station import SiteFile
+from fluvial.site_file import SiteFile
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,14 @@ from flwr.serverapp import Grid
 
 from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError, WireError
+from fluvial.fingerprints import fingerprints
 from fluvial.fleet import Failure, Policy, Reply, Wires
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.inbox import Inbox
+from fluvial.journal import Header
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, Value
-from fluvial.station import HELLO, UNKNOWN, Header, fingerprints
+from fluvial.station import HELLO, UNKNOWN
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

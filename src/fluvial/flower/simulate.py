@@ -38,7 +38,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.fleet import FlowerFleet
     from fluvial.flower.site import client_app
-    from fluvial.station import SiteFile
+    from fluvial.site_file import SiteFile
 
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()

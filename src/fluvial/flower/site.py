@@ -11,8 +11,10 @@ from flwr.clientapp import ClientApp
 
 from fluvial.errors import FluvialError
 from fluvial.flower.envelope import pack, unpack
+from fluvial.journal import Header
 from fluvial.payload import Limits
-from fluvial.station import Header, SiteFile, Station, read_site_file
+from fluvial.site_file import SiteFile, read_site_file
+from fluvial.station import Station
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Any
 from fluvial.errors import ConfigError
 from fluvial.flower import OUT_OF_STEP, certificates
 from fluvial.flower.programs import environment, program, split_address, warn
-from fluvial.station import SiteFile, read_site_file
+from fluvial.site_file import SiteFile, read_site_file
 
 AHEAD_S, BEHIND_S = 5.0, 305.0
 """Flower refuses the signature of a site whose clock is further from the server's."""

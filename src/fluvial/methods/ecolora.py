@@ -26,8 +26,9 @@ from fluvial.fleet import Fleet, sample
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
+from fluvial.replies import weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally, weight_of
+from fluvial.sites import Site, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, factor
 
 

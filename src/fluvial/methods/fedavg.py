@@ -22,8 +22,9 @@ from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply,
 from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, join, split
+from fluvial.replies import weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Factors, Site, part, train_locally, weight_of
+from fluvial.sites import Factors, Site, part, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
 
 

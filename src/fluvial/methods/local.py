@@ -10,8 +10,9 @@ from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload
+from fluvial.replies import weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally, weight_of
+from fluvial.sites import Site, train_locally
 from fluvial.tensors import add
 
 

@@ -28,9 +28,10 @@ from fluvial.methods.link.gate import Representation
 from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, split
+from fluvial.replies import weight_of
 from fluvial.seeds import generator
 from fluvial.settings import Settings
-from fluvial.sites import Site, code, train_locally, weight_of
+from fluvial.sites import Site, code, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 

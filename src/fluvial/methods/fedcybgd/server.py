@@ -25,8 +25,8 @@ from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.link import STALE
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, join, payload_frame, split
+from fluvial.replies import weight_of
 from fluvial.seeds import generator
-from fluvial.sites import weight_of
 from fluvial.tensors import Named, WeightedMean, cosine, norm, subtract
 
 logger = logging.getLogger(__name__)

@@ -20,24 +20,17 @@ from fluvial.codecs.klt_moments import Moments, MomentsSum
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
-from fluvial.fleet import Fleet, FleetConfig, LocalFleet
+from fluvial.fleet import Fleet, FleetConfig
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods.interface import Context
 from fluvial.methods.link import gate
 from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, join, split
+from fluvial.replies import read_update
 from fluvial.seeds import derive
 from fluvial.settings import Settings
-from fluvial.sites import (
-    Factors,
-    Site,
-    StateStore,
-    Task,
-    adapter_message,
-    read_adapter_message,
-    read_update,
-    site_codec,
-    train_locally,
-)
+from fluvial.sites import Factors, Site, Task, adapter_message, read_adapter_message, site_codec, train_locally
+from fluvial.store import StateStore
 from fluvial.tensors import Layout, WeightedMean, moved
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,85 @@
+"""The file of a site's operator: what the site is, where its own things lie, what it takes part in."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from fluvial.config import explain
+from fluvial.errors import ConfigError
+from fluvial.settings import Settings
+
+
+class Allowed(Settings):
+    """What the site takes part in, and what may leave it; empty lists allow everything."""
+
+    methods: tuple[str, ...] = ()
+    """Values of method.name."""
+    models: tuple[str, ...] = ()
+    """Values of model.name_or_path."""
+    tensors: tuple[str, ...] = ()
+    """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
+    max_bytes_up_per_round: int | None = Field(None, ge=1)
+    """An answer that would be more is not sent; the server is told why."""
+
+
+class SiteData(Settings):
+    """The site's own records, in place of those that the run names; settings as in the run's [data]."""
+
+    source: str
+    """A file or folder; a relative one lies beside site.toml."""
+    heldout_source: str | None = None
+    form: str | None = None
+    columns: dict[str, str] | None = None
+
+
+class SiteFile(Settings):
+    """The file of a site's operator."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
+    folder: Path = Path("fluvial-site")
+    """Where the site keeps its state and its log."""
+    model: str | None = None
+    """A local folder of the base model, in place of what the run names; its content must be the same."""
+    device: str = "auto"
+    """As in the run's [model]; this machine's word counts."""
+    data: SiteData | None = None
+    """The site's own records; unset, those that the run names, from where this process can reach them."""
+    allow: Allowed = Allowed()
+    server: str = "127.0.0.1:8000"
+    """Address of the server's SuperLink."""
+    ca: Path | None = None
+    """The certificate that the server's is checked against."""
+    key: Path | None = None
+    """The site's private key."""
+
+
+def read_site_file(path: Path) -> SiteFile:
+    """Read and check a site file; paths in it are relative to its folder. Raises `ConfigError`."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no site file {str(path)!r}; `fluvial site init` makes one") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    try:
+        found = SiteFile.model_validate(table)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {explain(each, SiteFile)}" for each in error.errors())) from None
+    here = path.resolve().parent
+    changes: dict[str, Any] = {
+        key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None
+    }
+    if found.model is not None:
+        changes["model"] = _beside(here, found.model)
+    if found.data is not None:
+        given = found.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
+        changes["data"] = found.data.model_copy(update={key: _beside(here, text) for key, text in given.items()})
+    return found.model_copy(update=changes)
+
+
+def _beside(here: Path, text: str) -> str:
+    """The whole path of what lies in the site file's folder; else the text, such as the id of a hub."""
+    return str(here / text) if (here / text).exists() else text
