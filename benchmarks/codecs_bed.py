@@ -232,7 +232,7 @@ def traced(config: RunConfig) -> Row:
         records = place.metrics()
     rounds = [_by_purpose(record["bytes"]) for record in records]
     return {
-        "loss": [record["heldout_loss"] for record in records],
+        "loss": [record["heldout_loss_pooled"] for record in records],
         "up": [row["up"] for row in rounds],
         "down": [row["down"] for row in rounds],
         "setup": [sum(run.setup_bytes.values()), *(row["setup"] for row in rounds)],

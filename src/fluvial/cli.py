@@ -101,6 +101,8 @@ def run(
     from fluvial import show
 
     out.print(show.result_table(event.values))
+    out.print(show.verdict_line(show.read_run(path)))
+    out.print()
     out.print(show.closing_words(event.values, path, _command()))
 
 

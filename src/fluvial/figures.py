@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fluvial.verdict import loss_of, losses
 from fluvial.words import human_bytes, plain
 
 COLOURS = {
@@ -75,7 +76,11 @@ def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callabl
             if "heldout_loss" in record
         ]
         if result:
-            points = [(at[0], result["heldout"]["base"]["loss"]), *points, (at[-1], result["heldout"]["final"]["loss"])]
+            ends = [loss_of(result["heldout"].get(which)) for which in ("base", "final")]
+            before, after = (
+                [] if loss is None else [(place, loss)] for place, loss in zip((at[0], at[-1]), ends, strict=True)
+            )
+            points = [*before, *points, *after]
         points = [point for point in points if point[0] > 0 or axes.get_xscale() == "linear"]
         axes.plot(
             *zip(*points, strict=True), "o:" if len(points) > 1 else "o", color=colour, ms=4, lw=0.9
@@ -163,15 +168,22 @@ def gate_errors(gate: dict[str, Any]) -> Markup:
     return _svg(figure)
 
 
-def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Markup:
-    table = dict(reversed(result["heldout_by_site"].items()))
+def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Markup | None:
+    """Return the losses of every measured site before and after; None where there is none."""
+    rows = {
+        site: (loss_of(row.get("base")), loss_of(row.get("final"))) for site, row in result["heldout_by_site"].items()
+    }
+    table = {site: pair for site, pair in reversed(rows.items()) if None not in pair}
+    if not table:
+        return None
     figure, axes = _axes(5.4, 0.9 + 0.26 * len(table))
-    base, final = ([row[key]["loss"] for row in table.values()] for key in ("base", "final"))
+    base, final = ([pair[which] for pair in table.values()] for which in (0, 1))
     at = range(len(table))
     axes.hlines(at, base, final, color=COLOURS["line"], linewidth=3)
     axes.plot(base, at, "o", color=COLOURS["ink"], markerfacecolor="none", label="base model")
     if local and local is not result:
-        alone = [local["heldout_by_site"].get(site, {}).get("final", {}).get("loss", float("nan")) for site in table]
+        theirs = losses(local, "final")
+        alone = [theirs.get(site, float("nan")) for site in table]
         axes.plot(alone, at, "|", color=COLOURS["local"], markersize=10, markeredgewidth=2, label="local only")
     axes.plot(final, at, "o", color=COLOURS["own"], label="final")
     axes.set_yticks(at, [plain(site) for site in table])

@@ -18,8 +18,9 @@ from fluvial.figures import (
     loss_by_bytes,
     loss_by_round,
 )
-from fluvial.show import RESULT_CAPTION, result_rows, run_name, with_compared
-from fluvial.words import human_bytes, human_ratio, human_seconds, plain
+from fluvial.show import RESULT_CAPTION, result_rows, run_name, verdict_of, with_compared
+from fluvial.verdict import NAMES, loss_of
+from fluvial.words import figure, human_bytes, human_ratio, human_seconds, plain
 
 CYCLES, SITES, CONFLICTS = 48, 256, 128
 """How much of a long block schedule and of a long conflict log is on the page."""
@@ -78,7 +79,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "refused": refused.get("why", ""),
         "finished": result is not None,
         "folder": found["folder"],
-        "headline": _headline(result) if result else [],
+        "headline": _headline(found) if result else [],
         "rows": result_rows(with_compared(found)) if result else [],
         "caption": RESULT_CAPTION,
         "figures": figures,
@@ -95,9 +96,24 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _headline(result: dict[str, Any]) -> list[dict[str, str]]:
-    base, final = (result["heldout"][key]["loss"] for key in ("base", "final"))
-    found = [{"what": "held-out loss", "value": f"{final:.4f}", "note": f"base model {base:.4f} ({final - base:+.4f})"}]
+def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
+    result, verdict = run["result"], verdict_of(run)
+    base, final = (loss_of(result["heldout"].get(key)) for key in ("base", "final"))
+    change = None if base is None or final is None else final - base
+    reference = NAMES[verdict.against] if verdict.against else "other runs"
+    found = [
+        {
+            "what": f"helped against {reference}",
+            "value": verdict.tile(),
+            "note": verdict.line(),
+            "mark": {"yes": "yes", "no": "no"}.get(verdict.helped, ""),
+        },
+        {
+            "what": "held-out loss, mean over sites",
+            "value": figure(final),
+            "note": f"base model {figure(base)}" + ("" if change is None else f" ({change:+.4f})"),
+        },
+    ]
     if result.get("round_ratio") is not None:
         up, sites = result["bytes"]["up"], result["sites"]
         found += [
@@ -186,7 +202,8 @@ not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 &middot; {{ folder }}</p>
 {% if refused %}<p class="no">{{ refused }}</p>{% endif %}
 {% if headline %}<div class="cards">{% for each in headline %}
-<div><span class="soft">{{ each.what }}</span><b>{{ each.value }}</b><span class="soft">{{ each.note }}</span></div>
+<div><span class="soft">{{ each.what }}</span><b class="{{ each.get("mark", "") }}">{{ each.value }}</b>
+<span class="soft">{{ each.note }}</span></div>
 {% endfor %}</div>{% endif %}
 {% if rows %}<section><h2>Result</h2><div class="scroll"><table>
 <tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -202,9 +219,10 @@ not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 {{ draw("up", "Loss by bytes sent up", counted ~ words) }}
 {{ draw("both", "Loss by bytes both ways", counted ~ words) }}
 {{ draw("kinds", "Bytes by kind", "Serialised messages, all rounds and sites. Evaluation counts in no ratio.") }}
-{{ draw("gate", "Codec gate", "Errors of the innovation on held-out snapshots; the codec must beat guesses without"
-  ~ " a message. Bars end at 2.5; the dashed line is what sending nothing gives.") }}
-{% if gate %}<section><h2>Verdict:
+{{ draw("gate", "Errors at the codec gate", "Errors of the innovation on held-out snapshots;"
+  ~ " the codec must beat guesses without a message."
+  ~ " Bars end at 2.5; the dashed line is what sending nothing gives.") }}
+{% if gate %}<section><h2>Codec gate:
 <span class="{{ 'yes' if gate.passed else 'no' }}">{{ "passed" if gate.passed else "failed" }}</span></h2>
 <table class="texts">{% for list in verdicts %}<tr><th colspan="2">{{ list.name }}</th></tr>
 {% for row in list.rows %}<tr><td>{{ row.what }}</td><td class="{{ 'yes' if row.holds else 'no' }}">

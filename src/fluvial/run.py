@@ -34,9 +34,12 @@ from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
 from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, norm
 from fluvial.train import TrainConfig
+from fluvial.verdict import judge
 
 logger = logging.getLogger(__name__)
 
+BASELINES = ("local", "fedavg", "central")
+"""Runs whose held-out measures stand beside this one's."""
 MEASURING = "evaluate"
 """The task whose bytes are counted apart: they measure the method and are no part of it."""
 
@@ -237,8 +240,7 @@ class Run:
         metrics = self.server.round(number, self.fleet)
         self.trained += int(metrics["sites"])
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
-            total, _ = self._measure(self.server.model(), number)
-            metrics |= {"heldout_loss": total.loss, "heldout_accuracy": total.accuracy}
+            metrics |= self._heldout_of_round(number)
         by_site = self.fleet.meter.close_round()
         record = {
             "round": number,
@@ -259,6 +261,18 @@ class Run:
         self.folder.append_metrics(record)
         self._save(number)
         return record
+
+    def _heldout_of_round(self, number: int) -> dict[str, float]:
+        """Measures of the model of round `number`; empty where no site sends any."""
+        total, rows = self._measure(self.server.model(), number)
+        mean = _mean(rows)
+        if total is None or mean is None:
+            return {}
+        return {
+            "heldout_loss": mean["loss"],
+            "heldout_accuracy": mean["accuracy"],
+            "heldout_loss_pooled": total.loss,
+        }
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -297,8 +311,8 @@ class Run:
 
     # -- result -------------------------------------------------------------------------------------------------
 
-    def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout, dict[str, Any]]:
-        """Held-out sums over all sites, and the values of each site."""
+    def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout | None, dict[str, Any]]:
+        """Return held-out sums over all sites, None without any, and the values of each site."""
         values: dict[str, Value] = {
             "which": which or ("own" if adapter is None else "sent"),
             "generate": self.config.evaluate.max_new_tokens,
@@ -310,13 +324,13 @@ class Run:
             sums.append(found)
             row: dict[str, Any] = {"loss": found.loss, "accuracy": found.accuracy}
             table[reply.site] = row | ({"exact_match": right / questions} if questions else {})
-        return Heldout.sum(sums), dict(sorted(table.items()))
+        return Heldout.sum(sums) if sums else None, dict(sorted(table.items()))
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.config.rounds
         adapter = self.server.model()
-        _, base = self._measure(None, rounds, which="base")
-        _, final = self._measure(adapter, rounds)
+        base_total, base = self._measure(None, rounds, which="base")
+        final_total, final = self._measure(adapter, rounds)
         samples: list[dict[str, str]] = []
         sha256: dict[str, str] = {}
         if adapter is not None:
@@ -334,10 +348,13 @@ class Run:
             "sites": len(self.fleet.sites),
             "heldout": {
                 "base": _mean(base),
-                "local": self._baseline("local"),
-                "fedavg": self._baseline("fedavg"),
-                "central": self._baseline("central"),
+                **{name: self._baseline(name, "heldout") for name in BASELINES},
                 "final": _mean(final),
+            },
+            "heldout_pooled": {
+                "base": _pooled(base_total),
+                **{name: self._baseline(name, "heldout_pooled") for name in BASELINES},
+                "final": _pooled(final_total),
             },
             "heldout_by_site": {site: {"base": base[site], "final": final[site]} for site in final if site in base},
             **self._traffic(),
@@ -353,7 +370,10 @@ class Run:
         }
         name = self.config.method.name
         if name in ("local", "central") or (name == "fedavg" and self.config.coding.name == "identity"):
-            result["heldout"][name] = result["heldout"]["final"]
+            for means in ("heldout", "heldout_pooled"):
+                result[means][name] = result[means]["final"]
+        compared: dict[str, Any] = {name: self._result_of(name) for name in self.config.compare}
+        result["verdict"] = judge(result, compared).to_json()
         return result
 
     def _traffic(self) -> dict[str, Any]:
@@ -377,12 +397,17 @@ class Run:
             "amortised_uplink_ratio": (up + setup_up) / raw if sends else None,
         }
 
-    def _baseline(self, name: str) -> dict[str, Any] | None:
+    def _result_of(self, name: str) -> dict[str, Any] | None:
+        """Return the result of the baseline `name`, None where it was not run."""
         found = RunFolder(self.folder.path / "compare" / name).read_json("result.json")
-        return None if found is None else found["heldout"]["final"]
+        return found if isinstance(found, dict) else None
+
+    def _baseline(self, name: str, means: str) -> dict[str, Any] | None:
+        found = self._result_of(name)
+        return None if found is None else found.get(means, {}).get("final")
 
     def _compared(self, name: str) -> dict[str, Any]:
-        found = RunFolder(self.folder.path / "compare" / name).read_json("result.json")
+        found = self._result_of(name) or {}
         return {key: found[key] for key in ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")}
 
     def _probe(self) -> list[int]:
@@ -422,10 +447,18 @@ def _measured(reply: Payload) -> tuple[Heldout, int, int]:
     return heldout_of(reply), reply.value("right", int) if questions else 0, questions
 
 
-def _mean(table: dict[str, Any]) -> dict[str, float]:
-    """Mean over the sites, each counting the same."""
-    keys = sorted(set.intersection(*(set(row) for row in table.values())))
-    return {key: sum(row[key] for row in table.values()) / len(table) for key in keys}
+def _pooled(total: Heldout | None) -> dict[str, float] | None:
+    """Means over the label tokens of all sites together."""
+    return None if total is None else {"loss": total.loss, "accuracy": total.accuracy}
+
+
+def _mean(table: dict[str, Any]) -> dict[str, float] | None:
+    """Return the mean over the measured sites, each counting the same; None where there is none."""
+    rows = [row for row in table.values() if row and row.get("loss") is not None]
+    if not rows:
+        return None
+    keys = sorted(set.intersection(*(set(row) for row in rows)))
+    return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
 
 def _listed(table: dict[Kind, int]) -> list[Value]:
@@ -455,12 +488,17 @@ def peak_rss_bytes() -> int:
 def _card(config: RunConfig, final: dict[str, Any]) -> str:
     settings = json.dumps(config.resolved(), indent=2)
     mean = _mean(final)
+    measured = (
+        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy {mean['accuracy']:.4f} "
+        "(means over the sites)."
+        if mean
+        else "Held-out measures were not taken."
+    )
     base, what = config.model.name_or_path, "LoRA adapter" if config.adapter else "Model, all weights tuned,"
     library, tag = ("peft", "lora") if config.adapter else ("transformers", "full-parameter-tuning")
     return (
         f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [federated-learning, {tag}]\n---\n\n"
         f"# {what} made by Fluvial {__version__}\n\n"
         f"Method `{config.method.name}` ({config.entry.paper}), {config.rounds} rounds over {len(final)} sites. "
-        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy {mean['accuracy']:.4f} "
-        f"(means over the sites).\n\nThe sites' data is not in this folder. Settings:\n\n```json\n{settings}\n```\n"
+        f"{measured}\n\nThe sites' data is not in this folder. Settings:\n\n```json\n{settings}\n```\n"
     )

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from fluvial.block_tables import block_schedule, conflict_log, failures
 from fluvial.errors import CheckpointError
-from fluvial.words import human_bytes, human_ratio, human_seconds, percent, plain, table
+from fluvial.verdict import Verdict, judge, loss_of
+from fluvial.words import figure, human_bytes, human_ratio, human_seconds, percent, plain, table
 
 BASELINES = {
     "local": "local only",
@@ -26,6 +27,8 @@ BASELINES = {
     "fedavg": "federated, uncompressed",
 }
 """Runs that others are compared with, in the order of the result table."""
+CENTRAL = ("central", "central_cyclic")
+"""Runs with all data at one place, which have no value for each site."""
 
 CYCLES, SITES, CONFLICTS = 12, 32, 10
 """How much of a long block schedule and of a long conflict log the terminal gets; the page gets more."""
@@ -172,21 +175,25 @@ def run_name(result: dict[str, Any]) -> str:
 def result_rows(result: dict[str, Any]) -> list[list[str]]:
     """Headings, then base model, baselines and the run itself."""
     heldout, compared = result["heldout"], result.get("compare", {})
-    runs: list[tuple[str, Any, Any]] = [("base model, untuned", heldout.get("base"), {})]
-    runs += [
-        (label, heldout.get(name), {} if name == "central" else compared.get(name) or {})
-        for name, label in BASELINES.items()
-        if name != result["method"]
-    ]
-    runs.append(
-        (run_name(result), heldout.get("final"), {} if result["method"] in ("central", "central_cyclic") else result)
-    )
-    runs = [run for run in runs if run[1] is not None]
-    exact = any("exact_match" in values for _, values, _ in runs)
-    headings = ["", "held-out loss", "next-token accuracy", *(["exact match"] if exact else [])]
+    pooled = result.get("heldout_pooled") or {}
+    names = [name for name in BASELINES if name != result["method"]]
+    names = [name for name in names if heldout.get(name) is not None or name in compared]
+    runs: list[tuple[str, str, Any]] = [("base model, untuned", "base", {})]
+    runs += [(BASELINES[name], name, compared.get(name) or {}) for name in names]
+    runs.append((run_name(result), "final", result))
+    centrally = [name for name in CENTRAL if name in names or name == result["method"]]
+
+    exact = any("exact_match" in (heldout.get(key) or {}) for _, key, _ in runs)
+    headings = ["", "held-out loss", *(["pooled loss"] if centrally else []), "next-token accuracy"]
+    headings += ["exact match"] if exact else []
     rows = [[*headings, "up per site", "round ratio", "amortised"]]
-    for label, values, traffic in runs:
-        row = [label, f"{values['loss']:.4f}", percent(values.get("accuracy"))]
+    for label, key, traffic in runs:
+        values, total = heldout.get(key) or {}, pooled.get(key) or {}
+        at_one_place = key in CENTRAL or (key == "final" and result["method"] in CENTRAL)
+        traffic = {} if at_one_place else traffic
+        row = [label, "-" if at_one_place else figure(values.get("loss"))]
+        row += [figure((total or (values if at_one_place else {})).get("loss"))] if centrally else []
+        row += [percent(values.get("accuracy"))]
         row += [percent(values.get("exact_match"))] if exact else []
         row += [human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"]
         row += [human_ratio(traffic.get("round_ratio")), human_ratio(traffic.get("amortised_ratio"))]
@@ -195,7 +202,8 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 RESULT_CAPTION = (
-    "Held-out values are means over the sites. Up per site: bytes of all rounds; round ratio: these against "
+    "Held-out values are means over the sites, each counting the same; pooled: over all their label tokens, which is "
+    "all that a central run has. Up per site: bytes of all rounds; round ratio: these against "
     "uncompressed updates; local training only reports its loss. Amortised: all bytes both ways, set-up included, "
     "against an uncompressed run of the same rounds."
 )
@@ -236,6 +244,19 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
     return Group(*lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan")))
 
 
+def verdict_of(found: dict[str, Any]) -> Verdict:
+    """Return whether a finished run helped, from its result and those of its baselines."""
+    compared = {name: run["result"] for name, run in found["compare"].items()}
+    return judge(found["result"], compared)
+
+
+def verdict_line(found: dict[str, Any]) -> Text:
+    """Return the verdict of a finished run in one line."""
+    verdict = verdict_of(found)
+    colour = {"yes": "green", "no": "red", "partly": "yellow"}.get(verdict.helped, "yellow")
+    return Text(plain(verdict.line()), style=f"bold {colour}")
+
+
 def with_compared(found: dict[str, Any]) -> dict[str, Any]:
     """The result, with the traffic of its baselines even where the run has not written it down."""
     finished = {name: run["result"] for name, run in found["compare"].items() if run["result"]}
@@ -260,7 +281,8 @@ def run_tables(found: dict[str, Any]) -> Group:
             state += f" Baseline {name}: " + ("finished." if run["result"] else f"{len(run['metrics'])} rounds.")
         parts.append(Text(f"{state} Go on with --resume.", style="yellow"))
     else:
-        parts += [Text(), result_table(with_compared(found)), Text(), _site_table(found), Text(), _bytes_table(result)]
+        parts += [Text(), result_table(with_compared(found)), verdict_line(found), Text(), _site_table(found)]
+        parts += [Text(), _bytes_table(result)]
     for excerpt in (block_schedule(metrics, cycles=CYCLES, sites=SITES), conflict_log(metrics, last=CONFLICTS)):
         if excerpt:
             parts += [Text(f"\n{excerpt.title}", style="bold")]  # a table's own title wraps to its width
@@ -278,10 +300,12 @@ def _site_table(found: dict[str, Any]) -> Table:
     local = (found["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
     rows = []
     for site, row in found["result"]["heldout_by_site"].items():
-        base, final = row["base"], row["final"]
-        losses = [f"{base['loss']:.4f}", f"{final['loss']:.4f}", f"{final['loss'] - base['loss']:+.4f}"]
-        losses += [f"{local[site]['final']['loss']:.4f}" if site in local else "-"] if local else []
-        rows.append([plain(site), *losses, percent(base["accuracy"]), percent(final["accuracy"])])
+        base, final = (row.get(which) or {} for which in ("base", "final"))
+        before, after = loss_of(base), loss_of(final)
+        change = None if before is None or after is None else after - before
+        losses = [figure(before), figure(after), figure(change, "+.4f")]
+        losses += [figure(loss_of((local.get(site) or {}).get("final")))] if local else []
+        rows.append([plain(site), *losses, *(percent(each.get("accuracy")) for each in (base, final))])
     headings = [
         "site",
         "base loss",

@@ -1,5 +1,6 @@
 """Numbers, texts and tables as a person reads them."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -65,6 +66,15 @@ def table(
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
+
+
+NOT_MEASURED = "not measured"
+
+
+def figure(value: float | None, form: str = ".4f") -> str:
+    """Return `value` in `form`; what is unknown or no finite number is "not measured"."""
+    known = isinstance(value, int | float) and math.isfinite(value)
+    return format(value, form) if known else NOT_MEASURED
 
 
 def percent(share: float | None) -> str:

@@ -58,7 +58,7 @@ def main(grid: Grid, context: Context) -> None:
             for line in setup_lines(event.values):
                 logger.info("%s", line)
         else:
-            logger.info("%s: held-out loss %.4f", event.method, event.values["heldout"]["final"]["loss"])
+            logger.info("%s: %s", event.method, event.values["verdict"]["line"])
 
 
 def _end_with_parent() -> None:

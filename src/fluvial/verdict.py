@@ -1,0 +1,150 @@
+"""Did a run help? Its held-out losses, site by site, against those of its baselines."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Reference = Literal["local", "fedavg", "base"]
+Answer = Literal["yes", "partly", "no", "not measured"]
+
+NAMES: dict[Reference, str] = {
+    "local": "local training",
+    "fedavg": "the uncompressed run",
+    "base": "the base model",
+}
+"""The runs that a verdict compares with, the most telling first."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out losses of a run against one other, at the sites where both were measured."""
+
+    sites: int
+    better: int
+    """Sites whose loss is lower than the other run's."""
+    difference: float
+    """Mean over these sites of this run's loss less the other's, nats per token."""
+
+    @property
+    def answer(self) -> Answer:
+        """Return "yes" if most sites and the mean gained, "no" if neither did."""
+        gained = (2 * self.better > self.sites, self.difference < 0)
+        return "yes" if all(gained) else "partly" if any(gained) else "no"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One answer about a run, and the comparisons that it rests on; None where a baseline is unknown."""
+
+    sites: int
+    """Sites of the run, measured or not."""
+    measured: int
+    """Sites whose loss under this run is known."""
+    local: Comparison | None
+    fedavg: Comparison | None
+    base: Comparison | None
+    itself: Reference | None = None
+    """The baseline that this run is, which it is not compared with."""
+
+    @property
+    def against(self) -> Reference | None:
+        """The baseline that decides: local training, or the base model where that was not run."""
+        return "local" if self.local else "base" if self.base else None
+
+    @property
+    def helped(self) -> Answer:
+        """Return the answer against `against`."""
+        decisive = self.local or self.base
+        return decisive.answer if decisive else "not measured"
+
+    def line(self) -> str:
+        """Return the verdict as one line for people."""
+        if self.measured == 0:
+            return "Not measured: no site sent held-out measures of this run"
+
+        first = self.against
+        others = [name for name in NAMES if name not in (first, self.itself)]
+        parts = [_leading(NAMES[first], getattr(self, first))] if first else []
+        parts += [_further(NAMES[name], getattr(self, name)) for name in others]
+        if self.measured < self.sites:
+            parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
+        return "; ".join(parts)
+
+    def tile(self) -> str:
+        """Return the verdict in the few words of a heading."""
+        decisive = self.local or self.base
+        if decisive is None:
+            return "not measured"
+        return f"{decisive.better} of {decisive.sites} sites"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON types, its line included."""
+        return {**asdict(self), "helped": self.helped, "against": self.against, "line": self.line()}
+
+
+def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | None]) -> Verdict:
+    """Compare a run's `result` with those of its baselines, by name.
+
+    Values that were not measured may be absent, None or not finite; they count nowhere.
+    """
+    final = losses(result, "final")
+    itself = _itself(result)
+    tables: dict[Reference, dict[str, float]] = {"base": losses(result, "base")}
+    for name in ("local", "fedavg"):
+        tables[name] = losses(compared.get(name) or {}, "final") if name != itself else {}
+    found = {name: _compare(final, table) for name, table in tables.items()}
+    return Verdict(
+        sites=int(result.get("sites", len(final))),
+        measured=len(final),
+        local=found["local"],
+        fedavg=found["fedavg"],
+        base=found["base"],
+        itself=itself,
+    )
+
+
+def losses(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:
+    """Return the finite held-out loss of each measured site, nats per token."""
+    rows = result.get("heldout_by_site") or {}
+    found = {site: loss_of((row or {}).get(which)) for site, row in rows.items()}
+    return {site: loss for site, loss in found.items() if loss is not None}
+
+
+def loss_of(measures: Mapping[str, Any] | None) -> float | None:
+    """Return the loss in a table of measures, or None where there is no finite one."""
+    loss = (measures or {}).get("loss")
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def _itself(result: Mapping[str, Any]) -> Reference | None:
+    method, codec = result.get("method"), result.get("codec")
+    if method == "local":
+        return "local"
+    return "fedavg" if method == "fedavg" and codec in (None, "identity") else None
+
+
+def _compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Comparison | None:
+    gains = [ours[site] - theirs[site] for site in ours if site in theirs]
+    if not gains:
+        return None
+    return Comparison(len(gains), sum(gain < 0 for gain in gains), math.fsum(gains) / len(gains))
+
+
+def _leading(name: str, found: Comparison) -> str:
+    mean = f"mean {found.difference:+.4f} nats"
+    if found.answer == "no":
+        verb = "Did not help against"
+        return f"{verb} {name}: better at {found.better} of {found.sites} sites ({mean})"
+    only = " only" if found.answer == "partly" and 2 * found.better <= found.sites else ""
+    return f"Helped at {found.better} of {found.sites} sites{only} against {name} ({mean})"
+
+
+def _further(name: str, found: Comparison | None) -> str:
+    if found is None:
+        return f"{name} not measured"
+    sites = f"(better at {found.better} of {found.sites} sites)"
+    distance = f"{abs(found.difference):.4f}"
+    if float(distance) == 0:
+        return f"level with {name} {sites}"
+    return f"{distance} nats {'ahead of' if found.difference < 0 else 'behind'} {name} {sites}"
