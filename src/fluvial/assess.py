@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fluvial import __version__
 from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, bootstrap, prepare, read_choices, score
 from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
+from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
 from fluvial.folders import NEW_TOKENS, AdapterFolder
@@ -121,7 +122,8 @@ def _data_result(
     questions = texts.questions[: data.max_heldout] if max_new_tokens else []
     longest = context_length(bench.model_config)
     room = None if longest is None else longest - max_new_tokens
-    fit = [q for q in questions if room is None or len(bench.tokenizer(q.prompt, verbose=False)["input_ids"]) <= room]
+    encoder = Encoder.of(bench.tokenizer)
+    fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
     table: dict[str, Any] = {
         "source": data.source,
         "max_length": data.max_length,

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from fluvial.data import Example
+from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.seeds import numpy_generator
 from fluvial.train import collate
@@ -197,6 +198,7 @@ def prepare(
     if (shots > 0) != bool(examples):
         lacking = "--shots-from, a file to take the examples from" if shots else "--shots, how many examples to take"
         raise ConfigError(f"solved examples need --shots and --shots-from; add {lacking}")
+    encoder = Encoder.of(tokenizer)
     prompts, short, dropped, cut, cut_tokens = [], 0, 0, 0, 0
     for choice in questions:
         wording = language_of(choice.question) if language == "auto" else language
@@ -204,24 +206,27 @@ def prepare(
         own = own[:shots]
         short += len(own) < shots
         kept = len(own)
-        prompt = _tokens(choice, own, tokenizer, scoring, wording)
+        prompt = _tokens(choice, own, encoder, scoring, wording)
         while context is not None and kept and _length(prompt) > context:
             kept -= 1
-            prompt = _tokens(choice, own[:kept], tokenizer, scoring, wording)
+            prompt = _tokens(choice, own[:kept], encoder, scoring, wording)
         dropped += len(own) - kept
         surplus = 0 if context is None else _length(prompt) - context
         if surplus > 0:
             cut, cut_tokens = cut + 1, cut_tokens + surplus
-            prompt = _cut_left(choice, prompt, surplus, tokenizer)
+            prompt = _cut_left(choice, prompt, surplus, encoder)
         prompts.append(prompt)
     return Sheet(tuple(questions), tuple(prompts), short, dropped, cut, cut_tokens)
 
 
-def _tokens(choice: Choice, shots: Sequence[Choice], tokenizer: Any, scoring: Scoring, language: Language) -> Prompt:
-    """Prompt and choice are tokenised together, as they would stand in a text; they part where the tokens do."""
+def _tokens(choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language) -> Prompt:
+    """Prompt and choice are tokenised together, as they would stand in a text; they part where the tokens do.
+
+    Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between prompt and choice.
+    """
     text = render(choice, shots, scoring, language)
     ways = [text, *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS)))]
-    rows = [list(tokenizer(way, verbose=False)["input_ids"]) for way in ways]
+    rows = [encoder.prompt(way) for way in ways]
     common = 0
     while all(common < len(row) and row[common] == rows[0][common] for row in rows):
         common += 1
@@ -239,9 +244,9 @@ def _length(prompt: Prompt) -> int:
     return len(prompt.prefix) + max(len(ending) for ending in prompt.endings)
 
 
-def _cut_left(choice: Choice, prompt: Prompt, surplus: int, tokenizer: Any) -> Prompt:
-    """Without `surplus` tokens after BOS, which stays where the tokenizer puts one."""
-    first = int(prompt.prefix[0] == tokenizer.bos_token_id)
+def _cut_left(choice: Choice, prompt: Prompt, surplus: int, encoder: Encoder) -> Prompt:
+    """Without `surplus` tokens after the special ones that the tokenizer puts first, such as BOS."""
+    first = len(encoder.prefix) if prompt.prefix[: len(encoder.prefix)] == encoder.prefix else 0
     if len(prompt.prefix) - surplus < first + 1:
         raise ConfigError(
             f"{choice.name}: its longest choice has {max(len(ending) for ending in prompt.endings)} tokens, which "

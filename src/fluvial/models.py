@@ -23,6 +23,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.frozen import FolderSource, Source
 from fluvial.seeds import derive, generator
@@ -412,18 +413,19 @@ class Workbench:
     def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""
         answers = []
+        encoder = Encoder.of(self.tokenizer)
         with self.model(state) as model, torch.no_grad():
             for prompt in prompts:
-                tokens = self.tokenizer(prompt, return_tensors="pt").to(self.device)
-                tokens.pop("token_type_ids", None)
+                tokens = torch.tensor([encoder.prompt(prompt)], device=self.device)
                 output = model.generate(  # type: ignore[operator]
-                    **tokens,
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     pad_token_id=self.tokenizer.pad_token_id,
                     eos_token_id=self.tokenizer.eos_token_id,
                 )
-                new = output[0, tokens["input_ids"].shape[1] :]
+                new = output[0, tokens.shape[1] :]
                 answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return answers
 

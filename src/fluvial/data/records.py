@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
+from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 
 IGNORE_INDEX = -100
@@ -111,11 +112,12 @@ def tokenize(
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no EOS token, so a model could never learn to stop; set one in its folder")
+    encoder = Encoder.of(tokenizer)
     result = Tokenized()
     stream = Example([], [])
     for name, fields in records:
         result.records += 1
-        example, question = _example(name, fields, form, tokenizer, loss_on)
+        example, question = _example(name, fields, form, encoder, loss_on)
         if question is not None:
             result.questions.append(question)
         if packing or form == "text":
@@ -144,16 +146,16 @@ def tokenize(
 
 
 def _example(
-    name: str, fields: Mapping[str, Any], form: Form, tokenizer: Any, loss_on: Literal["answer", "all"]
+    name: str, fields: Mapping[str, Any], form: Form, encoder: Encoder, loss_on: Literal["answer", "all"]
 ) -> tuple[Example, Question | None]:
     missing = [key for key in REQUIRED_FIELDS[form] if fields.get(key) is None]
     if missing:
         raise ConfigError(f"{name}: form {form!r} needs the field {missing[0]!r}; found {sorted(fields)}")
     if form == "text":
-        ids = _with_eos(_ids(tokenizer, _text(name, fields, "text")), tokenizer)
+        ids = encoder.ended(encoder.prompt(_text(name, fields, "text")))
         return Example(ids, ids), None
     if form in ("messages", "sharegpt"):
-        return _chat(name, _messages(name, fields, form), tokenizer, loss_on), None
+        return _chat(name, _messages(name, fields, form), encoder.tokenizer, loss_on), None
     if form == "alpaca":
         template = ALPACA_WITH_INPUT if fields.get("input") else ALPACA_WITHOUT_INPUT
         prompt = template.format(instruction=fields["instruction"], input=fields.get("input", ""))
@@ -162,9 +164,8 @@ def _example(
         prompt, answer = _text(name, fields, "prompt"), _text(name, fields, "completion")
     if not answer.strip():
         raise ConfigError(f"{name}: the answer is empty, which would teach the model to say nothing; remove the record")
-    # Tokenised apart, so that training sees the same prompt tokens as generation later does.
-    before = _ids(tokenizer, prompt)
-    after = _with_eos(_ids(tokenizer, answer, special=False), tokenizer)
+    before = encoder.prompt(prompt)
+    after = encoder.answer(prompt, answer)
     labels = [IGNORE_INDEX] * len(before) if loss_on == "answer" else before
     return Example([*before, *after], [*labels, *after]), Question(prompt, answer)
 
@@ -231,15 +232,6 @@ def _text(name: str, fields: Mapping[str, Any], key: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"{name}: field {key!r} must be text, found {type(value).__name__}")
     return value
-
-
-def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    # verbose=False: a text longer than the model's context is cut into windows below, so its warning is no news.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    return ids if ids and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
 def _cut(example: Example, start: int, end: int | None) -> Example:

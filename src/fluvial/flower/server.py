@@ -16,6 +16,7 @@ from flwr.superlink.grid import http_grid
 
 from fluvial.config import RunConfig, parse
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
+from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.flower import names
 from fluvial.flower.fleet import FlowerFleet
@@ -103,6 +104,6 @@ class ServerTexts:
     def sample(self) -> SiteData:
         """The configured prompt, since the sites' text is not here."""
         prompt = self.config.evaluate.sample_prompt or "Once upon a time"
-        ids = list(self.bench.tokenizer(prompt)["input_ids"])
+        ids = Encoder.of(self.bench.tokenizer).prompt(prompt)
         example = Example(ids, [IGNORE_INDEX, *ids[1:]])
         return SiteData([example], [example], [], 1, 0, 0)

@@ -1,0 +1,91 @@
+"""Text to token ids, as they are given to a model that goes on from them.
+
+A tokenizer may put special tokens before a text (BOS) and behind it (EOS, SEP). Those before it belong to a prompt;
+those behind it would stand between the prompt and its answer, and are left out here. Training, held-out loss,
+multiple choice and generation all encode a prompt with this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+PROBES = ("a b", "The", "1")
+"""Texts from which the special tokens of a tokenizer are read."""
+SEPARATORS = ("\n", ".", "a")
+"""Texts after which an answer is encoded as a continuation, tried in this order."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, with what it puts before a text."""
+
+    tokenizer: Any
+    prefix: tuple[int, ...]
+    """Special tokens before a text, such as BOS; empty for a tokenizer that adds none."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Encoder":
+        """Return the encoder of a tokenizer of transformers, fast or slow."""
+        return cls(tokenizer, _prefix(tokenizer))
+
+    def plain(self, text: str) -> list[int]:
+        """Encode `text` without special tokens."""
+        return _ids(self.tokenizer, text, special=False)
+
+    def prompt(self, text: str) -> list[int]:
+        """Encode what a model is asked to go on from: special tokens before `text`, none behind it.
+
+        A text that itself begins with them gets no second ones. An empty text without any becomes one BOS or EOS
+        token, since a model cannot go on from nothing.
+        """
+        ids = self.plain(text)
+        own = tuple(ids[: len(self.prefix)]) == self.prefix
+        whole = ids if own else [*self.prefix, *ids]
+        return whole or [self._start()]
+
+    def answer(self, prompt: str, answer: str) -> list[int]:
+        """Encode `answer` as it follows the tokens of `prompt(prompt)`, and end it with one EOS."""
+        return self.ended(self._continuation(prompt, answer))
+
+    def ended(self, ids: Sequence[int]) -> list[int]:
+        """Return `ids` with one EOS at the end."""
+        eos: int = self.tokenizer.eos_token_id
+        return list(ids) if ids and ids[-1] == eos else [*ids, eos]
+
+    def _continuation(self, prompt: str, answer: str) -> list[int]:
+        """Encode `answer` without the space that some tokenizers put before the first word of a text.
+
+        The tokens of the prompt stay what they are in generation. Where prompt and answer would share a token, the
+        answer is encoded behind a separator instead, and the separator's tokens are dropped.
+        """
+        for before in (prompt, *SEPARATORS):
+            head = self.plain(before)
+            both = self.plain(before + answer)
+            if both[: len(head)] == head and len(both) > len(head):
+                return both[len(head) :]
+        return self.plain(answer)
+
+    def _start(self) -> int:
+        bos: int | None = self.tokenizer.bos_token_id
+        eos: int = self.tokenizer.eos_token_id
+        return eos if bos is None else bos
+
+
+def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    # verbose=False: a text longer than the model's context is cut into windows later, so its warning is no news.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _prefix(tokenizer: Any) -> tuple[int, ...]:
+    """Return the special tokens before a text: what precedes its own tokens when both are encoded."""
+    words = (token for token in tokenizer.get_vocab() if token.isalnum())
+    for probe in chain(PROBES, islice(words, 8)):
+        plain = _ids(tokenizer, probe, special=False)
+        whole = _ids(tokenizer, probe, special=True)
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return tuple(whole[:start])
+    whole = _ids(tokenizer, "", special=True)
+    bos = tokenizer.bos_token_id
+    return (bos,) if bos is not None and whole[:1] == [bos] else ()
