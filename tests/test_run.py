@@ -1,14 +1,13 @@
 """A run's folder: results, refusals, and what survives kill -9."""
 
 import hashlib
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,23 +333,6 @@ def test_run_check_preview_and_show_print_json(toml: Path, tmp_path: Path) -> No
     assert len(found["preview"]["sequences"]) == 2
     assert found["show"]["result"] == found["run"]
     assert (tmp_path / "page.html").stat().st_size > 1000
-
-
-def test_a_run_that_was_interrupted_says_how_it_goes_on(
-    toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
-        yield from itertools.islice(execute(*arguments, **options), 2)
-        raise KeyboardInterrupt
-
-    words = ["run", str(toml), "--out", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        patch.setattr("fluvial.run.execute", interrupted)
-        patch.setattr("sys.argv", ["fluvial", *words])
-        result = invoke(*words)
-    assert result.exit_code == 130
-    assert f"fluvial {' '.join(words)} --resume" in result.output
-    assert invoke(*words, "--resume").exit_code == 0
 
 
 def test_tables_are_for_people(toml: Path, tmp_path: Path) -> None:

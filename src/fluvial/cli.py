@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from fluvial import __version__
+from fluvial import __version__, interrupt
 from fluvial.errors import ConfigError, FluvialError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ Overrides = Annotated[
 
 def main() -> None:
     """Run the command; a mistake of the user's is one message and exit code 1."""
+    interrupt.install()
     try:
         app()
     except FluvialError as error:
@@ -79,21 +81,18 @@ def run(
     format: Format = "table",
 ) -> None:
     """Run a configuration to its result: baselines, rounds, held-out measures, weights."""
-    settings = _load(config, overrides)
     path = folder or Path("runs") / config.stem
+    interrupt.advise(partial(_how_to_go_on, path))
+    settings = _load(config, overrides)
     with _working(settings, quiet=format == "json") as progress:
         if fleet == "flower":
             from fluvial.flower.simulate import simulate as execute
         else:
             from fluvial.run import execute
 
-        try:
-            for event in execute(settings, path, resume=resume):
-                progress.show(event)
-        except KeyboardInterrupt:
-            again = shlex.join([_command(), *sys.argv[1:], *([] if resume else ["--resume"])])
-            err.print(f"interrupted; what was finished is kept, go on with:  {again}", markup=False, soft_wrap=True)
-            raise
+        for event in execute(settings, path, resume=resume):
+            progress.show(event)
+    interrupt.advise(str)
     assert event.kind == "result"
     if format == "json":
         print(json.dumps(event.values, indent=2))  # noqa: T201 - this is the output
@@ -323,6 +322,15 @@ def stop(server: ServerFolder, run: RunNumber = None) -> None:
     out.print(
         server_operator.stop(server, server_operator.newest(server) if run is None else run).strip(), markup=False
     )
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """What is said of a run that was stopped by a signal."""
+    again = [_command(), *sys.argv[1:]]
+    if not (folder / "config.json").exists():
+        return f"interrupted before anything was written; start again with:  {shlex.join(again)}"
+    again += [] if "--resume" in again else ["--resume"]
+    return f"interrupted; what was finished is kept, go on with:  {shlex.join(again)}"
 
 
 def _command() -> str:
