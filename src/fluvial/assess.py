@@ -8,13 +8,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import __version__
-from fluvial.choices import CHANCE, Choice, Language, Marks, Scoring, Sheet, bootstrap, prepare, read_choices, score
+from fluvial.choices import (
+    CHANCE,
+    Choice,
+    Language,
+    Marks,
+    Scoring,
+    Sheet,
+    bootstrap,
+    language_of,
+    prepare,
+    read_choices,
+    score,
+)
 from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
 from fluvial.folders import NEW_TOKENS, AdapterFolder
 from fluvial.models import ModelConfig, Workbench, check_length, context_length
+from fluvial.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.tensors import Layout, Named, subtract
 
 logger = logging.getLogger(__name__)
@@ -31,6 +44,10 @@ class ChoiceConfig:
     scoring: Scoring = "letter"
     language: Literal["auto"] | Language = "auto"
     """Wording of the prompt; "auto" is Chinese for a question with Chinese characters."""
+    subject_field: str = "subject"
+    """The field of a record that names its subject."""
+    benchmark: Literal["auto", "none"] | BenchmarkName = "auto"
+    """Whose groups of subjects are reported; "auto" tells by the subjects."""
 
 
 def whole_file(path: Path) -> dict[str, Any]:
@@ -100,7 +117,9 @@ def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
     """The questions, and those that examples are taken from."""
-    return read_choices(choices.path), read_choices(choices.shots_path) if choices.shots_path else []
+    paths = [choices.path, *([choices.shots_path] if choices.shots_path else [])]
+    asked, *examples = (read_choices(path, choices.subject_field) for path in paths)
+    return asked, examples[0] if examples else []
 
 
 def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench) -> Sheet:
@@ -179,6 +198,7 @@ def _choice_result(
         interval = marks[name].interval(seed)
         table[name] = {
             "accuracy": interval.mean,
+            "macro_accuracy": _macro(marks[name]),
             "standard_error": marks[name].standard_error,
             "interval": [interval.low, interval.high],
         }
@@ -195,4 +215,23 @@ def _choice_result(
         subject: {"questions": asked} | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
         for subject, (_, asked) in by_subject["adapter"].items()
     }
+    benchmark = _benchmark(choices, sheet)
+    table["groups"] = None if benchmark is None else grouped(benchmark, by_subject)
     return table
+
+
+def _macro(marks: Marks) -> float:
+    """Return the mean accuracy over the subjects, each counting the same."""
+    rows = marks.by_subject().values()
+    return sum(right / asked for right, asked in rows) / len(rows)
+
+
+def _benchmark(choices: ChoiceConfig, sheet: Sheet) -> Benchmark | None:
+    """Return the benchmark whose groups are reported, None for no groups."""
+    if choices.benchmark == "none":
+        return None
+    if choices.benchmark != "auto":
+        return BENCHMARKS[choices.benchmark]
+    chinese = [language_of(question.question) == "zh" for question in sheet.questions]
+    subjects = {question.subject for question in sheet.questions if question.subject}
+    return detect(subjects, chinese=2 * sum(chinese) > len(chinese))

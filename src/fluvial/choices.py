@@ -90,9 +90,10 @@ class Sheet:
     cut_tokens: int
 
 
-def read_choices(path: Path) -> list[Choice]:
+def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional `subject`, `id`.
 
+    `subject_field` names the field that stands for `subject`.
     Raises `ConfigError` naming line and id of the first record that is not of this form.
     """
     try:
@@ -101,13 +102,14 @@ def read_choices(path: Path) -> list[Choice]:
         raise ConfigError(f"there is no file {str(path)!r} with questions") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    found = [_choice(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [_choice(f"{path}, line {number}", line, subject_field) for number, line in numbered]
     if not found:
         raise ConfigError(f"{path}: holds no question")
     return found
 
 
-def _choice(name: str, line: str) -> Choice:
+def _choice(name: str, line: str, subject_field: str) -> Choice:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -129,7 +131,9 @@ def _choice(name: str, line: str) -> Choice:
         answer = LETTERS[answer]
     if not (isinstance(answer, str) and len(answer) == 1 and answer in LETTERS):
         raise ConfigError(f"{name}: 'answer' must be 'A', 'B', 'C' or 'D', or 0 to 3, found {answer!r:.80}")
-    for key in ("subject", "subject_zh"):
+    if subject_field != "subject" and subject_field not in record:
+        raise ConfigError(f"{name}: --subject-field {subject_field!r} is missing; found {', '.join(sorted(record))}")
+    for key in (subject_field, "subject_zh"):
         if not isinstance(record.get(key), str | None):
             raise ConfigError(f"{name}: {key!r} must be text or left out, found {record[key]!r:.80}")
     a, b, c, d = (text.strip() for text in texts)
@@ -138,7 +142,7 @@ def _choice(name: str, line: str) -> Choice:
         question.strip(),
         (a, b, c, d),
         LETTERS.index(answer),
-        record.get("subject"),
+        record.get(subject_field),
         record.get("subject_zh"),
     )
 

@@ -148,6 +148,11 @@ def evaluate(
         Literal["letter", "text"], typer.Option(help="What is compared: letters, or texts for each byte.")
     ] = "letter",
     language: Annotated[Literal["auto", "en", "zh"], typer.Option(help="Wording of the prompt.")] = "auto",
+    benchmark: Annotated[
+        Literal["auto", "none", "mmlu", "ceval", "cmmlu"],
+        typer.Option(help="Whose groups of subjects are reported; by the subjects' names."),
+    ] = "auto",
+    subject_field: Annotated[str, typer.Option(help="The field of a question that names its subject.")] = "subject",
     base: Annotated[bool, typer.Option(help="Measure the base model too.")] = True,
     overrides: Overrides = None,
     format: Format = "table",
@@ -159,13 +164,14 @@ def evaluate(
 
         if choices is None and (shots or shots_from):
             raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
+        asked = choices and ChoiceConfig(choices, shots, shots_from, scoring, language, subject_field, benchmark)
         found = read_adapter_folder(adapter)
         settings = _evaluation_settings(found.settings(), data, overrides or [])
         measured = evaluate_adapter(
             found,
             settings.model,
             data=settings.data if data else None,
-            choices=ChoiceConfig(choices, shots, shots_from, scoring, language) if choices else None,
+            choices=asked if choices else None,
             max_new_tokens=settings.evaluate.max_new_tokens,
             seed=settings.seed,
             base=base,

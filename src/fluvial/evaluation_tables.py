@@ -43,9 +43,11 @@ def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
 
 def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]:
     models = [name for name in ("base", "adapter") if name in asked]
+    macro = [f"{asked[model]['macro_accuracy']:.4f}" for model in models]
     spans = {model: asked[model]["interval"] for model in models}
     rows = [
         ["accuracy", *(f"{asked[model]['accuracy']:.4f}" for model in models)],
+        *([["accuracy, mean over subjects", *macro]] if len(asked["by_subject"]) > 1 else []),
         ["95 % interval", *(f"{low:.4f} to {high:.4f}" for low, high in spans.values())],
         ["standard error", *(f"{asked[model]['standard_error']:.4f}" for model in models)],
     ]
@@ -67,8 +69,32 @@ def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]
     ]
     return [
         _columns(asked["source"], ["", *(titles[model] for model in models)], rows, notes),
+        *_group_tables(asked.get("groups"), models, titles),
         _columns("By subject", ["subject", "questions", *(titles[model] for model in models)], subjects, []),
     ]
+
+
+def _group_tables(groups: dict[str, Any] | None, models: list[str], titles: dict[str, str]) -> list[Table]:
+    """Groups of subjects by both means; nothing where the subjects are of no known benchmark."""
+    if groups is None:
+        return []
+    headings = ["group", "subjects", "questions"]
+    headings += [f"{titles[model]}, {mean}" for model in models for mean in ("macro", "micro")]
+    rows = []
+    for name, row in groups["table"].items():
+        subjects = str(row["subjects"])
+        if row["subjects"] < row["of_subjects"]:
+            subjects += f" of {row['of_subjects']}"
+        figures = [f"{row[model][mean]:.4f}" for model in models for mean in ("macro", "micro")]
+        rows.append([name, subjects, str(row["questions"]), *figures])
+    notes = [
+        "macro: mean over subjects; micro: over questions",
+        f"{groups['benchmark']}'s own code reports {groups['reported_mean']}",
+    ]
+    if groups["without_group"]:
+        names = ", ".join(subject or "-" for subject in groups["without_group"])
+        notes.append(f"in no group, and in no mean of this table: {names}")
+    return [_columns(f"By group of {groups['benchmark']}", headings, rows, notes)]
 
 
 def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list[str]) -> Table:
