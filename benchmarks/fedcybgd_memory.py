@@ -162,7 +162,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     module: Any = importlib.import_module("fluvial.methods.fedcybgd.visit")  # the package has a function of this name
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
     model = ModelConfig.model_validate({"name_or_path": str(folder), "dtype": dtype, "device": "cpu"})
-    bench = Workbench(model, None, load="late")
+    bench = Workbench(model, None)
     config = FedCyBgdConfig(order="full" if tunes == "full" else "ascending", hold=hold)
     parts = partition(config, bench.layout)
     ledger = Ledger(parts, [Int8(Int8Settings(), each.layout) for each in parts.blocks], initial_state(bench.layout, 0))

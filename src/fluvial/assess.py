@@ -28,7 +28,7 @@ from fluvial.evaluate import check_effect, exact_match, heldout
 from fluvial.folders import NEW_TOKENS, AdapterFolder
 from fluvial.models import ModelConfig, Workbench, check_length, context_length
 from fluvial.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
-from fluvial.tensors import Layout, Named, subtract
+from fluvial.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def evaluate_adapter(
     logger.info("loading the base model")
     bench = Workbench(model, adapter.lora)
     _check_fit(adapter, bench.layout, model.name_or_path)
-    state = adapter.tensors if adapter.lora else subtract(adapter.tensors, bench.weights(bench.base_state()))
+    state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
     logger.info("reading the data")
     texts = None if data is None else _texts(data, bench, seed)
     sheet = _sheet(choices, questions, bench) if choices and questions else None
@@ -96,6 +96,11 @@ def evaluate_adapter(
     if choices is not None and sheet is not None:
         found["choices"] = _choice_result(choices, sheet, bench, models, seed)
     return found
+
+
+def _change(weights: Named, bench: Workbench) -> Named:
+    """Return what tuned `weights` add to the base of `bench`."""
+    return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
 
 
 def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:

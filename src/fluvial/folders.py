@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import ConfigError
-from fluvial.frozen import FolderSource
-from fluvial.models import LoraSettings
+from fluvial.models import LoraSettings, ModelConfig, Workbench
 from fluvial.tensors import Named, is_finite
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -108,19 +107,9 @@ def _model_folder(folder: Path) -> AdapterFolder:
             f"{folder} is a whole model, and no run lies around it that names its base; compare it with another tool, "
             "or give RUN/model of a run"
         )
-    names = {name: name for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
-    source = FolderSource(folder, names)
-    return AdapterFolder(folder, base, None, _finite({name: source.get(name).float() for name in names}, folder), run)
-
-
-def _names(path: Path) -> list[str]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
+    tuned = Workbench(ModelConfig(name_or_path=str(folder.resolve()), dtype="float32", device="cpu"), None)
+    weights = {name: tuned.base.get(name) for name in tuned.layout.names}
+    return AdapterFolder(folder, base, None, _finite(weights, folder), run)
 
 
 def _factors(folder: Path) -> Named:

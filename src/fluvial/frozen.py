@@ -8,9 +8,12 @@ like this the peak is one weight, and without the copy that reading into a buffe
 
 import copy
 import json
+import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial, wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -64,14 +67,19 @@ class MemorySource(Source):
 class FolderSource(Source):
     """A Hugging Face folder: model.safetensors, or shards with model.safetensors.index.json."""
 
-    def __init__(self, path: Path, names: Iterable[str], dtype: torch.dtype | None = None) -> None:
-        """Find the tensors `names`, spelled as by `model.named_parameters()`; they are given in `dtype`, or as stored.
+    def __init__(
+        self,
+        path: Path,
+        names: Iterable[str] | Mapping[str, str],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Find the tensors `names`, as they are stored or with the stored name of each.
 
-        The file may leave out the base model's prefix, the part before the first dot ("model.", "transformer.").
-        Raises `ConfigError` if the folder cannot be read or lacks some of them.
+        They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the folder cannot be
+        read or lacks some of them.
         """
-        stored = _stored(path)
-        places = {name: name if name in stored else name.partition(".")[2] for name in names}
+        stored = stored_tensors(path)
+        places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         missing = [name for name, place in places.items() if place not in stored]
         if missing:
             raise ConfigError(
@@ -80,18 +88,25 @@ class FolderSource(Source):
             )
         self._places = {name: (stored[place], place) for name, place in places.items()}
         self.names = frozenset(places)
-        self._dtype = dtype
+        self._dtypes = dtypes or {}
 
     def get(self, name: str) -> Tensor:
         """The tensor, mapped; raises `ConfigError` if it is not of a float type that models have."""
-        return self._typed(_float(_mapped(*self._places[name]), *self._places[name]))
+        return self._typed(name, _mapped(*self._places[name]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape, read from the head of the file."""
+        return tuple(_mapped(*self._places[name]).shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """Rows of it, and no others are read."""
-        return self._typed(nn.functional.embedding(index, _float(_mapped(*self._places[name]), *self._places[name])))
+        return self._typed(name, nn.functional.embedding(index, _mapped(*self._places[name])))
 
-    def _typed(self, tensor: Tensor) -> Tensor:
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+    def _typed(self, name: str, tensor: Tensor) -> Tensor:
+        kind = self._dtypes.get(name)
+        if kind is None or kind.is_floating_point:
+            tensor = _float(tensor, *self._places[name])
+        return tensor if kind is None else tensor.to(kind)
 
 
 class FileSource(Source):
@@ -132,41 +147,57 @@ class Sum(Source):
         return _sum(base, self._second.rows(name, index)) if name in self._second.names else base
 
 
-def stream(skeleton: nn.Module, source: Source, resident: Named, dtype: torch.dtype) -> nn.Module:
-    """A model on the CPU that trains `resident` and reads all other weights from `source` when it uses them.
+def stream(skeleton: nn.Module, source: Source, resident: Named, device: torch.device | None = None) -> nn.Module:
+    """Return a model on `device` that trains `resident` and reads all other weights from `source` when it uses them.
 
     `skeleton` has its parameters on the meta device, tied ones as one, and real buffers; it is left as it is. The
-    tensors of `resident` become parameters that require gradients and share the tensors' memory. Of the others, those
-    with at most one dimension (norms, biases) are loaded once; linear layers, transformers' Conv1D and embeddings fetch
-    their weight for each forward pass, and linear layers again for a backward pass that goes through them. All these
-    are used in `dtype`. Results are, bit for bit, those of the model that holds the same weights.
+    tensors of `resident` become parameters that require gradients and, on the CPU, share the tensors' memory. Of the
+    others, those with at most one dimension (norms, biases) are loaded once. Linear layers, transformers' Conv1D and
+    embeddings, whose subclasses may add to their forward pass, fetch their weight for each forward pass, and linear
+    layers again for a backward pass that goes through them; any other layer fetches a weight whenever it asks for it.
+    All are used in the skeleton's types. Results are, bit for bit, those of the model that holds the same weights.
 
-    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, or if the model has a matrix outside
-    such layers (mixtures of experts do); and what `source` raises.
+    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, and what `check_streams` and `source`
+    raise.
     """
+    device = device or torch.device("cpu")
+    check_streams(skeleton)
     model = copy.deepcopy(skeleton)
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     _check(parameters, source, resident)
-    held = {name: nn.Parameter(tensor) for name, tensor in resident.items()}
-    for parent in list(model.modules()):
-        for leaf, child in parent.named_children():
-            name = names.get(id(getattr(child, "weight", None)))
-            if name is not None and name not in held:
-                setattr(parent, leaf, _streamed(child, source, name, dtype))
-    for path, module in model.named_modules():
+    held = {name: nn.Parameter(tensor.to(device)) for name, tensor in resident.items()}
+    for module in list(model.modules()):
+        stored = {}
         for leaf, parameter in module.named_parameters(recurse=False):
             name = names[id(parameter)]
+            if name not in held and parameter.dim() > 1:
+                stored[leaf] = _Weight(source, name, parameter.dtype, device)
+                continue
             if name not in held:
-                if parameter.dim() > 1:
-                    raise ConfigError(
-                        f"{path}: {type(module).__name__} holds {name!r} of shape {tuple(parameter.shape)}, and only "
-                        "plain linear layers and embeddings read their weight from disk; hold the whole model in memory"
-                    )
-                held[name] = nn.Parameter(source.get(name).to(dtype, copy=True), requires_grad=False)
+                tensor = source.get(name).to(device, parameter.dtype, copy=True)
+                held[name] = nn.Parameter(tensor, requires_grad=False)
             setattr(module, leaf, held[name])
+        if stored:
+            _let_stream(module, stored)
+    model.to(device)  # the buffers
     assert not any(t.is_meta for t in chain(model.parameters(), model.buffers())), "a skeleton has real buffers"
+    _save_no_weights(model)
     return model
+
+
+def check_streams(model: nn.Module) -> None:
+    """Raise `ConfigError` if `model` has a layer that keeps its weights elsewhere than in its parameters."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.RNNBase):
+            raise ConfigError(
+                f"method.hold='disk': {path} ({type(module).__name__}) keeps its weights in one piece, which cannot be "
+                "read when it is used; set hold = 'memory'"
+            )
+
+
+_saved = threading.local()
+"""`known`: the weights that this thread has loaded in the forward pass that it is in."""
 
 
 @dataclass(frozen=True)
@@ -176,76 +207,145 @@ class _Weight:
     source: Source
     name: str
     dtype: torch.dtype
-    transposed: bool = False
-    """Stored as (in, out)."""
+    device: torch.device
 
-    def load(self, device: torch.device) -> Tensor:
-        """The weight (out, in)."""
-        weight = self.source.get(self.name).to(device, self.dtype)
-        return weight.t() if self.transposed else weight
+    def load(self) -> Tensor:
+        """The weight as the layer has it."""
+        weight = self.source.get(self.name).to(self.device, self.dtype)
+        known: _Known | None = getattr(_saved, "known", None)
+        if known is not None:
+            storage = weight.untyped_storage()
+            known[id(storage)] = weakref.ref(storage), self
+        return weight
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of a table (rows, dim)."""
-        return self.source.rows(self.name, index.cpu()).to(index.device, self.dtype)
+        return self.source.rows(self.name, index.cpu()).to(self.device, self.dtype)
+
+
+_Known = dict[int, tuple["weakref.ref[torch.UntypedStorage]", _Weight]]
+"""Weights by the identity of their memory, as long as that lives."""
 
 
 class _Product(torch.autograd.Function):
     """x W^T + b with a weight that is loaded in each direction; only the gradient of x is made."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, load: Callable[[torch.device], Tensor]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
         ctx.load, ctx.dtype = load, x.dtype
-        return nn.functional.linear(x, load(x.device), bias)
+        return nn.functional.linear(x, load(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight = ctx.load(grad.device).to(grad.dtype)  # under autocast the product, and so `grad`, was in its type
+        weight = ctx.load().to(grad.dtype)  # under autocast the product, and so `grad`, was in its type
         inner = grad.flatten(0, -2) @ weight
         return inner.view(*grad.shape[:-1], -1).to(ctx.dtype), None, None
 
 
-class _StreamedLinear(nn.Module):
-    """`nn.Linear` or Conv1D: (..., in) to (..., out)."""
+def _product(x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
+    assert bias is None or not bias.requires_grad, "a bias is trained with its weight or not at all"
+    product: Tensor = _Product.apply(x, bias, load)  # type: ignore[no-untyped-call]
+    return product
 
-    def __init__(self, stored: _Weight, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.stored = stored
-        self.register_parameter("bias", bias)
+
+class _StreamedLinear(nn.Linear):
+    """A linear layer: (..., in) to (..., out)."""
+
+    stored: dict[str, _Weight]
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.bias is None or not self.bias.requires_grad, "a bias is trained with its weight or not at all"
-        product: Tensor = _Product.apply(x, self.bias, self.stored.load)  # type: ignore[no-untyped-call]
-        return product
+        return _product(x, self.bias, self.stored["weight"].load)
 
 
-class _StreamedEmbedding(nn.Module):
-    """`nn.Embedding`: whole numbers of any shape to (*shape, dim)."""
+class _StreamedEmbedding(nn.Embedding):
+    """An embedding: whole numbers of any shape to (*shape, dim)."""
 
-    def __init__(self, stored: _Weight) -> None:
-        super().__init__()
-        self.stored = stored
+    stored: dict[str, _Weight]
 
     def forward(self, index: Tensor) -> Tensor:
-        return self.stored.rows(index)
+        return self.stored["weight"].rows(index)
 
 
-def _streamed(module: Any, source: Source, name: str, dtype: torch.dtype) -> nn.Module:
-    """What stands in for `module`, whose weight is `name`; the module itself if it is of no kind that can stream."""
+@cache
+def _streamed_layers() -> dict[type, type]:
+    """Return our layer for each that there is one for."""
     from transformers.pytorch_utils import Conv1D
 
-    if type(module) is nn.Linear:
-        return _StreamedLinear(_Weight(source, name, dtype), module.bias)
-    if type(module) is Conv1D:
-        return _StreamedLinear(_Weight(source, name, dtype, transposed=True), module.bias)
-    if type(module) is nn.Embedding and module.max_norm is None:
-        return _StreamedEmbedding(_Weight(source, name, dtype))
-    kept: nn.Module = module
-    return kept
+    class StreamedConv1D(Conv1D):  # type: ignore[misc]
+        """A linear layer whose weight is stored as (in, out)."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _product(x, self.bias, lambda: self.stored["weight"].load().t())
+
+    return {nn.Linear: _StreamedLinear, nn.Embedding: _StreamedEmbedding, Conv1D: StreamedConv1D}
+
+
+def _let_stream(module: Any, stored: dict[str, _Weight]) -> None:
+    """Make `module` fetch the parameters `stored` where it would have had them.
+
+    Its class is replaced by a subclass of it. Between that class and the layer of torch that it derives from stands our
+    own one, so that whatever it does before and after the layer's forward pass is still done.
+    """
+    kind, ours = type(module), _streamed_layers()
+    plain = getattr(module, "max_norm", None) is None and stored.keys() == {"weight"}
+    bases = [mine for theirs, mine in ours.items() if plain and isinstance(module, theirs)]
+    streamed: type = type(kind.__name__, (kind, *bases) if kind not in ours else (*bases, kind), {})
+    for leaf in stored:
+        del module._parameters[leaf]
+        setattr(streamed, leaf, property(partial(_fetch, leaf)))
+    module.stored = stored
+    module.__class__ = streamed
+
+
+def _fetch(leaf: str, module: Any) -> Tensor:
+    stored: dict[str, _Weight] = module.stored
+    return stored[leaf].load()
+
+
+def _save_no_weights(model: Any) -> None:
+    """Let the backward pass load weights again that a forward pass would save for it."""
+    inside = model.forward
+
+    @wraps(inside)
+    def forward(*args: Any, **options: Any) -> Any:
+        known: _Known = {}
+        _saved.known = known
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(partial(_pack, known), _unpack):
+                return inside(*args, **options)
+        finally:
+            del _saved.known
+
+    model.forward = forward
+
+
+@dataclass(frozen=True)
+class _View:
+    """A view of a weight."""
+
+    weight: _Weight
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _pack(known: _Known, tensor: Tensor) -> Tensor | _View:
+    storage = tensor.untyped_storage()
+    memory, weight = known.get(id(storage), (None, None))
+    if memory is None or weight is None or memory() is not storage or tensor.dtype != weight.dtype:
+        return tensor
+    return _View(weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+
+
+def _unpack(packed: Tensor | _View) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    return packed.weight.load().as_strided(packed.size, packed.stride, packed.offset)
 
 
 def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named) -> None:
-    """Whether `resident` fits the model, and `source` has the rest of it; raises `ConfigError` as `stream` does."""
+    """Raise `ConfigError` unless `source` has the rest of the model, in its shapes; `resident` must fit it."""
     assert resident.keys() <= parameters.keys(), "a block of another model"
     assert all(parameters[name].shape == tensor.shape for name, tensor in resident.items()), "a block of another model"
     wanted = [name for name in parameters if name not in resident]
@@ -269,8 +369,8 @@ def _sum(base: Tensor, change: Tensor) -> Tensor:
     return (base.float() + change.float()).to(base.dtype)
 
 
-def _stored(folder: Path) -> dict[str, Path]:
-    """The file of each tensor in a Hugging Face folder."""
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no safetensors."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return dict.fromkeys(_names(single), single)

@@ -9,10 +9,10 @@ import copy
 import queue
 import threading
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,10 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fluvial.base_weights import compute_buffers, keep_types, open_weights, persistent_buffers
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
-from fluvial.frozen import FolderSource, Source
+from fluvial.frozen import Source
 from fluvial.seeds import derive, generator
 from fluvial.settings import Settings
 from fluvial.tensors import Layout, Named, factor
@@ -170,12 +171,18 @@ def meta_base(config: ModelConfig) -> nn.Module:
 def skeleton(config: ModelConfig) -> nn.Module:
     """The base model with parameters on the meta device and real buffers, to be filled with weights from elsewhere."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
+    kind = getattr(torch, config.dtype)
     with init_empty_weights(include_buffers=False):
-        model: nn.Module = AutoModelForCausalLM.from_config(_model_config(config), dtype=getattr(torch, config.dtype))
-    model.tie_weights()  # type: ignore[operator] # what was moved to the meta device was no longer tied
-    return model.requires_grad_(False).eval()
+        model: Any = AutoModelForCausalLM.from_config(_model_config(config), dtype=kind)
+    model.tie_weights()  # what was moved to the meta device was no longer tied
+    keep_types(model, kind)
+    compute_buffers(model)
+    with suppress(ConfigError):  # a folder need not have one
+        model.generation_config = _from_hub(GenerationConfig.from_pretrained, config)
+    whole: nn.Module = model.requires_grad_(False).eval()
+    return whole
 
 
 def weights_folder(config: ModelConfig) -> Path:
@@ -188,14 +195,14 @@ def weights_folder(config: ModelConfig) -> Path:
     return Path(_from_hub(snapshot_download, config, allow_patterns=["*.json", "*.safetensors"]))
 
 
-def fill(model: nn.Module, weights: Named) -> None:
+def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> None:
     """Give a `skeleton` its parameters, each cast to the type that it has there and used wherever it is tied.
 
-    A weight that has this type already is not copied.
+    `weight` gives the value of a name; one that has the parameter's type already is not copied.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = {
-        name: nn.Parameter(weights[name].to(parameter.dtype), requires_grad=False)
+        name: nn.Parameter(weight(name, parameter).to(parameter.dtype), requires_grad=False)
         for name, parameter in model.named_parameters()
     }
     for module in model.modules():
@@ -304,50 +311,67 @@ def initial_state(layout: Layout, seed: int) -> Named:
             uniform = torch.rand(shape, generator=generator(seed, "lora", name))
             adapter[name] = (2 * uniform - 1) / shape[1] ** 0.5
         else:
-            adapter[name] = torch.zeros(shape)
+            adapter[name] = torch.zeros(shape) if factor(name) else no_change(shape)
     return adapter
+
+
+def no_change(shape: Sequence[int]) -> Tensor:
+    """Return zeros of `shape`, fp32, that take no memory and must not be written to."""
+    return torch.zeros(()).expand(tuple(shape))
 
 
 class Workbench:
     """Models that share one frozen base; a site borrows one at a time.
 
     With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a further one costs an
-    adapter. Where all weights are tuned a further one costs a base.
+    adapter. Where all weights are tuned the base stays on disk; every borrowed model is made from there, costs a base,
+    and goes when it is given back.
 
-    A *state* is what is learned, by name, fp32: the LoRA factors, or the change of every weight since the base.
+    A *state* is what is learned, by name, fp32: the LoRA factors, or the change of weights since the base, where a
+    weight without a change is the base's.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraSettings | None, *, load: Literal["now", "late"] = "now") -> None:
+    def __init__(self, model: ModelConfig, lora: LoraSettings | None) -> None:
         """Load tokenizer and base; without `lora` all weights are tuned.
 
-        With `load` "late" the base is loaded when a whole model is borrowed; a site that never does so reads what it
-        needs from `base`. Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
+        Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
         """
         self.tokenizer = load_tokenizer(model)
         self.config, self.lora, self.full = model, lora, lora is None
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
-        like = self._template if load == "now" or lora is not None else self._blank
+        like = self._blank if self.full else self._template
         self.model_config: Any = like.config
         self.layout = read_shapes(like)
+        self.dtypes = {name: parameter.dtype for name, parameter in tuned_parameters(like).items()}
         self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
+        if self.full:
+            _ = self.base  # a folder that cannot be read is refused here
 
     @cached_property
     def _template(self) -> nn.Module:
-        """What borrowed models are copied from."""
-        base = load_base(self.config)
-        return (base if self.lora is None else adapt(base, self.lora)).eval()
+        """What borrowed models with an adapter are copied from."""
+        assert self.lora is not None, "where all weights are tuned, models are made from the base on disk"
+        return adapt(load_base(self.config), self.lora).eval()
 
     @cached_property
-    def _blank(self) -> nn.Module:
+    def _empty(self) -> nn.Module:
         return skeleton(self.config)
 
     @cached_property
+    def _blank(self) -> nn.Module:
+        """A skeleton whose persistent buffers are the base's, where all weights are tuned."""
+        buffers = persistent_buffers(self._empty) if self.full else {}
+        for name, buffer in buffers.items():
+            buffer.copy_(self.base.get(name))
+        return self._empty
+
+    @cached_property
     def base(self) -> Source:
-        """The base's weights as they lie on disk, in the model's type."""
-        names = (name for name, _ in self._blank.named_parameters())
-        return FolderSource(weights_folder(self.config), names, getattr(torch, self.config.dtype))
+        """The base's weights on disk, in the model's names and types."""
+        in_memory = self.config.model_copy(update={"device": "cpu"})
+        return open_weights(weights_folder(self.config), self._empty, partial(load_base, in_memory))
 
     @contextmanager
     def model(
@@ -361,8 +385,7 @@ class Workbench:
 
         "A and B" is everything that is tuned.
         """
-        model = self._take()
-        write_weights(model, self.weights(state))
+        model = self._take(state)
         for name, parameter in tuned_parameters(model).items():
             parameter.requires_grad_(_requires_grad(name, trainable))
         if checkpointing:
@@ -376,32 +399,50 @@ class Workbench:
                 parameter.grad = None
             if checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
-            self._free.put(model)
+            if not self.full:
+                self._free.put(model)
 
     def weights(self, state: Named) -> Named:
         """The values that parameters of a model with `state` have, fp32, for the names of `state`."""
         if not self.full:
             return state
-        if "_template" not in self.__dict__:
-            return {name: self.base.get(name).float() + change for name, change in state.items()}
-        base = tuned_parameters(self._template)
-        return {name: base[name].detach().to("cpu", torch.float32) + change for name, change in state.items()}
+        return {name: self.base.get(name).float() + change for name, change in state.items()}
 
     def blank(self) -> nn.Module:
         """A skeleton of the base, for a site that was sent its weights (see `fill`)."""
         with self._lock:
             return copy.deepcopy(self._blank)
 
-    def _take(self) -> nn.Module:
+    def _take(self, state: Named) -> nn.Module:
+        if self.full:
+            return self._made(state)
         try:
-            return self._free.get_nowait()
+            model = self._free.get_nowait()
         except queue.Empty:
-            frozen = {id(p): p for n, p in self._template.named_parameters() if not self.full and factor(n) is None}
-            return copy.deepcopy(self._template, dict(frozen))
+            frozen = {id(p): p for n, p in self._template.named_parameters() if factor(n) is None}
+            model = copy.deepcopy(self._template, dict(frozen))
+        write_weights(model, state)
+        return model
+
+    def _made(self, state: Named) -> nn.Module:
+        """A model from the base on disk and its change; beside it, at most one weight is in memory."""
+
+        def weight(name: str, parameter: nn.Parameter) -> Tensor:
+            value = self.base.get(name)
+            change = state.get(name)
+            if change is None:
+                return value.to(self.device, copy=True)
+            if parameter.dtype != torch.float32:
+                return (value.float() + change).to(self.device, parameter.dtype)
+            return value.to(self.device, copy=True).add_(change.to(self.device))
+
+        model = self.blank()
+        fill(model, weight)
+        return model.to(self.device)
 
     def base_state(self) -> Named:
-        """The state that changes nothing: all zero."""
-        return {name: torch.zeros(shape) for name, shape in self.layout.shapes}
+        """The state that changes nothing: all zero, and not to be written to."""
+        return {name: no_change(shape) for name, shape in self.layout.shapes}
 
     def save(self, state: Named, folder: Path) -> None:
         """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as

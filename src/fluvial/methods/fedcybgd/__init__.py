@@ -14,6 +14,7 @@ from torch import nn
 from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
+from fluvial.frozen import check_streams
 from fluvial.line import round_s
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
@@ -65,7 +66,9 @@ def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
 
 
 def check_model(config: Config, base: nn.Module) -> None:
-    """Refuse a proxy that keeps a share of this model that cannot be reached around some block."""
+    """Refuse a proxy that cannot be made of this model, and a model that cannot be read from disk as it is used."""
+    if isinstance(config, FedCyBgdConfig) and config.hold == "disk":
+        check_streams(base)
     if isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload):
         anatomy = Anatomy.of(base, config.download.prune)
         for block in partition(config, tuned_layout(base, None)).blocks:

@@ -206,7 +206,8 @@ class Sender:
         return self._cast(self._weights(name for name in self.ledger.layout.names if name not in trained))
 
     def _cast(self, weights: Named) -> Named:
-        return {name: tensor.to(frozen_type(self.bench())) for name, tensor in weights.items()}
+        kinds = self.bench().dtypes
+        return {name: tensor.to(kinds[name]) for name, tensor in weights.items()}
 
     def _low_bit(self, site: str, index: int, values: dict[str, Value]) -> Payload:
         """The block, and of every other part that the site does not hold in this version the coded weights."""
@@ -254,11 +255,6 @@ def parts_of(parts: Partition) -> list[Layout]:
     return [*(block.layout for block in parts.blocks), parts.fixed]
 
 
-def frozen_type(bench: Workbench) -> torch.dtype:
-    """The type of frozen weights at a site; factors are fp32."""
-    return getattr(torch, bench.config.dtype) if bench.full else torch.float32
-
-
 def crc(tensors: Named) -> int:
     """CRC-32 of values, to tell whether two ends hold the same block."""
     return zlib.crc32(Layout.of(tensors).flatten(tensors).numpy().tobytes())
@@ -302,7 +298,7 @@ def receive(
     if isinstance(config, LowBitDownload):
         rest = _decoded(config, holder, others, message.value("versions", list), parts, index)
         return None if rest is None else Received(start, rest)
-    kind, manifest = frozen_type(holder.workbench), None
+    kinds, manifest = holder.workbench.dtypes, None
     expected = {name: shape for name, shape in layout.shapes if name not in start}
     rest = MemorySource(others)
     if isinstance(config, ProxyDownload):
@@ -314,18 +310,18 @@ def receive(
     if isinstance(config, StaleDownload):
         rest = _Over(_base(holder), [MemorySource(others)])
         expected = {name: shape for name, shape in expected.items() if name in others}
-    _check(others, expected, kind)
+    _check(others, expected, kinds)
     return Received(start, rest, manifest)
 
 
-def _check(found: Named, expected: Mapping[str, tuple[int, ...]], kind: torch.dtype) -> None:
-    """Raise `WireError` unless `found` has the names, shapes and type expected, and is finite."""
+def _check(found: Named, expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]) -> None:
+    """Raise `WireError` unless `found` has the names, shapes and types expected, and is finite."""
     if found.keys() != expected.keys():
         raise WireError(f"visit: other tensors than expected, first {sorted(found.keys() ^ expected.keys())[:2]}")
     for name, tensor in found.items():
-        if tuple(tensor.shape) != expected[name] or tensor.dtype != kind:
+        if tuple(tensor.shape) != expected[name] or tensor.dtype != kinds[name]:
             what = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise WireError(f"visit: {name!r} is {what}, expected {kind} {expected[name]}")
+            raise WireError(f"visit: {name!r} is {what}, expected {kinds[name]} {expected[name]}")
     if not is_finite(found):
         raise WireError("visit: NaN or Inf among the weights")
 
@@ -366,10 +362,10 @@ def _decoded(
     strange = came.keys() - {name for layout in layouts for name in layout.names}
     if strange:
         raise WireError(f"visit: tensors of no block, first {sorted(strange)[:2]}")
-    kind, shapes = frozen_type(holder.workbench), dict(holder.workbench.layout.shapes)
+    kinds, shapes = holder.workbench.dtypes, dict(holder.workbench.layout.shapes)
 
     def decode(name: str, frame: bytes) -> Tensor:
-        weight: Tensor = _matrix_codec(config.codec, name, shapes[name]).decode(frame)[name].to(kind)
+        weight: Tensor = _matrix_codec(config.codec, name, shapes[name]).decode(frame)[name].to(kinds[name])
         return weight
 
     found: list[Source] = []
@@ -381,7 +377,7 @@ def _decoded(
             _check(
                 {name: _vector_or_frame(name, tensor, layout, decode) for name, tensor in here.items()},
                 dict(layout.shapes),
-                kind,
+                kinds,
             )
             holder.keep(f"rest-{number}", Payload(here, {"version": versions[number]}), draft=True)
         version, rest = _kept(holder, f"rest-{number}", decode)

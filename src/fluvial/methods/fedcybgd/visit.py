@@ -10,7 +10,7 @@ from fluvial.codecs import build
 from fluvial.errors import WireError
 from fluvial.frozen import stream
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
-from fluvial.methods.fedcybgd.download import FullDownload, Received, frozen_type, receive
+from fluvial.methods.fedcybgd.download import FullDownload, Received, receive
 from fluvial.methods.fedcybgd.proxy import slim
 from fluvial.methods.link import STALE
 from fluvial.models import Workbench, checkpoint_layers, fill, tuned_parameters
@@ -30,8 +30,8 @@ def borrow(
     checkpointing: bool = False,
 ) -> Iterator[nn.Module]:
     """The model that a site was sent; parameters named in `trainable` require gradients, and nothing else does."""
-    kind = frozen_type(bench)
-    start = {name: tensor.to(kind, copy=True) for name, tensor in received.start.items()}  # is trained in place
+    # Copied, because it is trained in place.
+    start = {name: tensor.to(bench.dtypes[name], copy=True) for name, tensor in received.start.items()}
     frozen = received.rest.names - start.keys()
     if not bench.full:
         rest = {name: received.rest.get(name) for name in frozen}
@@ -42,10 +42,10 @@ def borrow(
     if received.manifest is not None:
         model = slim(model, received.manifest)
     if hold == "disk":
-        model = stream(model, received.rest, start, kind)
+        model = stream(model, received.rest, start, bench.device)
     else:
-        fill(model, start | {name: received.rest.get(name) for name in frozen})
-    model.to(bench.device)
+        fill(model, lambda name, _: start[name] if name in start else received.rest.get(name))
+        model.to(bench.device)
     for name, parameter in tuned_parameters(model).items():
         parameter.requires_grad_(name in trainable)
     if checkpointing:
