@@ -48,7 +48,9 @@ def test_every_weight_and_persistent_buffer_is_the_one_that_transformers_loads(k
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["gpt_oss", "gptj", "llama"])
 def test_a_skeleton_has_the_types_and_computed_buffers_of_a_loaded_model(kind: str, dtype: str, tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4} if kind == "gptj" else {}
+    sizes: dict[str, Any] = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 4} if kind == "gptj" else {}
+    )
     folder = save_kind(kind, tmp_path, **sizes)
     empty, whole = skeleton(settings(folder, dtype)), plain(folder, getattr(torch, dtype))
     expected = {name: parameter.dtype for name, parameter in whole.named_parameters()}
