@@ -106,6 +106,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         downlink=None,
         train=TrainConfig(),
         open_bench=lambda: bench,
+        secret=lambda: bytes(32),
         public=dict,
     )
     server = FedAvgServer(FedAvgConfig(), context)

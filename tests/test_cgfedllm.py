@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fluvial import show
+from fluvial import noise, show
 from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.codecs.frame import Reader
@@ -415,15 +415,6 @@ def test_feedback_that_cannot_work_is_refused(
 # -- privacy (11) -----------------------------------------------------------------------------------------------
 
 
-def test_noise_has_the_stated_deviation_and_its_own_stream() -> None:
-    zero = {"x": torch.zeros(200_000)}
-    noisy = privacy.disturb(zero, 0.3, torch.Generator().manual_seed(1))
-    assert float(noisy["x"].std()) == pytest.approx(0.3, rel=0.01)
-    assert abs(float(noisy["x"].mean())) < 0.005
-    again = privacy.disturb(zero, 0.3, torch.Generator().manual_seed(1))
-    assert torch.equal(noisy["x"], again["x"])
-
-
 def test_clipping_bounds_the_norm_and_keeps_the_direction() -> None:
     update = random_update(1)
     clipped = privacy.clip(update, 0.5 * norm(update))
@@ -445,20 +436,23 @@ def test_the_accountant_agrees_with_the_closed_form_bound() -> None:
 def test_the_papers_budgets_are_met_and_not_wasted(epsilon: float) -> None:
     config = privacy.PrivacyConfig(placement="update", clip_norm=1.0, epsilon=epsilon)
     found = privacy.spent(config.multiplier(20), 20, config.delta)
-    assert 0.98 * epsilon < found <= epsilon * 1.001
+    assert 0.98 * epsilon < found <= epsilon
 
 
 @pytest.mark.parametrize("placement", ["update", "latent", "aggregate"])
 def test_every_placement_runs_and_accounts(placement: str, run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Noise comes from secrets of the operating system, so a run with the same seed ends with other weights."""
     method: dict[str, Any] = {"name": "cgfedllm", "tgap": PUBLIC, "max_growth": 1e9}
     quiet = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "quiet")
-    method["privacy"] = {"placement": placement, "clip_norm": 0.05, "epsilon": 8.0}
+    method["privacy"] = {"placement": placement, "clip_norm": 0.05, "epsilon": 8.0, "heldout": "exact"}
     noisy = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "noisy")
     assert noisy["adapter_sha256"] != quiet["adapter_sha256"]
+    assert noisy["heldout"]["base"] == quiet["heldout"]["base"]
     lines = [json.loads(line) for line in (tmp_path / "noisy" / "metrics.jsonl").read_text().splitlines()]
-    assert 0 < lines[0]["epsilon"] < lines[1]["epsilon"] <= 8.0 * 1.001
+    assert 0 < lines[0]["epsilon"] < lines[1]["epsilon"] <= 8.0
+    assert noisy["privacy"]["epsilon"] == lines[1]["epsilon"]
     again = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "again")
-    assert again["adapter_sha256"] == noisy["adapter_sha256"]
+    assert again["adapter_sha256"] != noisy["adapter_sha256"]
 
 
 def test_a_latent_needs_a_codec_that_has_one(run_config: dict[str, Any], tmp_path: Path) -> None:
@@ -473,13 +467,13 @@ def test_aggregate_noise_is_scaled_by_the_heaviest_site(
 ) -> None:
     """The mean moves by at most clip_norm * max p_i when one site is taken away."""
     stds: list[float] = []
-    disturb = privacy.disturb
+    disturb = noise.disturb
 
-    def spy(update: Named, std: float, generator: torch.Generator) -> Named:
+    def spy(steps: Any, std: float, key: bytes) -> torch.Tensor:
         stds.append(std)
-        return disturb(update, std, generator)
+        return disturb(steps, std, key)
 
-    monkeypatch.setattr(privacy, "disturb", spy)
+    monkeypatch.setattr(noise, "disturb", spy)
     secret = {"placement": "aggregate", "clip_norm": 0.1, "noise_multiplier": 2.0}
     method = {"name": "cgfedllm", "tgap": {"source": "none"}, "privacy": secret, "max_growth": 1e9}
     run_table(run_config | {"rounds": 1, "method": method, "codec": {"name": "identity"}}, tmp_path / "run")

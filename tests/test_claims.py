@@ -30,7 +30,9 @@ def snapshots(table: dict[str, Any], rounds: int = 6) -> tuple[Layout, list[Snap
     config = parse(table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "klt"}}, "claims")
     bench = Workbench(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
-    context = Context(0, 1, bench.layout, config.coding, None, config.train, lambda: bench, texts.public)
+    context = Context(
+        0, 1, bench.layout, config.coding, None, config.train, lambda: bench, lambda: bytes(32), texts.public
+    )
     chosen = tgap.TgapConfig.model_validate(settings)
     found = tgap.collect(chosen, tgap.simulated_fleet(chosen, context, config.method), bench.layout, config.seed)
     return (bench.layout, *tgap.split_by_time(found, 0.2))

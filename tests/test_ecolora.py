@@ -43,7 +43,7 @@ def _context(**changes: Any) -> Context:
         raise AssertionError("not needed")
 
     settings: dict[str, Any] = {"seed": 1, "rounds": 2, "layout": LAYOUT, "codec": METHOD.codec, "downlink": None}
-    return Context(**settings | changes, train=TrainConfig(), open_bench=refuse, public=refuse)
+    return Context(**settings | changes, train=TrainConfig(), open_bench=refuse, secret=refuse, public=refuse)
 
 
 class _Bench:

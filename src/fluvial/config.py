@@ -16,7 +16,7 @@ from fluvial.errors import ConfigError
 from fluvial.fleet import FleetConfig
 from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
-from fluvial.methods.interface import Tune
+from fluvial.methods.interface import Promise, Tune
 from fluvial.models import LoraSettings, ModelConfig
 from fluvial.settings import Settings
 from fluvial.train import TrainConfig
@@ -79,6 +79,31 @@ class RunConfig(Settings):
     def adapter(self) -> LoraSettings | None:
         """The adapter's settings; None where all weights are tuned."""
         return self.lora if self.tuned == "lora" else None
+
+    @property
+    def promise(self) -> Promise | None:
+        """What differential privacy the method promises, if any."""
+        return self.entry.privacy(self.method)
+
+    @model_validator(mode="after")
+    def _nothing_leaves_beside_the_promise(self) -> "RunConfig":
+        promise = self.promise
+        if promise is None:
+            return self
+        if self.compare:
+            raise ValueError(
+                f"compare: {', '.join(self.compare)} would send undisturbed updates or losses of "
+                "the same data, which method.privacy does not count; remove it, and run these on "
+                "their own where that may leave"
+            )
+        for name in ("every", "max_new_tokens"):
+            if getattr(self.evaluate, name) and not promise.measures:
+                raise ValueError(
+                    f"evaluate.{name}: without effect, because method.privacy.heldout='none' "
+                    "measures nothing at the sites; remove it, or set heldout='exact', which is "
+                    "outside epsilon"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_what_is_tuned(self) -> "RunConfig":

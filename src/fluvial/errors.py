@@ -6,6 +6,7 @@
     ├── ClientError       a site raised or stayed silent, or too few sites answered
     ├── CheckpointError   a run folder cannot be written, locked or resumed
     ├── GateError         a codec did not carry held-out updates and is refused
+    ├── PrivacyError      a site would release what its privacy budget does not count
     └── DivergenceError   training left the finite numbers or exploded
 
 A message says what was found, where, and what would be right. Broken invariants are `assert`, not these.
@@ -40,6 +41,10 @@ class GateError(FluvialError):
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
         self.report = report
+
+
+class PrivacyError(FluvialError):
+    """A site would release something that epsilon does not count."""
 
 
 class DivergenceError(FluvialError):

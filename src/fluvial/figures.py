@@ -65,11 +65,16 @@ def _colour(name: str, method: str) -> str:
     return COLOURS["own"] if name == method else COLOURS.get(name, COLOURS["ink"])
 
 
+def _or_gap(loss: float | None) -> float:
+    """Return a loss to draw; one that sites did not send leaves a gap."""
+    return float("nan") if loss is None else loss
+
+
 def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]) -> None:
     """Training loss as lines, held-out loss as points; `place(run)` gives the axis value of round 0, 1, ..."""
     for name, run in runs.items():
         colour, at, records, result = _colour(name, method), place(run), run["metrics"], run["result"]
-        axes.plot(at[1:], [record["loss"] for record in records], color=colour, label=name, linewidth=1.6)
+        axes.plot(at[1:], [_or_gap(record["loss"]) for record in records], color=colour, label=name, linewidth=1.6)
         points = [
             (at[number], record["heldout_loss"])
             for number, record in enumerate(records, start=1)

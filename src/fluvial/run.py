@@ -29,6 +29,7 @@ from fluvial.meter import Kind, Metered
 from fluvial.methods import Context
 from fluvial.models import Workbench, check_length
 from fluvial.payload import Payload, Value
+from fluvial.releases import secret_of
 from fluvial.replies import heldout_of
 from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
 from fluvial.store import StateStore
@@ -99,8 +100,12 @@ def _train_config(config: RunConfig, sites: int) -> TrainConfig:
 
 
 def tasks_of(config: RunConfig) -> dict[str, Task]:
-    """Everything that a site can be asked for in this run."""
-    return {**COMMON_TASKS, **config.entry.tasks}
+    """Everything that a site can be asked for in this run; nothing beside a promise of privacy."""
+    tasks = {**COMMON_TASKS, **config.entry.tasks}
+    promise = config.promise
+    if promise is None:
+        return tasks
+    return {name: task for name, task in tasks.items() if name in promise.tasks}
 
 
 def in_process(config: RunConfig, folder: RunFolder, bench: Workbench, texts: Texts) -> Fleet:
@@ -198,6 +203,7 @@ class Run:
             downlink=config.downlink,
             train=config.train,
             open_bench=lambda: self.bench,
+            secret=partial(secret_of, folder.path / "private"),
             public=self.texts.public,
         )
         self.server = method.server(config.method, self.context)
@@ -206,6 +212,12 @@ class Run:
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
         self._wall_s, self._since = 0.0, time.perf_counter()
+
+    @property
+    def measures(self) -> bool:
+        """Whether the sites measure models on their held-out text and send the sums."""
+        promise = self.config.promise
+        return promise is None or promise.measures
 
     def events(self) -> Iterator[Event]:
         """Run from where the folder stands to the result."""
@@ -313,6 +325,8 @@ class Run:
 
     def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout | None, dict[str, Any]]:
         """Return held-out sums over all sites, None without any, and the values of each site."""
+        if not self.measures:
+            return None, {}
         values: dict[str, Value] = {
             "which": which or ("own" if adapter is None else "sent"),
             "generate": self.config.evaluate.max_new_tokens,
@@ -363,6 +377,7 @@ class Run:
             "adapter_sha256": sha256.get("adapter"),
             "model_sha256": sha256.get("model"),
             "samples": samples,
+            "privacy": self._privacy(),
             "compare": {name: self._compared(name) for name in self.config.compare},
             "setup": self.setup,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
@@ -397,6 +412,11 @@ class Run:
             "amortised_uplink_ratio": (up + setup_up) / raw if sends else None,
         }
 
+    def _privacy(self) -> dict[str, Any] | None:
+        """What was promised, and what it cost; None without a promise."""
+        promise = self.config.promise
+        return None if promise is None else promise.report(self.config.rounds, self.config.rounds)
+
     def _result_of(self, name: str) -> dict[str, Any] | None:
         """Return the result of the baseline `name`, None where it was not run."""
         found = RunFolder(self.folder.path / "compare" / name).read_json("result.json")
@@ -415,6 +435,8 @@ class Run:
 
     def _samples(self, adapter: Named) -> list[dict[str, str]]:
         config, texts = self.config.evaluate, self.texts.sample()
+        if config.sample_prompt is None and not self.measures:
+            return []  # a prompt would be a site's own text
         if config.sample_prompt is not None:
             prompt = config.sample_prompt
         elif texts.questions:
@@ -434,7 +456,7 @@ class Run:
         partial = self.folder.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.bench.save(adapter, partial)
-        (partial / "README.md").write_text(_card(self.config, final))
+        (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
         for path in sorted(partial.glob("*.safetensors")):
             digest.update(path.read_bytes())
@@ -485,7 +507,7 @@ def peak_rss_bytes() -> int:
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
-def _card(config: RunConfig, final: dict[str, Any]) -> str:
+def _card(config: RunConfig, final: dict[str, Any], sites: int) -> str:
     settings = json.dumps(config.resolved(), indent=2)
     mean = _mean(final)
     measured = (
@@ -499,6 +521,6 @@ def _card(config: RunConfig, final: dict[str, Any]) -> str:
     return (
         f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [federated-learning, {tag}]\n---\n\n"
         f"# {what} made by Fluvial {__version__}\n\n"
-        f"Method `{config.method.name}` ({config.entry.paper}), {config.rounds} rounds over {len(final)} sites. "
+        f"Method `{config.method.name}` ({config.entry.paper}), {config.rounds} rounds over {sites} sites. "
         f"{measured}\n\nThe sites' data is not in this folder. Settings:\n\n```json\n{settings}\n```\n"
     )

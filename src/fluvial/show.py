@@ -83,8 +83,9 @@ def round_line(record: dict[str, Any]) -> str:
     """One round: the columns that every round has, then what else is known, by name."""
     missing = [each["site"] for each in record.get("missing", [])]
     sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"  # may not leave a site
     parts = [
-        f"{record['round']:>5}  {record['loss']:>8.4f}  {human_bytes(record['bytes_up']):>8}  "
+        f"{record['round']:>5}  {loss:>8}  {human_bytes(record['bytes_up']):>8}  "
         f"{human_bytes(record['bytes_down']):>8}  {human_seconds(record['seconds']):>8}  {sites:>5}"
     ]
     if "snr_db" in record:

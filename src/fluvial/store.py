@@ -67,6 +67,11 @@ class StateStore:
             if mine and int(path.stem.rsplit("-", 1)[1]) > round:
                 self._remove(path)
 
+    def private(self, site: str) -> Path:
+        """Return the folder for what `site` never sends and no rollback touches."""
+        assert self.folder is not None, "a store in memory has no files"
+        return self._folder(site) / "private"
+
     def _versions(self, site: str, slot: str) -> dict[int, Path]:
         folder = self._folder(site)
         paths = self._memory if self.folder is None else folder.glob(f"{slot}-*.safetensors")

@@ -183,9 +183,18 @@ class LatentCodec(LearnedCodec):
     def analyse(self, vector: Tensor) -> Tensor:
         """The latent (any 1-D length) of a flattened update (numel,)."""
 
+    @classmethod
+    def side_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003 - most send none
+        """Bytes of `side` in every frame: what a frame says of the update beside its latent."""
+        return 0
+
+    def side(self, vector: Tensor) -> bytes:  # noqa: ARG002 - most send none
+        """Side information of a flattened update (numel,), such as scales."""
+        return b""
+
     @abstractmethod
-    def pack(self, latent: Tensor, vector: Tensor) -> bytes:
-        """The body for `latent`; `vector` is the update it came from, for side information such as scales."""
+    def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
+        """The body for `latent` (any 1-D length) and the `side` of its update, and of nothing else."""
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
-        return self.pack(self.analyse(vector), vector)
+        return self.pack(self.analyse(vector), self.side(vector))

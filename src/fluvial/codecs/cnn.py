@@ -225,23 +225,32 @@ class CNN(LatentCodec):
             signals = _to_signals(_normalised(vector, self.layout, self.settings), self.layout)
             return torch.cat([self.encoder(_padded(x)[None]).reshape(-1) for x in signals])
 
-    def pack(self, latent: Tensor, vector: Tensor) -> bytes:
+    @classmethod
+    def side_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """Two bytes for every scale."""
+        assert isinstance(settings, CNNSettings)
+        return BYTES_PER_SCALE * scale_count(layout, settings.normalise)
+
+    def side(self, vector: Tensor) -> bytes:
+        """The scales by which `analyse` divides the update."""
+        return write_scales(measure(vector, self.layout, self.settings.normalise))
+
+    def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
         """Quantise with the finest step whose frame is within the rate."""
-        scales = write_scales(measure(vector, self.layout, self.settings.normalise))
         values = latent.double().numpy()
         peak = float(np.abs(values).max(initial=0.0))
         coarse = math.log2(max(peak, 1e-30)) + 1  # everything becomes 0
         fine = coarse - 8  # nothing is clipped
-        room = 8 * (self._room - len(scales) - 2 - 2 * self._channels - 4)
+        room = 8 * (self._room - len(side) - 2 - 2 * self._channels - 4)
         for _ in range(14):
             middle = (fine + coarse) / 2
             if self._bits(values, middle) > room:
                 fine = middle
             else:
                 coarse = middle
-        while len(body := self._write(values, coarse)) + len(scales) > self._room:
+        while len(body := self._write(values, coarse)) + len(side) > self._room:
             coarse += 0.02
-        return scales + body
+        return side + body
 
     def parse(self, reader: Reader) -> Tensor:
         """Run the decoder; raises `ConfigError` on a site that did not download it."""

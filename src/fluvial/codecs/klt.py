@@ -274,8 +274,9 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
     def body(self, vector: Tensor, seed: int) -> bytes:
         return _Encoder(self, self._energies(vector), vector=vector).best(seed)
 
-    def pack(self, latent: Tensor, vector: Tensor, *, seed: int = 0) -> bytes:  # noqa: ARG002 - all side information is of the latent
+    def pack(self, latent: Tensor, side: bytes = b"", *, seed: int = 0) -> bytes:
         """Quantise with the finest step whose frame is within the budget."""
+        assert not side, "all side information is of the latent"
         assert is_finite(latent), "an update whose coefficients overflow fp32 must not be sent"
         sizes = self._above[:, 0]
         groups = np.repeat(np.arange(self.num_groups), sizes)

@@ -221,21 +221,30 @@ class ResNet(LatentCodec):
         with torch.no_grad():
             return torch.cat([self.encoder(canvas[None, None]).reshape(-1) for canvas in canvases])
 
-    def pack(self, latent: Tensor, vector: Tensor) -> bytes:
-        """Scales of `vector`, then the latent in `latent_dtype`."""
-        scales = write_scales(measure(vector, self.layout, self.settings.normalise))
+    @classmethod
+    def side_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """Two bytes for every scale."""
+        assert isinstance(settings, ResNetSettings)
+        return BYTES_PER_SCALE * scale_count(layout, settings.normalise)
+
+    def side(self, vector: Tensor) -> bytes:
+        """The scales by which `analyse` divides the update."""
+        return write_scales(measure(vector, self.layout, self.settings.normalise))
+
+    def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
+        """`side`, then the latent in `latent_dtype`."""
         kind = self.settings.latent_dtype
         if kind == "int8":
             step = (latent.abs().max() / 127).bfloat16()
             divisor = step.float() if step > 0 else torch.tensor(1.0)
             levels = torch.round(latent / divisor).clamp(-127, 127).to(torch.int8)
-            return scales + write_scales(step[None]) + levels.numpy().tobytes()
+            return side + write_scales(step[None]) + levels.numpy().tobytes()
         if kind == "bfloat16":
-            return scales + latent.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
+            return side + latent.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
         if kind == "float16":
             largest = torch.finfo(torch.float16).max
-            return scales + latent.clamp(-largest, largest).numpy().astype("<f2").tobytes()
-        return scales + latent.numpy().astype("<f4").tobytes()
+            return side + latent.clamp(-largest, largest).numpy().astype("<f2").tobytes()
+        return side + latent.numpy().astype("<f4").tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
         """Run the decoder; raises `ConfigError` on a site that did not download it."""

@@ -32,6 +32,8 @@ class Context:
     train: TrainConfig
     open_bench: Callable[[], Workbench]
     """The base model, for a method that simulates sites on public text."""
+    secret: Callable[[], bytes]
+    """The server's own 32 secret bytes for this run; the same after it is resumed."""
     public: Callable[[], dict[str, list[Example]]]
     """Public text; raises `ConfigError` if there is none."""
 
@@ -79,6 +81,18 @@ class Forecast:
     """Of a site to the server, if the configuration knows it."""
 
 
+@dataclass(frozen=True)
+class Promise:
+    """Differential privacy that a configured method promises, as the rest of a run must respect it."""
+
+    tasks: frozenset[str]
+    """Tasks that a site answers; through others something would leave that epsilon does not count."""
+    measures: bool
+    """Whether exact sums of held-out text leave the sites, outside epsilon."""
+    report: Callable[[int, int], dict[str, Any]]
+    """The entry of result.json after so many rounds of a run of so many."""
+
+
 Tune = Literal["lora", "full"]
 """What is tuned: a LoRA adapter, or all weights."""
 
@@ -111,6 +125,8 @@ class Method:
     """Whether all data lies at one place (the centralised baseline)."""
     reads_public: Callable[[Any, CodecSettings], bool] = lambda _config, _codec: False
     """Whether the method, so configured and with this codec, reads public text."""
+    privacy: Callable[[Any], Promise | None] = lambda _config: None
+    """Differential privacy that the method, so configured, promises; None without any."""
     check: Callable[[Any, CodecSettings, Layout], None] | None = None
     """Raises `ConfigError` for settings that cannot work together, before anything is trained."""
     check_model: Callable[[Any, nn.Module], None] | None = None

@@ -8,6 +8,7 @@ autoencoder in the uplink: a site sends Enc(update), the server decodes, average
 can take the autoencoder's place; a gate measures on held-out snapshots whether it carries updates at all.
 """
 
+import logging
 import math
 from functools import partial
 from typing import Literal
@@ -15,24 +16,27 @@ from typing import Literal
 from pydantic import Field
 
 from fluvial.codecs import CODECS, CodecSettings
+from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.resnet import ResNetSettings
-from fluvial.errors import ConfigError, DivergenceError
+from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.fleet import Fleet, sample
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.fedavg import WeightedLoss, step
-from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.interface import Context, Method, Metrics, Promise
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
 from fluvial.methods.link.gate import Representation
 from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, split
 from fluvial.replies import weight_of
-from fluvial.seeds import generator
+from fluvial.seeds import derive
 from fluvial.settings import Settings
-from fluvial.sites import Site, code, train_locally
+from fluvial.sites import Site, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
+
+logger = logging.getLogger(__name__)
 
 
 class CgFedLlmConfig(Settings):
@@ -84,14 +88,16 @@ class CgFedLlmServer:
         for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
             decoded, update, weight, site_loss = reply.content
             mean.add(update, weight)
-            loss.add(site_loss, weight)
+            if site_loss is not None:
+                loss.add(site_loss, weight)
             weights.append(weight)
             self.link.uplink.fold(reply.site, decoded)
         update = self._private(mean.mean(), max(weights) / sum(weights), number)
         self._guard(norm(update), number)
         self.adapter = add(self.adapter, step(update, self.config))
         self.rounds_done += 1
-        metrics: Metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
+        told = None if self._at_site else loss.mean()
+        metrics: Metrics = {"loss": told, "sites": mean.count, "update_norm": norm(update)}
         metrics |= self.link.uplink.close(update, number)
         if self.config.privacy:
             multiplier = self.config.privacy.multiplier(self.context.rounds)
@@ -99,21 +105,29 @@ class CgFedLlmServer:
             metrics |= {"epsilon": privacy.spent(multiplier, self.rounds_done, delta), "delta": delta}
         return metrics
 
-    def _read(self, reply: Payload, round: int) -> tuple[Decoded, Named, int, float]:
-        weight = weight_of(reply)
+    @property
+    def _at_site(self) -> bool:
+        """Whether the sites add noise, and send a frame and nothing else."""
+        return self.config.privacy is not None and self.config.privacy.at_site
+
+    def _read(self, reply: Payload, round: int) -> tuple[Decoded, Named, int, float | None]:
+        if self._at_site and reply.values:
+            found = sorted(reply.values)[:5]
+            raise WireError(f"train: values {found} came, which epsilon does not count")
+        weight = 1 if self._at_site else weight_of(reply)
         decoded = self.link.uplink.decode(reply, round)
         update = gate.innovation(self.link.sent, decoded.update, self.config.representation)
         if self.config.privacy and self.config.privacy.placement == "aggregate":
             update = privacy.clip(update, self.config.privacy.clip_norm)  # decoding may have made it longer
         WeightedMean.check(update, weight)
-        return decoded, update, weight, reply.value("loss", float)
+        return decoded, update, weight, None if self._at_site else reply.value("loss", float)
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
         config = self.config.privacy
         if config is None or config.placement != "aggregate":
             return update
         std = privacy.noise_std(config, config.multiplier(self.context.rounds), largest_share)
-        return privacy.disturb(update, std, generator(self.context.seed, "privacy", number))
+        return privacy.disturb_mean(update, std, self.context.secret(), number)
 
     def _guard(self, length: float, number: int) -> None:
         if not math.isfinite(length) or (self.longest > 0 and length > self.config.max_growth * self.longest):
@@ -151,33 +165,45 @@ def train(site: Site, message: Payload) -> Payload:
         return STALE
     received, codec = opened
     examples, round = after_tgap(site.load().train, config.tgap), message.value("round", int)
+    if config.privacy and config.privacy.at_site:
+        return _train_in_private(site, config.privacy, message, received, codec)
     update, report = train_locally(site, received, round, examples=examples)
     if config.privacy:
-        frame = _private_frame(site, config, codec, update, round)
-        return frame_payload(frame, n=len(examples), loss=report.loss)
+        update = privacy.clip(update, config.privacy.clip_norm)
     coded = gate.coded_object(received, update, config.representation)
     return coded_reply(site, codec, coded, message, n=len(examples), loss=report.loss)
 
 
-def _private_frame(site: Site, config: CgFedLlmConfig, codec: Codec, update: Named, round: int) -> bytes:
-    """The frame of a clipped update, with noise where the site is to add it."""
-    assert config.privacy is not None
-    clip_norm, random = config.privacy.clip_norm, generator(site.seed, "privacy", round, site.name)
-    multiplier = config.privacy.multiplier(site.rounds)
-    if config.privacy.placement == "latent":
-        assert isinstance(codec, LatentCodec)
-        vector = codec.layout.flatten(update)
-        latent = privacy.release_latent(codec.analyse(vector), clip_norm, multiplier, random)
-        return codec.seal(codec.pack(latent, vector), round=round)
-    update = privacy.clip(update, clip_norm)
-    if config.privacy.placement == "update":
-        update = privacy.disturb(update, privacy.noise_std(config.privacy, multiplier), random)
-    return code(site, codec, update, round)
+def _train_in_private(
+    site: Site,
+    config: PrivacyConfig,
+    message: Payload,
+    received: Named,
+    codec: Codec,
+) -> Payload:
+    """Return the frame of a clipped and disturbed update or latent, and nothing else."""
+    round = message.value("round", int)
+    try:
+        update, _ = train_locally(site, received, round, examples=site.load().train)
+    except DivergenceError as error:  # a refusal would say something about the data
+        logger.warning("site %s, round %d: %s; noise alone leaves", site.name, round, error)
+        update = privacy.zero(received)
+
+    vector = site.layout.flatten(update)
+    release = partial(privacy.release, site, config, round=round, received=received)
+    if config.placement == "update":
+        noisy = site.layout.unflatten(release(vector, codec=Payload()))
+        seed = derive(site.seed, "codec", round, site.name)
+        return frame_payload(codec.encode(noisy, seed=seed, round=round))
+
+    if not isinstance(codec, LatentCodec) or codec.side_size(codec.settings, codec.layout):
+        raise WireError("train: the installed codec tells of the update beside its latent")
+    latent = release(codec.analyse(vector), codec=site.recall("codec"))
+    return frame_payload(codec.seal(codec.pack(latent), round=round))
 
 
 def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
     """Refuse settings that cannot work together."""
-    name: str = codec.name
     check_codec(codec, config.tgap, layout)
     if config.representation == "state" and codec.error_feedback:
         raise ConfigError(
@@ -186,14 +212,62 @@ def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
     if codec.weighted and (config.privacy or config.representation == "state"):
         raise ConfigError("codec.weighted: scales updates only, and not where they are clipped; remove it")
     if config.privacy:
-        if codec.error_feedback:
-            raise ConfigError(
-                "codec.error_feedback: it would send later what clipping and noise took away; switch one off"
-            )
-        if config.representation == "state":
-            raise ConfigError("method.privacy: clipping a whole adapter would destroy it; use representation='delta'")
-        if config.privacy.placement == "latent" and not issubclass(CODECS.get(name, Codec), LatentCodec):
-            raise ConfigError(f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'")
+        _check_privacy(config, config.privacy, codec, layout)
+
+
+def _check_privacy(
+    config: CgFedLlmConfig,
+    promised: PrivacyConfig,
+    codec: CodecSettings,
+    layout: Layout,
+) -> None:
+    """Refuse whatever would let something leave that epsilon does not count."""
+    if codec.error_feedback:
+        raise ConfigError("codec.error_feedback: it would send later what clipping and noise took away; switch one off")
+    if config.representation == "state":
+        raise ConfigError("method.privacy: clipping a whole adapter would destroy it; use representation='delta'")
+    if config.tgap.source not in ("public", "none"):
+        raw = config.tgap.source == "sites"
+        what = "undisturbed updates" if raw else "moments and measures of undisturbed updates"
+        raise ConfigError(
+            f"method.tgap.source={config.tgap.source!r}: {what} would leave the sites, which "
+            "method.privacy does not count; choose 'public', or 'none' with a codec that learns "
+            "nothing"
+        )
+    if getattr(codec, "noise_ratio", None) is not None:
+        raise ConfigError("codec.noise_ratio: it compares undisturbed updates; remove it, or method.privacy")
+    if promised.placement == "aggregate" and config.tgap.refit == "decoded":
+        raise ConfigError(
+            "method.tgap.refit='decoded': the codec would be fitted to undisturbed updates and "
+            "sent to all sites, which method.privacy does not count; choose 'broadcast' or 'no'"
+        )
+    if promised.placement == "latent":
+        _check_latent(codec, layout)
+
+
+def _check_latent(codec: CodecSettings, layout: Layout) -> None:
+    """Refuse a codec without latent, or with side information that is not of the latent."""
+    name: str = codec.name
+    kind = None if isinstance(codec, AutoSettings) else CODECS[name]
+    if kind is None or not issubclass(kind, LatentCodec):
+        raise ConfigError(f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'")
+    if kind.side_size(codec, layout):
+        raise ConfigError(
+            f"method.privacy.placement='latent': codec {name!r} sends scales of the undisturbed "
+            "update beside its latent, which epsilon does not count; set codec.normalise='none', "
+            "use codec 'klt', or choose placement='update'"
+        )
+
+
+def promise(config: CgFedLlmConfig) -> Promise | None:
+    """Return what `method.privacy` promises, if it is set."""
+    return None if config.privacy is None else config.privacy.promise()
+
+
+def notes(config: CgFedLlmConfig) -> list[str]:
+    """Return what `fluvial check` says about what epsilon leaves out."""
+    exact = config.privacy is not None and config.privacy.heldout == "exact"
+    return [f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else []
 
 
 METHOD = Method(
@@ -204,5 +278,7 @@ METHOD = Method(
     "https://arxiv.org/abs/2405.13746",
     codec=ResNetSettings(),
     reads_public=lambda config, _codec: config.tgap.source == "public",
+    privacy=promise,
+    notes=notes,
     check=check,
 )

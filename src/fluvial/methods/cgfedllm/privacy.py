@@ -9,19 +9,31 @@ puts the noise before compression, its formula on the latent. All three readings
 | `latent`    | the site           | the clipped latent            | anything         |
 | `aggregate` | the server         | the mean of clipped updates   | is trusted       |
 
-Sensitivity is that of a site taking part against sending zero: one clipped vector, norm at most `clip_norm`. Rounds
-compose without amplification by sampling, which overstates epsilon when `fraction` < 1. Sample counts are public.
+Sensitivity is that of a site taking part against sending zero: one clipped vector, norm at most
+`clip_norm`. Rounds compose without amplification by sampling, which overstates epsilon when
+`fraction` < 1. The noise comes from a secret of whoever adds it (`noise`, `releases`). Where the
+site adds it, a frame is all that leaves: no sample count, no loss.
 """
 
+import hashlib
 import math
+from functools import cache
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fluvial import noise
+from fluvial.methods.interface import Promise
+from fluvial.payload import Payload
+from fluvial.releases import Mechanism, claim
 from fluvial.settings import Settings
-from fluvial.tensors import Named, norm, scale
+from fluvial.sites import Site
+from fluvial.tensors import Layout, Named, norm, scale
+
+OUTSIDE = "held-out sums leave the sites exactly and are outside epsilon"
+"""The line that goes wherever epsilon is shown, under `heldout = "exact"`."""
 
 
 class PrivacyConfig(Settings):
@@ -29,14 +41,17 @@ class PrivacyConfig(Settings):
 
     placement: Literal["update", "latent", "aggregate"]
     """What is clipped and noised: the site's update, its code (the paper), or the server's mean."""
-    clip_norm: float = Field(gt=0)
+    clip_norm: float = Field(gt=0, allow_inf_nan=False)
     """L2 bound C; the median norm of undisturbed updates is a good start."""
-    noise_multiplier: float | None = Field(None, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Standard deviation of the noise in units of C."""
-    epsilon: float | None = Field(None, gt=0)
+    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Instead of `noise_multiplier`: the budget of the whole run, from which it is computed."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Ours: the paper gives no value."""
+    heldout: Literal["none", "exact"] = "none"
+    """Measures on the sites' held-out text: "none", or "exact", whose sums leave the sites and are
+    outside epsilon."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "PrivacyConfig":
@@ -44,21 +59,56 @@ class PrivacyConfig(Settings):
             raise ValueError("noise_multiplier: set exactly one of noise_multiplier and epsilon")
         return self
 
+    @property
+    def at_site(self) -> bool:
+        """Whether the site adds the noise, so that the server need not be trusted."""
+        return self.placement != "aggregate"
+
     def multiplier(self, rounds: int) -> float:
         """The noise multiplier, computed from epsilon for `rounds` releases where that is what was set."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None
-        import dp_accounting
-        from dp_accounting import rdp
+        return _calibrated(self.epsilon, self.delta, rounds)
 
-        found: float = dp_accounting.calibrate_dp_mechanism(
-            rdp.RdpAccountant,
-            lambda multiplier: _event(multiplier, rounds),
-            self.epsilon,
-            self.delta,
-        )
-        return found
+    def mechanism(self, rounds: int) -> Mechanism:
+        """What a site promises itself for a run of `rounds` rounds."""
+        return Mechanism(self.placement, self.clip_norm, self.multiplier(rounds), rounds)
+
+    def promise(self) -> Promise:
+        """What the rest of a run must respect."""
+        measured = {"evaluate"} if self.heldout == "exact" else set()
+
+        def report(rounds: int, of: int) -> dict[str, object]:
+            multiplier = self.multiplier(of)
+            return {
+                "placement": self.placement,
+                "clip_norm": self.clip_norm,
+                "noise_multiplier": multiplier,
+                "epsilon": spent(multiplier, rounds, self.delta),
+                "delta": self.delta,
+                "releases": rounds,
+                "outside": [OUTSIDE] if measured else [],
+            }
+
+        return Promise(frozenset({"train", "install", *measured}), bool(measured), report)
+
+
+@cache
+def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
+    """Return a noise multiplier for which `spent` is at most `epsilon`."""
+    import dp_accounting
+    from dp_accounting import rdp
+
+    found: float = dp_accounting.calibrate_dp_mechanism(
+        rdp.RdpAccountant,
+        lambda multiplier: _event(multiplier, rounds),
+        epsilon,
+        delta,
+    )
+    while spent(found, rounds, delta) > epsilon:  # the search ends on either side of it
+        found *= 1 + 1e-6
+    return found
 
 
 def _event(multiplier: float, rounds: int) -> object:
@@ -67,8 +117,9 @@ def _event(multiplier: float, rounds: int) -> object:
     return dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(multiplier), rounds)
 
 
+@cache
 def spent(multiplier: float, rounds: int, delta: float) -> float:
-    """Epsilon after `rounds` releases, by Renyi accounting; 0 before the first."""
+    """Return epsilon after `rounds` releases, by Renyi accounting; 0 before the first."""
     if rounds == 0:
         return 0.0
     from dp_accounting import rdp
@@ -80,21 +131,43 @@ def spent(multiplier: float, rounds: int, delta: float) -> float:
 
 
 def clip(update: Named, clip_norm: float) -> Named:
-    """`update` scaled down to norm `clip_norm` where it is longer."""
+    """Return `update` scaled down to norm `clip_norm` where it is longer, rounding included."""
     length = norm(update)
-    return scale(update, clip_norm / length) if length > clip_norm else update
+    return scale(update, clip_norm / length * (1 - 2**-22)) if length > clip_norm else update
 
 
-def disturb(update: Named, std: float, generator: torch.Generator) -> Named:
-    """`update` with independent Gaussian noise on every value, in order of the names."""
-    return {name: update[name] + std * torch.randn(update[name].shape, generator=generator) for name in sorted(update)}
+def release(
+    site: Site,
+    config: PrivacyConfig,
+    vector: Tensor,
+    *,
+    round: int,
+    received: Named,
+    codec: Payload,
+) -> Tensor:
+    """Return the clipped and disturbed `vector` (n,), counted in the site's ledger before it leaves.
+
+    `received` is the adapter that the site was sent, and `codec` what was installed where `vector`
+    is a latent: with `round` and `vector` they tell one release from another. Raises
+    `PrivacyError` for one that epsilon does not count.
+    """
+    mechanism = config.mechanism(site.rounds)
+    std = mechanism.clip_norm * mechanism.noise_multiplier
+    steps = noise.on_grid(vector, std, clip_norm=mechanism.clip_norm)
+    asked = Payload(received, {"round": round, "placement": config.placement}).to_bytes()
+    parts = (asked, codec.to_bytes(), steps.tobytes())
+    digests = (hashlib.sha256(part).digest() for part in parts)
+    key = claim(site.store.private(site.name), mechanism, *digests)
+    return noise.disturb(steps, std, key)
 
 
-def release_latent(latent: Tensor, clip_norm: float, multiplier: float, generator: torch.Generator) -> Tensor:
-    """A clipped and disturbed latent (1-D)."""
-    length = float(latent.double().norm())
-    clipped = latent * min(1.0, clip_norm / length) if length > 0 else latent
-    return clipped + clip_norm * multiplier * torch.randn(latent.shape, generator=generator)
+def disturb_mean(mean: Named, std: float, secret: bytes, round: int) -> Named:
+    """Return the mean of a round with the server's noise of standard deviation `std` per value."""
+    layout = Layout.of(mean)
+    steps = noise.on_grid(layout.flatten(mean), std)
+    digest = hashlib.sha256(steps.tobytes()).digest()
+    key = noise.derive_key(secret, "aggregate", str(round).encode(), digest)
+    return layout.unflatten(noise.disturb(steps, std, key))
 
 
 def noise_std(config: PrivacyConfig, multiplier: float, largest_share: float = 1.0) -> float:
@@ -103,3 +176,8 @@ def noise_std(config: PrivacyConfig, multiplier: float, largest_share: float = 1
     std = config.clip_norm * multiplier * largest_share
     assert math.isfinite(std)
     return std
+
+
+def zero(update: Named) -> Named:
+    """Return the zero update of the same shapes on the CPU."""
+    return {name: torch.zeros(tensor.shape) for name, tensor in update.items()}
