@@ -417,5 +417,9 @@ def test_a_tuned_model_beside_its_base(run_config: dict[str, Any], tiny_model: P
     assert found["data"]["adapter"]["loss"] != pytest.approx(found["data"]["base"]["loss"], rel=1e-3)
     assert "tuned model" in CliRunner().invoke(app, ["evaluate", str(folder), "--data", str(data)]).stdout
     shutil.copytree(folder, tmp_path / "alone")
-    with pytest.raises(ConfigError, match="no run lies around it"):
-        _evaluate(tmp_path / "alone", "--data", data)
+    assert _evaluate(tmp_path / "alone", "--data", data)["data"] == found["data"]
+    (tmp_path / "alone" / "fluvial.json").unlink()  # a model as any other, whose base nothing names
+    settings = ["--set", "data.max_length=32", "--set", "data.form='text'"]
+    alone = _evaluate(tmp_path / "alone", "--data", data, *settings)
+    assert alone["data"]["model"] == pytest.approx(found["data"]["adapter"], rel=1e-5)
+    assert _evaluate(folder, "--data", data, "--no-base")["data"]["model"] == alone["data"]["model"]

@@ -33,6 +33,9 @@ from fluvial.tensors import Layout, Named
 logger = logging.getLogger(__name__)
 
 
+NOTHING_TO_MEASURE = "nothing to measure: name a file with --data, questions with --choices, or both"
+
+
 @dataclass(frozen=True)
 class ChoiceConfig:
     """A multiple-choice test."""
@@ -72,7 +75,7 @@ def evaluate_adapter(
     Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
     """
     if data is None and choices is None:
-        raise ConfigError("nothing to measure: name a file with --data, questions with --choices, or both")
+        raise ConfigError(NOTHING_TO_MEASURE)
     questions = None if choices is None else _questions(choices)
     logger.info("loading the base model")
     bench = Workbench(model, adapter.lora)
@@ -101,6 +104,32 @@ def evaluate_adapter(
 def _change(weights: Named, bench: Workbench) -> Named:
     """Return what tuned `weights` add to the base of `bench`."""
     return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
+
+
+def evaluate_model(
+    model: ModelConfig,
+    *,
+    data: DataConfig | None = None,
+    choices: ChoiceConfig | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a model by itself, as `evaluate_adapter` measures a base model."""
+    if data is None and choices is None:
+        raise ConfigError(NOTHING_TO_MEASURE)
+    questions = None if choices is None else _questions(choices)
+    logger.info("loading the model")
+    bench = Workbench(model, None)
+    logger.info("reading the data")
+    texts = None if data is None else _texts(data, bench, seed)
+    models: dict[str, Named] = {"model": {}}
+    found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
+    if data is not None and texts is not None:
+        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+    if choices is not None and questions:
+        sheet = _sheet(choices, questions, bench)
+        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+    return found
 
 
 def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
@@ -218,7 +247,7 @@ def _choice_result(
     by_subject = {name: found.by_subject() for name, found in marks.items()}
     table["by_subject"] = {
         subject: {"questions": asked} | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
-        for subject, (_, asked) in by_subject["adapter"].items()
+        for subject, (_, asked) in next(iter(by_subject.values())).items()
     }
     benchmark = _benchmark(choices, sheet)
     table["groups"] = None if benchmark is None else grouped(benchmark, by_subject)

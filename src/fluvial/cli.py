@@ -138,7 +138,11 @@ def preview(
 @app.command()
 def evaluate(
     adapter: Annotated[
-        Path, typer.Argument(help="What a run wrote: runs/NAME/adapter (any PEFT folder) or runs/NAME/model.")
+        str,
+        typer.Argument(
+            metavar="FOLDER",
+            help="runs/NAME/adapter or any PEFT folder, runs/NAME/model, a model's folder or hub id, or 'embedded'.",
+        ),
     ],
     data: Annotated[Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")] = None,
     choices: Annotated[Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")] = None,
@@ -153,29 +157,43 @@ def evaluate(
         typer.Option(help="Whose groups of subjects are reported; by the subjects' names."),
     ] = "auto",
     subject_field: Annotated[str, typer.Option(help="The field of a question that names its subject.")] = "subject",
-    base: Annotated[bool, typer.Option(help="Measure the base model too.")] = True,
+    base: Annotated[bool, typer.Option(help="Measure the base model too, where there is one.")] = True,
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
-    """Measure an adapter or a tuned model beside its base model, on records or on multiple-choice questions."""
+    """Measure an adapter or a tuned model beside its base, or a model alone, on records or multiple-choice questions.
+
+    Records are read as the run read its own: form, columns, template, max_length; --set 'data.form="text"' overrides.
+    """
     with _telling("reading the weights"):
-        from fluvial.assess import ChoiceConfig, evaluate_adapter
-        from fluvial.folders import read_adapter_folder
+        from fluvial.assess import ChoiceConfig, evaluate_adapter, evaluate_model
+        from fluvial.evaluation import evaluation_settings, how_records_are_read, run_settings
+        from fluvial.folders import kind_of, read_adapter_folder
 
         if choices is None and (shots or shots_from):
             raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
-        asked = choices and ChoiceConfig(choices, shots, shots_from, scoring, language, subject_field, benchmark)
-        found = read_adapter_folder(adapter)
-        settings = _evaluation_settings(found.settings(), data, overrides or [])
-        measured = evaluate_adapter(
-            found,
-            settings.model,
-            data=settings.data if data else None,
-            choices=asked if choices else None,
-            max_new_tokens=settings.evaluate.max_new_tokens,
-            seed=settings.seed,
-            base=base,
-        )
+        asked = None
+        if choices is not None:
+            asked = ChoiceConfig(choices, shots, shots_from, scoring, language, subject_field, benchmark)
+        kind = kind_of(adapter)
+        if kind == "adapter" or (kind == "tuned" and base):
+            found = read_adapter_folder(Path(adapter).expanduser())
+            told, run = found.settings(data), found.run
+        else:
+            found, (told, run) = None, run_settings(adapter, data)
+        settings = evaluation_settings(told, data, overrides or [])
+        measuring: dict[str, Any] = {
+            "data": settings.data if data else None,
+            "choices": asked,
+            "max_new_tokens": settings.evaluate.max_new_tokens,
+            "seed": settings.seed,
+        }
+        if found is None:
+            measured = evaluate_model(settings.model, **measuring)
+        else:
+            measured = evaluate_adapter(found, settings.model, **measuring, base=base)
+        if data is not None:
+            measured["records"] = how_records_are_read(settings.data, run, overrides or [])
     from fluvial.evaluation_tables import evaluation_tables
 
     _print(measured, format, evaluation_tables)
@@ -349,30 +367,6 @@ def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
         from fluvial.config import load
 
         return load(path, overrides or [])
-
-
-def _evaluation_settings(table: dict[str, Any], data: Path | None, overrides: list[str]) -> "RunConfig":
-    """A configuration from what an adapter's folder tells and what --set adds; refuses what has no effect here."""
-    from fluvial.assess import whole_file
-    from fluvial.config import merge, override, parse
-
-    changes: dict[str, Any] = {}
-    for line in overrides:
-        changes = merge(changes, override(line))
-    known = {"seed", "model.", "evaluate.max_new_tokens"}
-    if data is not None:
-        known |= {f"data.{key}" for key in ("form", "columns", "max_length", "packing", "loss_on", "max_heldout")}
-        table = merge(table, {"data": whole_file(data)})
-    else:
-        table = {**table, "data": {}}
-    for key, value in changes.items():
-        for name in (f"{key}.{inner}" for inner in value) if isinstance(value, dict) else (key,):
-            if name not in known and not name.startswith("model."):
-                raise ConfigError(
-                    f"--set {name}: without effect on {'this' if data else 'a'} evaluation"
-                    f"{'' if data else ' without --data'}; known here: {', '.join(sorted(known))}"
-                )
-    return parse(merge(table, changes), "--set")
 
 
 def _print(content: dict[str, Any], format: str, table: Any) -> None:

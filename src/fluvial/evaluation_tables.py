@@ -12,7 +12,10 @@ from fluvial.words import plain
 
 def evaluation_tables(found: dict[str, Any]) -> Group:
     """One table for the records, one for the questions, one for their subjects."""
-    parts: list[Any] = [Text(plain(f"{found['adapter']} on {found['base_model']}"), style="bold")]
+    title = found["model"] if "model" in found else f"{found['adapter']} on {found['base_model']}"
+    parts: list[Any] = [Text(plain(title), style="bold")]
+    if "records" in found:
+        parts.append(Text(plain(found["records"]["line"])))
     if "data" in found:
         parts.append(_record_table(found["data"], _title(found)))
     if "choices" in found:
@@ -22,18 +25,24 @@ def evaluation_tables(found: dict[str, Any]) -> Group:
 
 def _title(found: dict[str, Any]) -> dict[str, str]:
     """The heading of each column."""
-    return {"base": "base", "adapter": "adapter" if found["tuned"] == "lora" else "tuned model"}
+    tuned = "tuned model" if found.get("tuned") == "full" else "adapter"
+    return {"base": "base", "adapter": tuned, "model": "model"}
+
+
+def _measured(table: dict[str, Any]) -> list[str]:
+    """The models of a table, in the order of its columns."""
+    return [name for name in ("base", "adapter", "model") if name in table]
 
 
 def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
-    models = [name for name in ("base", "adapter") if name in data]
+    models = _measured(data)
     labels = {
         "loss": "loss, nats per token",
         "perplexity": "perplexity",
         "accuracy": "next-token accuracy",
         "exact_match": "exact match of greedy answers",
     }
-    rows = [[labels[key], *(f"{data[model][key]:.4f}" for model in models)] for key in data["adapter"]]
+    rows = [[labels[key], *(f"{data[model][key]:.4f}" for model in models)] for key in data[models[-1]]]
     notes = [f"{data['records']} records", f"{data['label_tokens']:,} label tokens"]
     notes += [f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"]
     if data["questions_too_long"]:
@@ -42,7 +51,7 @@ def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
 
 
 def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]:
-    models = [name for name in ("base", "adapter") if name in asked]
+    models = _measured(asked)
     macro = [f"{asked[model]['macro_accuracy']:.4f}" for model in models]
     spans = {model: asked[model]["interval"] for model in models}
     rows = [

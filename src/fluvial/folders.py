@@ -1,12 +1,14 @@
 """The folders that `fluvial evaluate` reads: a PEFT adapter, or a model of which all weights were tuned."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fluvial import exported
 from fluvial.errors import ConfigError
-from fluvial.models import LoraSettings, ModelConfig, Workbench
+from fluvial.models import EMBEDDED, LoraSettings, ModelConfig, Workbench
 from fluvial.tensors import Named, is_finite
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -27,7 +29,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings of PEFT that would change what the factors mean, with the values (beside null) under which they do not."""
 
-_FROM_RUN = {"data": ("max_length", "loss_on"), "model": ("dtype", "revision"), "evaluate": ("max_new_tokens",)}
 NEW_TOKENS = 64
 
 
@@ -43,20 +44,48 @@ class AdapterFolder:
     tensors: Named
     """The factors, or all weights, fp32, by our names."""
     run: dict[str, Any] = field(default_factory=dict)
-    """The resolved configuration of the run that wrote it; empty where there is none."""
+    """What it tells about the run that wrote it, see `exported.read`; empty where there is none."""
 
-    def settings(self) -> dict[str, Any]:
-        """What a run configuration needs, as tables: the base, and how the adapter's run measured."""
-        known = {
-            table: {key: self.run[table][key] for key in keys if self.run.get(table, {}).get(key) is not None}
-            for table, keys in _FROM_RUN.items()
-        }
-        new_tokens = known["evaluate"].get("max_new_tokens") or NEW_TOKENS
-        return {
-            "model": {**known["model"], "name_or_path": self.base},
-            "data": known["data"],
-            "evaluate": {"max_new_tokens": new_tokens},
-        }
+    def settings(self, records: Path | None = None) -> dict[str, Any]:
+        """Return what a configuration needs, as tables: the base, and how the run measured, for a file of `records`."""
+        return measured_as(self.run, self.base, records)
+
+
+def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[str, Any]:
+    """Return the tables of a configuration that measures the model `name` as its `run` did, which may be empty."""
+    kept = {key: value for key, value in run.get("model", {}).items() if key in ("dtype", "revision")}
+    return {
+        "model": {**kept, "name_or_path": name},
+        "data": exported.for_file(run, records),
+        "evaluate": {"max_new_tokens": run.get("evaluate", {}).get("max_new_tokens") or NEW_TOKENS},
+    }
+
+
+Kind = Literal["adapter", "tuned", "model"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def kind_of(name: str) -> Kind:
+    """Return what `name` is: a PEFT adapter, a tuned model beside its run, or any other causal language model.
+
+    The last is "embedded", a model folder, or the hub id of one. Raises `ConfigError` where it is none of them.
+    """
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if name == EMBEDDED or (_HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
+            return "model"
+        raise ConfigError(f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's folder")
+    if _json(folder / "adapter_config.json") is not None:
+        return "adapter"
+    config = _json(folder / "config.json") or {}
+    if "model_type" in config or "architectures" in config:
+        return "tuned" if exported.read(folder) else "model"
+    made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
+    hint = f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
+    raise ConfigError(
+        f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of transformers (it has no "
+        f"config.json that names a model_type); {hint}"
+    )
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
@@ -84,7 +113,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         raise ConfigError(
             f"{folder / 'adapter_config.json'}: target_modules must be a list of module names, found {targets!r:.80}"
         )
-    run = _run_of(folder)
+    run = exported.read(folder)
     try:
         lora = LoraSettings(
             r=config["r"],
@@ -100,7 +129,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
 
 def _model_folder(folder: Path) -> AdapterFolder:
     """A model whose base its run names."""
-    run = _run_of(folder)
+    run = exported.read(folder)
     base = run.get("model", {}).get("name_or_path")
     if not isinstance(base, str):
         raise ConfigError(
@@ -131,16 +160,6 @@ def _finite(tensors: Named, path: Path) -> Named:
     if not is_finite(tensors):
         raise ConfigError(f"{path}: holds values that are not finite: its training diverged; train it again")
     return tensors
-
-
-def _run_of(folder: Path) -> dict[str, Any]:
-    """The configuration of the run that `folder` lies in: RUN/adapter or RUN/compare/NAME/adapter."""
-    parents = folder.resolve().parents
-    for parent in (parents[0], *parents[2:3]):
-        found = _json(parent / "config.json")
-        if found is not None and "fluvial" in found:  # another config.json is a model's
-            return found
-    return {}
 
 
 def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fluvial import __version__
+from fluvial import __version__, exported
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts
@@ -456,6 +456,8 @@ class Run:
         partial = self.folder.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.bench.save(adapter, partial)
+        template = self.bench.tokenizer.chat_template if getattr(self.config.data, "chat_template", None) else None
+        exported.write(partial, __version__, self.config.resolved(), template)
         (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
         for path in sorted(partial.glob("*.safetensors")):
