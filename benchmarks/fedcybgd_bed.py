@@ -30,6 +30,7 @@ from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.models import LoraSettings, ModelConfig, Workbench, meta_base, tuned_layout
+from fluvial.pretrained import dtype_of
 from fluvial.run import Run, check_settings
 from fluvial.seeds import generator
 from fluvial.tensors import Layout
@@ -259,7 +260,7 @@ def memory_bytes(config: RunConfig) -> int:
     """
     method: Any = config.method
     whole = _layout(config.model, None).numel
-    width: Any = 4 if config.model.dtype == "float32" else 2
+    width: Any = dtype_of(config.model).itemsize
     if config.adapter is not None:
         return client_memory(Sizes(layout(config).numel, 0, whole), Full(), width=width).peak()
     if method.name in ("fedavg", "central"):

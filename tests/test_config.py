@@ -26,7 +26,7 @@ def test_defaults_are_the_papers() -> None:
     config = parse({"method": {"name": "cgfedllm"}}, "x")
     assert config.coding.name == "resnet"
     assert (config.rounds, config.lora.r, config.lora.lora_alpha, config.train.learning_rate) == (20, 8, 16, 1.5e-4)
-    assert config.lora.target_modules == ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert config.lora.target_modules is None  # they follow the architecture: see test_targets.py
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from fluvial.methods.fedcybgd.proxy import (
     plan_proxy,
     slim,
 )
-from fluvial.models import ModelConfig, load_base, skeleton
+from fluvial.models import ModelConfig, checkpoint_layers, load_base, skeleton
 from fluvial.payload import Payload
 from fluvial.tensors import Named
 from fluvial.train import collate, predictions, summed_loss
@@ -418,8 +418,7 @@ def test_the_gradient_of_the_trained_block_has_its_shapes(
     block = f"{manifest.anatomy.path}.3."
     trained = {name: p.requires_grad_() for name, p in proxy.named_parameters() if name.startswith(block)}
     if checkpointing:
-        proxy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-        proxy.train()
+        checkpoint_layers(proxy)
     loss = summed_loss(*predictions(proxy, collate(EXAMPLES, 0)))
     gradients = torch.autograd.grad(loss, list(trained.values()))
     whole_block = {name: t.shape for name, t in whole.weights.items() if name.startswith(block)}

@@ -20,7 +20,7 @@ from fluvial.base_weights import open_weights
 from fluvial.codecs.quantise import NF4, Int8, Int8Settings, NF4Settings
 from fluvial.errors import ConfigError
 from fluvial.frozen import FileSource, FolderSource, MemorySource, Source, Sum, stream
-from fluvial.models import ModelConfig, load_base, skeleton
+from fluvial.models import ModelConfig, checkpoint_layers, load_base, skeleton
 from fluvial.tensors import Layout, Named
 from tests.conftest import saved_model
 
@@ -55,8 +55,8 @@ def loss_of(model: nn.Module, *, bf16: bool = False) -> Tensor:
 def step(model: nn.Module, *, bf16: bool = False, checkpointing: bool = False) -> tuple[Tensor, Named]:
     """The loss, and the gradients of what is trained."""
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    loss = loss_of(model.train(), bf16=bf16)
+        checkpoint_layers(model)
+    loss = loss_of(model, bf16=bf16)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 

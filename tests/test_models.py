@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fluvial.adapters import SeededDropout, adapt
 from fluvial.errors import ConfigError
 from fluvial.models import (
     LoraSettings,
     ModelConfig,
-    SeededDropout,
     Workbench,
-    adapt,
     initial_state,
     load_base,
     load_tokenizer,
@@ -25,6 +24,7 @@ from fluvial.models import (
     read_weights,
     reseed_dropout,
     resolve_device,
+    switch_dropout,
     tuned_parameters,
     write_weights,
 )
@@ -59,7 +59,7 @@ def test_adapter_tensors_are_named_by_layer_module_and_factor(bench: Workbench, 
     expected = {
         f"model.layers.{layer}.self_attn.{module}.lora_{which}.weight": (4, 32) if which == "A" else (32, 4)
         for layer in range(2)
-        for module in LORA.target_modules
+        for module in ("q_proj", "v_proj")
         for which in "AB"
     }
     assert dict(bench.layout.shapes) == expected
@@ -183,19 +183,30 @@ def test_only_the_named_factors_get_gradients(
 def test_the_base_has_no_dropout_of_its_own(tiny_model: Path, tiny_gpt2_model: Path) -> None:
     assert json.loads((tiny_model / "config.json").read_text())["attention_dropout"] == 0.1
     assert json.loads((tiny_gpt2_model / "config.json").read_text())["resid_pdrop"] == 0.1
-    for folder in (tiny_model, tiny_gpt2_model):
-        base = load_base(config(folder)).train()
-        assert torch.equal(logits(base), logits(base))
-        assert torch.equal(logits(base), logits(base.eval()))
+    for folder, target in ((tiny_model, "q_proj"), (tiny_gpt2_model, "c_attn")):
+        bench = Workbench(config(folder), LoraSettings(r=4, target_modules=(target,)))
+        with bench.model(trained(bench.layout), trainable="A and B") as model:
+            still = logits(model)
+            switch_dropout(model, active=True)  # as `train` does
+            reseed_dropout(model, 1)
+            first = logits(model)
+            torch.rand(100)  # the process-wide generator has no part in it
+            assert torch.equal(logits(model), first)
+            assert not torch.equal(first, still)
+            settings = model.config.to_dict()  # type: ignore[operator, union-attr]
+        stored = json.loads((folder / "config.json").read_text())
+        assert {key: settings[key] for key in stored if "dropout" in key or "pdrop" in key} == {
+            key: value for key, value in stored.items() if "dropout" in key or "pdrop" in key
+        }, "what is written has the settings of the folder"
 
 
 def test_lora_dropout_depends_on_its_seed_and_place_alone(tiny_model: Path) -> None:
     model = adapt(load_base(config(tiny_model)), LORA.model_copy(update={"lora_dropout": 0.5}))
     write_weights(model, trained(Layout.of(read_weights(model))))
-    model.train()
+    switch_dropout(model, active=True)
     places = [module.place for module in model.modules() if isinstance(module, SeededDropout)]
     assert len(set(places)) == len(places) == 4
-    assert not any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    assert not any(isinstance(module, nn.Dropout) and module.training for module in model.modules())
     reseed_dropout(model, 1)
     first = logits(model)
     torch.rand(100)  # the process-wide generator has no part in it

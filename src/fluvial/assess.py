@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
 from fluvial.folders import NEW_TOKENS, AdapterFolder
-from fluvial.models import ModelConfig, Workbench, check_length, context_length
+from fluvial.models import ModelConfig, Workbench
+from fluvial.pretrained import check_length
 from fluvial.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.tensors import Layout, Named
 
@@ -79,6 +80,8 @@ def evaluate_adapter(
     questions = None if choices is None else _questions(choices)
     logger.info("loading the base model")
     bench = Workbench(model, adapter.lora)
+    if adapter.lora:
+        adapter = replace(adapter, tensors=_without_copies(adapter, bench))
     _check_fit(adapter, bench.layout, model.name_or_path)
     state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
     logger.info("reading the data")
@@ -132,6 +135,27 @@ def evaluate_model(
     return found
 
 
+def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
+    """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with an adapted head.
+
+    Raises `ConfigError` if such a matrix is another than the base's.
+    """
+    with bench.model(bench.base_state()) as model:
+        base = {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        copies = [name for name in adapter.tensors if name.replace(".base_layer.", ".") in base]
+        for name in copies:
+            own = base[name.replace(".base_layer.", ".")].detach().cpu().float()
+            if own.shape != adapter.tensors[name].shape or not own.equal(adapter.tensors[name]):
+                raise ConfigError(
+                    f"{adapter.path} holds a matrix {name!r} that is not the base's: its embeddings were resized or "
+                    "trained; merge the adapter into its base with PEFT"
+                )
+    return {name: tensor for name, tensor in adapter.tensors.items() if name not in copies}
+
+
 def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
     """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's shapes."""
     wanted, found = dict(layout.shapes), dict(Layout.of(adapter.tensors).shapes)
@@ -145,7 +169,7 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
 
 
 def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
-    check_length(bench.model_config, data.max_length)
+    check_length(bench.context, data.max_length)
     return SiteTexts(data, bench.tokenizer, seed=seed).load(POOLED)
 
 
@@ -161,7 +185,7 @@ def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], 
     return prepare(
         asked,
         bench.tokenizer,
-        context=context_length(bench.model_config),
+        context=bench.context,
         scoring=choices.scoring,
         shots=choices.shots,
         examples=examples,
@@ -173,7 +197,7 @@ def _data_result(
     data: DataConfig, texts: SiteData, bench: Workbench, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
     questions = texts.questions[: data.max_heldout] if max_new_tokens else []
-    longest = context_length(bench.model_config)
+    longest = bench.context
     room = None if longest is None else longest - max_new_tokens
     encoder = Encoder.of(bench.tokenizer)
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]

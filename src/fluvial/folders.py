@@ -7,27 +7,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import exported
+from fluvial.adapters import SavedLora
 from fluvial.errors import ConfigError
-from fluvial.models import EMBEDDED, LoraSettings, ModelConfig, Workbench
+from fluvial.models import ModelConfig, Workbench
+from fluvial.pretrained import EMBEDDED
 from fluvial.tensors import Named, is_finite
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": (),
-    "layers_to_transform": (),
-    "exclude_modules": (),
-    "target_parameters": (),
-    "trainable_token_indices": (),
-    "layer_replication": (),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": (),
-    "init_lora_weights": (True, False, "gaussian"),
+_READ = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    *("peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
 }
-"""Settings of PEFT that would change what the factors mean, with the values (beside null) under which they do not."""
+"""Settings of PEFT that say where two factors lie and how they are scaled, or nothing about them. Any other one must
+have the value that PEFT gives it by default, because it may change what the factors mean."""
+_INITS = (True, False, "gaussian")
+"""Values of `init_lora_weights` that leave the base as it is."""
 
 NEW_TOKENS = 64
 
@@ -39,7 +34,7 @@ class AdapterFolder:
     path: Path
     base: str
     """Hub id, folder, or "embedded"."""
-    lora: LoraSettings | None
+    lora: SavedLora | None
     """None for the folder of a model of which all weights were tuned."""
     tensors: Named
     """The factors, or all weights, fp32, by our names."""
@@ -102,29 +97,33 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {hint}")
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key) is not None and config[key] not in neutral:
-            raise ConfigError(
-                f"{folder / 'adapter_config.json'}: {key} = {config[key]!r:.80} is not supported here; merge the "
-                "adapter into its base with PEFT, or evaluate it with another tool"
-            )
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: target_modules must be a list of module names, found {targets!r:.80}"
-        )
     run = exported.read(folder)
-    try:
-        lora = LoraSettings(
-            r=config["r"],
-            lora_alpha=config["lora_alpha"],
-            lora_dropout=0.0,
-            target_modules=tuple(sorted(targets)),
-            use_rslora=bool(config.get("use_rslora")),
-        )
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{folder / 'adapter_config.json'}: r, lora_alpha or target_modules: {error}") from error
+    lora = _lora(folder / "adapter_config.json", config)
     return AdapterFolder(folder, _base_of(folder, config, run), lora, _factors(folder), run)
+
+
+def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
+    """What PEFT is given to make the adapter; raises `ConfigError` for what is more than two factors and a scale."""
+    from peft import LoraConfig
+
+    usual = LoraConfig().to_dict()
+    unknown = [key for key in config if key not in usual and config[key]]
+    for key in [*unknown, *(usual.keys() - _READ)]:
+        value = config.get(key, usual.get(key))
+        neutral = _INITS if key == "init_lora_weights" else (usual.get(key), None)
+        if not (value in neutral or not value):
+            raise ConfigError(
+                f"{path}: {key} = {value!r:.80} is not supported here; merge the adapter into its base with PEFT, or "
+                "evaluate it with another tool"
+            )
+    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+        raise ConfigError(
+            f"{path}: r and lora_alpha must be numbers, found {config.get('r')!r}, {config.get('lora_alpha')!r}"
+        )
+    if not config.get("target_modules") and not config.get("target_parameters"):
+        raise ConfigError(f"{path}: target_modules names no module; copy the file again")
+    kept = {key: config[key] for key in _READ & config.keys() & usual.keys() - {"auto_mapping", "peft_type"}}
+    return SavedLora({**kept, "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"})
 
 
 def _model_folder(folder: Path) -> AdapterFolder:

@@ -7,76 +7,42 @@ where a model is loaded, so that other commands answer at once.
 
 import copy
 import queue
+import shutil
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fluvial.adapters import SavedLora, SeededDropout, adapt
 from fluvial.base_weights import compute_buffers, keep_types, open_weights, persistent_buffers
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.frozen import Source
-from fluvial.seeds import derive, generator
-from fluvial.settings import Settings
+from fluvial.pretrained import ModelConfig as ModelConfig
+from fluvial.pretrained import (
+    check_tokenizer,
+    context_length,
+    dtype_of,
+    from_hub,
+    from_settings,
+    local_folder,
+    read_config,
+)
+from fluvial.pretrained import load_tokenizer as load_tokenizer
+from fluvial.probe import check_behaviour
+from fluvial.seeds import generator
+from fluvial.targets import LoraSettings as LoraSettings
 from fluvial.tensors import Layout, Named, factor
+from fluvial.weights import check_loaded, quiet
 
-EMBEDDED = "embedded"
 _PREFIX = "base_model.model."
-
-
-class ModelConfig(Settings):
-    """Which base model, and how it is held."""
-
-    name_or_path: str = EMBEDDED
-    """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id; pin it, so that all sites hold the same base."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the frozen base; adapters are always fp32."""
-    device: str = "auto"
-    """"auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
-
-
-class LoraSettings(Settings):
-    """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
-
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
-    target_modules: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
-    use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead of alpha / r."""
-
-
-class SeededDropout(nn.Module):
-    """Dropout whose mask depends only on its seed and its place in the model.
-
-    `nn.Dropout` draws from one generator for the whole process, so two sites that train side by side would disturb
-    each other's masks; it would also draw a second mask when gradient checkpointing repeats a forward pass.
-    """
-
-    def __init__(self, p: float, place: int) -> None:
-        super().__init__()
-        self.p, self.place, self.seed = p, place, 0
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Zero a share `p` of `hidden` (any shape) and scale the rest, in training only."""
-        if not self.training or self.p == 0:
-            return hidden
-        generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
-        kept = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
-        return hidden * kept / (1 - self.p)
 
 
 @dataclass(frozen=True)
@@ -105,6 +71,12 @@ def _parts(model: nn.Module) -> _Parts:
     return found
 
 
+def switch_dropout(model: nn.Module, active: bool) -> None:
+    """Switch every `SeededDropout` of `model` on, for training, or off; its base stays in evaluation mode."""
+    for module in _parts(model).dropouts:
+        module.training = active
+
+
 def reseed_dropout(model: nn.Module, seed: int) -> None:
     """Give every `SeededDropout` of `model` a new mask."""
     for module in _parts(model).dropouts:
@@ -128,44 +100,37 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours is shown instead
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
-    from transformers import AutoTokenizer
-
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, config)
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def load_base(config: ModelConfig) -> nn.Module:
-    """The base model, frozen and without dropout (only `lora_dropout` acts), on its device."""
+    """Return the base model on its device, frozen, and in evaluation mode for good.
+
+    Thus nothing but `lora_dropout` is random: no dropout, jitter or layer drop of the base's own. Raises `ConfigError`
+    if a weight is missing, has another shape or is not finite.
+    """
     from transformers import AutoModelForCausalLM
 
-    _quiet()
-    model: nn.Module = _from_hub(
-        AutoModelForCausalLM.from_pretrained,
-        config,
-        config=_model_config(config),
-        dtype=getattr(torch, config.dtype),
-    )
-    return model.requires_grad_(False).to(resolve_device(config.device))
+    with quiet():
+        model, info = from_hub(
+            AutoModelForCausalLM.from_pretrained,
+            config,
+            config=read_config(config),
+            dtype=dtype_of(config),
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    check_loaded(info, model, config.name_or_path)
+    base: nn.Module = model.requires_grad_(False).eval()
+    return base.to(resolve_device(config.device))
 
 
 def meta_base(config: ModelConfig) -> nn.Module:
-    """The base model without weights, on the meta device: names and shapes for planning."""
+    """Return the base model without weights, on the meta device: names and shapes for planning."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(_model_config(config))
-    return model.requires_grad_(False)
+    with quiet(), torch.device("meta"):
+        model: nn.Module = from_settings(AutoModelForCausalLM.from_config, config)
+    return model.requires_grad_(False).eval()
 
 
 def skeleton(config: ModelConfig) -> nn.Module:
@@ -173,26 +138,25 @@ def skeleton(config: ModelConfig) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    kind = getattr(torch, config.dtype)
+    kind = dtype_of(config)
     with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(_model_config(config), dtype=kind)
+        model: Any = from_settings(AutoModelForCausalLM.from_config, config)
     model.tie_weights()  # what was moved to the meta device was no longer tied
     keep_types(model, kind)
     compute_buffers(model)
-    with suppress(ConfigError):  # a folder need not have one
-        model.generation_config = _from_hub(GenerationConfig.from_pretrained, config)
+    model.generation_config = GenerationConfig()  # see `Workbench.save`
     whole: nn.Module = model.requires_grad_(False).eval()
     return whole
 
 
 def weights_folder(config: ModelConfig) -> Path:
     """The folder that holds the base's weights as safetensors; of a hub id, downloaded or cached."""
-    source = _source(config)
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    folder = local_folder(config)
+    if folder is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
-    return Path(_from_hub(snapshot_download, config, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(from_hub(snapshot_download, config, allow_patterns=["*.json", "*.safetensors"]))
 
 
 def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> None:
@@ -211,69 +175,32 @@ def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> Non
                 module._parameters[leaf] = made[names[id(parameter)]]
 
 
-def checkpoint_layers(model: Any) -> None:
-    """Switch gradient checkpointing on; below what is trained still no graph is built."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.disable_input_require_grads()  # which only the reentrant kind needs
+def checkpoint_layers(model: nn.Module) -> None:
+    """Switch gradient checkpointing on; below what is trained still no graph is built.
+
+    transformers' own works in training mode only, in which a base may draw random numbers. Raises `ConfigError` where
+    the architecture has no layers for it.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError("train.gradient_checkpointing: transformers has none for this architecture; remove it")
+    for layer in layers:
+        # An attribute of this one layer, which hides its class's `forward` until `whole_layers` removes it.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def tuned_layout(base: nn.Module, lora: LoraSettings | None) -> Layout:
+def whole_layers(model: nn.Module) -> None:
+    """Switch gradient checkpointing off."""
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+
+
+def tuned_layout(base: nn.Module, lora: LoraSettings | SavedLora | None) -> Layout:
     """The layout of what is tuned: the adapter, injected into `base`, or all parameters; works on the meta device."""
     return read_shapes(base if lora is None else adapt(base, lora))
-
-
-def context_length(model_config: Any) -> int | None:
-    """Tokens that the model reads at most, where its configuration tells."""
-    length: int | None = getattr(model_config, "max_position_embeddings", None)
-    return length
-
-
-def check_length(model_config: Any, max_length: int) -> None:
-    """Raise `ConfigError` if sequences of `max_length` tokens are longer than the model reads."""
-    longest = context_length(model_config)
-    if longest is not None and max_length > longest:
-        raise ConfigError(f"data.max_length={max_length}: the model reads at most {longest} tokens")
-
-
-def adapt(base: nn.Module, lora: LoraSettings) -> nn.Module:
-    """`base` with LoRA modules injected (in place) by PEFT; raises `ConfigError` naming what would fit."""
-    linear = {
-        name.rsplit(".", 1)[-1]: module
-        for name, module in base.named_modules()
-        if not isinstance(module, nn.Embedding) and getattr(module, "weight", torch.empty(0)).dim() == 2
-    }
-    for target in lora.target_modules:
-        if target not in linear:
-            raise ConfigError(
-                f"lora.target_modules: the model has no linear module {target!r}; "
-                f"it has {', '.join(sorted(linear)) or 'none'}"
-            )
-        smallest = min(linear[target].weight.shape)
-        if lora.r > smallest:
-            raise ConfigError(f"lora.r={lora.r} exceeds dimension {smallest} of {target!r}; choose at most {smallest}")
-    from peft import LoraConfig, get_peft_model
-
-    with warnings.catch_warnings():
-        # PEFT corrects fan_in_fan_out for GPT-2's Conv1D by itself and warns that it did.
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-        # PEFT 0.21 asks transformers 5.23 by a name that is going away.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        model: nn.Module = get_peft_model(
-            base,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.r,
-                lora_alpha=lora.lora_alpha,
-                lora_dropout=lora.lora_dropout,
-                target_modules=list(lora.target_modules),
-                use_rslora=lora.use_rslora,
-            ),
-        )
-    for place, (name, module) in enumerate(list(model.named_modules())):
-        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
-            parent, leaf = name.rsplit(".", 1)
-            model.get_submodule(parent)._modules[leaf] = SeededDropout(lora.lora_dropout, place)
-    return model
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -331,18 +258,20 @@ class Workbench:
     weight without a change is the base's.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraSettings | None) -> None:
+    def __init__(self, model: ModelConfig, lora: LoraSettings | SavedLora | None) -> None:
         """Load tokenizer and base; without `lora` all weights are tuned.
 
         Raises `ConfigError` if something cannot be loaded or the adapter does not fit.
         """
+        self.dtype = dtype_of(model)
         self.tokenizer = load_tokenizer(model)
         self.config, self.lora, self.full = model, lora, lora is None
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
         like = self._blank if self.full else self._template
-        self.model_config: Any = like.config
+        check_tokenizer(self.tokenizer, like, model.name_or_path)
+        self.context = context_length(like)
         self.layout = read_shapes(like)
         self.dtypes = {name: parameter.dtype for name, parameter in tuned_parameters(like).items()}
         self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
@@ -352,8 +281,14 @@ class Workbench:
     @cached_property
     def _template(self) -> nn.Module:
         """What borrowed models with an adapter are copied from."""
+        from transformers import GenerationConfig
+
         assert self.lora is not None, "where all weights are tuned, models are made from the base on disk"
-        return adapt(load_base(self.config), self.lora).eval()
+        base = load_base(self.config)
+        check_behaviour(base, self.config.name_or_path)
+        # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or force tokens.
+        base.generation_config = GenerationConfig()
+        return adapt(base, self.lora).eval()
 
     @cached_property
     def _empty(self) -> nn.Module:
@@ -388,17 +323,18 @@ class Workbench:
         model = self._take(state)
         for name, parameter in tuned_parameters(model).items():
             parameter.requires_grad_(_requires_grad(name, trainable))
-        if checkpointing:
-            checkpoint_layers(model)
+        switch_dropout(model, active=False)
         if model.training:
             model.eval()
+        if checkpointing:
+            checkpoint_layers(model)
         try:
             yield model
         finally:
             for parameter in tuned_parameters(model).values():
                 parameter.grad = None
             if checkpointing:
-                model.gradient_checkpointing_disable()  # type: ignore[operator]
+                whole_layers(model)
             if not self.full:
                 self._free.put(model)
 
@@ -446,9 +382,15 @@ class Workbench:
 
     def save(self, state: Named, folder: Path) -> None:
         """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as
-        a model folder of transformers, in the base's type."""
+        a model folder of transformers, in the base's type and with the generation settings of the base's folder."""
         with self.model(state) as model:
-            model.save_pretrained(str(folder))  # type: ignore[operator]
+            if self.full:
+                model.save_pretrained(str(folder))  # type: ignore[operator]
+            else:
+                # PEFT would add the whole matrix of a head or embedding that is adapted.
+                model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        if self.full:
+            _copy_generation(weights_folder(self.config), folder)
         self.tokenizer.save_pretrained(str(folder))
 
     def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
@@ -471,39 +413,15 @@ class Workbench:
         return answers
 
 
+def _copy_generation(base: Path, folder: Path) -> None:
+    """Give `folder` the generation settings of the `base` folder, or none if that has none."""
+    name = "generation_config.json"
+    (folder / name).unlink(missing_ok=True)
+    if (base / name).is_file():
+        shutil.copyfile(base / name, folder / name)
+
+
 def _requires_grad(name: str, trainable: Literal["none", "A and B", "B"] | Collection[str]) -> bool:
     if isinstance(trainable, str):
         return trainable == "A and B" or (trainable == "B" and factor(name) == "B")
     return name in trainable
-
-
-def _source(config: ModelConfig) -> str:
-    if config.name_or_path != EMBEDDED:
-        return config.name_or_path
-    return str(resources.files("fluvial") / "assets" / "tiny")
-
-
-def _from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
-    """Call a `from_pretrained`, turning its many errors into one that names the setting."""
-    source = _source(wanted)
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
-    try:
-        return load(str(Path(source).expanduser()) if "~" in source else source, revision=wanted.revision, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first} "
-            "(it must be a local folder of transformers' form, or a hub id that this machine can reach or has cached)"
-        ) from error
-
-
-def _model_config(config: ModelConfig) -> Any:
-    """The model's own configuration with every dropout at 0."""
-    from transformers import AutoConfig
-
-    settings = _from_hub(AutoConfig.from_pretrained, config)
-    for key, value in settings.to_dict().items():
-        if key.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(settings, key, 0.0)
-    return settings

@@ -14,8 +14,11 @@ from fluvial.errors import ConfigError
 from fluvial.line import round_s
 from fluvial.methods.interface import Forecast
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
+from fluvial.pretrained import check_tokenizer, dtype_of
 from fluvial.run import check_settings
+from fluvial.targets import target_names
 from fluvial.tensors import Layout
+from fluvial.weights import check_weights
 
 OPTIMIZER_BYTES = 16
 """Per trained value: fp32 weight, gradient and two moments of AdamW."""
@@ -28,8 +31,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
     The model's weights are not loaded. Sizes are in bytes; the memory of a site leaves out activations.
     """
     resolve_device(config.model.device)
-    tokenizer = load_tokenizer(config.model)
     base = meta_base(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer, base, config.model.name_or_path)
+    weights = check_weights(config.model, base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     layout = tuned_layout(meta_base(config.model), config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
@@ -51,7 +56,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
     down = frame_size(config.downlink or IdentitySettings(), layout)
     cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
-    width = getattr(torch, config.model.dtype).itemsize
+    width = dtype_of(config.model).itemsize
     absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
     rows = [
         ("base parameters", f"{parameters:,}"),
@@ -80,13 +85,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
             "name": config.model.name_or_path,
             "parameters": parameters,
             "trainable": trained.numel,
-            "targets": list(config.lora.target_modules) if config.adapter else ["all weights"],
+            "targets": target_names(base, config.adapter) if config.adapter else ["all weights"],
         },
         "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
         "round_over_line_s": over_line,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
-        "notes": _notes(config, sites),
+        "notes": [*_notes(config, sites), *weights],
     }
 
 

@@ -27,8 +27,9 @@ from fluvial.fleet import Fleet
 from fluvial.local_fleet import LocalFleet
 from fluvial.meter import Kind, Metered
 from fluvial.methods import Context
-from fluvial.models import Workbench, check_length
+from fluvial.models import Workbench
 from fluvial.payload import Payload, Value
+from fluvial.pretrained import check_length, context_length
 from fluvial.releases import secret_of
 from fluvial.replies import heldout_of
 from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
@@ -155,7 +156,7 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
         config.entry.check(config.method, config.coding, layout)
     if config.entry.check_model is not None:
         config.entry.check_model(config.method, base)
-    check_length(base.config, config.data.max_length)
+    check_length(context_length(base), config.data.max_length)
     if config.entry.reads_public(config.method, config.coding):
         texts.public()
 

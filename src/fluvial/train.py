@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models import reseed_dropout, tuned_parameters
+from fluvial.models import reseed_dropout, switch_dropout, tuned_parameters
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.tensors import Named
@@ -153,8 +153,7 @@ def train(
     batches = shuffled_batches(examples, config.logical_batch, generator)
     dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
     losses, norms, label_tokens = 0.0, 0.0, 0
-    if not model.training:
-        model.train()
+    switch_dropout(model, active=True)
     for step in range(steps):
         batch = next(batches)
         tokens = sum(example.label_tokens for example in batch)
@@ -173,7 +172,7 @@ def train(
         if (step + 1) % 50 == 0:
             logger.info("step %d of %d, loss %.4f", step + 1, steps, loss)
         losses, norms, label_tokens = losses + loss * tokens, norms + norm, label_tokens + tokens
-    model.eval()
+    switch_dropout(model, active=False)
     weights = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
     return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, weights)
 

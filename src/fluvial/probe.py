@@ -1,0 +1,62 @@
+"""What a base model does with tokens, looked at before anything is measured with it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError
+from fluvial.pretrained import first_line
+
+LENGTH = 8
+
+
+@torch.no_grad()
+def check_behaviour(model: nn.Module, name: str) -> None:
+    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, or looks ahead.
+
+    `model` is in evaluation mode and has its weights; `name` is `model.name_or_path`.
+    """
+    where = f"model.name_or_path={name!r}"
+    device = next(model.parameters()).device
+    tokens = torch.tensor([_tokens(model)], device=device)
+    changed = tokens.clone()
+    changed[0, -1] = tokens[0, 0]
+    state = _random_state(device)
+    try:
+        logits = [_logits(model, each) for each in (tokens, changed)]
+    except Exception as error:
+        raise ConfigError(f"{where}: the model cannot read a line of text: {first_line(error)}") from error
+    if not torch.equal(state, _random_state(device)):
+        raise ConfigError(
+            f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no run could be repeated"
+        )
+    first, second = (each[:, :-1].float() for each in logits)
+    if float((first - second).norm()) > _tolerance(model) * float(first.norm()):
+        raise ConfigError(
+            f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one is no task for it"
+        )
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    mask = torch.ones_like(tokens)
+    logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    return logits
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Return the relative difference that rounding can make where experts get other tokens to work on."""
+    return 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
+
+
+def _tokens(model: Any) -> list[int]:
+    """Return token ids that stand for text: none that the configuration gives a meaning, such as an image's."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    named = {value for value in model.config.to_dict().values() if isinstance(value, int)}
+    plain = [index for index in range(rows) if index not in named]
+    return (plain or [0])[-LENGTH:] if len(plain) < LENGTH else plain[:: len(plain) // LENGTH][:LENGTH]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state

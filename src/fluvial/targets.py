@@ -1,0 +1,147 @@
+"""The modules of a base model that a LoRA adapter is put on, by the names that PEFT is given."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+from torch import nn
+
+from fluvial.errors import ConfigError
+from fluvial.settings import Settings
+
+PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""What CG-FedLLM (Shepherd) adapts: the four projections of attention."""
+ALL_LINEAR = "all-linear"
+
+
+class LoraSettings(Settings):
+    """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
+    """Names of linear modules, or "all-linear" without heads and routers. By default `q_proj`,
+    `k_proj`, `v_proj`, `o_proj` where the model has all four, else what PEFT has for its architecture,
+    else "all-linear". Of a multimodal model only text modules are adapted."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value == () or (isinstance(value, tuple) and not all(value)):
+            raise ValueError("target_modules: names at least one module, or leave it out")
+        return value
+
+
+def target_names(base: Any, lora: LoraSettings) -> list[str]:
+    """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted; the base may be on the meta device.
+
+    They are the last parts of the modules' names (`q_proj`) where these say it exactly, else whole
+    names. Raises `ConfigError` naming what would fit.
+    """
+    linear = linear_modules(base)
+    fit = {name: module for name, module in linear.items() if not _is_special(name, module, base)}
+    given = lora.target_modules
+    if isinstance(given, tuple):
+        chosen = _explicit(given, linear, fit)
+    elif given == ALL_LINEAR:
+        chosen = fit
+    else:
+        chosen = _default(base, fit)
+    if not chosen:
+        raise ConfigError("lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = 'full'")
+    _check_rank(lora.r, chosen)
+    # The list is kept as it was written, unless PEFT would also find a module of that name elsewhere.
+    short = sorted(set(given) if isinstance(given, tuple) else {_leaf(name) for name in chosen})
+    everything = (name for name, _ in base.named_modules())
+    return short if _matching(short, everything) == chosen.keys() else sorted(chosen)
+
+
+def linear_modules(base: Any) -> dict[str, Any]:
+    """Return the linear layers (and GPT-2's Conv1D) that read text, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    text = text_modules(base)
+    return {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module.weight.dim() == 2 and (text is None or id(module) in text)
+    }
+
+
+def text_modules(base: Any) -> set[int] | None:
+    """Return the ids of the modules that a multimodal `base` reads text with, None for a text model."""
+    if base.config.get_text_config() is base.config:
+        return None
+    parts = [base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()]
+    return {id(module) for part in parts if part is not None for module in part.modules()}
+
+
+_ROUTER = re.compile(r"(^|\.)(\w+_)?(router|routers|gate|gating|gate_weight|expert_gate)(\.|$)")
+_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
+
+
+def _is_special(name: str, module: Any, base: Any) -> bool:
+    """Return whether a linear module is adapted only where it is named: a head, a router, or one that PEFT mistakes."""
+    head = base.get_output_embeddings()
+    if module is head or (head is not None and module.weight is getattr(head, "weight", None)):
+        return True
+    if _ROUTER.search(name):
+        return True
+    parent = base.get_submodule(name.rpartition(".")[0])
+    # The fused kernels of state-space layers take the weights of these two and pass an adapter by.
+    if _leaf(name) in ("out_proj", "dt_proj") and hasattr(parent, "A_log"):
+        return True
+    # PEFT takes these names for the experts where all experts of a layer are one tensor.
+    return _leaf(name) in _EXPERTS and _has_fused_experts(base)
+
+
+def _has_fused_experts(base: Any) -> bool:
+    return any(p.dim() == 3 and ".experts." in name for name, p in base.named_parameters())
+
+
+def _explicit(given: Iterable[str], linear: dict[str, Any], proposed: dict[str, Any]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    for target in given:
+        found = _matching([target], linear)
+        if not found:
+            known = sorted({_leaf(name) for name in proposed})
+            raise ConfigError(
+                f"lora.target_modules: the model has no linear module {target!r}; it has {', '.join(known) or 'none'}"
+            )
+        chosen |= {name: linear[name] for name in found}
+    return chosen
+
+
+def _default(base: Any, fit: dict[str, Any]) -> dict[str, Any]:
+    """Return the paper's four projections, else PEFT's choice for the architecture, else all that fit."""
+    leaves = {_leaf(name) for name in fit}
+    if leaves.issuperset(PAPER_TARGETS):
+        return {name: module for name, module in fit.items() if _leaf(name) in PAPER_TARGETS}
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
+
+    usual = TABLE.get(base.config.get_text_config().model_type) or TABLE.get(base.config.model_type) or []
+    found = _matching(usual, fit) if isinstance(usual, list) else {name for name in fit if re.fullmatch(usual, name)}
+    return {name: fit[name] for name in found} or fit
+
+
+def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
+    """Return the names that PEFT matches with a list of targets: equal, or ending with one after a dot."""
+    wanted = tuple(targets)
+    return {name for name in names if name in wanted or name.endswith(tuple(f".{each}" for each in wanted))}
+
+
+def _check_rank(rank: int, chosen: dict[str, Any]) -> None:
+    for name, module in chosen.items():
+        smallest = min(module.weight.shape)
+        if rank > smallest:
+            raise ConfigError(
+                f"lora.r={rank} exceeds dimension {smallest} of {_leaf(name)!r}; choose at most {smallest}"
+            )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
