@@ -26,6 +26,7 @@ from rich.progress import (
 
 from fluvial import __version__, interrupt
 from fluvial.errors import ConfigError, FluvialError
+from fluvial.remaining import Remaining
 
 if TYPE_CHECKING:
     from fluvial.config import RunConfig
@@ -106,14 +107,25 @@ def run(
 
 
 @app.command()
-def check(config: ConfigPath, overrides: Overrides = None, format: Format = "table") -> None:
+def check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    time_it: Annotated[
+        bool, typer.Option("--time", help="Load the model, time an optimizer step, predict a round.")
+    ] = False,
+    format: Format = "table",
+) -> None:
     """Check a configuration and its data, and print parameters, bytes and memory, without training."""
     settings = _load(config, overrides)
-    with err.status("loading model configuration and data"):
+    with _telling("loading model configuration and data"):
         from fluvial.plan import plan
         from fluvial.plan_tables import plan_table
 
         planned = plan(settings)
+        if time_it:
+            from fluvial.timing import timed
+
+            planned = timed(settings, planned)
     _print(planned, format, plan_table)
 
 
@@ -388,26 +400,33 @@ class _Watch(logging.Handler):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("[dim]{task.fields[doing]}"),
             console=err,
             transient=True,
             disable=quiet,
         )
-        total = settings.rounds * (1 + len(settings.compare))
-        self.task = self.bar.add_task("loading the model", total=total, doing="")
+        runs = [(name, settings.rounds) for name in (*settings.compare, settings.method.name)]
+        self.remaining = Remaining(runs)
+        total = settings.rounds * len(runs)
+        self.task = self.bar.add_task("loading the model", total=total, doing="", left="")
         self.method = ""
 
     def emit(self, record: logging.LogRecord) -> None:
         """A log message of the library."""
         if record.levelno < logging.WARNING:
-            self.bar.update(self.task, doing=record.getMessage()[:60])
+            self.remaining.heard(record)
+            left = self.remaining.words()
+            self.bar.update(self.task, doing=record.getMessage()[:60], left=left)
             if not self.quiet:
-                _now_and_then(record)
+                _now_and_then(record, left)
 
     def show(self, event: Any) -> None:
         """One line for a round; the header once for each method."""
         from fluvial import show
 
+        if event.kind == "result":
+            self.remaining.finished(event.method)
         if self.quiet or event.kind == "result":
             return
         if event.method != self.method:
@@ -418,7 +437,9 @@ class _Watch(logging.Handler):
                 self.bar.console.print(line)
         if event.kind == "round":
             self.bar.console.print(show.round_line(event.values))
-            self.bar.update(self.task, advance=1, description=event.method)
+            number, seconds = event.values["round"], event.values["seconds"]
+            self.remaining.round(event.method, number, self.settings.rounds, seconds)
+            self.bar.update(self.task, advance=1, description=event.method, left=self.remaining.words())
 
 
 class _Line(logging.Handler):
@@ -438,12 +459,13 @@ class _Line(logging.Handler):
 _told = time.monotonic()
 
 
-def _now_and_then(record: logging.LogRecord) -> None:
+def _now_and_then(record: logging.LogRecord, left: str = "") -> None:
     """Where no bar can move, as in a log file, a line every ten seconds."""
     global _told
     if not err.is_terminal and time.monotonic() - _told > 10:
         _told = time.monotonic()
-        err.print(record.getMessage(), style="dim", markup=False)
+        words = record.getMessage() + (f" ({left})" if left else "")
+        err.print(words, style="dim", markup=False)
 
 
 @contextmanager
