@@ -252,10 +252,11 @@ def _check_latent(codec: CodecSettings, layout: Layout) -> None:
     if kind is None or not issubclass(kind, LatentCodec):
         raise ConfigError(f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'")
     if kind.side_size(codec, layout):
+        bare = "set codec.normalise='none', " if name == "resnet" else ""
         raise ConfigError(
             f"method.privacy.placement='latent': codec {name!r} sends scales of the undisturbed "
-            "update beside its latent, which epsilon does not count; set codec.normalise='none', "
-            "use codec 'klt', or choose placement='update'"
+            f"update beside its latent, which epsilon does not count; {bare}use codec 'klt', or "
+            "choose placement='update'"
         )
 
 

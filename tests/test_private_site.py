@@ -1,0 +1,195 @@
+"""What one private site releases, whatever a server asks of it and installs at it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from fluvial import noise
+from fluvial.codecs import CODECS, build
+from fluvial.codecs.base import LearnedCodec
+from fluvial.codecs.resnet import ResNet, ResNetSettings
+from fluvial.config import parse
+from fluvial.data import SiteTexts
+from fluvial.errors import PrivacyError, WireError
+from fluvial.methods import cgfedllm
+from fluvial.methods.cgfedllm import privacy
+from fluvial.methods.link.uplink import published
+from fluvial.models import Workbench, initial_state
+from fluvial.payload import Payload, Value, payload_frame
+from fluvial.releases import count_releases
+from fluvial.run import site_of, tasks_of
+from fluvial.seeds import generator
+from fluvial.sites import Site, adapter_message
+from fluvial.store import StateStore
+from fluvial.tensors import Named, scale
+from fluvial.train import TrainReport
+from tests.test_what_leaves import BARE, CODEC_TABLES, KLT, PUBLIC, cgfedllm_table, promised
+
+KEY = bytes(range(32))
+
+
+class Bed:
+    """The sites of a private run, to be asked what a server would not ask."""
+
+    def __init__(self, table: dict[str, Any], folder: Path) -> None:
+        self.config = parse(table, "test")
+        self.bench = Workbench(self.config.model, self.config.adapter)
+        self.texts = SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
+        self.store = StateStore(folder)
+        self.start = initial_state(self.bench.layout, self.config.seed)
+
+    def site(self, name: str = "north") -> Site:
+        return site_of(self.config, name, self.bench, self.texts, self.store)
+
+    def ask(self, name: str = "north", *, round: int = 1, start: Named | None = None) -> bytes:
+        """The frame that leaves; it must be all that leaves."""
+        message = adapter_message(start or self.start, round=round)
+        answer = tasks_of(self.config)["train"](self.site(name), message)
+        assert set(answer.tensors) == {"f"}
+        assert answer.values == {}
+        return payload_frame(answer)
+
+    def released(self, frame: bytes) -> Tensor:
+        codec = build(self.config.coding, self.bench.layout)
+        return self.bench.layout.flatten(codec.decode(frame))
+
+
+def bed(run_config: dict[str, Any], folder: Path, codec: dict[str, Any] | None = None, **changes: Any) -> Bed:
+    method = cgfedllm_table(promised("update") | changes)
+    return Bed(run_config | {"method": method, "codec": codec or {"name": "identity"}}, folder)
+
+
+def test_what_left_minus_the_update_is_gaussian_and_not_the_seeds_noise(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of before drew `randn` from seed, round and site name, and read the update at any epsilon."""
+    clipped: list[Tensor] = []
+    disturb = noise.disturb
+
+    def spy(steps: Any, std: float, key: bytes) -> Tensor:
+        clipped.append(torch.from_numpy(steps * noise.grid_of(std)))
+        return disturb(steps, std, key)
+
+    monkeypatch.setattr(noise, "disturb", spy)
+    found = bed(run_config, tmp_path, noise_multiplier=4.0)
+    std = 4.0 * 0.05
+    released = found.released(found.ask()).double()
+    drawn = (released - clipped[0]) / std
+    assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-4
+    assert float(clipped[0].norm()) <= 0.05
+
+    layout, random = found.bench.layout, generator(found.config.seed, "privacy", 1, "north")
+    shapes = dict(layout.shapes)
+    of_seed = {name: torch.randn(shapes[name], generator=random) for name in sorted(shapes)}
+    guess = layout.flatten(of_seed).double()
+    tolerance = 5 / np.sqrt(len(drawn))
+    assert abs(float(torch.nn.functional.cosine_similarity(drawn, guess, dim=0))) < tolerance
+    left_over = released - std * guess
+    assert abs(float(torch.nn.functional.cosine_similarity(left_over, clipped[0], dim=0))) < tolerance + 0.05
+
+
+def test_a_retry_and_another_process_release_the_same_bytes(run_config: dict[str, Any], tmp_path: Path) -> None:
+    first = bed(run_config, tmp_path).ask()
+    assert bed(run_config, tmp_path).ask() == first
+    assert count_releases(StateStore(tmp_path).private("north")) == 1
+    assert bed(run_config, tmp_path / "elsewhere").ask() != first
+
+
+def test_a_server_that_asks_again_with_other_models_gets_no_more_than_the_rounds(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The run has two rounds: a third release is refused, whatever round it is asked for."""
+    found = bed(run_config, tmp_path)
+    frames = {found.ask(), found.ask(start=scale(found.start, 1.001))}
+    assert len(frames) == 2
+    for round in (1, 2, 99):
+        with pytest.raises(PrivacyError, match="epsilon counts 2"):
+            found.ask(round=round, start=scale(found.start, 1.002))
+    assert found.ask() in frames
+
+
+def test_a_second_request_gets_noise_of_its_own_even_for_the_same_update(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else equal bytes would tell that two updates are equal."""
+    found = bed(run_config, tmp_path)
+    update = constant(found)
+    monkeypatch.setattr(cgfedllm, "train_locally", lambda *_, **__: (update, None))
+    one, two = (found.released(found.ask(start=start)) for start in (found.start, scale(found.start, 1.001)))
+    assert float(torch.nn.functional.cosine_similarity(one, two, dim=0)) < 0.5
+
+
+def constant(found: Bed, size: float = 1.0) -> Named:
+    random = torch.Generator().manual_seed(3)
+    return {name: size * torch.randn(shape, generator=random) for name, shape in found.bench.layout.shapes}
+
+
+def installed(found: Bed, *sites: str) -> None:
+    """Give these sites the codec of the run, fitted if it learns."""
+    settings, layout = found.config.coding, found.bench.layout
+    kind = CODECS[settings.name]
+    if issubclass(kind, LearnedCodec):
+        codec = kind.fit(settings, layout, [constant(found), constant(found, 0.5)], seed=0)
+        for site in sites:
+            found.store.write(site, "codec", published(codec, 1, decoder=False), 0)
+
+
+PRIVATE = [("update", name, settings, 4.0) for name, settings in CODEC_TABLES.items()] + [
+    ("latent", "klt", CODEC_TABLES["klt"], 4.0),
+    ("latent", "resnet", CODEC_TABLES["resnet"] | BARE, 1.0),  # not linear: only the same update has the same latent
+]
+
+
+@pytest.mark.parametrize(
+    ("placement", "codec", "settings", "size"), PRIVATE, ids=lambda each: each if isinstance(each, str) else ""
+)
+def test_what_leaves_is_a_function_of_the_disturbed_vector_alone(
+    placement: str,
+    codec: str,
+    settings: dict[str, Any],
+    size: float,
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Other records, another loss, another count, an update of another length before it is clipped: equal bytes."""
+    monkeypatch.setattr(privacy, "claim", lambda *_: KEY)
+    monkeypatch.setattr(cgfedllm, "derive", lambda *_: 7)  # codecs draw by the site's name, which is public
+    found = bed(run_config, tmp_path, {"name": codec, **settings}, placement=placement, clip_norm=0.01)
+    installed(found, "north", "west")
+    frames = set()
+    for site, length, loss in (("north", 1.0, 0.5), ("west", size, 9.0)):  # powers of two scale without rounding
+        update = constant(found, length)
+        report = TrainReport(steps=3, label_tokens=int(loss), loss=loss, grad_norm=loss, weights=update)
+        monkeypatch.setattr(cgfedllm, "train_locally", lambda *_, told=report, **__: (told.weights, told))
+        frames.add(found.ask(site))
+    assert len(frames) == 1
+
+
+def test_an_installed_codec_with_error_feedback_gets_no_residual(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """What a server installs is its own choice; nothing of the undisturbed update is kept or sent for it."""
+    method = cgfedllm_table(promised("update"), tgap=PUBLIC)
+    found = Bed(run_config | {"method": method, "codec": KLT}, tmp_path)
+    settings: Value = {"name": "int8", "error_feedback": True}
+    found.store.write("north", "codec", Payload(values={"settings": settings, "version": 1, "learned": {}}), 0)
+    site = found.site()
+    tasks_of(found.config)["train"](site, adapter_message(found.start, round=1))
+    assert "residual" not in site.kept
+
+
+def test_an_installed_codec_that_tells_of_the_update_is_refused(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Under placement latent a server installs one whose frame has scales of the undisturbed update."""
+    method = cgfedllm_table(promised("latent"), tgap=PUBLIC)
+    found = Bed(run_config | {"method": method, "codec": KLT}, tmp_path)
+    layout = found.bench.layout
+    settings = ResNetSettings(**CODEC_TABLES["resnet"])
+    codec = ResNet.fit(settings, layout, [constant(found)], seed=0)
+    found.store.write("north", "codec", published(codec, 1, decoder=False), 0)
+    with pytest.raises(WireError, match="tells of the update beside its latent"):
+        found.ask()
+    assert count_releases(found.store.private("north")) == 0
