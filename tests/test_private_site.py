@@ -16,6 +16,7 @@ from fluvial.codecs.resnet import ResNet, ResNetSettings
 from fluvial.config import parse
 from fluvial.data import SiteTexts
 from fluvial.errors import PrivacyError, WireError
+from fluvial.journal import Header
 from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.link.uplink import published
@@ -24,7 +25,9 @@ from fluvial.payload import Payload, Value, payload_frame
 from fluvial.releases import count_releases
 from fluvial.run import site_of, tasks_of
 from fluvial.seeds import generator
+from fluvial.site_file import Allowed, SiteFile
 from fluvial.sites import Site, adapter_message
+from fluvial.station import HELLO, Station
 from fluvial.store import StateStore
 from fluvial.tensors import Named, scale
 from fluvial.train import TrainReport
@@ -193,3 +196,47 @@ def test_an_installed_codec_that_tells_of_the_update_is_refused(run_config: dict
     with pytest.raises(WireError, match="tells of the update beside its latent"):
         found.ask()
     assert count_releases(found.store.private("north")) == 0
+
+
+# -- a site's own file ------------------------------------------------------------------------------------------------
+
+
+def hello(run_config: dict[str, Any], folder: Path, *, run: str, most: float = 8.0, **changes: Any) -> None:
+    """A run greets a site whose file allows epsilon `most` in all."""
+    station = Station(SiteFile(name="north", folder=folder, device="cpu", allow=Allowed(max_epsilon=most)))
+    table = run_config | {"method": cgfedllm_table(), "codec": {"name": "identity"}} | changes
+    message = Payload(values={"config": table})
+    header = Header(run=run, task=HELLO, round=0, session="one", seq=1, ack=0, base=-1)
+    station.answer(header, message.to_bytes())
+
+
+def at(epsilon: float, placement: str = "update", heldout: str = "none") -> dict[str, Any]:
+    return cgfedllm_table({"placement": placement, "clip_norm": 0.05, "epsilon": epsilon, "heldout": heldout})
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ({"name": "fedavg"}, "takes part only in runs that add noise at the site"),
+        (cgfedllm_table(), "takes part only in runs that add noise at the site"),
+        (at(1.0, "aggregate"), "takes part only in runs that add noise at the site"),
+        (at(1.0, heldout="exact"), "lets nothing leave outside epsilon"),
+        (at(8.1), "more than this site has left"),
+    ],
+)
+def test_a_site_that_bounds_epsilon_refuses_runs_beyond_it(
+    method: dict[str, Any], text: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(PrivacyError, match=text):
+        hello(run_config, tmp_path, run="one", method=method)
+
+
+def test_the_runs_of_a_site_share_its_epsilon(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """A server that begins one run after another, or greets one again with more, gets no more in all."""
+    hello(run_config, tmp_path, run="one", method=at(5.0))
+    hello(run_config, tmp_path, run="one", method=at(5.0))
+    with pytest.raises(PrivacyError, match="more than this site has left"):
+        hello(run_config, tmp_path, run="two", method=at(4.0))
+    hello(run_config, tmp_path, run="two", method=at(2.5))
+    with pytest.raises(PrivacyError, match="more than this site has left"):
+        hello(run_config, tmp_path, run="one", method=at(6.0))

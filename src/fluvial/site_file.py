@@ -20,6 +20,9 @@ class Allowed(Settings):
     """Values of model.name_or_path."""
     tensors: tuple[str, ...] = ()
     """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
+    max_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Epsilon that all runs of this site may spend together; runs without noise at the site are
+    refused. Unset, runs need not promise privacy."""
     max_bytes_up_per_round: int | None = Field(None, ge=1)
     """An answer that would be more is not sent; the server is told why."""
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fluvial.budget import check_budget, runs_before
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, FluvialError, WireError
@@ -105,6 +106,9 @@ class Station:
         ):
             if wanted and found not in wanted:
                 raise ConfigError(f"site {self.site.name!r} does not allow {what} {found!r}, but {', '.join(wanted)}")
+        folder = self._run_folder(header.run)
+        if allowed.max_epsilon is not None:
+            check_budget(config, runs_before(folder.parent, folder), allowed.max_epsilon)
         bench = self._bench(local)
         strange = [name for name in bench.layout.names if not _matches(name, allowed.tensors)]
         if strange:
@@ -113,7 +117,7 @@ class Station:
                 f"allows {', '.join(allowed.tensors)}"
             )
         self._data(local, bench).load(self._name(local))
-        folder, name = self._run_folder(header.run), self._name(config)
+        name = self._name(config)
         known = Journal(folder, name).begun
         write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())
         return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})

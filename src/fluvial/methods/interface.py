@@ -85,6 +85,8 @@ class Forecast:
 class Promise:
     """Differential privacy that a configured method promises, as the rest of a run must respect it."""
 
+    at_site: bool
+    """Whether the sites add the noise, so that the server need not be trusted."""
     tasks: frozenset[str]
     """Tasks that a site answers; through others something would leave that epsilon does not count."""
     measures: bool

@@ -91,7 +91,8 @@ class PrivacyConfig(Settings):
                 "outside": [OUTSIDE] if measured else [],
             }
 
-        return Promise(frozenset({"train", "install", *measured}), bool(measured), report)
+        tasks = frozenset({"train", "install", *measured})
+        return Promise(self.at_site, tasks, bool(measured), report)
 
 
 @cache
