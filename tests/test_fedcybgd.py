@@ -353,7 +353,7 @@ def test_the_centralised_twin_is_block_after_block_on_the_union(stage: Stage) ->
             with oracle.bench.model(state, trainable=oracle.names(block)) as model:
                 train(
                     model,
-                    oracle.texts.load(POOLED).train,
+                    oracle.texts.pooled().train,
                     oracle.config.train,
                     pad_token_id=0,
                     generator=generator(oracle.config.seed, "train", block, cycle, POOLED),

@@ -21,7 +21,7 @@ from fluvial.choices import (
     read_choices,
     score,
 )
-from fluvial.data import POOLED, DataConfig, Question, SiteData, SiteTexts
+from fluvial.data import DataConfig, Question, SiteData, SiteTexts
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.evaluate import check_effect, exact_match, heldout
@@ -170,7 +170,7 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
 
 def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
     check_length(bench.context, data.max_length)
-    return SiteTexts(data, bench.tokenizer, seed=seed).load(POOLED)
+    return SiteTexts(data, bench.tokenizer, seed=seed).pooled()
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:

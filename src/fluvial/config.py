@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import Field, ValidationError, model_validator
 
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
-from fluvial.data import DataConfig
+from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
 from fluvial.fleet import FleetConfig
 from fluvial.methods import METHODS, Method, MethodConfig
@@ -170,7 +170,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for line in overrides:
         table = merge(table, override(line))
-    return parse(table, f"{path} with --set" if overrides else str(path))
+    return _with_template(parse(table, f"{path} with --set" if overrides else str(path)))
+
+
+def _with_template(config: RunConfig) -> RunConfig:
+    """Return `config` with the text of the chat template's file, so that a site needs no file of the server's."""
+    chosen = config.data.chat_template
+    if chosen is None:
+        return config
+    data = config.data.model_copy(update={"chat_template": inlined_template(chosen, Path())})
+    return config.model_copy(update={"data": data})
 
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:

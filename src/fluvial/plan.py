@@ -1,5 +1,6 @@
 """What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ def plan(config: RunConfig) -> dict[str, Any]:
     layout = tuned_layout(meta_base(config.model), config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
     check_settings(config, layout, base, texts)
+    remarks = texts.check()
     sites, steps = [], 0
     for name in (POOLED,) if config.entry.pooled else texts.names:
-        data = texts.load(name)
+        data = texts.pooled() if config.entry.pooled else texts.load(name)
         steps = max(steps, config.train.steps(len(data.train)))
         sites.append(
             {
@@ -50,6 +52,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
                 "train": len(data.train),
                 "heldout": len(data.heldout),
                 "truncated_records": data.truncated_records,
+                "dropped_records": data.dropped_records,
             }
         )
     trained = config.entry.sent(config.method, layout)
@@ -91,7 +94,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "round_over_line_s": over_line,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
-        "notes": [*_notes(config, sites), *weights],
+        "notes": [*_notes(config, remarks), *weights],
     }
 
 
@@ -125,11 +128,8 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
     return {"site": name, "form": config.data.form, "sequences": sequences}
 
 
-def _notes(config: RunConfig, sites: list[dict[str, Any]]) -> list[str]:
-    notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method)]
-    cut = sum(site["truncated_records"] for site in sites)
-    if cut:
-        notes.append(f"{cut} records are longer than data.max_length={config.data.max_length} and are cut at the end")
+def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
+    notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method), *remarks]
     if isinstance(config.coding, AutoSettings):
         notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
     elif must_learn(config.coding):

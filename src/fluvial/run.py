@@ -20,7 +20,7 @@ from torch import nn
 from fluvial import __version__, exported
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
-from fluvial.data import POOLED, Example, SiteData, SiteTexts
+from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
 from fluvial.errors import CheckpointError, GateError
 from fluvial.evaluate import Heldout, check_effect
 from fluvial.fleet import Fleet
@@ -83,7 +83,7 @@ def site_of(config: RunConfig, name: str, bench: Workbench, texts: SiteTexts, st
         name=name,
         seed=config.seed,
         workbench=bench,
-        load=lambda: texts.load(name),
+        load=texts.pooled if config.entry.pooled else partial(texts.load, name),
         train=_train_config(config, len(texts.names)),
         codec=config.coding,
         method=config.method,
@@ -137,6 +137,9 @@ def execute(
         known = texts(config, bench) if texts else SiteTexts(config.data, bench.tokenizer, seed=config.seed)
         for each, _ in runs:
             check_settings(each, bench.layout, bench.blank(), known)
+        if isinstance(known, SiteTexts):
+            for remark in known.check():
+                logger.warning("%s", remark)
         main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
@@ -457,8 +460,10 @@ class Run:
         partial = self.folder.path / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         self.bench.save(adapter, partial)
-        template = self.bench.tokenizer.chat_template if getattr(self.config.data, "chat_template", None) else None
-        exported.write(partial, __version__, self.config.resolved(), template)
+        chosen = self.config.data.chat_template
+        if chosen is not None:
+            with_template(self.bench.tokenizer, chosen).save_pretrained(str(partial))
+        exported.write(partial, __version__, self.config.resolved(), chosen)
         (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
         for path in sorted(partial.glob("*.safetensors")):

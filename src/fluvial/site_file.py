@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from fluvial.config import explain
+from fluvial.data import Numbers, SourceSettings
 from fluvial.errors import ConfigError
 from fluvial.settings import Settings
 
@@ -27,14 +28,17 @@ class Allowed(Settings):
     """An answer that would be more is not sent; the server is told why."""
 
 
-class SiteData(Settings):
+class SiteData(SourceSettings):
     """The site's own records, in place of those that the run names; settings as in the run's [data]."""
 
     source: str
     """A file or folder; a relative one lies beside site.toml."""
     heldout_source: str | None = None
-    form: str | None = None
-    columns: dict[str, str] | None = None
+    """Held-out records of the site."""
+    heldout: SourceSettings | None = None
+    """How `heldout_source` is read, where it differs."""
+    numbers: Numbers | None = None
+    """JSON numbers where a text is needed: "refuse" or "text"."""
 
 
 class SiteFile(Settings):

@@ -8,6 +8,7 @@ Before a run begins the two sides compare what must be equal; the site's own fil
 import fnmatch
 import hashlib
 import json
+import logging
 import time
 import traceback
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
 from fluvial.site_file import SiteFile
 from fluvial.store import write_atomically
+
+logger = logging.getLogger(__name__)
 
 HELLO = "hello"
 """The task that brings a run's configuration to a site."""
@@ -116,7 +119,10 @@ class Station:
                 f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more); its file "
                 f"allows {', '.join(allowed.tensors)}"
             )
-        self._data(local, bench).load(self._name(local))
+        texts = self._data(local, bench)
+        _ = texts.pooled() if config.entry.pooled else texts.load(self.site.name)
+        for note in texts.notes:
+            logger.warning("%s", note)
         name = self._name(config)
         known = Journal(folder, name).begun
         write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())

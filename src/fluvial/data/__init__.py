@@ -1,16 +1,26 @@
 """Text of the sites: where it comes from, how it is split, how it becomes tokens and labels."""
 
-from fluvial.data.records import IGNORE_INDEX, Example, Question, Tokenized, tokenize
-from fluvial.data.sources import POOLED, DataConfig, SiteData, SiteTexts
+from fluvial.data.config import DataConfig, SourceSettings
+from fluvial.data.examples import IGNORE_INDEX, Example, Question
+from fluvial.data.faults import DataError
+from fluvial.data.records import Numbers
+from fluvial.data.templates import inlined_template, with_template
+from fluvial.data.texts import POOLED, SiteData, SiteTexts
+from fluvial.data.tokenise import Tokenized, tokenize
 
 __all__ = [
     "IGNORE_INDEX",
     "POOLED",
     "DataConfig",
+    "DataError",
     "Example",
+    "Numbers",
     "Question",
     "SiteData",
     "SiteTexts",
+    "SourceSettings",
     "Tokenized",
+    "inlined_template",
     "tokenize",
+    "with_template",
 ]

@@ -1,12 +1,13 @@
 """How one data set becomes many sites. The splitting itself is flwr-datasets'."""
 
+import unicodedata
 import warnings
-from contextlib import redirect_stderr
-from io import StringIO
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
 from fluvial.settings import Settings
 
@@ -55,53 +56,80 @@ class Files(Settings):
     by: Literal["file"] = "file"
 
 
+CLASS = "class"
+"""Column of the table that partitioners draw from."""
+
 Partition = Annotated[Natural | Iid | Dirichlet | Shards | Files, Field(discriminator="by")]
 
 
-def split(dataset: Any, partition: Natural | Iid | Dirichlet | Shards, seed: int) -> dict[str, Any]:
-    """Disjoint parts of `dataset` (a `datasets.Dataset`) by site name.
+Drawn = Natural | Iid | Dirichlet | Shards
+"""Partitions of one list of records."""
 
-    The parts cover it, save that shards are of equal size: what does not fill one for everybody is left out.
 
-    Raises `ConfigError` for a missing column or a split that cannot be made.
+def split(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int) -> dict[str, list[int]]:
+    """Return disjoint parts of `count` records, as their numbers from 0, by site name.
+
+    `classes` has the text of `partition.column` for each record, None for `Iid`. The parts cover all records, save
+    that shards are of equal size: what does not fill one for each site is left out. Raise `ConfigError` for a split
+    that cannot be made.
     """
+    if isinstance(partition, Natural):
+        assert classes is not None, "a column has values"
+        return _by_class(classes, partition.largest)
+    if partition.sites > count:
+        raise ConfigError(f"data.partition.sites={partition.sites}: there are only {count} records")
+    parts = _drawn(classes, count, partition, seed)
+    width = len(str(len(parts) - 1))
+    return {f"site-{number:0{width}}": part for number, part in enumerate(parts)}
+
+
+def _by_class(classes: Sequence[str], largest: int | None) -> dict[str, list[int]]:
+    named: dict[str, list[int]] = {}
+    for number, name in enumerate(classes):
+        named.setdefault(name, []).append(number)
+    kept = sorted(named, key=lambda name: (-len(named[name]), name))[:largest]
+    return {name: named[name] for name in sorted(kept)}
+
+
+def _drawn(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int) -> list[list[int]]:
+    """Return the parts that a partitioner of flwr-datasets makes."""
+    import datasets
     from flwr_datasets import partitioner as flower
 
-    if not isinstance(partition, Iid) and partition.column not in dataset.column_names:
-        raise ConfigError(
-            f"data.partition.column={partition.column!r}: the data has the columns {', '.join(dataset.column_names)}"
-        )
-    if not isinstance(partition, Iid):
-        blank = next((number for number, value in enumerate(dataset[partition.column]) if value is None), None)
-        if blank is not None:
-            raise ConfigError(f"data.partition.column={partition.column!r}: record {blank + 1} has no such field")
-    if isinstance(partition, Natural):
-        chosen = flower.NaturalIdPartitioner(partition.column)
-    elif isinstance(partition, Iid):
+    dataset = datasets.Dataset.from_dict({"record": range(count)} | ({} if classes is None else {CLASS: classes}))
+    chosen: Any
+    if isinstance(partition, Iid):
         dataset = dataset.shuffle(seed=seed)  # flwr-datasets' IID split takes records in their order
         chosen = flower.IidPartitioner(partition.sites)
     elif isinstance(partition, Dirichlet):
-        chosen = flower.DirichletPartitioner(
-            partition.sites, partition.column, partition.alpha, partition.min_records, seed=seed
-        )
+        chosen = flower.DirichletPartitioner(partition.sites, CLASS, partition.alpha, partition.min_records, seed=seed)
     else:
+        assert isinstance(partition, Shards), "the last of the kinds"
         chosen = flower.ShardPartitioner(
-            partition.sites, partition.column, num_shards_per_partition=partition.shards_per_site, seed=seed
+            partition.sites, CLASS, num_shards_per_partition=partition.shards_per_site, seed=seed
         )
-    if not isinstance(partition, Natural) and partition.sites > len(dataset):
-        raise ConfigError(f"data.partition.sites={partition.sites}: there are only {len(dataset)} records")
     chosen.dataset = dataset
     try:
-        # Its natural partitioner draws a progress bar of its own into standard error.
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The specified min_partition_size")  # it tries again, then raises
             warnings.filterwarnings("ignore", category=FutureWarning, module="pyarrow")
-            parts = [chosen.load_partition(number) for number in range(chosen.num_partitions)]
+            return [list(chosen.load_partition(number)["record"]) for number in range(chosen.num_partitions)]
     except (ValueError, ZeroDivisionError) as error:  # the latter for fewer records than shards
-        raise ConfigError(f"data.partition: {partition!r} cannot split {len(dataset)} records: {error}") from error
-    if isinstance(partition, Natural):
-        named = {str(part[0][partition.column]): part for part in parts}
-        largest = sorted(named, key=lambda name: (-len(named[name]), name))[: partition.largest]
-        return {name: named[name] for name in sorted(largest)}
-    width = len(str(len(parts) - 1))
-    return {f"site-{number:0{width}}": part for number, part in enumerate(parts)}
+        raise ConfigError(f"data.partition: {partition!r} cannot split {count} records: {error}") from error
+
+
+def alike(sites: Mapping[str, int]) -> list[str]:
+    """Return a remark for each group of site names that differ in blanks, case or Unicode form only.
+
+    `sites` has the number of records of each site.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sites:
+        folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(folded, []).append(name)
+    return [
+        f"the sites {' and '.join(f'{shown(name)} ({sites[name]} records)' for name in names)} differ only in blanks, "
+        "case or Unicode form, and are taken as different sites"
+        for names in groups.values()
+        if len(names) > 1
+    ]

@@ -1,0 +1,100 @@
+"""Conversations to tokens and labels, by a tokenizer's chat template."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from fluvial.data.examples import IGNORE_INDEX, Example
+from fluvial.data.faults import printable
+from fluvial.data.records import Message
+from fluvial.errors import ConfigError
+
+TODAY = datetime(2024, 7, 26)
+"""The day that a template is told when it asks for today's, so that tokens do not depend on the day of the run."""
+
+
+def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str) -> Example:
+    """Return the whole conversation by the tokenizer's own chat template; labels on the assistant's turns.
+
+    Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in two ways.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            f'{place}: the tokenizer has no chat template; set data.chat_template to a known one, such as "chatml", '
+            "or to a file"
+        )
+    if loss_on != "all" and all(message["role"] != "assistant" for message in messages):
+        raise ConfigError(f"{place}: the conversation has no turn of the assistant to learn; remove the record")
+    rendered = _render(place, messages, tokenizer)
+    _refuse_omissions(place, messages, rendered)
+    spans = [] if loss_on == "all" else _spans(place, messages, tokenizer, rendered)
+    ids, offsets = _tokens(place, rendered, tokenizer)
+    if loss_on == "all":
+        return Example(ids, list(ids))
+    labels = [
+        token if any(begin < to and since < end for begin, end in spans) else IGNORE_INDEX
+        for token, (since, to) in zip(ids, offsets, strict=True)
+    ]
+    return Example(ids, labels)
+
+
+def _spans(place: object, messages: Sequence[Message], tokenizer: Any, rendered: str) -> list[tuple[int, int]]:
+    """Return where the assistant's turns stand in `rendered`, in characters."""
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        end = _render(place, messages[: turn + 1], tokenizer)
+        if turn == 0:  # there is no conversation before it to render, so its header ends where its content begins
+            start = end[: max(0, end.find(message["content"].strip()))]
+        else:
+            start = _render(place, messages[:turn], tokenizer, add_generation_prompt=True)
+        if not (rendered.startswith(end) and end.startswith(start)):
+            raise ConfigError(
+                f"{place}: the tokenizer's chat template renders turn {turn + 1} differently inside the whole "
+                "conversation, so its tokens cannot be told apart; keep one assistant turn a record, or set "
+                "data.loss_on='all'"
+            )
+        spans.append((len(start), len(end)))
+    return spans
+
+
+def _tokens(place: object, rendered: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return token ids and their places in `rendered`; the template has put BOS where the model wants it."""
+    try:
+        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except NotImplementedError:
+        raise ConfigError(
+            f"{place}: the tokenizer cannot say where its tokens stand, which the loss on the assistant's turns needs; "
+            "use a model folder with a tokenizer.json"
+        ) from None
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:  # one by the template, one by the tokenizer
+        return ids[1:], offsets[1:]
+    return ids, offsets
+
+
+def _refuse_omissions(place: object, messages: Sequence[Message], rendered: str) -> None:
+    for number, message in enumerate(messages, start=1):
+        if message["role"] != "assistant" and message["content"].strip() not in rendered:
+            raise ConfigError(
+                f"{place}: the tokenizer's chat template leaves out or changes turn {number} (role "
+                f"{message['role']}); set data.chat_template to another one, or remove the turn"
+            )
+
+
+def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=TODAY.strftime,
+        )
+    except Exception as error:  # a template is a program: it may raise whatever a program raises
+        said = printable(str(error).strip().partition("\n")[0])[:120]
+        raise ConfigError(
+            f"{place}: the tokenizer's chat template refuses the conversation: {said or type(error).__name__}"
+        ) from error
+    return text

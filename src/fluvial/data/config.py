@@ -1,0 +1,162 @@
+"""The settings of the data: which text, in which form, how read, how split."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fluvial.data.examples import Overlong
+from fluvial.data.files import UTF8, known_encoding
+from fluvial.data.forms import FIELDS, Form
+from fluvial.data.partition import Iid, Partition
+from fluvial.data.records import Numbers
+from fluvial.settings import Settings
+
+STDLIB = "stdlib"
+READING = ("form", "columns", "encoding", "delimiter")
+"""Settings that each source may have of its own."""
+
+
+class SourceSettings(Settings):
+    """How one source is read, where it differs from what [data] says."""
+
+    form: Literal["auto", Form] | None = None
+    """Form of its records."""
+    columns: dict[str, str] | None = None
+    """Its columns, our field = your column; {} for none that are renamed."""
+    encoding: str | None = None
+    """Encoding of its files."""
+    delimiter: str | None = None
+    """Character between the columns of its CSV files."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> "SourceSettings":
+        check_reading(self.columns, self.encoding, self.delimiter)
+        return self
+
+
+class DataConfig(Settings):
+    """Which text, in which form, split how."""
+
+    source: str = STDLIB
+    """"stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of them, a `save_to_disk` folder, a hub id."""
+    split: str = "train"
+    """Split of a hub id or of a saved `DatasetDict`."""
+    heldout_source: str | None = None
+    """Held-out records, split over the sites by the same column."""
+    heldout_split: str | None = None
+    """Split of a hub id or saved data set with the held-out records."""
+    heldout_share: float = Field(0.1, gt=0, lt=1)
+    """Share of each site's records that is never trained on, when no held-out source is named."""
+    public_source: str | None = None
+    """Text that belongs to no site and that the server may read: what a codec is pre-trained on."""
+    form: Literal["auto", Form] = "auto"
+    """Form of a record; "auto" tells by its fields. A txt file always has the form "text"."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field = your column, such as {completion = "answer"}."""
+    encoding: str = UTF8
+    """Encoding of text files, by Python's names: "utf-8" (with or without a byte order mark), "cp1252", "utf-16"."""
+    delimiter: str | None = None
+    """Character between the columns of CSV files; unset, the comma, in tsv files the tab."""
+    numbers: Numbers = "refuse"
+    """JSON numbers and booleans where a text is needed: refused, or taken as the text that the file has ("text")."""
+    heldout: SourceSettings | None = None
+    """How `heldout_source` is read, where it differs."""
+    public: SourceSettings | None = None
+    """How `public_source` is read, where it differs."""
+    chat_template: str | None = None
+    """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma", "mistral", "plain", a file
+    with a Jinja template, or the template itself."""
+    partition: Partition = Iid()
+    """How one data set becomes many sites; a deployed site has its own."""
+    max_length: int = Field(128, ge=8)
+    """Tokens of one sequence."""
+    overlong: Overlong = "cut"
+    """Records of more than `max_length` tokens, plain text apart, which is cut into windows: cut at the end (refused
+    where no token of the answer would stay), "shorten_prompt" (the beginning of the prompt is cut, and the end only if
+    that is not enough), "drop", or "refuse"."""
+    packing: bool = False
+    """Join sequences before cutting them to `max_length`; attention crosses the EOS between them."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """Which tokens of a conversation are learned; of plain text always all."""
+    max_heldout: int | None = Field(None, ge=1)
+    """At most this many held-out sequences for each site, the first ones."""
+
+    @model_validator(mode="after")
+    def _usable(self) -> "DataConfig":
+        check_reading(self.columns, self.encoding, self.delimiter)
+        return self
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> "DataConfig":
+        touched = self._touched()
+        if self.source == STDLIB:
+            idle = touched & {
+                "split",
+                "heldout_source",
+                "heldout_split",
+                "heldout_share",
+                "heldout",
+                "partition",
+                "chat_template",
+                "overlong",
+                "form",
+                "columns",
+            }
+            if self.public_source is None:
+                idle |= touched & {"encoding", "delimiter", "numbers"}
+            if idle:
+                raise ValueError(
+                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split"
+                )
+        if self.heldout_split == self.split and self.heldout_source in (None, self.source):
+            raise ValueError(f"heldout_split={self.heldout_split!r}: these are the records to train on; name others")
+        if "heldout_share" in touched and (self.heldout_source or self.heldout_split):
+            raise ValueError("heldout_share: without effect beside heldout_source or heldout_split; remove one")
+        if self.heldout is not None and not (self.heldout_source or self.heldout_split):
+            raise ValueError("heldout: without effect, because no heldout_source is named; remove it")
+        if self.public is not None and self.public_source is None:
+            raise ValueError("public: without effect, because no public_source is named; remove it")
+        if self.packing and "overlong" in touched:
+            raise ValueError("overlong: without effect beside packing, which joins records before cutting; remove one")
+        return self
+
+    def _touched(self) -> set[str]:
+        default = type(self).model_fields
+        return {name for name in default if getattr(self, name) != default[name].get_default(call_default_factory=True)}
+
+    def reading(self, own: SourceSettings | None = None) -> "ReadingSettings":
+        """Return how a source is read: by its own settings, where those are unset by these."""
+        given = {} if own is None else own.model_dump(exclude_none=True)
+        return ReadingSettings(
+            **({name: getattr(self, name) for name in READING} | given), numbers=self.numbers, own=frozenset(given)
+        )
+
+
+class ReadingSettings(Settings):
+    """How one source is read, with nothing unset."""
+
+    form: Literal["auto", Form]
+    columns: dict[str, str]
+    encoding: str
+    delimiter: str | None
+    numbers: Numbers
+    own: frozenset[str]
+    """Settings that were given for this source alone."""
+
+
+def check_reading(columns: Mapping[str, str] | None, encoding: str | None, delimiter: str | None) -> None:
+    """Raise `ValueError` for a renamed field, an encoding or a delimiter that cannot be."""
+    for field, column in (columns or {}).items():
+        if field in FIELDS:
+            continue
+        hint = f"fields are {', '.join(FIELDS)}"
+        if column in FIELDS:
+            hint = f"our field comes first: {{{column} = {field!r}}}"
+        raise ValueError(f"columns: {field!r:.40} is no field of a record; {hint}")
+    if encoding is not None and not known_encoding(encoding):
+        raise ValueError(
+            f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'"
+        )
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
+        raise ValueError(f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, \"\\t\"")

@@ -1,0 +1,59 @@
+"""Training sequences: token ids and labels, and how they are cut to a length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+IGNORE_INDEX = -100
+"""Label of a position without loss (PyTorch's and Hugging Face's convention)."""
+
+Overlong = Literal["cut", "shorten_prompt", "drop", "refuse"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence; `labels` equal `input_ids` or `IGNORE_INDEX`, position by position (unshifted)."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+
+    @property
+    def label_tokens(self) -> int:
+        """Positions that are predicted: labels but the first, which has nothing before it."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+    @property
+    def learns(self) -> bool:
+        """True if a position is predicted."""
+        return self.label_tokens > 0
+
+    def cut(self, start: int, end: int | None = None) -> "Example":
+        """Return the positions from `start` to `end`."""
+        return Example(self.input_ids[start:end], self.labels[start:end])
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with the answer that greedy decoding should give."""
+
+    prompt: str
+    answer: str
+
+
+def windows(example: Example, length: int) -> list[Example]:
+    """Return consecutive windows of `length` tokens; those without a label to predict are dropped."""
+    starts = range(0, len(example.input_ids), length)
+    parts = [example.cut(start, start + length) for start in starts]
+    return [part for part in parts if part.learns]
+
+
+def without_beginning(example: Example, surplus: int, first: int) -> Example:
+    """Return `example` without `surplus` tokens after its `first` ones, as far as they carry no loss.
+
+    One token before the first label stays, since a label needs something before it.
+    """
+    labelled = (place for place, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    free = next(labelled, 0) - 1 - first
+    taken = min(surplus, max(0, free))
+    ids, labels = list(example.input_ids), list(example.labels)
+    return Example(ids[:first] + ids[first + taken :], labels[:first] + labels[first + taken :])

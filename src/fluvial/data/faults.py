@@ -1,0 +1,88 @@
+"""Faults of data files, collected over all files and sites and told together."""
+
+import unicodedata
+from collections.abc import Sequence
+
+from fluvial.errors import ConfigError
+
+SHOWN = 20
+"""Faults that a message lists; the others are counted."""
+NAME_LENGTH = 60
+"""Characters of a file, column or site name that a message shows."""
+
+
+class DataError(ConfigError):
+    """One or more faults of data files.
+
+    A fault names file, line, field and remedy, and holds no text of a record. Names of columns and sites are quoted.
+    """
+
+    def __init__(self, faults: Sequence[str], count: int | None = None) -> None:
+        self.faults = tuple(faults)
+        self.count = len(faults) if count is None else count
+        super().__init__(_message(self.faults, self.count))
+
+
+class Faults:
+    """A list of faults that grows while files are read."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+        self.count = 0
+
+    def add(self, fault: str) -> None:
+        """Note one fault."""
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(fault)
+
+    def include(self, error: ConfigError) -> None:
+        """Note the faults of an error that was caught."""
+        if isinstance(error, DataError):
+            self._extend(error.faults, error.count)
+        else:
+            self.add(str(error))
+
+    def include_all(self, other: "Faults") -> None:
+        """Note the faults that were collected elsewhere."""
+        self._extend(other.first, other.count)
+
+    def _extend(self, faults: Sequence[str], count: int) -> None:
+        self.first += faults[: SHOWN - len(self.first)]
+        self.count += count
+
+    def raise_any(self) -> None:
+        """Raise `DataError` if there are faults."""
+        if self.count:
+            raise DataError(self.first, self.count)
+
+
+def _message(faults: Sequence[str], count: int) -> str:
+    if count == 1:
+        return faults[0]
+    lines = [f"{count} faults in the data:", *faults[:SHOWN]]
+    if count > len(lines) - 1:
+        lines.append(f"and {count - len(lines) + 1} more")
+    return "\n".join(lines)
+
+
+def shown(name: str) -> str:
+    """Return a name in quotes, safe for a terminal: control characters escaped, long names cut."""
+    cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
+    return repr(printable(cut)) if cut == printable(cut) else f"'{printable(cut)}'"
+
+
+def printable(text: str) -> str:
+    """Return `text` with control and format characters and lone surrogates written as escapes."""
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    marks = (
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in hidden else character
+        for character in text
+    )
+    return "".join(marks)
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Return names as a short list in quotes."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more

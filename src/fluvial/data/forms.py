@@ -1,0 +1,88 @@
+"""The forms that people keep records in, and which one a file has.
+
+| form                | fields                                                   | loss on                      |
+|---------------------|----------------------------------------------------------|------------------------------|
+| `text`              | `text`                                                   | everything                   |
+| `prompt_completion` | `prompt`, `completion`                                   | the completion and EOS       |
+| `messages`          | `messages`: list of `{"role", "content"}`                | the assistant's turns        |
+| `alpaca`            | `instruction`, `output`, optional `input`                | the output and EOS           |
+| `sharegpt`          | `conversations`: list of `{"from", "value"}`             | the turns of "gpt"           |
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, get_args
+
+from fluvial.data.faults import listed, shown
+from fluvial.errors import ConfigError
+
+Form = Literal["text", "prompt_completion", "messages", "alpaca", "sharegpt"]
+FORMS: tuple[Form, ...] = get_args(Form)
+REQUIRED_FIELDS: dict[Form, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+}
+OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {"alpaca": ("input",)}
+FIELDS = tuple(
+    dict.fromkeys(name for form in FORMS for name in (*REQUIRED_FIELDS[form], *OPTIONAL_FIELDS.get(form, ())))
+)
+"""All fields that `data.columns` may rename."""
+
+
+def fields_of(form: Form) -> tuple[str, ...]:
+    """Return the fields that a record of `form` may have."""
+    return (*REQUIRED_FIELDS[form], *OPTIONAL_FIELDS.get(form, ()))
+
+
+def detect_form(columns: Iterable[str], where: str) -> Form:
+    """Return the form whose fields are all among `columns`; raise `ConfigError` if none or several fit."""
+    present = set(columns)
+    fits = [form for form in FORMS if present.issuperset(REQUIRED_FIELDS[form])]
+    if len(fits) > 1 and "text" in fits:
+        fits.remove("text")  # many instruction sets carry a rendered `text` beside their fields
+    if len(fits) != 1:
+        known = "; ".join(f"{form}: {', '.join(REQUIRED_FIELDS[form])}" for form in FORMS)
+        found = f"[{listed(sorted(present))}]"
+        raise ConfigError(
+            f"{where}: fields {found} fit {'no form' if not fits else ' and '.join(fits)}. Set data.form, or "
+            f"rename fields with data.columns, such as {{completion = 'answer'}}{_near(present)}. Forms and their "
+            f"fields: {known}"
+        )
+    return fits[0]
+
+
+def _near(columns: Iterable[str]) -> str:
+    """Return a hint for columns that differ from a field in blanks and case only."""
+    near = {name.strip().casefold(): name for name in sorted(columns) if name not in FIELDS}
+    pairs = [f"{field} = {shown(near[field])}" for field in FIELDS if field in near]
+    return f" (here perhaps columns = {{{', '.join(pairs)}}})" if pairs else ""
+
+
+def resolve(form: Form | Literal["auto"], columns: Mapping[str, str], found: Sequence[str], where: str) -> Form:
+    """Return the form of a file with the columns `found`, of which `columns` renames some (our field = its column).
+
+    Raise `ConfigError`, naming the file `where`, if the settings do not fit the file.
+    """
+    for field, column in columns.items():
+        if column not in found:
+            raise ConfigError(
+                f"{where}: data.columns: {field} = {shown(column)}, but the data has the columns {listed(found)}"
+            )
+    renamed = set(columns.values())
+    ours = [name for name in found if name not in renamed] + list(columns)
+    chosen = detect_form(ours, where) if form == "auto" else form
+    missing = [field for field in REQUIRED_FIELDS[chosen] if field not in ours]
+    if missing:
+        raise ConfigError(
+            f"{where}: form {chosen!r} needs the field {missing[0]!r}; found {listed(found)}. Set data.form, or rename "
+            f"a field with data.columns, such as {{{missing[0]} = 'NAME'}}{_near(found)}"
+        )
+    idle = [field for field in columns if field not in fields_of(chosen)]
+    if idle:
+        raise ConfigError(
+            f"{where}: data.columns: {idle[0]} is without effect, because the form {chosen!r} has the fields "
+            f"{', '.join(fields_of(chosen))}; remove it"
+        )
+    return chosen

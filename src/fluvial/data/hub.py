@@ -1,0 +1,53 @@
+"""Data sets of Hugging Face: saved to disk, or of a hub id."""
+
+from pathlib import Path
+from typing import Any
+
+from fluvial.errors import ConfigError
+from fluvial.network import reachable_hub
+
+
+def dataset_of(name: str, wanted: str, where: str) -> Any:
+    """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming the setting `where`.
+
+    A hub that cannot be reached is found out in one attempt; what lies in its local cache is then read from there.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()  # the command line shows its own
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is in the error below
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _split_of(datasets.load_from_disk(str(path)), wanted, f"{where}: {name!r}")
+        with reachable_hub() as reached:
+            return datasets.load_dataset(name, split=wanted)
+    except ConfigError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers raise
+        if path.is_dir():
+            why = f"is a damaged data set ({type(error).__name__}); save it again"
+        elif not reached:
+            why = (
+                "is no file or folder here, and the Hugging Face hub cannot be reached; name a local file, or load the "
+                "data set once with a network"
+            )
+        else:
+            why = f"cannot be read from the Hugging Face hub: {_cause(error)}"
+        raise ConfigError(f"{where}: {name!r} {why}") from error
+
+
+def _split_of(saved: Any, wanted: str, name: str) -> Any:
+    from datasets import DatasetDict
+
+    if not isinstance(saved, DatasetDict):
+        return saved
+    if wanted not in saved:
+        raise ConfigError(f"{name} has the splits {', '.join(saved)}, not {wanted!r}")
+    return saved[wanted]
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error)[:300]}"

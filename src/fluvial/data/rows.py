@@ -1,0 +1,104 @@
+"""Rows of a file as they were read: values of no guessed type, and the place that each came from."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fluvial.data.faults import printable
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number as a file writes it, such as `1.0`; never converted, so that it stays what it was."""
+
+    text: str
+
+    @property
+    def finite(self) -> bool:
+        """True unless it is NaN or infinite."""
+        return not self.text.lstrip("-").lower().startswith(("nan", "inf"))
+
+
+class Place(NamedTuple):
+    """Where a row stands."""
+
+    file: str
+    unit: str
+    """"line", or "row" in a file without lines."""
+    number: int
+    """From 1."""
+
+    def __str__(self) -> str:
+        return f"{printable(self.file)}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a file, by the file's own names of columns."""
+
+    fields: Mapping[str, Any]
+    place: Place
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one file or data set."""
+
+    name: str
+    """The file, as messages name it."""
+    kind: str
+    """The suffix that chose the reader, such as ".csv", or "data set"."""
+    rows: Sequence[Row]
+    columns: tuple[str, ...]
+    """In the order of the file."""
+    notes: tuple[str, ...] = field(default=())
+    """Remarks for the person who runs it, such as the number of blank lines."""
+
+
+def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return the names of all fields, in the order in which they appear first."""
+    return tuple(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def typed(value: Any) -> Any:
+    """Return a value of pyarrow as our readers give it: numbers as `Number`, all else as it is."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return Number(str(value))
+    if isinstance(value, float):
+        return Number(repr(value) if math.isfinite(value) else str(value))
+    if isinstance(value, Mapping):
+        return {key: typed(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [typed(inner) for inner in value]
+    return value
+
+
+def plain(value: Any) -> Any:
+    """Return a value with Python's own numbers, for a chat template."""
+    if isinstance(value, Number):
+        return float(value.text) if not value.text.lstrip("-").isdigit() else int(value.text)
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [plain(inner) for inner in value]
+    return value
+
+
+def described(value: Any) -> str:
+    """Return the kind of a value in words, without its content."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, Number):
+        return "a number" if value.finite else f"{value.text}, which stands for a missing value"
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, list):
+        return "a list"
+    if isinstance(value, str):
+        return "text"
+    return f"of type {type(value).__name__}"

@@ -1,0 +1,123 @@
+"""Chat templates for tokenizers that bring none, and the one that `data.chat_template` chooses.
+
+The named ones are written here after the published formats; each ends an assistant's turn with the tokenizer's EOS
+token, so that a model learns to stop where its generation stops.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from fluvial.data.faults import shown
+from fluvial.errors import ConfigError
+
+_EOS = "{% if m.role == 'assistant' and not '@'.endswith(eos_token) %}{{ eos_token }}{% endif %}"
+"""EOS after an assistant's turn whose own mark `@` is not EOS."""
+_STRICT = (
+    "{% for m in messages %}{% if m.role not in @ %}"
+    "{{ raise_exception('this template knows the roles ' ~ @ | join(', ')) }}{% endif %}{% endfor %}"
+)
+
+
+def _each_turn(head: str, mark: str, end: str, start: str, before: str = "") -> str:
+    """Return a template that writes `head`, content, `mark`, `end` for each turn, and `start` for generation."""
+    turn = f"{head}{{{{ m.content | trim }}}}{mark}{_EOS.replace('@', mark)}{end}"
+    return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
+
+
+_BOS = "{{ bos_token }}"
+_GEMMA_ROLE = "{{ 'model' if m.role == 'assistant' else m.role }}"
+_WORDS = "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m.role] }}"
+_ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('turns must alternate between user and assistant, the user first') }}{% endif %}{% endfor %}"
+)
+_ALL = _STRICT.replace("@", "['system', 'user', 'assistant']")
+_TWO = _STRICT.replace("@", "['user', 'assistant']") + _ALTERNATING
+
+NAMED: dict[str, tuple[str, str]] = {
+    "chatml": (
+        "ChatML of OpenAI, as Qwen and others use it",
+        _each_turn("<|im_start|>{{ m.role }}\n", "<|im_end|>", "\n", "<|im_start|>assistant\n"),
+    ),
+    "llama3": (
+        "Llama 3 of Meta, https://www.llama.com/docs/model-cards-and-prompt-formats/meta-llama-3",
+        _each_turn(
+            "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n",
+            "<|eot_id|>",
+            "",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            _BOS,
+        ),
+    ),
+    "zephyr": (
+        "Zephyr of Hugging Face, https://arxiv.org/abs/2310.16944",
+        _ALL
+        + "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+        + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    ),
+    "gemma": (
+        "Gemma of Google, https://ai.google.dev/gemma/docs/core/prompt-structure",
+        _each_turn(f"<start_of_turn>{_GEMMA_ROLE}\n", "<end_of_turn>", "\n", "<start_of_turn>model\n", _TWO + _BOS),
+    ),
+    "mistral": (
+        "Mistral 7B Instruct of Mistral AI, https://arxiv.org/abs/2310.06825",
+        _TWO
+        + _BOS
+        + "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+        + "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}",
+    ),
+    "plain": (
+        "ours: roles as words, for a base model that knows no chat",
+        _ALL
+        + _BOS
+        + f"{{% for m in messages %}}{_WORDS}: {{{{ m.content | trim }}}}"
+        + "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        + "{% if add_generation_prompt %}Assistant:{% endif %}",
+    ),
+}
+"""Source and Jinja text of each name."""
+
+
+def template_of(chosen: str) -> str:
+    """Return the Jinja text that `data.chat_template` chooses: of a known name, or the text itself.
+
+    Raise `ConfigError` for anything else. A file is read by `inlined_template` only, where the configuration is loaded.
+    """
+    if chosen in NAMED:
+        return NAMED[chosen][1]
+    if "{" in chosen:
+        return chosen
+    raise ConfigError(
+        f"data.chat_template = {shown(chosen)}: neither a file that the configuration can read nor a known template; "
+        f"choose one of {', '.join(NAMED)}, or name a file with a Jinja template"
+    )
+
+
+def inlined_template(chosen: str, folder: Path) -> str:
+    """Return `data.chat_template` with the text of a file in place of its name; other values stay what they are.
+
+    A configuration carries the text, so that a site needs no file of the server's. Raise `ConfigError` if it cannot
+    be read.
+    """
+    if chosen in NAMED or "{" in chosen:
+        return chosen
+    path = folder / Path(chosen).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return template_of(chosen)  # raises
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template: {str(path)!r} cannot be read: {error}") from error
+    if "{" not in text:
+        raise ConfigError(f"data.chat_template: {str(path)!r} holds no Jinja template")
+    return text
+
+
+def with_template(tokenizer: Any, chosen: str | None) -> Any:
+    """Return `tokenizer`, or a copy of it that has the chosen chat template."""
+    if chosen is None:
+        return tokenizer
+    changed = copy.copy(tokenizer)
+    changed.chat_template = template_of(chosen)
+    return changed

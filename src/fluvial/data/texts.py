@@ -1,0 +1,358 @@
+"""The data of every site of a configuration: read once, checked as a whole, tokenised when a site is asked for."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from fluvial.data import stdlib
+from fluvial.data.config import STDLIB, DataConfig
+from fluvial.data.examples import Example, Question
+from fluvial.data.faults import Faults, shown
+from fluvial.data.partition import Drawn, Files, Iid, Natural, alike, split
+from fluvial.data.records import Record, Text
+from fluvial.data.sources import Found, Source, classes_of, is_local, is_saved, read_each, read_source
+from fluvial.data.templates import with_template
+from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
+from fluvial.errors import ConfigError
+from fluvial.seeds import derive, numpy_generator
+
+CACHED_SITES = 32
+POOLED = "pooled"
+"""What the one site of the centralised baseline is called; its data are `SiteTexts.pooled()`, whatever names exist."""
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """What one site trains on and is measured on; never empty."""
+
+    train: list[Example]
+    heldout: list[Example]
+    questions: list[Question]
+    """Held-out prompts with their answers, for exact match."""
+    records: int
+    truncated_records: int
+    truncated_tokens: int
+    dropped_records: int = 0
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of one site, before anything is refused."""
+
+    train: Tokenized
+    heldout: Tokenized
+
+    @property
+    def surplus(self) -> Surplus:
+        """Of both parts together."""
+        both = Surplus()
+        both += self.train.surplus
+        both += self.heldout.surplus
+        return both
+
+
+Parts = dict[str, tuple[Sequence[Record], Sequence[Record]]]
+"""Records to train on and held-out records of each site."""
+
+
+class SiteTexts:
+    """The data of all sites of a configuration; records are read once, tokens are made when a site is asked for.
+
+    Raises `DataError` with all faults of all files, or `ConfigError` for a setting that does not fit them.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int, owner: str | None = None) -> None:
+        """With an `owner` all records are of the one site of that name, whatever the configuration's partition."""
+        self.config, self.seed = config, seed
+        self._owned = owner is not None
+        self.tokenizer = with_template(tokenizer, config.chat_template)
+        self.notes: list[str] = []
+        """Remarks on the files for the person whose data they are: what was left out, names that are alike."""
+        faults = Faults()
+        self._public_records = cache(self._read_public)
+        self._parts = None if config.source == STDLIB else self._read(faults, owner)
+        if faults.count and owner is None and config.public_source is not None:
+            self._try_public(faults)  # so that its faults are told with the others
+        faults.raise_any()
+        self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
+        self._tokens = lru_cache(CACHED_SITES)(self._tokenise)
+        self.load = lru_cache(CACHED_SITES)(self._load)
+        self.public = cache(self._public)
+
+    def sample(self) -> SiteData:
+        """Return the data of the first site, to show the model on."""
+        return self.load(self.names[0])
+
+    def pooled(self) -> SiteData:
+        """Return the data of all sites together, for the centralised baseline."""
+        sites = [self.load(name) for name in self.names]
+        return SiteData(
+            [example for site in sites for example in site.train],
+            [example for site in sites for example in site.heldout],
+            [question for site in sites for question in site.questions],
+            sum(site.records for site in sites),
+            sum(site.truncated_records for site in sites),
+            sum(site.truncated_tokens for site in sites),
+            sum(site.dropped_records for site in sites),
+        )
+
+    def check(self) -> list[str]:
+        """Tokenise every site and return remarks on all data; raise `DataError` with the faults of all sites together.
+
+        Records that do not fit into `max_length` are counted over all sites, in one message.
+        """
+        faults, surplus, records = Faults(), Surplus(), 0
+        refused: dict[str, int] = {}
+        for name in self.names:
+            tokens = self._tokens(name)
+            records += tokens.train.records + tokens.heldout.records
+            surplus += tokens.surplus
+            if tokens.surplus.refused:
+                refused[name] = tokens.surplus.refused
+            self._own_faults(name, tokens, faults)
+        if refused:
+            faults.add(refusal(surplus, self._tokenizing, records, {shown(site): n for site, n in refused.items()}))
+        if self.config.public_source is not None:
+            self._try_public(faults)
+        faults.raise_any()
+        return [*self.notes, *self._remarks(surplus, records)]
+
+    def _remarks(self, surplus: Surplus, records: int) -> list[str]:
+        remarks = []
+        if surplus.records:
+            how = {"drop": "left out", "shorten_prompt": "cut at the beginning of the prompt"}
+            done = how.get(self.config.overlong, "cut at the end")
+            remarks.append(
+                f"{surplus.records} of {records} records are longer than data.max_length={self.config.max_length} and "
+                f"are {done} (data.overlong; the longest has {surplus.longest} tokens)"
+            )
+        template = getattr(self.tokenizer, "chat_template", None)
+        if isinstance(template, str) and "strftime_now" in template and self._has_chats():
+            remarks.append("the chat template writes today's date; it is given 26 July 2024 on every day")
+        return remarks
+
+    def _has_chats(self) -> bool:
+        first = next(iter((self._parts or {}).values()), ((), ()))[0]
+        return bool(first) and not isinstance(first[0].content, Text)
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    @property
+    def _tokenizing(self) -> Tokenizing:
+        config = self.config
+        return Tokenizing(self.tokenizer, config.max_length, config.packing, config.loss_on, config.overlong)
+
+    def _tokenise(self, name: str) -> _Tokens:
+        if self._parts is None:
+            text = stdlib.site_text(name)
+            return _Tokens(self._stdlib(text.train), self._stdlib(text.heldout))
+        train, heldout = self._parts[name]
+        return _Tokens(self._tokenizing(train), self._tokenizing(heldout))
+
+    def _load(self, name: str) -> SiteData:
+        """Return the tokens of one site.
+
+        Raise `DataError` for records that cannot be rendered or do not fit, and for a site that has nothing to train
+        on, or nothing held out.
+        """
+        tokens, faults = self._tokens(name), Faults()
+        train, heldout, surplus = tokens.train, tokens.heldout, tokens.surplus
+        if surplus.refused:
+            faults.add(refusal(surplus, self._tokenizing, train.records + heldout.records, {}))
+        self._own_faults(name, tokens, faults)
+        faults.raise_any()
+        return SiteData(
+            train.examples,
+            heldout.examples[: self.config.max_heldout],
+            heldout.questions,
+            train.records + heldout.records,
+            surplus.records,
+            surplus.tokens,
+            surplus.dropped,
+        )
+
+    def _own_faults(self, name: str, tokens: _Tokens, faults: Faults) -> None:
+        """Note what is wrong at one site, records that do not fit apart."""
+        for part, what in ((tokens.train, "to train on"), (tokens.heldout, "held out")):
+            if part.faults.count:
+                faults.include_all(part.faults)
+            elif not part.examples and not part.surplus.refused:
+                dropped = part.surplus.dropped
+                lost = f" ({dropped} are longer than data.max_length and were dropped)" if dropped else ""
+                faults.add(f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave the site out")
+
+    def _stdlib(self, documents: list[stdlib.Document]) -> Tokenized:
+        return self._tokenizing(Record(document.name, Text(document.text)) for document in documents)
+
+    # -- public text --------------------------------------------------------------------------------------------
+
+    def _read_public(self) -> list[Record]:
+        assert self.config.public_source is not None, "there is a public source"
+        source = self._source("data.public_source", self.config.public_source, self.config.split)
+        faults = Faults()
+        found = read_source(source, faults)
+        faults.raise_any()
+        self.notes += found.notes
+        return [entry.record for entry in found.entries]
+
+    def _try_public(self, faults: Faults) -> None:
+        try:
+            self._public_records()
+        except ConfigError as error:
+            faults.include(error)
+
+    def _public(self) -> dict[str, list[Example]]:
+        """Return examples of text that belongs to no site, in parts that can stand for sites.
+
+        Raise `ConfigError` when the configuration names no public text.
+        """
+        if self.config.source == STDLIB and self.config.public_source is None:
+            packages = {name: self._stdlib(documents).examples for name, documents in stdlib.public_packages().items()}
+            return _even_parts(packages)
+        if self.config.public_source is None:
+            raise ConfigError(
+                "data.public_source: a codec that learns from public text needs some, in the language and form of the "
+                "sites' data; name a file, or set method.tgap.source='sites' (each site then sends raw updates once)"
+            )
+        records = self._public_records()
+        parts = split(None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32)
+        tokens = {name: self._tokenizing([records[number] for number in part]) for name, part in parts.items()}
+        faults, surplus = Faults(), Surplus()
+        for part in tokens.values():
+            faults.include_all(part.faults)
+            surplus += part.surplus
+        if surplus.refused:
+            faults.add(f"data.public_source: {refusal(surplus, self._tokenizing, len(records), {})}")
+        faults.raise_any()
+        return {name: part.examples for name, part in tokens.items()}
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def _source(self, where: str, name: str, wanted: str) -> Source:
+        own = {"data.heldout_source": self.config.heldout, "data.public_source": self.config.public}.get(where)
+        return Source(where, name, wanted, self.config.reading(own), strict=where == "data.source" and not self._owned)
+
+    def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
+        """Return what `read` finds, its remarks noted; None, and a fault, if it raises."""
+        try:
+            found = read()
+        except ConfigError as error:
+            faults.include(error)
+            return None
+        self.notes += found.notes
+        return found
+
+    def _read(self, faults: Faults, owner: str | None) -> Parts:
+        """Return the records of each site."""
+        config = self.config
+        train = self._source("data.source", config.source, config.split)
+        heldout = self._heldout_source()
+        if owner is not None:
+            return self._whole(train, heldout, faults, owner)
+        if isinstance(config.partition, Files):
+            parts = self._by_file(train, faults)
+            apart = self._by_file(heldout, faults) if heldout else None
+        else:
+            parts = self._by_partition(train, config.partition, faults)
+            same = config.partition
+            whole = same.model_copy(update={"largest": None}) if isinstance(same, Natural) else same
+            apart = self._by_partition(heldout, whole, faults) if heldout else None
+        if faults.count:
+            return {}
+        self.notes += alike({name: len(records) for name, records in parts.items()})
+        if apart is None:
+            return self._shared(parts, faults)
+        return self._matched(parts, apart, faults)
+
+    def _heldout_source(self) -> Source | None:
+        config = self.config
+        if not (config.heldout_source or config.heldout_split):
+            return None
+        name = config.heldout_source or config.source
+        if config.heldout_split and is_local(name) and not is_saved(Path(name).expanduser()):
+            raise ConfigError(
+                f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the file or folder with "
+                "the held-out records in data.heldout_source"
+            )
+        return self._source("data.heldout_source", name, config.heldout_split or config.split)
+
+    def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
+        """Return the records of a site that has its files to itself."""
+        own = self._noted(lambda: read_source(train, faults), faults)
+        apart = self._noted(lambda: read_source(heldout, faults), faults) if heldout else None
+        if faults.count or own is None:
+            return {}
+        records = [entry.record for entry in own.entries]
+        if apart is not None:
+            return {owner: (records, [entry.record for entry in apart.entries])}
+        return self._shared({owner: records}, faults)
+
+    def _by_file(self, source: Source, faults: Faults) -> dict[str, list[Record]]:
+        try:
+            found = read_each(source, faults)
+        except ConfigError as error:
+            faults.include(error)
+            return {}
+        self.notes += [note for each in found.values() for note in each.notes]
+        return {name: [entry.record for entry in each.entries] for name, each in found.items()}
+
+    def _by_partition(self, source: Source, partition: Drawn, faults: Faults) -> dict[str, list[Record]]:
+        found = self._noted(lambda: read_source(source, faults), faults)
+        if found is None or not found.entries:
+            return {}
+        entries = found.entries
+        before = faults.count
+        try:
+            classes = classes_of(entries, partition, f"{source.name!r}", faults)
+            if before or faults.count:
+                return {}
+            draw = derive(self.seed, "partition") % 2**32
+            parts = split(classes, len(entries), partition, draw)
+        except ConfigError as error:
+            faults.include(error)
+            return {}
+        return {name: [entries[number].record for number in part] for name, part in parts.items()}
+
+    def _matched(self, parts: dict[str, list[Record]], apart: dict[str, list[Record]], faults: Faults) -> Parts:
+        missing = sorted(set(parts) - set(apart))
+        if missing:
+            faults.add(
+                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} sites lack some)"
+            )
+        strange = sorted(set(apart) - set(parts))
+        if strange:
+            count = sum(len(apart[name]) for name in strange)
+            self.notes.append(
+                f"data.heldout_source: {count} records are of sites without records to train on, such as "
+                f"{shown(strange[0])}, and are left out"
+            )
+        return {name: (records, apart.get(name, [])) for name, records in parts.items()}
+
+    def _shared(self, parts: dict[str, list[Record]], faults: Faults) -> Parts:
+        """Return the records of each site to train on, and a drawn share of them that is held out."""
+        shared: Parts = {}
+        for name, records in parts.items():
+            order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
+            cut = round(self.config.heldout_share * len(records))
+            if not 0 < cut < len(records):
+                faults.add(
+                    f"data: site {shown(name)} has {len(records)} records; "
+                    f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} to train on and {cut} "
+                    "held out, and both need at least one"
+                )
+                continue
+            train, heldout = sorted(order[cut:]), sorted(order[:cut])
+            shared[name] = [records[number] for number in train], [records[number] for number in heldout]
+        return shared
+
+
+def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:
+    """Join packages into `parts` groups of like size, each new package going to the smallest group so far."""
+    groups: list[tuple[list[str], list[Example]]] = [([], []) for _ in range(parts)]
+    for name in sorted(packages, key=lambda name: (-len(packages[name]), name)):
+        names, examples = min(groups, key=lambda group: len(group[1]))
+        names.append(name)
+        examples += packages[name]
+    return {names[0]: examples for names, examples in groups if examples}

@@ -1,0 +1,192 @@
+"""Records to training sequences, with a count of what did not fit."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fluvial.data.chat import encode_chat
+from fluvial.data.examples import IGNORE_INDEX, Example, Overlong, Question, windows, without_beginning
+from fluvial.data.faults import SHOWN, DataError, Faults
+from fluvial.data.forms import Form
+from fluvial.data.records import Chat, Record, RecordReader, Text
+from fluvial.encoding import Encoder
+from fluvial.errors import ConfigError
+
+
+@dataclass
+class Surplus:
+    """Records that are longer than a sequence, and what was done with them."""
+
+    records: int = 0
+    """Longer than `max_length`."""
+    tokens: int = 0
+    """Cut off, at either end."""
+    dropped: int = 0
+    """Left out."""
+    refused: int = 0
+    """Of which no token of the answer would stay, or which `overlong = "refuse"` does not allow."""
+    longest: int = 0
+    """Tokens of the longest record."""
+    places: list[str] = field(default_factory=list)
+    """The first of those that are refused."""
+
+    def __iadd__(self, other: "Surplus") -> "Surplus":
+        self.records += other.records
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+        self.refused += other.refused
+        self.longest = max(self.longest, other.longest)
+        self.places = (self.places + other.places)[:SHOWN]
+        return self
+
+
+@dataclass
+class Tokenized:
+    """The examples of a list of records, with what was cut off on the way."""
+
+    examples: list[Example] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
+    """One for each prompt/completion or Alpaca record; empty for the other forms."""
+    records: int = 0
+    surplus: Surplus = field(default_factory=Surplus)
+    faults: Faults = field(default_factory=Faults)
+    """Of conversations that a chat template cannot render."""
+
+    @property
+    def truncated_records(self) -> int:
+        """Records of which some tokens are left out."""
+        return self.surplus.records
+
+    @property
+    def truncated_tokens(self) -> int:
+        """Tokens cut off."""
+        return self.surplus.tokens
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """How records become sequences."""
+
+    tokenizer: Any
+    max_length: int
+    packing: bool = False
+    loss_on: Literal["answer", "all"] = "answer"
+    overlong: Overlong = "cut"
+
+    def __call__(self, records: Iterable[Record]) -> Tokenized:
+        """Return token ids and labels of `records`.
+
+        Text is cut into windows of `max_length` and so loses nothing; what is longer in other forms is treated as
+        `overlong` says. With `packing` the sequences are joined before cutting (attention crosses the EOS between
+        them). Raise `ConfigError` for a tokenizer without EOS.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(
+                "the tokenizer has no EOS token, so a model could never learn to stop; set one in its folder"
+            )
+        encoder, result = Encoder.of(self.tokenizer), Tokenized()
+        stream = Example([], [])
+        for record in records:
+            result.records += 1
+            try:
+                example, question = self._example(record, encoder)
+            except ConfigError as error:
+                result.faults.include(error)
+                continue
+            if self.packing:
+                stream = Example([*stream.input_ids, *example.input_ids], [*stream.labels, *example.labels])
+                full = len(stream.input_ids) // self.max_length * self.max_length
+                result.examples += windows(stream.cut(0, full), self.max_length)
+                stream = stream.cut(full)
+            elif isinstance(record.content, Text):
+                result.examples += windows(example, self.max_length)
+            else:
+                self._fit(record, example, question, len(encoder.prefix), result)
+                continue
+            if question is not None:
+                result.questions.append(question)
+        result.examples += windows(stream, self.max_length)
+        return result
+
+    def _example(self, record: Record, encoder: Encoder) -> tuple[Example, Question | None]:
+        content = record.content
+        if isinstance(content, Text):
+            ids = encoder.ended(encoder.prompt(content.text))
+            return Example(ids, ids), None
+        if isinstance(content, Chat):
+            return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on), None
+        before = encoder.prompt(content.prompt)
+        after = encoder.answer(content.prompt, content.answer)
+        labels = [IGNORE_INDEX] * len(before) if self.loss_on == "answer" else before
+        return Example([*before, *after], [*labels, *after]), Question(content.prompt, content.answer)
+
+    def _fit(self, record: Record, example: Example, question: Question | None, first: int, result: Tokenized) -> None:
+        """Put a record into `result`, cut to `max_length` or counted as `overlong` says."""
+        surplus, length = result.surplus, len(example.input_ids)
+        surplus.longest = max(surplus.longest, length)
+        fitting = example
+        if length > self.max_length:
+            surplus.records += 1
+            if self.overlong == "drop":
+                surplus.dropped += 1
+                return
+            if self.overlong == "shorten_prompt":
+                fitting = without_beginning(example, length - self.max_length, first)
+            fitting = fitting.cut(0, self.max_length)
+        if (self.overlong == "refuse" and length > self.max_length) or not fitting.learns:
+            surplus.refused += 1
+            if len(surplus.places) < SHOWN:
+                surplus.places.append(f"{record.place} ({length} tokens)")
+            return
+        surplus.tokens += length - len(fitting.input_ids)
+        result.examples.append(fitting)
+        if question is not None:
+            result.questions.append(question)
+
+
+def refusal(surplus: Surplus, tokenizing: Tokenizing, records: int, by_site: Mapping[str, int]) -> str:
+    """Return the one message for all records that do not fit, with their counts and the remedies."""
+    why = (
+        'and data.overlong = "refuse" allows none'
+        if tokenizing.overlong == "refuse"
+        else "and of their answer no token is left"
+    )
+    sites = ", ".join(f"{name} {count}" for name, count in by_site.items())
+    places = ", ".join(surplus.places[:5]) + (", ..." if surplus.refused > 5 else "")
+    return (
+        f"{surplus.refused} of {records} records are longer than data.max_length={tokenizing.max_length}, {why}"
+        f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest record has "
+        f'{surplus.longest} tokens), or set data.overlong to "shorten_prompt" (the beginning of the prompt goes) or '
+        '"drop"'
+    )
+
+
+def tokenize(
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+    form: Form,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    packing: bool = False,
+    loss_on: Literal["answer", "all"] = "answer",
+    overlong: Overlong = "cut",
+) -> Tokenized:
+    """Return token ids and labels of `records`, pairs of a name for messages and the fields (see `Tokenizing`).
+
+    Raise `DataError` with every record that is not of the form, cannot be rendered or does not fit.
+    """
+    reader, faults = RecordReader(form, {}), Faults()
+    found = []
+    for name, fields in records:
+        try:
+            found.append(reader.read(name, fields))
+        except ConfigError as error:
+            faults.include(error)
+    tokenizing = Tokenizing(tokenizer, max_length, packing, loss_on, overlong)
+    result = tokenizing(found)
+    if result.faults.count:
+        faults.include(DataError(result.faults.first, result.faults.count))
+    if result.surplus.refused:
+        faults.add(refusal(result.surplus, tokenizing, result.records, {}))
+    faults.raise_any()
+    return result

@@ -1,0 +1,64 @@
+"""Whether the Hugging Face hub can be reached, found out at once instead of after many retries."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TIMEOUT_S = 5.0
+"""Time for one attempt to reach the hub, name look-up included."""
+
+
+@contextmanager
+def reachable_hub() -> Iterator[bool]:
+    """Yield true if the hub answers; if it does not, work from the local cache only within this context.
+
+    The switch is that of `HF_HUB_OFFLINE`, which the libraries read once when they are imported.
+    """
+    from huggingface_hub import constants
+
+    reached = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+    if reached:
+        yield True
+        return
+    before = constants.HF_HUB_OFFLINE
+    switches = _switches()
+    try:
+        for module, name, _ in switches:
+            setattr(module, name, True)
+        yield False
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        for module, name, value in switches:
+            setattr(module, name, value)
+
+
+def _switches() -> list[tuple[object, str, bool]]:
+    """Return every module of a library that keeps a copy of the switch, with its value."""
+    import sys
+
+    places = (
+        ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
+        ("datasets.config", "HF_HUB_OFFLINE"),
+        ("datasets.config", "HF_DATASETS_OFFLINE"),
+    )
+    modules = ((sys.modules.get(module), name) for module, name in places)
+    return [(module, name, getattr(module, name)) for module, name in modules if hasattr(module, name)]
+
+
+def _answers(endpoint: str) -> bool:
+    """Return true if a request to `endpoint` is answered, with any status, within `TIMEOUT_S`."""
+    from huggingface_hub import get_session
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            get_session().head(endpoint, timeout=TIMEOUT_S)
+        except Exception:  # any way not to answer is one
+            return
+        answered.set()
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name look-up cannot be given a time limit
+    asking.start()
+    asking.join(TIMEOUT_S)
+    return answered.is_set()
