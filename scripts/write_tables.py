@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fidelity_figures import fill_cells
+
 from fluvial.show import RESULT_CAPTION, result_rows
 from fluvial.words import human_bytes, human_ratio
 
@@ -438,12 +440,21 @@ def main() -> None:
         before = after = path.read_text()
         for marker, make in makers.items():
             after = fill(after, marker, make())
-        if after != before:
-            stale.append(name)
-            if not check:
-                path.write_text(after)
+        stale += _write(path, before, after, check)
+    path = ROOT / "docs" / "fidelity.md"
+    before = path.read_text()
+    stale += _write(path, before, fill_cells(before), check)
     print("out of date:" if check else "changed:", ", ".join(stale) or "nothing")
     sys.exit(bool(stale) and check)
+
+
+def _write(path: Path, before: str, after: str, check: bool) -> list[str]:
+    """The page's name where `after` is another text, which is written unless this is a `check`."""
+    if after == before:
+        return []
+    if not check:
+        path.write_text(after)
+    return [str(path.relative_to(ROOT))]
 
 
 if __name__ == "__main__":
