@@ -1,6 +1,7 @@
 """What is read of a base folder is what transformers loads from it, under whatever names it is stored."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fluvial.base_weights import open_weights, wanted
+from fluvial.base_weights import check_constant, open_weights, wanted
 from fluvial.errors import ConfigError
 from fluvial.frozen import stream
 from fluvial.models import ModelConfig, load_base, skeleton
@@ -107,3 +108,18 @@ def test_a_model_that_keeps_its_weights_in_one_piece_is_not_streamed() -> None:
 
     with pytest.raises(ConfigError, match=r"method.hold='disk': 0 \(LSTM\) keeps its weights in one piece"):
         check_streams(nn.Sequential(nn.LSTM(4, 4)))
+
+
+def test_a_model_that_changes_itself_while_it_reads_is_refused() -> None:
+    class Reader(nn.Module):
+        def __init__(self, **settings: int) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(**settings)
+
+    with pytest.raises(ConfigError, match=r"Reader divides its own weights .* rescale_every to 0"):
+        check_constant(Reader(rescale_every=6))
+    check_constant(Reader(rescale_every=0))
+    reader = Reader()
+    reader.conv = nn.BatchNorm1d(4)
+    with pytest.raises(ConfigError, match=r"conv \(BatchNorm1d\) keeps running means"):
+        check_constant(reader)

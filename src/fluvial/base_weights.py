@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluvial.errors import ConfigError
 from fluvial.frozen import FolderSource, Source, stored_tensors
@@ -69,6 +70,21 @@ def compute_buffers(model: Any) -> None:
         module._is_hf_initialized = False
     if hasattr(model, "initialize_weights"):
         model.initialize_weights()
+
+
+def check_constant(model: Any) -> None:
+    """Raise `ConfigError` if `model` changes weights or buffers of its own while it reads text."""
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise ConfigError(
+                f"model.name_or_path: {path} ({type(module).__name__}) keeps running means of what it reads, which are "
+                "in no update; choose another model"
+            )
+    if getattr(model.config, "rescale_every", 0) > 0:
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} divides its own weights when it is evaluated; set "
+            "rescale_every to 0 in its config.json, which changes no result"
+        )
 
 
 class _Converted(FolderSource):

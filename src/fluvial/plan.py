@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from fluvial.codecs import CODECS, CodecSettings, build, must_learn
+from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
-from fluvial.codecs.base import LearnedCodec
+from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
@@ -18,12 +18,10 @@ from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layo
 from fluvial.pretrained import check_tokenizer, dtype_of
 from fluvial.run import check_settings
 from fluvial.targets import target_names
-from fluvial.tensors import Layout
 from fluvial.weights import check_weights
 
 OPTIMIZER_BYTES = 16
 """Per trained value: fp32 weight, gradient and two moments of AdamW."""
-TYPICAL_UPDATE = 1e-3
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -96,18 +94,6 @@ def plan(config: RunConfig) -> dict[str, Any]:
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": [*_notes(config, remarks), *weights],
     }
-
-
-def frame_size(settings: CodecSettings, layout: Layout) -> int:
-    """Bytes of one coded update: computed for a learned codec, else measured on one of typical size."""
-    if isinstance(settings, AutoSettings):
-        return int(layout.raw_bytes / settings.target(layout))
-    kind = CODECS[settings.name]
-    if issubclass(kind, LearnedCodec):
-        return kind.frame_size(settings, layout)
-    random = torch.Generator().manual_seed(0)
-    update = {name: TYPICAL_UPDATE * torch.randn(shape, generator=random) for name, shape in layout.shapes}
-    return len(build(settings, layout).encode(update))
 
 
 def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:

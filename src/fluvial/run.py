@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fluvial import __version__, exported
+from fluvial.base_weights import check_constant
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
@@ -159,6 +160,7 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
         config.entry.check(config.method, config.coding, layout)
     if config.entry.check_model is not None:
         config.entry.check_model(config.method, base)
+    check_constant(base)
     check_length(context_length(base), config.data.max_length)
     if config.entry.reads_public(config.method, config.coding):
         texts.public()

@@ -59,6 +59,11 @@ def body_room(layout: Layout, rate: float, least: int) -> int:
     return frame - OVERHEAD
 
 
+def frame_room(layout: Layout, rate: float, least: int) -> int:
+    """Bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body has fewer than `least`."""
+    return OVERHEAD + body_room(layout, rate, least)
+
+
 def is_finite(vector: Tensor) -> bool:
     """Whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite, which is quick to see."""
     return math.isfinite(float(vector @ vector)) or bool(torch.isfinite(vector).all())
@@ -71,8 +76,20 @@ class Codec(ABC):
     """Number in the frame that names the codec; never reused."""
     learned: ClassVar[bool] = False
 
+    exact: ClassVar[bool] = False
+    """Whether every frame has the bytes that `frame_size` tells; else it is at most so long."""
+
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
         self.settings, self.layout = settings, layout
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
+        """Return the bytes of one frame, at most, in time and memory that do not grow with the values.
+
+        Where a codec says nothing else, these are the bytes of the values as they are. Raises `ConfigError` if the
+        layout cannot be coded.
+        """
+        return OVERHEAD + layout.raw_bytes
 
     @property
     def fingerprint(self) -> int:

@@ -14,9 +14,8 @@ from pydantic import Field
 from scipy import fft
 from torch import Tensor
 
-from fluvial.codecs.base import RateSettings
 from fluvial.codecs.frame import Reader
-from fluvial.codecs.sparse import Largest, ValueBits
+from fluvial.codecs.sparse import Largest, LargestSettings, ValueBits
 from fluvial.tensors import Layout
 
 Doubles = NDArray[np.float64]
@@ -24,7 +23,7 @@ Doubles = NDArray[np.float64]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
-class DctTopKSettings(RateSettings):
+class DctTopKSettings(LargestSettings):
     """The largest coefficients of a chunked cosine transform."""
 
     name: Literal["dct_top_k"] = "dct_top_k"

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, RateSettings, body_room
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
 from fluvial.codecs.canvas import target
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.rotation import COARSEST, FINEST, OCTAVE, Blocks, Doubles
 from fluvial.errors import WireError
 from fluvial.tensors import Layout, factor
@@ -56,10 +56,18 @@ class PowerSgd(Codec):
         for start, size, (name, shape) in zip(starts, layout.sizes, layout.shapes, strict=True):
             if size:
                 where = start + np.arange(size).reshape(-1, shape[-1] if shape else 1)
-                key = (shape, factor(name), target(name) if factor(name) else None)
+                key = _stack(name, shape)
                 stacks.setdefault(key, []).append(where.T if where.shape[0] > where.shape[1] else where)
         self._stacks = [torch.from_numpy(np.concatenate(alike)) for alike in stacks.values()]
-        self._room = body_room(layout, settings.rate, least=2 * len(self._stacks) + Blocks.least)
+        self._room = self.frame_size(settings, layout) - OVERHEAD
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, PowerSgdSettings)
+        sizes = zip(layout.shapes, layout.sizes, strict=True)
+        stacks = {_stack(name, shape) for (name, shape), size in sizes if size}
+        return frame_room(layout, settings.rate, least=2 * len(stacks) + Blocks.least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         stacks = [vector[where].double() for where in self._stacks]
@@ -109,6 +117,11 @@ class PowerSgd(Codec):
                 product = left.view(rank, -1).T @ _orthonormal(right.view(rank, -1).T).T
                 vector[where] = product.clamp(-_LARGEST, _LARGEST).float()
         return vector
+
+
+def _stack(name: str, shape: tuple[int, ...]) -> object:
+    """What tensors have in common that are stacked."""
+    return shape, factor(name), target(name) if factor(name) else None
 
 
 def _finest(fits: Callable[[int], bool], low: int, high: int) -> int:

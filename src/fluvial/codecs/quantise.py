@@ -22,7 +22,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.errors import WireError
 from fluvial.tensors import Layout
 
@@ -87,6 +87,12 @@ class Identity(Codec):
     """Raw fp32; exact to the bit."""
 
     code: ClassVar[int] = 1
+    exact: ClassVar[bool] = True
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
+        """Four bytes a value."""
+        return OVERHEAD + 4 * layout.numel
 
     @classmethod
     def of(cls, layout: Layout) -> "Identity":
@@ -113,6 +119,12 @@ class BFloat16(Codec):
     """bf16, rounded to nearest even; keeps the range of fp32, and 8 significant bits."""
 
     code: ClassVar[int] = 2
+    exact: ClassVar[bool] = True
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
+        """Two bytes a value."""
+        return OVERHEAD + 2 * layout.numel
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """bf16, little endian."""
@@ -158,7 +170,17 @@ class _Blocks(Codec):
 
     levels: ClassVar[int]
     """Steps from zero to the largest value of a block."""
+    per_byte: ClassVar[int] = 2
+    """Levels in one byte."""
+    exact: ClassVar[bool] = True
     settings: Int8Settings | Int4Settings | NF4Settings
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """Two bytes a block, and the levels."""
+        assert isinstance(settings, Int8Settings | Int4Settings | NF4Settings)
+        blocks = sum(-(-size // settings.block_size) for size in layout.sizes)
+        return OVERHEAD + 2 * blocks + -(-layout.numel // cls.per_byte)
 
     def __init__(self, settings: Int8Settings | Int4Settings | NF4Settings, layout: Layout) -> None:
         super().__init__(settings, layout)
@@ -212,6 +234,7 @@ class Int8(_Blocks):
 
     code: ClassVar[int] = 3
     levels: ClassVar[int] = 127
+    per_byte: ClassVar[int] = 1
 
     def _pack(self, coded: NDArray[np.int8]) -> bytes:
         return coded.tobytes()

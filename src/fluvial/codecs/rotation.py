@@ -24,8 +24,8 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import Codec, RateSettings, body_room
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.sparse import slots
 from fluvial.errors import WireError
 from fluvial.tensors import Layout
@@ -329,11 +329,17 @@ class Hadamard(Codec):
     def __init__(self, settings: HadamardSettings, layout: Layout) -> None:
         super().__init__(settings, layout)
         self._blocks = Blocks(layout.sizes)
-        self._room = body_room(layout, settings.rate, least=4 + Blocks.least + len(layout.sizes))
+        self._room = self.frame_size(settings, layout) - OVERHEAD
         self._alike: dict[int, list[int]] = {}
         for index, size in enumerate(layout.sizes):
             if size:
                 self._alike.setdefault(size, []).append(index)
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, HadamardSettings)
+        return frame_room(layout, settings.rate, least=4 + Blocks.least + len(layout.sizes))
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32
@@ -391,9 +397,14 @@ class Eden(Codec):
         super().__init__(settings, layout)
         self._sizes = np.array(layout.sizes, dtype=np.int64)
         self._bitmap = -(-len(self._sizes) // 8)
-        self._room = body_room(
-            layout, settings.rate, least=9 + (self._bitmap if len(self._sizes) > 1 else 0) + Blocks.least_of_one
-        )
+        self._room = self.frame_size(settings, layout) - OVERHEAD
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, EdenSettings)
+        bitmap = -(-len(layout.sizes) // 8) if len(layout.sizes) > 1 else 0
+        return frame_room(layout, settings.rate, least=9 + bitmap + Blocks.least_of_one)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, CodecSettings, RateSettings
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.quantise import Floats, bf16, read_scales, to_numpy
-from fluvial.codecs.sparse import SEED, Indices, Masked, slots
+from fluvial.codecs.sparse import SEED, Indices, Masked, masked_least, slots
 from fluvial.tensors import Layout
 
 
@@ -48,6 +48,12 @@ class Sign(Codec):
     """One bit per value, the mean magnitude per tensor. Body: a bf16 scale per tensor, then the bits."""
 
     code: ClassVar[int] = 7
+    exact: ClassVar[bool] = True
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
+        """One bit a value, and two bytes a tensor."""
+        return OVERHEAD + 2 * len(layout.sizes) + -(-layout.numel // 8)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         values, sizes = to_numpy(vector), self.layout.sizes
@@ -76,11 +82,18 @@ class HalfSign(Codec):
     """
 
     code: ClassVar[int] = 8
+    exact: ClassVar[bool] = True
     settings: HalfSignSettings
 
     def __init__(self, settings: HalfSignSettings, layout: Layout) -> None:
         super().__init__(settings, layout)
-        self.kept = min(max(round(settings.share * layout.numel), 1), layout.numel)
+        self.kept = _kept(settings, layout)
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """The seed, two bytes a tensor, and one bit for each value that is sent."""
+        assert isinstance(settings, HalfSignSettings)
+        return OVERHEAD + SEED.size + 2 * len(layout.sizes) + -(-_kept(settings, layout) // 8)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 64
@@ -102,6 +115,11 @@ class HalfSign(Codec):
         return where, np.searchsorted(np.cumsum(self.layout.sizes), where, side="right")
 
 
+def _kept(settings: HalfSignSettings, layout: Layout) -> int:
+    """Values whose sign is sent."""
+    return min(max(round(settings.share * layout.numel), 1), layout.numel)
+
+
 class TernarySettings(RateSettings):
     """+scale, 0 or -scale, entropy-coded."""
 
@@ -121,6 +139,12 @@ class Ternary(Masked):
 
     def __init__(self, settings: TernarySettings, layout: Layout) -> None:
         super().__init__(settings, layout, num_scales=len(layout.sizes))
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, TernarySettings)
+        return frame_room(layout, settings.rate, masked_least(layout, num_scales=len(layout.sizes)))
 
     def weights(self, values: Floats) -> NDArray[np.floating]:
         """Magnitudes over the RMS of their tensor."""

@@ -15,8 +15,8 @@ from pydantic import model_validator
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import Codec, RateSettings, body_room
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings, body_room, frame_room
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.quantise import Floats, bf16, from_bf16, read_scales, steps, to_levels, to_numpy
 from fluvial.errors import ConfigError, WireError
 from fluvial.tensors import Layout
@@ -35,6 +35,11 @@ def slots(seed: int, count: int, total: int) -> Indices:
     words = np.random.PCG64(seed).random_raw(total)
     chosen = np.argpartition(words, count - 1)[:count] if count < total else np.arange(total)
     return np.sort(chosen).astype(np.int64)
+
+
+def masked_least(layout: Layout, *, num_scales: int, mark: int = 0) -> int:
+    """Bytes of a body of `Masked` that keeps one value, `mark` bytes before it included."""
+    return mark + 2 * num_scales + len(layout.sizes) + 9
 
 
 class Masked(Codec):
@@ -57,7 +62,7 @@ class Masked(Codec):
         self.num_scales = num_scales
         self._sizes = np.array(layout.sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
-        self._room = body_room(layout, settings.rate, least=mark + 2 * num_scales + len(self._sizes) + 9) - mark
+        self._room = body_room(layout, settings.rate, masked_least(layout, num_scales=num_scales, mark=mark)) - mark
 
     @abstractmethod
     def weights(self, values: Floats) -> NDArray[np.floating]:
@@ -212,7 +217,7 @@ class _Codebook(Masked):
     """Kept values as a sign and one of a few magnitudes, which are fitted to the message (Lloyd)."""
 
     def __init__(self, settings: RateSettings, layout: Layout, *, bits: int, mark: int = 0) -> None:
-        super().__init__(settings, layout, num_scales=1 << bits - 1, mark=mark)
+        super().__init__(settings, layout, num_scales=_num_scales(bits), mark=mark)
         self.alphabet = 1 << bits
 
     def weights(self, values: Floats) -> NDArray[np.floating]:
@@ -252,6 +257,13 @@ ValueBits = Literal["best", 1, 2, 4, 8]
 _BITS = (1, 2, 4, 8)
 
 
+class LargestSettings(RateSettings):
+    """The largest values, or coefficients, in a few bits each."""
+
+    value_bits: ValueBits
+    """Bits of what is kept; fewer leave room for more of it."""
+
+
 class Largest(Codec):
     """The largest magnitudes of the whole update in so many bits each. Body: that of `Masked`.
 
@@ -271,6 +283,15 @@ class Largest(Codec):
                 if not self._marked or bits == 1:
                     raise
 
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, LargestSettings)
+        marked = settings.value_bits == "best"
+        bits = 1 if settings.value_bits == "best" else settings.value_bits
+        least = masked_least(layout, num_scales=_num_scales(bits), mark=int(marked))
+        return frame_room(layout, settings.rate, least)
+
     def body(self, vector: Tensor, seed: int) -> bytes:
         if not self._marked:
             (coder,) = self._coders.values()
@@ -289,13 +310,18 @@ class Largest(Codec):
         return float((self._coders[bits].parse(Reader(body)).double() - vector).square().sum())
 
 
+def _num_scales(bits: int) -> int:
+    """Magnitudes that values of so many bits are written with."""
+    return 1 if bits == 8 else 1 << bits - 1
+
+
 def _coder(settings: RateSettings, layout: Layout, *, bits: int, mark: int) -> Masked:
     if bits == 8:
         return _Steps(settings, layout, mark=mark)
     return _Codebook(settings, layout, bits=bits, mark=mark)
 
 
-class TopKSettings(RateSettings):
+class TopKSettings(LargestSettings):
     """The largest values, in a few bits each."""
 
     name: Literal["top_k"] = "top_k"
@@ -336,12 +362,18 @@ class RandomK(Codec):
     """
 
     code: ClassVar[int] = 6
+    exact: ClassVar[bool] = True
     settings: RandomKSettings
 
     def __init__(self, settings: RandomKSettings, layout: Layout) -> None:
         super().__init__(settings, layout)
-        room = body_room(layout, settings.rate, least=SEED.size + 2)
-        self.kept = min((room - SEED.size) // 2, layout.numel)
+        self.kept = _drawn(settings, layout)
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """The seed, and two bytes for each value that is sent."""
+        assert isinstance(settings, RandomKSettings)
+        return OVERHEAD + SEED.size + 2 * _drawn(settings, layout)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 64
@@ -355,3 +387,9 @@ class RandomK(Codec):
         vector = np.zeros(self.layout.numel, dtype=np.float32)
         vector[slots(seed, self.kept, self.layout.numel)] = values
         return torch.from_numpy(vector)
+
+
+def _drawn(settings: RandomKSettings, layout: Layout) -> int:
+    """Values that are sent; raises `ConfigError` if not one fits."""
+    room = body_room(layout, settings.rate, least=SEED.size + 2)
+    return min((room - SEED.size) // 2, layout.numel)

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, RateSettings, body_room
+from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
 from fluvial.codecs.canvas import target
-from fluvial.codecs.frame import Reader
+from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.rotation import Rotation
 from fluvial.errors import WireError
 from fluvial.tensors import Layout, factor
@@ -68,16 +68,18 @@ class Trellis(Codec):
 
     def __init__(self, settings: TrellisSettings, layout: Layout) -> None:
         super().__init__(settings, layout)
-        numbers: dict[object, int] = {}
-        owner = [
-            numbers.setdefault((target(name), factor(name)) if factor(name) else name, len(numbers))
-            for name, _ in layout.shapes
-        ]
+        numbers, owner = _groups(layout)
         spread = np.repeat(np.array(owner, dtype=np.int64), layout.sizes)
         order = np.argsort(spread, kind="stable")
         self._sizes = np.bincount(spread, minlength=len(numbers))
         self._where = [torch.from_numpy(each) for each in np.split(order, np.cumsum(self._sizes)[:-1])]
-        self._room = body_room(layout, settings.rate, least=_HEAD.size + len(numbers) + 1)
+        self._room = self.frame_size(settings, layout) - OVERHEAD
+
+    @classmethod
+    def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
+        """At most 4 * values / rate."""
+        assert isinstance(settings, TrellisSettings)
+        return frame_room(layout, settings.rate, least=_HEAD.size + len(_groups(layout)[0]) + 1)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32
@@ -254,6 +256,16 @@ def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:
         before = state >> shift
         state = before | choice[every, before].astype(np.int64) << memory - shift
     return path
+
+
+def _groups(layout: Layout) -> tuple[dict[object, int], list[int]]:
+    """The number of every group, and the group of every tensor."""
+    numbers: dict[object, int] = {}
+    owner = [
+        numbers.setdefault((target(name), factor(name)) if factor(name) else name, len(numbers))
+        for name, _ in layout.shapes
+    ]
+    return numbers, owner
 
 
 def _loudness(groups: list[NDArray[np.float64]]) -> tuple[int, NDArray[np.int64]]:

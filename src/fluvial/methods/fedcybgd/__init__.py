@@ -8,10 +8,10 @@ compressed, trains that block alone, and sends it back. So all weights are train
 optimizer state of one block and sends only its change.
 """
 
-import torch
 from torch import nn
 
-from fluvial.codecs import CodecSettings, build
+from fluvial.codecs import CODECS, CodecSettings
+from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
 from fluvial.frozen import check_streams
@@ -52,7 +52,7 @@ def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
         )
     for block in parts.blocks:
         try:
-            build(codec, block.layout)
+            CODECS[codec.name].frame_size(codec, block.layout)
         except ConfigError as error:
             raise ConfigError(f"block {block.name!r}: {error}") from error
     proxy = isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload)
@@ -130,8 +130,7 @@ def _form(config: FedCyBgdConfig, known: Forecast, blocks: int) -> Form:
             return StaleSubset(share, blocks)
         case LowBitDownload(codec=codec):
             many = Layout((("matrix", (1024, 64)),))
-            frame = build(codec, many).encode({"matrix": torch.ones(1024, 64)})
-            return LowBit(8 * len(frame) / many.numel, blocks - 1)
+            return LowBit(8 * frame_size(codec, many) / many.numel, blocks - 1)
         case CacheDownload():
             return Cache(known.sites, blocks, known.frame)
     return Full()

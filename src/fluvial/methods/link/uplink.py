@@ -27,6 +27,7 @@ from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.link import gate, tgap
 from fluvial.methods.link.gate import GateReport, Representation
 from fluvial.methods.link.tgap import TgapConfig
+from fluvial.models import no_change
 from fluvial.payload import Limits, Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.seeds import derive
 from fluvial.sites import Site, code, site_codec
@@ -418,18 +419,14 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
             raise ConfigError("codec.weighted: not with codec 'auto', a refit, or tgap.source='sites-covariance'")
         if getattr(codec, "noise_ratio", None) is not None:
             raise ConfigError("codec.weighted: noise_ratio compares with unweighted noise; set one of the two")
-        scales({each: torch.zeros(shape) for each, shape in layout.shapes} | _partners(layout), layout)
+        scales({each: no_change(shape) for each, shape in layout.shapes} | _partners(layout), layout)
     if must_learn(codec) and config.source == "none":
         raise ConfigError(f"method.tgap.source='none': codec {name!r} must be trained; choose 'public' or 'sites'")
     if config.source == "sites-covariance":
         _check_moments(codec, layout)
     if isinstance(codec, AutoSettings):
         return
-    kind = CODECS[name]
-    if issubclass(kind, LearnedCodec):
-        kind.frame_size(codec, layout)
-    else:
-        build(codec, layout)
+    CODECS[name].frame_size(codec, layout)
 
 
 def _check_moments(codec: CodecSettings, layout: Layout) -> None:
