@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.forecast import frame_size
