@@ -17,11 +17,11 @@ from fluvial.config import parse
 from fluvial.data import SiteTexts
 from fluvial.errors import PrivacyError, WireError
 from fluvial.journal import Header
-from fluvial.methods import cgfedllm
+from fluvial.methods import Context, cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.link.uplink import published
 from fluvial.models import Workbench, initial_state
-from fluvial.payload import Payload, Value, payload_frame
+from fluvial.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.releases import count_releases
 from fluvial.run import site_of, tasks_of
 from fluvial.seeds import generator
@@ -240,3 +240,25 @@ def test_the_runs_of_a_site_share_its_epsilon(run_config: dict[str, Any], tmp_pa
     hello(run_config, tmp_path, run="two", method=at(2.5))
     with pytest.raises(PrivacyError, match="more than this site has left"):
         hello(run_config, tmp_path, run="one", method=at(6.0))
+
+
+def test_the_server_reads_no_value_beside_a_private_frame(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """A site that says more than its frame has failed, so that no one comes to rely on it."""
+    found = bed(run_config, tmp_path)
+    context = Context(
+        seed=found.config.seed,
+        rounds=2,
+        layout=found.bench.layout,
+        codec=found.config.coding,
+        downlink=None,
+        train=found.config.train,
+        open_bench=lambda: found.bench,
+        secret=lambda: KEY,
+        public=dict,
+    )
+    server = cgfedllm.CgFedLlmServer(found.config.method, context)
+    frame = found.ask()
+    _, _, weight, loss = server._read(frame_payload(frame), round=1)
+    assert (weight, loss) == (1, None)
+    with pytest.raises(WireError, match=r"values \['loss', 'n'\] came, which epsilon does not count"):
+        server._read(frame_payload(frame, n=3, loss=1.0), round=1)
