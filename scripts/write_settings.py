@@ -35,7 +35,7 @@ BOUNDS = {
     "maximum": "at most",
     "exclusiveMaximum": "below",
 }
-TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false"}
+TYPES = {"integer": "integer", "number": "number", "string": "string", "boolean": "true or false"}
 
 
 class Page:
@@ -122,15 +122,19 @@ class Page:
             return ", ".join(map(_code, field["enum"]))
         if field["type"] == "array":
             items = field.get("prefixItems", [field["items"]] if field.get("items") else [])
-            return "list of " + ", ".join(self._value(each) for each in items)
+            return "array of " + ", ".join(self._value(each) for each in items)
         if field["type"] == "object":
             return "table"
-        bounds = [f"{words} {field[key]:g}" for key, words in BOUNDS.items() if key in field]
+        bounds = [f"{words} {_short(field[key])}" for key, words in BOUNDS.items() if key in field]
         return " ".join([TYPES[field["type"]], ", ".join(bounds)]).strip()
 
 
 def _code(value: Any) -> str:
     return f"`{json.dumps(value)}`"
+
+
+def _short(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.12g}"
 
 
 def _most(found: list[Any]) -> Any:

@@ -37,7 +37,9 @@ def make(name: str, update: Named, **changes: object) -> Codec:
     """The codec `name` for updates like `update`; every codec under contract comes from here."""
     if name == "eden":
         changes = {"unbiased": "no", **changes}  # the other setting does not contract, and has tests of its own
-    return build(CONFIG.validate_python({"name": name, **changes}), Layout.of(update))
+    # A file refuses a rate below 1; a layout of a few values needs one, so that a frame has room for its header.
+    small = {"rate": changes.pop("rate")} if name in RATED and float(str(changes.get("rate", 1))) < 1 else {}
+    return build(CONFIG.validate_python({"name": name, **changes}).model_copy(update=small), Layout.of(update))
 
 
 def gaussian(seed: int = 0) -> Named:

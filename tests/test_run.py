@@ -177,9 +177,10 @@ def test_a_gqa_model_does_not_fit_the_papers_canvas(
 
 
 def test_training_that_diverges_stops_with_a_remedy(run_config: dict[str, Any], tmp_path: Path) -> None:
-    wild = run_config["train"] | {"learning_rate": 1e30, "max_grad_norm": 0.0, "optim": "sgd"}
+    wild = run_config["train"] | {"learning_rate": 100.0, "max_grad_norm": 0.0, "optim": "sgd", "max_steps": 20}
+    loud = run_config["lora"] | {"lora_alpha": 1e6}
     with pytest.raises(ClientError, match="DivergenceError.*lower train.learning_rate"):
-        run_table(run_config | {"train": wild}, tmp_path / "run")
+        run_table(run_config | {"train": wild, "lora": loud}, tmp_path / "run")
 
 
 def test_an_exploding_aggregate_stops_the_run(

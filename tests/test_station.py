@@ -228,15 +228,15 @@ def test_a_site_file_is_read_with_its_own_places(tmp_path: Path) -> None:
         ('name = "a"\n[allow]\nmethod = ["fedavg"]', r"allow\.method: unknown key; did you mean 'methods'"),
         (
             'name = "a"\n[allow]\nmax_bytes_up_per_round = 0',
-            r"allow\.max_bytes_up_per_round = 0: .*greater than or equal",
+            r"allow\.max_bytes_up_per_round = 0: must be an integer from 1",
         ),
         ('name = "a"\n[data]\nform = "text"', r"data\.source: missing"),
-        ('name = "../a"', "name = .*: string should match"),
-        ('name = ""', "name = '': string should have at least 1"),
-        ('name = ".hidden"', "name = .*: string should match"),
-        (f'name = "{"a" * 65}"', "name = 'a+': string should have at most 64"),
+        ('name = "../a"', "name = .*: must match"),
+        ('name = ""', 'name = "": the string is empty'),
+        ('name = ".hidden"', "name = .*: must match"),
+        (f'name = "{"a" * 65}"', 'name = "a+": must have at most 64'),
         ("folder = 'x'", "name: missing"),
-        ("name = ", r"site\.toml: cannot be read"),
+        ("name = ", r"site\.toml: not valid TOML"),
     ],
 )
 def test_a_site_file_that_is_wrong_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_missing_site_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no site file .*`fluvial site init` makes one"):
         read_site_file(tmp_path / "site.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"binary\.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"binary\.toml: is not UTF-8 at byte 0"):
         read_site_file(tmp_path / "binary.toml")
 
 
@@ -545,7 +545,7 @@ def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
         assert alone.names == (name,)
         assert alone.load(name) == common.load(name)
         stations = [
-            Station(SiteFile(name=name, folder=tmp_path / kind / name, device="cpu", **given))
+            Station(SiteFile.model_validate({"name": name, "folder": tmp_path / kind / name, "device": "cpu", **given}))
             for kind, given in (("own", {"data": {"source": str(own)}}), ("common", {}))
         ]
         for station in stations:

@@ -1,15 +1,14 @@
 """The configuration of a run: TOML written by people, checked as a whole before anything is loaded."""
 
-import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 
+from fluvial import toml
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
@@ -27,21 +26,21 @@ Baseline = Literal["local", "fedavg", "central"]
 class EvaluateConfig(Settings):
     """What is measured on the held-out part of every site, before and after."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, le=10**6)
     """Measure the global model every so many rounds; 0 measures at the end only."""
-    max_new_tokens: int = Field(0, ge=0)
+    max_new_tokens: int = Field(0, ge=0, le=10**6)
     """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end; the first held-out question where there are some."""
-    sample_tokens: int = Field(40, ge=1)
+    sample_tokens: int = Field(40, ge=1, le=10**6)
 
 
 class RunConfig(Settings):
     """Everything that defines a run."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**31 - 1)
     """Of everything that is drawn."""
-    rounds: int = Field(20, ge=1)
+    rounds: int = Field(20, ge=1, le=10**6)
     """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
     compare: tuple[Baseline, ...] = ()
     """Baselines that are run first with the same data, steps and code."""
@@ -85,65 +84,71 @@ class RunConfig(Settings):
         """What differential privacy the method promises, if any."""
         return self.entry.privacy(self.method)
 
-    @model_validator(mode="after")
-    def _nothing_leaves_beside_the_promise(self) -> "RunConfig":
-        promise = self.promise
-        if promise is None:
-            return self
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not fit together among the tables."""
+        yield from self._beside_the_promise()
+        yield from self._unfit_for_what_is_tuned()
+        yield from self._without_effect()
+        yield from self._downlink_conflicts()
+
+        if self.method.name in self.compare:
+            yield f"compare: {self.method.name!r} is the method itself; remove it from the list"
+
+    def _beside_the_promise(self) -> Iterator[str]:
+        """Yield what would leave the sites beside what differential privacy counts."""
+        if self.promise is None:
+            return
+
         if self.compare:
-            raise ValueError(
+            yield (
                 f"compare: {', '.join(self.compare)} would send undisturbed updates or losses of "
                 "the same data, which method.privacy does not count; remove it, and run these on "
                 "their own where that may leave"
             )
         for name in ("every", "max_new_tokens"):
-            if getattr(self.evaluate, name) and not promise.measures:
-                raise ValueError(
+            if getattr(self.evaluate, name) and not self.promise.measures:
+                yield (
                     f"evaluate.{name}: without effect, because method.privacy.heldout='none' "
                     "measures nothing at the sites; remove it, or set heldout='exact', which is "
                     "outside epsilon"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _fits_what_is_tuned(self) -> "RunConfig":
+    def _unfit_for_what_is_tuned(self) -> Iterator[str]:
         if self.tuned not in self.entry.tunes:
             known = " or ".join(self.entry.tunes)
-            raise ValueError(f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it")
+            yield f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it"
+
         if self.tuned == "full" and "lora" in self.model_fields_set:
-            raise ValueError("lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'")
+            yield "lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'"
+
         if self.tuned == "full" and self.codec is not None and (must_learn(self.codec) or self.codec.weighted):
-            what = "learns" if must_learn(self.codec) else "scales by partners"
-            raise ValueError(
-                f"codec: {self.codec.name!r} {what} among LoRA factors, and here all weights are tuned; choose a "
+            does = "learns" if must_learn(self.codec) else "scales by partners"
+            yield (
+                f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are tuned; choose a "
                 "codec that learns nothing, such as 'int8' or 'hadamard', without 'weighted'"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> "RunConfig":
+    def _without_effect(self) -> Iterator[str]:
         why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(self.entry.sends)
-        for table, found in (("codec", self.codec), ("downlink", self.downlink)):
-            if found is not None and why is not None:
-                raise ValueError(f"{table}: without effect, because method {self.method.name!r} {why}; remove it")
-        if self.downlink is not None and self.entry.receives != "downlink":
-            raise ValueError(
-                f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
-            )
-        if self.downlink is not None and must_learn(self.downlink):
-            raise ValueError(
+        for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
+            if settings is not None and why is not None:
+                yield f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
+
+    def _downlink_conflicts(self) -> Iterator[str]:
+        if self.downlink is None or self.entry.sends != "codec":
+            return
+
+        if self.entry.receives != "downlink":
+            yield f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
+        if must_learn(self.downlink):
+            yield (
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
                 "down; choose a codec that learns nothing, such as 'trellis'"
             )
-        if self.downlink is not None and self.downlink.error_feedback:
-            raise ValueError("downlink.error_feedback: the way down always repairs what it lost; remove it")
-        if self.downlink is not None and self.downlink.weighted:
-            raise ValueError("downlink.weighted: both ends know no partner on the way down; remove it")
-        if self.method.name in self.compare:
-            raise ValueError(f"compare: {self.method.name!r} is the method itself; remove it from the list")
-        if len(set(self.compare)) < len(self.compare):
-            raise ValueError("compare: a baseline is named twice")
-        return self
+        if self.downlink.error_feedback:
+            yield "downlink.error_feedback: the way down always repairs what it lost; remove it"
+        if self.downlink.weighted:
+            yield "downlink.weighted: both ends know no partner on the way down; remove it"
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """The same run with another method, uncompressed and without further baselines."""
@@ -160,14 +165,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises `ConfigError` with every problem found, its place and the nearest known key.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no configuration file {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    table = toml.load(path, f"there is no configuration file {str(path)!r}")
     for line in overrides:
         table = merge(table, override(line))
     return _with_template(parse(table, f"{path} with --set" if overrides else str(path)))
@@ -184,11 +182,7 @@ def _with_template(config: RunConfig) -> RunConfig:
 
 def parse(table: dict[str, Any], where: str) -> RunConfig:
     """A configuration from a table; paths in it are relative to the working directory."""
-    try:
-        return RunConfig.model_validate(table)
-    except ValidationError as error:
-        lines = [f"{where}: {explain(problem)}" for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
+    return toml.read(RunConfig, table, where)
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -215,72 +209,12 @@ def override(line: str) -> dict[str, Any]:
         raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
 
 
-TAGS = ("name", "by", "form")
-"""Keys that choose what the rest of their table may hold."""
-
-
 def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """`change` over `table`, key by key; another method, codec or partition takes the place of the whole table."""
-    if any(tag in change and tag in table and change[tag] != table[tag] for tag in TAGS):
+    if any(tag in change and tag in table and change[tag] != table[tag] for tag in toml.TAGS):
         return change
     merged = dict(table)
     for key, value in change.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def explain(problem: Any, root: type[Settings] | None = None) -> str:
-    """One line for a pydantic problem of `root` (`RunConfig`): dotted place, what is wrong, what would be right."""
-    place, options, plain = list[str](), [root or RunConfig], False
-    for part in problem["loc"][: -1 if problem["type"] == "extra_forbidden" else None]:
-        if len(options) > 1:  # the tag of a union, such as the method's name, is no key
-            options = [each for each in options if part in _tags(each)]
-            continue
-        if plain and not options and isinstance(part, str):  # an alternative of a value that is no table, such as "int"
-            continue
-        place.append(str(part))
-        fields = options[0].model_fields if options else {}
-        annotation = fields[part].annotation if part in fields else None
-        options = _candidates(annotation)
-        plain = get_origin(annotation) in (Union, UnionType) and NoneType not in get_args(annotation)
-    where, kind = ".".join(place), problem["type"]
-    if kind == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        hint = _nearest(key, list(options[0].model_fields) if options else [], "known keys: ")
-        return f"{'.'.join([*place, key])}: unknown key; {hint}"
-    if kind == "value_error":
-        return ".".join([*place, ""]).lstrip(".") + str(problem["ctx"]["error"])
-    if kind == "union_tag_invalid":
-        found, known = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
-        key = problem["ctx"]["discriminator"].strip("'")
-        return f"{where}: unknown {key} {found!r}; {_nearest(found, known, 'choose one of ')}"
-    if kind == "union_tag_not_found":
-        key = problem["ctx"]["discriminator"].strip("'")
-        return f"{where}: {key} is missing; choose one of {', '.join(tag for each in options for tag in _tags(each))}"
-    if kind == "missing":
-        return f"{where}: missing, and has no default"
-    found = f"{where} = {problem['input']!r:.80}"
-    if kind in ("model_type", "model_attributes_type"):
-        tag = next((key for key in TAGS if options and key in options[0].model_fields), None)
-        word = problem["input"] if len(options) > 1 and isinstance(problem["input"], str) else None
-        hint = f"; write {{{tag} = {json.dumps(word)}}}" if word else ""
-        return f"{found}: must be a table{hint}"
-    return f"{found}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-
-
-def _nearest(found: str, known: Sequence[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(found, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"{otherwise}{', '.join(known) or 'none'}"
-
-
-def _candidates(annotation: Any) -> list[type[Settings]]:
-    """Models among the alternatives of an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    return [model for item in get_args(annotation) for model in _candidates(item)]
-
-
-def _tags(model: type[Settings]) -> list[str]:
-    """Values that choose this model in a union."""
-    return [tag for key in TAGS if key in model.model_fields for tag in get_args(model.model_fields[key].annotation)]

@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluvial.errors import ClientError
 from fluvial.line import Line
@@ -19,34 +19,33 @@ logger = logging.getLogger(__name__)
 class FleetConfig(Settings):
     """How sites are asked, and what happens when one does not answer."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
-    threads: int = Field(1, ge=1)
+    threads: int = Field(1, ge=1, le=256)
     """Threads for the tensor operations of one site, and of the server; fixed, so that results do not depend on
     `workers`."""
     sites: tuple[str, ...] = ()
     """Names of the sites that a deployed run waits for; where this is empty, those of data that all sites can read."""
-    join_timeout_s: float = Field(120.0, gt=0)
+    join_timeout_s: float = Field(120.0, ge=0.01, le=10**7)
     """A deployed run waits this long for its sites to join."""
     line: Line | None = None
     """What `fluvial check` predicts the time of a round from; a run does not ask for it."""
-    deadline_s: float | None = Field(None, gt=0)
+    deadline_s: float | None = Field(None, ge=0.001, le=10**7)
     """A site that has not answered this long after it was asked has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"
     """Of a site: stop the run, go on without it in this round, or ask it again first."""
-    retries: int = Field(2, ge=1)
+    retries: int = Field(2, ge=1, le=100)
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
     quorum: float = Field(0.5, gt=0, le=1)
     """Share of the asked sites that must have answered, or the run stops."""
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> "FleetConfig":
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         fields = type(self).model_fields
         if self.on_failure == "stop" and self.quorum != fields["quorum"].default:
-            raise ValueError("quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'")
+            yield "quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'"
         if self.on_failure != "retry" and self.retries != fields["retries"].default:
-            raise ValueError("retries: without effect unless on_failure='retry'")
-        return self
+            yield "retries: without effect unless on_failure='retry'"
 
 
 T = TypeVar("T")

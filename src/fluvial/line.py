@@ -14,10 +14,10 @@ from fluvial.settings import Settings
 class Line(Settings):
     """The line between a site and the server; what `fluvial check` predicts a round's time from."""
 
-    up_mbit_s: float = Field(gt=0)
+    up_mbit_s: float = Field(ge=1e-6, le=1e6)
     """From the site, in 10^6 bits a second."""
-    down_mbit_s: float = Field(gt=0)
-    rtt_ms: float = Field(ge=0)
+    down_mbit_s: float = Field(ge=1e-6, le=1e6)
+    rtt_ms: float = Field(ge=0, le=1e6)
     """There and back."""
     loss: float = Field(0.0, ge=0, lt=0.5)
     """Share of the packets that do not arrive, in each direction."""

@@ -1,9 +1,119 @@
-"""What every table of settings is: read-only, without unknown keys, and described by the docstrings of its fields."""
+"""What every table of settings is: read-only, strict, without unknown keys, described by the docstrings of its fields.
 
-from pydantic import BaseModel, ConfigDict
+A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true), numbers are finite,
+strings are not empty, and a list names each thing once.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+
+
+def check_text(text: str) -> None:
+    """Raise `ValueError` for a string that is empty or that no file can hold."""
+    if not text:
+        raise ValueError("the string is empty; give a value or remove the key")
+
+    if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
+        raise ValueError("the string holds a character that no text may hold (NUL or half of a surrogate pair)")
+
+
+def _exact(value: Any) -> Any:
+    """Refuse 2.0 and true where 2 and 1 are among the choices."""
+    if isinstance(value, bool | float):
+        raise PydanticKnownError("int_type")
+
+    return value
+
+
+def _path_text(value: Any) -> Any:
+    if isinstance(value, str):
+        check_text(value)
+
+    return value
+
+
+FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_path_text)]
+"""A path, which is a string in TOML."""
+EXACT = BeforeValidator(_exact)
+"""Goes with a `Literal` of integers, which would take 2.0 for 2."""
+
+
+class ConflictError(ValueError):
+    """Values that are each valid alone and cannot stand together; one line each."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
 
 
 class Settings(BaseModel):
     """A table of a configuration or of a site's or server's file; docs/settings.md is written from these."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield a line for values that are each valid alone and cannot stand together.
+
+        A line begins with the key, as seen from this table: `key: why; remedy`.
+        """
+        yield from ()
+
+    @model_validator(mode="after")
+    def _no_conflict(self) -> Self:
+        lines = list(self.conflicts())
+        if lines:
+            raise ConflictError(lines)
+
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _arrays(cls, table: Any) -> Any:
+        """Make tuples of the arrays of TOML and JSON, which strict tuples ask for."""
+        return _frozen(table) if isinstance(table, dict) else table
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _says_something(cls, value: Any) -> Any:
+        """Refuse empty and unreadable strings, and strings that a list holds twice."""
+        strings = list(_strings(value))
+        for text in strings:
+            check_text(text)
+
+        if isinstance(value, tuple) and len(set(strings)) < len(strings):
+            twice = next(text for text in strings if strings.count(text) > 1)
+            raise ValueError(f"{twice!r} stands there twice; remove one")
+
+        return value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(item) for item in value)
+
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string of a value that is no table of settings, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (key, *_strings(item))

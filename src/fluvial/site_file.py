@@ -1,15 +1,13 @@
 """The file of a site's operator: what the site is, where its own things lie, what it takes part in."""
 
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from fluvial.config import explain
+from fluvial import toml
 from fluvial.data import Numbers, SourceSettings
-from fluvial.errors import ConfigError
-from fluvial.settings import Settings
+from fluvial.settings import FilePath, Settings
 
 
 class Allowed(Settings):
@@ -21,10 +19,10 @@ class Allowed(Settings):
     """Values of model.name_or_path."""
     tensors: tuple[str, ...] = ()
     """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
-    max_epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    max_epsilon: float | None = Field(None, ge=1e-3, le=1e6)
     """Epsilon that all runs of this site may spend together; runs without noise at the site are
     refused. Unset, runs need not promise privacy."""
-    max_bytes_up_per_round: int | None = Field(None, ge=1)
+    max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
     """An answer that would be more is not sent; the server is told why."""
 
 
@@ -46,7 +44,7 @@ class SiteFile(Settings):
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
-    folder: Path = Path("fluvial-site")
+    folder: FilePath = Path("fluvial-site")
     """Where the site keeps its state and its log."""
     model: str | None = None
     """A local folder of the base model, in place of what the run names; its content must be the same."""
@@ -57,24 +55,16 @@ class SiteFile(Settings):
     allow: Allowed = Allowed()
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""
-    ca: Path | None = None
+    ca: FilePath | None = None
     """The certificate that the server's is checked against."""
-    key: Path | None = None
+    key: FilePath | None = None
     """The site's private key."""
 
 
 def read_site_file(path: Path) -> SiteFile:
     """Read and check a site file; paths in it are relative to its folder. Raises `ConfigError`."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no site file {str(path)!r}; `fluvial site init` makes one") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    try:
-        found = SiteFile.model_validate(table)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {explain(each, SiteFile)}" for each in error.errors())) from None
+    table = toml.load(path, f"there is no site file {str(path)!r}; `fluvial site init` makes one")
+    found = toml.read(SiteFile, table, str(path))
     here = path.resolve().parent
     changes: dict[str, Any] = {
         key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None

@@ -18,9 +18,9 @@ ALL_LINEAR = "all-linear"
 class LoraSettings(Settings):
     """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
 
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(8, ge=1, le=4096)
+    lora_alpha: float = Field(16, ge=1e-6, le=1e6)
+    lora_dropout: float = Field(0.05, ge=0, le=0.99)
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
     """Names of linear modules, or "all-linear" without heads and routers. By default `q_proj`,
     `k_proj`, `v_proj`, `o_proj` where the model has all four, else what PEFT has for its architecture,

@@ -29,25 +29,25 @@ logger = logging.getLogger(__name__)
 class TrainConfig(Settings):
     """Local training of one site in one round; names as in Hugging Face's `TrainingArguments`."""
 
-    learning_rate: float = Field(1.5e-4, gt=0)
+    learning_rate: float = Field(1.5e-4, ge=1e-30, le=100)
     """CG-FedLLM's value for LLaMA-7B with Dolly."""
-    per_device_train_batch_size: int = Field(8, ge=1)
+    per_device_train_batch_size: int = Field(8, ge=1, le=10**6)
     """Sequences of one forward pass (micro-batch)."""
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
     """Micro-batches of one optimizer step; their product is the logical batch."""
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, ge=1e-6, le=10**6)
     """Passes over the site's data in one round; used when `max_steps` is not set."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=10**9)
     """Optimizer steps in one round; overrides `num_train_epochs`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9)
     """Clip threshold of the global norm; 0 switches clipping off."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, ge=1e-30, le=1)
     gradient_checkpointing: bool = False
     bf16: bool = False
     """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""

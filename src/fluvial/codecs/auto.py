@@ -38,9 +38,9 @@ class AutoSettings(CodecSettings):
     name: Literal["auto"] = "auto"
     rate: float | None = Field(None, ge=2, le=1024)
     """Times smaller than fp32; unset, it follows from the link, or is 64."""
-    uplink_mbps: float | None = Field(None, gt=0)
+    uplink_mbps: float | None = Field(None, ge=1e-6, le=1e6)
     """The thinnest uplink among the sites, in megabits per second."""
-    upload_s: float = Field(10.0, gt=0)
+    upload_s: float = Field(10.0, ge=1e-3, le=1e6)
     """Seconds that one update may take on that uplink."""
     error_feedback: bool = True
     """Sites keep state between rounds, so they can repair later what a codec lost. False for sites that cannot."""

@@ -43,7 +43,7 @@ class CodecSettings(Settings):
 class RateSettings(CodecSettings):
     """A codec with a byte target."""
 
-    rate: float = Field(64, gt=0, allow_inf_nan=False)
+    rate: float = Field(64, ge=1, le=1e6)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
 
 

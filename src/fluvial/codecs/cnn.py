@@ -66,15 +66,15 @@ class CNNSettings(RateSettings):
 
     name: Literal["cnn"] = "cnn"
     """Which codec."""
-    latent_share: float = Field(1.0, gt=0, le=1)
+    latent_share: float = Field(1.0, ge=1e-6, le=1)
     """Latent values per value of the update."""
     hidden: int = Field(32, ge=1, le=512)
     """Channels of the residual path."""
     normalise: Literal["global_rms", "factor_rms"] = "global_rms"
     """Whether there is one scale for all, or one for every factor of every module and layer."""
-    iterations: int = Field(400, ge=1)
+    iterations: int = Field(400, ge=1, le=10**6)
     """Adam steps of `fit`."""
-    learning_rate: float = Field(1e-2, gt=0)
+    learning_rate: float = Field(1e-2, ge=1e-12, le=1)
     """At the start; falls to 0 along half a cosine."""
 
 

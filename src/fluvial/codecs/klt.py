@@ -24,7 +24,7 @@ and of coefficients far below the step the seed draws a share q, which are sent 
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
@@ -32,7 +32,7 @@ from typing import Literal, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs import entropy
@@ -84,22 +84,20 @@ class KltSettings(RateSettings):
     """Which codec."""
     rate: float = Field(64, ge=4, le=4096)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, gt=0, le=1)
+    basis_share: float = Field(0.25, ge=1e-6, le=1)
     """Feature directions that are published, as a share of the features; the others need no bytes."""
     mode: Mode = "biased"
     """Least squared error, or no error on average over seeds."""
-    noise_ratio: float | None = Field(None, gt=0)
+    noise_ratio: float | None = Field(None, ge=1e-6, le=1e6)
     """Set, the rate holds for the first round only; then the server sets the step so that the codec's noise is this
     many times the variance between sites (SNR-driven rate)."""
 
-    @model_validator(mode="after")
-    def _contracts(self) -> Self:
-        """Error feedback around a codec that enlarges what it sends diverges."""
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         if self.mode == "dithered" and self.noise_ratio is not None:
-            raise ValueError("noise_ratio: needs mode='biased'")
-        if self.mode == "dithered" and self.error_feedback:
-            raise ValueError("mode='dithered' diverges with error_feedback=true; choose one of the two")
-        return self
+            yield "noise_ratio: needs mode='biased'"
+        if self.mode == "dithered" and self.error_feedback:  # feedback around a codec that enlarges diverges
+            yield "mode='dithered' diverges with error_feedback=true; choose one of the two"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class KltSumSettings(RateSettings):
     """Which codec."""
     rate: float = Field(64, ge=2, le=4096)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, gt=0, le=1)
+    basis_share: float = Field(0.25, ge=1e-6, le=1)
     """Feature directions that are published, as a share of the features; the others need no bytes."""
     max_sites: int = Field(64, ge=1, le=65536)
     """Frames that can be added before the integers overflow."""

@@ -26,7 +26,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from fluvial.codecs.klt_tables import Doubles
 from fluvial.codecs.trellis import Plan, best_path, follow, rotate
 from fluvial.errors import ConfigError, WireError
 from fluvial.payload import Payload
+from fluvial.settings import EXACT
 from fluvial.tensors import Layout, Named
 
 Ints = NDArray[np.int64]
@@ -69,9 +70,9 @@ class KltTrellisSettings(RateSettings):
     """Which codec."""
     rate: float = Field(64, ge=16, le=1024)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, gt=0, le=1)
+    basis_share: float = Field(0.25, ge=1e-6, le=1)
     """Feature directions that are published, as a share of the features; the others need no bytes."""
-    memory: Literal[6, 8, 10, 12] = 10
+    memory: Annotated[Literal[6, 8, 10, 12], EXACT] = 10
     """Bits of the trellis's state. Two more take four times as long to encode, as long to decode, and come nearer to
     the bound."""
 

@@ -9,7 +9,7 @@ It is here to reproduce the paper; for a learned codec that carries real updates
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from fluvial.codecs.normalise import (
 )
 from fluvial.errors import ConfigError, WireError
 from fluvial.payload import Payload
+from fluvial.settings import EXACT
 from fluvial.tensors import Layout, Named
 
 _RESBLOCKS = 3
@@ -40,23 +41,27 @@ logger = logging.getLogger(__name__)
 _LATENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class ResNetSettings(CodecSettings):
     """Defaults are the paper's, where it states one."""
 
     name: Literal["resnet"] = "resnet"
-    stages: Literal[2, 4, 6, 8] = 6
+    stages: Annotated[Literal[2, 4, 6, 8], EXACT] = 6
     """Halvings of each side; the latent is 1/4, 1/16, 1/64 (the paper) or 1/256 of the canvas."""
     canvas: Mode = "square"
     """"square" is the paper's; "grouped" (ours) pads, so it takes grouped-query attention and any size."""
     normalise: Normalisation = "factor_rms"
     """Ours: the paper states none."""
     latent_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
-    iterations: int = Field(3000, ge=1)
+    iterations: int = Field(3000, ge=1, le=10**6)
     """Adam steps of `fit`; ours, after the reproduction."""
-    batch_size: int = Field(4, ge=1)
+    batch_size: int = Field(4, ge=1, le=10**6)
     """Updates in a step; ours, after the reproduction."""
-    learning_rate: float = Field(2e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    learning_rate: float = Field(2e-4, ge=1e-12, le=1)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
 
 
 class Residual(nn.Module):

@@ -11,15 +11,14 @@ A vector of n values is rotated by random signs and Hadamard matrices on its fir
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import model_validator
 from scipy.special import ndtr, ndtri
 from torch import Tensor
 
@@ -375,12 +374,10 @@ class EdenSettings(RateSettings):
     levels: Literal["entropy", "fixed"] = "entropy"
     """Entropy-coded whole steps, or the paper's Lloyd-Max levels of 1 to 8 bits with sampling under 1 bit."""
 
-    @model_validator(mode="after")
-    def _contracts(self) -> Self:
-        """Error feedback around a codec that enlarges what it sends diverges."""
-        if self.unbiased == "yes" and self.error_feedback:
-            raise ValueError("unbiased='yes' diverges with error_feedback=true; choose one of the two")
-        return self
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.unbiased == "yes" and self.error_feedback:  # feedback around a codec that enlarges diverges
+            yield "unbiased='yes' diverges with error_feedback=true; choose one of the two"
 
 
 class Eden(Codec):

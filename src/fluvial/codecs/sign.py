@@ -71,7 +71,7 @@ class HalfSignSettings(CodecSettings):
 
     name: Literal["half_sign"] = "half_sign"
     """Which codec."""
-    share: float = Field(0.5, gt=0, le=1)
+    share: float = Field(0.5, ge=1e-6, le=1)
     """Part of the values whose sign is sent, at least one; bits per value but for header, seed and scales."""
 
 

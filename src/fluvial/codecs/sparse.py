@@ -6,12 +6,12 @@
 import math
 import struct
 from abc import abstractmethod
-from typing import ClassVar, Literal, Self, cast
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import model_validator
 from torch import Tensor
 
 from fluvial.codecs import entropy
@@ -19,6 +19,7 @@ from fluvial.codecs.base import Codec, CodecSettings, RateSettings, body_room, f
 from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.quantise import Floats, bf16, from_bf16, read_scales, steps, to_levels, to_numpy
 from fluvial.errors import ConfigError, WireError
+from fluvial.settings import EXACT
 from fluvial.tensors import Layout
 
 Indices = NDArray[np.int64]
@@ -253,7 +254,7 @@ class _Codebook(Masked):
         return np.concatenate([-scales, scales])[symbols]
 
 
-ValueBits = Literal["best", 1, 2, 4, 8]
+ValueBits = Annotated[Literal["best", 1, 2, 4, 8], EXACT]
 _BITS = (1, 2, 4, 8)
 
 
@@ -347,12 +348,10 @@ class RandomKSettings(RateSettings):
     unbiased: Literal["yes", "no"] = "no"
     """Whether values are scaled by numel / k, so that the expectation over seeds is the update."""
 
-    @model_validator(mode="after")
-    def _contracts(self) -> Self:
-        """Error feedback around a codec that enlarges what it sends diverges."""
-        if self.unbiased == "yes" and self.error_feedback:
-            raise ValueError("unbiased='yes' diverges with error_feedback=true; choose one of the two")
-        return self
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.unbiased == "yes" and self.error_feedback:  # feedback around a codec that enlarges diverges
+            yield "unbiased='yes' diverges with error_feedback=true; choose one of the two"
 
 
 class RandomK(Codec):

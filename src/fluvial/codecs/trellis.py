@@ -21,7 +21,7 @@ codes, in whole numbers, so that both ends agree.
 import struct
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from fluvial.codecs.canvas import target
 from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.rotation import Rotation
 from fluvial.errors import WireError
+from fluvial.settings import EXACT
 from fluvial.tensors import Layout, factor
 
 Floats = NDArray[np.float32]
@@ -56,7 +57,7 @@ class TrellisSettings(RateSettings):
 
     name: Literal["trellis"] = "trellis"
     """Which codec."""
-    memory: Literal[6, 8, 10, 12] = 10
+    memory: Annotated[Literal[6, 8, 10, 12], EXACT] = 10
     """Bits of the state. Two more take up to four times as long to encode and come nearer to the bound."""
 
 

@@ -55,7 +55,7 @@ class VQSettings(RateSettings):
     """Codewords for A, and as many for B."""
     dimension: int | None = Field(None, ge=1, le=64)
     """Values in a vector; None takes the square root of `rate`, up to a power of two, 2 to 16 (8 at 1/64)."""
-    iterations: int = Field(15, ge=1)
+    iterations: int = Field(15, ge=1, le=10**6)
     """Lloyd steps of `fit`."""
 
     @property

@@ -1,9 +1,9 @@
 """The settings of the data: which text, in which form, how read, how split."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluvial.data.examples import Overlong
 from fluvial.data.files import UTF8, known_encoding
@@ -29,10 +29,9 @@ class SourceSettings(Settings):
     delimiter: str | None = None
     """Character between the columns of its CSV files."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> "SourceSettings":
-        check_reading(self.columns, self.encoding, self.delimiter)
-        return self
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        yield from unreadable(self.columns, self.encoding, self.delimiter)
 
 
 class DataConfig(Settings):
@@ -69,7 +68,7 @@ class DataConfig(Settings):
     with a Jinja template, or the template itself."""
     partition: Partition = Iid()
     """How one data set becomes many sites; a deployed site has its own."""
-    max_length: int = Field(128, ge=8)
+    max_length: int = Field(128, ge=8, le=10**7)
     """Tokens of one sequence."""
     overlong: Overlong = "cut"
     """Records of more than `max_length` tokens, plain text apart, which is cut into windows: cut at the end (refused
@@ -79,16 +78,13 @@ class DataConfig(Settings):
     """Join sequences before cutting them to `max_length`; attention crosses the EOS between them."""
     loss_on: Literal["answer", "all"] = "answer"
     """Which tokens of a conversation are learned; of plain text always all."""
-    max_heldout: int | None = Field(None, ge=1)
+    max_heldout: int | None = Field(None, ge=1, le=10**9)
     """At most this many held-out sequences for each site, the first ones."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> "DataConfig":
-        check_reading(self.columns, self.encoding, self.delimiter)
-        return self
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        yield from unreadable(self.columns, self.encoding, self.delimiter)
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> "DataConfig":
         touched = self._touched()
         if self.source == STDLIB:
             idle = touched & {
@@ -106,20 +102,17 @@ class DataConfig(Settings):
             if self.public_source is None:
                 idle |= touched & {"encoding", "delimiter", "numbers"}
             if idle:
-                raise ValueError(
-                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split"
-                )
+                yield (f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split")
         if self.heldout_split == self.split and self.heldout_source in (None, self.source):
-            raise ValueError(f"heldout_split={self.heldout_split!r}: these are the records to train on; name others")
+            yield f"heldout_split={self.heldout_split!r}: these are the records to train on; name others"
         if "heldout_share" in touched and (self.heldout_source or self.heldout_split):
-            raise ValueError("heldout_share: without effect beside heldout_source or heldout_split; remove one")
+            yield "heldout_share: without effect beside heldout_source or heldout_split; remove one"
         if self.heldout is not None and not (self.heldout_source or self.heldout_split):
-            raise ValueError("heldout: without effect, because no heldout_source is named; remove it")
+            yield "heldout: without effect, because no heldout_source is named; remove it"
         if self.public is not None and self.public_source is None:
-            raise ValueError("public: without effect, because no public_source is named; remove it")
+            yield "public: without effect, because no public_source is named; remove it"
         if self.packing and "overlong" in touched:
-            raise ValueError("overlong: without effect beside packing, which joins records before cutting; remove one")
-        return self
+            yield "overlong: without effect beside packing, which joins records before cutting; remove one"
 
     def _touched(self) -> set[str]:
         default = type(self).model_fields
@@ -145,18 +138,16 @@ class ReadingSettings(Settings):
     """Settings that were given for this source alone."""
 
 
-def check_reading(columns: Mapping[str, str] | None, encoding: str | None, delimiter: str | None) -> None:
-    """Raise `ValueError` for a renamed field, an encoding or a delimiter that cannot be."""
+def unreadable(columns: Mapping[str, str] | None, encoding: str | None, delimiter: str | None) -> Iterator[str]:
+    """Yield a line for each renamed field, an encoding or a delimiter that cannot be."""
     for field, column in (columns or {}).items():
         if field in FIELDS:
             continue
         hint = f"fields are {', '.join(FIELDS)}"
         if column in FIELDS:
             hint = f"our field comes first: {{{column} = {field!r}}}"
-        raise ValueError(f"columns: {field!r:.40} is no field of a record; {hint}")
+        yield f"columns: {field!r:.40} is no field of a record; {hint}"
     if encoding is not None and not known_encoding(encoding):
-        raise ValueError(
-            f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'"
-        )
+        yield (f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'")
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
-        raise ValueError(f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, \"\\t\"")
+        yield f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, \"\\t\""

@@ -17,7 +17,7 @@ class Natural(Settings):
 
     by: Literal["column"] = "column"
     column: str
-    largest: int | None = Field(None, ge=1)
+    largest: int | None = Field(None, ge=1, le=10**6)
     """Keep only this many sites, those with the most records."""
 
 
@@ -25,7 +25,7 @@ class Iid(Settings):
     """Equal shares of the shuffled records."""
 
     by: Literal["iid"] = "iid"
-    sites: int = Field(8, ge=1)
+    sites: int = Field(8, ge=1, le=10**6)
 
 
 class Dirichlet(Settings):
@@ -34,9 +34,9 @@ class Dirichlet(Settings):
     by: Literal["dirichlet"] = "dirichlet"
     column: str
     """The class of a record."""
-    sites: int = Field(8, ge=1)
-    alpha: float = Field(0.5, gt=0)
-    min_records: int = Field(10, ge=1)
+    sites: int = Field(8, ge=1, le=10**6)
+    alpha: float = Field(0.5, ge=1e-6, le=1e6)
+    min_records: int = Field(10, ge=1, le=10**9)
     """Drawn again until every site has so many."""
 
 
@@ -46,8 +46,8 @@ class Shards(Settings):
     by: Literal["shards"] = "shards"
     column: str
     """The class of a record."""
-    sites: int = Field(8, ge=1)
-    shards_per_site: int = Field(2, ge=1)
+    sites: int = Field(8, ge=1, le=10**6)
+    shards_per_site: int = Field(2, ge=1, le=10**6)
 
 
 class Files(Settings):

@@ -6,17 +6,17 @@ server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.d
 import json
 import os
 import subprocess
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field
 
+from fluvial import toml
 from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
-from fluvial.settings import Settings
+from fluvial.settings import FilePath, Settings
 
 WARN_DAYS = 30
 """Before a certificate ends, the server says so when it starts."""
@@ -47,16 +47,16 @@ class ServerFile(Settings):
 
     host: str = "0.0.0.0"
     """Of the network interface that the server listens on; this one means all."""
-    port: int = 8000
+    port: int = Field(8000, ge=1, le=65535)
     address: str
     """Under which the sites reach it."""
     insecure: bool = False
     """No TLS and no keys, so anybody may be a site: for trials on one machine."""
-    certificate: Path = Path("server.crt")
+    certificate: FilePath = Path("server.crt")
     """Of the server; a relative path lies beside server.toml, in all three."""
-    key: Path = Path("server.key")
+    key: FilePath = Path("server.key")
     """Of the certificate."""
-    ca: Path = Path("ca.crt")
+    ca: FilePath = Path("ca.crt")
     """The authority that signed it, which the sites get."""
 
 
@@ -106,12 +106,8 @@ def server_init(
 def read_server_file(folder: Path) -> ServerFile:
     """server.toml of a folder; raises `ConfigError`."""
     path = folder / "server.toml"
-    try:
-        found = ServerFile.model_validate(tomllib.loads(path.read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no server; `fluvial server init` makes one") from None
-    except (tomllib.TOMLDecodeError, ValidationError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    table = toml.load(path, f"{folder} holds no server; `fluvial server init` makes one")
+    found = toml.read(ServerFile, table, str(path))
     here = folder.resolve()
     return found.model_copy(update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")})
 

@@ -10,13 +10,14 @@ one, so that the work on segments whose turn it was not is not lost.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
@@ -38,32 +39,31 @@ class EcoLoraConfig(Settings):
     name: Literal["ecolora"] = "ecolora"
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
-    segments: int = Field(5, ge=1)
+    segments: int = Field(5, ge=1, le=10**6)
     """N_s; the cohort should have at least as many sites, or a segment is missing in some rounds."""
-    most: float = Field(0.95, gt=0, le=1)
+    most: float = Field(0.95, ge=1e-4, le=1)
     """k_max, the share of the values that is sent in round 1."""
-    least_a: float = Field(0.6, gt=0, le=1)
+    least_a: float = Field(0.6, ge=1e-4, le=1)
     """k_min of A, the share that is approached as the loss falls."""
-    least_b: float = Field(0.5, gt=0, le=1)
+    least_b: float = Field(0.5, ge=1e-4, le=1)
     """k_min of B, whose changes are concentrated in fewer values."""
-    gamma_a: float = Field(1.0, ge=0, allow_inf_nan=False)
+    gamma_a: float = Field(1.0, ge=0, le=1e6)
     """How fast the share of A falls, per nat of training loss (ours: see the method's page)."""
-    gamma_b: float = Field(2.0, ge=0, allow_inf_nan=False)
+    gamma_b: float = Field(2.0, ge=0, le=1e6)
     """The same for B (ours)."""
     mixing: Literal["staleness", "none"] = "staleness"
     """What a site starts from: the global adapter mixed with its own last one, or the global one alone."""
-    beta: float = Field(1.0, gt=0, allow_inf_nan=False)
+    beta: float = Field(1.0, ge=1e-6, le=1e6)
     """The site's own adapter, of s rounds ago, weighs exp(-beta * s) (ours)."""
     values: Values = "fp16"
     """How a value is sent."""
 
-    @model_validator(mode="after")
-    def _makes_sense(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         if self.most < max(self.least_a, self.least_b):
-            raise ValueError(f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; raise it")
+            yield f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; raise it"
         if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
-            raise ValueError("beta: without effect under mixing='none'; remove it")
-        return self
+            yield "beta: without effect under mixing='none'; remove it"
 
 
 @dataclass(frozen=True)

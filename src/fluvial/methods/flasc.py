@@ -6,10 +6,11 @@ A site receives the largest values of the global adapter and tunes all of them. 
 changed; what it leaves out is forgotten. The server takes the mean of the changes for a gradient of FedAdam.
 """
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs.golomb import SparseFrames, Values, largest
@@ -31,9 +32,9 @@ class FlascConfig(Settings):
     name: Literal["flasc"] = "flasc"
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; the paper draws 10 of hundreds."""
-    density_down: float = Field(0.25, gt=0, le=1)
+    density_down: float = Field(0.25, ge=1e-6, le=1)
     """Share of the global weights that a site receives; 1/4 is among the paper's."""
-    density_up: float = Field(0.25, gt=0, le=1)
+    density_up: float = Field(0.25, ge=1e-6, le=1)
     """Share of its change that a site sends; 1/4 is among the paper's."""
     download: Literal["change", "weights"] = "change"
     """What the largest values are taken of: the change since the start, which every site knows (ours), or the weights
@@ -42,22 +43,21 @@ class FlascConfig(Settings):
     """How a value is sent; the paper counts values, not bytes."""
     server_optimizer: Literal["fedavg", "fedadam"] = "fedadam"
     """What the server does with the mean change: add it, or take it for a gradient of Adam."""
-    server_learning_rate: float = Field(5e-3, gt=0, allow_inf_nan=False)
+    server_learning_rate: float = Field(5e-3, ge=1e-12, le=100)
     """Of FedAdam; the value in the authors' code."""
     beta_1: float = Field(0.9, ge=0, lt=1)
     """Of FedAdam's first moment; the authors use PyTorch's default."""
     beta_2: float = Field(0.999, ge=0, lt=1)
     """Of FedAdam's second moment; the authors use PyTorch's default."""
-    epsilon: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    epsilon: float = Field(1e-8, ge=1e-30, le=1)
     """Of FedAdam; the authors use PyTorch's default."""
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         fields = type(self).model_fields
         for name in ("server_learning_rate", "beta_1", "beta_2", "epsilon"):
             if self.server_optimizer == "fedavg" and getattr(self, name) != fields[name].default:
-                raise ValueError(f"{name}: without effect under server_optimizer='fedavg'; remove it")
-        return self
+                yield f"{name}: without effect under server_optimizer='fedavg'; remove it"
 
 
 class FlascServer:

@@ -55,7 +55,7 @@ class CgFedLlmConfig(Settings):
     gate: Literal["refuse", "report"] = "refuse"
     """What happens when the codec fails the gate: stop before the first round, or write it down and go on."""
     privacy: PrivacyConfig | None = None
-    max_growth: float = Field(10.0, gt=1)
+    max_growth: float = Field(10.0, gt=1, le=1e9)
     """Stop when an aggregate update is this many times longer than the longest before it (spec g.12)."""
 
 

@@ -17,11 +17,12 @@ site adds it, a frame is all that leaves: no sample count, no loss.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from fluvial import noise
@@ -41,23 +42,22 @@ class PrivacyConfig(Settings):
 
     placement: Literal["update", "latent", "aggregate"]
     """What is clipped and noised: the site's update, its code (the paper), or the server's mean."""
-    clip_norm: float = Field(gt=0, allow_inf_nan=False)
+    clip_norm: float = Field(ge=1e-9, le=1e9)
     """L2 bound C; the median norm of undisturbed updates is a good start."""
-    noise_multiplier: float | None = Field(None, gt=0, allow_inf_nan=False)
+    noise_multiplier: float | None = Field(None, ge=1e-3, le=1e6)
     """Standard deviation of the noise in units of C."""
-    epsilon: float | None = Field(None, gt=0, allow_inf_nan=False)
+    epsilon: float | None = Field(None, ge=1e-3, le=1e3)
     """Instead of `noise_multiplier`: the budget of the whole run, from which it is computed."""
-    delta: float = Field(1e-5, gt=0, lt=1)
+    delta: float = Field(1e-5, ge=1e-15, lt=1)
     """Ours: the paper gives no value."""
     heldout: Literal["none", "exact"] = "none"
     """Measures on the sites' held-out text: "none", or "exact", whose sums leave the sites and are
     outside epsilon."""
 
-    @model_validator(mode="after")
-    def _one_of_two(self) -> "PrivacyConfig":
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         if (self.noise_multiplier is None) == (self.epsilon is None):
-            raise ValueError("noise_multiplier: set exactly one of noise_multiplier and epsilon")
-        return self
+            yield "noise_multiplier: set exactly one of noise_multiplier and epsilon"
 
     @property
     def at_site(self) -> bool:

@@ -1,8 +1,9 @@
 """Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives values."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluvial.methods.fedcybgd.blocks import Extra, Partition
 from fluvial.methods.fedcybgd.blocks import partition as partition_layout
@@ -23,8 +24,8 @@ class FedCyBgdConfig(Settings):
     """Which site trains which block (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands the model on."""
     extra: tuple[Extra, ...] = ()
     """Blocks beside the decoder layers; the paper trains none of them."""
-    layers_per_block: int = Field(1, ge=1)
-    parallel: int = Field(1, ge=1)
+    layers_per_block: int = Field(1, ge=1, le=10**6)
+    parallel: int = Field(1, ge=1, le=10**6)
     """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one after another."""
     merge: Merge | None = None
     """Sites that share a block in a cycle: train it in turn, or together and "average" (the default of "pairs") or
@@ -52,27 +53,26 @@ class FedCyBgdConfig(Settings):
         """Whether the gradient through the download is measured, and the download may be refused."""
         return isinstance(self.download, LOSSY) and self.gate.threshold > 0
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         default, given = type(self).model_fields, self.model_fields_set
         if self.order == "full":
             for name in ("extra", "layers_per_block", "parallel", "merge"):
                 if name in given and getattr(self, name) != default[name].default:
-                    raise ValueError(f"{name}: without effect under order='full', which has one block; remove it")
+                    yield f"{name}: without effect under order='full', which has one block; remove it"
             if isinstance(self.download, ProxyDownload):
-                raise ValueError("download.form='proxy': nothing is left to compress under order='full'; use 'cache'")
+                yield "download.form='proxy': nothing is left to compress under order='full'; use 'cache'"
         if self.hold == "disk" and self.download.form in ("full", "proxy"):
-            raise ValueError(
+            yield (
                 f"hold='disk': form={self.download.form!r} brings the whole model in one message, and keeps nothing; "
                 "choose form = 'cache' or 'low-bit'"
             )
         if self.order == "pairs" and self.merging == "sequential":
-            raise ValueError("merge='sequential': order='pairs' trains a block from one state; use order='ascending'")
+            yield "merge='sequential': order='pairs' trains a block from one state; use order='ascending'"
         if self.weighting != "samples" and self.merging != "average":
-            raise ValueError("weighting: without effect unless merge='average' or order='pairs'; remove it")
+            yield "weighting: without effect unless merge='average' or order='pairs'; remove it"
         if "gate" in given and not isinstance(self.download, LOSSY):
-            raise ValueError(f"gate: without effect, because form={self.download.form!r} is exact; remove it")
-        return self
+            yield f"gate: without effect, because form={self.download.form!r} is exact; remove it"
 
 
 class CentralCyclicConfig(Settings):
@@ -81,7 +81,7 @@ class CentralCyclicConfig(Settings):
     name: Literal["central_cyclic"] = "central_cyclic"
     order: Literal["ascending", "descending", "latin-random"] = "ascending"
     extra: tuple[Extra, ...] = ()
-    layers_per_block: int = Field(1, ge=1)
+    layers_per_block: int = Field(1, ge=1, le=10**6)
 
 
 Config = FedCyBgdConfig | CentralCyclicConfig

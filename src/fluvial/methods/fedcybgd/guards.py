@@ -4,12 +4,12 @@ Both need public text. The gradient of a block through a compressed model is bia
 cosine to the gradient through the exact model says how much is left, and per byte it ranks the forms of download.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import nn
 
 from fluvial.data import Example
@@ -25,7 +25,7 @@ class GateConfig(Settings):
 
     threshold: float = Field(0.7, ge=0, lt=1)
     """Least cosine between a block's gradient through the download and the exact one; 0 measures nothing."""
-    examples: int = Field(16, ge=1)
+    examples: int = Field(16, ge=1, le=10**6)
     """Sequences of public text."""
 
 
@@ -34,19 +34,18 @@ class AcceptConfig(Settings):
 
     on: Literal["always", "public loss"] = "always"
     """Every step (the paper), or one that does not raise the loss on public text."""
-    slack: float = Field(0.0, ge=0)
+    slack: float = Field(0.0, ge=0, le=1e6)
     """Nats by which a step may raise it all the same."""
     halvings: int = Field(2, ge=0, le=8)
     """A refused step is tried again at 1/2, 1/4, ...; then it is dropped."""
-    examples: int = Field(32, ge=1)
+    examples: int = Field(32, ge=1, le=10**6)
     """Sequences of public text."""
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         idle = sorted(self.model_fields_set - {"on"})
         if self.on == "always" and idle:
-            raise ValueError(f"{', '.join(idle)}: without effect under on='always'; set on='public loss'")
-        return self
+            yield f"{', '.join(idle)}: without effect under on='always'; set on='public loss'"
 
 
 def gradient(model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int) -> Named:

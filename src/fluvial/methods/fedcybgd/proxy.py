@@ -12,14 +12,14 @@ Layers are counted from 0. A *group* is a key-value head with the query heads th
 import heapq
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from fluvial.data import Example
@@ -53,26 +53,25 @@ class ProxySettings(Settings):
     """Share of the other decoder layers that is dropped, rounded down to whole layers; pruning does the rest."""
     prune: Prune = "neurons"
     """What is pruned in the layers that stay. Heads are pruned by about the same share as neurons."""
-    multiple: int = Field(64, ge=1)
+    multiple: int = Field(64, ge=1, le=10**6)
     """Neurons that stay in a pruned layer are a multiple of this; of its half, quarter and so on where `kept` cannot
     be met otherwise."""
     randomised: bool = False
     """Draw the dropped layers anew in every visit. What a layer that stays adds to the stream is divided by its chance
     to stay, so that the expectation is what the whole model adds."""
 
-    @model_validator(mode="after")
-    def _possible_and_with_effect(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         if self.kept > 1 - self.drop + 1e-9:
-            raise ValueError(
+            yield (
                 f"kept={self.kept}: with drop={self.drop} a share of {1 - self.drop:.4g} is left at most; choose kept "
                 f"at most {1 - self.drop:.4g}, or drop at most {1 - self.kept:.4g}"
             )
         for name in ("prune", "multiple"):
             if self.kept == 1 and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: without effect under kept=1; remove it")
+                yield f"{name}: without effect under kept=1; remove it"
         if self.randomised and self.drop == 0:
-            raise ValueError("randomised: without effect under drop=0; remove it")
-        return self
+            yield "randomised: without effect under drop=0; remove it"
 
 
 @dataclass(frozen=True)

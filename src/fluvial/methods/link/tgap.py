@@ -8,11 +8,11 @@ held-out updates, in a few numbers.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot
@@ -46,39 +46,35 @@ class TgapConfig(Settings):
     reading: Literal["federated", "local"] = "federated"
     """"federated": sites share an averaged adapter between rounds (v3). "local": each goes its own way (v1); source
     "sites-covariance" needs that."""
-    rounds: int = Field(10, ge=2)
+    rounds: int = Field(10, ge=2, le=10**6)
     """Ours: the paper gives no value."""
     share: float = Field(0.3, gt=0, lt=1)
     """D1 : D2 = 3 : 7 of every site's training data, with source "sites"; FAF then trains on D2 only."""
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the rounds, the last ones, that the fit never sees (a random split leaks neighbours)."""
-    simulated_sites: int = Field(8, ge=2)
+    simulated_sites: int = Field(8, ge=2, le=10**4)
     """Sites that the server simulates with source "public"."""
     refit: Literal["no", "decoded", "broadcast"] = "no"
     """Whether a klt follows the updates of FAF (ours). "decoded": the server refits from the updates of a round and
     sends the transform again. "broadcast": server and sites refit alike from the adapters they saw, at no byte."""
-    refit_every: int = Field(5, ge=1)
+    refit_every: int = Field(5, ge=1, le=10**6)
     """Rounds between refits."""
     refit_weight: float = Field(0.5, gt=0, lt=1)
     """Share of the new updates in the refitted covariance."""
 
-    @model_validator(mode="after")
-    def _no_setting_without_effect(self) -> Self:
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
         fields = type(self).model_fields
         if self.refit == "no" and any(
             getattr(self, name) != fields[name].default for name in ("refit_every", "refit_weight")
         ):
-            raise ValueError("refit_every, refit_weight: without effect under refit='no'; set refit='decoded'")
-        return self
+            yield "refit_every, refit_weight: without effect under refit='no'; set refit='decoded'"
 
-    @model_validator(mode="after")
-    def _no_update_leaves(self) -> Self:
         if self.source == "sites-covariance" and self.reading == "federated":
-            raise ValueError(
+            yield (
                 "reading='federated' averages updates, which source='sites-covariance' keeps at the sites; set "
                 "reading='local'"
             )
-        return self
 
     @property
     def training_rounds(self) -> int:
