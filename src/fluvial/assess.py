@@ -1,6 +1,7 @@
 """What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of questions."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from fluvial.choices import (
     read_choices,
     score,
 )
-from fluvial.data import DataConfig, Question, SiteData, SiteTexts
+from fluvial.data import DataConfig, Question, SiteTexts
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
-from fluvial.evaluate import check_effect, exact_match, heldout
+from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
 from fluvial.folders import NEW_TOKENS, AdapterFolder
 from fluvial.models import ModelConfig, Workbench
 from fluvial.pretrained import check_length
@@ -87,7 +88,7 @@ def evaluate_adapter(
     logger.info("reading the data")
     texts = None if data is None else _texts(data, bench, seed)
     sheet = _sheet(choices, questions, bench) if choices and questions else None
-    probes = [texts.heldout[0].input_ids] if texts else []
+    probes = [texts.pooled().heldout[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
     check_effect(bench, state, probes[0])
     models = ({"base": bench.base_state()} if base else {}) | {"adapter": state}
@@ -168,9 +169,9 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
         )
 
 
-def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteData:
+def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteTexts:
     check_length(bench.context, data.max_length)
-    return SiteTexts(data, bench.tokenizer, seed=seed).pooled()
+    return SiteTexts(data, bench.tokenizer, seed=seed)
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
@@ -194,20 +195,24 @@ def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], 
 
 
 def _data_result(
-    data: DataConfig, texts: SiteData, bench: Workbench, models: dict[str, Named], max_new_tokens: int
+    data: DataConfig, read: SiteTexts, bench: Workbench, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
-    questions = texts.questions[: data.max_heldout] if max_new_tokens else []
+    texts = read.pooled()
+    questions = texts.questions if max_new_tokens else []
     longest = bench.context
     room = None if longest is None else longest - max_new_tokens
     encoder = Encoder.of(bench.tokenizer)
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
     table: dict[str, Any] = {
         "source": data.source,
+        "form": ", ".join(sorted(read.forms)),
+        "notes": list(dict.fromkeys(read.notes)),
         "max_length": data.max_length,
         "records": texts.records // 2,  # the file is read as training part and as held-out part
         "truncated_records": texts.truncated_records // 2,
         "truncated_tokens": texts.truncated_tokens // 2,
         "sequences": len(texts.heldout),
+        "unmeasured_sequences": texts.unmeasured,
         "label_tokens": sum(example.label_tokens for example in texts.heldout),
         "questions": len(questions),
         "questions_too_long": len(questions) - len(fit),
@@ -216,17 +221,29 @@ def _data_result(
     for name, adapter in models.items():
         with bench.model(adapter) as model:
             sums = heldout(model, texts.heldout, pad_token_id=bench.tokenizer.pad_token_id)
-        table[name] = {"loss": sums.loss, "perplexity": sums.perplexity, "accuracy": sums.accuracy}
+        table[name] = _measures(sums, name)
         if questions:
             table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(questions)
     return table
 
 
+def _measures(sums: Heldout, name: str) -> dict[str, Any]:
+    """Return the measures as JSON types; raises `ConfigError` where the model's logits are not numbers."""
+    if not math.isfinite(sums.loss):
+        raise ConfigError(
+            f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too large for "
+            "model.dtype: choose --set 'model.dtype=\"float32\"'"
+        )
+    perplexity = sums.perplexity if math.isfinite(sums.perplexity) else None
+    return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
+
+
 def _greedy_matches(bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int) -> int:
     right, told = 0, time.monotonic()
-    for number, question in enumerate(questions, start=1):
-        answers = bench.generate(adapter, [question.prompt], max_new_tokens=max_new_tokens)
-        right += exact_match(answers, [question.answer])
+    prompts = [question.prompt for question in questions]
+    answers = bench.answers(adapter, prompts, max_new_tokens=max_new_tokens)
+    for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
+        right += exact_match([answer], [question.answer])
         if time.monotonic() - told > 1:
             told = time.monotonic()
             logger.info("exact match: %d of %d answers", number, len(questions))

@@ -100,8 +100,9 @@ def run(
         return
     from fluvial import show
 
-    out.print(show.result_table(event.values))
-    out.print(show.verdict_line(show.read_run(path)))
+    found = show.read_run(path)
+    out.print(show.result_table(event.values, show.cut_words(found["config"])))
+    out.print(show.verdict_line(found))
     out.print()
     out.print(show.closing_words(event.values, path, _command()))
 
@@ -205,7 +206,7 @@ def evaluate(
         else:
             measured = evaluate_adapter(found, settings.model, **measuring, base=base)
         if data is not None:
-            measured["records"] = how_records_are_read(settings.data, run, overrides or [])
+            measured["records"] = how_records_are_read(settings.data, run, overrides or [], measured["data"]["form"])
     from fluvial.evaluation_tables import evaluation_tables
 
     _print(measured, format, evaluation_tables)

@@ -42,8 +42,11 @@ class Heldout:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss."""
-        return math.exp(self.loss)
+        """exp of the loss; infinite where that is no number of 64 bits."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
     @property
     def accuracy(self) -> float:
@@ -70,7 +73,10 @@ def heldout(model: nn.Module, examples: Sequence[Example], *, pad_token_id: int,
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
-    """How many answers equal what was expected, white space at both ends aside."""
+    """Return how many answers equal what was expected, white space at both ends aside.
+
+    Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
+    """
     return sum(answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True))
 
 

@@ -50,22 +50,27 @@ def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
                 )
 
 
-def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Return form, columns and template of the records, and where they come from, with a line for people."""
+def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Sequence[str], form: str) -> dict[str, Any]:
+    """Return form, columns and template of the records, and where they come from, with a line for people.
+
+    `form` is the one of the records as they were read.
+    """
     given: set[str] = set()
     for line in overrides:
         given |= set(override(line).get("data", {}))
     origin = "as the run that wrote the folder" if run else "no run is known, so by default"
     template = getattr(data, "chat_template", None)
     columns = ", ".join(f"{ours} = {theirs!r}" for ours, theirs in data.columns.items())
-    parts = [f"form {data.form}", f"columns {columns or 'as they are named'}"]
+    detected = " (detected)" if data.form == "auto" else ""
+    parts = [f"form {form}{detected}", f"columns {columns or 'as they are named'}"]
     parts += [f"max_length {data.max_length}", f"loss on {data.loss_on}"]
     parts += [f"template {'of the run' if template else 'of the tokenizer'}"]
     parts += ["packed"] if data.packing else []
     line = f"Records read {origin}: {'; '.join(parts)}"
     line += f"; set here: {', '.join(sorted(given))}" if given else ""
     return {
-        "form": data.form,
+        "form": form,
+        "detected": data.form == "auto",
         "columns": dict(data.columns),
         "chat_template": template,
         "max_length": data.max_length,

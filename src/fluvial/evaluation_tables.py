@@ -29,6 +29,11 @@ def _title(found: dict[str, Any]) -> dict[str, str]:
     return {"base": "base", "adapter": tuned, "model": "model"}
 
 
+def _figure(value: float | None) -> str:
+    """A measure with four decimals; the perplexity of a loss beyond 709 nats is None."""
+    return "over 1e308" if value is None else f"{value:.4f}"
+
+
 def _measured(table: dict[str, Any]) -> list[str]:
     """The models of a table, in the order of its columns."""
     return [name for name in ("base", "adapter", "model") if name in table]
@@ -40,10 +45,13 @@ def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
         "loss": "loss, nats per token",
         "perplexity": "perplexity",
         "accuracy": "next-token accuracy",
-        "exact_match": "exact match of greedy answers",
+        "exact_match": "exact match of greedy answers, outer white space aside",
     }
-    rows = [[labels[key], *(f"{data[model][key]:.4f}" for model in models)] for key in data[models[-1]]]
+    rows = [[labels[key], *(_figure(data[model][key]) for model in models)] for key in data[models[-1]]]
     notes = [f"{data['records']} records", f"{data['label_tokens']:,} label tokens"]
+    if data["unmeasured_sequences"]:
+        notes += [f"the first {data['sequences']} sequences; {data['unmeasured_sequences']} beyond data.max_heldout"]
+    notes += data["notes"]
     notes += [f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"]
     if data["questions_too_long"]:
         notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]

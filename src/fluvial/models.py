@@ -395,7 +395,10 @@ class Workbench:
 
     def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""
-        answers = []
+        return list(self.answers(state, prompts, max_new_tokens=max_new_tokens))
+
+    def answers(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[str]:
+        """Yield what `generate` returns one by one; a model is borrowed until the last."""
         encoder = Encoder.of(self.tokenizer)
         with self.model(state) as model, torch.no_grad():
             for prompt in prompts:
@@ -409,8 +412,7 @@ class Workbench:
                     eos_token_id=self.tokenizer.eos_token_id,
                 )
                 new = output[0, tokens.shape[1] :]
-                answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
-        return answers
+                yield self.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def _copy_generation(base: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ from fluvial.figures import (
     loss_by_bytes,
     loss_by_round,
 )
-from fluvial.show import RESULT_CAPTION, result_rows, run_name, verdict_of, with_compared
+from fluvial.show import RESULT_CAPTION, cut_words, result_rows, run_name, verdict_of, with_compared
 from fluvial.verdict import NAMES, loss_of
 from fluvial.words import figure, human_bytes, human_ratio, human_seconds, plain
 
@@ -81,7 +81,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "folder": found["folder"],
         "headline": _headline(found) if result else [],
         "rows": result_rows(with_compared(found)) if result else [],
-        "caption": RESULT_CAPTION,
+        "caption": RESULT_CAPTION + cut_words(config),
         "figures": figures,
         "gate": gate,
         "snapshots": setup.get("snapshots"),

@@ -210,11 +210,11 @@ RESULT_CAPTION = (
 )
 
 
-def result_table(result: dict[str, Any]) -> Table:
-    """The run beside the base model and its baselines."""
+def result_table(result: dict[str, Any], more: str = "") -> Table:
+    """The run beside the base model and its baselines, with `more` in the caption."""
     headings, *rows = result_rows(result)
     headings = [heading.replace(" ", "\n", 1) for heading in headings]  # 80 columns hold the labels in one line
-    return table(headings, rows, "Result", caption=RESULT_CAPTION)
+    return table(headings, rows, "Result", caption=RESULT_CAPTION + more)
 
 
 def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
@@ -243,6 +243,12 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
             shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
             lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
     return Group(*lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan")))
+
+
+def cut_words(config: dict[str, Any]) -> str:
+    """Return that held-out sets were cut, from a run's configuration; empty where they were not."""
+    most = config.get("data", {}).get("max_heldout")
+    return "" if most is None else f" Of each site the first {most} held-out sequences at most (data.max_heldout)."
 
 
 def verdict_of(found: dict[str, Any]) -> Verdict:
@@ -282,7 +288,13 @@ def run_tables(found: dict[str, Any]) -> Group:
             state += f" Baseline {name}: " + ("finished." if run["result"] else f"{len(run['metrics'])} rounds.")
         parts.append(Text(f"{state} Go on with --resume.", style="yellow"))
     else:
-        parts += [Text(), result_table(with_compared(found)), verdict_line(found), Text(), _site_table(found)]
+        parts += [
+            Text(),
+            result_table(with_compared(found), cut_words(config)),
+            verdict_line(found),
+            Text(),
+            _site_table(found),
+        ]
         parts += [Text(), _bytes_table(result)]
     for excerpt in (block_schedule(metrics, cycles=CYCLES, sites=SITES), conflict_log(metrics, last=CONFLICTS)):
         if excerpt:

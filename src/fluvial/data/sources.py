@@ -1,7 +1,7 @@
 """Where records come from: a file, a folder of files, a saved data set or a hub id, as tables of rows."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Found:
 
     entries: list[Entry]
     notes: list[str]
+    forms: list[Form] = field(default_factory=list)
+    """Forms of its files."""
 
 
 def is_local(name: str) -> bool:
@@ -96,6 +98,7 @@ def _joined(parts: Iterable[Found]) -> Found:
     for part in parts:
         found.entries += part.entries
         found.notes += part.notes
+        found.forms += part.forms
     return found
 
 
@@ -172,6 +175,7 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
     except ConfigError as error:
         faults.include(error)
         return found
+    found.forms.append(reader.form)
     empty = 0
     for row in table.rows:
         try:

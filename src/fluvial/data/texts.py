@@ -10,6 +10,7 @@ from fluvial.data import stdlib
 from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
+from fluvial.data.leaks import Leaks
 from fluvial.data.partition import Drawn, Files, Iid, Natural, alike, split
 from fluvial.data.records import Record, Text
 from fluvial.data.sources import Found, Source, classes_of, is_local, is_saved, read_each, read_source
@@ -35,6 +36,8 @@ class SiteData:
     truncated_records: int
     truncated_tokens: int
     dropped_records: int = 0
+    unmeasured: int = 0
+    """Held-out sequences beyond `max_heldout`, which are not measured."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class SiteTexts:
         self.tokenizer = with_template(tokenizer, config.chat_template)
         self.notes: list[str] = []
         """Remarks on the files for the person whose data they are: what was left out, names that are alike."""
+        self.forms: set[str] = {"text"} if config.source == STDLIB else set()
+        """Forms of the records that were read."""
         faults = Faults()
         self._public_records = cache(self._read_public)
         self._parts = None if config.source == STDLIB else self._read(faults, owner)
@@ -96,6 +101,7 @@ class SiteTexts:
             sum(site.truncated_records for site in sites),
             sum(site.truncated_tokens for site in sites),
             sum(site.dropped_records for site in sites),
+            sum(site.unmeasured for site in sites),
         )
 
     def check(self) -> list[str]:
@@ -104,11 +110,15 @@ class SiteTexts:
         Records that do not fit into `max_length` are counted over all sites, in one message.
         """
         faults, surplus, records = Faults(), Surplus(), 0
+        leaks, left_out = Leaks(), 0
         refused: dict[str, int] = {}
         for name in self.names:
             tokens = self._tokens(name)
             records += tokens.train.records + tokens.heldout.records
             surplus += tokens.surplus
+            measured = tokens.heldout.examples[: self.config.max_heldout]
+            left_out += len(tokens.heldout.examples) - len(measured)
+            leaks.add(name, tokens.train.examples, measured)
             if tokens.surplus.refused:
                 refused[name] = tokens.surplus.refused
             self._own_faults(name, tokens, faults)
@@ -117,7 +127,15 @@ class SiteTexts:
         if self.config.public_source is not None:
             self._try_public(faults)
         faults.raise_any()
-        return [*self.notes, *self._remarks(surplus, records)]
+        return [*self.notes, *self._remarks(surplus, records), *self._cut(left_out), *leaks.remarks()]
+
+    def _cut(self, left_out: int) -> list[str]:
+        if not left_out:
+            return []
+        return [
+            f"held-out measures are of the first {self.config.max_heldout} sequences of a site (data.max_heldout); "
+            f"{left_out} of all sites are not measured"
+        ]
 
     def _remarks(self, surplus: Surplus, records: int) -> list[str]:
         remarks = []
@@ -166,11 +184,12 @@ class SiteTexts:
         return SiteData(
             train.examples,
             heldout.examples[: self.config.max_heldout],
-            heldout.questions,
+            heldout.questions[: self.config.max_heldout],
             train.records + heldout.records,
             surplus.records,
             surplus.tokens,
             surplus.dropped,
+            len(heldout.examples[self.config.max_heldout :]) if self.config.max_heldout else 0,
         )
 
     def _own_faults(self, name: str, tokens: _Tokens, faults: Faults) -> None:
@@ -242,6 +261,7 @@ class SiteTexts:
             faults.include(error)
             return None
         self.notes += found.notes
+        self.forms |= set(found.forms)
         return found
 
     def _read(self, faults: Faults, owner: str | None) -> Parts:
@@ -296,6 +316,7 @@ class SiteTexts:
             faults.include(error)
             return {}
         self.notes += [note for each in found.values() for note in each.notes]
+        self.forms |= {form for each in found.values() for form in each.forms}
         return {name: [entry.record for entry in each.entries] for name, each in found.items()}
 
     def _by_partition(self, source: Source, partition: Drawn, faults: Faults) -> dict[str, list[Record]]:

@@ -1,0 +1,53 @@
+"""Held-out text that is also trained on, which makes a held-out loss too low."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+
+from fluvial.data.examples import Example
+from fluvial.data.faults import shown
+
+
+class Leaks:
+    """Sequences of all sites by a digest of their tokens and labels; 16 bytes for each are kept."""
+
+    def __init__(self) -> None:
+        self._trained: set[bytes] = set()
+        self._heldout: dict[str, list[bytes]] = {}
+
+    def add(self, site: str, train: Iterable[Example], heldout: Iterable[Example]) -> None:
+        """Add the sequences of one site, those that `max_heldout` leaves out apart."""
+        self._trained |= {_digest(example) for example in train}
+        self._heldout[site] = [_digest(example) for example in heldout]
+
+    def by_site(self) -> dict[str, int]:
+        """Return the held-out sequences of each site, token by token equal to one that any site trains on."""
+        counts = {name: sum(each in self._trained for each in found) for name, found in self._heldout.items()}
+        return {name: count for name, count in counts.items() if count}
+
+    def remarks(self) -> list[str]:
+        """Return a remark on what leaks, or none."""
+        found = self.by_site()
+        if not found:
+            return []
+        total = sum(map(len, self._heldout.values()))
+        return [
+            f"{sum(found.values())} of {total} held-out sequences are also trained on, token by token: held-out "
+            f"measures are too good ({_listed(found)})"
+        ]
+
+
+def _digest(example: Example) -> bytes:
+    """Return a digest of what is read and what is learned."""
+    text = f"{_numbers(example.input_ids)};{_numbers(example.labels)}"
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def _numbers(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def _listed(counts: Mapping[str, int], most: int = 5) -> str:
+    """Return the worst sites with their counts."""
+    worst = sorted(counts, key=lambda name: (-counts[name], name))
+    words = [f"{shown(name)}: {counts[name]}" for name in worst[:most]]
+    return ", ".join(words) + (f" and {len(worst) - most} more sites" if len(worst) > most else "")
