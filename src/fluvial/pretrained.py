@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fluvial.errors import ConfigError
+from fluvial.network import reachable_hub
 from fluvial.settings import Settings
 
 EMBEDDED = "embedded"
@@ -54,6 +55,8 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     source = source_of(wanted)
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
+    if not Path(source).is_dir():
+        return _from_network(load, wanted, **options)
     try:
         return load(source, revision=wanted.revision, **options)
     except ConfigError:
@@ -63,6 +66,21 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
             f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)} (it must be a local "
             "folder of transformers' form, or a hub id that this machine can reach or has cached)"
         ) from error
+
+
+def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
+    """Call `load` for a hub id; a hub that does not answer is found out at once, and its cache is read instead."""
+    with reachable_hub() as reached:
+        try:
+            return load(source_of(wanted), revision=wanted.revision, **options)
+        except Exception as error:
+            why = f"cannot be loaded from the Hugging Face hub: {first_line(error)}"
+            if not reached:
+                why = (
+                    "is no folder here and not in this machine's cache, and the Hugging Face hub cannot be reached; "
+                    "name a local folder, or load the model once with a network"
+                )
+            raise ConfigError(f"model.name_or_path={wanted.name_or_path!r} {why}") from error
 
 
 def from_settings(make: Any, config: ModelConfig) -> Any:
@@ -191,6 +209,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
     from transformers import AutoTokenizer
 
+    _refuse_without_tokenizer(config)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
     tokenizer.padding_side = "right"
     if tokenizer.eos_token_id is None:
@@ -201,6 +220,21 @@ def load_tokenizer(config: ModelConfig) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "spiece.*", "*.vocab", "merges.txt", "tekken.json")
+"""Names of files, one of which every tokenizer has."""
+
+
+def _refuse_without_tokenizer(config: ModelConfig) -> None:
+    """Raise `ConfigError` for a local folder that holds no file of a tokenizer."""
+    folder = local_folder(config)
+    if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        return
+    raise ConfigError(
+        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json and "
+        "tokenizer_config.json, or tokenizer.model); copy the files from where the model came from"
+    )
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:

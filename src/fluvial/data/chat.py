@@ -1,5 +1,6 @@
 """Conversations to tokens and labels, by a tokenizer's chat template."""
 
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -10,7 +11,8 @@ from fluvial.data.records import Message
 from fluvial.errors import ConfigError
 
 TODAY = datetime(2024, 7, 26)
-"""The day that a template is told when it asks for today's, so that tokens do not depend on the day of the run."""
+"""The day that a template gets when it asks for today's, so that tokens do not depend on the day of the run."""
+_TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
 def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str) -> Example:
@@ -90,7 +92,7 @@ def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_g
             list(messages),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
-            strftime_now=TODAY.strftime,
+            **_dated(tokenizer.chat_template),
         )
     except Exception as error:  # a template is a program: it may raise whatever a program raises
         said = printable(str(error).strip().partition("\n")[0])[:120]
@@ -98,3 +100,10 @@ def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_g
             f"{place}: the tokenizer's chat template refuses the conversation: {said or type(error).__name__}"
         ) from error
     return text
+
+
+def _dated(template: object) -> dict[str, str]:
+    """Return, for a template that writes today's date, the same template with the date of `TODAY`."""
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    return {"chat_template": _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), template)}

@@ -36,17 +36,17 @@ DOUBLE_BYTE = ("gb18030", "shift_jis", "euc_kr", "big5")
 SINGLE_BYTE = ("cp1252", "latin-1")
 SAMPLE = 2**20
 """Bytes that an encoding is proposed from."""
-NO_TEXT = {"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "oem", "utf-7"}
+NO_TEXT = {"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "oem", "utf_7"}
 
 
 def known_encoding(name: str) -> bool:
     """Return true for an encoding of text that Python has, such as "cp1252"."""
     try:
         found = codecs.lookup(name)
-        b"".decode(name)
+        "a".encode(name).decode(name)
     except (LookupError, ValueError):
         return False
-    return found.name not in NO_TEXT and found.name.replace("_", "-") not in NO_TEXT
+    return found.name.replace("-", "_") not in NO_TEXT
 
 
 def read_bytes(path: Path) -> bytes:

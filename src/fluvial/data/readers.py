@@ -70,7 +70,7 @@ def _json_lines(path: Path, text: str) -> Table:
     for number, line in enumerate(LINE_END.split(text), start=1):
         place = Place(str(path), "line", number)
         if not line.strip():
-            blank += bool(line) or number > 1
+            blank += 1
             continue
         try:
             rows.append(Row(_record(_loads(line)), place))
@@ -81,11 +81,10 @@ def _json_lines(path: Path, text: str) -> Table:
             [f"{printable(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"]
         )
     faults.raise_any()
-    return Table(str(path), ".jsonl", rows, columns_of(rows), _skipped(text, blank))
+    return Table(str(path), ".jsonl", rows, columns_of(rows), _skipped(blank - text.endswith(("\n", "\r"))))
 
 
-def _skipped(text: str, blank: int) -> tuple[str, ...]:
-    blank -= text.endswith(("\n", "\r"))  # what follows the last line's end is no line
+def _skipped(blank: int) -> tuple[str, ...]:
     return (f"{blank} blank lines, which were skipped",) if blank > 0 else ()
 
 
@@ -256,8 +255,7 @@ def _delimited(path: Path, reading: Reading) -> Table:
         else:
             rows.append(Row(dict(zip(columns, cells, strict=True)), place))
     faults.raise_any()
-    notes = (f"{blank} blank lines, which were skipped",) if blank else ()
-    return Table(str(path), path.suffix.lower(), rows, columns, notes)
+    return Table(str(path), path.suffix.lower(), rows, columns, _skipped(blank))
 
 
 def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
@@ -332,8 +330,7 @@ def _text(path: Path, reading: Reading) -> Table:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
-    notes = (f"{blank} blank lines, which were skipped",) if blank else ()
-    return Table(str(path), ".txt", rows, ("text",), notes)
+    return Table(str(path), ".txt", rows, ("text",), _skipped(blank))
 
 
 def _parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parquet says its own encoding

@@ -17,10 +17,13 @@ _STRICT = (
     "{% for m in messages %}{% if m.role not in @ %}"
     "{{ raise_exception('this template knows the roles ' ~ @ | join(', ')) }}{% endif %}{% endfor %}"
 )
+_NEWLINE = "{{ '\\n' }}"
+"""A line break behind a tag, where Jinja drops one that is written as such."""
 
 
 def _each_turn(head: str, mark: str, end: str, start: str, before: str = "") -> str:
     """Return a template that writes `head`, content, `mark`, `end` for each turn, and `start` for generation."""
+    end = end.replace("\n", _NEWLINE)
     turn = f"{head}{{{{ m.content | trim }}}}{mark}{_EOS.replace('@', mark)}{end}"
     return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
 
@@ -72,7 +75,9 @@ NAMED: dict[str, tuple[str, str]] = {
         _ALL
         + _BOS
         + f"{{% for m in messages %}}{_WORDS}: {{{{ m.content | trim }}}}"
-        + "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+        + "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        + _NEWLINE
+        + "{% endfor %}"
         + "{% if add_generation_prompt %}Assistant:{% endif %}",
     ),
 }
