@@ -33,7 +33,9 @@ def _context(**changes: Any) -> Context:
         raise AssertionError("not needed")
 
     settings: dict[str, Any] = {"seed": 1, "rounds": 2, "layout": LAYOUT, "codec": METHOD.codec, "downlink": None}
-    return Context(**settings | changes, train=TrainConfig(), open_bench=refuse, secret=refuse, public=refuse)
+    return Context(
+        **settings | changes, train=TrainConfig(learning_rate=0.1), open_bench=refuse, secret=refuse, public=refuse
+    )
 
 
 def test_all_values_in_fp32_without_adam_are_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -103,9 +103,13 @@ def fail_at(*names: str) -> Callable[[Site, Payload], Payload]:
     return task
 
 
-def test_a_failing_site_stops_the_run_with_its_traceback() -> None:
-    with pytest.raises(ClientError, match="site 'b' failed(.|\n)*Traceback(.|\n)*the disk of b is on fire"):
-        ask(fleet(fail_at("b")))
+def test_a_failing_site_stops_the_run_and_its_own_log_has_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match="site 'b' failed: RuntimeError at .*the whole of its errors is in") as told:
+        ask(fleet(fail_at("b"), store=StateStore(tmp_path)))
+    assert "on fire" not in str(told.value)
+    log = Path(str(told.value).rpartition(" ")[2])
+    assert "Traceback" in log.read_text()
+    assert "RuntimeError: the disk of b is on fire" in log.read_text()
 
 
 def test_skip_goes_on_with_the_quorum_and_names_the_missing() -> None:

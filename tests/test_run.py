@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_named(run_config: dict[str, Any], tmp_path: Pat
     for event in execute(parse(run_config, "test"), tmp_path / "run"):
         if event.kind == "round":
             break
-    newest = max((tmp_path / "run" / "checkpoints").glob("*"))
+    newest = max((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-7])
     refused(run_config, tmp_path / "run", CheckpointError, "round-000001.safetensors is damaged", resume=True)
     newest.unlink()
@@ -219,7 +219,10 @@ def test_a_site_that_fails_is_skipped_and_named_in_the_metrics(
     run_table(table, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["sites"] for line in lines] == [3, 2, 3]
-    assert lines[1]["missing"] == [{"site": "south", "task": "train", "reason": "RuntimeError: power cut"}]
+    (missing,) = lines[1]["missing"]
+    assert (missing["site"], missing["task"]) == ("south", "train")
+    assert missing["reason"].startswith("RuntimeError at ")
+    assert "power cut" in (tmp_path / "run" / "sites" / "south" / "errors.log").read_text()
 
 
 # -- kill -9 ----------------------------------------------------------------------------------------------------

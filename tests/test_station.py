@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+import fluvial.files
 import fluvial.fingerprints
 import fluvial.journal
 import fluvial.store
 from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, FluvialError, WireError
+from fluvial.errors import CheckpointError, ConfigError, FluvialError, RefusalError, WireError
 from fluvial.fingerprints import fingerprints
 from fluvial.journal import Header, Journal
 from fluvial.models import Workbench, initial_state
@@ -145,7 +146,7 @@ class Killed(BaseException):
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable[[], int]]]:
     """Kill at the n-th file operation, before or in the middle of it; tells how many there were."""
-    write, replace, unlink = fluvial.store.write_atomically, Path.replace, Path.unlink
+    write, replace, unlink = fluvial.files.write_atomically, Path.replace, Path.unlink
 
     def arm(at: int) -> Callable[[], int]:
         count = 0
@@ -364,9 +365,9 @@ def test_garbled_messages_are_refused_and_nothing_worse(
 @pytest.mark.parametrize(
     ("allow", "said"),
     [
-        ({"methods": ["cgfedllm", "fedcybgd"]}, "does not allow method 'fedavg', but cgfedllm, fedcybgd"),
-        ({"models": ["meta/llama"]}, "does not allow model '.*', but meta/llama"),
-        ({"tensors": ["*.q_proj.*"]}, r"does not let '.*k_proj.*' leave \(nor 11 more\); its file allows \*\.q_proj"),
+        ({"methods": ["cgfedllm", "fedcybgd"]}, "takes no part in runs with this method.name$"),
+        ({"models": ["meta/llama"]}, "takes no part in runs with this model.name_or_path$"),
+        ({"tensors": ["*.q_proj.*"]}, r"does not let '.*k_proj.*' leave \(nor 11 more\)$"),
     ],
 )
 def test_a_site_takes_no_part_in_what_its_file_does_not_name(
@@ -460,14 +461,20 @@ def test_a_refusal_is_logged_and_quotes_no_error_that_was_not_made_for_it(tmp_pa
         return station.refusal(header, raised.value)
 
     text = told(KeyError("patient 17"), header())
-    assert text.startswith("KeyError at test_station.py:")
+    assert text.startswith("KeyError at ")
     assert "patient" not in text
-    assert told(ConfigError("no such column")) == "ConfigError: no such column"
+    assert "column 17" not in told(ConfigError("no such column 17"))
+    assert told(RefusalError("not this method")) == "RefusalError: not this method"
     assert "No space left on device" in told(OSError(28, "No space left on device", "/secret"))
     logged = log_of(tmp_path)
     assert logged[0]["error"] == text
-    assert [line["bytes"] for line in logged[:2]] == [len(text), len("ConfigError: no such column")]
-    assert "/secret" not in logged[2]["error"]
+    assert [line["bytes"] for line in logged[::2][:2]] == [len(text), len("RefusalError: not this method")]
+    assert "/secret" not in logged[3]["error"]
+    own = (tmp_path / "site" / "errors.log").read_text()
+    for whole in ("patient 17", "no such column 17", "/secret"):
+        assert whole in own
+    for line in logged[:2]:
+        assert line["error"].partition("reference ")[2][:8] in own
 
 
 def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:

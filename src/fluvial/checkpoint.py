@@ -2,14 +2,18 @@
 
     config.json                 the resolved configuration
     metrics.jsonl               one JSON object per round
-    checkpoints/round-N         server state after round N, a payload; the newest two are kept
-    sites/NAME/SLOT-N           what sites keep (see `store.StateStore`)
+    checkpoints/round-N         server state after round N, a payload, and its SHA-256; the newest two are kept
+    sites/NAME/SLOT-N-DIGEST    what sites keep (see `store.StateStore`)
+    sites/NAME/errors.log       errors of a site, whole
     adapter/                    the result, as PEFT writes it
     refused.json                why the gate refused the codec, if it did
+    digests.json                SHA-256 of the files of a finished run
     result.json                 written last; a folder that has it is finished
 
-Every file is replaced atomically. The line of a round is written before its checkpoint, so a checkpoint always has its
-lines, and a line without its checkpoint is dropped when the run goes on.
+All of it is its owner's only. Every file is replaced atomically, and what another process left unfinished is removed
+when the folder is opened. The line of a round is written before its checkpoint, so a checkpoint always has its
+lines, and a line without its checkpoint is dropped when the run goes on. A checkpoint knows the digests of
+the sites' state and of the metrics, so that a file that is damaged, cut, missing or another one is noticed.
 """
 
 import fcntl
@@ -19,10 +23,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from fluvial.errors import CheckpointError, WireError
+from fluvial.files import append, digest_of, digest_of_file, make_folder, sweep, write_atomically
 from fluvial.payload import OWN_FILES, Payload
-from fluvial.store import StateStore, write_atomically
+from fluvial.store import StateStore
 
 KEPT = 2
+_FINISHED = ("config.json", "metrics.jsonl")
+_EXPORTS = ("adapter", "model")
+_ANEW = "restore it from a copy, or start again in another folder with --out"
+
+
+def _sidecar(path: Path, data: bytes) -> bytes:
+    """A line as `sha256sum -c` reads it."""
+    return f"{digest_of(data)}  {path.name}\n".encode()
+
+
+def _readable(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 class RunFolder:
@@ -38,9 +55,11 @@ class RunFolder:
         """Make the folder and lock it; raises `CheckpointError` if another process holds it."""
         try:
             self._made = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self._lock = (self.path / ".lock").open("w")
+            (self.path / ".lock").chmod(0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(self.path)
         except BlockingIOError:
             if self._lock:
                 self._lock.close()
@@ -67,7 +86,29 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace `name` by readable JSON."""
-        write_atomically(self.path / name, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+        write_atomically(self.path / name, _readable(content))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, after the digests of all that a finished run consists of."""
+        listed = {"result.json": digest_of(_readable(result))}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path)
+            if path.is_file() and (str(name) in _FINISHED or name.parts[0] in _EXPORTS):
+                listed[str(name)] = digest_of_file(path)
+        self.write_json("digests.json", listed)
+        self.write_json("result.json", result)
+
+    def verify_finished(self) -> None:
+        """Raise `CheckpointError` unless the files of a finished run are those that were written."""
+        listed = self.read_json("digests.json")
+        if not isinstance(listed, dict):
+            raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
+        for name, digest in listed.items():
+            path = self.path / name
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing; {_ANEW}")
+            if digest_of_file(path) != digest:
+                raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_ANEW}")
 
     def read_json(self, name: str) -> Any:
         """The content of `name`, or None if there is no such file; raises `CheckpointError` if it is damaged."""
@@ -83,8 +124,7 @@ class RunFolder:
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add the line of a round."""
         try:
-            with (self.path / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+            append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; free some space and use --resume"
@@ -93,39 +133,78 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """All lines; a last line that a crash cut off is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         records = []
         for line in lines:
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 break
+            if not isinstance(record, dict) or type(record.get("round")) is not int:
+                break
+            records.append(record)
         return records
 
     def save(self, round: int, checkpoint: Payload) -> None:
-        """Write the checkpoint of `round`, then drop those before the one before it."""
-        write_atomically(self._checkpoint(round), checkpoint.to_bytes())
+        """Write the checkpoint of `round`, then drop those before the one before it.
+
+        It is given the digests of the lines and of the sites' state that it belongs to.
+        """
+        kept: dict[str, Any] = {"lines": self._lines(round), "sites": self.store.digests(round)}
+        data = Payload(checkpoint.tensors, {**checkpoint.values, "folder": kept}).to_bytes()
+        path = self._checkpoint(round)
+        write_atomically(path.with_suffix(".sha256"), _sidecar(path, data))
+        write_atomically(path, data)
         for old in sorted(self._checkpoints())[:-KEPT]:
             self._checkpoint(old).unlink()
+            self._checkpoint(old).with_suffix(".sha256").unlink(missing_ok=True)
 
     def newest(self) -> tuple[int, Payload] | None:
-        """The newest checkpoint and its round; raises `CheckpointError` if it is damaged."""
+        """The newest checkpoint and its round; raises `CheckpointError` if it or what it belongs to is damaged."""
         rounds = self._checkpoints()
         if not rounds:
             return None
-        path = self._checkpoint(max(rounds))
+        round = max(rounds)
+        path = self._checkpoint(round)
+        sidecar = path.with_suffix(".sha256")
+        if not sidecar.exists():
+            raise CheckpointError(
+                f"{path} has no {sidecar.name} beside it: it was written by another version of Fluvial, or the "
+                "file is lost. Start again in another folder with --out"
+            )
+        data = path.read_bytes()
+        if sidecar.read_bytes() != _sidecar(path, data):
+            raise CheckpointError(
+                f"{path} is damaged: its bytes are not those that were written. Remove it to go on from the checkpoint "
+                "before"
+            )
         try:
-            return max(rounds), Payload.from_bytes(path.read_bytes(), OWN_FILES)
+            found = Payload.from_bytes(data, OWN_FILES)
+            kept = found.value("folder", dict)
         except WireError as error:
             raise CheckpointError(
                 f"{path} is damaged: {error}. Remove it to go on from the checkpoint before"
             ) from error
+        if kept["lines"] != self._lines(round):
+            raise CheckpointError(
+                f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not those that were "
+                f"written; {_ANEW}"
+            )
+        self.store.verify(kept["sites"], round)
+        return round, found
 
     def go_back_to(self, round: int) -> None:
         """Forget lines and site states after `round`; -1 forgets all."""
-        lines = [json.dumps(record) + "\n" for record in self.metrics() if record["round"] <= round]
-        write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+        write_atomically(self.path / "metrics.jsonl", self._metrics_until(round))
         self.store.rollback(round)
+
+    def _metrics_until(self, round: int) -> bytes:
+        """The lines of metrics up to a round."""
+        lines = [json.dumps(record) + "\n" for record in self.metrics() if record["round"] <= round]
+        return "".join(lines).encode()
+
+    def _lines(self, round: int) -> str:
+        return digest_of(self._metrics_until(round))
 
     def replace_folder(self, name: str, made: Path) -> None:
         """Put the folder `made` (a sibling) in the place of `name`."""
@@ -139,4 +218,5 @@ class RunFolder:
 
     def _checkpoints(self) -> list[int]:
         folder = self.path / "checkpoints"
-        return [int(path.stem.removeprefix("round-")) for path in folder.glob("round-*.safetensors")]
+        stems = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
+        return [int(stem) for stem in stems if stem.isdigit()]

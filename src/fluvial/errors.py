@@ -2,6 +2,7 @@
 
     FluvialError
     ├── ConfigError       a setting, path, model or data file of the user is wrong
+    │   └── RefusalError   the same, in words that may leave a site
     ├── WireError         bytes from outside break the format or a limit
     ├── ClientError       a site raised or stayed silent, or too few sites answered
     ├── CheckpointError   a run folder cannot be written, locked or resumed
@@ -21,6 +22,13 @@ class FluvialError(Exception):
 
 class ConfigError(FluvialError):
     """A setting, path, model or data record of the user is wrong."""
+
+
+class RefusalError(ConfigError):
+    """A site does not do what it was asked; its text leaves the site.
+
+    The text is made of constants, names of settings and numbers: nothing of records, files or paths.
+    """
 
 
 class WireError(FluvialError):
@@ -48,4 +56,4 @@ class PrivacyError(FluvialError):
 
 
 class DivergenceError(FluvialError):
-    """Training produced NaN or Inf, or the adapter grew beyond the guard."""
+    """Training produced NaN or Inf, or the adapter grew beyond the guard; its text leaves the site."""

@@ -38,6 +38,12 @@ class FleetConfig(Settings):
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
     quorum: float = Field(0.5, gt=0, le=1)
     """Share of the asked sites that must have answered, or the run stops."""
+    max_update_growth: float = Field(10.0, gt=1, allow_inf_nan=False)
+    """An update this many times longer than the median of its round, of three replies or more, is the site's
+    failure. (Ours: among honest sites the factor is below 3 with equal steps.)"""
+    max_weight_share: float = Field(0.9, ge=0.5, le=1)
+    """Share of a round's weight that one site counts with at most; the round's record names a site that has more.
+    (Ours: 1 believes every site's own count of its records.)"""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -72,6 +78,8 @@ class Failure:
     reason: str
     bytes_down: int
     """Of the message that was in vain."""
+    bytes_up: int = 0
+    """Of the text in which the site told its error, or of the answer that was refused."""
 
 
 class Fleet(Protocol):
@@ -79,6 +87,7 @@ class Fleet(Protocol):
 
     sites: tuple[str, ...]
     failures: list[Failure]
+    config: FleetConfig
 
     def ask(
         self,
@@ -99,6 +108,10 @@ class Fleet(Protocol):
 
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """Raise `ClientError` if fewer sites answered than the policy asks for."""
+        ...
+
+    def reject(self, failure: Failure) -> None:
+        """Note that an answer does not count after all; raises `ClientError` under on_failure="stop"."""
         ...
 
     def state(self) -> dict[str, Value]:
@@ -134,29 +147,39 @@ class Wires:
         return self._made[id(message)]
 
 
+def unreadable(problem: Exception) -> str:
+    """Return one line on a reply that could not be read, without control characters."""
+    text = " ".join(f"{type(problem).__name__}: {problem}".split())
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)[:1000]
+
+
 class Policy:
     """What every fleet does when a site does not answer."""
 
     def __init__(self, config: FleetConfig) -> None:
         self.failures: list[Failure] = []
-        self._config = config
+        self.config = config
 
     def failed(self, failure: Failure, attempt: int) -> bool:
         """Note a failure; whether the site is to be asked again. Raises `ClientError` under on_failure="stop"."""
         self.failures.append(failure)
         where = f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
-        if self._config.on_failure == "stop":
+        if self.config.on_failure == "stop":
             raise ClientError(where)
-        again = self._config.on_failure == "retry" and attempt <= self._config.retries
+        again = self.config.on_failure == "retry" and attempt <= self.config.retries
         logger.warning("%s (%s)", where, "asked again" if again else "skipped")
         return again
 
+    def reject(self, failure: Failure) -> None:
+        """See `Fleet`; the site is not asked again, because its answer was read and counted."""
+        self.failed(failure, self.config.retries + 1)
+
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """See `Fleet`."""
-        if answered < self._config.quorum * asked and self._config.on_failure != "stop":
+        if answered < self.config.quorum * asked and self.config.on_failure != "stop":
             missing = sorted({failure.site for failure in self.failures if failure.round == round})
             raise ClientError(
                 f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
-                f"{self._config.quorum} needs {self._config.quorum * asked:g}; missing: {', '.join(missing)}. "
+                f"{self.config.quorum} needs {self.config.quorum * asked:g}; missing: {', '.join(missing)}. "
                 f"Last problem: {self.failures[-1].reason}"
             )

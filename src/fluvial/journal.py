@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, WireError
+from fluvial.files import digest_of, digest_of_file, make_folder, write_atomically
 from fluvial.payload import Payload
-from fluvial.store import StateStore, write_atomically
+from fluvial.store import StateStore
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,11 @@ class Header:
 
 
 class Journal:
-    """What one site's last answer wants to keep, until it is known whether it counts."""
+    """What one site's last answer wants to keep, until it is known whether it counts.
+
+    The journal lists the files that the site holds and the digests of what is pending, so that one that is lost,
+    damaged or of another time is noticed.
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.store, self.name = StateStore(folder), name
@@ -50,42 +55,95 @@ class Journal:
     @property
     def begun(self) -> bool:
         """Whether an answer was given here before."""
-        return (self._folder / "journal.json").exists()
+        return self._path.exists()
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "journal.json"
 
     def settle(self, header: Header) -> None:
-        """Keep or drop what is pending; where the server began anew, forget what it does not know of."""
+        """Keep or drop what is pending; where the server began anew, forget what it does not know of.
+
+        Raises `CheckpointError` where what the site kept is not what it was.
+        """
         state = self._read()
         pending = state.get("pending")
-        if pending and pending["seq"] == header.ack:
-            for slot in pending["slots"]:
-                path = self._folder / slot
-                if path.exists():  # else it was moved before this process was killed
-                    self.store.write(self.name, slot, path, pending["round"])
+        counted: dict[str, Any] = pending if pending and pending["seq"] == header.ack else {}
+        self._check_held(state.get("held", []), counted.get("slots", {}))
+        if state.get("session") == header.session and not counted:
+            self._check_not_older(state, header)
+        for slot, digest in counted.get("slots", {}).items():
+            self._settle(slot, counted["round"], digest)
         if state.get("session") != header.session:
             self.store.rollback(header.base, site=self.name)
-        self._write({"session": header.session, "pending": None})
+        self._write(header.session, None, counted.get("seq", state.get("settled", 0)))
 
     def post(self, header: Header, kept: dict[str, Payload | Path]) -> None:
         """Lay down what the answer to `header` wants to keep."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
+        slots = {}
         for slot, each in kept.items():
+            path = self._folder / slot
             if isinstance(each, Path):
-                each.replace(self._folder / slot)
+                slots[slot] = digest_of_file(each)
+                each.replace(path)
             else:
-                write_atomically(self._folder / slot, each.to_bytes())
-        pending = {"seq": header.seq, "round": header.round, "slots": sorted(kept)}
-        self._write({"session": header.session, "pending": pending})
+                data = each.to_bytes()
+                slots[slot] = digest_of(data)
+                write_atomically(path, data)
+        settled = self._read().get("settled", 0)
+        self._write(header.session, {"seq": header.seq, "round": header.round, "slots": slots}, settled)
+
+    def _settle(self, slot: str, round: int, digest: str) -> None:
+        """Make a pending file the newest version of its slot."""
+        path = self._folder / slot
+        if not path.exists():
+            if not self.store.holds(self.name, slot, round, digest):  # else moved before this process was killed
+                raise CheckpointError(f"{path} is missing; {self._remedy}")
+            return
+        if digest_of_file(path) != digest:
+            raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {self._remedy}")
+        self.store.write(self.name, slot, path, round, digest)
+
+    def _check_held(self, held: list[str], replaced: dict[str, str]) -> None:
+        """Raise `CheckpointError` if a file that the site holds is missing; a kill may have replaced some."""
+        there = set(self.store.names(self.name))
+        for name in held:
+            if name not in there and not any(name.startswith(f"{slot}-") for slot in replaced):
+                raise CheckpointError(f"{self.store.folder}/{self.name}/{name} is missing; {self._remedy}")
+
+    def _check_not_older(self, state: dict[str, Any], header: Header) -> None:
+        """Raise `CheckpointError` if the server accepted an answer that this folder does not know of."""
+        if header.ack > state.get("settled", 0) and self.store.names(self.name):
+            raise CheckpointError(
+                f"{self._path} is older than what the server accepted of this site (answer {header.ack}); "
+                f"{self._remedy}"
+            )
+
+    @property
+    def _remedy(self) -> str:
+        return f"restore {self._folder.parent} from a copy of the same time, or begin a new run"
 
     def _read(self) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads((self._folder / "journal.json").read_text())
+            text = self._path.read_bytes()
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self._folder / 'journal.json'} is damaged: {error}; remove {self._folder}"
-            ) from error
-        return found
+        try:
+            found: dict[str, Any] = json.loads(text)
+            state: dict[str, Any] = found["state"]
+            if digest_of(_plain(state)) != found["sha256"]:
+                raise ValueError("its content is not what was written")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._path} is damaged: {error}; remove {self._folder}") from error
+        return state
 
-    def _write(self, state: dict[str, Any]) -> None:
-        write_atomically(self._folder / "journal.json", json.dumps(state).encode())
+    def _write(self, session: str, pending: dict[str, Any] | None, settled: int) -> None:
+        held = self.store.names(self.name)
+        state = {"session": session, "pending": pending, "settled": settled, "held": held}
+        text = json.dumps({"sha256": digest_of(_plain(state)), "state": state})
+        write_atomically(self._path, text.encode())
+
+
+def _plain(state: dict[str, Any]) -> bytes:
+    return json.dumps(state, sort_keys=True).encode()

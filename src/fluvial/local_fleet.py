@@ -9,7 +9,6 @@ import os
 import queue
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluvial.errors import ConfigError
-from fluvial.fleet import Failure, FleetConfig, Policy, Reply, Wires
+from fluvial.boundary import outward
+from fluvial.errors import ClientError, ConfigError
+from fluvial.fleet import Failure, FleetConfig, Policy, Reply, Wires, unreadable
 from fluvial.payload import Limits, Payload, Value
 from fluvial.sites import Site, Task
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+Done = queue.SimpleQueue[tuple[int, bytes | None, str]]
+"""Number of a job, its answer, and what the site tells of an error."""
 
 
 @dataclass
@@ -50,7 +54,7 @@ class LocalFleet(Policy):
         self.sites = tuple(names)
         self._open, self._tasks = open_site, tasks
         self._limits = limits or Limits()
-        self._workers = self._config.workers
+        self._workers = self.config.workers
 
     def ask(
         self,
@@ -66,7 +70,7 @@ class LocalFleet(Policy):
         wires = Wires(messages)
         waiting = deque((name, 1) for name in messages)
         working: dict[int, _Job] = {}
-        done: queue.SimpleQueue[tuple[int, bytes | None, str]] = queue.SimpleQueue()
+        done: Done = queue.SimpleQueue()
         answered, started = 0, 0
         while waiting or working:
             while waiting and len(working) < self._concurrency():
@@ -75,7 +79,7 @@ class LocalFleet(Policy):
                 working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wires[name])
                 threading.Thread(
                     target=self._work,
-                    args=(started, job, self._tasks[task], done),
+                    args=(started, job, task, round, done),
                     daemon=True,
                     name=f"{task}:{name}",
                 ).start()
@@ -84,13 +88,14 @@ class LocalFleet(Policy):
                 continue  # answered after its deadline; what it wanted to keep is dropped with it
             job = working.pop(number)
             name = job.site.name
+            size = len(problem.encode()) if wire_up is None else len(wire_up)
             if wire_up is not None:
                 try:
                     content = read(Payload.from_bytes(wire_up, self._limits))
-                except Exception:
-                    wire_up, problem = None, traceback.format_exc()
+                except Exception as error:
+                    wire_up, problem = None, unreadable(error)
             if wire_up is None:
-                if self.failed(Failure(name, round, task, problem, len(job.wire)), job.attempt):
+                if self.failed(Failure(name, round, task, problem, len(job.wire), size), job.attempt):
                     waiting.append((name, job.attempt + 1))
                 continue
             for slot, kept in job.site.kept.items():
@@ -101,6 +106,15 @@ class LocalFleet(Policy):
             yield Reply(name, content, len(job.wire), len(wire_up), seconds)
         if alone:
             self.require_quorum(task, round, answered=answered, asked=len(messages))
+
+    def failed(self, failure: Failure, attempt: int) -> bool:
+        """See `Policy`; here the sites' own logs can be read, so the error says where they are."""
+        try:
+            return super().failed(failure, attempt)
+        except ClientError as error:
+            log = self._open(failure.site).store.errors(failure.site)
+            where = "" if log is None or not log.exists() else f"; the whole of its errors is in {log}"
+            raise ClientError(f"{error}{where}") from None
 
     def state(self) -> dict[str, Value]:
         """Nothing: what its sites keep lies in the run's own folder."""
@@ -119,20 +133,21 @@ class LocalFleet(Policy):
             self._workers = 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
         return self._workers
 
-    def _work(
-        self, number: int, job: _Job, task: Task, done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
-    ) -> None:
-        torch.set_num_threads(self._config.threads)
+    def _work(self, number: int, job: _Job, task: str, round: int, done: Done) -> None:
+        """Answer as the site; what it tells of an error is what would leave it."""
+        site = job.site
+        torch.set_num_threads(self.config.threads)
         try:
-            done.put((number, task(job.site, Payload.from_bytes(job.wire, self._limits)).to_bytes(), ""))
-        except BaseException:
-            done.put((number, None, traceback.format_exc()))
+            answer = self._tasks[task](site, Payload.from_bytes(job.wire, self._limits))
+            done.put((number, answer.to_bytes(), ""))
+        except BaseException as problem:
+            log = site.store.errors(site.name)
+            text = outward(problem, log, site=site.name, round=round, task=task)
+            done.put((number, None, text))
 
-    def _next(
-        self, working: Mapping[int, _Job], done: "queue.SimpleQueue[tuple[int, bytes | None, str]]"
-    ) -> tuple[int, bytes | None, str]:
+    def _next(self, working: Mapping[int, _Job], done: Done) -> tuple[int, bytes | None, str]:
         """The next finished job, or the first one whose deadline passes."""
-        deadline = self._config.deadline_s
+        deadline = self.config.deadline_s
         if deadline is None:
             return done.get()
         oldest = min(working, key=lambda number: working[number].started)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from fluvial.fleet import Fleet, Reply
+from fluvial.fleet import Failure, Fleet, Reply
 from fluvial.payload import Payload, Value
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ class Metered:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet, self.meter = fleet, Meter()
-        self.sites, self.failures = fleet.sites, fleet.failures
+        self.sites, self.failures, self.config = fleet.sites, fleet.failures, fleet.config
 
     def ask(
         self,
@@ -58,10 +58,16 @@ class Metered:
         finally:
             for failure in self.failures[known:]:
                 self.meter.count(failure.site, ("down", task), failure.bytes_down)
+                if failure.bytes_up:
+                    self.meter.count(failure.site, ("up", task), failure.bytes_up)
 
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """See `Fleet`."""
         self._fleet.require_quorum(task, round, answered=answered, asked=asked)
+
+    def reject(self, failure: Failure) -> None:
+        """See `Fleet`; the bytes of the answer were counted when it came."""
+        self._fleet.reject(failure)
 
     def state(self) -> dict[str, Value]:
         """See `Fleet`."""

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, PrivacyError
+from fluvial.files import write_atomically
 from fluvial.noise import SECRET_BYTES, derive_key
-from fluvial.store import write_atomically
 
 _FILE = "releases.json"
 

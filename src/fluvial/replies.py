@@ -1,4 +1,10 @@
-"""Readers of the numbers in a site's reply, checked, for every method."""
+"""Readers of a site's reply: the one place where its numbers are bounded, for every method.
+
+A reader raises `WireError` for what no honest site can send, and then the site has failed as if it had not answered.
+"""
+
+from collections.abc import Collection
+from typing import Any
 
 from fluvial.codecs.base import Codec
 from fluvial.errors import WireError
@@ -6,25 +12,87 @@ from fluvial.evaluate import Heldout
 from fluvial.payload import Payload, payload_frame
 from fluvial.tensors import Named, WeightedMean
 
+MOST_LOSS = 1e4
+"""Nats per label token; a model that is sure of one token, and wrong, is far below."""
+MOST_SAMPLES = 2**31
+"""Records of one site."""
+MOST_TOKENS = 2**53
+"""Label tokens of one site: the whole numbers that a float can hold."""
 
-def heldout_of(reply: Payload) -> Heldout:
-    """The sums in a reply of `evaluate`."""
-    sums = Heldout(reply.value("loss_sum", float), reply.value("hits", int), reply.value("tokens", int))
-    if sums.label_tokens < 1:
-        raise WireError("evaluate: a site measured nothing")
-    return sums
+
+def number(reply: Payload, name: str, low: float, high: float) -> float:
+    """Return the finite float `name` of a reply; raises `WireError` unless low <= number <= high."""
+    found: float = reply.value(name, float)
+    if not low <= found <= high:
+        raise WireError(f"message value {name!r}: {found!r} is not from {low:g} to {high:g}")
+    return found
+
+
+def whole(reply: Payload, name: str, low: int, high: int) -> int:
+    """Return the whole number `name` of a reply; raises `WireError` unless low <= number <= high."""
+    found: int = reply.value(name, int)
+    if not low <= found <= high:
+        shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
+        raise WireError(f"message value {name!r}: {shown} is not from {low} to {high}")
+    return found
+
+
+def fields(
+    reply: Payload, values: Collection[str], tensors: Collection[str] = (), optional: Collection[str] = ()
+) -> None:
+    """Raise `WireError` unless a reply has exactly these values and tensors, and `optional` values at most."""
+    expected: tuple[tuple[str, Any, Any, Collection[str]], ...] = (
+        ("values", reply.values, values, optional),
+        ("tensors", reply.tensors, tensors, ()),
+    )
+    for kind, found, wanted, more in expected:
+        missing = sorted(set(wanted) - set(found))
+        extra = sorted(set(found) - set(wanted) - set(more))
+        if missing or extra:
+            raise WireError(f"message {kind}: missing {missing!r:.80}, not expected {extra!r:.80}")
+
+
+FRAME = ("f",)
+"""The tensors of a reply that carries a frame."""
+
+
+def nothing(reply: Payload) -> None:
+    """Raise `WireError` unless a reply is empty."""
+    fields(reply, ())
+
+
+def loss_of(reply: Payload) -> float:
+    """Return the mean training loss in a reply, nats per label token."""
+    return number(reply, "loss", 0.0, MOST_LOSS)
 
 
 def weight_of(reply: Payload) -> int:
-    """The sample count in a reply, a whole number from 1 to 2^31."""
-    samples: int = reply.value("n", int)
-    if not 1 <= samples <= 2**31:
-        raise WireError(f"sample count n={samples} is out of range")
-    return samples
+    """Return the sample count in a reply, a whole number from 1 to 2^31."""
+    return whole(reply, "n", 1, MOST_SAMPLES)
+
+
+def heldout_of(reply: Payload) -> Heldout:
+    """Return the sums in a reply of `sites.evaluate`."""
+    tokens = whole(reply, "tokens", 1, MOST_TOKENS)
+    hits = whole(reply, "hits", 0, tokens)
+    return Heldout(number(reply, "loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
+
+
+def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
+    """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that these were asked."""
+    counts = ("right", "questions")
+    asked = answers and any(name in reply.values for name in counts)
+    fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))
+    if not asked:
+        return heldout_of(reply), 0, 0
+    questions = whole(reply, "questions", 1, MOST_TOKENS)
+    return heldout_of(reply), whole(reply, "right", 0, questions), questions
 
 
 def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
-    """The decoded update of `round` in a reply and its weight, checked for the mean; raises `WireError`."""
+    """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises `WireError`."""
+    fields(reply, ("n", "loss"), FRAME)
+    loss_of(reply)
     update, weight = codec.decode(payload_frame(reply), round=round), weight_of(reply)
     WeightedMean.check(update, weight)
     return update, weight

@@ -24,6 +24,7 @@ from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
 from fluvial.errors import CheckpointError, GateError
 from fluvial.evaluate import Heldout, check_effect
+from fluvial.files import private
 from fluvial.fleet import Fleet
 from fluvial.local_fleet import LocalFleet
 from fluvial.meter import Kind, Metered
@@ -32,7 +33,7 @@ from fluvial.models import Workbench
 from fluvial.payload import Payload, Value
 from fluvial.pretrained import check_length, context_length
 from fluvial.releases import secret_of
-from fluvial.replies import heldout_of
+from fluvial.replies import measured
 from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
 from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, norm
@@ -131,7 +132,7 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another run's configuration.
     """
     runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
-    with RunFolder(folder) as main:
+    with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
@@ -230,6 +231,7 @@ class Run:
         name = self.config.method.name
         finished = self.folder.read_json("result.json")
         if finished is not None:
+            self.folder.verify_finished()
             yield Event(name, "result", finished)
             return
         done = self._restore()
@@ -249,7 +251,7 @@ class Run:
             record = self._round(number)
             yield Event(name, "round", record)
         result = self._finish()
-        self.folder.write_json("result.json", result)
+        self.folder.finish(result)
         yield Event(name, "result", result)
 
     def _round(self, number: int) -> dict[str, Any]:
@@ -338,8 +340,9 @@ class Run:
             "generate": self.config.evaluate.max_new_tokens,
         }
         message = Payload(values=values) if adapter is None else adapter_message(adapter, **values)
+        read = partial(measured, answers=self.config.evaluate.max_new_tokens > 0)
         sums, table = [], {}
-        for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=_measured):
+        for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=read):
             found, right, questions = reply.content
             sums.append(found)
             row: dict[str, Any] = {"loss": found.loss, "accuracy": found.accuracy}
@@ -472,11 +475,6 @@ class Run:
             digest.update(path.read_bytes())
         self.folder.replace_folder(name, partial)
         return {name: digest.hexdigest()}
-
-
-def _measured(reply: Payload) -> tuple[Heldout, int, int]:
-    questions = reply.value("questions", int) if "questions" in reply.values else 0
-    return heldout_of(reply), reply.value("right", int) if questions else 0, questions
 
 
 def _pooled(total: Heldout | None) -> dict[str, float] | None:

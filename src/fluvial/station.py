@@ -10,24 +10,24 @@ import hashlib
 import json
 import logging
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fluvial.boundary import ERRORS, kind, outward
 from fluvial.budget import check_budget, runs_before
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import ConfigError, FluvialError, WireError
+from fluvial.errors import RefusalError, WireError
+from fluvial.files import append, write_atomically
 from fluvial.fingerprints import fingerprints
 from fluvial.journal import Header, Journal
 from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
 from fluvial.site_file import SiteFile
-from fluvial.store import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -83,17 +83,13 @@ class Station:
         return answer
 
     def refusal(self, header: Header | None, problem: Exception) -> str:
-        """What the server is told of a problem, and the log has: no word of an error that was not made for it."""
-        if isinstance(problem, FluvialError):
-            text = f"{type(problem).__name__}: {problem}"[:2000]
-        else:
-            place = traceback.extract_tb(problem.__traceback__)[-1]
-            why = f", {problem.strerror}" if isinstance(problem, OSError) else ""
-            text = f"{type(problem).__name__} at {Path(place.filename).name}:{place.lineno}{why}; the site knows more"
+        """Return what the server is told of a problem (see `boundary`), once it stands in the log of what leaves."""
+        about = {} if header is None else {"run": header.run, "round": header.round, "task": header.task}
+        text = outward(problem, self.site.folder / ERRORS, site=self.site.name, **about)
         try:
             self._log(header, {"bytes": len(text.encode()), "error": text})
         except OSError as full:
-            return f"the site cannot write its log: {full.strerror}"
+            return f"the site cannot write its log ({kind(full)})"
         return text
 
     # -- a run ----------------------------------------------------------------------------------------------------
@@ -104,20 +100,19 @@ class Station:
         local = self._at_home(config)
         allowed = self.site.allow
         for what, found, wanted in (
-            ("method", config.method.name, allowed.methods),
-            ("model", config.model.name_or_path, allowed.models),
+            ("method.name", config.method.name, allowed.methods),
+            ("model.name_or_path", config.model.name_or_path, allowed.models),
         ):
             if wanted and found not in wanted:
-                raise ConfigError(f"site {self.site.name!r} does not allow {what} {found!r}, but {', '.join(wanted)}")
+                raise RefusalError(f"site {self.site.name!r} takes no part in runs with this {what}")
         folder = self._run_folder(header.run)
         if allowed.max_epsilon is not None:
             check_budget(config, runs_before(folder.parent, folder), allowed.max_epsilon)
         bench = self._bench(local)
         strange = [name for name in bench.layout.names if not _matches(name, allowed.tensors)]
         if strange:
-            raise ConfigError(
-                f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more); its file "
-                f"allows {', '.join(allowed.tensors)}"
+            raise RefusalError(
+                f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more)"
             )
         texts = self._data(local, bench)
         _ = texts.pooled() if config.entry.pooled else texts.load(self.site.name)
@@ -173,7 +168,7 @@ class Station:
         """Log an answer before it leaves; raises `ConfigError` where the site's file does not let it."""
         data, most = answer.to_bytes(), self.site.allow.max_bytes_up_per_round
         if most is not None and len(data) + _sent(self._outgoing, header) > most:
-            raise ConfigError(
+            raise RefusalError(
                 f"site {self.site.name!r} lets {most} bytes leave in a round; this answer of {len(data)} exceeds it"
             )
         of_run = {} if config is None else {"method": config.method.name, "codec": config.coding.name}
@@ -195,25 +190,13 @@ class Station:
 
     def _log(self, header: Header | None, entry: dict[str, Any]) -> None:
         """One line of what leaves the site."""
-        self.site.folder.mkdir(parents=True, exist_ok=True)
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         said = {} if header is None else {"run": header.run, "round": header.round, "task": header.task}
-        start = "" if _whole(self._outgoing) else "\n"
-        with self._outgoing.open("a", encoding="utf-8") as file:
-            file.write(start + json.dumps({"time": now, **said, **entry}) + "\n")
+        append(self._outgoing, json.dumps({"time": now, **said, **entry}) + "\n")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _whole(log: Path) -> bool:
-    """Whether the log ends with a whole line."""
-    if not log.exists() or log.stat().st_size == 0:
-        return True
-    with log.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read() == b"\n"
 
 
 def _sent(log: Path, header: Header) -> int:

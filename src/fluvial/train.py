@@ -163,7 +163,7 @@ def train(
         norm = float(nn.utils.clip_grad_norm_(parameters, threshold))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergenceError(
-                f"step {step + 1} of {steps}: loss {loss}, gradient norm {norm}; "
+                f"step {step + 1} of {steps}: the loss or the gradient norm is not finite; "
                 f"lower train.learning_rate (now {config.learning_rate}) or switch train.bf16 off"
             )
         for group in optimizer.param_groups:

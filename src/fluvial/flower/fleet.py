@@ -100,7 +100,7 @@ class FlowerFleet(Policy):
         while missing := sorted(set(self.sites) - self._nodes.keys()):
             if time.monotonic() > until:
                 text = f"sites {', '.join(missing)} have not joined within {self._join_timeout_s:g} s{self._reasons()}"
-                if self._config.on_failure == "stop":
+                if self.config.on_failure == "stop":
                     raise ClientError(f"{text}. fleet.join_timeout_s sets how long a run waits")
                 logger.warning("%s", text)
                 return
@@ -176,8 +176,8 @@ class FlowerFleet(Policy):
 
     def _may_come(self, turn: _Turn) -> bool:
         """Whether a site that is not connected is worth waiting for: it was greeted, or will be asked again anyway."""
-        patience = min(self._join_timeout_s, self._config.deadline_s or self._join_timeout_s)
-        waits = bool(self._greeted) or self._config.on_failure == "retry"
+        patience = min(self._join_timeout_s, self.config.deadline_s or self._join_timeout_s)
+        waits = bool(self._greeted) or self.config.on_failure == "retry"
         return waits and time.monotonic() - turn.since < patience
 
     # -- asking ---------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class FlowerFleet(Policy):
 
     def _arrivals(self, out: dict[str, _Turn], *, wait: bool) -> Iterator[tuple[_Turn, str, Message | None]]:
         """Take from `out` the turns that have a reply or a problem, waiting for the first of them if told to."""
-        deadline = self._config.deadline_s
+        deadline = self.config.deadline_s
         while out or not wait:
             found = False
             reply = self._inbox.next(self._poll_s)
@@ -289,7 +289,7 @@ class FlowerFleet(Policy):
             pack(wire, header.values()),
             dst_node_id=node,
             message_type="train",
-            ttl=_SPARE_S + (self._join_timeout_s if task == HELLO else self._config.deadline_s or _FINISHED),
+            ttl=_SPARE_S + (self._join_timeout_s if task == HELLO else self.config.deadline_s or _FINISHED),
         )
         (number,) = self._grid.push_messages([message])
         if number:

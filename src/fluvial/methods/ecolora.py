@@ -12,6 +12,7 @@ one, so that the work on segments whose turn it was not is not lost.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,11 +24,12 @@ from fluvial.codecs import CodecSettings
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
 from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import ConfigError, WireError
-from fluvial.fleet import Fleet, sample
+from fluvial.fleet import Failure, Fleet, sample
+from fluvial.methods.bounds import Cohort, rms
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
-from fluvial.replies import weight_of
+from fluvial.replies import FRAME, fields, loss_of, weight_of, whole
 from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, factor
@@ -151,11 +153,24 @@ class EcoLoraServer:
         cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
         messages = self._messages(cohort, number, share_a, share_b)
         means, loss = [WeightedMean() for _ in self.parts], WeightedMean()
-        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
-            which, update, site_loss, weight = reply.content
+        replies = Cohort(fleet, "train", number, asked=len(cohort))
+
+        def fold(weight: int, *, which: int, update: Named, site_loss: Named) -> None:
             means[which].add(update, weight)
             loss.add(site_loss, weight)
+
+        asked = {site: turn(place, number, config.segments) for place, site in enumerate(cohort)}
+        read = partial(self._read, round=number)
+        for reply in fleet.ask("train", messages, round=number, read=read, alone=False):
+            which, update, site_loss, weight = reply.content
             self.answered[reply.site] = number
+            if which != asked[reply.site]:
+                reason = f"it sent segment {which} and was asked for {asked[reply.site]}"
+                fleet.reject(Failure(reply.site, number, "train", reason, 0))
+                continue
+            then = partial(fold, which=which, update=update, site_loss=site_loss)
+            replies.add(reply.site, rms(update), weight, then)
+        told = replies.close()
         for part, mean in zip(self.parts, means, strict=True):
             if mean.count:
                 self.adapter[part.start : part.stop] += to_numpy(mean.mean()["segment"])
@@ -167,6 +182,7 @@ class EcoLoraServer:
             "segments": covered,
             "share_a": share_a,
             "share_b": share_b,
+            **told,
         }
 
     def _broadcast(self, round: int, share_a: float, share_b: float) -> None:
@@ -194,11 +210,10 @@ class EcoLoraServer:
         return messages
 
     def _read(self, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
-        which, weight = reply.value("segment", int), weight_of(reply)
-        if not 0 <= which < len(self.parts):
-            raise WireError(f"segment {which} of {len(self.parts)}")
+        fields(reply, ("n", "loss", "segment"), FRAME)
+        which, weight = whole(reply, "segment", 0, len(self.parts) - 1), weight_of(reply)
         update = {"segment": torch.from_numpy(self.uploads[which].decode_dense(payload_frame(reply), round=round))}
-        loss = {"loss": torch.tensor([reply.value("loss", float)])}
+        loss = {"loss": torch.tensor([loss_of(reply)])}
         WeightedMean.check(update, weight)
         WeightedMean.check(loss, weight)
         return which, update, loss, weight

@@ -9,6 +9,7 @@ The server adds the sample-weighted mean of the differences. FedIT averages A an
 their products; FFA-LoRA freezes A at its shared random start, so that the mean is exact and half the bytes are sent.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ from pydantic import Field
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.errors import ConfigError
 from fluvial.fleet import Fleet, sample
+from fluvial.methods.bounds import Cohort, check_update
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, open_link
 from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, join, split
-from fluvial.replies import weight_of
+from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.settings import Settings
 from fluvial.sites import Factors, Site, part, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
@@ -53,6 +55,15 @@ class CentralConfig(Settings):
     factors: Factors = "A and B"
 
 
+@dataclass(frozen=True)
+class Content:
+    """One reply of a site, read and checked."""
+
+    decoded: Decoded
+    weight: int
+    loss: float
+
+
 class FedAvgServer:
     """Keeps the global adapter."""
 
@@ -71,22 +82,29 @@ class FedAvgServer:
         """Cohort, local training, weighted mean of the differences."""
         fraction = self.config.fraction if isinstance(self.config, FedAvgConfig) else 1.0
         cohort = sample(fleet.sites, fraction, seed=self.context.seed, round=number)
-        mean, loss = WeightedMean(), WeightedLoss()
+        mean, loss, replies = WeightedMean(), WeightedLoss(), Cohort(fleet, "train", number, asked=len(cohort))
+
+        def fold(weight: int, *, site: str, content: Content) -> None:
+            mean.add(content.decoded.update, weight)
+            loss.add(content.loss, weight)
+            self.link.uplink.fold(site, content.decoded)
+
         read = partial(self._read, round=number)
         for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
-            decoded, weight, site_loss = reply.content
-            mean.add(decoded.update, weight)
-            self.link.uplink.fold(reply.site, decoded)
-            loss.add(site_loss, weight)
+            found = reply.content
+            then = partial(fold, site=reply.site, content=found)
+            replies.add(reply.site, norm(found.decoded.update), found.weight, then)
+        told = replies.close()
         update = mean.mean()
         self.adapter = moved(self.adapter, step(update, self.config))
-        metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update)}
+        metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update), **told}
         return {**metrics, **self.link.uplink.close(update, number)}
 
-    def _read(self, reply: Payload, round: int) -> tuple[Decoded, int, float]:
+    def _read(self, reply: Payload, round: int) -> "Content":
+        fields(reply, ("n", "loss"), FRAME, optional=("e",))
         decoded, weight = self.link.uplink.decode(reply, round), weight_of(reply)
-        WeightedMean.check(decoded.update, weight)
-        return decoded, weight, reply.value("loss", float)
+        check_update(decoded.update, weight, self.context.train)
+        return Content(decoded, weight, loss_of(reply))
 
     def model(self) -> Named:
         """The global adapter."""

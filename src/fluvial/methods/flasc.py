@@ -7,6 +7,7 @@ changed; what it leaves out is forgotten. The server takes the mean of the chang
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,10 +18,11 @@ from fluvial.codecs.golomb import SparseFrames, Values, largest
 from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
 from fluvial.fleet import Fleet, sample
+from fluvial.methods.bounds import Cohort, check_update
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, payload_frame
-from fluvial.replies import weight_of
+from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
@@ -79,15 +81,23 @@ class FlascServer:
         """Sparse download, local training, mean of the sparse changes, a step of the server's optimizer."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         message = frame_payload(self._download(number), round=number)
-        mean, loss = WeightedMean(), WeightedMean()
-        messages = dict.fromkeys(cohort, message)
-        for reply in fleet.ask("train", messages, round=number, read=lambda reply: self._read(reply, number)):
-            update, site_loss, weight = reply.content
+        mean, loss, replies = WeightedMean(), WeightedMean(), Cohort(fleet, "train", number, asked=len(cohort))
+
+        def fold(weight: int, *, update: Named, site_loss: Named) -> None:
             mean.add(update, weight)
             loss.add(site_loss, weight)
+
+        messages = dict.fromkeys(cohort, message)
+        read = partial(self._read, round=number)
+        for reply in fleet.ask("train", messages, round=number, read=read, alone=False):
+            update, site_loss, weight = reply.content
+            then = partial(fold, update=update, site_loss=site_loss)
+            replies.add(reply.site, norm(update), weight, then)
+        told = replies.close()
         step = self._step(mean.mean())
         self.adapter = add(self.adapter, step)
-        return {"loss": float(loss.mean()["loss"]), "sites": mean.count, "update_norm": norm(step)}
+        metrics = {"loss": float(loss.mean()["loss"]), "sites": mean.count, "update_norm": norm(step)}
+        return {**metrics, **told}
 
     def _download(self, round: int) -> bytes:
         """The frame of the largest weights, or changes."""
@@ -95,10 +105,11 @@ class FlascServer:
         return self.frames.encode(news, largest(abs(news), kept(self.config.density_down, len(news))), round=round)
 
     def _read(self, reply: Payload, round: int) -> tuple[Named, Named, int]:
+        fields(reply, ("n", "loss"), FRAME)
         vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
         update, weight = self.context.layout.unflatten(vector), weight_of(reply)
-        loss = {"loss": torch.tensor([reply.value("loss", float)])}
-        WeightedMean.check(update, weight)
+        loss = {"loss": torch.tensor([loss_of(reply)])}
+        check_update(update, weight, self.context.train)
         WeightedMean.check(loss, weight)
         return update, loss, weight
 

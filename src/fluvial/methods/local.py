@@ -10,7 +10,7 @@ from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload
-from fluvial.replies import weight_of
+from fluvial.replies import fields, loss_of, weight_of
 from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally
 from fluvial.tensors import add
@@ -53,7 +53,8 @@ class LocalServer:
 
 
 def _read(reply: Payload) -> tuple[float, int]:
-    return reply.value("loss", float), weight_of(reply)
+    fields(reply, ("n", "loss"))
+    return loss_of(reply), weight_of(reply)
 
 
 def train(site: Site, message: Payload) -> Payload:

@@ -21,6 +21,7 @@ from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.fleet import Fleet, sample
+from fluvial.methods.bounds import Cohort, check_update
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.fedavg import WeightedLoss, step
@@ -30,7 +31,7 @@ from fluvial.methods.link.gate import Representation
 from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, join, split
-from fluvial.replies import weight_of
+from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.sites import Site, train_locally
@@ -83,21 +84,28 @@ class CgFedLlmServer:
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """FAF (C1): cohort, local training, encode; decode, weighted mean, new global adapter."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
-        mean, loss, weights = WeightedMean(), WeightedLoss(), []
-        read = partial(self._read, round=number)
-        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
-            decoded, update, weight, site_loss = reply.content
+        mean, loss, weights = WeightedMean(), WeightedLoss(), list[int]()
+        replies = Cohort(fleet, "train", number, asked=len(cohort))
+
+        def fold(weight: int, *, site: str, decoded: Decoded, update: Named, site_loss: float | None) -> None:
             mean.add(update, weight)
             if site_loss is not None:
                 loss.add(site_loss, weight)
             weights.append(weight)
-            self.link.uplink.fold(reply.site, decoded)
+            self.link.uplink.fold(site, decoded)
+
+        read = partial(self._read, round=number)
+        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
+            decoded, update, weight, site_loss = reply.content
+            then = partial(fold, site=reply.site, decoded=decoded, update=update, site_loss=site_loss)
+            replies.add(reply.site, norm(update), weight, then)
+        told = replies.close()
         update = self._private(mean.mean(), max(weights) / sum(weights), number)
         self._guard(norm(update), number)
         self.adapter = add(self.adapter, step(update, self.config))
         self.rounds_done += 1
-        told = None if self._at_site else loss.mean()
-        metrics: Metrics = {"loss": told, "sites": mean.count, "update_norm": norm(update)}
+        shown = None if self._at_site else loss.mean()
+        metrics: Metrics = {"loss": shown, "sites": mean.count, "update_norm": norm(update), **told}
         metrics |= self.link.uplink.close(update, number)
         if self.config.privacy:
             multiplier = self.config.privacy.multiplier(self.context.rounds)
@@ -114,13 +122,16 @@ class CgFedLlmServer:
         if self._at_site and reply.values:
             found = sorted(reply.values)[:5]
             raise WireError(f"train: values {found} came, which epsilon does not count")
+        fields(reply, () if self._at_site else ("n", "loss"), FRAME, optional=() if self._at_site else ("e",))
         weight = 1 if self._at_site else weight_of(reply)
         decoded = self.link.uplink.decode(reply, round)
         update = gate.innovation(self.link.sent, decoded.update, self.config.representation)
         if self.config.privacy and self.config.privacy.placement == "aggregate":
             update = privacy.clip(update, self.config.privacy.clip_norm)  # decoding may have made it longer
+        if self.config.privacy is None:  # noise is as long as it must be
+            check_update(update, weight, self.context.train)
         WeightedMean.check(update, weight)
-        return decoded, update, weight, None if self._at_site else reply.value("loss", float)
+        return decoded, update, weight, None if self._at_site else loss_of(reply)
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
         config = self.config.privacy

@@ -12,7 +12,8 @@ import torch
 from fluvial.codecs import build
 from fluvial.data import Example
 from fluvial.errors import GateError, WireError
-from fluvial.fleet import Fleet
+from fluvial.fleet import Failure, Fleet
+from fluvial.methods.bounds import check_update, rms, too_long
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Nobody, ProxyDownload, Sender, receive
@@ -22,15 +23,17 @@ from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, p
 from fluvial.methods.fedcybgd.schedule import assignment, groups
 from fluvial.methods.fedcybgd.visit import borrow
 from fluvial.methods.interface import Context, Metrics
-from fluvial.methods.link import STALE
+from fluvial.methods.link import is_stale
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, join, payload_frame, split
-from fluvial.replies import weight_of
+from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.seeds import generator
-from fluvial.tensors import Named, WeightedMean, cosine, norm, subtract
+from fluvial.tensors import Named, cosine, norm, subtract
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 64
+"""Updates that a further one is compared with, since most groups of visits have one site."""
 CALIBRATION = 32
 """Sequences of public text that layers and neurons are scored on."""
 
@@ -66,6 +69,8 @@ class FedCyBgdServer:
         self.parts = partition(config, context.layout)
         self.codecs = [build(context.codec, block.layout) for block in self.parts.blocks]
         self.ledger = Ledger(self.parts, self.codecs, initial_state(context.layout, context.seed))
+        self.lengths: list[float] = []
+        """Root mean squares of the newest updates that counted, in the order of their visits."""
         self.sender = Sender(self.config.download, self.ledger, context.seed, context.open_bench, self._cut)
 
     # -- set-up ---------------------------------------------------------------------------------------------------
@@ -204,13 +209,20 @@ class FedCyBgdServer:
                     logger.warning("site %s answered for %s; dropped", reply.site, reply.content.visit.site)
                     self.sender.forget(reply.site)
                     continue
+                reason = too_long(rms(reply.content.update), self.lengths, fleet.config.max_update_growth)
+                if reason is not None:
+                    fleet.reject(Failure(reply.site, number, "visit", reason, 0))
+                    self.sender.forget(reply.site)
+                    continue
                 self.sender.acknowledge(reply.site)
                 if self.ledger.claim(reply.content.visit.name, number):
                     answers[reply.content.visit.name] = reply.content
             waiting = [visit for visit in waiting if visit.site in stale]
             if not waiting:
                 break
-        return [answers[visit.name] for visit in group if visit.name in answers]
+        found = [answers[visit.name] for visit in group if visit.name in answers]
+        self.lengths = [*self.lengths, *(rms(answer.update) for answer in found)][-REMEMBERED:]
+        return found
 
     def _values(self, number: int) -> dict[str, Value]:
         """What a visit must know beside the model: round, share of the learning rate, visits that share the steps."""
@@ -219,17 +231,18 @@ class FedCyBgdServer:
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
 
     def _read(self, number: int, expected: dict[str, Visit], reply: Payload, *, again: bool) -> Answer | None:
-        if reply.values == STALE.values:
+        if is_stale(reply):
             if again:
                 raise WireError("visit: the site cannot follow even after everything was sent again")
             return None
         name = reply.value("visit", str)
         if name not in expected:
             raise WireError(f"visit: answer to {name!r:.40}, which was not asked")
+        fields(reply, ("n", "loss", "visit"), FRAME)
         visit, frame = expected[name], payload_frame(reply)
         update, samples = self.codecs[visit.block].decode(frame, round=number), weight_of(reply)
-        WeightedMean.check(update, samples)
-        return Answer(visit, frame, update, samples, reply.value("loss", float))
+        check_update(update, samples, self.context.train)
+        return Answer(visit, frame, update, samples, loss_of(reply))
 
     def _merge(self, block: int, answers: Sequence[Answer]) -> float:
         """Move a block by what was sent for it; returns the share of the step that was taken, 0 if none."""
@@ -282,10 +295,18 @@ class FedCyBgdServer:
 
     def state(self) -> Payload:
         """Blocks, commits, and who holds what."""
-        return join({"ledger": self.ledger.save(), "sender": Payload(values=self.sender.save())})
+        lengths: dict[str, Value] = {"lengths": [*self.lengths]}
+        return join(
+            {
+                "ledger": self.ledger.save(),
+                "sender": Payload(values=self.sender.save()),
+                "bounds": Payload(values=lengths),
+            }
+        )
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        parts = split(state, ("ledger", "sender"))
+        parts = split(state, ("ledger", "sender", "bounds"))
+        self.lengths = parts["bounds"].value("lengths", list)
         self.ledger.restore(parts["ledger"])
         self.sender.restore(parts["sender"].values)

@@ -5,7 +5,8 @@
 is sent everything again; so a run never depends on what a site remembers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from fluvial.codecs.base import Codec
@@ -66,29 +67,39 @@ class Link:
         """Send the cohort `adapter` with the values `round` and `step`; yields the replies, read."""
         self.downlink.advance(adapter, round)
         self.uplink.advance(self.sent, round)
-        stale = yield from self._ask(fleet, task, cohort, round, read)
+        answered, stale = yield from self._ask(fleet, task, cohort, round, partial(_or_stale, read=read))
         if stale:
             self.downlink.forget(stale)
             self.uplink.forget(stale)
-            again = yield from self._ask(fleet, task, stale, round, read)
-            if again:
-                raise WireError(f"sites {', '.join(again)} cannot follow even after everything was sent again")
+            more, _ = yield from self._ask(fleet, task, stale, round, partial(_not_stale, read=read))
+            answered += more
+        fleet.require_quorum(task, round, answered=answered, asked=len(cohort))
 
     def _ask(
-        self, fleet: Fleet, task: str, cohort: Sequence[str], round: int, read: Callable[[Payload], T]
-    ) -> Iterator[Reply[T]] | Any:
-        self.uplink.install(fleet, cohort, round)
+        self,
+        fleet: Fleet,
+        task: str,
+        sites: Sequence[str],
+        round: int,
+        read: Callable[[Payload], T | None],
+    ) -> Generator[Reply[T], None, tuple[int, list[str]]]:
+        """Ask some sites of a round; returns how many answered, and those that need everything anew.
+
+        A site that does not take the codec has failed, and is asked nothing further in this round.
+        """
+        ready = self.uplink.install(fleet, sites, round)
         values = {"round": round, **self.uplink.values()}
-        messages = {site: self.downlink.message(site, values) for site in cohort}
-        stale = []
-        for reply in fleet.ask(task, messages, round=round, read=lambda found: _or_stale(found, read)):
+        messages = {site: self.downlink.message(site, values) for site in ready}
+        answered, stale = 0, []
+        for reply in fleet.ask(task, messages, round=round, read=read, alone=False):
             if reply.content is None:
                 stale.append(reply.site)
                 continue
             self.downlink.acknowledge(reply.site)
             self.uplink.acknowledge(reply.site)
+            answered += 1
             yield Reply(reply.site, reply.content, reply.bytes_down, reply.bytes_up, reply.seconds)
-        return sorted(stale)
+        return answered, sorted(stale)
 
     def state(self) -> Payload:
         """All that `restore` needs."""
@@ -101,8 +112,19 @@ class Link:
         self.downlink.restore(parts["downlink"])
 
 
-def _or_stale(reply: Payload, read: Callable[[Payload], T]) -> T | None:
-    return None if reply.values == STALE.values else read(reply)
+def is_stale(reply: Payload) -> bool:
+    """Return whether a reply is `STALE` and nothing else."""
+    return reply.values == STALE.values and not reply.tensors
+
+
+def _or_stale(reply: Payload, *, read: Callable[[Payload], T]) -> T | None:
+    return None if is_stale(reply) else read(reply)
+
+
+def _not_stale(reply: Payload, *, read: Callable[[Payload], T]) -> T:
+    if is_stale(reply):
+        raise WireError("the site cannot follow even after everything was sent again")
+    return read(reply)
 
 
 def open_link(site: Site, message: Payload, layout: Layout) -> tuple[Named, Codec] | None:
@@ -112,4 +134,14 @@ def open_link(site: Site, message: Payload, layout: Layout) -> tuple[Named, Code
     return None if received is None or codec is None else (received, weighted(codec, received))
 
 
-__all__ = ["STALE", "Decoded", "Link", "OnRefusal", "TgapConfig", "check_codec", "coded_reply", "open_link"]
+__all__ = [
+    "STALE",
+    "Decoded",
+    "Link",
+    "OnRefusal",
+    "TgapConfig",
+    "check_codec",
+    "coded_reply",
+    "is_stale",
+    "open_link",
+]

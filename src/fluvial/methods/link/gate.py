@@ -15,7 +15,7 @@ a few sums; `fold` makes the report of them, with what they cannot tell left ope
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fluvial.codecs.base import Codec, Snapshot
 from fluvial.codecs.weighted import weighted
@@ -221,6 +221,14 @@ class Probe:
             shuffled=math.fsum(shuffled) if len(heldout) > 1 else None,
         )
 
+    SIZES: ClassVar = ("mean length of an update", "contraction", "error with frames shuffled")
+
+    @property
+    def sizes(self) -> tuple[float, float, float]:
+        """What `SIZES` names: numbers that cannot differ much between sites."""
+        length = math.sqrt((self.energy_a + self.energy_b) / self.count)
+        return length, self.contraction, math.sqrt((self.shuffled or 0.0) / self.count)
+
     def payload(self) -> Payload:
         """On the wire."""
         return Payload(values=asdict(self))
@@ -234,11 +242,19 @@ class Probe:
         sums = {
             name: payload.value(name, float) for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
         }
+        known = {"count", "bytes", "cosine", "shuffled", *sums}
+        if payload.tensors or set(payload.values) - known:
+            raise WireError(f"probe: more than its sums: {sorted(set(payload.values) - known)!r:.80}")
         cosine = payload.value("cosine", float)
         shuffled = None if payload.values.get("shuffled") is None else payload.value("shuffled", float)
+        if (shuffled is None) != (count == 1):
+            raise WireError(f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is there")
         # 1e100: the sum over sites must stay finite too.
         if not all(0 <= each < 1e100 for each in (*sums.values(), shuffled or 0.0)):
             raise WireError(f"probe: an energy below 0 or beyond 1e100 in {sums}")
+        lost, energy = sums["lost_a"] + sums["lost_b"], sums["energy_a"] + sums["energy_b"]
+        if lost > 1.001 * sums["contraction"] ** 2 * energy + 1e-20:
+            raise WireError(f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction allows")
         if not abs(cosine) <= 1.001 * count:
             raise WireError(f"probe: cosines of {count} snapshots add up to {cosine}")
         return cls(count, size, **sums, cosine=cosine, shuffled=shuffled)

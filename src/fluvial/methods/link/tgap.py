@@ -8,6 +8,7 @@ held-out updates, in a few numbers.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -22,16 +23,17 @@ from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.fleet import Fleet, FleetConfig
 from fluvial.local_fleet import LocalFleet
+from fluvial.methods.bounds import Cohort
 from fluvial.methods.interface import Context
 from fluvial.methods.link import gate
 from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, join, split
-from fluvial.replies import read_update
+from fluvial.replies import nothing, read_update
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.sites import Factors, Site, Task, adapter_message, read_adapter_message, site_codec, train_locally
 from fluvial.store import StateStore
-from fluvial.tensors import Layout, WeightedMean, moved
+from fluvial.tensors import Layout, WeightedMean, moved, norm
 
 logger = logging.getLogger(__name__)
 
@@ -196,18 +198,20 @@ def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int,
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
         messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
-        for _ in fleet.ask("snapshot", messages, round=0, read=_nothing):
+        for _ in fleet.ask("snapshot", messages, round=0, read=nothing):
             pass
-    total = MomentsSum()
+    total, replies = MomentsSum(), Cohort(fleet, "moments", 0, asked=len(fleet.sites))
+
+    def fold(_: int, *, moments: Moments) -> None:
+        total.add(moments)
+
     read = partial(Moments.read, sent, most=config.training_rounds)
-    for reply in fleet.ask("moments", dict.fromkeys(fleet.sites, Payload()), round=0, read=read):
-        total.add(reply.content)
+    messages = dict.fromkeys(fleet.sites, Payload())
+    for reply in fleet.ask("moments", messages, round=0, read=read, alone=False):
+        length = math.sqrt(math.fsum(reply.content.energy) / reply.content.count)
+        replies.add(reply.site, length, 1, partial(fold, moments=reply.content))
+    replies.close()
     return total.total()
-
-
-def _nothing(reply: Payload) -> None:
-    if reply.tensors or reply.values:
-        raise WireError(f"snapshot: a site sent {sorted(reply.tensors)[:5]} where updates must not leave it")
 
 
 def collect(
@@ -224,19 +228,26 @@ def collect(
     snapshots: list[Snapshot] = []
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
-        mean = WeightedMean()
+        mean, replies = WeightedMean(), Cohort(fleet, "snapshot", 0, asked=len(fleet.sites))
         messages = dict.fromkeys(fleet.sites, adapter_message(shared, round=number))
         read = partial(read_update, codec=codec, round=number)
-        for reply in fleet.ask("snapshot", messages, round=0, read=read):
+        for reply in fleet.ask("snapshot", messages, round=0, read=read, alone=False):
             update, weight = reply.content
-            snapshots.append(Snapshot(reply.site, number, own[reply.site], update))
-            mean.add(update, weight)
-            if config.reading == "local":
-                own[reply.site] = moved(own[reply.site], update)
+            seen = Snapshot(reply.site, number, own[reply.site], update)
+            then = partial(_fold, seen=seen, mean=mean, snapshots=snapshots)
+            replies.add(reply.site, norm(update), weight, then)
+        replies.close()
         if config.reading == "federated":
             shared = moved(shared, mean.mean())
             own = dict.fromkeys(fleet.sites, shared)
+        else:
+            own |= {each.site: moved(each.received, each.update) for each in snapshots if each.round == number}
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
+
+
+def _fold(weight: int, *, seen: Snapshot, mean: WeightedMean, snapshots: list[Snapshot]) -> None:
+    snapshots.append(seen)
+    mean.add(seen.update, weight)
 
 
 def split_by_time(snapshots: Sequence[Snapshot], holdout: float) -> tuple[list[Snapshot], list[Snapshot]]:

@@ -8,6 +8,7 @@ installed at the sites. Later it may be fitted again, its rate may follow the no
 import itertools
 import logging
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,13 +23,15 @@ from fluvial.codecs.klt_moments import MomentCodec, Moments, num_bytes
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.codecs.weighted import scales, weigh, weighted
 from fluvial.errors import ConfigError, GateError, WireError
-from fluvial.fleet import Fleet
+from fluvial.fleet import Failure, Fleet, Reply
+from fluvial.methods.bounds import too_long
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.link import gate, tgap
 from fluvial.methods.link.gate import GateReport, Representation
 from fluvial.methods.link.tgap import TgapConfig
 from fluvial.models import no_change
 from fluvial.payload import Limits, Payload, Value, frame_payload, join, payload_frame, split
+from fluvial.replies import nothing, number
 from fluvial.seeds import derive
 from fluvial.sites import Site, code, site_codec
 from fluvial.tensors import Layout, Named, energy, subtract
@@ -36,6 +39,10 @@ from fluvial.tensors import Layout, Named, energy, subtract
 logger = logging.getLogger(__name__)
 
 OnRefusal = Literal["refuse", "report"]
+_STEP_OFF = 1 / 64
+"""Octaves by which a frame's step may differ from the server's: it is rounded to 1/256 of one."""
+_MOST_ERROR = 1e4
+"""Relative squared error that a site can report; an unbiased codec at a low rate exceeds 1."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,24 @@ class Sums:
         """See `Snapshots`; a site that decodes must hold the decoder."""
         messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
         read = partial(gate.Probe.read, most=self.num_heldout)
-        replies = list(self.fleet.ask("probe", messages, round=0, read=read))
+        replies = list(self.fleet.ask("probe", messages, round=0, read=read, alone=False))
+        replies = self._plausible(replies)
+        self.fleet.require_quorum("probe", 0, answered=len(replies), asked=len(messages))
         self.held.update((reply.site, codec.settings) for reply in replies)
         return gate.fold([reply.content for reply in replies], self.layout, self.representation)
+
+    def _plausible(self, replies: list[Reply[gate.Probe]]) -> list[Reply[gate.Probe]]:
+        """Leave out sites whose sums are far beyond those of the others."""
+        sizes = {reply.site: reply.content.sizes for reply in replies}
+        growth = self.fleet.config.max_update_growth
+        for index in range(len(gate.Probe.SIZES)):
+            others = [each[index] for each in sizes.values()]
+            for site, found in sorted(sizes.items()):
+                if too_long(found[index], others, growth) is not None:
+                    reason = f"its {gate.Probe.SIZES[index]} is {found[index]:.4g}, far beyond the other sites'"
+                    self.fleet.reject(Failure(site, 0, "probe", reason, 0))
+                    del sizes[site]
+        return [reply for reply in replies if reply.site in sizes]
 
     def holders(self, settings: CodecSettings) -> Sequence[str]:
         """See `Snapshots`."""
@@ -177,7 +199,8 @@ class Uplink:
         if must_learn(self.context.codec):
             self.version = 1
             self.installed = dict.fromkeys(found.holders(self.settings), 1)
-            self.install(fleet, fleet.sites, 0)
+            ready = self.install(fleet, fleet.sites, 0)
+            fleet.require_quorum("install", 0, answered=len(ready), asked=len(fleet.sites))
         return {**metrics, "gate": report.values()}
 
     def _collect(self, fleet: Fleet, method: Any) -> "Snapshots | Sums":
@@ -254,16 +277,20 @@ class Uplink:
             self.codec = self.codec.refit(updates, weight=self.config.refit_weight)
             self.version += 1
 
-    def install(self, fleet: Fleet, sites: Iterable[str], round: int) -> None:
-        """Send the codec to those of `sites` that do not hold the present one."""
+    def install(self, fleet: Fleet, sites: Sequence[str], round: int) -> list[str]:
+        """Send the codec to those of `sites` that do not hold the present one; returns those that do now."""
         if not must_learn(self.context.codec):
-            return
+            return list(sites)
         assert self.codec is not None, "setup comes first"
-        lacking = [site for site in sites if self.installed.get(site, 0) not in self._accepted(round)]
+        lacking = [site for site in sites if not self._holds(site, round)]
         if lacking:
-            message = self._published()
-            for reply in fleet.ask("install", dict.fromkeys(lacking, message), round=round, read=lambda found: found):
+            messages = dict.fromkeys(lacking, self._published())
+            for reply in fleet.ask("install", messages, round=round, read=nothing, alone=False):
                 self.installed[reply.site] = self.version
+        return [site for site in sites if self._holds(site, round)]
+
+    def _holds(self, site: str, round: int) -> bool:
+        return self.installed.get(site, 0) in self._accepted(round)
 
     def _accepted(self, round: int) -> set[int]:
         """Versions from which a site can come to the present one by itself."""
@@ -301,7 +328,9 @@ class Uplink:
         noise = step = None
         if self.noise_ratio is not None and isinstance(self.codec, SteppedCodec):
             noise, step = self.codec.noise_of(frame), self.codec.step_of(frame)
-        error = reply.value("e", float) if "e" in reply.values else None
+            if self.step is not None and not abs(math.log2(step / self.step)) <= _STEP_OFF:
+                raise WireError(f"frame: quantised by a step of {step:.4g}, the server asked for {self.step:.4g}")
+        error = number(reply, "e", 0.0, _MOST_ERROR) if self.settings.error_feedback else None
         return Decoded(weighted(self.codec, self._sent).decode(frame, round=round), error, noise, step)
 
     def fold(self, site: str, decoded: Decoded) -> None:
@@ -319,8 +348,8 @@ class Uplink:
         if self._errors:
             error = math.fsum(self._errors) / len(self._errors)
             metrics |= {"codec_error": error, "snr_db": -10 * math.log10(max(error, 1e-30))}
-            if self.watch is not None:
-                metrics |= self._follow(self.watch, error, round)
+            if self.watch is not None:  # by the median: one site does not change the codec of all
+                metrics |= self._follow(self.watch, statistics.median_low(self._errors), round)
         if len(self._noise) > 1:
             metrics |= self._next_step(energy(mean))
         if self._refits and isinstance(self.codec, AdaptiveCodec):  # the policy may just have changed it

@@ -1,0 +1,94 @@
+"""Files of a run or a site: replaced whole, readable by their owner only, whatever the umask, and known by a digest."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fluvial.errors import CheckpointError
+
+DRAFTS = (".*.partial", ".*.draft")
+"""Names of files and folders that are not finished yet."""
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that lack, for their owner only; those that are there stay as they are."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a crash leaves the old file or the new one; raises `CheckpointError`."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        make_folder(path.parent)
+        partial.unlink(missing_ok=True)
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is untouched; "
+            "free some space and use --resume"
+        ) from error
+
+
+def append(path: Path, text: str) -> None:
+    """Add `text` to a file, on a line of its own even where a kill or a full disk cut the last one off."""
+    make_folder(path.parent)
+    start = "" if _ends_with_line(path) else "\n"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(handle, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(start + text)
+
+
+def _ends_with_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of bytes, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what a killed process left unfinished below `folder`; returns it. The caller holds the folder's lock."""
+    found = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
+@contextmanager
+def private() -> Iterator[None]:
+    """Let everything that this process writes meanwhile be its owner's only, also what libraries write."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)

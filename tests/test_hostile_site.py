@@ -1,0 +1,190 @@
+"""What one site can do to everybody's run: nothing but fail, whatever it answers, in every method."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fluvial.errors import ClientError
+from fluvial.payload import Payload
+from fluvial.tensors import Named
+from tests.replay import Round, record
+
+LIAR = "west"
+"""The largest of the three sites, and the last in order."""
+
+TABLES: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedavg full": {"tune": "full"},
+    "error feedback": {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}},
+    "local": {"method": {"name": "local"}},
+    "flasc": {"method": {"name": "flasc"}},
+    "ecolora": {"method": {"name": "ecolora", "segments": 2}},
+    "fedcybgd": {"method": {"name": "fedcybgd"}},
+    "cgfedllm": {
+        "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
+        "codec": {"name": "klt", "rate": 8, "error_feedback": True},
+    },
+    "noise ratio": {
+        "method": {"name": "fedavg", "tgap": {"source": "sites", "rounds": 2}},
+        "codec": {"name": "klt", "rate": 8, "noise_ratio": 0.5},
+    },
+    "covariance": {
+        "method": {
+            "name": "fedavg",
+            "tgap": {"source": "sites-covariance", "reading": "local", "rounds": 2},
+        },
+        "codec": {"name": "klt", "rate": 8},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Round]:
+    """Recorded when they are asked for, once."""
+    return {}
+
+
+@pytest.fixture(params=list(TABLES))
+def played(
+    request: pytest.FixtureRequest, rounds: dict[str, Round], run_config: dict[str, Any], tmp_path: Path
+) -> Round:
+    if request.param not in rounds:
+        table = run_config | TABLES[request.param]
+        if table.get("tune") == "full" or table["method" if "method" in table else "seed"] == {"name": "fedcybgd"}:
+            table.pop("lora")
+        rounds[request.param] = record(table, tmp_path / "run")
+    return rounds[request.param]
+
+
+def values(data: bytes) -> dict[str, Any]:
+    return dict(Payload.from_bytes(data).values)
+
+
+def with_values(data: bytes, changed: dict[str, Any]) -> bytes:
+    """The reply with other values, NaN and huge numbers too, which no honest `to_bytes` writes."""
+    sent = Payload.from_bytes(data)
+    if not sent.tensors or set(sent.tensors) != {"f"}:
+        return _tensors(sent.tensors, changed)
+    text = json.dumps(changed, separators=(",", ":")).encode()
+    frame = sent.tensors["f"].numpy().tobytes()
+    return b"FLU2" + (1 << 31 | len(text)).to_bytes(4, "little") + text + frame
+
+
+def _tensors(tensors: Named, changed: dict[str, Any]) -> bytes:
+    import safetensors.torch
+
+    text = json.dumps(changed, separators=(",", ":"))
+    return safetensors.torch.save(tensors, metadata={"v": text})
+
+
+WRONG: list[Any] = [None, True, "1", [], {}, math.nan, math.inf, -math.inf, 1e308, -1.0, -1, -(10**400), 10**400, 1e15]
+
+
+def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
+    """Every reply that no honest site sends in the place of `data`; `other` is honest, of another task or place."""
+    sent = Payload.from_bytes(data)
+    for name, found in values(data).items():
+        rest = {key: value for key, value in values(data).items() if key != name}
+        yield f"no {name}", with_values(data, rest)
+        for wrong in WRONG:
+            if isinstance(found, float) and isinstance(wrong, float) and wrong in (-1.0, 1e15) and name == "cosine":
+                continue
+            yield f"{name}={str(wrong)[:12]}", with_values(data, rest | {name: wrong})
+    yield "more values", with_values(data, values(data) | {"more": 1})
+    yield "more tensors", Payload({**sent.tensors, "more": torch.zeros(2)}, values(data)).to_bytes()
+    for name, tensor in sent.tensors.items():
+        kept = {key: each for key, each in sent.tensors.items() if key != name}
+        yield f"no tensor {name}", Payload(kept, values(data)).to_bytes()
+        for what, changed in (
+            ("longer", torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])),
+            ("shorter", tensor.reshape(-1)[:-1]),
+            ("another type", tensor.to(torch.int16)),
+            ("zero bytes", torch.zeros_like(tensor) if tensor.dtype == torch.uint8 else tensor.double()),
+            ("nan", tensor.float() * math.nan),
+        ):
+            yield f"{name} {what}", Payload(kept | {name: changed}, values(data)).to_bytes()
+    yield "empty", b""
+    yield "empty payload", Payload().to_bytes()
+    yield "half", data[: len(data) // 2]
+    yield "a byte less", data[:-1]
+    yield "a byte more", data + b"\0"
+    yield (
+        "random",
+        torch.randint(256, (len(data),), generator=torch.Generator().manual_seed(1)).byte().numpy().tobytes(),
+    )
+    yield "unknown", Payload(values={"unknown": True}).to_bytes()
+    yield "stale and more", Payload({"x": torch.zeros(1)}, {"stale": True}).to_bytes()
+    if other != data:
+        yield "another reply", other
+
+
+def _model(server: Any) -> Any:
+    found = server.model()
+    return (
+        server.state().to_bytes()
+        if found is None
+        else b"".join(found[name].numpy().tobytes() for name in sorted(found))
+    )
+
+
+def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
+    """Each value and each tensor of each reply is forged in every way; the run goes on as if the site were silent."""
+    silent: dict[tuple[str, int], Any] = {}
+    tried = 0
+    for (task, site, number), data in sorted(played.replies.items()):
+        if site != LIAR:
+            continue
+        other = next((each for key, each in played.replies.items() if key[0] != task), b"{}")
+
+        def change(name: str, who: str, call: int, honest: bytes, place: Any = (task, number)) -> bytes | None:
+            return None if who == LIAR and (name, call) == place else honest
+
+        server, fleet, _ = played.again(change)
+        assert {failure.site for failure in fleet.failures} == {LIAR}
+        silent[task, number] = _model(server)
+        for what, forgery in forgeries(data, other):
+            if forgery == data:
+                continue
+            tried += 1
+
+            def lie(
+                name: str, who: str, call: int, honest: bytes, place: Any = (task, number), forgery: bytes = forgery
+            ) -> bytes:
+                return forgery if who == LIAR and (name, call) == place else honest
+
+            server, fleet, _ = played.again(lie)
+            assert {failure.site for failure in fleet.failures} == {LIAR}, (task, what)
+            assert all("Traceback" not in failure.reason for failure in fleet.failures), (task, what)
+            assert _model(server) == silent[task, number], (task, what)
+            with pytest.raises(ClientError, match=LIAR):
+                played.again(lie, on_failure="stop", quorum=0.5)
+    assert tried > 20
+
+
+def test_whatever_a_site_answers_in_the_set_up_is_that_sites_failure(played: Round) -> None:
+    """The same where sites send what a codec is fitted to and measured by; a sample of the forgeries of each reply."""
+    seen = set()
+    for (task, site, number), data in sorted(played.setup.items()):
+        if site != LIAR or task in seen:
+            continue
+        seen.add(task)
+        others = [each for each in forgeries(data, b"{}") if each[1] != data]
+        for what, forgery in others[:: 7 if task in ("snapshot", "moments") else 3]:
+
+            def lie(
+                name: str, who: str, call: int, honest: bytes, place: Any = (task, number), forgery: bytes = forgery
+            ) -> bytes:
+                return forgery if who == LIAR and (name, call) == place else honest
+
+            with pytest.raises(ClientError, match=LIAR):
+                _set_up(played, lie, f"{task}: {what}")
+
+
+def _set_up(played: Round, lie: Any, what: str) -> None:
+    played.set_up(lie, on_failure="stop", quorum=0.5)
+    pytest.fail(what)
