@@ -49,6 +49,7 @@ def quickstart() -> str:
             f"`make quickstart`: {result['sites']} sites, {result['rounds']} rounds, Python {result['python']}, "
             f"torch {result['versions']['torch']}, two CPU cores.",
             table(result_rows(result)),
+            f"The run in one line: {result['verdict']['line']}.",
             RESULT_CAPTION,
             f"Loss falls on every site's held-out files, by {gains[least]:.3f} ({least}) to {max(gains.values()):.3f} "
             f"nats. Set-up is {human_bytes(setup)} for each site. What `auto` said: "

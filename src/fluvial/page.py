@@ -181,7 +181,8 @@ h1 { font-size: 26px; margin: 0 } h2 { font-size: 16px; margin: 0 0 10px } p { m
 .soft, figcaption { color: var(--soft); font-size: 13px }
 section, .cards > div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px }
 section, .cards, .two { margin-top: 16px } .two section { margin-top: 0; min-width: 0 }
-.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)) }
+.cards { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)) }
+@media (min-width: 760px) { .cards > :first-child { grid-column: span 2 } }
 .cards b { display: block; font-size: 28px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.3 }
 .two { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)) }
 figure { margin: 0 } svg { display: block; width: 100%; height: auto } svg text { font-family: inherit !important }
