@@ -1,5 +1,6 @@
 """Differential privacy: secret noise, exact clipping, counted releases, and an epsilon that others compute too."""
 
+import io
 import json
 import math
 import secrets
@@ -12,16 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from scipy import stats
 from scipy.special import log_ndtr
 
 from fluvial import noise, releases
 from fluvial.config import parse
-from fluvial.errors import CheckpointError, ConfigError, PrivacyError
+from fluvial.errors import CheckpointError, ConfigError, DivergenceError, PrivacyError
+from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
+from fluvial.models import Workbench, initial_state
+from fluvial.plan import plan
 from fluvial.releases import Mechanism, claim, count_releases, secret_of
 from fluvial.run import execute
-from tests.runs import run_table
+from fluvial.show import read_run, run_tables
+from fluvial.tensors import Named, norm, subtract
+from fluvial.words import privacy_words
+from tests.runs import adapter_of, run_table
 
 KEY = bytes(range(32))
 PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
@@ -239,6 +247,7 @@ def test_exact_measures_are_said_to_be_outside_epsilon(run_config: dict[str, Any
     result = run_table(private(run_config, heldout="exact"), tmp_path / "run")
     assert result["heldout"]["final"]["loss"] > 0
     assert result["privacy"]["outside"] == [privacy.OUTSIDE]
+    assert privacy_words(result["privacy"]).endswith(privacy.OUTSIDE)
 
 
 def test_no_secret_is_in_what_the_server_keeps(run_config: dict[str, Any], tmp_path: Path) -> None:
@@ -315,9 +324,39 @@ def test_a_site_answers_no_task_that_epsilon_does_not_count(run_config: dict[str
     assert set(tasks_of(exact)) == {"train", "install", "evaluate"}
 
 
-def test_training_that_diverges_releases_noise(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_training_that_diverges_releases_noise(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A refusal would tell something of the data."""
-    table = private(run_config) | {"rounds": 1}
-    table["train"] = table["train"] | {"learning_rate": 1e30}
-    result = run_table(table, tmp_path / "run")
-    assert result["adapter_sha256"]
+
+    def diverge(*_: Any, **__: Any) -> None:
+        raise DivergenceError("step 1 of 3: loss nan")
+
+    monkeypatch.setattr(cgfedllm, "train_locally", diverge)
+    result = run_table(private(run_config) | {"rounds": 1}, tmp_path / "run")
+    released = norm(subtract(adapter_of(result), initial(run_config)))
+    numel = sum(tensor.numel() for tensor in adapter_of(result).values())
+    assert released == pytest.approx(0.05 * math.sqrt(numel / 3), rel=0.1)  # the mean of three sites' noise
+
+
+def initial(run_config: dict[str, Any]) -> Named:
+    config = parse(run_config, "test")
+    return initial_state(Workbench(config.model, config.adapter).layout, config.seed)
+
+
+def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_path: Path) -> None:
+    table = private(run_config, heldout="exact")
+    rows = {row["what"]: row["value"] for row in plan(parse(table, "test"))["rows"]}
+    said = (
+        f"epsilon {privacy.spent(1.0, 2, 1e-5):.3g} at delta 1e-05 after 2 releases of a site, noise added at the site"
+    )
+    assert rows["privacy"] == f"{said}; {privacy.OUTSIDE}"
+    quiet = {row["what"] for row in plan(parse(run_config, "test"))["rows"]}
+    assert "privacy" not in quiet
+
+    result = run_table(private(run_config), tmp_path / "run")
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    console.print(run_tables(read_run(Path(result["folder"]))))
+    assert said in shown.getvalue()
+    assert "not measured" in shown.getvalue()

@@ -256,9 +256,37 @@ def test_the_server_reads_no_value_beside_a_private_frame(run_config: dict[str, 
         secret=lambda: KEY,
         public=dict,
     )
+    assert isinstance(found.config.method, cgfedllm.CgFedLlmConfig)
     server = cgfedllm.CgFedLlmServer(found.config.method, context)
     frame = found.ask()
     _, _, weight, loss = server._read(frame_payload(frame), round=1)
     assert (weight, loss) == (1, None)
     with pytest.raises(WireError, match=r"values \['loss', 'n'\] came, which epsilon does not count"):
         server._read(frame_payload(frame, n=3, loss=1.0), round=1)
+
+
+def test_a_site_of_its_own_counts_through_new_sessions(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """A server that begins again makes a site forget what it kept, but never what it released."""
+    table = run_config | {"method": at(8.0), "codec": {"name": "identity"}}
+    start = bed(run_config, tmp_path / "bed").start
+
+    def ask(task: str, message: Payload, session: str) -> bytes:
+        station = Station(SiteFile(name="north", folder=tmp_path / "north", device="cpu"))
+        header = Header(run="one", task=task, round=1, session=session, seq=1, ack=0, base=-1)
+        return station.answer(header, message.to_bytes()).data
+
+    frames = set()
+    for session in ("first", "second", "third"):
+        ask(HELLO, Payload(values={"config": table}), session)
+        frames.add(ask("train", adapter_message(start, round=1), session))
+    assert len(frames) == 1
+    ask("train", adapter_message(scale(start, 1.001), round=1), "fourth")
+    with pytest.raises(PrivacyError, match="epsilon counts 2"):
+        ask("train", adapter_message(scale(start, 1.002), round=1), "fifth")
+
+    longer = table | {"rounds": 1000}
+    ask(HELLO, Payload(values={"config": longer}), "sixth")
+    with pytest.raises(PrivacyError, match="epsilon cannot count both"):
+        ask("train", adapter_message(scale(start, 1.002), round=1), "sixth")
+    with pytest.raises(WireError, match="unknown task 'snapshot'"):
+        ask("snapshot", adapter_message(start, round=1), "sixth")

@@ -17,6 +17,7 @@ from fluvial.pretrained import check_tokenizer, dtype_of
 from fluvial.run import check_settings
 from fluvial.targets import target_names
 from fluvial.weights import check_weights
+from fluvial.words import privacy_words
 
 OPTIMIZER_BYTES = 16
 """Per trained value: fp32 weight, gradient and two moments of AdamW."""
@@ -75,6 +76,9 @@ def plan(config: RunConfig) -> dict[str, Any]:
             ("base in memory", f"{parameters * width:,} B"),
             ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
         ]
+    promise = config.promise
+    if promise is not None:
+        rows.append(("privacy", privacy_words(promise.report(config.rounds, config.rounds))))
     line, over_line = config.fleet.line, None
     if line is not None and frame and forecast is None:
         over_line = round_s(down, frame, sites=cohort, line=line)

@@ -18,7 +18,7 @@ from rich.text import Text
 from fluvial.block_tables import block_schedule, conflict_log, failures
 from fluvial.errors import CheckpointError
 from fluvial.verdict import Verdict, judge, loss_of
-from fluvial.words import figure, human_bytes, human_ratio, human_seconds, percent, plain, table
+from fluvial.words import figure, human_bytes, human_ratio, human_seconds, percent, plain, privacy_words, table
 
 BASELINES = {
     "local": "local only",
@@ -238,6 +238,8 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
         ]
     else:
         lines.append(Text(f"There is no global model: each site keeps its own weights below {path / 'sites'}"))
+    if result.get("privacy"):
+        lines.append(Text(f"Privacy  {privacy_words(result['privacy'])}"))
     for sample in result.get("samples", []):
         for when, key in (("before", "base"), ("after", "final")):
             shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())

@@ -3,8 +3,8 @@
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
@@ -80,3 +80,13 @@ def figure(value: float | None, form: str = ".4f") -> str:
 def percent(share: float | None) -> str:
     """A share in per cent with two decimals; "-" where it is not known."""
     return "-" if share is None else f"{100 * share:.2f} %"
+
+
+def privacy_words(report: Mapping[str, Any]) -> str:
+    """Return what the privacy of a run cost, and what it leaves out, as one line."""
+    where = "by the server" if report["placement"] == "aggregate" else "at the site"
+    counted = (
+        f"epsilon {report['epsilon']:.3g} at delta {report['delta']:g} after "
+        f"{report['releases']} releases of a site, noise added {where}"
+    )
+    return "; ".join([counted, *report["outside"]])
