@@ -20,14 +20,16 @@ from scipy.special import log_ndtr
 from fluvial import noise, releases
 from fluvial.config import parse
 from fluvial.errors import CheckpointError, ConfigError, DivergenceError, PrivacyError
+from fluvial.local_fleet import LocalFleet
 from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models import Workbench, initial_state
 from fluvial.plan import plan
 from fluvial.releases import Mechanism, claim, count_releases, secret_of
-from fluvial.run import execute
+from fluvial.run import execute, in_process
 from fluvial.show import read_run, run_tables
 from fluvial.tensors import Named, norm, subtract
+from fluvial.train import TrainReport
 from fluvial.words import privacy_words
 from tests.runs import adapter_of, run_table
 
@@ -360,3 +362,52 @@ def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_pa
     console.print(run_tables(read_run(Path(result["folder"]))))
     assert said in shown.getvalue()
     assert "not measured" in shown.getvalue()
+
+
+def test_under_the_servers_noise_no_site_fails_because_of_another(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that sends zero instead of its update must move the mean by no more than its own clipped share."""
+    layout = initial(run_config)
+
+    def train(site: Any, *_: Any, **__: Any) -> tuple[Named, Any]:
+        size = 1e-9 if site.name != "west" else 1.0
+        report = TrainReport(steps=1, label_tokens=1, loss=1.0, grad_norm=1.0)
+        return {name: torch.full(tensor.shape, size) for name, tensor in layout.items()}, report
+
+    monkeypatch.setattr(cgfedllm, "train_locally", train)
+    table = private(run_config, placement="aggregate") | {"rounds": 1, "fleet": {"on_failure": "skip"}}
+    run_table(table, tmp_path / "run")
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert (json.loads(line)["sites"], json.loads(line)["missing"]) == (3, [])
+
+
+def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", lambda count: KEY[:count])  # the same secrets in both runs
+    config = parse(private(run_config) | {"fleet": {"on_failure": "retry"}}, "test")
+    *_, straight = execute(config, tmp_path / "straight")
+
+    lost: set[tuple[str, int]] = set()
+
+    def assemble(*given: Any) -> LocalFleet:
+        fleet = in_process(*given)
+        assert isinstance(fleet, LocalFleet)
+        train = fleet._tasks["train"]
+
+        def loses(site: Any, message: Any) -> Any:
+            answer, mark = train(site, message), (site.name, message.value("round", int))
+            if mark not in lost:
+                lost.add(mark)
+                raise ConnectionError
+            return answer
+
+        fleet._tasks = {**fleet._tasks, "train": loses}
+        return fleet
+
+    *_, again = execute(config, tmp_path / "again", assemble=assemble)
+    assert len(lost) == 6
+    assert again.values["adapter_sha256"] == straight.values["adapter_sha256"]
+    for site in SITES:
+        assert count_releases(tmp_path / "again" / "sites" / site / "private") == 2

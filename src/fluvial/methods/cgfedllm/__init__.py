@@ -98,7 +98,7 @@ class CgFedLlmServer:
         for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
             decoded, update, weight, site_loss = reply.content
             then = partial(fold, site=reply.site, decoded=decoded, update=update, site_loss=site_loss)
-            replies.add(reply.site, norm(update), weight, then)
+            replies.add(reply.site, self._length(update), weight, then)
         told = replies.close()
         update = self._private(mean.mean(), max(weights) / sum(weights), number)
         self._guard(norm(update), number)
@@ -132,6 +132,14 @@ class CgFedLlmServer:
             check_update(update, weight, self.context.train)
         WeightedMean.check(update, weight)
         return decoded, update, weight, None if self._at_site else loss_of(reply)
+
+    def _length(self, update: Named) -> float:
+        """The length by which a site may fail; 0 for all where updates are clipped and not yet disturbed.
+
+        There a site that fails because of another's length would move the mean by more than epsilon counts.
+        """
+        clipped = self.config.privacy is not None and not self.config.privacy.at_site
+        return 0.0 if clipped else norm(update)
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
         config = self.config.privacy
