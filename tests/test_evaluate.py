@@ -99,10 +99,13 @@ def test_check_effect(bench: Workbench, changed: Named) -> None:
         ({"choices": ["a", "b", "c"]}, "list of four texts"),
         ({"choices": ["a", "b", "c", " "]}, "none blank"),
         ({"choices": "abcd"}, "list of four texts"),
-        ({"answer": 4}, "'A', 'B', 'C' or 'D', or 0 to 3, found 4"),
-        ({"answer": "E"}, "found 'E'"),
-        ({"answer": "AB"}, "found 'AB'"),
+        ({"answer": 4}, "'A', 'B', 'C' or 'D', or 0 to 3, and is none of them"),
+        ({"answer": "E"}, "and is none of them"),
+        ({"answer": "AB"}, "and is none of them"),
+        ({"answer": 1.0}, "and is none of them"),
+        ({"answer": None}, "or 0 to 3, and is null"),
         ({"question": ""}, "not blank"),
+        ({"question": "\ud800"}, "holds half of a surrogate pair"),
         ({"subject": 3}, "'subject' must be text"),
     ],
 )
@@ -116,9 +119,11 @@ def test_malformed_record_is_named(tmp_path: Path, changes: dict[str, Any], prob
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("\n\n", "holds no question"),
-        ("{\n", "line 1: not JSON"),
-        ("[1]\n", "found list"),
+        ("\n\n", "holds no record .2 blank lines"),
+        ("{\n", "line 1 is not JSON"),
+        ("[1]\n", "is one JSON document, not one record on each line"),
+        ('{"a": 1}\n[1]\n', "line 2 holds a list"),
+        ('{"id": "a", "id": "b"}\n', "line 1 has the field 'id' twice"),
         ('{"id": 4}\n', "line 1, id 4: field 'question' is missing"),
     ],
 )

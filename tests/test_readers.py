@@ -86,11 +86,11 @@ def test_ends_of_lines_are_those_of_files_only(tmp_path: Path) -> None:
     table = read(tmp_path, "a.jsonl", content)
     assert values(table, "text") == ["a\u2028b\u0085c", "d", "e"]
     assert lines(table) == [1, 3, 4]
-    assert table.notes == ("2 blank lines, which were skipped",)
+    assert table.notes == ("2 blank lines were skipped",)
     table = read(tmp_path, "a.txt", "one\r\n \r\ntwo\u2028x\rthree\n")
     assert values(table, "text") == ["one", "two\u2028x", "three"]
     assert lines(table) == [1, 3, 4]
-    assert table.notes == ("1 blank lines, which were skipped",)
+    assert table.notes == ("1 blank lines were skipped",)
 
 
 def test_a_json_list_is_found_with_its_lines(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_rows_of_empty_cells_and_columns_without_a_name(tmp_path: Path) -> None:
     table = read(tmp_path, "a.csv", ",prompt,completion,\n0,a,b,\n,,,\n\n1,c,d,\n")
     assert values(table, "prompt") == ["a", "c"]
     assert values(table, "column 1") == ["0", "1"]
-    assert table.notes == ("2 blank lines, which were skipped",)
+    assert table.notes == ("2 blank lines were skipped",)
     assert lines(table) == [2, 5]
 
 
@@ -178,8 +178,8 @@ def zipped() -> bytes:
 REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "", "a.csv: is empty"),
     ("a.csv", "\n \n\n", "the header is blank"),
-    ("a.jsonl", "\n\n  \n", "a.jsonl: holds no record but 3 blank lines"),
-    ("a.txt", "\n\n", "a.txt: holds no record but 2 blank lines"),
+    ("a.jsonl", "\n\n  \n", "a.jsonl: holds no record .3 blank lines"),
+    ("a.txt", "\n\n", "a.txt: holds no record .2 blank lines"),
     ("a.csv", HEAD, "a.csv: holds no record"),
     ("a.csv", zipped(), "is a zip archive, such as an Excel file .*: save it as CSV"),
     ("a.jsonl", gzip.compress(b"{}"), "is compressed by gzip, not text: unpack it"),

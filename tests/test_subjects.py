@@ -67,7 +67,7 @@ def test_a_subject_may_stand_in_another_field(tmp_path: Path) -> None:
     path.write_text(json.dumps(record) + "\n")
     assert read_choices(path, "task")[0].subject == "Law"
     assert plain_subject("Law") in CEVAL.subjects
-    with pytest.raises(ConfigError, match="line 1: --subject-field 'kind' is missing; found answer"):
+    with pytest.raises(ConfigError, match="line 1: --subject-field 'kind' is missing; found 'answer'"):
         read_choices(path, "kind")
 
 

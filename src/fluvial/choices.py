@@ -6,7 +6,6 @@ log P(choice | prompt) in nats per UTF-8 byte decides (the "continuation" form o
 something about models that are too small to know what a letter stands for.
 """
 
-import json
 import logging
 import math
 import re
@@ -21,6 +20,10 @@ import torch
 from torch import nn
 
 from fluvial.data import Example
+from fluvial.data.faults import Faults, listed, shown
+from fluvial.data.readers import read_json
+from fluvial.data.records import encodable
+from fluvial.data.rows import Number, described
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.seeds import numpy_generator
@@ -93,58 +96,64 @@ class Sheet:
 def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional `subject`, `id`.
 
-    `subject_field` names the field that stands for `subject`.
-    Raises `ConfigError` naming line and id of the first record that is not of this form.
+    `subject_field` names the field that stands for `subject`. A file with the suffix .json holds a list of records.
+    Raises `DataError` naming line and id of every record that is not of this form, without its text.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {str(path)!r} with questions") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    found = [_choice(f"{path}, line {number}", line, subject_field) for number, line in numbered]
-    if not found:
-        raise ConfigError(f"{path}: holds no question")
+    if not path.is_file():
+        raise ConfigError(f"there is no file {str(path)!r} with questions")
+    found, faults = [], Faults()
+    for row in read_json(path).rows:
+        try:
+            found.append(_choice(f"{row.place}", row.fields, subject_field))
+        except ConfigError as error:
+            faults.include(error)
+    faults.raise_any()
     return found
 
 
-def _choice(name: str, line: str, subject_field: str) -> Choice:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{name}: not JSON ({error}); write one record on each line") from None
-    if not isinstance(record, Mapping):
-        raise ConfigError(f"{name}: found {type(record).__name__}; a record is an object with named fields")
-    if "id" in record:
-        name = f"{name}, id {record['id']!r:.80}"
+def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
+    if isinstance(record.get("id"), str | Number):
+        name = f"{name}, id {_id(record['id'])}"
     for key in ("question", "choices", "answer"):
         if key not in record:
-            raise ConfigError(f"{name}: field {key!r} is missing; found {', '.join(sorted(record)) or 'none'}")
-    question, choices, answer = record["question"], record["choices"], record["answer"]
+            raise ConfigError(f"{name}: field {key!r} is missing; found {listed(sorted(record)) or 'none'}")
+    question, choices = record["question"], record["choices"]
     if not (isinstance(question, str) and question.strip()):
-        raise ConfigError(f"{name}: 'question' must be text that is not blank, found {question!r:.80}")
+        raise ConfigError(f"{name}: 'question' must be text that is not blank, and is {described(question)}")
     texts = choices if isinstance(choices, list) else []
     if len(texts) != len(LETTERS) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigError(f"{name}: 'choices' must be a list of four texts, none blank, found {choices!r:.160}")
-    if type(answer) is int and 0 <= answer < len(LETTERS):  # as in the hub's copies of MMLU
-        answer = LETTERS[answer]
-    if not (isinstance(answer, str) and len(answer) == 1 and answer in LETTERS):
-        raise ConfigError(f"{name}: 'answer' must be 'A', 'B', 'C' or 'D', or 0 to 3, found {answer!r:.80}")
+        held = f"a list of {len(texts)}" if texts else described(choices)
+        raise ConfigError(f"{name}: 'choices' must be a list of four texts, none blank, and is {held}")
     if subject_field != "subject" and subject_field not in record:
-        raise ConfigError(f"{name}: --subject-field {subject_field!r} is missing; found {', '.join(sorted(record))}")
+        raise ConfigError(f"{name}: --subject-field {subject_field!r} is missing; found {listed(sorted(record))}")
     for key in (subject_field, "subject_zh"):
         if not isinstance(record.get(key), str | None):
-            raise ConfigError(f"{name}: {key!r} must be text or left out, found {record[key]!r:.80}")
+            raise ConfigError(f"{name}: {key!r} must be text or left out, and is {described(record[key])}")
+    for text in (question, *texts):
+        encodable(name, "the question or a choice", text)
     a, b, c, d = (text.strip() for text in texts)
     return Choice(
         name,
         question.strip(),
         (a, b, c, d),
-        LETTERS.index(answer),
+        _answer(name, record["answer"]),
         record.get(subject_field),
         record.get("subject_zh"),
     )
+
+
+def _answer(name: str, answer: Any) -> int:
+    """Return the number of the right choice, which is written as a letter or, in the hub's copies of MMLU, a number."""
+    if isinstance(answer, Number) and answer.text in ("0", "1", "2", "3"):
+        return int(answer.text)
+    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
+        return LETTERS.index(answer)
+    other = " none of them" if isinstance(answer, str | Number) else f" {described(answer)}"
+    raise ConfigError(f"{name}: 'answer' must be 'A', 'B', 'C' or 'D', or 0 to 3, and is{other}")
+
+
+def _id(value: str | Number) -> str:
+    return value.text[:40] if isinstance(value, Number) else shown(value)
 
 
 def language_of(question: str) -> Language:

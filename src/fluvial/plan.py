@@ -107,13 +107,23 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
         raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
     sequences = []
     for example in texts.load(name).train[:count]:
+        pieces = _pieces(tokenizer, example.input_ids)
         tokens = [
-            {"text": tokenizer.decode([token]), "loss": label != IGNORE_INDEX}
-            for token, label in zip(example.input_ids, example.labels, strict=True)
+            {"text": piece, "loss": label != IGNORE_INDEX} for piece, label in zip(pieces, example.labels, strict=True)
         ]
         tokens[0]["loss"] = False  # nothing stands before it that could predict it
         sequences.append({"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens})
     return {"site": name, "form": config.data.form, "sequences": sequences}
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to those before it: some decoders drop a space at the start of a text."""
+    pieces, before = list[str](), ""
+    for number, token in enumerate(ids, start=1):
+        text: str = tokenizer.decode(list(ids[:number]))
+        pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
+        before = text
+    return pieces
 
 
 def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:

@@ -36,11 +36,20 @@ def read_file(path: Path, reading: Reading) -> Table:
 
     Raise `DataError` with the file, the lines and the remedy of everything that cannot be read.
     """
-    table = READERS[path.suffix.lower()](path, reading)
+    return _filled(path, READERS[path.suffix.lower()](path, reading))
+
+
+def _filled(path: Path, table: Table) -> Table:
     if not table.rows:
-        blank = f" but {table.notes[0]}" if table.notes else ""
+        blank = f" ({table.notes[0]})" if table.notes else ""
         raise DataError([f"{printable(str(path))}: holds no record{blank}"])
     return table
+
+
+def read_json(path: Path, encoding: str = UTF8) -> Table:
+    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list; raise `DataError`."""
+    reading = Reading(encoding)
+    return _filled(path, _json(path, reading) if path.suffix.lower() == ".json" else _jsonl(path, reading))
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -85,7 +94,7 @@ def _json_lines(path: Path, text: str) -> Table:
 
 
 def _skipped(blank: int) -> tuple[str, ...]:
-    return (f"{blank} blank lines, which were skipped",) if blank > 0 else ()
+    return (f"{blank} blank lines were skipped",) if blank > 0 else ()
 
 
 def _loads(line: str) -> Any:

@@ -188,7 +188,7 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
             continue
         found.entries.append(Entry(record, row))
     if empty:
-        found.notes.append(f"{name}: {empty} records with an empty text, which were left out")
+        found.notes.append(f"{name}: {empty} records with an empty text were left out")
     return found
 
 
