@@ -366,7 +366,7 @@ def test_rank_is_bound_by_the_narrowest_target(tiny_gqa_model: Path) -> None:
         ("~/no-such-folder", "there is no folder"),
         (
             "nobody/no-such-model",
-            "model.name_or_path='nobody/no-such-model' cannot be loaded: .*must be a local folder",
+            "model.name_or_path='nobody/no-such-model' is no folder here .*name a local folder",
         ),
     ],
 )
@@ -377,13 +377,13 @@ def test_a_model_that_is_not_there_is_a_config_error(name: str, message: str) ->
 
 
 def test_a_broken_model_folder_is_a_config_error(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         load_tokenizer(config(tmp_path))
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors: is damaged or cut short"):
         load_base(config(broken))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.pretrained import first_line
 from fluvial.seeds import derive
+from fluvial.stored import first_line
 from fluvial.targets import LoraSettings, target_names
 
 

@@ -40,7 +40,7 @@ from fluvial.probe import check_behaviour
 from fluvial.seeds import generator
 from fluvial.targets import LoraSettings as LoraSettings
 from fluvial.tensors import Layout, Named, factor
-from fluvial.weights import check_loaded, quiet
+from fluvial.weights import check_finite, check_info, check_weights, quiet
 
 _PREFIX = "base_model.model."
 
@@ -108,6 +108,7 @@ def load_base(config: ModelConfig) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
+    check_weights(config, meta_base(config))
     with quiet():
         model, info = from_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -119,7 +120,8 @@ def load_base(config: ModelConfig) -> nn.Module:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    check_loaded(info, model, config.name_or_path)
+    check_info(info, model, config.name_or_path)
+    check_finite(model, config.name_or_path)
     base: nn.Module = model.requires_grad_(False).eval()
     return base.to(resolve_device(config.device))
 
@@ -269,6 +271,8 @@ class Workbench:
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self.device = resolve_device(model.device)
+        if self.full:
+            check_weights(model, self._empty)
         like = self._blank if self.full else self._template
         check_tokenizer(self.tokenizer, like, model.name_or_path)
         self.context = context_length(like)

@@ -1,6 +1,7 @@
 """What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from fluvial.codecs import must_learn
@@ -13,7 +14,7 @@ from fluvial.errors import ConfigError
 from fluvial.line import round_s
 from fluvial.methods.interface import Forecast
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
-from fluvial.pretrained import check_tokenizer, dtype_of
+from fluvial.pretrained import check_ids, check_tokenizer, dtype_of
 from fluvial.run import check_settings
 from fluvial.targets import target_names
 from fluvial.weights import check_weights
@@ -41,6 +42,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     sites, steps = [], 0
     for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.pooled() if config.entry.pooled else texts.load(name)
+        ids = chain.from_iterable(example.input_ids for example in (*data.train, *data.heldout))
+        check_ids(ids, base, f"data, site {name!r}")
         steps = max(steps, config.train.steps(len(data.train)))
         sites.append(
             {

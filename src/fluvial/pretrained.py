@@ -4,6 +4,7 @@ transformers is imported where something is loaded, so that other commands answe
 """
 
 import json
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import nn
 from fluvial.errors import ConfigError
 from fluvial.network import reachable_hub
 from fluvial.settings import Settings
+from fluvial.stored import FLOATS, first_line, stored_tensors
 
 EMBEDDED = "embedded"
 
@@ -95,14 +97,6 @@ def from_settings(make: Any, config: ModelConfig) -> Any:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its kind where it has none, in 300 characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else ""
-    known = isinstance(error, OSError | ValueError | ImportError)
-    return (text if text and known else f"{type(error).__name__}: {text}".rstrip(": "))[:300]
-
-
 def read_config(config: ModelConfig) -> Any:
     """Return the base's own configuration, as its folder has it.
 
@@ -114,11 +108,16 @@ def read_config(config: ModelConfig) -> Any:
     _refuse_folder(config)
     found = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
     _refuse_config(config, found)
+    for settings in (found, found.get_text_config()):
+        # What a forward pass returns beside logits is no part of a model.
+        settings.return_dict, settings.output_attentions, settings.output_hidden_states = True, False, False
     return found
 
 
 def _refuse_folder(config: ModelConfig) -> None:
     """Refuse a local folder whose files say that transformers would load something else."""
+    from transformers import CONFIG_MAPPING
+
     folder = local_folder(config)
     if folder is None:
         return
@@ -135,6 +134,11 @@ def _refuse_folder(config: ModelConfig) -> None:
         held = f", only {other[0]!r}; convert it to transformers' form" if other else ""
         raise ConfigError(f"{where}: the folder has no config.json{held}")
     stored = _json(folder / "config.json") or {}
+    if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{where}: its model is Python code in the folder (auto_map in config.json), which is never run; only "
+            "architectures of transformers itself are tuned"
+        )
     if "model_type" not in stored and "auto_map" not in stored:
         raise ConfigError(f"{where}: config.json names no 'model_type', so it is not of transformers' form")
 
@@ -191,18 +195,21 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
 def dtype_of(config: ModelConfig) -> torch.dtype:
     """Return the float type in which the base is held: the one that is set, else the folder's own.
 
-    A folder that names none has the type of its stored weights, as transformers has it.
+    A folder that names none has the type of its first stored weight, as transformers has it; a hub id that names none
+    has float32.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     found = read_config(config)
     told = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
     if told is None:
-        return torch.float32
+        folder = local_folder(config)
+        stored = stored_tensors(folder) if folder is not None else {}
+        told = next((tensor.dtype for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32)
     kind = getattr(torch, told) if isinstance(told, str) else told
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'")
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -240,18 +247,33 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that are put there.
+    special = set(tokenizer.all_special_ids)
+    plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
+    last, largest = max(plain, key=lambda item: item[1])
     for what, text, index in (
         ("pad token", tokenizer.pad_token, tokenizer.pad_token_id),
         ("EOS token", tokenizer.eos_token, tokenizer.eos_token_id),
-        ("last token", token, largest),
+        ("BOS token", tokenizer.bos_token, tokenizer.bos_token_id),
+        ("last token", last, largest),
     ):
-        if index >= rows:
+        if index is not None and index >= rows:
             raise ConfigError(
                 f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and the model embeds "
                 f"ids up to {rows - 1}; use the tokenizer that belongs to the model, or resize the model "
                 "(resize_token_embeddings) and save it anew"
             )
+
+
+def check_ids(ids: Iterable[int], model: Any, where: str) -> None:
+    """Raise `ConfigError` if `model` (maybe without weights) has no row for one of the token `ids` of a text."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(ids, default=0)
+    if largest >= rows:
+        raise ConfigError(
+            f"{where}: the text has a token of id {largest}, and the model embeds ids up to {rows - 1}; use the "
+            "tokenizer that belongs to the model, or resize the model (resize_token_embeddings) and save it anew"
+        )
 
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")

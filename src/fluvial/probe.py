@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.pretrained import first_line
+from fluvial.stored import first_line
 
 LENGTH = 8
 
