@@ -4,6 +4,7 @@ Both need public text. The gradient of a block through a compressed model is bia
 cosine to the gradient through the exact model says how much is left, and per byte it ranks the forms of download.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -75,12 +76,14 @@ class Judge:
     def share(self, state: Named, moved: Callable[[float], Named]) -> tuple[float, float, float]:
         """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before and after.
 
-        `moved(share)` is the block after that share of the step.
+        `moved(share)` is the block after that share of the step. A step to a loss that is not
+        finite is refused, whatever the loss before: which weights overflow depends on the processor.
         """
         before = self.loss(state)
         for halving in range(self.config.halvings + 1):
             share = 0.5**halving
             after = self.loss({**state, **moved(share)})
-            if after <= before + self.config.slack:
+            better = after <= before + self.config.slack or not math.isfinite(before)
+            if better and math.isfinite(after):
                 return share, before, after
         return 0.0, before, before

@@ -81,8 +81,8 @@ class FedCyBgdServer:
         if not self.config.gated:
             return report
         cosines = {each.name: self._cosine(index, "0/setup") for index, each in enumerate(self.parts.blocks)}
-        worst = min(cosines, key=lambda name: cosines[name])
-        if cosines[worst] < self.config.gate.threshold:
+        worst = min(cosines, key=lambda name: cosines[name] if math.isfinite(cosines[name]) else -math.inf)
+        if not cosines[worst] >= self.config.gate.threshold:  # so that nan is refused
             raise GateError(
                 f"method.download.form={self.config.download.form!r}: through it the gradient of {worst!r} has cosine "
                 f"{cosines[worst]:.3f} to the exact one, method.gate.threshold is {self.config.gate.threshold:g}; send "
