@@ -50,7 +50,7 @@ from fluvial.models import Workbench
 from fluvial.payload import Limits, Payload, frame_payload
 from fluvial.replies import read_update
 from fluvial.run import execute
-from fluvial.site_file import SiteFile
+from fluvial.site_file import Allowed, SiteFile
 from fluvial.station import HELLO, UNKNOWN, Station
 from tests.conftest import saved_model
 from tests.flower_lab import FLUVIAL, Deployment, deployment, toml
@@ -866,7 +866,9 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
     own = run_table(table, tmp_path / "own")
 
     def answer(site: str, header: Header, wire: bytes) -> RecordDict:
-        found = Station(SiteFile(name=site, folder=tmp_path / "sites" / site, device="cpu")).answer(header, wire)
+        allow = Allowed(run_paths=("*",))
+        own = SiteFile(name=site, folder=tmp_path / "sites" / site, device="cpu", allow=allow)
+        found = Station(own).answer(header, wire)
         return pack(found.data, {"error": "", "kept": found.kept})
 
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)

@@ -203,7 +203,9 @@ def test_an_installed_codec_that_tells_of_the_update_is_refused(run_config: dict
 
 def hello(run_config: dict[str, Any], folder: Path, *, run: str, most: float = 8.0, **changes: Any) -> None:
     """A run greets a site whose file allows epsilon `most` in all."""
-    station = Station(SiteFile(name="north", folder=folder, device="cpu", allow=Allowed(max_epsilon=most)))
+    station = Station(
+        SiteFile(name="north", folder=folder, device="cpu", allow=Allowed(max_epsilon=most, run_paths=("*",)))
+    )
     table = run_config | {"method": cgfedllm_table(), "codec": {"name": "identity"}} | changes
     message = Payload(values={"config": table})
     header = Header(run=run, task=HELLO, round=0, session="one", seq=1, ack=0, base=-1)

@@ -274,6 +274,7 @@ def bench(config: RunConfig) -> Workbench:
 
 
 def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
+    settings["allow"] = {"run_paths": ["*"], **settings.get("allow", {})}
     return SiteFile.model_validate({"name": SITE, "folder": tmp_path / "site", "device": "cpu", **settings})
 
 
@@ -552,7 +553,7 @@ def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
         assert alone.names == (name,)
         assert alone.load(name) == common.load(name)
         stations = [
-            Station(SiteFile.model_validate({"name": name, "folder": tmp_path / kind / name, "device": "cpu", **given}))
+            Station(site_file(tmp_path / kind / name, name=name, **given))
             for kind, given in (("own", {"data": {"source": str(own)}}), ("common", {}))
         ]
         for station in stations:

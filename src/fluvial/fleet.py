@@ -149,8 +149,13 @@ class Wires:
 
 def unreadable(problem: Exception) -> str:
     """Return one line on a reply that could not be read, without control characters."""
-    text = " ".join(f"{type(problem).__name__}: {problem}".split())
-    return "".join(character if character.isprintable() else "\ufffd" for character in text)[:1000]
+    return printable(f"{type(problem).__name__}: {problem}")
+
+
+def printable(text: str) -> str:
+    """Return a text from outside in one line of at most 1000 characters, none of which could drive a terminal."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)[:1000]
 
 
 class Policy:

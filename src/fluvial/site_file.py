@@ -11,7 +11,7 @@ from fluvial.settings import FilePath, Settings
 
 
 class Allowed(Settings):
-    """What the site takes part in, and what may leave it; empty lists allow everything."""
+    """What the site takes part in, and what may leave it; empty lists allow everything, except `run_paths`."""
 
     methods: tuple[str, ...] = ()
     """Values of method.name."""
@@ -22,6 +22,9 @@ class Allowed(Settings):
     max_epsilon: float | None = Field(None, ge=1e-3, le=1e6)
     """Epsilon that all runs of this site may spend together; runs without noise at the site are
     refused. Unset, runs need not promise privacy."""
+    run_paths: tuple[str, ...] = ()
+    """Whole paths that a run may name here, such as "/data/shared/*"; without one, a run names nothing on this disk.
+    "*" allows everything."""
     max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
     """An answer that would be more is not sent; the server is told why."""
 
@@ -51,7 +54,7 @@ class SiteFile(Settings):
     device: str = "auto"
     """As in the run's [model]; this machine's word counts."""
     data: SiteData | None = None
-    """The site's own records; unset, those that the run names, from where this process can reach them."""
+    """The site's own records, which take the place of all that the run names; unset, what allow.run_paths covers."""
     allow: Allowed = Allowed()
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""

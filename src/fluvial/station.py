@@ -20,11 +20,12 @@ from fluvial.boundary import ERRORS, kind, outward
 from fluvial.budget import check_budget, runs_before
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import RefusalError, WireError
+from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.files import append, write_atomically
 from fluvial.fingerprints import fingerprints
 from fluvial.journal import Header, Journal
 from fluvial.models import Workbench
+from fluvial.own_paths import at_site, refusal
 from fluvial.payload import Limits, Payload
 from fluvial.run import site_of, tasks_of
 from fluvial.site_file import SiteFile
@@ -108,7 +109,12 @@ class Station:
         folder = self._run_folder(header.run)
         if allowed.max_epsilon is not None:
             check_budget(config, runs_before(folder.parent, folder), allowed.max_epsilon)
-        bench = self._bench(local)
+        try:
+            bench = self._bench(local)
+        except ConfigError:
+            if self.site.model is not None:
+                raise
+            raise refusal("model.name_or_path", self.site) from None
         strange = [name for name in bench.layout.names if not _matches(name, allowed.tensors)]
         if strange:
             raise RefusalError(
@@ -131,15 +137,8 @@ class Station:
         return self._at_home(parse(json.loads(path.read_text()), str(path)))
 
     def _at_home(self, config: RunConfig) -> RunConfig:
-        """The run's configuration with the site's own paths."""
-        table = config.model_dump(mode="json", exclude_unset=True)
-        table["model"] = {**table.get("model", {}), "device": self.site.device}
-        if self.site.model is not None:
-            table["model"] |= {"name_or_path": self.site.model, "revision": None}
-        if self.site.data is not None:
-            given = self.site.data.model_dump(exclude_none=True)
-            table["data"] = {**table.get("data", {}), **given}
-        return parse(table, f"site {self.site.name!r}")
+        """The run's configuration with the site's own paths; raises `RefusalError` for what it may not name."""
+        return at_site(config, self.site)
 
     def _name(self, config: RunConfig) -> str:
         return POOLED if config.entry.pooled else self.site.name

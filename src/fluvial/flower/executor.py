@@ -35,7 +35,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fluvial.errors import ClientError
+from fluvial.errors import ClientError, RefusalError
 from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack
 from fluvial.flower.site import respond, station
@@ -255,7 +255,7 @@ def _collect(child: tuple[int, int], site: SiteFile, seconds: float) -> tuple[by
         return bytes(found[size:]), json.loads(found[4:size])
     why = f"signal {-code}; if nobody sent it, the machine's memory was too small" if code < 0 else f"code {code}"
     text = f"no answer within {seconds:g} s, ended" if late else f"the process that answered ended with {why}"
-    return b"", {"error": station(site).refusal(None, ClientError(text))}
+    return b"", {"error": station(site).refusal(None, RefusalError(text))}
 
 
 def _client(runtime_api: str, component: str, *, token: str | None) -> RuntimeHttpClient:

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError, WireError
 from fluvial.fingerprints import fingerprints
-from fluvial.fleet import Failure, Policy, Reply, Wires
+from fluvial.fleet import Failure, Policy, Reply, Wires, printable, unreadable
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.inbox import Inbox
 from fluvial.journal import Header
@@ -151,7 +151,7 @@ class FlowerFleet(Policy):
                     f"site {name!r} has lost what it kept for this run; restore its folder, or begin a new run"
                 )
         except (ClientError, WireError) as problem:
-            self._refuse(node, str(problem))
+            self._refuse(node, printable(str(problem)))
             return
         other = self._nodes.get(name, node)
         if other != node:
@@ -227,11 +227,12 @@ class FlowerFleet(Policy):
                             continue
                         content = read(answer)
                     except ClientError as words:
-                        problem = str(words)
+                        problem, size = printable(str(words)), len(str(words).encode(errors="replace"))
                     except Exception as error:
-                        problem = f"{type(error).__name__}: {error}"
+                        problem = unreadable(error)
                 if problem:
-                    if self.failed(Failure(turn.site, round, task, problem, len(wires[turn.site])), turn.attempt):
+                    failure = Failure(turn.site, round, task, problem, len(wires[turn.site]), size)
+                    if self.failed(failure, turn.attempt):
                         waiting.append(_Turn(turn.site, turn.attempt + 1))
                     continue
                 self._acks[turn.site] = turn.seq

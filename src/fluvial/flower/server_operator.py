@@ -14,6 +14,7 @@ from pydantic import Field
 from fluvial import toml
 from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError
+from fluvial.files import make_folder
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.settings import FilePath, Settings
@@ -89,7 +90,7 @@ def server_init(
         raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
     if local:
         lines.append('host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere')
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if insecure:
         lines.append("insecure = true       # no TLS, no node keys: for experiments on one machine only")
     elif not certificate:
@@ -134,6 +135,7 @@ def server_start(folder: Path) -> None:
         _watch_certificate(server)
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.key)]
         command += ["--ssl-ca-certfile", str(server.ca), "--enable-supernode-auth"]
+    os.umask(0o077)
     os.execve(command[0], command, environment(folder))
 
 

@@ -38,7 +38,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.fleet import FlowerFleet
     from fluvial.flower.site import client_app
-    from fluvial.site_file import SiteFile
+    from fluvial.site_file import Allowed, SiteFile
 
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -64,7 +64,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     def find(context: Context) -> SiteFile:
         name = names[int(context.node_config["partition-id"])]
-        return SiteFile(name=name, folder=folder / "stations" / name, device=config.model.device)
+        allow = Allowed(run_paths=("*",))  # one machine, and whoever starts the run owns its files
+        return SiteFile(name=name, folder=folder / "stations" / name, device=config.model.device, allow=allow)
 
     workers = config.fleet.workers if config.fleet.workers != "auto" else (os.cpu_count() or 1)
     backend: Any = {

@@ -9,7 +9,6 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fluvial.errors import FluvialError
 from fluvial.flower.envelope import pack, unpack
 from fluvial.journal import Header
 from fluvial.payload import Limits
@@ -25,7 +24,12 @@ def client_app(find: Callable[[Context], SiteFile]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answer(find(context), message)
+        try:
+            site = find(context)
+        except Exception:  # Flower would send its text
+            logger.exception("the site's file cannot be read")
+            return Message(pack(b"", {"error": "the site's own file cannot be read"}), reply_to=message)
+        return answer(site, message)
 
     return app
 
@@ -43,8 +47,6 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
         header = Header.read(values)
         answer = here.answer(header, wire)
     except Exception as problem:
-        if not isinstance(problem, FluvialError):
-            logger.exception("site %s", site.name)
         error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)
         return b"", {"error": error}

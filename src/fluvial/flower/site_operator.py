@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import ConfigError
+from fluvial.files import make_folder, private, sweep
 from fluvial.flower import OUT_OF_STEP, certificates
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_file import SiteFile, read_site_file
@@ -37,7 +38,7 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
     SiteFile(name=name)  # a name that cannot be used is refused before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lines = [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
     if ca is not None:
         shutil.copy(ca, folder / "ca.crt")
@@ -46,10 +47,11 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',
         "# [data]",
-        '# source = "records.jsonl"         # this site\'s records, beside this file; without it, what the run names',
+        '# source = "records.jsonl"         # this site\'s records, beside this file; in place of what the run names',
         "# [allow]                          # what this site takes part in; empty allows everything",
         '# methods = ["fedavg", "cgfedllm"]',
         '# tensors = ["*.lora_*"]',
+        '# run_paths = ["/data/shared/*"]  # paths that a run may name here; without it, none',
         "# max_bytes_up_per_round = 20_000_000",
     ]
     (folder / "site.toml").write_text("\n".join(lines) + "\n")
@@ -65,7 +67,8 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
 def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
     """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
     site = read_site_file(folder / "site.toml")
-    with _alone(folder, site):
+    with private(), _alone(folder, site):
+        sweep(site.folder)
         while (code := _run_site(folder, site, warm=warm, port=port)) == OUT_OF_STEP:
             pass
         return code
