@@ -38,7 +38,7 @@ class FleetConfig(Settings):
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
     quorum: float = Field(0.5, gt=0, le=1)
     """Share of the asked sites that must have answered, or the run stops."""
-    max_update_growth: float = Field(10.0, gt=1, allow_inf_nan=False)
+    max_update_growth: float = Field(10.0, gt=1, le=10**9)
     """An update this many times longer than the median of its round, of three replies or more, is the site's
     failure. (Ours: among honest sites the factor is below 3 with equal steps.)"""
     max_weight_share: float = Field(0.9, ge=0.5, le=1)
