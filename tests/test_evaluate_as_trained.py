@@ -85,7 +85,7 @@ def test_what_is_set_goes_before_what_the_run_had(trained: tuple[dict[str, Any],
     rows = [json.loads(line) for line in heldout.read_text().splitlines()]
     renamed = tmp_path / "renamed.jsonl"
     renamed.write_text("".join(json.dumps({"prompt": r["text"], "completion": r["label"]}) + "\n" for r in rows))
-    with pytest.raises(ConfigError, match="columns"):
+    with pytest.raises(ConfigError, match=r"other columns, add --set 'data\.columns=\{\}'"):
         _evaluate(adapter, "--data", renamed)
     same = _evaluate(adapter, "--data", renamed, "--set", "data.columns={}")
     assert same["data"]["adapter"] == own["data"]["adapter"]
@@ -104,6 +104,32 @@ def test_a_folder_of_another_origin_says_that_no_run_is_known(
     (foreign / "fluvial.json").write_text("{")
     with pytest.raises(ConfigError, match=r"fluvial\.json: cannot be read as JSON"):
         _evaluate(foreign, "--data", data)
+
+
+def test_a_template_goes_with_the_folder(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Conversations, scored on all turns, with a template that the base does not have."""
+    template = "{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}\n{% endfor %}"
+    rows = [
+        {
+            "who": "ab"[n % 2],
+            "talk": [{"role": "user", "content": f"Land {n}?"}, {"role": "assistant", "content": "No."}],
+        }
+        for n in range(16)
+    ]
+    files = [tmp_path / "t.jsonl", tmp_path / "h.jsonl"]
+    for path, part in zip(files, (rows[:12], rows[12:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = {"source": str(files[0]), "heldout_source": str(files[1]), "columns": {"messages": "talk"}}
+    data |= {"chat_template": template, "loss_on": "all", "partition": {"by": "column", "column": "who"}}
+    table = run_config | {"rounds": 1, "data": data | {"max_length": 64}}
+    result = run_table(table, tmp_path / "run")
+    copied = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
+    found = _evaluate(copied, "--data", files[1])
+    assert found["data"]["adapter"]["loss"] == pytest.approx(result["heldout_pooled"]["final"]["loss"], rel=1e-5)
+    assert (found["records"]["form"], found["records"]["detected"]) == ("messages", True)
+    (tmp_path / "other.jinja").write_text("{% for turn in messages %}{{ turn['content'] }}{% endfor %}")
+    other = _evaluate(copied, "--data", files[1], "--set", f"data.chat_template='{tmp_path / 'other.jinja'}'")
+    assert other["data"]["label_tokens"] < found["data"]["label_tokens"]
 
 
 # -- a model by itself ------------------------------------------------------------------------------------------------

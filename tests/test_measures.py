@@ -101,7 +101,7 @@ def test_files_that_hold_nothing_or_too_much(tiny_model: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"empty\.jsonl"):
         _evaluate(tiny_model, "--data", tmp_path / "empty.jsonl")
     long = _lines(tmp_path / "long.jsonl", [{"prompt": "The river. " * 60, "completion": "water"}] * 2)
-    with pytest.raises(ConfigError, match="2"):
+    with pytest.raises(ConfigError, match="2 of 2 records are longer than data.max_length=100"):
         _evaluate(tiny_model, "--data", long, "--set", "data.max_length=100")
     told = _evaluate(
         tiny_model, "--data", long, "--set", "data.max_length=100", "--set", 'data.overlong="shorten_prompt"'

@@ -22,7 +22,7 @@ from fluvial.choices import (
     read_choices,
     score,
 )
-from fluvial.data import DataConfig, Question, SiteTexts
+from fluvial.data import DataConfig, Question, Whole, read_whole
 from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.evaluate import Heldout, check_effect, exact_match, heldout
@@ -56,8 +56,8 @@ class ChoiceConfig:
 
 
 def whole_file(path: Path) -> dict[str, Any]:
-    """The table `data` of a configuration in which every record of `path` is held out."""
-    return {"source": str(path), "heldout_source": str(path), "partition": {"by": "file"}}
+    """Return the table `data` of a configuration in which every record of `path` is measured."""
+    return {"source": str(path)}
 
 
 def evaluate_adapter(
@@ -86,9 +86,9 @@ def evaluate_adapter(
     _check_fit(adapter, bench.layout, model.name_or_path)
     state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, bench, seed)
+    texts = None if data is None else _texts(data, bench)
     sheet = _sheet(choices, questions, bench) if choices and questions else None
-    probes = [texts.pooled().heldout[0].input_ids] if texts else []
+    probes = [texts.examples[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
     check_effect(bench, state, probes[0])
     models = ({"base": bench.base_state()} if base else {}) | {"adapter": state}
@@ -125,7 +125,7 @@ def evaluate_model(
     logger.info("loading the model")
     bench = Workbench(model, None)
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, bench, seed)
+    texts = None if data is None else _texts(data, bench)
     models: dict[str, Named] = {"model": {}}
     found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
     if data is not None and texts is not None:
@@ -169,9 +169,9 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
         )
 
 
-def _texts(data: DataConfig, bench: Workbench, seed: int) -> SiteTexts:
+def _texts(data: DataConfig, bench: Workbench) -> Whole:
     check_length(bench.context, data.max_length)
-    return SiteTexts(data, bench.tokenizer, seed=seed)
+    return read_whole(data, bench.tokenizer, "--data")
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
@@ -195,9 +195,8 @@ def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], 
 
 
 def _data_result(
-    data: DataConfig, read: SiteTexts, bench: Workbench, models: dict[str, Named], max_new_tokens: int
+    data: DataConfig, texts: Whole, bench: Workbench, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
-    texts = read.pooled()
     questions = texts.questions if max_new_tokens else []
     longest = bench.context
     room = None if longest is None else longest - max_new_tokens
@@ -205,22 +204,22 @@ def _data_result(
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
     table: dict[str, Any] = {
         "source": data.source,
-        "form": ", ".join(sorted(read.forms)),
-        "notes": list(dict.fromkeys(read.notes)),
+        "form": ", ".join(texts.forms),
+        "notes": texts.notes,
         "max_length": data.max_length,
-        "records": texts.records // 2,  # the file is read as training part and as held-out part
-        "truncated_records": texts.truncated_records // 2,
-        "truncated_tokens": texts.truncated_tokens // 2,
-        "sequences": len(texts.heldout),
+        "records": texts.records,
+        "truncated_records": texts.surplus.records,
+        "truncated_tokens": texts.surplus.tokens,
+        "sequences": len(texts.examples),
         "unmeasured_sequences": texts.unmeasured,
-        "label_tokens": sum(example.label_tokens for example in texts.heldout),
+        "label_tokens": sum(example.label_tokens for example in texts.examples),
         "questions": len(questions),
         "questions_too_long": len(questions) - len(fit),
         "max_new_tokens": max_new_tokens,
     }
     for name, adapter in models.items():
         with bench.model(adapter) as model:
-            sums = heldout(model, texts.heldout, pad_token_id=bench.tokenizer.pad_token_id)
+            sums = heldout(model, texts.examples, pad_token_id=bench.tokenizer.pad_token_id)
         table[name] = _measures(sums, name)
         if questions:
             table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(questions)

@@ -7,7 +7,7 @@ from typing import Any
 from fluvial import exported
 from fluvial.assess import whole_file
 from fluvial.config import RunConfig, merge, override, parse
-from fluvial.data import DataConfig
+from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
 from fluvial.folders import measured_as
 
@@ -35,7 +35,12 @@ def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: 
     if records is not None:
         # Key by key: a table such as `columns` that is set takes the place of the run's.
         merged["data"] = {**table["data"], **changes.get("data", {}), **whole_file(records)}
-    return parse(merged, "--set" if overrides else "what the folder tells about its run")
+    config = parse(merged, "--set" if overrides else "what the folder tells about its run")
+    chosen = config.data.chat_template
+    if chosen is None:
+        return config
+    data = config.data.model_copy(update={"chat_template": inlined_template(chosen, Path())})
+    return config.model_copy(update={"data": data})
 
 
 def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
@@ -59,7 +64,7 @@ def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Seque
     for line in overrides:
         given |= set(override(line).get("data", {}))
     origin = "as the run that wrote the folder" if run else "no run is known, so by default"
-    template = getattr(data, "chat_template", None)
+    template = data.chat_template
     columns = ", ".join(f"{ours} = {theirs!r}" for ours, theirs in data.columns.items())
     detected = " (detected)" if data.form == "auto" else ""
     parts = [f"form {form}{detected}", f"columns {columns or 'as they are named'}"]

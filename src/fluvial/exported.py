@@ -24,26 +24,28 @@ BY_FILE = ("encoding", "delimiter")
 MODEL = ("name_or_path", "revision", "dtype")
 
 
-def settings_of(resolved: Mapping[str, Any], template: str | None = None) -> dict[str, Any]:
-    """Return the part of a run's resolved configuration that a measurement of its result needs.
-
-    `template` is the text of the chat template that the run set, if it did.
-    """
+def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a run's resolved configuration that a measurement of its result needs."""
     data = {key: value for key, value in resolved.get("data", {}).items() if key not in PLACES}
-    if template is not None:
-        data["chat_template"] = template
     model = resolved.get("model", {})
     return {
         "model": {key: model[key] for key in MODEL if model.get(key) is not None},
         "data": {key: value for key, value in data.items() if value is not None},
         "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
-        "suffix": Path(str(resolved.get("data", {}).get("source", ""))).suffix,
+        "suffix": _suffix(Path(str(resolved.get("data", {}).get("source", ""))).expanduser()),
     }
 
 
-def write(folder: Path, version: str, resolved: Mapping[str, Any], template: str | None) -> None:
+def _suffix(source: Path) -> str:
+    """Return the kind of a source's files, a folder's by the first of them."""
+    if source.is_dir():
+        return next((path.suffix for path in sorted(source.iterdir()) if path.suffix), "")
+    return source.suffix
+
+
+def write(folder: Path, version: str, resolved: Mapping[str, Any]) -> None:
     """Write `FILE` into the folder of an adapter or a model."""
-    content = {"fluvial": version, **settings_of(resolved, template)}
+    content = {"fluvial": version, **settings_of(resolved)}
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -468,7 +468,7 @@ class Run:
         chosen = self.config.data.chat_template
         if chosen is not None:
             with_template(self.bench.tokenizer, chosen).save_pretrained(str(partial))
-        exported.write(partial, __version__, self.config.resolved(), chosen)
+        exported.write(partial, __version__, self.config.resolved())
         (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
         for path in sorted(partial.glob("*.safetensors")):

@@ -7,6 +7,7 @@ from fluvial.data.records import Numbers
 from fluvial.data.templates import inlined_template, with_template
 from fluvial.data.texts import POOLED, SiteData, SiteTexts
 from fluvial.data.tokenise import Tokenized, tokenize
+from fluvial.data.whole import Whole, read_whole
 
 __all__ = [
     "IGNORE_INDEX",
@@ -20,7 +21,9 @@ __all__ = [
     "SiteTexts",
     "SourceSettings",
     "Tokenized",
+    "Whole",
     "inlined_template",
+    "read_whole",
     "tokenize",
     "with_template",
 ]

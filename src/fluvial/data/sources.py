@@ -203,7 +203,10 @@ def _reader(table: Table, source: Source) -> RecordReader:
     except ConfigError as error:
         if columns and "columns" not in source.given:
             own = source.where.removesuffix("_source")
-            raise ConfigError(f"{error}. If this file has other columns, set {own} = {{ columns = {{}} }}") from None
+            remedy = f"set {own} = {{ columns = {{}} }}"
+            if own.startswith("--"):  # an option of a command, beside settings that a run wrote
+                remedy = "add --set 'data.columns={}'"
+            raise ConfigError(f"{error}. If this file has other columns, {remedy}") from None
         raise
     return RecordReader(form, columns, reading.numbers)
 
