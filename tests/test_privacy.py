@@ -240,7 +240,10 @@ def test_nothing_is_measured_at_the_sites_unless_asked(run_config: dict[str, Any
     assert [line["loss"] for line in lines] == [None, None]
     assert result["privacy"]["epsilon"] == lines[-1]["epsilon"] == pytest.approx(renyi_epsilon(1.0, 2, 1e-5), rel=0.02)
     assert result["privacy"]["outside"] == []
+    assert result["public"]["base"]["loss"] > 0
+    assert result["public"]["final"] != result["public"]["base"]
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert privacy_words(result["privacy"]) in card
     assert "Held-out loss" not in card
     assert str(json.loads((tmp_path / "run/sites/north/private/releases.json").read_text())["ledger"]["secret"])
 

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,6 +79,16 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
     Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
     """
     return sum(answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True))
+
+
+def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return loss and accuracy of the base and of `adapter` on text that belongs to no site."""
+    found: dict[str, Any] = {"sequences": len(examples)}
+    for name, state in (("base", bench.base_state()), ("final", adapter)):
+        with bench.model(state) as model:
+            sums = heldout(model, examples, pad_token_id=bench.tokenizer.pad_token_id)
+        found[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
+    return found
 
 
 def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> None:

@@ -22,8 +22,9 @@ from fluvial.base_weights import check_constant
 from fluvial.checkpoint import RunFolder
 from fluvial.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
+from fluvial.data.config import STDLIB
 from fluvial.errors import CheckpointError, GateError
-from fluvial.evaluate import Heldout, check_effect
+from fluvial.evaluate import Heldout, check_effect, on_public_text
 from fluvial.files import private
 from fluvial.fleet import Fleet
 from fluvial.local_fleet import LocalFleet
@@ -39,11 +40,14 @@ from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, norm
 from fluvial.train import TrainConfig
 from fluvial.verdict import judge
+from fluvial.words import privacy_words
 
 logger = logging.getLogger(__name__)
 
 BASELINES = ("local", "fedavg", "central")
 """Runs whose held-out measures stand beside this one's."""
+PUBLIC_SEQUENCES = 256
+"""Public sequences that the server measures on, where `data.max_heldout` says nothing else."""
 MEASURING = "evaluate"
 """The task whose bytes are counted apart: they measure the method and are no part of it."""
 
@@ -386,6 +390,7 @@ class Run:
             "adapter_sha256": sha256.get("adapter"),
             "model_sha256": sha256.get("model"),
             "samples": samples,
+            "public": self._public(adapter),
             "privacy": self._privacy(),
             "compare": {name: self._compared(name) for name in self.config.compare},
             "setup": self.setup,
@@ -420,6 +425,15 @@ class Run:
             "amortised_ratio": (up + down + setup_up + setup_down) / (2 * raw) if sends else None,
             "amortised_uplink_ratio": (up + setup_up) / raw if sends else None,
         }
+
+    def _public(self, adapter: Named | None) -> dict[str, Any] | None:
+        """Return what the server measures on public text, where no site measures and there is some."""
+        data = self.config.data
+        known = data.public_source is not None or data.source == STDLIB
+        if self.measures or adapter is None or not known:
+            return None
+        examples = [example for part in self.texts.public().values() for example in part]
+        return on_public_text(self.bench, adapter, examples[: data.max_heldout or PUBLIC_SEQUENCES])
 
     def _privacy(self) -> dict[str, Any] | None:
         """What was promised, and what it cost; None without a promise."""
@@ -524,6 +538,10 @@ def _card(config: RunConfig, final: dict[str, Any], sites: int) -> str:
         if mean
         else "Held-out measures were not taken."
     )
+    promise = config.promise
+    if promise is not None:
+        report = promise.report(config.rounds, config.rounds)
+        measured += f" Differential privacy: {privacy_words(report)}."
     base, what = config.model.name_or_path, "LoRA adapter" if config.adapter else "Model, all weights tuned,"
     library, tag = ("peft", "lora") if config.adapter else ("transformers", "full-parameter-tuning")
     return (

@@ -238,6 +238,10 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
         ]
     else:
         lines.append(Text(f"There is no global model: each site keeps its own weights below {path / 'sites'}"))
+    if result.get("public"):
+        before, after = (result["public"][key]["loss"] for key in ("base", "final"))
+        count = result["public"]["sequences"]
+        lines.append(Text(f"Public   loss {before:.4f} before, {after:.4f} after, on {count} public sequences"))
     if result.get("privacy"):
         lines.append(Text(f"Privacy  {privacy_words(result['privacy'])}"))
     for sample in result.get("samples", []):
