@@ -283,6 +283,10 @@ def _secrets(folder: Path) -> Iterator[str]:
         ({"codec": {"name": "int8", "error_feedback": True}}, "codec.error_feedback"),
         ({"codec": {"name": "int8", "weighted": True}}, "codec.weighted"),
         ({"codec": {"name": "auto"}, "method": {"tgap": PUBLIC}}, "codec.error_feedback"),
+        (
+            {"method": {"privacy": {"epsilon": 0.01, "noise_multiplier": None, "delta": 1e-12}}},
+            "privacy.epsilon=0.01: the accountant finds no noise for it at delta=1e-12",
+        ),
         ({"compare": ["local"]}, "compare: local would send undisturbed updates or losses"),
         ({"compare": ["fedavg", "central"]}, "compare: fedavg, central would send"),
         ({"evaluate": {"every": 1}}, "evaluate.every: without effect, because method.privacy.heldout='none'"),

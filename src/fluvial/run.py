@@ -165,6 +165,8 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
         config.entry.check(config.method, config.coding, layout)
     if config.entry.check_model is not None:
         config.entry.check_model(config.method, base)
+    if config.promise is not None:
+        config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
     check_constant(base)
     check_length(context_length(base), config.data.max_length)
     if config.entry.reads_public(config.method, config.coding):

@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fluvial import noise
+from fluvial.errors import ConfigError
 from fluvial.methods.interface import Promise
 from fluvial.payload import Payload
 from fluvial.releases import Mechanism, claim
@@ -97,16 +98,22 @@ class PrivacyConfig(Settings):
 
 @cache
 def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
-    """Return a noise multiplier for which `spent` is at most `epsilon`."""
+    """Return a noise multiplier for which `spent` is at most `epsilon`; raises `ConfigError`."""
     import dp_accounting
-    from dp_accounting import rdp
+    from dp_accounting import mechanism_calibration, rdp
 
-    found: float = dp_accounting.calibrate_dp_mechanism(
-        rdp.RdpAccountant,
-        lambda multiplier: _event(multiplier, rounds),
-        epsilon,
-        delta,
-    )
+    try:
+        found: float = dp_accounting.calibrate_dp_mechanism(
+            rdp.RdpAccountant,
+            lambda multiplier: _event(multiplier, rounds),
+            epsilon,
+            delta,
+        )
+    except mechanism_calibration.NoBracketIntervalFoundError:
+        raise ConfigError(
+            f"method.privacy.epsilon={epsilon:g}: the accountant finds no noise for it at "
+            f"delta={delta:g}; choose a larger epsilon or delta, or set noise_multiplier"
+        ) from None
     while spent(found, rounds, delta) > epsilon:  # the search ends on either side of it
         found *= 1 + 1e-6
     return found
