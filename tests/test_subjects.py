@@ -47,6 +47,8 @@ def test_means_by_hand() -> None:
         (["sports_science"], True, CEVAL),
         (["High School Physics", "machine-learning"], False, MMLU),
         (["high_school_physics_val", "accountant_val"], False, CEVAL),
+        (["mmlu_anatomy", "mmlu_us_foreign_policy"], False, MMLU),
+        (["ceval-valid_law", "ceval-valid_accountant"], True, CEVAL),
         (["chess", "go", "law"], False, None),
         ([], True, None),
     ],

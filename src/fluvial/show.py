@@ -325,6 +325,7 @@ def _site_table(found: dict[str, Any]) -> Table:
         losses = [figure(before), figure(after), figure(change, "+.4f")]
         losses += [figure(loss_of((local.get(site) or {}).get("final")))] if local else []
         rows.append([plain(site), *losses, *(percent(each.get("accuracy")) for each in (base, final))])
+    rows = rows or [["not measured", *["-"] * (6 if local else 5)]]
     headings = [
         "site",
         "base loss",

@@ -185,9 +185,12 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {"mmlu": MMLU, "ceval": CEVAL, "cmm
 
 
 def plain_subject(name: str) -> str:
-    """Return a subject's name as the benchmarks write it: lower case, joined by underscores, without its split."""
+    """Return a subject's name as the benchmarks write it: lower case, joined by underscores.
+
+    A benchmark's name before it ("mmlu_anatomy") and a split behind it ("law_val") are left out.
+    """
     joined = re.sub(r"[\s_-]+", "_", name.strip().lower())
-    return re.sub(r"_(dev|val|test)$", "", joined)
+    return re.sub(r"_(dev|val|valid|test)$", "", re.sub(r"^(mmlu|ceval|cmmlu)_((valid|val|test)_)?", "", joined))
 
 
 def detect(subjects: Iterable[str], *, chinese: bool) -> Benchmark | None:

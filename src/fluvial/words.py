@@ -78,8 +78,9 @@ def figure(value: float | None, form: str = ".4f") -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share in per cent with two decimals; "-" where it is not known."""
-    return "-" if share is None else f"{100 * share:.2f} %"
+    """Return a share in per cent with two decimals; "not measured" where it is not known."""
+    known = isinstance(share, int | float) and math.isfinite(share)
+    return f"{100 * share:.2f} %" if share is not None and known else NOT_MEASURED
 
 
 def privacy_words(report: Mapping[str, Any]) -> str:
