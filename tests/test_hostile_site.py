@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,11 @@ import pytest
 import torch
 
 from fluvial.errors import ClientError
-from fluvial.payload import Payload
+from fluvial.fleet import FleetConfig
+from fluvial.local_fleet import LocalFleet
+from fluvial.methods.bounds import Cohort
+from fluvial.methods.fedavg import FedAvgServer
+from fluvial.payload import Payload, frame_payload
 from fluvial.tensors import Named
 from tests.replay import Round, record
 
@@ -188,3 +194,126 @@ def test_whatever_a_site_answers_in_the_set_up_is_that_sites_failure(played: Rou
 def _set_up(played: Round, lie: Any, what: str) -> None:
     played.set_up(lie, on_failure="stop", quorum=0.5)
     pytest.fail(what)
+
+
+# -- how long, how heavy ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fedavg(run_config: dict[str, Any], tmp_path: Path) -> Round:
+    return record(run_config, tmp_path / "run")
+
+
+def resend(played: Round, data: bytes, factor: float = 1.0, **values: Any) -> bytes:
+    """The same reply with an update `factor` times longer and other values."""
+    server = played.run.server
+    assert isinstance(server, FedAvgServer)
+    codec = server.link.uplink.codec
+    assert codec is not None
+    sent = Payload.from_bytes(data)
+    update = codec.decode(sent.tensors["f"].numpy().tobytes())
+    frame = codec.encode({name: factor * tensor for name, tensor in update.items()}, round=1)
+    return frame_payload(frame, **{**sent.values, **values}).to_bytes()
+
+
+def lying(**changes: Any) -> Any:
+    """A change for `Round.again`: the liar's training reply is another one."""
+
+    def make(played: Round) -> Any:
+        def change(task: str, site: str, number: int, data: bytes) -> bytes | None:
+            return resend(played, data, **changes) if (task, site) == ("train", LIAR) else data
+
+        return change
+
+    return make
+
+
+def silent(task: str, site: str, number: int, data: bytes) -> bytes | None:
+    return None if site == LIAR else data
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e3, 50.0])
+@pytest.mark.parametrize("n", [40, 2**31])
+def test_an_update_that_is_much_longer_than_the_others_is_that_sites_failure(
+    factor: float, n: int, fedavg: Round
+) -> None:
+    change = lying(factor=factor, n=n)(fedavg)
+    server, fleet, metrics = fedavg.again(change)
+    alone, _, _ = fedavg.again(silent)
+    assert [failure.site for failure in fleet.failures] == [LIAR]
+    assert metrics["sites"] == 2
+    assert _model(server) == _model(alone)
+    with pytest.raises(ClientError, match=f"site '{LIAR}' failed: .*(max_update_growth|training with these|beyond)"):
+        fedavg.again(change, on_failure="stop", quorum=0.5)
+
+
+def test_a_weight_beyond_its_share_is_lowered_and_told(fedavg: Round) -> None:
+    honest, _, metrics = fedavg.again(lambda *call: call[-1])
+    assert "clipped" not in metrics
+    server, fleet, metrics = fedavg.again(lying(n=2**31)(fedavg))
+    assert fleet.failures == []
+    (told,) = metrics["clipped"]
+    others = sum(values(data)["n"] for (_, site, _), data in fedavg.replies.items() if site != LIAR)
+    assert told == {"site": LIAR, "weight": 2**31, "counted": math.floor(0.9 / 0.1 * others)}
+    assert _model(server) != _model(honest)
+    _, _, metrics = fedavg.again(lying(n=2**31)(fedavg), max_weight_share=0.5)
+    assert metrics["clipped"][0]["counted"] == others
+    _, _, metrics = fedavg.again(lying(n=2**31)(fedavg), max_weight_share=1.0)
+    assert "clipped" not in metrics
+
+
+def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> None:
+    """The heaviest and the longest wait for the others, whoever comes first."""
+    lengths = {"a": 1.0, "b": 2.0, "c": 1.5, "d": 90.0, "e": 1.0}
+    weights = {"a": 5, "b": 7, "c": 10**6, "d": 3, "e": 7}
+    seen = set()
+    for order in permutations(lengths):
+        fleet = LocalFleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
+        folded: dict[str, int] = {}
+        cohort = Cohort(fleet, "train", 1, asked=5)
+        for site in order:
+            cohort.add(site, lengths[site], weights[site], partial(folded.__setitem__, site))
+        told = cohort.close()
+        seen.add(json.dumps([folded, told, [each.site for each in fleet.failures]], sort_keys=True))
+    assert len(seen) == 1
+    assert json.loads(seen.pop())[0] == {"a": 5, "b": 7, "e": 7, "c": 9 * 19}
+
+
+# -- one quorum a round ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("then", ["fails", "is stale again", "answers"])
+def test_first_and_second_asks_of_a_round_have_one_quorum(then: str, fedavg: Round) -> None:
+    """One of three says that it cannot follow, and then fails: two of three answered, and the run goes on."""
+    calls = []
+
+    def change(task: str, site: str, number: int, data: bytes) -> bytes | None:
+        if site != LIAR:
+            return data
+        calls.append(task)
+        if len(calls) == 1 or then == "is stale again":
+            return Payload(values={"stale": True}).to_bytes()
+        return None if then == "fails" else fedavg.replies[task, site, 1]
+
+    _, fleet, metrics = fedavg.again(change, quorum=0.6)
+    assert len(calls) == 2
+    assert metrics["sites"] == (3 if then == "answers" else 2)
+    assert [failure.site for failure in fleet.failures] == ([] if then == "answers" else [LIAR])
+
+
+def test_a_site_that_does_not_take_the_codec_is_missing_and_nothing_worse(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    played = record(run_config | TABLES["cgfedllm"], tmp_path / "run")
+
+    def change(task: str, site: str, number: int, data: bytes) -> bytes | None:
+        return None if (task, site) == ("install", LIAR) else data
+
+    _, fleet, _ = played.set_up(change)
+    assert [(failure.site, failure.task) for failure in fleet.failures] == [(LIAR, "install")]
+
+
+def test_errors_count_as_bytes_up(fedavg: Round) -> None:
+    _, fleet, _ = fedavg.again(silent)
+    told = fleet.failures[0].reason
+    assert fleet.meter.current[LIAR]["up", "train"] == len(told.encode())

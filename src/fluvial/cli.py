@@ -27,6 +27,7 @@ from rich.progress import (
 from fluvial import __version__, interrupt
 from fluvial.errors import ConfigError, FluvialError
 from fluvial.remaining import Remaining
+from fluvial.words import plain
 
 if TYPE_CHECKING:
     from fluvial.config import RunConfig
@@ -52,7 +53,7 @@ def main() -> None:
         app()
     except FluvialError as error:
         err.print(f"[red]{type(error).__name__}[/]: ", end="")
-        err.print(str(error), markup=False)
+        err.print(plain(str(error)), markup=False)
         sys.exit(1)
 
 

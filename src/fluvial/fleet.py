@@ -12,6 +12,7 @@ from fluvial.errors import ClientError
 from fluvial.line import Line
 from fluvial.payload import Payload, Value
 from fluvial.settings import Settings
+from fluvial.site_names import fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class FleetConfig(Settings):
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         fields = type(self).model_fields
+        yield from (f"sites: {fault}" for fault in map(fault_of, self.sites) if fault is not None)
         if self.on_failure == "stop" and self.quorum != fields["quorum"].default:
             yield "quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'"
         if self.on_failure != "retry" and self.retries != fields["retries"].default:

@@ -103,6 +103,8 @@ def round_line(record: dict[str, Any]) -> str:
     parts += [
         f"[yellow]{word} {_some(names)}[/]" for word, names in (("refused", refused), ("missing", missing)) if names
     ]
+    clipped = [each["site"] for each in record.get("clipped", [])]
+    parts += [f"[yellow]weight lowered {_some(clipped)}[/]"] if clipped else []
     return "  ".join(parts)
 
 

@@ -18,6 +18,7 @@ from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
 from fluvial.seeds import derive, numpy_generator
+from fluvial.site_names import check_names
 
 CACHED_SITES = 32
 POOLED = "pooled"
@@ -82,6 +83,7 @@ class SiteTexts:
             self._try_public(faults)  # so that its faults are told with the others
         faults.raise_any()
         self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
+        check_names(self.names, "data.partition")
         self._tokens = lru_cache(CACHED_SITES)(self._tokenise)
         self.load = lru_cache(CACHED_SITES)(self._load)
         self.public = cache(self._public)

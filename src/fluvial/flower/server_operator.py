@@ -18,6 +18,7 @@ from fluvial.files import make_folder
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.settings import FilePath, Settings
+from fluvial.site_names import check_plain
 
 WARN_DAYS = 30
 """Before a certificate ends, the server says so when it starts."""
@@ -143,12 +144,13 @@ def register(folder: Path, public_key: Path) -> str:
     """Let the site with this key join; returns what was done."""
     if not public_key.exists():
         raise ConfigError(f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub")
+    words = public_key.read_bytes()[:10_000].decode(errors="replace").split()  # type, key, and the site's name
+    name = words[2] if len(words) > 2 else public_key.stem
+    check_plain(name, str(public_key))
     found = _asked(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
     number = str(found.get("node-id", ""))
     if not number.isdigit():
         raise ConfigError(f"{public_key} was not registered: {found}")
-    words = public_key.read_text().split()  # type, key, and as a comment the site's name
-    name = words[2] if len(words) > 2 else public_key.stem
     names.add(folder / names.FILE, "sites", number, name)
     return f"site {name} may join (node {number})"
 

@@ -23,6 +23,7 @@ from fluvial.files import make_folder, private, sweep
 from fluvial.flower import OUT_OF_STEP, certificates
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_file import SiteFile, read_site_file
+from fluvial.site_names import check_plain
 
 AHEAD_S, BEHIND_S = 5.0, 305.0
 """Flower refuses the signature of a site whose clock is further from the server's."""
@@ -37,7 +38,7 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
         raise ConfigError("give --ca with the server's ca.crt, or ask for --insecure by name; not both")
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
-    SiteFile(name=name)  # a name that cannot be used is refused before anything is written
+    check_plain(name, "--name")
     make_folder(folder)
     lines = [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
     if ca is not None:

@@ -1,0 +1,40 @@
+"""Names of sites, which come from data, from people and from peers, and are shown and stored everywhere."""
+
+import re
+from collections.abc import Iterable
+
+from fluvial.errors import ConfigError
+
+LONGEST = 64
+"""Characters of a name."""
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""Names of sites that are processes of their own: they are also names of files and keys."""
+
+
+def fault_of(name: str) -> str | None:
+    """Return why a text cannot be a site's name, None where it can."""
+    shown = repr(name[:60]) + (" ..." if len(name) > 60 else "")
+    if not name.strip():
+        return f"{shown} is no name of a site; it needs a character that can be seen"
+    if len(name) > LONGEST:
+        return f"{shown} is no name of a site: {len(name)} characters, at most {LONGEST}"
+    if not name.isprintable():
+        return f"{shown} is no name of a site: it holds a control or format character, which could drive a terminal"
+    return None
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Raise `ConfigError` for the first text that cannot be a site's name."""
+    for name in names:
+        fault = fault_of(name)
+        if fault is not None:
+            raise ConfigError(f"{where}: {fault}")
+
+
+def check_plain(name: str, where: str) -> None:
+    """Raise `ConfigError` unless `name` can be that of a site with a process of its own."""
+    if not PLAIN.fullmatch(name):
+        raise ConfigError(
+            f"{where}: {name[:60]!r} is no name of a site: 1 to 64 letters, digits and _ . -, the first a letter or "
+            "a digit"
+        )
