@@ -273,7 +273,9 @@ def test_a_site_of_its_own_counts_through_new_sessions(run_config: dict[str, Any
     start = bed(run_config, tmp_path / "bed").start
 
     def ask(task: str, message: Payload, session: str) -> bytes:
-        station = Station(SiteFile(name="north", folder=tmp_path / "north", device="cpu"))
+        station = Station(
+            SiteFile(name="north", folder=tmp_path / "north", device="cpu", allow=Allowed(run_paths=("*",)))
+        )
         header = Header(run="one", task=task, round=1, session=session, seq=1, ack=0, base=-1)
         return station.answer(header, message.to_bytes()).data
 
