@@ -152,6 +152,23 @@ def test_empty_texts_and_blank_lines_are_left_out_and_told(tmp_path: Path, token
     ]
 
 
+def test_a_fault_of_a_file_that_is_read_twice_is_told_once(tmp_path: Path, tokenizer: Any) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"text": None}, {"text": "x"})
+    with pytest.raises(DataError) as caught:
+        texts(source, tokenizer, heldout_source=source, partition={"by": "file"})
+    assert caught.value.faults == (
+        f"{source}, line 1: field 'text' must be text, and is null; write a text, or remove the record",
+    )
+
+
+@pytest.mark.parametrize("which", ["source", "public_source"])
+def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer: Any) -> None:
+    good, bad = jsonl(tmp_path / "a.jsonl", {"text": "x"}, times=4), jsonl(tmp_path / "b.jsonl", {"text": " "})
+    settings: dict[str, Any] = {"source": good, "public_source": good, "partition": {"by": "iid", "sites": 1}}
+    with pytest.raises(DataError, match=f"data.{which}: .*b.jsonl' holds no record with a text"):
+        texts(tokenizer=tokenizer, **(settings | {which: bad})).check()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -168,10 +168,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     table = toml.load(path, f"there is no configuration file {str(path)!r}")
     for line in overrides:
         table = merge(table, override(line))
-    return _with_template(parse(table, f"{path} with --set" if overrides else str(path)))
+    return with_chat_template(parse(table, f"{path} with --set" if overrides else str(path)))
 
 
-def _with_template(config: RunConfig) -> RunConfig:
+def with_chat_template(config: RunConfig) -> RunConfig:
     """Return `config` with the text of the chat template's file, so that a site needs no file of the server's."""
     chosen = config.data.chat_template
     if chosen is None:

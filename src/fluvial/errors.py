@@ -2,7 +2,8 @@
 
     FluvialError
     ├── ConfigError       a setting, path, model or data file of the user is wrong
-    │   └── RefusalError   the same, in words that may leave a site
+    │   ├── RefusalError   the same, in words that may leave a site
+    │   └── DataError      faults of data files, told together (`data.faults`)
     ├── WireError         bytes from outside break the format or a limit
     ├── ClientError       a site raised or stayed silent, or too few sites answered
     ├── CheckpointError   a run folder cannot be written, locked or resumed

@@ -6,8 +6,8 @@ from typing import Any
 
 from fluvial import exported
 from fluvial.assess import whole_file
-from fluvial.config import RunConfig, merge, override, parse
-from fluvial.data import DataConfig, inlined_template
+from fluvial.config import RunConfig, merge, override, parse, with_chat_template
+from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
 from fluvial.folders import measured_as
 
@@ -35,12 +35,7 @@ def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: 
     if records is not None:
         # Key by key: a table such as `columns` that is set takes the place of the run's.
         merged["data"] = {**table["data"], **changes.get("data", {}), **whole_file(records)}
-    config = parse(merged, "--set" if overrides else "what the folder tells about its run")
-    chosen = config.data.chat_template
-    if chosen is None:
-        return config
-    data = config.data.model_copy(update={"chat_template": inlined_template(chosen, Path())})
-    return config.model_copy(update={"data": data})
+    return with_chat_template(parse(merged, "--set" if overrides else "what the folder tells about its run"))
 
 
 def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:

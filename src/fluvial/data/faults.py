@@ -31,7 +31,9 @@ class Faults:
         self.count = 0
 
     def add(self, fault: str) -> None:
-        """Note one fault."""
+        """Note one fault; one that is known, as of a file that is read as two sources, is not told again."""
+        if fault in self.first:
+            return
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(fault)
@@ -48,8 +50,10 @@ class Faults:
         self._extend(other.first, other.count)
 
     def _extend(self, faults: Sequence[str], count: int) -> None:
-        self.first += faults[: SHOWN - len(self.first)]
-        self.count += count
+        new = [fault for fault in faults if fault not in self.first]
+        if new:
+            self.first += new[: SHOWN - len(self.first)]
+            self.count += count - (len(faults) - len(new))
 
     def raise_any(self) -> None:
         """Raise `DataError` if there are faults."""

@@ -71,7 +71,10 @@ def is_saved(path: Path) -> bool:
 
 def read_source(source: Source, faults: Faults) -> Found:
     """Return all records of a source; what cannot be read goes to `faults`."""
-    return _joined(_records(table, source, faults) for table in _tables(source, faults))
+    found = _joined(_records(table, source, faults) for table in _tables(source, faults))
+    if not found.entries and not faults.count:
+        raise DataError([f"{source.where}: {source.name!r} holds no record with a text"])
+    return found
 
 
 def read_each(source: Source, faults: Faults) -> dict[str, Found]:
