@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "other architecture": (settings(model_type="vit"), "no causal language model of the type 'vit'"),
     "encoder-decoder": (settings(model_type="t5"), "'t5' is an encoder-decoder"),
     "encoder": (settings(model_type="bert"), "attends to later tokens, because config.json has is_decoder"),
+    "own seeds": (settings(model_type="reformer"), "random generator by itself|cannot be loaded"),
     "permutations": (as_xlnet, "attends to later tokens"),
     "no type": (settings(model_type=None), "names no 'model_type'"),
     "pad id": (settings(pad_token_id=5000), "Padding_idx must be within num_embeddings"),

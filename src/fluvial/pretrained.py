@@ -153,8 +153,11 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-_READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert")
+_READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
 """Model types whose language models attend to later tokens, and which no setting makes causal."""
+
+_SEEDS_ITSELF = ("reformer",)
+"""Model types whose backward pass needs random numbers of its own, from the process-wide generator."""
 
 _ENCODERS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
@@ -175,6 +178,11 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
         )
     if type(found) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(f"{where}: transformers has no causal language model of the type {kind!r}")
+    if kind in _SEEDS_ITSELF:
+        raise ConfigError(
+            f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, so that no run could "
+            "be repeated"
+        )
     if kind in _READS_BOTH_WAYS:
         raise ConfigError(f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it")
     if kind in _ENCODERS and not found.is_decoder:
