@@ -62,6 +62,21 @@ def test_a_site_called_pooled_is_one_of_many(tmp_path: Path, tiny_model: Path) -
     assert central["records"] == 12
 
 
+def test_the_central_baseline_has_all_records_whatever_the_sites_are_called(
+    tmp_path: Path, run_config: dict[str, Any]
+) -> None:
+    from fluvial.run import execute
+
+    digests = set()
+    for name in ("pooled", "pooler"):  # the same place in the order of sites, so the same order of records
+        rows = [{"site": site, "text": f"{word} one two"} for site, word in (("a", "x"), (name, "y"), ("z", "w"))]
+        source = jsonl(tmp_path / f"{name}.jsonl", *rows, times=4)
+        data = {"source": source, "heldout_source": source, "partition": BY_SITE, "max_length": 32}
+        config = parse(run_config | {"data": data, "rounds": 1, "method": {"name": "central"}}, "test")
+        digests.add(list(execute(config, tmp_path / name))[-1].values["adapter_sha256"])
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize(
     ("field", "message"),
     [

@@ -191,6 +191,7 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.csv", "sep=;\na;b\n1;2\n", "line 1: is a hint for Excel; remove the line and set data.delimiter"),
     ("a.csv", "prompt;completion\na;b\n", 'line 1: .*if a semicolon separates its columns, set data.delimiter = ";"'),
     ("a.csv", "a\tb\n1\t2\n", r'if a tab separates its columns, set data.delimiter = "\\t"'),
+    ("a.csv", '"a";"b"\n"1";"2"\n', 'line 1: .*if a semicolon separates the columns, set data.delimiter = ";"'),
     ("a.csv", "a,b,a\n1,2,3\n", "line 1: the header names 'a' twice"),
     ("a.csv", HEAD + "a,b\nc\n", "a.csv, line 3: has 1 cells, the header has 2"),
     ("a.csv", HEAD + "a,b,c\n", "a.csv, line 2: has 3 cells, the header has 2"),

@@ -245,7 +245,10 @@ def _delimited(path: Path, reading: Reading) -> Table:
     delimiter = reading.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     _refuse_other_text(name, text)
     lines = _csv_rows(name, text, delimiter)
-    header_line, header = next(lines, (0, []))
+    try:
+        header_line, header = next(lines, (0, []))
+    except DataError as error:
+        raise DataError([f"{error}{_other_delimiter(text, reading)}"]) from None
     columns = _header(f"{name}, line {header_line}", header)
     if reading.delimiter is None:
         _refuse_other_delimiter(f"{name}, line {header_line}", columns, delimiter)
@@ -265,6 +268,15 @@ def _delimited(path: Path, reading: Reading) -> Table:
             rows.append(Row(dict(zip(columns, cells, strict=True)), place))
     faults.raise_any()
     return Table(str(path), path.suffix.lower(), rows, columns, _skipped(blank))
+
+
+def _other_delimiter(text: str, reading: Reading) -> str:
+    """Return a hint for a header of quoted names with another delimiter between them."""
+    first = LINE_END.split(text.lstrip(), maxsplit=1)[0]
+    found = [other for other in DELIMITERS if f'"{other}"' in first]
+    if reading.delimiter is not None or not found:
+        return ""
+    return f"; if {_spoken(found[0])} separates the columns, set data.delimiter = {json.dumps(found[0])}"
 
 
 def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
