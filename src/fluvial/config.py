@@ -134,12 +134,20 @@ class RunConfig(Settings):
             if settings is not None and why is not None:
                 yield f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
 
+        if self.codec is not None and self.codec.weighted and why is None and not self.entry.weights:
+            yield (
+                f"codec.weighted: without effect, because method {self.method.name!r} codes its updates as they are; "
+                "remove it"
+            )
+
     def _downlink_conflicts(self) -> Iterator[str]:
         if self.downlink is None or self.entry.sends != "codec":
             return
 
-        if self.entry.receives != "downlink":
+        if self.entry.receives == "own code":
             yield f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
+        if self.entry.receives == "as it is":
+            yield f"downlink: without effect, because method {self.method.name!r} sends adapters as they are; remove it"
         if must_learn(self.downlink):
             yield (
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "

@@ -70,12 +70,13 @@ def plan(config: RunConfig) -> dict[str, Any]:
         ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent),
         ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent),
     ]
+    downloads = config.rounds - (config.downlink is not None)  # every site makes the first adapter from the seed
     forecast = config.entry.forecast
     if forecast is not None:
         rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds, config.fleet.line))
     else:
         rows += [
-            ("down, whole run", f"{down * cohort * config.rounds:,} B to all sites" if frame else absent),
+            ("down, whole run", f"{down * cohort * downloads:,} B to all sites" if frame else absent),
             ("base in memory", f"{parameters * width:,} B"),
             ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
         ]

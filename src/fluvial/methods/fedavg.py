@@ -179,6 +179,8 @@ METHOD = Method(
     tunes=("lora", "full"),
     check=check,
     reads_public=lambda config, codec: must_learn(codec) and config.tgap.source == "public",
+    receives="downlink",
+    weights=True,
 )
 CENTRAL = Method(
     CentralConfig,

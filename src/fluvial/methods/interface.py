@@ -113,8 +113,13 @@ class Method:
     sends: Literal["codec", "own code", "nothing"] = "codec"
     """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
     keeps what it learned. For the last two a codec in the configuration is an error."""
-    receives: Literal["downlink", "own code"] = "downlink"
-    """What carries the model to the sites: as it is or by the configuration's downlink, or a code of the method's."""
+    receives: Literal["as it is", "downlink", "own code"] = "as it is"
+    """What carries the model to the sites: one exact message, which is what a method of its own
+    makes; the configuration's downlink, where both ends speak through `methods.link`; or a code of
+    the method's. A `[downlink]` that nothing honours is an error."""
+    weights: bool = False
+    """Whether both ends code factors scaled by their partners where `codec.weighted` asks for it,
+    as `methods.link` does. A `weighted` that nothing honours is an error."""
     sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(layout, getattr(config, "factors", "A and B"))
     """The layout of what a site trains and sends in a round, at most."""
     forecast: Callable[[Any, Layout, Forecast], list[tuple[str, str]]] | None = None

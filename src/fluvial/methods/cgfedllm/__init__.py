@@ -301,4 +301,6 @@ METHOD = Method(
     privacy=promise,
     notes=notes,
     check=check,
+    receives="downlink",
+    weights=True,
 )
