@@ -22,7 +22,9 @@ HEAD = """# Every setting
 
 Written by `python scripts/write_settings.py` from the classes that read the files; nothing here is written by hand.
 `fluvial check CONFIG` names an unknown key and the nearest known one. `--set 'method.fraction = 0.5'` replaces one
-setting of a run. Where no default stands, a setting must be given; what "unset" means, its text says.
+setting of a run. A relative path in a file is relative to the folder of that file, and one in `--set` to the working
+directory; what `fluvial submit` sends to sites keeps its paths as they are written.
+Where no default stands, a setting must be given; what "unset" means, its text says.
 """
 FILES: tuple[tuple[str, str, type[Settings]], ...] = (
     ("The configuration of a run", "`fluvial run`, `check`, `preview` and `submit` read it.", RunConfig),

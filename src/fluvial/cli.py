@@ -322,7 +322,7 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Start a configuration on a server; its sites do the work."""
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, as_written=True)
     from fluvial.flower import server_operator
 
     path = folder or server / "runs" / config.stem
@@ -376,11 +376,11 @@ def _command() -> str:
     return "fluvial" if shutil.which("fluvial") else sys.argv[0]
 
 
-def _load(path: Path, overrides: list[str] | None) -> "RunConfig":
+def _load(path: Path, overrides: list[str] | None, *, as_written: bool = False) -> "RunConfig":
     with err.status("reading the configuration"):
         from fluvial.config import load
 
-        return load(path, overrides or [])
+        return load(path, overrides or [], as_written=as_written)
 
 
 def _print(content: dict[str, Any], format: str, table: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fluvial import toml
+from fluvial import paths, toml
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
@@ -168,14 +168,19 @@ class RunConfig(Settings):
         return self.model_copy(update={"codec": self.coding, "tune": self.tuned}).model_dump(mode="json")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False) -> RunConfig:
     """Read a TOML file and apply overrides, each a line of TOML such as `method.fraction = 0.5`.
 
+    Relative paths in the file are relative to its folder, those of overrides to the working directory,
+    and the result has them whole. With `as_written` they stay, for sites that have them elsewhere.
     Raises `ConfigError` with every problem found, its place and the nearest known key.
     """
     table = toml.load(path, f"there is no configuration file {str(path)!r}")
+    if not as_written:
+        table = paths.beside(table, path)
     for line in overrides:
-        table = merge(table, override(line))
+        change = override(line)
+        table = merge(table, change if as_written else paths.here(change))
     return with_chat_template(parse(table, f"{path} with --set" if overrides else str(path)))
 
 
