@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/fluvial run configs/quickstart.toml
 
-.PHONY: quickstart install dev check test test-slow test-claims test-flower faults clean
+.PHONY: quickstart install dev check test test-portable test-slow test-claims test-flower faults clean
 
 quickstart: install
 	rm -rf runs/quickstart
@@ -28,7 +28,12 @@ check: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
 test: dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -n 2 --dist worksteal
+
+# The oracle and contract tests with torch's plainest kernels, as on a processor without AVX2.
+test-portable: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" ATEN_CPU_CAPABILITY=default scripts/test -n 2 --dist worksteal \
+	  -m '(oracle or contract) and not slow and not claims and not flower and not faults'
 
 test-slow: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m slow

@@ -19,6 +19,8 @@ from fluvial.codecs.quantise import bf16, from_bf16
 from fluvial.errors import ConfigError, WireError
 from fluvial.tensors import Layout, Named, cosine, norm, subtract
 
+pytestmark = pytest.mark.contract
+
 CONFIG: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 SIMPLE = [name for name, codec in CODECS.items() if not codec.learned]
 RATED = ["top_k", "random_k", "ternary", "hadamard", "eden", "dct_top_k", "powersgd", "trellis"]

@@ -17,6 +17,8 @@ from fluvial.run import Run, execute
 from fluvial.tensors import digest
 from tests.runs import run_table
 
+pytestmark = pytest.mark.contract
+
 # What a method needs beside its name to run on the tiny model.
 SETTINGS: dict[str, dict[str, Any]] = {
     "cgfedllm": {

@@ -18,6 +18,8 @@ from fluvial.tensors import Named, add, digest, norm, relative_error, subtract
 from fluvial.train import train
 from tests.runs import adapter_of, run_table
 
+pytestmark = pytest.mark.oracle
+
 
 def test_identity_codec_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
     """CG-FedLLM with a codec that loses nothing is federated LoRA, over three rounds (spec g.3)."""

@@ -15,6 +15,8 @@ from fluvial.flower.server_operator import ServerFile
 from fluvial.settings import Settings
 from fluvial.site_file import SiteFile
 
+pytestmark = pytest.mark.contract
+
 WRONG: dict[str, Any] = {
     "nan": math.nan,
     "inf": math.inf,
