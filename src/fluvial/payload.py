@@ -103,6 +103,21 @@ class Payload:
             raise WireError(f"message value {name!r}: expected {kind.__name__}, found {type(found).__name__}")
         return found
 
+    def whole(self, name: str, low: int, high: int) -> int:
+        """A whole number that must be there; raises `WireError` unless low <= number <= high."""
+        found: int = self.value(name, int)
+        if not low <= found <= high:
+            shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
+            raise WireError(f"message value {name!r}: {shown} is not from {low} to {high}")
+        return found
+
+    def number(self, name: str, low: float, high: float) -> float:
+        """A float that must be there; raises `WireError` unless low <= number <= high."""
+        found: float = self.value(name, float)
+        if not low <= found <= high:
+            raise WireError(f"message value {name!r}: {found!r} is not from {low:g} to {high:g}")
+        return found
+
     def tensor(self, name: str) -> Tensor:
         """A tensor that must be there; raises `WireError`."""
         if name not in self.tensors:

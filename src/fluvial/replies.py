@@ -20,23 +20,6 @@ MOST_TOKENS = 2**53
 """Label tokens of one site: the whole numbers that a float can hold."""
 
 
-def number(reply: Payload, name: str, low: float, high: float) -> float:
-    """Return the finite float `name` of a reply; raises `WireError` unless low <= number <= high."""
-    found: float = reply.value(name, float)
-    if not low <= found <= high:
-        raise WireError(f"message value {name!r}: {found!r} is not from {low:g} to {high:g}")
-    return found
-
-
-def whole(reply: Payload, name: str, low: int, high: int) -> int:
-    """Return the whole number `name` of a reply; raises `WireError` unless low <= number <= high."""
-    found: int = reply.value(name, int)
-    if not low <= found <= high:
-        shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
-        raise WireError(f"message value {name!r}: {shown} is not from {low} to {high}")
-    return found
-
-
 def fields(
     reply: Payload, values: Collection[str], tensors: Collection[str] = (), optional: Collection[str] = ()
 ) -> None:
@@ -63,19 +46,19 @@ def nothing(reply: Payload) -> None:
 
 def loss_of(reply: Payload) -> float:
     """Return the mean training loss in a reply, nats per label token."""
-    return number(reply, "loss", 0.0, MOST_LOSS)
+    return reply.number("loss", 0.0, MOST_LOSS)
 
 
 def weight_of(reply: Payload) -> int:
     """Return the sample count in a reply, a whole number from 1 to 2^31."""
-    return whole(reply, "n", 1, MOST_SAMPLES)
+    return reply.whole("n", 1, MOST_SAMPLES)
 
 
 def heldout_of(reply: Payload) -> Heldout:
     """Return the sums in a reply of `sites.evaluate`."""
-    tokens = whole(reply, "tokens", 1, MOST_TOKENS)
-    hits = whole(reply, "hits", 0, tokens)
-    return Heldout(number(reply, "loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
+    tokens = reply.whole("tokens", 1, MOST_TOKENS)
+    hits = reply.whole("hits", 0, tokens)
+    return Heldout(reply.number("loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
 
 
 def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
@@ -85,8 +68,8 @@ def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
     fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))
     if not asked:
         return heldout_of(reply), 0, 0
-    questions = whole(reply, "questions", 1, MOST_TOKENS)
-    return heldout_of(reply), whole(reply, "right", 0, questions), questions
+    questions = reply.whole("questions", 1, MOST_TOKENS)
+    return heldout_of(reply), reply.whole("right", 0, questions), questions
 
 
 def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:

@@ -64,6 +64,11 @@ class Site:
         return kept if isinstance(kept, Path) else self.store.file(self.name, slot)
 
 
+def round_of(site: Site, message: Payload) -> int:
+    """Return the round that a message is of, one of the run; raises `WireError`."""
+    return message.whole("round", 1, site.rounds)
+
+
 Task = Callable[[Site, Payload], Payload]
 
 
@@ -161,6 +166,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     Values out: `loss_sum`, `hits`, `tokens`, and with `generate` on data with answers `right` and `questions`.
     """
     which = message.value("which", str)
+    new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
     bench, data = site.workbench, site.load()
     if which == "sent":
         adapter = read_adapter_message(message, site.layout)
@@ -173,7 +179,6 @@ def evaluate(site: Site, message: Payload) -> Payload:
     with bench.model(adapter) as model:
         sums = heldout(model, data.heldout, pad_token_id=bench.tokenizer.pad_token_id)
     values: dict[str, Any] = {"loss_sum": sums.loss_sum, "hits": sums.hits, "tokens": sums.label_tokens}
-    new_tokens = message.value("generate", int)
     if new_tokens and data.questions:
         prompts = [question.prompt for question in data.questions]
         answers = bench.generate(adapter, prompts, max_new_tokens=new_tokens)
@@ -192,4 +197,6 @@ def refuse_learned(settings: CodecSettings, method: str) -> None:
         )
 
 
+MOST_NEW_TOKENS = 10**6
+"""Tokens of one answer that a site generates at most, whatever is asked."""
 COMMON_TASKS: dict[str, Task] = {"evaluate": evaluate, "install": install_codec}

@@ -29,9 +29,9 @@ from fluvial.methods.bounds import Cohort, rms
 from fluvial.methods.interface import Context, Method, Metrics
 from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, frame_payload, payload_frame
-from fluvial.replies import FRAME, fields, loss_of, weight_of, whole
+from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally
+from fluvial.sites import Site, round_of, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, factor
 
 
@@ -211,7 +211,7 @@ class EcoLoraServer:
 
     def _read(self, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
         fields(reply, ("n", "loss", "segment"), FRAME)
-        which, weight = whole(reply, "segment", 0, len(self.parts) - 1), weight_of(reply)
+        which, weight = reply.whole("segment", 0, len(self.parts) - 1), weight_of(reply)
         update = {"segment": torch.from_numpy(self.uploads[which].decode_dense(payload_frame(reply), round=round))}
         loss = {"loss": torch.tensor([loss_of(reply)])}
         WeightedMean.check(update, weight)
@@ -280,7 +280,7 @@ class Kept:
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune a mix of the global and the own adapter, and send the largest changes of one segment."""
     config: EcoLoraConfig = site.method
-    layout, round, since = site.layout, message.value("round", int), message.value("since", int)
+    layout, round, since = site.layout, round_of(site, message), message.whole("since", 0, site.rounds)
     number, (share_a, share_b) = _asked(message, config)
     old = Kept.recall(site, since)
     view = old.view.copy()

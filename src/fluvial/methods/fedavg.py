@@ -26,7 +26,7 @@ from fluvial.models import initial_state
 from fluvial.payload import Payload, join, split
 from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Factors, Site, part, train_locally
+from fluvial.sites import Factors, Site, part, round_of, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
 
 
@@ -150,7 +150,7 @@ def train(site: Site, message: Payload) -> Payload:
     if opened is None:
         return STALE
     received, codec = opened
-    data, round = site.load().train, message.value("round", int)
+    data, round = site.load().train, round_of(site, message)
     examples = after_tgap(data, config.tgap) if must_learn(site.codec) else data
     update, report = train_locally(site, received, round, examples=examples, factors=config.factors)
     return coded_reply(site, codec, update, message, n=len(examples), loss=report.loss)

@@ -24,7 +24,7 @@ from fluvial.models import initial_state
 from fluvial.payload import Payload, frame_payload, payload_frame
 from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally
+from fluvial.sites import Site, round_of, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 
@@ -172,7 +172,7 @@ def _moment(state: Payload, name: str, *, like: Tensor) -> Tensor:
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune the sparse adapter, all values of it, and send the largest changes."""
     config: FlascConfig = site.method
-    round, layout = message.value("round", int), site.layout
+    round, layout = round_of(site, message), site.layout
     frames = SparseFrames(layout, config.values)
     start = received(frames, known(config, layout, site.seed), payload_frame(message), round)
     examples = site.load().train

@@ -12,7 +12,7 @@ from fluvial.models import initial_state
 from fluvial.payload import Payload
 from fluvial.replies import fields, loss_of, weight_of
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally
+from fluvial.sites import Site, round_of, train_locally
 from fluvial.tensors import add
 
 
@@ -59,7 +59,7 @@ def _read(reply: Payload) -> tuple[float, int]:
 
 def train(site: Site, message: Payload) -> Payload:
     """Task: one more round on the site's own adapter."""
-    round = message.value("round", int)
+    round = round_of(site, message)
     adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     examples = site.load().train
     update, report = train_locally(site, adapter, round, examples=examples)

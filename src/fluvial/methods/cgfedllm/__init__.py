@@ -34,7 +34,7 @@ from fluvial.payload import Payload, Value, frame_payload, join, split
 from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.seeds import derive
 from fluvial.settings import Settings
-from fluvial.sites import Site, train_locally
+from fluvial.sites import Site, round_of, train_locally
 from fluvial.tensors import Layout, Named, WeightedMean, add, norm
 
 logger = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def train(site: Site, message: Payload) -> Payload:
     if opened is None:
         return STALE
     received, codec = opened
-    examples, round = after_tgap(site.load().train, config.tgap), message.value("round", int)
+    examples, round = after_tgap(site.load().train, config.tgap), round_of(site, message)
     if config.privacy and config.privacy.at_site:
         return _train_in_private(site, config.privacy, message, received, codec)
     update, report = train_locally(site, received, round, examples=examples)
@@ -201,7 +201,7 @@ def _train_in_private(
     codec: Codec,
 ) -> Payload:
     """Return the frame of a clipped and disturbed update or latent, and nothing else."""
-    round = message.value("round", int)
+    round = round_of(site, message)
     try:
         update, _ = train_locally(site, received, round, examples=site.load().train)
     except DivergenceError as error:  # a refusal would say something about the data

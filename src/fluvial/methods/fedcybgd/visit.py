@@ -7,7 +7,6 @@ from typing import Literal
 from torch import nn
 
 from fluvial.codecs import build
-from fluvial.errors import WireError
 from fluvial.frozen import stream
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Received, receive
@@ -16,7 +15,7 @@ from fluvial.methods.link import STALE
 from fluvial.models import Workbench, checkpoint_layers, fill, tuned_parameters
 from fluvial.payload import Payload, frame_payload
 from fluvial.seeds import generator
-from fluvial.sites import Site, code
+from fluvial.sites import Site, code, round_of
 from fluvial.train import TrainConfig, TrainReport, train
 
 
@@ -53,13 +52,10 @@ def borrow(
     yield model
 
 
-def _orders(message: Payload) -> tuple[int, int, int, float]:
+def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
     """Block, round, visits that share the steps, and share of the learning rate; raises `WireError`."""
-    index, round, visits = (message.value(name, int) for name in ("block", "round", "visits"))
-    rate = message.value("rate", float)
-    if round < 1 or visits < 1 or not 0 < rate <= 1:
-        raise WireError(f"visit: round {round}, {visits} visits, rate {rate}: all are above 0, and the rate at most 1")
-    return index, round, visits, rate
+    index, visits = message.whole("block", 0, 2**31), message.whole("visits", 1, 2**20)
+    return index, round_of(site, message), visits, message.number("rate", 1e-12, 1.0)
 
 
 def visit(site: Site, message: Payload) -> Payload:
@@ -67,7 +63,7 @@ def visit(site: Site, message: Payload) -> Payload:
     config = site.method
     download = FullDownload() if isinstance(config, CentralCyclicConfig) else config.download
     parts = partition(config, site.layout)
-    index, round, visits, rate = _orders(message)
+    index, round, visits, rate = _orders(site, message)
     received = receive(download, site, message, parts, codec=site.codec)
     if received is None:
         return STALE

@@ -110,11 +110,11 @@ def receive(site: Site, message: Payload) -> Named | None:
     """The site's half: the adapter that `message` brings; None if it builds on a version that the site lacks."""
     if site.downlink is None:
         return read_adapter_message(message, site.layout)
-    version = message.value("version", int)
+    version = message.whole("version", 0, site.rounds)
     if "base" not in message.values:
         received = read_adapter_message(message, site.layout)
     else:
-        found = _held(site, message.value("base", int))
+        found = _held(site, message.whole("base", 0, site.rounds))
         if found is None:
             return None
         received = found

@@ -111,7 +111,7 @@ def snapshot(site: Site, message: Payload) -> Payload:
     With reading "local" the site goes on from its own adapter.
     """
     tgap: TgapConfig = site.method.tgap
-    round = message.value("round", int)
+    round = message.whole("round", 1, tgap.rounds)
     received = read_adapter_message(message, site.layout)
     if tgap.reading == "local":
         received = site.recall("tgap").tensors or received

@@ -31,9 +31,9 @@ from fluvial.methods.link.gate import GateReport, Representation
 from fluvial.methods.link.tgap import TgapConfig
 from fluvial.models import no_change
 from fluvial.payload import Limits, Payload, Value, frame_payload, join, payload_frame, split
-from fluvial.replies import nothing, number
+from fluvial.replies import nothing
 from fluvial.seeds import derive
-from fluvial.sites import Site, code, site_codec
+from fluvial.sites import Site, code, round_of, site_codec
 from fluvial.tensors import Layout, Named, energy, subtract
 
 logger = logging.getLogger(__name__)
@@ -330,7 +330,7 @@ class Uplink:
             noise, step = self.codec.noise_of(frame), self.codec.step_of(frame)
             if self.step is not None and not abs(math.log2(step / self.step)) <= _STEP_OFF:
                 raise WireError(f"frame: quantised by a step of {step:.4g}, the server asked for {self.step:.4g}")
-        error = number(reply, "e", 0.0, _MOST_ERROR) if self.settings.error_feedback else None
+        error = reply.number("e", 0.0, _MOST_ERROR) if self.settings.error_feedback else None
         return Decoded(weighted(self.codec, self._sent).decode(frame, round=round), error, noise, step)
 
     def fold(self, site: str, decoded: Decoded) -> None:
@@ -494,10 +494,8 @@ def _partners(layout: Layout) -> Named:
 
 def coded_reply(site: Site, codec: Codec, update: Named, message: Payload, **values: Value) -> Payload:
     """A site's answer: the frame of `update`, plain values, and under error feedback the codec's error."""
-    step = message.value("step", float) if "step" in message.values else None
-    if step is not None and not step > 0:
-        raise WireError(f"the server sets a step of {step}; steps are above 0")
-    frame = code(site, codec, update, message.value("round", int), step=step)
+    step = message.number("step", 2.0**-200, 2.0**200) if "step" in message.values else None
+    frame = code(site, codec, update, round_of(site, message), step=step)
     if "residual" in site.kept:
         values["e"] = site.recall("residual").value("error", float)
     short = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in values.items()}
@@ -525,13 +523,13 @@ def follow(site: Site, received: Named, message: Payload, layout: Layout) -> Cod
     codec = site_codec(site, layout)
     if not must_learn(site.codec) or config is None or config.refit != "broadcast":
         return codec
-    round = message.value("round", int)
+    round = round_of(site, message)
     kept = site.recall("seen")
     adapters = split(kept, tuple(map(str, kept.values)))
     seen = [(int(number), each.tensors) for number, each in adapters.items()]
     seen = [*sorted(seen, key=lambda each: each[0]), (round, received)][-(config.refit_every + 1) :]
     site.keep("seen", join({str(number): Payload(adapter) for number, adapter in seen}))
-    wanted, held = message.value("codec", int), site.recall("codec").value("version", int)
+    wanted, held = message.whole("codec", 0, 2**31), site.recall("codec").value("version", int)
     if wanted == held:
         return codec
     updates = window(seen, round, config.refit_every, layout)
