@@ -417,7 +417,7 @@ def test_a_tuned_model_beside_its_base(run_config: dict[str, Any], tiny_model: P
     found = _evaluate(folder, "--data", data)
     assert found["base_model"] == str(tiny_model)
     whole = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
-    weights = whole.weights(whole.base_state())
+    weights = {name: whole.base.get(name) for name in whole.layout.names}
     assert all(torch.equal(weights[name], tensor) for name, tensor in read_adapter_folder(folder).tensors.items())
     assert found["data"]["adapter"]["loss"] != pytest.approx(found["data"]["base"]["loss"], rel=1e-3)
     assert "tuned model" in CliRunner().invoke(app, ["evaluate", str(folder), "--data", str(data)]).stdout

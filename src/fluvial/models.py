@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -167,14 +167,14 @@ def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> Non
     `weight` gives the value of a name; one that has the parameter's type already is not copied.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    made = {
-        name: nn.Parameter(weight(name, parameter).to(parameter.dtype), requires_grad=False)
-        for name, parameter in model.named_parameters()
-    }
+    made = {}
+    for name, parameter in model.named_parameters():
+        value = weight(name, parameter).to(parameter.dtype)
+        made[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
     for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[leaf] = made[names[id(parameter)]]
+        for leaf, empty in module._parameters.items():
+            if empty is not None:
+                module._parameters[leaf] = made[names[id(empty)]]
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -249,6 +249,11 @@ def no_change(shape: Sequence[int]) -> Tensor:
     return torch.zeros(()).expand(tuple(shape))
 
 
+def changed(state: Named) -> Named:
+    """Return the tensors of `state` that are not `no_change`."""
+    return {name: tensor for name, tensor in state.items() if tensor.numel() < 2 or any(tensor.stride())}
+
+
 class Workbench:
     """Models that share one frozen base; a site borrows one at a time.
 
@@ -270,6 +275,7 @@ class Workbench:
         self.config, self.lora, self.full = model, lora, lora is None
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
+        self._frozen: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
         self.device = resolve_device(model.device)
         if self.full:
             check_weights(model, self._empty)
@@ -324,7 +330,7 @@ class Workbench:
 
         "A and B" is everything that is tuned.
         """
-        model = self._take(state)
+        model = self._take(state, trainable)
         for name, parameter in tuned_parameters(model).items():
             parameter.requires_grad_(_requires_grad(name, trainable))
         switch_dropout(model, active=False)
@@ -353,9 +359,9 @@ class Workbench:
         with self._lock:
             return copy.deepcopy(self._blank)
 
-    def _take(self, state: Named) -> nn.Module:
+    def _take(self, state: Named, trainable: Literal["none", "A and B", "B"] | Collection[str]) -> nn.Module:
         if self.full:
-            return self._made(state)
+            return self._made(state, own=trainable != "none")
         try:
             model = self._free.get_nowait()
         except queue.Empty:
@@ -364,12 +370,19 @@ class Workbench:
         write_weights(model, state)
         return model
 
-    def _made(self, state: Named) -> nn.Module:
-        """A model from the base on disk and its change; beside it, at most one weight is in memory."""
+    def _made(self, state: Named, *, own: bool) -> nn.Module:
+        """A model from the base on disk and its change; beside it, at most one weight is in memory.
+
+        Weights without a change are its `own`, or shared by all models that are borrowed at a time.
+        """
+
+        state = changed(state)
 
         def weight(name: str, parameter: nn.Parameter) -> Tensor:
-            value = self.base.get(name)
             change = state.get(name)
+            if change is None and not own:
+                return self._shared(name)
+            value = self.base.get(name)
             if change is None:
                 return value.to(self.device, copy=True)
             if parameter.dtype != torch.float32:
@@ -379,6 +392,15 @@ class Workbench:
         model = self.blank()
         fill(model, weight)
         return model.to(self.device)
+
+    def _shared(self, name: str) -> Tensor:
+        """A weight of the base that nobody trains, as long as somebody uses it."""
+        with self._lock:
+            held = self._frozen.get(name)
+            if held is None:
+                held = nn.Parameter(self.base.get(name).to(self.device), requires_grad=False)
+                self._frozen[name] = held
+            return held
 
     def base_state(self) -> Named:
         """The state that changes nothing: all zero, and not to be written to."""

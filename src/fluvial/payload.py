@@ -35,7 +35,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_FRAME = "f"
+FRAME = "f"
+"""Name of the one tensor of a payload that carries a codec frame."""
 _MAGIC = b"FLU2"
 _TAG = 1 << 31  # set in the length of a packed frame's values; no safetensors header is that long
 _KEY = "v"  # one metadata key, so that equal payloads have equal bytes
@@ -73,16 +74,11 @@ class Payload:
         fault = _fault(self.values)
         assert fault is None, f"values{fault}"
         text = json.dumps(self.values, allow_nan=False, sort_keys=True, separators=(",", ":"))
-        if self.tensors.keys() == {_FRAME} and len(text) < _TAG and _is_frame(self.tensors[_FRAME]):
+        if self.tensors.keys() == {FRAME} and len(text) < _TAG and _is_frame(self.tensors[FRAME]):
             body = text.encode() if self.values else b""
             return _MAGIC + (_TAG | len(body)).to_bytes(4, "little") + body + payload_frame(self)
-        # Cloned, because safetensors refuses tensors that share memory, such as one tensor under two names.
-        tensors = {
-            name: torch.clone(tensor.detach().cpu(), memory_format=torch.contiguous_format)
-            for name, tensor in self.tensors.items()
-        }
         metadata = {_KEY: text} if self.values else None
-        return safetensors.torch.save(tensors, metadata=metadata)
+        return safetensors.torch.save(_apart(self.tensors), metadata=metadata)
 
     @classmethod
     def from_bytes(cls, data: bytes, limits: Limits | None = None) -> "Payload":
@@ -125,6 +121,21 @@ class Payload:
         return self.tensors[name]
 
 
+def _apart(tensors: Named) -> Named:
+    """Return `tensors` on the CPU and contiguous; those that share memory with one before, as copies.
+
+    safetensors refuses shared memory, such as one tensor under two names.
+    """
+    found: Named = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage().data_ptr()
+        found[name] = here.clone() if memory in seen else here
+        seen.add(memory)
+    return found
+
+
 def read_values(path: Path) -> dict[str, Value]:
     """The plain values of a payload in a file of this installation, without its tensors; raises `WireError`."""
     with path.open("rb") as file:
@@ -137,12 +148,12 @@ def read_values(path: Path) -> dict[str, Value]:
 
 def frame_payload(frame: bytes, /, **values: Value) -> Payload:
     """A payload that carries one codec frame, not empty; every byte beyond it is envelope, so names are short."""
-    return Payload({_FRAME: torch.frombuffer(bytearray(frame), dtype=torch.uint8)}, values)
+    return Payload({FRAME: torch.frombuffer(bytearray(frame), dtype=torch.uint8)}, values)
 
 
 def payload_frame(payload: Payload) -> bytes:
     """The codec frame of a `frame_payload`; raises `WireError` if there is none."""
-    tensor = payload.tensor(_FRAME)
+    tensor = payload.tensor(FRAME)
     if not _is_frame(tensor):
         raise WireError(f"frame: expected one-dimensional uint8, found {tensor.dtype} with shape {tuple(tensor.shape)}")
     return tensor.numpy().tobytes()

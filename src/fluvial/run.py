@@ -30,12 +30,12 @@ from fluvial.fleet import Fleet
 from fluvial.local_fleet import LocalFleet
 from fluvial.meter import Kind, Metered
 from fluvial.methods import Context
-from fluvial.models import Workbench
+from fluvial.models import Workbench, changed
 from fluvial.payload import Payload, Value
 from fluvial.pretrained import check_length, context_length
 from fluvial.releases import secret_of
 from fluvial.replies import measured
-from fluvial.sites import COMMON_TASKS, Site, Task, adapter_message
+from fluvial.sites import COMMON_TASKS, Site, Task, state_message
 from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, norm
 from fluvial.train import TrainConfig
@@ -345,7 +345,9 @@ class Run:
             "which": which or ("own" if adapter is None else "sent"),
             "generate": self.config.evaluate.max_new_tokens,
         }
-        message = Payload(values=values) if adapter is None else adapter_message(adapter, **values)
+        message = (
+            Payload(values=values) if adapter is None else state_message(changed(adapter), self.bench.layout, **values)
+        )
         read = partial(measured, answers=self.config.evaluate.max_new_tokens > 0)
         sums, table = [], {}
         for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=read):
@@ -357,7 +359,8 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         rounds = self.config.rounds
-        adapter = self.server.model()
+        found = self.server.model()
+        adapter = None if found is None else changed(found)
         base_total, base = self._measure(None, rounds, which="base")
         final_total, final = self._measure(adapter, rounds)
         samples: list[dict[str, str]] = []
@@ -488,7 +491,9 @@ class Run:
         (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
         for path in sorted(partial.glob("*.safetensors")):
-            digest.update(path.read_bytes())
+            with path.open("rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
         self.folder.replace_folder(name, partial)
         return {name: digest.hexdigest()}
 

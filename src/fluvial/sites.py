@@ -13,7 +13,7 @@ from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.evaluate import exact_match, heldout
 from fluvial.models import Workbench, initial_state
-from fluvial.payload import OWN_FILES, Payload, frame_payload, payload_frame
+from fluvial.payload import FRAME, OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.seeds import derive, generator
 from fluvial.store import StateStore
 from fluvial.tensors import Layout, Named, add, energy, factor, scale, subtract
@@ -70,6 +70,20 @@ def round_of(site: Site, message: Payload) -> int:
 
 
 Task = Callable[[Site, Payload], Payload]
+
+
+def state_message(state: Named, layout: Layout, **values: Any) -> Payload:
+    """An exact state on the wire, which may have only the weights of `layout` that changed."""
+    return adapter_message(state, **values) if state.keys() == set(layout.names) else Payload(state, values)
+
+
+def read_state_message(message: Payload, layout: Layout) -> Named:
+    """Inverse of `state_message`; raises `WireError` for another layout."""
+    if message.tensors.keys() == {FRAME}:
+        return read_adapter_message(message, layout)
+    wanted = Layout(tuple(entry for entry in layout.shapes if entry[0] in message.tensors))
+    wanted.check(message.tensors, "state")
+    return message.tensors
 
 
 def adapter_message(adapter: Named, **values: Any) -> Payload:
@@ -169,7 +183,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
     bench, data = site.workbench, site.load()
     if which == "sent":
-        adapter = read_adapter_message(message, site.layout)
+        adapter = read_state_message(message, site.layout)
     elif which == "own":
         adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     elif which == "base":

@@ -170,6 +170,8 @@ class WeightedMean:
 
     _COARSE, _FINE = 2.0**-12, 2.0**-64
     _LIMIT = 2.0**28
+    _PIECE = 2**20
+    """Values that are folded at a time, so that what is computed for each takes no memory for all."""
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
@@ -180,10 +182,9 @@ class WeightedMean:
     @classmethod
     def check(cls, tensors: Named, weight: int) -> None:
         """Raise `WireError` if a value is too large, or not a number, to be folded with `weight`."""
-        values = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-        if not cls._fits(values, weight):
-            name = next(name for name, tensor in tensors.items() if not cls._fits(tensor, weight))
-            raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+        for name, tensor in tensors.items():
+            if not all(cls._fits(piece, weight) for piece in torch.split(tensor.reshape(-1), cls._PIECE)):
+                raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
 
     @classmethod
     def _fits(cls, values: Tensor, weight: int) -> bool:
@@ -196,19 +197,24 @@ class WeightedMean:
             self._layout = Layout.of(tensors)
             self._high = torch.zeros(self._layout.numel, dtype=torch.float64)
             self._low = torch.zeros_like(self._high)
-        product = self._layout.flatten(tensors).double() * weight
-        assert bool((product.abs() < self._LIMIT).all()), "not checked before"
-        high = self._round(product, self._COARSE)
-        low = self._low + self._round(product - high, self._FINE)
-        carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
-        self._high, self._low = self._high + high + carry, low - carry
+        values = torch.split(self._layout.flatten(tensors), self._PIECE)
+        sums = zip(torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True)
+        for piece, (high_sum, low_sum) in zip(values, sums, strict=True):
+            product = piece.double() * weight
+            assert bool((product.abs() < self._LIMIT).all()), "not checked before"
+            high = self._round(product, self._COARSE)
+            low = low_sum + self._round(product - high, self._FINE)
+            carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
+            high_sum.add_(high).add_(carry)
+            low_sum.copy_(low - carry)
         self.weight += weight
         self.count += 1
 
     def mean(self) -> Named:
         """The mean in fp32; at least one update must have been added."""
         assert self._layout is not None, "mean of nothing"
-        return self._layout.unflatten(((self._high + self._low) / self.weight).float())
+        sums = zip(torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True)
+        return self._layout.unflatten(torch.cat([((high + low) / self.weight).float() for high, low in sums]))
 
     @staticmethod
     def _round(values: Tensor, quantum: float) -> Tensor:

@@ -29,6 +29,7 @@ from fluvial.methods.fedcybgd.memory import (
     StaleSubset,
     Width,
     client_memory,
+    process_memory,
     visit_bytes,
 )
 from fluvial.methods.fedcybgd.proxy import Anatomy
@@ -97,6 +98,10 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
         ("down, whole run", f"about {down * known.sites * known.rounds:,} B to all sites"),
         ("memory of a site", f"{used.visit():,} B and activations{' and the base' if adapter else ''}"),
     ]
+    if not adapter:
+        held = OnDisk(form) if config.hold == "disk" else form
+        process = process_memory(sizes, held, width=width, moved=len(parts), coded=known.frame, workers=1)
+        rows.append(("memory of one process with all sites", f"up to {process.peak:,} B and activations"))
     if known.line is not None:
         assigned = assignment(config.order, clients=known.sites, blocks=len(parts), cycle=0, seed=0)
         visits = groups(assigned, parallel=config.parallel, together=config.merging != "sequential")

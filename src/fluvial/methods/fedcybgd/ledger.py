@@ -62,6 +62,9 @@ class Ledger:
         """The state of a block."""
         return {name: self.state[name] for name in self.parts.blocks[index].layout.names}
 
+    def _names(self, index: int) -> tuple[str, ...]:
+        return self.parts.blocks[index].layout.names
+
     @property
     def changed(self) -> list[int]:
         """Blocks that have moved since the start."""
@@ -97,8 +100,8 @@ class Ledger:
         return [commit for made, commit in sorted(self.log[index].items()) if made > version]
 
     def save(self) -> Payload:
-        """All of it."""
-        tensors = {f"state/{name}": tensor for name, tensor in self.state.items()}
+        """All of it, but for the values of blocks that have not moved."""
+        tensors = {f"state/{name}": self.state[name] for index in self.changed for name in self._names(index)}
         log: list[Value] = []
         for index, commits in enumerate(self.log):
             for version, commit in commits.items():
@@ -116,11 +119,15 @@ class Ledger:
 
     def restore(self, saved: Payload) -> None:
         """Inverse of `save`; raises `WireError` for a checkpoint of other blocks."""
-        state = {name: saved.tensor(f"state/{name}") for name in self.layout.names}
-        self.layout.check(state, "checkpoint")
         versions = saved.value("versions", list)
         if len(versions) != len(self.parts):
             raise WireError(f"checkpoint: {len(versions)} blocks, expected {len(self.parts)}")
+        state = dict(self.state)
+        for index, version in enumerate(versions):
+            if version:
+                block = {name: saved.tensor(f"state/{name}") for name in self._names(index)}
+                self.parts.blocks[index].layout.check(block, "checkpoint")
+                state |= block
         self.state, self.versions, self.oldest = state, versions, saved.value("oldest", list)
         self.log = [{} for _ in self.parts.blocks]
         entries: list[Any] = saved.value("log", list)

@@ -259,6 +259,51 @@ def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:
     )
 
 
+@dataclass(frozen=True)
+class ProcessMemory:
+    """What a process holds that is the server and all of its sites, in bytes, all weights being tuned.
+
+    The base lies on disk; what is not trained is mapped from there, once for all sites that measure at a time. Not
+    counted: what `ClientMemory` does not count, and up to 0.2 GB that the allocator keeps.
+    """
+
+    visit: int
+    """A site in its visit: `ClientMemory.visit`."""
+    state: int
+    """The server's changes, fp32, of the blocks that have moved."""
+    log: int
+    """The frames of one commit to each of these; more are kept as long as they are smaller than their block."""
+    merge: int
+    """Folding one answer: the decoded update, flattened, two fp64 sums and the mean, of one block."""
+    evaluate: int
+    """Measuring: the base once, the message, and for each site at a time the changes it read and put into a model."""
+
+    @property
+    def server(self) -> int:
+        """Held all the time."""
+        return self.state + self.log
+
+    @property
+    def peak(self) -> int:
+        """The most at once."""
+        return self.server + max(self.visit, self.merge, self.evaluate)
+
+
+def process_memory(sizes: Sizes, form: Form, *, width: Width, moved: int, coded: int, workers: int) -> ProcessMemory:
+    """Memory of one process with all sites, of which `workers` measure at a time, once `moved` blocks have moved.
+
+    `coded` is the bytes of one commit; every block counts as large as the trained one.
+    """
+    changes = 4 * min(moved * sizes.block, sizes.total)
+    return ProcessMemory(
+        visit=client_memory(sizes, form, width=width).visit(),
+        state=changes,
+        log=moved * coded,
+        merge=28 * sizes.block,
+        evaluate=width * sizes.total + changes + workers * (changes + width * changes // 4),
+    )
+
+
 def badam_bytes(parameters: int, blocks: int) -> float:
     """2M + 16M / D: BAdam's estimate (Luo et al., NeurIPS 2024, https://arxiv.org/abs/2404.02827), as if the D blocks
     were the whole model; `ClientMemory.states` has the block's own size in place of M / D."""

@@ -28,7 +28,7 @@ from fluvial.models import initial_state
 from fluvial.payload import Payload, Value, join, payload_frame, split
 from fluvial.replies import FRAME, fields, loss_of, weight_of
 from fluvial.seeds import generator
-from fluvial.tensors import Named, cosine, norm, subtract
+from fluvial.tensors import Named, cosine, norm
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,11 @@ class Answer:
     update: Named
     samples: int
     loss: float
+
+
+def _difference(now: Named, before: Named) -> Named:
+    """Return now - before of the tensors that were replaced; the others are the same ones."""
+    return {name: tensor - before[name] for name, tensor in now.items() if tensor is not before[name]}
 
 
 class FedCyBgdServer:
@@ -173,7 +178,7 @@ class FedCyBgdServer:
         return {
             "loss": loss.mean(),
             "sites": len({visit["site"] for visit in visits}),
-            "update_norm": norm(subtract(self.ledger.state, start)),
+            "update_norm": norm(_difference(self.ledger.state, start)),
             **metrics,
             "visits": visits,
             "conflicts": conflicts,
