@@ -9,6 +9,26 @@ from torch import Tensor
 from fluvial.errors import ConfigError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LONGEST = 100_000_000
+"""Bytes of a header; safetensors itself allows no longer one."""
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -56,18 +76,42 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _header(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of one file, without values; raises `ConfigError` where it is damaged or foreign."""
+    if file.suffix == ".safetensors":
+        return _safetensors_header(file)
     from transformers.modeling_utils import load_state_dict
 
     try:
         return dict(load_state_dict(file, map_location="meta", weights_only=True))
     except Exception as error:
-        why = first_line(error)
-        if file.suffix == ".bin" and file.stat().st_size:
-            raise ConfigError(
-                f"{file}: is no plain file of tensors, and loading it could run foreign code; save the model as "
-                f"safetensors ({why:.120})"
-            ) from error
-        raise ConfigError(f"{file}: is damaged or cut short; copy it again ({why:.120})") from error
+        raise ConfigError(
+            f"{file}: is no plain file of tensors, and loading it could run foreign code; save the model as "
+            f"safetensors ({first_line(error):.120})"
+        ) from error
+
+
+def _safetensors_header(file: Path) -> dict[str, Tensor]:
+    """Read the header alone: `safe_open` maps the whole file, for which a machine may lack the address space."""
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > _LONGEST:
+                raise ValueError(f"a header of {length} bytes")
+            table = json.loads(opened.read(length))
+        table.pop("__metadata__", None)
+        found = {
+            str(name): torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
+            for name, entry in table.items()
+        }
+        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in table.items()}
+        wrong = [name for name, tensor in found.items() if tensor.nbytes != sizes[name]]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {found[wrong[0]].nbytes}")
+        if 8 + length + sum(sizes.values()) != file.stat().st_size:
+            raise ValueError(f"{file.stat().st_size} bytes, expected {8 + length + sum(sizes.values())}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ConfigError(f"{file}: is damaged or cut short; copy it again ({first_line(error):.120})") from error
+    return found
 
 
 def first_line(error: Exception) -> str:
