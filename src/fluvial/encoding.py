@@ -12,8 +12,6 @@ from typing import Any
 
 PROBES = ("a b", "The", "1")
 """Texts from which the special tokens of a tokenizer are read."""
-SEPARATORS = ("\n", ".", "a")
-"""Texts after which an answer is encoded as a continuation, tried in this order."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +42,17 @@ class Encoder:
         whole = ids if own else [*self.prefix, *ids]
         return whole or [self._start()]
 
-    def answer(self, prompt: str, answer: str) -> list[int]:
-        """Encode `answer` as it follows the tokens of `prompt(prompt)`, and end it with one EOS."""
-        return self.ended(self._continuation(prompt, answer))
+    def answer(self, text: str) -> list[int]:
+        """Encode an answer by itself, without special tokens, and end it with one EOS.
+
+        The prompt's tokens are thus those that generation starts from, whatever the answer is.
+        """
+        return self.ended(self.plain(text))
 
     def ended(self, ids: Sequence[int]) -> list[int]:
         """Return `ids` with one EOS at the end."""
         eos: int = self.tokenizer.eos_token_id
         return list(ids) if ids and ids[-1] == eos else [*ids, eos]
-
-    def _continuation(self, prompt: str, answer: str) -> list[int]:
-        """Encode `answer` without the space that some tokenizers put before the first word of a text.
-
-        The tokens of the prompt stay what they are in generation. Where prompt and answer would share a token, the
-        answer is encoded behind a separator instead, and the separator's tokens are dropped.
-        """
-        for before in (prompt, *SEPARATORS):
-            head = self.plain(before)
-            both = self.plain(before + answer)
-            if both[: len(head)] == head and len(both) > len(head):
-                return both[len(head) :]
-        return self.plain(answer)
 
     def _start(self) -> int:
         bos: int | None = self.tokenizer.bos_token_id

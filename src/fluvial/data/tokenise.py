@@ -116,7 +116,7 @@ class Tokenizing:
         if isinstance(content, Chat):
             return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on), None
         before = encoder.prompt(content.prompt)
-        after = encoder.answer(content.prompt, content.answer)
+        after = encoder.answer(content.answer)
         labels = [IGNORE_INDEX] * len(before) if self.loss_on == "answer" else before
         return Example([*before, *after], [*labels, *after]), Question(content.prompt, content.answer)
 
