@@ -12,11 +12,13 @@ from fluvial.tensors import Layout, Named, norm, relative_error, subtract
 
 
 def dct(update: Named, **changes: object) -> DctTopK:
-    return DctTopK(DctTopKSettings.model_validate(changes), Layout.of(update))
+    rate = {"rate": changes.pop("rate", 64)}  # here also below 1, which a file refuses: headers of a few values need it
+    return DctTopK(DctTopKSettings.model_validate(changes).model_copy(update=rate), Layout.of(update))
 
 
 def top_k(update: Named, **changes: object) -> TopK:
-    return TopK(TopKSettings.model_validate(changes), Layout.of(update))
+    rate = {"rate": changes.pop("rate", 64)}
+    return TopK(TopKSettings.model_validate(changes).model_copy(update=rate), Layout.of(update))
 
 
 def gaussian(seed: int = 0) -> Named:

@@ -115,7 +115,7 @@ class Stage:
             "train": {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 4},
             "method": {"name": "fedcybgd", **(method or {})},
             "codec": {"name": "identity"},
-            "fleet": {"workers": 1},
+            "fleet": {"workers": 1, "max_update_growth": 1e9},  # what a guard does with a long step is looked at here
             "evaluate": {"sample_tokens": 2},
         }
         base["train"] |= changes.pop("train", {})
@@ -1269,11 +1269,8 @@ def test_an_update_that_overflows_is_refused_on_any_processor(
     saboteur = stage.oracle(table).sites[1]
     task(answering(random_and(size), saboteur))
 
-    saved = stage.play(guarded)
-
-    assert all(torch.isfinite(tensor).all() for tensor in saved.state.values())
-    visits = [visit for record in saved.rounds for visit in record["visits"]]
-    assert [visit["share"] == 0 for visit in visits] == [visit["site"] == saboteur for visit in visits]
+    with pytest.raises(ClientError, match="root mean square"):  # before any kernel computes with it
+        stage.play(guarded)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fluvial.tensors import Layout, Named, norm, relative_error, subtract
 
 
 def powersgd(update: Named, rate: float = 64) -> PowerSgd:
-    return PowerSgd(PowerSgdSettings(rate=rate), Layout.of(update))
+    return PowerSgd(PowerSgdSettings().model_copy(update={"rate": rate}), Layout.of(update))
 
 
 def lora(seed: int = 0, *, rank: int, noise: float = 0.1) -> Named:

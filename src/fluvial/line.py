@@ -14,9 +14,9 @@ from fluvial.settings import Settings
 class Line(Settings):
     """The line between a site and the server; what `fluvial check` predicts a round's time from."""
 
-    up_mbit_s: float = Field(ge=1e-6, le=1e6)
+    up_mbit_s: float = Field(ge=1e-6, le=1e9)
     """From the site, in 10^6 bits a second."""
-    down_mbit_s: float = Field(ge=1e-6, le=1e6)
+    down_mbit_s: float = Field(ge=1e-6, le=1e9)
     rtt_ms: float = Field(ge=0, le=1e6)
     """There and back."""
     loss: float = Field(0.0, ge=0, lt=0.5)
