@@ -259,8 +259,9 @@ def test_a_missing_site_file_says_how_to_make_one(tmp_path: Path) -> None:
 
 @pytest.fixture
 def table(run_config: dict[str, Any]) -> dict[str, Any]:
-    """FedAvg whose sites keep a residual."""
-    return run_config | {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}}
+    """Four rounds of FedAvg whose sites keep a residual."""
+    codec = {"name": "top_k", "rate": 8, "error_feedback": True}
+    return run_config | {"rounds": 4, "codec": codec}
 
 
 @pytest.fixture
