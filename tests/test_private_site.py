@@ -106,13 +106,15 @@ def test_a_retry_and_another_process_release_the_same_bytes(run_config: dict[str
 def test_a_server_that_asks_again_with_other_models_gets_no_more_than_the_rounds(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The run has two rounds: a third release is refused, whatever round it is asked for."""
+    """The run has two rounds: a third release is refused, and so is a round beyond the run."""
     found = bed(run_config, tmp_path)
     frames = {found.ask(), found.ask(start=scale(found.start, 1.001))}
     assert len(frames) == 2
-    for round in (1, 2, 99):
+    for round in (1, 2):
         with pytest.raises(PrivacyError, match="epsilon counts 2"):
             found.ask(round=round, start=scale(found.start, 1.002))
+    with pytest.raises(WireError, match="'round': 99 is not from 1 to 2"):
+        found.ask(round=99, start=scale(found.start, 1.002))
     assert found.ask() in frames
 
 
@@ -212,8 +214,8 @@ def hello(run_config: dict[str, Any], folder: Path, *, run: str, most: float = 8
     station.answer(header, message.to_bytes())
 
 
-def at(epsilon: float, placement: str = "update", heldout: str = "none") -> dict[str, Any]:
-    return cgfedllm_table({"placement": placement, "clip_norm": 0.05, "epsilon": epsilon, "heldout": heldout})
+def at(epsilon: float, placement: str = "update", **others: Any) -> dict[str, Any]:
+    return cgfedllm_table({"placement": placement, "clip_norm": 0.05, "epsilon": epsilon, **others})
 
 
 @pytest.mark.parametrize(
@@ -224,6 +226,7 @@ def at(epsilon: float, placement: str = "update", heldout: str = "none") -> dict
         (at(1.0, "aggregate"), "takes part only in runs that add noise at the site"),
         (at(1.0, heldout="exact"), "lets nothing leave outside epsilon"),
         (at(8.1), "more than this site has left"),
+        (at(1.0, delta=0.9), r"spend delta 0.9 \(method.privacy.delta\), which is more"),
     ],
 )
 def test_a_site_that_bounds_epsilon_refuses_runs_beyond_it(
@@ -242,6 +245,29 @@ def test_the_runs_of_a_site_share_its_epsilon(run_config: dict[str, Any], tmp_pa
     hello(run_config, tmp_path, run="two", method=at(2.5))
     with pytest.raises(PrivacyError, match="more than this site has left"):
         hello(run_config, tmp_path, run="one", method=at(6.0))
+
+
+def test_a_run_cannot_hide_what_it_spent_behind_a_smaller_promise(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """A server greets a run that released with a smaller epsilon, to make room for another run."""
+    hello(run_config, tmp_path / "site", run="one", method=at(8.0))
+    start = bed(run_config, tmp_path / "bed").start
+    station = Station(
+        SiteFile(
+            name="north",
+            folder=tmp_path / "site",
+            device="cpu",
+            allow=Allowed(max_epsilon=8.0, run_paths=("*",)),
+        )
+    )
+    header = Header(run="one", task="train", round=1, session="one", seq=2, ack=0, base=-1)
+    hello(run_config, tmp_path / "site", run="one", method=at(7.0))  # nothing left the site yet
+    station.answer(header, adapter_message(start, round=1).to_bytes())
+
+    with pytest.raises(PrivacyError, match="this run made releases under epsilon 7 .*; begin a new"):
+        hello(run_config, tmp_path / "site", run="one", method=at(0.1))
+    with pytest.raises(PrivacyError, match="more than this site has left"):
+        hello(run_config, tmp_path / "site", run="two", method=at(2.0))
+    hello(run_config, tmp_path / "site", run="one", method=at(7.0))
 
 
 def test_the_server_reads_no_value_beside_a_private_frame(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,15 +1,23 @@
-"""How much epsilon a site's own file lets runs spend, whatever a server asks."""
+"""Epsilon and delta that a site's own file lets runs spend, whatever a server asks."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from fluvial.config import RunConfig, parse
 from fluvial.errors import PrivacyError
+from fluvial.releases import count_releases
 
 
-def check_budget(config: RunConfig, others: Sequence[RunConfig], most: float) -> None:
-    """Raise `PrivacyError` unless `config` and `others` together spend at most epsilon `most`.
+def check_budget(
+    config: RunConfig,
+    others: Sequence[RunConfig],
+    *,
+    max_epsilon: float,
+    max_delta: float,
+) -> None:
+    """Raise `PrivacyError` unless `config` and `others` together stay within both bounds.
 
     `others` are the runs that this site took part in before. Epsilons are added up, which holds for
     any mechanisms; so are their deltas. A run that does not add its noise at the site, or lets
@@ -23,22 +31,49 @@ def check_budget(config: RunConfig, others: Sequence[RunConfig], most: float) ->
         )
     if promise.measures:
         raise PrivacyError("this site lets nothing leave outside epsilon; remove method.privacy.heldout='exact'")
-    asked = _epsilon(config)
-    spent = sum(_epsilon(each) for each in others)
-    if asked + spent > most:
-        raise PrivacyError(f"this run would spend epsilon {asked:.3g}, which is more than this site has left")
+
+    epsilon, delta = _spends(config)
+    spent = [_spends(each) for each in others]
+    if epsilon + sum(each for each, _ in spent) > max_epsilon:
+        raise PrivacyError(f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left")
+    if math.fsum([delta, *(each for _, each in spent)]) > max_delta:
+        raise PrivacyError(
+            f"this run would spend delta {delta:.3g} (method.privacy.delta), which is more than this site has left"
+        )
+
+
+def check_same_promise(config: RunConfig, folder: Path, ledger: Path) -> None:
+    """Raise `PrivacyError` if the run in `folder` made releases under another promise than `config`.
+
+    `ledger` is the folder of `releases`. The run's file is what later runs are counted beside, so a
+    smaller promise there would hide what was spent.
+    """
+    path = folder / "config.json"
+    if not path.exists() or count_releases(ledger) == 0:
+        return
+
+    before = _spends(_read(path))
+    if before != _spends(config):
+        raise PrivacyError(
+            f"this run made releases under epsilon {before[0]:.3g} and delta {before[1]:.3g}, and "
+            "another promise is asked for now; begin a new run"
+        )
 
 
 def runs_before(folder: Path, but: Path) -> list[RunConfig]:
     """Return the configurations of the runs in `folder`, except the one in `but`."""
     paths = sorted(path for path in folder.glob("*/config.json") if path.parent != but)
-    return [parse(json.loads(path.read_text(encoding="utf-8")), str(path)) for path in paths]
+    return [_read(path) for path in paths]
 
 
-def _epsilon(config: RunConfig) -> float:
-    """Return what a whole run spends; infinite without noise at the site."""
+def _read(path: Path) -> RunConfig:
+    return parse(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def _spends(config: RunConfig) -> tuple[float, float]:
+    """Return epsilon and delta of a whole run; epsilon is infinite without noise at the site."""
     promise = config.promise
     if promise is None or not promise.at_site:
-        return float("inf")
-    epsilon: float = promise.report(config.rounds, config.rounds)["epsilon"]
-    return epsilon
+        return math.inf, 0.0
+    report = promise.report(config.rounds, config.rounds)
+    return report["epsilon"], report["delta"]

@@ -1,5 +1,6 @@
 """The file of a site's operator: what the site is, where its own things lie, what it takes part in."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,18 @@ class Allowed(Settings):
     max_epsilon: float | None = Field(None, ge=1e-3, le=1e6)
     """Epsilon that all runs of this site may spend together; runs without noise at the site are
     refused. Unset, runs need not promise privacy."""
+    max_delta: float = Field(1e-4, ge=1e-15, lt=1)
+    """Delta that all these runs may spend together, beside `max_epsilon`."""
     run_paths: tuple[str, ...] = ()
     """Whole paths that a run may name here, such as "/data/shared/*"; without one, a run names nothing on this disk.
     "*" allows everything."""
     max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
     """An answer that would be more is not sent; the server is told why."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.max_epsilon is None and "max_delta" in self.model_fields_set:
+            yield "max_delta: without effect, because max_epsilon is not set; set it, or remove this"
 
 
 class SiteData(SourceSettings):

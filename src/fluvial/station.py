@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fluvial.boundary import ERRORS, kind, outward
-from fluvial.budget import check_budget, runs_before
+from fluvial.budget import check_budget, check_same_promise, runs_before
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
@@ -60,7 +60,7 @@ class Station:
         """Load the base model of the newest run, so that processes forked from this one have it."""
         paths = sorted(self.site.folder.glob("runs/*/config.json"), key=lambda path: path.stat().st_mtime)
         if paths:
-            config = self._at_home(parse(json.loads(paths[-1].read_text()), str(paths[-1])))
+            config = at_site(parse(json.loads(paths[-1].read_text()), str(paths[-1])), self.site)
             self._data(config, self._bench(config))
 
     def answer(self, header: Header, wire: bytes) -> Answer:
@@ -98,7 +98,7 @@ class Station:
     def _hello(self, header: Header, message: Payload) -> Payload:
         """Take part in a run, or raise `ConfigError` with the reason."""
         config = parse(message.value("config", dict), "the run's configuration")
-        local = self._at_home(config)
+        local = at_site(config, self.site)
         allowed = self.site.allow
         for what, found, wanted in (
             ("method.name", config.method.name, allowed.methods),
@@ -108,7 +108,14 @@ class Station:
                 raise RefusalError(f"site {self.site.name!r} takes no part in runs with this {what}")
         folder = self._run_folder(header.run)
         if allowed.max_epsilon is not None:
-            check_budget(config, runs_before(folder.parent, folder), allowed.max_epsilon)
+            check_budget(
+                config,
+                runs_before(folder.parent, folder),
+                max_epsilon=allowed.max_epsilon,
+                max_delta=allowed.max_delta,
+            )
+            ledger = Journal(folder, self._name(config)).store.private(self._name(config))
+            check_same_promise(config, folder, ledger)
         try:
             bench = self._bench(local)
         except ConfigError:
@@ -130,15 +137,14 @@ class Station:
         return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
 
     def _config(self, run: str) -> RunConfig | None:
-        """The configuration that was agreed on for `run`, with the site's own model and data."""
+        """Return what was agreed on for `run`, with the site's own model and data, or None.
+
+        Raises `RefusalError` for what a run may not name.
+        """
         path = self._run_folder(run) / "config.json"
         if not path.exists():
             return None
-        return self._at_home(parse(json.loads(path.read_text()), str(path)))
-
-    def _at_home(self, config: RunConfig) -> RunConfig:
-        """The run's configuration with the site's own paths; raises `RefusalError` for what it may not name."""
-        return at_site(config, self.site)
+        return at_site(parse(json.loads(path.read_text()), str(path)), self.site)
 
     def _name(self, config: RunConfig) -> str:
         return POOLED if config.entry.pooled else self.site.name
