@@ -112,3 +112,15 @@ def test_generation_goes_on_from_the_prompt_and_not_from_an_eos(
     prompts = ["The river", "def mean"]
     answers = [bench.generate(bench.base_state(), prompts, max_new_tokens=6) for bench in benches]
     assert answers[0] == answers[1]
+
+
+def test_the_vocabulary_is_not_read_where_a_probe_tells_the_prefix(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a quarter of a second at 150,000 tokens, and every list of records has an encoder."""
+
+    def refuse(_: Any) -> None:
+        raise AssertionError("the vocabulary was read")
+
+    monkeypatch.setattr(type(tokenizer), "get_vocab", refuse)
+    assert Encoder.of(tokenizer).prefix == (tokenizer.bos_token_id,)

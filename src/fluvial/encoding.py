@@ -5,7 +5,7 @@ those behind it would stand between the prompt and its answer, and are left out 
 multiple choice and generation all encode a prompt with this module.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
@@ -67,8 +67,7 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
     """Return the special tokens before a text: what precedes its own tokens when both are encoded."""
-    words = (token for token in tokenizer.get_vocab() if token.isalnum())
-    for probe in chain(PROBES, islice(words, 8)):
+    for probe in chain(PROBES, islice(_words(tokenizer), 8)):
         plain = _ids(tokenizer, probe, special=False)
         whole = _ids(tokenizer, probe, special=True)
         for start in range(len(whole) - len(plain) + 1):
@@ -77,3 +76,8 @@ def _prefix(tokenizer: Any) -> tuple[int, ...]:
     whole = _ids(tokenizer, "", special=True)
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and whole[:1] == [bos] else ()
+
+
+def _words(tokenizer: Any) -> Iterator[str]:
+    """Yield tokens that are words. The vocabulary, which is slow to get, is read only when asked for."""
+    yield from (token for token in tokenizer.get_vocab() if token.isalnum())
