@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from fluvial import network
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.models import ModelConfig
@@ -52,6 +53,25 @@ def test_the_switch_holds_within_the_context_only() -> None:
     with reachable_hub() as reached:
         assert (reached, constants.HF_HUB_OFFLINE) == (False, True)
     assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.usefixtures("closed_hub")
+def test_a_hub_is_asked_once_for_the_calls_of_one_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall that drops packets costs the whole time limit at each attempt."""
+    asked = list[str]()
+
+    class Session:
+        def head(self, endpoint: str, **_: float) -> None:
+            asked.append(endpoint)
+            raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:10")
+    for period in (1, 1, 1, 2):
+        monkeypatch.setattr(network, "_period", lambda period=period: period)
+        with reachable_hub() as reached:
+            assert not reached
+    assert len(asked) == 2
 
 
 def test_a_model_folder_without_tokenizer_is_named(tiny_model: Path, tmp_path: Path) -> None:

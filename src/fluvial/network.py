@@ -1,41 +1,42 @@
-"""Whether the Hugging Face hub can be reached, found out at once instead of after many retries."""
+"""A check that the Hugging Face hub can be reached, made at once instead of after many retries."""
 
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 TIMEOUT_S = 5.0
 """Time for one attempt to reach the hub, name look-up included."""
+REMEMBERED_S = 60.0
+"""Time for which one attempt counts: a model is loaded in several calls, and each would wait."""
 
 
 @contextmanager
 def reachable_hub() -> Iterator[bool]:
-    """Yield true if the hub answers; if it does not, work from the local cache only within this context.
+    """Yield true if the hub answers; if not, only the local cache is used within this context.
 
     The switch is that of `HF_HUB_OFFLINE`, which the libraries read once when they are imported.
     """
     from huggingface_hub import constants
 
-    reached = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+    reached = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, _period())
     if reached:
         yield True
         return
-    before = constants.HF_HUB_OFFLINE
     switches = _switches()
     try:
         for module, name, _ in switches:
             setattr(module, name, True)
         yield False
     finally:
-        constants.HF_HUB_OFFLINE = before
         for module, name, value in switches:
             setattr(module, name, value)
 
 
 def _switches() -> list[tuple[object, str, bool]]:
     """Return every module of a library that keeps a copy of the switch, with its value."""
-    import sys
-
     places = (
         ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
         ("datasets.config", "HF_HUB_OFFLINE"),
@@ -45,8 +46,14 @@ def _switches() -> list[tuple[object, str, bool]]:
     return [(module, name, getattr(module, name)) for module, name in modules if hasattr(module, name)]
 
 
-def _answers(endpoint: str) -> bool:
-    """Return true if a request to `endpoint` is answered, with any status, within `TIMEOUT_S`."""
+def _period() -> int:
+    """Return a number that changes every `REMEMBERED_S` seconds."""
+    return int(time.monotonic() // REMEMBERED_S)
+
+
+@lru_cache(maxsize=8)
+def _answers(endpoint: str, period: int) -> bool:  # noqa: ARG001 - another period is another call
+    """Return true if `endpoint` answers a request, with any status, within `TIMEOUT_S`."""
     from huggingface_hub import get_session
 
     answered = threading.Event()
