@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fluvial.data import IGNORE_INDEX, DataConfig, DataError, Example, Question, SiteTexts, Tokenized, stdlib, tokenize
 from fluvial.data.forms import detect_form
-from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, split
+from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, alike, split
 from fluvial.data.records import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from fluvial.errors import ConfigError
 
@@ -238,7 +238,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learned
 
 def test_a_template_that_refuses_the_conversation_names_the_record(tokenizer: Any) -> None:
     strict = Speaking(tokenizer, chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match=r"record 0: the tokenizer's chat template refuses .*: roles must alternate"):
+    with pytest.raises(ConfigError, match=r"record 0: the chat template refuses .*: roles must alternate"):
         one(strict, "messages", {"messages": CHAT})
 
 
@@ -347,13 +347,28 @@ def test_a_missing_column_is_answered_with_the_columns(partition: Any, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "partition",
-    [Dirichlet(column="kind", sites=10, alpha=0.1, min_records=10), Shards(column="kind", sites=50, shards_per_site=2)],
-    ids=lambda partition: partition.by,
+    ("partition", "message"),
+    [
+        (
+            Dirichlet(column="kind", sites=10, alpha=0.1, min_records=10),
+            r"min_records=10 of the 60 records .* raise alpha, or lower min_records or sites",
+        ),
+        (
+            Shards(column="kind", sites=50, shards_per_site=2),
+            "50 x 2 = 100 shards, and there are only 60 records; lower sites or shards_per_site",
+        ),
+    ],
+    ids=lambda value: getattr(value, "by", ""),
 )
-def test_a_split_that_cannot_be_made_is_refused(partition: Any) -> None:
-    with pytest.raises(ConfigError, match=r"data.partition: .* cannot split 60 records"):
+def test_a_split_that_cannot_be_made_is_refused(partition: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.partition: by = '{partition.by}' .*{message}"):
         split(classes(partition), 60, partition, 0)
+
+
+def test_names_that_are_the_same_number_are_alike() -> None:
+    sites = {"1": 3, "1.0": 4, "01": 5, "10": 6, "a": 7, "9" * 40: 8, "9" * 39 + "8": 9}
+    (remark,) = alike(sites)
+    assert "'1' (3 records) and '1.0' (4 records) and '01' (5 records) differ only in" in remark
 
 
 def save(kind: str, folder: Path, dataset: Any) -> Path:

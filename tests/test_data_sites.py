@@ -394,13 +394,37 @@ def test_a_template_with_bos_gets_no_second_one(kind: Any) -> None:
             None,
             "leaves out or changes turn",
         ),
-        ("{{ messages + 1 }}", TURNS, "record 1: the tokenizer's chat template refuses the conversation"),
-        ("{% for m in messages %}", TURNS, "record 1: the tokenizer's chat template refuses the conversation"),
+        (
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "an a"}, TURNS[-1]],
+            r"leaves out or changes turn 1 \(role system\)",
+        ),
+        (
+            "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}",
+            [TURNS[0], {"role": "assistant", "content": "<think>three</think>4"}],
+            r"leaves out or changes turn 2 \(role assistant\)",
+        ),
+        ("{{ messages + 1 }}", TURNS, "record 1: the chat template refuses the conversation"),
+        ("{% for m in messages %}", TURNS, "record 1: the chat template refuses the conversation"),
     ],
 )
 def test_what_a_template_cannot_show_is_refused(template: str, messages: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"record 1: .*{message}|{message}"):
         chat(with_template(byte_level(), template), messages or [{"role": "system", "content": "s"}, *TURNS])
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "zephyr", "plain"])
+@pytest.mark.parametrize("content", ["a", "s", "|", "A long answer."])
+def test_a_first_turn_of_the_assistant_is_learned_from_its_content_on(name: str, content: str) -> None:
+    """The header of a turn holds the letters of the word "assistant" too."""
+    tokenizer = with_template(byte_level(), name)
+    turn = {"role": "assistant", "content": content}
+    (example,) = tokenize([("r", {"messages": [turn]})], "messages", tokenizer, max_length=4096).examples
+    marked = tokenizer.apply_chat_template([turn | {"content": "0123456789"}], tokenize=False)
+    header, end = marked.split("0123456789")
+    learned = [token for token in example.labels if token != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == content + end
+    assert tokenizer.decode(example.input_ids) == header + content + end
 
 
 def test_text_parts_are_joined_and_a_day_is_always_the_same() -> None:

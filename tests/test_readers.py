@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import zipfile
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,32 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     assert values(table, "n") == [Number("1"), Number("2"), None]
     assert values(table, "f") == [Number("0.5"), Number("nan"), Number("1.0")]
     assert [str(row.place).rpartition("/")[2] for row in table.rows] == [f"a.parquet, row {n}" for n in (1, 2, 3)]
+
+
+def test_parquet_numbers_have_the_digits_of_their_type(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {
+        "decimal": pyarrow.array([Decimal("1.50"), Decimal("-0.10"), None]),
+        "float32": pyarrow.array([0.1, float("nan"), None], type=pyarrow.float32()),
+        "float16": pyarrow.array([0.1, 2.0, None], type=pyarrow.float16()),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    table = read_file(tmp_path / "a.parquet", Reading())
+    assert values(table, "decimal") == [Number("1.50"), Number("-0.10"), None]
+    assert values(table, "float32") == [Number("0.1"), Number("nan"), None]
+    assert values(table, "float16") == [Number("0.1"), Number("2.0"), None]
+
+
+def test_a_parquet_value_that_python_has_no_type_for_names_its_column(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    when = pyarrow.array([2**60], type=pyarrow.timestamp("us"))
+    parquet.write_table(pyarrow.table({"text": ["x"], "when": when}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet: column 'when' of type timestamp\[us\] .* remove the column"):
+        read_file(tmp_path / "a.parquet", Reading())
 
 
 def test_quotes_and_line_breaks_of_csv(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from fluvial.errors import ConfigError
 
 TODAY = datetime(2024, 7, 26)
 """The day that a template gets when it asks for today's, so that tokens do not depend on the day of the run."""
+_MARK = "content-of-a-turn-"
+"""Stands for the content of a turn, which a template may compare, cut or leave out."""
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
@@ -28,7 +30,7 @@ def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss
     if loss_on != "all" and all(message["role"] != "assistant" for message in messages):
         raise ConfigError(f"{place}: the conversation has no turn of the assistant to learn; remove the record")
     rendered = _render(place, messages, tokenizer)
-    _refuse_omissions(place, messages, rendered)
+    _refuse_omissions(place, messages, tokenizer, rendered)
     spans = [] if loss_on == "all" else _spans(place, messages, tokenizer, rendered)
     ids, offsets = _tokens(place, rendered, tokenizer)
     if loss_on == "all":
@@ -48,15 +50,17 @@ def _spans(place: object, messages: Sequence[Message], tokenizer: Any, rendered:
             continue
         end = _render(place, messages[: turn + 1], tokenizer)
         if turn == 0:  # there is no conversation before it to render, so its header ends where its content begins
-            start = end[: max(0, end.find(message["content"].strip()))]
+            start = _header(place, message, tokenizer)
         else:
             start = _render(place, messages[:turn], tokenizer, add_generation_prompt=True)
         if not (rendered.startswith(end) and end.startswith(start)):
             raise ConfigError(
-                f"{place}: the tokenizer's chat template renders turn {turn + 1} differently inside the whole "
+                f"{place}: the chat template renders turn {turn + 1} differently inside the whole "
                 "conversation, so its tokens cannot be told apart; keep one assistant turn a record, or set "
                 "data.loss_on='all'"
             )
+        if message["content"].strip() not in end[len(start) :]:
+            raise _omitted(place, turn, message)
         spans.append((len(start), len(end)))
     return spans
 
@@ -77,13 +81,31 @@ def _tokens(place: object, rendered: str, tokenizer: Any) -> tuple[list[int], li
     return ids, offsets
 
 
-def _refuse_omissions(place: object, messages: Sequence[Message], rendered: str) -> None:
-    for number, message in enumerate(messages, start=1):
-        if message["role"] != "assistant" and message["content"].strip() not in rendered:
-            raise ConfigError(
-                f"{place}: the tokenizer's chat template leaves out or changes turn {number} (role "
-                f"{message['role']}); set data.chat_template to another one, or remove the turn"
-            )
+def _header(place: object, message: Message, tokenizer: Any) -> str:
+    """Return what the template writes before the content of a first turn."""
+    marked = _render(place, [message | {"content": _MARK}], tokenizer)
+    return marked[: max(0, marked.find(_MARK))]
+
+
+def _refuse_omissions(place: object, messages: Sequence[Message], tokenizer: Any, rendered: str) -> None:
+    """Raise `ConfigError` for a turn whose content the template leaves out or changes.
+
+    A short content may stand in the template's own text too, so marks are rendered in the place of contents.
+    """
+    marks = [f"{_MARK}{number}." for number in range(len(messages))]
+    pairs = zip(messages, marks, strict=True)
+    marked = _render(place, [message | {"content": mark} for message, mark in pairs], tokenizer)
+    for number, message in enumerate(messages):
+        shown_whole = marks[number] in marked and message["content"].strip() in rendered
+        if message["role"] != "assistant" and not shown_whole:
+            raise _omitted(place, number, message)
+
+
+def _omitted(place: object, number: int, message: Message) -> ConfigError:
+    return ConfigError(
+        f"{place}: the chat template leaves out or changes turn {number + 1} (role {message['role']}); set "
+        "data.chat_template to another one, or change or remove the turn"
+    )
 
 
 def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
@@ -97,7 +119,8 @@ def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_g
     except Exception as error:  # a template is a program: it may raise whatever a program raises
         said = printable(str(error).strip().partition("\n")[0])[:120]
         raise ConfigError(
-            f"{place}: the tokenizer's chat template refuses the conversation: {said or type(error).__name__}"
+            f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; change the record, "
+            "or set data.chat_template to another template"
         ) from error
     return text
 

@@ -3,6 +3,7 @@
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -115,21 +116,49 @@ def _drawn(classes: Sequence[str] | None, count: int, partition: Drawn, seed: in
             warnings.filterwarnings("ignore", category=FutureWarning, module="pyarrow")
             return [list(chosen.load_partition(number)["record"]) for number in range(chosen.num_partitions)]
     except (ValueError, ZeroDivisionError) as error:  # the latter for fewer records than shards
-        raise ConfigError(f"data.partition: {partition!r} cannot split {count} records: {error}") from error
+        raise ConfigError(_unsplit(classes, count, partition)) from error
+
+
+def _unsplit(classes: Sequence[str] | None, count: int, partition: Drawn) -> str:
+    """Return why records could not be split, and what to change."""
+    if isinstance(partition, Shards):
+        shards = partition.sites * partition.shards_per_site
+        return (
+            f"data.partition: by = 'shards' makes {partition.sites} x {partition.shards_per_site} = {shards} shards, "
+            f"and there are only {count} records; lower sites or shards_per_site"
+        )
+    assert isinstance(partition, Dirichlet), "equal shares can always be drawn"
+    values = len(set(classes or ()))
+    return (
+        f"data.partition: by = 'dirichlet' drew 10 times and left a site with fewer than min_records="
+        f"{partition.min_records} of the {count} records each time (column {shown(partition.column)} has {values} "
+        f"values, alpha={partition.alpha}, sites={partition.sites}); raise alpha, or lower min_records or sites"
+    )
 
 
 def alike(sites: Mapping[str, int]) -> list[str]:
-    """Return a remark for each group of site names that differ in blanks, case or Unicode form only.
+    """Return a remark for each group of site names that differ in blanks, case, Unicode form or
+    how a number is written only.
 
     `sites` has the number of records of each site.
     """
     groups: dict[str, list[str]] = {}
     for name in sites:
         folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
-        groups.setdefault(folded, []).append(name)
+        groups.setdefault(_number(folded) or folded, []).append(name)
     return [
         f"the sites {' and '.join(f'{shown(name)} ({sites[name]} records)' for name in names)} differ only in blanks, "
-        "case or Unicode form, and are taken as different sites"
+        "case, Unicode form or how a number is written, and are taken as different sites"
         for names in groups.values()
         if len(names) > 1
     ]
+
+
+def _number(name: str) -> str | None:
+    """Return one text for all ways to write the same number, such as 1, 1.0, 01 and 1e0; None for other names."""
+    try:
+        value = Decimal(name)
+    except InvalidOperation:
+        return None
+    short = value.is_finite() and abs(value.adjusted()) < 100 and len(value.as_tuple().digits) <= 28
+    return f"{value.normalize():f}" if short else None

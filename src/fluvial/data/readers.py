@@ -6,6 +6,7 @@ A value of JSON keeps its type, with numbers as they are written; a value of CSV
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=Number)
+_STRICT = "; JSON has no comments, no comma after a last element, and texts in double quotes"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -122,7 +124,7 @@ def _record(value: Any) -> dict[str, Any]:
 def _why(error: ValueError) -> str:
     """Return what is wrong with a text of JSON, without any of the text."""
     if isinstance(error, JSONDecodeError):
-        return f"is not JSON ({error.msg} at character {error.colno}); write one record on each line"
+        return f"is not JSON ({error.msg} at character {error.colno}); write one record on each line{_STRICT}"
     return str(error)
 
 
@@ -135,7 +137,8 @@ def _json(path: Path, reading: Reading) -> Table:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _json_lines(path, text)
         place = f"{name}, line {error.lineno}"
-        raise DataError([f"{place} is not JSON ({error.msg} at character {error.colno} of the line)"]) from None
+        fault = f"{place} is not JSON ({error.msg} at character {error.colno} of the line){_STRICT}"
+        raise DataError([fault]) from None
     except ValueError as error:
         raise DataError([f"{name}, {error}"]) from None
     lists = {key: items for key, items in found if items is not None}
@@ -363,15 +366,39 @@ def _parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parquet s
         raise DataError([f"{name}: is not a parquet file; give it the suffix of what it is"])
     try:
         table = parquet.read_table(io.BytesIO(data))
-        names, batches = table.column_names, [batch.to_pylist() for batch in table.to_batches(max_chunksize=10_000)]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError([f"{name}: is a damaged parquet file ({type(error).__name__}); copy it again"]) from error
+    names = table.column_names
     if len(set(names)) < len(names):
         twice = next(each for each in names if names.count(each) > 1)
         raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
-    found = (record for batch in batches for record in batch)
-    rows = [Row(typed(record), Place(str(path), "row", number)) for number, record in enumerate(found, start=1)]
+    columns = [_values(name, each, table.column(each)) for each in names]
+    found = (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True))
+    rows = [Row(record, Place(str(path), "row", number)) for number, record in enumerate(found, start=1)]
     return Table(str(path), ".parquet", rows, tuple(names))
+
+
+def _short(value: Any, kind: str) -> Any:
+    """Return a value of a column of pyarrow's type `kind`, a short float with the digits that its type has."""
+    import numpy
+
+    if kind not in ("halffloat", "float") or value is None or not math.isfinite(value):
+        return value
+    return Number(str((numpy.float16 if kind == "halffloat" else numpy.float32)(value)))
+
+
+def _values(file: str, name: str, column: Any) -> list[Any]:
+    """Return the values of a column of pyarrow; raise `DataError` for those that Python has no type for."""
+    import pyarrow
+
+    try:
+        return [typed(_short(value, str(column.type))) for value in column.to_pylist()]
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        fault = (
+            f"{file}: column {shown(name)} of type {column.type} holds a value that cannot be read "
+            f"({type(error).__name__}); write it as text, or remove the column"
+        )
+        raise DataError([fault]) from error
 
 
 READERS: dict[str, Callable[[Path, Reading], Table]] = {

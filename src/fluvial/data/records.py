@@ -127,7 +127,10 @@ class RecordReader:
         turns = fields[self._column(field)]
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             found = "an empty list" if isinstance(turns, list) else described(turns)
-            raise ConfigError(f"{place}: {self._name(field)}: the conversation must be a list of turns, and is {found}")
+            raise ConfigError(
+                f"{place}: {self._name(field)}: the conversation must be a list of turns, and is {found}; write a list "
+                "of objects, or remove the record"
+            )
         if fields.get("tools"):
             raise ConfigError(
                 f"{place}: the record has 'tools', which are not supported; remove the field or the record"

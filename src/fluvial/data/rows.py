@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from fluvial.data.faults import printable
@@ -63,10 +64,12 @@ def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def typed(value: Any) -> Any:
     """Return a value of pyarrow as our readers give it: numbers as `Number`, all else as it is."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
+    if isinstance(value, bool) or value is None or isinstance(value, str | Number):
         return value
     if isinstance(value, int):
         return Number(str(value))
+    if isinstance(value, Decimal):
+        return Number(format(value, "f"))
     if isinstance(value, float):
         return Number(repr(value) if math.isfinite(value) else str(value))
     if isinstance(value, Mapping):

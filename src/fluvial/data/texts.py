@@ -342,7 +342,8 @@ class SiteTexts:
         missing = sorted(set(parts) - set(apart))
         if missing:
             faults.add(
-                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} sites lack some)"
+                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} sites lack some); "
+                "add some, or remove data.heldout_source, so that a share of each site's records is held out"
             )
         strange = sorted(set(apart) - set(parts))
         if strange:
@@ -363,7 +364,8 @@ class SiteTexts:
                 faults.add(
                     f"data: site {shown(name)} has {len(records)} records; "
                     f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} to train on and {cut} "
-                    "held out, and both need at least one"
+                    "held out, and both need at least one; give the site more records, change data.heldout_share, or "
+                    "leave the site out"
                 )
                 continue
             train, heldout = sorted(order[cut:]), sorted(order[:cut])
