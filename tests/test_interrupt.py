@@ -166,3 +166,26 @@ def test_evaluate_is_stopped_without_advice(
     code, words = stopped(command, ready, [number])
     assert code == CODES[number]
     assert clean(words) == ""
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_temporary_folder_goes_with_the_process(number: signal.Signals, tmp_path: Path) -> None:
+    """A converted base model is as large as the model, and no exit function runs on a signal."""
+    code = (
+        "import signal; from fluvial import interrupt; interrupt.install(); owner = {1}; "
+        "folder = interrupt.temporary_folder(owner); (folder / 'weights').write_bytes(b'1'); "
+        "print(folder, flush=True); signal.pause()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    with process:
+        assert process.stdout is not None
+        folder = Path(process.stdout.readline().strip())
+        assert folder.is_dir()
+        process.send_signal(number)
+    assert process.returncode == CODES[number]
+    assert not folder.exists()

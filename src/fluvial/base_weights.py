@@ -6,9 +6,6 @@ them when it loads the folder; what is read here is what it would load.
 """
 
 import re
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluvial.errors import ConfigError
-from fluvial.frozen import FolderSource, Source, stored_tensors
+from fluvial.frozen import FolderSource, Source, tensor_files
+from fluvial.interrupt import temporary_folder
 
 
 def wanted(model: nn.Module) -> dict[str, Tensor]:
@@ -91,8 +89,7 @@ class _Converted(FolderSource):
     """Weights that transformers has converted, written to a folder that goes with this object."""
 
     def __init__(self, model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-        path = Path(tempfile.mkdtemp(prefix="fluvial-base-"))
-        weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)  # at exit too
+        path = temporary_folder(self)
         tensors = {name: tensor.detach().contiguous() for name, tensor in wanted(model).items()}
         save_file(tensors, path / "model.safetensors")
         super().__init__(path, list(dtypes), dtypes)
@@ -101,7 +98,7 @@ class _Converted(FolderSource):
 def _places(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, str] | None:
     """Return the stored name of each of `tensors`, or None where some are not stored as they are in the model."""
     try:
-        stored = stored_tensors(folder)
+        stored = tensor_files(folder)
     except ConfigError:
         if any(folder.glob("*.safetensors*")):
             raise

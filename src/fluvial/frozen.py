@@ -78,7 +78,7 @@ class FolderSource(Source):
         They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the folder cannot be
         read or lacks some of them.
         """
-        stored = stored_tensors(path)
+        stored = tensor_files(path)
         places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         missing = [name for name, place in places.items() if place not in stored]
         if missing:
@@ -369,7 +369,7 @@ def _sum(base: Tensor, change: Tensor) -> Tensor:
     return (base.float() + change.float()).to(base.dtype)
 
 
-def stored_tensors(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no safetensors."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

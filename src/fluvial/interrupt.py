@@ -6,10 +6,14 @@ to be unwound: the process leaves from the signal handler itself, and a second s
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -17,6 +21,8 @@ _SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"
 """Clear the line of a progress bar and show the cursor that it hid."""
 
 _advice: Callable[[], str] = str
+_temporary: set[Path] = set()
+"""Folders that are removed before the process leaves."""
 
 
 def install() -> None:
@@ -32,6 +38,19 @@ def advise(words: Callable[[], str]) -> None:
     _advice = words
 
 
+def temporary_folder(owner: object) -> Path:
+    """Make a folder that is removed with `owner`, at exit, and before the process leaves."""
+    path = Path(tempfile.mkdtemp(prefix="fluvial-"))
+    _temporary.add(path)
+    weakref.finalize(owner, _remove, path)  # at exit too
+    return path
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    _temporary.discard(path)
+
+
 def _leave(number: int, _: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
@@ -43,4 +62,7 @@ def _leave(number: int, _: FrameType | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
+    with suppress(Exception):
+        for path in tuple(_temporary):
+            shutil.rmtree(path, ignore_errors=True)
     os._exit(128 + number)
