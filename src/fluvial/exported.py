@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import ConfigError
+from fluvial.files import read_object
 
 FILE = "fluvial.json"
 PLACES = frozenset(
@@ -73,15 +74,10 @@ def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
 
 
 def _tables(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: must be a JSON object, found {type(found).__name__}; copy it again")
+    found = read_object(path)
+    if found is None or "fluvial" not in found:
+        return found
     wrong = [key for key in ("model", "data", "evaluate") if not isinstance(found.get(key, {}), dict)]
-    if wrong and "fluvial" in found:
+    if wrong:
         raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
     return found

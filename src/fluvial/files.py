@@ -1,13 +1,15 @@
 """Files of a run or a site: replaced whole, readable by their owner only, whatever the umask, and known by a digest."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from fluvial.errors import CheckpointError
+from fluvial.errors import CheckpointError, ConfigError
 
 DRAFTS = (".*.partial", ".*.draft")
 """Names of files and folders that are not finished yet."""
@@ -60,6 +62,22 @@ def _ends_with_line(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() == b"\n"
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file that a person names, None where there is no file.
+
+    Raises `ConfigError` for a file that is damaged or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: must be a JSON object, found {type(found).__name__}; copy it again")
+    return found
 
 
 def digest_of(data: bytes) -> str:

@@ -1,7 +1,5 @@
 """The folders that `fluvial evaluate` reads: a PEFT adapter, or a model of which all weights were tuned."""
 
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,8 +7,9 @@ from typing import Any, Literal
 from fluvial import exported
 from fluvial.adapters import SavedLora
 from fluvial.errors import ConfigError
+from fluvial.files import read_object
 from fluvial.models import ModelConfig, Workbench
-from fluvial.pretrained import EMBEDDED
+from fluvial.pretrained import EMBEDDED, HUB_ID
 from fluvial.tensors import Named, is_finite
 
 _READ = {
@@ -57,7 +56,6 @@ def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[st
 
 
 Kind = Literal["adapter", "tuned", "model"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def kind_of(name: str) -> Kind:
@@ -67,20 +65,24 @@ def kind_of(name: str) -> Kind:
     """
     folder = Path(name).expanduser()
     if not folder.exists():
-        if name == EMBEDDED or (_HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
+        if name == EMBEDDED or (HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
             return "model"
         raise ConfigError(f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's folder")
-    if _json(folder / "adapter_config.json") is not None:
+    if read_object(folder / "adapter_config.json") is not None:
         return "adapter"
-    config = _json(folder / "config.json") or {}
+    config = read_object(folder / "config.json") or {}
     if "model_type" in config or "architectures" in config:
         return "tuned" if exported.read(folder) else "model"
-    made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
-    hint = f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
     raise ConfigError(
-        f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of transformers (it has no "
-        f"config.json that names a model_type); {hint}"
+        f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of "
+        f"transformers (it has no config.json that names a model_type); {_hint(folder)}"
     )
+
+
+def _hint(folder: Path) -> str:
+    """Return where the weights of a run's folder lie, or would lie."""
+    made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
+    return f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
@@ -88,13 +90,11 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
 
     Raises `ConfigError` where it is neither, or none that a `Workbench` can hold.
     """
-    config = _json(folder / "adapter_config.json")
-    if config is None and "architectures" in (_json(folder / "config.json") or {}):
+    config = read_object(folder / "adapter_config.json")
+    if config is None and "architectures" in (read_object(folder / "config.json") or {}):
         return _model_folder(folder)
     if config is None:
-        made = [name for name in ("adapter", "model") if (folder / name).is_dir()]
-        hint = f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
-        raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {hint}")
+        raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {_hint(folder)}")
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
     run = exported.read(folder)
@@ -173,13 +173,3 @@ def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
             "base model there ('embedded' for the one that comes with the package)"
         )
     return base
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
-    return found if isinstance(found, dict) else {}

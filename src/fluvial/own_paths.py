@@ -5,7 +5,6 @@ folder that a run names is refused in the same words, be it there or not, so tha
 """
 
 import fnmatch
-import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from fluvial.config import RunConfig, parse
 from fluvial.data.config import STDLIB
 from fluvial.errors import RefusalError
-from fluvial.pretrained import EMBEDDED
+from fluvial.pretrained import EMBEDDED, HUB_ID
 from fluvial.site_file import SiteFile
 
 OF_NO_SOURCE = (
@@ -33,7 +32,6 @@ OF_NO_SOURCE = (
 """Settings of a run's [data] that hold for a site with records of its own. All others are the site's."""
 SOURCES = ("source", "heldout_source")
 """Settings that name what a site reads; the public text is the server's."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MANY = 10_000
 """Files of a folder that are looked at."""
 
@@ -81,7 +79,7 @@ def _may_load(name: str, site: SiteFile) -> bool:
     """Return whether the site may load the base model that a run names; a hub id is no place on its disk."""
     if name == EMBEDDED or name in site.allow.models or _allowed(name, site):
         return True
-    return _HUB_ID.fullmatch(name) is not None and ".." not in name and not Path(name).exists()
+    return HUB_ID.fullmatch(name) is not None and ".." not in name and not Path(name).exists()
 
 
 def _allowed(named: str, site: SiteFile) -> bool:

@@ -3,7 +3,7 @@
 transformers is imported where something is loaded, so that other commands answer at once.
 """
 
-import json
+import re
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -13,11 +13,14 @@ import torch
 from torch import nn
 
 from fluvial.errors import ConfigError
+from fluvial.files import read_object
 from fluvial.network import reachable_hub
 from fluvial.settings import Settings
 from fluvial.stored import FLOATS, first_line, stored_tensors
 
 EMBEDDED = "embedded"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""Texts that can be the id of a model on the hub."""
 
 
 class ModelConfig(Settings):
@@ -122,7 +125,7 @@ def _refuse_folder(config: ModelConfig) -> None:
     if folder is None:
         return
     where = f"model.name_or_path={config.name_or_path!r}"
-    adapter = _json(folder / "adapter_config.json")
+    adapter = read_object(folder / "adapter_config.json")
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
         raise ConfigError(
@@ -133,7 +136,7 @@ def _refuse_folder(config: ModelConfig) -> None:
         other = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".pth", ".pt", ".ckpt")]
         held = f", only {other[0]!r}; convert it to transformers' form" if other else ""
         raise ConfigError(f"{where}: the folder has no config.json{held}")
-    stored = _json(folder / "config.json") or {}
+    stored = read_object(folder / "config.json") or {}
     if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
             f"{where}: its model is Python code in the folder (auto_map in config.json), which is never run; only "
@@ -141,16 +144,6 @@ def _refuse_folder(config: ModelConfig) -> None:
         )
     if "model_type" not in stored and "auto_map" not in stored:
         raise ConfigError(f"{where}: config.json names no 'model_type', so it is not of transformers' form")
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
-    return found if isinstance(found, dict) else {}
 
 
 _READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
