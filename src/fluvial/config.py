@@ -12,7 +12,7 @@ from fluvial import paths, toml
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
-from fluvial.fleet import FleetConfig
+from fluvial.fleet import FleetConfig, cohort_size
 from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
@@ -78,6 +78,10 @@ class RunConfig(Settings):
     def adapter(self) -> LoraSettings | None:
         """The adapter's settings; None where all weights are tuned."""
         return self.lora if self.tuned == "lora" else None
+
+    def cohort(self, sites: int) -> int:
+        """Return the number of sites in a round; a method without `fraction` asks all."""
+        return cohort_size(getattr(self.method, "fraction", 1.0), sites)
 
     @property
     def promise(self) -> Promise | None:

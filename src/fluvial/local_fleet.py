@@ -38,6 +38,13 @@ class _Job:
     wire: bytes
 
 
+def concurrency(config: FleetConfig) -> int:
+    """Return how many sites of one process work at a time."""
+    if config.workers != "auto":
+        return config.workers
+    return 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
+
+
 class LocalFleet(Policy):
     """Sites of one process, each task in a thread of its own."""
 
@@ -54,7 +61,6 @@ class LocalFleet(Policy):
         self.sites = tuple(names)
         self._open, self._tasks = open_site, tasks
         self._limits = limits or Limits()
-        self._workers = self.config.workers
 
     def ask(
         self,
@@ -67,13 +73,13 @@ class LocalFleet(Policy):
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
         assert task in self._tasks, f"unknown task {task!r}"
-        wires = Wires(messages)
+        wires, workers = Wires(messages), concurrency(self.config)
         waiting = deque((name, 1) for name in messages)
         working: dict[int, _Job] = {}
         done: Done = queue.SimpleQueue()
         answered, started = 0, 0
         while waiting or working:
-            while waiting and len(working) < self._concurrency():
+            while waiting and len(working) < workers:
                 name, attempt = waiting.popleft()
                 started += 1
                 working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wires[name])
@@ -127,11 +133,6 @@ class LocalFleet(Policy):
                 "this run was begun over Flower, and its sites keep there what they need to go on; resume it as it was "
                 "begun: by submit --resume, or a simulation with --fleet flower"
             )
-
-    def _concurrency(self) -> int:
-        if self._workers == "auto":
-            self._workers = 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
-        return self._workers
 
     def _work(self, number: int, job: _Job, task: str, round: int, done: Done) -> None:
         """Answer as the site; what it tells of an error is what would leave it."""

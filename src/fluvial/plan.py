@@ -58,7 +58,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     trained = config.entry.sent(config.method, layout)
     frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
     down = frame_size(config.downlink or IdentitySettings(), layout)
-    cohort = max(int(getattr(config.method, "fraction", 1.0) * len(sites)), 1)
+    cohort = config.cohort(len(sites))
     width = dtype_of(config.model).itemsize
     absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
     rows = [

@@ -8,7 +8,6 @@ ledger is ever sent, nor rolled back with a checkpoint.
 """
 
 import fcntl
-import hashlib
 import json
 import secrets
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, PrivacyError
-from fluvial.files import write_atomically
+from fluvial.files import digest_of, make_folder, write_atomically
 from fluvial.noise import SECRET_BYTES, derive_key
 
 _FILE = "releases.json"
@@ -77,8 +76,8 @@ def count_releases(folder: Path) -> int:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the ledger of `folder` alone, against other threads and processes."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    make_folder(folder)
+    folder.chmod(0o700)  # one that was there may be open to others
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -108,13 +107,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, book: dict[str, Any]) -> None:
-    path = folder / _FILE
-    write_atomically(path, json.dumps({"ledger": book, "sha256": _digest(book)}).encode())
-    path.chmod(0o600)  # and the folder was closed to others before
+    text = json.dumps({"ledger": book, "sha256": _digest(book)})
+    write_atomically(folder / _FILE, text.encode())
 
 
 def _digest(book: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(book, sort_keys=True).encode()).hexdigest()
+    return digest_of(json.dumps(book, sort_keys=True).encode())
 
 
 def _secret(book: dict[str, Any]) -> bytes:

@@ -268,7 +268,7 @@ def verdict_of(found: dict[str, Any]) -> Verdict:
 def verdict_line(found: dict[str, Any]) -> Text:
     """Return the verdict of a finished run in one line."""
     verdict = verdict_of(found)
-    colour = {"yes": "green", "no": "red", "partly": "yellow"}.get(verdict.helped, "yellow")
+    colour = {"yes": "green", "no": "red"}.get(verdict.helped, "yellow")
     return Text(plain(verdict.line()), style=f"bold {colour}")
 
 

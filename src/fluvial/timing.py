@@ -1,7 +1,6 @@
 """What `fluvial check --time` measures: one optimizer step on this machine, and the time of a round from it."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from fluvial.config import RunConfig
 from fluvial.data import Example, SiteTexts
 from fluvial.evaluate import heldout
+from fluvial.local_fleet import concurrency
 from fluvial.models import Workbench, initial_state
 from fluvial.seeds import generator
 from fluvial.train import train
@@ -176,11 +176,8 @@ def _work(config: RunConfig, train_sequences: Sequence[int], heldout_sequences: 
     if config.entry.pooled:
         steps = [config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)]
         return Work(steps, [sum(heldout_sequences)], 1, 1)
-    cohort = max(int(getattr(config.method, "fraction", 1.0) * count), 1)
-    workers = config.fleet.workers
-    if workers == "auto":
-        workers = 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
-    if config.fleet.sites:
-        workers = count  # each on a machine of its own
+    cohort = config.cohort(count)
+    # Sites that are named are each on a machine of its own.
+    workers = count if config.fleet.sites else concurrency(config.fleet)
     steps = [config.train.steps(sequences) for sequences in train_sequences]
     return Work(steps, heldout_sequences, cohort, min(workers, cohort))

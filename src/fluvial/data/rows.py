@@ -79,17 +79,6 @@ def typed(value: Any) -> Any:
     return value
 
 
-def plain(value: Any) -> Any:
-    """Return a value with Python's own numbers, for a chat template."""
-    if isinstance(value, Number):
-        return float(value.text) if not value.text.lstrip("-").isdigit() else int(value.text)
-    if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [plain(inner) for inner in value]
-    return value
-
-
 def described(value: Any) -> str:
     """Return the kind of a value in words, without its content."""
     if value is None:

@@ -18,6 +18,7 @@ from pydantic import Field
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
+from fluvial.codecs.klt import KltSettings
 from fluvial.codecs.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.fleet import Fleet, sample
@@ -253,7 +254,7 @@ def _check_privacy(
             "method.privacy does not count; choose 'public', or 'none' with a codec that learns "
             "nothing"
         )
-    if getattr(codec, "noise_ratio", None) is not None:
+    if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
         raise ConfigError("codec.noise_ratio: it compares undisturbed updates; remove it, or method.privacy")
     if promised.placement == "aggregate" and config.tgap.refit == "decoded":
         raise ConfigError(

@@ -19,6 +19,7 @@ import torch
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Measured, Watch, candidates, choose
 from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, Snapshot, SteppedCodec
+from fluvial.codecs.klt import KltSettings
 from fluvial.codecs.klt_moments import MomentCodec, Moments, num_bytes
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.codecs.weighted import scales, weigh, weighted
@@ -446,7 +447,7 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
     if codec.weighted:
         if isinstance(codec, AutoSettings) or config.refit != "no" or config.source == "sites-covariance":
             raise ConfigError("codec.weighted: not with codec 'auto', a refit, or tgap.source='sites-covariance'")
-        if getattr(codec, "noise_ratio", None) is not None:
+        if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
             raise ConfigError("codec.weighted: noise_ratio compares with unweighted noise; set one of the two")
         scales({each: no_change(shape) for each, shape in layout.shapes} | _partners(layout), layout)
     if must_learn(codec) and config.source == "none":
