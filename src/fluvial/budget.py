@@ -1,11 +1,10 @@
 """Epsilon and delta that a site's own file lets runs spend, whatever a server asks."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluvial.config import RunConfig, parse
+from fluvial.config import RunConfig
 from fluvial.errors import PrivacyError
 from fluvial.releases import count_releases
 
@@ -42,32 +41,21 @@ def check_budget(
         )
 
 
-def check_same_promise(config: RunConfig, folder: Path, ledger: Path) -> None:
-    """Raise `PrivacyError` if the run in `folder` made releases under another promise than `config`.
+def check_same_promise(config: RunConfig, begun: RunConfig | None, ledger: Path) -> None:
+    """Raise `PrivacyError` if the run made releases under another promise, `begun`, than `config`.
 
     `ledger` is the folder of `releases`. The run's file is what later runs are counted beside, so a
     smaller promise there would hide what was spent.
     """
-    path = folder / "config.json"
-    if not path.exists() or count_releases(ledger) == 0:
+    if begun is None or count_releases(ledger) == 0:
         return
 
-    before = _spends(_read(path))
+    before = _spends(begun)
     if before != _spends(config):
         raise PrivacyError(
             f"this run made releases under epsilon {before[0]:.3g} and delta {before[1]:.3g}, and "
             "another promise is asked for now; begin a new run"
         )
-
-
-def runs_before(folder: Path, but: Path) -> list[RunConfig]:
-    """Return the configurations of the runs in `folder`, except the one in `but`."""
-    paths = sorted(path for path in folder.glob("*/config.json") if path.parent != but)
-    return [_read(path) for path in paths]
-
-
-def _read(path: Path) -> RunConfig:
-    return parse(json.loads(path.read_text(encoding="utf-8")), str(path))
 
 
 def _spends(config: RunConfig) -> tuple[float, float]:

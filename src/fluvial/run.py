@@ -83,7 +83,27 @@ Assemble = Callable[[RunConfig, RunFolder, Workbench, Texts], Fleet]
 """Brings the sites together: called once for each method of a run."""
 
 
-def site_of(config: RunConfig, name: str, bench: Workbench, texts: SiteTexts, store: StateStore) -> Site:
+class Records(Protocol):
+    """The records of one site, or of all sites of this process."""
+
+    notes: list[str]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the sites."""
+        ...
+
+    @property
+    def load(self) -> Callable[[str], SiteData]:
+        """Return the data of the site of this name."""
+        ...
+
+    def pooled(self) -> SiteData:
+        """Return the data of all sites together."""
+        ...
+
+
+def site_of(config: RunConfig, name: str, bench: Workbench, texts: Records, store: StateStore) -> Site:
     """The site `name` for one message, with the data that `texts` has for it."""
     return Site(
         name=name,

@@ -12,22 +12,23 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from fluvial.agreed import NAME, config_of, keep_config, other_runs
 from fluvial.boundary import ERRORS, kind, outward
-from fluvial.budget import check_budget, check_same_promise, runs_before
+from fluvial.budget import check_budget, check_same_promise
 from fluvial.config import RunConfig, parse
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
-from fluvial.files import append, write_atomically
+from fluvial.files import append
 from fluvial.fingerprints import fingerprints
 from fluvial.journal import Header, Journal
 from fluvial.models import Workbench
 from fluvial.own_paths import at_site, refusal
 from fluvial.payload import Limits, Payload
-from fluvial.run import site_of, tasks_of
+from fluvial.run import Records, site_of, tasks_of
 from fluvial.site_file import SiteFile
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,11 @@ class Station:
 
     def prepare(self) -> None:
         """Load the base model of the newest run, so that processes forked from this one have it."""
-        paths = sorted(self.site.folder.glob("runs/*/config.json"), key=lambda path: path.stat().st_mtime)
-        if paths:
-            config = at_site(parse(json.loads(paths[-1].read_text()), str(paths[-1])), self.site)
-            self._data(config, self._bench(config))
+        paths = sorted(self.site.folder.glob(f"runs/*/{NAME}"), key=lambda path: path.stat().st_mtime)
+        agreed = config_of(paths[-1].parent) if paths else None
+        if agreed is not None:
+            config = at_site(agreed, self.site)
+            self._records(config, self._bench(config))
 
     def answer(self, header: Header, wire: bytes) -> Answer:
         """The answer to one message; raises what the task raises."""
@@ -78,7 +80,7 @@ class Station:
         journal = Journal(self._run_folder(header.run), self._name(config))
         journal.settle(header)
         bench = self._bench(config)
-        site = site_of(config, self._name(config), bench, self._data(config, bench), journal.store)
+        site = site_of(config, self._name(config), bench, self._records(config, bench), journal.store)
         answer = self._let_out(header, tasks[header.task](site, message), config, kept=bool(site.kept))
         journal.post(header, site.kept)
         return answer
@@ -110,12 +112,12 @@ class Station:
         if allowed.max_epsilon is not None:
             check_budget(
                 config,
-                runs_before(folder.parent, folder),
+                other_runs(folder),
                 max_epsilon=allowed.max_epsilon,
                 max_delta=allowed.max_delta,
             )
             ledger = Journal(folder, self._name(config)).store.private(self._name(config))
-            check_same_promise(config, folder, ledger)
+            check_same_promise(config, config_of(folder), ledger)
         try:
             bench = self._bench(local)
         except ConfigError:
@@ -127,13 +129,14 @@ class Station:
             raise RefusalError(
                 f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more)"
             )
-        texts = self._data(local, bench)
-        _ = texts.pooled() if config.entry.pooled else texts.load(self.site.name)
+        name = self._name(config)
+        texts = self._records(local, bench)
+        if not _in_private(config):
+            _ = texts.pooled() if config.entry.pooled else texts.load(name)
         for note in texts.notes:
             logger.warning("%s", note)
-        name = self._name(config)
         known = Journal(folder, name).begun
-        write_atomically(folder / "config.json", json.dumps(message.values["config"]).encode())
+        keep_config(folder, message.values["config"])
         return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
 
     def _config(self, run: str) -> RunConfig | None:
@@ -141,10 +144,8 @@ class Station:
 
         Raises `RefusalError` for what a run may not name.
         """
-        path = self._run_folder(run) / "config.json"
-        if not path.exists():
-            return None
-        return at_site(parse(json.loads(path.read_text()), str(path)), self.site)
+        agreed = config_of(self._run_folder(run))
+        return None if agreed is None else at_site(agreed, self.site)
 
     def _name(self, config: RunConfig) -> str:
         return POOLED if config.entry.pooled else self.site.name
@@ -154,6 +155,15 @@ class Station:
         if key not in self._benches:
             self._benches = {key: Workbench(config.model, config.adapter)}  # one base at a time
         return self._benches[key]
+
+    def _records(self, config: RunConfig, bench: Workbench) -> Records:
+        """Return the site's records; under privacy at the site a fault of theirs is raised where they are loaded."""
+        try:
+            return self._data(config, bench)
+        except Exception as problem:
+            if not _in_private(config):
+                raise
+            return _Unreadable(self._name(config), problem)
 
     def _data(self, config: RunConfig, bench: Workbench) -> SiteTexts:
         key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
@@ -198,6 +208,26 @@ class Station:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         said = {} if header is None else {"run": header.run, "round": header.round, "task": header.task}
         append(self._outgoing, json.dumps({"time": now, **said, **entry}) + "\n")
+
+
+class _Unreadable:
+    """Records that cannot be read, where to say so would tell of them."""
+
+    def __init__(self, name: str, problem: Exception) -> None:
+        self.names, self.notes, self._problem = (name,), [f"its records cannot be read: {problem}"], problem
+
+    def load(self, name: str) -> NoReturn:  # noqa: ARG002
+        """Raise what reading raised."""
+        raise self._problem
+
+    def pooled(self) -> NoReturn:
+        """Raise what reading raised."""
+        raise self._problem
+
+
+def _in_private(config: RunConfig) -> bool:
+    """Return whether epsilon counts all that the site lets out, so that a refusal must not depend on its records."""
+    return config.promise is not None and config.promise.at_site
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fluvial.boundary import outward
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
@@ -184,9 +185,10 @@ def train(site: Site, message: Payload) -> Payload:
     if opened is None:
         return STALE
     received, codec = opened
-    examples, round = after_tgap(site.load().train, config.tgap), round_of(site, message)
+    round = round_of(site, message)
     if config.privacy and config.privacy.at_site:
-        return _train_in_private(site, config.privacy, message, received, codec)
+        return _train_in_private(site, config.privacy, round, received, codec)
+    examples = after_tgap(site.load().train, config.tgap)
     update, report = train_locally(site, received, round, examples=examples)
     if config.privacy:
         update = privacy.clip(update, config.privacy.clip_norm)
@@ -197,16 +199,16 @@ def train(site: Site, message: Payload) -> Payload:
 def _train_in_private(
     site: Site,
     config: PrivacyConfig,
-    message: Payload,
+    round: int,
     received: Named,
     codec: Codec,
 ) -> Payload:
     """Return the frame of a clipped and disturbed update or latent, and nothing else."""
-    round = round_of(site, message)
     try:
         update, _ = train_locally(site, received, round, examples=site.load().train)
-    except DivergenceError as error:  # a refusal would say something about the data
-        logger.warning("site %s, round %d: %s; noise alone leaves", site.name, round, error)
+    except Exception as problem:  # settings may fail on some records: a refusal would tell on which
+        outward(problem, site.store.errors(site.name), site=site.name, round=round, task="train")
+        logger.warning("site %s, round %d: noise alone leaves", site.name, round)
         update = privacy.zero(received)
 
     vector = site.layout.flatten(update)
