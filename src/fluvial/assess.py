@@ -52,7 +52,7 @@ class ChoiceConfig:
     subject_field: str = "subject"
     """The field of a record that names its subject."""
     benchmark: Literal["auto", "none"] | BenchmarkName = "auto"
-    """Whose groups of subjects are reported; "auto" tells by the subjects."""
+    """Benchmark whose groups of subjects are reported; "auto" tells by the subjects."""
 
 
 def whole_file(path: Path) -> dict[str, Any]:

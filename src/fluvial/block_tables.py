@@ -1,4 +1,4 @@
-"""What a run by blocks did: which site trained which block when, and where two sites met."""
+"""Tables of a run by blocks: the block that each site trained in a cycle, and conflicts."""
 
 import re
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ class Excerpt:
     headings: list[str]
     rows: list[list[str]]
     left: int
-    """How many columns, from the first, are texts."""
+    """Number of columns, from the first, that are texts."""
     words: str
 
 
 def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int) -> Excerpt | None:
-    """Which block each of the first `sites` trained in the last `cycles`; None for a method without visits."""
+    """Return the blocks of the first `sites` in the last `cycles`; None for a method without visits."""
     records = [record for record in metrics if "visits" in record]
     if not records:
         return None
@@ -48,7 +48,7 @@ def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int
 
 
 def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
-    """What a site trained in a cycle: in general one block, more where all data lies, - if it did not answer."""
+    """Return the blocks that a site trained in a cycle: one, more where all data lies, - for none."""
     cells = [_cell(visit) for visit in visits if visit["site"] == site]
     return ", ".join(cells if len(cells) < 5 else [*cells[:2], "...", cells[-1]]) or "-"
 

@@ -1,4 +1,4 @@
-"""What leaves a site when something goes wrong there: a text made for the other side, or a place and a reference.
+"""Errors as they leave a site: a text made for the other side, or a place and a reference.
 
 An error's text may quote whatever it met: a record, a path, a line of a file. So only the texts of `MADE_TO_LEAVE`
 leave, which are made of constants, names of settings and numbers. Of every other error the type leaves, the place in

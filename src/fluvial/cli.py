@@ -363,7 +363,7 @@ def stop(server: ServerFolder, run: RunNumber = None) -> None:
 
 
 def _how_to_go_on(folder: Path) -> str:
-    """What is said of a run that was stopped by a signal."""
+    """Return the advice after a run was stopped by a signal."""
     again = [_command(), *sys.argv[1:]]
     if not (folder / "config.json").exists():
         return f"interrupted before anything was written; start again with:  {shlex.join(again)}"

@@ -85,7 +85,7 @@ class RunConfig(Settings):
 
     @property
     def promise(self) -> Promise | None:
-        """What differential privacy the method promises, if any."""
+        """Return the differential privacy that the method promises, if any."""
         return self.entry.privacy(self.method)
 
     def conflicts(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How `fluvial evaluate` is set up: by what a folder tells about its run, and by what --set adds."""
+"""Settings of `fluvial evaluate`: what a folder tells about its run, and what --set adds."""
 
 from collections.abc import Sequence
 from pathlib import Path

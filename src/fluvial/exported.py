@@ -1,4 +1,4 @@
-"""What a written adapter or model folder tells about its run, so that it is measured as it was trained.
+"""Settings that go with a written adapter or model, so that it is measured as it was trained.
 
 The file `fluvial.json` beside the weights holds the base, the form of the records, their columns and template, and the
 lengths. It goes where the folder goes; the run's own `config.json` does not.

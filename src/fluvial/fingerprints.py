@@ -1,4 +1,4 @@
-"""What must be the same at all ends of a run."""
+"""Fingerprints of all that must be the same at all ends of a run."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from fluvial.models import Workbench, weights_folder
 
 
 def fingerprints(bench: Workbench) -> dict[str, str]:
-    """What must be the same at all ends of a run: package, base model, tokenizer, chat template."""
+    """Return digests of package versions, base model, tokenizer, chat template and layout."""
     tokenizer = bench.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
     return {

@@ -81,7 +81,7 @@ class Failure:
     bytes_down: int
     """Of the message that was in vain."""
     bytes_up: int = 0
-    """Of the text in which the site told its error, or of the answer that was refused."""
+    """Bytes of the text in which the site told its error, or of the answer that was refused."""
 
 
 class Fleet(Protocol):

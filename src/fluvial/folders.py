@@ -38,7 +38,7 @@ class AdapterFolder:
     tensors: Named
     """The factors, or all weights, fp32, by our names."""
     run: dict[str, Any] = field(default_factory=dict)
-    """What it tells about the run that wrote it, see `exported.read`; empty where there is none."""
+    """Settings of the run that wrote it, see `exported.read`; empty where there is none."""
 
     def settings(self, records: Path | None = None) -> dict[str, Any]:
         """Return what a configuration needs, as tables: the base, and how the run measured, for a file of `records`."""
@@ -103,7 +103,7 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
 
 
 def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
-    """What PEFT is given to make the adapter; raises `ConfigError` for what is more than two factors and a scale."""
+    """Return the settings for PEFT; raises `ConfigError` for more than two factors and a scale."""
     from peft import LoraConfig
 
     usual = LoraConfig().to_dict()

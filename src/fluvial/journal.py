@@ -13,7 +13,7 @@ from fluvial.store import StateStore
 
 @dataclass(frozen=True)
 class Header:
-    """What travels beside a message's payload."""
+    """Values that travel beside a message's payload."""
 
     run: str
     """Names a run of one method, and stays the same when it is resumed."""
@@ -37,12 +37,12 @@ class Header:
         return cls(**{name: values[name] for name in cls.__annotations__})
 
     def values(self) -> dict[str, Any]:
-        """For the wire."""
+        """Return the header as values of a message."""
         return asdict(self)
 
 
 class Journal:
-    """What one site's last answer wants to keep, until it is known whether it counts.
+    """State of one site's last answer, pending until it is known whether the answer counts.
 
     The journal lists the files that the site holds and the digests of what is pending, so that one that is lost,
     damaged or of another time is noticed.
@@ -54,7 +54,7 @@ class Journal:
 
     @property
     def begun(self) -> bool:
-        """Whether an answer was given here before."""
+        """Return whether an answer was given here before."""
         return self._path.exists()
 
     @property

@@ -290,7 +290,7 @@ class Workbench:
 
     @cached_property
     def _template(self) -> nn.Module:
-        """What borrowed models with an adapter are copied from."""
+        """The model that borrowed ones with an adapter are copied from."""
         from transformers import GenerationConfig
 
         assert self.lora is not None, "where all weights are tuned, models are made from the base on disk"

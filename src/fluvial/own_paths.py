@@ -1,4 +1,4 @@
-"""What a run may name on a site's disk: nothing, unless the site's own file says so.
+"""Paths of a site's disk that a run may name: none, unless the site's own file says so.
 
 The site's `[data]` table takes the place of the run's sources, and its `model` that of the run's. Any other file or
 folder that a run names is refused in the same words, be it there or not, so that a refusal tells nothing.

@@ -55,7 +55,7 @@ def whole(table: dict[str, Any], place: tuple[str, str], folder: Path) -> dict[s
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder; no text, however long, is an error."""
+    """Return whether there is a file or folder; no text, however long, is an error."""
     try:
         return path.exists()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What `check` and `preview` print for people."""
+"""Tables that `check` and `preview` print for people."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from fluvial.words import plain, table
 
 
 def plan_table(planned: dict[str, Any]) -> Group:
-    """What a configuration would do: figures, sites, notes."""
+    """Return the figures, sites and notes of a planned run."""
     model = planned["model"]
     title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
     sites = [

@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class ModelConfig(Settings):
-    """Which base model, and how it is held."""
+    """The base model, and how it is held."""
 
     name_or_path: str = EMBEDDED
     """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""

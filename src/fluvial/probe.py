@@ -1,4 +1,4 @@
-"""What a base model does with tokens, looked at before anything is measured with it."""
+"""Checks of a base model on a few tokens, before anything is measured with it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How long a run still takes, from the rounds that were measured and from the pace of its set-up."""
+"""The time that a run still takes, from its measured rounds and the pace of its set-up."""
 
 import logging
 import re

@@ -248,7 +248,7 @@ class Run:
 
     @property
     def measures(self) -> bool:
-        """Whether the sites measure models on their held-out text and send the sums."""
+        """Return whether the sites measure models on their held-out text and send the sums."""
         promise = self.config.promise
         return promise is None or promise.measures
 
@@ -461,7 +461,7 @@ class Run:
         return on_public_text(self.bench, adapter, examples[: data.max_heldout or PUBLIC_SEQUENCES])
 
     def _privacy(self) -> dict[str, Any] | None:
-        """What was promised, and what it cost; None without a promise."""
+        """Return the promise and its cost; None without a promise."""
         promise = self.config.promise
         return None if promise is None else promise.report(self.config.rounds, self.config.rounds)
 

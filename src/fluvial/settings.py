@@ -1,4 +1,6 @@
-"""What every table of settings is: read-only, strict, without unknown keys, described by the docstrings of its fields.
+"""The base of all tables of settings: read-only, strict, without unknown keys.
+
+The docstrings of its fields describe a table.
 
 A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true), numbers are finite,
 strings are not empty, and a list names each thing once.

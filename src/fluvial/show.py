@@ -1,4 +1,4 @@
-"""What a person sees of a run: a line per round, its result and its bytes.
+"""Lines and tables of a run: a line per round, its result and its bytes.
 
 A run is read from its JSON files, without torch, so that `fluvial show` answers at once.
 """

@@ -12,7 +12,10 @@ from fluvial.settings import FilePath, Settings
 
 
 class Allowed(Settings):
-    """What the site takes part in, and what may leave it; empty lists allow everything, except `run_paths`."""
+    """Runs that the site takes part in, and bounds on what leaves it.
+
+    Empty lists allow everything, except `run_paths`.
+    """
 
     methods: tuple[str, ...] = ()
     """Values of method.name."""
@@ -45,7 +48,7 @@ class SiteData(SourceSettings):
     heldout_source: str | None = None
     """Held-out records of the site."""
     heldout: SourceSettings | None = None
-    """How `heldout_source` is read, where it differs."""
+    """Settings of `heldout_source`, where they differ."""
     numbers: Numbers | None = None
     """JSON numbers where a text is needed: "refuse" or "text"."""
 
@@ -56,7 +59,7 @@ class SiteFile(Settings):
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
     folder: FilePath = Path("fluvial-site")
-    """Where the site keeps its state and its log."""
+    """Folder of the site's state and its log."""
     model: str | None = None
     """A local folder of the base model, in place of what the run names; its content must be the same."""
     device: str = "auto"

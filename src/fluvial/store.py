@@ -1,4 +1,4 @@
-"""What sites keep between rounds: named slots, in files that are known by their digest."""
+"""State of sites between rounds: named slots, in files that are known by their digest."""
 
 import re
 import secrets
@@ -10,7 +10,7 @@ from fluvial.payload import OWN_FILES, Payload
 from fluvial.seeds import derive
 
 Digests = dict[str, dict[str, str]]
-"""By site and "slot-round": the digests of what a store holds."""
+"""Digests of what a store holds, by site and "slot-round"."""
 _DIGITS = 32
 """Hexadecimal digits of a digest in a file's name."""
 

@@ -11,7 +11,7 @@ from fluvial.errors import ConfigError
 from fluvial.settings import Settings
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What CG-FedLLM (Shepherd) adapts: the four projections of attention."""
+"""The four projections of attention, which CG-FedLLM (Shepherd) adapts."""
 ALL_LINEAR = "all-linear"
 
 

@@ -1,4 +1,4 @@
-"""What `fluvial check --time` measures: one optimizer step on this machine, and the time of a round from it."""
+"""Timing for `fluvial check --time`: one optimizer step here, and the time of a round from it."""
 
 import math
 import time
@@ -34,14 +34,14 @@ class Measured:
     step_s: float
     """One optimizer step."""
     call_s: float
-    """What a site's training of a round takes beside its steps."""
+    """Training of a site in a round, beside its steps."""
     heldout_s: float
     """Loss of one held-out sequence."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the sites do in a round."""
+    """The work of the sites in a round."""
 
     steps: Sequence[int]
     """Optimizer steps of each site."""

@@ -107,7 +107,7 @@ def _toml(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Right:
-    """What would be right at a place: the classes of a table, or the annotation of a value."""
+    """The right content of a place: the classes of a table, or the annotation of a value."""
 
     tables: tuple[type[Settings], ...] = ()
     annotation: Any = None
@@ -164,7 +164,7 @@ class _Problem:
         return ".".join(map(str, self.path))
 
     def holds(self, other: "_Problem") -> bool:
-        """Whether the other problem is one of an item here."""
+        """Return whether the other problem is one of an item here."""
         return len(other.path) > len(self.path) and other.path[: len(self.path)] == self.path
 
     def aside(self) -> list[str]:
@@ -257,7 +257,10 @@ def _explain(problems: Sequence[_Problem]) -> Iterator[str]:
 
 
 def _mentions(line: str, keys: set[str]) -> bool:
-    """Whether a line speaks of one of these keys; a key that is an English word counts where a sign follows it."""
+    """Return whether a line speaks of one of these keys.
+
+    A key that is an English word counts where a sign follows it.
+    """
     ends = {key: r"(?![\w-])" if len(key) > 5 or "_" in key else r"(?=[=:.])" for key in keys}
     return any(re.search(rf"(?<![\w-]){re.escape(key)}{end}", line) for key, end in ends.items())
 
@@ -314,7 +317,10 @@ def _allows(annotation: Any, kind: type) -> bool:
 
 
 def _item(annotation: Any, part: str | int) -> _Right | None:
-    """What would be right at an index of an array or a key of a table of values; None if `part` is no such place."""
+    """Return what is right at an index of an array or a key of a table of values.
+
+    None if `part` is no such place.
+    """
     for each in _alternatives(annotation):
         arguments = get_args(each)
         if get_origin(each) is tuple and isinstance(part, int):

@@ -1,4 +1,4 @@
-"""Did a run help? Its held-out losses, site by site, against those of its baselines."""
+"""The verdict on a run: its held-out losses, site by site, against those of its baselines."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Whether the weights of a base model are there, whole, and those that its architecture needs.
+"""Checks that the weights of a base model are there, whole, and fit its architecture.
 
 Only headers are read: names, shapes and lengths of files. transformers itself says which stored tensor becomes which
 parameter, by loading tensors that have a shape and no values.

@@ -77,7 +77,7 @@ class Codec(ABC):
     learned: ClassVar[bool] = False
 
     exact: ClassVar[bool] = False
-    """Whether every frame has the bytes that `frame_size` tells; else it is at most so long."""
+    """True where every frame has the bytes that `frame_size` tells; else it is at most so long."""
 
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
         self.settings, self.layout = settings, layout

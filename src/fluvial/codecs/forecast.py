@@ -1,4 +1,4 @@
-"""How long a frame will be, told before anything is trained, for a model of any size."""
+"""Forecast of the length of a frame, before anything is trained, for a model of any size."""
 
 import torch
 

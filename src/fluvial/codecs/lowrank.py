@@ -120,7 +120,7 @@ class PowerSgd(Codec):
 
 
 def _stack(name: str, shape: tuple[int, ...]) -> object:
-    """What tensors have in common that are stacked."""
+    """Return the key of a tensor's stack: shape, factor and target module."""
     return shape, factor(name), target(name) if factor(name) else None
 
 

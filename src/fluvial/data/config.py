@@ -18,7 +18,7 @@ READING = ("form", "columns", "encoding", "delimiter")
 
 
 class SourceSettings(Settings):
-    """How one source is read, where it differs from what [data] says."""
+    """Settings of one source, where they differ from those of [data]."""
 
     form: Literal["auto", Form] | None = None
     """Form of its records."""
@@ -35,7 +35,7 @@ class SourceSettings(Settings):
 
 
 class DataConfig(Settings):
-    """Which text, in which form, split how."""
+    """The text of a run, its form, and its split over the sites."""
 
     source: str = STDLIB
     """"stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of them, a `save_to_disk` folder, a hub id."""
@@ -60,9 +60,9 @@ class DataConfig(Settings):
     numbers: Numbers = "refuse"
     """JSON numbers and booleans where a text is needed: refused, or taken as the text that the file has ("text")."""
     heldout: SourceSettings | None = None
-    """How `heldout_source` is read, where it differs."""
+    """Settings of `heldout_source`, where they differ."""
     public: SourceSettings | None = None
-    """How `public_source` is read, where it differs."""
+    """Settings of `public_source`, where they differ."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma", "mistral", "plain", a file
     with a Jinja template, or the template itself."""
@@ -127,7 +127,7 @@ class DataConfig(Settings):
 
 
 class ReadingSettings(Settings):
-    """How one source is read, with nothing unset."""
+    """Settings of one source, with nothing unset."""
 
     form: Literal["auto", Form]
     columns: dict[str, str]

@@ -25,11 +25,11 @@ DELIMITERS = ",;\t|"
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file is read."""
+    """Settings by which a file is read."""
 
     encoding: str = UTF8
     delimiter: str | None = None
-    """Of CSV; None for the comma, in a .tsv file the tab."""
+    """Delimiter of CSV; None for the comma, in a .tsv file the tab."""
 
 
 def read_file(path: Path, reading: Reading) -> Table:

@@ -58,10 +58,10 @@ class Chat:
 
 @dataclass(frozen=True)
 class Record:
-    """What a row says, and where it stands."""
+    """The content of a row, and its place."""
 
     place: object
-    """For messages; its `str` names file and line."""
+    """Place as messages name it; its `str` has file and line."""
     content: Text | Answered | Chat
 
 

@@ -22,7 +22,7 @@ class Number:
 
 
 class Place(NamedTuple):
-    """Where a row stands."""
+    """The place of a row."""
 
     file: str
     unit: str

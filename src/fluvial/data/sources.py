@@ -1,4 +1,4 @@
-"""Where records come from: a file, a folder of files, a saved data set or a hub id, as tables of rows."""
+"""Sources of records: a file, a folder of files, a saved data set or a hub id, as tables of rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -22,12 +22,12 @@ from fluvial.site_names import check_names
 
 CACHED_SITES = 32
 POOLED = "pooled"
-"""What the one site of the centralised baseline is called; its data are `SiteTexts.pooled()`, whatever names exist."""
+"""Name of the one site of the centralised baseline; its data are `SiteTexts.pooled()`."""
 
 
 @dataclass(frozen=True)
 class SiteData:
-    """What one site trains on and is measured on; never empty."""
+    """Sequences that one site trains on and is measured on; never empty."""
 
     train: list[Example]
     heldout: list[Example]
@@ -50,7 +50,7 @@ class _Tokens:
 
     @property
     def surplus(self) -> Surplus:
-        """Of both parts together."""
+        """Surplus of both parts together."""
         both = Surplus()
         both += self.train.surplus
         both += self.heldout.surplus

@@ -24,7 +24,7 @@ class Surplus:
     dropped: int = 0
     """Left out."""
     refused: int = 0
-    """Of which no token of the answer would stay, or which `overlong = "refuse"` does not allow."""
+    """Records without a token of the answer left, or not allowed by `overlong = "refuse"`."""
     longest: int = 0
     """Tokens of the longest record."""
     places: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Tokenized:
     records: int = 0
     surplus: Surplus = field(default_factory=Surplus)
     faults: Faults = field(default_factory=Faults)
-    """Of conversations that a chat template cannot render."""
+    """Faults of conversations that a chat template cannot render."""
 
     @property
     def truncated_records(self) -> int:
@@ -65,7 +65,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How records become sequences."""
+    """Settings by which records become sequences."""
 
     tokenizer: Any
     max_length: int

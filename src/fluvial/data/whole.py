@@ -13,7 +13,7 @@ from fluvial.data.tokenise import Surplus, Tokenizing, refusal
 
 @dataclass(frozen=True)
 class Whole:
-    """What a source holds for a measurement; never empty."""
+    """Sequences and questions of a source, for a measurement; never empty."""
 
     examples: list[Example]
     """The first `max_heldout` sequences, or all."""

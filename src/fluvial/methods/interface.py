@@ -86,11 +86,11 @@ class Promise:
     """Differential privacy that a configured method promises, as the rest of a run must respect it."""
 
     at_site: bool
-    """Whether the sites add the noise, so that the server need not be trusted."""
+    """True where the sites add the noise, so that the server need not be trusted."""
     tasks: frozenset[str]
     """Tasks that a site answers; through others something would leave that epsilon does not count."""
     measures: bool
-    """Whether exact sums of held-out text leave the sites, outside epsilon."""
+    """True where exact sums of held-out text leave the sites, outside epsilon."""
     report: Callable[[int, int], dict[str, Any]]
     """The entry of result.json after so many rounds of a run of so many."""
 
@@ -114,11 +114,11 @@ class Method:
     """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
     keeps what it learned. For the last two a codec in the configuration is an error."""
     receives: Literal["as it is", "downlink", "own code"] = "as it is"
-    """What carries the model to the sites: one exact message, which is what a method of its own
+    """Carrier of the model to the sites: one exact message, which is what a method of its own
     makes; the configuration's downlink, where both ends speak through `methods.link`; or a code of
     the method's. A `[downlink]` that nothing honours is an error."""
     weights: bool = False
-    """Whether both ends code factors scaled by their partners where `codec.weighted` asks for it,
+    """True where both ends code factors scaled by their partners, if `codec.weighted` asks for it,
     as `methods.link` does. A `weighted` that nothing honours is an error."""
     sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(layout, getattr(config, "factors", "A and B"))
     """The layout of what a site trains and sends in a round, at most."""

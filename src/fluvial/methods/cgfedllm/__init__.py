@@ -117,7 +117,7 @@ class CgFedLlmServer:
 
     @property
     def _at_site(self) -> bool:
-        """Whether the sites add noise, and send a frame and nothing else."""
+        """Return whether the sites add noise, and send a frame and nothing else."""
         return self.config.privacy is not None and self.config.privacy.at_site
 
     def _read(self, reply: Payload, round: int) -> tuple[Decoded, Named, int, float | None]:

@@ -62,7 +62,7 @@ class PrivacyConfig(Settings):
 
     @property
     def at_site(self) -> bool:
-        """Whether the site adds the noise, so that the server need not be trusted."""
+        """Return whether the site adds the noise, so that the server need not be trusted."""
         return self.placement != "aggregate"
 
     def multiplier(self, rounds: int) -> float:
@@ -73,11 +73,11 @@ class PrivacyConfig(Settings):
         return _calibrated(self.epsilon, self.delta, rounds)
 
     def mechanism(self, rounds: int) -> Mechanism:
-        """What a site promises itself for a run of `rounds` rounds."""
+        """Return the mechanism of a run of `rounds` rounds."""
         return Mechanism(self.placement, self.clip_norm, self.multiplier(rounds), rounds)
 
     def promise(self) -> Promise:
-        """What the rest of a run must respect."""
+        """Return the promise that the rest of a run must respect."""
         measured = {"evaluate"} if self.heldout == "exact" else set()
 
         def report(rounds: int, of: int) -> dict[str, object]:

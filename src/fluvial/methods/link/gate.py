@@ -225,7 +225,7 @@ class Probe:
 
     @property
     def sizes(self) -> tuple[float, float, float]:
-        """What `SIZES` names: numbers that cannot differ much between sites."""
+        """Return the numbers that `SIZES` names, which cannot differ much between sites."""
         length = math.sqrt((self.energy_a + self.energy_b) / self.count)
         return length, self.contraction, math.sqrt((self.shuffled or 0.0) / self.count)
 
