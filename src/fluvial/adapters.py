@@ -24,8 +24,9 @@ class SavedLora:
 class SeededDropout(nn.Module):
     """Dropout whose mask depends only on its seed and its place in the model.
 
-    `nn.Dropout` draws from one generator for the whole process, so two sites that train side by side would disturb
-    each other's masks; it would also draw a second mask when gradient checkpointing repeats a forward pass.
+    `nn.Dropout` draws from one generator for the whole process, so two sites that train side by
+    side would disturb each other's masks; it would also draw a second mask when gradient
+    checkpointing repeats a forward pass.
     """
 
     def __init__(self, p: float, place: int) -> None:
@@ -60,7 +61,8 @@ def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
     else:
         config = LoraConfig(**lora.config)
     with warnings.catch_warnings():
-        # PEFT tells what it corrects by itself (GPT-2's Conv1D) and what merging would do to tied weights.
+        # PEFT tells what it corrects by itself (GPT-2's Conv1D) and what merging would do to tied
+        # weights.
         warnings.simplefilter("ignore")
         try:
             model: nn.Module = get_peft_model(base, config)

@@ -151,8 +151,8 @@ def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
             own = base[name.replace(".base_layer.", ".")].detach().cpu().float()
             if own.shape != adapter.tensors[name].shape or not own.equal(adapter.tensors[name]):
                 raise ConfigError(
-                    f"{adapter.path} holds a matrix {name!r} that is not the base's: its embeddings were resized or "
-                    "trained; merge the adapter into its base with PEFT"
+                    f"{adapter.path} holds a matrix {name!r} that is not the base's: its "
+                    "embeddings were resized or trained; merge the adapter into its base with PEFT"
                 )
     return {name: tensor for name, tensor in adapter.tensors.items() if name not in copies}
 

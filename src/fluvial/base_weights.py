@@ -1,8 +1,9 @@
 """The weights of a base model's folder, under the names and in the form that they have in the model.
 
-A folder may name its tensors otherwise than the model does: without the base model's prefix, as an older version did,
-or with the experts of a layer one by one where the model has them in one tensor. transformers renames and converts
-them when it loads the folder; what is read here is what it would load.
+A folder may name its tensors otherwise than the model does: without the base model's prefix, as an
+older version did, or with the experts of a layer one by one where the model has them in one tensor.
+transformers renames and converts them when it loads the folder; what is read here is what it would
+load.
 """
 
 import re
@@ -35,10 +36,11 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) -> Source:
     """Return a source of the parameters and persistent buffers of `model`, as `from_pretrained` would give them.
 
-    `model` may be on the meta device; names, shapes and types are its own. Where every tensor is stored as one of the
-    same shape, under whatever name, it is read from `folder` when it is asked for. Else `load` makes the whole model
-    once, and its weights lie in a temporary folder from then on. Raises `ConfigError` where the folder cannot be read
-    or stores two values of a tensor that the model has once.
+    `model` may be on the meta device; names, shapes and types are its own. Where every tensor is
+    stored as one of the same shape, under whatever name, it is read from `folder` when it is asked
+    for. Else `load` makes the whole model once, and its weights lie in a temporary folder from then
+    on. Raises `ConfigError` where the folder cannot be read or stores two values of a tensor that
+    the model has once.
     """
     tensors = wanted(model)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -60,7 +62,8 @@ def keep_types(model: Any, dtype: torch.dtype) -> None:
 def compute_buffers(model: Any) -> None:
     """Compute anew the buffers of `model` that no folder stores, as `from_pretrained` does after it made the model.
 
-    While a model in half precision is made, torch's default type is that one, and what is computed then is coarser.
+    While a model in half precision is made, torch's default type is that one, and what is computed
+    then is coarser.
     """
     for tensor in wanted(model).values():
         tensor._is_hf_initialized = True  # type: ignore[attr-defined] # by which transformers leaves it alone
@@ -75,13 +78,13 @@ def check_constant(model: Any) -> None:
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             raise ConfigError(
-                f"model.name_or_path: {path} ({type(module).__name__}) keeps running means of what it reads, which are "
-                "in no update; choose another model"
+                f"model.name_or_path: {path} ({type(module).__name__}) keeps running means of what "
+                "it reads, which are in no update; choose another model"
             )
     if getattr(model.config, "rescale_every", 0) > 0:
         raise ConfigError(
-            f"model.name_or_path: {type(model).__name__} divides its own weights when it is evaluated; set "
-            "rescale_every to 0 in its config.json, which changes no result"
+            f"model.name_or_path: {type(model).__name__} divides its own weights when it is "
+            "evaluated; set rescale_every to 0 in its config.json, which changes no result"
         )
 
 
@@ -152,6 +155,6 @@ def _check_equal(folder: Path, names: list[str]) -> None:
     if all(torch.equal(first, source.get(name)) for name in names[1:]):
         return
     raise ConfigError(
-        f"{folder}: {names[0]!r} and {names[1]!r} differ, and config.json ties them; set tie_word_embeddings to false "
-        "there"
+        f"{folder}: {names[0]!r} and {names[1]!r} differ, and config.json ties them; set "
+        "tie_word_embeddings to false there"
     )

@@ -1,8 +1,9 @@
 """Errors as they leave a site: a text made for the other side, or a place and a reference.
 
-An error's text may quote whatever it met: a record, a path, a line of a file. So only the texts of `MADE_TO_LEAVE`
-leave, which are made of constants, names of settings and numbers. Of every other error the type leaves, the place in
-Fluvial's code and a reference; the whole text stays in the site's own log, under the same reference.
+An error's text may quote whatever it met: a record, a path, a line of a file. So only the texts of
+`MADE_TO_LEAVE` leave, which are made of constants, names of settings and numbers. Of every other
+error the type leaves, the place in Fluvial's code and a reference; the whole text stays in the
+site's own log, under the same reference.
 """
 
 import logging
@@ -31,8 +32,8 @@ _MOST_LOG = 2**24
 def outward(problem: BaseException, log: Path | None, **about: object) -> str:
     """Return what the other side is told of `problem`, after the whole of it was written to `log`.
 
-    `about` says in the log what was done: the site, the run, the round, the task. Without a log the whole text goes to
-    this process's logging.
+    `about` says in the log what was done: the site, the run, the round, the task. Without a log the
+    whole text goes to this process's logging.
     """
     reference = secrets.token_hex(4)
     whole = "".join(traceback.format_exception(problem))[-_MOST_TEXT:]

@@ -10,10 +10,11 @@
     digests.json                SHA-256 of the files of a finished run
     result.json                 written last; a folder that has it is finished
 
-All of it is its owner's only. Every file is replaced atomically, and what another process left unfinished is removed
-when the folder is opened. The line of a round is written before its checkpoint, so a checkpoint always has its
-lines, and a line without its checkpoint is dropped when the run goes on. A checkpoint knows the digests of
-the sites' state and of the metrics, so that a file that is damaged, cut, missing or another one is noticed.
+All of it is its owner's only. Every file is replaced atomically, and what another process left
+unfinished is removed when the folder is opened. The line of a round is written before its
+checkpoint, so a checkpoint always has its lines, and a line without its checkpoint is dropped when
+the run goes on. A checkpoint knows the digests of the sites' state and of the metrics, so that a
+file that is damaged, cut, missing or another one is noticed.
 """
 
 import fcntl
@@ -169,14 +170,14 @@ class RunFolder:
         sidecar = path.with_suffix(".sha256")
         if not sidecar.exists():
             raise CheckpointError(
-                f"{path} has no {sidecar.name} beside it: it was written by another version of Fluvial, or the "
-                "file is lost. Start again in another folder with --out"
+                f"{path} has no {sidecar.name} beside it: it was written by another version of "
+                "Fluvial, or the file is lost. Start again in another folder with --out"
             )
         data = path.read_bytes()
         if sidecar.read_bytes() != _sidecar(path, data):
             raise CheckpointError(
-                f"{path} is damaged: its bytes are not those that were written. Remove it to go on from the checkpoint "
-                "before"
+                f"{path} is damaged: its bytes are not those that were written. Remove it to go on "
+                "from the checkpoint before"
             )
         try:
             found = Payload.from_bytes(data, OWN_FILES)
@@ -187,8 +188,8 @@ class RunFolder:
             ) from error
         if kept["lines"] != self._lines(round):
             raise CheckpointError(
-                f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not those that were "
-                f"written; {_ANEW}"
+                f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not "
+                f"those that were written; {_ANEW}"
             )
         self.store.verify(kept["sites"], round)
         return round, found

@@ -96,8 +96,9 @@ class Sheet:
 def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional `subject`, `id`.
 
-    `subject_field` names the field that stands for `subject`. A file with the suffix .json holds a list of records.
-    Raises `DataError` naming line and id of every record that is not of this form, without its text.
+    `subject_field` names the field that stands for `subject`. A file with the suffix .json holds a
+    list of records. Raises `DataError` naming line and id of every record that is not of this form,
+    without its text.
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {str(path)!r} with questions")
@@ -235,7 +236,8 @@ def prepare(
 def _tokens(choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language) -> Prompt:
     """Prompt and choice are tokenised together, as they would stand in a text; they part where the tokens do.
 
-    Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between prompt and choice.
+    Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between
+    prompt and choice.
     """
     text = render(choice, shots, scoring, language)
     ways = [text, *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS)))]

@@ -128,7 +128,8 @@ class RunConfig(Settings):
         if self.tuned == "full" and self.codec is not None and (must_learn(self.codec) or self.codec.weighted):
             does = "learns" if must_learn(self.codec) else "scales by partners"
             yield (
-                f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are tuned; choose a "
+                f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are "
+                "tuned; choose a "
                 "codec that learns nothing, such as 'int8' or 'hadamard', without 'weighted'"
             )
 
@@ -140,8 +141,8 @@ class RunConfig(Settings):
 
         if self.codec is not None and self.codec.weighted and why is None and not self.entry.weights:
             yield (
-                f"codec.weighted: without effect, because method {self.method.name!r} codes its updates as they are; "
-                "remove it"
+                f"codec.weighted: without effect, because method {self.method.name!r} codes its "
+                "updates as they are; remove it"
             )
 
     def _downlink_conflicts(self) -> Iterator[str]:
@@ -175,9 +176,9 @@ class RunConfig(Settings):
 def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False) -> RunConfig:
     """Read a TOML file and apply overrides, each a line of TOML such as `method.fraction = 0.5`.
 
-    Relative paths in the file are relative to its folder, those of overrides to the working directory,
-    and the result has them whole. With `as_written` they stay, for sites that have them elsewhere.
-    Raises `ConfigError` with every problem found, its place and the nearest known key.
+    Relative paths in the file are relative to its folder, those of overrides to the working
+    directory, and the result has them whole. With `as_written` they stay, for sites that have them
+    elsewhere. Raises `ConfigError` with every problem found, its place and the nearest known key.
     """
     table = toml.load(path, f"there is no configuration file {str(path)!r}")
     if not as_written:

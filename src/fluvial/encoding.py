@@ -1,8 +1,8 @@
 """Text to token ids, as they are given to a model that goes on from them.
 
-A tokenizer may put special tokens before a text (BOS) and behind it (EOS, SEP). Those before it belong to a prompt;
-those behind it would stand between the prompt and its answer, and are left out here. Training, held-out loss,
-multiple choice and generation all encode a prompt with this module.
+A tokenizer may put special tokens before a text (BOS) and behind it (EOS, SEP). Those before it
+belong to a prompt; those behind it would stand between the prompt and its answer, and are left out
+here. Training, held-out loss, multiple choice and generation all encode a prompt with this module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,8 +34,8 @@ class Encoder:
     def prompt(self, text: str) -> list[int]:
         """Encode what a model is asked to go on from: special tokens before `text`, none behind it.
 
-        A text that itself begins with them gets no second ones. An empty text without any becomes one BOS or EOS
-        token, since a model cannot go on from nothing.
+        A text that itself begins with them gets no second ones. An empty text without any becomes
+        one BOS or EOS token, since a model cannot go on from nothing.
         """
         ids = self.plain(text)
         own = tuple(ids[: len(self.prefix)]) == self.prefix
@@ -61,7 +61,8 @@ class Encoder:
 
 
 def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    # verbose=False: a text longer than the model's context is cut into windows later, so its warning is no news.
+    # verbose=False: a text longer than the model's context is cut into windows later, so its
+    # warning is no news.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 

@@ -28,7 +28,8 @@ class ConfigError(FluvialError):
 class RefusalError(ConfigError):
     """A site does not do what it was asked; its text leaves the site.
 
-    The text is made of constants, names of settings and numbers: nothing of records, files or paths.
+    The text is made of constants, names of settings and numbers: nothing of records, files or
+    paths.
     """
 
 

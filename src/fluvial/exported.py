@@ -1,7 +1,7 @@
 """Settings that go with a written adapter or model, so that it is measured as it was trained.
 
-The file `fluvial.json` beside the weights holds the base, the form of the records, their columns and template, and the
-lengths. It goes where the folder goes; the run's own `config.json` does not.
+The file `fluvial.json` beside the weights holds the base, the form of the records, their columns
+and template, and the lengths. It goes where the folder goes; the run's own `config.json` does not.
 """
 
 import json
@@ -19,7 +19,8 @@ PLACES = frozenset(
         *("public_source", "public", "partition", "max_heldout"),
     }
 )
-"""Settings of [data] that say where text lies and who has it; the others say how a record is read and scored."""
+"""Settings of [data] that say where text lies and who has it; the others say how a record is read
+and scored."""
 BY_FILE = ("encoding", "delimiter")
 """Settings of [data] that hold for files of the run's own kind only."""
 MODEL = ("name_or_path", "revision", "dtype")
@@ -53,7 +54,8 @@ def write(folder: Path, version: str, resolved: Mapping[str, Any]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """Return what `write` wrote, or the same from the configuration of the run that `folder` lies in, or {}.
 
-    A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a file that is damaged.
+    A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a
+    file that is damaged.
     """
     own = _tables(folder / FILE)
     if own is not None:

@@ -42,8 +42,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(
-            f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is untouched; "
-            "free some space and use --resume"
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is "
+            "untouched; free some space and use --resume"
         ) from error
 
 

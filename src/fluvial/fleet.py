@@ -40,11 +40,11 @@ class FleetConfig(Settings):
     quorum: float = Field(0.5, gt=0, le=1)
     """Share of the asked sites that must have answered, or the run stops."""
     max_update_growth: float = Field(10.0, gt=1, le=10**9)
-    """An update this many times longer than the median of its round, of three replies or more, is the site's
-    failure. (Ours: 1.03 among quickstart's eight sites.)"""
+    """An update this many times longer than the median of its round, of three replies or more, is
+    the site's failure. (Ours: 1.03 among quickstart's eight sites.)"""
     max_weight_share: float = Field(0.9, ge=0.5, le=1)
-    """Share of a round's weight that one site counts with at most; the round's record names a site that has more.
-    (Ours: 1 believes every site's own count of its records.)"""
+    """Share of a round's weight that one site counts with at most; the round's record names a site
+    that has more. (Ours: 1 believes every site's own count of its records.)"""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -192,6 +192,7 @@ class Policy:
             missing = sorted({failure.site for failure in self.failures if failure.round == round})
             raise ClientError(
                 f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
-                f"{self.config.quorum} needs {self.config.quorum * asked:g}; missing: {', '.join(missing)}. "
+                f"{self.config.quorum} needs {self.config.quorum * asked:g}; missing: "
+                f"{', '.join(missing)}. "
                 f"Last problem: {self.failures[-1].reason}"
             )

@@ -18,8 +18,9 @@ _READ = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
     *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
 }
-"""Settings of PEFT that say where two factors lie and how they are scaled, or nothing about them. Any other one must
-have the value that PEFT gives it by default, because it may change what the factors mean."""
+"""Settings of PEFT that say where two factors lie and how they are scaled, or nothing about them.
+Any other one must have the value that PEFT gives it by default, because it may change what the
+factors mean."""
 _INITS = (True, False, "gaussian")
 """Values of `init_lora_weights` that leave the base as it is."""
 
@@ -61,7 +62,8 @@ Kind = Literal["adapter", "tuned", "model"]
 def kind_of(name: str) -> Kind:
     """Return what `name` is: a PEFT adapter, a tuned model beside its run, or any other causal language model.
 
-    The last is "embedded", a model folder, or the hub id of one. Raises `ConfigError` where it is none of them.
+    The last is "embedded", a model folder, or the hub id of one. Raises `ConfigError` where it is
+    none of them.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
@@ -113,8 +115,8 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
         neutral = _INITS if key == "init_lora_weights" else (usual.get(key), None)
         if not (value in neutral or not value):
             raise ConfigError(
-                f"{path}: {key} = {value!r:.80} is not supported here; merge the adapter into its base with PEFT, or "
-                "evaluate it with another tool"
+                f"{path}: {key} = {value!r:.80} is not supported here; merge the adapter into its "
+                "base with PEFT, or evaluate it with another tool"
             )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise ConfigError(
@@ -132,8 +134,8 @@ def _model_folder(folder: Path) -> AdapterFolder:
     base = run.get("model", {}).get("name_or_path")
     if not isinstance(base, str):
         raise ConfigError(
-            f"{folder} is a whole model, and no run lies around it that names its base; compare it with another tool, "
-            "or give RUN/model of a run"
+            f"{folder} is a whole model, and no run lies around it that names its base; compare it "
+            "with another tool, or give RUN/model of a run"
         )
     tuned = Workbench(ModelConfig(name_or_path=str(folder.resolve()), dtype="float32", device="cpu"), None)
     weights = {name: tuned.base.get(name) for name in tuned.layout.names}
@@ -169,7 +171,8 @@ def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
         return ours
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}; write the hub id or folder of the "
-            "base model there ('embedded' for the one that comes with the package)"
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}; write the hub "
+            "id or folder of the base model there ('embedded' for the one that comes with the "
+            "package)"
         )
     return base

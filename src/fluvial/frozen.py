@@ -75,8 +75,8 @@ class FolderSource(Source):
     ) -> None:
         """Find the tensors `names`, as they are stored or with the stored name of each.
 
-        They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the folder cannot be
-        read or lacks some of them.
+        They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the
+        folder cannot be read or lacks some of them.
         """
         stored = tensor_files(path)
         places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
@@ -150,15 +150,17 @@ class Sum(Source):
 def stream(skeleton: nn.Module, source: Source, resident: Named, device: torch.device | None = None) -> nn.Module:
     """Return a model on `device` that trains `resident` and reads all other weights from `source` when it uses them.
 
-    `skeleton` has its parameters on the meta device, tied ones as one, and real buffers; it is left as it is. The
-    tensors of `resident` become parameters that require gradients and, on the CPU, share the tensors' memory. Of the
-    others, those with at most one dimension (norms, biases) are loaded once. Linear layers, transformers' Conv1D and
-    embeddings, whose subclasses may add to their forward pass, fetch their weight for each forward pass, and linear
-    layers again for a backward pass that goes through them; any other layer fetches a weight whenever it asks for it.
-    All are used in the skeleton's types. Results are, bit for bit, those of the model that holds the same weights.
+    `skeleton` has its parameters on the meta device, tied ones as one, and real buffers; it is left
+    as it is. The tensors of `resident` become parameters that require gradients and, on the CPU,
+    share the tensors' memory. Of the others, those with at most one dimension (norms, biases) are
+    loaded once. Linear layers, transformers' Conv1D and embeddings, whose subclasses may add to
+    their forward pass, fetch their weight for each forward pass, and linear layers again for a
+    backward pass that goes through them; any other layer fetches a weight whenever it asks for it.
+    All are used in the skeleton's types. Results are, bit for bit, those of the model that holds
+    the same weights.
 
-    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, and what `check_streams` and `source`
-    raise.
+    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, and what
+    `check_streams` and `source` raise.
     """
     device = device or torch.device("cpu")
     check_streams(skeleton)
@@ -191,8 +193,8 @@ def check_streams(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise ConfigError(
-                f"method.hold='disk': {path} ({type(module).__name__}) keeps its weights in one piece, which cannot be "
-                "read when it is used; set hold = 'memory'"
+                f"method.hold='disk': {path} ({type(module).__name__}) keeps its weights in one "
+                "piece, which cannot be read when it is used; set hold = 'memory'"
             )
 
 
@@ -284,8 +286,9 @@ def _streamed_layers() -> dict[type, type]:
 def _let_stream(module: Any, stored: dict[str, _Weight]) -> None:
     """Make `module` fetch the parameters `stored` where it would have had them.
 
-    Its class is replaced by a subclass of it. Between that class and the layer of torch that it derives from stands our
-    own one, so that whatever it does before and after the layer's forward pass is still done.
+    Its class is replaced by a subclass of it. Between that class and the layer of torch that it
+    derives from stands our own one, so that whatever it does before and after the layer's forward
+    pass is still done.
     """
     kind, ours = type(module), _streamed_layers()
     plain = getattr(module, "max_norm", None) is None and stored.keys() == {"weight"}

@@ -1,8 +1,9 @@
 """Ctrl-C and SIGTERM: end the process at once, with 130 or 143 and one line about how to go on.
 
-Sites work in threads, and some of them are inside torch. An interpreter that is taken down around them ends with
-`terminate called without an active exception` and SIGABRT. Everything a run writes survives `kill -9`, so nothing has
-to be unwound: the process leaves from the signal handler itself, and a second signal cannot meet it half-way.
+Sites work in threads, and some of them are inside torch. An interpreter that is taken down around
+them ends with `terminate called without an active exception` and SIGABRT. Everything a run writes
+survives `kill -9`, so nothing has to be unwound: the process leaves from the signal handler itself,
+and a second signal cannot meet it half-way.
 """
 
 import os
@@ -54,7 +55,8 @@ def _remove(path: Path) -> None:
 def _leave(number: int, _: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    # The signal may have come while a line was being written: whatever fails here, the exit code stands.
+    # The signal may have come while a line was being written: whatever fails here, the exit code
+    # stands.
     with suppress(Exception):
         words = _advice()
         before = _SHOW_CURSOR if sys.stderr.isatty() else b""

@@ -44,8 +44,8 @@ class Header:
 class Journal:
     """State of one site's last answer, pending until it is known whether the answer counts.
 
-    The journal lists the files that the site holds and the digests of what is pending, so that one that is lost,
-    damaged or of another time is noticed.
+    The journal lists the files that the site holds and the digests of what is pending, so that one
+    that is lost, damaged or of another time is noticed.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -116,8 +116,8 @@ class Journal:
         """Raise `CheckpointError` if the server accepted an answer that this folder does not know of."""
         if header.ack > state.get("settled", 0) and self.store.names(self.name):
             raise CheckpointError(
-                f"{self._path} is older than what the server accepted of this site (answer {header.ack}); "
-                f"{self._remedy}"
+                f"{self._path} is older than what the server accepted of this site (answer "
+                f"{header.ack}); {self._remedy}"
             )
 
     @property

@@ -1,7 +1,7 @@
 """The fleet that runs in one process, each task of a site in a thread of its own.
 
-`LocalFleet` sends everything through the real bytes and gives a site nothing that a message or its own store did not
-bring, so a method that works here works over a network.
+`LocalFleet` sends everything through the real bytes and gives a site nothing that a message or its
+own store did not bring, so a method that works here works over a network.
 """
 
 import logging
@@ -130,8 +130,8 @@ class LocalFleet(Policy):
         """See `state`; raises `ConfigError` where sites elsewhere keep it."""
         if state:
             raise ConfigError(
-                "this run was begun over Flower, and its sites keep there what they need to go on; resume it as it was "
-                "begun: by submit --resume, or a simulation with --fleet flower"
+                "this run was begun over Flower, and its sites keep there what they need to go on; "
+                "resume it as it was begun: by submit --resume, or a simulation with --fleet flower"
             )
 
     def _work(self, number: int, job: _Job, task: str, round: int, done: Done) -> None:

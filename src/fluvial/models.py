@@ -103,8 +103,8 @@ def resolve_device(name: str) -> torch.device:
 def load_base(config: ModelConfig) -> nn.Module:
     """Return the base model on its device, frozen, and in evaluation mode for good.
 
-    Thus nothing but `lora_dropout` is random: no dropout, jitter or layer drop of the base's own. Raises `ConfigError`
-    if a weight is missing, has another shape or is not finite.
+    Thus nothing but `lora_dropout` is random: no dropout, jitter or layer drop of the base's own.
+    Raises `ConfigError` if a weight is missing, has another shape or is not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -180,8 +180,8 @@ def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> Non
 def checkpoint_layers(model: nn.Module) -> None:
     """Switch gradient checkpointing on; below what is trained still no graph is built.
 
-    transformers' own works in training mode only, in which a base may draw random numbers. Raises `ConfigError` where
-    the architecture has no layers for it.
+    transformers' own works in training mode only, in which a base may draw random numbers. Raises
+    `ConfigError` where the architecture has no layers for it.
     """
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -190,7 +190,8 @@ def checkpoint_layers(model: nn.Module) -> None:
     if not layers:
         raise ConfigError("train.gradient_checkpointing: transformers has none for this architecture; remove it")
     for layer in layers:
-        # An attribute of this one layer, which hides its class's `forward` until `whole_layers` removes it.
+        # An attribute of this one layer, which hides its class's `forward` until `whole_layers`
+        # removes it.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -257,12 +258,12 @@ def changed(state: Named) -> Named:
 class Workbench:
     """Models that share one frozen base; a site borrows one at a time.
 
-    With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a further one costs an
-    adapter. Where all weights are tuned the base stays on disk; every borrowed model is made from there, costs a base,
-    and goes when it is given back.
+    With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a
+    further one costs an adapter. Where all weights are tuned the base stays on disk; every borrowed
+    model is made from there, costs a base, and goes when it is given back.
 
-    A *state* is what is learned, by name, fp32: the LoRA factors, or the change of weights since the base, where a
-    weight without a change is the base's.
+    A *state* is what is learned, by name, fp32: the LoRA factors, or the change of weights since
+    the base, where a weight without a change is the base's.
     """
 
     def __init__(self, model: ModelConfig, lora: LoraSettings | SavedLora | None) -> None:
@@ -296,7 +297,8 @@ class Workbench:
         assert self.lora is not None, "where all weights are tuned, models are made from the base on disk"
         base = load_base(self.config)
         check_behaviour(base, self.config.name_or_path)
-        # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or force tokens.
+        # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
+        # force tokens.
         base.generation_config = GenerationConfig()
         return adapt(base, self.lora).eval()
 
@@ -408,7 +410,8 @@ class Workbench:
 
     def save(self, state: Named, folder: Path) -> None:
         """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as
-        a model folder of transformers, in the base's type and with the generation settings of the base's folder."""
+        a model folder of transformers, in the base's type and with the generation settings of the
+        base's folder."""
         with self.model(state) as model:
             if self.full:
                 model.save_pretrained(str(folder))  # type: ignore[operator]

@@ -1,7 +1,8 @@
 """Paths of a site's disk that a run may name: none, unless the site's own file says so.
 
-The site's `[data]` table takes the place of the run's sources, and its `model` that of the run's. Any other file or
-folder that a run names is refused in the same words, be it there or not, so that a refusal tells nothing.
+The site's `[data]` table takes the place of the run's sources, and its `model` that of the run's.
+Any other file or folder that a run names is refused in the same words, be it there or not, so that
+a refusal tells nothing.
 """
 
 import fnmatch
@@ -29,7 +30,8 @@ OF_NO_SOURCE = (
     "loss_on",
     "max_heldout",
 )
-"""Settings of a run's [data] that hold for a site with records of its own. All others are the site's."""
+"""Settings of a run's [data] that hold for a site with records of its own. All others are the
+site's."""
 SOURCES = ("source", "heldout_source")
 """Settings that name what a site reads; the public text is the server's."""
 _MANY = 10_000
@@ -52,8 +54,8 @@ def refusal(setting: str, site: SiteFile) -> RefusalError:
     """Return the one answer to a path that a run names, whatever lies there."""
     own = "model" if setting.startswith("model") else "[data]"
     return RefusalError(
-        f"site {site.name!r} does not read what a run names as {setting}: its file sets no {own} of its own, and "
-        "allow.run_paths does not name this, or nothing is there"
+        f"site {site.name!r} does not read what a run names as {setting}: its file sets no {own} "
+        "of its own, and allow.run_paths does not name this, or nothing is there"
     )
 
 

@@ -31,8 +31,9 @@ def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
         elif exists(Path(text)):
             remedy = os.path.relpath(text, folder)
             lines.append(
-                f"{file}: {'.'.join(place)} = {toml.show(text)}: lies in the working directory, and paths in a file "
-                f"are relative to the folder of that file; write {toml.show(remedy)}"
+                f"{file}: {'.'.join(place)} = {toml.show(text)}: lies in the working directory, "
+                "and paths in a file are relative to the folder of that file; write "
+                f"{toml.show(remedy)}"
             )
     if lines:
         raise ConfigError("\n".join(lines))

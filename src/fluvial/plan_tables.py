@@ -39,7 +39,8 @@ def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
     for number, sequence in enumerate(found["sequences"], start=1):
         text = Text()
         for token in sequence["tokens"]:
-            # One by one: `plain` over the text would count newlines that belong to different tokens.
+            # One by one: `plain` over the text would count newlines that belong to different
+            # tokens.
             pieces = "⏎\n".join(map(plain, token["text"].split("\n")))
             pieces = f"«{pieces}»" if marks and token["loss"] else pieces
             text.append(pieces, style="bold green" if token["loss"] else "dim")

@@ -68,8 +68,9 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
         raise
     except Exception as error:
         raise ConfigError(
-            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)} (it must be a local "
-            "folder of transformers' form, or a hub id that this machine can reach or has cached)"
+            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)} (it "
+            "must be a local folder of transformers' form, or a hub id that this machine can "
+            "reach or has cached)"
         ) from error
 
 
@@ -82,8 +83,8 @@ def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
             why = f"cannot be loaded from the Hugging Face hub: {first_line(error)}"
             if not reached:
                 why = (
-                    "is no folder here and not in this machine's cache, and the Hugging Face hub cannot be reached; "
-                    "name a local folder, or load the model once with a network"
+                    "is no folder here and not in this machine's cache, and the Hugging Face hub "
+                    "cannot be reached; name a local folder, or load the model once with a network"
                 )
             raise ConfigError(f"model.name_or_path={wanted.name_or_path!r} {why}") from error
 
@@ -95,8 +96,8 @@ def from_settings(make: Any, config: ModelConfig) -> Any:
         return make(settings, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise ConfigError(
-            f"model.name_or_path={config.name_or_path!r}: transformers cannot make a model of its config.json: "
-            f"{first_line(error)}"
+            f"model.name_or_path={config.name_or_path!r}: transformers cannot make a model of its "
+            f"config.json: {first_line(error)}"
         ) from error
 
 
@@ -129,8 +130,8 @@ def _refuse_folder(config: ModelConfig) -> None:
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
         raise ConfigError(
-            f"{where} is a PEFT adapter of {base!r}; name that base instead, or merge the adapter into "
-            "it with PEFT (merge_and_unload) and save the result"
+            f"{where} is a PEFT adapter of {base!r}; name that base instead, or merge the adapter "
+            "into it with PEFT (merge_and_unload) and save the result"
         )
     if not (folder / "config.json").is_file():
         other = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".pth", ".pt", ".ckpt")]
@@ -139,8 +140,8 @@ def _refuse_folder(config: ModelConfig) -> None:
     stored = read_object(folder / "config.json") or {}
     if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
-            f"{where}: its model is Python code in the folder (auto_map in config.json), which is never run; only "
-            "architectures of transformers itself are tuned"
+            f"{where}: its model is Python code in the folder (auto_map in config.json), which is "
+            "never run; only architectures of transformers itself are tuned"
         )
     if "model_type" not in stored and "auto_map" not in stored:
         raise ConfigError(f"{where}: config.json names no 'model_type', so it is not of transformers' form")
@@ -150,7 +151,8 @@ _READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
 """Model types whose language models attend to later tokens, and which no setting makes causal."""
 
 _SEEDS_ITSELF = ("reformer",)
-"""Model types whose backward pass needs random numbers of its own, from the process-wide generator."""
+"""Model types whose backward pass needs random numbers of its own, from the process-wide
+generator."""
 
 _ENCODERS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
@@ -173,31 +175,31 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
         raise ConfigError(f"{where}: transformers has no causal language model of the type {kind!r}")
     if kind in _SEEDS_ITSELF:
         raise ConfigError(
-            f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, so that no run could "
-            "be repeated"
+            f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, "
+            "so that no run could be repeated"
         )
     if kind in _READS_BOTH_WAYS:
         raise ConfigError(f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it")
     if kind in _ENCODERS and not found.is_decoder:
         raise ConfigError(
-            f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = false; set it to true "
-            "for a causal language model"
+            f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = "
+            "false; set it to true for a causal language model"
         )
     quantised = getattr(found, "quantization_config", None)
     if quantised is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ConfigError(
-            f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by quantization_config in "
-            "config.json), and only float weights are tuned and measured; name the model it was made from, or "
-            "dequantise it and save it anew"
+            f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by "
+            "quantization_config in config.json), and only float weights are tuned and measured; "
+            "name the model it was made from, or dequantise it and save it anew"
         )
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
     """Return the float type in which the base is held: the one that is set, else the folder's own.
 
-    A folder that names none has the type of its first stored weight, as transformers has it; a hub id that names none
-    has float32.
+    A folder that names none has the type of its first stored weight, as transformers has it; a hub
+    id that names none has float32.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
@@ -222,8 +224,8 @@ def load_tokenizer(config: ModelConfig) -> Any:
     tokenizer.padding_side = "right"
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, with which every "
-            "record ends; name one as eos_token in tokenizer_config.json"
+            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, "
+            "with which every record ends; name one as eos_token in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -240,15 +242,17 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
     if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return
     raise ConfigError(
-        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json and "
-        "tokenizer_config.json, or tokenizer.model); copy the files from where the model came from"
+        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json "
+        "and tokenizer_config.json, or tokenizer.model); copy the files from where the model came "
+        "from"
     )
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no row for."""
     rows = model.get_input_embeddings().weight.shape[0]
-    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that are put there.
+    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
+    # are put there.
     special = set(tokenizer.all_special_ids)
     plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
     last, largest = max(plain, key=lambda item: item[1])
@@ -260,9 +264,9 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     ):
         if index is not None and index >= rows:
             raise ConfigError(
-                f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and the model embeds "
-                f"ids up to {rows - 1}; use the tokenizer that belongs to the model, or resize the model "
-                "(resize_token_embeddings) and save it anew"
+                f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and "
+                f"the model embeds ids up to {rows - 1}; use the tokenizer that belongs to the "
+                "model, or resize the model (resize_token_embeddings) and save it anew"
             )
 
 
@@ -272,8 +276,9 @@ def check_ids(ids: Iterable[int], model: Any, where: str) -> None:
     largest = max(ids, default=0)
     if largest >= rows:
         raise ConfigError(
-            f"{where}: the text has a token of id {largest}, and the model embeds ids up to {rows - 1}; use the "
-            "tokenizer that belongs to the model, or resize the model (resize_token_embeddings) and save it anew"
+            f"{where}: the text has a token of id {largest}, and the model embeds ids up to "
+            f"{rows - 1}; use the tokenizer that belongs to the model, or resize the model "
+            "(resize_token_embeddings) and save it anew"
         )
 
 

@@ -1,6 +1,7 @@
 """Readers of a site's reply: the one place where its numbers are bounded, for every method.
 
-A reader raises `WireError` for what no honest site can send, and then the site has failed as if it had not answered.
+A reader raises `WireError` for what no honest site can send, and then the site has failed as if it
+had not answered.
 """
 
 from collections.abc import Collection

@@ -560,8 +560,8 @@ def _card(config: RunConfig, final: dict[str, Any], sites: int) -> str:
     settings = json.dumps(config.resolved(), indent=2)
     mean = _mean(final)
     measured = (
-        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy {mean['accuracy']:.4f} "
-        "(means over the sites)."
+        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy "
+        f"{mean['accuracy']:.4f} (means over the sites)."
         if mean
         else "Held-out measures were not taken."
     )

@@ -2,8 +2,8 @@
 
 The docstrings of its fields describe a table.
 
-A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true), numbers are finite,
-strings are not empty, and a list names each thing once.
+A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true),
+numbers are finite, strings are not empty, and a list names each thing once.
 """
 
 from collections.abc import Iterator

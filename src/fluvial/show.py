@@ -205,8 +205,9 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 RESULT_CAPTION = (
-    "Held-out values are means over the sites, each counting the same; pooled: over all their label tokens, which is "
-    "all that a central run has. Up per site: bytes of all rounds; round ratio: these against "
+    "Held-out values are means over the sites, each counting the same; pooled: over all their "
+    "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
+    "ratio: these against "
     "uncompressed updates; local training only reports its loss. Amortised: all bytes both ways, set-up included, "
     "against an uncompressed run of the same rounds."
 )

@@ -29,8 +29,8 @@ class Allowed(Settings):
     max_delta: float = Field(1e-4, ge=1e-15, lt=1)
     """Delta that all these runs may spend together, beside `max_epsilon`."""
     run_paths: tuple[str, ...] = ()
-    """Whole paths that a run may name here, such as "/data/shared/*"; without one, a run names nothing on this disk.
-    "*" allows everything."""
+    """Whole paths that a run may name here, such as "/data/shared/*"; without one, a run names
+    nothing on this disk. "*" allows everything."""
     max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
     """An answer that would be more is not sent; the server is told why."""
 
@@ -61,11 +61,13 @@ class SiteFile(Settings):
     folder: FilePath = Path("fluvial-site")
     """Folder of the site's state and its log."""
     model: str | None = None
-    """A local folder of the base model, in place of what the run names; its content must be the same."""
+    """A local folder of the base model, in place of what the run names; its content must be the
+    same."""
     device: str = "auto"
     """As in the run's [model]; this machine's word counts."""
     data: SiteData | None = None
-    """The site's own records, which take the place of all that the run names; unset, what allow.run_paths covers."""
+    """The site's own records, which take the place of all that the run names; unset, what
+    allow.run_paths covers."""
     allow: Allowed = Allowed()
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""

@@ -35,6 +35,6 @@ def check_plain(name: str, where: str) -> None:
     """Raise `ConfigError` unless `name` can be that of a site with a process of its own."""
     if not PLAIN.fullmatch(name):
         raise ConfigError(
-            f"{where}: {name[:60]!r} is no name of a site: 1 to 64 letters, digits and _ . -, the first a letter or "
-            "a digit"
+            f"{where}: {name[:60]!r} is no name of a site: 1 to 64 letters, digits and _ . -, the "
+            "first a letter or a digit"
         )

@@ -18,9 +18,10 @@ _DIGITS = 32
 class StateStore:
     """Named slots, one version for each round that wrote it, as SLOT-ROUND-DIGEST.safetensors.
 
-    A version is written only when the reply that it belongs to was accepted. The version before it stays until the
-    next is written, so a run that resumes from the round before finds what the sites held then. A version whose bytes
-    are not those of its digest is refused. `folder=None` keeps the bytes in memory.
+    A version is written only when the reply that it belongs to was accepted. The version before it
+    stays until the next is written, so a run that resumes from the round before finds what the
+    sites held then. A version whose bytes are not those of its digest is refused. `folder=None`
+    keeps the bytes in memory.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -56,7 +57,8 @@ class StateStore:
     def draft(self, site: str, slot: str, payload: Payload) -> Path:
         """Write `payload` to a file that is no version yet; `write` makes it one.
 
-        Every draft has a name of its own: an attempt that is past its deadline may still be writing.
+        Every draft has a name of its own: an attempt that is past its deadline may still be
+        writing.
         """
         assert self.folder is not None, "a store in memory has no files"
         path = self._folder(site) / f".{slot}.{secrets.token_hex(8)}.draft"
@@ -145,7 +147,8 @@ class StateStore:
         return {parsed[1]: path for parsed, path in found if parsed is not None and parsed[0] == slot}
 
     def _folder(self, site: str) -> Path:
-        # A site's name comes from data or from a person; on disk it must not leave the folder nor collide.
+        # A site's name comes from data or from a person; on disk it must not leave the folder nor
+        # collide.
         plain = re.sub(r"[^A-Za-z0-9_.-]", "_", site).lstrip(".")[:_LONGEST] or "_"
         return (self.folder or Path()) / (plain if plain == site else f"{plain}-{derive(0, site):016x}")
 

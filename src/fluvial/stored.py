@@ -35,8 +35,8 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
     """Return what a folder stores by name, as tensors without values; empty where it has no weights.
 
-    Raises `ConfigError` for a missing shard, a damaged file, an index that does not fit its files, or a pickle that
-    holds more than tensors.
+    Raises `ConfigError` for a missing shard, a damaged file, an index that does not fit its files,
+    or a pickle that holds more than tensors.
     """
     for single in _SINGLE:
         if (folder / single).is_file():
@@ -48,8 +48,8 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
         others = [name for name in local if name.endswith((".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth"))]
         if others:
             raise ConfigError(
-                f"{folder}: has neither {_SINGLE[0]} nor an index of its shards, only {some(others)}; save the model "
-                "with save_pretrained of transformers"
+                f"{folder}: has neither {_SINGLE[0]} nor an index of its shards, only "
+                f"{some(others)}; save the model with save_pretrained of transformers"
             )
     return {}
 
@@ -85,8 +85,8 @@ def _header(file: Path) -> dict[str, Tensor]:
         return dict(load_state_dict(file, map_location="meta", weights_only=True))
     except Exception as error:
         raise ConfigError(
-            f"{file}: is no plain file of tensors, and loading it could run foreign code; save the model as "
-            f"safetensors ({first_line(error):.120})"
+            f"{file}: is no plain file of tensors, and loading it could run foreign code; save the "
+            f"model as safetensors ({first_line(error):.120})"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Subjects of MMLU, C-Eval and CMMLU in the groups of their papers, and means over these groups.
 
-The assignment of a subject to a group is the benchmark's own; `Benchmark.source` names the file. The same subject may
-belong to another group elsewhere: `anatomy` is Other in MMLU and STEM in CMMLU.
+The assignment of a subject to a group is the benchmark's own; `Benchmark.source` names the file.
+The same subject may belong to another group elsewhere: `anatomy` is Other in MMLU and STEM in
+CMMLU.
 """
 
 import re
@@ -208,8 +209,9 @@ def detect(subjects: Iterable[str], *, chinese: bool) -> Benchmark | None:
 def grouped(benchmark: Benchmark, marks: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Any]:
     """Return the accuracy of each group and the average, as JSON types.
 
-    `marks` holds, for each model, right answers and questions of each subject. "micro" is the mean over questions,
-    "macro" the mean over subjects, each counting the same. Subjects without a group count in no mean here.
+    `marks` holds, for each model, right answers and questions of each subject. "micro" is the mean
+    over questions, "macro" the mean over subjects, each counting the same. Subjects without a group
+    count in no mean here.
     """
     first = next(iter(marks.values()))
     known = [subject for subject in first if plain_subject(subject) in benchmark.subjects]

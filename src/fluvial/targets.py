@@ -23,8 +23,8 @@ class LoraSettings(Settings):
     lora_dropout: float = Field(0.05, ge=0, le=0.99)
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
     """Names of linear modules, or "all-linear" without heads and routers. By default `q_proj`,
-    `k_proj`, `v_proj`, `o_proj` where the model has all four, else what PEFT has for its architecture,
-    else "all-linear". Of a multimodal model only text modules are adapted."""
+    `k_proj`, `v_proj`, `o_proj` where the model has all four, else what PEFT has for its
+    architecture, else "all-linear". Of a multimodal model only text modules are adapted."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
@@ -54,7 +54,8 @@ def target_names(base: Any, lora: LoraSettings) -> list[str]:
     if not chosen:
         raise ConfigError("lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = 'full'")
     _check_rank(lora.r, chosen)
-    # The list is kept as it was written, unless PEFT would also find a module of that name elsewhere.
+    # The list is kept as it was written, unless PEFT would also find a module of that name
+    # elsewhere.
     short = sorted(set(given) if isinstance(given, tuple) else {_leaf(name) for name in chosen})
     everything = (name for name, _ in base.named_modules())
     return short if _matching(short, everything) == chosen.keys() else sorted(chosen)

@@ -171,7 +171,8 @@ class WeightedMean:
     _COARSE, _FINE = 2.0**-12, 2.0**-64
     _LIMIT = 2.0**28
     _PIECE = 2**20
-    """Values that are folded at a time, so that what is computed for each takes no memory for all."""
+    """Values that are folded at a time, so that what is computed for each takes no memory for
+    all."""
 
     def __init__(self) -> None:
         self._layout: Layout | None = None

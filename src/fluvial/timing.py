@@ -18,7 +18,8 @@ from fluvial.train import train
 
 Clock = Callable[[], float]
 ENOUGH_S = 2.0
-"""Steps are timed together until they take about this long, so that a small model's are measured too."""
+"""Steps are timed together until they take about this long, so that a small model's are measured
+too."""
 MAX_STEPS = 32
 HELDOUT_SEQUENCES = 16
 
@@ -94,8 +95,8 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
 def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0) -> Predicted:
     """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every` rounds.
 
-    Sites share the workers; a round is as long as its longest site, or as all its work divided by the workers. At the
-    end held-out text is measured twice, by the base and by the result.
+    Sites share the workers; a round is as long as its longest site, or as all its work divided by
+    the workers. At the end held-out text is measured twice, by the base and by the result.
     """
     times = sorted((steps * found.step_s + found.call_s for steps in work.steps), reverse=True)
     share = work.cohort / len(times)

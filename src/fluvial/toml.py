@@ -55,8 +55,9 @@ def load(path: Path, missing: str) -> dict[str, Any]:
 def read(root: type[T], table: dict[str, Any], where: str) -> T:
     """Return the settings that `table` holds; raises `ConfigError` with a line for each fault.
 
-    A fault hides what is checked after it, such as values that cannot stand together. So what is at fault is set aside
-    and the rest read again, until nothing new is found; a later fault that speaks of what was set aside is left out.
+    A fault hides what is checked after it, such as values that cannot stand together. So what is at
+    fault is set aside and the rest read again, until nothing new is found; a later fault that
+    speaks of what was set aside is left out.
     """
     lines = dict[str, None]()
     aside = set[str]()

@@ -1,7 +1,7 @@
 """Checks that the weights of a base model are there, whole, and fit its architecture.
 
-Only headers are read: names, shapes and lengths of files. transformers itself says which stored tensor becomes which
-parameter, by loading tensors that have a shape and no values.
+Only headers are read: names, shapes and lengths of files. transformers itself says which stored
+tensor becomes which parameter, by loading tensors that have a shape and no values.
 """
 
 import re
@@ -20,8 +20,8 @@ from fluvial.stored import FLOATS, first_line, some, stored_tensors
 def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     """Return notes on the weights of `base`, which is without weights; nothing is downloaded.
 
-    Raises `ConfigError` where a file is missing or damaged, where a tensor is missing, has another shape or is no
-    float, and where the folder has layers that its configuration does not count.
+    Raises `ConfigError` where a file is missing or damaged, where a tensor is missing, has another
+    shape or is no float, and where the folder has layers that its configuration does not count.
     """
     folder = local_folder(config) or _cached(config)
     if folder is None:
@@ -34,8 +34,9 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     kinds = [name for name, tensor in stored.items() if name.endswith("weight") and tensor.dtype not in FLOATS]
     if kinds:
         raise ConfigError(
-            f"model.name_or_path={config.name_or_path!r}: {some(kinds)} is stored as {stored[kinds[0]].dtype}; only "
-            "float weights (float32, bfloat16, float16) are tuned and measured: name the model it was made from"
+            f"model.name_or_path={config.name_or_path!r}: {some(kinds)} is stored as "
+            f"{stored[kinds[0]].dtype}; only float weights (float32, bfloat16, float16) are tuned "
+            "and measured: name the model it was made from"
         )
     info = _compare(base, config, stored)
     check_info(info, base, config.name_or_path)
@@ -46,20 +47,22 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
 def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
     """Raise `ConfigError` for what transformers did beside copying stored weights into `model`.
 
-    It makes up what is missing or has another shape, and passes over layers beyond those that config.json counts.
+    It makes up what is missing or has another shape, and passes over layers beyond those that
+    config.json counts.
     """
     where, kind = f"model.name_or_path={name!r}", type(model).__name__
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{where}: the stored weights lack {some(missing)}, which {kind} needs; they are not complete, or of "
-            "another kind of model (a classifier or a headless one has no language-model head)"
+            f"{where}: the stored weights lack {some(missing)}, which {kind} needs; they are not "
+            "complete, or of another kind of model (a classifier or a headless one has no "
+            "language-model head)"
         )
     shapes = sorted(str(key) for key, *_ in info["mismatched_keys"])
     if shapes:
         raise ConfigError(
-            f"{where}: {some(shapes)} is stored in another shape than config.json says; the weights are of another "
-            "model"
+            f"{where}: {some(shapes)} is stored in another shape than config.json says; the "
+            "weights are of another model"
         )
     if info.get("error_msgs"):
         raise ConfigError(f"{where}: {info['error_msgs'][0]:.300}")
@@ -78,8 +81,9 @@ def check_finite(model: nn.Module, name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         if parameter.numel() and not all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()):
             raise ConfigError(
-                f"model.name_or_path={name!r}: {parameter_name} holds values that are not finite in {parameter.dtype}; "
-                "if the folder has another type, set model.dtype to it, else copy the folder again"
+                f"model.name_or_path={name!r}: {parameter_name} holds values that are not finite "
+                f"in {parameter.dtype}; if the folder has another type, set model.dtype to it, "
+                "else copy the folder again"
             )
 
 
@@ -101,8 +105,8 @@ def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[
             )
         except Exception as error:
             raise ConfigError(
-                f"model.name_or_path={config.name_or_path!r}: the stored weights do not fit {type(base).__name__}: "
-                f"{first_line(error)}"
+                f"model.name_or_path={config.name_or_path!r}: the stored weights do not fit "
+                f"{type(base).__name__}: {first_line(error)}"
             ) from error
     return dict(info)
 

@@ -86,8 +86,8 @@ class Codec(ABC):
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
         """Return the bytes of one frame, at most, in time and memory that do not grow with the values.
 
-        Where a codec says nothing else, these are the bytes of the values as they are. Raises `ConfigError` if the
-        layout cannot be coded.
+        Where a codec says nothing else, these are the bytes of the values as they are. Raises
+        `ConfigError` if the layout cannot be coded.
         """
         return OVERHEAD + layout.raw_bytes
 

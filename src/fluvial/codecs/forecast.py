@@ -17,9 +17,9 @@ MEASURED = 2**18
 def frame_size(settings: CodecSettings, layout: Layout) -> int:
     """Return the bytes of one coded update, in time and memory that do not grow with the values.
 
-    Computed where they follow from the layout. Else an update of typical size is coded, or, of a large layout, one of
-    smaller tensors, whose share of the bytes that a frame has at most is then the large one's. Raises `ConfigError` if
-    the layout cannot be coded.
+    Computed where they follow from the layout. Else an update of typical size is coded, or, of a
+    large layout, one of smaller tensors, whose share of the bytes that a frame has at most is then
+    the large one's. Raises `ConfigError` if the layout cannot be coded.
     """
     if isinstance(settings, AutoSettings):
         return int(layout.raw_bytes / settings.target(layout))

@@ -11,7 +11,8 @@ from fluvial.data.records import Message
 from fluvial.errors import ConfigError
 
 TODAY = datetime(2024, 7, 26)
-"""The day that a template gets when it asks for today's, so that tokens do not depend on the day of the run."""
+"""The day that a template gets when it asks for today's, so that tokens do not depend on the day of
+the run."""
 _MARK = "content-of-a-turn-"
 """Stands for the content of a turn, which a template may compare, cut or leave out."""
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
@@ -20,7 +21,8 @@ _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str) -> Example:
     """Return the whole conversation by the tokenizer's own chat template; labels on the assistant's turns.
 
-    Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in two ways.
+    Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in
+    two ways.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
@@ -56,8 +58,8 @@ def _spans(place: object, messages: Sequence[Message], tokenizer: Any, rendered:
         if not (rendered.startswith(end) and end.startswith(start)):
             raise ConfigError(
                 f"{place}: the chat template renders turn {turn + 1} differently inside the whole "
-                "conversation, so its tokens cannot be told apart; keep one assistant turn a record, or set "
-                "data.loss_on='all'"
+                "conversation, so its tokens cannot be told apart; keep one assistant turn a "
+                "record, or set data.loss_on='all'"
             )
         if message["content"].strip() not in end[len(start) :]:
             raise _omitted(place, turn, message)
@@ -71,8 +73,8 @@ def _tokens(place: object, rendered: str, tokenizer: Any) -> tuple[list[int], li
         encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     except NotImplementedError:
         raise ConfigError(
-            f"{place}: the tokenizer cannot say where its tokens stand, which the loss on the assistant's turns needs; "
-            "use a model folder with a tokenizer.json"
+            f"{place}: the tokenizer cannot say where its tokens stand, which the loss on the "
+            "assistant's turns needs; use a model folder with a tokenizer.json"
         ) from None
     ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
     bos = tokenizer.bos_token_id
@@ -90,7 +92,8 @@ def _header(place: object, message: Message, tokenizer: Any) -> str:
 def _refuse_omissions(place: object, messages: Sequence[Message], tokenizer: Any, rendered: str) -> None:
     """Raise `ConfigError` for a turn whose content the template leaves out or changes.
 
-    A short content may stand in the template's own text too, so marks are rendered in the place of contents.
+    A short content may stand in the template's own text too, so marks are rendered in the place of
+    contents.
     """
     marks = [f"{_MARK}{number}." for number in range(len(messages))]
     pairs = zip(messages, marks, strict=True)
@@ -103,8 +106,8 @@ def _refuse_omissions(place: object, messages: Sequence[Message], tokenizer: Any
 
 def _omitted(place: object, number: int, message: Message) -> ConfigError:
     return ConfigError(
-        f"{place}: the chat template leaves out or changes turn {number + 1} (role {message['role']}); set "
-        "data.chat_template to another one, or change or remove the turn"
+        f"{place}: the chat template leaves out or changes turn {number + 1} (role "
+        f"{message['role']}); set data.chat_template to another one, or change or remove the turn"
     )
 
 
@@ -119,8 +122,8 @@ def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_g
     except Exception as error:  # a template is a program: it may raise whatever a program raises
         said = printable(str(error).strip().partition("\n")[0])[:120]
         raise ConfigError(
-            f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; change the record, "
-            "or set data.chat_template to another template"
+            f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; "
+            "change the record, or set data.chat_template to another template"
         ) from error
     return text
 

@@ -38,7 +38,8 @@ class DataConfig(Settings):
     """The text of a run, its form, and its split over the sites."""
 
     source: str = STDLIB
-    """"stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of them, a `save_to_disk` folder, a hub id."""
+    """"stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of them, a `save_to_disk`
+    folder, a hub id."""
     split: str = "train"
     """Split of a hub id or of a saved `DatasetDict`."""
     heldout_source: str | None = None
@@ -54,28 +55,31 @@ class DataConfig(Settings):
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field = your column, such as {completion = "answer"}."""
     encoding: str = UTF8
-    """Encoding of text files, by Python's names: "utf-8" (with or without a byte order mark), "cp1252", "utf-16"."""
+    """Encoding of text files, by Python's names: "utf-8" (with or without a byte order mark),
+    "cp1252", "utf-16"."""
     delimiter: str | None = None
     """Character between the columns of CSV files; unset, the comma, in tsv files the tab."""
     numbers: Numbers = "refuse"
-    """JSON numbers and booleans where a text is needed: refused, or taken as the text that the file has ("text")."""
+    """JSON numbers and booleans where a text is needed: refused, or taken as the text that the file
+    has ("text")."""
     heldout: SourceSettings | None = None
     """Settings of `heldout_source`, where they differ."""
     public: SourceSettings | None = None
     """Settings of `public_source`, where they differ."""
     chat_template: str | None = None
-    """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma", "mistral", "plain", a file
-    with a Jinja template, or the template itself."""
+    """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma",
+    "mistral", "plain", a file with a Jinja template, or the template itself."""
     partition: Partition = Iid()
     """How one data set becomes many sites; a deployed site has its own."""
     max_length: int = Field(128, ge=8, le=10**7)
     """Tokens of one sequence."""
     overlong: Overlong = "cut"
-    """Records of more than `max_length` tokens, plain text apart, which is cut into windows: cut at the end (refused
-    where no token of the answer would stay), "shorten_prompt" (the beginning of the prompt is cut, and the end only if
-    that is not enough), "drop", or "refuse"."""
+    """Records of more than `max_length` tokens, plain text apart, which is cut into windows: cut at
+    the end (refused where no token of the answer would stay), "shorten_prompt" (the beginning of
+    the prompt is cut, and the end only if that is not enough), "drop", or "refuse"."""
     packing: bool = False
-    """Join sequences before cutting them to `max_length`; attention crosses the EOS between them."""
+    """Join sequences before cutting them to `max_length`; attention crosses the EOS between
+    them."""
     loss_on: Literal["answer", "all"] = "answer"
     """Which tokens of a conversation are learned; of plain text always all."""
     max_heldout: int | None = Field(None, ge=1, le=10**9)

@@ -14,7 +14,8 @@ NAME_LENGTH = 60
 class DataError(ConfigError):
     """One or more faults of data files.
 
-    A fault names file, line, field and remedy, and holds no text of a record. Names of columns and sites are quoted.
+    A fault names file, line, field and remedy, and holds no text of a record. Names of columns and
+    sites are quoted.
     """
 
     def __init__(self, faults: Sequence[str], count: int | None = None) -> None:

@@ -64,7 +64,8 @@ def read_bytes(path: Path) -> bytes:
 def read_text(path: Path, encoding: str) -> str:
     """Return the text of a file, without a byte order mark.
 
-    Raise `DataError`, naming file, line and byte, where the bytes are not text of `encoding`, with a proposal.
+    Raise `DataError`, naming file, line and byte, where the bytes are not text of `encoding`, with
+    a proposal.
     """
     data, name = read_bytes(path), printable(str(path))
     for start, what, remedy in FORMATS:
@@ -118,7 +119,8 @@ def _candidates(data: bytes) -> tuple[str, ...]:
     sample = data[:SAMPLE]
     high = [number for number, byte in enumerate(sample) if byte >= 0x80]
     pairs = sum(number + 1 < len(sample) and sample[number + 1] >= 0x80 for number in high)
-    # Letters of a Latin alphabet beyond ASCII stand alone in a word, those of two bytes side by side.
+    # Letters of a Latin alphabet beyond ASCII stand alone in a word, those of two bytes side by
+    # side.
     return (*DOUBLE_BYTE, *SINGLE_BYTE) if high and pairs > len(high) / 2 else (UTF8, *SINGLE_BYTE)
 
 

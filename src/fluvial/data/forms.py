@@ -46,9 +46,9 @@ def detect_form(columns: Iterable[str], where: str) -> Form:
         known = "; ".join(f"{form}: {', '.join(REQUIRED_FIELDS[form])}" for form in FORMS)
         found = f"[{listed(sorted(present))}]"
         raise ConfigError(
-            f"{where}: fields {found} fit {'no form' if not fits else ' and '.join(fits)}. Set data.form, or "
-            f"rename fields with data.columns, such as {{completion = 'answer'}}{_near(present)}. Forms and their "
-            f"fields: {known}"
+            f"{where}: fields {found} fit {'no form' if not fits else ' and '.join(fits)}. Set "
+            "data.form, or rename fields with data.columns, such as "
+            f"{{completion = 'answer'}}{_near(present)}. Forms and their fields: {known}"
         )
     return fits[0]
 
@@ -76,13 +76,14 @@ def resolve(form: Form | Literal["auto"], columns: Mapping[str, str], found: Seq
     missing = [field for field in REQUIRED_FIELDS[chosen] if field not in ours]
     if missing:
         raise ConfigError(
-            f"{where}: form {chosen!r} needs the field {missing[0]!r}; found {listed(found)}. Set data.form, or rename "
-            f"a field with data.columns, such as {{{missing[0]} = 'NAME'}}{_near(found)}"
+            f"{where}: form {chosen!r} needs the field {missing[0]!r}; found {listed(found)}. Set "
+            "data.form, or rename a field with data.columns, such as "
+            f"{{{missing[0]} = 'NAME'}}{_near(found)}"
         )
     idle = [field for field in columns if field not in fields_of(chosen)]
     if idle:
         raise ConfigError(
-            f"{where}: data.columns: {idle[0]} is without effect, because the form {chosen!r} has the fields "
-            f"{', '.join(fields_of(chosen))}; remove it"
+            f"{where}: data.columns: {idle[0]} is without effect, because the form {chosen!r} has "
+            f"the fields {', '.join(fields_of(chosen))}; remove it"
         )
     return chosen

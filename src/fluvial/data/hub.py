@@ -10,7 +10,8 @@ from fluvial.network import reachable_hub
 def dataset_of(name: str, wanted: str, where: str) -> Any:
     """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming the setting `where`.
 
-    A hub that cannot be reached is found out in one attempt; what lies in its local cache is then read from there.
+    A hub that cannot be reached is found out in one attempt; what lies in its local cache is then
+    read from there.
     """
     import datasets
 
@@ -29,8 +30,8 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
             why = f"is a damaged data set ({type(error).__name__}); save it again"
         elif not reached:
             why = (
-                "is no file or folder here, and the Hugging Face hub cannot be reached; name a local file, or load the "
-                "data set once with a network"
+                "is no file or folder here, and the Hugging Face hub cannot be reached; name a "
+                "local file, or load the data set once with a network"
             )
         else:
             why = f"cannot be read from the Hugging Face hub: {_cause(error)}"

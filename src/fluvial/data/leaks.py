@@ -31,8 +31,8 @@ class Leaks:
             return []
         total = sum(map(len, self._heldout.values()))
         return [
-            f"{sum(found.values())} of {total} held-out sequences are also trained on, token by token: held-out "
-            f"measures are too good ({_listed(found)})"
+            f"{sum(found.values())} of {total} held-out sequences are also trained on, token by "
+            f"token: held-out measures are too good ({_listed(found)})"
         ]
 
 

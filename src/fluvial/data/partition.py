@@ -70,9 +70,9 @@ Drawn = Natural | Iid | Dirichlet | Shards
 def split(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int) -> dict[str, list[int]]:
     """Return disjoint parts of `count` records, as their numbers from 0, by site name.
 
-    `classes` has the text of `partition.column` for each record, None for `Iid`. The parts cover all records, save
-    that shards are of equal size: what does not fill one for each site is left out. Raise `ConfigError` for a split
-    that cannot be made.
+    `classes` has the text of `partition.column` for each record, None for `Iid`. The parts cover
+    all records, save that shards are of equal size: what does not fill one for each site is left
+    out. Raise `ConfigError` for a split that cannot be made.
     """
     if isinstance(partition, Natural):
         assert classes is not None, "a column has values"
@@ -124,15 +124,16 @@ def _unsplit(classes: Sequence[str] | None, count: int, partition: Drawn) -> str
     if isinstance(partition, Shards):
         shards = partition.sites * partition.shards_per_site
         return (
-            f"data.partition: by = 'shards' makes {partition.sites} x {partition.shards_per_site} = {shards} shards, "
-            f"and there are only {count} records; lower sites or shards_per_site"
+            f"data.partition: by = 'shards' makes {partition.sites} x {partition.shards_per_site} "
+            f"= {shards} shards, and there are only {count} records; lower sites or shards_per_site"
         )
     assert isinstance(partition, Dirichlet), "equal shares can always be drawn"
     values = len(set(classes or ()))
     return (
-        f"data.partition: by = 'dirichlet' drew 10 times and left a site with fewer than min_records="
-        f"{partition.min_records} of the {count} records each time (column {shown(partition.column)} has {values} "
-        f"values, alpha={partition.alpha}, sites={partition.sites}); raise alpha, or lower min_records or sites"
+        "data.partition: by = 'dirichlet' drew 10 times and left a site with fewer than "
+        f"min_records={partition.min_records} of the {count} records each time (column "
+        f"{shown(partition.column)} has {values} values, alpha={partition.alpha}, "
+        f"sites={partition.sites}); raise alpha, or lower min_records or sites"
     )
 
 
@@ -147,8 +148,9 @@ def alike(sites: Mapping[str, int]) -> list[str]:
         folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
         groups.setdefault(_number(folded) or folded, []).append(name)
     return [
-        f"the sites {' and '.join(f'{shown(name)} ({sites[name]} records)' for name in names)} differ only in blanks, "
-        "case, Unicode form or how a number is written, and are taken as different sites"
+        f"the sites {' and '.join(f'{shown(name)} ({sites[name]} records)' for name in names)} "
+        "differ only in blanks, case, Unicode form or how a number is written, and are taken as "
+        "different sites"
         for names in groups.values()
         if len(names) > 1
     ]

@@ -1,6 +1,7 @@
 """Thin readers of local files: JSON lines, JSON, CSV, parquet, plain text. None of them guesses a type.
 
-A value of JSON keeps its type, with numbers as they are written; a value of CSV is always text, exactly as written.
+A value of JSON keeps its type, with numbers as they are written; a value of CSV is always text,
+exactly as written.
 """
 
 import csv
@@ -53,7 +54,8 @@ def read_json(path: Path, encoding: str = UTF8) -> Table:
     return _filled(path, _json(path, reading) if path.suffix.lower() == ".json" else _jsonl(path, reading))
 
 
-# -- JSON -------------------------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
+# -------------------
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -239,7 +241,8 @@ def _after_blank(text: str, start: int) -> int:
     return blank.end()
 
 
-# -- CSV --------------------------------------------------------------------------------------------------------------
+# -- CSV -------------------------------------------------------------------------------------------
+# -------------------
 
 
 def _delimited(path: Path, reading: Reading) -> Table:
@@ -262,8 +265,8 @@ def _delimited(path: Path, reading: Reading) -> Table:
             blank += 1
         elif len(cells) != len(columns):
             faults.add(
-                f"{place}: has {len(cells)} cells, the header has {len(columns)}; put a cell that holds "
-                f"{_spoken(delimiter)}, a quote or a line break in double quotes"
+                f"{place}: has {len(cells)} cells, the header has {len(columns)}; put a cell that "
+                f"holds {_spoken(delimiter)}, a quote or a line break in double quotes"
             )
         elif any(cell.lstrip()[:1] == '"' and cell[:1] in " \t" and cell.rstrip()[-1:] == '"' for cell in cells):
             faults.add(f"{place}: a blank stands before the opening quote of a cell; remove it")
@@ -295,8 +298,8 @@ def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[
         end = "the end of the file" if "unexpected end" in str(error) else f"line {reader.line_num}"
         raise DataError(
             [
-                f"{name}: the row that begins in line {start} is broken at {end}: {error}; close each double "
-                "quote, and write a double quote within a cell twice"
+                f"{name}: the row that begins in line {start} is broken at {end}: {error}; close "
+                "each double quote, and write a double quote within a cell twice"
             ]
         ) from None
     finally:
@@ -331,9 +334,9 @@ def _refuse_other_delimiter(place: str, columns: Sequence[str], delimiter: str) 
     for other in DELIMITERS:
         if len([part for part in columns[0].split(other) if part.strip()]) > 1:
             fault = (
-                f"{place}: the header has one column, {shown(columns[0])}; if {_spoken(other)} separates its columns, "
-                f"set data.delimiter = {json.dumps(other)}; if it is one name, set data.delimiter = "
-                f"{json.dumps(delimiter)} to say so"
+                f"{place}: the header has one column, {shown(columns[0])}; if {_spoken(other)} "
+                f"separates its columns, set data.delimiter = {json.dumps(other)}; if it is one "
+                f"name, set data.delimiter = {json.dumps(delimiter)} to say so"
             )
             raise DataError([fault])
 
@@ -342,7 +345,8 @@ def _spoken(delimiter: str) -> str:
     return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}.get(delimiter, repr(delimiter))
 
 
-# -- other kinds ------------------------------------------------------------------------------------------------------
+# -- other kinds -----------------------------------------------------------------------------------
+# -------------------
 
 
 def _text(path: Path, reading: Reading) -> Table:

@@ -28,7 +28,8 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 UNSUPPORTED_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Fields of a turn that a chat template may render; their text would be lost, so a record with one is refused."""
+"""Fields of a turn that a chat template may render; their text would be lost, so a record with one
+is refused."""
 
 Numbers = Literal["refuse", "text"]
 Message = dict[str, str]
@@ -108,7 +109,8 @@ class RecordReader:
         answer = self._text(place, fields, field)
         if not answer.strip():
             raise ConfigError(
-                f"{place}: the answer is empty ({self._name(field)}), which would teach the model to say nothing; "
+                f"{place}: the answer is empty ({self._name(field)}), which would teach the model "
+                "to say nothing; "
                 "remove the record"
             )
         return answer
@@ -128,8 +130,8 @@ class RecordReader:
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             found = "an empty list" if isinstance(turns, list) else described(turns)
             raise ConfigError(
-                f"{place}: {self._name(field)}: the conversation must be a list of turns, and is {found}; write a list "
-                "of objects, or remove the record"
+                f"{place}: {self._name(field)}: the conversation must be a list of turns, and is "
+                f"{found}; write a list of objects, or remove the record"
             )
         if fields.get("tools"):
             raise ConfigError(

@@ -18,7 +18,8 @@ from fluvial.errors import ConfigError
 KNOWN = ", ".join(READERS)
 DELIMITED = (".csv", ".tsv")
 UNREADABLE = {".xlsx", ".xls", ".ods", ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".arrow", ".feather", ".db"}
-"""Suffixes of data that cannot be read: a folder with such a file is refused, so that no records are left out."""
+"""Suffixes of data that cannot be read: a folder with such a file is refused, so that no records
+are left out."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
@@ -32,7 +33,8 @@ class Source:
     split: str
     reading: ReadingSettings
     strict: bool = True
-    """False where the settings of [data] were written for another file, so that one without effect is no mistake."""
+    """False where the settings of [data] were written for another file, so that one without effect
+    is no mistake."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -105,7 +107,8 @@ def _joined(parts: Iterable[Found]) -> Found:
     return found
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
+# -- tables ----------------------------------------------------------------------------------------
+# -------------------
 
 
 def _tables(source: Source, faults: Faults) -> list[Table]:
@@ -131,8 +134,8 @@ def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
         strange = [file.name for file in within if file.suffix.lower() in UNREADABLE]
         if strange:
             raise ConfigError(
-                f"{source.where}: folder {source.name!r} holds {shown(strange[0])}, which cannot be read; write it as "
-                "CSV or JSON lines, or move it away"
+                f"{source.where}: folder {source.name!r} holds {shown(strange[0])}, which cannot "
+                "be read; write it as CSV or JSON lines, or move it away"
             )
         files = [file for file in within if file.suffix.lower() in READERS]
         if not files:
@@ -166,7 +169,8 @@ def _data_set(source: Source) -> Table:
     return Table(name, "data set", rows, columns_of(rows))
 
 
-# -- records ----------------------------------------------------------------------------------------------------------
+# -- records ---------------------------------------------------------------------------------------
+# -------------------
 
 
 def _records(table: Table, source: Source, faults: Faults) -> Found:
@@ -223,13 +227,15 @@ def _form_of_text(source: Source, where: str) -> Form:
     return "text"
 
 
-# -- sites ------------------------------------------------------------------------------------------------------------
+# -- sites -----------------------------------------------------------------------------------------
+# -------------------
 
 
 def classes_of(entries: Sequence[Entry], partition: Drawn, where: str, faults: Faults) -> list[str] | None:
     """Return the text of the partition's column for each entry; None for a partition without a column.
 
-    Text stays as it is written, and a number of JSON is its text in the file. Rows without a value go to `faults`.
+    Text stays as it is written, and a number of JSON is its text in the file. Rows without a value
+    go to `faults`.
     """
     if isinstance(partition, Iid):
         return None

@@ -1,7 +1,7 @@
 """Chat templates for tokenizers that bring none, and the one that `data.chat_template` chooses.
 
-The named ones are written here after the published formats; each ends an assistant's turn with the tokenizer's EOS
-token, so that a model learns to stop where its generation stops.
+The named ones are written here after the published formats; each ends an assistant's turn with the
+tokenizer's EOS token, so that a model learns to stop where its generation stops.
 """
 
 import copy
@@ -87,23 +87,24 @@ NAMED: dict[str, tuple[str, str]] = {
 def template_of(chosen: str) -> str:
     """Return the Jinja text that `data.chat_template` chooses: of a known name, or the text itself.
 
-    Raise `ConfigError` for anything else. A file is read by `inlined_template` only, where the configuration is loaded.
+    Raise `ConfigError` for anything else. A file is read by `inlined_template` only, where the
+    configuration is loaded.
     """
     if chosen in NAMED:
         return NAMED[chosen][1]
     if "{" in chosen:
         return chosen
     raise ConfigError(
-        f"data.chat_template = {shown(chosen)}: neither a file that the configuration can read nor a known template; "
-        f"choose one of {', '.join(NAMED)}, or name a file with a Jinja template"
+        f"data.chat_template = {shown(chosen)}: neither a file that the configuration can read nor "
+        f"a known template; choose one of {', '.join(NAMED)}, or name a file with a Jinja template"
     )
 
 
 def inlined_template(chosen: str, folder: Path) -> str:
     """Return `data.chat_template` with the text of a file in place of its name; other values stay what they are.
 
-    A configuration carries the text, so that a site needs no file of the server's. Raise `ConfigError` if it cannot
-    be read.
+    A configuration carries the text, so that a site needs no file of the server's. Raise
+    `ConfigError` if it cannot be read.
     """
     if chosen in NAMED or "{" in chosen:
         return chosen

@@ -64,7 +64,8 @@ Parts = dict[str, tuple[Sequence[Record], Sequence[Record]]]
 class SiteTexts:
     """The data of all sites of a configuration; records are read once, tokens are made when a site is asked for.
 
-    Raises `DataError` with all faults of all files, or `ConfigError` for a setting that does not fit them.
+    Raises `DataError` with all faults of all files, or `ConfigError` for a setting that does not
+    fit them.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int, owner: str | None = None) -> None:
@@ -73,7 +74,8 @@ class SiteTexts:
         self._owned = owner is not None
         self.tokenizer = with_template(tokenizer, config.chat_template)
         self.notes: list[str] = []
-        """Remarks on the files for the person whose data they are: what was left out, names that are alike."""
+        """Remarks on the files for the person whose data they are: what was left out, names that
+        are alike."""
         self.forms: set[str] = {"text"} if config.source == STDLIB else set()
         """Forms of the records that were read."""
         faults = Faults()
@@ -135,8 +137,8 @@ class SiteTexts:
         if not left_out:
             return []
         return [
-            f"held-out measures are of the first {self.config.max_heldout} sequences of a site (data.max_heldout); "
-            f"{left_out} of all sites are not measured"
+            f"held-out measures are of the first {self.config.max_heldout} sequences of a site "
+            f"(data.max_heldout); {left_out} of all sites are not measured"
         ]
 
     def _remarks(self, surplus: Surplus, records: int) -> list[str]:
@@ -145,8 +147,9 @@ class SiteTexts:
             how = {"drop": "left out", "shorten_prompt": "cut at the beginning of the prompt"}
             done = how.get(self.config.overlong, "cut at the end")
             remarks.append(
-                f"{surplus.records} of {records} records are longer than data.max_length={self.config.max_length} and "
-                f"are {done} (data.overlong; the longest has {surplus.longest} tokens)"
+                f"{surplus.records} of {records} records are longer than "
+                f"data.max_length={self.config.max_length} and are {done} (data.overlong; the "
+                f"longest has {surplus.longest} tokens)"
             )
         template = getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, str) and "strftime_now" in template and self._has_chats():
@@ -157,7 +160,8 @@ class SiteTexts:
         first = next(iter((self._parts or {}).values()), ((), ()))[0]
         return bool(first) and not isinstance(first[0].content, Text)
 
-    # -- tokens -------------------------------------------------------------------------------------------------
+    # -- tokens ------------------------------------------------------------------------------------
+    # -------------
 
     @property
     def _tokenizing(self) -> Tokenizing:
@@ -174,8 +178,8 @@ class SiteTexts:
     def _load(self, name: str) -> SiteData:
         """Return the tokens of one site.
 
-        Raise `DataError` for records that cannot be rendered or do not fit, and for a site that has nothing to train
-        on, or nothing held out.
+        Raise `DataError` for records that cannot be rendered or do not fit, and for a site that has
+        nothing to train on, or nothing held out.
         """
         tokens, faults = self._tokens(name), Faults()
         train, heldout, surplus = tokens.train, tokens.heldout, tokens.surplus
@@ -207,7 +211,8 @@ class SiteTexts:
     def _stdlib(self, documents: list[stdlib.Document]) -> Tokenized:
         return self._tokenizing(Record(document.name, Text(document.text)) for document in documents)
 
-    # -- public text --------------------------------------------------------------------------------------------
+    # -- public text
+    # --------------------------------------------------------------------------------------------
 
     def _read_public(self) -> list[Record]:
         assert self.config.public_source is not None, "there is a public source"
@@ -234,8 +239,9 @@ class SiteTexts:
             return _even_parts(packages)
         if self.config.public_source is None:
             raise ConfigError(
-                "data.public_source: a codec that learns from public text needs some, in the language and form of the "
-                "sites' data; name a file, or set method.tgap.source='sites' (each site then sends raw updates once)"
+                "data.public_source: a codec that learns from public text needs some, in the "
+                "language and form of the sites' data; name a file, or set "
+                "method.tgap.source='sites' (each site then sends raw updates once)"
             )
         records = self._public_records()
         parts = split(None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32)
@@ -249,7 +255,8 @@ class SiteTexts:
         faults.raise_any()
         return {name: part.examples for name, part in tokens.items()}
 
-    # -- reading ------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
+    # -------------
 
     def _source(self, where: str, name: str, wanted: str) -> Source:
         own = {"data.heldout_source": self.config.heldout, "data.public_source": self.config.public}.get(where)
@@ -295,8 +302,8 @@ class SiteTexts:
         name = config.heldout_source or config.source
         if config.heldout_split and is_local(name) and not is_saved(Path(name).expanduser()):
             raise ConfigError(
-                f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the file or folder with "
-                "the held-out records in data.heldout_source"
+                f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the "
+                "file or folder with the held-out records in data.heldout_source"
             )
         return self._source("data.heldout_source", name, config.heldout_split or config.split)
 
@@ -342,15 +349,16 @@ class SiteTexts:
         missing = sorted(set(parts) - set(apart))
         if missing:
             faults.add(
-                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} sites lack some); "
-                "add some, or remove data.heldout_source, so that a share of each site's records is held out"
+                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} "
+                "sites lack some); add some, or remove data.heldout_source, so that a share of "
+                "each site's records is held out"
             )
         strange = sorted(set(apart) - set(parts))
         if strange:
             count = sum(len(apart[name]) for name in strange)
             self.notes.append(
-                f"data.heldout_source: {count} records are of sites without records to train on, such as "
-                f"{shown(strange[0])}, and are left out"
+                f"data.heldout_source: {count} records are of sites without records to train on, "
+                f"such as {shown(strange[0])}, and are left out"
             )
         return {name: (records, apart.get(name, [])) for name, records in parts.items()}
 
@@ -363,9 +371,9 @@ class SiteTexts:
             if not 0 < cut < len(records):
                 faults.add(
                     f"data: site {shown(name)} has {len(records)} records; "
-                    f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} to train on and {cut} "
-                    "held out, and both need at least one; give the site more records, change data.heldout_share, or "
-                    "leave the site out"
+                    f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} "
+                    f"to train on and {cut} held out, and both need at least one; give the site "
+                    "more records, change data.heldout_share, or leave the site out"
                 )
                 continue
             train, heldout = sorted(order[cut:]), sorted(order[:cut])

@@ -76,9 +76,9 @@ class Tokenizing:
     def __call__(self, records: Iterable[Record]) -> Tokenized:
         """Return token ids and labels of `records`.
 
-        Text is cut into windows of `max_length` and so loses nothing; what is longer in other forms is treated as
-        `overlong` says. With `packing` the sequences are joined before cutting (attention crosses the EOS between
-        them). Raise `ConfigError` for a tokenizer without EOS.
+        Text is cut into windows of `max_length` and so loses nothing; what is longer in other forms
+        is treated as `overlong` says. With `packing` the sequences are joined before cutting
+        (attention crosses the EOS between them). Raise `ConfigError` for a tokenizer without EOS.
         """
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(

@@ -30,7 +30,8 @@ class Whole:
 def read_whole(config: DataConfig, tokenizer: Any, where: str) -> Whole:
     """Return the records of `config.source`; `where` names it in messages.
 
-    Raise `DataError` with all faults of its files, or `ConfigError` for a setting that does not fit them.
+    Raise `DataError` with all faults of its files, or `ConfigError` for a setting that does not fit
+    them.
     """
     faults = Faults()
     source = Source(where, config.source, config.split, config.reading(), strict=False)

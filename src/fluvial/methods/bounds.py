@@ -1,9 +1,10 @@
 """Bounds on what one site can do to a round: how long its update, and how heavy its word.
 
-A site says itself how many records it has and how far its weights moved, so both are bounded where replies meet. An
-update that is `fleet.max_update_growth` times longer than the median of its round is the site's failure. A site that
-has more than `fleet.max_weight_share` of a round's weight counts with that share, and the round's record says so.
-Sites within these bounds count exactly as they would without them.
+A site says itself how many records it has and how far its weights moved, so both are bounded where
+replies meet. An update that is `fleet.max_update_growth` times longer than the median of its round
+is the site's failure. A site that has more than `fleet.max_weight_share` of a round's weight counts
+with that share, and the round's record says so. Sites within these bounds count exactly as they
+would without them.
 """
 
 import logging
@@ -23,9 +24,11 @@ logger = logging.getLogger(__name__)
 _FEW = 3
 """Fewer replies do not say which of them is the strange one."""
 _SPARE = 100.0
-"""Times that a decoded update may exceed what training can reach: codecs and error feedback make updates longer."""
+"""Times that a decoded update may exceed what training can reach: codecs and error feedback make
+updates longer."""
 _ADAM = 4.0
-"""Times the learning rate that Adam moves a weight in one step, at most: (1 - beta_1) / sqrt(1 - beta_2) is 3.2."""
+"""Times the learning rate that Adam moves a weight in one step, at most: (1 - beta_1) / sqrt(1 -
+beta_2) is 3.2."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class _Held:
 class Cohort:
     """The replies of one round, folded as they come, except the heaviest and the longest so far.
 
-    These two wait until all have come, because only then is it known whether they are too heavy or too long. So memory
-    is that of two further updates, whatever the number of sites, and the order of arrival changes nothing.
+    These two wait until all have come, because only then is it known whether they are too heavy or
+    too long. So memory is that of two further updates, whatever the number of sites, and the order
+    of arrival changes nothing.
     """
 
     def __init__(self, fleet: Fleet, task: str, round: int, *, asked: int) -> None:
@@ -117,15 +121,17 @@ def too_long(length: float, lengths: Sequence[float], growth: float) -> str | No
     if not 0 < middle * growth < length:
         return None
     return (
-        f"its update has length {length:.4g}, over fleet.max_update_growth={growth:g} times the median of "
-        f"{len(lengths)} updates ({middle:.4g}); raise that setting where sites differ so much"
+        f"its update has length {length:.4g}, over fleet.max_update_growth={growth:g} times the "
+        f"median of {len(lengths)} updates ({middle:.4g}); raise that setting where sites differ "
+        "so much"
     )
 
 
 def reach(train: TrainConfig, samples: int) -> float:
     """Return the root mean square that no honest change of a weight exceeds; infinite for SGD.
 
-    Adam moves a weight by a small multiple of the learning rate in a step, and weight decay by a share of it.
+    Adam moves a weight by a small multiple of the learning rate in a step, and weight decay by a
+    share of it.
     """
     if train.optim != "adamw_torch":
         return math.inf
@@ -138,8 +144,8 @@ def check_update(update: Named, weight: int, train: TrainConfig) -> None:
     far, found = reach(train, weight), rms(update)
     if found > far:
         raise WireError(
-            f"update: its values are {found:.4g} (root mean square), and training with these settings reaches no "
-            f"{far:.4g}"
+            f"update: its values are {found:.4g} (root mean square), and training with these "
+            f"settings reaches no {far:.4g}"
         )
 
 

@@ -88,7 +88,8 @@ class Promise:
     at_site: bool
     """True where the sites add the noise, so that the server need not be trusted."""
     tasks: frozenset[str]
-    """Tasks that a site answers; through others something would leave that epsilon does not count."""
+    """Tasks that a site answers; through others something would leave that epsilon does not
+    count."""
     measures: bool
     """True where exact sums of held-out text leave the sites, outside epsilon."""
     report: Callable[[int, int], dict[str, Any]]

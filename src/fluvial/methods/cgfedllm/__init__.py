@@ -138,7 +138,8 @@ class CgFedLlmServer:
     def _length(self, update: Named) -> float:
         """The length by which a site may fail; 0 for all where updates are clipped and not yet disturbed.
 
-        There a site that fails because of another's length would move the mean by more than epsilon counts.
+        There a site that fails because of another's length would move the mean by more than epsilon
+        counts.
         """
         clipped = self.config.privacy is not None and not self.config.privacy.at_site
         return 0.0 if clipped else norm(update)

@@ -77,7 +77,8 @@ class Judge:
         """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before and after.
 
         `moved(share)` is the block after that share of the step. A step to a loss that is not
-        finite is refused, whatever the loss before: which weights overflow depends on the processor.
+        finite is refused, whatever the loss before: which weights overflow depends on the
+        processor.
         """
         before = self.loss(state)
         for halving in range(self.config.halvings + 1):

@@ -263,8 +263,9 @@ def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:
 class ProcessMemory:
     """What a process holds that is the server and all of its sites, in bytes, all weights being tuned.
 
-    The base lies on disk; what is not trained is mapped from there, once for all sites that measure at a time. Not
-    counted: what `ClientMemory` does not count, and up to 0.2 GB that the allocator keeps.
+    The base lies on disk; what is not trained is mapped from there, once for all sites that measure
+    at a time. Not counted: what `ClientMemory` does not count, and up to 0.2 GB that the allocator
+    keeps.
     """
 
     visit: int
@@ -272,11 +273,14 @@ class ProcessMemory:
     state: int
     """The server's changes, fp32, of the blocks that have moved."""
     log: int
-    """The frames of one commit to each of these; more are kept as long as they are smaller than their block."""
+    """The frames of one commit to each of these; more are kept as long as they are smaller than
+    their block."""
     merge: int
-    """Folding one answer: the decoded update, flattened, two fp64 sums and the mean, of one block."""
+    """Folding one answer: the decoded update, flattened, two fp64 sums and the mean, of one
+    block."""
     evaluate: int
-    """Measuring: the base once, the message, and for each site at a time the changes it read and put into a model."""
+    """Measuring: the base once, the message, and for each site at a time the changes it read and
+    put into a model."""
 
     @property
     def server(self) -> int:
