@@ -177,8 +177,8 @@ def evaluate(
 ) -> None:
     """Measure an adapter or a tuned model beside its base, or a model alone, on records or multiple-choice questions.
 
-    Records are read as the run read its own: form, columns, template, max_length; --set
-    'data.form="text"' overrides.
+    Records are read as the run read its own: form, columns, template, max_length.
+    --set 'data.form="text"' overrides.
     """
     with _telling("reading the weights"):
         from fluvial.assess import ChoiceConfig, evaluate_adapter, evaluate_model
