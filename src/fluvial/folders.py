@@ -164,11 +164,16 @@ def _finite(tensors: Named, path: Path) -> Named:
 
 
 def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
-    """The base that `adapter_config.json` names, or, where that folder is gone, the one that the run names."""
+    """Return the base that `adapter_config.json` names, or the one that the run names.
+
+    The run's counts where the other folder is gone, and where it is the package's own, whose path
+    differs between machines.
+    """
     base, ours = config.get("base_model_name_or_path"), run.get("model", {}).get("name_or_path")
     local = isinstance(base, str) and base.startswith((".", "/", "~"))
-    if isinstance(ours, str) and (not base or (local and not Path(str(base)).expanduser().is_dir())):
-        return ours
+    gone = local and not Path(str(base)).expanduser().is_dir()
+    if ours == EMBEDDED or (isinstance(ours, str) and (not base or gone)):
+        return str(ours)
     if not isinstance(base, str) or not base:
         raise ConfigError(
             f"{folder / 'adapter_config.json'}: base_model_name_or_path is {base!r}; write the hub "
