@@ -1020,7 +1020,7 @@ def test_a_site_takes_no_nonsense(wrong: dict[str, Any], stage: Stage) -> None:
     server = cast(FedCyBgdServer, run.server)
     message = server.sender.message(run.fleet.sites[0], 0, "1/0", server._values(1) | wrong)
     message = Payload(message.tensors, {**message.values, **wrong})
-    with pytest.raises(ClientError, match="WireError: "):
+    with pytest.raises(ClientError, match="WireError at fluvial/"):
         list(run.fleet.ask("visit", {run.fleet.sites[0]: message}, round=1, read=lambda reply: reply))
 
 
@@ -1069,8 +1069,10 @@ def test_the_quorum_is_of_the_cycle_and_not_of_a_group(
 def test_without_a_policy_a_dead_site_stops_the_run(stage: Stage, task: Callable[[Task], None]) -> None:
     table = stage.table(4)
     task(dying(lambda name, _round: name == stage.oracle(table).sites[3]))
-    with pytest.raises(ClientError, match="out of power"):
+    with pytest.raises(ClientError, match="RuntimeError at fluvial/") as caught:
         stage.play(table)
+    log = Path(str(caught.value).rpartition(" is in ")[2])
+    assert "out of power" in log.read_text()
 
 
 def test_nobody_answers(stage: Stage, task: Callable[[Task], None]) -> None:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fluvial import block_tables, show
-from fluvial.cli import app
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.page import write_page
 from fluvial.plan_tables import plan_table, preview_text
@@ -168,24 +166,6 @@ def test_reading_is_plain_json_and_needs_a_run(finished: Path, unfinished: Path,
     (unfinished / "result.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*result\.json"):
         show.read_run(unfinished)
-
-
-EMPTY = (("config.json", "{}"), ("config.json", "null"), ("result.json", "null"))
-"""Contents that say the same as an absent file."""
-
-
-@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.json"])
-@pytest.mark.parametrize("content", ["[]", "{}", "3", '"text"', "null"])
-def test_files_that_are_not_of_a_run_are_named(name: str, content: str, finished: Path) -> None:
-    (finished / name).write_text(content)
-    refused = pytest.raises(CheckpointError, match=f"{re.escape(str(finished))}.*restore it from a copy")
-    with nullcontext() if (name, content) in EMPTY else refused:
-        app(["show", str(finished), "--html", str(finished / "page.html")], standalone_mode=False)
-
-
-def test_a_page_is_not_written_over_a_folder(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is a folder; choose another --html"):
-        write_page(show.read_run(finished), tmp_path)
 
 
 @pytest.mark.parametrize(

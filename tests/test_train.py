@@ -352,7 +352,7 @@ def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
 def test_divergence_is_an_error_that_names_the_settings(bench: Workbench) -> None:
     config = settings(lr_scheduler_type="constant", max_steps=20)
     config = config.model_copy(update={"learning_rate": 1e30})  # more than a file may say, to diverge at once
-    with pytest.raises(DivergenceError, match=r"step \d+ of 20: loss .*lower train.learning_rate \(now 1e\+30\)"):
+    with pytest.raises(DivergenceError, match=r"step \d+ of 20: the loss .*lower train.learning_rate \(now 1e\+30\)"):
         tuned(bench, config)
 
 
