@@ -54,7 +54,7 @@ class Corpus:
     def tables(self) -> Table:
         """The `model` and `data` tables of a configuration."""
         if self.folder is None:
-            return {"model": {"name_or_path": self.model}, "data": {}}
+            return {"model": {"name_or_path": self.model, "dtype": "float32"}, "data": {}}
         data: Table = {
             "source": str(SHARED / "data" / self.folder / "train.jsonl"),
             "partition": {"by": "column", "column": "client", "largest": 8},
@@ -62,7 +62,7 @@ class Corpus:
             **self.data,
         }
         model = self.model if self.model == "embedded" else str(SHARED / "models" / self.model)
-        return {"model": {"name_or_path": model}, "data": data}
+        return {"model": {"name_or_path": model, "dtype": "float32"}, "data": data}
 
 
 ANSWERS = {"columns": {"completion": "answer"}}

@@ -95,7 +95,9 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
         lines = [{"text": f"Site {number} writes line {line}: water flows on, stone {line * 7 + number} stays."}
                  for line in range(12)]  # fmt: skip
         (text / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    model = {} if cell.shape == SHAPES[0] else {"name_or_path": str(_model(cell.shape, folder))}
+    model = {"dtype": "float32"}
+    if cell.shape != SHAPES[0]:
+        model["name_or_path"] = str(_model(cell.shape, folder))
     return {
         "model": model,
         "rounds": cell.rounds,
