@@ -8,6 +8,7 @@ ledger is ever sent, nor rolled back with a checkpoint.
 """
 
 import fcntl
+import json
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, PrivacyError
-from fluvial.files import make_folder, sealed, unsealed, write_atomically
+from fluvial.files import digest_of, make_folder, write_atomically
 from fluvial.noise import SECRET_BYTES, derive_key
 
 _FILE = "releases.json"
@@ -87,15 +88,18 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
     book: dict[str, Any]
     try:
-        text = path.read_bytes()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         secret = secrets.token_bytes(SECRET_BYTES).hex()
         book = {"secret": secret, "mechanism": None, "releases": []}
         _write(folder, book)
         return book
     try:
-        book = unsealed("ledger", text)
-    except ValueError as error:
+        found = json.loads(text)
+        book = found["ledger"]
+        if found["sha256"] != _digest(book):
+            raise ValueError("its digest does not match")
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}. Without it this site cannot know what it has released; begin a new run"
         ) from None
@@ -103,7 +107,12 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, book: dict[str, Any]) -> None:
-    write_atomically(folder / _FILE, sealed("ledger", book))
+    text = json.dumps({"ledger": book, "sha256": _digest(book)})
+    write_atomically(folder / _FILE, text.encode())
+
+
+def _digest(book: dict[str, Any]) -> str:
+    return digest_of(json.dumps(book, sort_keys=True).encode())
 
 
 def _secret(book: dict[str, Any]) -> bytes:

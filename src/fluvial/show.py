@@ -4,8 +4,7 @@ A run is read from its JSON files, without torch, so that `fluvial show` answers
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -43,8 +42,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "refused": _read_json(folder / "refused.json"),
         **_read_part(folder),
     }
-    if not isinstance(found["config"], dict | None):
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {_FOREIGN}")
     if found["config"] is None and not found["metrics"] and found["result"] is None:
         raise CheckpointError(
             f"{folder} holds no run: it has no config.json; give the folder that `fluvial run` wrote, "
@@ -52,21 +49,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         )
     compared = sorted(path for path in folder.glob("compare/*") if path.is_dir())
     return {**found, "config": found["config"] or {}, "compare": {path.name: _read_part(path) for path in compared}}
-
-
-_FOREIGN = "it is not what `fluvial run` wrote; restore it from a copy, or run again with another --out"
-
-
-@contextmanager
-def foreign_files(folder: Path) -> Iterator[None]:
-    """Raise `CheckpointError` where values that `read_run` found lack what a run writes."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"cannot show {folder}: its result.json or metrics.jsonl, or one of a run in compare/, lacks what a run "
-            f"writes ({type(error).__name__}: {error!s:.80}); {_FOREIGN}"
-        ) from error
 
 
 def _read_part(folder: Path) -> dict[str, Any]:
