@@ -87,14 +87,15 @@ def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callabl
             )
             points = [*before, *points, *after]
         points = [point for point in points if point[0] > 0 or axes.get_xscale() == "linear"]
-        axes.plot(
-            *zip(*points, strict=True), "o:" if len(points) > 1 else "o", color=colour, ms=4, lw=0.9
-        ) if points else None
+        if points:
+            form = "o:" if len(points) > 1 else "o"
+            axes.plot(*zip(*points, strict=True), form, color=colour, ms=4, lw=0.9)
     axes.set_ylabel("loss, nats per token")
     axes.figure.legend(loc="outside upper left", ncols=len(runs))
 
 
 def loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
+    """Draw training and held-out loss of all `runs` by round."""
     figure, axes = _axes(5.4, 3.3)
     _draw_losses(axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])])
     axes.set_xlabel("round")
@@ -103,6 +104,7 @@ def loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
 
 
 def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -> Markup | None:
+    """Draw losses by the bytes sent so far in these `ways`; None where no run sends updates."""
     runs = {name: run for name, run in runs.items() if name not in UNSENT}
     if not runs:
         return None
@@ -129,6 +131,7 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
 
 
 def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
+    """Draw the bytes of each kind of message; None where no finished run sends updates."""
     tables = {
         name: run["result"]["bytes"]["by_kind"] for name, run in runs.items() if run["result"] and name not in UNSENT
     }
@@ -156,6 +159,7 @@ def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
 
 
 def gate_errors(gate: dict[str, Any]) -> Markup:
+    """Draw the errors of codec and predictors at the gate, for A, B and the aggregate."""
     figure, axes = _axes(5.4, 3.3)
     series = {"codec": gate["errors"], **gate["predictors"]}
     colours = [COLOURS[name] for name in ("own", "fedavg", "local", "central")]

@@ -20,6 +20,8 @@ from fluvial.targets import target_names
 from fluvial.weights import check_weights
 from fluvial.words import privacy_words
 
+_CONTEXT = 64
+"""Tokens before one that it is decoded with."""
 OPTIMIZER_BYTES = 16
 """Per trained value: fp32 weight, gradient and two moments of AdamW."""
 
@@ -121,12 +123,16 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text that each token adds to those before it: some decoders drop a space at the start of a text."""
-    pieces, before = list[str](), ""
-    for number, token in enumerate(ids, start=1):
-        text: str = tokenizer.decode(list(ids[:number]))
+    """Return the text that each token adds to those before it.
+
+    Some decoders drop a space at the start of a text, so a token is decoded with those before it.
+    """
+    pieces = list[str]()
+    for number, token in enumerate(ids):
+        near = list(ids[max(0, number - _CONTEXT) : number])
+        before: str = tokenizer.decode(near)
+        text: str = tokenizer.decode([*near, token])
         pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
-        before = text
     return pieces
 
 

@@ -7,6 +7,7 @@ had not answered.
 from collections.abc import Collection
 from typing import Any
 
+from fluvial import payload
 from fluvial.codecs.base import Codec
 from fluvial.errors import WireError
 from fluvial.evaluate import Heldout
@@ -36,7 +37,7 @@ def fields(
             raise WireError(f"message {kind}: missing {missing!r:.80}, not expected {extra!r:.80}")
 
 
-FRAME = ("f",)
+FRAME = (payload.FRAME,)
 """The tensors of a reply that carries a frame."""
 
 

@@ -501,20 +501,20 @@ class Run:
     def _export(self, adapter: Named, final: dict[str, Any]) -> dict[str, str]:
         """Write the folder of PEFT, or of the model; returns its name and the SHA-256 over its weight files."""
         name = "model" if self.bench.full else "adapter"
-        partial = self.folder.path / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.bench.save(adapter, partial)
+        draft = self.folder.path / f".{name}.partial"
+        shutil.rmtree(draft, ignore_errors=True)
+        self.bench.save(adapter, draft)
         chosen = self.config.data.chat_template
         if chosen is not None:
-            with_template(self.bench.tokenizer, chosen).save_pretrained(str(partial))
-        exported.write(partial, __version__, self.config.resolved())
-        (partial / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
+            with_template(self.bench.tokenizer, chosen).save_pretrained(str(draft))
+        exported.write(draft, __version__, self.config.resolved())
+        (draft / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
-        for path in sorted(partial.glob("*.safetensors")):
+        for path in sorted(draft.glob("*.safetensors")):
             with path.open("rb") as file:
                 while piece := file.read(1 << 22):
                     digest.update(piece)
-        self.folder.replace_folder(name, partial)
+        self.folder.replace_folder(name, draft)
         return {name: digest.hexdigest()}
 
 
