@@ -26,6 +26,7 @@ from typing import IO, Any
 from fluvial.errors import CheckpointError, WireError
 from fluvial.files import append, digest_of, digest_of_file, make_folder, sweep, write_atomically
 from fluvial.payload import OWN_FILES, Payload
+from fluvial.releases import check_stand, stand_of
 from fluvial.store import StateStore
 
 KEPT = 2
@@ -57,7 +58,7 @@ class RunFolder:
         try:
             self._made = not self.path.exists()
             make_folder(self.path)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = (self.path / ".lock").open("a")
             (self.path / ".lock").chmod(0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             sweep(self.path)
@@ -83,7 +84,8 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Whether a run was begun here."""
-        return (self.path / "config.json").exists()
+        parts = ("config.json", "result.json", "checkpoints")
+        return any((self.path / name).exists() for name in parts)
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace `name` by readable JSON."""
@@ -102,8 +104,10 @@ class RunFolder:
     def verify_finished(self) -> None:
         """Raise `CheckpointError` unless the files of a finished run are those that were written."""
         listed = self.read_json("digests.json")
-        if not isinstance(listed, dict):
+        if listed is None:
             raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
+        if not {"result.json", "metrics.jsonl"} <= listed.keys():
+            raise CheckpointError(f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}")
         for name, digest in listed.items():
             path = self.path / name
             if not path.exists():
@@ -111,16 +115,19 @@ class RunFolder:
             if digest_of_file(path) != digest:
                 raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_ANEW}")
 
-    def read_json(self, name: str) -> Any:
-        """The content of `name`, or None if there is no such file; raises `CheckpointError` if it is damaged."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is damaged."""
+        path = self.path / name
         try:
-            return json.loads((self.path / name).read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.path / name} is damaged: {error}; remove the folder and start again"
-            ) from error
+        except (ValueError, RecursionError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; {_ANEW}") from error
+
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no JSON object; {_ANEW}")
+        return found
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add the line of a round."""
@@ -134,12 +141,15 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """All lines; a last line that a crash cut off is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        try:
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ANEW}") from error
         records = []
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(record, dict) or type(record.get("round")) is not int:
                 break
@@ -151,7 +161,11 @@ class RunFolder:
 
         It is given the digests of the lines and of the sites' state that it belongs to.
         """
-        kept: dict[str, Any] = {"lines": self._lines(round), "sites": self.store.digests(round)}
+        kept: dict[str, Any] = {
+            "lines": self._lines(round),
+            "sites": self.store.digests(round),
+            "ledgers": {name: stand_of(folder) for name, folder in self._ledgers().items()},
+        }
         data = Payload(checkpoint.tensors, {**checkpoint.values, "folder": kept}).to_bytes()
         path = self._checkpoint(round)
         write_atomically(path.with_suffix(".sha256"), _sidecar(path, data))
@@ -192,6 +206,8 @@ class RunFolder:
                 f"those that were written; {_ANEW}"
             )
         self.store.verify(kept["sites"], round)
+        for name, stand in kept["ledgers"].items():
+            check_stand(self._ledger(name), stand)
         return round, found
 
     def go_back_to(self, round: int) -> None:
@@ -207,12 +223,25 @@ class RunFolder:
     def _lines(self, round: int) -> str:
         return digest_of(self._metrics_until(round))
 
+    def _ledgers(self) -> dict[str, Path]:
+        """Return the folders of all secrets here: the sites', and under "" the server's own."""
+        own = self._ledger("")
+        return {**({"": own} if own.exists() else {}), **self.store.private_folders()}
+
+    def _ledger(self, name: str) -> Path:
+        return self.path.joinpath(*(("sites", name) if name else ()), "private")
+
     def replace_folder(self, name: str, made: Path) -> None:
         """Put the folder `made` (a sibling) in the place of `name`."""
         final = self.path / name
-        if final.exists():
-            shutil.rmtree(final)
-        made.replace(final)
+        try:
+            if final.is_symlink() or final.is_file():
+                final.unlink()
+            elif final.exists():
+                shutil.rmtree(final)
+            made.replace(final)
+        except OSError as error:
+            raise CheckpointError(f"cannot replace {final}: {error.strerror}; remove it and use --resume") from error
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:06d}.safetensors"
@@ -220,4 +249,4 @@ class RunFolder:
     def _checkpoints(self) -> list[int]:
         folder = self.path / "checkpoints"
         stems = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
-        return [int(stem) for stem in stems if stem.isdigit()]
+        return [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]

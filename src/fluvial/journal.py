@@ -8,6 +8,7 @@ from typing import Any
 from fluvial.errors import CheckpointError, WireError
 from fluvial.files import digest_of, digest_of_file, make_folder, write_atomically
 from fluvial.payload import Payload
+from fluvial.releases import check_stand, stand_of
 from fluvial.store import StateStore
 
 
@@ -67,6 +68,7 @@ class Journal:
         Raises `CheckpointError` where what the site kept is not what it was.
         """
         state = self._read()
+        check_stand(self.store.private(self.name), state.get("ledger", []))
         pending = state.get("pending")
         counted: dict[str, Any] = pending if pending and pending["seq"] == header.ack else {}
         self._check_held(state.get("held", []), counted.get("slots", {}))
@@ -140,7 +142,13 @@ class Journal:
 
     def _write(self, session: str, pending: dict[str, Any] | None, settled: int) -> None:
         held = self.store.names(self.name)
-        state = {"session": session, "pending": pending, "settled": settled, "held": held}
+        state = {
+            "session": session,
+            "pending": pending,
+            "settled": settled,
+            "held": held,
+            "ledger": stand_of(self.store.private(self.name)),
+        }
         text = json.dumps({"sha256": digest_of(_plain(state)), "state": state})
         write_atomically(self._path, text.encode())
 

@@ -10,7 +10,7 @@ ledger is ever sent, nor rolled back with a checkpoint.
 import fcntl
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +73,30 @@ def count_releases(folder: Path) -> int:
         return len(_read(folder)["releases"])
 
 
+def stand_of(folder: Path) -> list[str | int]:
+    """Return a mark of the secret in `folder` and the number of its releases; empty without a ledger.
+
+    The mark tells nothing about the secret. Kept elsewhere, it shows later that a ledger was lost.
+    """
+    if not (folder / _FILE).exists():
+        return []
+    with _locked(folder):
+        book = _read(folder)
+        return [derive_key(_secret(book), "mark").hex()[:32], len(book["releases"])]
+
+
+def check_stand(folder: Path, before: Sequence[str | int]) -> None:
+    """Raise `CheckpointError` unless the ledger in `folder` goes on from where it stood `before`."""
+    if not before:
+        return
+    found = stand_of(folder)
+    if not found or found[0] != before[0] or int(found[1]) < int(before[1]):
+        raise CheckpointError(
+            f"{folder / _FILE} is missing, another one or older than what was released; restore it "
+            "from a copy, or begin a new run"
+        )
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the ledger of `folder` alone, against other threads and processes."""
@@ -88,7 +112,7 @@ def _read(folder: Path) -> dict[str, Any]:
     path = folder / _FILE
     book: dict[str, Any]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except FileNotFoundError:
         secret = secrets.token_bytes(SECRET_BYTES).hex()
         book = {"secret": secret, "mechanism": None, "releases": []}
@@ -99,7 +123,7 @@ def _read(folder: Path) -> dict[str, Any]:
         book = found["ledger"]
         if found["sha256"] != _digest(book):
             raise ValueError("its digest does not match")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}. Without it this site cannot know what it has released; begin a new run"
         ) from None

@@ -203,6 +203,11 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
             f"{folder.path} already holds a run; use --resume to go on with it, --out for another folder, or remove it"
         )
     stored = folder.read_json("config.json")
+    if stored is None:
+        raise CheckpointError(
+            f"{folder.path / 'config.json'} is missing, and the folder holds a run; restore it from a copy, or start "
+            "again in another folder with --out"
+        )
     stored.pop("fluvial", None)
     # How many sites work at a time changes nothing in the result. And as long as the method itself has not got through
     # its set-up, another method or codec only keeps the baselines, which do not depend on them.

@@ -100,6 +100,11 @@ class StateStore:
         assert self.folder is not None, "a store in memory has no files"
         return self._folder(site) / "private"
 
+    def private_folders(self) -> dict[str, Path]:
+        """Return the private folders that there are, by the name of the site's folder."""
+        found = [] if self.folder is None else sorted(self.folder.glob("*/private"))
+        return {path.parent.name: path for path in found}
+
     def holds(self, site: str, slot: str, round: int, digest: str) -> bool:
         """Return whether this version is there."""
         path = self._versions(site, slot).get(round)
