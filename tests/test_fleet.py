@@ -11,7 +11,7 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import CheckpointError, ClientError
-from fluvial.fleet import FleetConfig, sample
+from fluvial.fleet import Failure, FleetConfig, sample
 from fluvial.local_fleet import LocalFleet
 from fluvial.meter import Metered
 from fluvial.models import Workbench
@@ -225,3 +225,10 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.Mo
         store.write("a", "slot", Payload(values={"round": 2}), 2)
     assert store.read("a", "slot").values == {"round": 1}
     assert list(tmp_path.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize("reason", ["", "\n\n", " \u2028"])
+def test_a_failure_has_a_reason_whatever_the_site_told(reason: str) -> None:
+    """A round's record holds its last line, and a reason without lines ended everybody's run."""
+    failure = Failure("west", 1, "train", reason, 0)
+    assert failure.reason.strip().splitlines()[-1] == "it gave no reason"

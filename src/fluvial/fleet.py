@@ -83,6 +83,11 @@ class Failure:
     bytes_up: int = 0
     """Bytes of the text in which the site told its error, or of the answer that was refused."""
 
+    def __post_init__(self) -> None:
+        """Put words in the place of a reason without any, as a site may send it."""
+        if not self.reason.strip():
+            object.__setattr__(self, "reason", "it gave no reason")
+
 
 class Fleet(Protocol):
     """Everything a method knows of the sites."""
