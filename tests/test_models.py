@@ -293,6 +293,19 @@ def test_a_saved_adapter_is_a_peft_folder(bench: Workbench, tiny_model: Path, tm
     assert AutoTokenizer.from_pretrained(tmp_path)("stream")["input_ids"] == bench.tokenizer("stream")["input_ids"]
 
 
+def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(tiny_model: Path, tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    bench = Workbench(config(tiny_model), LoraSettings())
+    bench.tokenizer.add_special_tokens({"unk_token": "[UNKNOWN]"})
+    adapter = trained(bench.layout, 9)
+    bench.save(adapter, tmp_path)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with bench.model(adapter) as model:
+        assert torch.equal(logits(loaded), logits(model)), "no row was added"
+    assert not bench.exports_tokenizer()
+
+
 def test_meta_base_has_names_but_no_memory(bench: Workbench, tiny_model: Path) -> None:
     base = meta_base(config(tiny_model))
     assert {parameter.device.type for parameter in base.parameters()} == {"meta"}

@@ -283,6 +283,7 @@ class Workbench:
         like = self._blank if self.full else self._template
         check_tokenizer(self.tokenizer, like, model.name_or_path)
         self.context = context_length(like)
+        self._rows: int = like.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self.layout = read_shapes(like)
         self.dtypes = {name: parameter.dtype for name, parameter in tuned_parameters(like).items()}
         self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
@@ -411,7 +412,7 @@ class Workbench:
     def save(self, state: Named, folder: Path) -> None:
         """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as
         a model folder of transformers, in the base's type and with the generation settings of the
-        base's folder."""
+        base's folder. An adapter's folder has no tokenizer where `exports_tokenizer` is false."""
         with self.model(state) as model:
             if self.full:
                 model.save_pretrained(str(folder))  # type: ignore[operator]
@@ -420,7 +421,17 @@ class Workbench:
                 model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
         if self.full:
             _copy_generation(weights_folder(self.config), folder)
-        self.tokenizer.save_pretrained(str(folder))
+        if self.exports_tokenizer():
+            self.tokenizer.save_pretrained(str(folder))
+
+    def exports_tokenizer(self) -> bool:
+        """Return whether a written folder holds the tokenizer.
+
+        AutoPeftModelForCausalLM adds a row to the model for each token of the adapter's folder that
+        the model has no row for, which changes all probabilities. A class such as Qwen's adds
+        tokens by itself, so the tokenizer of such a base stays in the base's folder.
+        """
+        return self.full or len(self.tokenizer) <= self._rows
 
     def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""

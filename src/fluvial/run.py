@@ -510,7 +510,7 @@ class Run:
         shutil.rmtree(draft, ignore_errors=True)
         self.bench.save(adapter, draft)
         chosen = self.config.data.chat_template
-        if chosen is not None:
+        if chosen is not None and self.bench.exports_tokenizer():
             with_template(self.bench.tokenizer, chosen).save_pretrained(str(draft))
         exported.write(draft, __version__, self.config.resolved())
         (draft / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
