@@ -245,7 +245,7 @@ def _greedy_matches(bench: Workbench, adapter: Named, questions: Sequence[Questi
         right += exact_match([answer], [question.answer])
         if time.monotonic() - told > 1:
             told = time.monotonic()
-            logger.info("exact match: %d of %d answers", number, len(questions))
+            logger.info("exact match: %d of %d answers written", number, len(questions))
     return right
 
 

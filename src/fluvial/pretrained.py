@@ -263,10 +263,13 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
         ("last token", last, largest),
     ):
         if index is not None and index >= rows:
+            # A class such as Qwen's brings a pad token of its own where the files name none.
+            other = "name a token of the model as pad_token in tokenizer_config.json, "
+            first = other if what == "pad token" else ""
             raise ConfigError(
                 f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and "
-                f"the model embeds ids up to {rows - 1}; use the tokenizer that belongs to the "
-                "model, or resize the model (resize_token_embeddings) and save it anew"
+                f"the model embeds ids up to {rows - 1}; {first}use the tokenizer that belongs to "
+                "the model, or resize the model (resize_token_embeddings) and save it anew"
             )
 
 
@@ -300,4 +303,7 @@ def context_length(model: Any) -> int | None:
 def check_length(longest: int | None, max_length: int) -> None:
     """Raise `ConfigError` if sequences of `max_length` tokens are longer than the `longest` that a model reads."""
     if longest is not None and max_length > longest:
-        raise ConfigError(f"data.max_length={max_length}: the model reads at most {longest} tokens")
+        raise ConfigError(
+            f"data.max_length={max_length}: the model reads at most {longest} tokens; set "
+            f"data.max_length to {longest} or less"
+        )

@@ -26,8 +26,9 @@ def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ConfigError(
-            f'{place}: the tokenizer has no chat template; set data.chat_template to a known one, such as "chatml", '
-            "or to a file"
+            "the tokenizer has no chat template, which the data's conversations need; set "
+            'data.chat_template to "plain" (roles as words), to another known one, such as '
+            '"chatml", or to a file'
         )
     if loss_on != "all" and all(message["role"] != "assistant" for message in messages):
         raise ConfigError(f"{place}: the conversation has no turn of the assistant to learn; remove the record")
