@@ -459,3 +459,16 @@ def test_the_written_tokenizer_has_the_template_of_the_run(tmp_path: Path, run_c
     list(execute(parse(run_config | {"data": data, "rounds": 1}, "test"), tmp_path / "run"))
     written = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
     assert written.chat_template == NAMED["chatml"][1]
+
+
+def test_a_token_that_the_model_does_not_embed_is_named_with_its_site(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"site": "a", "text": f"word {number}"} for number in range(20)]
+    source = tmp_path / "records.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig.model_validate({"source": str(source), "partition": {"by": "column", "column": "site"}})
+    ids = tokenizer("word")["input_ids"]
+    texts = SiteTexts(config, tokenizer, seed=0, num_embeddings=max(ids))
+    with pytest.raises(ConfigError, match="site 'a': the text has a token of id"):
+        texts.check()
+    with pytest.raises(ConfigError, match="resize_token_embeddings"):
+        texts.load("a")

@@ -33,6 +33,7 @@ from fluvial.pretrained import (
     from_hub,
     from_settings,
     local_folder,
+    num_embeddings,
     read_config,
 )
 from fluvial.pretrained import load_tokenizer as load_tokenizer
@@ -282,8 +283,7 @@ class Workbench:
             check_weights(model, self._empty)
         like = self._blank if self.full else self._template
         check_tokenizer(self.tokenizer, like, model.name_or_path)
-        self.context = context_length(like)
-        self._rows: int = like.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self.context, self.num_embeddings = context_length(like), num_embeddings(like)
         self.layout = read_shapes(like)
         self.dtypes = {name: parameter.dtype for name, parameter in tuned_parameters(like).items()}
         self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
@@ -431,7 +431,7 @@ class Workbench:
         the model has no row for, which changes all probabilities. A class such as Qwen's adds
         tokens by itself, so the tokenizer of such a base stays in the base's folder.
         """
-        return self.full or len(self.tokenizer) <= self._rows
+        return self.full or len(self.tokenizer) <= self.num_embeddings
 
     def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""

@@ -1,7 +1,6 @@
 """What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 from fluvial.codecs import must_learn
@@ -14,7 +13,7 @@ from fluvial.errors import ConfigError
 from fluvial.line import round_s
 from fluvial.methods.interface import Forecast
 from fluvial.models import load_tokenizer, meta_base, resolve_device, tuned_layout
-from fluvial.pretrained import check_ids, check_tokenizer, dtype_of
+from fluvial.pretrained import check_tokenizer, dtype_of, num_embeddings
 from fluvial.run import check_settings
 from fluvial.targets import target_names
 from fluvial.weights import check_weights
@@ -38,14 +37,12 @@ def plan(config: RunConfig) -> dict[str, Any]:
     weights = check_weights(config.model, base)
     parameters = sum(parameter.numel() for parameter in base.parameters())
     layout = tuned_layout(meta_base(config.model), config.adapter)
-    texts = SiteTexts(config.data, tokenizer, seed=config.seed)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
     check_settings(config, layout, base, texts)
     remarks = texts.check()
     sites, steps = [], 0
     for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.pooled() if config.entry.pooled else texts.load(name)
-        ids = chain.from_iterable(example.input_ids for example in (*data.train, *data.heldout))
-        check_ids(ids, base, f"data, site {name!r}")
         steps = max(steps, config.train.steps(len(data.train)))
         sites.append(
             {

@@ -4,7 +4,6 @@ transformers is imported where something is loaded, so that other commands answe
 """
 
 import re
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -250,7 +249,7 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
     """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no row for."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = num_embeddings(model)
     # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
     # are put there.
     special = set(tokenizer.all_special_ids)
@@ -273,16 +272,10 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
             )
 
 
-def check_ids(ids: Iterable[int], model: Any, where: str) -> None:
-    """Raise `ConfigError` if `model` (maybe without weights) has no row for one of the token `ids` of a text."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(ids, default=0)
-    if largest >= rows:
-        raise ConfigError(
-            f"{where}: the text has a token of id {largest}, and the model embeds ids up to "
-            f"{rows - 1}; use the tokenizer that belongs to the model, or resize the model "
-            "(resize_token_embeddings) and save it anew"
-        )
+def num_embeddings(model: Any) -> int:
+    """Return the rows of the input embedding of `model`, which may be without weights."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
 
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")

@@ -103,6 +103,17 @@ class Records(Protocol):
         ...
 
 
+def texts_of(config: RunConfig, bench: Workbench, owner: str | None = None) -> SiteTexts:
+    """Return the data of all sites, or of the one site `owner`, for the model of `bench`."""
+    return SiteTexts(
+        config.data,
+        bench.tokenizer,
+        seed=config.seed,
+        owner=owner,
+        num_embeddings=bench.num_embeddings,
+    )
+
+
 def site_of(config: RunConfig, name: str, bench: Workbench, texts: Records, store: StateStore) -> Site:
     """The site `name` for one message, with the data that `texts` has for it."""
     return Site(
@@ -160,7 +171,7 @@ def execute(
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
-        known = texts(config, bench) if texts else SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+        known = texts(config, bench) if texts else texts_of(config, bench)
         for each, _ in runs:
             check_settings(each, bench.layout, bench.blank(), known)
         if isinstance(known, SiteTexts):

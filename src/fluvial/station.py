@@ -28,7 +28,7 @@ from fluvial.journal import Header, Journal
 from fluvial.models import Workbench
 from fluvial.own_paths import at_site, refusal
 from fluvial.payload import Limits, Payload
-from fluvial.run import Records, site_of, tasks_of
+from fluvial.run import Records, site_of, tasks_of, texts_of
 from fluvial.site_file import SiteFile
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ class Station:
         key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
         if key not in self._texts:
             owner = None if self.site.data is None else self.site.name
-            self._texts = {key: SiteTexts(config.data, bench.tokenizer, seed=config.seed, owner=owner)}
+            self._texts = {key: texts_of(config, bench, owner)}
         return self._texts[key]
 
     def _run_folder(self, run: str) -> Path:

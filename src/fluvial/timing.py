@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from fluvial.config import RunConfig
-from fluvial.data import Example, SiteTexts
+from fluvial.data import Example
 from fluvial.evaluate import heldout
 from fluvial.local_fleet import concurrency
 from fluvial.models import Workbench, initial_state
+from fluvial.run import texts_of
 from fluvial.seeds import generator
 from fluvial.train import train
 
@@ -76,7 +77,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     torch.set_num_threads(config.fleet.threads)
     started = clock()
     bench = Workbench(config.model, config.adapter)
-    texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    texts = texts_of(config, bench)
     sites = {name: texts.load(name) for name in texts.names}
     largest = max(sites, key=lambda name: len(sites[name].train))
     data, loaded = sites[largest], clock()

@@ -68,9 +68,21 @@ class SiteTexts:
     fit them.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Any, *, seed: int, owner: str | None = None) -> None:
-        """With an `owner` all records are of the one site of that name, whatever the configuration's partition."""
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Any,
+        *,
+        seed: int,
+        owner: str | None = None,
+        num_embeddings: int | None = None,
+    ) -> None:
+        """Read the records; with an `owner` all are of the one site of that name.
+
+        A token id from `num_embeddings` (rows of the model's embedding) on is a fault of the data.
+        """
         self.config, self.seed = config, seed
+        self._num_embeddings = num_embeddings
         self._owned = owner is not None
         self.tokenizer = with_template(tokenizer, config.chat_template)
         self.notes: list[str] = []
@@ -207,6 +219,16 @@ class SiteTexts:
                 dropped = part.surplus.dropped
                 lost = f" ({dropped} are longer than data.max_length and were dropped)" if dropped else ""
                 faults.add(f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave the site out")
+            self._check_ids(part.examples, f"data, site {shown(name)}", faults)
+
+    def _check_ids(self, examples: Sequence[Example], where: str, faults: Faults) -> None:
+        largest = max((max(example.input_ids) for example in examples), default=0)
+        if self._num_embeddings is not None and largest >= self._num_embeddings:
+            faults.add(
+                f"{where}: the text has a token of id {largest}, and the model embeds ids up to "
+                f"{self._num_embeddings - 1}; use the tokenizer that belongs to the model, or "
+                "resize the model (resize_token_embeddings) and save it anew"
+            )
 
     def _stdlib(self, documents: list[stdlib.Document]) -> Tokenized:
         return self._tokenizing(Record(document.name, Text(document.text)) for document in documents)
