@@ -33,7 +33,7 @@ def test_a_run_that_helped_at_most_sites() -> None:
     assert (verdict.local.sites, verdict.local.better) == (4, 3)
     assert verdict.local.difference == pytest.approx((-0.02 * 3 + 0.02) / 4)
     assert verdict.line() == (
-        "Helped at 3 of 4 sites against local training (mean -0.0100 nats); "
+        "Helped at 3 of 4 sites against local training (mean loss 0.0100 nats lower); "
         "0.0100 nats behind the uncompressed run (better at 1 of 4 sites); "
         "0.0900 nats ahead of the base model (better at 4 of 4 sites)"
     )
@@ -43,10 +43,10 @@ def test_a_run_that_helped_at_most_sites() -> None:
 @pytest.mark.parametrize(
     ("final", "words"),
     [
-        ([3.1] * 4, "Did not help against local training: better at 0 of 4 sites (mean +0.1000 nats)"),
-        ([3.0] * 4, "Did not help against local training: better at 0 of 4 sites (mean +0.0000 nats)"),
-        ([2.9, 2.9, 2.9, 4.0], "Helped at 3 of 4 sites against local training (mean +0.1750 nats)"),
-        ([2.0, 3.1, 3.1, 3.1], "Helped at 1 of 4 sites only against local training (mean -0.1750 nats)"),
+        ([3.1] * 4, "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats higher)"),
+        ([3.0] * 4, "Did not help against local training: better at 0 of 4 sites (mean loss level)"),
+        ([2.9, 2.9, 2.9, 4.0], "Helped at 3 of 4 sites against local training (mean loss 0.1750 nats higher)"),
+        ([2.0, 3.1, 3.1, 3.1], "Helped at 1 of 4 sites only against local training (mean loss 0.1750 nats lower)"),
     ],
 )
 def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str) -> None:
@@ -64,7 +64,7 @@ def test_better_than_the_base_is_no_help_where_local_training_is_better_still() 
 def test_what_is_unknown_is_said_to_be_not_measured() -> None:
     line = judge(made([2.9, 2.8]), {}).line()
     assert line == (
-        "Helped at 2 of 2 sites against the base model (mean -0.1500 nats); "
+        "Helped at 2 of 2 sites against the base model (mean loss 0.1500 nats lower); "
         "local training not measured; the uncompressed run not measured"
     )
     nothing = judge(made([None, None], base=None), {"local": made([3.0, 3.0])})
@@ -140,6 +140,6 @@ def test_the_first_tile_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     first = page[page.index('<div class="cards">') :][:400]
     assert "helped against local training" in first
     assert '<b class="no">0 of 3 sites</b>' in first
-    assert "Did not help against local training: better at 0 of 3 sites (mean +0.2000 nats)" in first
+    assert "Did not help against local training: better at 0 of 3 sites (mean loss 0.2000 nats higher)" in first
     assert "Verdict" not in page
     assert "<h2>Codec gate:" in page

@@ -132,7 +132,9 @@ def _compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Comparis
 
 
 def _leading(name: str, found: Comparison) -> str:
-    mean = f"mean {found.difference:+.4f} nats"
+    distance = f"{abs(found.difference):.4f}"
+    way = "lower" if found.difference < 0 else "higher"
+    mean = "mean loss level" if float(distance) == 0 else f"mean loss {distance} nats {way}"
     if found.answer == "no":
         verb = "Did not help against"
         return f"{verb} {name}: better at {found.better} of {found.sites} sites ({mean})"
