@@ -3,8 +3,9 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rich.console import Console, RenderableType
@@ -412,3 +413,45 @@ def test_page_of_a_run_by_blocks(cyclic: Path, tmp_path: Path) -> None:
     assert re.search(r">layers 0 to 3</td><td[^>]*>4,000</td><td[^>]*>0.812</td>", page)
     assert "[red]xml[/]" in page
     assert "cd" * 32 in page
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "[]"),
+        ("config.json", "[" * 100_000),
+        ("result.json", "[]"),
+        ("result.json", "{}"),
+        ("refused.json", "[1]"),
+        ("metrics.jsonl", '{"round": 1, "missing": 3}'),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_damaged_folder_is_told_without_a_traceback(
+    name: str, content: str | None, finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text(content)
+    told = f"cannot read .*{name}|run is damaged"
+    with pytest.raises(CheckpointError, match=told), show.drawing(folder):
+        text_of(show.run_tables(show.read_run(folder)))
+
+
+def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    evil = "\x1b[2J\x07[/nope]"
+    first = json.loads(lines[0]) | {"missing": [{"site": evil, "task": evil, "reason": evil}]}
+    (folder / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    console.print(show.run_tables(show.read_run(folder)))
+    written = cast(io.StringIO, console.file).getvalue()
+    assert "[2J" in written
+    assert "\x1b[2J" not in written
+    assert "\x07" not in written

@@ -224,9 +224,10 @@ def show_run(
     from fluvial import show
 
     found = show.read_run(folder)
-    _print(found, format, show.run_tables)
+    with show.drawing(folder):
+        _print(found, format, show.run_tables)
     if html is not None:
-        with err.status("drawing"):
+        with err.status("drawing"), show.drawing(folder):
             from fluvial.page import write_page
 
             write_page(found, html)

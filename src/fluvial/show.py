@@ -4,7 +4,8 @@ A run is read from its JSON files, without torch, so that `fluvial show` answers
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.block_tables import block_schedule, conflict_log, failures
+from fluvial.boundary import place
 from fluvial.errors import CheckpointError
 from fluvial.verdict import Verdict, judge, loss_of
 from fluvial.words import figure, human_bytes, human_ratio, human_seconds, percent, plain, privacy_words, table
@@ -53,21 +55,54 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _read_part(folder: Path) -> dict[str, Any]:
     path, records = folder / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    for line in lines:
         try:
-            records.append(json.loads(line))
-        except ValueError:  # a run that is being written, or was cut off, may end in half a line
+            record = json.loads(line)
+        except (ValueError, RecursionError):  # a run that is being written, or was cut off, may end in half a line
             break
+        if not isinstance(record, dict):
+            break
+        records.append(record)
     return {"metrics": records, "result": _read_json(folder / "result.json")}
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; it should be JSON that `fluvial run` wrote") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"cannot read {path}: it holds no JSON object, which `fluvial run` writes")
+    return found
+
+
+@contextmanager
+def drawing(folder: Path) -> Iterator[None]:
+    """Raise `CheckpointError` where what `read_run` found cannot be shown, since no run wrote it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise CheckpointError(
+            f"{folder} is damaged: its JSON files are not as `fluvial run` wrote them "
+            f"({type(error).__name__} at {place(error)}); restore them from a copy"
+        ) from error
+
+
+def _without_controls(value: Any) -> Any:
+    """Return a plain value whose strings hold no characters that could drive a terminal."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, list):
+        return [_without_controls(each) for each in value]
+    if isinstance(value, dict):
+        return {plain(key): _without_controls(each) for key, each in value.items()}
+    return value
 
 
 # -- while it runs ------------------------------------------------------------------------------------------------
@@ -281,6 +316,7 @@ def with_compared(found: dict[str, Any]) -> dict[str, Any]:
 
 def run_tables(found: dict[str, Any]) -> Group:
     """All of a run, finished or not."""
+    found = _without_controls(found)
     config, result, metrics = found["config"], found["result"], found["metrics"]
     method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
     parts: list[RenderableType] = []
