@@ -348,8 +348,15 @@ def test_command_refuses(folder: Path, bench: Workbench, tmp_path: Path) -> None
         _evaluate(folder.parent, "--data", data)
     with pytest.raises(ConfigError, match=r"rounds: without effect"):
         _evaluate(folder, "--data", data, "--set", "rounds=3")
-    with pytest.raises(ConfigError, match="--shots-from: without effect"):
-        _evaluate(folder, "--data", data, "--shots", 2)
+    for option, value in {
+        "--shots": 2,
+        "--scoring": "text",
+        "--language": "zh",
+        "--benchmark": "mmlu",
+        "--subject-field": "topic",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{option}: without effect, because no questions are named"):
+            _evaluate(folder, "--data", data, option, value)
     with pytest.raises(ConfigError, match="reads at most 128"):
         _evaluate(folder, "--data", data, "--set", "data.max_length=129")
     bench.save(initial_state(bench.layout, 0), tmp_path / "zero")

@@ -142,11 +142,11 @@ def test_rank_and_alpha_patterns_of_a_foreign_adapter_are_honoured(tmp_path: Pat
 
 
 class _Odd(nn.Module):
-    """A language model that draws, or looks ahead."""
+    """A language model that draws, looks ahead, or sees padding."""
 
-    def __init__(self, inner: Any, *, draws: bool) -> None:
+    def __init__(self, inner: Any, *, odd: str) -> None:
         super().__init__()
-        self.inner, self.draws, self.config = inner, draws, inner.config
+        self.inner, self.odd, self.config = inner, odd, inner.config
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.inner.get_input_embeddings()
@@ -154,19 +154,34 @@ class _Odd(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
         found = self.inner(input_ids=input_ids, **options)
-        noise = torch.rand(1) if self.draws else 0.1 * input_ids[0, -1]
-        found.logits = found.logits + noise
+        noise = {
+            "draws random numbers": torch.rand(int(self.odd.startswith("draws"))).sum(),
+            "attends to later tokens": 0.1 * input_ids[0, -1] * bool(options["attention_mask"].all()),
+            "gives other values for a text that padding follows": 0.01 * input_ids.shape[1],
+        }
+        found.logits = found.logits + noise[self.odd]
         return found
 
 
-@pytest.mark.parametrize(("draws", "message"), [(True, "draws random numbers"), (False, "attends to later tokens")])
-def test_a_base_that_draws_or_looks_ahead_is_refused(draws: bool, message: str, tiny_model: Path) -> None:
+ODD = ("draws random numbers", "attends to later tokens", "gives other values for a text that padding follows")
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_base_that_draws_looks_ahead_or_sees_padding_is_refused(odd: str, tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     inner = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     check_behaviour(inner, "x")
-    with pytest.raises(ConfigError, match=message):
-        check_behaviour(_Odd(inner, draws=draws), "x")
+    with pytest.raises(ConfigError, match=odd):
+        check_behaviour(_Odd(inner, odd=odd), "x")
+
+
+@pytest.mark.parametrize("lora", [LoraSettings(r=2), None], ids=["lora", "full"])
+def test_a_stored_base_that_looks_ahead_is_refused_whatever_is_tuned(lora: LoraSettings | None, tmp_path: Path) -> None:
+    """The decays of MiniMax are stored buffers, and with other values its attention looks ahead."""
+    folder = folder_of("minimax", tmp_path, head_dim=8, layer_types=["full_attention", "linear_attention"], **EXPERTS)
+    with pytest.raises(ConfigError, match="attends to later tokens"):
+        Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), lora).check_behaviour()
 
 
 def test_a_bench_of_another_type_still_tunes_in_fp32(tiny_model: Path) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fluvial.cli import app
 from fluvial.config import parse
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models import ModelConfig, Workbench, load_base, meta_base
 from fluvial.plan import plan
 from fluvial.pretrained import check_length, check_tokenizer, context_length, dtype_of, load_tokenizer
@@ -164,6 +165,19 @@ def test_check_refuses_a_folder_in_one_line(
     for lora in (LoraSettings(r=2), None):
         with pytest.raises(ConfigError):
             Workbench(parse(table, "x").model, lora)
+
+
+def test_check_tells_the_sizes_of_a_folder_without_weights_and_refuses_it(
+    base: Path, run_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = plan(parse(run_config | {"model": {"name_or_path": str(base), "device": "cpu"}}, "x"))
+    (base / "model.safetensors").unlink()
+    (tmp_path / "run.toml").write_text('[model]\nname_or_path = "base"\ndevice = "cpu"\n')
+    data = [f"data.{key}={json.dumps(value)}" for key, value in run_config["data"].items() if key != "partition"]
+    changes = [word for line in (*data, "data.partition={by='iid',sites=2}") for word in ("--set", line)]
+    with pytest.raises(MissingWeightsError, match="a run needs them: copy them"):
+        app(["check", str(tmp_path / "run.toml"), "--format", "json", *changes], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["model"]["parameters"] == whole["model"]["parameters"]
 
 
 def test_weights_in_other_forms_are_the_same_model(base: Path) -> None:

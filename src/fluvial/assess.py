@@ -124,6 +124,7 @@ def evaluate_model(
     questions = None if choices is None else _questions(choices)
     logger.info("loading the model")
     bench = Workbench(model, None)
+    bench.check_behaviour()
     logger.info("reading the data")
     texts = None if data is None else _texts(data, bench)
     models: dict[str, Named] = {"model": {}}

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 
 from fluvial import __version__, interrupt
-from fluvial.errors import ConfigError, FluvialError
+from fluvial.errors import ConfigError, FluvialError, MissingWeightsError
 from fluvial.remaining import Remaining
 from fluvial.words import plain
 
@@ -123,7 +123,11 @@ def check(
         from fluvial.plan import plan
         from fluvial.plan_tables import plan_table
 
-        planned = plan(settings)
+        try:
+            planned = plan(settings)
+        except MissingWeightsError:
+            _print(plan(settings, weights_needed=False), format, plan_table)
+            raise
         if time_it:
             from fluvial.timing import timed
 
@@ -177,16 +181,25 @@ def evaluate(
 ) -> None:
     """Measure an adapter or a tuned model beside its base, or a model alone, on records or multiple-choice questions.
 
-    Records are read as the run read its own: form, columns, template, max_length; --set
-    'data.form="text"' overrides.
+    Records are read as the run read its own: form, columns, template, max_length.
+    --set 'data.form="text"' overrides.
     """
     with _telling("reading the weights"):
         from fluvial.assess import ChoiceConfig, evaluate_adapter, evaluate_model
         from fluvial.evaluation import evaluation_settings, how_records_are_read, run_settings
         from fluvial.folders import kind_of, read_adapter_folder
 
-        if choices is None and (shots or shots_from):
-            raise ConfigError("--shots, --shots-from: without effect, because no questions are named; add --choices")
+        idle = {
+            "--shots": shots,
+            "--shots-from": shots_from,
+            "--scoring": scoring != "letter",
+            "--language": language != "auto",
+            "--benchmark": benchmark != "auto",
+            "--subject-field": subject_field != "subject",
+        }
+        named = [option for option, given in idle.items() if given]
+        if choices is None and named:
+            raise ConfigError(f"{', '.join(named)}: without effect, because no questions are named; add --choices")
         asked = None
         if choices is not None:
             asked = ChoiceConfig(choices, shots, shots_from, scoring, language, subject_field, benchmark)

@@ -2,6 +2,7 @@
 
     FluvialError
     ├── ConfigError       a setting, path, model or data file of the user is wrong
+    │   ├── MissingWeightsError   a base model's folder has a configuration and no weights
     │   ├── RefusalError   the same, in words that may leave a site
     │   └── DataError      faults of data files, told together (`data.faults`)
     ├── WireError         bytes from outside break the format or a limit
@@ -23,6 +24,10 @@ class FluvialError(Exception):
 
 class ConfigError(FluvialError):
     """A setting, path, model or data record of the user is wrong."""
+
+
+class MissingWeightsError(ConfigError):
+    """A base model's folder has a configuration and no weights, which sizes can be told without."""
 
 
 class RefusalError(ConfigError):

@@ -86,6 +86,27 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sealed(name: str, content: Any) -> bytes:
+    """Return JSON with `content` under `name`, and its digest beside it."""
+    return json.dumps({name: content, "sha256": _digest_of_json(content)}).encode()
+
+
+def unsealed(name: str, text: bytes) -> Any:
+    """Return the content that `sealed` was given; raises `ValueError` where it is another one."""
+    try:
+        found = json.loads(text)
+        content, digest = found[name], found["sha256"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it lacks {name!r} or its digest") from error
+    if digest != _digest_of_json(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _digest_of_json(content: Any) -> str:
+    return digest_of(json.dumps(content, sort_keys=True).encode())
+
+
 def digest_of_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:

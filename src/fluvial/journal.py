@@ -1,12 +1,11 @@
 """The header beside a message to a site, and what the site's last answer wants to keep until it counts."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, WireError
-from fluvial.files import digest_of, digest_of_file, make_folder, write_atomically
+from fluvial.files import digest_of, digest_of_file, make_folder, sealed, unsealed, write_atomically
 from fluvial.payload import Payload
 from fluvial.releases import check_stand, stand_of
 from fluvial.store import StateStore
@@ -132,11 +131,8 @@ class Journal:
         except FileNotFoundError:
             return {}
         try:
-            found: dict[str, Any] = json.loads(text)
-            state: dict[str, Any] = found["state"]
-            if digest_of(_plain(state)) != found["sha256"]:
-                raise ValueError("its content is not what was written")
-        except (ValueError, KeyError, TypeError) as error:
+            state: dict[str, Any] = unsealed("state", text)
+        except ValueError as error:
             raise CheckpointError(f"{self._path} is damaged: {error}; remove {self._folder}") from error
         return state
 
@@ -149,9 +145,4 @@ class Journal:
             "held": held,
             "ledger": stand_of(self.store.private(self.name)),
         }
-        text = json.dumps({"sha256": digest_of(_plain(state)), "state": state})
-        write_atomically(self._path, text.encode())
-
-
-def _plain(state: dict[str, Any]) -> bytes:
-    return json.dumps(state, sort_keys=True).encode()
+        write_atomically(self._path, sealed("state", state))

@@ -321,6 +321,12 @@ class Workbench:
         in_memory = self.config.model_copy(update={"device": "cpu"})
         return open_weights(weights_folder(self.config), self._empty, partial(load_base, in_memory))
 
+    def check_behaviour(self) -> None:
+        """Raise `ConfigError` for a base that no run could repeat, or that is no causal language model."""
+        if self.full:  # beside an adapter the base is looked at where it is loaded
+            with self.model({}) as model:
+                check_behaviour(model, self.config.name_or_path)
+
     @contextmanager
     def model(
         self,

@@ -39,6 +39,8 @@ def write_page(found: dict[str, Any], path: Path) -> None:
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that DejaVu lacks
         page = TEMPLATE.render(_content(found)).encode(errors="replace")
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: is a folder; choose another --html")
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(page)

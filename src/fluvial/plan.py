@@ -25,16 +25,17 @@ OPTIMIZER_BYTES = 16
 """Per trained value: fp32 weight, gradient and two moments of AdamW."""
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
+def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run would refuse.
 
-    The model's weights are not loaded. Sizes are in bytes; the memory of a site leaves out activations.
+    The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in bytes; the memory of
+    a site leaves out activations.
     """
     resolve_device(config.model.device)
     base = meta_base(config.model)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, base, config.model.name_or_path)
-    weights = check_weights(config.model, base)
+    weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
     layout = tuned_layout(meta_base(config.model), config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))

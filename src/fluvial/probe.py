@@ -13,7 +13,7 @@ LENGTH = 8
 
 @torch.no_grad()
 def check_behaviour(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, or looks ahead.
+    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, or sees padding.
 
     `model` is in evaluation mode and has its weights; `name` is `model.name_or_path`.
     """
@@ -25,6 +25,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     state = _random_state(device)
     try:
         logits = [_logits(model, each) for each in (tokens, changed)]
+        padded = _logits(model, torch.nn.functional.pad(tokens, (0, LENGTH)), LENGTH)
     except Exception as error:
         raise ConfigError(f"{where}: the model cannot read a line of text: {first_line(error)}") from error
     if not torch.equal(state, _random_state(device)):
@@ -37,9 +38,18 @@ def check_behaviour(model: nn.Module, name: str) -> None:
             f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one is no task for it"
         )
 
+    without, behind = logits[0].float(), padded[:, : tokens.shape[1]].float()
+    if float((without - behind).norm()) > _tolerance(model) * float(without.norm()):
+        raise ConfigError(
+            f"{where}: {type(model).__name__} gives other values for a text that padding follows, so that sequences of "
+            "unequal length cannot be trained or measured together"
+        )
 
-def _logits(model: Any, tokens: Tensor) -> Tensor:
+
+def _logits(model: Any, tokens: Tensor, padding: int = 0) -> Tensor:
+    """Return the logits of `tokens`, the last `padding` of which the attention mask leaves out."""
     mask = torch.ones_like(tokens)
+    mask[:, tokens.shape[1] - padding :] = 0
     logits: Tensor = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
     return logits
 

@@ -8,7 +8,6 @@ ledger is ever sent, nor rolled back with a checkpoint.
 """
 
 import fcntl
-import json
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import CheckpointError, PrivacyError
-from fluvial.files import digest_of, make_folder, write_atomically
+from fluvial.files import make_folder, sealed, unsealed, write_atomically
 from fluvial.noise import SECRET_BYTES, derive_key
 
 _FILE = "releases.json"
@@ -119,11 +118,8 @@ def _read(folder: Path) -> dict[str, Any]:
         _write(folder, book)
         return book
     try:
-        found = json.loads(text)
-        book = found["ledger"]
-        if found["sha256"] != _digest(book):
-            raise ValueError("its digest does not match")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        book = unsealed("ledger", text)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}. Without it this site cannot know what it has released; begin a new run"
         ) from None
@@ -131,12 +127,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _write(folder: Path, book: dict[str, Any]) -> None:
-    text = json.dumps({"ledger": book, "sha256": _digest(book)})
-    write_atomically(folder / _FILE, text.encode())
-
-
-def _digest(book: dict[str, Any]) -> str:
-    return digest_of(json.dumps(book, sort_keys=True).encode())
+    write_atomically(folder / _FILE, sealed("ledger", book))
 
 
 def _secret(book: dict[str, Any]) -> bytes:

@@ -171,6 +171,7 @@ def execute(
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
+        bench.check_behaviour()
         known = texts(config, bench) if texts else texts_of(config, bench)
         for each, _ in runs:
             check_settings(each, bench.layout, bench.blank(), known)

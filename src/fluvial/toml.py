@@ -37,7 +37,7 @@ T = TypeVar("T", bound=Settings)
 def load(path: Path, missing: str) -> dict[str, Any]:
     """Return the table of a TOML file; raises `ConfigError`, with the line `missing` where there is no file."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(missing) from None
     except IsADirectoryError:

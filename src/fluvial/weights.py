@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.pretrained import ModelConfig, dtype_of, local_folder, source_of
 from fluvial.stored import FLOATS, first_line, some, stored_tensors
 
@@ -28,7 +28,10 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
         return ["model: the weights are not on this machine; a run downloads them first, and then looks at them"]
     stored = stored_tensors(folder)
     if not stored and local_folder(config) is not None:
-        raise ConfigError(f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; copy it again")
+        raise MissingWeightsError(
+            f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial check` tells sizes "
+            "without them, a run needs them: copy them (model.safetensors, or its shards and their index)"
+        )
     if not stored:
         return ["model: of the hub id only the configuration is on this machine; a run downloads the weights first"]
     kinds = [name for name, tensor in stored.items() if name.endswith("weight") and tensor.dtype not in FLOATS]
