@@ -184,6 +184,20 @@ def test_a_stored_base_that_looks_ahead_is_refused_whatever_is_tuned(lora: LoraS
         Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), lora).check_behaviour()
 
 
+def test_a_base_whose_cache_changes_its_values_is_refused(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    class Cached(_Odd):
+        def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+            found = self.inner(input_ids=input_ids, **options)
+            found.logits = found.logits * (1.0 if options.get("use_cache") is False else 1.01)
+            return found
+
+    inner = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    with pytest.raises(ConfigError, match="gives other values with its cache than without"):
+        check_behaviour(Cached(inner, odd=""), "x")
+
+
 def test_a_bench_of_another_type_still_tunes_in_fp32(tiny_model: Path) -> None:
     bench = Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="bfloat16"), LoraSettings(r=2))
     assert {tensor.dtype for tensor in bench.base_state().values()} == {torch.float32}

@@ -13,7 +13,8 @@ LENGTH = 8
 
 @torch.no_grad()
 def check_behaviour(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, or sees padding.
+    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, sees padding,
+    or has a cache that changes its values.
 
     `model` is in evaluation mode and has its weights; `name` is `model.name_or_path`.
     """
@@ -28,6 +29,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
         padded = _logits(model, torch.nn.functional.pad(tokens, (0, LENGTH)), LENGTH)
     except Exception as error:
         raise ConfigError(f"{where}: the model cannot read a line of text: {first_line(error)}") from error
+    cached = _plain_logits(model, tokens)
     if not torch.equal(state, _random_state(device)):
         raise ConfigError(
             f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no run could be repeated"
@@ -44,6 +46,21 @@ def check_behaviour(model: nn.Module, name: str) -> None:
             f"{where}: {type(model).__name__} gives other values for a text that padding follows, so that sequences of "
             "unequal length cannot be trained or measured together"
         )
+
+    if cached is not None and float((without - cached.float()).norm()) > _tolerance(model) * float(without.norm()):
+        raise ConfigError(
+            f"{where}: {type(model).__name__} gives other values with its cache than without, so that what is trained "
+            "and measured would not be what it generates"
+        )
+
+
+def _plain_logits(model: Any, tokens: Tensor) -> Tensor | None:
+    """Return the logits of a call that leaves the cache to the model; None where it has none for such a text."""
+    try:
+        logits: Tensor = model(input_ids=tokens).logits
+    except Exception:  # a cache that cannot be made is no fault of what is trained
+        return None
+    return logits
 
 
 def _logits(model: Any, tokens: Tensor, padding: int = 0) -> Tensor:
