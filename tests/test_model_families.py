@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fluvial.assess import evaluate_adapter, whole_file
@@ -182,6 +183,15 @@ def test_a_stored_base_that_looks_ahead_is_refused_whatever_is_tuned(lora: LoraS
     folder = folder_of("minimax", tmp_path, head_dim=8, layer_types=["full_attention", "linear_attention"], **EXPERTS)
     with pytest.raises(ConfigError, match="attends to later tokens"):
         Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), lora).check_behaviour()
+
+
+def test_a_base_with_values_that_are_not_finite_is_refused_where_all_is_tuned(tmp_path: Path) -> None:
+    folder = folder_of("llama", tmp_path)
+    stored = load_file(folder / "model.safetensors")
+    stored["model.norm.weight"][0] = float("nan")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="values are not finite in torch.float32"):
+        Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None).check_behaviour()
 
 
 def test_a_base_whose_cache_changes_its_values_is_refused(tiny_model: Path) -> None:

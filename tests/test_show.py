@@ -455,3 +455,8 @@ def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path)
     assert "[2J" in written
     assert "\x1b[2J" not in written
     assert "\x07" not in written
+
+
+def test_a_page_is_not_written_over_a_folder(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; choose another --html"):
+        write_page(show.read_run(finished), tmp_path)

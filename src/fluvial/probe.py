@@ -34,6 +34,11 @@ def check_behaviour(model: nn.Module, name: str) -> None:
         raise ConfigError(
             f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no run could be repeated"
         )
+    if not bool(logits[0].isfinite().all()):
+        raise ConfigError(
+            f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if the folder "
+            "has another type, set model.dtype to it, else copy the folder again"
+        )
     first, second = (each[:, :-1].float() for each in logits)
     if float((first - second).norm()) > _tolerance(model) * float(first.norm()):
         raise ConfigError(
