@@ -288,7 +288,7 @@ def test_protected_layers_stay_and_every_attainable_share_is_met(
     least, most = anatomy.attainable(trained, settings)
     kept = min(least + place * (most - least), 1 - drop)
     settings = settings.model_copy(update={"kept": kept})
-    if kept < 0.98 * least:
+    if kept * 1.01 < least:  # a share is met within 1 %
         with pytest.raises(ConfigError, match="attainable is"):
             plan_proxy(scores, anatomy, trained=trained, settings=settings, seed=seed, visit=1)
         return

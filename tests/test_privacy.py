@@ -149,7 +149,7 @@ def test_the_ledger_is_private_and_damage_is_noticed(tmp_path: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     text = path.read_text()
     path.write_text(text.replace(secret.hex()[:4], "0123" if secret.hex()[:4] != "0123" else "3210", 1))
-    with pytest.raises(CheckpointError, match="is damaged: its digest does not match"):
+    with pytest.raises(CheckpointError, match="is damaged: its content is not what was written"):
         secret_of(folder)
 
 
