@@ -67,7 +67,7 @@ class Texts(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the sites."""
+        """Names of the sites."""
         ...
 
     def public(self) -> dict[str, list[Example]]:
@@ -90,7 +90,7 @@ class Records(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the sites."""
+        """Names of the sites."""
         ...
 
     @property

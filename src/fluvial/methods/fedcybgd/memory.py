@@ -261,7 +261,7 @@ def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """What a process holds that is the server and all of its sites, in bytes, all weights being tuned.
+    """Bytes that one process holds as the server and all sites, where all weights are tuned.
 
     The base lies on disk; what is not trained is mapped from there, once for all sites that measure
     at a time. Not counted: what `ClientMemory` does not count, and up to 0.2 GB that the allocator
