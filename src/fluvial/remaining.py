@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from fluvial.words import human_minutes
+
 RECENT = 5
 """Rounds of a run that its next ones are predicted from: the newest."""
 _PACE = re.compile(r"\b(round|iteration) %d of %d")
@@ -69,8 +71,5 @@ class Remaining:
 
 
 def _rough(seconds: float) -> str:
-    """Seconds in steps of what such a guess can tell."""
-    if seconds < 60:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    """Return `seconds` in steps of what such a guess can tell."""
+    return f"{max(1, round(seconds))} s" if seconds < 60 else human_minutes(seconds)

@@ -35,6 +35,11 @@ def human_seconds(seconds: float) -> str:
     """Seconds, or minutes and hours once there are many."""
     if seconds < 100:
         return f"{seconds:.1f} s"
+    return human_minutes(seconds)
+
+
+def human_minutes(seconds: float) -> str:
+    """Return `seconds` as whole minutes, or as hours and minutes from 100 minutes on."""
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
