@@ -198,6 +198,7 @@ class FedCyBgdServer:
     def _ask(self, number: int, fleet: Fleet, group: Sequence[Visit]) -> list[Answer]:
         """The answers of a group in the order of its visits; a site that cannot follow is sent everything, once."""
         waiting, answers = list(group), dict[str, Answer]()
+        lengths = dict[str, float]()
         for attempt in ("first", "again"):
             messages = {
                 visit.site: self.sender.message(visit.site, visit.block, visit.name, self._values(number))
@@ -214,7 +215,8 @@ class FedCyBgdServer:
                     logger.warning("site %s answered for %s; dropped", reply.site, reply.content.visit.site)
                     self.sender.forget(reply.site)
                     continue
-                reason = too_long(rms(reply.content.update), self.lengths, fleet.config.max_update_growth)
+                length = rms(reply.content.update)
+                reason = too_long(length, self.lengths, fleet.config.max_update_growth)
                 if reason is not None:
                     fleet.reject(Failure(reply.site, number, "visit", reason, 0))
                     self.sender.forget(reply.site)
@@ -222,11 +224,12 @@ class FedCyBgdServer:
                 self.sender.acknowledge(reply.site)
                 if self.ledger.claim(reply.content.visit.name, number):
                     answers[reply.content.visit.name] = reply.content
+                    lengths[reply.content.visit.name] = length
             waiting = [visit for visit in waiting if visit.site in stale]
             if not waiting:
                 break
         found = [answers[visit.name] for visit in group if visit.name in answers]
-        self.lengths = [*self.lengths, *(rms(answer.update) for answer in found)][-REMEMBERED:]
+        self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in found)][-REMEMBERED:]
         return found
 
     def _values(self, number: int) -> dict[str, Value]:
