@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.report import Row
-from fluvial.checkpoint import RunFolder
 from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
-from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
-from fluvial.methods.link import gate, tgap
-from fluvial.methods.link.gate import GateReport, Representation
-from fluvial.models import Workbench
-from fluvial.run import Run, execute
-from fluvial.tensors import Layout
+from fluvial.exchange import gate, tgap
+from fluvial.exchange.gate import GateReport, Representation
+from fluvial.models.workbench import Workbench
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Run, execute
+from fluvial.wire.tensors import Layout
 
 SHARED = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "shared"))
 """Data and small real models of a development checkout; the parts that need them are skipped where it is absent."""

@@ -25,10 +25,10 @@ from benchmarks.cgfedllm_bed import (
 )
 from benchmarks.report import Claim, Row, show
 from fluvial.codecs.normalise import Normalisation
-from fluvial.methods.link import gate
-from fluvial.methods.link.gate import Representation
+from fluvial.exchange import gate
+from fluvial.exchange.gate import Representation
 from fluvial.seeds import generator
-from fluvial.tensors import energy, norm, subtract
+from fluvial.wire.tensors import energy, norm, subtract
 
 Found = tuple[list[Row], list[Claim]]
 Skip = Callable[[str], None]

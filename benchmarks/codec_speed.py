@@ -23,7 +23,7 @@ from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
 from fluvial.errors import FluvialError
 from fluvial.seeds import generator
-from fluvial.tensors import Layout, Named, factor, relative_error
+from fluvial.wire.tensors import Layout, Named, factor, relative_error
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK = 8

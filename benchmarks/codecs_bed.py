@@ -22,16 +22,16 @@ from typing import Any, Literal
 import fluvial
 from benchmarks.cgfedllm_bed import CORPORA, Table
 from benchmarks.report import Row
-from fluvial.checkpoint import RunFolder
 from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot
-from fluvial.config import RunConfig, parse
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
-from fluvial.meter import Metered
-from fluvial.methods.link import tgap
-from fluvial.models import LoraSettings, ModelConfig, Workbench
-from fluvial.run import MEASURING, Run, check_settings
+from fluvial.exchange import tgap
+from fluvial.federation.meter import Metered
+from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import MEASURING, Run, check_settings
 
 SMALL = ("fairytales", "shakespeare", "mini_ops", "babi")
 """Corpora on stories260k, d 64."""

@@ -1,7 +1,7 @@
 """When sites train, written down by the sites' own processes, wherever an engine starts them.
 
 `folder_of_clock` makes a folder for PYTHONPATH. Every Python that finds it there and has `ENGINE_CLOCK` in its
-environment puts a clock around `fluvial.train.train`, the one training loop, and appends a line for each call to the
+environment puts a clock around `fluvial.training.train.train`, the one training loop, and appends a line for each call to the
 file of that name. Nothing else of the package is touched, so what is timed is what is installed.
 """
 
@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 CLOCK = "ENGINE_CLOCK"
-_MODULE = "fluvial.train"
+_MODULE = "fluvial.training.train"
 
 
 def folder_of_clock(folder: Path) -> Path:

@@ -13,9 +13,9 @@ from pathlib import Path
 from benchmarks.engine_fleets import MARK, Cell, Watch, environment_of, marked, names_of, table_of
 from benchmarks.engine_line import SERVER, Lines, Setting, inside
 from benchmarks.report import Row
-from fluvial.config import parse
-from fluvial.line import FLOWER, Engine, Line, round_s
-from fluvial.plan import plan
+from fluvial.federation.line import FLOWER, Engine, Line, round_s
+from fluvial.runs.config import parse
+from fluvial.runs.plan import plan
 from tests import flower_lab
 
 # -- the table --------------------------------------------------------------------------------------------------------

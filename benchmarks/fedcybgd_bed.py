@@ -20,20 +20,20 @@ from benchmarks.cgfedllm_bed import CORPORA, Table
 from benchmarks.codecs_bed import MEMORY, Cache
 from benchmarks.fedcybgd_memory import largest_beside
 from benchmarks.report import Row
-from fluvial.checkpoint import RunFolder
 from fluvial.codecs import CodecSettings, build
-from fluvial.config import RunConfig, parse
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
-from fluvial.evaluate import heldout
 from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.models import LoraSettings, ModelConfig, Workbench, meta_base, tuned_layout
-from fluvial.pretrained import dtype_of
-from fluvial.run import Run, check_settings
+from fluvial.models.pretrained import dtype_of
+from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, meta_base, tuned_layout
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Run, check_settings
 from fluvial.seeds import generator
-from fluvial.tensors import Layout
+from fluvial.training.evaluate import heldout
+from fluvial.wire.tensors import Layout
 
 
 @dataclass(frozen=True)

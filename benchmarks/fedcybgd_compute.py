@@ -138,7 +138,7 @@ def timed(model: Any, trained: frozenset[str], setting: Setting, device: str) ->
     import torch
 
     from fluvial.data import Example
-    from fluvial.train import TrainConfig, train
+    from fluvial.training.train import TrainConfig, train
 
     load, draw = setting.load, torch.Generator().manual_seed(0)
     examples = []
@@ -161,7 +161,7 @@ def timed(model: Any, trained: frozenset[str], setting: Setting, device: str) ->
 
 def _blocks(model: Any, setting: Setting) -> list[tuple[str, ...]]:
     from fluvial.methods.fedcybgd.blocks import partition
-    from fluvial.models import tuned_layout
+    from fluvial.models.workbench import tuned_layout
 
     blocks = [block.layout.names for block in partition(tuned_layout(model, None)).blocks]
     assert len(blocks) == setting.shape.layers, "a block is a layer"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from benchmarks.report import Claim, Report, Row, show
 
 if TYPE_CHECKING:
-    from fluvial.tensors import Layout
+    from fluvial.wire.tensors import Layout
 
 Tunes = Literal["full", "block"]
 Hold = Literal["memory", "disk"]
@@ -120,7 +120,7 @@ def layout_of(shape: Shape) -> "Layout":
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fluvial.models import tuned_layout
+    from fluvial.models.workbench import tuned_layout
 
     with torch.device("meta"):
         return tuned_layout(AutoModelForCausalLM.from_config(llama(shape)), None)
@@ -150,14 +150,14 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     """A site's first visit with the model in `folder`; `meter` wraps the training loop, just before the visit."""
     from fluvial.codecs.quantise import Int8, Int8Settings
     from fluvial.data import Example, SiteData
+    from fluvial.federation.sites import Site
+    from fluvial.federation.store import StateStore
     from fluvial.methods.fedcybgd.config import FedCyBgdConfig, partition
     from fluvial.methods.fedcybgd.download import Sender
     from fluvial.methods.fedcybgd.ledger import Ledger
-    from fluvial.models import ModelConfig, Workbench, initial_state
-    from fluvial.payload import Payload
-    from fluvial.sites import Site
-    from fluvial.store import StateStore
-    from fluvial.train import TrainConfig
+    from fluvial.models.workbench import ModelConfig, Workbench, initial_state
+    from fluvial.training.train import TrainConfig
+    from fluvial.wire.payload import Payload
 
     module: Any = importlib.import_module("fluvial.methods.fedcybgd.visit")  # the package has a function of this name
     dtype = json.loads((folder / "config.json").read_text())["dtype"]

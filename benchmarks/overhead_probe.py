@@ -16,8 +16,8 @@ from typing import Any, cast
 
 def start(began: float) -> dict[str, float]:
     """Seconds from the start of this process to the moment at which the first site is asked to train, and after it."""
-    from fluvial.config import parse
-    from fluvial.run import execute
+    from fluvial.runs.config import parse
+    from fluvial.runs.run import execute
 
     imported = time.time() - began
     table = {
@@ -41,7 +41,16 @@ def start(began: float) -> dict[str, float]:
 def imports() -> dict[str, float]:
     """Seconds of each import, each after those before it."""
     found: dict[str, float] = {}
-    for name in ("numpy", "torch", "pydantic", "fluvial.config", "fluvial.run", "transformers", "peft", "datasets"):
+    for name in (
+        "numpy",
+        "torch",
+        "pydantic",
+        "fluvial.runs.config",
+        "fluvial.runs.run",
+        "transformers",
+        "peft",
+        "datasets",
+    ):
         since = time.perf_counter()
         __import__(name)
         found[name] = time.perf_counter() - since
@@ -56,19 +65,19 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     """Rounds of FedAvg's server half over sites whose only work is to read the adapter and send an update."""
     import torch
 
-    from fluvial.checkpoint import RunFolder
     from fluvial.codecs.quantise import Identity, IdentitySettings
-    from fluvial.local_fleet import LocalFleet
-    from fluvial.meter import Metered
+    from fluvial.federation.local_fleet import LocalFleet
+    from fluvial.federation.meter import Metered
+    from fluvial.federation.sites import Site, code, read_adapter_message
+    from fluvial.federation.store import StateStore
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
     from fluvial.methods.interface import Context
-    from fluvial.models import Workbench
-    from fluvial.payload import Payload, frame_payload
-    from fluvial.run import peak_rss_bytes
-    from fluvial.sites import Site, code, read_adapter_message
-    from fluvial.store import StateStore
-    from fluvial.tensors import Layout
-    from fluvial.train import TrainConfig
+    from fluvial.models.workbench import Workbench
+    from fluvial.runs.checkpoint import RunFolder
+    from fluvial.runs.run import peak_rss_bytes
+    from fluvial.training.train import TrainConfig
+    from fluvial.wire.payload import Payload, frame_payload
+    from fluvial.wire.tensors import Layout
 
     layout = embedded_layout(values)
     bench = cast(Workbench, SimpleNamespace(layout=layout))
@@ -136,7 +145,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
 
 def embedded_layout(values: int) -> Any:
     """Factors of rank 8 on q, k, v and o of hidden size 128, as many layers as make up `values`; 32,768 have 4."""
-    from fluvial.tensors import Layout
+    from fluvial.wire.tensors import Layout
 
     each = 2 * 8 * 128
     names = [

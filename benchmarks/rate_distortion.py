@@ -26,7 +26,7 @@ from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
 from fluvial.errors import FluvialError
 from fluvial.seeds import derive
-from fluvial.tensors import Named, WeightedMean, cosine, relative_error
+from fluvial.wire.tensors import Named, WeightedMean, cosine, relative_error
 
 FULL = Size(rounds=1, steps=8, tgap_rounds=12, heldout=1, iterations=0, seeds=3)
 QUICK = Size(rounds=1, steps=2, tgap_rounds=4, heldout=1, iterations=0, seeds=1)

@@ -1,4 +1,4 @@
-"""Break a deployment in every way that tests/test_faults.py knows, and write what was seen to docs/reliability.md.
+"""Break a deployment in every way that tests/flower/test_faults.py knows, and write what was seen to docs/reliability.md.
 
     python scripts/faults.py --out docs/reliability.md [--only EXPRESSION] [--table]
 
@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-TESTS = "tests/test_faults.py"
+TESTS = "tests/flower/test_faults.py"
 SETTINGS = (sys.executable, "-m", "pytest", TESTS, "-m", "faults")
 INTRODUCTION = """# What happens when something breaks
 
@@ -32,7 +32,7 @@ with TLS and node keys, and three sites, which tune a tiny model for three round
 lost or counted twice would show in the adapter. A process is stopped at the named moment and killed there with
 SIGKILL. "Same adapter" is equality of the file's SHA-256 with that of an undisturbed run in one process with the same
 participants. Seconds run from the fault until the server, or whoever is meant, noticed; the deadline is
-`fleet.deadline_s = 30`. tests/test_faults.py is the whole procedure.
+`fleet.deadline_s = 30`. tests/flower/test_faults.py is the whole procedure.
 """
 
 NOT_TESTED = {

@@ -20,9 +20,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fluvial.data import tokenize
 from fluvial.data.stdlib import PRETRAIN, pretraining_documents, public_packages
-from fluvial.evaluate import heldout
 from fluvial.seeds import derive, generator
-from fluvial.train import TrainConfig, train
+from fluvial.training.evaluate import heldout
+from fluvial.training.train import TrainConfig, train
 
 VOCABULARY, CONTEXT, SEED = 2048, 256, 20261121
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluvial.config import RunConfig
 from fluvial.flower.server_operator import ServerFile
+from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
-from fluvial.site_file import SiteFile
+from fluvial.site_process.site_file import SiteFile
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Every setting

@@ -18,8 +18,8 @@ from typing import Any
 
 from fidelity_figures import fill_cells
 
-from fluvial.show import RESULT_CAPTION, result_rows
-from fluvial.words import human_bytes, human_ratio
+from fluvial.formatting import human_bytes, human_ratio
+from fluvial.report.show import RESULT_CAPTION, result_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

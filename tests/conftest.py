@@ -147,7 +147,7 @@ def three_sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_config(tiny_model: Path, three_sites: Path) -> dict[str, Any]:
-    """Two rounds of FedAvg over three sites, a table for `fluvial.config.parse`; about a second."""
+    """Two rounds of FedAvg over three sites, a table for `fluvial.runs.config.parse`; about a second."""
     return {
         "seed": 1,
         "rounds": 2,

@@ -130,7 +130,7 @@ def _false(wanted: str, data: bytes) -> bytes:
         site, number = _answering
         return (Path(os.environ[FOLDER]) / f"{site} {number - 1}.answer").read_bytes()
     if wanted == "nan":  # in bf16, with a checksum that fits
-        from fluvial.payload import Payload, frame_payload, payload_frame
+        from fluvial.wire.payload import Payload, frame_payload, payload_frame
 
         answer = Payload.from_bytes(data)
         frame = payload_frame(answer)
@@ -197,11 +197,11 @@ def _full(full: bool) -> Iterator[None]:
 
 
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "fluvial.station": _station,
-    "fluvial.journal": _journal,
-    "fluvial.train": _train,
-    "fluvial.fleet": _fleet,
-    "fluvial.checkpoint": _checkpoint,
+    "fluvial.site_process.station": _station,
+    "fluvial.site_process.journal": _journal,
+    "fluvial.training.train": _train,
+    "fluvial.federation.fleet": _fleet,
+    "fluvial.runs.checkpoint": _checkpoint,
     "fluvial.flower.executor": _executor,
     "fluvial.flower.server": _server,
     "flwr.supernode.runtime.run_clientapp": _runtime,

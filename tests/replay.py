@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluvial.checkpoint import RunFolder
-from fluvial.config import RunConfig, parse
 from fluvial.data import SiteTexts
-from fluvial.fleet import FleetConfig
-from fluvial.local_fleet import LocalFleet
-from fluvial.meter import Metered
+from fluvial.federation.fleet import FleetConfig
+from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.meter import Metered
+from fluvial.federation.sites import Site, Task
+from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Server
-from fluvial.models import Workbench
-from fluvial.payload import Payload
-from fluvial.run import Run, site_of, tasks_of
-from fluvial.sites import Site, Task
-from fluvial.store import StateStore
+from fluvial.models.workbench import Workbench
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Run, site_of, tasks_of
+from fluvial.wire.payload import Payload
 
 Change = Callable[[str, str, int, bytes], bytes | None]
 """Task, site and number of the call to that site; the reply's bytes in, other bytes or None for silence out."""

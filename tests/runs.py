@@ -5,9 +5,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fluvial.config import parse
-from fluvial.run import execute
-from fluvial.tensors import Named
+from fluvial.runs.config import parse
+from fluvial.runs.run import execute
+from fluvial.wire.tensors import Named
 
 
 def run_table(table: dict[str, Any], folder: Path) -> dict[str, Any]:

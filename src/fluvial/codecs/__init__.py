@@ -34,11 +34,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, CodecSettings
-from fluvial.codecs.cnn import CNN, CNNSettings
 from fluvial.codecs.dct import DctTopK, DctTopKSettings
-from fluvial.codecs.klt import Klt, KltSettings
-from fluvial.codecs.klt_sum import KltSum, KltSumSettings
-from fluvial.codecs.klt_trellis import KltTrellis, KltTrellisSettings
+from fluvial.codecs.klt.codec import Klt, KltSettings
+from fluvial.codecs.klt.sum import KltSum, KltSumSettings
+from fluvial.codecs.klt.trellis import KltTrellis, KltTrellisSettings
+from fluvial.codecs.learned.cnn import CNN, CNNSettings
+from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
+from fluvial.codecs.learned.vq import VQ, VQSettings
 from fluvial.codecs.lowrank import PowerSgd, PowerSgdSettings
 from fluvial.codecs.quantise import (
     NF4,
@@ -52,14 +54,12 @@ from fluvial.codecs.quantise import (
     Int8Settings,
     NF4Settings,
 )
-from fluvial.codecs.resnet import ResNet, ResNetSettings
 from fluvial.codecs.rotation import Eden, EdenSettings, Hadamard, HadamardSettings
 from fluvial.codecs.sign import HalfSign, HalfSignSettings, Sign, SignSettings, Ternary, TernarySettings
 from fluvial.codecs.sparse import RandomK, RandomKSettings, TopK, TopKSettings
 from fluvial.codecs.trellis import Trellis, TrellisSettings
-from fluvial.codecs.vq import VQ, VQSettings
 from fluvial.errors import ConfigError, WireError
-from fluvial.tensors import Layout
+from fluvial.wire.tensors import Layout
 
 __all__ = ["CODECS", "Codec", "CodecConfig", "CodecSettings", "build", "must_learn", "read_settings"]
 

@@ -19,7 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from fluvial.codecs.base import CodecSettings
-from fluvial.tensors import Layout
+from fluvial.wire.tensors import Layout
 
 GAIN_DB = 0.5
 """The learned transform must be this much better than the best codec that learns nothing, which is the trellis and so

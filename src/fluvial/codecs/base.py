@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.errors import ConfigError, WireError
-from fluvial.payload import Payload
 from fluvial.settings import Settings
-from fluvial.tensors import Layout, Named
+from fluvial.wire.frame import OVERHEAD, Reader, seal, unseal
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, Named
 
 
 class CodecSettings(Settings):

@@ -14,9 +14,9 @@ from pydantic import Field
 from scipy import fft
 from torch import Tensor
 
-from fluvial.codecs.frame import Reader
 from fluvial.codecs.sparse import Largest, LargestSettings, ValueBits
-from fluvial.tensors import Layout
+from fluvial.wire.frame import Reader
+from fluvial.wire.tensors import Layout
 
 Doubles = NDArray[np.float64]
 

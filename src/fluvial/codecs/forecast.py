@@ -6,7 +6,7 @@ from fluvial.codecs import CODECS, CodecSettings, build
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import LearnedCodec
 from fluvial.errors import ConfigError
-from fluvial.tensors import Layout
+from fluvial.wire.tensors import Layout
 
 TYPICAL_UPDATE = 1e-3
 """Root mean square of the values of an update that is coded to see how long it becomes."""

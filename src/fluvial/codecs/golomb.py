@@ -13,10 +13,10 @@ from typing import ClassVar, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from fluvial.codecs.frame import Reader, seal, unseal
 from fluvial.codecs.quantise import Floats, bf16, from_bf16
 from fluvial.errors import WireError
-from fluvial.tensors import Layout
+from fluvial.wire.frame import Reader, seal, unseal
+from fluvial.wire.tensors import Layout
 
 Indices = NDArray[np.int64]
 Bits = NDArray[np.uint8]

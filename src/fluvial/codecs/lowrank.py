@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
-from fluvial.codecs.canvas import target
-from fluvial.codecs.frame import OVERHEAD, Reader
+from fluvial.codecs.learned.canvas import target
 from fluvial.codecs.rotation import COARSEST, FINEST, OCTAVE, Blocks, Doubles
 from fluvial.errors import WireError
-from fluvial.tensors import Layout, factor
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout, factor
 
 _AUDIBLE = 0.6
 """A component is sent if its right factor, times the singular value, has an RMS of so many steps; 0.5 to 0.7 differ

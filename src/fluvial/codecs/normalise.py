@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluvial.codecs.frame import Reader
 from fluvial.errors import WireError
-from fluvial.tensors import Layout
+from fluvial.wire.frame import Reader
+from fluvial.wire.tensors import Layout
 
 Normalisation = Literal["none", "global_rms", "factor_rms", "maxabs"]
 

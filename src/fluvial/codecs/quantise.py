@@ -22,9 +22,9 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings
-from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.errors import WireError
-from fluvial.tensors import Layout
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout
 
 Floats = NDArray[np.float32]
 

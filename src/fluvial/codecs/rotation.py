@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fluvial.codecs import entropy
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
-from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.sparse import slots
 from fluvial.errors import WireError
-from fluvial.tensors import Layout
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]

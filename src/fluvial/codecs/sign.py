@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
-from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.quantise import Floats, bf16, read_scales, to_numpy
 from fluvial.codecs.sparse import SEED, Indices, Masked, masked_least, slots
-from fluvial.tensors import Layout
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout
 
 
 def mean_magnitudes(kept: Floats, tensors: Indices, number: int) -> NDArray[np.uint16]:

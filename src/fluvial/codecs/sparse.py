@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fluvial.codecs import entropy
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, body_room, frame_room
-from fluvial.codecs.frame import OVERHEAD, Reader
 from fluvial.codecs.quantise import Floats, bf16, from_bf16, read_scales, steps, to_levels, to_numpy
 from fluvial.errors import ConfigError, WireError
 from fluvial.settings import EXACT
-from fluvial.tensors import Layout
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout
 
 Indices = NDArray[np.int64]
 

@@ -30,12 +30,12 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
-from fluvial.codecs.canvas import target
-from fluvial.codecs.frame import OVERHEAD, Reader
+from fluvial.codecs.learned.canvas import target
 from fluvial.codecs.rotation import Rotation
 from fluvial.errors import WireError
 from fluvial.settings import EXACT
-from fluvial.tensors import Layout, factor
+from fluvial.wire.frame import OVERHEAD, Reader
+from fluvial.wire.tensors import Layout, factor
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.uint8]

@@ -10,9 +10,9 @@ import math
 from torch import Tensor
 
 from fluvial.codecs.base import Codec
-from fluvial.codecs.frame import Reader
 from fluvial.errors import ConfigError
-from fluvial.tensors import Layout, Named, factor
+from fluvial.wire.frame import Reader
+from fluvial.wire.tensors import Layout, Named, factor
 
 _FLOOR = 0.2  # of the factor's own size, so that A counts for something while B is zero
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.errors import ConfigError
-from fluvial.network import reachable_hub
+from fluvial.models.network import reachable_hub
 
 
 def dataset_of(name: str, wanted: str, where: str) -> Any:

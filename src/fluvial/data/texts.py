@@ -13,12 +13,12 @@ from fluvial.data.faults import Faults, shown
 from fluvial.data.leaks import Leaks
 from fluvial.data.partition import Drawn, Files, Iid, Natural, alike, split
 from fluvial.data.records import Record, Text
+from fluvial.data.site_names import check_names
 from fluvial.data.sources import Found, Source, classes_of, is_local, is_saved, read_each, read_source
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
 from fluvial.seeds import derive, numpy_generator
-from fluvial.site_names import check_names
 
 CACHED_SITES = 32
 POOLED = "pooled"

@@ -9,8 +9,8 @@ from fluvial.data.examples import IGNORE_INDEX, Example, Overlong, Question, win
 from fluvial.data.faults import SHOWN, DataError, Faults
 from fluvial.data.forms import Form
 from fluvial.data.records import Chat, Record, RecordReader, Text
-from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
+from fluvial.models.encoding import Encoder
 
 
 @dataclass

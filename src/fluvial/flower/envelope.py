@@ -12,7 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fluvial.errors import WireError
 
-STYPE = "fluvial.payload.2"
+STYPE = "fluvial.wire.payload.2"
 SMALL = 2**18
 """Bytes of the largest payload that travels in the header."""
 _PAYLOAD = "payload"

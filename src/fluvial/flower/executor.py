@@ -4,7 +4,7 @@ Stock Flower starts a new Python for each message, which imports torch and loads
 SuperNode of `--isolation process`, takes its tasks over Flower's Runtime API, and answers with the installed Fluvial.
 The app that came with the run is never installed nor executed, so a server cannot make a site run code.
 
-The names below are internal to Flower 1.41; tests/test_flower.py names each of them.
+The names below are internal to Flower 1.41; tests/flower/test_flower.py names each of them.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ from fluvial.errors import ClientError, RefusalError
 from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack
 from fluvial.flower.site import respond, station
-from fluvial.site_file import SiteFile
+from fluvial.site_process.site_file import SiteFile
 
 logger = logging.getLogger(__name__)
 

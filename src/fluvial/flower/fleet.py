@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fluvial.config import RunConfig
 from fluvial.errors import ClientError, ConfigError, WireError
-from fluvial.fingerprints import fingerprints
-from fluvial.fleet import Failure, Policy, Reply, Wires, printable, unreadable
+from fluvial.federation.fleet import Failure, Policy, Reply, Wires, printable, unreadable
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.inbox import Inbox
-from fluvial.journal import Header
-from fluvial.models import Workbench
-from fluvial.payload import Limits, Payload, Value
-from fluvial.station import HELLO, UNKNOWN
+from fluvial.models.workbench import Workbench
+from fluvial.runs.config import RunConfig
+from fluvial.site_process.fingerprints import fingerprints
+from fluvial.site_process.journal import Header
+from fluvial.site_process.station import HELLO, UNKNOWN
+from fluvial.wire.payload import Limits, Payload, Value
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

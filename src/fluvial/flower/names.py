@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fluvial.files import write_atomically
+from fluvial.storage.files import write_atomically
 
 FILE = "names.json"
 

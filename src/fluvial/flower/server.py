@@ -14,16 +14,16 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import http_grid
 
-from fluvial.config import RunConfig, parse
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
-from fluvial.encoding import Encoder
 from fluvial.errors import ConfigError
 from fluvial.flower import names
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
-from fluvial.models import Workbench
-from fluvial.run import execute
-from fluvial.show import round_line, setup_lines
+from fluvial.models.encoding import Encoder
+from fluvial.models.workbench import Workbench
+from fluvial.report.show import round_line, setup_lines
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import execute
 
 logger = logging.getLogger("fluvial")
 

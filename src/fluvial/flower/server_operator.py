@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import Field
 
-from fluvial import toml
-from fluvial.config import RunConfig
+from fluvial.data.site_names import check_plain
 from fluvial.errors import ClientError, ConfigError
-from fluvial.files import make_folder
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
+from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
-from fluvial.site_names import check_plain
+from fluvial.storage import toml
+from fluvial.storage.files import make_folder
 
 WARN_DAYS = 30
 """Before a certificate ends, the server says so when it starts."""

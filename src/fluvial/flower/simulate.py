@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluvial.config import RunConfig
 from fluvial.data import POOLED
 from fluvial.errors import ConfigError
 from fluvial.flower import QUIET
-from fluvial.run import Event, execute
+from fluvial.runs.config import RunConfig
+from fluvial.runs.run import Event, execute
 
 _QUIET = QUIET | {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,7 +38,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.fleet import FlowerFleet
     from fluvial.flower.site import client_app
-    from fluvial.site_file import Allowed, SiteFile
+    from fluvial.site_process.site_file import Allowed, SiteFile
 
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -105,6 +105,6 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 def _site_names(config: RunConfig) -> tuple[str, ...]:
     """The sites of the configuration's data."""
     from fluvial.data import SiteTexts
-    from fluvial.models import load_tokenizer
+    from fluvial.models.workbench import load_tokenizer
 
     return SiteTexts(config.data, load_tokenizer(config.model), seed=config.seed).names

@@ -10,10 +10,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fluvial.flower.envelope import pack, unpack
-from fluvial.journal import Header
-from fluvial.payload import Limits
-from fluvial.site_file import SiteFile, read_site_file
-from fluvial.station import Station
+from fluvial.site_process.journal import Header
+from fluvial.site_process.site_file import SiteFile, read_site_file
+from fluvial.site_process.station import Station
+from fluvial.wire.payload import Limits
 
 logger = logging.getLogger(__name__)
 

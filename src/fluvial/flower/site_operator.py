@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fluvial.data.site_names import check_plain
 from fluvial.errors import ConfigError
-from fluvial.files import make_folder, private, sweep
 from fluvial.flower import OUT_OF_STEP, certificates
 from fluvial.flower.programs import environment, program, split_address, warn
-from fluvial.site_file import SiteFile, read_site_file
-from fluvial.site_names import check_plain
+from fluvial.site_process.site_file import SiteFile, read_site_file
+from fluvial.storage.files import make_folder, private, sweep
 
 AHEAD_S, BEHIND_S = 5.0, 305.0
 """Flower refuses the signature of a site whose clock is further from the server's."""

@@ -24,15 +24,15 @@ from fluvial.codecs import CodecSettings
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
 from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import ConfigError, WireError
-from fluvial.fleet import Failure, Fleet, sample
-from fluvial.methods.bounds import Cohort, rms
+from fluvial.federation.bounds import Cohort, rms
+from fluvial.federation.fleet import Failure, Fleet, sample
+from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_state
-from fluvial.payload import Payload, Value, frame_payload, payload_frame
-from fluvial.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.settings import Settings
-from fluvial.sites import Site, round_of, train_locally
-from fluvial.tensors import Layout, Named, WeightedMean, factor
+from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
+from fluvial.wire.tensors import Layout, Named, WeightedMean, factor
 
 
 class EcoLoraConfig(Settings):

@@ -17,17 +17,17 @@ from pydantic import Field
 
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.errors import ConfigError
-from fluvial.fleet import Fleet, sample
-from fluvial.methods.bounds import Cohort, check_update
+from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, open_link
+from fluvial.exchange.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
+from fluvial.federation.bounds import Cohort, check_update
+from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.sites import Factors, Site, part, round_of, train_locally
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, open_link
-from fluvial.methods.link.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
-from fluvial.models import initial_state
-from fluvial.payload import Payload, join, split
-from fluvial.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.settings import Settings
-from fluvial.sites import Factors, Site, part, round_of, train_locally
-from fluvial.tensors import Layout, Named, WeightedMean, moved, norm, scale
+from fluvial.wire.payload import Payload, join, split
+from fluvial.wire.tensors import Layout, Named, WeightedMean, moved, norm, scale
 
 
 class FedAvgConfig(Settings):

@@ -17,15 +17,15 @@ from torch import Tensor
 from fluvial.codecs.golomb import SparseFrames, Values, largest
 from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
-from fluvial.fleet import Fleet, sample
-from fluvial.methods.bounds import Cohort, check_update
+from fluvial.federation.bounds import Cohort, check_update
+from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_state
-from fluvial.payload import Payload, frame_payload, payload_frame
-from fluvial.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.settings import Settings
-from fluvial.sites import Site, round_of, train_locally
-from fluvial.tensors import Layout, Named, WeightedMean, add, norm
+from fluvial.wire.payload import Payload, frame_payload, payload_frame
+from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
 
 
 class FlascConfig(Settings):

@@ -8,39 +8,13 @@ from torch import nn
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
-from fluvial.data import Example
-from fluvial.fleet import Fleet
-from fluvial.line import Line
-from fluvial.models import Workbench
-from fluvial.payload import Payload
+from fluvial.federation.context import Context, Metrics
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.line import Line
+from fluvial.federation.sites import Task, part
 from fluvial.settings import Settings
-from fluvial.sites import Task, part
-from fluvial.tensors import Layout, Named
-from fluvial.train import TrainConfig
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a server half may use; it sees no site's data."""
-
-    seed: int
-    rounds: int
-    layout: Layout
-    codec: CodecSettings
-    downlink: CodecSettings | None
-    """How the adapter goes down; None sends it as it is."""
-    train: TrainConfig
-    open_bench: Callable[[], Workbench]
-    """The base model, for a method that simulates sites on public text."""
-    secret: Callable[[], bytes]
-    """The server's own 32 secret bytes for this run; the same after it is resumed."""
-    public: Callable[[], dict[str, list[Example]]]
-    """Public text; raises `ConfigError` if there is none."""
-
-
-Metrics = dict[str, Any]
-"""Plain values of one round: at least `loss`, the mean training loss of the sites in nats per label token, and `sites`,
-how many of them answered."""
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, Named
 
 
 class Server(Protocol):

@@ -5,15 +5,15 @@ Each site keeps its own adapter between rounds; nothing but the loss is sent.
 
 from typing import Literal
 
-from fluvial.fleet import Fleet
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.replies import fields, loss_of, weight_of
+from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models import initial_state
-from fluvial.payload import Payload
-from fluvial.replies import fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.settings import Settings
-from fluvial.sites import Site, round_of, train_locally
-from fluvial.tensors import add
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import add
 
 
 class LocalConfig(Settings):

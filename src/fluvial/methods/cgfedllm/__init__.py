@@ -15,29 +15,29 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluvial.boundary import outward
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
-from fluvial.codecs.klt import KltSettings
-from fluvial.codecs.resnet import ResNetSettings
+from fluvial.codecs.klt.codec import KltSettings
+from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
-from fluvial.fleet import Fleet, sample
-from fluvial.methods.bounds import Cohort, check_update
+from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
+from fluvial.exchange.gate import Representation
+from fluvial.exchange.tgap import TASKS, TgapConfig, after_tgap
+from fluvial.federation.boundary import outward
+from fluvial.federation.bounds import Cohort, check_update
+from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.fedavg import WeightedLoss, step
 from fluvial.methods.interface import Context, Method, Metrics, Promise
-from fluvial.methods.link import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
-from fluvial.methods.link.gate import Representation
-from fluvial.methods.link.tgap import TASKS, TgapConfig, after_tgap
-from fluvial.models import initial_state
-from fluvial.payload import Payload, Value, frame_payload, join, split
-from fluvial.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.seeds import derive
 from fluvial.settings import Settings
-from fluvial.sites import Site, round_of, train_locally
-from fluvial.tensors import Layout, Named, WeightedMean, add, norm
+from fluvial.wire.payload import Payload, Value, frame_payload, join, split
+from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fluvial import noise
 from fluvial.errors import ConfigError
+from fluvial.federation import noise
+from fluvial.federation.releases import Mechanism, claim
+from fluvial.federation.sites import Site
 from fluvial.methods.interface import Promise
-from fluvial.payload import Payload
-from fluvial.releases import Mechanism, claim
 from fluvial.settings import Settings
-from fluvial.sites import Site
-from fluvial.tensors import Layout, Named, norm, scale
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, Named, norm, scale
 
 OUTSIDE = "held-out sums leave the sites exactly and are outside epsilon"
 """The line that goes wherever epsilon is shown, under `heldout = "exact"`."""

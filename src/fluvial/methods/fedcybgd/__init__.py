@@ -14,8 +14,8 @@ from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
-from fluvial.frozen import check_streams
-from fluvial.line import round_s
+from fluvial.federation.line import round_s
+from fluvial.federation.sites import refuse_learned
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
 from fluvial.methods.fedcybgd.memory import (
@@ -37,9 +37,9 @@ from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Method
-from fluvial.models import tuned_layout
-from fluvial.sites import refuse_learned
-from fluvial.tensors import Layout, factor
+from fluvial.models.frozen import check_streams
+from fluvial.models.workbench import tuned_layout
+from fluvial.wire.tensors import Layout, factor
 
 
 def check(config: Config, codec: CodecSettings, layout: Layout) -> None:

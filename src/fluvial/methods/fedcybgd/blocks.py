@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from fluvial.errors import ConfigError
-from fluvial.tensors import Layout
+from fluvial.wire.tensors import Layout
 
 Extra = Literal["embeddings", "norm", "head"]
 """What stands outside the layers: token and position embeddings, the final norm, an output head that is not tied."""

@@ -11,7 +11,7 @@ from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, DownloadConf
 from fluvial.methods.fedcybgd.guards import AcceptConfig, GateConfig
 from fluvial.methods.fedcybgd.schedule import Order
 from fluvial.settings import Settings
-from fluvial.tensors import Layout
+from fluvial.wire.tensors import Layout
 
 Merge = Literal["sequential", "average", "overwrite"]
 

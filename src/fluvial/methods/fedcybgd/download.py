@@ -27,16 +27,16 @@ from torch import Tensor
 from fluvial.codecs import CodecConfig, CodecSettings, build
 from fluvial.codecs.quantise import Identity, NF4Settings
 from fluvial.errors import WireError
-from fluvial.frozen import FileSource, MemorySource, Source, Sum
 from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import subset_size
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, ProxySettings, cut, slim
-from fluvial.models import Workbench, initial_state
-from fluvial.payload import Payload, Value, frame_payload, payload_frame, read_values
+from fluvial.models.frozen import FileSource, MemorySource, Source, Sum
+from fluvial.models.workbench import Workbench, initial_state
 from fluvial.seeds import generator
 from fluvial.settings import Settings
-from fluvial.tensors import Layout, Named, add, is_finite
+from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame, read_values
+from fluvial.wire.tensors import Layout, Named, add, is_finite
 
 
 class FullDownload(Settings):

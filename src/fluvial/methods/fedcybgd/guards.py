@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import nn
 
 from fluvial.data import Example
-from fluvial.evaluate import heldout
-from fluvial.models import Workbench, tuned_parameters
+from fluvial.models.workbench import Workbench, tuned_parameters
 from fluvial.settings import Settings
-from fluvial.tensors import Named
-from fluvial.train import collate, predictions, summed_loss
+from fluvial.training.evaluate import heldout
+from fluvial.training.train import collate, predictions, summed_loss
+from fluvial.wire.tensors import Named
 
 
 class GateConfig(Settings):

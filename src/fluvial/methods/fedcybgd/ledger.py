@@ -13,8 +13,8 @@ import torch
 from fluvial.codecs import Codec
 from fluvial.errors import WireError
 from fluvial.methods.fedcybgd.blocks import Partition
-from fluvial.payload import Payload, Value
-from fluvial.tensors import Layout, Named, WeightedMean, add, scale
+from fluvial.wire.payload import Payload, Value
+from fluvial.wire.tensors import Layout, Named, WeightedMean, add, scale
 
 
 @dataclass(frozen=True)

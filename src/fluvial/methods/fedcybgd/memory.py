@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import ClassVar, Literal, Self
 
 from fluvial.methods.fedcybgd.blocks import Partition, partition
-from fluvial.tensors import Layout
-from fluvial.train import AT_ONCE
+from fluvial.training.train import AT_ONCE
+from fluvial.wire.tensors import Layout
 
 Width = Literal[2, 4]
 

@@ -26,8 +26,8 @@ from fluvial.data import Example
 from fluvial.errors import ConfigError, WireError
 from fluvial.seeds import generator
 from fluvial.settings import Settings
-from fluvial.tensors import Named
-from fluvial.train import collate, predictions
+from fluvial.training.train import collate, predictions
+from fluvial.wire.tensors import Named
 
 Prune = Literal["neurons", "neurons and heads"]
 

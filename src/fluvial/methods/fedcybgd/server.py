@@ -12,8 +12,10 @@ import torch
 from fluvial.codecs import build
 from fluvial.data import Example
 from fluvial.errors import GateError, WireError
-from fluvial.fleet import Failure, Fleet
-from fluvial.methods.bounds import check_update, rms, too_long
+from fluvial.exchange import is_stale
+from fluvial.federation.bounds import check_update, rms, too_long
+from fluvial.federation.fleet import Failure, Fleet
+from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Nobody, ProxyDownload, Sender, receive
@@ -23,12 +25,10 @@ from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, p
 from fluvial.methods.fedcybgd.schedule import assignment, groups
 from fluvial.methods.fedcybgd.visit import borrow
 from fluvial.methods.interface import Context, Metrics
-from fluvial.methods.link import is_stale
-from fluvial.models import initial_state
-from fluvial.payload import Payload, Value, join, payload_frame, split
-from fluvial.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.workbench import initial_state
 from fluvial.seeds import generator
-from fluvial.tensors import Named, cosine, norm
+from fluvial.wire.payload import Payload, Value, join, payload_frame, split
+from fluvial.wire.tensors import Named, cosine, norm
 
 logger = logging.getLogger(__name__)
 

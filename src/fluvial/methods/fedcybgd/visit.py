@@ -7,16 +7,16 @@ from typing import Literal
 from torch import nn
 
 from fluvial.codecs import build
-from fluvial.frozen import stream
+from fluvial.exchange import STALE
+from fluvial.federation.sites import Site, code, round_of
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Received, receive
 from fluvial.methods.fedcybgd.proxy import slim
-from fluvial.methods.link import STALE
-from fluvial.models import Workbench, checkpoint_layers, fill, tuned_parameters
-from fluvial.payload import Payload, frame_payload
+from fluvial.models.frozen import stream
+from fluvial.models.workbench import Workbench, checkpoint_layers, fill, tuned_parameters
 from fluvial.seeds import generator
-from fluvial.sites import Site, code, round_of
-from fluvial.train import TrainConfig, TrainReport, train
+from fluvial.training.train import TrainConfig, TrainReport, train
+from fluvial.wire.payload import Payload, frame_payload
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The learned Karhunen-Loeve transform, its entropy coder and its variants."""

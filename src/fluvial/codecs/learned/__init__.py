@@ -1,0 +1,1 @@
+"""Codecs whose networks or tables are fitted to updates."""

@@ -1,0 +1,152 @@
+"""How the adapter goes down: exact, or as a coded difference to what a site already holds.
+
+With a codec the server keeps the adapter as sites have it, codes the difference to its own, and adds what it coded:
+what one round loses is in the next round's difference, so errors do not add up (error feedback at the server; EF21-P of
+Gruntkowska et al., ICML 2023, with a server that never forgets). A site that was away gets the frames it missed, or the
+exact adapter where that is shorter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from fluvial.codecs import CodecSettings, build
+from fluvial.errors import WireError
+from fluvial.federation.sites import Site, adapter_message, read_adapter_message
+from fluvial.models.workbench import initial_state
+from fluvial.seeds import derive
+from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_frame, split
+from fluvial.wire.tensors import Layout, Named, add, subtract
+
+_SLOT = "received"
+
+
+class Downlink:
+    """The server's half: one reference for all sites, and the frames that lead from older versions to it."""
+
+    def __init__(self, settings: CodecSettings | None, seed: int, adapter: Named) -> None:
+        """`adapter` is version 0, which every site makes from the seed."""
+        self.seed = seed
+        self.layout = Layout.of(adapter)
+        self.codec = None if settings is None else build(settings, self.layout)
+        self.reference = adapter
+        self.version = 0
+        self.frames: dict[int, bytes] = {}
+        self.oldest = 0
+        """The frames lead from this version on."""
+        self.holds: dict[str, int] = {}
+        """The version that each site has acknowledged; 0 for a site not listed."""
+        self._messages: dict[int, Payload] = {}
+
+    def advance(self, adapter: Named, round: int) -> None:
+        """Make `adapter`, or its coded image, what sites of `round` receive."""
+        self._messages = {}
+        if self.codec is None:
+            self.reference = adapter
+            return
+        if round <= self.version or round == 1:  # asked again, or version 0 is the adapter
+            return
+        seed = derive(self.seed, "downlink", round)
+        frame = self.codec.encode(subtract(adapter, self.reference), seed=seed, round=round)
+        self.reference = add(self.reference, self.codec.decode(frame))
+        self.version = round
+        self.frames[round] = frame
+        while sum(map(len, self.frames.values())) > self.layout.raw_bytes:
+            self.oldest = min(self.frames)
+            del self.frames[self.oldest]
+
+    def message(self, site: str, values: Mapping[str, Value]) -> Payload:
+        """What `site` needs to hold the reference; sites that hold the same version share one message."""
+        if self.codec is None:
+            return self._shared(-1, lambda: adapter_message(self.reference, **values))
+        base = self.holds.get(site, 0)
+        if base < self.oldest:
+            return self._shared(-1, lambda: adapter_message(self.reference, version=self.version, **values))
+        frames = [frame for version, frame in sorted(self.frames.items()) if version > base]
+        marks: dict[str, Value] = {"base": base, "version": self.version, "sizes": [len(frame) for frame in frames]}
+        return self._shared(base, lambda: _frames_payload(frames, {**values, **marks}))
+
+    def _shared(self, key: int, make: Callable[[], Payload]) -> Payload:
+        if key not in self._messages:
+            self._messages[key] = make()
+        return self._messages[key]
+
+    def acknowledge(self, site: str) -> None:
+        """`site` has answered the last message."""
+        if self.codec is not None:
+            self.holds[site] = self.version
+
+    def forget(self, sites: Iterable[str]) -> None:
+        """These sites hold nothing: the next message brings them the exact adapter."""
+        self._messages = {}
+        for site in sites:
+            self.holds[site] = -1
+
+    def state(self) -> Payload:
+        """The reference, the frames, and who holds what; without a codec the adapter is the reference."""
+        if self.codec is None:
+            return Payload()
+        frames = {
+            str(version): torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+            for version, frame in self.frames.items()
+        }
+        values: dict[str, Value] = {"version": self.version, "oldest": self.oldest, "holds": dict(self.holds)}
+        return join({"reference": Payload(self.reference), "frames": Payload(frames, values)})
+
+    def restore(self, state: Payload) -> None:
+        """See `state`."""
+        if self.codec is None:
+            return
+        parts = split(state, ("reference", "frames"))
+        self.layout.check(parts["reference"].tensors, "checkpoint")
+        self.reference = parts["reference"].tensors
+        frames = parts["frames"]
+        self.frames = {int(version): tensor.numpy().tobytes() for version, tensor in frames.tensors.items()}
+        self.version, self.oldest = frames.value("version", int), frames.value("oldest", int)
+        self.holds = frames.value("holds", dict)
+
+
+def receive(site: Site, message: Payload) -> Named | None:
+    """The site's half: the adapter that `message` brings; None if it builds on a version that the site lacks."""
+    if site.downlink is None:
+        return read_adapter_message(message, site.layout)
+    version = message.whole("version", 0, site.rounds)
+    if "base" not in message.values:
+        received = read_adapter_message(message, site.layout)
+    else:
+        found = _held(site, message.whole("base", 0, site.rounds))
+        if found is None:
+            return None
+        received = found
+        codec = build(site.downlink, site.layout)
+        for frame in _split_frames(message):
+            received = add(received, codec.decode(frame))
+    site.keep(_SLOT, Payload(received, {"version": version}))
+    return received
+
+
+def _held(site: Site, version: int) -> Named | None:
+    if version == 0:
+        return initial_state(site.layout, site.seed)
+    kept = site.recall(_SLOT)
+    if not kept.tensors or kept.value("version", int) != version:
+        return None
+    site.layout.check(kept.tensors, "the adapter that the site keeps")
+    return kept.tensors
+
+
+def _frames_payload(frames: list[bytes], values: dict[str, Value]) -> Payload:
+    return frame_payload(b"".join(frames), **values) if frames else Payload(values=values)
+
+
+def _split_frames(message: Payload) -> list[bytes]:
+    sizes = message.value("sizes", list)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise WireError(f"adapter: sizes of frames {sizes!r:.60} are not whole numbers above 0")
+    if not sizes:
+        return []
+    joined = payload_frame(message)
+    if sum(sizes) != len(joined):
+        raise WireError(f"adapter: frames of {sum(sizes)} bytes were announced, {len(joined)} came")
+    ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    return [joined[end - size : end] for end, size in zip(ends, sizes, strict=True)]

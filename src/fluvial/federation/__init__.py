@@ -1,0 +1,1 @@
+"""Sites, fleets, failures, bytes and bounds."""

@@ -1,0 +1,154 @@
+"""Bounds on what one site can do to a round: how long its update, and how heavy its word.
+
+A site says itself how many records it has and how far its weights moved, so both are bounded where
+replies meet. An update that is `fleet.max_update_growth` times longer than the median of its round
+is the site's failure. A site that has more than `fleet.max_weight_share` of a round's weight counts
+with that share, and the round's record says so. Sites within these bounds count exactly as they
+would without them.
+"""
+
+import logging
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fluvial.errors import WireError
+from fluvial.federation.fleet import Failure, Fleet
+from fluvial.training.train import TrainConfig
+from fluvial.wire.tensors import Named, WeightedMean, energy
+
+logger = logging.getLogger(__name__)
+
+_FEW = 3
+"""Fewer replies do not say which of them is the strange one."""
+_SPARE = 100.0
+"""Times that a decoded update may exceed what training can reach: codecs and error feedback make
+updates longer."""
+_ADAM = 4.0
+"""Times the learning rate that Adam moves a weight in one step, at most: (1 - beta_1) / sqrt(1 -
+beta_2) is 3.2."""
+
+
+@dataclass(frozen=True)
+class _Held:
+    site: str
+    length: float
+    weight: int
+    fold: Callable[[int], None]
+
+
+class Cohort:
+    """The replies of one round, folded as they come, except the heaviest and the longest so far.
+
+    These two wait until all have come, because only then is it known whether they are too heavy or
+    too long. So memory is that of two further updates, whatever the number of sites, and the order
+    of arrival changes nothing.
+    """
+
+    def __init__(self, fleet: Fleet, task: str, round: int, *, asked: int) -> None:
+        self._fleet, self._task, self._round, self._asked = fleet, task, round, asked
+        self._held: list[_Held] = []
+        self._lengths: list[float] = []
+        self._weights: dict[str, int] = {}
+
+    def add(self, site: str, length: float, weight: int, fold: Callable[[int], None]) -> None:
+        """Take one reply; `fold(weight)` is called once with the weight that it counts with, or never."""
+        self._lengths.append(length)
+        self._weights[site] = weight
+        self._held.append(_Held(site, length, weight, fold))
+        kept = {id(self._heaviest()), id(self._longest())}
+        for each in self._held:
+            if id(each) not in kept:
+                each.fold(each.weight)
+        self._held = [each for each in self._held if id(each) in kept]
+
+    def close(self) -> dict[str, Any]:
+        """Fold the rest; returns what the round's record is to say. Raises `ClientError` as `Fleet.ask` does."""
+        self._refuse_too_long()
+        clipped = self._too_heavy()
+        for each in self._held:
+            each.fold(self._weights[each.site])
+        self._fleet.require_quorum(self._task, self._round, answered=len(self._weights), asked=self._asked)
+        return {"clipped": clipped} if clipped else {}
+
+    def _heaviest(self) -> _Held:
+        return max(self._held, key=lambda each: (each.weight, each.site))
+
+    def _longest(self) -> _Held:
+        return max(self._held, key=lambda each: (each.length, each.site))
+
+    def _refuse_too_long(self) -> None:
+        growth = self._fleet.config.max_update_growth
+        if not self._held:
+            return
+        longest = self._longest()
+        reason = too_long(longest.length, self._lengths, growth)
+        if reason is None:
+            return
+        self._held.remove(longest)
+        del self._weights[longest.site]
+        self._fleet.reject(Failure(longest.site, self._round, self._task, reason, 0))
+
+    def _too_heavy(self) -> list[dict[str, Any]]:
+        """Lower the weight of a site that has more than its share; returns whose, from what, to what."""
+        share = self._fleet.config.max_weight_share
+        if share >= 1 or not self._held:
+            return []
+        heaviest = self._heaviest()
+        others = sum(self._weights.values()) - heaviest.weight
+        most = max(1, math.floor(share / (1 - share) * others))
+        if others == 0 or heaviest.weight <= most:
+            return []
+        self._weights[heaviest.site] = most
+        logger.warning(
+            "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; it counts with %d",
+            self._round,
+            heaviest.site,
+            heaviest.weight,
+            share,
+            most,
+        )
+        return [{"site": heaviest.site, "weight": heaviest.weight, "counted": most}]
+
+
+def too_long(length: float, lengths: Sequence[float], growth: float) -> str | None:
+    """Return why an update of this length is refused among `lengths`, None where it is not."""
+    if len(lengths) < _FEW:
+        return None
+    middle = statistics.median_low(lengths)
+    if not 0 < middle * growth < length:
+        return None
+    return (
+        f"its update has length {length:.4g}, over fleet.max_update_growth={growth:g} times the "
+        f"median of {len(lengths)} updates ({middle:.4g}); raise that setting where sites differ "
+        "so much"
+    )
+
+
+def reach(train: TrainConfig, samples: int) -> float:
+    """Return the root mean square that no honest change of a weight exceeds; infinite for SGD.
+
+    Adam moves a weight by a small multiple of the learning rate in a step, and weight decay by a
+    share of it.
+    """
+    if train.optim != "adamw_torch":
+        return math.inf
+    return _SPARE * _ADAM * train.learning_rate * train.steps(samples) * (1 + train.weight_decay)
+
+
+def check_update(update: Named, weight: int, train: TrainConfig) -> None:
+    """Raise `WireError` for an update that cannot be folded into a mean, or that no training of a site can make."""
+    WeightedMean.check(update, weight)
+    far, found = reach(train, weight), rms(update)
+    if found > far:
+        raise WireError(
+            f"update: its values are {found:.4g} (root mean square), and training with these "
+            f"settings reaches no {far:.4g}"
+        )
+
+
+def rms(update: Named) -> float:
+    """Return the root mean square over all values of an update."""
+    return math.sqrt(energy(update) / sum(tensor.numel() for tensor in update.values()))

@@ -1,0 +1,83 @@
+"""Readers of a site's reply: the one place where its numbers are bounded, for every method.
+
+A reader raises `WireError` for what no honest site can send, and then the site has failed as if it
+had not answered.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from fluvial.codecs.base import Codec
+from fluvial.errors import WireError
+from fluvial.training.evaluate import Heldout
+from fluvial.wire import payload
+from fluvial.wire.payload import Payload, payload_frame
+from fluvial.wire.tensors import Named, WeightedMean
+
+MOST_LOSS = 1e4
+"""Nats per label token; a model that is sure of one token, and wrong, is far below."""
+MOST_SAMPLES = 2**31
+"""Records of one site."""
+MOST_TOKENS = 2**53
+"""Label tokens of one site: the whole numbers that a float can hold."""
+
+
+def fields(
+    reply: Payload, values: Collection[str], tensors: Collection[str] = (), optional: Collection[str] = ()
+) -> None:
+    """Raise `WireError` unless a reply has exactly these values and tensors, and `optional` values at most."""
+    expected: tuple[tuple[str, Any, Any, Collection[str]], ...] = (
+        ("values", reply.values, values, optional),
+        ("tensors", reply.tensors, tensors, ()),
+    )
+    for kind, found, wanted, more in expected:
+        missing = sorted(set(wanted) - set(found))
+        extra = sorted(set(found) - set(wanted) - set(more))
+        if missing or extra:
+            raise WireError(f"message {kind}: missing {missing!r:.80}, not expected {extra!r:.80}")
+
+
+FRAME = (payload.FRAME,)
+"""The tensors of a reply that carries a frame."""
+
+
+def nothing(reply: Payload) -> None:
+    """Raise `WireError` unless a reply is empty."""
+    fields(reply, ())
+
+
+def loss_of(reply: Payload) -> float:
+    """Return the mean training loss in a reply, nats per label token."""
+    return reply.number("loss", 0.0, MOST_LOSS)
+
+
+def weight_of(reply: Payload) -> int:
+    """Return the sample count in a reply, a whole number from 1 to 2^31."""
+    return reply.whole("n", 1, MOST_SAMPLES)
+
+
+def heldout_of(reply: Payload) -> Heldout:
+    """Return the sums in a reply of `sites.evaluate`."""
+    tokens = reply.whole("tokens", 1, MOST_TOKENS)
+    hits = reply.whole("hits", 0, tokens)
+    return Heldout(reply.number("loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
+
+
+def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
+    """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that these were asked."""
+    counts = ("right", "questions")
+    asked = answers and any(name in reply.values for name in counts)
+    fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))
+    if not asked:
+        return heldout_of(reply), 0, 0
+    questions = reply.whole("questions", 1, MOST_TOKENS)
+    return heldout_of(reply), reply.whole("right", 0, questions), questions
+
+
+def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
+    """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises `WireError`."""
+    fields(reply, ("n", "loss"), FRAME)
+    loss_of(reply)
+    update, weight = codec.decode(payload_frame(reply), round=round), weight_of(reply)
+    WeightedMean.check(update, weight)
+    return update, weight

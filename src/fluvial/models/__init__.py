@@ -1,0 +1,1 @@
+"""Hugging Face models, adapted, frozen and read from outside."""

@@ -1,0 +1,82 @@
+"""LoRA adapters, put on a base model from outside by PEFT, with dropout that follows the run's seed."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError
+from fluvial.models.stored import first_line
+from fluvial.models.targets import LoraSettings, target_names
+from fluvial.seeds import derive
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """An adapter that lies on disk, as its `adapter_config.json` describes it to PEFT."""
+
+    config: Mapping[str, Any] = field(repr=False)
+
+
+class SeededDropout(nn.Module):
+    """Dropout whose mask depends only on its seed and its place in the model.
+
+    `nn.Dropout` draws from one generator for the whole process, so two sites that train side by
+    side would disturb each other's masks; it would also draw a second mask when gradient
+    checkpointing repeats a forward pass.
+    """
+
+    def __init__(self, p: float, place: int) -> None:
+        super().__init__()
+        self.p, self.place, self.seed = p, place, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Zero a share `p` of `hidden` (any shape) and scale the rest, in training only."""
+        if not self.training or self.p == 0:
+            return hidden
+        generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
+        kept = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
+        return hidden * kept / (1 - self.p)
+
+
+def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
+    """Return `base` with LoRA modules injected (in place) by PEFT; the base may be on the meta device.
+
+    Raises `ConfigError` naming what would fit.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if isinstance(lora, LoraSettings):
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=target_names(base, lora),
+            use_rslora=lora.use_rslora,
+        )
+    else:
+        config = LoraConfig(**lora.config)
+    with warnings.catch_warnings():
+        # PEFT tells what it corrects by itself (GPT-2's Conv1D) and what merging would do to tied
+        # weights.
+        warnings.simplefilter("ignore")
+        try:
+            model: nn.Module = get_peft_model(base, config)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"lora: PEFT cannot put the adapter on this model: {_reason(error)}") from error
+    for place, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            parent, leaf = name.rsplit(".", 1)
+            model.get_submodule(parent)._modules[leaf] = SeededDropout(module.p, place)
+    return model
+
+
+def _reason(error: Exception) -> str:
+    text = first_line(error)
+    if "ParamWrapper" in text and "lora_dropout" in text:
+        return "the experts of a layer are one tensor, which it adapts without dropout only; set lora.lora_dropout = 0"
+    return text.removeprefix("[PEFT:LORA] ")

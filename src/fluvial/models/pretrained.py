@@ -1,0 +1,302 @@
+"""A base model as its folder or hub id describes it: configuration, float type, tokenizer, and reasons to refuse it.
+
+transformers is imported where something is loaded, so that other commands answer at once.
+"""
+
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fluvial.errors import ConfigError
+from fluvial.models.network import reachable_hub
+from fluvial.models.stored import FLOATS, first_line, stored_tensors
+from fluvial.settings import Settings
+from fluvial.storage.files import read_object
+
+EMBEDDED = "embedded"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""Texts that can be the id of a model on the hub."""
+
+
+class ModelConfig(Settings):
+    """The base model, and how it is held."""
+
+    name_or_path: str = EMBEDDED
+    """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id; pin it, so that all sites hold the same base."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the base's weights and of a model that is written; "auto" is the one that the folder
+    has. Adapters are always fp32."""
+    device: str = "auto"
+    """"auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+
+
+def source_of(config: ModelConfig) -> str:
+    """Return what transformers loads from: a folder, or a hub id."""
+    if config.name_or_path == EMBEDDED:
+        return str(resources.files("fluvial") / "assets" / "tiny")
+    source = config.name_or_path
+    return str(Path(source).expanduser()) if "~" in source else source
+
+
+def local_folder(config: ModelConfig) -> Path | None:
+    """Return the folder that `model.name_or_path` names, None for a hub id."""
+    folder = Path(source_of(config))
+    return folder if folder.is_dir() else None
+
+
+def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
+    """Call `load`, a `from_pretrained`, without remote code.
+
+    Raises `ConfigError` that names the setting, whatever a library raises: a folder made by others
+    can fail in any of its checks.
+    """
+    source = source_of(wanted)
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
+    if not Path(source).is_dir():
+        return _from_network(load, wanted, **options)
+    try:
+        return load(source, revision=wanted.revision, **options)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)} (it "
+            "must be a local folder of transformers' form, or a hub id that this machine can "
+            "reach or has cached)"
+        ) from error
+
+
+def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
+    """Call `load` for a hub id; a hub that does not answer is found out at once, and its cache is read instead."""
+    with reachable_hub() as reached:
+        try:
+            return load(source_of(wanted), revision=wanted.revision, **options)
+        except Exception as error:
+            why = f"cannot be loaded from the Hugging Face hub: {first_line(error)}"
+            if not reached:
+                why = (
+                    "is no folder here and not in this machine's cache, and the Hugging Face hub "
+                    "cannot be reached; name a local folder, or load the model once with a network"
+                )
+            raise ConfigError(f"model.name_or_path={wanted.name_or_path!r} {why}") from error
+
+
+def from_settings(make: Any, config: ModelConfig) -> Any:
+    """Call `make`, a `from_config`, with the base's own configuration and float type; raises `ConfigError`."""
+    settings, dtype = read_config(config), dtype_of(config)
+    try:
+        return make(settings, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path!r}: transformers cannot make a model of its "
+            f"config.json: {first_line(error)}"
+        ) from error
+
+
+def read_config(config: ModelConfig) -> Any:
+    """Return the base's own configuration, as its folder has it.
+
+    Raises `ConfigError` for what is no causal language model with float weights that transformers
+    knows: an adapter, remote code, an encoder, a quantised model.
+    """
+    from transformers import AutoConfig
+
+    _refuse_folder(config)
+    found = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
+    _refuse_config(config, found)
+    for settings in (found, found.get_text_config()):
+        # What a forward pass returns beside logits is no part of a model.
+        settings.return_dict, settings.output_attentions, settings.output_hidden_states = True, False, False
+    return found
+
+
+def _refuse_folder(config: ModelConfig) -> None:
+    """Refuse a local folder whose files say that transformers would load something else."""
+    from transformers import CONFIG_MAPPING
+
+    folder = local_folder(config)
+    if folder is None:
+        return
+    where = f"model.name_or_path={config.name_or_path!r}"
+    adapter = read_object(folder / "adapter_config.json")
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        raise ConfigError(
+            f"{where} is a PEFT adapter of {base!r}; name that base instead, or merge the adapter "
+            "into it with PEFT (merge_and_unload) and save the result"
+        )
+    if not (folder / "config.json").is_file():
+        other = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".pth", ".pt", ".ckpt")]
+        held = f", only {other[0]!r}; convert it to transformers' form" if other else ""
+        raise ConfigError(f"{where}: the folder has no config.json{held}")
+    stored = read_object(folder / "config.json") or {}
+    if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"{where}: its model is Python code in the folder (auto_map in config.json), which is "
+            "never run; only architectures of transformers itself are tuned"
+        )
+    if "model_type" not in stored and "auto_map" not in stored:
+        raise ConfigError(f"{where}: config.json names no 'model_type', so it is not of transformers' form")
+
+
+_READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
+"""Model types whose language models attend to later tokens, and which no setting makes causal."""
+
+_SEEDS_ITSELF = ("reformer",)
+"""Model types whose backward pass needs random numbers of its own, from the process-wide
+generator."""
+
+_ENCODERS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
+    *("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
+    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Model types that are causal only where their configuration says `is_decoder`."""
+
+
+def _refuse_config(config: ModelConfig, found: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    where = f"model.name_or_path={config.name_or_path!r}"
+    kind = found.model_type
+    if getattr(found, "is_encoder_decoder", False):
+        raise ConfigError(
+            f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models are tuned"
+        )
+    if type(found) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"{where}: transformers has no causal language model of the type {kind!r}")
+    if kind in _SEEDS_ITSELF:
+        raise ConfigError(
+            f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, "
+            "so that no run could be repeated"
+        )
+    if kind in _READS_BOTH_WAYS:
+        raise ConfigError(f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it")
+    if kind in _ENCODERS and not found.is_decoder:
+        raise ConfigError(
+            f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = "
+            "false; set it to true for a causal language model"
+        )
+    quantised = getattr(found, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ConfigError(
+            f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by "
+            "quantization_config in config.json), and only float weights are tuned and measured; "
+            "name the model it was made from, or dequantise it and save it anew"
+        )
+
+
+def dtype_of(config: ModelConfig) -> torch.dtype:
+    """Return the float type in which the base is held: the one that is set, else the folder's own.
+
+    A folder that names none has the type of its first stored weight, as transformers has it; a hub
+    id that names none has float32.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    found = read_config(config)
+    told = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
+    if told is None:
+        folder = local_folder(config)
+        stored = stored_tensors(folder) if folder is not None else {}
+        told = next((tensor.dtype for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32)
+    kind = getattr(torch, told) if isinstance(told, str) else told
+    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'")
+    return kind
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
+    from transformers import AutoTokenizer
+
+    _refuse_without_tokenizer(config)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, "
+            "with which every record ends; name one as eos_token in tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "spiece.*", "*.vocab", "merges.txt", "tekken.json")
+"""Names of files, one of which every tokenizer has."""
+
+
+def _refuse_without_tokenizer(config: ModelConfig) -> None:
+    """Raise `ConfigError` for a local folder that holds no file of a tokenizer."""
+    folder = local_folder(config)
+    if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        return
+    raise ConfigError(
+        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json "
+        "and tokenizer_config.json, or tokenizer.model); copy the files from where the model came "
+        "from"
+    )
+
+
+def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
+    """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no row for."""
+    rows = num_embeddings(model)
+    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
+    # are put there.
+    special = set(tokenizer.all_special_ids)
+    plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
+    last, largest = max(plain, key=lambda item: item[1])
+    for what, text, index in (
+        ("pad token", tokenizer.pad_token, tokenizer.pad_token_id),
+        ("EOS token", tokenizer.eos_token, tokenizer.eos_token_id),
+        ("BOS token", tokenizer.bos_token, tokenizer.bos_token_id),
+        ("last token", last, largest),
+    ):
+        if index is not None and index >= rows:
+            # A class such as Qwen's brings a pad token of its own where the files name none.
+            other = "name a token of the model as pad_token in tokenizer_config.json, "
+            first = other if what == "pad token" else ""
+            raise ConfigError(
+                f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and "
+                f"the model embeds ids up to {rows - 1}; {first}use the tokenizer that belongs to "
+                "the model, or resize the model (resize_token_embeddings) and save it anew"
+            )
+
+
+def num_embeddings(model: Any) -> int:
+    """Return the rows of the input embedding of `model`, which may be without weights."""
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    return rows
+
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def context_length(model: Any) -> int | None:
+    """Return the tokens that `model` (maybe without weights) reads at most; None where there is no limit."""
+    config = model.config.get_text_config()
+    told = [getattr(config, name, None) for name in _LENGTHS]
+    limits = [length for length in told if isinstance(length, int) and length > 0]
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from the row after the padding's.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits, default=None)
+
+
+def check_length(longest: int | None, max_length: int) -> None:
+    """Raise `ConfigError` if sequences of `max_length` tokens are longer than the `longest` that a model reads."""
+    if longest is not None and max_length > longest:
+        raise ConfigError(
+            f"data.max_length={max_length}: the model reads at most {longest} tokens; set "
+            f"data.max_length to {longest} or less"
+        )

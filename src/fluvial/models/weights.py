@@ -1,0 +1,139 @@
+"""Checks that the weights of a base model are there, whole, and fit its architecture.
+
+Only headers are read: names, shapes and lengths of files. transformers itself says which stored
+tensor becomes which parameter, by loading tensors that have a shape and no values.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError, MissingWeightsError
+from fluvial.models.pretrained import ModelConfig, dtype_of, local_folder, source_of
+from fluvial.models.stored import FLOATS, first_line, some, stored_tensors
+
+
+def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
+    """Return notes on the weights of `base`, which is without weights; nothing is downloaded.
+
+    Raises `ConfigError` where a file is missing or damaged, where a tensor is missing, has another
+    shape or is no float, and where the folder has layers that its configuration does not count.
+    """
+    folder = local_folder(config) or _cached(config)
+    if folder is None:
+        return ["model: the weights are not on this machine; a run downloads them first, and then looks at them"]
+    stored = stored_tensors(folder)
+    if not stored and local_folder(config) is not None:
+        raise MissingWeightsError(
+            f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial check` tells sizes "
+            "without them, a run needs them: copy them (model.safetensors, or its shards and their index)"
+        )
+    if not stored:
+        return ["model: of the hub id only the configuration is on this machine; a run downloads the weights first"]
+    kinds = [name for name, tensor in stored.items() if name.endswith("weight") and tensor.dtype not in FLOATS]
+    if kinds:
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path!r}: {some(kinds)} is stored as "
+            f"{stored[kinds[0]].dtype}; only float weights (float32, bfloat16, float16) are tuned "
+            "and measured: name the model it was made from"
+        )
+    info = _compare(base, config, stored)
+    check_info(info, base, config.name_or_path)
+    unused = sorted(info["unexpected_keys"])
+    return [f"model: {len(unused)} stored tensors are not used: {some(unused)}"] if unused else []
+
+
+def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
+    """Raise `ConfigError` for what transformers did beside copying stored weights into `model`.
+
+    It makes up what is missing or has another shape, and passes over layers beyond those that
+    config.json counts.
+    """
+    where, kind = f"model.name_or_path={name!r}", type(model).__name__
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{where}: the stored weights lack {some(missing)}, which {kind} needs; they are not "
+            "complete, or of another kind of model (a classifier or a headless one has no "
+            "language-model head)"
+        )
+    shapes = sorted(str(key) for key, *_ in info["mismatched_keys"])
+    if shapes:
+        raise ConfigError(
+            f"{where}: {some(shapes)} is stored in another shape than config.json says; the "
+            "weights are of another model"
+        )
+    if info.get("error_msgs"):
+        raise ConfigError(f"{where}: {info['error_msgs'][0]:.300}")
+    known = {_numbered(key) for key in model.state_dict()}
+    beyond = sorted(key for key in info["unexpected_keys"] if re.search(r"\d", key) and _numbered(key) in known)
+    if beyond:
+        raise ConfigError(f"{where}: stores {some(beyond)}, more layers than config.json counts; copy both again")
+
+
+def _numbered(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise `ConfigError` if a weight of `model` is not a finite number."""
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.numel() and not all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()):
+            raise ConfigError(
+                f"model.name_or_path={name!r}: {parameter_name} holds values that are not finite "
+                f"in {parameter.dtype}; if the folder has another type, set model.dtype to it, "
+                "else copy the folder again"
+            )
+
+
+def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what transformers tells of loading: names that are missing, of another shape, or of no use."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    assert isinstance(base, PreTrainedModel)
+    with quiet():
+        try:
+            _, info = type(base).from_pretrained(
+                None,
+                config=base.config,
+                state_dict=stored,
+                device_map={"": "meta"},
+                dtype=dtype_of(config),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise ConfigError(
+                f"model.name_or_path={config.name_or_path!r}: the stored weights do not fit "
+                f"{type(base).__name__}: {first_line(error)}"
+            ) from error
+    return dict(info)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and reports off the screen: ours are shown instead."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _cached(config: ModelConfig) -> Path | None:
+    """Return where the hub's cache holds the model, without asking the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source_of(config), revision=config.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None

@@ -1,0 +1,252 @@
+"""A run's folder: who may write into it, what lies in it, and how it survives a crash.
+
+    config.json                 the resolved configuration
+    metrics.jsonl               one JSON object per round
+    checkpoints/round-N         server state after round N, a payload, and its SHA-256; the newest two are kept
+    sites/NAME/SLOT-N-DIGEST    what sites keep (see `store.StateStore`)
+    sites/NAME/errors.log       errors of a site, whole
+    adapter/                    the result, as PEFT writes it
+    refused.json                why the gate refused the codec, if it did
+    digests.json                SHA-256 of the files of a finished run
+    result.json                 written last; a folder that has it is finished
+
+All of it is its owner's only. Every file is replaced atomically, and what another process left
+unfinished is removed when the folder is opened. The line of a round is written before its
+checkpoint, so a checkpoint always has its lines, and a line without its checkpoint is dropped when
+the run goes on. A checkpoint knows the digests of the sites' state and of the metrics, so that a
+file that is damaged, cut, missing or another one is noticed.
+"""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+from fluvial.errors import CheckpointError, WireError
+from fluvial.storage.files import append, digest_of, digest_of_file, make_folder, sweep, write_atomically
+from fluvial.wire.payload import OWN_FILES, Payload
+from fluvial.federation.releases import check_stand, stand_of
+from fluvial.federation.store import StateStore
+
+KEPT = 2
+_FINISHED = ("config.json", "metrics.jsonl")
+_EXPORTS = ("adapter", "model")
+_ANEW = "restore it from a copy, or start again in another folder with --out"
+
+
+def _sidecar(path: Path, data: bytes) -> bytes:
+    """A line as `sha256sum -c` reads it."""
+    return f"{digest_of(data)}  {path.name}\n".encode()
+
+
+def _readable(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+
+
+class RunFolder:
+    """One run's files. Use as a context manager: only one process at a time holds it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store = StateStore(path / "sites")
+        self._lock: IO[str] | None = None
+        self._made = False
+
+    def __enter__(self) -> "RunFolder":
+        """Make the folder and lock it; raises `CheckpointError` if another process holds it."""
+        try:
+            self._made = not self.path.exists()
+            make_folder(self.path)
+            self._lock = (self.path / ".lock").open("a")
+            (self.path / ".lock").chmod(0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            sweep(self.path)
+        except BlockingIOError:
+            if self._lock:
+                self._lock.close()
+            raise CheckpointError(
+                f"{self.path} is in use by another run; wait for it, or choose another folder with --out"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}; choose another --out") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Release the lock; a folder that was made here and into which nothing was written goes again."""
+        lock = self.path / ".lock"
+        if self._made and list(self.path.iterdir()) == [lock]:
+            lock.unlink()
+            self.path.rmdir()
+        if self._lock:
+            self._lock.close()
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was begun here."""
+        parts = ("config.json", "result.json", "checkpoints")
+        return any((self.path / name).exists() for name in parts)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Replace `name` by readable JSON."""
+        write_atomically(self.path / name, _readable(content))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, after the digests of all that a finished run consists of."""
+        listed = {"result.json": digest_of(_readable(result))}
+        for path in sorted(self.path.rglob("*")):
+            name = path.relative_to(self.path)
+            if path.is_file() and (str(name) in _FINISHED or name.parts[0] in _EXPORTS):
+                listed[str(name)] = digest_of_file(path)
+        self.write_json("digests.json", listed)
+        self.write_json("result.json", result)
+
+    def verify_finished(self) -> None:
+        """Raise `CheckpointError` unless the files of a finished run are those that were written."""
+        listed = self.read_json("digests.json")
+        if listed is None:
+            raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
+        if not {"result.json", "metrics.jsonl"} <= listed.keys():
+            raise CheckpointError(f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}")
+        for name, digest in listed.items():
+            path = self.path / name
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing; {_ANEW}")
+            if digest_of_file(path) != digest:
+                raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_ANEW}")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is damaged."""
+        path = self.path / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, RecursionError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; {_ANEW}") from error
+
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{path} is damaged: it holds no JSON object; {_ANEW}")
+        return found
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add the line of a round."""
+        try:
+            append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; free some space and use --resume"
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines; a last line that a crash cut off is left out."""
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ANEW}") from error
+        records = []
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(record, dict) or type(record.get("round")) is not int:
+                break
+            records.append(record)
+        return records
+
+    def save(self, round: int, checkpoint: Payload) -> None:
+        """Write the checkpoint of `round`, then drop those before the one before it.
+
+        It is given the digests of the lines and of the sites' state that it belongs to.
+        """
+        kept: dict[str, Any] = {
+            "lines": self._lines(round),
+            "sites": self.store.digests(round),
+            "ledgers": {name: stand_of(folder) for name, folder in self._ledgers().items()},
+        }
+        data = Payload(checkpoint.tensors, {**checkpoint.values, "folder": kept}).to_bytes()
+        path = self._checkpoint(round)
+        write_atomically(path.with_suffix(".sha256"), _sidecar(path, data))
+        write_atomically(path, data)
+        for old in sorted(self._checkpoints())[:-KEPT]:
+            self._checkpoint(old).unlink()
+            self._checkpoint(old).with_suffix(".sha256").unlink(missing_ok=True)
+
+    def newest(self) -> tuple[int, Payload] | None:
+        """The newest checkpoint and its round; raises `CheckpointError` if it or what it belongs to is damaged."""
+        rounds = self._checkpoints()
+        if not rounds:
+            return None
+        round = max(rounds)
+        path = self._checkpoint(round)
+        sidecar = path.with_suffix(".sha256")
+        if not sidecar.exists():
+            raise CheckpointError(
+                f"{path} has no {sidecar.name} beside it: it was written by another version of "
+                "Fluvial, or the file is lost. Start again in another folder with --out"
+            )
+        data = path.read_bytes()
+        if sidecar.read_bytes() != _sidecar(path, data):
+            raise CheckpointError(
+                f"{path} is damaged: its bytes are not those that were written. Remove it to go on "
+                "from the checkpoint before"
+            )
+        try:
+            found = Payload.from_bytes(data, OWN_FILES)
+            kept = found.value("folder", dict)
+        except WireError as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error}. Remove it to go on from the checkpoint before"
+            ) from error
+        if kept["lines"] != self._lines(round):
+            raise CheckpointError(
+                f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not "
+                f"those that were written; {_ANEW}"
+            )
+        self.store.verify(kept["sites"], round)
+        for name, stand in kept["ledgers"].items():
+            check_stand(self._ledger(name), stand)
+        return round, found
+
+    def go_back_to(self, round: int) -> None:
+        """Forget lines and site states after `round`; -1 forgets all."""
+        write_atomically(self.path / "metrics.jsonl", self._metrics_until(round))
+        self.store.rollback(round)
+
+    def _metrics_until(self, round: int) -> bytes:
+        """The lines of metrics up to a round."""
+        lines = [json.dumps(record) + "\n" for record in self.metrics() if record["round"] <= round]
+        return "".join(lines).encode()
+
+    def _lines(self, round: int) -> str:
+        return digest_of(self._metrics_until(round))
+
+    def _ledgers(self) -> dict[str, Path]:
+        """Return the folders of all secrets here: the sites', and under "" the server's own."""
+        own = self._ledger("")
+        return {**({"": own} if own.exists() else {}), **self.store.private_folders()}
+
+    def _ledger(self, name: str) -> Path:
+        return self.path.joinpath(*(("sites", name) if name else ()), "private")
+
+    def replace_folder(self, name: str, made: Path) -> None:
+        """Put the folder `made` (a sibling) in the place of `name`."""
+        final = self.path / name
+        try:
+            if final.is_symlink() or final.is_file():
+                final.unlink()
+            elif final.exists():
+                shutil.rmtree(final)
+            made.replace(final)
+        except OSError as error:
+            raise CheckpointError(f"cannot replace {final}: {error.strerror}; remove it and use --resume") from error
+
+    def _checkpoint(self, round: int) -> Path:
+        return self.path / "checkpoints" / f"round-{round:06d}.safetensors"
+
+    def _checkpoints(self) -> list[int]:
+        folder = self.path / "checkpoints"
+        stems = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
+        return [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]

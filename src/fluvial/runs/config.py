@@ -1,0 +1,240 @@
+"""The configuration of a run: TOML written by people, checked as a whole before anything is loaded."""
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from fluvial.storage import paths
+
+from fluvial.storage import toml
+from fluvial.codecs import CodecConfig, CodecSettings, must_learn
+from fluvial.data import DataConfig, inlined_template
+from fluvial.errors import ConfigError
+from fluvial.federation.fleet import FleetConfig, cohort_size
+from fluvial.methods import METHODS, Method, MethodConfig
+from fluvial.methods.fedavg import FedAvgConfig
+from fluvial.methods.interface import Promise, Tune
+from fluvial.models.workbench import LoraSettings, ModelConfig
+from fluvial.settings import Settings
+from fluvial.training.train import TrainConfig
+
+Baseline = Literal["local", "fedavg", "central"]
+
+
+class EvaluateConfig(Settings):
+    """What is measured on the held-out part of every site, before and after."""
+
+    every: int = Field(0, ge=0, le=10**6)
+    """Measure the global model every so many rounds; 0 measures at the end only."""
+    max_new_tokens: int = Field(0, ge=0, le=10**6)
+    """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
+    sample_prompt: str | None = None
+    """Text that base and tuned model continue at the end; the first held-out question where there are some."""
+    sample_tokens: int = Field(40, ge=1, le=10**6)
+
+
+class RunConfig(Settings):
+    """Everything that defines a run."""
+
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """Of everything that is drawn."""
+    rounds: int = Field(20, ge=1, le=10**6)
+    """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
+    compare: tuple[Baseline, ...] = ()
+    """Baselines that are run first with the same data, steps and code."""
+    model: ModelConfig = ModelConfig()
+    tune: Tune | None = None
+    """A LoRA adapter, or all weights ("full"); the method's own default where it is not set."""
+    lora: LoraSettings = LoraSettings()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    method: MethodConfig = FedAvgConfig()
+    """Which method, and its settings."""
+    codec: CodecConfig | None = None
+    """How updates are coded; the method's own default where it is not set."""
+    downlink: CodecConfig | None = None
+    """How the adapter goes down: coded against what a site already holds; as it is where not set."""
+    fleet: FleetConfig = FleetConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def entry(self) -> Method:
+        """The method."""
+        return METHODS[self.method.name]
+
+    @property
+    def coding(self) -> CodecSettings:
+        """The codec's settings, the method's default filled in."""
+        return self.codec or self.entry.codec
+
+    @property
+    def tuned(self) -> Tune:
+        """What is tuned, the method's default filled in."""
+        return self.tune or self.entry.tunes[0]
+
+    @property
+    def adapter(self) -> LoraSettings | None:
+        """The adapter's settings; None where all weights are tuned."""
+        return self.lora if self.tuned == "lora" else None
+
+    def cohort(self, sites: int) -> int:
+        """Return the number of sites in a round; a method without `fraction` asks all."""
+        return cohort_size(getattr(self.method, "fraction", 1.0), sites)
+
+    @property
+    def promise(self) -> Promise | None:
+        """Return the differential privacy that the method promises, if any."""
+        return self.entry.privacy(self.method)
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield what does not fit together among the tables."""
+        yield from self._beside_the_promise()
+        yield from self._unfit_for_what_is_tuned()
+        yield from self._without_effect()
+        yield from self._downlink_conflicts()
+
+        if self.method.name in self.compare:
+            yield f"compare: {self.method.name!r} is the method itself; remove it from the list"
+
+    def _beside_the_promise(self) -> Iterator[str]:
+        """Yield what would leave the sites beside what differential privacy counts."""
+        if self.promise is None:
+            return
+
+        if self.compare:
+            yield (
+                f"compare: {', '.join(self.compare)} would send undisturbed updates or losses of "
+                "the same data, which method.privacy does not count; remove it, and run these on "
+                "their own where that may leave"
+            )
+        for name in ("every", "max_new_tokens"):
+            if getattr(self.evaluate, name) and not self.promise.measures:
+                yield (
+                    f"evaluate.{name}: without effect, because method.privacy.heldout='none' "
+                    "measures nothing at the sites; remove it, or set heldout='exact', which is "
+                    "outside epsilon"
+                )
+
+    def _unfit_for_what_is_tuned(self) -> Iterator[str]:
+        if self.tuned not in self.entry.tunes:
+            known = " or ".join(self.entry.tunes)
+            yield f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it"
+
+        if self.tuned == "full" and "lora" in self.model_fields_set:
+            yield "lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'"
+
+        if self.tuned == "full" and self.codec is not None and (must_learn(self.codec) or self.codec.weighted):
+            does = "learns" if must_learn(self.codec) else "scales by partners"
+            yield (
+                f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are "
+                "tuned; choose a "
+                "codec that learns nothing, such as 'int8' or 'hadamard', without 'weighted'"
+            )
+
+    def _without_effect(self) -> Iterator[str]:
+        why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(self.entry.sends)
+        for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
+            if settings is not None and why is not None:
+                yield f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
+
+        if self.codec is not None and self.codec.weighted and why is None and not self.entry.weights:
+            yield (
+                f"codec.weighted: without effect, because method {self.method.name!r} codes its "
+                "updates as they are; remove it"
+            )
+
+    def _downlink_conflicts(self) -> Iterator[str]:
+        if self.downlink is None or self.entry.sends != "codec":
+            return
+
+        if self.entry.receives == "own code":
+            yield f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
+        if self.entry.receives == "as it is":
+            yield f"downlink: without effect, because method {self.method.name!r} sends adapters as they are; remove it"
+        if must_learn(self.downlink):
+            yield (
+                f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
+                "down; choose a codec that learns nothing, such as 'trellis'"
+            )
+        if self.downlink.error_feedback:
+            yield "downlink.error_feedback: the way down always repairs what it lost; remove it"
+        if self.downlink.weighted:
+            yield "downlink.weighted: both ends know no partner on the way down; remove it"
+
+    def baseline(self, name: Baseline) -> "RunConfig":
+        """The same run with another method, uncompressed and without further baselines."""
+        table = self.model_dump(exclude={"codec", "downlink", "compare"}, exclude_unset=True)
+        return RunConfig.model_validate({**table, "method": {"name": name}, "tune": self.tuned})
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its value, as JSON types."""
+        return self.model_copy(update={"codec": self.coding, "tune": self.tuned}).model_dump(mode="json")
+
+
+def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False) -> RunConfig:
+    """Read a TOML file and apply overrides, each a line of TOML such as `method.fraction = 0.5`.
+
+    Relative paths in the file are relative to its folder, those of overrides to the working
+    directory, and the result has them whole. With `as_written` they stay, for sites that have them
+    elsewhere. Raises `ConfigError` with every problem found, its place and the nearest known key.
+    """
+    table = toml.load(path, f"there is no configuration file {str(path)!r}")
+    if not as_written:
+        table = paths.beside(table, path)
+    for line in overrides:
+        change = override(line)
+        table = merge(table, change if as_written else paths.here(change))
+    return with_chat_template(parse(table, f"{path} with --set" if overrides else str(path)))
+
+
+def with_chat_template(config: RunConfig) -> RunConfig:
+    """Return `config` with the text of the chat template's file, so that a site needs no file of the server's."""
+    chosen = config.data.chat_template
+    if chosen is None:
+        return config
+    data = config.data.model_copy(update={"chat_template": inlined_template(chosen, Path())})
+    return config.model_copy(update={"data": data})
+
+
+def parse(table: dict[str, Any], where: str) -> RunConfig:
+    """A configuration from a table; paths in it are relative to the working directory."""
+    return toml.read(RunConfig, table, where)
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Dotted names of the settings in which two resolved configurations differ."""
+    left, right = dict(_flat(ours)), dict(_flat(theirs))
+    return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def override(line: str) -> dict[str, Any]:
+    """The table that one line of TOML stands for; raises `ConfigError`."""
+    try:
+        return tomllib.loads(line)
+    except tomllib.TOMLDecodeError as error:
+        key, _, value = line.partition("=")
+        hint = f"; text needs quotes: --set '{key.strip()}=\"{value.strip()}\"'" if value else "; write key=value"
+        raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
+
+
+def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` over `table`, key by key; another method, codec or partition takes the place of the whole table."""
+    if any(tag in change and tag in table and change[tag] != table[tag] for tag in toml.TAGS):
+        return change
+    merged = dict(table)
+    for key, value in change.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,148 @@
+"""What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fluvial.codecs import must_learn
+from fluvial.codecs.auto import AutoSettings
+from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.runs.config import RunConfig
+from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
+from fluvial.errors import ConfigError
+from fluvial.federation.line import round_s
+from fluvial.methods.interface import Forecast
+from fluvial.models.workbench import load_tokenizer, meta_base, resolve_device, tuned_layout
+from fluvial.models.pretrained import check_tokenizer, dtype_of, num_embeddings
+from fluvial.runs.run import check_settings
+from fluvial.models.targets import target_names
+from fluvial.models.weights import check_weights
+from fluvial.formatting import privacy_words
+
+_CONTEXT = 64
+"""Tokens before one that it is decoded with."""
+OPTIMIZER_BYTES = 16
+"""Per trained value: fp32 weight, gradient and two moments of AdamW."""
+
+
+def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
+    """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run would refuse.
+
+    The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in bytes; the memory of
+    a site leaves out activations.
+    """
+    resolve_device(config.model.device)
+    base = meta_base(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer, base, config.model.name_or_path)
+    weights = check_weights(config.model, base) if weights_needed else []
+    parameters = sum(parameter.numel() for parameter in base.parameters())
+    layout = tuned_layout(meta_base(config.model), config.adapter)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
+    check_settings(config, layout, base, texts)
+    remarks = texts.check()
+    sites, steps = [], 0
+    for name in (POOLED,) if config.entry.pooled else texts.names:
+        data = texts.pooled() if config.entry.pooled else texts.load(name)
+        steps = max(steps, config.train.steps(len(data.train)))
+        sites.append(
+            {
+                "name": name,
+                "records": data.records,
+                "train": len(data.train),
+                "heldout": len(data.heldout),
+                "truncated_records": data.truncated_records,
+                "dropped_records": data.dropped_records,
+            }
+        )
+    trained = config.entry.sent(config.method, layout)
+    frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
+    down = frame_size(config.downlink or IdentitySettings(), layout)
+    cohort = config.cohort(len(sites))
+    width = dtype_of(config.model).itemsize
+    absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
+    rows = [
+        ("base parameters", f"{parameters:,}"),
+        ("trained parameters", f"{trained.numel:,} ({trained.numel / parameters:.2%})"),
+        ("sites in a round", f"{cohort} of {len(sites)}"),
+        ("optimizer steps of a site in a round", f"{steps}, {config.train.logical_batch} sequences each"),
+        ("update, uncompressed", f"{layout.raw_bytes:,} B"),
+        ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent),
+        ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent),
+    ]
+    downloads = config.rounds - (config.downlink is not None)  # every site makes the first adapter from the seed
+    forecast = config.entry.forecast
+    if forecast is not None:
+        rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds, config.fleet.line))
+    else:
+        rows += [
+            ("down, whole run", f"{down * cohort * downloads:,} B to all sites" if frame else absent),
+            ("base in memory", f"{parameters * width:,} B"),
+            ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
+        ]
+    promise = config.promise
+    if promise is not None:
+        rows.append(("privacy", privacy_words(promise.report(config.rounds, config.rounds))))
+    line, over_line = config.fleet.line, None
+    if line is not None and frame and forecast is None:
+        over_line = round_s(down, frame, sites=cohort, line=line)
+        rows.append(("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training"))
+    return {
+        "model": {
+            "name": config.model.name_or_path,
+            "parameters": parameters,
+            "trainable": trained.numel,
+            "targets": target_names(base, config.adapter) if config.adapter else ["all weights"],
+        },
+        "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
+        "round_over_line_s": over_line,
+        "sites": sites,
+        "rows": [{"what": what, "value": value} for what, value in rows],
+        "notes": [*_notes(config, remarks), *weights],
+    }
+
+
+def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
+    """The first `count` training sequences of a site, token by token, with the loss mask."""
+    tokenizer = load_tokenizer(config.model)
+    texts = SiteTexts(config.data, tokenizer, seed=config.seed)
+    name = texts.names[0] if site is None else site
+    if name not in texts.names:
+        raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
+    sequences = []
+    for example in texts.load(name).train[:count]:
+        pieces = _pieces(tokenizer, example.input_ids)
+        tokens = [
+            {"text": piece, "loss": label != IGNORE_INDEX} for piece, label in zip(pieces, example.labels, strict=True)
+        ]
+        tokens[0]["loss"] = False  # nothing stands before it that could predict it
+        sequences.append({"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens})
+    return {"site": name, "form": config.data.form, "sequences": sequences}
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text that each token adds to those before it.
+
+    Some decoders drop a space at the start of a text, so a token is decoded with those before it.
+    """
+    pieces = list[str]()
+    for number, token in enumerate(ids):
+        near = list(ids[max(0, number - _CONTEXT) : number])
+        before: str = tokenizer.decode(near)
+        text: str = tokenizer.decode([*near, token])
+        pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
+    return pieces
+
+
+def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
+    notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method), *remarks]
+    if isinstance(config.coding, AutoSettings):
+        notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
+    elif must_learn(config.coding):
+        notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
+    if config.fleet.line is not None and config.entry.sends != "codec":
+        notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
+    iterations = getattr(config.coding, "iterations", None)
+    if iterations:
+        notes.append(f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU")
+    return notes

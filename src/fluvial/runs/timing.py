@@ -1,0 +1,185 @@
+"""Timing for `fluvial check --time`: one optimizer step here, and the time of a round from it."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fluvial.runs.config import RunConfig
+from fluvial.data import Example
+from fluvial.training.evaluate import heldout
+from fluvial.federation.local_fleet import concurrency
+from fluvial.models.workbench import Workbench, initial_state
+from fluvial.runs.run import texts_of
+from fluvial.seeds import generator
+from fluvial.training.train import train
+
+Clock = Callable[[], float]
+ENOUGH_S = 2.0
+"""Steps are timed together until they take about this long, so that a small model's are measured
+too."""
+MAX_STEPS = 32
+HELDOUT_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds as measured on this machine, alone, with `fleet.threads` threads."""
+
+    site: str
+    """The site whose records were used: the one with the most."""
+    load_s: float
+    """Load of tokenizer, base and data."""
+    step_s: float
+    """One optimizer step."""
+    call_s: float
+    """Training of a site in a round, beside its steps."""
+    heldout_s: float
+    """Loss of one held-out sequence."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of the sites in a round."""
+
+    steps: Sequence[int]
+    """Optimizer steps of each site."""
+    heldout: Sequence[int]
+    """Held-out sequences of each site."""
+    cohort: int
+    """Sites of a round."""
+    workers: int
+    """Sites that work at a time."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds of a run, from measured ones."""
+
+    training_s: float
+    """Training in one round, all sites of the cohort."""
+    measuring_s: float
+    """Measuring held-out text of all sites, once."""
+    line_s: float
+    """The rest of a round over fleet.line; 0 where no line is set."""
+    run_s: float
+    """All rounds and held-out measures of the method; set-up and baselines apart."""
+
+
+def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measured, Work]:
+    """Load the model, train some steps on records of the largest site, and measure some held-out text.
+
+    Nothing is written. Raises `ConfigError` for what cannot be loaded.
+    """
+    torch.set_num_threads(config.fleet.threads)
+    started = clock()
+    bench = Workbench(config.model, config.adapter)
+    texts = texts_of(config, bench)
+    sites = {name: texts.load(name) for name in texts.names}
+    largest = max(sites, key=lambda name: len(sites[name].train))
+    data, loaded = sites[largest], clock()
+
+    step_s, call_s = _time_steps(config, bench, data.train, clock)
+    some = data.heldout[:HELDOUT_SEQUENCES]
+    with bench.model(_start(bench, config.seed)) as model:
+        before = clock()
+        heldout(model, some, pad_token_id=bench.tokenizer.pad_token_id)
+        heldout_s = (clock() - before) / len(some)
+
+    found = Measured(largest, loaded - started, step_s, call_s, heldout_s)
+    return found, _work(config, [len(site.train) for site in sites.values()], [len(s.heldout) for s in sites.values()])
+
+
+def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0) -> Predicted:
+    """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every` rounds.
+
+    Sites share the workers; a round is as long as its longest site, or as all its work divided by
+    the workers. At the end held-out text is measured twice, by the base and by the result.
+    """
+    times = sorted((steps * found.step_s + found.call_s for steps in work.steps), reverse=True)
+    share = work.cohort / len(times)
+    training_s = max(math.fsum(times) * share / work.workers, times[0])
+    sequences = sorted(work.heldout, reverse=True)
+    measuring_s = max(sum(sequences) / work.workers, sequences[0]) * found.heldout_s
+    times_measured = 2 + (rounds // every if every else 0)
+    run_s = rounds * (training_s + line_s) + times_measured * measuring_s
+    return Predicted(training_s, measuring_s, line_s, run_s)
+
+
+def timed(config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_counter) -> dict[str, Any]:
+    """Return `planned` (see `plan.plan`) with what was timed and predicted."""
+    found, work = measure(config, clock)
+    line_s = planned["round_over_line_s"] or 0.0
+    ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every, line_s=line_s)
+    bound = "" if config.entry.sends == "codec" or config.entry.pooled else ", at most"
+    rows = [
+        ("loading model and data, measured", f"{found.load_s:.1f} s"),
+        (f"one optimizer step at {found.site}, measured", f"{found.step_s:.3g} s"),
+        (f"training in a round, {work.workers} sites at a time{bound}", f"{ahead.training_s:.3g} s"),
+        ("measuring held-out text of all sites, once", f"{ahead.measuring_s:.3g} s"),
+    ]
+    rows += [("a round over fleet.line, with training", f"{line_s + ahead.training_s:.3g} s")] if line_s else []
+    rows.append((f"{config.rounds} rounds and their measures, set-up and baselines apart", f"{ahead.run_s:.3g} s"))
+    return {
+        **planned,
+        "rows": [*planned["rows"], *({"what": what, "value": value} for what, value in rows)],
+        "time": {
+            "site": found.site,
+            "load_s": found.load_s,
+            "step_s": found.step_s,
+            "call_s": found.call_s,
+            "heldout_sequence_s": found.heldout_s,
+            "workers": work.workers,
+            "round_training_s": ahead.training_s,
+            "measuring_s": ahead.measuring_s,
+            "line_s": ahead.line_s,
+            "run_s": ahead.run_s,
+        },
+    }
+
+
+def _start(bench: Workbench, seed: int) -> dict[str, torch.Tensor]:
+    return bench.base_state() if bench.full else initial_state(bench.layout, seed)
+
+
+def _time_steps(config: RunConfig, bench: Workbench, examples: Sequence[Example], clock: Clock) -> tuple[float, float]:
+    """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
+    state = _start(bench, config.seed)
+
+    def call(steps: int) -> float:
+        checkpointing = config.train.gradient_checkpointing
+        with bench.model(state, trainable="A and B", checkpointing=checkpointing) as model:
+            before = clock()
+            train(
+                model,
+                examples,
+                config.train,
+                pad_token_id=bench.tokenizer.pad_token_id,
+                generator=generator(config.seed, "time"),
+                steps=steps,
+                start=bench.weights(state),
+            )
+            return clock() - before
+
+    call(1)  # the first step allocates and compiles
+    one = call(1)
+    if one >= ENOUGH_S:
+        return one, 0.0
+    further = min(MAX_STEPS, math.ceil(ENOUGH_S / max(one, 1e-9)))
+    step_s = max((call(1 + further) - one) / further, 0.0)
+    return step_s, max(one - step_s, 0.0)
+
+
+def _work(config: RunConfig, train_sequences: Sequence[int], heldout_sequences: Sequence[int]) -> Work:
+    count = len(train_sequences)
+    if config.entry.pooled:
+        steps = [config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)]
+        return Work(steps, [sum(heldout_sequences)], 1, 1)
+    cohort = config.cohort(count)
+    # Sites that are named are each on a machine of its own.
+    workers = count if config.fleet.sites else concurrency(config.fleet)
+    steps = [config.train.steps(sequences) for sequences in train_sequences]
+    return Work(steps, heldout_sequences, cohort, min(workers, cohort))

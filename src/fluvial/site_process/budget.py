@@ -1,0 +1,67 @@
+"""Epsilon and delta that a site's own file lets runs spend, whatever a server asks."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluvial.errors import PrivacyError
+from fluvial.federation.releases import count_releases
+from fluvial.runs.config import RunConfig
+
+
+def check_budget(
+    config: RunConfig,
+    others: Sequence[RunConfig],
+    *,
+    max_epsilon: float,
+    max_delta: float,
+) -> None:
+    """Raise `PrivacyError` unless `config` and `others` together stay within both bounds.
+
+    `others` are the runs that this site took part in before. Epsilons are added up, which holds for
+    any mechanisms; so are their deltas. A run that does not add its noise at the site, or lets
+    something leave outside epsilon, is refused.
+    """
+    promise = config.promise
+    if promise is None or not promise.at_site:
+        raise PrivacyError(
+            "this site takes part only in runs that add noise at the site: method.name='cgfedllm' "
+            "with method.privacy.placement='update' or 'latent'"
+        )
+    if promise.measures:
+        raise PrivacyError("this site lets nothing leave outside epsilon; remove method.privacy.heldout='exact'")
+
+    epsilon, delta = _spends(config)
+    spent = [_spends(each) for each in others]
+    if epsilon + sum(each for each, _ in spent) > max_epsilon:
+        raise PrivacyError(f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left")
+    if math.fsum([delta, *(each for _, each in spent)]) > max_delta:
+        raise PrivacyError(
+            f"this run would spend delta {delta:.3g} (method.privacy.delta), which is more than this site has left"
+        )
+
+
+def check_same_promise(config: RunConfig, begun: RunConfig | None, ledger: Path) -> None:
+    """Raise `PrivacyError` if the run made releases under another promise, `begun`, than `config`.
+
+    `ledger` is the folder of `releases`. The run's file is what later runs are counted beside, so a
+    smaller promise there would hide what was spent.
+    """
+    if begun is None or count_releases(ledger) == 0:
+        return
+
+    before = _spends(begun)
+    if before != _spends(config):
+        raise PrivacyError(
+            f"this run made releases under epsilon {before[0]:.3g} and delta {before[1]:.3g}, and "
+            "another promise is asked for now; begin a new run"
+        )
+
+
+def _spends(config: RunConfig) -> tuple[float, float]:
+    """Return epsilon and delta of a whole run; epsilon is infinite without noise at the site."""
+    promise = config.promise
+    if promise is None or not promise.at_site:
+        return math.inf, 0.0
+    report = promise.report(config.rounds, config.rounds)
+    return report["epsilon"], report["delta"]

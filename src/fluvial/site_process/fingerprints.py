@@ -1,0 +1,40 @@
+"""Fingerprints of all that must be the same at all ends of a run."""
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from fluvial import __version__
+from fluvial.models.workbench import Workbench, weights_folder
+
+
+def fingerprints(bench: Workbench) -> dict[str, str]:
+    """Return digests of package versions, base model, tokenizer, chat template and layout."""
+    tokenizer = bench.tokenizer
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return {
+        "fluvial": __version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
+        "base": _hash_of(weights_folder(bench.config)),
+        "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32],
+        "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
+        "layout": f"{bench.layout.fingerprint:08x}",
+    }
+
+
+def _hash_of(folder: Path) -> str:
+    """Over the weights and the configuration of a model folder."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
+        state = path.stat()
+        digest.update(_hash_of_file(path, state.st_mtime_ns, state.st_size))
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - another state is another call
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

@@ -1,0 +1,1 @@
+"""Files that are replaced whole, paths and TOML: what lies on a disk."""

@@ -1,0 +1,85 @@
+"""Settings that go with a written adapter or model, so that it is measured as it was trained.
+
+The file `fluvial.json` beside the weights holds the base, the form of the records, their columns
+and template, and the lengths. It goes where the folder goes; the run's own `config.json` does not.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fluvial.errors import ConfigError
+from fluvial.storage.files import read_object
+
+FILE = "fluvial.json"
+PLACES = frozenset(
+    {
+        *("source", "split", "heldout_source", "heldout_split", "heldout_share", "heldout"),
+        *("public_source", "public", "partition", "max_heldout"),
+    }
+)
+"""Settings of [data] that say where text lies and who has it; the others say how a record is read
+and scored."""
+BY_FILE = ("encoding", "delimiter")
+"""Settings of [data] that hold for files of the run's own kind only."""
+MODEL = ("name_or_path", "revision", "dtype")
+
+
+def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a run's resolved configuration that a measurement of its result needs."""
+    data = {key: value for key, value in resolved.get("data", {}).items() if key not in PLACES}
+    model = resolved.get("model", {})
+    return {
+        "model": {key: model[key] for key in MODEL if model.get(key) is not None},
+        "data": {key: value for key, value in data.items() if value is not None},
+        "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
+        "suffix": _suffix(Path(str(resolved.get("data", {}).get("source", ""))).expanduser()),
+    }
+
+
+def _suffix(source: Path) -> str:
+    """Return the kind of a source's files, a folder's by the first of them."""
+    if source.is_dir():
+        return next((path.suffix for path in sorted(source.iterdir()) if path.suffix), "")
+    return source.suffix
+
+
+def write(folder: Path, version: str, resolved: Mapping[str, Any]) -> None:
+    """Write `FILE` into the folder of an adapter or a model."""
+    content = {"fluvial": version, **settings_of(resolved)}
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return what `write` wrote, or the same from the configuration of the run that `folder` lies in, or {}.
+
+    A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a
+    file that is damaged.
+    """
+    own = _tables(folder / FILE)
+    if own is not None:
+        return own
+    parents = folder.resolve().parents
+    for parent in (*parents[:1], *parents[2:3]):
+        found = _tables(parent / "config.json")
+        if found is not None and "fluvial" in found:  # another config.json is a model's
+            return settings_of(found)
+    return {}
+
+
+def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
+    """Return the table [data] for records in `path`, as the run read its own."""
+    data = dict(settings.get("data", {}))
+    same = path is not None and path.suffix == settings.get("suffix", "")
+    return data if same else {key: value for key, value in data.items() if key not in BY_FILE}
+
+
+def _tables(path: Path) -> dict[str, Any] | None:
+    found = read_object(path)
+    if found is None or "fluvial" not in found:
+        return found
+    wrong = [key for key in ("model", "data", "evaluate") if not isinstance(found.get(key, {}), dict)]
+    if wrong:
+        raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
+    return found

@@ -1,0 +1,75 @@
+"""Paths in a run's file: relative to the folder of the file that names them, and whole from then on."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fluvial.errors import ConfigError
+from fluvial.storage import toml
+
+PLACES = (
+    ("model", "name_or_path"),
+    ("data", "source"),
+    ("data", "heldout_source"),
+    ("data", "public_source"),
+    ("data", "chat_template"),
+)
+"""Settings that may name a file or a folder, or something else, such as the id of a hub."""
+
+
+def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the table with whole paths for what lies in the folder of `file`, and all else as it is.
+
+    Raises `ConfigError` for a path that leads somewhere only from the working directory.
+    """
+    folder = file.resolve().parent
+    lines = []
+    for place, text in _relative(table):
+        if exists(folder / text):
+            table = whole(table, place, folder)
+        elif exists(Path(text)):
+            remedy = os.path.relpath(text, folder)
+            lines.append(
+                f"{file}: {'.'.join(place)} = {toml.show(text)}: lies in the working directory, "
+                "and paths in a file are relative to the folder of that file; write "
+                f"{toml.show(remedy)}"
+            )
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+    return table
+
+
+def here(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of a `--set` line with whole paths for what lies in the working directory."""
+    for place, text in _relative(table):
+        if exists(Path(text)):
+            table = whole(table, place, Path.cwd())
+    return table
+
+
+def whole(table: dict[str, Any], place: tuple[str, str], folder: Path) -> dict[str, Any]:
+    """Return the table with the path at `place` as seen from `folder`."""
+    outer, key = place
+    return {**table, outer: {**table[outer], key: str(folder / table[outer][key])}}
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file or folder; no text, however long, is an error."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield the texts that may be relative paths, each with its place."""
+    for outer, key in PLACES:
+        found = table.get(outer)
+        text = found.get(key) if isinstance(found, dict) else None
+        if not isinstance(text, str) or not text or Path(text).is_absolute() or text.startswith("~"):
+            continue
+        if text in ("embedded", "stdlib") or (key == "chat_template" and "." not in text and "/" not in text):
+            continue  # names of ours
+        yield (outer, key), text

@@ -1,0 +1,1 @@
+"""The one training loop, the one loss, and held-out measures."""

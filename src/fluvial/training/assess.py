@@ -1,0 +1,312 @@
+"""What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of questions."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fluvial import __version__
+from fluvial.data import DataConfig, Question, Whole, read_whole
+from fluvial.errors import ConfigError
+from fluvial.models.encoding import Encoder
+from fluvial.models.pretrained import check_length
+from fluvial.models.workbench import ModelConfig, Workbench
+from fluvial.training.choices import (
+    CHANCE,
+    Choice,
+    Language,
+    Marks,
+    Scoring,
+    Sheet,
+    bootstrap,
+    language_of,
+    prepare,
+    read_choices,
+    score,
+)
+from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
+from fluvial.training.folders import NEW_TOKENS, AdapterFolder
+from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
+from fluvial.wire.tensors import Layout, Named
+
+logger = logging.getLogger(__name__)
+
+
+NOTHING_TO_MEASURE = "nothing to measure: name a file with --data, questions with --choices, or both"
+
+
+@dataclass(frozen=True)
+class ChoiceConfig:
+    """A multiple-choice test."""
+
+    path: Path
+    shots: int = 0
+    shots_path: Path | None = None
+    """Where the examples of a prompt come from: records of the same form, such as MMLU's dev split."""
+    scoring: Scoring = "letter"
+    language: Literal["auto"] | Language = "auto"
+    """Wording of the prompt; "auto" is Chinese for a question with Chinese characters."""
+    subject_field: str = "subject"
+    """The field of a record that names its subject."""
+    benchmark: Literal["auto", "none"] | BenchmarkName = "auto"
+    """Benchmark whose groups of subjects are reported; "auto" tells by the subjects."""
+
+
+def whole_file(path: Path) -> dict[str, Any]:
+    """Return the table `data` of a configuration in which every record of `path` is measured."""
+    return {"source": str(path)}
+
+
+def evaluate_adapter(
+    adapter: AdapterFolder,
+    model: ModelConfig,
+    *,
+    data: DataConfig | None = None,
+    choices: ChoiceConfig | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+    base: bool = True,
+) -> dict[str, Any]:
+    """Measure an adapter or a tuned model, and with `base` its base model too, on the held-out part of `data`, on
+    `choices`, or on both.
+
+    `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out.
+    Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
+    """
+    if data is None and choices is None:
+        raise ConfigError(NOTHING_TO_MEASURE)
+    questions = None if choices is None else _questions(choices)
+    logger.info("loading the base model")
+    bench = Workbench(model, adapter.lora)
+    if adapter.lora:
+        adapter = replace(adapter, tensors=_without_copies(adapter, bench))
+    _check_fit(adapter, bench.layout, model.name_or_path)
+    state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
+    logger.info("reading the data")
+    texts = None if data is None else _texts(data, bench)
+    sheet = _sheet(choices, questions, bench) if choices and questions else None
+    probes = [texts.examples[0].input_ids] if texts else []
+    probes += [sheet.prompts[0].prefix] if sheet else []
+    check_effect(bench, state, probes[0])
+    models = ({"base": bench.base_state()} if base else {}) | {"adapter": state}
+    found: dict[str, Any] = {
+        "fluvial": __version__,
+        "adapter": str(adapter.path),
+        "tuned": "lora" if adapter.lora else "full",
+        "base_model": model.name_or_path,
+    }
+    if data is not None and texts is not None:
+        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+    if choices is not None and sheet is not None:
+        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+    return found
+
+
+def _change(weights: Named, bench: Workbench) -> Named:
+    """Return what tuned `weights` add to the base of `bench`."""
+    return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
+
+
+def evaluate_model(
+    model: ModelConfig,
+    *,
+    data: DataConfig | None = None,
+    choices: ChoiceConfig | None = None,
+    max_new_tokens: int = NEW_TOKENS,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a model by itself, as `evaluate_adapter` measures a base model."""
+    if data is None and choices is None:
+        raise ConfigError(NOTHING_TO_MEASURE)
+    questions = None if choices is None else _questions(choices)
+    logger.info("loading the model")
+    bench = Workbench(model, None)
+    bench.check_behaviour()
+    logger.info("reading the data")
+    texts = None if data is None else _texts(data, bench)
+    models: dict[str, Named] = {"model": {}}
+    found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
+    if data is not None and texts is not None:
+        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+    if choices is not None and questions:
+        sheet = _sheet(choices, questions, bench)
+        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+    return found
+
+
+def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
+    """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with an adapted head.
+
+    Raises `ConfigError` if such a matrix is another than the base's.
+    """
+    with bench.model(bench.base_state()) as model:
+        base = {
+            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        }
+        copies = [name for name in adapter.tensors if name.replace(".base_layer.", ".") in base]
+        for name in copies:
+            own = base[name.replace(".base_layer.", ".")].detach().cpu().float()
+            if own.shape != adapter.tensors[name].shape or not own.equal(adapter.tensors[name]):
+                raise ConfigError(
+                    f"{adapter.path} holds a matrix {name!r} that is not the base's: its "
+                    "embeddings were resized or trained; merge the adapter into its base with PEFT"
+                )
+    return {name: tensor for name, tensor in adapter.tensors.items() if name not in copies}
+
+
+def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
+    """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's shapes."""
+    wanted, found = dict(layout.shapes), dict(Layout.of(adapter.tensors).shapes)
+    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ConfigError(
+            f"{adapter.path} does not fit {base!r}: {name} has shape {found.get(name, 'none')}, the model needs "
+            f"{wanted.get(name, 'none')} ({len(wrong)} tensors differ); is model.name_or_path what it was trained on?"
+        )
+
+
+def _texts(data: DataConfig, bench: Workbench) -> Whole:
+    check_length(bench.context, data.max_length)
+    return read_whole(data, bench.tokenizer, "--data")
+
+
+def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
+    """The questions, and those that examples are taken from."""
+    paths = [choices.path, *([choices.shots_path] if choices.shots_path else [])]
+    asked, *examples = (read_choices(path, choices.subject_field) for path in paths)
+    return asked, examples[0] if examples else []
+
+
+def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench) -> Sheet:
+    asked, examples = questions
+    return prepare(
+        asked,
+        bench.tokenizer,
+        context=bench.context,
+        scoring=choices.scoring,
+        shots=choices.shots,
+        examples=examples,
+        language=choices.language,
+    )
+
+
+def _data_result(
+    data: DataConfig, texts: Whole, bench: Workbench, models: dict[str, Named], max_new_tokens: int
+) -> dict[str, Any]:
+    questions = texts.questions if max_new_tokens else []
+    longest = bench.context
+    room = None if longest is None else longest - max_new_tokens
+    encoder = Encoder.of(bench.tokenizer)
+    fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
+    table: dict[str, Any] = {
+        "source": data.source,
+        "form": ", ".join(texts.forms),
+        "notes": texts.notes,
+        "max_length": data.max_length,
+        "records": texts.records,
+        "truncated_records": texts.surplus.records,
+        "truncated_tokens": texts.surplus.tokens,
+        "sequences": len(texts.examples),
+        "unmeasured_sequences": texts.unmeasured,
+        "label_tokens": sum(example.label_tokens for example in texts.examples),
+        "questions": len(questions),
+        "questions_too_long": len(questions) - len(fit),
+        "max_new_tokens": max_new_tokens,
+    }
+    for name, adapter in models.items():
+        with bench.model(adapter) as model:
+            sums = heldout(model, texts.examples, pad_token_id=bench.tokenizer.pad_token_id)
+        table[name] = _measures(sums, name)
+        if questions:
+            table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(questions)
+    return table
+
+
+def _measures(sums: Heldout, name: str) -> dict[str, Any]:
+    """Return the measures as JSON types; raises `ConfigError` where the model's logits are not numbers."""
+    if not math.isfinite(sums.loss):
+        raise ConfigError(
+            f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too large for "
+            "model.dtype: choose --set 'model.dtype=\"float32\"'"
+        )
+    perplexity = sums.perplexity if math.isfinite(sums.perplexity) else None
+    return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
+
+
+def _greedy_matches(bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int) -> int:
+    right, told = 0, time.monotonic()
+    prompts = [question.prompt for question in questions]
+    answers = bench.answers(adapter, prompts, max_new_tokens=max_new_tokens)
+    for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
+        right += exact_match([answer], [question.answer])
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            logger.info("exact match: %d of %d answers written", number, len(questions))
+    return right
+
+
+def _choice_result(
+    choices: ChoiceConfig, sheet: Sheet, bench: Workbench, models: dict[str, Named], seed: int
+) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "source": str(choices.path),
+        "scoring": choices.scoring,
+        "shots": choices.shots,
+        "shots_source": None if choices.shots_path is None else str(choices.shots_path),
+        "language": choices.language,
+        "questions": len(sheet.questions),
+        "short_of_shots": sheet.short_of_shots,
+        "dropped_shots": sheet.dropped_shots,
+        "cut_questions": sheet.cut_questions,
+        "cut_tokens": sheet.cut_tokens,
+        "chance": CHANCE,
+    }
+    marks = {}
+    for name, adapter in models.items():
+        with bench.model(adapter) as model:
+            marks[name] = Marks.of(sheet, score(model, sheet, pad_token_id=bench.tokenizer.pad_token_id))
+        interval = marks[name].interval(seed)
+        table[name] = {
+            "accuracy": interval.mean,
+            "macro_accuracy": _macro(marks[name]),
+            "standard_error": marks[name].standard_error,
+            "interval": [interval.low, interval.high],
+        }
+    if "base" in marks:
+        pairs = zip(marks["adapter"].right, marks["base"].right, strict=True)
+        gains = [after - before for after, before in pairs]
+        gain = bootstrap(gains, seed)
+        table["difference"] = {
+            "accuracy": sum(gains) / len(gains),
+            "interval": None if gain is None else [gain.low, gain.high],
+        }
+    by_subject = {name: found.by_subject() for name, found in marks.items()}
+    table["by_subject"] = {
+        subject: {"questions": asked} | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
+        for subject, (_, asked) in next(iter(by_subject.values())).items()
+    }
+    benchmark = _benchmark(choices, sheet)
+    table["groups"] = None if benchmark is None else grouped(benchmark, by_subject)
+    return table
+
+
+def _macro(marks: Marks) -> float:
+    """Return the mean accuracy over the subjects, each counting the same."""
+    rows = marks.by_subject().values()
+    return sum(right / asked for right, asked in rows) / len(rows)
+
+
+def _benchmark(choices: ChoiceConfig, sheet: Sheet) -> Benchmark | None:
+    """Return the benchmark whose groups are reported, None for no groups."""
+    if choices.benchmark == "none":
+        return None
+    if choices.benchmark != "auto":
+        return BENCHMARKS[choices.benchmark]
+    chinese = [language_of(question.question) == "zh" for question in sheet.questions]
+    subjects = {question.subject for question in sheet.questions if question.subject}
+    return detect(subjects, chinese=2 * sum(chinese) > len(chinese))

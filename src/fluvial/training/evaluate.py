@@ -1,0 +1,105 @@
+"""How good a model is: held-out loss and accuracy, exact match of greedy answers, whether an adapter does anything."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluvial.data import Example
+from fluvial.errors import ConfigError
+from fluvial.models.workbench import Workbench
+from fluvial.training.train import collate, predictions, summed_loss
+from fluvial.wire.tensors import Named
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Sums over label tokens, so that results of several sites add up exactly."""
+
+    loss_sum: float
+    hits: int
+    label_tokens: int
+
+    @classmethod
+    def sum(cls, parts: Sequence["Heldout"]) -> "Heldout":
+        """All parts together."""
+        return cls(
+            math.fsum(part.loss_sum for part in parts),
+            sum(part.hits for part in parts),
+            sum(part.label_tokens for part in parts),
+        )
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, nats per label token."""
+        return self.loss_sum / self.label_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss; infinite where that is no number of 64 bits."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def accuracy(self) -> float:
+        """Share of label tokens that are the model's first choice."""
+        return self.hits / self.label_tokens
+
+
+@torch.no_grad()
+def heldout(model: nn.Module, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16) -> Heldout:
+    """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a batch."""
+    assert examples, "no examples"
+    device = next(model.parameters()).device
+    if model.training:
+        model.eval()
+    loss_sum, hits, told = 0.0, 0, time.monotonic()
+    order = sorted(examples, key=lambda example: len(example.input_ids))
+    for start in range(0, len(order), batch_size):
+        logits, labels = predictions(model, collate(order[start : start + batch_size], pad_token_id, device))
+        loss_sum, hits = loss_sum + float(summed_loss(logits, labels)), hits + int((logits.argmax(-1) == labels).sum())
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            logger.info("held-out loss: %d of %d sequences", min(start + batch_size, len(order)), len(order))
+    return Heldout(loss_sum, hits, sum(example.label_tokens for example in examples))
+
+
+def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
+    """Return how many answers equal what was expected, white space at both ends aside.
+
+    Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
+    """
+    return sum(answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True))
+
+
+def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
+    """Return loss and accuracy of the base and of `adapter` on text that belongs to no site."""
+    found: dict[str, Any] = {"sequences": len(examples)}
+    for name, state in (("base", bench.base_state()), ("final", adapter)):
+        with bench.model(state) as model:
+            sums = heldout(model, examples, pad_token_id=bench.tokenizer.pad_token_id)
+        found[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
+    return found
+
+
+def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> None:
+    """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not reach the model."""
+    tokens = torch.tensor([list(input_ids)], device=bench.device)
+    logits = []
+    with torch.no_grad():
+        for each in (bench.base_state(), adapter):
+            with bench.model(each) as model:
+                logits.append(model(input_ids=tokens).logits)
+    if torch.equal(*logits):
+        raise ConfigError(
+            "what was tuned gives exactly the base model's logits: it was not trained, or does not belong to this model"
+        )

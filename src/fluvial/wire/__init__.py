@@ -1,0 +1,1 @@
+"""Tensors, payloads and frames: the one checked format between server and sites."""

@@ -1,0 +1,96 @@
+"""The contract of every entry of `METHODS`: a new method is covered the moment it is listed."""
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from fluvial.data import SiteTexts
+from fluvial.methods import METHODS, MethodConfig
+from fluvial.models.workbench import Workbench
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import parse
+from fluvial.runs.run import Run, execute
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import digest
+from tests.runs import run_table
+
+pytestmark = pytest.mark.contract
+
+# What a method needs beside its name to run on the tiny model.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cgfedllm": {
+        "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
+        "codec": {"name": "klt", "rate": 8, "error_feedback": True},
+    }
+}
+
+
+@pytest.fixture(params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes])
+def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration for each method and all that it can tune."""
+    name, tune = request.param.split()
+    table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
+    return table if tune == "lora" else {key: value for key, value in table.items() if key != "lora"}
+
+
+def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None:
+    result = run_table(table, tmp_path / "run")
+    assert result["method"] == table["method"]["name"]
+    for kind in ("adapter", "model"):
+        assert (result[f"{kind}_sha256"] is None) == (not (tmp_path / "run" / kind).exists())
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+    assert result["bytes"]["up"] > 0
+    assert result["bytes"]["down"] > 0
+
+
+def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> None:
+    config = parse(table, "test")
+    bench = Workbench(config.model, config.lora)
+    with RunFolder(tmp_path / "a") as folder:
+        run = Run(config, folder, bench, SiteTexts(config.data, bench.tokenizer, seed=config.seed))
+        for event in run.events():
+            if event.kind == "round":
+                break
+        state = run.server.state().to_bytes()
+        again = config.entry.server(config.method, run.context)
+        again.restore(Payload.from_bytes(state))
+        assert again.state().to_bytes() == state
+        ours, theirs = run.server.model(), again.model()
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert digest(ours) == digest(theirs)
+
+
+def test_resume_after_every_event_is_a_straight_run(table: dict[str, Any], tmp_path: Path) -> None:
+    straight = run_table(table, tmp_path / "straight")
+    config, resume = parse(table, "test"), False
+    for _ in range(config.rounds + 2):
+        event = next(execute(config, tmp_path / "stopped", resume=resume))  # then everything is thrown away
+        resume = True
+    assert event.kind == "result"
+    for kind in ("adapter_sha256", "model_sha256"):
+        assert event.values[kind] == straight[kind]
+    assert event.values["heldout"] == straight["heldout"]
+    assert event.values["bytes"] == straight["bytes"]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_entry_is_complete(name: str) -> None:
+    method = METHODS[name]
+    config = method.config()
+    assert config.model_dump()["name"] == name
+    assert method.config in get_args(get_args(MethodConfig)[0])
+    assert method.paper
+    assert method.config.__doc__
+    with pytest.raises(ValidationError):
+        method.config.model_validate({"name": name, "no_such_setting": 1})
+    with pytest.raises(ValidationError):
+        config.name = "other"  # type: ignore[attr-defined]
+    for task in method.tasks.values():
+        assert list(inspect.signature(task).parameters) == ["site", "message"]
+        assert (task.__doc__ or "").startswith("Task: ")
+    page = Path(__file__).parents[2] / "docs" / "methods" / f"{name}.md"
+    assert page.exists() or "baseline" in method.paper

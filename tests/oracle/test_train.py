@@ -1,0 +1,420 @@
+"""The one training loop: what it computes does not depend on how it is cut, repeated or who runs beside it."""
+
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from fluvial.data import IGNORE_INDEX, Example
+from fluvial.errors import DivergenceError
+from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, initial_state, read_weights, tuned_parameters
+from fluvial.seeds import generator
+from fluvial.training.train import (
+    TrainConfig,
+    TrainReport,
+    collate,
+    learning_rate_share,
+    predictions,
+    shuffled_batches,
+    summed_loss,
+    train,
+)
+from fluvial.wire.tensors import Named, cosine, energy, norm, relative_error, scale, subtract
+
+LORA = LoraSettings(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj"))
+DROPOUT = LORA.model_copy(update={"lora_dropout": 0.3})
+
+
+def example(length: int, answer: int, seed: int) -> Example:
+    """A random sequence whose last `answer` tokens are labels."""
+    ids = torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Example(ids, [IGNORE_INDEX] * (length - answer) + ids[length - answer :])
+
+
+# label counts from 1 to 30, so that averaging by sequence or by micro-batch differs from averaging by token
+EXAMPLES = [
+    example(answer + 8 + 3 * number, answer, seed=number) for number, answer in enumerate([1, 2, 30, 3, 1, 20, 2, 45])
+]
+
+
+def settings(**changes: Any) -> TrainConfig:
+    usual = {"learning_rate": 0.01, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0}
+    return TrainConfig.model_validate(usual | changes)
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_model: Path) -> Workbench:
+    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
+
+
+@pytest.fixture(scope="module")
+def dropout_bench(tiny_model: Path) -> Workbench:
+    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu"), DROPOUT)
+
+
+def start(bench: Workbench) -> Named:
+    """A random adapter with both factors away from zero, so that both have gradients."""
+    draw = torch.Generator().manual_seed(4)
+    return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in bench.layout.shapes}
+
+
+def tuned(
+    bench: Workbench,
+    config: TrainConfig,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    examples: list[Example] = EXAMPLES,
+) -> tuple[Named, TrainReport]:
+    """The adapter after one call of `train`, and its report."""
+    with bench.model(start(bench), trainable="A and B", checkpointing=config.gradient_checkpointing) as model:
+        report = train(model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps)
+        return read_weights(model), report
+
+
+def equal(left: Named, right: Named) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def gradient(bench: Workbench, config: TrainConfig) -> Named:
+    """What one SGD step at learning rate 0.01 without clipping moved, divided by -0.01: the gradient."""
+    return scale(subtract(tuned(bench, config)[0], start(bench)), -100)
+
+
+def reference(bench: Workbench) -> Named:
+    """The gradient of summed loss / label tokens over all examples at once, straight from autograd."""
+    with bench.model(start(bench), trainable="A and B") as model:
+        loss = summed_loss(*predictions(model, collate(EXAMPLES, 0)))
+        (loss / sum(item.label_tokens for item in EXAMPLES)).backward()  # type: ignore[no-untyped-call]
+        return {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
+
+
+CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
+
+
+@pytest.mark.parametrize(("size", "accumulated"), CUTS)
+def test_gradient_does_not_depend_on_the_micro_batches(bench: Workbench, size: int, accumulated: int) -> None:
+    config = settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+    found, true = gradient(bench, config), reference(bench)
+    assert found.keys() == true.keys()
+    # Relative squared error: the step is read from fp32 weights of size 0.1, which leaves (6e-9 * 100)^2 a value.
+    assert relative_error(true, found) < 1e-6
+    assert cosine(true, found) > 1 - 1e-6
+
+
+def test_loss_does_not_depend_on_the_micro_batches(bench: Workbench) -> None:
+    reports = [
+        tuned(bench, settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated))[1]
+        for size, accumulated in CUTS
+    ]
+    assert {report.label_tokens for report in reports} == {sum(item.label_tokens for item in EXAMPLES)}
+    for report in reports:
+        assert report.loss == pytest.approx(reports[0].loss, rel=1e-6)  # fp32 sums in another order
+        assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
+
+
+def test_averaging_each_micro_batch_would_give_another_gradient(bench: Workbench) -> None:
+    with bench.model(start(bench), trainable="A and B") as model:
+        for item in EXAMPLES:
+            loss = summed_loss(*predictions(model, collate([item], 0)))
+            (loss / item.label_tokens / len(EXAMPLES)).backward()  # type: ignore[no-untyped-call]
+        averaged = {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
+    assert cosine(reference(bench), averaged) < 0.95
+    assert relative_error(reference(bench), averaged) > 0.1
+
+
+def test_the_loss_is_the_cross_entropy_of_the_labels(bench: Workbench) -> None:
+    with bench.model(start(bench)) as model, torch.no_grad():
+        found, labels = predictions(model, collate(EXAMPLES, 0))
+        loss = summed_loss(found, labels)
+        expected = 0.0
+        for item in EXAMPLES:
+            logits = model(input_ids=torch.tensor([item.input_ids])).logits[0].double()
+            for position in range(1, len(item.labels)):
+                if item.labels[position] != IGNORE_INDEX:
+                    expected -= float(logits[position - 1].log_softmax(-1)[item.labels[position]])
+    assert float(loss) == pytest.approx(expected, rel=1e-5)  # fp32
+
+
+def test_collate_pads_on_the_right_and_keeps_padding_out_of_the_loss() -> None:
+    batch = collate([Example([5, 6, 7], [IGNORE_INDEX, 6, 7]), Example([8], [8])], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_every_epoch_is_a_fresh_permutation() -> None:
+    def epochs(seed: int) -> Iterator[list[int]]:
+        batches = shuffled_batches(EXAMPLES, 3, generator(seed, "order"))
+        while True:
+            epoch = [next(batches) for _ in range(3)]
+            assert [len(batch) for batch in epoch] == [3, 3, 2]
+            yield [EXAMPLES.index(item) for batch in epoch for item in batch]
+
+    first, second = (order for order, _ in zip(epochs(0), range(2), strict=False))
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+    assert next(epochs(0)) == first
+    assert next(epochs(1)) != first
+
+
+@pytest.mark.parametrize(
+    ("changes", "examples", "expected"),
+    [
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 100, 13),
+        ({"per_device_train_batch_size": 8}, 96, 12),
+        ({"per_device_train_batch_size": 8, "num_train_epochs": 2.5}, 96, 30),
+        ({"per_device_train_batch_size": 8, "num_train_epochs": 0.01}, 96, 1),
+        ({"per_device_train_batch_size": 8}, 3, 1),
+        ({"max_steps": 5, "num_train_epochs": 3.0}, 96, 5),
+    ],
+)
+def test_steps_of_a_round(changes: dict[str, Any], examples: int, expected: int) -> None:
+    assert TrainConfig(**changes).steps(examples) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "expected"),
+    [
+        ("linear", 0.0, [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", 0.0, [1.0, 0.5 * (1 + math.sqrt(0.5)), 0.5, 0.5 * (1 - math.sqrt(0.5))]),
+        ("constant", 0.0, [1.0, 1.0, 1.0, 1.0]),
+        ("linear", 0.5, [0.5, 1.0, 1.0, 0.5]),
+        ("cosine", 0.5, [0.5, 1.0, 1.0, 0.5]),
+        ("constant", 0.25, [1.0, 1.0, 1.0, 1.0]),
+        ("linear", 0.9, [0.25, 0.5, 0.75, 1.0]),
+    ],
+)
+def test_learning_rate_schedule(kind: Any, warmup: float, expected: list[float]) -> None:
+    config = TrainConfig(lr_scheduler_type=kind, warmup_ratio=warmup)
+    assert [learning_rate_share(step, 4, config) for step in range(4)] == pytest.approx(expected)
+
+
+def test_the_schedule_reaches_the_optimizer(bench: Workbench) -> None:
+    full = subtract(tuned(bench, settings())[0], start(bench))
+    warming = subtract(tuned(bench, settings(warmup_ratio=0.99), steps=2)[0], start(bench))
+    assert norm(warming) > norm(full)  # steps at 1/2 and 1
+    once = subtract(
+        tuned(bench, settings(max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant"))[0], start(bench)
+    )
+    assert equal(once, full)
+
+
+def test_sgd_is_a_step_along_the_gradient_with_decay(bench: Workbench) -> None:
+    before, true = start(bench), reference(bench)
+    after = tuned(bench, settings(weight_decay=0.5))[0]
+    for name in before:
+        expected = before[name] - 0.01 * (true[name] + 0.5 * before[name])
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=2e-8)  # two roundings of values near 0.3
+
+
+def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: Workbench) -> None:
+    moved = subtract(tuned(bench, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(bench))
+    sizes = torch.cat([tensor.flatten().abs() for tensor in moved.values()])
+    torch.testing.assert_close(sizes, torch.full_like(sizes, 0.01), rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradient_is_clipped_to_the_norm(bench: Workbench) -> None:
+    free, report = tuned(bench, settings())
+    threshold = report.grad_norm / 4
+    clipped, same = tuned(bench, settings(max_grad_norm=threshold))
+    moved, less = subtract(free, start(bench)), subtract(clipped, start(bench))
+    assert same.grad_norm == report.grad_norm, "the norm before clipping is reported"
+    assert norm(moved) == pytest.approx(0.01 * report.grad_norm, rel=1e-3)
+    assert norm(less) == pytest.approx(0.01 * threshold, rel=1e-3)
+    assert cosine(moved, less) > 0.9999
+    assert equal(tuned(bench, settings(max_grad_norm=report.grad_norm * 2))[0], free)
+
+
+def test_training_learns_and_reports(bench: Workbench) -> None:
+    config = settings(optim="adamw_torch", learning_rate=0.02, per_device_train_batch_size=8, max_steps=30)
+    _, report = tuned(bench, config)
+    _, first = tuned(bench, config, steps=1)
+    assert (report.steps, first.steps) == (30, 1)
+    assert report.label_tokens == 30 * first.label_tokens
+    assert first.loss == pytest.approx(math.log(300), rel=0.05)
+    assert report.loss < first.loss - 0.05
+
+
+def test_only_what_is_trainable_moves(bench: Workbench) -> None:
+    before = start(bench)
+    with bench.model(before, trainable="B") as model:
+        base = {name: p.clone() for name, p in model.named_parameters() if ".lora_" not in name}
+        train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
+        after = read_weights(model)
+        assert not model.training
+        assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == {
+        n for n in before if "lora_B" in n
+    }
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workbench) -> None:
+    config = settings(optim="adamw_torch", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4)
+    first, report = tuned(dropout_bench, config, seed=1)
+    torch.manual_seed(99)
+    again, same = tuned(dropout_bench, config, seed=1)
+    assert equal(first, again)
+    assert report == same
+    assert not equal(first, tuned(dropout_bench, config, seed=2)[0])
+
+
+def test_all_tensors_at_once_step_as_one_by_one(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(optim="adamw_torch", weight_decay=0.1, max_steps=4)
+    at_once, report = tuned(bench, config)
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **named: plain(*args, **named | {"foreach": False}))
+    one_by_one, same = tuned(bench, config)
+    assert equal(at_once, one_by_one)
+    assert report == same
+
+
+def test_gradient_checkpointing_changes_nothing(dropout_bench: Workbench) -> None:
+    """The repeated forward pass must draw the very same dropout masks."""
+    config = settings(optim="adamw_torch", per_device_train_batch_size=4, max_steps=3)
+    plain = tuned(dropout_bench, config)
+    saving = tuned(dropout_bench, config.model_copy(update={"gradient_checkpointing": True}))
+    assert equal(plain[0], saving[0])
+    assert plain[1] == saving[1]
+
+
+def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: Workbench) -> None:
+    """Otherwise the test above would compare a thing with itself."""
+    calls = {True: 0, False: 0}
+    for checkpointing in calls:
+        with dropout_bench.model(start(dropout_bench), trainable="A and B", checkpointing=checkpointing) as model:
+            hooks = [
+                module.register_forward_hook(lambda *_, on=checkpointing: calls.update({on: calls[on] + 1}))
+                for name, module in model.named_modules()
+                if name.endswith("q_proj.lora_A.default")
+            ]
+            train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
+            for hook in hooks:
+                hook.remove()
+    assert calls == {True: 4, False: 2}
+
+
+def test_dropout_and_its_masks_change_from_step_to_step(dropout_bench: Workbench, bench: Workbench) -> None:
+    same = EXAMPLES[:1]
+    config = settings(learning_rate=1e-30, max_steps=1)
+    _, one = tuned(dropout_bench, config, examples=same)
+    _, three = tuned(dropout_bench, config, examples=same, steps=3)
+    _, without = tuned(bench, config, examples=same)
+    assert one.loss != without.loss
+    assert one.loss != three.loss, "three steps with one mask would have one loss"
+
+
+def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: Workbench) -> None:
+    config = settings(optim="adamw_torch", per_device_train_batch_size=2, max_steps=4)
+    alone = {seed: tuned(dropout_bench, config, seed=seed)[0] for seed in range(3)}
+    beside: dict[int, Named] = {}
+    ready = threading.Barrier(3)
+
+    def site(seed: int) -> None:
+        ready.wait()
+        torch.rand(1000)
+        beside[seed] = tuned(dropout_bench, config, seed=seed)[0]
+
+    threads = [threading.Thread(target=site, args=(seed,)) for seed in alone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(equal(beside[seed], alone[seed]) for seed in alone)
+
+
+def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
+    config = settings(optim="adamw_torch", learning_rate=0.02, max_steps=5)
+    seen: list[torch.dtype] = []
+    with bench.model(start(bench), trainable="A and B") as model:
+        hook = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output.dtype)
+        )
+        half = train(
+            model, EXAMPLES, config.model_copy(update={"bf16": True}), pad_token_id=0, generator=generator(0, "test")
+        )
+        hook.remove()
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    full = tuned(bench, config)[1]
+    assert set(seen) == {torch.bfloat16}
+    assert half.loss != full.loss
+    assert half.loss == pytest.approx(full.loss, rel=0.02)  # bf16 has 8 bits
+
+
+def test_divergence_is_an_error_that_names_the_settings(bench: Workbench) -> None:
+    config = settings(lr_scheduler_type="constant", max_steps=20)
+    config = config.model_copy(update={"learning_rate": 1e30})  # more than a file may say, to diverge at once
+    with pytest.raises(DivergenceError, match=r"step \d+ of 20: the loss .*lower train.learning_rate \(now 1e\+30\)"):
+        tuned(bench, config)
+
+
+def test_a_step_that_is_not_finite_is_not_taken(bench: Workbench) -> None:
+    broken = {name: torch.full_like(tensor, 3e38) for name, tensor in start(bench).items()}
+    with bench.model(broken, trainable="A and B") as model:
+        with pytest.raises(DivergenceError, match="step 1 of 1"):
+            train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
+        assert equal(read_weights(model), broken)
+
+
+def test_training_needs_labels_examples_and_parameters(bench: Workbench) -> None:
+    mute = Example([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX])
+    assert mute.label_tokens == 0
+    for trainable, examples, message in (
+        ("B", [mute], "without label tokens"),
+        ("B", [], "no examples"),
+        ("none", EXAMPLES, "nothing to train"),
+    ):
+        with (
+            pytest.raises(AssertionError, match=message),
+            bench.model(start(bench), trainable=trainable) as model,
+        ):
+            train(model, examples, settings(), pad_token_id=0, generator=generator(0))
+
+
+def test_the_initial_adapter_moves_only_b_at_first(bench: Workbench) -> None:
+    """B is zero, so the gradient of A is too."""
+    with bench.model(initial_state(bench.layout, 0), trainable="A and B") as model:
+        before = read_weights(model)
+        train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
+        moved = subtract(read_weights(model), before)
+    assert energy({name: tensor for name, tensor in moved.items() if "lora_A" in name}) == 0
+    assert all(tensor.count_nonzero() for name, tensor in moved.items() if "lora_B" in name)
+
+
+class Fixed(nn.Module):
+    """A model whose logits are one parameter, whatever it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(5))
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, 5))
+
+
+def test_the_loop_fits_a_known_distribution() -> None:
+    """Without any transformer: labels 1, 1, 1, 2 give the distribution (3/4, 1/4)."""
+    model = Fixed()
+    data = [Example([0, 1, 1], [0, 1, 1]), Example([0, 1, 2], [0, 1, 2])]
+    config = settings(learning_rate=1.0, max_steps=300, lr_scheduler_type="cosine")
+    train(model, data, config, pad_token_id=0, generator=generator(0))
+    shares = model.logits.detach().softmax(-1)
+    assert shares.tolist() == pytest.approx([0, 0.75, 0.25, 0, 0], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"learning_rate": 0}, {"gradient_accumulation_steps": 0}, {"warmup_ratio": 1.0}, {"optim": "lion"}, {"epochs": 1}],
+    ids=str,
+)
+def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TrainConfig(**wrong)

@@ -1,0 +1,108 @@
+"""The policy behind `codec.name = "auto"`, rule by rule, on measured errors made up for the purpose."""
+
+import pytest
+
+from fluvial.codecs import read_settings
+from fluvial.codecs.auto import GAIN_DB, PATIENCE, AutoSettings, Measured, Watch, candidates, choose
+from fluvial.wire.tensors import Layout
+
+LAYOUT = Layout(
+    tuple(
+        (f"layers.{n}.q_proj.lora_{w}.weight", (8, 512) if w == "A" else (512, 8))
+        for n in range(16)
+        for w in ("A", "B")
+    )
+)
+FRAME = LAYOUT.raw_bytes / 64
+
+
+def measured(published: int = 100_000, feedback: bool = True, **errors: float) -> dict[str, Measured]:
+    found = {}
+    for name, error in errors.items():
+        mode = {"mode": "dithered"} if name == "klt" else {}
+        settings = read_settings({"name": name, "error_feedback": feedback, **mode})
+        found[name] = Measured(settings, error, FRAME, published if name.startswith("klt") else 0, error / 4)
+    return found
+
+
+def names(settings: AutoSettings) -> list[str]:
+    return [str(each["name"]) for each in candidates(settings, LAYOUT)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        (AutoSettings(), 64),
+        (AutoSettings(rate=128), 128),
+        (AutoSettings(uplink_mbps=0.1, upload_s=0.25), LAYOUT.raw_bytes / 3125),
+        (AutoSettings(uplink_mbps=1000), 4),
+        (AutoSettings(uplink_mbps=1e-6), 256),
+    ],
+    ids=str,
+)
+def test_the_rate_follows_from_the_link(settings: AutoSettings, rate: float) -> None:
+    assert settings.target(LAYOUT) == pytest.approx(rate)
+
+
+def test_candidates_depend_on_the_rate_and_on_state() -> None:
+    assert names(AutoSettings(rate=6)) == ["trellis", "int4"]
+    assert names(AutoSettings(rate=16)) == ["trellis", "sign"]
+    assert names(AutoSettings(rate=64)) == ["trellis", "klt_trellis"]
+    assert names(AutoSettings(rate=64, error_feedback=False)) == ["eden", "klt"]
+    for settings in (AutoSettings(rate=6), AutoSettings(rate=64)):
+        assert all(each["error_feedback"] is True for each in candidates(settings, LAYOUT))
+    for table in candidates(AutoSettings(error_feedback=False), LAYOUT):
+        assert read_settings(table).error_feedback is False
+
+
+def test_the_transform_wins_by_a_decibel_and_not_by_less() -> None:
+    enough = measured(klt_trellis=0.62 / 10 ** ((GAIN_DB + 0.01) / 10), trellis=0.62)
+    close = measured(klt_trellis=0.62 / 10 ** ((GAIN_DB - 0.01) / 10), trellis=0.62)
+    assert choose(AutoSettings(), enough, LAYOUT, 100).codec.name == "klt_trellis"
+    other = choose(AutoSettings(), close, LAYOUT, 100)
+    assert other.codec.name == "trellis"
+    assert f"{GAIN_DB - 0.01:.2f} dB" in other.reason
+
+
+def test_a_short_run_does_not_pay_for_a_large_transform() -> None:
+    found = measured(published=1_000_000, klt_trellis=0.45, trellis=0.62)
+    short, long = (choose(AutoSettings(), found, LAYOUT, rounds) for rounds in (2, 200))
+    assert (short.codec.name, long.codec.name) == ("trellis", "klt_trellis")
+    assert "a tenth of its download of 1,000,000 B" in short.reason
+
+
+def test_richer_rates_take_the_smallest_error() -> None:
+    found = measured(trellis=0.1, sign=0.35)
+    assert choose(AutoSettings(rate=16), found, LAYOUT, 20).codec.name == "trellis"
+    found = measured(trellis=0.02, int4=0.006)
+    assert choose(AutoSettings(rate=6), found, LAYOUT, 20).codec.name == "int4"
+
+
+def test_sites_without_state_get_what_is_unbiased() -> None:
+    found = measured(feedback=False, eden=2.0, klt=1.5)
+    choice = choose(AutoSettings(error_feedback=False), found, LAYOUT, 20)
+    assert choice.codec.name == "klt"
+    assert "unbiased" in choice.reason
+
+
+@pytest.mark.parametrize("rate", [6, 16, 64])
+def test_the_reason_is_one_sentence(rate: int) -> None:
+    other = {64: "klt_trellis", 16: "sign", 6: "int4"}[rate]
+    found = measured(trellis=0.5) | {other: measured(**{other: 0.3})[other]}  # type: ignore[arg-type]
+    reason = choose(AutoSettings(rate=rate), found, LAYOUT, 100).reason
+    assert 20 < len(reason) < 300
+    assert ". " not in reason
+    assert not reason.endswith(".")
+
+
+def test_a_transform_that_is_no_longer_better_is_given_up_after_some_rounds() -> None:
+    watch = Watch(expected=0.62, learned=True)
+    assert [watch.see(error) for error in (0.5, 0.7, 0.5, 0.7, 0.7)] == ["keep"] * 5
+    assert watch.see(0.7) == "plain"
+    assert Watch(expected=0.62, learned=False).see(0.9) == "keep"
+
+
+def test_a_codec_at_the_bound_falls_back_to_int8() -> None:
+    watch = Watch(expected=0.62, learned=False)
+    assert [watch.see(error) for error in [1.0] * (PATIENCE - 1)] == ["keep"] * (PATIENCE - 1)
+    assert watch.see(float("nan")) == "int8"

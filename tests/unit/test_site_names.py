@@ -1,0 +1,110 @@
+"""Names of sites from data, files and peers: refused where they could harm, in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.data.site_names import check_plain, fault_of
+from fluvial.errors import ConfigError, FluvialError
+from fluvial.runs.config import parse
+from fluvial.runs.run import execute
+
+HARMFUL = [
+    "\x1b[2Jgone",
+    "a\nb",
+    "a\rb",
+    "a\tb",
+    "a\0b",
+    "\u202etxt.exe",
+    "zero\u200bwidth",
+    "\ufeffnorth",
+    "a\u2028b",
+    "\ud800",
+    "x" * 65,
+    "x" * 300,
+    "",
+    "   ",
+    "\u00a0",
+    "\x9b31m",
+]
+HARMLESS = [
+    "north",
+    "St. Mary's, ward 3",
+    "a/b",
+    "../../etc",
+    "a[/nope]",
+    "[red]",
+    "NA",
+    "01",
+    "Zürich",
+    "東京",
+    "x" * 64,
+]
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_a_name_that_could_harm_is_refused_and_shown_safely(name: str) -> None:
+    fault = fault_of(name)
+    assert fault is not None
+    assert fault.isprintable()
+    assert len(fault) < 250
+    with pytest.raises(ConfigError, match="is no name of a site|no text may hold"):
+        parse({"fleet": {"sites": ["north", name]}} if name else {"fleet": {"sites": ["  "]}}, "test")
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_other_names_are_names(name: str) -> None:
+    assert fault_of(name) is None
+
+
+@pytest.mark.parametrize("name", [*HARMFUL, *(each for each in HARMLESS if each not in ("north", "NA", "01"))])
+def test_a_site_of_its_own_has_a_plain_name(name: str) -> None:
+    if name == "x" * 64:
+        name += "x"
+    with pytest.raises(ConfigError, match="is no name of a site"):
+        check_plain(name, "--name")
+
+
+def _data(path: Path, *names: str) -> dict[str, Any]:
+    lines = [
+        json.dumps({"client": name, "text": f"{number} of the notes of a site"})
+        for name in names
+        for number in range(20)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return {"source": str(path), "form": "text", "max_length": 32, "partition": {"by": "column", "column": "client"}}
+
+
+def test_a_run_over_sites_with_strange_names_is_shown_and_stored(run_config: dict[str, Any], tmp_path: Path) -> None:
+    names = ("a[/nope]", "../../out", "[red]ward[/red]", "x" * 64)
+    table = run_config | {"rounds": 1, "data": _data(tmp_path / "data.jsonl", *names)}
+    folder = tmp_path / "deep" / "run"
+    *_, last = execute(parse(table, "test"), folder)
+    assert sorted(last.values["heldout_by_site"]) == sorted(names)
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "deep"}
+    shown = CliRunner().invoke(app, ["show", str(folder)])
+    assert shown.exit_code == 0, shown.output
+    page = CliRunner().invoke(app, ["show", str(folder), "--html", str(tmp_path / "page.html")])
+    assert page.exit_code == 0, page.output
+    assert "[red]ward[/red]" in (tmp_path / "page.html").read_text()
+
+
+def test_a_harmful_name_among_the_records_is_refused_by_check(run_config: dict[str, Any], tmp_path: Path) -> None:
+    table = run_config | {"data": _data(tmp_path / "data.jsonl", "north", "\x1b]0;owned\x07")}
+    with pytest.raises(FluvialError, match=r"is no name of a site|holds a control character") as told:
+        list(execute(parse(table, "test"), tmp_path / "run"))
+    assert "\x1b" not in str(told.value)
+
+
+@pytest.mark.flower
+@pytest.mark.parametrize("name", ["../../x", "", "a[/nope]", "\x1b[2J", "x" * 300, "a b"])
+def test_site_init_refuses_a_name_in_one_line_and_writes_nothing(name: str, tmp_path: Path) -> None:
+    from fluvial.flower.site_operator import site_init
+
+    with pytest.raises(ConfigError, match="--name: .* is no name of a site"):
+        site_init(tmp_path / "site", name=name, server="127.0.0.1:8000", ca=None, insecure=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,579 @@
+"""A site as a process of its own: headers, what is pending, what it takes part in, what leaves it."""
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fluvial.federation.store
+import fluvial.site_process.fingerprints
+import fluvial.site_process.journal
+import fluvial.storage.files
+from fluvial.data import SiteTexts
+from fluvial.errors import CheckpointError, ConfigError, FluvialError, RefusalError, WireError
+from fluvial.federation.sites import adapter_message
+from fluvial.models.workbench import Workbench, initial_state
+from fluvial.runs.config import RunConfig, parse
+from fluvial.site_process.fingerprints import fingerprints
+from fluvial.site_process.journal import Header, Journal
+from fluvial.site_process.site_file import SiteFile, read_site_file
+from fluvial.site_process.station import HELLO, UNKNOWN, Station
+from fluvial.wire.payload import Limits, Payload
+
+SITE = "south"
+
+
+def header(**changes: Any) -> Header:
+    values: dict[str, Any] = {
+        "run": "a run",
+        "task": "train",
+        "round": 1,
+        "session": "first",
+        "seq": 1,
+        "ack": 0,
+        "base": -1,
+    }
+    return Header(**(values | changes))
+
+
+# -- header -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_header_survives_the_wire() -> None:
+    assert Header.read(header().values() | {"more": 1}) == header()
+
+
+@pytest.mark.parametrize("name", list(header().values()))
+@pytest.mark.parametrize("value", [None, True, 1.0, "", "x" * 201, b"x", [1], "missing", "other kind"])
+def test_a_header_that_is_wrong_is_refused(name: str, value: Any) -> None:
+    values = header().values()
+    if value == "missing":
+        del values[name]
+    else:
+        values[name] = (7 if isinstance(values[name], str) else "7") if value == "other kind" else value
+    with pytest.raises(WireError, match=f"header: {name}="):
+        Header.read(values)
+
+
+# -- journal ----------------------------------------------------------------------------------------------------------
+
+
+def kept(round: int) -> dict[str, Payload | Path]:
+    return {slot: Payload(values={"round": round}) for slot in ("one", "two")}
+
+
+def held(journal: Journal) -> tuple[Any, ...]:
+    return tuple(journal.store.read("site", slot).values.get("round") for slot in ("one", "two"))
+
+
+def play(folder: Path, *steps: tuple[Header, int]) -> Journal:
+    """Messages that were answered, each by a journal of its own: the state is on the disk or nowhere."""
+    for message, round in steps:
+        journal = Journal(folder, "site")
+        journal.settle(message)
+        journal.post(message, kept(round))
+    return Journal(folder, "site")
+
+
+def test_what_the_server_accepted_is_kept_and_the_rest_dropped(tmp_path: Path) -> None:
+    journal = play(tmp_path, (header(seq=3), 1))
+    assert held(journal) == (None, None)
+    journal = play(tmp_path, (header(round=2, seq=6, ack=3), 2))
+    assert held(journal) == (1, 1)
+    journal = play(tmp_path, (header(round=3, seq=9, ack=3), 3))  # the answer to 6 was not accepted
+    assert held(journal) == (1, 1)
+    journal.settle(header(round=4, seq=12, ack=9))
+    assert held(journal) == (3, 3)
+
+
+def test_a_message_that_comes_twice_keeps_once(tmp_path: Path) -> None:
+    play(tmp_path, (header(seq=3), 1), (header(seq=3), 1))
+    journal = Journal(tmp_path, "site")
+    for _ in range(2):
+        journal.settle(header(round=2, seq=6, ack=3))
+        assert held(journal) == (1, 1)
+
+
+def test_a_draft_is_moved_not_copied(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "site")
+    draft = journal.store.draft("site", "one", Payload(values={"round": 1}))
+    journal.settle(header())
+    journal.post(header(), {"one": draft})
+    assert not draft.exists()
+    journal.settle(header(seq=2, ack=1))
+    assert held(journal) == (1, None)
+
+
+def test_a_new_session_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    first = [(header(round=n, seq=n, ack=n - 1), n) for n in (1, 2, 3)]
+    journal = play(tmp_path, *first)
+    assert held(journal) == (2, 2)
+    journal.settle(header(session="second", round=2, seq=2, ack=1, base=1))
+    assert held(journal) == (1, 1)
+
+
+def test_a_new_session_keeps_what_its_checkpoint_accepted(tmp_path: Path) -> None:
+    """The server had saved round 2 and was killed before the site could hear that its answer counted."""
+    journal = play(tmp_path, (header(round=1, seq=1), 1), (header(round=2, seq=2, ack=1), 2))
+    assert held(journal) == (1, 1)
+    journal.settle(header(session="second", round=3, seq=3, ack=2, base=2))
+    assert held(journal) == (2, 2)
+
+
+def test_a_run_that_starts_anew_finds_nothing(tmp_path: Path) -> None:
+    journal = play(tmp_path, *[(header(round=n, seq=n, ack=n - 1), n) for n in (1, 2)])
+    journal.settle(header(session="second", round=0, seq=2, base=-1))
+    assert held(journal) == (None, None)
+
+
+def test_a_journal_that_is_damaged_says_so(tmp_path: Path) -> None:
+    play(tmp_path, (header(), 1))
+    (tmp_path / "site.pending" / "journal.json").write_text('{"session": "fi')
+    with pytest.raises(CheckpointError, match=r"journal\.json is damaged.*remove .*site\.pending"):
+        Journal(tmp_path, "site").settle(header(seq=2, ack=1))
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable[[], int]]]:
+    """Kill at the n-th file operation, before or in the middle of it; tells how many there were."""
+    write, replace, unlink = fluvial.storage.files.write_atomically, Path.replace, Path.unlink
+
+    def arm(at: int) -> Callable[[], int]:
+        count = 0
+
+        def step() -> None:
+            nonlocal count
+            count += 1
+            if count == at:
+                raise Killed
+
+        def writes(path: Path, data: bytes) -> None:
+            step()
+            (path.parent / f".{path.name}.partial").write_bytes(data[: len(data) // 2])
+            step()
+            write(path, data)
+
+        def replaces(self: Path, target: Path) -> Path:
+            step()
+            return replace(self, target)
+
+        def unlinks(self: Path, missing_ok: bool = False) -> None:
+            step()
+            unlink(self, missing_ok)
+
+        for module in (fluvial.federation.store, fluvial.site_process.journal):
+            monkeypatch.setattr(module, "write_atomically", writes)
+        monkeypatch.setattr(Path, "replace", replaces)
+        monkeypatch.setattr(Path, "unlink", unlinks)
+        return lambda: count
+
+    yield arm
+    monkeypatch.undo()
+
+
+def test_a_kill_at_any_file_operation_loses_nothing(
+    tmp_path: Path, killer: Callable[[int], Callable[[], int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever the site dies while it answers round 3, it holds round 2 when it is asked again, and goes on."""
+    before = tmp_path / "before"
+    play(before, (header(round=1, seq=1), 1), (header(round=2, seq=2, ack=1), 2))
+    message, tries = header(round=3, seq=3, ack=2), 0
+    while True:
+        tries += 1
+        folder = tmp_path / str(tries)
+        shutil.copytree(before, folder)
+        count = killer(tries)
+        try:
+            play(folder, (message, 3))
+        except Killed:
+            monkeypatch.undo()
+        else:
+            monkeypatch.undo()
+            assert count() < tries
+            break
+        again = header(round=3, seq=4, ack=2)
+        journal = Journal(folder, "site")
+        journal.settle(again)
+        assert held(journal) == (2, 2), tries
+        journal.post(again, kept(3))
+        journal.settle(header(round=4, seq=5, ack=4))
+        assert held(journal) == (3, 3), tries
+        journal.settle(header(session="second", round=3, seq=3, ack=2, base=2))
+        assert held(journal) == (2, 2), tries
+    assert tries > 10
+
+
+# -- the site's file --------------------------------------------------------------------------------------------------
+
+
+def test_a_site_file_is_read_with_its_own_places(tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text('name = "north"\nfolder = "state"\nca = "ca.crt"\nkey = "/keys/north.key"\n')
+    found = read_site_file(tmp_path / "site.toml")
+    assert (found.folder, found.ca, found.key) == (tmp_path / "state", tmp_path / "ca.crt", Path("/keys/north.key"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('name = "a"\nmodels = "x"', r"site\.toml: models: unknown key; did you mean 'model'"),
+        ('name = "a"\n[allow]\nmethod = ["fedavg"]', r"allow\.method: unknown key; did you mean 'methods'"),
+        (
+            'name = "a"\n[allow]\nmax_bytes_up_per_round = 0',
+            r"allow\.max_bytes_up_per_round = 0: must be an integer from 1",
+        ),
+        ('name = "a"\n[data]\nform = "text"', r"data\.source: missing"),
+        ('name = "../a"', "name = .*: must match"),
+        ('name = ""', 'name = "": the string is empty'),
+        ('name = ".hidden"', "name = .*: must match"),
+        (f'name = "{"a" * 65}"', 'name = "a+": must have at most 64'),
+        ("folder = 'x'", "name: missing"),
+        ("name = ", r"site\.toml: not valid TOML"),
+    ],
+)
+def test_a_site_file_that_is_wrong_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_site_file(tmp_path / "site.toml")
+
+
+def test_a_missing_site_file_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no site file .*`fluvial site init` makes one"):
+        read_site_file(tmp_path / "site.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"binary\.toml: is not UTF-8 at byte 0"):
+        read_site_file(tmp_path / "binary.toml")
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(run_config: dict[str, Any]) -> dict[str, Any]:
+    """Four rounds of FedAvg whose sites keep a residual."""
+    codec = {"name": "top_k", "rate": 8, "error_feedback": True}
+    return run_config | {"rounds": 4, "codec": codec}
+
+
+@pytest.fixture
+def config(table: dict[str, Any]) -> RunConfig:
+    return parse(table, "test")
+
+
+@pytest.fixture
+def bench(config: RunConfig) -> Workbench:
+    return Workbench(config.model, config.adapter)
+
+
+def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
+    settings["allow"] = {"run_paths": ["*"], **settings.get("allow", {})}
+    return SiteFile.model_validate({"name": SITE, "folder": tmp_path / "site", "device": "cpu", **settings})
+
+
+def hello(station: Station, table: dict[str, Any], **changes: Any) -> Payload:
+    wire = Payload(values={"config": table}).to_bytes()
+    return Payload.from_bytes(station.answer(header(task=HELLO, round=0, **changes), wire).data)
+
+
+def training(bench: Workbench, round: int = 1) -> bytes:
+    """What the server of FedAvg sends."""
+    adapter = initial_state(bench.layout, 1)
+    return adapter_message(adapter, round=round).to_bytes()
+
+
+def answers(open_station: Callable[[], Station], table: dict[str, Any], bench: Workbench) -> list[bytes]:
+    hello(open_station(), table)
+    return [open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data for n in range(1, 4)]
+
+
+def test_cold_and_warm_answers_are_the_same(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    """A new process for every message, or one for all: what a site keeps is on its disk."""
+    warm = Station(site_file(tmp_path / "warm"))
+    found = answers(lambda: warm, table, bench)
+    assert found == answers(lambda: Station(site_file(tmp_path / "cold")), table, bench)
+    assert len(set(found)) == 3
+    prepared = Station(site_file(tmp_path / "warm"))
+    prepared.prepare()
+    last = header(round=4, seq=4, ack=3)
+    cold = Station(site_file(tmp_path / "cold"))
+    assert prepared.answer(last, training(bench, 4)) == cold.answer(last, training(bench, 4))
+
+
+def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+    first = station.answer(header(seq=1), training(bench))
+    assert station.answer(header(seq=2), training(bench)) == first
+    second = station.answer(header(round=2, seq=3, ack=2), training(bench, 2))
+    station.answer(header(round=3, seq=4, ack=3), training(bench, 3))
+    assert station.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2)) == second
+
+
+def test_a_run_that_was_not_met_is_unknown(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
+    assert [(line["task"], line["values"]) for line in log_of(tmp_path)] == [("train", ["unknown"])]
+    hello(station, table)
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) != UNKNOWN
+    assert Payload.from_bytes(station.answer(header(run="another"), training(bench)).data) == UNKNOWN
+
+
+def test_a_task_that_there_is_not_is_refused(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+    with pytest.raises(WireError, match="unknown task 'os.system'"):
+        station.answer(header(task="os.system"), training(bench))
+
+
+def test_garbled_messages_are_refused_and_nothing_worse(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
+    """Bytes of a message, changed anywhere: a reason, or an answer where only a number changed."""
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+    wires = {HELLO: Payload(values={"config": table}).to_bytes(), "train": training(bench)}
+    chance, refused = random.Random(3), 0
+    for number in range(400):
+        task = HELLO if number % 2 else "train"
+        data = bytearray(wires[task])
+        place = chance.randrange(200 if task == HELLO or chance.random() < 0.8 else len(data))
+        if number % 3:
+            data[place] ^= 1 << chance.randrange(8)
+        else:
+            data = data[:place]
+        try:
+            station.answer(header(task=task, run=f"{number}" if task == HELLO else "a run"), bytes(data))
+        except FluvialError:
+            refused += 1
+    assert refused > 200
+    with pytest.raises(WireError, match="exceeds the limit"):
+        Station(site_file(tmp_path), limits=Limits(max_bytes=100)).answer(header(), training(bench))
+
+
+# -- what a site takes part in ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allow", "said"),
+    [
+        ({"methods": ["cgfedllm", "fedcybgd"]}, "takes no part in runs with this method.name$"),
+        ({"models": ["meta/llama"]}, "takes no part in runs with this model.name_or_path$"),
+        ({"tensors": ["*.q_proj.*"]}, r"does not let '.*k_proj.*' leave \(nor 11 more\)$"),
+    ],
+)
+def test_a_site_takes_no_part_in_what_its_file_does_not_name(
+    allow: dict[str, Any], said: str, table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
+    station = Station(site_file(tmp_path, allow=allow))
+    with pytest.raises(ConfigError, match=f"site 'south' {said}"):
+        hello(station, table)
+    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
+
+
+def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_path: Path) -> None:
+    allow = {"methods": ["fedavg"], "models": [table["model"]["name_or_path"]], "tensors": ["*.lora_[AB].*"]}
+    assert hello(Station(site_file(tmp_path, allow=allow)), table).values["site"] == SITE
+
+
+def test_no_more_leaves_in_a_round_than_the_file_says(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    free = Station(site_file(tmp_path / "free"))
+    hello(free, table)
+    size = len(free.answer(header(), training(bench)).data)
+    station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
+    hello(station, table)
+    station.answer(header(), training(bench))
+    with pytest.raises(ConfigError, match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it"):
+        station.answer(header(seq=2), training(bench))
+    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
+    station.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
+
+
+def test_the_limit_holds_after_a_line_that_was_cut_off(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
+    hello(station, table)
+    station.answer(header(), training(bench))
+    log = tmp_path / "site" / "outgoing.jsonl"
+    with log.open("a") as file:
+        file.write('{"run": "a run", "ro')  # killed, or the disk was full
+    station.answer(header(seq=2), training(bench))
+    lines = log.read_text().splitlines()
+    assert len(lines) == 4  # the greeting, an answer, half a line, an answer
+    assert json.loads(lines[3])["bytes"] > 0
+
+
+# -- what leaves ------------------------------------------------------------------------------------------------------
+
+
+def log_of(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "site" / "outgoing.jsonl").read_text().splitlines()]
+
+
+def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+    first = station.answer(header(seq=1), training(bench)).data
+    before = (tmp_path / "site" / "outgoing.jsonl").read_bytes()
+    second = station.answer(header(round=2, seq=2, ack=1), training(bench, 2)).data
+    assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
+    greeting, *lines = log_of(tmp_path)
+    assert (greeting["task"], greeting["values"]) == ("hello", ["known", "prints", "site"])
+    for line, answer, round in zip(lines, (first, second), (1, 2), strict=True):
+        sent = Payload.from_bytes(answer)
+        assert line["bytes"] == len(answer)
+        assert line["sha256"] == hashlib.sha256(answer).hexdigest()
+        assert line["tensors"] == {name: list(tensor.shape) for name, tensor in sent.tensors.items()}
+        assert line["values"] == sorted(sent.values)
+        assert (line["run"], line["round"], line["task"]) == ("a run", round, "train")
+        assert (line["method"], line["codec"]) == ("fedavg", "top_k")
+        assert line["time"].endswith("Z")
+
+
+def test_it_is_logged_before_it_leaves(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(Journal, "post", killed)
+    with pytest.raises(Killed):
+        station.answer(header(), training(bench))
+    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
+
+
+def test_a_refusal_is_logged_and_quotes_no_error_that_was_not_made_for_it(tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+
+    def told(error: Exception, header: Header | None = None) -> str:
+        with pytest.raises(type(error)) as raised:
+            raise error
+        return station.refusal(header, raised.value)
+
+    text = told(KeyError("patient 17"), header())
+    assert text.startswith("KeyError at ")
+    assert "patient" not in text
+    assert "column 17" not in told(ConfigError("no such column 17"))
+    assert told(RefusalError("not this method")) == "RefusalError: not this method"
+    assert "No space left on device" in told(OSError(28, "No space left on device", "/secret"))
+    logged = log_of(tmp_path)
+    assert logged[0]["error"] == text
+    assert [line["bytes"] for line in logged[::2][:2]] == [len(text), len("RefusalError: not this method")]
+    assert "/secret" not in logged[3]["error"]
+    own = (tmp_path / "site" / "errors.log").read_text()
+    for whole in ("patient 17", "no such column 17", "/secret"):
+        assert whole in own
+    for line in logged[:2]:
+        assert line["error"].partition("reference ")[2][:8] in own
+
+
+def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "records.jsonl").write_text("")
+    path = tmp_path / "site.toml"
+    path.write_text('name = "a"\nmodel = "base"\n[data]\nsource = "records.jsonl"\nheldout_source = "hub/id"\n')
+    found = read_site_file(path)
+    assert found.data is not None
+    here = tmp_path.resolve()
+    assert (found.model, found.data.source) == (str(here / "base"), str(here / "records.jsonl"))
+    assert found.data.heldout_source == "hub/id"
+
+
+# -- what must be equal -----------------------------------------------------------------------------------------------
+
+
+def test_equal_ends_have_equal_prints(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    found = hello(Station(site_file(tmp_path)), table)
+    assert found.values["prints"] == fingerprints(bench)
+
+
+def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
+    shutil.copytree(table["model"]["name_or_path"], tmp_path / "copy")
+    found = hello(Station(site_file(tmp_path, model=str(tmp_path / "copy"))), table)
+    assert found.values["prints"] == fingerprints(bench)
+
+
+@pytest.mark.parametrize("what", ["base", "tokenizer", "template", "layout", "fluvial", "transformers"])
+def test_what_differs_has_another_print(
+    what: str, config: RunConfig, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = fingerprints(bench)
+    folder = tmp_path / "other"
+    shutil.copytree(str(config.model.name_or_path), folder)
+    adapter = config.adapter
+    if what == "base":
+        path = folder / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(bytes(data))
+    elif what == "layout":
+        assert adapter is not None
+        adapter = adapter.model_copy(update={"r": 8})
+    elif what == "fluvial":
+        monkeypatch.setattr(fluvial.site_process.fingerprints, "__version__", "0.0.1")
+    elif what == "transformers":
+        monkeypatch.setattr(
+            fluvial.site_process.fingerprints, "version", lambda name: "9" if name == what else ours[name]
+        )
+    other = Workbench(config.model.model_copy(update={"name_or_path": str(folder)}), adapter)
+    if what == "tokenizer":
+        other.tokenizer.add_tokens(["river"])
+    elif what == "template":
+        other.tokenizer.chat_template += "\n"
+    theirs = fingerprints(other)
+    assert {name for name in ours if ours[name] != theirs[name]} == {what}
+
+
+# -- the site's own data ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
+    table: dict[str, Any], config: RunConfig, bench: Workbench, three_sites: Path, tmp_path: Path
+) -> None:
+    """Three sites that each have only their own records are the run over one file that was split by column."""
+    records = [json.loads(line) for line in three_sites.read_text().splitlines()]
+    common = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    for name in common.names:
+        own = tmp_path / f"{name}.jsonl"
+        mine = [record for record in records if record["client"] == name]
+        own.write_text("".join(json.dumps({"text": record["text"]}) + "\n" for record in mine))
+        data = config.data.model_copy(update={"source": str(own)})
+        alone = SiteTexts(data, bench.tokenizer, seed=config.seed, owner=name)
+        assert alone.names == (name,)
+        assert alone.load(name) == common.load(name)
+        stations = [
+            Station(site_file(tmp_path / kind / name, name=name, **given))
+            for kind, given in (("own", {"data": {"source": str(own)}}), ("common", {}))
+        ]
+        for station in stations:
+            hello(station, table)
+        first, second = (station.answer(header(), training(bench)) for station in stations)
+        assert first == second
+
+
+def test_a_site_that_has_no_records_says_so_at_the_start(table: dict[str, Any], tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path, data={"source": str(tmp_path / "none.jsonl")}))
+    with pytest.raises(ConfigError, match=r"none\.jsonl"):
+        hello(station, table)
+
+
+def test_threads_are_those_of_the_run(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+    station = Station(site_file(tmp_path))
+    hello(station, table)
+    torch.set_num_threads(2)
+    station.answer(header(), training(bench))
+    assert torch.get_num_threads() == 1
