@@ -1,1 +1,2 @@
-"""What this package costs and what its codecs carry, measured: `python -m benchmarks.NAME [--quick] [--out FILE]`."""
+"""What this package costs and what its codecs carry, measured: `python -m benchmarks.NAME [--quick]
+[--out FILE]`."""

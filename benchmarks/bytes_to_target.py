@@ -1,14 +1,16 @@
-"""Bytes that a site sends and receives until the model is as good as uncompressed training makes it.
+"""Bytes that a site sends and receives until the model is as good as uncompressed training makes
+it.
 
     python -m benchmarks.bytes_to_target [--quick] [--part free] [--cell NAME ...] [--contender TEXT ...]
         [--minutes M] [--cache FILE.jsonl] [--again TEXT ...] [--processes N] [--out FILE.json]
 
-Every contender trains the same sites with the same steps and batches. Its local learning rate is the best of one grid
-on seed 0, by the loss of the last round, and so is that of the uncompressed run; then all seeds run at it. The target
-is the loss of the uncompressed run, same cell and seed, after two thirds of the rounds. Bytes are those of the
-serialised messages of one site, envelopes included: up, down, set-up (what is installed at sites, what they send for
-the codec's fit) and "amortised", all of them. What did not reach the target in every seed is credited with all its
-bytes where it is compared, which favours it. Part "free" lets the local steps of a round vary too.
+Every contender trains the same sites with the same steps and batches. Its local learning rate is
+the best of one grid on seed 0, by the loss of the last round, and so is that of the uncompressed
+run; then all seeds run at it. The target is the loss of the uncompressed run, same cell and seed,
+after two thirds of the rounds. Bytes are those of the serialised messages of one site, envelopes
+included: up, down, set-up (what is installed at sites, what they send for the codec's fit) and
+"amortised", all of them. What did not reach the target in every seed is credited with all its bytes
+where it is compared, which favours it. Part "free" lets the local steps of a round vary too.
 """
 
 import argparse
@@ -45,8 +47,26 @@ from benchmarks.codecs_bed import (
 )
 from benchmarks.report import Claim, Report, Row, show
 
-FULL = Bed(rounds=12, steps=6, batch=2, tgap_rounds=10, heldout=8, seeds=3, learning_rates=(2e-3, 4e-3, 8e-3), target=8)
-QUICK = Bed(rounds=3, steps=2, batch=2, tgap_rounds=3, heldout=2, seeds=2, learning_rates=(5e-3, 1e-2), target=2)
+FULL = Bed(
+    rounds=12,
+    steps=6,
+    batch=2,
+    tgap_rounds=10,
+    heldout=8,
+    seeds=3,
+    learning_rates=(2e-3, 4e-3, 8e-3),
+    target=8,
+)
+QUICK = Bed(
+    rounds=3,
+    steps=2,
+    batch=2,
+    tgap_rounds=3,
+    heldout=2,
+    seeds=2,
+    learning_rates=(5e-3, 1e-2),
+    target=2,
+)
 QUICK_NAMES = (
     REFERENCE,
     "top_k 1/64 + EF",
@@ -62,11 +82,23 @@ FREE = ("trellis 1/64 + EF", "klt 1/64 + EF", "hadamard 1/64 + EF", "eden 1/64")
 
 
 def jobs(
-    cells: Sequence[str], contenders: Sequence[Contender], bed: Bed, options: argparse.Namespace, deadline: float
+    cells: Sequence[str],
+    contenders: Sequence[Contender],
+    bed: Bed,
+    options: argparse.Namespace,
+    deadline: float,
 ) -> list[Job]:
-    """Tier by tier and in it cell by cell, so that what matters most is done when the time is over."""
+    """Tier by tier and in it cell by cell, so that what matters most is done when the time is
+    over."""
     found = [
-        Job(cell, contender, bed, options.cache, deadline, any(text in contender.name for text in options.again))
+        Job(
+            cell,
+            contender,
+            bed,
+            options.cache,
+            deadline,
+            any(text in contender.name for text in options.again),
+        )
         for cell in cells
         for contender in contenders
     ]
@@ -74,18 +106,24 @@ def jobs(
 
 
 def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
-    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the report."""
-    console, since = Console(), time.perf_counter()
+    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
+    report."""
+    console = Console()
+    since = time.perf_counter()
     futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
     found: dict[int, Found] = {}
+
     for done in as_completed(futures):
         number = futures[done]
         job = waiting[number]
         try:
             each = done.result()
         except Exception as error:  # a fault of one contender must not cost the hours of all others
-            report.skip(f"{job.cell}, {job.contender.name}: {type(error).__name__}: {str(error)[:300]}")
+            report.skip(
+                f"{job.cell}, {job.contender.name}: {type(error).__name__}: {str(error)[:300]}"
+            )
             each = Found(job.cell, job.contender, {}, [], complete=True)
+
         found[number] = each
         rows = [*each.tuning.values(), *each.runs]
         state = "" if each.complete else ", time is over"
@@ -96,6 +134,7 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
             markup=False,
             soft_wrap=True,
         )
+
     results = [found[number] for number in sorted(found)]
     for each in results:
         if not each.complete:
@@ -103,10 +142,19 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
                 f"{each.cell}, {each.contender.name}: time was over after {len(each.tuning)} learning rates and "
                 f"{len(each.runs)} seeds"
             )
+
     old = {row["key"] for each in results for row in (*each.tuning.values(), *each.runs)}
-    old -= {row["key"] for each in results for row in (*each.tuning.values(), *each.runs) if row["source"] == SOURCE}
+    old -= {
+        row["key"]
+        for each in results
+        for row in (*each.tuning.values(), *each.runs)
+        if row["source"] == SOURCE
+    }
     if old:
-        report.skip(f"{len(old)} runs are from the cache and of another state of the package; see --again")
+        report.skip(
+            f"{len(old)} runs are from the cache and of another state of the package; see --again"
+        )
+
     return results
 
 
@@ -140,16 +188,25 @@ def _row(each: Found, references: Sequence[Row], bed: Bed) -> Row:
         if "stopped" not in run and "stopped" not in reference
     ]
     row["seeds"] = len(pairs)
+
     if not pairs:
         return row
+
     excess = [run["loss"][-1] - reference["loss"][-1] for run, reference in pairs]
-    reached = [first_round(run["loss"], reference["loss"][bed.target - 1]) for run, reference in pairs]
-    spent = [bytes_until(run, found or bed.rounds) for (run, _), found in zip(pairs, reached, strict=True)]
+    reached = [
+        first_round(run["loss"], reference["loss"][bed.target - 1]) for run, reference in pairs
+    ]
+    spent = [
+        bytes_until(run, found or bed.rounds)
+        for (run, _), found in zip(pairs, reached, strict=True)
+    ]
     row |= {
         "loss": mean(run["loss"][-1] for run, _ in pairs),
         "excess": mean(excess),
         "excess_half": half_width(excess),
-        "excess_relative": mean(run["loss"][-1] / reference["loss"][-1] - 1 for run, reference in pairs),
+        "excess_relative": mean(
+            run["loss"][-1] / reference["loss"][-1] - 1 for run, reference in pairs
+        ),
         "losses": [run["loss"][-1] for run, _ in pairs],
         "reached": sum(found is not None for found in reached),
         "rounds": mean(found or bed.rounds for found in reached),
@@ -159,6 +216,7 @@ def _row(each: Found, references: Sequence[Row], bed: Bed) -> Row:
         "cpu_s": mean(run["cpu_s"] for run, _ in pairs),
         "choice": pairs[0][0].get("choice"),
     }
+
     return row
 
 
@@ -173,9 +231,12 @@ def _fewest(rows: Sequence[Row], key: str) -> float | None:
 
 
 def _least(rows: Sequence[Row], key: str) -> float | None:
-    """The fewest bytes with which an opponent reached the target; if none did, the fewest spent, a lower bound."""
+    """The fewest bytes with which an opponent reached the target; if none did, the fewest spent, a
+    lower bound."""
     done = _fewest(rows, key)
-    return done if done is not None else min((row[key] for row in rows if row["seeds"]), default=None)
+    return (
+        done if done is not None else min((row[key] for row in rows if row["seeds"]), default=None)
+    )
 
 
 def _is(key: str, *values: str) -> Callable[[Row], bool]:
@@ -185,17 +246,21 @@ def _is(key: str, *values: str) -> Callable[[Row], bool]:
 def _ratios(
     rows: Sequence[Row], ours: Callable[[Row], bool], theirs: Callable[[Row], bool], key: str
 ) -> dict[str, float | None]:
-    """By cell: the fewest bytes of ours over theirs; None where no choice of ours reached the target.
+    """By cell: the fewest bytes of ours over theirs; None where no choice of ours reached the
+    target.
 
     Cells where one side was not run are left out.
     """
     found: dict[str, float | None] = {}
     for cell in dict.fromkeys(row["cell"] for row in rows):
         here = [row for row in rows if row["cell"] == cell]
-        choices, other = [row for row in here if ours(row) and row["seeds"]], _least(list(filter(theirs, here)), key)
+        choices = [row for row in here if ours(row) and row["seeds"]]
+        other = _least(list(filter(theirs, here)), key)
+
         if choices and other is not None:
             best = _fewest(choices, key)
             found[cell] = None if best is None else best / other
+
     return found
 
 
@@ -208,19 +273,24 @@ def _worst(values: Sequence[float | None]) -> float | None:
 def claims(rows: Sequence[Row]) -> list[Claim]:
     """The four kinds of claims, each over the cells that were run.
 
-    Claim 1 sets the best that can be configured here, whoever invented the codec, against schemes as published; claim 4
-    sets what is new here, trellis, klt and auto, against the best that can be assembled from the rest.
+    Claim 1 sets the best that can be configured here, whoever invented the codec, against schemes
+    as published; claim 4 sets what is new here, trellis, klt and auto, against the best that can be
+    assembled from the rest.
     """
     found = []
     for name in dict.fromkeys(row["contender"] for row in rows if row["role"] == "published"):
-        ratios = _ratios(rows, _is("role", "ours", "assembled"), _is("contender", name), "bytes_all")
+        ratios = _ratios(
+            rows, _is("role", "ours", "assembled"), _is("contender", name), "bytes_all"
+        )
         worst = _worst(list(ratios.values()))
         title = f"1: the best choice's amortised bytes over those of {name}, worst of {len(ratios)} cells"
         found.append(Claim(title, worst, 0.25, "at most"))
+
     losing, compared = _auto(rows)
     if compared:
         name = f"2: cells of {len(compared)} in which auto ends worse than the best at its rate, beyond the interval"
         found.append(Claim(name, float(len(losing)), 0, "at most"))
+
     found += _losses(rows)
     for key, what in (("bytes_up", "up"), ("bytes_all", "amortised")):
         ratios = _ratios(rows, _is("role", "ours"), _is("role", "assembled"), key)
@@ -228,25 +298,35 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
             share = mean(ratio is not None and ratio <= 0.6 for ratio in ratios.values())
             name = f"4: share of {len(ratios)} cells where our bytes {what} are 0.6 of the best assembled opponent's"
             found.append(Claim(name, share, 0.5, "at least"))
+
     return found
 
 
 def _auto(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Cells in which auto loses, and all in which it was compared: mean difference against its paired interval."""
-    losing, compared = [], []
+    """Cells in which auto loses, and all in which it was compared: mean difference against its
+    paired interval."""
+    losing = []
+    compared = []
+
     for row in rows:
         if row["contender"] != "auto" or not row["seeds"]:
             continue
+
         others = [
             other
             for other in rows
-            if other["seeds"] == row["seeds"] and all(other[key] == row[key] for key in ("cell", "rate", "both_ways"))
+            if other["seeds"] == row["seeds"]
+            and all(other[key] == row[key] for key in ("cell", "rate", "both_ways"))
         ]
         best = min(others, key=lambda other: other["loss"])
-        differences = [own - other for own, other in zip(row["losses"], best["losses"], strict=True)]
+        differences = [
+            own - other for own, other in zip(row["losses"], best["losses"], strict=True)
+        ]
         compared.append(row["cell"])
+
         if mean(differences) > (half_width(differences) or 0.0):
             losing.append(row["cell"])
+
     return losing, compared
 
 
@@ -259,15 +339,22 @@ def _losses(rows: Sequence[Row]) -> list[Claim]:
             continue
         if rate <= 32:
             beyond = [
-                row["excess"] - row["excess_half"] if row["seeds"] and row["excess_half"] is not None else None
+                row["excess"] - row["excess_half"]
+                if row["seeds"] and row["excess_half"] is not None
+                else None
                 for row in ours
             ]
             name = f"3: {codec} 1/{rate}: loss over uncompressed less its interval, nats, worst of {len(ours)} cells"
             found.append(Claim(name, _worst(beyond), 0.0, "at most"))
         else:
-            name = f"3: {codec} 1/{rate}: loss over uncompressed, less 1, worst of {len(ours)} cells"
+            name = (
+                f"3: {codec} 1/{rate}: loss over uncompressed, less 1, worst of {len(ours)} cells"
+            )
             bar = 0.005 if rate == 64 else 0.015
-            found.append(Claim(name, _worst([row.get("excess_relative") for row in ours]), bar, "at most"))
+            found.append(
+                Claim(name, _worst([row.get("excess_relative") for row in ours]), bar, "at most")
+            )
+
     return found
 
 
@@ -292,35 +379,64 @@ COLUMNS = {
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="standard library, few contenders and rounds: whether it works"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cell", action="append", choices=CELLS, help="default: all that are present, in this order")
-    parser.add_argument("--contender", action="append", default=[], help="only those with this text in their name")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to; may be shared")
     parser.add_argument(
-        "--again", action="append", default=[], help="contenders whose runs of older code are not to be taken"
+        "--quick",
+        action="store_true",
+        help="standard library, few contenders and rounds: whether it works",
+    )
+    parser.add_argument(
+        "--cell",
+        action="append",
+        choices=CELLS,
+        help="default: all that are present, in this order",
+    )
+    parser.add_argument(
+        "--contender", action="append", default=[], help="only those with this text in their name"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no run after this time"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="JSON lines: runs to take, and to add to; may be shared"
+    )
+    parser.add_argument(
+        "--again",
+        action="append",
+        default=[],
+        help="contenders whose runs of older code are not to be taken",
     )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--part", choices=["main", "free"], default="main")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    load, deadline = os.getloadavg(), time.time() + 60 * options.minutes
+    load = os.getloadavg()
+    deadline = time.time() + 60 * options.minutes
     bed = QUICK if options.quick else FULL
     wanted = options.cell or (["stdlib"] if options.quick else list(CELLS))
-    report = Report("bytes_to_target", {"quick": options.quick, "part": options.part, "cells": wanted, **settings(bed)})
+    report = Report(
+        "bytes_to_target",
+        {"quick": options.quick, "part": options.part, "cells": wanted, **settings(bed)},
+    )
+
     for cell in wanted:
         if not CORPORA[cell].present:
             report.skip(f"{cell}: this checkout has no ../shared beside it")
+
     cells = [cell for cell in wanted if CORPORA[cell].present]
-    named = [each for each in CONTENDERS if each.name in QUICK_NAMES] if options.quick else CONTENDERS
+    named = (
+        [each for each in CONTENDERS if each.name in QUICK_NAMES] if options.quick else CONTENDERS
+    )
     contenders = [
         each
         for each in possible(named, report.skip, bed)
-        if each.role == "reference" or not options.contender or any(text in each.name for text in options.contender)
+        if each.role == "reference"
+        or not options.contender
+        or any(text in each.name for text in options.contender)
     ]
+
     with workers(options.processes) as pool:
         if options.part == "free":
             free(pool, cells, contenders, bed, options, deadline, report)
@@ -328,6 +444,7 @@ def main() -> None:
             found = run_all(pool, jobs(cells, contenders, bed, options, deadline), report)
             report.rows = table(found, bed)
             report.claims = claims(report.rows)
+
     for cell in cells:
         _print(cell, report.rows, bed)
     report.finish(options.out, load)
@@ -337,8 +454,15 @@ def _print(cell: str, rows: Sequence[Row], bed: Bed) -> None:
     shown: list[Row] = []
     for row in rows:
         if row["cell"] == cell:
-            why = "refused or stopped" if row["stopped"] else "lr at the grid's edge" if row["edge"] else ""
+            why = (
+                "refused or stopped"
+                if row["stopped"]
+                else "lr at the grid's edge"
+                if row["edge"]
+                else ""
+            )
             shown.append({**row, "why": why})
+
     show(
         f"{cell}: loss after {bed.rounds} rounds and excess over uncompressed, nats; rounds and bytes of one site to "
         f"the uncompressed loss of round {bed.target} (all its bytes where not every seed reached it)",
@@ -356,7 +480,8 @@ def free(
     deadline: float,
     report: Report,
 ) -> None:
-    """The same with one, two and four times the local steps; the target stays that of the uncompressed run at one."""
+    """The same with one, two and four times the local steps; the target stays that of the
+    uncompressed run at one."""
     chosen = [each for each in contenders if each.role == "reference" or each.name in FREE]
     waiting = [
         replace(job, bed=replace(bed, steps=times * bed.steps))
@@ -369,18 +494,26 @@ def free(
         for job, each in zip(waiting, found, strict=True)
         if job.contender.name == REFERENCE and job.bed == bed
     }
+
     for job, each in zip(waiting, found, strict=True):
         if each.tuning and references[job.cell]:
             row = _row(each, references[job.cell], bed)
             steps = job.bed.steps
-            report.rows.append({**row, "steps": steps, "contender": f"{row['contender']}, {steps} steps"})
+            report.rows.append(
+                {**row, "steps": steps, "contender": f"{row['contender']}, {steps} steps"}
+            )
+
     best: dict[tuple[str, str], Any] = {}
     for row in report.rows:
         if _reached(row):
             key = (row["cell"], row["contender"].rsplit(", ", 1)[0])
             best[key] = min(best.get(key, row), row, key=lambda each: each["bytes_up"])
+
     for cell in dict.fromkeys(cell for cell, _ in best):
-        ours, theirs = ([best[cell, name] for name in names if (cell, name) in best] for names in (FREE[:2], FREE[2:]))
+        ours, theirs = (
+            [best[cell, name] for name in names if (cell, name) in best]
+            for names in (FREE[:2], FREE[2:])
+        )
         if ours and theirs:
             ratio = min(row["bytes_up"] for row in ours) / min(row["bytes_up"] for row in theirs)
             name = f"free: {cell}: bytes up of the best of {', '.join(FREE[:2])} over the best of {', '.join(FREE[2:])}"

@@ -2,9 +2,10 @@
 
     python -m benchmarks.cgfedllm [--quick] [--part NAME ...] [--corpus NAME ...] [--iterations N] [--out FILE.json]
 
-Without `--part`: gate and loss. The paper's autoencoder is `resnet`, on the canvas "grouped" because keys and values
-are narrower in some of the models; how long it was trained stands in its name. Byte ratios are to 32-bit values:
-of a round's uplink, and amortised over uplink, downlink and set-up.
+Without `--part`: gate and loss. The paper's autoencoder is `resnet`, on the canvas "grouped"
+because keys and values are narrower in some of the models; how long it was trained stands in its
+name. Byte ratios are to 32-bit values: of a round's uplink, and amortised over uplink, downlink and
+set-up.
 """
 
 import argparse
@@ -77,14 +78,23 @@ def resnet(iterations: int, **settings: Any) -> Table:
 
 
 def gate_part(pool: Executor, corpora: Sequence[str], size: Size) -> tuple[list[Row], list[Claim]]:
-    """Every codec on every corpus, fitted to and measured on what its sites send (TGAP source "sites")."""
+    """Every codec on every corpus, fitted to and measured on what its sites send (TGAP source
+    "sites")."""
     simple = [*AT_64, *OTHERS, resnet(size.iterations)]
     waiting = [pool.submit(gate_rows, corpus, size, simple) for corpus in corpora]
+
     if size.iterations > QUICK.iterations:
-        waiting += [pool.submit(gate_rows, corpus, size, [resnet(LOSS_ITERATIONS)]) for corpus in corpora]
-    rows = sorted((row for each in waiting for row in each.result()), key=lambda row: corpora.index(row["corpus"]))
+        waiting += [
+            pool.submit(gate_rows, corpus, size, [resnet(LOSS_ITERATIONS)]) for corpus in corpora
+        ]
+
+    rows = sorted(
+        (row for each in waiting for row in each.result()),
+        key=lambda row: corpora.index(row["corpus"]),
+    )
     columns = {"corpus": "corpus", "codec": "codec", **GATE_COLUMNS}
     show("Gate, on held-out rounds (1 is the error of sending nothing)", columns, rows)
+
     return [{"part": "gate", **row} for row in rows], gate_claims(rows)
 
 
@@ -94,11 +104,18 @@ def gate_claims(rows: Sequence[Row]) -> list[Claim]:
     theirs = [row for row in at_64 if row["codec"].startswith("resnet")]
     klt = {row["corpus"]: row for row in at_64 if row["codec"].startswith("klt")}
     gain = [
-        klt[corpus]["error"] / min(row["error"] for row in at_64 if row["corpus"] == corpus and row is not klt[corpus])
+        klt[corpus]["error"]
+        / min(row["error"] for row in at_64 if row["corpus"] == corpus and row is not klt[corpus])
         for corpus in klt
     ]
+
     return [
-        Claim("a: best innovation cosine of the paper's autoencoder at 1/64", _most(theirs, "cosine"), 0.1, "below"),
+        Claim(
+            "a: best innovation cosine of the paper's autoencoder at 1/64",
+            _most(theirs, "cosine"),
+            0.1,
+            "below",
+        ),
         Claim(
             "a: corpora and budgets in which it passes the gate",
             float(sum(row["passes"] for row in theirs)),
@@ -111,8 +128,15 @@ def gate_claims(rows: Sequence[Row]) -> list[Claim]:
             1,
             "at least",
         ),
-        Claim("c: error of klt at 1/64 over the best other codec's, worst corpus", max(gain), 1.0, "below"),
-        Claim("e: best innovation cosine of any codec at 1/64", _most(at_64, "cosine"), 0.90, "below"),
+        Claim(
+            "c: error of klt at 1/64 over the best other codec's, worst corpus",
+            max(gain),
+            1.0,
+            "below",
+        ),
+        Claim(
+            "e: best innovation cosine of any codec at 1/64", _most(at_64, "cosine"), 0.90, "below"
+        ),
     ]
 
 
@@ -120,23 +144,36 @@ def _most(rows: Sequence[Row], key: str) -> float:
     return max(float(row[key]) for row in rows)
 
 
-def loss_part(pool: Executor, corpora: Sequence[str], size: Size, *, quick: bool) -> tuple[list[Row], list[Claim]]:
-    """Federated runs with each codec; what learns has learnt from public text, so the sites sent nothing before."""
+def loss_part(
+    pool: Executor, corpora: Sequence[str], size: Size, *, quick: bool
+) -> tuple[list[Row], list[Claim]]:
+    """Federated runs with each codec; what learns has learnt from public text, so the sites sent
+    nothing before."""
     plan: list[tuple[str, Table | None, int]] = []
     autoencoder = resnet(LOSS_ITERATIONS)
+
     for corpus in corpora:
         plan.append((corpus, None, 0))
         if quick:
             plan += [(corpus, table, 0) for table in LOSS[:3]]
             continue
+
         plan.append((corpus, autoencoder, 0))
         plan.append((corpus, {**autoencoder, "error_feedback": True}, 0))
         plan += [(corpus, table, seed) for seed in range(size.seeds) for table in LOSS]
         plan += [(corpus, table, 0) for table in LOSS_ONCE]
         plan += [(corpus, autoencoder, seed) for seed in range(1, size.seeds)]
-    waiting = [pool.submit(outcome, _configured(corpus, table, seed, size)) for corpus, table, seed in plan]
+
+    waiting = [
+        pool.submit(outcome, _configured(corpus, table, seed, size)) for corpus, table, seed in plan
+    ]
     found = [
-        {"corpus": corpus, "codec": FEDAVG if table is None else label(table), "seed": seed, **run.result()}
+        {
+            "corpus": corpus,
+            "codec": FEDAVG if table is None else label(table),
+            "seed": seed,
+            **run.result(),
+        }
         for (corpus, table, seed), run in zip(plan, waiting, strict=True)
     ]
     rows = _over_seeds(found)
@@ -156,7 +193,12 @@ def loss_part(pool: Executor, corpora: Sequence[str], size: Size, *, quick: bool
         "stopped": "stopped",
     }
     shown = [row | {"stopped": "refused" if row["stopped"] else None} for row in rows]
-    show(f"Held-out loss after {size.rounds} rounds (excess: over identity, same seeds, relative)", columns, shown)
+    show(
+        f"Held-out loss after {size.rounds} rounds (excess: over identity, same seeds, relative)",
+        columns,
+        shown,
+    )
+
     return [{"part": "loss", **row} for row in rows], loss_claims(found, rows)
 
 
@@ -166,28 +208,55 @@ def _configured(corpus: str, table: Table | None, seed: int, size: Size) -> Any:
     learns = table["name"] in ("klt", "resnet")
     tgap = {"source": "public", "rounds": size.tgap_rounds} if learns else {"source": "none"}
     method = {"name": "cgfedllm", "gate": "report", "tgap": tgap}
+
     return config(corpus, size, method=method, codec=table, seed=seed, workers=1)
 
 
 def _over_seeds(found: Sequence[Row]) -> list[Row]:
     rows = []
-    plain = {(row["corpus"], row["seed"]): row["loss"] for row in found if row["codec"] == "identity"}
+    plain = {
+        (row["corpus"], row["seed"]): row["loss"] for row in found if row["codec"] == "identity"
+    }
     for corpus, codec in dict.fromkeys((row["corpus"], row["codec"]) for row in found):
         runs = [row for row in found if (row["corpus"], row["codec"]) == (corpus, codec)]
         stopped = [row["stopped"] for row in runs if "stopped" in row]
         runs = [row for row in runs if "stopped" not in row]
-        row: Row = {"corpus": corpus, "codec": codec, "seeds": len(runs), "stopped": stopped[0] if stopped else None}
+        row: Row = {
+            "corpus": corpus,
+            "codec": codec,
+            "seeds": len(runs),
+            "stopped": stopped[0] if stopped else None,
+        }
+
         if runs:
             losses = [each["loss"] for each in runs]
             excess = [each["loss"] / plain[corpus, each["seed"]] - 1 for each in runs]
-            row |= {"loss": mean(losses), "lowest": min(losses), "highest": max(losses), "excess": mean(excess)}
+            row |= {
+                "loss": mean(losses),
+                "lowest": min(losses),
+                "highest": max(losses),
+                "excess": mean(excess),
+            }
             gains = [each["base_loss"] - each["loss"] for each in runs]
             whole = [each["base_loss"] - plain[corpus, each["seed"]] for each in runs]
-            row |= {"gain_kept": sum(gains) / sum(whole), "run_s": mean(each["seconds"] for each in runs)}
-            for key in ("base_loss", "bytes_up", "round_ratio", "amortised_ratio", "gate_error", "setup_bytes"):
+            row |= {
+                "gain_kept": sum(gains) / sum(whole),
+                "run_s": mean(each["seconds"] for each in runs),
+            }
+
+            for key in (
+                "base_loss",
+                "bytes_up",
+                "round_ratio",
+                "amortised_ratio",
+                "gate_error",
+                "setup_bytes",
+            ):
                 if runs[0][key] is not None:
                     row[key] = mean(each[key] for each in runs)
+
         rows.append(row)
+
     return rows
 
 
@@ -195,7 +264,10 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
     """Claims d and f."""
     claims = [
         Claim(
-            f"d: {row['corpus']}, {row['codec']}: loss over uncompressed, less 1", row.get("excess"), 0.005, "at most"
+            f"d: {row['corpus']}, {row['codec']}: loss over uncompressed, less 1",
+            row.get("excess"),
+            0.005,
+            "at most",
         )
         for row in rows
         if row["codec"] == "klt, 1/64 + EF"
@@ -211,37 +283,63 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
         if row["codec"] == "klt, 1/64 + EF"
     ]
     digests: dict[str, set[str]] = {}
+
     for row in found:
         if row["seed"] == 0 and row["codec"] in ("identity", FEDAVG):
             digests.setdefault(row["corpus"], set()).add(row["adapter_sha256"])
+
     differ = sum(len(each) > 1 for each in digests.values())
     return [
         *claims,
-        Claim("f: corpora where identity through FAF is not bitwise FedAvg", float(differ), 0, "at most"),
+        Claim(
+            "f: corpora where identity through FAF is not bitwise FedAvg",
+            float(differ),
+            0,
+            "at most",
+        ),
     ]
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under a minute: standard library, one seed, short runs")
-    parser.add_argument(
-        "--part", action="append", choices=["gate", "loss", *parts.PARTS], help="default: gate and loss"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", action="append", choices=list(CORPORA), help="default: all that are present")
-    parser.add_argument("--iterations", type=int, help="Adam steps of the paper's autoencoder (1500; quick: 300)")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="under a minute: standard library, one seed, short runs",
+    )
+    parser.add_argument(
+        "--part",
+        action="append",
+        choices=["gate", "loss", *parts.PARTS],
+        help="default: gate and loss",
+    )
+    parser.add_argument(
+        "--corpus", action="append", choices=list(CORPORA), help="default: all that are present"
+    )
+    parser.add_argument(
+        "--iterations", type=int, help="Adam steps of the paper's autoencoder (1500; quick: 300)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     size = QUICK if options.quick else FULL
+
     if options.iterations:
         size = Size(**{**vars(size), "iterations": options.iterations})
+
     chosen = options.part or ["gate", "loss"]
     wanted = options.corpus or (["stdlib"] if options.quick else list(DEFAULT))
-    report = Report("cgfedllm", {"quick": options.quick, "parts": chosen, "corpora": wanted, **vars(size)})
+    report = Report(
+        "cgfedllm", {"quick": options.quick, "parts": chosen, "corpora": wanted, **vars(size)}
+    )
+
     for corpus in wanted:
         if not CORPORA[corpus].present:
             report.skip(f"{corpus}: this checkout has no ../shared beside it")
+
     corpora = [corpus for corpus in wanted if CORPORA[corpus].present]
     with workers() as pool:
         for part in chosen:
@@ -251,8 +349,10 @@ def main() -> None:
                 rows, claims = loss_part(pool, corpora, size, quick=options.quick)
             else:
                 rows, claims = parts.PARTS[part](pool, corpora, size, report.skip)
+
             report.rows += rows
             report.claims += claims
+
     report.finish(options.out, load)
 
 

@@ -1,4 +1,5 @@
-"""The beds of `benchmarks.cgfedllm`: which model learns which corpus, its snapshots, and one run of it."""
+"""The beds of `benchmarks.cgfedllm`: which model learns which corpus, its snapshots, and one run of
+it."""
 
 import os
 import tempfile
@@ -26,7 +27,8 @@ from fluvial.runs.run import Run, execute
 from fluvial.wire.tensors import Layout
 
 SHARED = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "shared"))
-"""Data and small real models of a development checkout; the parts that need them are skipped where it is absent."""
+"""Data and small real models of a development checkout; the parts that need them are skipped where
+it is absent."""
 
 Source = Literal["sites", "public"]
 Reading = Literal["federated", "local"]
@@ -42,7 +44,8 @@ class Corpus:
     folder: str | None = None
     """Below `SHARED`, with train.jsonl; None is Python's standard library."""
     public: str | None = "tinystories"
-    """Below `SHARED`: what nobody owns, for TGAP on public text; the standard library brings its own."""
+    """Below `SHARED`: what nobody owns, for TGAP on public text; the standard library brings its
+    own."""
     data: Table = field(default_factory=dict)
     """Further settings of the `data` table."""
 
@@ -55,6 +58,7 @@ class Corpus:
         """The `model` and `data` tables of a configuration."""
         if self.folder is None:
             return {"model": {"name_or_path": self.model, "dtype": "float32"}, "data": {}}
+
         data: Table = {
             "source": str(SHARED / "data" / self.folder / "train.jsonl"),
             "partition": {"by": "column", "column": "client", "largest": 8},
@@ -110,7 +114,8 @@ def config(
     rank: int = 8,
     **fleet: Any,
 ) -> RunConfig:
-    """The configuration of one run on `corpus`; alpha is twice the rank, so that every rank has the same scale."""
+    """The configuration of one run on `corpus`; alpha is twice the rank, so that every rank has the
+    same scale."""
     tables = CORPORA[corpus].tables()
     tables["data"] |= {"max_length": 128, "max_heldout": size.heldout}
     table: Table = {
@@ -123,8 +128,10 @@ def config(
         "evaluate": {"sample_tokens": 1},
         "fleet": fleet,
     }
+
     if codec is not None:
         table["codec"] = codec
+
     return parse(table, corpus)
 
 
@@ -140,33 +147,59 @@ class Ensemble:
 
 @lru_cache(None)
 def ensemble(
-    corpus: str, size: Size, source: Source, reading: Reading = "federated", seed: int = 0, rank: int = 8
+    corpus: str,
+    size: Size,
+    source: Source,
+    reading: Reading = "federated",
+    seed: int = 0,
+    rank: int = 8,
 ) -> Ensemble:
     """Snapshots of `corpus`, collected once in a process by the package's own TGAP."""
     since = time.perf_counter()
     wanted: Table = {"source": source, "reading": reading, "rounds": size.tgap_rounds}
     resolved = config(
-        corpus, size, method={"name": "cgfedllm", "tgap": wanted}, codec={"name": "klt"}, seed=seed, rank=rank
+        corpus,
+        size,
+        method={"name": "cgfedllm", "tgap": wanted},
+        codec={"name": "klt"},
+        seed=seed,
+        rank=rank,
     )
     settings = tgap.TgapConfig.model_validate(wanted)
+
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:
         bench = Workbench(resolved.model, resolved.lora)
-        run = Run(resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed))
-        fleet = run.fleet if source == "sites" else tgap.simulated_fleet(settings, run.context, resolved.method)
+        run = Run(
+            resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed)
+        )
+        fleet = (
+            run.fleet
+            if source == "sites"
+            else tgap.simulated_fleet(settings, run.context, resolved.method)
+        )
         snapshots = tgap.collect(settings, fleet, bench.layout, seed)
+
     training, heldout = tgap.split_by_time(snapshots, settings.holdout)
     return Ensemble(bench.layout, training, heldout, time.perf_counter() - since)
 
 
 def fitted(
-    table: Table, layout: Layout, training: Sequence[Snapshot], representation: Representation = "delta"
+    table: Table,
+    layout: Layout,
+    training: Sequence[Snapshot],
+    representation: Representation = "delta",
 ) -> Codec:
     """The codec of a `[codec]` table, fitted to `training` if it learns."""
     kind = CODECS[table["name"]]
     settings = parse({"method": {"name": "cgfedllm"}, "codec": table}, "benchmark").coding
+
     if not issubclass(kind, LearnedCodec):
         return build(settings, layout)
-    objects = [gate.coded_object(snapshot.received, snapshot.update, representation) for snapshot in training]
+
+    objects = [
+        gate.coded_object(snapshot.received, snapshot.update, representation)
+        for snapshot in training
+    ]
     return kind.fit(settings, layout, objects, seed=0)
 
 
@@ -221,7 +254,11 @@ def outcome(resolved: RunConfig) -> Row:
     except (GateError, DivergenceError) as error:
         return {"stopped": f"{error}"[:200], "seconds": time.perf_counter() - since}
     except FluvialError as error:
-        return {"stopped": f"{type(error).__name__}: {error}"[-200:], "seconds": time.perf_counter() - since}
+        return {
+            "stopped": f"{type(error).__name__}: {error}"[-200:],
+            "seconds": time.perf_counter() - since,
+        }
+
     found = last.values
     report = found["setup"].get("gate")
     return {
@@ -252,17 +289,25 @@ def gate_rows(
     """Each codec fitted to the earlier snapshots of `corpus` and measured on the later ones."""
     found = ensemble(corpus, size, source, rank=rank)
     rows = []
+
     for table in codecs:
-        row: Row = {"corpus": corpus, "codec": label(table), "rank": rank, "representation": representation}
+        row: Row = {
+            "corpus": corpus,
+            "codec": label(table),
+            "rank": rank,
+            "representation": representation,
+        }
         since = time.perf_counter()
         try:
             codec = fitted(table, found.layout, found.training, representation)
         except FluvialError as error:
             rows.append({**row, "stopped": f"{error}"[:200]})
             continue
+
         fit_s = time.perf_counter() - since
         report = gate.measure(codec, found.training, found.heldout, representation)
         rows.append({**row, **gate_row(report), "fit_s": fit_s})
+
     return rows
 
 
@@ -276,6 +321,7 @@ def label(table: Table) -> str:
         name += f", 1/{table['rate']}"
     elif name == "half_sign":
         name += ", 1/64"
+
     return name + (" + EF" if table.get("error_feedback") else "")
 
 
@@ -283,10 +329,13 @@ def label(table: Table) -> str:
 def workers(processes: int | None = None) -> Iterator[ProcessPoolExecutor]:
     """Processes of one thread, as many as there are cores unless told.
 
-    Two sites in threads of one process share its interpreter, which small models keep busier than the tensors.
+    Two sites in threads of one process share its interpreter, which small models keep busier than
+    the tensors.
     """
     processes = processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_one_thread
+    ) as pool:
         yield pool
 
 

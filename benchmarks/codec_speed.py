@@ -2,9 +2,10 @@
 
     python -m benchmarks.codec_speed [--quick] [--layout NAME ...] [--codec NAME ...] [--out FILE.json]
 
-Updates are synthetic: Gaussian with a falling spectrum along the feature axis of every module, in a basis that all
-updates share, so that learned codecs have something to learn and entropy coders something to save. Each figure is the
-fastest of several repetitions. The last columns set a codec against a copy of the same bytes in memory.
+Updates are synthetic: Gaussian with a falling spectrum along the feature axis of every module, in a
+basis that all updates share, so that learned codecs have something to learn and entropy coders
+something to save. Each figure is the fastest of several repetitions. The last columns set a codec
+against a copy of the same bytes in memory.
 """
 
 import argparse
@@ -50,7 +51,11 @@ class Size:
             for module in MODULES:
                 start = f"model.layers.{layer}.self_attn.{module}"
                 out = self.narrow if module in ("k_proj", "v_proj") else self.width
-                shapes += [(f"{start}.lora_A.weight", (RANK, self.width)), (f"{start}.lora_B.weight", (out, RANK))]
+                shapes += [
+                    (f"{start}.lora_A.weight", (RANK, self.width)),
+                    (f"{start}.lora_B.weight", (out, RANK)),
+                ]
+
         return Layout(tuple(sorted(shapes)))
 
 
@@ -60,7 +65,8 @@ LAYOUTS = {
     "Qwen1.5-1.8B": Size(24, 2048, 2048),
     "LLaMA-7B": Size(32, 4096, 4096, fit=False, decode=False),
 }
-"""stories260k, the embedded model, and two from the papers; of the last, encode only and no learned codecs."""
+"""stories260k, the embedded model, and two from the papers; of the last, encode only and no learned
+codecs."""
 QUICK = ("d 64", "d 128")
 KLT: Table = {"name": "klt", "rate": 64}
 TABLES: tuple[Table, ...] = (
@@ -107,11 +113,13 @@ def updates(layout: Layout, count: int) -> list[Named]:
         signs = torch.randint(0, 2, (width,), generator=basis) * 2.0 - 1.0
         order = torch.randperm(width, generator=basis)
         spectrum = (1.0 + torch.arange(width)) ** -0.5
+
         for number, update in enumerate(found):
             white = torch.randn(RANK, width, generator=generator(0, "update", number, name))
             mixed = _cosines((white * spectrum)[:, order]) * signs
             scaled = 1e-3 * mixed / mixed.square().mean().sqrt()
             update[name] = scaled.contiguous() if across else scaled.T.contiguous()
+
     return found
 
 
@@ -124,21 +132,31 @@ def _cosines(rows: torch.Tensor) -> torch.Tensor:
 
 def fastest(call: Callable[[], object], seconds: float) -> float:
     """Seconds of the fastest of at least three calls, and of as many as fit into `seconds`."""
-    best, since, calls = float("inf"), time.perf_counter(), 0
+    best = float("inf")
+    since = time.perf_counter()
+    calls = 0
+
     while calls < 3 or time.perf_counter() - since < seconds:
         started = time.perf_counter()
         call()
-        best, calls = min(best, time.perf_counter() - started), calls + 1
+        best = min(best, time.perf_counter() - started)
+        calls = calls + 1
+
     return best
 
 
 def timed(codec: Codec, sample: Named, seconds: float, *, decode: bool) -> Row:
     """Seconds to encode and to decode `sample`, and the frame."""
     frame = codec.encode(sample)
-    row: Row = {"frame_bytes": len(frame), "encode_s": fastest(lambda: codec.encode(sample), seconds)}
+    row: Row = {
+        "frame_bytes": len(frame),
+        "encode_s": fastest(lambda: codec.encode(sample), seconds),
+    }
+
     if decode:
         row["error"] = relative_error(sample, codec.decode(frame))
         row["decode_s"] = fastest(lambda: codec.decode(frame), seconds)
+
     return row
 
 
@@ -147,18 +165,22 @@ def rows_of(name: str, wanted: list[str] | None, seconds: float, report: Report)
     size = LAYOUTS[name]
     layout = size.layout()
     ensemble = updates(layout, 9 if size.fit else 1)
-    sample, training = ensemble[-1], ensemble[:-1]
+    sample = ensemble[-1]
+    training = ensemble[:-1]
     vector = layout.flatten(sample)
     copy_s = fastest(vector.clone, seconds)
     rows = []
+
     for table in TABLES:
         codec_name = table["name"]
         if codec_name not in CODECS or (wanted and codec_name not in wanted):
             continue
+
         learned = CODECS[codec_name].learned
         if learned and not (size.fit and (layout.numel <= LARGE or table == KLT)):
             report.skip(f"{name}, {_label(table)}: fitting it takes too long here")
             continue
+
         row: Row = {"layout": name, "codec": _label(table), "raw_bytes": layout.raw_bytes}
         since = time.perf_counter()
         try:
@@ -166,16 +188,20 @@ def rows_of(name: str, wanted: list[str] | None, seconds: float, report: Report)
         except FluvialError as error:
             report.skip(f"{name}, {row['codec']}: {str(error)[:200]}")
             continue
+
         row |= {"fit_s": time.perf_counter() - since if learned else None, "copy_s": copy_s}
         row |= timed(codec, sample, seconds, decode=size.decode)
         megabytes = layout.raw_bytes / 1e6
         row |= {"encode_mb_s": megabytes / row["encode_s"], "copy_mb_s": megabytes / copy_s}
         row["encode_share"] = copy_s / row["encode_s"]
+
         if size.decode:
             row["decode_mb_s"] = megabytes / row["decode_s"]
             row["both_mb_s"] = megabytes / (row["encode_s"] + row["decode_s"])
             row["decode_share"] = copy_s / row["decode_s"]
+
         rows.append(row)
+
     return rows
 
 
@@ -207,8 +233,12 @@ COLUMNS = {
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the two small layouts, short repetitions")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the two small layouts, short repetitions"
+    )
     parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="default: all")
     parser.add_argument("--codec", action="append", help="default: all")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -217,7 +247,10 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = options.layout or list(QUICK if options.quick else LAYOUTS)
     seconds = 0.05 if options.quick else 1.0
-    report = Report("codec_speed", {"quick": options.quick, "layouts": wanted, "threads": 1, "seconds": seconds})
+    report = Report(
+        "codec_speed", {"quick": options.quick, "layouts": wanted, "threads": 1, "seconds": seconds}
+    )
+
     for name in sorted({table["name"] for table in TABLES} - set(CODECS)):
         report.skip(f"{name}: the package has no such codec")
     for name in wanted:
@@ -225,12 +258,22 @@ def main() -> None:
         report.rows += rows
         copied = mean(row["copy_mb_s"] for row in rows) if rows else 0
         megabytes = LAYOUTS[name].layout().raw_bytes / 1e6
-        show(f"{name}: {megabytes:.3g} MB of update; a copy runs at {copied:,.0f} MB/s", COLUMNS, rows)
+        show(
+            f"{name}: {megabytes:.3g} MB of update; a copy runs at {copied:,.0f} MB/s",
+            COLUMNS,
+            rows,
+        )
         report.claims += [
-            Claim(f"{name}: {row['codec']}: encode and decode, MB/s", row["both_mb_s"], BAR_MB_S, "at least")
+            Claim(
+                f"{name}: {row['codec']}: encode and decode, MB/s",
+                row["both_mb_s"],
+                BAR_MB_S,
+                "at least",
+            )
             for row in rows
             if row["codec"] == "klt, 1/64"
         ]
+
     report.finish(options.out, load)
 
 

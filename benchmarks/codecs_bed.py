@@ -1,8 +1,9 @@
-"""What the benchmarks of codecs share: cells, contenders, one run of a contender, and the file that remembers runs.
+"""What the benchmarks of codecs share: cells, contenders, one run of a contender, and the file that
+remembers runs.
 
-A cell is a corpus with a model. A contender is a codec, a scheme or a pair of codecs for both ways, at one rate. Runs
-are kept in a file of JSON lines under the hash of their resolved configuration, so that an interrupted benchmark goes
-on where it was and several processes share the work.
+A cell is a corpus with a model. A contender is a codec, a scheme or a pair of codecs for both ways,
+at one rate. Runs are kept in a file of JSON lines under the hash of their resolved configuration,
+so that an interrupted benchmark goes on where it was and several processes share the work.
 """
 
 import fcntl
@@ -40,7 +41,8 @@ LARGE = tuple(f"{name}, babyllama105" for name in SMALL)
 CELLS = (*SMALL, *LARGE, "stdlib")
 """The last is the embedded model, d 128, with Python's standard library."""
 MEMORY = Path("/dev/shm")
-"""Runs write their folders here where it exists: on a disk, half of a small round is waiting for it."""
+"""Runs write their folders here where it exists: on a disk, half of a small round is waiting for
+it."""
 
 Role = Literal["reference", "ours", "published", "assembled"]
 
@@ -51,8 +53,8 @@ class Contender:
 
     name: str
     role: Role
-    """"published" is a scheme as its authors ship it, both ways; "assembled" is another's codec in our FedAvg, with
-    error feedback where it is biased, which is stronger than it was published."""
+    """"published" is a scheme as its authors ship it, both ways; "assembled" is another's codec in
+    our FedAvg, with error feedback where it is biased, which is stronger than it was published."""
     codec: Table | None = None
     downlink: Table | None = None
     method: Table = field(default_factory=lambda: {"name": "fedavg"})
@@ -63,7 +65,14 @@ class Contender:
 
 
 def _coded(
-    codec: str, rate: float, *, role: Role, tier: int = 1, feedback: bool = True, down: Table | None = None, **more: Any
+    codec: str,
+    rate: float,
+    *,
+    role: Role,
+    tier: int = 1,
+    feedback: bool = True,
+    down: Table | None = None,
+    **more: Any,
 ) -> Contender:
     """A codec with a rate in FedAvg."""
     table = {"name": codec, "rate": rate, **more} | ({"error_feedback": True} if feedback else {})
@@ -76,7 +85,10 @@ def _judged(codec: str, rate: float) -> Contender:
     """A learned codec that the gate may refuse: measured all the same."""
     method = {"name": "cgfedllm", "gate": "report"}
     table = {"name": codec, "rate": rate, "error_feedback": True}
-    return Contender(f"{codec} 1/{rate:g} + EF", "assembled", table, method=method, tier=2, rate=rate)
+
+    return Contender(
+        f"{codec} 1/{rate:g} + EF", "assembled", table, method=method, tier=2, rate=rate
+    )
 
 
 DOWN: Table = {"name": "trellis", "rate": 32}
@@ -142,19 +154,24 @@ class Bed:
     """Held-out sequences of each site."""
     seeds: int
     learning_rates: tuple[float, ...]
-    """The grid, the same for every contender (see `grid`); the best of seed 0 is used for all seeds."""
+    """The grid, the same for every contender (see `grid`); the best of seed 0 is used for all
+    seeds."""
     target: int
     """The round whose uncompressed loss is the target."""
 
 
 def grid(cell: str, bed: Bed) -> tuple[float, ...]:
-    """The learning rates of one cell; stories260k learns best at about twice the rate of the other models."""
+    """The learning rates of one cell; stories260k learns best at about twice the rate of the other
+    models."""
     times = 2 if CORPORA[cell].model == "stories260k" else 1
     return tuple(times * rate for rate in bed.learning_rates)
 
 
-def resolve(cell: str, contender: Contender, bed: Bed, *, learning_rate: float, seed: int) -> RunConfig:
-    """The configuration of one run; raises `ConfigError` where the package lacks what the contender needs."""
+def resolve(
+    cell: str, contender: Contender, bed: Bed, *, learning_rate: float, seed: int
+) -> RunConfig:
+    """The configuration of one run; raises `ConfigError` where the package lacks what the contender
+    needs."""
     tables = CORPORA[cell].tables()
     table: Table = {
         **tables,
@@ -175,14 +192,22 @@ def resolve(cell: str, contender: Contender, bed: Bed, *, learning_rate: float, 
     table |= {"downlink": contender.downlink} if contender.downlink is not None else {}
     where = f"{cell}, {contender.name}"
     config = parse(table, where)
+
     if must_learn(config.coding):
-        table["method"] = {**contender.method, "tgap": {"source": "public", "rounds": bed.tgap_rounds}}
+        table["method"] = {
+            **contender.method,
+            "tgap": {"source": "public", "rounds": bed.tgap_rounds},
+        }
         config = parse(table, where)
+
     return config
 
 
-def possible(contenders: Sequence[Contender], skip: Callable[[str], None], bed: Bed) -> list[Contender]:
-    """The contenders that the package can be configured for; each of the others is told to `skip`."""
+def possible(
+    contenders: Sequence[Contender], skip: Callable[[str], None], bed: Bed
+) -> list[Contender]:
+    """The contenders that the package can be configured for; each of the others is told to
+    `skip`."""
     found = []
     for contender in contenders:
         try:
@@ -191,10 +216,11 @@ def possible(contenders: Sequence[Contender], skip: Callable[[str], None], bed: 
             skip(str(error).splitlines()[0].split(";")[0])
         else:
             found.append(contender)
+
     return found
 
 
-# -- one run ------------------------------------------------------------------------------------------------------
+# -- one run -------------------------------------------------------------------------------------
 
 
 @lru_cache(2)
@@ -208,14 +234,17 @@ def _texts(data: str, bench: Workbench, seed: int) -> SiteTexts:
 
 
 def traced(config: RunConfig) -> Row:
-    """Held-out loss and bytes of all sites, round by round; a run that was refused or stopped says why.
+    """Held-out loss and bytes of all sites, round by round; a run that was refused or stopped says
+    why.
 
-    `up` and `down` are of training, `setup` of everything else (snapshots, installing a codec): one figure before
-    round 1, then one for each round. Bytes of measuring are left out.
+    `up` and `down` are of training, `setup` of everything else (snapshots, installing a codec): one
+    figure before round 1, then one for each round. Bytes of measuring are left out.
     """
-    since, busy = time.perf_counter(), time.process_time()
+    since = time.perf_counter()
+    busy = time.process_time()
     bench = _bench(config.model, config.lora)
     texts = _texts(config.data.model_dump_json(), bench, config.seed)
+
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
         RunFolder(Path(folder)) as place,
@@ -229,7 +258,9 @@ def traced(config: RunConfig) -> Row:
                         break
         except (GateError, DivergenceError, ClientError) as error:
             return {"stopped": f"{type(error).__name__}: {error}"[-300:]}
+
         records = place.metrics()
+
     rounds = [_by_purpose(record["bytes"]) for record in records]
     return {
         "loss": [record["heldout_loss_pooled"] for record in records],
@@ -251,6 +282,7 @@ def _by_purpose(by_site: dict[str, dict[str, int]]) -> dict[str, int]:
             way, task = kind.split(" ", 1)
             if task != MEASURING:
                 found[way if task == "train" else "setup"] += size
+
     return found
 
 
@@ -261,12 +293,15 @@ _collect = tgap.collect
 class shared_snapshots:  # noqa: N801 - used like a function
     """Inside, simulated sites train once for all codecs of one seed and learning rate.
 
-    What they send depends on nothing else, and no site sends a byte for it. Real sites are asked as ever.
+    What they send depends on nothing else, and no site sends a byte for it. Real sites are asked as
+    ever.
     """
 
     def __init__(self, config: RunConfig) -> None:
         table = config.resolved()
-        self.key = json.dumps({key: table[key] for key in ("seed", "model", "lora", "data", "train")})
+        self.key = json.dumps(
+            {key: table[key] for key in ("seed", "model", "lora", "data", "train")}
+        )
 
     def __enter__(self) -> None:
         """Take the place of `tgap.collect`."""
@@ -274,11 +309,13 @@ class shared_snapshots:  # noqa: N801 - used like a function
         def collect(settings: Any, fleet: Any, *rest: Any, **named: Any) -> list[Snapshot]:
             if isinstance(fleet, Metered):
                 return _collect(settings, fleet, *rest, **named)
+
             key = self.key + settings.model_dump_json()
             if key not in _snapshots:
                 while len(_snapshots) >= 8:
                     del _snapshots[next(iter(_snapshots))]
                 _snapshots[key] = _collect(settings, fleet, *rest, **named)
+
             return _snapshots[key]
 
         tgap.collect = collect  # type: ignore[assignment]
@@ -288,7 +325,7 @@ class shared_snapshots:  # noqa: N801 - used like a function
         tgap.collect = _collect
 
 
-# -- what was run before --------------------------------------------------------------------------------------------
+# -- what was run before -------------------------------------------------------------------------
 
 
 def _source_digest() -> str:
@@ -300,11 +337,13 @@ def _source_digest() -> str:
 
 
 SOURCE = _source_digest()
-"""Eight digits that change with any line of the package's code, as it was when this process began."""
+"""Eight digits that change with any line of the package's code, as it was when this process
+began."""
 
 
 class Cache:
-    """Results by the hash of what was asked, in a file of JSON lines that several processes append to."""
+    """Results by the hash of what was asked, in a file of JSON lines that several processes append
+    to."""
 
     def __init__(self, path: Path | None) -> None:
         """`path=None` remembers in memory."""
@@ -329,17 +368,20 @@ class Cache:
         """Write a result down, with the state of the package it comes from; returns that."""
         row = {"key": key, "source": SOURCE, **row}
         self.rows[key] = row
+
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 file.write(json.dumps(row) + "\n")
+
         return row
 
     def _catch_up(self) -> None:
         """Read the lines that others have added."""
         if self.path is None or not self.path.exists():
             return
+
         with self.path.open("rb") as file:
             file.seek(self._read)
             for line in file:
@@ -352,7 +394,8 @@ class Cache:
 
 @dataclass(frozen=True)
 class Job:
-    """One contender in one cell: every learning rate on seed 0, then the best of them on the other seeds."""
+    """One contender in one cell: every learning rate on seed 0, then the best of them on the other
+    seeds."""
 
     cell: str
     contender: Contender
@@ -396,15 +439,18 @@ def compete(job: Job) -> Found:
         if row is None:
             return found
         found.tuning[rate] = row
+
     best = found.learning_rate
     if best is None:
         found.complete = True
         return found
+
     for seed in range(job.bed.seeds):
         row = _one(job, best, seed)
         if row is None:
             return found
         found.runs.append(row)
+
     found.complete = True
     return found
 
@@ -414,15 +460,22 @@ def _one(job: Job, learning_rate: float, seed: int) -> Row | None:
     cache = _cache(job.cache)
     key = Cache.key(config)
     known = cache.find(key, fresh=job.fresh)
+
     if known is not None:
         return known
     if time.time() >= job.deadline:
         return None
-    described = {"cell": job.cell, "contender": job.contender.name, "learning_rate": learning_rate, "seed": seed}
+
+    described = {
+        "cell": job.cell,
+        "contender": job.contender.name,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
     return cache.add(key, {**described, **traced(config)})
 
 
-# -- figures --------------------------------------------------------------------------------------------------------
+# -- figures -------------------------------------------------------------------------------------
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -440,10 +493,12 @@ def first_round(losses: Sequence[float], target: float) -> int | None:
 
 
 def bytes_until(run: Row, round: int) -> dict[str, float]:
-    """Bytes of one site, on average, up to and with `round`: `up`, `down`, `setup`, and `all` of them."""
+    """Bytes of one site, on average, up to and with `round`: `up`, `down`, `setup`, and `all` of
+    them."""
     sites = run["sites"]
     parts = {way: sum(run[way][:round]) / sites for way in ("up", "down")}
     parts["setup"] = sum(run["setup"][: round + 1]) / sites
+
     return {**parts, "all": sum(parts.values())}
 
 

@@ -1,4 +1,5 @@
-"""What a round costs apart from training on five engines, and over a slow line: time, start-up, memory, bytes.
+"""What a round costs apart from training on five engines, and over a slow line: time, start-up,
+memory, bytes.
 
     python -m benchmarks.engine [--part rounds|link] [--quick] [--fleet NAME ...] [--payload MB ...] [--sites N ...]
                                 [--nvflare-python PATH] [--minutes M] [--out FILE.json]
@@ -26,7 +27,8 @@ link    Warm rounds over a line of 20 Mbit/s each way and 100 ms there and back,
         is added as measured), as the same formula does with the engine's own times of this very run, and measured.
         Needs Linux, root, and /dev/net/tun.
 
-NVFlare takes its place if `--nvflare-python` has it (`pip install nvflare==2.9.*` in an environment of its own).
+NVFlare takes its place if `--nvflare-python` has it (`pip install nvflare==2.9.*` in an environment
+of its own).
 """
 
 import argparse
@@ -47,7 +49,8 @@ from benchmarks.report import Claim, Report, Row, show
 ROUNDS = 4
 PAYLOADS_MB = (0.1, 1.0, 10.0, 100.0)
 SITES = (2, 4, 8)
-FEW, SITES_MB = 2, 10.0
+FEW = 2
+SITES_MB = 10.0
 """All payloads with FEW sites, all numbers of sites with SITES_MB."""
 FLOOR_S = 3.0
 """Flower's SuperNode sleeps so long between an answer and the next question, in its code."""
@@ -81,42 +84,57 @@ LINK_COLUMNS = {
 PROBLEMS = (RuntimeError, AssertionError, OSError, subprocess.SubprocessError)
 
 
-def grid(fleets: Sequence[str], payloads: Sequence[float], sites: Sequence[int], rounds: int) -> list[list[Cell]]:
+def grid(
+    fleets: Sequence[str], payloads: Sequence[float], sites: Sequence[int], rounds: int
+) -> list[list[Cell]]:
     """Cells in the order in which they are measured; those of a list share a deployment."""
     shared_mb = SITES_MB if SITES_MB in payloads else max(payloads)
     few = min(sites)
     groups: list[list[Cell]] = []
+
     for fleet in fleets:
         groups.append([Cell(fleet, payload, few, rounds) for payload in sorted(payloads)])
         groups += [[Cell(fleet, shared_mb, each, rounds)] for each in sorted(sites) if each != few]
+
     return sorted(groups, key=lambda cells: cells[0].fleet == "stock" and cells[0].sites > few)
 
 
 def has_nvflare(python: str) -> bool:
     """Whether that Python can run NVFlare."""
     try:
-        return not subprocess.run([python, "-c", "import nvflare"], capture_output=True, check=False).returncode
+        return not subprocess.run(
+            [python, "-c", "import nvflare"], capture_output=True, check=False
+        ).returncode
     except OSError:
         return False
 
 
-def rounds_part(groups: list[list[Cell]], report: Report, *, python: str, ends: float) -> Iterator[Row]:
+def rounds_part(
+    groups: list[list[Cell]], report: Report, *, python: str, ends: float
+) -> Iterator[Row]:
     """Rows as they are measured; what is not reached, or fails, is told."""
     for number, cells in enumerate(groups):
         left = list(cells)
-        with tempfile.TemporaryDirectory(prefix="fluvial-engine-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="fluvial-engine-", ignore_cleanup_errors=True
+        ) as folder:
             found = measure(cells, Path(folder), nvflare_python=python)
             try:
                 while left and time.monotonic() < ends:
                     print(f"{number + 1}/{len(groups)} {left[0]} ...", file=sys.stderr, flush=True)
                     row = next(found)
                     left.pop(0)
-                    print(f"    {row['apart_s']:.3g} s apart from training", file=sys.stderr, flush=True)
+                    print(
+                        f"    {row['apart_s']:.3g} s apart from training",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     yield row
             except PROBLEMS as problem:
                 words = " ".join(str(problem).split())[-300:]
                 report.skip(f"{left[0]}: no result: {words}")
                 left.pop(0)
+
                 for cell in left:
                     report.skip(f"{cell}: not tried, because the one before it failed")
                 continue
@@ -125,6 +143,7 @@ def rounds_part(groups: list[list[Cell]], report: Report, *, python: str, ends: 
                 return
             finally:
                 found.close()
+
         for cell in left:
             report.skip(f"{cell}: no time left")
 
@@ -135,32 +154,50 @@ def link_part(report: Report, *, quick: bool, ends: float) -> list[Row]:
     if why is not None:
         report.skip(f"link: {why}")
         return []
+
     rows: list[Row] = []
-    lines, payloads, rounds = (LINES[:1], LINK_PAYLOADS_MB[:1], 2) if quick else (LINES, LINK_PAYLOADS_MB, ROUNDS)
-    with tempfile.TemporaryDirectory(prefix="fluvial-engine-", ignore_cleanup_errors=True) as folder:
+    lines, payloads, rounds = (
+        (LINES[:1], LINK_PAYLOADS_MB[:1], 2) if quick else (LINES, LINK_PAYLOADS_MB, ROUNDS)
+    )
+    with tempfile.TemporaryDirectory(
+        prefix="fluvial-engine-", ignore_cleanup_errors=True
+    ) as folder:
         try:
-            tables = engine_link.rows(lines, payloads, sites=FEW, rounds=rounds, folder=Path(folder), ends=ends)
+            tables = engine_link.rows(
+                lines, payloads, sites=FEW, rounds=rounds, folder=Path(folder), ends=ends
+            )
             for found in tables:
                 if isinstance(found, str):
                     report.skip(found)
                 else:
                     rows.append(found)
-                    print(" ".join(f"{key}={value}" for key, value in found.items()), file=sys.stderr, flush=True)
+                    print(
+                        " ".join(f"{key}={value}" for key, value in found.items()),
+                        file=sys.stderr,
+                        flush=True,
+                    )
         except PROBLEMS as problem:
             report.skip(f"link: no result: {' '.join(str(problem).split())[-300:]}")
+
     return rows
 
 
 def round_claims(rows: list[Row]) -> list[Claim]:
     """The bars of part `rounds`."""
     found = {(row["what"], row["payload_mb"], row["sites"]): row for row in rows}
-    warm, stock = NAMES["warm"], NAMES["stock"]
+    warm = NAMES["warm"]
+    stock = NAMES["stock"]
     few = min((row["sites"] for row in rows), default=FEW)
     smallest = min((row["payload_mb"] for row in rows), default=0.0)
     ours = found.get((warm, smallest, few), {}).get("apart_s")
     theirs = found.get((stock, smallest, few), {}).get("apart_s")
     claims = [
-        Claim(f"warm deployed: s apart from training, {smallest:g} MB, {few} sites", ours, FLOOR_S + 1.5, "at most"),
+        Claim(
+            f"warm deployed: s apart from training, {smallest:g} MB, {few} sites",
+            ours,
+            FLOOR_S + 1.5,
+            "at most",
+        ),
         Claim(
             f"stock over warm, time apart from training, {smallest:g} MB, {few} sites",
             theirs / ours if ours and theirs else None,
@@ -169,7 +206,14 @@ def round_claims(rows: list[Row]) -> list[Claim]:
         ),
     ]
     counted = [row["bytes_up"] / row["payload"] - 1 for row in rows if "bytes_up" in row]
-    claims.append(Claim("bytes up beyond the payload, our count, worst", max(counted, default=None), 0.01, "at most"))
+    claims.append(
+        Claim(
+            "bytes up beyond the payload, our count, worst",
+            max(counted, default=None),
+            0.01,
+            "at most",
+        )
+    )
     claims += [
         Claim(
             f"bytes beyond the payloads by Flower's meter, {row['payload_mb']:g} MB, {row['sites']} sites",
@@ -180,36 +224,60 @@ def round_claims(rows: list[Row]) -> list[Claim]:
         for row in rows
         if "metered_ratio" in row and row["what"] == warm
     ]
-    by_sites = sorted((sites, row) for (what, _, sites), row in found.items() if what == warm and sites != few)
+    by_sites = sorted(
+        (sites, row) for (what, _, sites), row in found.items() if what == warm and sites != few
+    )
+
     if by_sites:
         many, last = by_sites[-1]
         base = found.get((warm, last["payload_mb"], few))
         grown = last["server_mb"] / base["server_mb"] - 1 if base else None
         name = f"warm deployed: server's memory, {many} sites over {few}, {last['payload_mb']:g} MB, relative change"
         claims.append(Claim(name, grown, 0.10, "at most"))
+
     return claims
 
 
 def link_claims(rows: list[Row]) -> list[Claim]:
     """The bar of part `link`."""
     off = [abs(row["off"]) for row in rows if "off" in row]
-    return [Claim("round over a slow line, predicted against measured, worst", max(off, default=None), 0.20, "at most")]
+    return [
+        Claim(
+            "round over a slow line, predicted against measured, worst",
+            max(off, default=None),
+            0.20,
+            "at most",
+        )
+    ]
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=("rounds", "link"), help="one part only")
     parser.add_argument("--quick", action="store_true", help="2 sites, 0.1 MB, 2 rounds, one line")
     parser.add_argument("--fleet", nargs="+", choices=FLEETS, default=list(FLEETS))
-    parser.add_argument("--payload", nargs="+", type=float, metavar="MB", help="payloads of part rounds")
-    parser.add_argument("--sites", nargs="+", type=int, metavar="N", help="numbers of sites of part rounds")
-    parser.add_argument("--nvflare-python", default=sys.executable, help="a Python that has nvflare 2.9")
-    parser.add_argument("--minutes", type=float, default=40.0, help="begin nothing after so many minutes")
+    parser.add_argument(
+        "--payload", nargs="+", type=float, metavar="MB", help="payloads of part rounds"
+    )
+    parser.add_argument(
+        "--sites", nargs="+", type=int, metavar="N", help="numbers of sites of part rounds"
+    )
+    parser.add_argument(
+        "--nvflare-python", default=sys.executable, help="a Python that has nvflare 2.9"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=40.0, help="begin nothing after so many minutes"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that everything that was started is ended
-    load, ends = os.getloadavg(), time.monotonic() + 60 * options.minutes
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # so that everything that was started is ended
+    load = os.getloadavg()
+    ends = time.monotonic() + 60 * options.minutes
     payloads = options.payload or ([0.1] if options.quick else list(PAYLOADS_MB))
     sites = options.sites or ([FEW] if options.quick else list(SITES))
     rounds = 2 if options.quick else ROUNDS
@@ -225,21 +293,27 @@ def main() -> None:
             "line": "TUN devices between network namespaces, TCP Reno",
         },
     )
+
     if options.part != "link":
         fleets = list(options.fleet)
         if "nvflare" in fleets and not has_nvflare(options.nvflare_python):
             fleets.remove("nvflare")
-            report.skip("NVFlare: not installed (pip install 'nvflare==2.9.*' in an environment of its own)")
+            report.skip(
+                "NVFlare: not installed (pip install 'nvflare==2.9.*' in an environment of its own)"
+            )
+
         groups = grid(fleets, payloads, sites, rounds)
         rows = list(rounds_part(groups, report, python=options.nvflare_python, ends=ends))
         show(f"Rounds, median of {rounds - 1}", COLUMNS, rows)
         report.rows += rows
         report.claims += round_claims(rows)
+
     if options.part != "rounds":
         rows = link_part(report, quick=options.quick, ends=ends)
         show("Rounds over a line", LINK_COLUMNS, [row for row in rows if row["part"] == "link"])
         report.rows += rows
         report.claims += link_claims(rows)
+
     report.finish(options.out, load)
 
 

@@ -1,8 +1,9 @@
 """When sites train, written down by the sites' own processes, wherever an engine starts them.
 
-`folder_of_clock` makes a folder for PYTHONPATH. Every Python that finds it there and has `ENGINE_CLOCK` in its
-environment puts a clock around `fluvial.training.train.train`, the one training loop, and appends a line for each call to the
-file of that name. Nothing else of the package is touched, so what is timed is what is installed.
+`folder_of_clock` makes a folder for PYTHONPATH. Every Python that finds it there and has
+`ENGINE_CLOCK` in its environment puts a clock around `fluvial.training.train.train`, the one
+training loop, and appends a line for each call to the file of that name. Nothing else of the
+package is touched, so what is timed is what is installed.
 """
 
 import importlib.abc
@@ -24,7 +25,10 @@ _MODULE = "fluvial.training.train"
 def folder_of_clock(folder: Path) -> Path:
     """A folder whose presence on PYTHONPATH starts the clock."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text("import benchmarks.engine_clock as clock\n\nclock.install()\n")
+    (folder / "sitecustomize.py").write_text(
+        "import benchmarks.engine_clock as clock\n\nclock.install()\n"
+    )
+
     return folder
 
 
@@ -40,10 +44,14 @@ class _Finder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _MODULE:
             return None
+
         found = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         assert found is not None
         assert found.origin is not None
-        return importlib.util.spec_from_file_location(fullname, found.origin, loader=_Loader(fullname, found.origin))
+
+        return importlib.util.spec_from_file_location(
+            fullname, found.origin, loader=_Loader(fullname, found.origin)
+        )
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -59,7 +67,9 @@ class _Loader(importlib.machinery.SourceFileLoader):
             finally:
                 line = f"{since!r} {time.time()!r}\n".encode()
                 file = os.open(os.environ[CLOCK], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-                os.write(file, line)  # one call of the system, so lines of several processes do not mix
+                os.write(
+                    file, line
+                )  # one call of the system, so lines of several processes do not mix
                 os.close(file)
 
         vars(module)["train"] = train
@@ -67,11 +77,16 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 def covered_s(spans: Sequence[tuple[float, float]], begin: float, end: float) -> float:
     """Seconds between `begin` and `end` in which at least one of `spans` runs."""
-    total, reached = 0.0, begin
+    total = 0.0
+    reached = begin
+
     for since, until in sorted(spans):
-        since, until = max(since, reached), min(until, end)
+        since = max(since, reached)
+        until = min(until, end)
         if until > since:
-            total, reached = total + until - since, until
+            total = total + until - since
+            reached = until
+
     return total
 
 

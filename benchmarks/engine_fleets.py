@@ -1,8 +1,10 @@
-"""One run on one engine for `benchmarks.engine`, watched from outside: rounds, training, memory, bytes.
+"""One run on one engine for `benchmarks.engine`, watched from outside: rounds, training, memory,
+bytes.
 
-The model and its steps are the same on all engines: the package's small Llama, one step on one sequence of 32 tokens
-at each site and round. The rank of its adapter grows with the payload, which an identity codec sends as it is; where
-the model is too small for that rank, a wider one has random weights. Sites differ in their text, so in every answer.
+The model and its steps are the same on all engines: the package's small Llama, one step on one
+sequence of 32 tokens at each site and round. The rank of its adapter grows with the payload, which
+an identity codec sends as it is; where the model is too small for that rank, a wider one has random
+weights. Sites differ in their text, so in every answer.
 """
 
 import json
@@ -36,11 +38,16 @@ NAMES = {
     "nvflare": "NVFlare 2.9 simulator",
 }
 SHAPES = ((4, 128), (4, 512), (8, 1024))
-"""Layers and hidden size: the package's model, and two with random weights for adapters that it cannot have."""
+"""Layers and hidden size: the package's model, and two with random weights for adapters that it
+cannot have."""
 MARK = "ENGINE_MARK"
 """In the environment of every process of a cell."""
 SAMPLE_S = 0.5
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 SERVERS = ("flower-superlink", "flwr-serverapp")
 """Programs that are the server of a deployment."""
 
@@ -91,13 +98,16 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
     """The configuration of a cell; writes the sites' text into `folder`."""
     text = folder / "text"
     text.mkdir(parents=True, exist_ok=True)
+
     for number, name in enumerate(names_of(cell.sites)):
         lines = [{"text": f"Site {number} writes line {line}: water flows on, stone {line * 7 + number} stays."}
                  for line in range(12)]  # fmt: skip
         (text / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
     model = {"dtype": "float32"}
     if cell.shape != SHAPES[0]:
         model["name_or_path"] = str(_model(cell.shape, folder))
+
     return {
         "model": model,
         "rounds": cell.rounds,
@@ -120,6 +130,7 @@ def _model(shape: tuple[int, int], folder: Path) -> Path:
     """A Llama with random weights and the package's tokenizer, made once for a folder."""
     layers, hidden = shape
     path = folder.resolve() / f"model-{hidden}"
+
     if not path.exists():
         tokenizer = load_tokenizer(ModelConfig())
         torch.manual_seed(0)
@@ -140,12 +151,14 @@ def _model(shape: tuple[int, int], folder: Path) -> Path:
         )
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+
     return path
 
 
 @dataclass
 class Watch:
-    """What is seen of a run while it runs: when each round ended, and the memory of all processes."""
+    """What is seen of a run while it runs: when each round ended, and the memory of all
+    processes."""
 
     environment: dict[str, str]
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -154,8 +167,11 @@ class Watch:
     server_peaks: dict[int, int] = field(default_factory=dict)
 
     def rounds(self, out: Path, rounds: int, *, alive: Callable[[], bool], timeout: float) -> None:
-        """Return when the run in `out` has ended `rounds` rounds; raises `RuntimeError` if it will not."""
-        until, metrics = time.monotonic() + timeout, out / "metrics.jsonl"
+        """Return when the run in `out` has ended `rounds` rounds; raises `RuntimeError` if it will
+        not."""
+        until = time.monotonic() + timeout
+        metrics = out / "metrics.jsonl"
+
         while len(self.records) < rounds:
             running = alive()
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
@@ -163,11 +179,13 @@ class Watch:
                 if line.endswith("\n"):
                     self.records.append(json.loads(line))
                     self.ended.append(time.time())
+
             if len(self.records) < rounds:
                 if not running or time.monotonic() > until:
                     raise RuntimeError(
                         f"{len(self.records)} of {rounds} rounds, then {'silence' if running else 'end'}"
                     )
+
                 time.sleep(0.02)
 
     @contextmanager
@@ -178,7 +196,9 @@ class Watch:
         def look() -> None:
             while not done.wait(SAMPLE_S):
                 found = marked(self.environment[MARK])
-                self.peak_pss = max(self.peak_pss, sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in found))
+                self.peak_pss = max(
+                    self.peak_pss, sum(_kilobytes(pid, "smaps_rollup", "Pss:") for pid in found)
+                )
                 for pid, words in found.items():
                     if serves(words):
                         if pid not in self.server_peaks:
@@ -195,12 +215,19 @@ class Watch:
             thread.join()
 
     def row(self, cell: Cell, began: float) -> Row:
-        """Figures of the rounds after the first; a round is apart from training while no site trains."""
+        """Figures of the rounds after the first; a round is apart from training while no site
+        trains."""
         spans = [span for span in read_clock(Path(self.environment[CLOCK])) if span[0] >= began]
         whole = [record["seconds"] for record in self.records]
-        apart = [seconds - covered_s(spans, end - seconds, end) for seconds, end in zip(whole, self.ended, strict=True)]
-        assert len(spans) >= cell.sites * cell.rounds, f"{cell}: the clock saw {len(spans)} trainings"
+        apart = [
+            seconds - covered_s(spans, end - seconds, end)
+            for seconds, end in zip(whole, self.ended, strict=True)
+        ]
+        assert len(spans) >= cell.sites * cell.rounds, (
+            f"{cell}: the clock saw {len(spans)} trainings"
+        )
         last = self.records[-1]
+
         return {
             **head(cell),
             "apart_s": statistics.median(apart[1:]),
@@ -218,13 +245,24 @@ class Watch:
 
 def head(cell: Cell) -> Row:
     """The columns that name a row."""
-    return {"part": "rounds", "what": NAMES[cell.fleet], "payload_mb": cell.payload_mb, "sites": cell.sites}
+    return {
+        "part": "rounds",
+        "what": NAMES[cell.fleet],
+        "payload_mb": cell.payload_mb,
+        "sites": cell.sites,
+    }
 
 
 def environment_of(folder: Path) -> dict[str, str]:
     """What every process of a cell, or of a deployment, must have in its environment."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = [str(folder_of_clock(folder / "clock")), str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    path = [
+        str(folder_of_clock(folder / "clock")),
+        str(ROOT / "src"),
+        str(ROOT),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+
     return {
         **QUIET,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -237,12 +275,14 @@ def environment_of(folder: Path) -> dict[str, str]:
 
 def one_machine(cell: Cell, folder: Path) -> Row:
     """`fluvial run`, in one process or over Flower's simulation."""
-    seen, out = Watch(environment_of(folder)), folder / "run"
+    seen = Watch(environment_of(folder))
+    out = folder / "run"
     config = folder / "run.toml"
     config.write_text(flower_lab.toml(table_of(cell, folder)))
     command = [*flower_lab.FLUVIAL, "run", str(config), "--out", str(out), "--format", "json"]
     command += ["--fleet", "flower" if cell.fleet == "ray" else "process"]
     began = time.time()
+
     with running(command, seen.environment, folder / "log") as process, seen.memory(_drives(cell)):
         seen.rounds(out, cell.rounds, alive=lambda: process.poll() is None, timeout=600)
     return seen.row(cell, began)
@@ -255,13 +295,16 @@ def _drives(cell: Cell) -> Callable[[list[str]], bool]:
 def deployed(cells: Sequence[Cell], folder: Path) -> Iterator[Row]:
     """Runs one after the other on one server and its sites, processes with TLS and node keys.
 
-    `start_s` is from the submission on, `join_s` from the start of the sites until the server sees all. A run is
-    waited for to its end, so that Flower's meter has seen what was counted: the rounds and two measurements after them.
+    `start_s` is from the submission on, `join_s` from the start of the sites until the server sees
+    all. A run is waited for to its end, so that Flower's meter has seen what was counted: the
+    rounds and two measurements after them.
     """
     environment = environment_of(folder)
     first = cells[0]
-    stock, names = first.fleet == "stock", names_of(first.sites)
+    stock = first.fleet == "stock"
+    names = names_of(first.sites)
     assert all((cell.fleet, cell.sites) == (first.fleet, first.sites) for cell in cells)
+
     with flower_lab.deployment(
         folder / "lab", dict.fromkeys(names, ""), stock=stock, environment=environment, start=False
     ) as made:
@@ -274,9 +317,11 @@ def deployed(cells: Sequence[Cell], folder: Path) -> Iterator[Row]:
         made.wait_online(len(names), timeout=300)
         joined = time.time() - joining
         for cell in cells:
-            seen, out = Watch(environment), folder / f"rank-{cell.rank}"
+            seen = Watch(environment)
+            out = folder / f"rank-{cell.rank}"
             began = time.time()
             number = made.submit(table_of(cell, folder), out)
+
             with seen.memory(lambda words: any(Path(word).name in SERVERS for word in words[:3])):
                 seen.rounds(out, cell.rounds, alive=lambda: True, timeout=900)
             row = {**seen.row(cell, began), "join_s": joined}
@@ -284,24 +329,39 @@ def deployed(cells: Sequence[Cell], folder: Path) -> Iterator[Row]:
             meter = made.finished(number)["network-traffic"]
             row["counted"] = sum(result["bytes"]["by_kind"].values())
             row["metered"] = meter["inbound-bytes"] + meter["outbound-bytes"]
-            # Every round brings the adapter down and an update up; at the end it comes down once more to be measured.
-            row["metered_ratio"] = row["metered"] / (cell.payload * cell.sites * (2 * cell.rounds + 1))
+            # Every round brings the adapter down and an update up; at the end it comes down once
+            # more to be measured.
+            row["metered_ratio"] = row["metered"] / (
+                cell.payload * cell.sites * (2 * cell.rounds + 1)
+            )
             yield row
 
 
 def nvflare(cell: Cell, folder: Path, python: str) -> Row:
     """Its simulator with clients that only answer: there is nothing to subtract."""
     seen = Watch(environment_of(folder))
-    environment = {key: value for key, value in seen.environment.items() if key not in (CLOCK, "PYTHONPATH")}
+    environment = {
+        key: value for key, value in seen.environment.items() if key not in (CLOCK, "PYTHONPATH")
+    }
     script = str(ROOT / "benchmarks" / "engine_nvflare.py")
-    command = [python, script, "server", str(cell.sites), str(cell.rounds), str(cell.payload), str(folder.resolve())]
+    command = [
+        python,
+        script,
+        "server",
+        str(cell.sites),
+        str(cell.rounds),
+        str(cell.payload),
+        str(folder.resolve()),
+    ]
     environment["ENGINE_BEGAN"] = repr(time.time())
+
     with (
         running(command, environment, folder / "log") as process,
         seen.memory(lambda words: "nvflare.private.fed.app.simulator.simulator" in words),
     ):
         if process.wait(600):
             raise RuntimeError(f"NVFlare: {(folder / 'log').read_text(errors='replace')[-400:]}")
+
     found = json.loads((folder / "log").read_text(errors="replace").strip().splitlines()[-1])
     return {
         **head(cell),
@@ -310,13 +370,16 @@ def nvflare(cell: Cell, folder: Path, python: str) -> Row:
         "round_s": statistics.median(found["round_s"][1:]),
         "start_s": found["start_s"],
         "peak_mb": seen.peak_pss / 1e6,
-        "server_mb": max(seen.server_peaks.values(), default=0) / 1e6 or None,  # its starter has the same name
+        "server_mb": max(seen.server_peaks.values(), default=0) / 1e6
+        or None,  # its starter has the same name
         "payload": cell.payload,
     }
 
 
 @contextmanager
-def running(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], environment: Mapping[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """A program and all that it starts, ended at the end by the mark in their environment."""
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -328,6 +391,7 @@ def running(command: list[str], environment: Mapping[str, str], log: Path) -> It
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
     try:
         yield process
     finally:
@@ -337,19 +401,24 @@ def running(command: list[str], environment: Mapping[str, str], log: Path) -> It
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
         while left := marked(environment[MARK]):
             for pid in left:
                 try:
                     os.kill(pid, 9)
                 except ProcessLookupError:
                     continue
+
             time.sleep(0.1)
+
         process.wait(10)
 
 
 def marked(mark: str) -> dict[int, list[str]]:
     """Command lines of the living processes of a cell."""
-    wanted, found = f"{MARK}={mark}".encode(), {}
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if wanted in (path / "environ").read_bytes().split(b"\0"):
@@ -359,6 +428,7 @@ def marked(mark: str) -> dict[int, list[str]]:
                     found[int(path.name)] = words
         except OSError:
             continue  # it has ended, or is somebody else's
+
     return found
 
 
@@ -376,15 +446,19 @@ def _kilobytes(pid: int, file: str, key: str) -> int:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
         return 0
+
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)
 
 
-def measure(cells: Sequence[Cell], folder: Path, *, nvflare_python: str = sys.executable) -> Generator[Row, None, None]:
+def measure(
+    cells: Sequence[Cell], folder: Path, *, nvflare_python: str = sys.executable
+) -> Generator[Row, None, None]:
     """The rows of cells of one engine; those of a deployment share it. Raises what went wrong."""
     fleet = cells[0].fleet
     if fleet in ("warm", "stock"):
         yield from deployed(cells, folder)
         return
+
     for cell in cells:
         own = folder / f"rank-{cell.rank}"
         yield nvflare(cell, own, nvflare_python) if fleet == "nvflare" else one_machine(cell, own)

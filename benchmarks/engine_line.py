@@ -1,10 +1,11 @@
 """A slow line between a server and its sites, on one machine.
 
-Server and sites live in network namespaces of their own, joined by TUN devices; a process between them holds every IP
-packet back as a line of that rate and delay would, and drops some. So the kernel's TCP at both ends sees the line, with
-its own windows, retransmissions and acknowledgements. This stands in for `tc netem`, which not every kernel has (it
-needs CONFIG_NET_SCH_NETEM); queue and order of loss, rate and delay are netem's: loss first, then a queue of 1,000
-packets, then the rate, then the delay, in each direction. Both ends use TCP Reno, which any namespace may choose (cubic
+Server and sites live in network namespaces of their own, joined by TUN devices; a process between
+them holds every IP packet back as a line of that rate and delay would, and drops some. So the
+kernel's TCP at both ends sees the line, with its own windows, retransmissions and acknowledgements.
+This stands in for `tc netem`, which not every kernel has (it needs CONFIG_NET_SCH_NETEM); queue and
+order of loss, rate and delay are netem's: loss first, then a queue of 1,000 packets, then the rate,
+then the delay, in each direction. Both ends use TCP Reno, which any namespace may choose (cubic
 keeps to its rate on such lines, BBR hardly minds loss), and remember nothing of earlier connections
 (`tcp_no_metrics_save`). A veth pair beside each line measures the same rounds without it.
 
@@ -47,20 +48,24 @@ QUEUE = 1000
 
 
 def carry(pairs: Sequence[tuple[int, int]]) -> None:
-    """Carry packets between pairs of TUN devices until standard input ends; a line of JSON there is a new `Setting`."""
+    """Carry packets between pairs of TUN devices until standard input ends; a line of JSON there is
+    a new `Setting`."""
     over = {here: there for pair in pairs for here, there in (pair, pair[::-1])}
     lanes = {here: (here if one else -here - 1) for pair in pairs for one, here in enumerate(pair)}
-    setting, chance = Setting(1e4, 0.0, 0.0), random.Random(5)
+    setting = Setting(1e4, 0.0, 0.0)
+    chance = random.Random(5)
     free: dict[int, float] = {}
     waiting: dict[int, list[float]] = {}
     flying: list[tuple[float, int, int, bytes]] = []
     number = 0
     print("ready", flush=True)
+
     while True:
         now = time.monotonic()
         while flying and flying[0][0] <= now:
             _, _, there, packet = heapq.heappop(flying)
             os.write(there, packet)
+
         left = max(0.0, flying[0][0] - time.monotonic()) if flying else None
         ready, _, _ = select.select([0, *over], [], [], left)
         for here in ready:
@@ -70,17 +75,23 @@ def carry(pairs: Sequence[tuple[int, int]]) -> None:
                     return
                 setting = Setting(**json.loads(line))
                 continue
-            packet, now = os.read(here, 65536), time.monotonic()
+
+            packet = os.read(here, 65536)
+            now = time.monotonic()
             up = lanes[here] >= 0
             lane = int(up) if setting.shared else lanes[here]
             queue = [leaves for leaves in waiting.get(lane, []) if leaves > now]
             waiting[lane] = queue
+
             if chance.random() < setting.loss or len(queue) >= QUEUE:
                 continue
+
             free[lane] = max(now, free.get(lane, 0.0)) + 8 * len(packet) / (1e6 * setting.mbit_s)
             queue.append(free[lane])
             number += 1
-            heapq.heappush(flying, (free[lane] + setting.delay_ms / 1e3, number, over[here], packet))
+            heapq.heappush(
+                flying, (free[lane] + setting.delay_ms / 1e3, number, over[here], packet)
+            )
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -101,6 +112,7 @@ def inside(namespace: int) -> Iterator[None]:
     """What this thread opens and starts belongs to that network namespace."""
     home = _own_namespace()
     _enter(namespace)
+
     try:
         yield
     finally:
@@ -113,6 +125,7 @@ def new_namespace() -> int:
     home = _own_namespace()
     if _LIBC.unshare(_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare: a network namespace needs CAP_SYS_ADMIN")
+
     made = _own_namespace()
     try:
         _ip("link set lo up")
@@ -121,6 +134,7 @@ def new_namespace() -> int:
     finally:
         _enter(home)
         os.close(home)
+
     return made
 
 
@@ -132,7 +146,10 @@ def _ip(*commands: str) -> None:
 def _tun(name: str) -> int:
     """A TUN device of this namespace, as the file whose packets it carries."""
     device = os.open("/dev/net/tun", os.O_RDWR)
-    fcntl.ioctl(device, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x0001 | 0x1000))  # TUNSETIFF, TUN, NO_PI
+    fcntl.ioctl(
+        device, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x0001 | 0x1000)
+    )  # TUNSETIFF, TUN, NO_PI
+
     return device
 
 
@@ -154,10 +171,17 @@ class Lines:
                 # By a file of this process, since the namespace has no name.
                 _ip(f"link set far{number} netns /proc/{os.getpid()}/fd/{site}")
                 _ip(f"link set line{number} up", f"link set straight{number} up")
+
             with inside(site):
                 there = _tun("line")
-                _ip("link set line up", f"link set far{number} up", f"addr add {_address(number)}/32 dev lo")
+                _ip(
+                    "link set line up",
+                    f"link set far{number} up",
+                    f"addr add {_address(number)}/32 dev lo",
+                )
+
             pairs.append((here, there))
+
         devices = [device for pair in pairs for device in pair]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.engine_line", *map(str, devices)],
@@ -177,11 +201,16 @@ class Lines:
     def use(self, setting: Setting | None) -> None:
         """Send what follows over lines of that kind, or past them."""
         for number, site in enumerate(self.sites, 1):
-            device, far = (f"straight{number}", f"far{number}") if setting is None else (f"line{number}", "line")
+            device, far = (
+                (f"straight{number}", f"far{number}")
+                if setting is None
+                else (f"line{number}", "line")
+            )
             with inside(self.server):
                 _ip(f"route replace {_address(number)}/32 dev {device} src {SERVER}")
             with inside(site):
                 _ip(f"route replace {SERVER}/32 dev {far} src {_address(number)}")
+
         if setting is not None:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(asdict(setting)) + "\n")
@@ -193,16 +222,19 @@ class Lines:
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             stream.close()
+
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
         for namespace in (self.server, *self.sites):
             os.close(namespace)
 
     def tried(self, size: int = 4_000_000) -> dict[str, float | None]:
-        """Round trip of a connection's start, ms, and the rate at which `size` bytes went up, Mbit/s, at one site."""
+        """Round trip of a connection's start, ms, and the rate at which `size` bytes went up,
+        Mbit/s, at one site."""
         with inside(self.server):
             listener = socket.create_server((SERVER, 0))
         taken: list[float] = []
@@ -210,9 +242,12 @@ class Lines:
         def take() -> None:
             peer, _ = listener.accept()
             with peer:
-                got, first = 0, 0.0
+                got = 0
+                first = 0.0
                 while data := peer.recv(65536):
-                    got, first = got + len(data), first or time.monotonic()
+                    got = got + len(data)
+                    first = first or time.monotonic()
+
                 taken.append(8e-6 * got / (time.monotonic() - first))
 
         thread = threading.Thread(target=take, daemon=True)
@@ -227,6 +262,7 @@ class Lines:
             sender.sendall(bytes(size))
             sender.shutdown(socket.SHUT_WR)
             thread.join(60)
+
         return {"rtt_ms": rtt_ms, "mbit_s": taken[0] if taken else None}
 
 
@@ -241,6 +277,7 @@ def possible() -> str | None:
         os.close(os.open("/dev/net/tun", os.O_RDWR))
     except (OSError, subprocess.CalledProcessError) as error:
         return f"no network namespaces with TUN devices here: {error}"
+
     return None
 
 

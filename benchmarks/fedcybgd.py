@@ -58,29 +58,50 @@ FULL = Bed(rounds=8, steps=4, heldout=None, length=None, seeds=3, paces=(0.5, 1.
 QUICK = Bed(rounds=2, steps=1, heldout=2, length=16, seeds=1, paces=(1.0,), further=0)
 DRAWS = 4
 """Of a stale subset, for its cosine."""
-UPLOAD, MEMORY, LOSS = 0.1, 1 / 3, 0.01
-"""Shares of Fed-full's upload and client memory, and of its loss beyond it, that FedCyBGD may take."""
+UPLOAD = 0.1
+MEMORY = 1 / 3
+LOSS = 0.01
+"""Shares of Fed-full's upload and client memory, and of its loss beyond it, that FedCyBGD may
+take."""
 EQUAL = 0.005
 """Losses this close, relatively, count as equal."""
 FEWER = 4.0
 """Times fewer bytes down that the cache is to take."""
 
 
-# -- losses -----------------------------------------------------------------------------------------------------------
+# -- losses --------------------------------------------------------------------------------------
 
 
-def losses_part(pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace) -> None:
+def losses_part(
+    pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace
+) -> None:
     """Figure 1."""
     bed = _bed(options)
-    named = [each for each in CONTENDERS if each.name in QUICK_NAMES] if options.quick else list(CONTENDERS)
+    named = (
+        [each for each in CONTENDERS if each.name in QUICK_NAMES]
+        if options.quick
+        else list(CONTENDERS)
+    )
+
     if options.contender:
-        named = [each for each in named if any(text in each.name for text in (*options.contender, REFERENCE))]
-    waiting = [Job(cell, each, bed, options.cache, options.deadline) for cell in cells for each in named]
+        named = [
+            each
+            for each in named
+            if any(text in each.name for text in (*options.contender, REFERENCE))
+        ]
+
+    waiting = [
+        Job(cell, each, bed, options.cache, options.deadline) for cell in cells for each in named
+    ]
     found = run_all(pool, sorted(waiting, key=lambda job: job.contender.tier), report)
-    rows = [row for cell in cells for row in table([each for each in found if each.job.cell == cell])]
+    rows = [
+        row for cell in cells for row in table([each for each in found if each.job.cell == cell])
+    ]
+
     for cell in cells:
         title = f"{cell.name}: {bed.rounds} rounds of {bed.steps} steps; bytes of one site, memory by formula"
         show(title, COLUMNS, [row for row in rows if row["cell"] == cell.name])
+
     report.rows += [{"part": "losses", **row} for row in rows]
     report.claims += claims(rows, report)
 
@@ -105,28 +126,38 @@ COLUMNS = {
 
 
 def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
-    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the report."""
-    console, since = Console(), time.perf_counter()
+    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
+    report."""
+    console = Console()
+    since = time.perf_counter()
     futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
     done: dict[int, Found] = {}
+
     for future in as_completed(futures):
         number = futures[future]
         job = waiting[number]
         name = f"{job.cell.name}, {job.contender.name}"
+
         try:
             each = future.result()
         except Exception as error:  # a fault of one contender must not cost the hours of all others
             report.skip(f"{name}: {type(error).__name__}: {str(error)[:300]}")
             each = Found(job, complete=True)
+
         done[number] = each
         if not each.complete:
-            report.skip(f"{name}: time was over after {len(each.tuning)} learning rates and {len(each.runs)} seeds")
+            report.skip(
+                f"{name}: time was over after {len(each.tuning)} learning rates and {len(each.runs)} seeds"
+            )
+
         losses = ", ".join(f"{row['loss']:.4f}" for row in each.runs if "loss" in row)
         line = f"{len(done)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {name}: {losses}"
         console.print(line, markup=False, soft_wrap=True)
+
     old = {row["key"] for each in done.values() for row in each.runs if row["source"] != SOURCE}
     if old:
         report.skip(f"{len(old)} runs are from the cache and of another state of the package")
+
     return [done[number] for number in sorted(done)]
 
 
@@ -136,10 +167,14 @@ def table(found: Sequence[Found]) -> list[Row]:
     theirs = [run for run in reference.runs if "stopped" not in run] if reference else []
     rows = [_row(each, theirs) for each in found if each.tuning]
     full = next((row for row in rows if row["contender"] == REFERENCE and row["seeds"]), None)
+
     for row in rows:
         if full is not None and row["seeds"]:
-            row["up_share"] = row["bytes_up"] / full["bytes_up"] if row["bytes_up"] is not None else None
+            row["up_share"] = (
+                row["bytes_up"] / full["bytes_up"] if row["bytes_up"] is not None else None
+            )
             row["memory_share"] = row["memory_bytes"] / full["memory_bytes"]
+
     return rows
 
 
@@ -151,14 +186,23 @@ def _row(each: Found, theirs: Sequence[Row]) -> Row:
         "learning_rate": each.best,
         "edge": len(rates) > 1 and each.best in (min(rates), max(rates)),
         "complete": each.complete,
-        "stopped": next((run["stopped"] for run in (*each.tuning.values(), *each.runs) if "stopped" in run), None),
+        "stopped": next(
+            (run["stopped"] for run in (*each.tuning.values(), *each.runs) if "stopped" in run),
+            None,
+        ),
         "tuning": {f"{rate:g}": run.get("loss") for rate, run in each.tuning.items()},
     }
     runs = [run for run in each.runs if "stopped" not in run]
-    row |= {"seeds": len(runs), "why": "stopped" if row["stopped"] else "lr at the grid's edge" if row["edge"] else ""}
+    row |= {
+        "seeds": len(runs),
+        "why": "stopped" if row["stopped"] else "lr at the grid's edge" if row["edge"] else "",
+    }
+
     if not runs or each.config is None:
         return row
-    config, sends = each.config, each.config.entry.sends == "codec"
+
+    config = each.config
+    sends = each.config.entry.sends == "codec"
     row |= {
         "rounds": config.rounds,
         "rank": config.lora.r if config.adapter else None,
@@ -176,6 +220,7 @@ def _row(each: Found, theirs: Sequence[Row]) -> Row:
         "cpu_s": mean(run["cpu_s"] for run in runs),
     }
     pairs = list(zip(runs, theirs, strict=False))
+
     if pairs:
         ratios = [run["loss"] / other["loss"] for run, other in pairs]
         gain = sum(other["base_loss"] - other["loss"] for _, other in pairs)
@@ -184,6 +229,7 @@ def _row(each: Found, theirs: Sequence[Row]) -> Row:
             "ratio_half": half_width(ratios),
             "gain_kept": sum(run["base_loss"] - run["loss"] for run, _ in pairs) / gain,
         }
+
     return row
 
 
@@ -194,17 +240,26 @@ def claims(rows: Sequence[Row], report: Report) -> list[Claim]:
         here = {row["contender"]: row for row in rows if row["cell"] == cell and row["seeds"]}
         if REFERENCE not in here:
             continue
+
         for name in (OURS, INT8, EMBEDDINGS, WIDE):
             if name in here:
-                row, title = here[name], f"{cell}: {name}"
+                row = here[name]
+                title = f"{cell}: {name}"
                 found += [
-                    Claim(f"{title}: loss over fed-full's, less 1", row["ratio"] - 1, LOSS, "at most"),
+                    Claim(
+                        f"{title}: loss over fed-full's, less 1", row["ratio"] - 1, LOSS, "at most"
+                    ),
                     Claim(f"{title}: upload over fed-full's", row["up_share"], UPLOAD, "at most"),
                     Claim(
-                        f"{title}: client memory over fed-full's, by formula", row["memory_share"], MEMORY, "at most"
+                        f"{title}: client memory over fed-full's, by formula",
+                        row["memory_share"],
+                        MEMORY,
+                        "at most",
                     ),
                 ]
+
         found += _against_lora(cell, here, report) + _among_themselves(cell, here)
+
     return found
 
 
@@ -214,13 +269,23 @@ def _against_lora(cell: str, here: dict[str, Row], report: Report) -> list[Claim
     if lora is None:
         return []
     if here[REFERENCE]["loss"] >= lora["loss"]:
-        report.skip(f"{cell}: no verdict against LoRA, because full tuning does not beat it at equal passes")
+        report.skip(
+            f"{cell}: no verdict against LoRA, because full tuning does not beat it at equal passes"
+        )
         return []
-    matched = [(each.match.name, each.name) for each in CONTENDERS if each.match and each.tune == "lora"]
-    pairs = [(here[ours], here[theirs]) for ours, theirs in matched if ours in here and theirs in here]
+
+    matched = [
+        (each.match.name, each.name) for each in CONTENDERS if each.match and each.tune == "lora"
+    ]
+    pairs = [
+        (here[ours], here[theirs]) for ours, theirs in matched if ours in here and theirs in here
+    ]
     return [
         Claim(
-            f"{cell}: {ours['contender']} less {theirs['contender']}, nats", ours["loss"] - theirs["loss"], 0.0, "below"
+            f"{cell}: {ours['contender']} less {theirs['contender']}, nats",
+            ours["loss"] - theirs["loss"],
+            0.0,
+            "below",
         )
         for ours, theirs in pairs
     ]
@@ -230,25 +295,37 @@ def _among_themselves(cell: str, here: dict[str, Row]) -> list[Claim]:
     """What Jacobi groups lose, and the paper's order of FedCyBGD and FedBAvg."""
     if INT8 not in here:
         return []
+
     alone = here[INT8]["loss"]
     found = [
-        Claim(f"{cell}: {name} over one block at a time, less 1", here[name]["loss"] / alone - 1, LOSS, "at most")
+        Claim(
+            f"{cell}: {name} over one block at a time, less 1",
+            here[name]["loss"] / alone - 1,
+            LOSS,
+            "at most",
+        )
         for name in (f"{INT8}, parallel 2", f"{INT8}, parallel 4")
         if name in here
     ]
     if FEDBAVG in here:
         name = f"{cell}: {INT8} less {FEDBAVG}, nats"
         found.append(Claim(name, alone - here[FEDBAVG]["loss"], 0.0, "at most"))
+
     return found
 
 
-# -- download ---------------------------------------------------------------------------------------------------------
+# -- download ------------------------------------------------------------------------------------
 
 
 def _form(name: str, download: Table, codec: Table | None = None) -> Contender:
     """One form, as lossy as it is: the gate refuses nothing."""
     lossy = download["form"] in ("proxy", "stale-subset", "low-bit")
-    method = LATIN | {"decay": "cosine", "download": download} | ({"gate": {"threshold": 0}} if lossy else {})
+    method = (
+        LATIN
+        | {"decay": "cosine", "download": download}
+        | ({"gate": {"threshold": 0}} if lossy else {})
+    )
+
     return Contender(name, method, codec=codec or {"name": "int8"})
 
 
@@ -287,25 +364,32 @@ DOWN_COLUMNS = {
 }
 
 
-def download_part(pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace) -> None:
+def download_part(
+    pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace
+) -> None:
     """Figure 3."""
     bed = replace(_bed(options), paces=(1.0,), further=0)
     forms = [each for each in FORMS if not options.quick or each.name in QUICK_FORMS]
+
     for cell in cells:
-        found = run_all(pool, [Job(cell, form, bed, options.cache, options.deadline) for form in forms], report)
+        found = run_all(
+            pool, [Job(cell, form, bed, options.cache, options.deadline) for form in forms], report
+        )
         measured = [each for each in found if each.runs and "stopped" not in each.runs[0]]
         seen = [
-            pool.submit(_cosines, cell, [each.job.contender for each in measured], bed, seed, options)
+            pool.submit(
+                _cosines, cell, [each.job.contender for each in measured], bed, seed, options
+            )
             for seed in range(bed.seeds)
         ]
         gradients = [each.result() for each in seen]
         rows = [_down_row(each) for each in found]
+
         for place, each in enumerate(measured):
             row = next(row for row in rows if row["form"] == each.job.contender.name)
             row |= _gradients([table[place] for table in gradients if table])
-        title = (
-            f"{cell.name}: bytes down of a visit, final loss, gradient cosine through the download (mean, least block)"
-        )
+
+        title = f"{cell.name}: bytes down of a visit, final loss, gradient cosine through the download (mean, least block)"
         show(title, DOWN_COLUMNS, rows)
         report.rows += [{"part": "download", **row} for row in rows]
         report.claims += down_claims(cell.name, rows)
@@ -318,12 +402,18 @@ def _cosines(
     exact = next(form for form in FORMS if form.name == EXACT)
     configs = [resolve(cell, form, bed, pace=1.0, seed=seed) for form in (exact, *forms)]
     cache = Cache(options.cache)
-    key = hashlib.sha256(f"{DRAWS}{[Cache.key(config) for config in configs]}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        f"{DRAWS}{[Cache.key(config) for config in configs]}".encode()
+    ).hexdigest()[:16]
     known = cache.find(key)
+
     if known is None:
         if time.time() >= options.deadline:
             return None
-        known = cache.add(key, {"cell": cell.name, "seed": seed, "forms": cosines(configs[0], configs[1:], DRAWS)})
+        known = cache.add(
+            key, {"cell": cell.name, "seed": seed, "forms": cosines(configs[0], configs[1:], DRAWS)}
+        )
+
     found: list[Row] = known["forms"]
     return found
 
@@ -332,11 +422,15 @@ def _gradients(tables: Sequence[Row]) -> Row:
     """Over the blocks and the seeds."""
     if not tables:
         return {}
+
     row: Row = {}
     for key in ("cosine_base", "cosine_tuned"):
         values = [value for each in tables for value in each[key]]
         row |= {key: mean(values), f"{key}_least": min(values)}
-        row[f"{key}_by_block"] = [mean(values) for values in zip(*(each[key] for each in tables), strict=True)]
+        row[f"{key}_by_block"] = [
+            mean(values) for values in zip(*(each[key] for each in tables), strict=True)
+        ]
+
     return row
 
 
@@ -345,6 +439,7 @@ def _down_row(each: Found) -> Row:
     row: Row = {"cell": each.job.cell.name, "form": each.job.contender.name, "seeds": len(runs)}
     stopped = next((run["stopped"] for run in each.runs if "stopped" in run), None)
     row |= {"stopped": stopped, "why": "stopped" if stopped else "", "learning_rate": each.best}
+
     if runs:
         row |= {
             "loss": mean(run["loss"] for run in runs),
@@ -355,34 +450,41 @@ def _down_row(each: Found) -> Row:
             "down_last": mean(run["down"][-1] / run["visits"][-1] for run in runs),
             "up": mean(sum(run["up"]) / sum(run["visits"]) for run in runs),
         }
+
     return row
 
 
 def down_claims(cell: str, rows: Sequence[Row]) -> list[Claim]:
     """The cache against the paper's design, at equal final loss.
 
-    The proxy that is compared is the cheapest one that ends within 0.5 % of the cache; where none does, the cheapest of
-    all, which favours the proxy.
+    The proxy that is compared is the cheapest one that ends within 0.5 % of the cache; where none
+    does, the cheapest of all, which favours the proxy.
     """
     run = {row["form"]: row for row in rows if row["seeds"]}
     proxies = [row for name, row in run.items() if name.startswith("proxy")]
     found = []
+
     for name in ("cache, int8", "cache, hadamard 1/16", "cache, hadamard 1/32"):
         if name not in run or not proxies:
             continue
+
         cache = run[name]
         equal = [row for row in proxies if row["loss"] <= cache["loss"] * (1 + EQUAL)]
         other = min(equal or proxies, key=lambda row: row["down"])
         word = "equal in loss" if equal else "worse in loss"
         title = f"{cell}: bytes down of {other['form']} ({word}) over those of {name}"
         found.append(Claim(title, other["down"] / cache["down"], FEWER, "at least"))
+
         if EXACT in run and name != EXACT:
             over = cache["loss"] / run[EXACT]["loss"] - 1
-            found.append(Claim(f"{cell}: loss of {name} over {EXACT}, less 1", over, EQUAL, "at most"))
+            found.append(
+                Claim(f"{cell}: loss of {name} over {EXACT}, less 1", over, EQUAL, "at most")
+            )
+
     return found
 
 
-# -- the command ------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------
 
 
 def _bed(options: argparse.Namespace) -> Bed:
@@ -392,22 +494,36 @@ def _bed(options: argparse.Namespace) -> Bed:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
-    parser.add_argument("--quick", action="store_true", help="few contenders and steps: whether it works")
-    parser.add_argument("--cell", action="append", choices=list(CELLS), help="default: all; of download, the first")
-    parser.add_argument("--contender", action="append", default=[], help="only those with this text in their name")
+    parser.add_argument(
+        "--quick", action="store_true", help="few contenders and steps: whether it works"
+    )
+    parser.add_argument(
+        "--cell", action="append", choices=list(CELLS), help="default: all; of download, the first"
+    )
+    parser.add_argument(
+        "--contender", action="append", default=[], help="only those with this text in their name"
+    )
     parser.add_argument("--seeds", type=int, help="default: 3")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to; may be shared")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin no run after this time"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="JSON lines: runs to take, and to add to; may be shared"
+    )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of part compute")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    load, options.deadline = os.getloadavg(), time.time() + 60 * options.minutes
+    load = os.getloadavg()
+    options.deadline = time.time() + 60 * options.minutes
     parts = options.part or list(PARTS)
     report = Report("fedcybgd", {"quick": options.quick, "parts": parts, "source": SOURCE})
     cells = _cells(options, report)
+
     if {"losses", "download"} & set(parts):
         report.settings |= {**asdict(_bed(options)), "cells": [asdict(cell) for cell in cells]}
         with workers(options.processes) as pool:
@@ -415,11 +531,13 @@ def main() -> None:
                 losses_part(pool, cells, report, options)
             if "download" in parts:
                 download_part(pool, cells if options.cell else cells[:1], report, options)
+
     if "memory" in parts:
         memory_part(report, quick=options.quick)
     if "compute" in parts:
         _one_thread()
         compute_part(report, quick=options.quick, device=options.device)
+
     report.finish(options.out, load)
 
 
@@ -429,6 +547,7 @@ def _cells(options: argparse.Namespace, report: Report) -> list[Cell]:
     for cell in wanted:
         if not cell.present:
             report.skip(f"{cell.name}: this checkout has no ../shared beside it")
+
     return [cell for cell in wanted if cell.present]
 
 

@@ -1,8 +1,10 @@
-"""The beds of `benchmarks.fedcybgd`: cells, contenders, one run of a contender, and gradients through a download.
+"""The beds of `benchmarks.fedcybgd`: cells, contenders, one run of a contender, and gradients
+through a download.
 
-A cell is a model with the text of eight sites. All contenders of a cell make the same passes: a cycle of FedCyBGD is a
-round of FedAvg, in which every site takes the same number of steps. Those that are compared at equal bytes get their
-rank, their rate or their rounds from the size of the frame that they are to match (see `Match`).
+A cell is a model with the text of eight sites. All contenders of a cell make the same passes: a
+cycle of FedCyBGD is a round of FedAvg, in which every site takes the same number of steps. Those
+that are compared at equal bytes get their rank, their rate or their rounds from the size of the
+frame that they are to match (see `Match`).
 """
 
 import tempfile
@@ -49,7 +51,8 @@ class Cell:
     heldout: int
     """Sequences of a site."""
     rate: float
-    """Centre of the learning rates of Fed-full; found in single runs with seed 0, as are the next and each `pace`."""
+    """Centre of the learning rates of Fed-full; found in single runs with seed 0, as are the next
+    and each `pace`."""
     lora_rate: float
     """And of LoRA."""
     layers_per_pair: int
@@ -61,7 +64,14 @@ class Cell:
         return CORPORA[self.corpus].present
 
 
-_STORIES: Any = {"length": 128, "batch": 4, "heldout": 24, "rate": 2e-3, "lora_rate": 8e-3, "layers_per_pair": 2}
+_STORIES: Any = {
+    "length": 128,
+    "batch": 4,
+    "heldout": 24,
+    "rate": 2e-3,
+    "lora_rate": 8e-3,
+    "layers_per_pair": 2,
+}
 _BABY: Any = _STORIES | {"rate": 2e-4, "lora_rate": 4e-3}
 CELLS = {
     cell.name: cell
@@ -87,7 +97,8 @@ class Bed:
     length: int | None
     seeds: int
     paces: tuple[float, ...]
-    """The grid of learning rates, in units of a contender's centre: the same for all, rising by factors of 2."""
+    """The grid of learning rates, in units of a contender's centre: the same for all, rising by
+    factors of 2."""
     further: int
     """Rates that are tried beyond the grid at most, one by one, where the best lies at its edge."""
 
@@ -99,7 +110,8 @@ class Match:
     name: str
     """Of the other contender."""
     by: Literal["rank", "rate", "rounds"]
-    """The largest rank, or the least rate, whose frame is no larger; or as many rounds as come to the same bytes."""
+    """The largest rank, or the least rate, whose frame is no larger; or as many rounds as come to
+    the same bytes."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +129,15 @@ class Contender:
     """Contenders of tier 1 come first."""
 
 
-REFERENCE, INT8, OURS, LORA = "fed-full", "fedcybgd int8", "fedcybgd hadamard 1/16", "lora r 8, equal passes"
-FEDBAVG, CYCLIC, CENTRAL = "fedbavg int8", "central cyclic", "central"
-EMBEDDINGS, WIDE = f"{OURS}, embeddings too", f"{OURS}, embeddings too, two layers a block"
+REFERENCE = "fed-full"
+INT8 = "fedcybgd int8"
+OURS = "fedcybgd hadamard 1/16"
+LORA = "lora r 8, equal passes"
+FEDBAVG = "fedbavg int8"
+CYCLIC = "central cyclic"
+CENTRAL = "central"
+EMBEDDINGS = f"{OURS}, embeddings too"
+WIDE = f"{OURS}, embeddings too, two layers a block"
 LATIN: Table = {"name": "fedcybgd", "order": "latin"}
 GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
 """As configs/fedcybgd.toml, with the rest of the model on disk."""
@@ -136,7 +154,13 @@ CONTENDERS = (
     Contender(OURS, GROUPED, codec=_hadamard(16)),
     Contender(FEDBAVG, {"name": "fedcybgd", "order": "pairs"}, codec={"name": "int8"}, pace=0.5),
     Contender(LORA, {"name": "fedavg"}, "lora", {"name": "identity"}),
-    Contender("lora int8, bytes of fedcybgd int8", {"name": "fedavg"}, "lora", {"name": "int8"}, Match(INT8, "rank")),
+    Contender(
+        "lora int8, bytes of fedcybgd int8",
+        {"name": "fedavg"},
+        "lora",
+        {"name": "int8"},
+        Match(INT8, "rank"),
+    ),
     Contender(
         "lora r 8 hadamard + EF, bytes of fedcybgd hadamard 1/16",
         {"name": "fedavg"},
@@ -146,14 +170,33 @@ CONTENDERS = (
     ),
     Contender(CYCLIC, {"name": "central_cyclic"}, pace=0.5),
     Contender(CENTRAL, {"name": "central"}, pace=0.5),
-    Contender("fedcybgd int8, parallel 2", LATIN | {"parallel": 2}, codec={"name": "int8"}, pace=0.5, tier=2),
-    Contender("fedcybgd int8, parallel 4", LATIN | {"parallel": 4}, codec={"name": "int8"}, pace=0.5, tier=2),
+    Contender(
+        "fedcybgd int8, parallel 2",
+        LATIN | {"parallel": 2},
+        codec={"name": "int8"},
+        pace=0.5,
+        tier=2,
+    ),
+    Contender(
+        "fedcybgd int8, parallel 4",
+        LATIN | {"parallel": 4},
+        codec={"name": "int8"},
+        pace=0.5,
+        tier=2,
+    ),
     Contender("fedcybgd int8, cosine", LATIN | {"decay": "cosine"}, codec={"name": "int8"}, tier=2),
     Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
     Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
-    Contender("fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2),
+    Contender(
+        "fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2
+    ),
     Contender(EMBEDDINGS, GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
-    Contender(WIDE, GROUPED | {"extra": ["embeddings"], "layers_per_block": 2}, codec=_hadamard(16), tier=2),
+    Contender(
+        WIDE,
+        GROUPED | {"extra": ["embeddings"], "layers_per_block": 2},
+        codec=_hadamard(16),
+        tier=2,
+    ),
     Contender(
         "lora r 8 int8, more rounds to bytes of fedcybgd int8",
         {"name": "fedavg"},
@@ -170,8 +213,9 @@ CONTENDERS = (
         tier=2,
     ),
 )
-"""In the order of their importance. Of FedCyBGD, the first is the default and the second what configs/fedcybgd.toml
-recommends. Decay over the rounds is a setting that FedAvg does not have here."""
+"""In the order of their importance. Of FedCyBGD, the first is the default and the second what
+configs/fedcybgd.toml recommends. Decay over the rounds is a setting that FedAvg does not have
+here."""
 QUICK_NAMES = (REFERENCE, INT8, OURS, LORA, CONTENDERS[5].name)
 
 
@@ -181,15 +225,19 @@ def contender(name: str) -> Contender:
 
 
 def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -> RunConfig:
-    """The configuration of one run; raises `ConfigError` where no setting matches the bytes that are to be matched."""
+    """The configuration of one run; raises `ConfigError` where no setting matches the bytes that
+    are to be matched."""
     centre = cell.lora_rate if which.tune == "lora" else cell.rate
     tables = CORPORA[cell.corpus].tables()
     method = which.method
+
     if method.get("order") == "pairs":
         method = method | {"layers_per_block": cell.layers_per_pair}
+
     table: Table = {
         **tables,
-        "data": tables["data"] | {"max_length": bed.length or cell.length, "max_heldout": bed.heldout or cell.heldout},
+        "data": tables["data"]
+        | {"max_length": bed.length or cell.length, "max_heldout": bed.heldout or cell.heldout},
         "seed": seed,
         "rounds": bed.rounds,
         "train": {
@@ -205,10 +253,12 @@ def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -
         table["lora"] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": LINEAR}
     elif which.method["name"] in ("fedavg", "central"):
         table["tune"] = "full"
+
     table |= {"codec": which.codec} if which.codec is not None else {}
     config = parse(table, f"{cell.name}, {which.name}")
     if which.match is None:
         return config
+
     wanted = frame_bytes(resolve(cell, contender(which.match.name), bed, pace=1.0, seed=0))
     return parse(_matched(table, config, which.match, wanted), f"{cell.name}, {which.name}")
 
@@ -219,16 +269,22 @@ def _matched(table: Table, config: RunConfig, match: Match, wanted: int) -> Tabl
     if match.by == "rounds":
         rounds = round(config.rounds * wanted / found)
         if rounds <= config.rounds:
-            raise ConfigError(f"a frame has {found} bytes and the other's {wanted}: no more rounds for the same bytes")
+            raise ConfigError(
+                f"a frame has {found} bytes and the other's {wanted}: no more rounds for the same bytes"
+            )
+
         return table | {"rounds": rounds}
+
     if match.by == "rate":
         rate = layout(config).raw_bytes / wanted
         return table | {"codec": table["codec"] | {"rate": rate}}
+
     highest = min(min(shape) for _, shape in _layout(config.model, None).shapes if len(shape) > 1)
     for rank in range(min(highest, round(8 * wanted / found) + 1), 0, -1):
         changed = table | {"lora": table["lora"] | {"r": rank, "lora_alpha": 2 * rank}}
         if frame_bytes(parse(changed, "match")) <= wanted:
             return changed
+
     raise ConfigError(f"even rank 1 has more bytes than {wanted}")
 
 
@@ -256,25 +312,30 @@ def _frame_bytes(codec: CodecSettings, sent: Layout) -> int:
 def memory_bytes(config: RunConfig) -> int:
     """The most that a client holds, by formula and without activations.
 
-    Under an adapter lies the whole base. Of what is read from disk the largest weight counts, which is in use at times.
+    Under an adapter lies the whole base. Of what is read from disk the largest weight counts, which
+    is in use at times.
     """
     method: Any = config.method
     whole = _layout(config.model, None).numel
     width: Any = dtype_of(config.model).itemsize
+
     if config.adapter is not None:
         return client_memory(Sizes(layout(config).numel, 0, whole), Full(), width=width).peak()
     if method.name in ("fedavg", "central"):
         return client_memory(Sizes.full(whole), Full(), width=width).peak()
+
     parts = partition(method, layout(config))
     largest = max(range(len(parts)), key=lambda index: parts.blocks[index].numel)
     sizes = Sizes.of(parts, largest)
+
     if getattr(method, "hold", "memory") == "disk":
         in_use = width * largest_beside(layout(config), parts.blocks[largest].layout)
         return client_memory(sizes, OnDisk(Full()), width=width).peak(in_use)
+
     return client_memory(sizes, Full(), width=width).peak()
 
 
-# -- one run ----------------------------------------------------------------------------------------------------------
+# -- one run -------------------------------------------------------------------------------------
 
 
 @lru_cache(2)
@@ -301,6 +362,7 @@ def finish(config: RunConfig) -> Finished:
     """All rounds of a run, and not what a run does at its end."""
     bench = _bench(config.model, config.adapter)
     texts = _texts(config.data.model_dump_json(), bench, config.seed)
+
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
         RunFolder(Path(folder)) as place,
@@ -310,23 +372,29 @@ def finish(config: RunConfig) -> Finished:
         for event in run.events():
             if event.kind == "round" and event.values["round"] == config.rounds:
                 break
+
         return Finished(run, texts, place.metrics())
 
 
 def traced(config: RunConfig) -> Row:
     """Held-out losses and bytes of one run; a run that was refused or stopped says why.
 
-    Losses are means over the sites, also of a baseline that trains on the union. Bytes are of all sites, as sent,
-    round by round, without those of measuring.
+    Losses are means over the sites, also of a baseline that trains on the union. Bytes are of all
+    sites, as sent, round by round, without those of measuring.
     """
-    since, busy = time.perf_counter(), time.process_time()
+    since = time.perf_counter()
+    busy = time.process_time()
+
     try:
         done = finish(config)
     except (GateError, DivergenceError, ClientError) as error:
         return {"stopped": f"{type(error).__name__}: {error}"[-300:]}
-    state, bench = done.run.server.model(), done.run.bench
+
+    state = done.run.server.model()
+    bench = done.run.bench
     assert state is not None, "all of these have a global model"
     taken = {"seconds": time.perf_counter() - since, "cpu_s": time.process_time() - busy}
+
     return {
         "base_loss": _loss(bench, done.texts, bench.base_state()),
         "loss": _loss(bench, done.texts, state),
@@ -342,20 +410,26 @@ def traced(config: RunConfig) -> Row:
 def _loss(bench: Workbench, texts: SiteTexts, state: Any) -> float:
     pad = bench.tokenizer.pad_token_id
     with bench.model(state) as model:
-        return mean(heldout(model, texts.load(name).heldout, pad_token_id=pad).loss for name in texts.names)
+        return mean(
+            heldout(model, texts.load(name).heldout, pad_token_id=pad).loss for name in texts.names
+        )
 
 
-# -- gradients through a download -------------------------------------------------------------------------------------
+# -- gradients through a download ----------------------------------------------------------------
 
 
 def cosines(exact: RunConfig, forms: Sequence[RunConfig], draws: int) -> list[Row]:
-    """For every form of download, the cosine of each block's gradient to the exact one, at the base and after `exact`.
+    """For every form of download, the cosine of each block's gradient to the exact one, at the base
+    and after `exact`.
 
-    `exact` is run to its end, and each form's server is put into its state, whatever codec the form's own run has: what
-    a site sees follows from the state and the form. A stale subset is drawn `draws` times.
+    `exact` is run to its end, and each form's server is put into its state, whatever codec the
+    form's own run has: what a site sees follows from the state and the form. A stale subset is
+    drawn `draws` times.
     """
     done = finish(exact)
-    state, rows = done.run.server.state(), []
+    state = done.run.server.state()
+    rows = []
+
     for config in forms:
         method: Any = config.method
         row: Row = {"cosine_base": [], "cosine_tuned": []}
@@ -363,19 +437,26 @@ def cosines(exact: RunConfig, forms: Sequence[RunConfig], draws: int) -> list[Ro
             server = FedCyBgdServer(method, done.run.context)
             if key == "cosine_tuned":
                 server.restore(state)
-            visits = [f"draw/{draw}" for draw in range(draws if method.download.form == "stale-subset" else 1)]
+
+            visits = [
+                f"draw/{draw}"
+                for draw in range(draws if method.download.form == "stale-subset" else 1)
+            ]
             for block in range(len(server.parts)):
                 row[key].append(mean(server._cosine(block, visit) for visit in visits))
+
         rows.append(row)
+
     return rows
 
 
-# -- jobs -------------------------------------------------------------------------------------------------------------
+# -- jobs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Job:
-    """One contender in one cell: the learning rates on seed 0, then the best of them on all seeds."""
+    """One contender in one cell: the learning rates on seed 0, then the best of them on all
+    seeds."""
 
     cell: Cell
     contender: Contender
@@ -413,19 +494,28 @@ def _cache(path: Path | None) -> Cache:
 
 def compete(job: Job) -> Found:
     """Do a job, or what of it fits before its deadline."""
-    found, paces = Found(job), dict[float, float]()
-    waiting, further = list(job.bed.paces), job.bed.further
+    found = Found(job)
+    paces = dict[float, float]()
+    waiting = list(job.bed.paces)
+    further = job.bed.further
+
     while waiting:
         pace = waiting.pop(0)
         config = resolve(job.cell, job.contender, job.bed, pace=pace, seed=0)
         row = remembered(job, config)
+
         if row is None:
             return found
-        found.tuning[config.train.learning_rate], paces[config.train.learning_rate] = row, pace
+
+        found.tuning[config.train.learning_rate] = row
+        paces[config.train.learning_rate] = pace
         if not waiting and further and found.best is not None:
-            waiting, further = beyond(list(paces.values()), paces[found.best]), further - 1
+            waiting = beyond(list(paces.values()), paces[found.best])
+            further = further - 1
+
     if found.best is None:
         return replace(found, complete=True)
+
     pace = paces[found.best]
     found.memory_bytes = memory_bytes(resolve(job.cell, job.contender, job.bed, pace=pace, seed=0))
     for seed in range(job.bed.seeds):
@@ -434,6 +524,7 @@ def compete(job: Job) -> Found:
         if row is None:
             return found
         found.runs.append(row)
+
     return replace(found, complete=True)
 
 
@@ -446,11 +537,18 @@ def beyond(paces: Sequence[float], best: float) -> list[float]:
 
 def remembered(job: Job, config: RunConfig) -> Row | None:
     """The row of a run from the cache, or made now; None where the time is over."""
-    cache, key = _cache(job.cache), Cache.key(config)
+    cache = _cache(job.cache)
+    key = Cache.key(config)
     known = cache.find(key)
+
     if known is not None:
         return known
     if time.time() >= job.deadline:
         return None
-    described = {"cell": job.cell.name, "contender": job.contender.name, "learning_rate": config.train.learning_rate}
+
+    described = {
+        "cell": job.cell.name,
+        "contender": job.contender.name,
+        "learning_rate": config.train.learning_rate,
+    }
     return cache.add(key, {**described, "seed": config.seed, **traced(config)})

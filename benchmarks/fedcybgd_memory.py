@@ -1,13 +1,16 @@
-"""Part "memory" of `benchmarks.fedcybgd`: the peak of one visit in a process of its own, against the formula.
+"""Part "memory" of `benchmarks.fedcybgd`: the peak of one visit in a process of its own, against
+the formula.
 
     python -m benchmarks.fedcybgd_memory LARGE SMALL TUNES HOLD      one visit to each model; prints one JSON object
 
-The process does a visit by the package's own task: it receives a message, trains, and codes the change. The base is a
-folder of files that it has never held. What counts is the growth over what it holds after the same visit to the tiny
-model in SMALL; pages of mapped files count as they do for the system (VmHWM). Freed memory goes back at once, so that
-the peak is what is in use and not what the allocator keeps. The formula, `ClientMemory.visit`, leaves out activations,
-which are small here (one sequence). Where the rest is on disk, it is asked with the largest weight, which is in use
-during a backward pass. A second ratio is to `ClientMemory.peak`, without the state from which the change is taken.
+The process does a visit by the package's own task: it receives a message, trains, and codes the
+change. The base is a folder of files that it has never held. What counts is the growth over what it
+holds after the same visit to the tiny model in SMALL; pages of mapped files count as they do for
+the system (VmHWM). Freed memory goes back at once, so that the peak is what is in use and not what
+the allocator keeps. The formula, `ClientMemory.visit`, leaves out activations, which are small here
+(one sequence). Where the rest is on disk, it is asked with the largest weight, which is in use
+during a backward pass. A second ratio is to `ClientMemory.peak`, without the state from which the
+change is taken.
 """
 
 import gc
@@ -33,8 +36,13 @@ if TYPE_CHECKING:
 Tunes = Literal["full", "block"]
 Hold = Literal["memory", "disk"]
 Case = tuple[Tunes, str, Hold]
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": "0", "OMP_NUM_THREADS": "1"}
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "OMP_NUM_THREADS": "1",
+}
 WITHIN = 0.10
 """How far a measured peak may be from the formula."""
 TOKENS = 32
@@ -55,8 +63,12 @@ class Shape:
 
 
 SMALL = Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=2, vocabulary=64)
-FULL = Shape(hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=8000)
-QUICK = replace(FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2000)
+FULL = Shape(
+    hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=8000
+)
+QUICK = replace(
+    FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2000
+)
 LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000, tied=False)
 LLAMA_3_8B = Shape(4096, 14336, 32, 32, 8, 128256, tied=False)
 CASES: tuple[Case, ...] = (
@@ -126,28 +138,34 @@ def layout_of(shape: Shape) -> "Layout":
         return tuned_layout(AutoModelForCausalLM.from_config(llama(shape)), None)
 
 
-# -- a visit, in a process of its own ---------------------------------------------------------------------------------
+# -- a visit, in a process of its own ------------------------------------------------------------
 
 
 def write_model(folder: Path, shape: Shape, dtype: str) -> None:
-    """A random model, one file for a tensor, so that it is never held; with the embedded model's tokenizer."""
+    """A random model, one file for a tensor, so that it is never held; with the embedded model's
+    tokenizer."""
     import torch
     from safetensors.torch import save_file
 
     llama(shape, dtype=dtype).save_pretrained(folder)
+
     for name in ("tokenizer.json", "tokenizer_config.json"):
         with resources.as_file(resources.files("fluvial") / "assets" / "tiny" / name) as path:
             shutil.copy(path, folder / name)
-    draw, files = torch.Generator().manual_seed(0), {}
+
+    draw = torch.Generator().manual_seed(0)
+    files = {}
     for name, size in layout_of(shape).shapes:
         files[name] = f"{name}.safetensors"
         values = 0.02 * torch.randn(size, generator=draw) if len(size) > 1 else torch.ones(size)
         save_file({name: values.to(getattr(torch, dtype))}, folder / files[name])
+
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], Any]) -> None:
-    """A site's first visit with the model in `folder`; `meter` wraps the training loop, just before the visit."""
+    """A site's first visit with the model in `folder`; `meter` wraps the training loop, just before
+    the visit."""
     from fluvial.codecs.quantise import Int8, Int8Settings
     from fluvial.data import Example, SiteData
     from fluvial.federation.sites import Site
@@ -159,13 +177,21 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     from fluvial.training.train import TrainConfig
     from fluvial.wire.payload import Payload
 
-    module: Any = importlib.import_module("fluvial.methods.fedcybgd.visit")  # the package has a function of this name
+    module: Any = importlib.import_module(
+        "fluvial.methods.fedcybgd.visit"
+    )  # the package has a function of this name
     dtype = json.loads((folder / "config.json").read_text())["dtype"]
-    model = ModelConfig.model_validate({"name_or_path": str(folder), "dtype": dtype, "device": "cpu"})
+    model = ModelConfig.model_validate(
+        {"name_or_path": str(folder), "dtype": dtype, "device": "cpu"}
+    )
     bench = Workbench(model, None)
     config = FedCyBgdConfig(order="full" if tunes == "full" else "ascending", hold=hold)
     parts = partition(config, bench.layout)
-    ledger = Ledger(parts, [Int8(Int8Settings(), each.layout) for each in parts.blocks], initial_state(bench.layout, 0))
+    ledger = Ledger(
+        parts,
+        [Int8(Int8Settings(), each.layout) for each in parts.blocks],
+        initial_state(bench.layout, 0),
+    )
     sender = Sender(config.download, ledger, 0, lambda: bench, _no_proxy)
     values: Any = {"round": 1, "rate": 1.0, "visits": 1}
     message = sender.message("site", trained_block(len(parts)), "1/0", values).to_bytes()
@@ -186,10 +212,12 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     )
     train = module.train
     module.train = meter(train)
+
     try:
         reply = module.visit(site, Payload.from_bytes(message))
     finally:
         module.train = train
+
     assert "visit" in reply.values, "the site could not follow"
 
 
@@ -209,13 +237,15 @@ def status(key: str) -> int:
 
 
 def probe(large: Path, small: Path, tunes: Tunes, hold: Hold) -> dict[str, int]:
-    """What a visit adds to a process that has made a small one: the most before, in and after training, bytes."""
+    """What a visit adds to a process that has made a small one: the most before, in and after
+    training, bytes."""
     import torch
 
     torch.set_num_threads(1)
     visit_once(small, tunes, hold, lambda train: train)
     gc.collect()
-    base, found = status("VmRSS"), dict[str, int]()
+    base = status("VmRSS")
+    found = dict[str, int]()
 
     def metered(train: Any) -> Any:
         def run(*arguments: Any, **named: Any) -> Any:
@@ -224,6 +254,7 @@ def probe(large: Path, small: Path, tunes: Tunes, hold: Hold) -> dict[str, int]:
             report = train(*arguments, **named)
             found["train"] = status("VmHWM") - base
             RESET.write_text("5")
+
             return report
 
         RESET.write_text("5")
@@ -233,13 +264,14 @@ def probe(large: Path, small: Path, tunes: Tunes, hold: Hold) -> dict[str, int]:
     return {**found, "after": status("VmHWM") - base, "baseline": base}
 
 
-# -- the part ---------------------------------------------------------------------------------------------------------
+# -- the part ------------------------------------------------------------------------------------
 
 
 def memory_part(report: Report, *, quick: bool) -> None:
     """Measured peaks, and the formulas' table for two large models."""
     shape, cases = (QUICK, QUICK_CASES) if quick else (FULL, CASES)
     report.settings["memory"] = asdict(shape)
+
     if STATUS.exists() and RESET.exists():
         rows = measured(shape, cases)
         show("Growth of the process in one visit, against `memory.client_memory`", COLUMNS, rows)
@@ -247,6 +279,7 @@ def memory_part(report: Report, *, quick: bool) -> None:
         report.claims += claims(rows)
     else:
         report.skip("memory: peaks are read from Linux's /proc")
+
     shapes = tables()
     show("By formula, bytes of one visit and of a client", SHAPE_COLUMNS, shapes)
     report.rows += [{"part": "shapes", **row} for row in shapes]
@@ -257,16 +290,21 @@ def measured(shape: Shape, cases: Sequence[Case]) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         for dtype in dict.fromkeys(dtype for _, dtype, _ in cases):
-            small, large = Path(place) / f"small-{dtype}", Path(place) / f"large-{dtype}"
+            small = Path(place) / f"small-{dtype}"
+            large = Path(place) / f"large-{dtype}"
             write_model(small, SMALL, dtype)
             write_model(large, shape, dtype)
-            rows += [_row(shape, case, _ask(large, small, case)) for case in cases if case[1] == dtype]
+            rows += [
+                _row(shape, case, _ask(large, small, case)) for case in cases if case[1] == dtype
+            ]
             shutil.rmtree(large)
+
     full = {row["dtype"]: row for row in rows if row["tunes"] == "full"}
     for row in rows:
         whole = full[row["dtype"]]
         row["share"] = row["train_mb"] / whole["train_mb"]
         row["formula_share"] = row["formula_mb"] / whole["formula_mb"]
+
     return rows
 
 
@@ -282,6 +320,7 @@ def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-400:])
+
     found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -296,9 +335,11 @@ def _row(shape: Shape, case: Case, found: dict[str, int]) -> Row:
     block = trained_block(len(parts))
     width: Any = 4 if dtype == "float32" else 2
     form = OnDisk(Full()) if hold == "disk" else Full()
-    memory, own = client_memory(Sizes.of(parts, block), form, width=width), parts.blocks[block].layout
+    memory = client_memory(Sizes.of(parts, block), form, width=width)
+    own = parts.blocks[block].layout
     in_use = width * largest_beside(layout, own) if hold == "disk" else 0
     expected = memory.visit(in_use)
+
     return {
         "case": ", ".join(case),
         "tunes": tunes,
@@ -321,10 +362,12 @@ def largest_beside(layout: "Layout", block: "Layout") -> int:
 
 
 def tables() -> list[Row]:
-    """The formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and by codec of the upload."""
+    """The formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and by
+    codec of the upload."""
     from fluvial.methods.fedcybgd.memory import shape_table
 
     layouts = {"LLaMA-2-7B": layout_of(LLAMA_2_7B), "Llama-3-8B": layout_of(LLAMA_3_8B)}
+
     return [
         {"coded": coded, **asdict(row)}
         for coded, bits in BITS.items()
@@ -338,10 +381,25 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
     found = []
     for row in rows:
         case = f"memory: {row['case']}"
-        found.append(Claim(f"{case}: training off the formula", abs(row["ratio"] - 1), WITHIN, "at most"))
-        found.append(Claim(f"{case}: whole visit off the formula", abs(row["visit_ratio"] - 1), WITHIN, "at most"))
+        found.append(
+            Claim(f"{case}: training off the formula", abs(row["ratio"] - 1), WITHIN, "at most")
+        )
+        found.append(
+            Claim(
+                f"{case}: whole visit off the formula",
+                abs(row["visit_ratio"] - 1),
+                WITHIN,
+                "at most",
+            )
+        )
+
         if row["tunes"] == "block":
-            found.append(Claim(f"{case}: training over full tuning's, measured", row["share"], 1 / 3, "at most"))
+            found.append(
+                Claim(
+                    f"{case}: training over full tuning's, measured", row["share"], 1 / 3, "at most"
+                )
+            )
+
     return found
 
 

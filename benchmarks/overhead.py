@@ -1,9 +1,11 @@
-"""What the machinery around training costs: start-up, time and memory for each site and round, and Flower beside it.
+"""What the machinery around training costs: start-up, time and memory for each site and round, and
+Flower beside it.
 
     python -m benchmarks.overhead [--quick] [--out FILE.json] [--flower-python PATH]
 
-Every row is a fresh process, so a peak of memory is that row's own. Flower takes its place if `flwr[simulation]` can be
-imported by `--flower-python` (this Python unless it is given; an environment of its own is best, since flwr pins much).
+Every row is a fresh process, so a peak of memory is that row's own. Flower takes its place if
+`flwr[simulation]` can be imported by `--flower-python` (this Python unless it is given; an
+environment of its own is best, since flwr pins much).
 """
 
 import argparse
@@ -20,7 +22,11 @@ from benchmarks.report import Claim, Report, Row, show
 
 VALUES = 32_768
 """Of the embedded model's adapter: 131,072 bytes."""
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 TIMEOUT_S = 240.0
 COLUMNS = {
     "what": "what",
@@ -36,13 +42,21 @@ COLUMNS = {
 
 
 def probe(module: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
-    """What a measuring process printed last; raises `RuntimeError` with the end of what it complained about."""
+    """What a measuring process printed last; raises `RuntimeError` with the end of what it
+    complained about."""
     command = [python, "-m", f"benchmarks.{module}", *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **QUIET}, timeout=TIMEOUT_S, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **QUIET},
+        timeout=TIMEOUT_S,
+        check=False,
     )
+
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-400:])
+
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
@@ -51,14 +65,18 @@ def has_flower(python: str) -> bool:
     """Whether that Python can run Flower's simulation."""
     try:
         return not subprocess.run(
-            [python, "-c", "import flwr, ray"], capture_output=True, check=False, env={**os.environ, **QUIET}
+            [python, "-c", "import flwr, ray"],
+            capture_output=True,
+            check=False,
+            env={**os.environ, **QUIET},
         ).returncode
     except OSError:
         return False
 
 
 def start_up(times: int) -> tuple[list[Row], float]:
-    """Rows of start-up and imports, and the median seconds from process start to the first round."""
+    """Rows of start-up and imports, and the median seconds from process start to the first
+    round."""
     found = [probe("overhead_probe", "start", time.time()) for _ in range(times)]
     rows: list[Row] = [
         {
@@ -79,6 +97,7 @@ def start_up(times: int) -> tuple[list[Row], float]:
         }
         for name in by_part[0]
     ]
+
     return rows, statistics.median(each["first_round_begins_s"] for each in found)
 
 
@@ -86,6 +105,7 @@ def fluvial_row(sites: int, rounds: int) -> Row:
     """Rounds over `LocalFleet` with FedAvg's server half."""
     found = probe("overhead_probe", "rounds", sites, rounds, VALUES)
     grown = found["peak_rss_bytes"] - found["rss_before_bytes"]
+
     return {
         "what": "fluvial",
         "sites": sites,
@@ -104,7 +124,12 @@ def flower_row(sites: int, rounds: int, python: str) -> Row:
     try:
         found = probe("overhead_flower", sites, rounds, VALUES, python=python)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return {"what": "Flower, Ray simulation", "sites": sites, "note": f"no result: {str(error)[-80:]}"}
+        return {
+            "what": "Flower, Ray simulation",
+            "sites": sites,
+            "note": f"no result: {str(error)[-80:]}",
+        }
+
     return {
         "what": "Flower, Ray simulation",
         "sites": sites,
@@ -117,7 +142,8 @@ def flower_row(sites: int, rounds: int, python: str) -> Row:
 
 
 def add_growth(rows: list[Row]) -> None:
-    """Megabytes that each further site costs, against the row of the same engine with the fewest sites."""
+    """Megabytes that each further site costs, against the row of the same engine with the fewest
+    sites."""
     first: dict[str, Row] = {}
     for row in rows:
         base = first.setdefault(row["what"], row)
@@ -128,7 +154,9 @@ def add_growth(rows: list[Row]) -> None:
 def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Claim]:
     """The bars of this benchmark."""
     ours = {row["sites"]: row for row in rows if row["what"] == "fluvial"}
-    theirs = {row["sites"]: row for row in rows if row["what"].startswith("Flower") and "site_ms" in row}
+    theirs = {
+        row["sites"]: row for row in rows if row["what"].startswith("Flower") and "site_ms" in row
+    }
     largest = max(sizes)
     flat = abs(ours[largest]["peak_mb"] / ours[10]["peak_mb"] - 1)
     found = [
@@ -139,7 +167,12 @@ def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Cla
             10.0,
             "below",
         ),
-        Claim(f"MB that each further site costs, up to {largest} sites", ours[largest]["site_mb"], 1.0, "below"),
+        Claim(
+            f"MB that each further site costs, up to {largest} sites",
+            ours[largest]["site_mb"],
+            1.0,
+            "below",
+        ),
         Claim(f"peak memory from 10 to {largest} sites, relative change", flat, 0.10, "at most"),
     ]
     found += [
@@ -151,6 +184,7 @@ def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Cla
         )
         for sites, row in sorted(theirs.items())
     ]
+
     if theirs:
         sites = max(theirs)
         found.append(
@@ -161,22 +195,35 @@ def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Cla
                 "at least",
             )
         )
+
     return found
 
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="under a minute: up to 100 sites, Flower with 10 only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: up to 100 sites, Flower with 10 only"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--flower-python", default=sys.executable, help="a Python that has flwr[simulation]")
+    parser.add_argument(
+        "--flower-python", default=sys.executable, help="a Python that has flwr[simulation]"
+    )
     options = parser.parse_args()
     load = os.getloadavg()
     sizes = (1, 10, 100) if options.quick else (1, 10, 100, 1000)
     rounds, times = (3, 1) if options.quick else (5, 3)
     report = Report(
         "overhead",
-        {"quick": options.quick, "rounds": rounds, "values": VALUES, "starts": times, "sites": list(sizes)},
+        {
+            "quick": options.quick,
+            "rounds": rounds,
+            "values": VALUES,
+            "starts": times,
+            "sites": list(sizes),
+        },
     )
     starting, begins_s = start_up(times)
     show(
@@ -186,16 +233,25 @@ def main() -> None:
     )
     flower = has_flower(options.flower_python)
     rows: list[Row] = []
+
     for sites in sizes:
         rows.append(fluvial_row(sites, rounds))
         if not flower:
             rows.append({"what": "Flower, Ray simulation", "sites": sites, "note": "not installed"})
         elif sites == 10 or not options.quick:
             rows.append(flower_row(sites, rounds, options.flower_python))
+
     add_growth(rows)
-    show(f"{rounds} rounds without training, an update of {4 * VALUES:,} bytes up and down", COLUMNS, rows)
+    show(
+        f"{rounds} rounds without training, an update of {4 * VALUES:,} bytes up and down",
+        COLUMNS,
+        rows,
+    )
     if not flower:
-        report.skip("Flower: not installed (pip install 'flwr[simulation]' in an environment of its own)")
+        report.skip(
+            "Flower: not installed (pip install 'flwr[simulation]' in an environment of its own)"
+        )
+
     report.rows = [*starting, *rows]
     report.claims = claims(rows, begins_s, sizes)
     report.finish(options.out, load)

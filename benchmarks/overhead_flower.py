@@ -2,9 +2,10 @@
 
     python -m benchmarks.overhead_flower SITES ROUNDS VALUES
 
-Kept favourable to Flower: the update is one packed array, not one for each tensor; one CPU for each actor, so that
-every core has one; the server polls every 5 ms, where Flower's own `send_and_receive` sleeps 100 ms. Needs
-`pip install 'flwr[simulation]'`, which fluvial itself does not.
+Kept favourable to Flower: the update is one packed array, not one for each tensor; one CPU for each
+actor, so that every core has one; the server polls every 5 ms, where Flower's own
+`send_and_receive` sleeps 100 ms. Needs `pip install 'flwr[simulation]'`, which fluvial itself does
+not.
 """
 
 import json
@@ -36,7 +37,9 @@ def _family(root: int) -> list[int]:
                 parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
             except OSError:
                 continue
+
             children.setdefault(parent, []).append(int(folder.name))
+
     found = [root]
     for process in found:
         found += children.get(process, [])
@@ -50,20 +53,27 @@ def _pss(process: int) -> int:
                 return 1024 * int(line.split()[1])
     except OSError:
         pass
+
     return 0
 
 
 def measure(sites: int, number: int, values: int) -> dict[str, Any]:
-    """Seconds of each round, the first of which starts the actors, and the memory of all processes after each."""
+    """Seconds of each round, the first of which starts the actors, and the memory of all processes
+    after each."""
     began = time.perf_counter()
     found: dict[str, Any] = {"round_s": [], "peak_pss_bytes": 0}
-    client, server = ClientApp(), ServerApp()
+    client = ClientApp()
+    server = ServerApp()
 
     @client.train()  # type: ignore[untyped-decorator, unused-ignore]
     def answer(message: Message, context: Context) -> Message:
         received = message.content.array_records["adapter"]["packed"].numpy()
         update = received + np.float32(context.node_id % 65536)
-        records = {"update": ArrayRecord({"packed": Array(update)}), "values": MetricRecord({"n": 1, "loss": 1.0})}
+        records = {
+            "update": ArrayRecord({"packed": Array(update)}),
+            "values": MetricRecord({"n": 1, "loss": 1.0}),
+        }
+
         return Message(RecordDict(records), reply_to=message)
 
     @server.main()  # type: ignore[untyped-decorator, unused-ignore]
@@ -77,10 +87,17 @@ def measure(sites: int, number: int, values: int) -> dict[str, Any]:
             down = ArrayRecord({"packed": Array(adapter)})
             waiting = set(
                 grid.push_messages(
-                    [Message(RecordDict({"adapter": down}), dst_node_id=node, message_type="train") for node in nodes]
+                    [
+                        Message(
+                            RecordDict({"adapter": down}), dst_node_id=node, message_type="train"
+                        )
+                        for node in nodes
+                    ]
                 )
             )
-            total, weight = np.zeros(values, np.float64), 0
+            total = np.zeros(values, np.float64)
+            weight = 0
+
             while waiting:
                 replies = list(grid.pull_messages(waiting))
                 for reply in replies:
@@ -88,11 +105,16 @@ def measure(sites: int, number: int, values: int) -> dict[str, Any]:
                     samples = int(reply.content.metric_records["values"]["n"])  # type: ignore[arg-type, unused-ignore]
                     total += samples * reply.content.array_records["update"]["packed"].numpy()
                     weight += samples
+
                 if not replies:
                     time.sleep(POLL_S)
+
             adapter = adapter + (total / weight).astype(np.float32)
             found["round_s"].append(time.perf_counter() - since)
-            found["peak_pss_bytes"] = max(found["peak_pss_bytes"], resident())  # apart from the time, as it takes some
+            found["peak_pss_bytes"] = max(
+                found["peak_pss_bytes"], resident()
+            )  # apart from the time, as it takes some
+
         assert np.isfinite(adapter).all()
 
     resources = {"num_cpus": 1, "num_gpus": 0.0}

@@ -1,8 +1,8 @@
 """One measurement of `benchmarks.overhead` in a process of its own; prints one JSON object.
 
-python -m benchmarks.overhead_probe start T0                       from T0 (seconds since the epoch) to round 1
-python -m benchmarks.overhead_probe imports                        seconds of each heavy import
-python -m benchmarks.overhead_probe rounds SITES ROUNDS VALUES     rounds without training, over `LocalFleet`
+python -m benchmarks.overhead_probe start T0 from T0 (seconds since the epoch) to round 1 python -m
+benchmarks.overhead_probe imports seconds of each heavy import python -m benchmarks.overhead_probe
+rounds SITES ROUNDS VALUES rounds without training, over `LocalFleet`
 """
 
 import json
@@ -15,7 +15,8 @@ from typing import Any, cast
 
 
 def start(began: float) -> dict[str, float]:
-    """Seconds from the start of this process to the moment at which the first site is asked to train, and after it."""
+    """Seconds from the start of this process to the moment at which the first site is asked to
+    train, and after it."""
     from fluvial.runs.config import parse
     from fluvial.runs.run import execute
 
@@ -27,14 +28,16 @@ def start(began: float) -> dict[str, float]:
         "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 1},
     }
     found = {"imported_s": imported}
+
     with tempfile.TemporaryDirectory() as folder:
         for event in execute(parse(table, "benchmark"), Path(folder) / "run"):
             if event.kind != "result":
-                found[{"setup": "first_round_begins_s", "round": "first_round_done_s"}[event.kind]] = (
-                    time.time() - began
-                )
+                found[
+                    {"setup": "first_round_begins_s", "round": "first_round_done_s"}[event.kind]
+                ] = time.time() - began
                 if event.kind == "round":
                     break
+
     return found
 
 
@@ -54,15 +57,18 @@ def imports() -> dict[str, float]:
         since = time.perf_counter()
         __import__(name)
         found[name] = time.perf_counter() - since
+
     since = time.perf_counter()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 - transformers imports when asked
 
     found["transformers: AutoModel, AutoTokenizer"] = time.perf_counter() - since
+
     return found
 
 
 def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
-    """Rounds of FedAvg's server half over sites whose only work is to read the adapter and send an update."""
+    """Rounds of FedAvg's server half over sites whose only work is to read the adapter and send an
+    update."""
     import torch
 
     from fluvial.codecs.quantise import Identity, IdentitySettings
@@ -81,7 +87,8 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
 
     layout = embedded_layout(values)
     bench = cast(Workbench, SimpleNamespace(layout=layout))
-    store, identity = StateStore(None), IdentitySettings()
+    store = StateStore(None)
+    identity = IdentitySettings()
 
     def answer(site: Site, message: Payload) -> Payload:
         """Task: an update of fixed size, of other values at every site."""
@@ -120,7 +127,10 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     )
     server = FedAvgServer(FedAvgConfig(), context)
     fleet = Metered(LocalFleet([f"{name}" for name in range(sites)], open_site, {"train": answer}))
-    before, seconds, saving = peak_rss_bytes(), [], []
+    before = peak_rss_bytes()
+    seconds = []
+    saving = []
+
     with tempfile.TemporaryDirectory() as path, RunFolder(Path(path) / "run") as folder:
         for each in range(1, number + 1):
             since = time.perf_counter()
@@ -131,6 +141,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
             folder.append_metrics({"round": each, "sites": len(by_site)})
             folder.save(each, server.state())
             saving.append(time.perf_counter() - since)
+
     assert torch.isfinite(next(iter(server.model().values()))).all()
     assert Layout.of(server.model()) == layout
     return {
@@ -144,7 +155,8 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
 
 
 def embedded_layout(values: int) -> Any:
-    """Factors of rank 8 on q, k, v and o of hidden size 128, as many layers as make up `values`; 32,768 have 4."""
+    """Factors of rank 8 on q, k, v and o of hidden size 128, as many layers as make up `values`;
+    32,768 have 4."""
     from fluvial.wire.tensors import Layout
 
     each = 2 * 8 * 128
@@ -156,6 +168,7 @@ def embedded_layout(values: int) -> Any:
     ]
     layout = Layout(tuple(sorted(names)))
     assert layout.numel == values, f"{values} is no whole number of layers"
+
     return layout
 
 
@@ -163,12 +176,14 @@ def main(arguments: list[str]) -> None:
     """See the module."""
     what, *numbers = arguments
     found: dict[str, Any]
+
     if what == "start":
         found = start(float(numbers[0]))
     elif what == "imports":
         found = imports()
     else:
         found = rounds(*map(int, numbers))
+
     sys.stdout.write(json.dumps(found) + "\n")
 
 

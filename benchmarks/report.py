@@ -1,4 +1,5 @@
-"""What every benchmark hands in: the machine, the settings, rows, and claims that hold or do not."""
+"""What every benchmark hands in: the machine, the settings, rows, and claims that hold or do
+not."""
 
 import json
 import os
@@ -52,10 +53,12 @@ class Report:
         Console().print(f"skipped: {line}", markup=False)
 
     def finish(self, out: Path | None, started: Sequence[float]) -> None:
-        """Print the claims and write the file; `started` is the load average when the benchmark began."""
+        """Print the claims and write the file; `started` is the load average when the benchmark
+        began."""
         _print_claims(self.claims)
         if out is None:
             return
+
         content = {
             "benchmark": self.benchmark,
             "machine": machine(started),
@@ -86,10 +89,12 @@ def show(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 240
+
     table = Table(title=title, title_justify="left")
     for key, heading in columns.items():
         words = any(isinstance(row.get(key), str) for row in rows)
         table.add_column(heading, justify="left" if words else "right", overflow="fold")
+
     for row in rows:
         table.add_row(*(_cell(row.get(key)) for key in columns))
     console.print(table, markup=False)
@@ -97,7 +102,12 @@ def show(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
 
 def _print_claims(claims: Sequence[Claim]) -> None:
     rows: list[Row] = [
-        {"claim": claim.name, "value": claim.value, "bar": f"{claim.side} {claim.bar:g}", "holds": claim.holds}
+        {
+            "claim": claim.name,
+            "value": claim.value,
+            "bar": f"{claim.side} {claim.bar:g}",
+            "holds": claim.holds,
+        }
         for claim in claims
     ]
     show("Claims", {"claim": "claim", "value": "measured", "bar": "bar", "holds": "holds"}, rows)
@@ -127,10 +137,15 @@ def _pretty(content: dict[str, Any]) -> str:
     lines = []
     for key, value in content.items():
         if isinstance(value, list) and value:
-            inner = ",\n    ".join(json.dumps(item, allow_nan=False, ensure_ascii=False) for item in value)
+            inner = ",\n    ".join(
+                json.dumps(item, allow_nan=False, ensure_ascii=False) for item in value
+            )
             lines.append(f"  {json.dumps(key)}: [\n    {inner}\n  ]")
         else:
-            lines.append(f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}")
+            lines.append(
+                f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}"
+            )
+
     return "{\n" + ",\n".join(lines) + "\n}"
 
 
@@ -139,5 +154,6 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
+
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -1,9 +1,10 @@
-"""Break a deployment in every way that tests/flower/test_faults.py knows, and write what was seen to docs/reliability.md.
+"""Break a deployment in every way that tests/flower/test_faults.py knows, and write what was seen
+to docs/reliability.md.
 
     python scripts/faults.py --out docs/reliability.md [--only EXPRESSION] [--table]
 
-Rows are kept in benchmarks/results/faults.json, so `--only` (as pytest's -k) does single faults again, and `--table`
-only writes the page. Half an hour on two cores; nothing leaves loopback.
+Rows are kept in benchmarks/results/faults.json, so `--only` (as pytest's -k) does single faults
+again, and `--table` only writes the page. Half an hour on two cores; nothing leaves loopback.
 """
 
 import argparse
@@ -48,7 +49,8 @@ NOT_TESTED = {
 def run(only: str) -> int:
     """Run the faults and keep their rows; returns pytest's exit code."""
     with tempfile.TemporaryDirectory(prefix="fluvial-faults-") as folder:
-        rows, report = Path(folder) / "rows.json", Path(folder) / "report.xml"
+        rows = Path(folder) / "rows.json"
+        report = Path(folder) / "report.xml"
         with subprocess.Popen(
             [*SETTINGS, *(["-k", only] if only else []), f"--junitxml={report}"],
             cwd=ROOT,
@@ -56,29 +58,43 @@ def run(only: str) -> int:
         ) as tests:
             try:
                 code = tests.wait()
-            except KeyboardInterrupt:  # pytest has heard it too, and ends its processes; what was seen is kept
+            except (
+                KeyboardInterrupt
+            ):  # pytest has heard it too, and ends its processes; what was seen is kept
                 code = tests.wait()
+
         seen = json.loads(rows.read_text()) if rows.exists() else {}
         kept = read()
         stamp = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
+
         for case in Xml.parse(report).iter("testcase") if report.exists() else ():
             name = case.attrib.get("name", "")  # none where the tests were broken off
             wrong = case.find("failure")
             wrong = case.find("error") if wrong is None else wrong
+
             if wrong is not None and name:
                 why = wrong.attrib.get("message", "").strip().splitlines() or ["no message"]
                 before = kept["rows"].get(name, {})
                 known = {key: before.get(key, "") for key in ("fault", "expected")}
-                kept["rows"][name] = {**known, "observed": f"did not hold: {why[0][:200]}", "seconds": None, **stamp}
+                kept["rows"][name] = {
+                    **known,
+                    "observed": f"did not hold: {why[0][:200]}",
+                    "seconds": None,
+                    **stamp,
+                }
             elif name in seen:
                 kept["rows"][name] = {**seen[name], **stamp}
+
         RESULTS.write_text(json.dumps(kept, indent=2) + "\n")
+
     return code
 
 
 def names() -> list[str]:
     """All faults, in the order of the file."""
-    found = subprocess.run([*SETTINGS, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [*SETTINGS, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return re.findall(rf"^{re.escape(TESTS)}::(.+)$", found.stdout, re.MULTILINE)
 
 
@@ -90,18 +106,25 @@ def read() -> dict[str, Any]:
 
 def page(rows: dict[str, dict[str, Any]], faults: Sequence[str]) -> str:
     """docs/reliability.md."""
-    lines = [INTRODUCTION, "| fault | expected | observed | seconds to notice |", "| --- | --- | --- | ---: |"]
+    lines = [
+        INTRODUCTION,
+        "| fault | expected | observed | seconds to notice |",
+        "| --- | --- | --- | ---: |",
+    ]
     for name in faults:
         row = rows.get(name)
         if row is None:
             lines.append(f"| `{name}` | | not tested: has not been run | |")
             continue
+
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         cells = [row["fault"] or f"`{name}`", row["expected"], row["observed"], seconds]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
     lines += [f"| {fault} | | not tested: {why} | |" for fault, why in NOT_TESTED.items()]
     stamps = sorted({f"{row['date']}: {row['machine']}" for row in rows.values()})
     lines += ["", *(f"Measured on {stamp}." for stamp in stamps)]
+
     return "\n".join(lines) + "\n"
 
 
@@ -113,13 +136,18 @@ def machine() -> str:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--only", default="", help="as pytest's -k: only these faults")
-    parser.add_argument("--table", action="store_true", help="run nothing, write the page from the rows")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, write the page from the rows"
+    )
     given = parser.parse_args()
     code = 0 if given.table else run(given.only)
     given.out.write_text(page(read()["rows"], names()))
+
     return code
 
 

@@ -1,7 +1,7 @@
 """Figures of docs/fidelity.md, from what benchmarks left behind.
 
-They stand in the cells of its tables, between `<!-- figure: NAME -->` and `<!-- /figure -->`; `write_tables.py` fills
-them and, with `--check`, says whether they are up to date.
+They stand in the cells of its tables, between `<!-- figure: NAME -->` and `<!-- /figure -->`;
+`write_tables.py` fills them and, with `--check`, says whether they are up to date.
 """
 
 import json
@@ -21,7 +21,9 @@ TASKS = {
     "fairytales, babyllama105": "fairytales on babyllama105",
     "shakespeare, babyllama105": "shakespeare on babyllama105",
 }
-OURS, FULL, PAIRS = "fedcybgd int8", "fed-full", "fedbavg int8"
+OURS = "fedcybgd int8"
+FULL = "fed-full"
+PAIRS = "fedbavg int8"
 EQUAL_BYTES = "lora int8, bytes of fedcybgd int8"
 
 
@@ -37,6 +39,7 @@ def autoencoder() -> str:
     found = [row for row in rows("cgfedllm.json", "gate") if row["codec"].startswith("resnet")]
     errors = [row["error"] for row in found]
     cosine = max(row["cosine"] for row in found)
+
     return (
         f"relative squared error {min(errors):.3f} to {max(errors):.3f} in {len(found)} fits, where sending nothing "
         f"has 1; innovation cosine at most {cosine:.3f}"
@@ -45,11 +48,17 @@ def autoencoder() -> str:
 
 def transfer() -> str:
     """Errors on corpora that a codec was not fitted on."""
-    found = [row for row in rows("cgfedllm_transfer.json", "transfer") if row["fitted"].startswith("public")]
+    found = [
+        row
+        for row in rows("cgfedllm_transfer.json", "transfer")
+        if row["fitted"].startswith("public")
+    ]
     words = []
+
     for start, name in (("resnet", "the paper's"), ("linear", "the linear one")):
         errors = [row["error"] for row in found if row["codec"].startswith(start)]
         words.append(f"{name} {min(errors):.3f} to {max(errors):.3f}")
+
     quick = json.loads((RESULTS / "cgfedllm_transfer.json").read_text())["settings"]["quick"]
     corpora = len({row["corpus"] for row in found})
     return (
@@ -75,20 +84,31 @@ def losses() -> str:
         "central": "central",
     }
     tasks = []
+
     for cell, found in _losses().items():
-        each = [f"{words} {found[name]['loss']:.3f}" for name, words in names.items() if name in found]
+        each = [
+            f"{words} {found[name]['loss']:.3f}" for name, words in names.items() if name in found
+        ]
         tasks.append(f"{TASKS[cell]}: {', '.join(each)}")
+
     return "; ".join(tasks)
 
 
 def losses_verdict() -> str:
     """On how many tasks FedCyBGD reaches its rivals."""
     table = _losses()
-    near = [cell for cell, found in table.items() if found[OURS]["loss"] <= 1.01 * found[FULL]["loss"]]
+    near = [
+        cell for cell, found in table.items() if found[OURS]["loss"] <= 1.01 * found[FULL]["loss"]
+    ]
     worst = max(found[OURS]["loss"] / found[FULL]["loss"] - 1 for found in table.values())
-    lora = [cell for cell, found in table.items() if found[OURS]["loss"] < found[EQUAL_BYTES]["loss"]]
-    central = [cell for cell, found in table.items() if found[OURS]["loss"] < found["central"]["loss"]]
+    lora = [
+        cell for cell, found in table.items() if found[OURS]["loss"] < found[EQUAL_BYTES]["loss"]
+    ]
+    central = [
+        cell for cell, found in table.items() if found[OURS]["loss"] < found["central"]["loss"]
+    ]
     shares = [found[OURS]["up_share"] for found in table.values()]
+
     return (
         f"not: within 1 % of Fed-full on {len(near)} of {len(table)} tasks, at worst {100 * worst:.1f} % behind it, "
         f"at 1/{1 / max(shares):.0f} to 1/{1 / min(shares):.0f} of its upload; ahead of LoRA at equal bytes on "
@@ -105,6 +125,7 @@ def pairs() -> str:
             f"{found[OURS]['loss']:.3f} against {found[PAIRS]['loss']:.3f} "
             f"({TASKS[cell]}{', where FedBAvg sends more' if more else ''})"
         )
+
     return ", ".join(parts)
 
 
@@ -130,13 +151,17 @@ def downloads() -> str:
         "cache, hadamard 1/16": "`cache` with Hadamard 1/16",
     }
     each = (f"{words} {round(found[form]['down'], -3):,.0f}" for form, words in names.items())
+
     return "embedded task, B a visit: " + ", ".join(each)
 
 
 def half() -> str:
     """What half of the updated blocks costs in loss and gradient."""
     found = _downloads()
-    stale, proxy, full = found["stale subset 0.5"], found["proxy, kept 0.5"], found["full"]
+    stale = found["stale subset 0.5"]
+    proxy = found["proxy, kept 0.5"]
+    full = found["full"]
+
     return (
         f"`stale-subset` {stale['loss']:.3f} against {full['loss']:.3f} whole, gradient cosine "
         f"{stale['cosine_tuned']:.2f}; the proxy that keeps 0.5 ends at {proxy['loss']:.3f}, cosine "
@@ -149,6 +174,7 @@ def memory() -> str:
     shape = json.loads((RESULTS / "fedcybgd_memory.json").read_text())["settings"]["memory"]
     found = {row["case"]: row for row in rows("fedcybgd_memory.json", "memory")}
     block, disk = (found[f"block, float32, {hold}"] for hold in ("memory", "disk"))
+
     return (
         f"{shape['layers']} blocks of {block['trained'] / 1e6:.1f} M values, fp32, training: {block['share']:.2f} of "
         f"full tuning with the rest in memory, {disk['share']:.2f} with it on disk"
@@ -156,13 +182,16 @@ def memory() -> str:
 
 
 def _steps() -> list[Row]:
-    return [row for row in rows("fedcybgd_compute.json", "compute") if row["trains"].startswith("block")]
+    return [
+        row for row in rows("fedcybgd_compute.json", "compute") if row["trains"].startswith("block")
+    ]
 
 
 def compute() -> str:
     """Time of a block's step, of full tuning's."""
     found = _steps()
     shares, counted = ([row[key] for row in found] for key in ("share", "predicted"))
+
     return (
         f"{shares[0]:.2f} of full tuning's step at the first of {len(found)} blocks, {shares[-1]:.2f} at the last, "
         f"mean {fmean(shares):.2f} (medians, {found[0]['model']}, CPU); "

@@ -2,8 +2,8 @@
 
     python scripts/pretrain_tiny.py --out src/fluvial/assets/tiny
 
-About half an hour on two cores. The result is a folder that `transformers` loads: config, bf16 weights, tokenizer,
-and `TRAINING.json`, the record of how it was made.
+About half an hour on two cores. The result is a folder that `transformers` loads: config, bf16
+weights, tokenizer, and `TRAINING.json`, the record of how it was made.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from fluvial.seeds import derive, generator
 from fluvial.training.evaluate import heldout
 from fluvial.training.train import TrainConfig, train
 
-VOCABULARY, CONTEXT, SEED = 2048, 256, 20261121
+VOCABULARY = 2048
+CONTEXT = 256
+SEED = 20261121
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -37,12 +39,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -94,12 +100,16 @@ def main() -> None:
         weight_decay=0.1,
         adam_beta2=0.95,
     )
-    report = train(model, data.examples, config, pad_token_id=0, generator=generator(SEED, "batches"))
+    report = train(
+        model, data.examples, config, pad_token_id=0, generator=generator(SEED, "batches")
+    )
     model.to(torch.bfloat16)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     public = [
-        (document.name, {"text": document.text}) for package in public_packages().values() for document in package
+        (document.name, {"text": document.text})
+        for package in public_packages().values()
+        for document in package
     ]
     unseen = tokenize(public, "text", tokenizer, max_length=CONTEXT, packing=True).examples[:200]
     measured = heldout(model.float(), unseen, pad_token_id=0)
@@ -113,7 +123,9 @@ def main() -> None:
             "packages": list(PRETRAIN),
             "characters": sum(len(document.text) for document in documents),
             "tokens": sum(len(example.input_ids) for example in data.examples),
-            "sha256": hashlib.sha256("".join(document.text for document in documents).encode()).hexdigest(),
+            "sha256": hashlib.sha256(
+                "".join(document.text for document in documents).encode()
+            ).hexdigest(),
         },
         "training": config.model_dump(),
         "label_tokens_seen": report.label_tokens,

@@ -42,6 +42,7 @@ def output(command: tuple[str, ...]) -> str:
 
     lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
     more = len(lines) - LONGEST
+
     return "\n".join(lines[:LONGEST] + ([f"... and {more} more lines"] if more > 0 else []))
 
 
@@ -52,7 +53,8 @@ def main() -> None:
     section = "\n\n".join(f"```text\n{each}\n```" for each in shown)
 
     page = ROOT / "README.md"
-    start, end = "<!-- outputs: made by scripts/write_outputs.py -->", "<!-- /outputs -->"
+    start = "<!-- outputs: made by scripts/write_outputs.py -->"
+    end = "<!-- /outputs -->"
     pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
     text = pattern.sub(lambda _: f"{start}\n\n{section}\n\n{end}", page.read_text("utf-8"))
     page.write_text(text, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Write docs/settings.md, every setting of the three files that people write, from the classes that read them.
+"""Write docs/settings.md, every setting of the three files that people write, from the classes that
+read them.
 
     python scripts/write_settings.py [--check]
 
@@ -27,8 +28,16 @@ directory; what `fluvial submit` sends to sites keeps its paths as they are writ
 Where no default stands, a setting must be given; what "unset" means, its text says.
 """
 FILES: tuple[tuple[str, str, type[Settings]], ...] = (
-    ("The configuration of a run", "`fluvial run`, `check`, `preview` and `submit` read it.", RunConfig),
-    ("site.toml", "Made by `fluvial site init`; the site's operator decides what is in it.", SiteFile),
+    (
+        "The configuration of a run",
+        "`fluvial run`, `check`, `preview` and `submit` read it.",
+        RunConfig,
+    ),
+    (
+        "site.toml",
+        "Made by `fluvial site init`; the site's operator decides what is in it.",
+        SiteFile,
+    ),
     ("server.toml", "Made by `fluvial server init`.", ServerFile),
 )
 BOUNDS = {
@@ -47,45 +56,67 @@ class Page:
         self.schema = root.model_json_schema()
         self.definitions = self.schema.get("$defs", {})
         self.home: dict[str, str] = {}
-        """The place at which a table is told of that may stand at several: that of the fewest names."""
+        """The place at which a table is told of that may stand at several: that of the fewest
+        names."""
+
         for place, found in self._places(self.schema, ""):
             what = json.dumps(found)
-            self.home[what] = min(self.home.get(what, place), place, key=lambda each: each.count("."))
+            self.home[what] = min(
+                self.home.get(what, place), place, key=lambda each: each.count(".")
+            )
+
         self.told = set[str]()
 
     def sections(self) -> Iterator[str]:
         """The top level, then every table below it."""
         yield from self._table(self.schema, "")
 
-    def _places(self, schema: dict[str, Any], place: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    def _places(
+        self, schema: dict[str, Any], place: str
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         """Every table below one, and what it may hold."""
         for key, field in schema.get("properties", {}).items():
-            inner, found = f"{place}.{key}".lstrip("."), self._tables(field)
+            inner = f"{place}.{key}".lstrip(".")
+            found = self._tables(field)
             if found:
                 yield inner, found
             for each in found:
                 yield from self._places(each, inner)
 
-    def _table(self, schema: dict[str, Any], place: str, but: frozenset[str] = frozenset()) -> Iterator[str]:
+    def _table(
+        self, schema: dict[str, Any], place: str, but: frozenset[str] = frozenset()
+    ) -> Iterator[str]:
         """A table's own keys as rows, then its tables; `but` were told of before."""
-        fields = {key: field for key, field in schema.get("properties", {}).items() if key not in but}
+        fields = {
+            key: field for key, field in schema.get("properties", {}).items() if key not in but
+        }
         tables = {key: found for key, field in fields.items() if (found := self._tables(field))}
         required = schema.get("required", [])
-        rows = [self._row(key, field, key in required) for key, field in fields.items() if key not in tables]
+        rows = [
+            self._row(key, field, key in required)
+            for key, field in fields.items()
+            if key not in tables
+        ]
+
         if rows:
             yield "\n".join(["| key | value | default | |", "| --- | --- | --- | --- |", *rows])
+
         for key, found in tables.items():
             inner = f"{place}.{key}".lstrip(".")
             words = _sentence(fields[key]) or (_sentence(found[0]) if len(found) == 1 else "")
             what = json.dumps(found)
             home = self.home[what]
             here = home == inner and what not in self.told
+
             if not here:
                 words = f"{words} See `[{home}]`.".lstrip()
+
             yield f"### `[{inner}]`\n\n{words}".rstrip()
             if here:
                 self.told.add(what)
-                yield from self._table(found[0], inner) if len(found) == 1 else self._union(found, inner)
+                yield from (
+                    self._table(found[0], inner) if len(found) == 1 else self._union(found, inner)
+                )
 
     def _union(self, found: list[dict[str, Any]], place: str) -> Iterator[str]:
         """A table of several kinds: what all of them have, as most of them have it, then each."""
@@ -94,22 +125,35 @@ class Page:
         usual = {key: _most([each[key] for each in kinds]) for key in everywhere}
         usual = {key: field for key, field in usual.items() if "const" not in field}
         yield from self._table({"properties": usual}, place)
+
         for each in found:
-            tag, value = next((key, field["const"]) for key, field in each["properties"].items() if "const" in field)
+            tag, value = next(
+                (key, field["const"])
+                for key, field in each["properties"].items()
+                if "const" in field
+            )
             yield f"#### `[{place}]` with `{tag} = {json.dumps(value)}`\n\n{_sentence(each)}".rstrip()
             same = {key for key, field in usual.items() if each["properties"][key] == field}
             yield from self._table(each, place, frozenset({*same, tag}))
 
     def _tables(self, field: dict[str, Any]) -> list[dict[str, Any]]:
         """What a field may hold if that is a table."""
-        options = [each for each in field.get("anyOf", field.get("oneOf", [field])) if each.get("type") != "null"]
+        options = [
+            each
+            for each in field.get("anyOf", field.get("oneOf", [field]))
+            if each.get("type") != "null"
+        ]
         options = [inner for each in options for inner in each.get("oneOf", [each])]
+
         if options and all("$ref" in each for each in options):
             return [self.definitions[each["$ref"].rpartition("/")[2]] for each in options]
+
         return []
 
     def _row(self, key: str, field: dict[str, Any], required: bool) -> str:
-        default = "" if required else "unset" if field.get("default") is None else _code(field["default"])
+        default = (
+            "" if required else "unset" if field.get("default") is None else _code(field["default"])
+        )
         cells = (f"`{key}`", self._value(field), default, _sentence(field))
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -117,7 +161,10 @@ class Page:
         if "$ref" in field:
             return self._value(self.definitions[field["$ref"].rpartition("/")[2]])
         if "anyOf" in field:
-            return " or ".join(self._value(each) for each in field["anyOf"] if each.get("type") != "null")
+            return " or ".join(
+                self._value(each) for each in field["anyOf"] if each.get("type") != "null"
+            )
+
         if "const" in field:
             return _code(field["const"])
         if "enum" in field:
@@ -125,8 +172,10 @@ class Page:
         if field["type"] == "array":
             items = field.get("prefixItems", [field["items"]] if field.get("items") else [])
             return "array of " + ", ".join(self._value(each) for each in items)
+
         if field["type"] == "object":
             return "table"
+
         bounds = [f"{words} {_short(field[key])}" for key, words in BOUNDS.items() if key in field]
         return " ".join([TYPES[field["type"]], ", ".join(bounds)]).strip()
 
@@ -159,11 +208,15 @@ def page() -> str:
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     written = page()
+
     if parser.parse_args().check:
         return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != written)
+
     PAGE.write_text(written, encoding="utf-8")
     return 0
 

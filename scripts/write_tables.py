@@ -4,8 +4,8 @@
     cp runs/quickstart/result.json benchmarks/results/quickstart.json
     python scripts/write_tables.py [--check]
 
-Tables stand between `<!-- name: ... -->` and `<!-- /name -->`. With `--check` nothing is written, and the exit code
-says whether the documents are up to date.
+Tables stand between `<!-- name: ... -->` and `<!-- /name -->`. With `--check` nothing is written,
+and the exit code says whether the documents are up to date.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def quickstart() -> str:
     gains = {site: row["base"]["loss"] - row["final"]["loss"] for site, row in sites.items()}
     least = min(gains, key=gains.__getitem__)
     setup = result["bytes"]["setup"] / result["sites"]
+
     return "\n\n".join(
         [
             f"`make quickstart`: {result['sites']} sites, {result['rounds']} rounds, Python {result['python']}, "
@@ -63,7 +64,11 @@ def claims(name: str) -> str:
     rows = [["claim", "value", "bar", "holds"]]
     for claim in read(name)["claims"]:
         value = claim["value"]
-        shown = f"{value:.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+        shown = (
+            f"{value:.4g}"
+            if isinstance(value, int | float) and not isinstance(value, bool)
+            else str(value)
+        )
         rows.append(
             [
                 claim["name"],
@@ -72,32 +77,69 @@ def claims(name: str) -> str:
                 "yes" if claim["holds"] else "**no**",
             ]
         )
+
     return table(rows)
 
 
 def overhead() -> str:
     """Time and memory of a round apart from training, ours and Flower's."""
-    rows = [["sites", "Fluvial, ms per site", "Flower + Ray, ms per site", "Fluvial, peak MB", "Flower + Ray, MB"]]
+    rows = [
+        [
+            "sites",
+            "Fluvial, ms per site",
+            "Flower + Ray, ms per site",
+            "Fluvial, peak MB",
+            "Flower + Ray, MB",
+        ]
+    ]
     found = read("overhead.json")["rows"]
     ours = {row["sites"]: row for row in found if row["what"] == "fluvial"}
     theirs = {row["sites"]: row for row in found if row["what"].startswith("Flower")}
+
     for sites, row in ours.items():
         other = theirs.get(sites, {})
         cells = [row["site_ms"], other.get("site_ms"), row["peak_mb"], other.get("peak_mb")]
         rows.append([str(sites), *("-" if cell is None else f"{cell:.1f}" for cell in cells)])
+
     return table(rows) + "\n\n" + claims("overhead.json")
 
 
 def gate() -> str:
     """What the codecs carry of held-out updates, at 1/64."""
     found = read("cgfedllm.json")
-    rows = [["codec, at 1/64", "corpus", "bytes", "error A", "error B", "error, mean", "cosine", "SNR, dB", "gate"]]
+    rows = [
+        [
+            "codec, at 1/64",
+            "corpus",
+            "bytes",
+            "error A",
+            "error B",
+            "error, mean",
+            "cosine",
+            "SNR, dB",
+            "gate",
+        ]
+    ]
+
     for row in found["rows"]:
         if row["part"] == "gate" and "1/64" in row["codec"]:
-            figures = [f"{row[key]:.3f}" for key in ("error_a", "error_b", "error_aggregate", "cosine")]
+            figures = [
+                f"{row[key]:.3f}" for key in ("error_a", "error_b", "error_aggregate", "cosine")
+            ]
             verdict = "passes" if row["passes"] else "**refused**"
-            rows.append([row["codec"], row["corpus"], f"{row['bytes']:.0f}", *figures, f"{row['snr_db']:.2f}", verdict])
-    machine, settings = found["machine"], found["settings"]
+            rows.append(
+                [
+                    row["codec"],
+                    row["corpus"],
+                    f"{row['bytes']:.0f}",
+                    *figures,
+                    f"{row['snr_db']:.2f}",
+                    verdict,
+                ]
+            )
+
+    machine = found["machine"]
+    settings = found["settings"]
     return "\n\n".join(
         [
             f"Held-out snapshots of {settings['tgap_rounds']} TGAP rounds x 8 sites; squared errors "
@@ -126,18 +168,33 @@ def loss() -> str:
             "amortised",
         ]
     ]
+
     for row in found["rows"]:
         if row["part"] != "loss":
             continue
         if row["stopped"]:
             rows.append([row["codec"], row["corpus"], "0", "refused", *["-"] * 5])
             continue
+
         kept = f"{100 * row['gain_kept']:.1f} %"
         span = f"{row['lowest']:.4f} to {row['highest']:.4f}" if row["seeds"] > 1 else "-"
         ratios = [human_ratio(row["round_ratio"]), human_ratio(row["amortised_ratio"])]
         sent = f"{row['bytes_up']:,.0f} B"
-        rows.append([row["codec"], row["corpus"], str(row["seeds"]), f"{row['loss']:.4f}", span, kept, sent, *ratios])
-    rounds, steps = found["settings"]["rounds"], found["settings"]["steps"]
+        rows.append(
+            [
+                row["codec"],
+                row["corpus"],
+                str(row["seeds"]),
+                f"{row['loss']:.4f}",
+                span,
+                kept,
+                sent,
+                *ratios,
+            ]
+        )
+
+    rounds = found["settings"]["rounds"]
+    steps = found["settings"]["steps"]
     return "\n\n".join(
         [
             f"{rounds} rounds of {steps} steps on 8 sites. *Gain kept* is the share of the uncompressed run's fall of "
@@ -154,26 +211,46 @@ def parts() -> str:
     """Transfer, normalisations, rates and ranks, TGAP's sources: short runs."""
     columns = {"a": "error_a", "b": "error_b", "cosine": "cosine"}
     transfer = [["codec", "fitted on", "measured on", "error A", "error B", "cosine", "gate"]]
+
     for row in read("cgfedllm_transfer.json")["rows"]:
         figures = [f"{row[key]:.3f}" for key in columns.values()]
         transfer.append(
-            [row["codec"], row["fitted"], row["corpus"], *figures, "passes" if row["passes"] else "refused"]
+            [
+                row["codec"],
+                row["fitted"],
+                row["corpus"],
+                *figures,
+                "passes" if row["passes"] else "refused",
+            ]
         )
-    normalise = [["codec, normalisation", "representation", "error A", "error B", "cosine", "B norm ratio"]]
+
+    normalise = [
+        ["codec, normalisation", "representation", "error A", "error B", "cosine", "B norm ratio"]
+    ]
     for row in read("cgfedllm_normalise.json")["rows"]:
         figures = [f"{row[key]:.3f}" for key in (*columns.values(), "b_norm_ratio")]
         normalise.append([row["codec"], row["representation"], *figures])
+
     rates = [["codec", "rank", "bytes", "ratio", "error", "cosine", "gate"]]
     for row in read("cgfedllm_rates.json")["rows"]:
         if "cosine" in row:
-            figures = [f"{row['bytes']:.0f}", f"1/{row['ratio']:.1f}", f"{row['error']:.3f}", f"{row['cosine']:.3f}"]
+            figures = [
+                f"{row['bytes']:.0f}",
+                f"1/{row['ratio']:.1f}",
+                f"{row['error']:.3f}",
+                f"{row['cosine']:.3f}",
+            ]
             verdict = "passes" if row["passes"] else "refused"
             rates.append([row["codec"], str(row["rank"]), *figures, verdict])
-    sources = [["source", "reading", "gate error", "held-out loss", "amortised uplink", "amortised"]]
+
+    sources = [
+        ["source", "reading", "gate error", "held-out loss", "amortised uplink", "amortised"]
+    ]
     for row in read("cgfedllm_tgap.json")["rows"]:
         ratios = [f"{row['amortised_uplink_ratio']:.3f}", f"{row['amortised_ratio']:.3f}"]
         loss = [f"{row['gate_error']:.3f}", f"{row['loss']:.4f}"]
         sources.append([row["source"], row["reading"], *loss, *ratios])
+
     settings = read("cgfedllm_transfer.json")["settings"]
     return "\n\n".join(
         [
@@ -195,22 +272,40 @@ def parts() -> str:
 def distortion() -> str:
     """Error of held-out updates at every rate, real frames."""
     found = read("rate_distortion.json")
-    rated = [row for row in found["rows"] if "part" not in row and row["rate"] is not None and row["seeds"]]
+    rated = [
+        row
+        for row in found["rows"]
+        if "part" not in row and row["rate"] is not None and row["seeds"]
+    ]
     tables = []
+
     for cell in dict.fromkeys(row["cell"] for row in rated):
         here = [row for row in rated if row["cell"] == cell]
         rates = sorted({row["rate"] for row in here})
         kinds = list(dict.fromkeys((row["codec"], row["source"]) for row in here))
         by = {(row["codec"], row["source"], row["rate"]): row for row in here}
         order = sorted(kinds, key=lambda kind: by[*kind, 64]["error"] if (*kind, 64) in by else 9.0)
-        rows = [["codec", "fitted on", *(f"1/{rate:g}" for rate in rates), "cosine at 1/64", "of the mean"]]
+        rows = [
+            [
+                "codec",
+                "fitted on",
+                *(f"1/{rate:g}" for rate in rates),
+                "cosine at 1/64",
+                "of the mean",
+            ]
+        ]
+
         for kind in order:
-            errors = [f"{by[*kind, rate]['error']:.3f}" if (*kind, rate) in by else "-" for rate in rates]
+            errors = [
+                f"{by[*kind, rate]['error']:.3f}" if (*kind, rate) in by else "-" for rate in rates
+            ]
             at_64 = by.get((*kind, 64), {})
             cosines = [f"{at_64[key]:.3f}" if at_64 else "-" for key in ("cosine", "cosine_mean")]
             rows.append([*kind, *errors, *cosines])
+
         width = max(row["width"] for row in here)
         tables += [f"`{cell}` (widest factor {width}):", table(rows)]
+
     settings = found["settings"]
     return "\n\n".join(
         [
@@ -230,19 +325,32 @@ def target() -> str:
     heading = ["contender", "seeds", "local rate", "excess loss", "+-", "reached", "rounds"]
     heading += ["up", "down", "set-up", "amortised"]
     tables = []
+
     for cell in dict.fromkeys(row["cell"] for row in found["rows"]):
         rows = [heading]
         for row in found["rows"]:
             if row["cell"] != cell or not row["seeds"]:
                 continue
+
             half = row["excess_half"]
             parts = [f"{row[f'bytes_{key}'] / 1000:.1f}" for key in ("up", "down", "setup", "all")]
-            reached, rounds = f"{row['reached']} of {row['seeds']}", f"{row['rounds']:.1f}"
+            reached = f"{row['reached']} of {row['seeds']}"
+            rounds = f"{row['rounds']:.1f}"
             excess = [f"{row['excess']:+.4f}", "-" if half is None else f"{half:.4f}"]
             rows.append(
-                [row["contender"], str(row["seeds"]), f"{row['learning_rate']:g}", *excess, reached, rounds, *parts]
+                [
+                    row["contender"],
+                    str(row["seeds"]),
+                    f"{row['learning_rate']:g}",
+                    *excess,
+                    reached,
+                    rounds,
+                    *parts,
+                ]
             )
+
         tables += [f"`{cell}`:", table(rows)]
+
     settings = found["settings"]
     return "\n\n".join(
         [
@@ -261,14 +369,23 @@ def speed() -> str:
     """Megabytes of fp32 update a second."""
     found = read("codec_speed.json")
     rows = [["layout", "codec", "encode", "decode", "both", "both, share of a memory copy"]]
+
     for row in found["rows"]:
         if row.get("stopped") or row.get("encode_mb_s") is None:
             continue
+
         both = row.get("both_mb_s")
-        figures = [f"{row['encode_mb_s']:.1f}", "-" if row.get("decode_mb_s") is None else f"{row['decode_mb_s']:.1f}"]
+        figures = [
+            f"{row['encode_mb_s']:.1f}",
+            "-" if row.get("decode_mb_s") is None else f"{row['decode_mb_s']:.1f}",
+        ]
         share = None if both is None else both / row["copy_mb_s"]
-        last = ["-" if both is None else f"{both:.1f}", "-" if share is None else f"{100 * share:.2f} %"]
+        last = [
+            "-" if both is None else f"{both:.1f}",
+            "-" if share is None else f"{100 * share:.2f} %",
+        ]
         rows.append([row["layout"], row["codec"], *figures, *last])
+
     return "\n\n".join(
         [
             "Megabytes of fp32 update per second on one thread, synthetic updates.",
@@ -294,6 +411,7 @@ def listing(name: str, part: str, columns: dict[str, str], words: str) -> str:
     rows = [row for row in found["rows"] if row["part"] == part]
     lines = [list(columns.values()), *([cell(row.get(key)) for key in columns] for row in rows)]
     skipped = "".join(f"- not measured: {line}\n" for line in found["skipped"])
+
     return "\n\n".join(each for each in (words, table(lines), skipped, claims(name)) if each)
 
 
@@ -313,6 +431,7 @@ def block_losses() -> str:
         "memory_share": "client memory, of fed-full",
     }
     words = "The same passes for all unless a name says otherwise; every learning rate is the best of three on seed 0."
+
     return listing("fedcybgd_losses.json", "losses", columns, words)
 
 
@@ -329,7 +448,10 @@ def block_downloads() -> str:
         "cosine_tuned_least": "the least",
     }
     return listing(
-        "fedcybgd_download.json", "download", columns, "Bytes as sent, one setting and learning rate for all."
+        "fedcybgd_download.json",
+        "download",
+        columns,
+        "Bytes as sent, one setting and learning rate for all.",
     )
 
 
@@ -359,7 +481,10 @@ def block_memory() -> str:
     }
     found = read("fedcybgd_memory.json")["rows"]
     lines = [[cell(row.get(key)) for key in shapes] for row in found if row["part"] == "shapes"]
-    measured = listing("fedcybgd_memory.json", "memory", columns, "Growth of a client's process in one visit.")
+    measured = listing(
+        "fedcybgd_memory.json", "memory", columns, "Growth of a client's process in one visit."
+    )
+
     return f"{measured}\n\nBy formula, bytes of one visit and of a client:\n\n{table([list(shapes.values()), *lines])}"
 
 
@@ -367,7 +492,10 @@ def block_compute() -> str:
     """Time per step by block."""
     found = read("fedcybgd_compute.json")["rows"]
     keys = [key for key in found[0] if key != "part"]
-    return listing("fedcybgd_compute.json", "compute", {key: key.replace("_", " ") for key in keys}, "")
+
+    return listing(
+        "fedcybgd_compute.json", "compute", {key: key.replace("_", " ") for key in keys}, ""
+    )
 
 
 def engine_rounds() -> str:
@@ -385,6 +513,7 @@ def engine_rounds() -> str:
         "metered_ratio": "Flower's meter, of the payloads",
     }
     words = "Two CPU cores, everything on one machine; what each column is, `python -m benchmarks.engine --help` says."
+
     return listing("engine_rounds.json", "rounds", columns, words)
 
 
@@ -404,6 +533,7 @@ def engine_line() -> str:
         "Two warm sites behind an emulated line (packets through TUN devices between network namespaces, TCP Reno); "
         "`none` is without."
     )
+
     return listing("engine_link.json", "link", columns, words)
 
 
@@ -436,12 +566,14 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     stale = []
+
     for name, makers in TABLES.items():
         path = ROOT / name
         before = after = path.read_text()
         for marker, make in makers.items():
             after = fill(after, marker, make())
         stale += _write(path, before, after, check)
+
     path = ROOT / "docs" / "fidelity.md"
     before = path.read_text()
     stale += _write(path, before, fill_cells(before), check)

@@ -34,7 +34,8 @@ def _one_thread() -> None:
 
 
 def _tokenizer() -> Any:
-    """Byte-level BPE with BOS before every text, as `scripts/pretrain_tiny.py` makes it, and a chat template."""
+    """Byte-level BPE with BOS before every text, as `scripts/pretrain_tiny.py` makes it, and a chat
+    template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -62,6 +63,7 @@ def _tokenizer() -> Any:
         clean_up_tokenization_spaces=False,
     )
     made.chat_template = CHAT_TEMPLATE
+
     return made
 
 
@@ -89,6 +91,7 @@ def saved_model(kind: Any, config: Any, folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(20261121)
         kind(config).save_pretrained(folder)
+
     _tokenizer().save_pretrained(folder)
     return folder
 
@@ -101,7 +104,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Llama: hidden 32, 2 layers, 4 heads, FFN 64, context 128, tied embeddings."""
+    """Folder of a random Llama: hidden 32, 2 layers, 4 heads, FFN 64, context 128, tied
+    embeddings."""
     return _llama(tmp_path_factory.mktemp("tiny_model"))
 
 
@@ -113,7 +117,8 @@ def tiny_gqa_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random GPT-2 of the same size: fused `c_attn`, Conv1D weights, dropouts of 0.1 in its config."""
+    """Folder of a random GPT-2 of the same size: fused `c_attn`, Conv1D weights, dropouts of 0.1 in
+    its config."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -127,27 +132,35 @@ def tiny_gpt2_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
+
     return saved_model(GPT2LMHeadModel, config, tmp_path_factory.mktemp("tiny_gpt2_model"))
 
 
 @pytest.fixture(scope="session")
 def three_sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file with the records of three clients of unequal size and vocabulary."""
-    words = {"north": "snow ice wind frost", "south": "sun sand heat palm", "west": "rain sea wave fog"}
+    words = {
+        "north": "snow ice wind frost",
+        "south": "sun sand heat palm",
+        "west": "rain sea wave fog",
+    }
     path = tmp_path_factory.mktemp("data") / "three.jsonl"
     lines = []
+
     for share, (client, text) in enumerate(words.items(), start=2):
         for number in range(10 * share):
             order = text.split()[number % 4 :] + text.split()[: number % 4]
             record = {"client": client, "text": f"{number} " + " ".join(order * (1 + number % 3))}
             lines.append(json.dumps(record))
+
     path.write_text("\n".join(lines) + "\n")
     return path
 
 
 @pytest.fixture
 def run_config(tiny_model: Path, three_sites: Path) -> dict[str, Any]:
-    """Two rounds of FedAvg over three sites, a table for `fluvial.runs.config.parse`; about a second."""
+    """Two rounds of FedAvg over three sites, a table for `fluvial.runs.config.parse`; about a
+    second."""
     return {
         "seed": 1,
         "rounds": 2,

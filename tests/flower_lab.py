@@ -1,4 +1,5 @@
-"""A real deployment in a test: the commands of `fluvial` on free ports of loopback, ended whatever happens."""
+"""A real deployment in a test: the commands of `fluvial` on free ports of loopback, ended whatever
+happens."""
 
 import json
 import os
@@ -52,7 +53,7 @@ class Deployment:
         """What the server's or a site's process printed."""
         return self.folder / f"{who}.log"
 
-    # -- commands ---------------------------------------------------------------------------------------------------
+    # -- commands ---------------------------------------------------------------------------------
 
     def command(self, *arguments: str, fails: bool = False) -> str:
         """What `fluvial ARGUMENTS` prints, both streams; it must succeed, or with `fails` fail."""
@@ -65,13 +66,17 @@ class Deployment:
             text=True,
             timeout=180,
         )
-        assert (done.returncode != 0) == fails, f"fluvial {' '.join(arguments)}: {done.returncode}\n{done.stdout}"
+        assert (done.returncode != 0) == fails, (
+            f"fluvial {' '.join(arguments)}: {done.returncode}\n{done.stdout}"
+        )
+
         return done.stdout
 
     def start_server(self, **environment: str) -> None:
         """Start it and wait until its port is open."""
         process = self._start(SERVER, "server", "start", str(self.server), **environment)
         until = time.monotonic() + 120
+
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
                 return
@@ -83,15 +88,21 @@ class Deployment:
         """A site's folder with lines added to its site.toml."""
         keys = ["--insecure"] if self.insecure else ["--ca", str(self.server / "ca.crt")]
         folder = str(self.site(name))
-        self.command("site", "init", folder, "--name", name, "--server", f"127.0.0.1:{self.port}", *keys)
+        self.command(
+            "site", "init", folder, "--name", name, "--server", f"127.0.0.1:{self.port}", *keys
+        )
+
         with (self.site(name) / "site.toml").open("a") as file:
             file.write(settings + "\n")
             if "[allow]" not in settings:  # the tests' records and models lie on one machine
                 file.write('[allow]\nrun_paths = ["*"]\n')
+
         if register and not self.insecure:
             self.command("site", "register", str(self.server), str(self.site(name) / f"{name}.pub"))
 
-    def start_site(self, name: str, *, stock: bool | None = None, **environment: str) -> subprocess.Popen[bytes]:
+    def start_site(
+        self, name: str, *, stock: bool | None = None, **environment: str
+    ) -> subprocess.Popen[bytes]:
         """Start a site that was made; does not wait for it."""
         stock = self.stock if stock is None else stock
         arguments = ["site", "start", str(self.site(name)), *(["--stock"] if stock else [])]
@@ -110,7 +121,10 @@ class Deployment:
         until = time.monotonic() + timeout
         while self.online() != count:
             for name, process in self._started.items():
-                assert process.poll() is None, f"{name} ended with {process.returncode}:\n{self.tail(name)}"
+                assert process.poll() is None, (
+                    f"{name} ended with {process.returncode}:\n{self.tail(name)}"
+                )
+
             assert time.monotonic() < until, f"{self.online()} of {count} sites came:\n" + "".join(
                 self.tail(name) for name in self._started
             )
@@ -124,21 +138,29 @@ class Deployment:
         printed = self.command(*arguments, *(["--resume"] if resume else []))
         number = next(line.split()[1] for line in printed.splitlines() if line.startswith("run "))
         self._submitted[out] = int(number)
+
         return int(number)
 
     def wait(self, out: Path, timeout: float = 400) -> dict[str, Any]:
         """The result of a submitted run; raises `RunEndedError` if it ends without one."""
-        until, look = time.monotonic() + timeout, time.monotonic() + 10
+        until = time.monotonic() + timeout
+        look = time.monotonic() + 10
+
         while not (out / "result.json").exists():
             now = time.monotonic()
             if now > look or now > until:
                 look = now + 10
                 run = self.run(self._submitted[out])
                 ended = run["status"].startswith("finished") and not (out / "result.json").exists()
+
                 if ended or now > until:
                     raise RunEndedError(f"{run}\n{self.logs(self._submitted[out])}")
+
             time.sleep(0.1)
-        return cast(dict[str, Any], json.loads((out / "result.json").read_text())) | {"folder": str(out)}
+
+        return cast(dict[str, Any], json.loads((out / "result.json").read_text())) | {
+            "folder": str(out)
+        }
 
     def finished(self, number: int, timeout: float = 60) -> dict[str, Any]:
         """A run as Flower knows it when it has ended, with or without a result."""
@@ -146,6 +168,7 @@ class Deployment:
         while not (run := self.run(number))["status"].startswith("finished"):
             assert time.monotonic() < until, f"{run}\n{self.logs(number)}"
             time.sleep(2)
+
         return run
 
     def run(self, number: int) -> dict[str, Any]:
@@ -162,28 +185,36 @@ class Deployment:
         """The end of a process's log."""
         return f"--- {who}\n{self.log(who).read_text(errors='replace')[-characters:]}\n"
 
-    # -- processes --------------------------------------------------------------------------------------------------
+    # -- processes --------------------------------------------------------------------------------
 
     def pids(self, who: str) -> dict[str, int]:
-        """Processes of the server ("superlink", "superexec", "serverapp") or of a site, those that are there now.
+        """Processes of the server ("superlink", "superexec", "serverapp") or of a site, those that
+        are there now.
 
-        A site has "site" (the command), "supernode", and warm "executor" and "task" (which answers one message), else
-        "superexec" and "clientapp".
+        A site has "site" (the command), "supernode", and warm "executor" and "task" (which answers
+        one message), else "superexec" and "clientapp".
         """
         found: dict[str, int] = {}
         processes = _processes(f"{self.folder}:{who}")
         own = [pid for pid, (_, words) in processes.items() if "fluvial.cli" in words]
+
         for pid, (parent, words) in sorted(processes.items()):
             for role, program in _ROLES.items():
                 if any(Path(word).name == program for word in words[:3]):
                     found[role] = pid
+
             if pid in own:
-                depth, above = 0, parent
+                depth = 0
+                above = parent
                 while above in own and depth < 2:
-                    depth, above = depth + 1, processes[above][0]
+                    depth = depth + 1
+                    above = processes[above][0]
+
                 found[("site", "executor", "task")[depth]] = pid
+
         if who == SERVER and (server := self._started.get(who)) and server.pid in processes:
             found["superlink"] = server.pid  # a child has its words for a moment
+
         return found
 
     def kill(self, who: str, role: str, number: signal.Signals = signal.SIGKILL) -> int:
@@ -192,10 +223,12 @@ class Deployment:
         while (pid := self.pids(who).get(role)) is None:
             assert time.monotonic() < until, f"{who} has no {role}: {self.pids(who)}"
             time.sleep(0.01)
+
         os.kill(pid, number)
         for process in self._started.values():
             if process.pid == pid and number == signal.SIGKILL:
                 process.wait(10)
+
         return pid
 
     def end(self, who: str, *, gently: bool = True) -> None:
@@ -205,12 +238,17 @@ class Deployment:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
+
         until = time.monotonic() + 10
-        while (left := _processes(f"{self.folder}:{who}")) and time.monotonic() < until:  # some are just starting
+        while (
+            left := _processes(f"{self.folder}:{who}")
+        ) and time.monotonic() < until:  # some are just starting
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
             time.sleep(0.05)
+
         if process is not None:
             process.wait(10)
 
@@ -223,7 +261,9 @@ class Deployment:
         assert _processes(f"{self.folder}:") == {}
 
     def _start(self, who: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-        assert who not in self._started or self._started[who].poll() is not None, f"{who} runs already"
+        assert who not in self._started or self._started[who].poll() is not None, (
+            f"{who} runs already"
+        )
         with self.log(who).open("ab") as log:
             self._started[who] = subprocess.Popen(
                 [*FLUVIAL, *arguments],
@@ -233,10 +273,16 @@ class Deployment:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
         return self._started[who]
 
     def _environment(self, who: str) -> dict[str, str]:
-        return {**os.environ, "OMP_NUM_THREADS": "1", **self.environment, _MARK: f"{self.folder}:{who}"}
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            **self.environment,
+            _MARK: f"{self.folder}:{who}",
+        }
 
 
 _ROLES = {
@@ -249,7 +295,8 @@ _ROLES = {
 
 
 def _processes(mark: str) -> dict[int, tuple[int, list[str]]]:
-    """Parent and command line of the living processes whose mark begins so (or, with a name in it, is so)."""
+    """Parent and command line of the living processes whose mark begins so (or, with a name in it,
+    is so)."""
     found: dict[int, tuple[int, list[str]]] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -258,10 +305,14 @@ def _processes(mark: str) -> dict[int, tuple[int, list[str]]]:
             words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue  # it has ended, or is somebody else's
-        own = next((each for each in environment if each.startswith(f"{_MARK}=".encode())), b"").decode()
+
+        own = next(
+            (each for each in environment if each.startswith(f"{_MARK}=".encode())), b""
+        ).decode()
         wanted = f"{_MARK}={mark}"
         if stat[0] != "Z" and (own == wanted or (mark.endswith(":") and own.startswith(wanted))):
             found[int(path.name)] = (int(stat[1]), words)
+
     return found
 
 
@@ -293,22 +344,31 @@ def deployment(
     environment: Mapping[str, str] | None = None,
     start: bool = True,
 ) -> Iterator[Deployment]:
-    """A server and sites by the names of `sites`, whose values are lines for their site.toml; all of them online.
+    """A server and sites by the names of `sites`, whose values are lines for their site.toml; all
+    of them online.
 
-    With TLS and node keys unless `insecure`; by warm clients unless `stock`. With `start` off nothing runs yet.
+    With TLS and node keys unless `insecure`; by warm clients unless `stock`. With `start` off
+    nothing runs yet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = Deployment(folder.resolve(), free_port(), insecure, stock, tuple(sites), dict(environment or {}))
+    made = Deployment(
+        folder.resolve(), free_port(), insecure, stock, tuple(sites), dict(environment or {})
+    )
     keys = ["--insecure"] if insecure else []
     before = signal.signal(signal.SIGTERM, _interrupt)  # as with Ctrl-C, everything is ended
+
     try:
-        made.command("server", "init", str(made.server), "--address", f"127.0.0.1:{made.port}", *keys)
+        made.command(
+            "server", "init", str(made.server), "--address", f"127.0.0.1:{made.port}", *keys
+        )
         if start:
             made.start_server()
             for name, settings in sites.items():
                 made.make_site(name, settings)
                 made.start_site(name)
+
             made.wait_online(len(sites))
+
         yield made
     finally:
         made.end_all()

@@ -1,9 +1,11 @@
 """Moments at which a fault test holds, cheats or starves a process of a deployment.
 
-Each process of the deployment imports this by a `sitecustomize` on its PYTHONPATH. A file MOMENT.armed in the folder
-$FLUVIAL_MOMENTS says what happens when that moment comes, once; then it is called MOMENT.reached. Moments of a site are
-"NAME joining" and "NAME ROUND training|answering|uploading|keeping", those of the server "server starting" and
-"server ROUND saving". What happens: "hold" until the file is gone, "sleep SECONDS", or what `_false` and `_full` know.
+Each process of the deployment imports this by a `sitecustomize` on its PYTHONPATH. A file
+MOMENT.armed in the folder $FLUVIAL_MOMENTS says what happens when that moment comes, once; then it
+is called MOMENT.reached. Moments of a site are "NAME joining" and "NAME ROUND
+training|answering|uploading|keeping", those of the server "server starting" and "server ROUND
+saving". What happens: "hold" until the file is gone, "sleep SECONDS", or what `_false` and `_full`
+know.
 """
 
 import importlib.util
@@ -33,14 +35,18 @@ _answering: list[Any] = ["", 0]
 
 def moment(name: str) -> str:
     """What a test wants at this moment, or ""; returns when it has happened, if it is only time."""
-    armed, reached = (Path(os.environ[FOLDER]) / f"{name}.{state}" for state in ("armed", "reached"))
+    armed, reached = (
+        Path(os.environ[FOLDER]) / f"{name}.{state}" for state in ("armed", "reached")
+    )
     try:
         wanted = armed.read_text()
         armed.rename(reached)
     except FileNotFoundError:
         return ""
+
     if wanted.startswith("sleep "):
         time.sleep(float(wanted.split()[1]))
+
     until = time.monotonic() + HELD_S
     while wanted == "hold" and reached.exists() and time.monotonic() < until:
         time.sleep(0.02)
@@ -52,20 +58,25 @@ def _here(what: str) -> str:
 
 
 def _station(module: ModuleType) -> None:
-    answer, hello = module.Station.answer, module.Station._hello
+    answer = module.Station.answer
+    hello = module.Station._hello
 
     def answered(self: Any, header: Any, wire: bytes) -> Any:
         _answering[:] = [self.site.name, header.round if header.task == "train" else 0]
         found = answer(self, header, wire)
         if header.task == "train":
-            (Path(os.environ[FOLDER]) / f"{self.site.name} {header.round}.answer").write_bytes(found.data)
+            (Path(os.environ[FOLDER]) / f"{self.site.name} {header.round}.answer").write_bytes(
+                found.data
+            )
+
         return found
 
     def joined(self: Any, header: Any, message: Any) -> Any:
         moment(f"{self.site.name} joining")
         return hello(self, header, message)
 
-    module.Station.answer, module.Station._hello = answered, joined
+    module.Station.answer = answered
+    module.Station._hello = joined
 
 
 def _journal(module: ModuleType) -> None:
@@ -73,7 +84,11 @@ def _journal(module: ModuleType) -> None:
 
     def written(path: Path, data: bytes) -> None:
         """Slots lie there, the journal does not know of them."""
-        wanted = _here("keeping") if path.name == "journal.json" and b'"pending": null' not in data else ""
+        wanted = (
+            _here("keeping")
+            if path.name == "journal.json" and b'"pending": null' not in data
+            else ""
+        )
         with _full(wanted == "full"):
             write(path, data)
 
@@ -104,7 +119,8 @@ def _runtime(module: ModuleType) -> None:
 
 
 def _executor(module: ModuleType) -> None:
-    fork, pack = module._fork, module.pack
+    fork = module._fork
+    pack = module.pack
 
     def forked(site: Any, message: Any) -> Any:
         header = message.content["header"]
@@ -124,18 +140,26 @@ def _false(wanted: str, data: bytes) -> bytes:
         return random.Random(1).randbytes(len(data))
     if wanted == "10 GB":
         size = 10**10
-        header = json.dumps({"frame": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        header = json.dumps(
+            {"frame": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
+        ).encode()
         return len(header).to_bytes(8, "little") + header + b"\0" * 1000
+
     if wanted == "earlier":
         site, number = _answering
         return (Path(os.environ[FOLDER]) / f"{site} {number - 1}.answer").read_bytes()
+
     if wanted == "nan":  # in bf16, with a checksum that fits
         from fluvial.wire.payload import Payload, frame_payload, payload_frame
 
         answer = Payload.from_bytes(data)
         frame = payload_frame(answer)
         frame = frame[:8] + b"\xc0\x7f" + frame[10:-4]
-        return frame_payload(frame + zlib.crc32(frame).to_bytes(4, "little"), **answer.values).to_bytes()
+
+        return frame_payload(
+            frame + zlib.crc32(frame).to_bytes(4, "little"), **answer.values
+        ).to_bytes()
+
     return data
 
 
@@ -148,6 +172,7 @@ def _checkpoint(module: ModuleType) -> None:
             path.parent.mkdir(exist_ok=True)
             path.with_name(f".{path.name}.partial").write_bytes(data[: len(data) // 2])
             wanted = moment(f"server {int(path.stem.removeprefix('round-'))} saving")
+
         with _full(wanted == "full"):
             write(path, data)
 
@@ -168,7 +193,12 @@ def _fleet(module: ModuleType) -> None:
     failed = module.Policy.failed
 
     def noted(self: Any, failure: Any, attempt: int) -> bool:
-        entry = {"time": time.time(), "site": failure.site, "round": failure.round, "reason": failure.reason}
+        entry = {
+            "time": time.time(),
+            "site": failure.site,
+            "round": failure.round,
+            "reason": failure.reason,
+        }
         with (Path(os.environ[FOLDER]) / "failures.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
         again: bool = failed(self, failure, attempt)
@@ -180,7 +210,8 @@ def _fleet(module: ModuleType) -> None:
 def _date(module: ModuleType) -> None:
     import datetime
 
-    now, ahead = module.now, datetime.timedelta(seconds=float(os.environ.get(SKEW, "0")))
+    now = module.now
+    ahead = datetime.timedelta(seconds=float(os.environ.get(SKEW, "0")))
     module.now = lambda: now() + ahead  # type: ignore[attr-defined]
 
 
@@ -210,13 +241,15 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
 
 
 class _Finder(MetaPathFinder):
-    """Changes a module when it is imported first, so that a process that does not need it does not load it."""
+    """Changes a module when it is imported first, so that a process that does not need it does not
+    load it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname not in _CHANGES:
             return None
+
         change = _CHANGES.pop(fullname)
         spec = importlib.util.find_spec(fullname)
         assert spec is not None
@@ -234,7 +267,9 @@ class _Finder(MetaPathFinder):
 def install() -> None:
     """From here on, in this process."""
     sys.meta_path.insert(0, _Finder())
-    ahead, real = float(os.environ.get(SKEW, "0")), time.time
+    ahead = float(os.environ.get(SKEW, "0"))
+    real = time.time
+
     if ahead:
         time.time = lambda: real() + ahead
 
@@ -252,7 +287,11 @@ class Moments:
         """For the processes of a deployment."""
         root = Path(__file__).parents[1]
         before = os.environ.get("PYTHONPATH", "")
-        return {FOLDER: str(self.folder), "PYTHONPATH": os.pathsep.join([str(self.folder), str(root), before])}
+
+        return {
+            FOLDER: str(self.folder),
+            "PYTHONPATH": os.pathsep.join([str(self.folder), str(root), before]),
+        }
 
     def arm(self, name: str, what: str = "hold") -> None:
         """Let `what` happen at a moment."""
@@ -264,15 +303,20 @@ class Moments:
         while not (self.folder / f"{name}.reached").exists():
             assert time.monotonic() < until, f"the moment {name!r} has not come"
             time.sleep(0.02)
+
         return time.time()
 
     def failure(self, timeout: float = 150) -> dict[str, Any]:
-        """The first failure of a site that the server noted since `clear`: time, site, round, reason."""
+        """The first failure of a site that the server noted since `clear`: time, site, round,
+        reason."""
         until = time.monotonic() + timeout
         while True:
             with suppress(FileNotFoundError, ValueError, IndexError):
-                found: dict[str, Any] = json.loads((self.folder / "failures.jsonl").read_text().splitlines()[0])
+                found: dict[str, Any] = json.loads(
+                    (self.folder / "failures.jsonl").read_text().splitlines()[0]
+                )
                 return found
+
             assert time.monotonic() < until, "the server noted no failure"
             time.sleep(0.02)
 

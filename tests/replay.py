@@ -19,7 +19,8 @@ from fluvial.runs.run import Run, site_of, tasks_of
 from fluvial.wire.payload import Payload
 
 Change = Callable[[str, str, int, bytes], bytes | None]
-"""Task, site and number of the call to that site; the reply's bytes in, other bytes or None for silence out."""
+"""Task, site and number of the call to that site; the reply's bytes in, other bytes or None for
+silence out."""
 
 
 class Forged(Payload):
@@ -67,11 +68,15 @@ class Round:
 
     def again(self, change: Change, **policy: Any) -> tuple[Server, Metered, dict[str, Any]]:
         """Server, fleet and record after the round with changed replies."""
-        return self._play(change, self.replies, lambda server, fleet: server.round(1, fleet), policy, setup=False)
+        return self._play(
+            change, self.replies, lambda server, fleet: server.round(1, fleet), policy, setup=False
+        )
 
     def set_up(self, change: Change, **policy: Any) -> tuple[Server, Metered, dict[str, Any]]:
         """The same for the set-up."""
-        return self._play(change, self.setup, lambda server, fleet: server.setup(fleet), policy, setup=True)
+        return self._play(
+            change, self.setup, lambda server, fleet: server.setup(fleet), policy, setup=True
+        )
 
     def _play(
         self,
@@ -94,7 +99,8 @@ class Round:
 
             return answer
 
-        texts, bench = self.run.texts, self.run.bench
+        texts = self.run.texts
+        bench = self.run.bench
         assert isinstance(texts, SiteTexts)
         store = StateStore(None)
         settings = {"on_failure": "skip", "quorum": 0.3, "workers": 1} | policy
@@ -107,8 +113,10 @@ class Round:
             )
         )
         server = self.config.entry.server(self.config.method, self.run.context)
+
         if not setup:
             server.restore(Payload.from_bytes(self.state))
+
         return server, fleet, act(server, fleet)
 
 
@@ -122,7 +130,9 @@ def record(table: dict[str, Any], folder: Path) -> Round:
         seen[task, site, number] = data
         return data
 
-    def assemble(each: RunConfig, run_folder: RunFolder, bench: Workbench, texts: Any) -> LocalFleet:
+    def assemble(
+        each: RunConfig, run_folder: RunFolder, bench: Workbench, texts: Any
+    ) -> LocalFleet:
         def open_site(name: str) -> Site:
             return site_of(each, name, bench, texts, run_folder.store)
 
@@ -135,10 +145,13 @@ def record(table: dict[str, Any], folder: Path) -> Round:
         setup = dict(seen)
         state = run.server.state().to_bytes()
         run.server.round(1, run.fleet)
+
     rest = {key: data for key, data in seen.items() if key not in setup}
     counts: dict[tuple[str, str], int] = {}
     replies = {}
+
     for (task, site, _), data in sorted(rest.items()):
         counts[task, site] = counts.get((task, site), 0) + 1
         replies[task, site, counts[task, site]] = data
+
     return Round(config, run, state, replies, setup)

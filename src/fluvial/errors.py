@@ -12,7 +12,8 @@
     ├── PrivacyError      a site would release what its privacy budget does not count
     └── DivergenceError   training left the finite numbers or exploded
 
-A message says what was found, where, and what would be right. Broken invariants are `assert`, not these.
+A message says what was found, where, and what would be right. Broken invariants are `assert`, not
+these.
 """
 
 from typing import Any
@@ -51,7 +52,8 @@ class CheckpointError(FluvialError):
 
 
 class GateError(FluvialError):
-    """A codec did not carry held-out updates; the message lists the failed criteria, `report` all that was measured."""
+    """A codec did not carry held-out updates; the message lists the failed criteria, `report` all
+    that was measured."""
 
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
@@ -63,4 +65,5 @@ class PrivacyError(FluvialError):
 
 
 class DivergenceError(FluvialError):
-    """Training produced NaN or Inf, or the adapter grew beyond the guard; its text leaves the site."""
+    """Training produced NaN or Inf, or the adapter grew beyond the guard; its text leaves the
+    site."""

@@ -15,10 +15,12 @@ def human_bytes(count: float) -> str:
     """Three digits and a unit; 1 kB is 1000 bytes."""
     if count < 1000:
         return f"{count:.0f} B"
+
     for unit in ("kB", "MB", "GB", "TB"):
         count /= 1000
         if count < 999.5 or unit == "TB":
             break
+
     return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
 
 
@@ -45,15 +47,23 @@ def human_minutes(seconds: float) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` without control characters, which could drive a terminal, and with long runs of newlines counted."""
-    text = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text)
+    """`text` without control characters, which could drive a terminal, and with long runs of
+    newlines counted."""
+    text = "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
+    )
     return re.sub(r"\n{3,}", lambda run: f" [⏎ x {len(run[0])}] ", text)
 
 
 def table(
-    headings: Sequence[str], rows: Sequence[Sequence[str]], title: str, left: int = 1, caption: str = ""
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str,
+    left: int = 1,
+    caption: str = "",
 ) -> Table:
-    """A table of plain texts; the first `left` columns are set to the left, the others are numbers."""
+    """A table of plain texts; the first `left` columns are set to the left, the others are
+    numbers."""
     table = Table(
         title=title or None,
         title_justify="left",
@@ -64,10 +74,16 @@ def table(
         collapse_padding=True,
         pad_edge=False,
     )
-    label = min(18, max((len(row[0]) for row in rows), default=0))  # rather a heading in two lines than a label
+    label = min(
+        18, max((len(row[0]) for row in rows), default=0)
+    )  # rather a heading in two lines than a label
+
     for number, heading in enumerate(headings):
         justify: Literal["left", "right"] = "left" if number < left else "right"
-        table.add_column(heading, justify=justify, overflow="fold", min_width=0 if number else label)
+        table.add_column(
+            heading, justify=justify, overflow="fold", min_width=0 if number else label
+        )
+
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -95,4 +111,5 @@ def privacy_words(report: Mapping[str, Any]) -> str:
         f"epsilon {report['epsilon']:.3g} at delta {report['delta']:g} after "
         f"{report['releases']} releases of a site, noise added {where}"
     )
+
     return "; ".join([counted, *report["outside"]])

@@ -61,10 +61,13 @@ def _leave(number: int, _: FrameType | None) -> None:
         words = _advice()
         before = _SHOW_CURSOR if sys.stderr.isatty() else b""
         os.write(2, before + (words + "\n").encode(errors="replace") if words else before)
+
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
+
     with suppress(Exception):
         for path in tuple(_temporary):
             shutil.rmtree(path, ignore_errors=True)
+
     os._exit(128 + number)

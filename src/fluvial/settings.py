@@ -19,8 +19,12 @@ def check_text(text: str) -> None:
     if not text:
         raise ValueError("the string is empty; give a value or remove the key")
 
-    if "\0" in text or (not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)):
-        raise ValueError("the string holds a character that no text may hold (NUL or half of a surrogate pair)")
+    if "\0" in text or (
+        not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+    ):
+        raise ValueError(
+            "the string holds a character that no text may hold (NUL or half of a surrogate pair)"
+        )
 
 
 def _exact(value: Any) -> Any:
@@ -53,7 +57,8 @@ class ConflictError(ValueError):
 
 
 class Settings(BaseModel):
-    """A table of a configuration or of a site's or server's file; docs/settings.md is written from these."""
+    """A table of a configuration or of a site's or server's file; docs/settings.md is written from
+    these."""
 
     model_config = ConfigDict(
         frozen=True,

@@ -1,4 +1,5 @@
-"""The paper's figures, and ours, at small scale and in a band. Failures of the paper's claims are shown, not hidden."""
+"""The paper's figures, and ours, at small scale and in a band. Failures of the paper's claims are
+shown, not hidden."""
 
 import json
 from collections.abc import Sequence
@@ -24,17 +25,33 @@ ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 
 
-def snapshots(table: dict[str, Any], rounds: int = 6) -> tuple[Layout, list[Snapshot], list[Snapshot]]:
+def snapshots(
+    table: dict[str, Any], rounds: int = 6
+) -> tuple[Layout, list[Snapshot], list[Snapshot]]:
     """TGAP on public text, split by time."""
     settings = {"source": "public", "rounds": rounds}
-    config = parse(table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "klt"}}, "claims")
+    config = parse(
+        table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "klt"}},
+        "claims",
+    )
     bench = Workbench(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
     context = Context(
-        0, 1, bench.layout, config.coding, None, config.train, lambda: bench, lambda: bytes(32), texts.public
+        0,
+        1,
+        bench.layout,
+        config.coding,
+        None,
+        config.train,
+        lambda: bench,
+        lambda: bytes(32),
+        texts.public,
     )
     chosen = tgap.TgapConfig.model_validate(settings)
-    found = tgap.collect(chosen, tgap.simulated_fleet(chosen, context, config.method), bench.layout, config.seed)
+    found = tgap.collect(
+        chosen, tgap.simulated_fleet(chosen, context, config.method), bench.layout, config.seed
+    )
+
     return (bench.layout, *tgap.split_by_time(found, 0.2))
 
 
@@ -51,8 +68,11 @@ def updates(found: Sequence[Snapshot]) -> list[Any]:
     return [snapshot.update for snapshot in found]
 
 
-def test_the_papers_autoencoder_sends_nothing(embedded: tuple[Layout, list[Snapshot], list[Snapshot]]) -> None:
-    """Paper: reconstruction error 5e-12. Here, as in the reproduction, the same error as the zero output."""
+def test_the_papers_autoencoder_sends_nothing(
+    embedded: tuple[Layout, list[Snapshot], list[Snapshot]],
+) -> None:
+    """Paper: reconstruction error 5e-12. Here, as in the reproduction, the same error as the zero
+    output."""
     layout, training, heldout = embedded
     codec = ResNet.fit(ResNetSettings(iterations=200), layout, updates(training), seed=0)
     report = gate.measure(codec, training, heldout, "delta")
@@ -75,9 +95,12 @@ def test_the_learned_transform_carries_updates_at_one_64th(
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not SHARED.exists(), reason="the models and data of a development checkout are not here")
+@pytest.mark.skipif(
+    not SHARED.exists(), reason="the models and data of a development checkout are not here"
+)
 def test_the_learned_transform_on_a_real_model_and_tales(tmp_path: Path) -> None:
-    """stories260k (d 64, GQA), public TinyStories: an earlier study measured a relative error of 0.53 at 1/64."""
+    """stories260k (d 64, GQA), public TinyStories: an earlier study measured a relative error of
+    0.53 at 1/64."""
     data = {
         "source": str(SHARED / "data" / "fairytales" / "train.jsonl"),
         "public_source": str(SHARED / "data" / "tinystories" / "train.jsonl"),
@@ -95,10 +118,16 @@ def test_the_learned_transform_on_a_real_model_and_tales(tmp_path: Path) -> None
 
 
 def test_the_quick_start_keeps_its_promise(tmp_path: Path) -> None:
-    """Held-out loss falls on every site, federated beats local, and 1/64 costs at most 0.5 % of the loss."""
+    """Held-out loss falls on every site, federated beats local, and 1/64 costs at most 0.5 % of the
+    loss."""
     config = load(ROOT / "configs" / "quickstart.toml")
-    result = run_table(json.loads(json.dumps(config.model_dump(mode="json", exclude_unset=True))), tmp_path / "run")
-    assert all(row["final"]["loss"] < row["base"]["loss"] - 0.01 for row in result["heldout_by_site"].values())
+    result = run_table(
+        json.loads(json.dumps(config.model_dump(mode="json", exclude_unset=True))), tmp_path / "run"
+    )
+    assert all(
+        row["final"]["loss"] < row["base"]["loss"] - 0.01
+        for row in result["heldout_by_site"].values()
+    )
     heldout = result["heldout"]
     assert heldout["fedavg"]["loss"] < heldout["local"]["loss"] < heldout["base"]["loss"]
     assert heldout["final"]["loss"] < 1.005 * heldout["fedavg"]["loss"]

@@ -1,4 +1,5 @@
-"""Contract of every codec in `CODECS`, and the figures that the simple ones reach on known distributions."""
+"""Contract of every codec in `CODECS`, and the figures that the simple ones reach on known
+distributions."""
 
 import math
 import struct
@@ -38,16 +39,29 @@ SHAPES = {
 def make(name: str, update: Named, **changes: object) -> Codec:
     """The codec `name` for updates like `update`; every codec under contract comes from here."""
     if name == "eden":
-        changes = {"unbiased": "no", **changes}  # the other setting does not contract, and has tests of its own
-    # A file refuses a rate below 1; a layout of a few values needs one, so that a frame has room for its header.
-    small = {"rate": changes.pop("rate")} if name in RATED and float(str(changes.get("rate", 1))) < 1 else {}
-    return build(CONFIG.validate_python({"name": name, **changes}).model_copy(update=small), Layout.of(update))
+        changes = {
+            "unbiased": "no",
+            **changes,
+        }  # the other setting does not contract, and has tests of its own
+
+    # A file refuses a rate below 1; a layout of a few values needs one, so that a frame has room
+    # for its header.
+    small = (
+        {"rate": changes.pop("rate")}
+        if name in RATED and float(str(changes.get("rate", 1))) < 1
+        else {}
+    )
+    return build(
+        CONFIG.validate_python({"name": name, **changes}).model_copy(update=small),
+        Layout.of(update),
+    )
 
 
 def gaussian(seed: int = 0) -> Named:
     """A small update whose tensors differ in scale from 1e-6 to 1."""
     generator = torch.Generator().manual_seed(seed)
     scales = [1.0, 1e-6, 1e-3, 1e-6, 1e-2]
+
     return {
         name: scale * torch.randn(shape, generator=generator)
         for (name, shape), scale in zip(SHAPES.items(), scales, strict=True)
@@ -57,8 +71,14 @@ def gaussian(seed: int = 0) -> Named:
 def heavy_tailed(seed: int = 0) -> Named:
     """The same, Student-t with 2 degrees of freedom."""
     random = np.random.default_rng(seed)
-    factors = {name: torch.from_numpy(random.chisquare(2, SHAPES[name]) / 2).float() for name in SHAPES}
-    return {name: tensor / factors[name].sqrt().clamp(min=1e-3) for name, tensor in gaussian(seed).items()}
+    factors = {
+        name: torch.from_numpy(random.chisquare(2, SHAPES[name]) / 2).float() for name in SHAPES
+    }
+
+    return {
+        name: tensor / factors[name].sqrt().clamp(min=1e-3)
+        for name, tensor in gaussian(seed).items()
+    }
 
 
 def one(values: torch.Tensor) -> Named:
@@ -66,7 +86,9 @@ def one(values: torch.Tensor) -> Named:
 
 
 def equal(left: Named, right: Named) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -107,10 +129,12 @@ def test_codes_are_distinct_and_frames_of_others_are_refused(name: str) -> None:
     update = gaussian()
     codec = make(name, update)
     frame = codec.encode(update)
+
     for other in SIMPLE:
         if other != name:
             with pytest.raises(WireError, match="codec code"):
                 make(other, update).decode(frame)
+
     with pytest.raises(WireError, match="names or shapes"):
         make(name, {**update, "odd": torch.zeros(8)}).decode(frame)
     later = bytes([VERSION + 1]) + frame[1:-4]
@@ -121,6 +145,7 @@ def test_codes_are_distinct_and_frames_of_others_are_refused(name: str) -> None:
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(WireError):
             codec.decode(bytes(damaged))
+
     for other_frame in (frame[:-1], frame + b"\0", b"", frame[: OVERHEAD - 1]):
         with pytest.raises(WireError):
             codec.decode(other_frame)
@@ -159,7 +184,9 @@ def test_identity_is_exact_to_the_bit() -> None:
 def test_bf16_agrees_with_torch_and_rounds_up_when_asked() -> None:
     values = torch.cat([torch.randn(10_000), torch.tensor([-0.0, 1e-45, 1.00390625, 1.01171875])])
     nearest = from_bf16(bf16(values.numpy()))
-    assert np.array_equal(nearest.view(np.uint32), values.bfloat16().float().numpy().view(np.uint32))
+    assert np.array_equal(
+        nearest.view(np.uint32), values.bfloat16().float().numpy().view(np.uint32)
+    )
     up = from_bf16(bf16(values.abs().numpy(), rounding="up"))
     assert (up >= values.abs().numpy()).all()
     assert np.isfinite(from_bf16(bf16(np.array([3.4e38, -3.4e38])))).all()
@@ -168,10 +195,16 @@ def test_bf16_agrees_with_torch_and_rounds_up_when_asked() -> None:
 @pytest.mark.parametrize(("name", "levels"), [("int8", 127), ("int4", 7)])
 def test_blocks_stay_within_half_a_step_whatever_the_scale(name: str, levels: int) -> None:
     update = gaussian()
-    decoded = make(name, update, block_size=16).decode(make(name, update, block_size=16).encode(update))
+    decoded = make(name, update, block_size=16).decode(
+        make(name, update, block_size=16).encode(update)
+    )
     for key, tensor in update.items():
-        blocks = torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % 16)).reshape(-1, 16)
-        error = torch.nn.functional.pad((tensor - decoded[key]).reshape(-1), (0, -tensor.numel() % 16))
+        blocks = torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % 16)).reshape(
+            -1, 16
+        )
+        error = torch.nn.functional.pad(
+            (tensor - decoded[key]).reshape(-1), (0, -tensor.numel() % 16)
+        )
         allowed = blocks.abs().amax(1, keepdim=True) / levels / 2 * (1 + 2**-6)
         assert bool((error.reshape(-1, 16).abs() <= allowed).all())
 
@@ -198,15 +231,22 @@ def test_frames_meet_the_rate(name: str, rate: float, update: Named) -> None:
 )
 def test_bytes_are_those_of_the_table(name: str, expected: float) -> None:
     update = one(torch.randn(60_000, generator=torch.Generator().manual_seed(0)))
-    assert len(make(name, update).encode(update)) == pytest.approx(60_000 * expected, rel=0.002, abs=24)
+    assert len(make(name, update).encode(update)) == pytest.approx(
+        60_000 * expected, rel=0.002, abs=24
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "gauss", "laplace", "uniform"),
-    [("ternary", 0.618, 0.711, 0.480), ("half_sign", 0.564, 0.500, 0.612), ("top_k", 0.467, 0.591, 0.319)],
+    [
+        ("ternary", 0.618, 0.711, 0.480),
+        ("half_sign", 0.564, 0.500, 0.612),
+        ("top_k", 0.467, 0.591, 0.319),
+    ],
 )
 def test_cosines_at_half_a_bit(name: str, gauss: float, laplace: float, uniform: float) -> None:
-    """cg-fedllm specification, section f.5; computed there for endless data, so 0.01 is for the sample."""
+    """cg-fedllm specification, section f.5; computed there for endless data, so 0.01 is for the
+    sample."""
     random = np.random.default_rng(0)
     for values, expected in (
         (random.normal(size=60_000), gauss),
@@ -215,13 +255,20 @@ def test_cosines_at_half_a_bit(name: str, gauss: float, laplace: float, uniform:
     ):
         update = one(torch.from_numpy(1e-6 * values).float())
         codec = make(name, update)
-        assert cosine(update, codec.decode(codec.encode(update))) == pytest.approx(expected, abs=0.01)
+        assert cosine(update, codec.decode(codec.encode(update))) == pytest.approx(
+            expected, abs=0.01
+        )
 
 
 def test_ternary_keeps_a_share_of_every_tensor() -> None:
-    """Weights are relative to the RMS of a tensor, so small tensors are not starved as they are in top_k."""
+    """Weights are relative to the RMS of a tensor, so small tensors are not starved as they are in
+    top_k."""
     update = {"large": torch.randn(20_000), "small": 1e-6 * torch.randn(20_000)}
-    ternary, top_k = (make(name, update).decode(make(name, update).encode(update)) for name in ("ternary", "top_k"))
+    ternary, top_k = (
+        make(name, update).decode(make(name, update).encode(update))
+        for name in ("ternary", "top_k")
+    )
+
     for tensor in ternary.values():
         assert int(tensor.count_nonzero()) == pytest.approx(0.083 * 20_000, rel=0.1)
     assert not top_k["small"].any()
@@ -236,11 +283,16 @@ def test_ternary_has_a_dead_zone_even_where_bits_abound() -> None:
 def test_random_k_is_unbiased_over_seeds_when_asked() -> None:
     update = one(torch.randn(200, generator=torch.Generator().manual_seed(0)))
     codec = make("random_k", update, rate=8, unbiased="yes")
-    mean = torch.stack([codec.decode(codec.encode(update, seed=seed))["w"] for seed in range(3000)]).mean(0)
+    mean = torch.stack(
+        [codec.decode(codec.encode(update, seed=seed))["w"] for seed in range(3000)]
+    ).mean(0)
     plain = make("random_k", update, rate=8)
-    biased = torch.stack([plain.decode(plain.encode(update, seed=seed))["w"] for seed in range(500)]).mean(0)
+    biased = torch.stack(
+        [plain.decode(plain.encode(update, seed=seed))["w"] for seed in range(500)]
+    ).mean(0)
     assert float((mean - update["w"]).norm() / update["w"].norm()) < 0.1
     assert float(biased.norm() / update["w"].norm()) < 0.35
+
     with pytest.raises(ValidationError, match="error_feedback"):
         make("random_k", update, unbiased="yes", error_feedback=True)
 
@@ -248,16 +300,22 @@ def test_random_k_is_unbiased_over_seeds_when_asked() -> None:
 @pytest.mark.parametrize("name", RATED)
 def test_a_rate_that_leaves_no_room_is_refused_with_one_that_works(name: str) -> None:
     update = one(torch.randn(1024))
-    with pytest.raises(ConfigError, match=r"codec\.rate=4096 leaves 1 bytes for 1024 values.*choose at most") as caught:
+    with pytest.raises(
+        ConfigError, match=r"codec\.rate=4096 leaves 1 bytes for 1024 values.*choose at most"
+    ) as caught:
         make(name, update, rate=4096)
+
     most = float(str(caught.value).rsplit(" ", 1)[1])
     codec = make(name, update, rate=most)
     assert len(codec.encode(update)) <= 4096 / most
+
     with pytest.raises(ConfigError):
         make(name, one(torch.ones(1)))
 
 
-@pytest.mark.parametrize("change", [{"rate": 0}, {"rate": math.inf}, {"share": 2}, {"name": "zip"}, {"speed": 1}])
+@pytest.mark.parametrize(
+    "change", [{"rate": 0}, {"rate": math.inf}, {"share": 2}, {"name": "zip"}, {"speed": 1}]
+)
 @pytest.mark.parametrize("name", ["top_k", "half_sign"])
 def test_impossible_settings_are_refused(name: str, change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -271,8 +329,15 @@ layouts = st.lists(st.lists(st.integers(0, 9), max_size=3), min_size=1, max_size
 
 @pytest.mark.parametrize("name", SIMPLE)
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(shapes=layouts, seed=st.integers(0, 2**64 - 1), spread=st.integers(-40, 18), zeros=st.floats(0, 1))
-def test_any_layout_and_any_values(name: str, shapes: list[list[int]], seed: int, spread: int, zeros: float) -> None:
+@given(
+    shapes=layouts,
+    seed=st.integers(0, 2**64 - 1),
+    spread=st.integers(-40, 18),
+    zeros=st.floats(0, 1),
+)
+def test_any_layout_and_any_values(
+    name: str, shapes: list[list[int]], seed: int, spread: int, zeros: float
+) -> None:
     random = np.random.default_rng(seed)
     update = {
         f"t{index}": torch.from_numpy(
@@ -291,14 +356,17 @@ def test_any_layout_and_any_values(name: str, shapes: list[list[int]], seed: int
     decoded = codec.decode(frame)
     codec.layout.check(decoded, name)
     assert norm(subtract(update, decoded)) <= norm(update) * (1 + 1e-6)
+
     if name in RATED:
         assert len(frame) <= codec.layout.raw_bytes / codec.settings.model_dump()["rate"]
 
 
 def malformed(codec: Codec, frame: bytes, random: np.random.Generator) -> bytes:
-    """Some damage to `frame`; mostly with a valid checksum and header, so that the codec has to notice."""
+    """Some damage to `frame`; mostly with a valid checksum and header, so that the codec has to
+    notice."""
     body = bytearray(frame[6:-4])
     kind = random.integers(6)
+
     if kind == 0:
         for position in random.integers(0, len(body), random.integers(1, 8)):
             body[position] = random.integers(256)
@@ -310,11 +378,16 @@ def malformed(codec: Codec, frame: bytes, random: np.random.Generator) -> bytes:
         body = bytearray(random.bytes(int(random.integers(0, 2 * len(body)))))
     elif kind == 4:
         start = random.integers(len(body))
-        body[start : start + 4 * random.integers(1, 9)] = random.choice([b"\0", b"\xff", b"\x7f"]) * 8
+        body[start : start + 4 * random.integers(1, 9)] = (
+            random.choice([b"\0", b"\xff", b"\x7f"]) * 8
+        )
     else:
         return (
-            random.bytes(int(random.integers(0, 64))) if random.random() < 0.5 else frame[: random.integers(len(frame))]
+            random.bytes(int(random.integers(0, 64)))
+            if random.random() < 0.5
+            else frame[: random.integers(len(frame))]
         )
+
     return seal(codec.code, codec.layout.fingerprint, bytes(body))
 
 
@@ -323,13 +396,17 @@ def test_malformed_frames_are_refused_or_harmless(name: str) -> None:
     """1,200 for each codec: `WireError` or finite values of the layout, and nothing else."""
     update = gaussian(2)
     codec = make(name, update, **({"rate": 16} if name in RATED else {}))
-    frame, random = codec.encode(update), np.random.default_rng(3)
-    start, refused = time.perf_counter(), 0
+    frame = codec.encode(update)
+    random = np.random.default_rng(3)
+    start = time.perf_counter()
+    refused = 0
+
     for _ in range(1200):
         try:
             codec.layout.check(codec.decode(malformed(codec, frame, random)), name)
         except WireError:
             refused += 1
+
     assert refused > 200
     assert time.perf_counter() - start < 20
 
@@ -338,15 +415,18 @@ def test_malformed_frames_are_refused_or_harmless(name: str) -> None:
 def test_malformed_frames_do_not_allocate_more_than_a_few_updates(name: str) -> None:
     update = one(torch.randn(50_000))
     codec = make(name, update)
-    frame, random = codec.encode(update), np.random.default_rng(4)
+    frame = codec.encode(update)
+    random = np.random.default_rng(4)
     frames = [malformed(codec, frame, random) for _ in range(20)]
     tracemalloc.start()
+
     try:
         for damaged in frames:
             try:
                 codec.decode(damaged)
             except WireError:
                 continue
+
         assert tracemalloc.get_traced_memory()[1] < 8 * codec.layout.raw_bytes
     finally:
         tracemalloc.stop()
@@ -354,7 +434,8 @@ def test_malformed_frames_do_not_allocate_more_than_a_few_updates(name: str) -> 
 
 def test_entropy_stream_is_close_to_the_entropy_and_reads_back() -> None:
     random = np.random.default_rng(0)
-    first, second = random.choice(5, 20_000, p=[0.6, 0.25, 0.1, 0.04, 0.01]), random.integers(0, 2, 999)
+    first = random.choice(5, 20_000, p=[0.6, 0.25, 0.1, 0.04, 0.01])
+    second = random.integers(0, 2, 999)
     tables = [entropy.frequencies(first, 6), entropy.frequencies(second, 2)]
     assert tables[0].dtype == np.uint16
     assert tables[0][5] == 0
@@ -381,6 +462,7 @@ def test_entropy_stream_refuses_what_it_cannot_be() -> None:
     for data in (b"abc", b"\0\0\0\0"):
         with pytest.raises(WireError):
             entropy.Stream(data)
+
     with pytest.raises(WireError, match="without frequencies"):
         entropy.Stream(b"").take(np.zeros(4, dtype=np.int64), 3)
     stream = entropy.Stream(np.random.default_rng(0).bytes(400))
@@ -400,7 +482,10 @@ def test_a_panic_of_the_coder_becomes_a_wire_error_and_an_interrupt_does_not() -
         def decode(self, *_: object) -> None:
             raise self.error
 
-    for error, expected in ((PanicException("panic"), WireError), (KeyboardInterrupt(), KeyboardInterrupt)):
+    for error, expected in (
+        (PanicException("panic"), WireError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
         stream = entropy.Stream(b"")
         stream._coder = Failing(error)
         with pytest.raises(expected):

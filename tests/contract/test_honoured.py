@@ -1,4 +1,5 @@
-"""Every method honours a setting, with an effect on bytes or weights, or refuses it; `check` predicts what is sent."""
+"""Every method honours a setting, with an effect on bytes or weights, or refuses it; `check`
+predicts what is sent."""
 
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def accepted(table: dict[str, Any]) -> bool:
         plan(parse(table, "test"))
     except ConfigError:
         return False
+
     return True
 
 
@@ -54,10 +56,15 @@ def accepted(table: dict[str, Any]) -> bool:
 def test_a_setting_has_an_effect_or_is_refused(
     name: str, setting: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    usual = {key: value for key, value in SETTINGS.get(name, {}).items() if key != "codec" or setting == "downlink"}
+    usual = {
+        key: value
+        for key, value in SETTINGS.get(name, {}).items()
+        if key != "codec" or setting == "downlink"
+    }
     base = run_config | {"method": {"name": name}, "tune": "lora"} | usual
     if name == "cgfedllm":
         base["method"] = {"name": name, "gate": "report", "tgap": {"rounds": 2}}
+
     assert accepted(base | CHANGES[setting]) == (setting in HONOURED[name])
     if setting not in HONOURED[name]:
         return
@@ -69,15 +76,20 @@ def test_a_setting_has_an_effect_or_is_refused(
 
 
 @pytest.mark.parametrize("change", [{}, *CHANGES.values()], ids=["plain", *CHANGES])
-def test_check_predicts_the_bytes_of_a_run(change: dict[str, Any], run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_check_predicts_the_bytes_of_a_run(
+    change: dict[str, Any], run_config: dict[str, Any], tmp_path: Path
+) -> None:
     table = run_config | change
     predicted = plan(parse(table, "test"))
     rows = {
-        row["what"]: int(row["value"].split()[0].replace(",", "")) for row in predicted["rows"] if " B " in row["value"]
+        row["what"]: int(row["value"].split()[0].replace(",", ""))
+        for row in predicted["rows"]
+        if " B " in row["value"]
     }
     sent = run_table(table, tmp_path / "run")["bytes"]["by_kind"]
 
     messages = table["rounds"] * len(predicted["sites"])
+
     for way in ("up", "down"):
         frames = rows[f"{way}, whole run"]
         envelopes = sent[f"{way} train"] - frames

@@ -28,12 +28,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes])
+@pytest.fixture(
+    params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes]
+)
 def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[str, Any]:
     """A configuration for each method and all that it can tune."""
     name, tune = request.param.split()
     table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
-    return table if tune == "lora" else {key: value for key, value in table.items() if key != "lora"}
+
+    return (
+        table if tune == "lora" else {key: value for key, value in table.items() if key != "lora"}
+    )
 
 
 def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None:
@@ -54,22 +59,30 @@ def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> N
         for event in run.events():
             if event.kind == "round":
                 break
+
         state = run.server.state().to_bytes()
         again = config.entry.server(config.method, run.context)
         again.restore(Payload.from_bytes(state))
         assert again.state().to_bytes() == state
-        ours, theirs = run.server.model(), again.model()
+        ours = run.server.model()
+        theirs = again.model()
         assert (ours is None) == (theirs is None)
+
         if ours is not None and theirs is not None:
             assert digest(ours) == digest(theirs)
 
 
 def test_resume_after_every_event_is_a_straight_run(table: dict[str, Any], tmp_path: Path) -> None:
     straight = run_table(table, tmp_path / "straight")
-    config, resume = parse(table, "test"), False
+    config = parse(table, "test")
+    resume = False
+
     for _ in range(config.rounds + 2):
-        event = next(execute(config, tmp_path / "stopped", resume=resume))  # then everything is thrown away
+        event = next(
+            execute(config, tmp_path / "stopped", resume=resume)
+        )  # then everything is thrown away
         resume = True
+
     assert event.kind == "result"
     for kind in ("adapter_sha256", "model_sha256"):
         assert event.values[kind] == straight[kind]
@@ -85,6 +98,7 @@ def test_an_entry_is_complete(name: str) -> None:
     assert method.config in get_args(get_args(MethodConfig)[0])
     assert method.paper
     assert method.config.__doc__
+
     with pytest.raises(ValidationError):
         method.config.model_validate({"name": name, "no_such_setting": 1})
     with pytest.raises(ValidationError):
@@ -92,5 +106,6 @@ def test_an_entry_is_complete(name: str) -> None:
     for task in method.tasks.values():
         assert list(inspect.signature(task).parameters) == ["site", "message"]
         assert (task.__doc__ or "").startswith("Task: ")
+
     page = Path(__file__).parents[2] / "docs" / "methods" / f"{name}.md"
     assert page.exists() or "baseline" in method.paper

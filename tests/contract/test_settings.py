@@ -1,4 +1,5 @@
-"""Every field of every table of settings: a value is honoured or refused, in TOML's words, with its place."""
+"""Every field of every table of settings: a value is honoured or refused, in TOML's words, with its
+place."""
 
 import json
 import math
@@ -36,14 +37,19 @@ WRONG: dict[str, Any] = {
     "array": ("a", "a"),
     "table": {"a": 1},
 }
-PYTHON = re.compile(r"\b(tuple|dict|dictionary|NoneType|None|list|float|int|str|bool|valid)\b|True|False")
+PYTHON = re.compile(
+    r"\b(tuple|dict|dictionary|NoneType|None|list|float|int|str|bool|valid)\b|True|False"
+)
 """Words of Python, which are none of TOML's."""
 
 
 def below(annotation: Any) -> set[type[Settings]]:
     """Every table of an annotation, and all tables in these."""
     if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return {annotation}.union(*(below(field.annotation) for field in annotation.model_fields.values()))
+        return {annotation}.union(
+            *(below(field.annotation) for field in annotation.model_fields.values())
+        )
+
     return set().union(*map(below, get_args(annotation)))
 
 
@@ -53,9 +59,21 @@ FIELDS = {f"{kind.__name__}.{name}": (kind, name) for kind in CLASSES for name i
 
 def required(kind: type[Settings]) -> dict[str, Any]:
     """A value for each field without a default."""
-    usual = {"up_mbit_s": 1.0, "down_mbit_s": 1.0, "rtt_ms": 1.0, "placement": "update", "clip_norm": 1.0}
-    return {name: usual.get(name, "x") for name, field in kind.model_fields.items() if field.is_required()} | (
-        {"epsilon": 1.0} if "epsilon" in kind.model_fields and "clip_norm" in kind.model_fields else {}
+    usual = {
+        "up_mbit_s": 1.0,
+        "down_mbit_s": 1.0,
+        "rtt_ms": 1.0,
+        "placement": "update",
+        "clip_norm": 1.0,
+    }
+    return {
+        name: usual.get(name, "x")
+        for name, field in kind.model_fields.items()
+        if field.is_required()
+    } | (
+        {"epsilon": 1.0}
+        if "epsilon" in kind.model_fields and "clip_norm" in kind.model_fields
+        else {}
     )
 
 
@@ -83,6 +101,7 @@ def _refusal(kind: type[Settings], name: str, found: Any) -> str | None:
         toml.read(kind, required(kind) | {name: found}, "my.toml")
     except ConfigError as error:
         return str(error)
+
     return None
 
 
@@ -129,14 +148,21 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
 
 
 def test_a_fault_that_another_one_causes_is_not_told() -> None:
-    table = {"method": {"name": "cgfedllm", "privacy": {"placement": "update", "clip_norm": 1.0, "epsilon": "2"}}}
+    table = {
+        "method": {
+            "name": "cgfedllm",
+            "privacy": {"placement": "update", "clip_norm": 1.0, "epsilon": "2"},
+        }
+    }
     with pytest.raises(ConfigError) as caught:
         parse(table, "my.toml")
     assert "epsilon" in str(caught.value)
     assert "exactly one" not in str(caught.value)  # epsilon stands there, if wrongly
 
 
-@pytest.mark.parametrize("line", ['train.learning_rate="1e-3"', "train.bf16=1", "fleet.workers=2.0", "seed=-1"])
+@pytest.mark.parametrize(
+    "line", ['train.learning_rate="1e-3"', "train.bf16=1", "fleet.workers=2.0", "seed=-1"]
+)
 def test_an_override_is_held_to_the_same_rules(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.toml"
     file.write_text("rounds = 2\n")
@@ -145,8 +171,15 @@ def test_an_override_is_held_to_the_same_rules(tmp_path: Path, line: str) -> Non
 
 
 def test_a_configuration_survives_json() -> None:
-    """A run's configuration reaches a site as JSON, where arrays are lists and whole floats are floats."""
-    table = {"compare": ["local"], "method": {"name": "cgfedllm"}, "codec": {"name": "resnet", "betas": [0, 0.5]}}
+    """A run's configuration reaches a site as JSON, where arrays are lists and whole floats are
+    floats."""
+    table = {
+        "compare": ["local"],
+        "method": {"name": "cgfedllm"},
+        "codec": {"name": "resnet", "betas": [0, 0.5]},
+    }
     config = parse(table, "test")
-    assert parse(json.loads(json.dumps(config.resolved())), "run") == parse(config.resolved(), "test")
+    assert parse(json.loads(json.dumps(config.resolved())), "run") == parse(
+        config.resolved(), "test"
+    )
     assert parse(json.loads(json.dumps(config.resolved())), "run").resolved() == config.resolved()

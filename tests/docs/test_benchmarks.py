@@ -42,6 +42,7 @@ def _quick(name: str, out: Path, *options: str) -> dict[str, Any]:
     assert {"cpu", "cores", "memory_bytes", "python", "torch", "load"} <= set(content["machine"])
     assert content["rows"]
     assert all({"name", "value", "bar", "holds"} <= set(claim) for claim in content["claims"])
+
     return content
 
 
@@ -88,14 +89,19 @@ def test_codec_speed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bytes_to_target(tmp_path: Path) -> None:
     """A row for every contender; a second run takes everything from the file."""
-    content = _quick("bytes_to_target", tmp_path / "bytes.json", "--cache", str(tmp_path / "runs.jsonl"))
+    content = _quick(
+        "bytes_to_target", tmp_path / "bytes.json", "--cache", str(tmp_path / "runs.jsonl")
+    )
     rows = {row["contender"]: row for row in content["rows"]}
-    reference, int8 = rows["uncompressed"], rows["int8, both ways"]
+    reference = rows["uncompressed"]
+    int8 = rows["int8, both ways"]
     assert reference["reached"] == reference["seeds"] == 2
     assert reference["excess"] == 0
     assert int8["bytes_all"] < 0.3 * reference["bytes_all"] * int8["rounds"] / reference["rounds"]
     lines = (tmp_path / "runs.jsonl").read_text()
-    again = _quick("bytes_to_target", tmp_path / "again.json", "--cache", str(tmp_path / "runs.jsonl"))
+    again = _quick(
+        "bytes_to_target", tmp_path / "again.json", "--cache", str(tmp_path / "runs.jsonl")
+    )
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
@@ -107,7 +113,8 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
     content = _quick("fedcybgd", tmp_path / "losses.json", *options)
     rows = {row["contender"]: row for row in content["rows"]}
     assert set(rows) == set(fedcybgd_bed.QUICK_NAMES)
-    full, ours = rows[fedcybgd_bed.REFERENCE], rows[fedcybgd_bed.OURS]
+    full = rows[fedcybgd_bed.REFERENCE]
+    ours = rows[fedcybgd_bed.OURS]
     assert full["ratio"] == full["up_share"] == full["memory_share"] == 1
     assert ours["up_share"] < 0.02
     assert ours["memory_share"] < 0.25
@@ -118,7 +125,8 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fedcybgd_download(tmp_path: Path) -> None:
-    """The cache is exact, what compresses is not, and the codec of the upload makes the cache small."""
+    """The cache is exact, what compresses is not, and the codec of the upload makes the cache
+    small."""
     content = _quick("fedcybgd", tmp_path / "download.json", "--part", "download")
     rows = {row["form"]: row for row in content["rows"]}
     assert set(rows) == set(fedcybgd.QUICK_FORMS)
@@ -129,30 +137,41 @@ def test_fedcybgd_download(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc"
+)
 def test_fedcybgd_memory(tmp_path: Path) -> None:
     """One block takes less than everything, and less again from disk; the table has two models."""
     content = _quick("fedcybgd", tmp_path / "memory.json", "--part", "memory")
     full, held, streamed = (row for row in content["rows"] if row["part"] == "memory")
     assert full["train_mb"] > held["train_mb"] > streamed["train_mb"]
-    assert {row["model"] for row in content["rows"] if row["part"] == "shapes"} == {"LLaMA-2-7B", "Llama-3-8B"}
+    assert {row["model"] for row in content["rows"] if row["part"] == "shapes"} == {
+        "LLaMA-2-7B",
+        "Llama-3-8B",
+    }
 
 
 @pytest.mark.slow
 def test_fedcybgd_compute(tmp_path: Path) -> None:
     """A row for full tuning and one for every block."""
     content = _quick("fedcybgd", tmp_path / "compute.json", "--part", "compute")
-    assert [row["trains"] for row in content["rows"]] == ["full", *(f"block {index}" for index in range(4))]
+    assert [row["trains"] for row in content["rows"]] == [
+        "full",
+        *(f"block {index}" for index in range(4)),
+    ]
     assert all(0 < row["share"] <= 1 for row in content["rows"])
 
 
 def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
-    """What one wrote the other finds, the newest line counts, a line that was cut off is not read."""
+    """What one wrote the other finds, the newest line counts, a line that was cut off is not
+    read."""
     path = tmp_path / "runs.jsonl"
-    ours, theirs = Cache(path), Cache(path)
+    ours = Cache(path)
+    theirs = Cache(path)
     ours.add("a", {"loss": [1.0]})
     assert theirs.find("a") == {"key": "a", "source": codecs_bed.SOURCE, "loss": [1.0]}
     assert theirs.find("b") is None
+
     with path.open("a") as file:
         file.write('{"key": "a", "source": "older", "loss": [2.0]}\n{"key": "b", "sour')
     assert ours.find("a") == {"key": "a", "source": "older", "loss": [2.0]}
@@ -163,17 +182,36 @@ def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
 
 def test_the_key_of_a_run_is_its_configuration() -> None:
     """Another seed, rate or contender is another run; how many sites work at a time is not."""
-    first, second = codecs_bed.CONTENDERS[0], Contender("top_k", "assembled", {"name": "top_k", "rate": 64})
+    first = codecs_bed.CONTENDERS[0]
+    second = Contender("top_k", "assembled", {"name": "top_k", "rate": 64})
     configs = [
-        codecs_bed.resolve("stdlib", contender, bytes_to_target.QUICK, learning_rate=rate, seed=seed)
-        for contender, rate, seed in ((first, 1e-3, 0), (first, 2e-3, 0), (first, 1e-3, 1), (second, 1e-3, 0))
+        codecs_bed.resolve(
+            "stdlib", contender, bytes_to_target.QUICK, learning_rate=rate, seed=seed
+        )
+        for contender, rate, seed in (
+            (first, 1e-3, 0),
+            (first, 2e-3, 0),
+            (first, 1e-3, 1),
+            (second, 1e-3, 0),
+        )
     ]
     assert len({Cache.key(config) for config in configs}) == 4
-    faster = configs[0].model_copy(update={"fleet": configs[0].fleet.model_copy(update={"workers": 2})})
+    faster = configs[0].model_copy(
+        update={"fleet": configs[0].fleet.model_copy(update={"workers": 2})}
+    )
     assert Cache.key(faster) == Cache.key(configs[0])
 
 
-BED = Bed(rounds=3, steps=1, batch=1, tgap_rounds=2, heldout=1, seeds=2, learning_rates=(1.0, 2.0, 4.0), target=2)
+BED = Bed(
+    rounds=3,
+    steps=1,
+    batch=1,
+    tgap_rounds=2,
+    heldout=1,
+    seeds=2,
+    learning_rates=(1.0, 2.0, 4.0),
+    target=2,
+)
 
 
 def _run(loss: list[float], up: int, setup: int = 0) -> Row:
@@ -191,16 +229,29 @@ def _run(loss: list[float], up: int, setup: int = 0) -> Row:
 
 
 def _found(name: str, role: codecs_bed.Role, *runs: Row, rate: float | None = None) -> Found:
-    return Found("stdlib", Contender(name, role, rate=rate), {2.0: runs[0]}, list(runs), complete=True)
+    return Found(
+        "stdlib", Contender(name, role, rate=rate), {2.0: runs[0]}, list(runs), complete=True
+    )
 
 
 def test_bytes_to_target_by_hand() -> None:
-    """Two seeds, the targets 3.0 and 4.0: rounds, bytes of one site, and the claims made of them."""
+    """Two seeds, the targets 3.0 and 4.0: rounds, bytes of one site, and the claims made of
+    them."""
     reference = _found("uncompressed", "reference", _run([5, 3, 2], 1000), _run([5, 4, 3], 1000))
-    ours = _found("klt 1/64 + EF", "ours", _run([6, 4, 2.9], 10, setup=50), _run([6, 4, 3.5], 10, setup=50), rate=64)
+    ours = _found(
+        "klt 1/64 + EF",
+        "ours",
+        _run([6, 4, 2.9], 10, setup=50),
+        _run([6, 4, 3.5], 10, setup=50),
+        rate=64,
+    )
     slow = _found("int8, both ways", "published", _run([6, 5, 4], 100), _run([6, 4, 4], 100))
-    other = _found("hadamard 1/64 + EF", "assembled", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40), rate=64)
-    rows = {row["contender"]: row for row in bytes_to_target.table([reference, ours, slow, other], BED)}
+    other = _found(
+        "hadamard 1/64 + EF", "assembled", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40), rate=64
+    )
+    rows = {
+        row["contender"]: row for row in bytes_to_target.table([reference, ours, slow, other], BED)
+    }
 
     found = rows["klt 1/64 + EF"]
     assert (found["reached"], found["rounds"], found["seeds"], found["edge"]) == (2, 2.5, 2, False)
@@ -211,8 +262,12 @@ def test_bytes_to_target_by_hand() -> None:
     assert rows["uncompressed"]["bytes_all"] == 2200
 
     values = [claim.value for claim in bytes_to_target.claims(list(rows.values()))]
-    assert 325 / 500 in values, "int8 is credited with the bytes of all three rounds in the seed that never got there"
-    assert values[-2:] == [1.0, 0.0], "25 bytes up are 0.25 of 100, 325 of both ways are more than 0.6 of 350"
+    assert 325 / 500 in values, (
+        "int8 is credited with the bytes of all three rounds in the seed that never got there"
+    )
+    assert values[-2:] == [1.0, 0.0], (
+        "25 bytes up are 0.25 of 100, 325 of both ways are more than 0.6 of 350"
+    )
 
 
 def test_what_did_not_reach_the_target_wins_nothing() -> None:
@@ -221,19 +276,46 @@ def test_what_did_not_reach_the_target_wins_nothing() -> None:
     ours = _found("klt 1/64 + EF", "ours", _run([6, 5, 4], 1), _run([6, 5, 4.5], 1), rate=64)
     other = _found("int8, both ways", "published", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40))
     rows = bytes_to_target.table([reference, ours, other], BED)
-    assert [claim.value for claim in bytes_to_target.claims(rows) if claim.name.startswith("1")] == [None]
+    assert [
+        claim.value for claim in bytes_to_target.claims(rows) if claim.name.startswith("1")
+    ] == [None]
 
 
 def test_gains_in_decibels() -> None:
-    """Ten times less error is 10 dB, against the best codec that learns nothing at the same rate."""
+    """Ten times less error is 10 dB, against the best codec that learns nothing at the same
+    rate."""
     base = {"cell": "c", "rate": 64, "width": 128, "raw_bytes": 640, "bytes": 10.0, "cosine": 0.5}
     base |= {"error_mean": 0.5, "cosine_mean": 0.5}
     found: list[Row] = []
+
     for seed, error in enumerate((0.04, 0.05)):
-        found.append({**base, "codec": "klt", "source": "public", "learned": True, "seed": seed, "error": error})
-        found.append({**base, "codec": "vq", "source": "public", "learned": True, "seed": seed, "error": 0.1})
-        found.append({**base, "codec": "hadamard", "source": "-", "learned": False, "seed": seed, "error": 10 * error})
-        found.append({**base, "codec": "top_k", "source": "-", "learned": False, "seed": seed, "error": 0.9})
+        found.append(
+            {
+                **base,
+                "codec": "klt",
+                "source": "public",
+                "learned": True,
+                "seed": seed,
+                "error": error,
+            }
+        )
+        found.append(
+            {**base, "codec": "vq", "source": "public", "learned": True, "seed": seed, "error": 0.1}
+        )
+        found.append(
+            {
+                **base,
+                "codec": "hadamard",
+                "source": "-",
+                "learned": False,
+                "seed": seed,
+                "error": 10 * error,
+            }
+        )
+        found.append(
+            {**base, "codec": "top_k", "source": "-", "learned": False, "seed": seed, "error": 0.9}
+        )
+
     rows = rate_distortion.over_seeds(found)
     assert [row["seeds"] for row in rows] == [2, 2, 2, 2]
     (gain,) = rate_distortion.gains(rows, found)
@@ -272,15 +354,19 @@ def test_a_claim_that_does_not_hold_stays(tmp_path: Path) -> None:
 CELL = fedcybgd_bed.CELLS["embedded"]
 
 
-@pytest.mark.parametrize("which", [each for each in fedcybgd_bed.CONTENDERS if each.match], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "which", [each for each in fedcybgd_bed.CONTENDERS if each.match], ids=lambda each: each.name
+)
 def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: fedcybgd_bed.Contender) -> None:
-    """Of rank and rate, no more bytes in a frame than the other and not much fewer; of rounds, in all of them."""
+    """Of rank and rate, no more bytes in a frame than the other and not much fewer; of rounds, in
+    all of them."""
     assert which.match is not None
     mine, other = (
         fedcybgd_bed.resolve(CELL, each, fedcybgd.FULL, pace=1.0, seed=0)
         for each in (which, fedcybgd_bed.contender(which.match.name))
     )
     spent, wanted = (fedcybgd_bed.frame_bytes(each) * each.rounds for each in (mine, other))
+
     if which.match.by == "rounds":
         assert mine.rounds > other.rounds
         assert spent == pytest.approx(wanted, rel=0.5 / other.rounds)
@@ -296,13 +382,23 @@ def test_a_grid_goes_on_where_its_best_is_at_the_edge() -> None:
 
 
 def test_memory_of_clients_by_formula() -> None:
-    """20 bytes for a value that is trained, 4 for one that is not; from disk only the largest weight, in its turn."""
-    parameters, block, embeddings = 1_115_264, 213_248, 2048 * 128
+    """20 bytes for a value that is trained, 4 for one that is not; from disk only the largest
+    weight, in its turn."""
+    parameters = 1_115_264
+    block = 213_248
+    embeddings = 2048 * 128
     found = {
         name: fedcybgd_bed.memory_bytes(
-            fedcybgd_bed.resolve(CELL, fedcybgd_bed.contender(name), fedcybgd.FULL, pace=1.0, seed=0)
+            fedcybgd_bed.resolve(
+                CELL, fedcybgd_bed.contender(name), fedcybgd.FULL, pace=1.0, seed=0
+            )
         )
-        for name in (fedcybgd_bed.REFERENCE, fedcybgd_bed.INT8, fedcybgd_bed.OURS, fedcybgd_bed.LORA)
+        for name in (
+            fedcybgd_bed.REFERENCE,
+            fedcybgd_bed.INT8,
+            fedcybgd_bed.OURS,
+            fedcybgd_bed.LORA,
+        )
     }
     assert list(found.values()) == [
         20 * parameters,
@@ -319,7 +415,11 @@ def _lost(contender: str, loss: float, *, up: float = 1.0) -> Row:
 
 def test_claims_of_fedcybgd_by_hand() -> None:
     """Within 1 % of Fed-full, and against LoRA only where Fed-full beats it."""
-    matched = next(each for each in fedcybgd_bed.CONTENDERS if each.match and each.match.name == fedcybgd_bed.OURS)
+    matched = next(
+        each
+        for each in fedcybgd_bed.CONTENDERS
+        if each.match and each.match.name == fedcybgd_bed.OURS
+    )
     rows = [
         _lost(fedcybgd_bed.REFERENCE, 2.0),
         _lost(fedcybgd_bed.OURS, 2.01, up=0.05),
@@ -349,7 +449,8 @@ def test_the_cache_is_compared_with_the_cheapest_proxy_of_equal_loss() -> None:
 
 
 def test_work_of_a_step_by_block() -> None:
-    """Without a head, full tuning of two layers is 6; the upper block costs 2 + 1 + 1, the lower one 2 + 2 + 1."""
+    """Without a head, full tuning of two layers is 6; the upper block costs 2 + 1 + 1, the lower
+    one 2 + 2 + 1."""
     shape = fedcybgd_memory.Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
     assert fedcybgd_compute.predicted(shape, 1) == pytest.approx(4 / 6)
     assert fedcybgd_compute.predicted(shape, 0) == pytest.approx(5 / 6)

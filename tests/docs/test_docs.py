@@ -1,4 +1,5 @@
-"""What the documents say is run: their examples, their links, their commands, their lists of files."""
+"""What the documents say is run: their examples, their links, their commands, their lists of
+files."""
 
 import json
 import operator
@@ -28,7 +29,7 @@ from fluvial.runs import config
 from fluvial.settings import Settings
 from fluvial.wire.payload import frame_payload
 from fluvial.wire.tensors import norm, subtract
-from tests import test_codecs
+from tests.contract import test_codecs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if path.exists())
@@ -69,6 +70,7 @@ def method_example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     union = widened(MethodConfig, made.FedAvgMConfig)
     extended = create_model("RunConfig", __base__=config.RunConfig, method=(union, FedAvgConfig()))
     monkeypatch.setattr(config, "RunConfig", extended)
+
     return module("tests.test_fedavgm", tests, monkeypatch)
 
 
@@ -83,17 +85,22 @@ def codec_example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(test_codecs, "CONFIG", TypeAdapter(union))
     extended = create_model("RunConfig", __base__=config.RunConfig, codec=(union | None, None))
     monkeypatch.setattr(config, "RunConfig", extended)
+
     return module("tests.test_two_bits", tests, monkeypatch)
 
 
-def test_the_method_on_the_page_runs(method_example: ModuleType, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_method_on_the_page_runs(
+    method_example: ModuleType, run_config: dict[str, Any], tmp_path: Path
+) -> None:
     found = list(examples(method_example))
     assert len(found) == 2
     for number, test in enumerate(found):
         test(run_config, tmp_path / str(number))
 
 
-def test_the_codec_on_the_page_runs(codec_example: ModuleType, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_codec_on_the_page_runs(
+    codec_example: ModuleType, run_config: dict[str, Any], tmp_path: Path
+) -> None:
     codec_example.test_it_loses_twelve_per_cent_of_gaussian_values()
     codec_example.test_a_run_sends_a_twelfth(run_config, tmp_path)
 
@@ -115,7 +122,9 @@ def test_the_codec_on_the_page_meets_the_contract(codec_example: ModuleType) -> 
     test_codecs.test_malformed_frames_do_not_allocate_more_than_a_few_updates("int2")
 
 
-def test_the_codec_on_the_page_contracts_whatever_the_scale_is_rounded_to(codec_example: ModuleType) -> None:
+def test_the_codec_on_the_page_contracts_whatever_the_scale_is_rounded_to(
+    codec_example: ModuleType,
+) -> None:
     """The largest numbers, where three scales would pass fp32, included."""
     for values in (np.full(8, np.finfo(np.float32).max), np.array([3.4e38, 1e-45, -1.0, 0.0])):
         update = {"w": torch.from_numpy(values.astype(np.float32))}
@@ -135,8 +144,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 def commands(page: Path) -> list[list[str]]:
     """Every `fluvial ...` of the page's code blocks, in words."""
     lines = "\n".join(blocks(page, *COMMAND_BLOCKS)).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "fluvial " in line]
+    words = [
+        shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "fluvial " in line
+    ]
     programs = [(line, Path(line[0]).name) for line in words if line]
+
     return [line[1:] for line, program in programs if program == "fluvial"]
 
 
@@ -153,7 +165,10 @@ def test_commands_exist_with_their_options(page: Path) -> None:
         else:
             assert words
             assert words[0].startswith("-"), f"fluvial has no command {words[0]!r}"
-        known = {name for option in command.params for name in [*option.opts, *option.secondary_opts]} | {"--help"}
+
+        known = {
+            name for option in command.params for name in [*option.opts, *option.secondary_opts]
+        } | {"--help"}
         used = {word.split("=")[0] for word in words if word.startswith("-")}
         assert used <= known, f"fluvial {' '.join(words)}: {sorted(used - known)}"
 
@@ -165,14 +180,22 @@ def test_settings_in_commands_are_settings(
     monkeypatch.chdir(ROOT)
     for words in commands(page):
         if words[0] in ("run", "check", "preview") and Path(words[1]).exists():
-            config.load(Path(words[1]), [value for flag, value in pairwise(words) if flag == "--set"])
+            config.load(
+                Path(words[1]), [value for flag, value in pairwise(words) if flag == "--set"]
+            )
 
 
 def test_figures_of_the_embedded_model_are_those_of_its_record() -> None:
     made = json.loads((ROOT / "src" / "fluvial" / "assets" / "tiny" / "TRAINING.json").read_text())
     page = (ROOT / "docs" / "decisions" / "0004-embedded-default.md").read_text()
-    figures = (made["parameters"], made["text"]["characters"], made["text"]["tokens"], made["label_tokens_seen"])
-    steps, seconds = made["training"]["max_steps"], made["wall_s"]
+    figures = (
+        made["parameters"],
+        made["text"]["characters"],
+        made["text"]["tokens"],
+        made["label_tokens_seen"],
+    )
+    steps = made["training"]["max_steps"]
+    seconds = made["wall_s"]
     words = [f"{figure:,}" for figure in (*figures, steps, seconds)]
     words += [str(made["seed"]), made["python"], f"{made['public_text_loss']:.3f}"]
     words += [f"{made['public_text_accuracy']:.1%}".replace("%", " %")]
@@ -182,7 +205,9 @@ def test_figures_of_the_embedded_model_are_those_of_its_record() -> None:
 def test_bytes_of_the_envelope_are_those_of_the_page() -> None:
     page = (ROOT / "docs" / "decisions" / "0001-wire-format.md").read_text()
     frame = bytes(100_000)
-    down, up = frame_payload(frame, round=12), frame_payload(frame, n=1234, loss=2.34568)
+    down = frame_payload(frame, round=12)
+    up = frame_payload(frame, n=1234, loss=2.34568)
+
     for message, name in ((down, "down"), (up, "up")):
         assert f"{len(message.to_bytes()) - len(frame)} B {name} " in page
 
@@ -194,7 +219,9 @@ def test_every_setting_is_on_its_page() -> None:
 
 
 def test_the_list_of_files_is_complete() -> None:
-    listed = re.findall(r"^\| `([^`]+\.py)` \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE)
+    listed = re.findall(
+        r"^\| `([^`]+\.py)` \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE
+    )
     package = ROOT / "src" / "fluvial"
     assert len(listed) == len(set(listed))
     assert set(listed) == {path.relative_to(package).as_posix() for path in package.rglob("*.py")}

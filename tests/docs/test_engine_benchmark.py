@@ -27,7 +27,10 @@ def test_covered_time_counts_overlaps_once_and_cuts_at_the_ends() -> None:
 def test_the_clock_sees_a_process_train(tmp_path: Path) -> None:
     """In a process that has it on its path, and only where it was asked for."""
     path = os.pathsep.join([str(folder_of_clock(tmp_path / "clock")), str(ROOT / "src"), str(ROOT)])
-    code = "import fluvial.training.train\ntry: fluvial.training.train.train()\nexcept TypeError: pass"
+    code = (
+        "import fluvial.training.train\ntry: fluvial.training.train.train()\nexcept TypeError: pass"
+    )
+
     for clock in (None, str(tmp_path / "trained")):
         environment = {**os.environ, "PYTHONPATH": path} | ({CLOCK: clock} if clock else {})
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
@@ -40,6 +43,7 @@ def test_the_payload_is_the_adapter(tmp_path: Path) -> None:
     layout = tuned_layout(meta_base(config.model), config.adapter)
     assert layout.raw_bytes == cell.payload == 61 * bytes_of_a_rank(cell.shape)
     assert abs(cell.payload / 1e6 - cell.payload_mb) < 0.01
+
     for megabytes in (0.1, 10.0, 100.0):
         wide = Cell("local", megabytes, 2, 2)
         assert wide.rank <= wide.shape[1]
@@ -66,6 +70,11 @@ def test_the_engine_is_what_was_measured_without_a_line() -> None:
     found = fitted(rows)
     for row in rows:
         predicted = round_s(
-            int(row["bytes_down"]), int(row["bytes_up"]), sites=2, line=FREE, engine=found, train_s=row["train_s"]
+            int(row["bytes_down"]),
+            int(row["bytes_up"]),
+            sites=2,
+            line=FREE,
+            engine=found,
+            train_s=row["train_s"],
         )
         assert predicted == pytest.approx(row["round_s"], abs=0.01)

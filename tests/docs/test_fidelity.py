@@ -1,4 +1,5 @@
-"""The pages hold the figures that benchmarks left behind: what the scripts make of them, and a few by hand."""
+"""The pages hold the figures that benchmarks left behind: what the scripts make of them, and a few
+by hand."""
 
 import json
 import shutil
@@ -34,14 +35,17 @@ def test_committed_pages_are_what_the_script_makes_of_the_results() -> None:
 
 
 def test_a_changed_figure_is_noticed_in_the_page_and_in_the_results(copy: Path) -> None:
-    page, stored = copy / "docs" / "fidelity.md", copy / "benchmarks" / "results" / "fedcybgd_compute.json"
-    before, results = page.read_text(), stored.read_text()
+    page = copy / "docs" / "fidelity.md"
+    stored = copy / "benchmarks" / "results" / "fedcybgd_compute.json"
+    before = page.read_text()
+    results = stored.read_text()
     page.write_text(before.replace("0.66 of full tuning's step", "0.52 of full tuning's step"))
     assert page.read_text() != before
     assert "docs/fidelity.md" in check(copy).stdout
     page.write_text(before)
     assert check(copy).returncode == 0
     table = json.loads(results)
+
     for row in table["rows"]:
         row["share"] = 0.25
     stored.write_text(json.dumps(table))
@@ -49,19 +53,28 @@ def test_a_changed_figure_is_noticed_in_the_page_and_in_the_results(copy: Path) 
 
 
 def stored(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())["rows"]
+    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks" / "results" / name).read_text())[
+        "rows"
+    ]
     return found
 
 
 def test_figures_by_hand() -> None:
     page = PAGE.read_text()
-    first, last = (row for row in stored("fedcybgd_compute.json") if row["trains"] in ("block 0", "block 7"))
-    assert (
-        f"{first['share']:.2f} of full tuning's step at the first of 8 blocks, {last['share']:.2f} at the last" in page
+    first, last = (
+        row for row in stored("fedcybgd_compute.json") if row["trains"] in ("block 0", "block 7")
     )
-    losses = {(row["cell"], row["contender"]): row["loss"] for row in stored("fedcybgd_losses.json")}
+    assert (
+        f"{first['share']:.2f} of full tuning's step at the first of 8 blocks, {last['share']:.2f} at the last"
+        in page
+    )
+    losses = {
+        (row["cell"], row["contender"]): row["loss"] for row in stored("fedcybgd_losses.json")
+    }
     cells = {cell for cell, _ in losses}
     wins = sum(losses[cell, "fedcybgd int8"] <= losses[cell, "fedbavg int8"] for cell in cells)
     assert f"on {wins} of {len(cells)} tasks" in page
-    nf4 = next(row["down"] for row in stored("fedcybgd_download.json") if row["form"] == "low-bit nf4")
+    nf4 = next(
+        row["down"] for row in stored("fedcybgd_download.json") if row["form"] == "low-bit nf4"
+    )
     assert f"nf4 {1000 * round(nf4 / 1000):,}" in page

@@ -1,4 +1,5 @@
-"""The lock file pins what is installed: everything that Fluvial needs, at the version that the tests run with."""
+"""The lock file pins what is installed: everything that Fluvial needs, at the version that the
+tests run with."""
 
 import re
 import tomllib
@@ -19,16 +20,22 @@ def pins() -> dict[str, Version]:
 
 
 def needed() -> dict[str, Version]:
-    """Return every installed distribution that pyproject.toml asks for, with what these ask for, by name."""
+    """Return every installed distribution that pyproject.toml asks for, with what these ask for, by
+    name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
-    waiting = [Requirement(line) for line in [*project["dependencies"], *(each for extra in extras for each in extra)]]
+    waiting = [
+        Requirement(line)
+        for line in [*project["dependencies"], *(each for extra in extras for each in extra)]
+    ]
     found = dict[str, Version]()
     seen = set[tuple[str, frozenset[str]]]()
+
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
         key = (name, frozenset(requirement.extras))
+
         if key in seen:
             continue
 
@@ -44,6 +51,7 @@ def needed() -> dict[str, Version]:
             marks = [{"extra": extra} for extra in (*requirement.extras, "")]
             if below.marker is None or any(below.marker.evaluate(mark) for mark in marks):
                 waiting.append(below)
+
     return found
 
 
@@ -51,7 +59,9 @@ def test_the_lock_pins_what_is_installed() -> None:
     lock = pins()
     installed = needed()
     assert len(installed) > 60
-    public = {name: Version(version.public) for name, version in installed.items()}  # 2.13.0+cpu is 2.13.0
+    public = {
+        name: Version(version.public) for name, version in installed.items()
+    }  # 2.13.0+cpu is 2.13.0
     assert {name: lock.get(name) for name in public} == public
 
 
@@ -59,6 +69,7 @@ def test_the_lock_is_within_the_ranges_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = pins()
     extras = project["optional-dependencies"].values()
+
     for line in [*project["dependencies"], *(each for extra in extras for each in extra)]:
         requirement = Requirement(line)
         assert lock[canonicalize_name(requirement.name)] in requirement.specifier, line

@@ -1,4 +1,5 @@
-"""Certificates of a deployment: the company's own, those made here, and what an operator is told of them."""
+"""Certificates of a deployment: the company's own, those made here, and what an operator is told of
+them."""
 
 import email.utils
 import fcntl
@@ -22,7 +23,12 @@ def made(folder: Path, *hosts: str) -> dict[str, Any]:
     folder.mkdir()
     certificates.make_authority(folder)
     certificates.make_server_certificate(folder, list(hosts))
-    return {"certificate": folder / "server.crt", "key": folder / "server.key", "ca": folder / "ca.crt"}
+
+    return {
+        "certificate": folder / "server.crt",
+        "key": folder / "server.key",
+        "ca": folder / "ca.crt",
+    }
 
 
 def test_a_companys_own_certificate_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -51,24 +57,32 @@ def test_a_certificate_names_hosts_and_addresses(host: str, tmp_path: Path) -> N
 
 def test_a_certificate_for_another_address_is_refused(tmp_path: Path) -> None:
     own = made(tmp_path / "own", "other.example.org", "127.0.0.1")
-    with pytest.raises(ConfigError, match=r"server\.crt does not name 'fluvial\.example\.org' among"):
+    with pytest.raises(
+        ConfigError, match=r"server\.crt does not name 'fluvial\.example\.org' among"
+    ):
         server_operator.server_init(tmp_path / "server", address=f"{HOST}:9000", **own)
+
     assert not (tmp_path / "server").exists()
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
-    own, other = made(tmp_path / "own", HOST), made(tmp_path / "other", HOST)
+    own = made(tmp_path / "own", HOST)
+    other = made(tmp_path / "other", HOST)
     for part, why in (("key", "is not the key of"), ("ca", "is not signed by")):
         with pytest.raises(ConfigError, match=why):
             certificates.check(**(own | {part: other[part]}), host=HOST)
+
     with pytest.raises(ConfigError, match="expected PEM files"):
         certificates.check(**(own | {"key": own["certificate"]}), host=HOST)
     with pytest.raises(ConfigError, match="belong together"):
-        server_operator.server_init(tmp_path / "server", address=f"{HOST}:9000", certificate=own["certificate"])
+        server_operator.server_init(
+            tmp_path / "server", address=f"{HOST}:9000", certificate=own["certificate"]
+        )
 
 
 def test_an_intermediate_authority_may_follow_in_the_file(tmp_path: Path) -> None:
-    own, other = made(tmp_path / "own", HOST), made(tmp_path / "other", HOST)
+    own = made(tmp_path / "own", HOST)
+    other = made(tmp_path / "other", HOST)
     chain = tmp_path / "chain.crt"
     chain.write_bytes(own["certificate"].read_bytes() + own["ca"].read_bytes())
     certificates.check(chain, own["key"], other["ca"], host=HOST)
@@ -91,18 +105,22 @@ def test_a_certificate_that_ended_is_refused_and_an_operator_warned(
 def test_a_renewed_certificate_holds_for_the_sites_as_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "server"
     server_operator.server_init(folder, address=f"{HOST}:9000")
-    before, authority = (folder / "server.crt").read_bytes(), (folder / "ca.crt").read_bytes()
+    before = (folder / "server.crt").read_bytes()
+    authority = (folder / "ca.crt").read_bytes()
     assert "is valid for" in server_operator.renew(folder)
     assert (folder / "server.crt").read_bytes() != before
     assert (folder / "ca.crt").read_bytes() == authority
     certificates.check(folder / "server.crt", folder / "server.key", folder / "ca.crt", host=HOST)
     assert (folder / "server.key").stat().st_mode & 0o777 == 0o600
     server_operator.server_init(tmp_path / "open", address="127.0.0.1:9000", insecure=True)
+
     with pytest.raises(ConfigError, match="no authority of its own"):
         server_operator.renew(tmp_path / "open")
 
 
-def test_flowers_programs_call_nobody_and_keep_few_arenas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flowers_programs_call_nobody_and_keep_few_arenas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     found = programs.environment(tmp_path)
@@ -116,8 +134,14 @@ def test_flowers_programs_call_nobody_and_keep_few_arenas(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("printed", "said"),
     [
-        ('{"success": false, "error-message": "Connection to the SuperLink is unavailable"}', "is the server running"),
-        ('{"success": false, "error-message": "public key\\n already in use"}', "public key already in use"),
+        (
+            '{"success": false, "error-message": "Connection to the SuperLink is unavailable"}',
+            "is the server running",
+        ),
+        (
+            '{"success": false, "error-message": "public key\\n already in use"}',
+            "public key already in use",
+        ),
         ("words", "words"),
     ],
 )
@@ -127,6 +151,7 @@ def test_what_flowers_command_did_not_do_is_an_error(
     server_operator.server_init(tmp_path / "server", address="127.0.0.1:9000")
     (tmp_path / "north.pub").write_text("ecdsa KEY north")
     monkeypatch.setattr(server_operator, "_flwr", lambda *_: printed)
+
     with pytest.raises(ConfigError, match=said):
         server_operator.register(tmp_path / "server", tmp_path / "north.pub")
     with pytest.raises(ConfigError, match=said):
@@ -140,6 +165,7 @@ def test_a_run_is_not_submitted_where_it_cannot_begin(tmp_path: Path) -> None:
     server_operator.server_init(tmp_path / "server", address="127.0.0.1:9000")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
+
     with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
         server_operator.submit(RunConfig(), tmp_path / "server", out=tmp_path / "run")
 
@@ -158,25 +184,38 @@ def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "error", "said"),
     [
-        ("finished:failed", ClientError, r"run 17 \(hospitals\) has failed; `fluvial submit --resume` goes on with it"),
+        (
+            "finished:failed",
+            ClientError,
+            r"run 17 \(hospitals\) has failed; `fluvial submit --resume` goes on with it",
+        ),
         ("finished:stopped", ClientError, "has stopped"),
         ("", ConfigError, "has no run 17"),
         ("finished:completed", None, ""),
     ],
 )
 def test_the_log_of_a_run_without_a_result_ends_with_an_error(
-    status: str, error: type[Exception] | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    status: str,
+    error: type[Exception] | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown: list[list[str]] = []
-    monkeypatch.setattr("fluvial.flower.server_operator.subprocess.run", lambda command, **_: shown.append(command))
+    monkeypatch.setattr(
+        "fluvial.flower.server_operator.subprocess.run", lambda command, **_: shown.append(command)
+    )
     runs = [{"run-id": 17, "name": "hospitals", "status": status}] if status else []
     monkeypatch.setattr(server_operator, "status", lambda _: {"runs": runs, "sites": []})
+
     with pytest.raises(error, match=said) if error else nullcontext():
         server_operator.logs(tmp_path, 17, follow=False)
     assert shown[0][1:3] == ["log", "17"]
 
 
-def test_clocks_that_differ_are_told_before_flower_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_that_differ_are_told_before_flower_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(site_operator, "_clock", lambda: 1_000_000.0)
 
     def date(ahead: float) -> str:
@@ -192,7 +231,9 @@ def test_clocks_that_differ_are_told_before_flower_is_silent(monkeypatch: pytest
 
 
 def test_a_site_runs_once(tmp_path: Path) -> None:
-    site_operator.site_init(tmp_path / "north", name="north", server="127.0.0.1:9", ca=None, insecure=True)
+    site_operator.site_init(
+        tmp_path / "north", name="north", server="127.0.0.1:9", ca=None, insecure=True
+    )
     with (tmp_path / "north" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="a process of site 'north' is running already"):

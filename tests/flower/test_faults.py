@@ -1,7 +1,8 @@
-"""What a deployment does when a process is killed, a site cheats or somebody comes who must not: `make faults`.
+"""What a deployment does when a process is killed, a site cheats or somebody comes who must not:
+`make faults`.
 
-Every test leaves a row: the fault, what must follow, what did, and the seconds until it was seen. `scripts/faults.py`
-collects them in docs/reliability.md.
+Every test leaves a row: the fault, what must follow, what did, and the seconds until it was seen.
+`scripts/faults.py` collects them in docs/reliability.md.
 """
 
 import datetime
@@ -38,7 +39,8 @@ pytestmark = [pytest.mark.flower, pytest.mark.faults]
 SITES = ("north", "south", "west")
 DEADLINE_S = 30.0
 RESTART_S = 66.0
-"""A SuperNode with a key is refused until its last process counts as gone; see `RestartSec` of the unit."""
+"""A SuperNode with a key is refused until its last process counts as gone; see `RestartSec` of the
+unit."""
 Row = Callable[..., None]
 
 
@@ -51,20 +53,24 @@ def row(request: pytest.FixtureRequest) -> Row:
             path = Path(name)
             rows = json.loads(path.read_text()) if path.exists() else {}
             found = {"fault": fault, "expected": expected, "observed": observed}
-            rows[request.node.name] = found | {"seconds": None if seconds is None else round(seconds, 1)}
+            rows[request.node.name] = found | {
+                "seconds": None if seconds is None else round(seconds, 1)
+            }
             path.write_text(json.dumps(rows, indent=2) + "\n")
 
     return keep
 
 
-# -- runs -------------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def table(tiny_model: Path, three_sites: Path) -> dict[str, Any]:
-    """Three rounds over three sites that each keep a residual, so that anything lost would show in the adapter."""
+    """Three rounds over three sites that each keep a residual, so that anything lost would show in
+    the adapter."""
     columns = {"by": "column", "column": "client"}
     data = {"source": str(three_sites), "form": "text", "max_length": 32, "partition": columns}
+
     return {
         "seed": 1,
         "rounds": 3,
@@ -83,10 +89,12 @@ def policy(table: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 class Undisturbed:
-    """The adapter of a run in this process in which the named sites took no part in the named rounds."""
+    """The adapter of a run in this process in which the named sites took no part in the named
+    rounds."""
 
     def __init__(self, table: dict[str, Any], folder: Path) -> None:
-        self._table, self._folder = table, folder
+        self._table = table
+        self._folder = folder
         self._known: dict[str, str] = {}
 
     def __call__(self, absent: Mapping[int, str] | None = None) -> str:
@@ -103,11 +111,14 @@ class Undisturbed:
 
             *_, last = execute(config, self._folder / str(len(self._known)), assemble=assemble)
             self._known[key] = str(last.values["adapter_sha256"])
+
         return self._known[key]
 
 
 class _Absent(LocalFleet):
-    def __init__(self, names: Any, open_site: Any, tasks: Any, config: Any, missing: Mapping[int, str]) -> None:
+    def __init__(
+        self, names: Any, open_site: Any, tasks: Any, config: Any, missing: Mapping[int, str]
+    ) -> None:
         super().__init__(names, open_site, tasks, config)
         self._missing = missing
 
@@ -124,28 +135,32 @@ def undisturbed(table: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return Undisturbed(table, tmp_path_factory.mktemp("undisturbed"))
 
 
-# -- one deployment for all kills and lies ----------------------------------------------------------------------------
+# -- one deployment for all kills and lies -------------------------------------------------------
 
 
 class Lab:
     """A deployment whose processes have moments, mended before each test."""
 
     def __init__(self, deployed: Deployment, moments: Moments) -> None:
-        self.deployed, self.moments = deployed, moments
+        self.deployed = deployed
+        self.moments = moments
         self._died: dict[str, float] = {}
 
     def mend(self) -> None:
         """Everybody is there again, and nothing is armed."""
         self.moments.clear()
         whole = True
+
         if "superlink" not in self.deployed.pids(SERVER):
             whole = False
             self.deployed.end(SERVER)
             self.deployed.start_server()
+
         for name in SITES:
             if "supernode" not in self.deployed.pids(name):
                 whole = False
                 self.restart(name)
+
         if not whole:
             self.deployed.wait_online(len(SITES))
 
@@ -167,6 +182,7 @@ class Lab:
         while role in self.deployed.pids(SERVER):
             assert time.monotonic() < until, f"{role} is still there\n{self.deployed.tail(SERVER)}"
             time.sleep(0.1)
+
         return time.time()
 
     def reason(self, run: int) -> str:
@@ -180,7 +196,9 @@ class Lab:
 def _lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("faults")
     moments = Moments(folder / "moments")
-    with deployment(folder / "lab", dict.fromkeys(SITES, ""), environment=moments.environment) as deployed:
+    with deployment(
+        folder / "lab", dict.fromkeys(SITES, ""), environment=moments.environment
+    ) as deployed:
         yield Lab(deployed, moments)
 
 
@@ -214,7 +232,8 @@ def told(failure: dict[str, Any]) -> str:
 def test_client_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The process that makes one answer, or the one that sends it; asked again, the site answers the same."""
+    """The process that makes one answer, or the one that sends it; asked again, the site answers
+    the same."""
     lab.moments.arm(MOMENTS[when])
     out = tmp_path / f"client-{when}"
     lab.deployed.submit(policy(table, on_failure="retry", retries=8), out)
@@ -222,13 +241,21 @@ def test_client_killed(
     sends = when == "upload"
     killed = lab.kill("north", "executor" if sends else "task")
     lab.moments.free()
+
     if sends:
         lab.restart("north")  # it ends with the process that sends
+
     fault = f"kill -9 of a site's client process {WHEN[when]}"
     if when == "start":
         assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
-        row(fault, "greeted again; same adapter", "the server greeted the site again; same adapter", None)
+        row(
+            fault,
+            "greeted again; same adapter",
+            "the server greeted the site again; same adapter",
+            None,
+        )
         return
+
     failure = lab.moments.failure()
     assert (failure["site"], failure["round"]) == ("north", 2)
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
@@ -243,20 +270,24 @@ def test_client_killed(
 def test_supernode_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The run stops inside the deadline; resumed with the site back, it ends the same. At the start it waits."""
+    """The run stops inside the deadline; resumed with the site back, it ends the same. At the start
+    it waits."""
     lab.moments.arm(MOMENTS[when])
     out = tmp_path / f"supernode-{when}"
     run = lab.deployed.submit(table, out)
     lab.moments.wait(MOMENTS[when])
     killed = lab.kill("north", "supernode")
     fault = f"kill -9 of a SuperNode {WHEN[when]}"
+
     if when == "start":
         lab.restart("north")
         lab.moments.free()
         assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
         observed = "the server waited, the site was started again and joined; same adapter"
         row(fault, "the run waits for the site, or stops naming it", observed, None)
+
         return
+
     seen = lab.gone("serverapp")
     why = lab.reason(run)
     assert "north" in why
@@ -264,7 +295,12 @@ def test_supernode_killed(
     lab.mend()
     lab.deployed.submit(table, out, resume=True)
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
-    row(fault, "stops inside the deadline; resumed: same adapter", f"{why}; resumed: same adapter", seen - killed)
+    row(
+        fault,
+        "stops inside the deadline; resumed: same adapter",
+        f"{why}; resumed: same adapter",
+        seen - killed,
+    )
 
 
 def test_supernode_killed_and_the_quorum_goes_on(
@@ -316,7 +352,8 @@ def test_server_app_killed(
 def test_superlink_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The server's own process; its unit starts it again, the sites come back, the run goes on or is resumed."""
+    """The server's own process; its unit starts it again, the sites come back, the run goes on or
+    is resumed."""
     lab.moments.arm(SERVER_MOMENTS[when])
     out = tmp_path / f"superlink-{when}"
     lab.deployed.submit(table, out)
@@ -326,6 +363,7 @@ def test_superlink_killed(
     lab.deployed.start_server()
     lab.moments.free()
     seen = None
+
     try:
         result = lab.deployed.wait(out)
         how = "the run went on by itself"
@@ -334,7 +372,10 @@ def test_superlink_killed(
         resume = (out / "config.json").exists()
         lab.deployed.submit(table, out, resume=resume)
         result = lab.deployed.wait(out)
-        how = "the run ended; " + ("resumed" if resume else "nothing was written yet, submitted again")
+        how = "the run ended; " + (
+            "resumed" if resume else "nothing was written yet, submitted again"
+        )
+
     assert result["adapter_sha256"] == undisturbed()
     fault = f"kill -9 of the SuperLink {WHEN[when]}"
     observed = f"SuperLink started again, sites came back; {how}: same adapter"
@@ -346,7 +387,11 @@ LIES = {
     "late": (f"sleep {DEADLINE_S + 4}", "a site answers after the deadline", "no answer within"),
     "garbage": ("garbage", "a site answers with garbage", "WireError"),
     "nan": ("nan", "a site answers with NaN", "WireError"),
-    "earlier": ("earlier", "a site sends an earlier round's answer again", "an old message was sent again"),
+    "earlier": (
+        "earlier",
+        "a site sends an earlier round's answer again",
+        "an old message was sent again",
+    ),
     "huge": ("10 GB", "a site announces a payload of 10 GB", "WireError"),
 }
 
@@ -367,8 +412,15 @@ def test_a_false_answer(
     assert (failure["site"], failure["round"]) == ("north", 2)
     assert words in failure["reason"]
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed({2: "north"})
-    observed = f"{told(failure)}; left out of that round, back in the next: same adapter as such a run"
-    row(fault, "left out of the round, which goes on with the quorum", observed, failure["time"] - reached)
+    observed = (
+        f"{told(failure)}; left out of that round, back in the next: same adapter as such a run"
+    )
+    row(
+        fault,
+        "left out of the round, which goes on with the quorum",
+        observed,
+        failure["time"] - reached,
+    )
 
 
 def test_disk_full_at_a_site(
@@ -394,7 +446,8 @@ def test_disk_full_at_a_site(
 def test_disk_full_at_the_server(
     lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """A checkpoint cannot be written: the run stops with the reason, and goes on from the one before."""
+    """A checkpoint cannot be written: the run stops with the reason, and goes on from the one
+    before."""
     lab.moments.arm("server 2 saving", "full")
     out = tmp_path / "full-server"
     run = lab.deployed.submit(table, out)
@@ -404,7 +457,9 @@ def test_disk_full_at_the_server(
     assert "cannot write" in why
     lab.deployed.submit(table, out, resume=True)
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
-    observed = 'stopped with "cannot write … free some space and use --resume"; resumed: same adapter'
+    observed = (
+        'stopped with "cannot write … free some space and use --resume"; resumed: same adapter'
+    )
     row(
         "disk full at the server (RLIMIT_FSIZE)",
         "stops with the reason; resumed: same adapter",
@@ -413,7 +468,7 @@ def test_disk_full_at_the_server(
     )
 
 
-# -- who must not come in ---------------------------------------------------------------------------------------------
+# -- who must not come in ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -421,14 +476,17 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """A server with TLS and node keys, without sites."""
     folder = tmp_path_factory.mktemp("guarded")
     moments = Moments(folder / "moments")
+
     with deployment(folder / "lab", {}, environment=moments.environment) as deployed:
         yield deployed
 
 
 def knocks(deployed: Deployment, name: str, words: str, *, ahead_s: int = 0) -> tuple[str, float]:
-    """The line with `words` that a site's process writes, and after how long; the site must not have come in."""
+    """The line with `words` that a site's process writes, and after how long; the site must not
+    have come in."""
     began = time.time()
     deployed.start_site(name, stock=False, **{SKEW: str(ahead_s)})
+
     try:
         while True:
             lines = deployed.log(name).read_text(errors="replace").splitlines()
@@ -437,10 +495,12 @@ def knocks(deployed: Deployment, name: str, words: str, *, ahead_s: int = 0) -> 
                 break
             assert time.time() - began < 60, f"no {words!r} in\n{deployed.tail(name)}"
             time.sleep(0.1)
+
         seen = time.time() - began
         assert deployed.online() == 0
     finally:
         deployed.end(name)
+
     return re.sub(r"\x1b\[[0-9;]*m|^[A-Z]+\s*:\s*", "", found).strip()[:200], seen
 
 
@@ -456,7 +516,12 @@ def test_another_authority(guarded: Deployment, tmp_path: Path, row: Row) -> Non
     certificates.make_authority(tmp_path)
     (guarded.site("astray") / "ca.crt").write_bytes((tmp_path / "ca.crt").read_bytes())
     line, seen = knocks(guarded, "astray", "does not hold: ")
-    row("a server whose certificate another authority signed", "refused, with the reason", line, seen)
+    row(
+        "a server whose certificate another authority signed",
+        "refused, with the reason",
+        line,
+        seen,
+    )
 
 
 def test_plain_text(guarded: Deployment, row: Row) -> None:
@@ -476,6 +541,7 @@ def test_certificate_out_of_time(when: str, guarded: Deployment, row: Row) -> No
     guarded.make_site(name)
     good = (guarded.server / "server.crt").read_bytes()
     guarded.end(SERVER)
+
     try:
         days = (-2, -1) if when == "expired" else (1, 2)
         (guarded.server / "server.crt").write_bytes(dated(guarded.server, *days))
@@ -485,13 +551,18 @@ def test_certificate_out_of_time(when: str, guarded: Deployment, row: Row) -> No
         guarded.end(SERVER)
         (guarded.server / "server.crt").write_bytes(good)
         guarded.start_server()
-    fault = {"expired": "an expired server certificate", "not yet valid": "clock skew: a certificate of tomorrow"}
+
+    fault = {
+        "expired": "an expired server certificate",
+        "not yet valid": "clock skew: a certificate of tomorrow",
+    }
     row(fault[when], "refused, with the reason", line, seen)
 
 
 @pytest.mark.parametrize("seconds", [20, 3600])
 def test_clock_skew(seconds: int, guarded: Deployment, row: Row) -> None:
-    """A site signs the time of every request; the server takes what is at most 5 s ahead or 305 s behind."""
+    """A site signs the time of every request; the server takes what is at most 5 s ahead or 305 s
+    behind."""
     name = f"ahead-{seconds}"
     guarded.make_site(name)
     line, seen = knocks(guarded, name, r"clock is \d+ s ahead of", ahead_s=seconds)
@@ -505,22 +576,30 @@ def test_replayed_message(guarded: Deployment, row: Row) -> None:
     path = guarded.site("echoed") / "site.toml"
     path.write_text(path.read_text().replace(f":{guarded.port}", f":{recorder.port}"))
     guarded.start_site("echoed")
+
     try:
         guarded.wait_online(1)
     finally:
         guarded.end("echoed")
         recorder.close()
+
     sent = max(recorder.sent, key=len)
     assert len(sent) > 1000
     began = time.time()
+
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as again:
         again.sendall(sent)
         answer = b""
         with suppress(OSError):
             while part := again.recv(65536):
                 answer += part
+
     seen = time.time() - began
-    assert answer[:1] in (b"", b"\x15", b"\x16")  # nothing, an alert, or a handshake that then fails
+    assert answer[:1] in (
+        b"",
+        b"\x15",
+        b"\x16",
+    )  # nothing, an alert, or a handshake that then fails
     assert len(answer) < 5000
     observed = f"the server ended the TLS handshake; none of the {len(sent)} recorded bytes became a request"
     row("a recorded connection is replayed", "refused", observed, seen)
@@ -547,7 +626,9 @@ class Recorder:
                 record = bytearray()
                 self.sent.append(record)
                 threading.Thread(target=self._carry, args=(near, far, record), daemon=True).start()
-                threading.Thread(target=self._carry, args=(far, near, bytearray()), daemon=True).start()
+                threading.Thread(
+                    target=self._carry, args=(far, near, bytearray()), daemon=True
+                ).start()
 
     @staticmethod
     def _carry(source: socket.socket, target: socket.socket, record: bytearray) -> None:
@@ -561,6 +642,7 @@ def knocks_blindly(deployed: Deployment, name: str, words: str) -> tuple[str, fl
     """`knocks` at a server that its own operator cannot ask either."""
     began = time.time()
     deployed.start_site(name)
+
     try:
         while time.time() - began < 60:
             text = deployed.log(name).read_text(errors="replace")
@@ -569,11 +651,13 @@ def knocks_blindly(deployed: Deployment, name: str, words: str) -> tuple[str, fl
             time.sleep(0.1)
     finally:
         deployed.end(name)
+
     raise AssertionError(deployed.tail(name))
 
 
 def dated(folder: Path, start: int, end: int) -> bytes:
-    """The server's certificate with other days of validity, counted from now, by the same authority."""
+    """The server's certificate with other days of validity, counted from now, by the same
+    authority."""
     old = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -587,6 +671,7 @@ def dated(folder: Path, start: int, end: int) -> bytes:
         .not_valid_before(now + datetime.timedelta(days=start))
         .not_valid_after(now + datetime.timedelta(days=end))
     )
+
     for extension in old.extensions:
         made = made.add_extension(extension.value, critical=extension.critical)
     return made.sign(signer, hashes.SHA384()).public_bytes(serialization.Encoding.PEM)

@@ -1,4 +1,5 @@
-"""The same run over Flower: what the fleet makes of bad sites, Flower's inside, simulation and deployment."""
+"""The same run over Flower: what the fleet makes of bad sites, Flower's inside, simulation and
+deployment."""
 
 import importlib
 import itertools
@@ -64,7 +65,7 @@ Answer = Callable[[str, Header, bytes], RecordDict | Error | None]
 """What a site makes of a message: its reply's content, Flower's error, or silence."""
 
 
-# -- the policy, on a grid that is not there ------------------------------------------------------------------------
+# -- the policy, on a grid that is not there -----------------------------------------------------
 
 
 @dataclass
@@ -104,9 +105,11 @@ class FakeGrid:
             read = Header.read(header)
             self.seen.append((node, read, wire))
             message.metadata.__dict__["_message_id"] = number
+
             if node not in self.nodes or node in self.refused:
                 given.append("")
                 continue
+
             given.append(number)
             found: RecordDict | Error | None
             if read.task == HELLO and self.greet is not None:
@@ -115,26 +118,37 @@ class FakeGrid:
                 found = self.hello(self.nodes[node])
             else:
                 found = self.answer(self.nodes[node], read, wire)
+
             if found is not None:
                 self.ready[number] = [reply(found, message)]
                 self.pushed[number] = message
+
         return given
 
     def pull_messages(self, numbers: Iterable[str]) -> list[Message]:
         found = []
         for number in numbers:
             if number in self.taken:
-                found.append(reply(Error(3, "the requested message could not be found"), self.taken[number]))
+                found.append(
+                    reply(Error(3, "the requested message could not be found"), self.taken[number])
+                )
             elif number in self.ready:
                 found += self.ready.pop(number)
                 self.taken[number] = self.pushed[number]
+
         if any(self.nodes.get(each.metadata.src_node_id) == self.half for each in found):
             self.there.wait(30)
-        stray, self.stray = self.stray, []
+
+        stray = self.stray
+        self.stray = []
         return stray + found
 
     def hello(self, name: str, **changes: str) -> RecordDict:
-        return content(Payload(values={"site": name, "prints": {**self.prints, **changes}, "known": self.known}))
+        return content(
+            Payload(
+                values={"site": name, "prints": {**self.prints, **changes}, "known": self.known}
+            )
+        )
 
 
 def reply(found: RecordDict | Error, message: Message) -> Message:
@@ -153,9 +167,13 @@ def echo(site: str, header: Header, wire: bytes) -> RecordDict:
     return content(Payload(Payload.from_bytes(wire).tensors, {"site": site}))
 
 
-def at(name: str, found: Callable[[], RecordDict | Error | None], others: RecordDict | None = None) -> Answer:
+def at(
+    name: str, found: Callable[[], RecordDict | Error | None], others: RecordDict | None = None
+) -> Answer:
     """One site does otherwise than the others, which echo or say the same."""
-    return lambda site, header, wire: found() if site == name else others or echo(site, header, wire)
+    return lambda site, header, wire: (
+        found() if site == name else others or echo(site, header, wire)
+    )
 
 
 @dataclass
@@ -186,6 +204,7 @@ class Stand:
             poll_s=0.001,
             limits=limits,
         )
+
         return made, grid
 
 
@@ -226,7 +245,9 @@ def test_every_site_is_met_and_answers(stand: Stand) -> None:
 
 def test_what_a_site_says_is_told(stand: Stand) -> None:
     fleet, _ = stand(at("south", lambda: refusal("RuntimeError: the disk of south is on fire")))
-    with pytest.raises(ClientError, match="round 1, train: site 'south' failed: .*the disk of south is on fire"):
+    with pytest.raises(
+        ClientError, match="round 1, train: site 'south' failed: .*the disk of south is on fire"
+    ):
         ask(met(fleet))
 
 
@@ -241,13 +262,18 @@ def test_a_silent_site_is_missed_after_the_deadline(stand: Stand) -> None:
     started = time.monotonic()
     assert sorted(each.site for each in ask(met(fleet))) == ["north", "south"]
     assert 0.2 < time.monotonic() - started < 2
-    assert [(each.site, each.reason) for each in fleet.failures] == [("west", "no answer within fleet.deadline_s=0.2")]
+    assert [(each.site, each.reason) for each in fleet.failures] == [
+        ("west", "no answer within fleet.deadline_s=0.2")
+    ]
 
 
 def test_the_quorum_names_the_missing(stand: Stand) -> None:
     fleet, _ = stand(lambda *_: refusal("no"), on_failure="skip", quorum=0.5)
-    with pytest.raises(ClientError, match=r"0 of 3 sites answered.*missing: north, south, west.*: no"):
+    with pytest.raises(
+        ClientError, match=r"0 of 3 sites answered.*missing: north, south, west.*: no"
+    ):
         ask(met(fleet))
+
     fleet, _ = stand(lambda *_: refusal("no"), on_failure="skip", quorum=0.5)
     assert ask(met(fleet), alone=False) == []
 
@@ -255,7 +281,8 @@ def test_the_quorum_names_the_missing(stand: Stand) -> None:
 def test_retry_asks_again_and_counts_only_what_was_accepted(stand: Stand) -> None:
     calls = itertools.count()
     fleet, grid = stand(
-        at("north", lambda: refusal("not yet") if next(calls) < 2 else content(Payload())), on_failure="retry"
+        at("north", lambda: refusal("not yet") if next(calls) < 2 else content(Payload())),
+        on_failure="retry",
     )
     assert len(ask(met(fleet))) == 3
     tries = [header for node, header, _ in grid.seen if node == 1 and header.task == "train"]
@@ -276,22 +303,35 @@ def test_a_site_that_never_came_is_named(stand: Stand) -> None:
 def test_what_differs_is_refused_with_the_reason(what: str, stand: Stand) -> None:
     fleet, grid = stand(echo)
     grid.greet = lambda node: grid.hello(NAMES[node - 1], **({what: "other"} if node == 2 else {}))
-    with pytest.raises(ClientError, match=rf"sites south have not.*site 'south' has another {what} \('other', here"):
+    with pytest.raises(
+        ClientError, match=rf"sites south have not.*site 'south' has another {what} \('other', here"
+    ):
         met(fleet)
 
 
 def test_a_site_that_refuses_says_why(stand: Stand) -> None:
     fleet, grid = stand(echo)
-    grid.greet = lambda node: refusal("does not allow method 'fedavg'") if node == 2 else grid.hello(NAMES[node - 1])
-    with pytest.raises(ClientError, match="sites south have not joined.*does not allow method 'fedavg'"):
+    grid.greet = lambda node: (
+        refusal("does not allow method 'fedavg'") if node == 2 else grid.hello(NAMES[node - 1])
+    )
+    with pytest.raises(
+        ClientError, match="sites south have not joined.*does not allow method 'fedavg'"
+    ):
         met(fleet)
 
 
 def test_a_run_that_is_unknown_is_told_again(stand: Stand) -> None:
     first = itertools.count()
-    fleet, grid = stand(at("north", lambda: content(UNKNOWN) if not next(first) else content(Payload())))
+    fleet, grid = stand(
+        at("north", lambda: content(UNKNOWN) if not next(first) else content(Payload()))
+    )
     assert len(ask(met(fleet))) == 3
-    assert [header.task for node, header, _ in grid.seen if node == 1] == [HELLO, "train", HELLO, "train"]
+    assert [header.task for node, header, _ in grid.seen if node == 1] == [
+        HELLO,
+        "train",
+        HELLO,
+        "train",
+    ]
 
 
 def test_a_site_that_does_not_know_the_run_twice_has_failed(stand: Stand) -> None:
@@ -321,6 +361,7 @@ def test_a_run_goes_on_under_its_name_and_never_with_other_sites(stand: Stand) -
     later.restore(fleet.state(), 1)
     ask(later)
     assert {header.run for _, header, _ in grid.seen} == {header.run for _, header, _ in other.seen}
+
     with pytest.raises(ConfigError, match="begun in one process.*resume it with --fleet process"):
         later.restore({}, 1)
     with pytest.raises(ConfigError, match="begun with other sites.*resume it by --fleet flower"):
@@ -334,15 +375,22 @@ def test_a_run_goes_on_under_its_name_and_never_with_other_sites(stand: Stand) -
 
 def test_a_name_belongs_to_its_key(stand: Stand) -> None:
     fleet, _ = stand(echo, registered=lambda: {1: "north", 2: "east", 3: "west"})
-    with pytest.raises(ClientError, match="sites south have not.*says that it is 'south', and its key was registered"):
+    with pytest.raises(
+        ClientError,
+        match="sites south have not.*says that it is 'south', and its key was registered",
+    ):
         met(fleet)
 
 
-def test_who_was_refused_may_come_when_it_is_mended(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_was_refused_may_come_when_it_is_mended(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fluvial.flower.fleet, "_AGAIN_S", 0.05)
     tries = itertools.count()
     fleet, grid = stand(echo)
-    grid.greet = lambda node: refusal("not yet") if node == 2 and next(tries) < 2 else grid.hello(NAMES[node - 1])
+    grid.greet = lambda node: (
+        refusal("not yet") if node == 2 and next(tries) < 2 else grid.hello(NAMES[node - 1])
+    )
     assert len(ask(met(fleet))) == 3
 
 
@@ -371,6 +419,7 @@ def test_replies_nobody_waits_for_change_nothing(stand: Stand) -> None:
         for number in numbers:
             kept.extend(grid.ready[number])
             grid.ready[number] *= 2  # the same reply twice in one pull
+
         return numbers
 
     grid.push_messages = twice  # type: ignore[method-assign]
@@ -388,7 +437,9 @@ def test_a_node_that_flower_takes_nothing_for_is_a_failure_of_its_site(stand: St
     assert fleet.failures[0].site == "south"
 
 
-def test_a_reply_that_is_being_uploaded_holds_up_nobody_else(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_that_is_being_uploaded_holds_up_nobody_else(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fluvial.flower.inbox, "_STUCK_S", 0.05)
     fleet, grid = stand(echo, deadline_s=0.5, **SKIP)
     met(fleet)
@@ -396,7 +447,9 @@ def test_a_reply_that_is_being_uploaded_holds_up_nobody_else(stand: Stand, monke
     started = time.monotonic()
     assert sorted(each.site for each in ask(fleet)) == ["north", "west"]
     assert time.monotonic() - started < 5
-    assert [(each.site, each.reason) for each in fleet.failures] == [("south", "no answer within fleet.deadline_s=0.5")]
+    assert [(each.site, each.reason) for each in fleet.failures] == [
+        ("south", "no answer within fleet.deadline_s=0.5")
+    ]
     grid.half = ""
     grid.there.set()  # now it is there, and too late
     assert sorted(each.site for each in ask(fleet, round=2)) == list(NAMES)
@@ -418,7 +471,9 @@ def test_a_site_that_came_back_within_a_round_is_asked_again_there(stand: Stand)
         grid.nodes = {1: "north", 3: "west", 9: "south"}
         return Error(5, "NODE_UNAVAILABLE")
 
-    grid.answer = lambda site, header, wire: gone() if 2 in grid.nodes and site == "south" else echo(site, header, wire)
+    grid.answer = lambda site, header, wire: (
+        gone() if 2 in grid.nodes and site == "south" else echo(site, header, wire)
+    )
     assert sorted(each.site for each in ask(fleet)) == list(NAMES)
 
 
@@ -427,8 +482,11 @@ def test_of_two_nodes_with_one_name_one_counts_and_the_other_is_told_of(
 ) -> None:
     fleet, grid = stand(echo)
     grid.nodes = {1: "north", 2: "north", 3: "west"}
-    with pytest.raises(ClientError, match="sites south have not joined.*two nodes say that they are site 'north'"):
+    with pytest.raises(
+        ClientError, match="sites south have not joined.*two nodes say that they are site 'north'"
+    ):
         met(fleet)
+
     fleet, grid = stand(echo)
     grid.nodes |= {4: "west"}
     assert len(ask(met(fleet))) == 3
@@ -443,7 +501,9 @@ def test_a_payload_that_is_too_large_is_refused(stand: Stand) -> None:
 
 
 def test_an_announced_size_is_not_believed(stand: Stand) -> None:
-    header = json.dumps({"x": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}).encode()
+    header = json.dumps(
+        {"x": {"dtype": "F32", "shape": [2_500_000_000], "data_offsets": [0, 10_000_000_000]}}
+    ).encode()
     lie = pack(len(header).to_bytes(8, "little") + header, {"error": ""})
     fleet, _ = stand(at("south", lambda: lie), **SKIP)
     assert len(ask(met(fleet))) == 2
@@ -483,6 +543,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
     kind = chance.randrange(6)
     where = chance.randrange(max(len(found), 1)) if chance.random() < 0.5 else chance.randrange(64)
     where = min(where, max(len(found) - 1, 0))
+
     if kind == 0:
         found[where] ^= 1 << chance.randrange(8)
     elif kind == 1:
@@ -495,6 +556,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
         found = bytearray(chance.randbytes(chance.randrange(200)))
     else:
         found[where : where + 4] = (chance.choice([0, 2**31 - 1, 2**32 - 1])).to_bytes(4, "little")
+
     return bytes(found)
 
 
@@ -502,29 +564,58 @@ def mangled(data: bytes, chance: random.Random) -> RecordDict:
     """A reply whose records are not those of a site."""
     array = Array("uint8", (len(data),), STYPE, data)
     header = ConfigRecord({"error": chance.choice(["", 0, 1.5, b"\xff", ["a"], [1, 2]])})
+
     return chance.choice(
         [
             RecordDict({}),
             RecordDict({"payload": ArrayRecord({"p": array})}),
             RecordDict({"header": ArrayRecord({"p": array})}),
             RecordDict({"header": header}),
-            RecordDict({"header": ConfigRecord({"error": "", "payload": chance.choice([1, "text", [data]])})}),
+            RecordDict(
+                {
+                    "header": ConfigRecord(
+                        {"error": "", "payload": chance.choice([1, "text", [data]])}
+                    )
+                }
+            ),
             RecordDict({"payload": header, "header": header}),
             RecordDict({"payload": ArrayRecord({"q": array}), "header": header}),
             RecordDict({"payload": ArrayRecord({"p": array, "q": array}), "header": header}),
-            RecordDict({"payload": ArrayRecord({"p": Array("float32", (9,), STYPE, data)}), "header": header}),
-            RecordDict({"payload": ArrayRecord({"p": Array("uint8", (9,), "numpy.ndarray", data)}), "header": header}),
-            RecordDict({"payload": ArrayRecord({"p": Array("uint8", (2**40,), STYPE, data)}), "header": header}),
+            RecordDict(
+                {
+                    "payload": ArrayRecord({"p": Array("float32", (9,), STYPE, data)}),
+                    "header": header,
+                }
+            ),
+            RecordDict(
+                {
+                    "payload": ArrayRecord({"p": Array("uint8", (9,), "numpy.ndarray", data)}),
+                    "header": header,
+                }
+            ),
+            RecordDict(
+                {
+                    "payload": ArrayRecord({"p": Array("uint8", (2**40,), STYPE, data)}),
+                    "header": header,
+                }
+            ),
         ]
     )
 
 
 @pytest.mark.parametrize("form", ["frame", "tensors", "records"])
-def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(form: str, stand: Stand) -> None:
+def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(
+    form: str, stand: Stand
+) -> None:
     codec, good = update_of(stand, 1)
     if form == "tensors":
-        good = Payload({"x": torch.randn(20), "y": torch.ones(3, 4)}, {"n": 1, "text": "ä", "deep": [[{"a": 1.5}]]})
-    data, chance = good.to_bytes(), random.Random(5)
+        good = Payload(
+            {"x": torch.randn(20), "y": torch.ones(3, 4)},
+            {"n": 1, "text": "ä", "deep": [[{"a": 1.5}]]},
+        )
+
+    data = good.to_bytes()
+    chance = random.Random(5)
     heard: list[bytes] = []
 
     def garble(site: str, header: Header, wire: bytes) -> RecordDict:
@@ -537,19 +628,21 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(form: str, 
     fleet, _ = stand(garble, **SKIP)
     met(fleet)
     logging.getLogger("fluvial").setLevel(logging.ERROR)
+
     try:
         taken = 0
         for _ in range(1000 if form == "records" else 4500 // 3 + 1):
             taken += len(ask(fleet, read=read, alone=False))
     finally:
         logging.getLogger("fluvial").setLevel(logging.NOTSET)
+
     assert taken + len(fleet.failures) == len(heard)
     assert len(fleet.failures) > 0.5 * len(heard)
     kinds = {failure.reason.split(":")[0] for failure in fleet.failures}
     assert kinds <= {"WireError", "ClientError"}, kinds
 
 
-# -- Flower's inside --------------------------------------------------------------------------------------------------
+# -- Flower's inside -----------------------------------------------------------------------------
 
 INTERNAL = {
     "flwr.app": ("Context", "Message"),
@@ -557,7 +650,11 @@ INTERNAL = {
     "flwr.common.serde": ("context_from_proto",),
     "flwr.proto.message_pb2": ("ConfirmMessageReceivedRequest", "PullObjectRequest"),
     "flwr.proto.node_pb2": ("Node",),
-    "flwr.proto.runtime_pb2": ("AcquireTaskRequest", "PullAppMessagesRequest", "PullTaskInputRequest"),
+    "flwr.proto.runtime_pb2": (
+        "AcquireTaskRequest",
+        "PullAppMessagesRequest",
+        "PullTaskInputRequest",
+    ),
     "flwr.serverapp": ("Grid", "ServerApp"),
     "flwr.supercore.constant": ("TaskType",),
     "flwr.supercore.heartbeat": ("HeartbeatSender", "make_task_heartbeat_fn_http"),
@@ -574,7 +671,8 @@ INTERNAL = {
     "flwr.superlink.grid": ("http_grid",),
     "flwr.supernode.runtime.run_clientapp": ("push_message", "push_task_output"),
 }
-"""What three modules take from Flower, most of it from inside; another release may have moved it."""
+"""What three modules take from Flower, most of it from inside; another release may have moved
+it."""
 
 
 def test_flowers_inside_is_where_we_look_for_it() -> None:
@@ -584,6 +682,7 @@ def test_flowers_inside_is_where_we_look_for_it() -> None:
     for module, names in INTERNAL.items():
         for name in names:
             assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
     from flwr.common.constant import ErrorCode
     from flwr.supercore.constant import TaskType
     from flwr.supercore.runtime import RuntimeHttpClient
@@ -598,8 +697,11 @@ def test_nothing_else_is_taken_from_flowers_inside() -> None:
     folder = Path(fluvial.flower.inbox.__file__).parent
     found: dict[str, set[str]] = {}
     for name in ("executor", "inbox", "server"):
-        for module, names in re.findall(r"from (flwr[\w.]*) import ([\w, ]+)", (folder / f"{name}.py").read_text()):
+        for module, names in re.findall(
+            r"from (flwr[\w.]*) import ([\w, ]+)", (folder / f"{name}.py").read_text()
+        ):
             found.setdefault(module, set()).update(name.strip() for name in names.split(","))
+
     assert found == {module: set(names) for module, names in INTERNAL.items()}
 
 
@@ -631,7 +733,9 @@ def test_a_reply_is_fetched_when_its_last_part_is_there() -> None:
     assert sorted(asked[3:]) == ["a", "b"]
 
 
-def test_replies_whose_last_part_overtook_another_hold_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_whose_last_part_overtook_another_hold_up_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fluvial.flower.inbox, "_PART_S", 0.2)
     dead = threading.Event()
 
@@ -640,7 +744,10 @@ def test_replies_whose_last_part_overtook_another_hold_up_nobody(monkeypatch: py
             raise ObjectUnavailableError(part)
         return b"there"
 
-    stuck = [threading.Thread(target=pull_complete, args=(["a", "root"], half), daemon=True) for _ in range(4)]
+    stuck = [
+        threading.Thread(target=pull_complete, args=(["a", "root"], half), daemon=True)
+        for _ in range(4)
+    ]
     for thread in stuck:
         thread.start()
     time.sleep(0.5)
@@ -649,6 +756,7 @@ def test_replies_whose_last_part_overtook_another_hold_up_nobody(monkeypatch: py
     assert time.monotonic() - began < 5
     assert all(thread.is_alive() for thread in stuck)
     dead.set()
+
     for thread in stuck:
         thread.join(10)
         assert not thread.is_alive()
@@ -663,7 +771,8 @@ def test_the_server_takes_the_place_of_flowers_pull() -> None:
 
 @dataclass
 class Runtime:
-    """What a SuperNode says of one task; the message, and each part of it, is there after so many questions."""
+    """What a SuperNode says of one task; the message, and each part of it, is there after so many
+    questions."""
 
     message: Message
     after: float = 1
@@ -678,7 +787,10 @@ class Runtime:
         from flwr.proto.runtime_pb2 import PullTaskInputResponse
 
         context = Context(run_id=7, node_id=3, node_config={}, state=RecordDict(), run_config={})
-        return PullTaskInputResponse(context=context_to_proto(context), run=Run(run_id=7), task_id=5)
+
+        return PullTaskInputResponse(
+            context=context_to_proto(context), run=Run(run_id=7), task_id=5
+        )
 
     def PullMessages(self, _: Any) -> Any:  # noqa: N802 - Flower's name
         from flwr.app.message import remove_content_from_message
@@ -688,17 +800,28 @@ class Runtime:
 
         if not self._there("message"):
             return PullAppMessagesResponse()
+
         bare = message_to_proto(remove_content_from_message(self.message))
-        return PullAppMessagesResponse(messages_list=[bare], message_object_trees=[get_object_tree(self.message)])
+        return PullAppMessagesResponse(
+            messages_list=[bare], message_object_trees=[get_object_tree(self.message)]
+        )
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
         from flwr.proto.message_pb2 import PullObjectResponse
         from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
         assert (request.run_id, request.node.node_id) == (7, 3)
-        found, there = not self.lost, self._there(request.object_id)
-        content = get_all_nested_objects(self.message)[request.object_id].deflate() if found and there else b""
-        return PullObjectResponse(object_found=found, object_available=found and there, object_content=content)
+        found = not self.lost
+        there = self._there(request.object_id)
+        content = (
+            get_all_nested_objects(self.message)[request.object_id].deflate()
+            if found and there
+            else b""
+        )
+
+        return PullObjectResponse(
+            object_found=found, object_available=found and there, object_content=content
+        )
 
     def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802 - Flower's name
         self.confirmed.append(request.message_object_id)
@@ -712,7 +835,8 @@ class Waiting:
     """The SuperNode's next task comes after so many questions."""
 
     def __init__(self, after: float = math.inf) -> None:
-        self.after, self.asked = after, 0
+        self.after = after
+        self.asked = 0
 
     def AcquireTask(self, _: Any) -> Any:  # noqa: N802 - Flower's name
         from flwr.proto.runtime_pb2 import AcquireTaskResponse
@@ -728,7 +852,9 @@ def coming(monkeypatch: pytest.MonkeyPatch) -> Message:
     for identity in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, identity, 1)
     monkeypatch.setattr(executor, "POLL_S", 0.001)
-    return Message(pack(b"payload" * 1000, {"task": "train"}), dst_node_id=3, message_type="train", ttl=60.0)
+    return Message(
+        pack(b"payload" * 1000, {"task": "train"}), dst_node_id=3, message_type="train", ttl=60.0
+    )
 
 
 def test_a_message_is_answered_when_all_of_it_is_there(coming: Message) -> None:
@@ -745,9 +871,14 @@ def test_a_message_is_answered_when_all_of_it_is_there(coming: Message) -> None:
 def test_a_message_that_the_supernode_dropped_gives_way_to_the_next(coming: Message) -> None:
     from fluvial.flower.executor import Tasks, pull
 
-    runtime, tasks = Runtime(coming, after=math.inf), Tasks(cast(Any, Waiting(after=20)))
-    with pytest.raises(ClientError, match="the SuperNode dropped a message before all of it was here"):
+    runtime = Runtime(coming, after=math.inf)
+    tasks = Tasks(cast(Any, Waiting(after=20)))
+
+    with pytest.raises(
+        ClientError, match="the SuperNode dropped a message before all of it was here"
+    ):
         pull(cast(Any, runtime), tasks)
+
     assert runtime.confirmed == []
     assert tasks.next() == "the next"
 
@@ -757,6 +888,7 @@ def test_a_message_that_nobody_waits_for_any_more_is_given_up(coming: Message) -
 
     coming.metadata.ttl = 0.05
     runtime = Runtime(coming, after=math.inf, asked={"message": math.inf})
+
     with pytest.raises(ClientError, match="the SuperNode dropped a message"):
         pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
 
@@ -765,7 +897,8 @@ class Outbox:
     """A SuperNode that holds a reply for so many questions before it has sent it."""
 
     def __init__(self, held: float) -> None:
-        self.held, self.asked = held, 0
+        self.held = held
+        self.asked = 0
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802 - Flower's name
         from flwr.proto.message_pb2 import PullObjectResponse
@@ -785,13 +918,19 @@ class Outbox:
     ],
 )
 def test_a_reply_to_a_message_that_was_dropped_is_not_given(
-    held: float, next_task: float, error: type[Exception] | None, given: int, coming: Message, monkeypatch: Any
+    held: float,
+    next_task: float,
+    error: type[Exception] | None,
+    given: int,
+    coming: Message,
+    monkeypatch: Any,
 ) -> None:
     from fluvial.flower import executor
 
     pushed: list[Message] = []
     monkeypatch.setattr(executor, "push_message", lambda *given: pushed.append(given[1]))
     tasks = executor.Tasks(cast(Any, Waiting(after=next_task)))
+
     with pytest.raises(error) if error else nullcontext():
         executor._hand_over(cast(Any, Outbox(held)), tasks, coming, cast(Any, None))
     assert len(pushed) == given
@@ -811,18 +950,21 @@ def test_the_time_of_a_round_is_predicted_for_this_envelope() -> None:
 
 
 @pytest.mark.parametrize(("size", "objects"), [(0, 3), (SMALL, 3), (SMALL + 1, 6), (2**23, 7)])
-def test_a_message_is_as_few_objects_as_its_size_allows(size: int, objects: int, coming: Message) -> None:
+def test_a_message_is_as_few_objects_as_its_size_allows(
+    size: int, objects: int, coming: Message
+) -> None:
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
     data = random.Random(1).randbytes(size)
     message = Message(pack(data, {"task": "train"}), dst_node_id=1, message_type="train")
     assert unpack(message, max_bytes=size) == (data, {"task": "train"})
     assert len(get_all_nested_objects(message)) == objects
+
     with pytest.raises(WireError, match=f"message of {size} bytes exceeds the limit"):
         unpack(message, max_bytes=size - 1)
 
 
-# -- equal to the run in one process ----------------------------------------------------------------------------------
+# -- equal to the run in one process -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -831,12 +973,16 @@ def tables(run_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     data = run_config["data"] | {"heldout_share": 0.2}
     # A server that has no text of the sites shows the model on this prompt.
     run_config = run_config | {"evaluate": {"sample_tokens": 2, "sample_prompt": "the river"}}
+
     return {
         "fedavg": run_config | {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}},
         "cgfedllm": run_config
         | {
             "rounds": 4,
-            "method": {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 4, "simulated_sites": 2}},
+            "method": {
+                "name": "cgfedllm",
+                "tgap": {"source": "public", "rounds": 4, "simulated_sites": 2},
+            },
             "codec": {"name": "klt", "rate": 8, "error_feedback": True},
         },
         "fedcybgd": run_config
@@ -857,7 +1003,8 @@ CASES = [f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].
 def test_every_method_interrupted_at_every_event_equals_in_process(
     case: str, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sites know their folders and the bytes of messages, and the server its checkpoint; nothing else."""
+    """Sites know their folders and the bytes of messages, and the server its checkpoint; nothing
+    else."""
     for identity in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, identity, 1)
     name, tune = case.split()
@@ -875,12 +1022,18 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
 
     def assemble(each: Any, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
         names = (POOLED,) if each.entry.pooled else texts.names
-        return FlowerFleet(cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001)
+        return FlowerFleet(
+            cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001
+        )
 
     config = parse(table, "test")
     for event_number in range(config.rounds + 2):
-        folder, again = tmp_path / "over", event_number > 0
-        event = next(execute(config, folder, resume=again, assemble=assemble))  # then everything is thrown away
+        folder = tmp_path / "over"
+        again = event_number > 0
+        event = next(
+            execute(config, folder, resume=again, assemble=assemble)
+        )  # then everything is thrown away
+
     assert event.kind == "result"
     same(event.values, own)
 
@@ -900,13 +1053,15 @@ class Simulated:
     """`fluvial run --fleet flower` in a process group of its own."""
 
     def __init__(self, table: Mapping[str, Any], out: Path) -> None:
-        self.config, self.out = out.with_suffix(".toml"), out
+        self.config = out.with_suffix(".toml")
+        self.out = out
         self.config.write_text(toml(table))
 
     def run(self, *, resume: bool = False, until: Path | None = None) -> dict[str, Any]:
         """The result, or {} when it was interrupted because `until` was there."""
         command = [*FLUVIAL, "run", str(self.config), "--fleet", "flower", "--out", str(self.out)]
         log = self.out.with_suffix(".log")
+
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [*command, *(["--resume"] if resume else [])],
@@ -915,16 +1070,19 @@ class Simulated:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
         stop = time.monotonic() + 600
         try:
             while process.poll() is None and not (until and until.exists()):
                 assert time.monotonic() < stop, log.read_text()
                 time.sleep(0.05)
+
             if until:
                 assert process.poll() is None, log.read_text()
                 process.send_signal(signal.SIGINT)
                 process.wait(120)
                 return {}
+
             assert process.returncode == 0, log.read_text()
             return cast(dict[str, Any], json.loads((self.out / "result.json").read_text()))
         finally:
@@ -934,13 +1092,18 @@ class Simulated:
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedcybgd"])
-def test_simulated_equals_in_process(name: str, tables: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_simulated_equals_in_process(
+    name: str, tables: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     table = without_lora(tables[name]) if name == "fedcybgd" else tables[name]
     same(Simulated(table, tmp_path / "ray").run(), run_table(table, tmp_path / "own"))
 
 
-def test_simulated_interrupted_and_resumed_equals_in_process(tables: dict[str, dict[str, Any]], tmp_path: Path) -> None:
-    table, out = tables["cgfedllm"], tmp_path / "ray"
+def test_simulated_interrupted_and_resumed_equals_in_process(
+    tables: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    table = tables["cgfedllm"]
+    out = tmp_path / "ray"
     simulated = Simulated(table, out)
     simulated.run(until=out / "checkpoints" / "round-000001.safetensors")
     assert not (out / "result.json").exists()
@@ -968,15 +1131,23 @@ def test_deployed_equals_in_process(
     same(deployed.wait(out), own)
     assert deployed.finished(number)["status"] == "finished:completed"
     logged = [
-        json.loads(line) for each in NAMES for line in (deployed.site(each) / "outgoing.jsonl").read_text().splitlines()
+        json.loads(line)
+        for each in NAMES
+        for line in (deployed.site(each) / "outgoing.jsonl").read_text().splitlines()
     ]
-    run = [entry for entry in logged if entry["run"].startswith(f"{out.name} ") and entry["task"] != HELLO]
+    run = [
+        entry
+        for entry in logged
+        if entry["run"].startswith(f"{out.name} ") and entry["task"] != HELLO
+    ]
     assert sum(entry["bytes"] for entry in run) == sum(
         size for kind, size in own["bytes"]["by_kind"].items() if kind.startswith("up ")
     )
 
 
-def test_bytes_are_those_that_flower_counts(deployed: Deployment, three_sites: Path, tmp_path: Path) -> None:
+def test_bytes_are_those_that_flower_counts(
+    deployed: Deployment, three_sites: Path, tmp_path: Path
+) -> None:
     """An adapter of 0.5 MB, uncoded: within 2 % of Flower's own meter, each way."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -1016,8 +1187,11 @@ def test_bytes_are_those_that_flower_counts(deployed: Deployment, three_sites: P
     assert result["bytes"]["up_raw"] / 6 > 300_000
     deployed.finished(number)
     meter = deployed.run(number)["network-traffic"]
+
     for way, counted in (("up", meter["inbound-bytes"]), ("down", meter["outbound-bytes"])):
-        ours = sum(size for kind, size in result["bytes"]["by_kind"].items() if kind.startswith(f"{way} "))
+        ours = sum(
+            size for kind, size in result["bytes"]["by_kind"].items() if kind.startswith(f"{way} ")
+        )
         assert 1 <= counted / ours < 1.02, (way, ours, counted)
 
 
@@ -1032,17 +1206,23 @@ def test_a_key_that_is_not_registered_is_told(deployed: Deployment) -> None:
         deployed.end("stranger")
 
 
-def test_a_site_cannot_take_anothers_name(deployed: Deployment, tables: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_cannot_take_anothers_name(
+    deployed: Deployment, tables: dict[str, Any], tmp_path: Path
+) -> None:
     deployed.make_site("liar")
     settings = deployed.site("liar") / "site.toml"
     settings.write_text(settings.read_text().replace('name = "liar"', 'name = "north"'))
     deployed.start_site("liar")
+
     try:
         deployed.wait_online(4)
-        table, out = tables["fedavg"] | {"rounds": 1}, tmp_path / "run"
+        table = tables["fedavg"] | {"rounds": 1}
+        out = tmp_path / "run"
         number = deployed.submit(table, out)
         same(deployed.wait(out), run_table(table, tmp_path / "own"))
-        assert "says that it is 'north', and its key was registered for 'liar'" in deployed.logs(number)
+        assert "says that it is 'north', and its key was registered for 'liar'" in deployed.logs(
+            number
+        )
     finally:
         deployed.end("liar")
 
@@ -1050,7 +1230,14 @@ def test_a_site_cannot_take_anothers_name(deployed: Deployment, tables: dict[str
 def test_a_client_without_tls_is_refused(deployed: Deployment) -> None:
     folder = deployed.site("plain")
     deployed.command(
-        "site", "init", str(folder), "--name", "plain", "--server", f"127.0.0.1:{deployed.port}", "--insecure"
+        "site",
+        "init",
+        str(folder),
+        "--name",
+        "plain",
+        "--server",
+        f"127.0.0.1:{deployed.port}",
+        "--insecure",
     )
     said = deployed.command("site", "start", str(folder), fails=True)
     assert "speaks TLS; get its ca.crt and name it in site.toml" in " ".join(said.split())
@@ -1061,7 +1248,9 @@ def test_a_certificate_of_somebody_else_is_refused(deployed: Deployment, tmp_pat
     folder = deployed.site("misled")
     ca = str(tmp_path / "ca.crt")
     server = f"127.0.0.1:{deployed.port}"
-    deployed.command("site", "init", str(folder), "--name", "misled", "--server", server, "--ca", ca)
+    deployed.command(
+        "site", "init", str(folder), "--name", "misled", "--server", server, "--ca", ca
+    )
     said = " ".join(deployed.command("site", "start", str(folder), fails=True).split())
     assert "does not hold: " in said
     assert "certificate" in said.partition("does not hold: ")[2]

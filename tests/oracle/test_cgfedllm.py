@@ -33,7 +33,10 @@ from tests.runs import adapter_of, run_table
 
 LAYOUT = Layout(
     tuple(
-        (f"model.layers.{layer}.self_attn.{target}.lora_{factor}.weight", (4, 32) if factor == "A" else (32, 4))
+        (
+            f"model.layers.{layer}.self_attn.{target}.lora_{factor}.weight",
+            (4, 32) if factor == "A" else (32, 4),
+        )
         for layer in range(2)
         for target in ("k_proj", "q_proj")
         for factor in "AB"
@@ -88,7 +91,7 @@ def measured(codec: Codec, representation: gate.Representation = "delta") -> gat
     return gate.measure(codec, *tgap.split_by_time(ensemble(), 0.4), representation)
 
 
-# -- the gate (8, 10) -------------------------------------------------------------------------------------------
+# -- the gate (8, 10) ----------------------------------------------------------------------------
 
 
 def test_the_identity_passes_both_verdicts() -> None:
@@ -113,6 +116,7 @@ def test_the_training_mean_looks_good_as_a_state_and_is_refused() -> None:
     training, _ = tgap.split_by_time(ensemble(), 0.4)
     states = [add(snapshot.received, snapshot.update) for snapshot in training]
     mean = scale(states[0], 0)
+
     for state in states:
         mean = add(mean, scale(state, 1 / len(states)))
     report = measured(Constant(mean), "state")
@@ -149,20 +153,25 @@ def test_the_product_error_is_that_of_the_dense_change() -> None:
     codec = build(TernarySettings(rate=16), LAYOUT)
     guesses = [codec.decode(codec.encode(s.update, seed=n)) for n, s in enumerate(heldout)]
     lost = signal = 0.0
+
     for snapshot, guess in zip(heldout, guesses, strict=True):
         for a in (name for name in LAYOUT.names if ".lora_A." in name):
             b = a.replace(".lora_A.", ".lora_B.")
 
-            def product(update: Named, a: str = a, b: str = b, received: Named = snapshot.received) -> torch.Tensor:
-                left, right = received[b] + update[b], received[a] + update[a]
+            def product(
+                update: Named, a: str = a, b: str = b, received: Named = snapshot.received
+            ) -> torch.Tensor:
+                left = received[b] + update[b]
+                right = received[a] + update[a]
                 return left.double() @ right.double() - received[b].double() @ received[a].double()
 
             lost += float((product(snapshot.update) - product(guess)).square().sum())
             signal += float(product(snapshot.update).square().sum())
+
     assert gate._product_error(heldout, guesses) == pytest.approx(lost / signal, rel=1e-4)
 
 
-# -- TGAP (7) ---------------------------------------------------------------------------------------------------
+# -- TGAP (7) ------------------------------------------------------------------------------------
 
 
 def test_the_holdout_is_the_last_rounds() -> None:
@@ -177,6 +186,7 @@ def test_d1_and_d2_are_disjoint_and_cover() -> None:
     examples = list(range(10))
     assert tgap.first_part(examples, 0.3) == [0, 1, 2]  # type: ignore[arg-type,comparison-overlap]
     assert tgap.second_part(examples, 0.3) == [3, 4, 5, 6, 7, 8, 9]  # type: ignore[arg-type,comparison-overlap]
+
     with pytest.raises(ConfigError, match="cannot be split in two"):
         tgap.second_part(examples[:1], 0.3)  # type: ignore[arg-type]
 
@@ -189,7 +199,12 @@ class Recorder:
         ask = LocalFleet.ask
 
         def recorded(
-            fleet: LocalFleet, task: str, messages: Mapping[str, Payload], *, read: Any, **options: Any
+            fleet: LocalFleet,
+            task: str,
+            messages: Mapping[str, Payload],
+            *,
+            read: Any,
+            **options: Any,
         ) -> Any:
             self.sent += [("down", task, message) for message in messages.values()]
 
@@ -202,11 +217,18 @@ class Recorder:
         monkeypatch.setattr(LocalFleet, "ask", recorded)
 
 
-SMALL_RESNET = {"name": "resnet", "canvas": "grouped", "stages": 2, "iterations": 3, "batch_size": 2}
+SMALL_RESNET = {
+    "name": "resnet",
+    "canvas": "grouped",
+    "stages": 2,
+    "iterations": 3,
+    "batch_size": 2,
+}
 
 
 def test_paper_mode_end_to_end(run_config: dict[str, Any], tmp_path: Path) -> None:
-    """The autoencoder of the paper, TGAP on the sites' D1, FAF on D2; few iterations, so the gate only reports."""
+    """The autoencoder of the paper, TGAP on the sites' D1, FAF on D2; few iterations, so the gate
+    only reports."""
     method = {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 2}}
     result = run_table(run_config | {"method": method, "codec": SMALL_RESNET}, tmp_path / "run")
     setup = result["setup"]
@@ -216,7 +238,9 @@ def test_paper_mode_end_to_end(run_config: dict[str, Any], tmp_path: Path) -> No
     assert result["bytes"]["by_kind"]["up snapshot"] > 6 * setup["gate"]["raw_bytes"]
     assert result["bytes"]["by_kind"]["down install"] > 0
     assert result["bytes"]["setup"] == sum(
-        size for kind, size in result["bytes"]["by_kind"].items() if kind.split()[1] in ("snapshot", "install")
+        size
+        for kind, size in result["bytes"]["by_kind"].items()
+        if kind.split()[1] in ("snapshot", "install")
     )
     assert result["amortised_ratio"] > 1  # two rounds cannot pay for raw TGAP and an autoencoder
 
@@ -224,12 +248,22 @@ def test_paper_mode_end_to_end(run_config: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("reading", ["federated", "local"])
 @pytest.mark.parametrize("source", ["sites", "public"])
 def test_both_readings_and_sources(
-    reading: str, source: str, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reading: str,
+    source: str,
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recorder = Recorder(monkeypatch)
-    method = {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 3, "reading": reading, "source": source}}
+    method = {
+        "name": "cgfedllm",
+        "gate": "report",
+        "tgap": {"rounds": 3, "reading": reading, "source": source},
+    }
     codec = {"name": "klt", "rate": 8}
-    result = run_table(run_config | {"rounds": 1, "method": method, "codec": codec}, tmp_path / "run")
+    result = run_table(
+        run_config | {"rounds": 1, "method": method, "codec": codec}, tmp_path / "run"
+    )
     assert ("up snapshot" in result["bytes"]["by_kind"]) == (source == "sites")
     sent = [message for way, task, message in recorder.sent if (way, task) == ("down", "snapshot")]
     shared = {message.to_bytes()[-64:] for message in sent}
@@ -237,7 +271,9 @@ def test_both_readings_and_sources(
     assert len(shared) == (1 if reading == "local" else 3)
 
 
-def test_local_reading_follows_each_sites_own_path(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_local_reading_follows_each_sites_own_path(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     """The server's record of what a site started from is what the site had."""
     found: list[Snapshot] = []
     collect = tgap.collect
@@ -249,7 +285,11 @@ def test_local_reading_follows_each_sites_own_path(run_config: dict[str, Any], t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tgap, "collect", keep)
         method = {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 3, "reading": "local"}}
-        run_table(run_config | {"rounds": 1, "method": method, "codec": {"name": "int8"}}, tmp_path / "run")
+        run_table(
+            run_config | {"rounds": 1, "method": method, "codec": {"name": "int8"}},
+            tmp_path / "run",
+        )
+
     by_site = {site: [s for s in found if s.site == site] for site in {s.site for s in found}}
     for steps in by_site.values():
         for before, after in itertools.pairwise(steps):
@@ -260,11 +300,16 @@ def test_local_reading_follows_each_sites_own_path(run_config: dict[str, Any], t
 def test_public_tgap_needs_public_text(run_config: dict[str, Any], tmp_path: Path) -> None:
     data = {key: value for key, value in run_config["data"].items() if key != "public_source"}
     method = {"name": "cgfedllm", "tgap": {"source": "public"}}
-    with pytest.raises(ConfigError, match="data.public_source: a codec that learns from public text needs some"):
-        run_table(run_config | {"data": data, "method": method, "codec": {"name": "klt"}}, tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match="data.public_source: a codec that learns from public text needs some"
+    ):
+        run_table(
+            run_config | {"data": data, "method": method, "codec": {"name": "klt"}},
+            tmp_path / "run",
+        )
 
 
-# -- FAF (5, and error feedback) --------------------------------------------------------------------------------
+# -- FAF (5, and error feedback) -----------------------------------------------------------------
 
 LINEAR = {"name": "klt", "rate": 8}
 PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
@@ -273,12 +318,14 @@ PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
 def test_the_server_never_sees_an_uncoded_update(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In FAF a reply holds one frame of the run's codec, no larger than its size, and nothing else."""
+    """In FAF a reply holds one frame of the run's codec, no larger than its size, and nothing
+    else."""
     recorder = Recorder(monkeypatch)
     method = {"name": "cgfedllm", "tgap": PUBLIC}
     result = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "run")
     replies = [message for way, task, message in recorder.sent if (way, task) == ("up", "train")]
     assert len(replies) == 6
+
     for reply in replies:
         assert set(reply.tensors) == {"f"}
         assert reply.tensors["f"].dtype == torch.uint8
@@ -292,33 +339,42 @@ def test_a_decoder_is_downloaded_only_for_error_feedback(
     feedback: bool, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = Recorder(monkeypatch)
-    # A collapsed autoencoder is refused with error feedback; here a training of three steps must do.
+    # A collapsed autoencoder is refused with error feedback; here a training of three steps must
+    # do.
     passed = measured(Identity.of(LAYOUT))
     monkeypatch.setattr(gate, "measure", lambda *_: passed)
     method = {"name": "cgfedllm", "tgap": PUBLIC, "max_growth": 1e9}
     codec = SMALL_RESNET | {"error_feedback": feedback}
     run_table(run_config | {"rounds": 1, "method": method, "codec": codec}, tmp_path / "run")
-    installs = [message for way, task, message in recorder.sent if (way, task) == ("down", "install")]
+    installs = [
+        message for way, task, message in recorder.sent if (way, task) == ("down", "install")
+    ]
     assert len(installs) == 3
+
     for message in installs:
         assert any(name.startswith("encoder") for name in message.tensors)
         assert any(name.startswith("decoder") for name in message.tensors) == feedback
 
 
-def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(run_config: dict[str, Any], tmp_path: Path) -> None:
-    """What the server has decoded so far plus the residual is everything the site has wanted to send."""
+def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """What the server has decoded so far plus the residual is everything the site has wanted to
+    send."""
     from fluvial.codecs.sign import HalfSign, HalfSignSettings
     from fluvial.federation.sites import Site, code
     from fluvial.federation.store import StateStore
     from fluvial.training.train import TrainConfig
 
     settings = HalfSignSettings(error_feedback=True, feedback_decay=0.5)
-    codec, store = HalfSign(settings, LAYOUT), StateStore(None)
+    codec = HalfSign(settings, LAYOUT)
+    store = StateStore(None)
 
     def answer(update: Named, round: int) -> Named:
         unused: Any = None
         site = Site("a", 0, unused, unused, TrainConfig(), settings, None, None, store, 9)
         decoded = codec.decode(code(site, codec, update, round))
+
         for slot, payload in site.kept.items():
             store.write("a", slot, payload, round)
         return decoded
@@ -340,22 +396,28 @@ def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(run_config: dic
 
 
 def test_error_feedback_repairs_a_coarse_codec(run_config: dict[str, Any], tmp_path: Path) -> None:
-    """Over eight rounds a coarse codec with feedback ends nearer to the uncompressed adapter than without."""
+    """Over eight rounds a coarse codec with feedback ends nearer to the uncompressed adapter than
+    without."""
     table = run_config | {"rounds": 8}
     plain = adapter_of(run_table(table, tmp_path / "plain"))
     distance = {}
+
     for feedback in (False, True):
         codec = {"name": "top_k", "rate": 16, "error_feedback": feedback}
         coded = adapter_of(run_table(table | {"codec": codec}, tmp_path / str(feedback)))
         distance[feedback] = norm(subtract(coded, plain))
+
     assert distance[True] < distance[False]
 
 
 def test_a_refused_codec_explains_itself(run_config: dict[str, Any], tmp_path: Path) -> None:
     method = {"name": "cgfedllm", "tgap": PUBLIC}
     config = parse(run_config | {"method": method, "codec": SMALL_RESNET}, "test")
-    with pytest.raises(GateError, match=r"codec 'resnet' does not carry(.|\n)*codec.name='klt'(.|\n)*gate='report'"):
+    with pytest.raises(
+        GateError, match=r"codec 'resnet' does not carry(.|\n)*codec.name='klt'(.|\n)*gate='report'"
+    ):
         list(execute(config, tmp_path / "run"))
+
     assert not (tmp_path / "run" / "result.json").exists()
     text = Console(record=True, width=200, file=io.StringIO())
     text.print(show.run_tables(show.read_run(tmp_path / "run")))
@@ -373,8 +435,15 @@ def test_a_refused_codec_can_be_changed_without_training_the_baselines_again(
     assert last.values["codec"] == "klt"
     assert (tmp_path / "run" / "compare" / "local" / "result.json").read_bytes() == baseline
     assert not (tmp_path / "run" / "refused.json").exists()
+
     with pytest.raises(CheckpointError, match="another configuration"):
-        list(execute(parse(table | {"codec": LINEAR | {"rate": 16}}, "test"), tmp_path / "run", resume=True))
+        list(
+            execute(
+                parse(table | {"codec": LINEAR | {"rate": 16}}, "test"),
+                tmp_path / "run",
+                resume=True,
+            )
+        )
 
 
 def test_feedback_without_contraction_is_refused_even_when_only_reporting(
@@ -382,13 +451,20 @@ def test_feedback_without_contraction_is_refused_even_when_only_reporting(
 ) -> None:
     method = {"name": "cgfedllm", "gate": "report", "tgap": PUBLIC}
     codec = SMALL_RESNET | {"normalise": "none", "error_feedback": True}
-    with pytest.raises(GateError, match="residuals would grow without bound; set codec.error_feedback=false"):
+    with pytest.raises(
+        GateError, match="residuals would grow without bound; set codec.error_feedback=false"
+    ):
         run_table(run_config | {"method": method, "codec": codec}, tmp_path / "run")
 
 
-def test_the_site_reports_its_codec_error_under_feedback(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_site_reports_its_codec_error_under_feedback(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     method = {"name": "cgfedllm", "tgap": PUBLIC}
-    run_table(run_config | {"method": method, "codec": LINEAR | {"error_feedback": True}}, tmp_path / "run")
+    run_table(
+        run_config | {"method": method, "codec": LINEAR | {"error_feedback": True}},
+        tmp_path / "run",
+    )
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert 0 < record["codec_error"] < 1
@@ -398,7 +474,10 @@ def test_the_site_reports_its_codec_error_under_feedback(run_config: dict[str, A
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"representation": "state"}, "codec.error_feedback: the residual of a whole adapter means nothing"),
+        (
+            {"representation": "state"},
+            "codec.error_feedback: the residual of a whole adapter means nothing",
+        ),
         (
             {"privacy": {"placement": "update", "clip_norm": 1.0, "noise_multiplier": 1.0}},
             "codec.error_feedback: it would send later what clipping and noise took away",
@@ -410,10 +489,13 @@ def test_feedback_that_cannot_work_is_refused(
 ) -> None:
     method = {"name": "cgfedllm", "tgap": PUBLIC} | change
     with pytest.raises(ConfigError, match=text):
-        run_table(run_config | {"method": method, "codec": LINEAR | {"error_feedback": True}}, tmp_path / "run")
+        run_table(
+            run_config | {"method": method, "codec": LINEAR | {"error_feedback": True}},
+            tmp_path / "run",
+        )
 
 
-# -- privacy (11) -----------------------------------------------------------------------------------------------
+# -- privacy (11) --------------------------------------------------------------------------------
 
 
 def test_clipping_bounds_the_norm_and_keeps_the_direction() -> None:
@@ -425,11 +507,13 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction() -> None:
 
 
 def test_the_accountant_agrees_with_the_closed_form_bound() -> None:
-    """Renyi accounting of T Gaussian releases: eps <= T/(2 s^2) + sqrt(2 T log(1/delta)) / s, and not far below."""
+    """Renyi accounting of T Gaussian releases: eps <= T/(2 s^2) + sqrt(2 T log(1/delta)) / s, and
+    not far below."""
     for multiplier, rounds in ((1.0, 1), (2.0, 10), (5.0, 20)):
         bound = rounds / (2 * multiplier**2) + math.sqrt(2 * rounds * math.log(1e5)) / multiplier
         found = privacy.spent(multiplier, rounds, 1e-5)
         assert 0.7 * bound < found <= bound + 1e-3
+
     assert privacy.spent(1.0, 0, 1e-5) == 0
 
 
@@ -441,15 +525,25 @@ def test_the_papers_budgets_are_met_and_not_wasted(epsilon: float) -> None:
 
 
 @pytest.mark.parametrize("placement", ["update", "latent", "aggregate"])
-def test_every_placement_runs_and_accounts(placement: str, run_config: dict[str, Any], tmp_path: Path) -> None:
-    """Noise comes from secrets of the operating system, so a run with the same seed ends with other weights."""
+def test_every_placement_runs_and_accounts(
+    placement: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Noise comes from secrets of the operating system, so a run with the same seed ends with other
+    weights."""
     method: dict[str, Any] = {"name": "cgfedllm", "tgap": PUBLIC, "max_growth": 1e9}
     quiet = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "quiet")
-    method["privacy"] = {"placement": placement, "clip_norm": 0.05, "epsilon": 8.0, "heldout": "exact"}
+    method["privacy"] = {
+        "placement": placement,
+        "clip_norm": 0.05,
+        "epsilon": 8.0,
+        "heldout": "exact",
+    }
     noisy = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "noisy")
     assert noisy["adapter_sha256"] != quiet["adapter_sha256"]
     assert noisy["heldout"]["base"] == quiet["heldout"]["base"]
-    lines = [json.loads(line) for line in (tmp_path / "noisy" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "noisy" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert 0 < lines[0]["epsilon"] < lines[1]["epsilon"] <= 8.0
     assert noisy["privacy"]["epsilon"] == lines[1]["epsilon"]
     again = run_table(run_config | {"method": method, "codec": LINEAR}, tmp_path / "again")
@@ -477,7 +571,10 @@ def test_aggregate_noise_is_scaled_by_the_heaviest_site(
     monkeypatch.setattr(noise, "disturb", spy)
     secret = {"placement": "aggregate", "clip_norm": 0.1, "noise_multiplier": 2.0}
     method = {"name": "cgfedllm", "tgap": {"source": "none"}, "privacy": secret, "max_growth": 1e9}
-    run_table(run_config | {"rounds": 1, "method": method, "codec": {"name": "identity"}}, tmp_path / "run")
+    run_table(
+        run_config | {"rounds": 1, "method": method, "codec": {"name": "identity"}},
+        tmp_path / "run",
+    )
     config = parse(run_config, "test")
     texts = SiteTexts(config.data, load_tokenizer(config.model), seed=config.seed)
     weights = [len(texts.load(name).train) for name in texts.names]

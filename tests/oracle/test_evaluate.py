@@ -35,7 +35,9 @@ from tests.runs import run_table
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 LORA = LoraSettings(r=2, lora_alpha=4, lora_dropout=0.0)
-WATER = Choice("w", "What is water?", ("Wet", "Dry", "A stone", "A bird in the sky"), 0, "small_streams")
+WATER = Choice(
+    "w", "What is water?", ("Wet", "Dry", "A stone", "A bird in the sky"), 0, "small_streams"
+)
 RIVER = Choice("r", "What is a river?", ("Sand", "Many streams", "Fire", "Air"), 1, "small_streams")
 LETTERS_ONLY = "What is water?\nA. Wet\nB. Dry\nC. A stone\nD. A bird in the sky\nAnswer:"
 
@@ -53,7 +55,13 @@ def changed(bench: Workbench) -> Named:
 
 
 def _record(**changes: Any) -> dict[str, Any]:
-    return {"id": "q7", "question": "Which?", "choices": ["a", "b", "c", "d"], "answer": "B", **changes}
+    return {
+        "id": "q7",
+        "question": "Which?",
+        "choices": ["a", "b", "c", "d"],
+        "answer": "B",
+        **changes,
+    }
 
 
 def _write(path: Path, records: Sequence[Any]) -> Path:
@@ -61,7 +69,7 @@ def _write(path: Path, records: Sequence[Any]) -> Path:
     return path
 
 
-# -- held-out -----------------------------------------------------------------------------------------------------
+# -- held-out ------------------------------------------------------------------------------------
 
 
 def test_heldout_loss_is_that_of_transformers(bench: Workbench) -> None:
@@ -70,6 +78,7 @@ def test_heldout_loss_is_that_of_transformers(bench: Workbench) -> None:
     with bench.model(bench.base_state()) as model, torch.no_grad():
         ours = heldout(model, [Example(ids, labels)], pad_token_id=0)
         theirs = float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
+
     assert ours.loss == pytest.approx(theirs, rel=1e-6)  # another order of summation
     assert ours.perplexity == math.exp(ours.loss)
     assert ours.label_tokens == len(ids) - 5
@@ -90,7 +99,7 @@ def test_check_effect(bench: Workbench, changed: Named) -> None:
     check_effect(bench, changed, [1, 20, 30])
 
 
-# -- questions ----------------------------------------------------------------------------------------------------
+# -- questions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +167,7 @@ def test_prompt_of_ceval() -> None:
     )
 
 
-# -- scores -------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------
 
 
 def _text_of(prefix: Sequence[int], tokenizer: Any) -> str:
@@ -166,7 +175,9 @@ def _text_of(prefix: Sequence[int], tokenizer: Any) -> str:
 
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])
-def test_scores_equal_one_question_at_a_time(bench: Workbench, changed: Named, scoring: Scoring) -> None:
+def test_scores_equal_one_question_at_a_time(
+    bench: Workbench, changed: Named, scoring: Scoring
+) -> None:
     endings = {
         "letter": [(f" {letter}", 1) for letter in "ABCD"],
         "text": [(f" {text}", len(text)) for text in WATER.choices],
@@ -179,7 +190,9 @@ def test_scores_equal_one_question_at_a_time(bench: Workbench, changed: Named, s
             before = bench.tokenizer(render(WATER, [], scoring, "en"))["input_ids"]
             ids = bench.tokenizer(render(WATER, [], scoring, "en") + ending)["input_ids"]
             likely = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-            alone = sum(float(likely[at - 1, ids[at]]) for at in range(len(before), len(ids))) / size
+            alone = (
+                sum(float(likely[at - 1, ids[at]]) for at in range(len(before), len(ids))) / size
+            )
             assert found == pytest.approx(alone, abs=1e-5)  # padding changes the order of summation
 
 
@@ -209,29 +222,44 @@ def test_known_preference(bench: Workbench) -> None:
 def test_logits_that_are_no_numbers_are_refused(bench: Workbench) -> None:
     sheet = prepare([WATER], bench.tokenizer, context=None)
     broken = {name: torch.full(shape, math.nan) for name, shape in bench.layout.shapes}
-    with bench.model(broken) as model, pytest.raises(ConfigError, match="w: the model's logits are not numbers"):
+    with (
+        bench.model(broken) as model,
+        pytest.raises(ConfigError, match="w: the model's logits are not numbers"),
+    ):
         score(model, sheet, pad_token_id=0)
 
 
-# -- length and examples ------------------------------------------------------------------------------------------
+# -- length and examples -------------------------------------------------------------------------
 
 
 def _prepare(tokenizer: Any, context: int | None, **options: Any) -> Sheet:
-    return prepare([WATER], tokenizer, context=context, shots=2, examples=[RIVER, WATER, RIVER, RIVER], **options)
+    return prepare(
+        [WATER],
+        tokenizer,
+        context=context,
+        shots=2,
+        examples=[RIVER, WATER, RIVER, RIVER],
+        **options,
+    )
 
 
 def test_examples_go_first_and_then_the_beginning_of_the_question(bench: Workbench) -> None:
     tokenizer = bench.tokenizer
-    length = {n: len(tokenizer(render(WATER, [RIVER] * n, "letter", "en") + " A")["input_ids"]) for n in range(3)}
+    length = {
+        n: len(tokenizer(render(WATER, [RIVER] * n, "letter", "en") + " A")["input_ids"])
+        for n in range(3)
+    }
     for kept in (2, 1, 0):
         sheet = _prepare(tokenizer, length[kept])
         assert (sheet.dropped_shots, sheet.cut_questions, sheet.cut_tokens) == (2 - kept, 0, 0)
         assert _text_of(sheet.prompts[0].prefix, tokenizer).count("a river?") == kept
+
     cut = _prepare(tokenizer, length[0] - 7)
     assert (cut.dropped_shots, cut.cut_questions, cut.cut_tokens) == (2, 1, 7)
     whole = _prepare(tokenizer, length[0]).prompts[0]
     assert cut.prompts[0].prefix == (tokenizer.bos_token_id, *whole.prefix[8:])
     assert cut.prompts[0].endings == whole.endings
+
     with pytest.raises(ConfigError, match="w: its longest choice has"):
         _prepare(tokenizer, 4, scoring="text")
 
@@ -240,6 +268,7 @@ def test_a_question_is_never_its_own_example(bench: Workbench) -> None:
     sheet = prepare([WATER, RIVER], bench.tokenizer, context=None, shots=1, examples=[WATER])
     assert sheet.short_of_shots == 1
     assert _text_of(sheet.prompts[0].prefix, bench.tokenizer).count("What is water?") == 1
+
     with pytest.raises(ConfigError, match="choose 0 to 5"):
         prepare([WATER], bench.tokenizer, context=None, shots=6, examples=[RIVER])
     for shots, examples in ((1, []), (0, [RIVER])):
@@ -247,7 +276,7 @@ def test_a_question_is_never_its_own_example(bench: Workbench) -> None:
             prepare([WATER], bench.tokenizer, context=None, shots=shots, examples=examples)
 
 
-# -- intervals ----------------------------------------------------------------------------------------------------
+# -- intervals -----------------------------------------------------------------------------------
 
 
 def test_bootstrap_is_seeded_and_like_the_normal_interval() -> None:
@@ -276,16 +305,21 @@ def test_equal_answers_have_the_exact_interval() -> None:
     assert span.low == pytest.approx(0.025 ** (1 / 3))
 
 
-# -- the command --------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder(tmp_path: Path, bench: Workbench, changed: Named) -> Path:
     """A run's adapter."""
-    run = {"fluvial": "0", "model": {"name_or_path": "gone", "dtype": "float32"}, "data": {"max_length": 64}}
+    run = {
+        "fluvial": "0",
+        "model": {"name_or_path": "gone", "dtype": "float32"},
+        "data": {"max_length": 64},
+    }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
     bench.save(changed, tmp_path / "run" / "adapter")
+
     return tmp_path / "run" / "adapter"
 
 
@@ -297,43 +331,71 @@ def _evaluate(*arguments: Any) -> dict[str, Any]:
 
 
 def test_command(folder: Path, bench: Workbench, changed: Named, tmp_path: Path) -> None:
-    data = _write(tmp_path / "d.jsonl", [{"prompt": f"What is {n}? ", "completion": f"{n}"} for n in range(9)])
+    data = _write(
+        tmp_path / "d.jsonl", [{"prompt": f"What is {n}? ", "completion": f"{n}"} for n in range(9)]
+    )
     choices = _write(
-        tmp_path / "q.jsonl", [_record(id=n, question=f"Which {n}?", answer="ABCD"[n % 4]) for n in range(8)]
+        tmp_path / "q.jsonl",
+        [_record(id=n, question=f"Which {n}?", answer="ABCD"[n % 4]) for n in range(8)],
     )
     limits = ["--set", "evaluate.max_new_tokens=3", "--set", "model.device='cpu'"]
-    found = _evaluate(folder, "--data", data, "--choices", choices, "--shots", 1, "--shots-from", choices, *limits)
+    found = _evaluate(
+        folder, "--data", data, "--choices", choices, "--shots", 1, "--shots-from", choices, *limits
+    )
     records = found["data"]
-    assert (records["records"], records["questions"], records["max_length"], records["max_new_tokens"]) == (9, 9, 64, 3)
+    assert (
+        records["records"],
+        records["questions"],
+        records["max_length"],
+        records["max_new_tokens"],
+    ) == (9, 9, 64, 3)
+
     for name, adapter in (("base", bench.base_state()), ("adapter", changed)):
         tokens = [
-            (bench.tokenizer(f"What is {n}? ")["input_ids"], bench.tokenizer(f"{n}</s>")["input_ids"][1:])
+            (
+                bench.tokenizer(f"What is {n}? ")["input_ids"],
+                bench.tokenizer(f"{n}</s>")["input_ids"][1:],
+            )
             for n in range(9)
         ]
-        examples = [Example([*before, *after], [-100] * len(before) + after) for before, after in tokens]
+        examples = [
+            Example([*before, *after], [-100] * len(before) + after) for before, after in tokens
+        ]
         with bench.model(adapter) as model:
-            assert records[name]["loss"] == pytest.approx(heldout(model, examples, pad_token_id=0).loss)
+            assert records[name]["loss"] == pytest.approx(
+                heldout(model, examples, pad_token_id=0).loss
+            )
+
         assert records[name]["perplexity"] == math.exp(records[name]["loss"])
         assert records[name]["exact_match"] == 0
         low, high = found["choices"][name]["interval"]
         assert low <= found["choices"][name]["accuracy"] <= high
+
     assert found["choices"]["chance"] == 0.25
     assert found["choices"]["by_subject"][""]["questions"] == 8
     alone = _evaluate(folder, "--choices", choices, "--no-base", "--scoring", "text")
     assert "data" not in alone
     assert "base" not in alone["choices"]
-    table = CliRunner().invoke(app, ["evaluate", str(folder), "--choices", str(choices), "--data", str(data), *limits])
+    table = CliRunner().invoke(
+        app, ["evaluate", str(folder), "--choices", str(choices), "--data", str(data), *limits]
+    )
     assert table.exit_code == 0
     assert "95 % interval" in table.stdout
     assert "perplexity" in table.stdout
 
 
 def test_exit_code_of_an_adapter_without_effect(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Workbench,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
     choices = _write(tmp_path / "q.jsonl", [_record()])
-    monkeypatch.setattr("sys.argv", ["fluvial", "evaluate", str(tmp_path / "zero"), "--choices", str(choices)])
+    monkeypatch.setattr(
+        "sys.argv", ["fluvial", "evaluate", str(tmp_path / "zero"), "--choices", str(choices)]
+    )
+
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
@@ -355,8 +417,11 @@ def test_command_refuses(folder: Path, bench: Workbench, tmp_path: Path) -> None
         "--benchmark": "mmlu",
         "--subject-field": "topic",
     }.items():
-        with pytest.raises(ConfigError, match=f"{option}: without effect, because no questions are named"):
+        with pytest.raises(
+            ConfigError, match=f"{option}: without effect, because no questions are named"
+        ):
             _evaluate(folder, "--data", data, option, value)
+
     with pytest.raises(ConfigError, match="reads at most 128"):
         _evaluate(folder, "--data", data, "--set", "data.max_length=129")
     bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
@@ -376,13 +441,20 @@ def test_base_of_a_moved_installation(folder: Path, tiny_model: Path) -> None:
     (folder.parent / "config.json").unlink()
     assert read_adapter_folder(folder).base == "/gone/fluvial/assets/tiny"
     _edit(folder, base_model_name_or_path=None)
+
     with pytest.raises(ConfigError, match="base_model_name_or_path is None"):
         read_adapter_folder(folder)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": []}, {"r": None}],
+    [
+        {"peft_type": "IA3"},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": []},
+        {"r": None},
+    ],
 )
 def test_other_adapters_are_refused(folder: Path, changes: dict[str, Any]) -> None:
     _edit(folder, **changes)
@@ -400,11 +472,15 @@ def test_adapter_of_another_model(folder: Path, tiny_gqa_model: Path, tmp_path: 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
 @pytest.mark.parametrize(("name", "dev"), [("mmlu/test", "mmlu/dev"), ("ceval/val", "ceval/dev")])
 def test_shared_questions(bench: Workbench, changed: Named, name: str, dev: str) -> None:
-    questions, examples = read_choices(SHARED / f"{name}.jsonl")[:8], read_choices(SHARED / f"{dev}.jsonl")
+    questions = read_choices(SHARED / f"{name}.jsonl")[:8]
+    examples = read_choices(SHARED / f"{dev}.jsonl")
     sheet = prepare(questions, bench.tokenizer, context=128, shots=2, examples=examples)
     assert sheet.short_of_shots == 0
     assert sheet.dropped_shots > 0
-    assert {language_of(question.question) for question in questions} == {"zh" if "ceval" in name else "en"}
+    assert {language_of(question.question) for question in questions} == {
+        "zh" if "ceval" in name else "en"
+    }
+
     with bench.model(changed) as model:
         marks = Marks.of(sheet, score(model, sheet, pad_token_id=0))
     assert len(marks.right) == 8
@@ -413,21 +489,39 @@ def test_shared_questions(bench: Workbench, changed: Named, name: str, dev: str)
 def test_an_answer_may_be_a_number(tmp_path: Path) -> None:
     """As in the hub's copies of MMLU."""
     path = _write(tmp_path / "q.jsonl", [_record(answer=2)])
-    assert read_choices(path)[0].answer == read_choices(_write(tmp_path / "l.jsonl", [_record(answer="C")]))[0].answer
+    assert (
+        read_choices(path)[0].answer
+        == read_choices(_write(tmp_path / "l.jsonl", [_record(answer="C")]))[0].answer
+    )
 
 
-def test_a_tuned_model_beside_its_base(run_config: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tuned_model_beside_its_base(
+    run_config: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
     """The folder that a run with tune = "full" writes."""
-    table = {key: value for key, value in run_config.items() if key != "lora"} | {"tune": "full", "rounds": 1}
+    table = {key: value for key, value in run_config.items() if key != "lora"} | {
+        "tune": "full",
+        "rounds": 1,
+    }
     folder = Path(run_table(table, tmp_path / "run")["folder"]) / "model"
-    data = _write(tmp_path / "d.jsonl", [{"text": "The river carries the water of many small streams."}])
+    data = _write(
+        tmp_path / "d.jsonl", [{"text": "The river carries the water of many small streams."}]
+    )
     found = _evaluate(folder, "--data", data)
     assert found["base_model"] == str(tiny_model)
     whole = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
     weights = {name: whole.base.get(name) for name in whole.layout.names}
-    assert all(torch.equal(weights[name], tensor) for name, tensor in read_adapter_folder(folder).tensors.items())
-    assert found["data"]["adapter"]["loss"] != pytest.approx(found["data"]["base"]["loss"], rel=1e-3)
-    assert "tuned model" in CliRunner().invoke(app, ["evaluate", str(folder), "--data", str(data)]).stdout
+    assert all(
+        torch.equal(weights[name], tensor)
+        for name, tensor in read_adapter_folder(folder).tensors.items()
+    )
+    assert found["data"]["adapter"]["loss"] != pytest.approx(
+        found["data"]["base"]["loss"], rel=1e-3
+    )
+    assert (
+        "tuned model"
+        in CliRunner().invoke(app, ["evaluate", str(folder), "--data", str(data)]).stdout
+    )
     shutil.copytree(folder, tmp_path / "alone")
     assert _evaluate(tmp_path / "alone", "--data", data)["data"] == found["data"]
     (tmp_path / "alone" / "fluvial.json").unlink()  # a model as any other, whose base nothing names

@@ -1,4 +1,5 @@
-"""FedCyBGD as a whole: oracles, what a visit touches, the traps of the released code, failures, guards, export."""
+"""FedCyBGD as a whole: oracles, what a visit touches, the traps of the released code, failures,
+guards, export."""
 
 import json
 import math
@@ -30,7 +31,13 @@ from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.guards import AcceptConfig, Judge
 from fluvial.methods.fedcybgd.memory import Cache, Full, LowBit, Proxy, Sizes, visit_bytes
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.models.workbench import Workbench, initial_state, load_base, read_weights, tuned_parameters
+from fluvial.models.workbench import (
+    Workbench,
+    initial_state,
+    load_base,
+    read_weights,
+    tuned_parameters,
+)
 from fluvial.report.show import read_run
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -42,7 +49,9 @@ from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, add, cosine, moved, norm, scale, subtract
 from tests.oracle.test_fedcybgd_ledger import four_layers
 
-VISIT: Any = import_module("fluvial.methods.fedcybgd.visit")  # the package's attribute of that name is the task
+VISIT: Any = import_module(
+    "fluvial.methods.fedcybgd.visit"
+)  # the package's attribute of that name is the task
 SITES = "abcdefgh"
 LAYERS = 4
 VALUES = 9280
@@ -88,7 +97,8 @@ class Played:
 
 @dataclass
 class Stage:
-    """Runs on a model of four layers and up to eight sites of unequal size; what they share is loaded once."""
+    """Runs on a model of four layers and up to eight sites of unequal size; what they share is
+    loaded once."""
 
     model: Path
     text: Path
@@ -97,7 +107,9 @@ class Stage:
     read: dict[Any, SiteTexts] = field(default_factory=dict)
     played: int = 0
 
-    def table(self, sites: int = LAYERS, method: Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    def table(
+        self, sites: int = LAYERS, method: Mapping[str, Any] | None = None, **changes: Any
+    ) -> dict[str, Any]:
         """A configuration: `sites` of them, one step after another, nothing lost on the way up."""
         base: dict[str, Any] = {
             "seed": 1,
@@ -115,11 +127,15 @@ class Stage:
             "train": {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 4},
             "method": {"name": "fedcybgd", **(method or {})},
             "codec": {"name": "identity"},
-            "fleet": {"workers": 1, "max_update_growth": 1e9},  # what a guard does with a long step is looked at here
+            "fleet": {
+                "workers": 1,
+                "max_update_growth": 1e9,
+            },  # what a guard does with a long step is looked at here
             "evaluate": {"sample_tokens": 2},
         }
         base["train"] |= changes.pop("train", {})
         base["model"] |= changes.pop("model", {})
+
         return base | changes
 
     def bench(self, config: RunConfig) -> Workbench:
@@ -146,9 +162,13 @@ class Stage:
         after: Callable[[Path], None] | None = None,
         to: Literal["last round", "result"] = "last round",
     ) -> Played:
-        """All rounds of a run, or those that are left of the one in `folder`; `after` sees the folder each round."""
-        config, rounds, states = parse(table, "test"), list[dict[str, Any]](), list[Named]()
+        """All rounds of a run, or those that are left of the one in `folder`; `after` sees the
+        folder each round."""
+        config = parse(table, "test")
+        rounds = list[dict[str, Any]]()
+        states = list[Named]()
         folder = folder or self.folder()
+
         with RunFolder(folder) as opened:
             run = Run(config, opened, self.bench(config), self.texts(config))
             for event in run.events():
@@ -160,6 +180,7 @@ class Stage:
                     break
                 if after is not None:
                     after(folder)
+
         return Played(run, rounds, states, folder)
 
     def opened(self, table: dict[str, Any]) -> Run:
@@ -175,13 +196,15 @@ class Stage:
         """Held-out loss over all sites."""
         oracle = self.oracle(table)
         examples = [each for site in oracle.sites for each in oracle.texts.load(site).heldout]
+
         with oracle.bench.model(state) as model:
             return heldout(model, examples, pad_token_id=0).loss
 
 
 @dataclass
 class Oracle:
-    """Plain loops over the one training loop, on a whole model, with no message and no block beside the names."""
+    """Plain loops over the one training loop, on a whole model, with no message and no block beside
+    the names."""
 
     config: RunConfig
     bench: Workbench
@@ -197,15 +220,22 @@ class Oracle:
 
     def names(self, block: int) -> list[str]:
         """The tensors of a layer, or with -1 all."""
-        return [name for name in self.bench.layout.names if block < 0 or f".layers.{block}." in name]
+        return [
+            name for name in self.bench.layout.names if block < 0 or f".layers.{block}." in name
+        ]
 
     def samples(self, site: str) -> int:
         return len(self.texts.load(site).train)
 
-    def update(self, state: Named, block: int, round: int, site: str, *, rate: float = 1.0) -> Named:
-        """What `site` changes in a block, trained from `state`: what fp32 keeps of the difference."""
-        names, settings = self.names(block), self.config.train
+    def update(
+        self, state: Named, block: int, round: int, site: str, *, rate: float = 1.0
+    ) -> Named:
+        """What `site` changes in a block, trained from `state`: what fp32 keeps of the
+        difference."""
+        names = self.names(block)
+        settings = self.config.train
         start = self.bench.weights({name: state[name] for name in names})
+
         with self.bench.model(state, trainable=names) as model:
             report = train(
                 model,
@@ -215,26 +245,46 @@ class Oracle:
                 generator=generator(self.config.seed, "train", round, site),
                 start=start,
             )
+
         return subtract(report.weights, start)
 
     def cyclic(self, block: Callable[[int, int], int]) -> Named:
-        """Centralised block coordinate descent on the sites' data, in their order; `block(client, cycle)`."""
+        """Centralised block coordinate descent on the sites' data, in their order; `block(client,
+        cycle)`."""
         state = self.start
         for cycle in range(self.config.rounds):
             for client, site in enumerate(self.sites):
                 state = moved(state, self.update(state, block(client, cycle), cycle + 1, site))
+
         return state
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
     root = tmp_path_factory.mktemp("fedcybgd")
-    words = ("snow", "ice", "wind", "frost", "sun", "sand", "heat", "palm", "rain", "sea", "wave", "fog")
+    words = (
+        "snow",
+        "ice",
+        "wind",
+        "frost",
+        "sun",
+        "sand",
+        "heat",
+        "palm",
+        "rain",
+        "sea",
+        "wave",
+        "fog",
+    )
     lines = []
+
     for place, site in enumerate(SITES):
         for number in range(10 + 2 * place):
-            text = " ".join(words[(2 * place + number + shift) % 12] for shift in range(4 + number % 5))
+            text = " ".join(
+                words[(2 * place + number + shift) % 12] for shift in range(4 + number % 5)
+            )
             lines.append(json.dumps({"client": site, "text": f"{number} {text}"}))
+
     (root / "text.jsonl").write_text("\n".join(lines))
     return Stage(four_layers(root / "model"), root / "text.jsonl", root / "runs")
 
@@ -263,7 +313,9 @@ def answering(change: Callable[[Named], Named], liar: str, *, since: int = 1) ->
         if site.name != liar or message.value("round", int) < since:
             return cast(Payload, reply)
         codec = codec_of(site, message)
-        frame = codec.encode(change(codec.decode(payload_frame(reply))), round=message.value("round", int))
+        frame = codec.encode(
+            change(codec.decode(payload_frame(reply))), round=message.value("round", int)
+        )
         return frame_payload(frame, **reply.values)
 
     return visit
@@ -272,10 +324,12 @@ def answering(change: Callable[[Named], Named], liar: str, *, since: int = 1) ->
 def codec_of(site: Site, message: Payload, *, beside: int = 0) -> Codec:
     """The codec of the block that is trained, or of one beside it."""
     parts = partition(site.layout)
-    return build(site.codec, parts.blocks[(message.value("block", int) + beside) % len(parts)].layout)
+    return build(
+        site.codec, parts.blocks[(message.value("block", int) + beside) % len(parts)].layout
+    )
 
 
-# -- oracles ----------------------------------------------------------------------------------------------------------
+# -- oracles -------------------------------------------------------------------------------------
 
 
 def whole(_client: int, _cycle: int) -> int:
@@ -297,7 +351,8 @@ def latin(client: int, cycle: int) -> int:
 
 @pytest.mark.parametrize("form", ["full", "cache"])
 def test_one_site_with_one_block_is_ordinary_full_tuning(form: str, stage: Stage) -> None:
-    """One visit is one call of `train` on the model as transformers loads it; what fp32 keeps of the change is sent."""
+    """One visit is one call of `train` on the model as transformers loads it; what fp32 keeps of
+    the change is sent."""
     table = stage.table(1, {"order": "full", "download": {"form": form}}, rounds=1)
     oracle = stage.oracle(table)
     model = load_base(oracle.config.model).requires_grad_(True)
@@ -335,7 +390,8 @@ def test_a_whole_model_that_is_handed_on_is_tuned_by_one_site_after_the_other(st
 def test_sites_in_turn_are_centralised_cyclic_descent(
     block: Callable[[int, int], int], dtype: str, stage: Stage
 ) -> None:
-    """On the same data in the same order; more sites than blocks, so that a block is trained twice in a cycle.
+    """On the same data in the same order; more sites than blocks, so that a block is trained twice
+    in a cycle.
 
     In half precision the masters of a visit begin at what the server holds in fp32.
     """
@@ -344,10 +400,13 @@ def test_sites_in_turn_are_centralised_cyclic_descent(
 
 
 def test_the_centralised_twin_is_block_after_block_on_the_union(stage: Stage) -> None:
-    table = stage.table(3, rounds=2, train={"max_steps": 5}) | {"method": {"name": "central_cyclic"}}
+    table = stage.table(3, rounds=2, train={"max_steps": 5}) | {
+        "method": {"name": "central_cyclic"}
+    }
     del table["codec"]
     oracle = stage.oracle(table)
     state = oracle.start
+
     for cycle in (1, 2):
         for block in range(LAYERS):
             with oracle.bench.model(state, trainable=oracle.names(block)) as model:
@@ -360,13 +419,17 @@ def test_the_centralised_twin_is_block_after_block_on_the_union(stage: Stage) ->
                     steps=3 * 5 // LAYERS,
                 )
                 trained = read_weights(model)
+
             start = oracle.bench.weights({name: state[name] for name in oracle.names(block)})
             state = moved(state, subtract({name: trained[name] for name in start}, start))
+
     assert not differ(stage.play(table).state, state)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "extra"), [("float32", ["embeddings", "norm"]), ("bfloat16", [])], ids=["fp32 and extras", "bf16"]
+    ("dtype", "extra"),
+    [("float32", ["embeddings", "norm"]), ("bfloat16", [])],
+    ids=["fp32 and extras", "bf16"],
 )
 def test_all_exact_forms_are_the_full_download(dtype: str, extra: list[str], stage: Stage) -> None:
     settings: dict[str, Any] = {"model": {"dtype": dtype}, "train": ONCE}
@@ -375,9 +438,12 @@ def test_all_exact_forms_are_the_full_download(dtype: str, extra: list[str], sta
         for form in ("full", *EXACT)
     )
     assert len(full.parts) == LAYERS + len(extra)
+
     for form, other in zip(EXACT, others, strict=True):
         assert not differ(other.state, full.state), form
-        assert [record["loss"] for record in other.rounds] == [record["loss"] for record in full.rounds]
+        assert [record["loss"] for record in other.rounds] == [
+            record["loss"] for record in full.rounds
+        ]
 
 
 @pytest.mark.parametrize(
@@ -389,11 +455,15 @@ def test_all_exact_forms_are_the_full_download(dtype: str, extra: list[str], sta
     ],
     ids=lambda codec: codec["name"],
 )
-def test_a_replay_of_coded_updates_is_the_full_download(codec: dict[str, Any], stage: Stage) -> None:
-    """Both ends decode the same frames, so nothing drifts; with damping and means, which are part of a commit."""
+def test_a_replay_of_coded_updates_is_the_full_download(
+    codec: dict[str, Any], stage: Stage
+) -> None:
+    """Both ends decode the same frames, so nothing drifts; with damping and means, which are part
+    of a commit."""
     method = {"order": "pairs", "damping": 0.7}
     full, cache = (
-        stage.play(stage.table(5, {**method, **FORMS[form]}, codec=codec, train=ONCE)) for form in ("full", "cache")
+        stage.play(stage.table(5, {**method, **FORMS[form]}, codec=codec, train=ONCE))
+        for form in ("full", "cache")
     )
     assert not differ(cache.state, full.state)
     down = [sum(record["bytes_down"] for record in played.rounds) for played in (full, cache)]
@@ -411,16 +481,23 @@ def test_a_replay_of_coded_updates_is_the_full_download(codec: dict[str, Any], s
 def test_visits_of_a_group_start_from_the_same_model(
     parallel: int, groups: Sequence[Sequence[int]], stage: Stage
 ) -> None:
-    """Jacobi within a group, Gauss-Seidel between groups; eight sites and four blocks, so a cycle has two sweeps."""
+    """Jacobi within a group, Gauss-Seidel between groups; eight sites and four blocks, so a cycle
+    has two sweeps."""
     table = stage.table(8, {"parallel": parallel}, rounds=1)
     oracle = stage.oracle(table)
     state = oracle.start
+
     for group in groups:
-        for update in [oracle.update(state, client % LAYERS, 1, oracle.sites[client]) for client in group]:
+        for update in [
+            oracle.update(state, client % LAYERS, 1, oracle.sites[client]) for client in group
+        ]:
             state = moved(state, update)
+
     assert not differ(stage.play(table).state, state)
     if parallel > 1:
-        assert differ(state, oracle.cyclic(ascending)) == set().union(*(oracle.names(block) for block in range(LAYERS)))
+        assert differ(state, oracle.cyclic(ascending)) == set().union(
+            *(oracle.names(block) for block in range(LAYERS))
+        )
 
 
 @pytest.mark.parametrize(
@@ -435,16 +512,22 @@ def test_visits_of_a_group_start_from_the_same_model(
 def test_sites_of_one_block_are_merged_as_asked(
     method: dict[str, Any], weights: tuple[int, int] | None, resolved: str, stage: Stage
 ) -> None:
-    """FedBAvg: sites k and D + k train block k from the same state, and the server takes their mean, or the last."""
+    """FedBAvg: sites k and D + k train block k from the same state, and the server takes their
+    mean, or the last."""
     table = stage.table(8, method, rounds=1)
     oracle = stage.oracle(table)
     state = oracle.start
+
     for block in range(LAYERS):
         pair = [oracle.sites[block], oracle.sites[block + LAYERS]]
         first, second = (oracle.update(state, block, 1, site) for site in pair)
         a, b = weights or [oracle.samples(site) for site in pair]
-        mean = {name: ((a * first[name].double() + b * second[name].double()) / (a + b)).float() for name in first}
+        mean = {
+            name: ((a * first[name].double() + b * second[name].double()) / (a + b)).float()
+            for name in first
+        }
         state = moved(state, mean)
+
     played = stage.play(table)
     assert not differ(played.state, state)
     assert [row["resolved"] for row in played.rounds[0]["conflicts"]] == [resolved] * LAYERS
@@ -454,13 +537,15 @@ def test_a_damped_server_moves_by_a_share(stage: Stage) -> None:
     table = stage.table(4, {"damping": 0.25})
     oracle = stage.oracle(table)
     state = oracle.start
+
     for cycle in (1, 2):
         for client, site in enumerate(oracle.sites):
             state = moved(state, scale(oracle.update(state, client % LAYERS, cycle, site), 0.25))
+
     assert not differ(stage.play(table).state, state)
 
 
-# -- an adapter instead of all weights --------------------------------------------------------------------------------
+# -- an adapter instead of all weights -----------------------------------------------------------
 
 LORA: dict[str, Any] = {"tune": "lora", "lora": {"r": 4}}
 
@@ -475,15 +560,23 @@ def test_blocks_of_factors_are_trained_in_turn_and_the_model_improves(stage: Sta
 
 def test_exact_forms_of_an_adapter_agree(stage: Stage) -> None:
     codec = {"name": "int8", "error_feedback": True}
-    full, cache = (stage.play(stage.table(5, FORMS[form], codec=codec, **LORA)) for form in ("full", "cache"))
+    full, cache = (
+        stage.play(stage.table(5, FORMS[form], codec=codec, **LORA)) for form in ("full", "cache")
+    )
     assert not differ(full.state, cache.state)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_a_visit_changes_only_its_blocks_factors(checkpointing: bool, stage: Stage, watch: "list[Seen]") -> None:
+def test_a_visit_changes_only_its_blocks_factors(
+    checkpointing: bool, stage: Stage, watch: "list[Seen]"
+) -> None:
     stage.play(stage.table(4, rounds=1, train={"gradient_checkpointing": checkpointing}, **LORA))
     for client, seen in enumerate(watch):
-        factors = {name for name in seen.names if f".layers.{client % LAYERS}." in name and ".lora_" in name}
+        factors = {
+            name
+            for name in seen.names
+            if f".layers.{client % LAYERS}." in name and ".lora_" in name
+        }
         assert len(factors) == 8
         assert seen.trained == factors
         assert {name for name in factors if ".lora_B." in name} <= seen.changed <= factors
@@ -491,12 +584,16 @@ def test_a_visit_changes_only_its_blocks_factors(checkpointing: bool, stage: Sta
 
 
 @pytest.mark.parametrize("form", ["proxy", "cache, disk"])
-def test_the_base_of_an_adapter_is_there_and_in_memory(form: str, stage: Stage, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="form='proxy'.*tune = 'full'|hold='disk': without effect"):
+def test_the_base_of_an_adapter_is_there_and_in_memory(
+    form: str, stage: Stage, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match="form='proxy'.*tune = 'full'|hold='disk': without effect"
+    ):
         next(iter(execute(parse(stage.table(4, FORMS[form], **LORA), "test"), tmp_path)))
 
 
-# -- what a visit touches ---------------------------------------------------------------------------------------------
+# -- what a visit touches ------------------------------------------------------------------------
 
 
 @dataclass
@@ -536,11 +633,16 @@ def everything(model: nn.Module) -> Named:
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Every visit from here on."""
     visits: list[Seen] = []
-    make, take = training._optimizer, training._step
+    make = training._optimizer
+    take = training._step
 
-    def watched(model: nn.Module, examples: Sequence[Example], config: TrainConfig, **rest: Any) -> Any:
+    def watched(
+        model: nn.Module, examples: Sequence[Example], config: TrainConfig, **rest: Any
+    ) -> Any:
         before = everything(model)
-        trained = {name for name, parameter in tuned_parameters(model).items() if parameter.requires_grad}
+        trained = {
+            name for name, parameter in tuned_parameters(model).items() if parameter.requires_grad
+        }
         seen = Seen(model, set(before), trained, before=before)
         visits.append(seen)
 
@@ -552,9 +654,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
             return hook
 
         stack = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
-        places = {"embeddings": cast(Any, model).get_input_embeddings(), **dict(stack.named_children())}
+        places = {
+            "embeddings": cast(Any, model).get_input_embeddings(),
+            **dict(stack.named_children()),
+        }
         hooks = [module.register_forward_hook(note(place)) for place, module in places.items()]
         report = train(model, examples, config, **rest)
+
         for hook in hooks:
             hook.remove()
         seen.steps = report.steps
@@ -568,13 +674,16 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 
     def step(optimizer: torch.optim.Optimizer, trained: Any, masters: Any) -> None:
         seen = visits[-1]
-        seen.graded.append({name for name, each in seen.model.named_parameters() if each.grad is not None})
+        seen.graded.append(
+            {name for name, each in seen.model.named_parameters() if each.grad is not None}
+        )
         seen.rates += {group["lr"] for group in optimizer.param_groups}
         take(optimizer, trained, masters)
 
     monkeypatch.setattr(VISIT, "train", watched)
     monkeypatch.setattr(training, "_optimizer", optimizer)
     monkeypatch.setattr(training, "_step", step)
+
     return visits
 
 
@@ -586,10 +695,16 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
 def test_a_visit_trains_its_block_and_touches_nothing_else(
     form: str, checkpointing: bool, stage: Stage, watch: list[Seen]
 ) -> None:
-    """No other tensor changes or has a gradient or optimizer state, and below the block there is no graph at all."""
-    table = stage.table(rounds=1, method=FORMS[form], train={"max_steps": 2, "gradient_checkpointing": checkpointing})
+    """No other tensor changes or has a gradient or optimizer state, and below the block there is no
+    graph at all."""
+    table = stage.table(
+        rounds=1,
+        method=FORMS[form],
+        train={"max_steps": 2, "gradient_checkpointing": checkpointing},
+    )
     parts = stage.play(table).parts
     assert len(watch) == LAYERS
+
     for block, seen in enumerate(watch):
         names = set(parts.blocks[block].layout.names)
         assert seen.trained == seen.changed == names
@@ -602,43 +717,67 @@ def test_a_visit_trains_its_block_and_touches_nothing_else(
         assert sum(state["exp_avg_sq"].numel() for state in held) == parts.blocks[block].numel
 
 
-def test_a_block_of_two_layers_and_extra_blocks_touch_nothing_else(stage: Stage, watch: list[Seen]) -> None:
-    """The tied embeddings are trained alone, at both ends of the model; the final norm needs no graph in any layer."""
-    table = stage.table(4, {"layers_per_block": 2, "extra": ["embeddings", "norm"]}, rounds=1, train={"max_steps": 2})
+def test_a_block_of_two_layers_and_extra_blocks_touch_nothing_else(
+    stage: Stage, watch: list[Seen]
+) -> None:
+    """The tied embeddings are trained alone, at both ends of the model; the final norm needs no
+    graph in any layer."""
+    table = stage.table(
+        4,
+        {"layers_per_block": 2, "extra": ["embeddings", "norm"]},
+        rounds=1,
+        train={"max_steps": 2},
+    )
     parts = stage.play(table).parts
-    assert [block.name for block in parts.blocks] == ["layers 0 to 1", "layers 2 to 3", "embeddings", "norm"]
+    assert [block.name for block in parts.blocks] == [
+        "layers 0 to 1",
+        "layers 2 to 3",
+        "embeddings",
+        "norm",
+    ]
+
     for block, seen in enumerate(watch):
         names = set(parts.blocks[block].layout.names)
         assert seen.trained == seen.changed == names
         assert seen.graded == [names] * 2
+
     assert watch[1].graphs == graphs_from(2)
     assert set.union(*watch[2].graphs.values()) == {True}
     assert set.union(*watch[3].graphs.values()) == {False}
 
 
-# -- traps of the released code ---------------------------------------------------------------------------------------
+# -- traps of the released code ------------------------------------------------------------------
 
 
-def test_the_optimizer_lives_as_long_as_the_visit_and_no_longer(stage: Stage, watch: list[Seen]) -> None:
-    """`switch_block_every = -1` and `x % -1 == 0` cleared Adam's state at every step of the released code."""
+def test_the_optimizer_lives_as_long_as_the_visit_and_no_longer(
+    stage: Stage, watch: list[Seen]
+) -> None:
+    """`switch_block_every = -1` and `x % -1 == 0` cleared Adam's state at every step of the
+    released code."""
     stage.play(stage.table(2, train={"max_steps": 7}))
     assert len(watch) == 4
+
     for seen in watch:
         assert seen.steps == 7
         (optimizer,) = seen.optimizers
-        assert [float(state["step"]) for state in optimizer.state.values()] == [7.0] * len(seen.trained)
+        assert [float(state["step"]) for state in optimizer.state.values()] == [7.0] * len(
+            seen.trained
+        )
+
     assert len({id(seen.optimizers[0]) for seen in watch}) == len(watch)
 
 
 def test_adam_is_more_than_the_sign_of_the_gradient(stage: Stage) -> None:
-    """Without moments a step is +-lr, so after five the way is an odd multiple of lr; with them it hardly ever is."""
+    """Without moments a step is +-lr, so after five the way is an odd multiple of lr; with them it
+    hardly ever is."""
     rate = 1e-3
     settings = {"learning_rate": rate, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     table = stage.table(1, rounds=1, train={**settings, "max_steps": 5})
     oracle = stage.oracle(table)
 
     def on_the_grid(update: Named) -> float:
-        """The share of values that are an odd multiple of the rate, within 2 %; fp32 keeps the way to 1e-4 of it."""
+        """The share of values that are an odd multiple of the rate, within 2 %; fp32 keeps the way
+        to 1e-4 of it."""
         values = torch.cat([tensor.flatten() for tensor in update.values()]) / rate
         return float((((values - 1) / 2 - ((values - 1) / 2).round()).abs() < 0.01).float().mean())
 
@@ -646,6 +785,7 @@ def test_adam_is_more_than_the_sign_of_the_gradient(stage: Stage) -> None:
     for _ in range(5):  # the trap: a fresh optimizer for every step
         table["train"]["max_steps"] = 1
         state = moved(state, stage.oracle(table).update(state, 0, 1, oracle.sites[0]))
+
     assert on_the_grid({name: state[name] for name in oracle.names(0)}) > 0.98
     table["train"]["max_steps"] = 5
     played = stage.play(table).state
@@ -656,12 +796,15 @@ def test_nothing_decays_unless_asked(stage: Stage, watch: list[Seen]) -> None:
     """torch's AdamW takes 0.01 by itself, norms and biases included."""
     stage.play(stage.table(1, rounds=1))
     stage.play(stage.table(1, rounds=1, train={"weight_decay": 0.03}))
-    decays = [{group["weight_decay"] for group in seen.optimizers[0].param_groups} for seen in watch]
+    decays = [
+        {group["weight_decay"] for group in seen.optimizers[0].param_groups} for seen in watch
+    ]
     assert decays == [{0.0}, {0.03}]
 
 
 class Tilted(nn.Module):
-    """One weight, whose gradient is -1 wherever it is: the label's logit lies 30 below the other one."""
+    """One weight, whose gradient is -1 wherever it is: the label's logit lies 30 below the other
+    one."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -672,11 +815,17 @@ class Tilted(nn.Module):
         return SimpleNamespace(logits=logits.expand(*input_ids.shape, 2))
 
 
-def small_steps(dtype: torch.dtype, optim: str, *, steps: int, start: Named | None = None) -> tuple[float, float]:
+def small_steps(
+    dtype: torch.dtype, optim: str, *, steps: int, start: Named | None = None
+) -> tuple[float, float]:
     """The way of the master and of the weight in so many steps of 1e-6."""
     model = Tilted(dtype)
     before = model.weight.item() if start is None else start["weight"].item()
-    settings: dict[str, Any] = {"optim": optim, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    settings: dict[str, Any] = {
+        "optim": optim,
+        "learning_rate": 1e-6,
+        "lr_scheduler_type": "constant",
+    }
     report = train(
         model,
         [Example([0, 0], [0, 0])],
@@ -686,6 +835,7 @@ def small_steps(dtype: torch.dtype, optim: str, *, steps: int, start: Named | No
         steps=steps,
         start=start,
     )
+
     return report.weights["weight"].item() - before, model.weight.item() - before
 
 
@@ -697,21 +847,27 @@ def small_steps(dtype: torch.dtype, optim: str, *, steps: int, start: Named | No
 def test_a_thousand_small_steps_move_a_half_precision_weight(
     dtype: torch.dtype, optim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of 1e-6 is under half of what fp16 (1.5e-5) and bf16 (1.2e-4) resolve at 0.02; the sum of 1e-3 is not.
+    """A step of 1e-6 is under half of what fp16 (1.5e-5) and bf16 (1.2e-4) resolve at 0.02; the sum
+    of 1e-3 is not.
 
     fp32 resolves 1.9e-9 there, which 1,000 times is up to 0.1 % of the way.
     """
     master, weight = small_steps(dtype, optim, steps=1000, start={"weight": torch.tensor([0.02])})
     assert master == pytest.approx(1e-3, rel=2e-3)
     assert weight == pytest.approx(1e-3, abs=torch.finfo(dtype).eps * 0.02)
-    assert small_steps(dtype, optim, steps=20)[0] == pytest.approx(2e-5, rel=2e-3), "from the weight as it is"
+    assert small_steps(dtype, optim, steps=20)[0] == pytest.approx(2e-5, rel=2e-3), (
+        "from the weight as it is"
+    )
     monkeypatch.setattr(training, "_masters", lambda trained, _start: dict(trained))  # the trap
     assert small_steps(dtype, optim, steps=50)[1] == 0
 
 
 def test_a_visit_to_a_half_precision_model_sends_what_fp32_knows(stage: Stage) -> None:
-    """Steps of 1e-6, the released rate: nearly all weights move at the server, and in bf16 nearly none would."""
-    table = stage.table(rounds=1, model={"dtype": "bfloat16"}, train={"learning_rate": 1e-6, "max_steps": 10})
+    """Steps of 1e-6, the released rate: nearly all weights move at the server, and in bf16 nearly
+    none would."""
+    table = stage.table(
+        rounds=1, model={"dtype": "bfloat16"}, train={"learning_rate": 1e-6, "max_steps": 10}
+    )
     played = stage.play(table)
     bench = played.run.bench
     names = [name for block in played.parts.blocks for name in block.layout.names]
@@ -747,11 +903,15 @@ def test_every_visit_has_a_schedule_of_its_own(kind: str, stage: Stage, watch: l
     table = stage.table(2, train=settings)
     stage.play(table)
     config = parse(table, "test").train
+
     for seen in watch:
-        assert seen.rates == [config.learning_rate * learning_rate_share(step, 8, config) for step in range(8)]
+        assert seen.rates == [
+            config.learning_rate * learning_rate_share(step, 8, config) for step in range(8)
+        ]
         assert seen.rates[1] == max(seen.rates)
         assert seen.rates[2:] == sorted(seen.rates[2:], reverse=True)
         assert seen.rates[-1] > 0
+
     if kind == "cosine":  # the trap
         assert learning_rate_share(14, 8, config) == pytest.approx(1)
 
@@ -763,30 +923,41 @@ def test_the_rate_may_fall_over_the_cycles(stage: Stage, watch: list[Seen]) -> N
     assert first == pytest.approx([1, 1, 0.75, 0.75, 0.25, 0.25])
     oracle = stage.oracle(table)
     state = oracle.start
+
     for cycle in range(3):
         for client, site in enumerate(oracle.sites):
             rate = 0.5 * (1 + math.cos(math.pi * cycle / 3))
             state = moved(state, oracle.update(state, client, cycle + 1, site, rate=rate))
+
     assert not differ(played.state, state)
 
 
 def test_the_last_writer_does_not_win(stage: Stage) -> None:
-    """Sites k and D + k both train block k; it ends with what both found, and the log says how far they agreed."""
+    """Sites k and D + k both train block k; it ends with what both found, and the log says how far
+    they agreed."""
     table = stage.table(2 * LAYERS, rounds=1)
-    oracle, played = stage.oracle(table), stage.play(table)
-    state, updates = oracle.start, list[Named]()
+    oracle = stage.oracle(table)
+    played = stage.play(table)
+    state = oracle.start
+    updates = list[Named]()
+
     for client, site in enumerate(oracle.sites):
         updates.append(oracle.update(state, client % LAYERS, 1, site))
         state = moved(state, updates[-1])
+
     for block in range(LAYERS):
-        first, second = updates[block], updates[block + LAYERS]
+        first = updates[block]
+        second = updates[block + LAYERS]
         assert min(norm(first), norm(second)) > 0
         assert not differ({name: played.state[name] for name in first}, add(first, second))
+
     assert played.rounds[0]["conflicts"] == [
         {
             "block": f"layer {block}",
             "sites": [oracle.sites[block], oracle.sites[block + LAYERS]],
-            "cosine": pytest.approx(cosine(updates[block], updates[block + LAYERS]), rel=1e-12),  # another order
+            "cosine": pytest.approx(
+                cosine(updates[block], updates[block + LAYERS]), rel=1e-12
+            ),  # another order
             "resolved": "one after the other",
         }
         for block in range(LAYERS)
@@ -799,19 +970,35 @@ def test_the_last_writer_does_not_win(stage: Stage) -> None:
         *[({"layers_per_block": wrong}, "layers_per_block") for wrong in (-1, 0)],
         *[({"parallel": wrong}, "parallel") for wrong in (-1, 0)],
         *[({"damping": wrong}, "damping") for wrong in (-1, 0, 1.5)],
-        *[({"download": {"form": "stale-subset", "share": wrong}}, "share") for wrong in (-1, 0, 1.01, 2)],
-        *[({"download": {"form": "proxy", "kept": wrong, "drop": 0}}, "kept") for wrong in (-1, 0, 1.5)],
-        *[({"download": {"form": "proxy", "kept": 0.1, "drop": wrong}}, "drop") for wrong in (-1, 1)],
+        *[
+            ({"download": {"form": "stale-subset", "share": wrong}}, "share")
+            for wrong in (-1, 0, 1.01, 2)
+        ],
+        *[
+            ({"download": {"form": "proxy", "kept": wrong, "drop": 0}}, "kept")
+            for wrong in (-1, 0, 1.5)
+        ],
+        *[
+            ({"download": {"form": "proxy", "kept": 0.1, "drop": wrong}}, "drop")
+            for wrong in (-1, 1)
+        ],
         *[({"download": {"form": "proxy", "multiple": wrong}}, "multiple") for wrong in (-1, 0)],
         *[({"accept": {"on": "public loss", "halvings": wrong}}, "halvings") for wrong in (-1, 9)],
         *[({"accept": {"on": "public loss", "examples": wrong}}, "examples") for wrong in (-1, 0)],
-        *[({"download": {"form": "low-bit"}, "gate": {"threshold": wrong}}, "threshold") for wrong in (-1, 1)],
-        *[({"download": {"form": "low-bit"}, "gate": {"examples": wrong}}, "examples") for wrong in (-1, 0)],
+        *[
+            ({"download": {"form": "low-bit"}, "gate": {"threshold": wrong}}, "threshold")
+            for wrong in (-1, 1)
+        ],
+        *[
+            ({"download": {"form": "low-bit"}, "gate": {"examples": wrong}}, "examples")
+            for wrong in (-1, 0)
+        ],
     ],
     ids=str,
 )
 def test_no_number_means_switched_off(method: dict[str, Any], named: str, stage: Stage) -> None:
-    """The released code's -1 was meant to say "never", and x % -1 == 0 said "always"; a share of -1 crashed."""
+    """The released code's -1 was meant to say "never", and x % -1 == 0 said "always"; a share of -1
+    crashed."""
     with pytest.raises(ConfigError, match=rf"method\.\S*{named} = "):
         parse(stage.table(method=method), "test")
 
@@ -835,7 +1022,7 @@ def test_settings_without_effect_are_refused(method: dict[str, Any], stage: Stag
         parse(stage.table(method=method), "test")
 
 
-# -- bytes ------------------------------------------------------------------------------------------------------------
+# -- bytes ---------------------------------------------------------------------------------------
 
 
 def sent(played: Played, way: str, round: int = -1) -> list[int]:
@@ -846,7 +1033,11 @@ def sent(played: Played, way: str, round: int = -1) -> list[int]:
     ("codec", "least", "most"),
     [
         ({"name": "identity"}, 4 * VALUES, 4 * VALUES),
-        ({"name": "int8"}, VALUES + VALUES // 32, VALUES + VALUES // 32 + 4),  # a scale for 64; norms have but 32
+        (
+            {"name": "int8"},
+            VALUES + VALUES // 32,
+            VALUES + VALUES // 32 + 4,
+        ),  # a scale for 64; norms have but 32
         ({"name": "hadamard", "rate": 32}, 4 * VALUES / 32 * 0.9 - 12, 4 * VALUES / 32 - 12),
     ],
     ids=lambda each: each["name"] if isinstance(each, dict) else "",
@@ -857,13 +1048,16 @@ def test_a_visit_sends_its_block_and_an_envelope(
     played = stage.play(stage.table(4, codec=codec))
     assert {block.numel for block in played.parts.blocks} == {VALUES}
     for record in played.rounds:
-        for visit, up in zip(record["visits"], sent(played, "up", record["round"] - 1), strict=True):
+        for visit, up in zip(
+            record["visits"], sent(played, "up", record["round"] - 1), strict=True
+        ):
             assert least + 12 <= visit["bytes"] <= most + 12
             assert visit["bytes"] < up < visit["bytes"] + 100, "visit, loss and sample count"
 
 
 def test_downloads_are_what_the_formulas_say(stage: Stage) -> None:
-    """In the second cycle, by when all blocks have moved once; a tensor adds a header, a commit a line of JSON."""
+    """In the second cycle, by when all blocks have moved once; a tensor adds a header, a commit a
+    line of JSON."""
     for form, formula, tensors in (
         ("full", Full(), 9 * LAYERS + 2),
         ("proxy", Proxy(0.6), 9 * LAYERS + 2),
@@ -876,21 +1070,29 @@ def test_downloads_are_what_the_formulas_say(stage: Stage) -> None:
             assert 0.99 * expected < down < 1.01 * expected + 120 * tensors + 300, form
 
 
-# -- sites that forget, lie, fail or are late -------------------------------------------------------------------------
+# -- sites that forget, lie, fail or are late ----------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["cache", "cache, disk", "low-bit, disk"])
-def test_a_site_that_lost_what_it_kept_is_sent_everything_and_nothing_else_changes(form: str, stage: Stage) -> None:
+def test_a_site_that_lost_what_it_kept_is_sent_everything_and_nothing_else_changes(
+    form: str, stage: Stage
+) -> None:
     table = stage.table(4, {"order": "latin", **FORMS[form]}, codec={"name": "int8"}, train=ONCE)
     victim = stage.oracle(table).sites[1]
 
     def wipe(folder: Path) -> None:
         shutil.rmtree(folder / "sites" / victim)
 
-    undisturbed, forgetful = stage.play(table), stage.play(table, after=wipe)
+    undisturbed = stage.play(table)
+    forgetful = stage.play(table, after=wipe)
     assert not differ(forgetful.state, undisturbed.state)
     before, after = (sent(each, "down") for each in (undisturbed, forgetful))
-    assert [more > less for less, more in zip(before, after, strict=True)] == [False, True, False, False]
+    assert [more > less for less, more in zip(before, after, strict=True)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_every_site_may_lose_everything(stage: Stage) -> None:
@@ -980,27 +1182,38 @@ def test_an_answer_that_lies_is_a_failure_of_its_site(
     (record,) = played.rounds
     assert [row["site"] for row in record["missing"]] == [liar]
     assert "WireError" in record["missing"][0]["reason"]
-    assert [row["site"] for row in record["visits"]] == [site for site in oracle.sites if site != liar]
+    assert [row["site"] for row in record["visits"]] == [
+        site for site in oracle.sites if site != liar
+    ]
     state = oracle.start
+
     for client, site in enumerate(oracle.sites):
         if site != liar:
             state = moved(state, oracle.update(state, client, 1, site))
+
     assert not differ(played.state, state)
     assert played.server.ledger.versions == [1, 1, 0, 1]
 
 
 def test_nobody_answers_for_another_site(stage: Stage, task: Callable[[Task], None]) -> None:
-    """Two sites of one block are asked together, and the first sends its update under the second's visit."""
+    """Two sites of one block are asked together, and the first sends its update under the second's
+    visit."""
     table = stage.table(8, {"order": "pairs"}, rounds=1, train=ONCE)
     oracle = stage.oracle(table)
 
     def visit(site: Site, message: Payload) -> Payload:
         reply = cast(Payload, VISIT.visit(site, message))
-        return reply if site.name != oracle.sites[0] else Payload(reply.tensors, {**reply.values, "visit": "1/4"})
+        return (
+            reply
+            if site.name != oracle.sites[0]
+            else Payload(reply.tensors, {**reply.values, "visit": "1/4"})
+        )
 
     task(visit)
     played = stage.play(table)
-    assert [row["site"] for row in played.rounds[0]["visits"] if row["block"] == "layer 0"] == [oracle.sites[4]]
+    assert [row["site"] for row in played.rounds[0]["visits"] if row["block"] == "layer 0"] == [
+        oracle.sites[4]
+    ]
     update = oracle.update(oracle.start, 0, 1, oracle.sites[4])
     assert not differ({name: played.state[name] for name in update}, update)
 
@@ -1020,21 +1233,34 @@ def test_a_site_takes_no_nonsense(wrong: dict[str, Any], stage: Stage) -> None:
     server = cast(FedCyBgdServer, run.server)
     message = server.sender.message(run.fleet.sites[0], 0, "1/0", server._values(1) | wrong)
     message = Payload(message.tensors, {**message.values, **wrong})
+
     with pytest.raises(ClientError, match="WireError at fluvial/"):
-        list(run.fleet.ask("visit", {run.fleet.sites[0]: message}, round=1, read=lambda reply: reply))
+        list(
+            run.fleet.ask("visit", {run.fleet.sites[0]: message}, round=1, read=lambda reply: reply)
+        )
 
 
-def test_a_dead_site_is_named_and_the_cycle_goes_on(stage: Stage, task: Callable[[Task], None]) -> None:
+def test_a_dead_site_is_named_and_the_cycle_goes_on(
+    stage: Stage, task: Callable[[Task], None]
+) -> None:
     """A cache goes on too: the blocks that others train in between reach everybody who lives."""
-    table = stage.table(4, rounds=3, codec={"name": "int8"}, train=ONCE, fleet={"workers": 1, "on_failure": "skip"})
+    table = stage.table(
+        4, rounds=3, codec={"name": "int8"}, train=ONCE, fleet={"workers": 1, "on_failure": "skip"}
+    )
     dead = stage.oracle(table).sites[1]
     task(dying(lambda name, round: name == dead and round == 2))
     cache = stage.play(table)
     full = stage.play(table | {"method": {"name": "fedcybgd", **FORMS["full"]}})
+
     for played in (cache, full):
-        assert [[row["site"] for row in record["missing"]] for record in played.rounds] == [[], [dead], []]
+        assert [[row["site"] for row in record["missing"]] for record in played.rounds] == [
+            [],
+            [dead],
+            [],
+        ]
         assert [record["sites"] for record in played.rounds] == [4, 3, 4]
         assert played.server.ledger.versions == [3, 2, 3, 3]
+
     assert not differ(cache.state, full.state)
 
 
@@ -1059,6 +1285,7 @@ def test_the_quorum_is_of_the_cycle_and_not_of_a_group(
     table = stage.table(4, rounds=1, fleet=fleet)
     dead = stage.oracle(table).sites[0]
     task(dying(lambda name, _round: name == dead))
+
     if quorum == 0.75:
         assert stage.play(table).rounds[0]["sites"] == 3
     else:
@@ -1066,7 +1293,9 @@ def test_the_quorum_is_of_the_cycle_and_not_of_a_group(
             stage.play(table)
 
 
-def test_without_a_policy_a_dead_site_stops_the_run(stage: Stage, task: Callable[[Task], None]) -> None:
+def test_without_a_policy_a_dead_site_stops_the_run(
+    stage: Stage, task: Callable[[Task], None]
+) -> None:
     table = stage.table(4)
     task(dying(lambda name, _round: name == stage.oracle(table).sites[3]))
     with pytest.raises(ClientError, match="RuntimeError at fluvial/") as caught:
@@ -1081,11 +1310,15 @@ def test_nobody_answers(stage: Stage, task: Callable[[Task], None]) -> None:
         stage.play(stage.table(4, fleet={"workers": 1, "on_failure": "skip"}))
 
 
-def test_a_site_that_answers_when_asked_again_leaves_no_trace(stage: Stage, task: Callable[[Task], None]) -> None:
-    """Not in the model, and not in what error feedback keeps, which is kept when an answer is accepted."""
+def test_a_site_that_answers_when_asked_again_leaves_no_trace(
+    stage: Stage, task: Callable[[Task], None]
+) -> None:
+    """Not in the model, and not in what error feedback keeps, which is kept when an answer is
+    accepted."""
     codec = {"name": "int4", "error_feedback": True}
     table = stage.table(4, codec=codec, train=ONCE, fleet={"workers": 1, "on_failure": "retry"})
-    undisturbed, tried = stage.play(table), set[Any]()
+    undisturbed = stage.play(table)
+    tried = set[Any]()
 
     def first_time(*attempt: Any) -> bool:
         known = attempt in tried
@@ -1098,10 +1331,13 @@ def test_a_site_that_answers_when_asked_again_leaves_no_trace(stage: Stage, task
     assert not differ(again.state, undisturbed.state)
 
 
-def test_a_straggler_is_left_behind_at_its_deadline(stage: Stage, task: Callable[[Task], None]) -> None:
+def test_a_straggler_is_left_behind_at_its_deadline(
+    stage: Stage, task: Callable[[Task], None]
+) -> None:
     fleet = {"workers": 4, "on_failure": "skip", "deadline_s": 8.0}  # long, for a busy machine
     table = stage.table(4, {"parallel": 4}, rounds=1, fleet=fleet)
-    slow, over = stage.oracle(table).sites[1], threading.Event()
+    slow = stage.oracle(table).sites[1]
+    over = threading.Event()
 
     def visit(site: Site, message: Payload) -> Payload:
         if site.name == slow:
@@ -1118,10 +1354,12 @@ def test_a_straggler_is_left_behind_at_its_deadline(stage: Stage, task: Callable
     assert 8 < record["seconds"] < 60
 
 
-# -- counted once, and not twice after a crash ------------------------------------------------------------------------
+# -- counted once, and not twice after a crash ---------------------------------------------------
 
 
-def test_an_answer_that_comes_twice_counts_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_twice_counts_once(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     methods: list[dict[str, Any]] = [{}, {"order": "pairs", "parallel": 2}]
     tables = [stage.table(5, method, codec={"name": "int8"}, train=ONCE) for method in methods]
     undisturbed = [stage.play(table) for table in tables]
@@ -1152,16 +1390,23 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("form", "committed"), [("cache", True), ("low-bit, disk", False)], ids=["after a commit", "before it"]
+    ("form", "committed"),
+    [("cache", True), ("low-bit, disk", False)],
+    ids=["after a commit", "before it"],
 )
 def test_a_run_that_was_killed_within_a_cycle_goes_on_as_if_nothing_had_been(
     form: str, committed: bool, stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codec = {"name": "int4", "error_feedback": True}
     table = stage.table(4, {"order": "latin", **FORMS[form]}, codec=codec, train=ONCE)
-    straight, folder, ask, answers = stage.play(table), stage.folder(), LocalFleet.ask, 0
+    straight = stage.play(table)
+    folder = stage.folder()
+    ask = LocalFleet.ask
+    answers = 0
 
-    def dies(self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any) -> Iterator[Any]:
+    def dies(
+        self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any
+    ) -> Iterator[Any]:
         nonlocal answers
         if answers == 4 + 3 and committed:
             raise Killed
@@ -1175,15 +1420,20 @@ def test_a_run_that_was_killed_within_a_cycle_goes_on_as_if_nothing_had_been(
         patch.setattr(LocalFleet, "ask", dies)
         with pytest.raises(Killed):
             stage.play(table, folder)
+
     resumed = stage.play(table, folder)
     assert [record["round"] for record in resumed.rounds] == [2]
     assert not differ(resumed.state, straight.state)
     assert resumed.server.state().to_bytes() == straight.server.state().to_bytes()
-    assert [sent(resumed, way) for way in ("up", "down")] == [sent(straight, way) for way in ("up", "down")]
+    assert [sent(resumed, way) for way in ("up", "down")] == [
+        sent(straight, way) for way in ("up", "down")
+    ]
 
 
 def test_a_residual_is_kept_by_site_and_block(stage: Stage) -> None:
-    table = stage.table(4, {"order": "latin"}, codec={"name": "int4", "error_feedback": True}, train=ONCE)
+    table = stage.table(
+        4, {"order": "latin"}, codec={"name": "int4", "error_feedback": True}, train=ONCE
+    )
     played = stage.play(table)
     for client, site in enumerate(stage.oracle(table).sites):
         met = {(client + cycle) % LAYERS for cycle in range(2)}
@@ -1195,7 +1445,7 @@ def test_a_residual_is_kept_by_site_and_block(stage: Stage) -> None:
                 assert norm(kept.tensors) > 0
 
 
-# -- guards -----------------------------------------------------------------------------------------------------------
+# -- guards --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1233,13 +1483,18 @@ def random_and(size: float) -> Callable[[Named], Named]:
     """An update of normal values of this size; the weights that it disturbs are near 0.02."""
 
     def disturbed(update: Named) -> Named:
-        return {name: size * torch.randn(tensor.shape, generator=generator(0)) for name, tensor in update.items()}
+        return {
+            name: size * torch.randn(tensor.shape, generator=generator(0))
+            for name, tensor in update.items()
+        }
 
     return disturbed
 
 
 @pytest.mark.parametrize(
-    "sabotage", [lambda update: scale(update, -50), random_and(1.0)], ids=["-50 times", "random and large"]
+    "sabotage",
+    [lambda update: scale(update, -50), random_and(1.0)],
+    ids=["-50 times", "random and large"],
 )
 def test_a_sabotaged_update_is_refused(
     sabotage: Callable[[Named], Named], stage: Stage, task: Callable[[Task], None]
@@ -1252,13 +1507,16 @@ def test_a_sabotaged_update_is_refused(
     guarded = table | {"method": {"name": "fedcybgd", **ACCEPT}}
     saboteur = stage.oracle(table).sites[1]
     task(answering(sabotage, saboteur, since=2))
-    ruined, saved = stage.play(table), stage.play(guarded)
+    ruined = stage.play(table)
+    saved = stage.play(guarded)
     before = stage.loss(table, saved.states[0])
     assert stage.loss(table, saved.state) < before
     assert stage.loss(table, ruined.state) > before + 0.3
+
     for record in saved.rounds:
         for visit in record["visits"]:
             assert (visit["share"] == 0) == (visit["site"] == saboteur and record["round"] > 1)
+
     assert saved.server.ledger.versions == [3, 1, 3, 3]
 
 
@@ -1277,9 +1535,18 @@ def test_an_update_that_overflows_is_refused_on_any_processor(
 
 @pytest.mark.parametrize(
     ("before", "after", "share"),
-    [(1.0, math.nan, 0), (1.0, math.inf, 0), (math.inf, math.inf, 0), (math.nan, 2.0, 1), (2.0, 1.0, 1), (1.0, 2.0, 0)],
+    [
+        (1.0, math.nan, 0),
+        (1.0, math.inf, 0),
+        (math.inf, math.inf, 0),
+        (math.nan, 2.0, 1),
+        (2.0, 1.0, 1),
+        (1.0, 2.0, 0),
+    ],
 )
-def test_a_loss_that_is_not_finite_is_never_accepted(before: float, after: float, share: float) -> None:
+def test_a_loss_that_is_not_finite_is_never_accepted(
+    before: float, after: float, share: float
+) -> None:
     class Told(Judge):
         def loss(self, state: Named) -> float:
             return after if state else before
@@ -1296,7 +1563,12 @@ def test_a_step_that_is_too_long_is_shortened_and_sites_replay_it_so(
     site = stage.oracle(table).sites[2]
     task(answering(lambda update: scale(update, 24), site))
     cache = stage.play(table)
-    shares = [visit["share"] for record in cache.rounds for visit in record["visits"] if visit["site"] == site]
+    shares = [
+        visit["share"]
+        for record in cache.rounds
+        for visit in record["visits"]
+        if visit["site"] == site
+    ]
     assert any(0 < share < 1 for share in shares)
     assert stage.loss(table, cache.state) < stage.loss(table, stage.oracle(table).start)
     full = stage.play(table | {"method": {**table["method"], **FORMS["full"]}})
@@ -1305,7 +1577,8 @@ def test_a_step_that_is_too_long_is_shortened_and_sites_replay_it_so(
 
 def test_honest_updates_pass_the_guard(stage: Stage) -> None:
     table = stage.table(4)
-    plain, guarded = stage.play(table), stage.play(table | {"method": {"name": "fedcybgd", **ACCEPT}})
+    plain = stage.play(table)
+    guarded = stage.play(table | {"method": {"name": "fedcybgd", **ACCEPT}})
     assert not differ(plain.state, guarded.state)
     assert {visit["share"] for record in guarded.rounds for visit in record["visits"]} == {1.0}
 
@@ -1314,10 +1587,13 @@ def test_a_proxy_that_is_too_small_is_refused_before_anything_is_trained(stage: 
     small = {"form": "proxy", "kept": 0.2, "drop": 0.0, "prune": "neurons and heads"}
     table = stage.table(4, {"download": small, "gate": {"threshold": 0.9}})
     folder = stage.folder()
+
     with pytest.raises(
-        GateError, match=r"gradient of 'layer \d' has cosine 0\.\d+ to the exact one.*threshold is 0\.9"
+        GateError,
+        match=r"gradient of 'layer \d' has cosine 0\.\d+ to the exact one.*threshold is 0\.9",
     ):
         stage.play(table, folder)
+
     assert "layer" in json.loads((folder / "refused.json").read_text())["why"]
     assert not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text()
 
@@ -1325,23 +1601,32 @@ def test_a_proxy_that_is_too_small_is_refused_before_anything_is_trained(stage: 
 def test_the_more_of_the_model_a_proxy_keeps_the_better_its_gradients(stage: Stage) -> None:
     reports = []
     for kept in (0.3, 0.6, 0.9, 1.0):
-        download = {"form": "proxy", "kept": kept, "drop": 0.0} | ({} if kept == 1 else {"prune": "neurons and heads"})
+        download = {"form": "proxy", "kept": kept, "drop": 0.0} | (
+            {} if kept == 1 else {"prune": "neurons and heads"}
+        )
         run = stage.opened(stage.table(4, {"download": download, "gate": {"threshold": 0.01}}))
         reports.append(run.server.setup(run.fleet)["gradient_cosines"])
         assert reports[-1].keys() == {f"layer {block}" for block in range(LAYERS)}
+
     means = [sum(report.values()) / LAYERS for report in reports]
     assert means == sorted(means)
     assert means[0] < 0.8
-    assert list(reports[-1].values()) == pytest.approx([1.0] * LAYERS)  # of equal gradients, in fp64
+    assert list(reports[-1].values()) == pytest.approx(
+        [1.0] * LAYERS
+    )  # of equal gradients, in fp64
 
 
 @pytest.mark.parametrize("tune", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("form", ["full", "cache"])
-def test_the_gradient_through_an_exact_form_is_the_gradient(form: str, tune: dict[str, Any], stage: Stage) -> None:
+def test_the_gradient_through_an_exact_form_is_the_gradient(
+    form: str, tune: dict[str, Any], stage: Stage
+) -> None:
     table = stage.table(4, FORMS[form], codec={"name": "int8"}, rounds=1, train=ONCE, **tune)
     server = stage.play(table).server
     for block in range(LAYERS):
-        assert server._cosine(block, "9/9") == pytest.approx(1.0, abs=1e-12)  # rounding of fp64 sums
+        assert server._cosine(block, "9/9") == pytest.approx(
+            1.0, abs=1e-12
+        )  # rounding of fp64 sums
 
 
 def test_watching_the_gradients_changes_nothing(stage: Stage) -> None:
@@ -1353,7 +1638,7 @@ def test_watching_the_gradients_changes_nothing(stage: Stage) -> None:
     assert 0.7 < watched.rounds[1]["gradient_cosine"] < 1
 
 
-# -- data, export -----------------------------------------------------------------------------------------------------
+# -- data, export --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 10])
@@ -1372,7 +1657,9 @@ def test_sites_of_unlike_data(alpha: float, stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("form", ["stale-subset", "proxy"])
-def test_what_is_exported_and_measured_is_the_servers_store(form: str, stage: Stage, watch: list[Seen]) -> None:
+def test_what_is_exported_and_measured_is_the_servers_store(
+    form: str, stage: Stage, watch: list[Seen]
+) -> None:
     """In the released code it was the last client's mixture of old and new blocks."""
     from transformers import AutoModelForCausalLM
 
@@ -1383,21 +1670,35 @@ def test_what_is_exported_and_measured_is_the_servers_store(form: str, stage: St
     last = {name: tensor for name, tensor in watch[-1].before.items() if name in exported}
     others = last.keys() - watch[-1].trained
     assert any(
-        last[name].shape != exported[name].shape or not torch.equal(last[name], exported[name]) for name in others
+        last[name].shape != exported[name].shape or not torch.equal(last[name], exported[name])
+        for name in others
     )
-    shown, texts = read_run(played.folder)["result"]["heldout_by_site"], stage.oracle(stage.table(4)).texts
+    shown = read_run(played.folder)["result"]["heldout_by_site"]
+    texts = stage.oracle(stage.table(4)).texts
+
     for site, row in shown.items():
         measured = heldout(model, texts.load(site).heldout, pad_token_id=0)
-        assert (row["final"]["loss"], row["final"]["accuracy"]) == (measured.loss, measured.accuracy)
+        assert (row["final"]["loss"], row["final"]["accuracy"]) == (
+            measured.loss,
+            measured.accuracy,
+        )
 
 
 def test_the_report_of_a_run_has_its_schedule_and_its_conflicts(stage: Stage) -> None:
     played = stage.play(stage.table(5, {"order": "latin"}, codec={"name": "int8"}, train=ONCE))
-    lines = [json.loads(line) for line in (played.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (played.folder / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines == played.rounds
+
     for cycle, line in enumerate(lines):
-        assert [row["block"] for row in line["visits"]] == [f"layer {(client + cycle) % 4}" for client in range(5)]
+        assert [row["block"] for row in line["visits"]] == [
+            f"layer {(client + cycle) % 4}" for client in range(5)
+        ]
         assert [row["block"] for row in line["conflicts"]] == [f"layer {cycle}"]
         for row in line["visits"]:
             assert row.keys() == {"visit", "site", "block", "loss", "norm", "bytes", "share"}
-    assert played.run.setup["blocks"] == [{"name": f"layer {block}", "values": VALUES} for block in range(4)]
+
+    assert played.run.setup["blocks"] == [
+        {"name": f"layer {block}", "values": VALUES} for block in range(4)
+    ]

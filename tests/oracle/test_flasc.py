@@ -1,4 +1,5 @@
-"""FLASC: equal to FedAvg where nothing is left out, sparse both ways, FedAdam, resume, damaged messages."""
+"""FLASC: equal to FedAvg where nothing is left out, sparse both ways, FedAdam, resume, damaged
+messages."""
 
 from pathlib import Path
 from typing import Any
@@ -32,31 +33,49 @@ def _context(**changes: Any) -> Context:
     def refuse() -> Any:
         raise AssertionError("not needed")
 
-    settings: dict[str, Any] = {"seed": 1, "rounds": 2, "layout": LAYOUT, "codec": METHOD.codec, "downlink": None}
+    settings: dict[str, Any] = {
+        "seed": 1,
+        "rounds": 2,
+        "layout": LAYOUT,
+        "codec": METHOD.codec,
+        "downlink": None,
+    }
     return Context(
-        **settings | changes, train=TrainConfig(learning_rate=0.1), open_bench=refuse, secret=refuse, public=refuse
+        **settings | changes,
+        train=TrainConfig(learning_rate=0.1),
+        open_bench=refuse,
+        secret=refuse,
+        public=refuse,
     )
 
 
-def test_all_values_in_fp32_without_adam_are_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_all_values_in_fp32_without_adam_are_fedavg(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     plain = run_table(run_config, tmp_path / "fedavg")
     dense = run_table(run_config | {"method": PLAIN}, tmp_path / "flasc")
     assert dense["adapter_sha256"] == plain["adapter_sha256"]
 
 
-def test_all_changes_in_fp32_are_fedavg_up_to_rounding(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_all_changes_in_fp32_are_fedavg_up_to_rounding(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     """The initial adapter is subtracted on one end and added on the other, and each rounds once."""
     plain = run_table(run_config, tmp_path / "fedavg")
     table = run_config | {"method": PLAIN | {"download": "change"}}
     run_table(table, tmp_path / "flasc")
-    assert relative_error(adapter_of(plain), adapter_of({"folder": str(tmp_path / "flasc")})) < 1e-12  # squared
+    assert (
+        relative_error(adapter_of(plain), adapter_of({"folder": str(tmp_path / "flasc")})) < 1e-12
+    )  # squared
 
 
 def test_a_quarter_is_sent_both_ways(run_config: dict[str, Any], tmp_path: Path) -> None:
     dense = run_table(run_config | {"method": PLAIN}, tmp_path / "dense")["bytes"]
     sparse = run_table(run_config | {"method": {"name": "flasc"}}, tmp_path / "sparse")["bytes"]
     for way in ("up train", "down train"):
-        assert sparse["by_kind"][way] < 0.2 * dense["by_kind"][way]  # 16 of 32 bits, 1/4, positions, envelope
+        assert (
+            sparse["by_kind"][way] < 0.2 * dense["by_kind"][way]
+        )  # 16 of 32 bits, 1/4, positions, envelope
 
 
 def test_it_learns(run_config: dict[str, Any], tmp_path: Path) -> None:
@@ -69,9 +88,12 @@ def test_resume_is_a_straight_run(run_config: dict[str, Any], tmp_path: Path) ->
     straight = run_table(table, tmp_path / "straight")
     for stop_after in (1, 2, 1, 99):
         resume = (tmp_path / "stopped").exists()
-        for seen, event in enumerate(execute(RunConfig.model_validate(table), tmp_path / "stopped", resume=resume), 1):
+        for seen, event in enumerate(
+            execute(RunConfig.model_validate(table), tmp_path / "stopped", resume=resume), 1
+        ):
             if seen == stop_after and event.kind != "result":
                 break
+
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
     assert event.values["bytes"] == straight["bytes"]
 
@@ -81,8 +103,11 @@ def test_the_step_is_adam_of_the_negative_mean_change() -> None:
     server = FlascServer(FlascConfig(server_learning_rate=0.1), _context())
     weights = torch.nn.Parameter(LAYOUT.flatten(server.adapter))
     adam = torch.optim.Adam([weights], lr=0.1)
+
     for seed in range(3):
-        change = torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(seed)) * (torch.arange(280) % 3 > 0)
+        change = torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(seed)) * (
+            torch.arange(280) % 3 > 0
+        )
         weights.grad = -change
         before = weights.detach().clone()
         adam.step()
@@ -126,6 +151,7 @@ def test_damaged_replies_are_refused() -> None:
     server._read(reply, 1)
     frame = payload_frame(reply)
     damaged = frame[:20] + bytes([frame[20] ^ 1]) + frame[21:]
+
     for wrong in (
         Payload(reply.tensors, {"n": 0, "loss": 1.0}),
         Payload(reply.tensors, {"n": 3}),
@@ -134,6 +160,7 @@ def test_damaged_replies_are_refused() -> None:
     ):
         with pytest.raises(WireError):
             server._read(wrong, 1)
+
     with pytest.raises(WireError, match="round"):
         server._read(reply, 2)
 

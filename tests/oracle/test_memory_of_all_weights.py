@@ -1,4 +1,5 @@
-"""Where all weights are tuned: nothing is held twice, and what has not changed is neither held nor sent."""
+"""Where all weights are tuned: nothing is held twice, and what has not changed is neither held nor
+sent."""
 
 import math
 from pathlib import Path
@@ -26,20 +27,25 @@ def one_layer(bench: Workbench) -> Named:
     """A change of layer 1, and none of anything else."""
     draw = torch.Generator().manual_seed(3)
     state = bench.base_state()
+
     for name in state:
         if ".layers.1." in name:
             state[name] = 0.01 * torch.randn(state[name].shape, generator=draw)
+
     return state
 
 
 def test_models_that_are_measured_at_a_time_share_the_base(bench: Workbench) -> None:
     state = one_layer(bench)
     with bench.model(state) as first, bench.model(bench.base_state()) as second:
-        left, right = dict(first.named_parameters()), dict(second.named_parameters())
+        left = dict(first.named_parameters())
+        right = dict(second.named_parameters())
         assert {name for name in left if left[name] is not right[name]} == changed(state).keys()
+
         for name, parameter in left.items():
             expected = bench.base.get(name).float() + state[name]
             assert torch.equal(parameter, expected.to(parameter.dtype)), name
+
     with bench.model(state, trainable="A and B") as third:
         assert not any(parameter is left[name] for name, parameter in third.named_parameters())
 
@@ -47,14 +53,20 @@ def test_models_that_are_measured_at_a_time_share_the_base(bench: Workbench) -> 
 def test_no_change_takes_no_memory_and_is_not_sent(bench: Workbench) -> None:
     state = one_layer(bench)
     assert no_change((1000, 1000)).untyped_storage().nbytes() == 4
-    assert all(tensor.untyped_storage().nbytes() == 4 for tensor in initial_state(bench.layout, 0).values())
-    message = Payload.from_bytes(state_message(changed(state), bench.layout, which="sent").to_bytes())
+    assert all(
+        tensor.untyped_storage().nbytes() == 4 for tensor in initial_state(bench.layout, 0).values()
+    )
+    message = Payload.from_bytes(
+        state_message(changed(state), bench.layout, which="sent").to_bytes()
+    )
     assert message.tensors.keys() == {name for name in state if ".layers.1." in name}
     assert read_state_message(message, bench.layout).keys() == message.tensors.keys()
     nothing = Payload.from_bytes(state_message({}, bench.layout).to_bytes())
     assert read_state_message(nothing, bench.layout) == {}
     whole = {name: torch.ones(shape) for name, shape in bench.layout.shapes}
-    again = read_state_message(Payload.from_bytes(state_message(whole, bench.layout).to_bytes()), bench.layout)
+    again = read_state_message(
+        Payload.from_bytes(state_message(whole, bench.layout).to_bytes()), bench.layout
+    )
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
@@ -82,19 +94,24 @@ def test_a_checkpoint_has_only_what_moved(bench: Workbench) -> None:
     restored = Ledger(parts, codecs, initial_state(bench.layout, 0))
     restored.restore(saved)
     assert restored.versions == [0, 1]
+
     for name, tensor in ledger.state.items():
         assert torch.equal(restored.state[name], tensor), name
 
 
 def test_a_mean_in_pieces_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
-    updates = [{"a": torch.randn(37, 5, generator=draw), "b": torch.randn(11, generator=draw)} for _ in range(3)]
+    updates = [
+        {"a": torch.randn(37, 5, generator=draw), "b": torch.randn(11, generator=draw)}
+        for _ in range(3)
+    ]
 
     def folded() -> Named:
         mean = WeightedMean()
         for weight, update in enumerate(updates, start=1):
             WeightedMean.check(update, weight)
             mean.add(update, weight)
+
         return mean.mean()
 
     whole = folded()
@@ -104,11 +121,17 @@ def test_a_mean_in_pieces_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_memory_of_a_process_is_that_of_its_parts() -> None:
-    shapes = {f"model.layers.{i}.w.weight": (100, 10) for i in range(4)} | {"model.embed_tokens.weight": (500, 10)}
+    shapes = {f"model.layers.{i}.w.weight": (100, 10) for i in range(4)} | {
+        "model.embed_tokens.weight": (500, 10)
+    }
     parts = partition(Layout(tuple(sorted(shapes.items()))))
     sizes = Sizes.of(parts, 0)
     found = process_memory(sizes, Cache(2, 4, 1100), width=4, moved=2, coded=1100, workers=2)
-    assert found.visit == client_memory(sizes, Cache(2, 4, 1100), width=4).visit() == 4 * 9000 + 20 * 1000
+    assert (
+        found.visit
+        == client_memory(sizes, Cache(2, 4, 1100), width=4).visit()
+        == 4 * 9000 + 20 * 1000
+    )
     assert (found.state, found.log, found.server) == (8000, 2200, 10200)
     assert found.evaluate == 4 * 9000 + 8000 + 2 * (8000 + 8000)
     assert found.peak == 10200 + max(56000, 28000, 76000)

@@ -55,15 +55,21 @@ def bench(tiny_model: Path) -> Workbench:
     return Workbench(config(tiny_model), LORA)
 
 
-def test_adapter_tensors_are_named_by_layer_module_and_factor(bench: Workbench, tiny_model: Path) -> None:
+def test_adapter_tensors_are_named_by_layer_module_and_factor(
+    bench: Workbench, tiny_model: Path
+) -> None:
     expected = {
-        f"model.layers.{layer}.self_attn.{module}.lora_{which}.weight": (4, 32) if which == "A" else (32, 4)
+        f"model.layers.{layer}.self_attn.{module}.lora_{which}.weight": (4, 32)
+        if which == "A"
+        else (32, 4)
         for layer in range(2)
         for module in ("q_proj", "v_proj")
         for which in "AB"
     }
     assert dict(bench.layout.shapes) == expected
-    assert bench.base_parameters == sum(p.numel() for p in load_base(config(tiny_model)).parameters())
+    assert bench.base_parameters == sum(
+        p.numel() for p in load_base(config(tiny_model)).parameters()
+    )
 
 
 def test_grouped_queries_make_narrower_values(tiny_gqa_model: Path) -> None:
@@ -77,14 +83,17 @@ def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: Workbe
     adapter = trained(bench.layout)
     with bench.model(adapter) as one, bench.model(adapter) as two:
         assert one is not two
-        ones, twos = dict(one.named_parameters()), dict(two.named_parameters())
+        ones = dict(one.named_parameters())
+        twos = dict(two.named_parameters())
         assert ones.keys() == twos.keys()
+
         for name in ones:
             assert (ones[name].data_ptr() == twos[name].data_ptr()) == (factor(name) is None), name
 
 
 def test_two_borrowed_models_do_not_disturb_each_other(bench: Workbench) -> None:
-    first, second = trained(bench.layout, 1), trained(bench.layout, 2)
+    first = trained(bench.layout, 1)
+    second = trained(bench.layout, 2)
     with bench.model(first) as model:
         alone = logits(model)
     with bench.model(first) as one, bench.model(second, trainable="A and B") as two:
@@ -93,10 +102,12 @@ def test_two_borrowed_models_do_not_disturb_each_other(bench: Workbench) -> None
         with torch.no_grad():
             for parameter in tuned_parameters(two).values():
                 parameter.add_(1.0)
+
         assert torch.equal(logits(one), alone)
         assert all(parameter.grad is None for parameter in one.parameters())
         assert not one.training
         assert all(torch.equal(read_weights(one)[name], first[name]) for name in first)
+
     with bench.model(first) as again:
         assert torch.equal(logits(again), alone)
 
@@ -106,11 +117,17 @@ def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> No
     with bench.model(trained(bench.layout), trainable="A and B", checkpointing=True) as used:
         used.train()
         used(input_ids=TOKENS).logits.sum().backward()
+
     with bench.model(bench.base_state()) as model:
         assert model is used
         assert not model.training
-        assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
-        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert not any(
+            parameter.requires_grad or parameter.grad is not None
+            for parameter in model.parameters()
+        )
+        assert not any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        )
 
 
 def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
@@ -121,10 +138,14 @@ def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_known_model_is_not_walked_over(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+def test_a_known_model_is_not_walked_over(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
     """In a small model a walk over its modules costs as much as a layer."""
     bench = Workbench(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
-    one, other = trained(bench.layout, 1), trained(bench.layout, 2)
+    one = trained(bench.layout, 1)
+    other = trained(bench.layout, 2)
+
     with bench.model(one) as model:
         reseed_dropout(model, 1)
     for walk in ("named_modules", "children"):
@@ -133,6 +154,7 @@ def test_a_known_model_is_not_walked_over(tiny_model: Path, monkeypatch: pytest.
         assert again is model
         reseed_dropout(model, 2)
         found = read_weights(model)
+
     assert all(torch.equal(found[name], other[name]) for name in other)
 
 
@@ -162,7 +184,9 @@ def test_what_is_written_is_read(bench: Workbench) -> None:
         name = bench.layout.names[0]
         write_weights(model, {name: torch.zeros_like(adapter[name])})
         assert read_weights(model)[name].count_nonzero() == 0
-        assert torch.equal(read_weights(model)[bench.layout.names[1]], adapter[bench.layout.names[1]])
+        assert torch.equal(
+            read_weights(model)[bench.layout.names[1]], adapter[bench.layout.names[1]]
+        )
         assert torch.equal(found[name], adapter[name]), "a read adapter is a copy"
 
 
@@ -174,6 +198,7 @@ def test_only_the_named_factors_get_gradients(
         if factors:
             logits_with_grad: Tensor = model(input_ids=TOKENS).logits
             logits_with_grad.square().sum().backward()  # type: ignore[no-untyped-call]
+
         for name, parameter in model.named_parameters():
             wanted = factor(name) is not None and str(factor(name)) in factors
             assert parameter.requires_grad == wanted, name
@@ -194,6 +219,7 @@ def test_the_base_has_no_dropout_of_its_own(tiny_model: Path, tiny_gpt2_model: P
             assert torch.equal(logits(model), first)
             assert not torch.equal(first, still)
             settings = model.config.to_dict()  # type: ignore[operator, union-attr]
+
         stored = json.loads((folder / "config.json").read_text())
         assert {key: settings[key] for key in stored if "dropout" in key or "pdrop" in key} == {
             key: value for key, value in stored.items() if "dropout" in key or "pdrop" in key
@@ -221,7 +247,9 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     hidden = torch.ones(200, 200)
     dropped = dropout(hidden)
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
-    assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.01)  # 4.6 standard deviations
+    assert float((dropped == 0).float().mean()) == pytest.approx(
+        0.25, abs=0.01
+    )  # 4.6 standard deviations
     assert not torch.equal(SeededDropout(0.25, place=4)(hidden), dropped)
     assert dropout.eval()(hidden) is hidden
     assert SeededDropout(0.0, place=0)(hidden) is hidden
@@ -235,6 +263,7 @@ def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
         for which, shape in (("A", (4, 32)), ("B", (96, 4)))
     }
     base = logits(load_base(config(tiny_gpt2_model)).eval())
+
     with bench.model(initial_state(bench.layout, 0)) as model:
         assert torch.equal(logits(model), base)
     with bench.model(trained(bench.layout)) as model:
@@ -244,7 +273,9 @@ def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
 def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
     adapter = initial_state(bench.layout, 5)
     assert Layout.of(adapter) == bench.layout
-    again, other = initial_state(bench.layout, 5), initial_state(bench.layout, 6)
+    again = initial_state(bench.layout, 5)
+    other = initial_state(bench.layout, 6)
+
     for name, tensor in adapter.items():
         assert torch.equal(tensor, again[name])
         if factor(name) == "B":
@@ -252,7 +283,17 @@ def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
         else:
             assert not torch.equal(tensor, other[name])
             assert 0.8 / 32**0.5 < float(tensor.abs().max()) <= 1 / 32**0.5
-    assert len({tuple(tensor.flatten().tolist()) for name, tensor in adapter.items() if factor(name) == "A"}) == 4
+
+    assert (
+        len(
+            {
+                tuple(tensor.flatten().tolist())
+                for name, tensor in adapter.items()
+                if factor(name) == "A"
+            }
+        )
+        == 4
+    )
 
 
 def test_the_initial_adapter_changes_nothing(bench: Workbench, tiny_model: Path) -> None:
@@ -260,22 +301,28 @@ def test_the_initial_adapter_changes_nothing(bench: Workbench, tiny_model: Path)
     for adapter in (initial_state(bench.layout, 5), bench.base_state()):
         with bench.model(adapter) as model:
             assert torch.equal(logits(model), base)
+
     assert bench.base_state().keys() == zeros_like(adapter).keys()
 
 
 def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
-    adapter, found = None, {}
+    adapter = None
+    found = {}
     for alpha, rslora in ((4.0, False), (2.0, True), (8.0, False)):
         settings = LORA.model_copy(update={"lora_alpha": alpha, "use_rslora": rslora})
         bench = Workbench(config(tiny_model), settings)
         adapter = adapter or trained(bench.layout)
+
         with bench.model(adapter) as model:
             found[alpha] = logits(model)
+
     assert torch.equal(found[4.0], found[2.0]), "4 / 4 = 2 / sqrt(4)"
     assert not torch.equal(found[4.0], found[8.0])
 
 
-def test_a_saved_adapter_is_a_peft_folder(bench: Workbench, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_a_peft_folder(
+    bench: Workbench, tiny_model: Path, tmp_path: Path
+) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -286,14 +333,20 @@ def test_a_saved_adapter_is_a_peft_folder(bench: Workbench, tiny_model: Path, tm
     }
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+
     with bench.model(adapter) as model:
         assert torch.equal(logits(loaded), logits(model))
     difference = subtract(read_weights(loaded), adapter)
     assert all(tensor.count_nonzero() == 0 for tensor in difference.values())
-    assert AutoTokenizer.from_pretrained(tmp_path)("stream")["input_ids"] == bench.tokenizer("stream")["input_ids"]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path)("stream")["input_ids"]
+        == bench.tokenizer("stream")["input_ids"]
+    )
 
 
-def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     from peft import AutoPeftModelForCausalLM
 
     bench = Workbench(config(tiny_model), LoraSettings())
@@ -301,6 +354,7 @@ def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(tin
     adapter = trained(bench.layout, 9)
     bench.save(adapter, tmp_path)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+
     with bench.model(adapter) as model:
         assert torch.equal(logits(loaded), logits(model)), "no row was added"
     assert not bench.exports_tokenizer()
@@ -313,14 +367,18 @@ def test_meta_base_has_names_but_no_memory(bench: Workbench, tiny_model: Path) -
         n: p.shape for n, p in load_base(config(tiny_model)).named_parameters()
     }
     adapted = adapt(base, LORA)
-    assert {n: tuple(p.shape) for n, p in tuned_parameters(adapted).items()} == dict(bench.layout.shapes)
+    assert {n: tuple(p.shape) for n, p in tuned_parameters(adapted).items()} == dict(
+        bench.layout.shapes
+    )
 
 
 def test_the_base_is_held_in_the_wanted_type_and_the_adapter_in_fp32(tiny_model: Path) -> None:
     bench = Workbench(config(tiny_model, dtype="bfloat16"), LORA)
     with bench.model(trained(bench.layout)) as model:
         for name, parameter in model.named_parameters():
-            assert parameter.dtype == (torch.bfloat16 if factor(name) is None else torch.float32), name
+            assert parameter.dtype == (torch.bfloat16 if factor(name) is None else torch.float32), (
+                name
+            )
 
 
 def test_the_tokenizer_pads_on_the_right_with_something(tiny_model: Path, tmp_path: Path) -> None:
@@ -339,6 +397,7 @@ def test_generate_is_greedy_and_leaves_the_prompt_out(bench: Workbench) -> None:
     assert answers == bench.generate(adapter, prompts, max_new_tokens=5)
     tokens = bench.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
     expected = []
+
     with bench.model(adapter) as model, torch.no_grad():
         for _ in range(5):
             following = model(input_ids=tokens).logits[:, -1:].argmax(-1)
@@ -346,6 +405,7 @@ def test_generate_is_greedy_and_leaves_the_prompt_out(bench: Workbench) -> None:
             if expected[-1] == bench.tokenizer.eos_token_id:
                 break
             tokens = torch.cat([tokens, following], dim=1)
+
     assert answers[0] == bench.tokenizer.decode(expected, skip_special_tokens=True)
 
 
@@ -362,7 +422,9 @@ def test_generate_is_greedy_and_leaves_the_prompt_out(bench: Workbench) -> None:
     ],
     ids=["other model", "norm", "embedding", "rank"],
 )
-def test_an_adapter_that_does_not_fit_is_refused(tiny_model: Path, settings: LoraSettings, message: str) -> None:
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny_model: Path, settings: LoraSettings, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         adapt(meta_base(config(tiny_model)), settings)
 
@@ -396,6 +458,7 @@ def test_a_broken_model_folder_is_a_config_error(tiny_model: Path, tmp_path: Pat
     shutil.copytree(tiny_model, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:500])
+
     with pytest.raises(ConfigError, match=r"model\.safetensors: is damaged or cut short"):
         load_base(config(broken))
 

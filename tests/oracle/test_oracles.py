@@ -25,34 +25,45 @@ def test_identity_codec_is_fedavg(run_config: dict[str, Any], tmp_path: Path) ->
     """CG-FedLLM with a codec that loses nothing is federated LoRA, over three rounds (spec g.3)."""
     plain = adapter_of(run_table(run_config | {"rounds": 3}, tmp_path / "a"))
     method = {"name": "cgfedllm", "tgap": {"source": "none"}}
-    coded = run_table(run_config | {"rounds": 3, "method": method, "codec": {"name": "identity"}}, tmp_path / "b")
+    coded = run_table(
+        run_config | {"rounds": 3, "method": method, "codec": {"name": "identity"}}, tmp_path / "b"
+    )
     assert digest(adapter_of(coded)) == digest(plain)
 
 
-def test_identity_codec_with_error_feedback_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_identity_codec_with_error_feedback_is_fedavg(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     """Nothing is lost, so every residual is zero."""
     plain = adapter_of(run_table(run_config, tmp_path / "a"))
     method = {"name": "cgfedllm", "tgap": {"source": "none"}}
     codec = {"name": "identity", "error_feedback": True}
-    assert digest(adapter_of(run_table(run_config | {"method": method, "codec": codec}, tmp_path / "b"))) == digest(
-        plain
-    )
+    assert digest(
+        adapter_of(run_table(run_config | {"method": method, "codec": codec}, tmp_path / "b"))
+    ) == digest(plain)
 
 
-def test_identity_codec_on_states_is_fedavg_up_to_rounding(run_config: dict[str, Any], tmp_path: Path) -> None:
-    """received + update and the subtraction on the other end each round once, so the last bit may differ."""
+def test_identity_codec_on_states_is_fedavg_up_to_rounding(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """received + update and the subtraction on the other end each round once, so the last bit may
+    differ."""
     plain = adapter_of(run_table(run_config, tmp_path / "a"))
     method = {"name": "cgfedllm", "representation": "state", "tgap": {"source": "none"}}
-    coded = run_table(run_config | {"method": method, "codec": {"name": "identity"}}, tmp_path / "b")
+    coded = run_table(
+        run_config | {"method": method, "codec": {"name": "identity"}}, tmp_path / "b"
+    )
     assert relative_error(plain, adapter_of(coded)) < 1e-12  # squared; fp32 rounding is 6e-8
 
 
 def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Path) -> None:
-    """Three rounds of FedAvg with one site are three calls of the training loop, whose difference travels in fp32."""
+    """Three rounds of FedAvg with one site are three calls of the training loop, whose difference
+    travels in fp32."""
     config = parse(one_site | {"rounds": 3}, "test")
     bench = Workbench(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
     adapter = initial_state(bench.layout, config.seed)
+
     for number in (1, 2, 3):
         with bench.model(adapter, trainable="A and B") as model:
             train(
@@ -63,8 +74,14 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
                 generator=generator(config.seed, "train", number, texts.names[0]),
             )
             trained = read_weights(model)
-        adapter = add(adapter, subtract(trained, adapter))  # what fp32 keeps of the difference, as on the wire
-    assert digest(adapter_of(run_table(one_site | {"rounds": 3}, tmp_path / "fed"))) == digest(adapter)
+
+        adapter = add(
+            adapter, subtract(trained, adapter)
+        )  # what fp32 keeps of the difference, as on the wire
+
+    assert digest(adapter_of(run_table(one_site | {"rounds": 3}, tmp_path / "fed"))) == digest(
+        adapter
+    )
 
 
 def test_one_site_is_the_local_baseline(one_site: dict[str, Any], tmp_path: Path) -> None:
@@ -77,14 +94,19 @@ def test_one_site_is_the_local_baseline(one_site: dict[str, Any], tmp_path: Path
 def test_one_sgd_step_is_one_central_step(run_config: dict[str, Any], tmp_path: Path) -> None:
     """One round of one full-batch SGD step on every site is one step on the union.
 
-    Sites weigh by their examples and the loss by label tokens, so the records here have equal lengths. The tolerance
-    (1e-5 of the update's norm) is for fp32 sums in another order.
+    Sites weigh by their examples and the loss by label tokens, so the records here have equal
+    lengths. The tolerance (1e-5 of the update's norm) is for fp32 sums in another order.
     """
     path = tmp_path / "equal.jsonl"
     lines = [f'{{"client": "{"abc"[n % 3]}", "text": "{"XQZJKV"[n % 6] * 4}"}}' for n in range(30)]
     path.write_text("\n".join(lines))
     data = run_config["data"] | {"source": str(path), "max_length": 8, "heldout_share": 0.2}
-    optimizer = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    optimizer = {
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
     lora = {"r": 4, "lora_dropout": 0.0}  # its masks are drawn for each site
     once = run_config | {
         "rounds": 1,
@@ -94,24 +116,34 @@ def test_one_sgd_step_is_one_central_step(run_config: dict[str, Any], tmp_path: 
     }
     fed = run_table(once | {"train": once["train"] | {"num_train_epochs": 1}}, tmp_path / "fed")
     central = run_table(once | {"method": {"name": "central"}}, tmp_path / "central")
-    start = initial_state(Workbench(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"])
+    start = initial_state(
+        Workbench(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"]
+    )
     step = subtract(adapter_of(central), start)
     assert norm(step) > 0
     assert norm(subtract(adapter_of(fed), adapter_of(central))) < 1e-5 * norm(step)
 
 
 METHODS_AND_CODECS = [
-    {"method": {"name": "fedavg"}, "codec": {"name": "ternary", "rate": 16, "error_feedback": True}},
+    {
+        "method": {"name": "fedavg"},
+        "codec": {"name": "ternary", "rate": 16, "error_feedback": True},
+    },
     {"method": {"name": "fedavg", "factors": "B"}},
     {
-        "method": {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 3, "simulated_sites": 2}},
+        "method": {
+            "name": "cgfedllm",
+            "tgap": {"source": "public", "rounds": 3, "simulated_sites": 2},
+        },
         "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     },
 ]
 
 
 @pytest.mark.parametrize("choice", METHODS_AND_CODECS)
-def test_serial_is_parallel(choice: dict[str, Any], run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_serial_is_parallel(
+    choice: dict[str, Any], run_config: dict[str, Any], tmp_path: Path
+) -> None:
     serial = run_table(run_config | choice | {"fleet": {"workers": 1}}, tmp_path / "1")
     parallel = run_table(run_config | choice | {"fleet": {"workers": 3}}, tmp_path / "3")
     assert serial["adapter_sha256"] == parallel["adapter_sha256"]
@@ -124,7 +156,9 @@ def test_the_order_of_arrival_does_not_matter(
     results = [run_table(run_config, tmp_path / "sorted")]
     ask = LocalFleet.ask
 
-    def reversed_ask(self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any) -> Iterator[Any]:
+    def reversed_ask(
+        self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any
+    ) -> Iterator[Any]:
         return iter(list(ask(self, task, messages, **rest))[::-1])
 
     monkeypatch.setattr(LocalFleet, "ask", reversed_ask)
@@ -132,7 +166,9 @@ def test_the_order_of_arrival_does_not_matter(
     assert results[0]["adapter_sha256"] == results[1]["adapter_sha256"]
 
 
-def test_same_seed_same_weights_other_seed_other_weights(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_same_seed_same_weights_other_seed_other_weights(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     found = [
         run_table(run_config | {"seed": seed}, tmp_path / str(number))["adapter_sha256"]
         for number, seed in enumerate((3, 3, 4))
@@ -141,16 +177,23 @@ def test_same_seed_same_weights_other_seed_other_weights(run_config: dict[str, A
 
 
 @pytest.mark.parametrize("choice", METHODS_AND_CODECS)
-def test_resume_is_a_straight_run(choice: dict[str, Any], run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_resume_is_a_straight_run(
+    choice: dict[str, Any], run_config: dict[str, Any], tmp_path: Path
+) -> None:
     """Stop after every event in turn, throw all objects away, and go on."""
     table = run_config | choice | {"rounds": 3}
     straight = run_table(table, tmp_path / "straight")
-    config, folder, resume = parse(table, "test"), tmp_path / "stopped", False
+    config = parse(table, "test")
+    folder = tmp_path / "stopped"
+    resume = False
+
     for stop_after in (1, 2, 2, 99):
         for seen, event in enumerate(execute(config, folder, resume=resume), start=1):
             if seen == stop_after and event.kind != "result":
                 break
+
         resume = True
+
     assert event.kind == "result"
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
     assert event.values["bytes"] == straight["bytes"]

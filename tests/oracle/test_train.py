@@ -1,4 +1,5 @@
-"""The one training loop: what it computes does not depend on how it is cut, repeated or who runs beside it."""
+"""The one training loop: what it computes does not depend on how it is cut, repeated or who runs
+beside it."""
 
 import math
 import threading
@@ -14,7 +15,14 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, initial_state, read_weights, tuned_parameters
+from fluvial.models.workbench import (
+    LoraSettings,
+    ModelConfig,
+    Workbench,
+    initial_state,
+    read_weights,
+    tuned_parameters,
+)
 from fluvial.seeds import generator
 from fluvial.training.train import (
     TrainConfig,
@@ -38,9 +46,11 @@ def example(length: int, answer: int, seed: int) -> Example:
     return Example(ids, [IGNORE_INDEX] * (length - answer) + ids[length - answer :])
 
 
-# label counts from 1 to 30, so that averaging by sequence or by micro-batch differs from averaging by token
+# label counts from 1 to 30, so that averaging by sequence or by micro-batch differs from averaging
+# by token
 EXAMPLES = [
-    example(answer + 8 + 3 * number, answer, seed=number) for number, answer in enumerate([1, 2, 30, 3, 1, 20, 2, 45])
+    example(answer + 8 + 3 * number, answer, seed=number)
+    for number, answer in enumerate([1, 2, 30, 3, 1, 20, 2, 45])
 ]
 
 
@@ -74,47 +84,68 @@ def tuned(
     examples: list[Example] = EXAMPLES,
 ) -> tuple[Named, TrainReport]:
     """The adapter after one call of `train`, and its report."""
-    with bench.model(start(bench), trainable="A and B", checkpointing=config.gradient_checkpointing) as model:
-        report = train(model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps)
+    with bench.model(
+        start(bench), trainable="A and B", checkpointing=config.gradient_checkpointing
+    ) as model:
+        report = train(
+            model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps
+        )
         return read_weights(model), report
 
 
 def equal(left: Named, right: Named) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    return left.keys() == right.keys() and all(
+        torch.equal(left[name], right[name]) for name in left
+    )
 
 
 def gradient(bench: Workbench, config: TrainConfig) -> Named:
-    """What one SGD step at learning rate 0.01 without clipping moved, divided by -0.01: the gradient."""
+    """What one SGD step at learning rate 0.01 without clipping moved, divided by -0.01: the
+    gradient."""
     return scale(subtract(tuned(bench, config)[0], start(bench)), -100)
 
 
 def reference(bench: Workbench) -> Named:
-    """The gradient of summed loss / label tokens over all examples at once, straight from autograd."""
+    """The gradient of summed loss / label tokens over all examples at once, straight from
+    autograd."""
     with bench.model(start(bench), trainable="A and B") as model:
         loss = summed_loss(*predictions(model, collate(EXAMPLES, 0)))
         (loss / sum(item.label_tokens for item in EXAMPLES)).backward()  # type: ignore[no-untyped-call]
-        return {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
+        return {
+            name: p.grad.clone()
+            for name, p in tuned_parameters(model).items()
+            if p.grad is not None
+        }
 
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 
 @pytest.mark.parametrize(("size", "accumulated"), CUTS)
-def test_gradient_does_not_depend_on_the_micro_batches(bench: Workbench, size: int, accumulated: int) -> None:
+def test_gradient_does_not_depend_on_the_micro_batches(
+    bench: Workbench, size: int, accumulated: int
+) -> None:
     config = settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
-    found, true = gradient(bench, config), reference(bench)
+    found = gradient(bench, config)
+    true = reference(bench)
     assert found.keys() == true.keys()
-    # Relative squared error: the step is read from fp32 weights of size 0.1, which leaves (6e-9 * 100)^2 a value.
+    # Relative squared error: the step is read from fp32 weights of size 0.1, which leaves (6e-9 *
+    # 100)^2 a value.
     assert relative_error(true, found) < 1e-6
     assert cosine(true, found) > 1 - 1e-6
 
 
 def test_loss_does_not_depend_on_the_micro_batches(bench: Workbench) -> None:
     reports = [
-        tuned(bench, settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated))[1]
+        tuned(
+            bench,
+            settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated),
+        )[1]
         for size, accumulated in CUTS
     ]
-    assert {report.label_tokens for report in reports} == {sum(item.label_tokens for item in EXAMPLES)}
+    assert {report.label_tokens for report in reports} == {
+        sum(item.label_tokens for item in EXAMPLES)
+    }
     for report in reports:
         assert report.loss == pytest.approx(reports[0].loss, rel=1e-6)  # fp32 sums in another order
         assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
@@ -125,7 +156,13 @@ def test_averaging_each_micro_batch_would_give_another_gradient(bench: Workbench
         for item in EXAMPLES:
             loss = summed_loss(*predictions(model, collate([item], 0)))
             (loss / item.label_tokens / len(EXAMPLES)).backward()  # type: ignore[no-untyped-call]
-        averaged = {name: p.grad.clone() for name, p in tuned_parameters(model).items() if p.grad is not None}
+
+        averaged = {
+            name: p.grad.clone()
+            for name, p in tuned_parameters(model).items()
+            if p.grad is not None
+        }
+
     assert cosine(reference(bench), averaged) < 0.95
     assert relative_error(reference(bench), averaged) > 0.1
 
@@ -135,11 +172,13 @@ def test_the_loss_is_the_cross_entropy_of_the_labels(bench: Workbench) -> None:
         found, labels = predictions(model, collate(EXAMPLES, 0))
         loss = summed_loss(found, labels)
         expected = 0.0
+
         for item in EXAMPLES:
             logits = model(input_ids=torch.tensor([item.input_ids])).logits[0].double()
             for position in range(1, len(item.labels)):
                 if item.labels[position] != IGNORE_INDEX:
                     expected -= float(logits[position - 1].log_softmax(-1)[item.labels[position]])
+
     assert float(loss) == pytest.approx(expected, rel=1e-5)  # fp32
 
 
@@ -203,21 +242,28 @@ def test_the_schedule_reaches_the_optimizer(bench: Workbench) -> None:
     warming = subtract(tuned(bench, settings(warmup_ratio=0.99), steps=2)[0], start(bench))
     assert norm(warming) > norm(full)  # steps at 1/2 and 1
     once = subtract(
-        tuned(bench, settings(max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant"))[0], start(bench)
+        tuned(bench, settings(max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant"))[0],
+        start(bench),
     )
     assert equal(once, full)
 
 
 def test_sgd_is_a_step_along_the_gradient_with_decay(bench: Workbench) -> None:
-    before, true = start(bench), reference(bench)
+    before = start(bench)
+    true = reference(bench)
     after = tuned(bench, settings(weight_decay=0.5))[0]
+
     for name in before:
         expected = before[name] - 0.01 * (true[name] + 0.5 * before[name])
-        torch.testing.assert_close(after[name], expected, rtol=0, atol=2e-8)  # two roundings of values near 0.3
+        torch.testing.assert_close(
+            after[name], expected, rtol=0, atol=2e-8
+        )  # two roundings of values near 0.3
 
 
 def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: Workbench) -> None:
-    moved = subtract(tuned(bench, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(bench))
+    moved = subtract(
+        tuned(bench, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(bench)
+    )
     sizes = torch.cat([tensor.flatten().abs() for tensor in moved.values()])
     torch.testing.assert_close(sizes, torch.full_like(sizes, 0.01), rtol=1e-4, atol=1e-7)
 
@@ -226,7 +272,8 @@ def test_the_gradient_is_clipped_to_the_norm(bench: Workbench) -> None:
     free, report = tuned(bench, settings())
     threshold = report.grad_norm / 4
     clipped, same = tuned(bench, settings(max_grad_norm=threshold))
-    moved, less = subtract(free, start(bench)), subtract(clipped, start(bench))
+    moved = subtract(free, start(bench))
+    less = subtract(clipped, start(bench))
     assert same.grad_norm == report.grad_norm, "the norm before clipping is reported"
     assert norm(moved) == pytest.approx(0.01 * report.grad_norm, rel=1e-3)
     assert norm(less) == pytest.approx(0.01 * threshold, rel=1e-3)
@@ -235,7 +282,9 @@ def test_the_gradient_is_clipped_to_the_norm(bench: Workbench) -> None:
 
 
 def test_training_learns_and_reports(bench: Workbench) -> None:
-    config = settings(optim="adamw_torch", learning_rate=0.02, per_device_train_batch_size=8, max_steps=30)
+    config = settings(
+        optim="adamw_torch", learning_rate=0.02, per_device_train_batch_size=8, max_steps=30
+    )
     _, report = tuned(bench, config)
     _, first = tuned(bench, config, steps=1)
     assert (report.steps, first.steps) == (30, 1)
@@ -251,14 +300,22 @@ def test_only_what_is_trainable_moves(bench: Workbench) -> None:
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
         after = read_weights(model)
         assert not model.training
-        assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
+        assert all(
+            torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base
+        )
+
     assert {name for name in before if not torch.equal(before[name], after[name])} == {
         n for n in before if "lora_B" in n
     }
 
 
 def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workbench) -> None:
-    config = settings(optim="adamw_torch", per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4)
+    config = settings(
+        optim="adamw_torch",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+    )
     first, report = tuned(dropout_bench, config, seed=1)
     torch.manual_seed(99)
     again, same = tuned(dropout_bench, config, seed=1)
@@ -267,11 +324,15 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workben
     assert not equal(first, tuned(dropout_bench, config, seed=2)[0])
 
 
-def test_all_tensors_at_once_step_as_one_by_one(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tensors_at_once_step_as_one_by_one(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = settings(optim="adamw_torch", weight_decay=0.1, max_steps=4)
     at_once, report = tuned(bench, config)
     plain = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *args, **named: plain(*args, **named | {"foreach": False}))
+    monkeypatch.setattr(
+        torch.optim, "AdamW", lambda *args, **named: plain(*args, **named | {"foreach": False})
+    )
     one_by_one, same = tuned(bench, config)
     assert equal(at_once, one_by_one)
     assert report == same
@@ -290,19 +351,26 @@ def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: Workbench)
     """Otherwise the test above would compare a thing with itself."""
     calls = {True: 0, False: 0}
     for checkpointing in calls:
-        with dropout_bench.model(start(dropout_bench), trainable="A and B", checkpointing=checkpointing) as model:
+        with dropout_bench.model(
+            start(dropout_bench), trainable="A and B", checkpointing=checkpointing
+        ) as model:
             hooks = [
-                module.register_forward_hook(lambda *_, on=checkpointing: calls.update({on: calls[on] + 1}))
+                module.register_forward_hook(
+                    lambda *_, on=checkpointing: calls.update({on: calls[on] + 1})
+                )
                 for name, module in model.named_modules()
                 if name.endswith("q_proj.lora_A.default")
             ]
             train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
             for hook in hooks:
                 hook.remove()
+
     assert calls == {True: 4, False: 2}
 
 
-def test_dropout_and_its_masks_change_from_step_to_step(dropout_bench: Workbench, bench: Workbench) -> None:
+def test_dropout_and_its_masks_change_from_step_to_step(
+    dropout_bench: Workbench, bench: Workbench
+) -> None:
     same = EXAMPLES[:1]
     config = settings(learning_rate=1e-30, max_steps=1)
     _, one = tuned(dropout_bench, config, examples=same)
@@ -335,14 +403,19 @@ def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
     config = settings(optim="adamw_torch", learning_rate=0.02, max_steps=5)
     seen: list[torch.dtype] = []
     with bench.model(start(bench), trainable="A and B") as model:
-        hook = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").register_forward_hook(
-            lambda _module, _inputs, output: seen.append(output.dtype)
-        )
+        hook = model.get_submodule(
+            "base_model.model.model.layers.0.mlp.up_proj"
+        ).register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
         half = train(
-            model, EXAMPLES, config.model_copy(update={"bf16": True}), pad_token_id=0, generator=generator(0, "test")
+            model,
+            EXAMPLES,
+            config.model_copy(update={"bf16": True}),
+            pad_token_id=0,
+            generator=generator(0, "test"),
         )
         hook.remove()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
     full = tuned(bench, config)[1]
     assert set(seen) == {torch.bfloat16}
     assert half.loss != full.loss
@@ -351,8 +424,13 @@ def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
 
 def test_divergence_is_an_error_that_names_the_settings(bench: Workbench) -> None:
     config = settings(lr_scheduler_type="constant", max_steps=20)
-    config = config.model_copy(update={"learning_rate": 1e30})  # more than a file may say, to diverge at once
-    with pytest.raises(DivergenceError, match=r"step \d+ of 20: the loss .*lower train.learning_rate \(now 1e\+30\)"):
+    config = config.model_copy(
+        update={"learning_rate": 1e30}
+    )  # more than a file may say, to diverge at once
+    with pytest.raises(
+        DivergenceError,
+        match=r"step \d+ of 20: the loss .*lower train.learning_rate \(now 1e\+30\)",
+    ):
         tuned(bench, config)
 
 
@@ -385,6 +463,7 @@ def test_the_initial_adapter_moves_only_b_at_first(bench: Workbench) -> None:
         before = read_weights(model)
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
         moved = subtract(read_weights(model), before)
+
     assert energy({name: tensor for name, tensor in moved.items() if "lora_A" in name}) == 0
     assert all(tensor.count_nonzero() for name, tensor in moved.items() if "lora_B" in name)
 
@@ -412,7 +491,13 @@ def test_the_loop_fits_a_known_distribution() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"learning_rate": 0}, {"gradient_accumulation_steps": 0}, {"warmup_ratio": 1.0}, {"optim": "lion"}, {"epochs": 1}],
+    [
+        {"learning_rate": 0},
+        {"gradient_accumulation_steps": 0},
+        {"warmup_ratio": 1.0},
+        {"optim": "lion"},
+        {"epochs": 1},
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""The policy behind `codec.name = "auto"`, rule by rule, on measured errors made up for the purpose."""
+"""The policy behind `codec.name = "auto"`, rule by rule, on measured errors made up for the
+purpose."""
 
 import pytest
 
@@ -16,12 +17,17 @@ LAYOUT = Layout(
 FRAME = LAYOUT.raw_bytes / 64
 
 
-def measured(published: int = 100_000, feedback: bool = True, **errors: float) -> dict[str, Measured]:
+def measured(
+    published: int = 100_000, feedback: bool = True, **errors: float
+) -> dict[str, Measured]:
     found = {}
     for name, error in errors.items():
         mode = {"mode": "dithered"} if name == "klt" else {}
         settings = read_settings({"name": name, "error_feedback": feedback, **mode})
-        found[name] = Measured(settings, error, FRAME, published if name.startswith("klt") else 0, error / 4)
+        found[name] = Measured(
+            settings, error, FRAME, published if name.startswith("klt") else 0, error / 4
+        )
+
     return found
 
 
@@ -49,6 +55,7 @@ def test_candidates_depend_on_the_rate_and_on_state() -> None:
     assert names(AutoSettings(rate=16)) == ["trellis", "sign"]
     assert names(AutoSettings(rate=64)) == ["trellis", "klt_trellis"]
     assert names(AutoSettings(rate=64, error_feedback=False)) == ["eden", "klt"]
+
     for settings in (AutoSettings(rate=6), AutoSettings(rate=64)):
         assert all(each["error_feedback"] is True for each in candidates(settings, LAYOUT))
     for table in candidates(AutoSettings(error_feedback=False), LAYOUT):

@@ -33,6 +33,7 @@ def square_layout(layers: int, d: int, rank: int, targets: tuple[str, ...] = TAR
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (rank, d)
             shapes[f"{path}.lora_B.weight"] = (d, rank)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -44,7 +45,9 @@ def meta_layout(model: str, rank: int) -> Layout:
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
         from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-        llama = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, vocab_size=32)
+        llama = LlamaConfig(
+            hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, vocab_size=32
+        )
         qwen = Qwen2Config(
             hidden_size=2048,
             num_hidden_layers=24,
@@ -52,9 +55,13 @@ def meta_layout(model: str, rank: int) -> Layout:
             num_key_value_heads=16,
             vocab_size=32,
         )
+
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config({"llama-7b": llama, "qwen1.5-1.8b": qwen}[model])
+            base = AutoModelForCausalLM.from_config(
+                {"llama-7b": llama, "qwen1.5-1.8b": qwen}[model]
+            )
             adapted = get_peft_model(base, LoraConfig(r=rank, target_modules=list(TARGETS)))
+
         return Layout.of(get_peft_model_state_dict(adapted))
 
 
@@ -85,6 +92,7 @@ def test_grouped_is_a_bitwise_bijection_beside_its_padding(rank: int) -> None:
     vector = torch.randn(layout.numel)
     canvases = canvas.pack(vector)
     assert sum(int((one != 0).sum()) for one in canvases) == layout.numel
+
     for one in canvases:
         one[one == 0] = 7.0  # the padding is not read
     assert torch.equal(canvas.unpack(canvases), vector)
@@ -92,10 +100,12 @@ def test_grouped_is_a_bitwise_bijection_beside_its_padding(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [4, 8, 16])
 def test_markers_stand_where_the_formula_says(rank: int) -> None:
-    layers, d = 8, 128
+    layers = 8
+    d = 128
     layout = square_layout(layers, d, rank)
     marked = layout.unflatten(torch.arange(layout.numel, dtype=torch.float32))
     (canvas,) = Canvas(layout, "square", 6).pack(layout.flatten(marked))
+
     for layer in range(layers):
         for number, module in enumerate(TARGETS):
             path = f"model.layers.{layer}.self_attn.{module}"
@@ -117,8 +127,12 @@ def test_grouped_query_attention_is_refused_in_square_and_fine_in_grouped() -> N
     shapes = dict(square_layout(8, 128, 8).shapes)
     shapes["model.layers.3.self_attn.k_proj.lora_B.weight"] = (64, 8)
     layout = Layout(tuple(sorted(shapes.items())))
-    with pytest.raises(ConfigError, match=r"layers.3.self_attn.k_proj.lora_B.* has 64 rows.*\"grouped\""):
+
+    with pytest.raises(
+        ConfigError, match=r"layers.3.self_attn.k_proj.lora_B.* has 64 rows.*\"grouped\""
+    ):
         Canvas(layout, "square", 6)
+
     vector = torch.randn(layout.numel)
     canvas = Canvas(layout, "grouped", 6)
     assert canvas.shapes == [(128, 128), (128, 512)]  # k's 64 rows and 8 columns are padded
@@ -148,12 +162,16 @@ def test_what_has_no_square_canvas_is_named(layout: Layout, message: str) -> Non
         ("qwen1.5-1.8b", 8, (2048, 1536), 12_582_912, 196_608),
     ],
 )
-def test_byte_table_of_the_paper(model: str, rank: int, shape: tuple[int, int], raw: int, latent: int) -> None:
+def test_byte_table_of_the_paper(
+    model: str, rank: int, shape: tuple[int, int], raw: int, latent: int
+) -> None:
     layout = meta_layout(model, rank)
     assert Canvas(layout, "square", 6).shapes == [shape]
     assert layout.raw_bytes == raw
     scales = BYTES_PER_SCALE * len(layout.shapes)
-    assert frame_bytes(ResNetSettings(), layout) == FrameBytes(latent=latent, scales=scales, header=OVERHEAD)
+    assert frame_bytes(ResNetSettings(), layout) == FrameBytes(
+        latent=latent, scales=scales, header=OVERHEAD
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -176,6 +194,7 @@ def test_normalised_sizes() -> None:
     vector = torch.randn(layout.numel) * 1e-4
     vector[: layout.sizes[0]] *= 100
     factors = normalise(vector, measure(vector, layout, "factor_rms"), layout, "factor_rms")
+
     for piece in torch.split(factors, list(layout.sizes)):
         assert float(piece.square().mean().sqrt()) == pytest.approx(1, abs=0.005)
     whole = normalise(vector, measure(vector, layout, "global_rms"), layout, "global_rms")

@@ -22,6 +22,7 @@ def layout_of(d: int = 96, kv: int = 50, rank: int = 4) -> Layout:
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (rank, d)
             shapes[f"{path}.lora_B.weight"] = (out, rank)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -30,18 +31,23 @@ LAYOUT = layout_of()
 
 def smooth(count: int, seed: int) -> list[Named]:
     """Updates of slow waves along the features, one for all ranks of a factor: an easy source."""
-    draw, found = torch.Generator().manual_seed(seed), []
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+
     for _ in range(count):
         update = {}
         for name, shape in LAYOUT.shapes:
             time = torch.arange(max(shape)) / 48 + torch.rand(1, generator=draw)
             x = torch.sin(2 * torch.pi * time).expand(min(shape), -1)
             update[name] = 1e-5 * (x if "lora_A" in name else x.T).contiguous()
+
         found.append(update)
+
     return found
 
 
-SEEN, HELD_OUT = smooth(8, seed=1), smooth(3, seed=2)
+SEEN = smooth(8, seed=1)
+HELD_OUT = smooth(3, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,7 @@ def test_learns_an_easy_source() -> None:
     codec = CNN.fit(CNNSettings(rate=32, iterations=120, hidden=16), LAYOUT, SEEN, seed=0)
     assert [iteration for iteration, _ in codec.loss_curve] == list(range(1, 121))
     assert codec.loss_curve[-1][1] < 0.5 * codec.loss_curve[0][1]
+
     for update in HELD_OUT:
         assert relative_error(update, codec.decode(codec.encode(update))) < 0.5
 
@@ -65,6 +72,7 @@ def test_meets_its_rate(rate: int, share: float, normalise: Any) -> None:
     codec = CNN.fit(settings, LAYOUT, SEEN, seed=0)
     assert codec.frame_size(settings, LAYOUT) == LAYOUT.raw_bytes // rate
     draw = torch.Generator().manual_seed(0)
+
     for update in (HELD_OUT[0], LAYOUT.unflatten(torch.randn(LAYOUT.numel, generator=draw))):
         wire = codec.encode(update)
         assert len(wire) <= LAYOUT.raw_bytes / rate
@@ -100,6 +108,7 @@ def test_encoder_alone_encodes_but_does_not_decode(quick: CNN) -> None:
     site = CNN.from_published(quick.settings, LAYOUT, quick.published(decoder=False))
     wire = site.encode(HELD_OUT[0])
     assert wire == quick.encode(HELD_OUT[0])
+
     with pytest.raises(ConfigError, match="holds only the encoder"):
         site.decode(wire)
 
@@ -120,19 +129,25 @@ def test_malformed_publications_are_refused(quick: CNN) -> None:
 
 
 def test_mutated_bodies_decode_or_are_refused(quick: CNN) -> None:
-    body, draw, refused = quick.body(LAYOUT.flatten(HELD_OUT[0]), 0), random.Random(0), 0
+    body = quick.body(LAYOUT.flatten(HELD_OUT[0]), 0)
+    draw = random.Random(0)
+    refused = 0
+
     for _ in range(600):
         mutated = bytearray(body)
         for _ in range(draw.randint(1, 8)):
             mutated[draw.randrange(len(mutated))] = draw.randrange(256)
         if draw.random() < 0.2:
             mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
+
         try:
             decoded = quick.decode(seal(quick.code, quick.fingerprint, bytes(mutated)))
         except WireError:
             refused += 1
             continue
+
         assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
+
     assert refused > 200
     with pytest.raises(WireError, match="checksum"):
         quick.decode(quick.encode(HELD_OUT[0])[:-1] + b"\0")
@@ -148,5 +163,6 @@ def test_what_it_cannot_code_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             CNN.frame_size(CNNSettings(rate=64), layout)
+
     with pytest.raises(ConfigError, match="no updates"):
         CNN.fit(CNNSettings(), LAYOUT, [], seed=0)

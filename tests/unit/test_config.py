@@ -1,4 +1,5 @@
-"""Loading a configuration: good input is resolved, bad input is named with its place and a remedy."""
+"""Loading a configuration: good input is resolved, bad input is named with its place and a
+remedy."""
 
 from pathlib import Path
 
@@ -25,7 +26,12 @@ def test_quickstart_configuration_loads() -> None:
 def test_defaults_are_the_papers() -> None:
     config = parse({"method": {"name": "cgfedllm"}}, "x")
     assert config.coding.name == "resnet"
-    assert (config.rounds, config.lora.r, config.lora.lora_alpha, config.train.learning_rate) == (20, 8, 16, 1.5e-4)
+    assert (config.rounds, config.lora.r, config.lora.lora_alpha, config.train.learning_rate) == (
+        20,
+        8,
+        16,
+        1.5e-4,
+    )
     assert config.lora.target_modules is None  # they follow the architecture: see test_targets.py
 
 
@@ -33,8 +39,14 @@ def test_defaults_are_the_papers() -> None:
     ("table", "expected"),
     [
         ({"ronds": 3}, "my.toml: ronds: unknown key; did you mean 'rounds'?"),
-        ({"train": {"learnin_rate": 1e-3}}, "train.learnin_rate: unknown key; did you mean 'learning_rate'?"),
-        ({"method": {"name": "fedavgg"}}, "method: unknown name \"fedavgg\"; did you mean 'fedavg'?"),
+        (
+            {"train": {"learnin_rate": 1e-3}},
+            "train.learnin_rate: unknown key; did you mean 'learning_rate'?",
+        ),
+        (
+            {"method": {"name": "fedavgg"}},
+            "method: unknown name \"fedavgg\"; did you mean 'fedavg'?",
+        ),
         (
             {"method": {"name": "cgfedllm", "tgap": {"round": 4}}},
             "method.tgap.round: unknown key; did you mean 'rounds'?",
@@ -47,21 +59,42 @@ def test_defaults_are_the_papers() -> None:
             'method.download.codec = "int8": must be a table; write {name = "int8"}',
         ),
         ({"evaluate": 3}, "evaluate = 3: must be a table"),
-        ({"fleet": {"workers": "all"}}, 'fleet.workers = "all": must be an integer from 1 to 1024 or "auto"'),
+        (
+            {"fleet": {"workers": "all"}},
+            'fleet.workers = "all": must be an integer from 1 to 1024 or "auto"',
+        ),
         ({"data": {"columns": {"text": 3}}}, "data.columns.text = 3: must be a string"),
         ({"codec": {"name": "zip"}}, 'codec: unknown name "zip"; choose one of identity, bf16'),
         ({"rounds": 0}, "rounds = 0: must be an integer from 1 to 1000000"),
         ({"lora": {"r": "big"}}, 'lora.r = "big": must be an integer from 1 to 4096'),
-        ({"data": {"source": "x.jsonl", "partition": {"by": "dirichlet"}}}, "data.partition.column: missing"),
-        ({"method": {"name": "local"}, "codec": {"name": "int8"}}, "codec: without effect, because method 'local'"),
+        (
+            {"data": {"source": "x.jsonl", "partition": {"by": "dirichlet"}}},
+            "data.partition.column: missing",
+        ),
+        (
+            {"method": {"name": "local"}, "codec": {"name": "int8"}},
+            "codec: without effect, because method 'local'",
+        ),
         ({"compare": ["fedavg"]}, "compare: 'fedavg' is the method itself"),
-        ({"data": {"partition": {"by": "iid", "sites": 4}}}, "data.partition: without effect, because source='stdlib'"),
+        (
+            {"data": {"partition": {"by": "iid", "sites": 4}}},
+            "data.partition: without effect, because source='stdlib'",
+        ),
         ({"fleet": {"quorum": 0.7}}, "fleet.quorum: without effect under on_failure='stop'"),
-        ({"method": {"name": "cgfedllm"}, "tune": "full"}, "tune='full': method 'cgfedllm' tunes lora only"),
+        (
+            {"method": {"name": "cgfedllm"}, "tune": "full"},
+            "tune='full': method 'cgfedllm' tunes lora only",
+        ),
         ({"tune": "full", "lora": {"r": 4}}, "lora: without effect, because all weights are tuned"),
         ({"tune": "full", "codec": {"name": "klt"}}, "codec: 'klt' learns among LoRA factors"),
-        ({"method": {"name": "fedcybgd"}, "downlink": {"name": "int8"}}, "downlink: without effect, because method"),
-        ({"method": {"name": "fedcybgd", "gate": {"threshold": 0.5}}}, "gate: without effect, because form='cache'"),
+        (
+            {"method": {"name": "fedcybgd"}, "downlink": {"name": "int8"}},
+            "downlink: without effect, because method",
+        ),
+        (
+            {"method": {"name": "fedcybgd", "gate": {"threshold": 0.5}}},
+            "gate: without effect, because form='cache'",
+        ),
         (
             {"method": {"name": "fedcybgd", "hold": "disk", "download": {"form": "full"}}},
             "hold='disk': form='full' brings the whole model in one message",
@@ -90,10 +123,16 @@ def test_overrides_are_lines_of_toml(tmp_path: Path) -> None:
     file = tmp_path / "a.toml"
     file.write_text('[method]\nname = "cgfedllm"\n[method.tgap]\nrounds = 4\n')
     config = load(file, ["method.tgap.share = 0.5", 'codec = {name = "int8"}', "rounds = 2"])
-    assert config.model_dump()["method"]["tgap"] | {"rounds": 4, "share": 0.5} == config.model_dump()["method"]["tgap"]
+    assert (
+        config.model_dump()["method"]["tgap"] | {"rounds": 4, "share": 0.5}
+        == config.model_dump()["method"]["tgap"]
+    )
     assert config.coding.name == "int8"
     assert config.rounds == 2
-    assert load(file, ['method.name = "fedavg"']).method.name == "fedavg"  # tgap belonged to the other method
+    assert (
+        load(file, ['method.name = "fedavg"']).method.name == "fedavg"
+    )  # tgap belonged to the other method
+
     with pytest.raises(ConfigError, match="text needs quotes: --set 'codec.name=\"int8\"'"):
         load(file, ["codec.name=int8"])
 
@@ -108,7 +147,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_baseline_keeps_everything_but_method_and_codec() -> None:
-    config = parse({"seed": 7, "method": {"name": "cgfedllm"}, "codec": {"name": "int8"}, "compare": ["fedavg"]}, "x")
+    config = parse(
+        {
+            "seed": 7,
+            "method": {"name": "cgfedllm"},
+            "codec": {"name": "int8"},
+            "compare": ["fedavg"],
+        },
+        "x",
+    )
     baseline = config.baseline("fedavg")
     assert difference(config.resolved(), baseline.resolved()) != []
     assert {key.split(".")[0] for key in difference(config.resolved(), baseline.resolved())} == {

@@ -1,4 +1,5 @@
-"""Run folders and sites' state: a damaged, cut, missing or foreign file is noticed; all is private; drafts go."""
+"""Run folders and sites' state: a damaged, cut, missing or foreign file is noticed; all is private;
+drafts go."""
 
 import os
 import shutil
@@ -36,6 +37,7 @@ def stopped(table: dict[str, Any], tmp_path: Path) -> Path:
     for event in execute(parse(table, "test"), folder):
         if event.kind == "round" and event.values["round"] == 2:
             break
+
     return folder
 
 
@@ -96,7 +98,8 @@ DAMAGES: dict[str, Callable[[Path], Path]] = {
     "a bit of the checkpoint": damage("checkpoints/*.safetensors", flip),
     "a checkpoint that is cut": damage("checkpoints/*.safetensors", cut),
     "an older checkpoint": damage(
-        "checkpoints/*.safetensors", lambda path: shutil.copy(min(path.parent.glob("*.safetensors")), path)
+        "checkpoints/*.safetensors",
+        lambda path: shutil.copy(min(path.parent.glob("*.safetensors")), path),
     ),
     "a checkpoint without a digest": damage("checkpoints/*.sha256", Path.unlink),
     "a bit of a residual": damage("sites/north/residual-*", flip),
@@ -106,7 +109,9 @@ DAMAGES: dict[str, Callable[[Path], Path]] = {
     "another site's file": take_souths,
     "a site that is gone": damage("sites/north", shutil.rmtree),
     "a bit of what was received": damage("sites/south/received-*", flip),
-    "metrics that are cut": damage("metrics.jsonl", lambda path: path.write_text(path.read_text().splitlines()[0])),
+    "metrics that are cut": damage(
+        "metrics.jsonl", lambda path: path.write_text(path.read_text().splitlines()[0])
+    ),
     "metrics that are gone": damage("metrics.jsonl", Path.unlink),
     "a digit of the metrics": damage("metrics.jsonl", second_line),
 }
@@ -116,26 +121,36 @@ DAMAGES: dict[str, Callable[[Path], Path]] = {
 def test_a_damaged_run_is_not_resumed(what: str, stopped: Path, table: dict[str, Any]) -> None:
     path = DAMAGES[what](stopped)
     name = path.name.partition("-")[0].removesuffix(".sha256")
-    with pytest.raises(CheckpointError, match=f"{name}.*(damaged|missing|in its place|no round).*") as told:
+    with pytest.raises(
+        CheckpointError, match=f"{name}.*(damaged|missing|in its place|no round).*"
+    ) as told:
         list(execute(parse(table, "test"), stopped, resume=True))
-    assert any(remedy in str(told.value) for remedy in ("restore it from a copy", "Remove it to go on", "--out"))
+
+    assert any(
+        remedy in str(told.value)
+        for remedy in ("restore it from a copy", "Remove it to go on", "--out")
+    )
 
 
-def test_an_undamaged_run_is_resumed_to_the_same_result(stopped: Path, table: dict[str, Any], tmp_path: Path) -> None:
+def test_an_undamaged_run_is_resumed_to_the_same_result(
+    stopped: Path, table: dict[str, Any], tmp_path: Path
+) -> None:
     *_, resumed = execute(parse(table, "test"), stopped, resume=True)
     *_, straight = execute(parse(table, "test"), tmp_path / "straight")
     assert resumed.values["adapter_sha256"] == straight.values["adapter_sha256"]
     *_, again = execute(parse(table, "test"), stopped, resume=True)
     assert again.values == resumed.values
+
     for name in ("result.json", "metrics.jsonl", "adapter/adapter_model.safetensors"):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(stopped, copy)
         flip(copy / name)
+
         with pytest.raises(CheckpointError, match=f"{Path(name).name} is damaged"):
             list(execute(parse(table, "test"), copy, resume=True))
 
 
-# -- a site's journal ------------------------------------------------------------------------------------------------
+# -- a site's journal ----------------------------------------------------------------------------
 
 
 def settled(folder: Path) -> Path:
@@ -169,6 +184,7 @@ def test_a_site_notices_a_file_that_is_gone_or_damaged(tmp_path: Path) -> None:
     flip(newest(folder, "site/two-*"))
     journal = Journal(folder, "site")
     journal.settle(header(round=3, seq=3, ack=0))
+
     with pytest.raises(CheckpointError, match="two-000001-.* is damaged"):
         journal.store.read("site", "two")
 
@@ -177,14 +193,16 @@ def test_a_site_notices_that_its_folder_is_of_another_time(tmp_path: Path) -> No
     folder = settled(tmp_path / "now")
     shutil.copytree(folder, tmp_path / "backup")
     journal = Journal(folder, "site")
+
     for round in (3, 4):
         journal.settle(header(round=round, seq=round, ack=round - 1))
         journal.post(header(round=round, seq=round), kept(round))
+
     with pytest.raises(CheckpointError, match="older than what the server accepted"):
         Journal(tmp_path / "backup", "site").settle(header(round=5, seq=5, ack=4))
 
 
-# -- private, and swept ----------------------------------------------------------------------------------------------
+# -- private, and swept --------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -194,10 +212,13 @@ def open_umask() -> Iterator[None]:
     os.umask(before)
 
 
-def test_everything_of_a_run_is_its_owners_only(table: dict[str, Any], tmp_path: Path, open_umask: None) -> None:
+def test_everything_of_a_run_is_its_owners_only(
+    table: dict[str, Any], tmp_path: Path, open_umask: None
+) -> None:
     *_, _ = execute(parse(table | {"rounds": 1}, "test"), tmp_path / "runs" / "one")
     found = [tmp_path / "runs" / "one", *(tmp_path / "runs" / "one").rglob("*")]
     assert len(found) > 10
+
     for path in found:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
@@ -206,11 +227,14 @@ def test_everything_that_a_site_keeps_is_its_owners_only(tmp_path: Path, open_um
     folder = tmp_path / "site"
     settled(folder)
     StateStore(folder).draft("site", "one", Payload(values={"x": 1}))
+
     for path in [folder, *folder.rglob("*")]:
         assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
-def test_what_a_killed_process_left_goes_when_the_folder_is_opened(stopped: Path, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_goes_when_the_folder_is_opened(
+    stopped: Path, tmp_path: Path
+) -> None:
     left = [
         stopped / "checkpoints" / ".round-000003.safetensors.partial",
         stopped / "sites" / "north" / ".cache.0123456789abcdef.draft",
@@ -220,6 +244,7 @@ def test_what_a_killed_process_left_goes_when_the_folder_is_opened(stopped: Path
     for path in (*left, mine):
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
+
     with RunFolder(stopped), pytest.raises(CheckpointError, match="in use"), RunFolder(stopped):
         pass
     assert not any(path.exists() for path in left)

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fluvial.data import IGNORE_INDEX, DataConfig, DataError, Example, Question, SiteTexts, Tokenized, stdlib, tokenize
+from fluvial.data import (
+    IGNORE_INDEX,
+    DataConfig,
+    DataError,
+    Example,
+    Question,
+    SiteTexts,
+    Tokenized,
+    stdlib,
+    tokenize,
+)
 from fluvial.data.forms import detect_form
 from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, alike, split
 from fluvial.data.records import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
@@ -34,7 +44,11 @@ def tokens_of(tokenizer: Any, form: Any, *records: dict[str, Any], **options: An
 def one(tokenizer: Any, form: Any, record: dict[str, Any], **options: Any) -> Example:
     (example,) = tokens_of(tokenizer, form, record, **options).examples
     assert len(example.input_ids) == len(example.labels)
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    assert all(
+        label in (IGNORE_INDEX, token)
+        for token, label in zip(example.input_ids, example.labels, strict=True)
+    )
+
     return example
 
 
@@ -53,11 +67,17 @@ def test_prompt_and_completion_learn_the_answer_and_eos(tokenizer: Any) -> None:
     example = one(tokenizer, "prompt_completion", QA)
     assert whole(tokenizer, example) == "<s>Question: capital of France? Paris.</s>"
     assert learned(tokenizer, example) == " Paris.</s>"
-    assert list(example.input_ids)[: len(tokenizer(QA["prompt"])["input_ids"])] == tokenizer(QA["prompt"])["input_ids"]
+    assert (
+        list(example.input_ids)[: len(tokenizer(QA["prompt"])["input_ids"])]
+        == tokenizer(QA["prompt"])["input_ids"]
+    )
 
 
 def test_a_completion_that_ends_in_eos_gets_no_second_one(tokenizer: Any) -> None:
-    assert learned(tokenizer, one(tokenizer, "prompt_completion", QA | {"completion": "x</s>"})) == "x</s>"
+    assert (
+        learned(tokenizer, one(tokenizer, "prompt_completion", QA | {"completion": "x</s>"}))
+        == "x</s>"
+    )
 
 
 def test_alpaca_with_and_without_input(tokenizer: Any) -> None:
@@ -72,6 +92,7 @@ def test_alpaca_with_and_without_input(tokenizer: Any) -> None:
         assert whole(tokenizer, made.examples[0]) == f"<s>{prompt}5</s>"
         assert learned(tokenizer, made.examples[0]) == "5</s>"
         assert made.questions == [Question(prompt, "5")]
+
     assert "### Input" not in ALPACA_WITHOUT_INPUT
 
 
@@ -125,7 +146,11 @@ def test_label_tokens_leave_out_the_first_position() -> None:
 def test_what_is_truncated_is_counted(tokenizer: Any) -> None:
     full = one(tokenizer, "prompt_completion", QA)
     made = tokens_of(
-        tokenizer, "prompt_completion", QA, {"prompt": "a", "completion": "b"}, max_length=len(full.input_ids) - 2
+        tokenizer,
+        "prompt_completion",
+        QA,
+        {"prompt": "a", "completion": "b"},
+        max_length=len(full.input_ids) - 2,
     )
     assert (made.records, made.truncated_records, made.truncated_tokens) == (2, 1, 2)
     assert list(made.examples[0].input_ids) == list(full.input_ids)[:-2]
@@ -135,10 +160,16 @@ def test_what_is_truncated_is_counted(tokenizer: Any) -> None:
 
 def test_a_record_without_a_label_left_is_named(tokenizer: Any) -> None:
     with pytest.raises(
-        ConfigError, match=r"1 of 2 records are longer than data.max_length=8, .*: record 1 \(\d+ tokens\)"
+        ConfigError,
+        match=r"1 of 2 records are longer than data.max_length=8, .*: record 1 \(\d+ tokens\)",
     ):
-        tokens_of(tokenizer, "prompt_completion", {"prompt": "", "completion": "x"}, QA, max_length=8)
-    with pytest.raises(ConfigError, match="record 0: the conversation has no turn of the assistant"):
+        tokens_of(
+            tokenizer, "prompt_completion", {"prompt": "", "completion": "x"}, QA, max_length=8
+        )
+
+    with pytest.raises(
+        ConfigError, match="record 0: the conversation has no turn of the assistant"
+    ):
         tokens_of(tokenizer, "messages", {"messages": CHAT[:2]})
 
 
@@ -155,8 +186,12 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
         assert made.truncated_tokens == 0
 
 
-@pytest.mark.parametrize(("form", "record"), [("text", {"text": "one two three"}), ("prompt_completion", QA)])
-def test_packing_joins_the_sequences_before_cutting(tokenizer: Any, form: str, record: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("form", "record"), [("text", {"text": "one two three"}), ("prompt_completion", QA)]
+)
+def test_packing_joins_the_sequences_before_cutting(
+    tokenizer: Any, form: str, record: dict[str, Any]
+) -> None:
     alone = one(tokenizer, form, record)
     packed = tokens_of(tokenizer, form, *[record] * 9, max_length=16, packing=True).examples
     joined = Example(list(alone.input_ids) * 9, list(alone.labels) * 9)
@@ -165,7 +200,9 @@ def test_packing_joins_the_sequences_before_cutting(tokenizer: Any, form: str, r
         for start in range(0, len(joined.input_ids), 16)
     ]
     assert packed == [window for window in windows if window.label_tokens]
-    assert len(packed) == len(windows) or form == "prompt_completion", "a window of prompt alone teaches nothing"
+    assert len(packed) == len(windows) or form == "prompt_completion", (
+        "a window of prompt alone teaches nothing"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,16 +211,52 @@ def test_packing_joins_the_sequences_before_cutting(tokenizer: Any, form: str, r
         ("text", {"body": "x"}, r"record 0: field 'text' is missing; form 'text' needs it"),
         ("text", {"text": None}, "record 0: field 'text' must be text, and is null"),
         ("text", {"text": {"a": 1}}, "record 0: field 'text' must be text, and is an object"),
-        ("text", {"text": "\ud800"}, "record 0: field 'text' holds half of a surrogate pair .* at character 1"),
-        ("prompt_completion", {"prompt": "a", "completion": True}, "field 'completion' .* is true or false; put it in"),
-        ("alpaca", {"instruction": ["a"], "output": "b"}, "field 'instruction' must be text, and is a list"),
-        ("alpaca", {"instruction": "a", "input": True, "output": "b"}, "field 'input' must be text"),
-        ("messages", {"messages": "hi"}, "record 0: .*: the conversation must be a list of turns, and is text"),
+        (
+            "text",
+            {"text": "\ud800"},
+            "record 0: field 'text' holds half of a surrogate pair .* at character 1",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "a", "completion": True},
+            "field 'completion' .* is true or false; put it in",
+        ),
+        (
+            "alpaca",
+            {"instruction": ["a"], "output": "b"},
+            "field 'instruction' must be text, and is a list",
+        ),
+        (
+            "alpaca",
+            {"instruction": "a", "input": True, "output": "b"},
+            "field 'input' must be text",
+        ),
+        (
+            "messages",
+            {"messages": "hi"},
+            "record 0: .*: the conversation must be a list of turns, and is text",
+        ),
         ("messages", {"messages": []}, "must be a list of turns, and is an empty list"),
-        ("messages", {"messages": ["a"]}, "turn 1 must be an object with 'role' and 'content', and is text"),
-        ("messages", {"messages": [{"role": "user"}]}, "turn 1 needs the texts 'role' and 'content'"),
-        ("messages", {"messages": [{"role": "bing", "content": "x"}]}, "turn 1: 'role' is none of the known roles"),
-        ("messages", {"messages": [CHAT[1], {"role": "assistant", "content": None}]}, "turn 2: 'content' .* is null"),
+        (
+            "messages",
+            {"messages": ["a"]},
+            "turn 1 must be an object with 'role' and 'content', and is text",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "user"}]},
+            "turn 1 needs the texts 'role' and 'content'",
+        ),
+        (
+            "messages",
+            {"messages": [{"role": "bing", "content": "x"}]},
+            "turn 1: 'role' is none of the known roles",
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[1], {"role": "assistant", "content": None}]},
+            "turn 2: 'content' .* is null",
+        ),
         (
             "messages",
             {"messages": [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{}]}]},
@@ -202,7 +275,9 @@ def test_packing_joins_the_sequences_before_cutting(tokenizer: Any, form: str, r
         ),
     ],
 )
-def test_a_record_of_another_form_is_named(tokenizer: Any, form: str, record: dict[str, Any], message: str) -> None:
+def test_a_record_of_another_form_is_named(
+    tokenizer: Any, form: str, record: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         tokens_of(tokenizer, form, record)
 
@@ -211,7 +286,8 @@ class Speaking:
     """A tokenizer with another chat template, or with none, or without EOS."""
 
     def __init__(self, tokenizer: Any, **changes: Any) -> None:
-        self._tokenizer, self._changes = tokenizer, changes
+        self._tokenizer = tokenizer
+        self._changes = changes
 
     def __getattr__(self, name: str) -> Any:
         return self._changes[name] if name in self._changes else getattr(self._tokenizer, name)
@@ -220,7 +296,9 @@ class Speaking:
         return self._tokenizer(*arguments, **options)
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
-        return self._tokenizer.apply_chat_template(*arguments, chat_template=self._changes["chat_template"], **options)
+        return self._tokenizer.apply_chat_template(
+            *arguments, chat_template=self._changes["chat_template"], **options
+        )
 
 
 FORGETFUL = (
@@ -229,16 +307,25 @@ FORGETFUL = (
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learned(tokenizer: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_all_is_learned(
+    tokenizer: Any,
+) -> None:
     forgetful = Speaking(tokenizer, chat_template=FORGETFUL)
-    with pytest.raises(ConfigError, match=r"record 0: .* renders turn 3 differently .*data.loss_on='all'"):
+    with pytest.raises(
+        ConfigError, match=r"record 0: .* renders turn 3 differently .*data.loss_on='all'"
+    ):
         one(forgetful, "messages", {"messages": CHAT})
-    assert "farewell" in learned(tokenizer, one(forgetful, "messages", {"messages": CHAT}, loss_on="all"))
+
+    assert "farewell" in learned(
+        tokenizer, one(forgetful, "messages", {"messages": CHAT}, loss_on="all")
+    )
 
 
 def test_a_template_that_refuses_the_conversation_names_the_record(tokenizer: Any) -> None:
     strict = Speaking(tokenizer, chat_template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match=r"record 0: the chat template refuses .*: roles must alternate"):
+    with pytest.raises(
+        ConfigError, match=r"record 0: the chat template refuses .*: roles must alternate"
+    ):
         one(strict, "messages", {"messages": CHAT})
 
 
@@ -265,9 +352,11 @@ def test_the_form_is_found_by_the_fields(columns: list[str], form: str) -> None:
 
 def test_no_form_or_several_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"data: fields \['answer', 'question'\] fit no form. Set data.form.*alpaca: "
+        ConfigError,
+        match=r"data: fields \['answer', 'question'\] fit no form. Set data.form.*alpaca: ",
     ):
         detect_form(["question", "answer"], "data")
+
     with pytest.raises(ConfigError, match="fit prompt_completion and messages"):
         detect_form(["messages", "prompt", "completion"], "data")
 
@@ -277,6 +366,7 @@ def table(rows: int = 60) -> Any:
     import datasets
 
     clinics = ["north"] * 30 + ["south"] * 16 + ["east"] * 10 + ["west"] * 4
+
     return datasets.Dataset.from_dict(
         {
             "id": list(range(rows)),
@@ -314,13 +404,29 @@ def test_parts_are_disjoint_cover_all_and_follow_the_seed(partition: Any) -> Non
 def test_natural_sites_bear_the_values_of_the_column() -> None:
     clinic = Natural(column="clinic")
     parts = split(classes(clinic), 60, clinic, 0)
-    assert {name: len(part) for name, part in parts.items()} == {"east": 10, "north": 30, "south": 16, "west": 4}
+    assert {name: len(part) for name, part in parts.items()} == {
+        "east": 10,
+        "north": 30,
+        "south": 16,
+        "west": 4,
+    }
     assert parts["west"] == [56, 57, 58, 59]
-    assert list(split(classes(clinic), 60, Natural(column="clinic", largest=2), 0)) == ["north", "south"]
+    assert list(split(classes(clinic), 60, Natural(column="clinic", largest=2), 0)) == [
+        "north",
+        "south",
+    ]
 
 
 def test_iid_shares_are_equal_and_shards_are_skewed() -> None:
-    assert sorted(len(part) for part in split(None, 60, Iid(sites=7), 0).values()) == [8, 8, 8, 9, 9, 9, 9]
+    assert sorted(len(part) for part in split(None, 60, Iid(sites=7), 0).values()) == [
+        8,
+        8,
+        8,
+        9,
+        9,
+        9,
+        9,
+    ]
     partition = Shards(column="kind", sites=6, shards_per_site=1)
     kinds = classes(partition)
     assert kinds is not None
@@ -336,12 +442,17 @@ def test_shards_leave_out_less_than_one_record_for_each_shard() -> None:
     assert len({record for part in parts for record in part}) == 50
 
 
-@pytest.mark.parametrize("partition", [PARTITIONS[0], PARTITIONS[2], PARTITIONS[3]], ids=lambda partition: partition.by)
-def test_a_missing_column_is_answered_with_the_columns(partition: Any, tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "partition", [PARTITIONS[0], PARTITIONS[2], PARTITIONS[3]], ids=lambda partition: partition.by
+)
+def test_a_missing_column_is_answered_with_the_columns(
+    partition: Any, tmp_path: Path, tokenizer: Any
+) -> None:
     wrong = partition.model_copy(update={"column": "ward"})
     source = save("jsonl", tmp_path, table())
     with pytest.raises(
-        ConfigError, match=r"data.partition.column='ward': .*notes.jsonl' has the columns id, clinic, kind, text"
+        ConfigError,
+        match=r"data.partition.column='ward': .*notes.jsonl' has the columns id, clinic, kind, text",
     ):
         texts(source, tokenizer, partition=wrong.model_dump())
 
@@ -392,6 +503,7 @@ def save(kind: str, folder: Path, dataset: Any) -> Path:
     else:
         path = folder / "saved"
         dataset.save_to_disk(path)
+
     return path
 
 
@@ -426,6 +538,7 @@ def test_a_saved_dict_is_read_by_split(tmp_path: Path, tokenizer: Any) -> None:
     assert sum(len(sites.load(name).train) for name in sites.names) == 50
     assert sum(len(sites.load(name).heldout) for name in sites.names) == 10
     refused: list[dict[str, Any]] = [{"split": "validation"}, {"heldout_split": "validation"}]
+
     for wrong in refused:
         with pytest.raises(ConfigError, match="has the splits train, test, not 'validation'"):
             texts(tmp_path / "d", tokenizer, **wrong)
@@ -440,8 +553,11 @@ def test_records_to_train_on_are_never_the_held_out_ones(tmp_path: Path, tokeniz
     for wrong in refused:
         with pytest.raises(ValidationError, match="these are the records to train on"):
             texts(source, tokenizer, **wrong)
+
     for partition in ({"by": "iid", "sites": 2}, {"by": "file"}):
-        with pytest.raises(ConfigError, match=r"data.heldout_split='test': .*notes.jsonl' has no splits"):
+        with pytest.raises(
+            ConfigError, match=r"data.heldout_split='test': .*notes.jsonl' has no splits"
+        ):
             texts(source, tokenizer, heldout_split="test", partition=partition)
 
 
@@ -449,7 +565,9 @@ def test_the_held_out_share_is_cut_off_by_the_seed(tmp_path: Path, tokenizer: An
     source = save("jsonl", tmp_path, table())
     first = texts(source, tokenizer, heldout_share=0.2).load("site-0")
     assert (len(first.train), len(first.heldout)) == (24, 6)
-    assert not {tuple(e.input_ids) for e in first.train} & {tuple(e.input_ids) for e in first.heldout}
+    assert not {tuple(e.input_ids) for e in first.train} & {
+        tuple(e.input_ids) for e in first.heldout
+    }
     assert texts(source, tokenizer, heldout_share=0.2).load("site-0") == first
     assert texts(source, tokenizer, heldout_share=0.2, seed=1).load("site-0") != first
     few = texts(source, tokenizer, heldout_share=0.2, max_heldout=2).load("site-0")
@@ -463,7 +581,12 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path, tokenizer: Any) 
             ConfigError,
             match=f"site 'west' has 4 records; data.heldout_share={share} leaves {kept} to train on and {cut} held out",
         ):
-            texts(source, tokenizer, partition={"by": "column", "column": "clinic"}, heldout_share=share)
+            texts(
+                source,
+                tokenizer,
+                partition={"by": "column", "column": "clinic"},
+                heldout_share=share,
+            )
 
 
 def test_a_held_out_source_is_split_over_the_sites(tmp_path: Path, tokenizer: Any) -> None:
@@ -473,15 +596,27 @@ def test_a_held_out_source_is_split_over_the_sites(tmp_path: Path, tokenizer: An
         row["text"] = f"apart {row['clinic']}"
     heldout = tmp_path / "heldout.jsonl"
     heldout.write_text("\n".join(json.dumps(row) for row in apart))
-    options: dict[str, Any] = {"partition": {"by": "column", "column": "clinic"}, "heldout_source": str(heldout)}
+    options: dict[str, Any] = {
+        "partition": {"by": "column", "column": "clinic"},
+        "heldout_source": str(heldout),
+    }
     sites = texts(source, tokenizer, **options)
+
     for name in sites.names:
         data = sites.load(name)
-        decoded = {tokenizer.decode(list(example.input_ids), skip_special_tokens=True) for example in data.heldout}
+        decoded = {
+            tokenizer.decode(list(example.input_ids), skip_special_tokens=True)
+            for example in data.heldout
+        }
         assert decoded == {f"apart {name}"}
+
     assert len(sites.load("north").train) == 30
-    heldout.write_text("\n".join(json.dumps(row) for row in apart if row["clinic"] not in ("west", "south")))
-    with pytest.raises(ConfigError, match=r"heldout_source has no records of site 'south' \(2 sites lack some\)"):
+    heldout.write_text(
+        "\n".join(json.dumps(row) for row in apart if row["clinic"] not in ("west", "south"))
+    )
+    with pytest.raises(
+        ConfigError, match=r"heldout_source has no records of site 'south' \(2 sites lack some\)"
+    ):
         texts(source, tokenizer, **options)
 
 
@@ -492,17 +627,21 @@ def test_files_are_sites(tmp_path: Path, tokenizer: Any) -> None:
     assert [sites.load(name).records for name in sites.names] == [40, 20]
     assert found(sites, tokenizer) == Counter(table()["text"])
     shutil.copy(folder / "a.jsonl", folder / "a.json")
+
     with pytest.raises(ConfigError, match="holds two files for site 'a'"):
         texts(folder, tokenizer, partition={"by": "file"})
 
 
 def test_columns_are_renamed(tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"question": f"q{number}", "answer": f"a{number}", "id": number} for number in range(20)]
+    rows = [
+        {"question": f"q{number}", "answer": f"a{number}", "id": number} for number in range(20)
+    ]
     (tmp_path / "qa.json").write_text(json.dumps(rows))
     columns = {"prompt": "question", "completion": "answer"}
     data = texts(tmp_path / "qa.json", tokenizer, columns=columns).load("site-0")
     assert [question.prompt[0] + question.answer[0] for question in data.questions] == ["qa"]
     assert all(learned(tokenizer, example).startswith("a") for example in data.train)
+
     with pytest.raises(
         ConfigError,
         match=r"qa.json \(data.source\): data.columns: prompt = 'ask', but .* columns 'question', 'answer', 'id'",
@@ -517,6 +656,7 @@ def test_every_bad_record_is_named_by_file_and_line(tmp_path: Path, tokenizer: A
     lines[7] = '{"prompt": "p", "completion": 7}'
     lines[11] = '{"prompt": "p"}'
     (tmp_path / "qa.jsonl").write_text("\n".join(lines))
+
     with pytest.raises(DataError) as caught:
         texts(tmp_path / "qa.jsonl", tokenizer)
     name = tmp_path / "qa.jsonl"
@@ -536,19 +676,26 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path, tokenizer: Any)
     (tmp_path / "notes.doc").write_text("x")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "mixed").mkdir()
+
     for name in ("a.csv", "b.txt"):
         (tmp_path / "mixed" / name).write_text("text\nx\n")
     for name, message in (
         ("none.jsonl", "data.source: there is no file or folder .*none.jsonl"),
         ("empty.jsonl", "empty.jsonl: is empty"),
         ("broken.json", "broken.json, line 1 is not JSON"),
-        ("notes.doc", "must hold files of one kind among .jsonl, .json, .csv, .parquet, .txt, .tsv"),
+        (
+            "notes.doc",
+            "must hold files of one kind among .jsonl, .json, .csv, .parquet, .txt, .tsv",
+        ),
         ("nothing", r"folder .*nothing' holds no .jsonl, .json"),
         ("mixed", "must hold files of one kind"),
     ):
         with pytest.raises(ConfigError, match=message):
             texts(tmp_path / name, tokenizer)
-    with pytest.raises(ConfigError, match=r"data.source: 'nobody/no-such-data' is no file .* hub cannot be reached"):
+
+    with pytest.raises(
+        ConfigError, match=r"data.source: 'nobody/no-such-data' is no file .* hub cannot be reached"
+    ):
         texts("nobody/no-such-data", tokenizer)
 
 
@@ -557,13 +704,18 @@ def test_pooled_is_one_site_with_everybodys_data(tmp_path: Path, tokenizer: Any)
     sites = texts(source, tokenizer)
     pooled = sites.pooled()
     assert pooled.train == [example for name in sites.names for example in sites.load(name).train]
-    assert pooled.heldout == [example for name in sites.names for example in sites.load(name).heldout]
+    assert pooled.heldout == [
+        example for name in sites.names for example in sites.load(name).heldout
+    ]
 
 
 def test_public_text_comes_from_its_own_source(tmp_path: Path, tokenizer: Any) -> None:
     source = save("jsonl", tmp_path, table())
-    with pytest.raises(ConfigError, match=r"data.public_source: a codec that learns from public text needs some"):
+    with pytest.raises(
+        ConfigError, match=r"data.public_source: a codec that learns from public text needs some"
+    ):
         texts(source, tokenizer).public()
+
     (tmp_path / "public.txt").write_text("".join(f"public {number}\n" for number in range(20)))
     public = texts(source, tokenizer, public_source=str(tmp_path / "public.txt")).public()
     assert sum(len(examples) for examples in public.values()) == 20
@@ -578,14 +730,28 @@ def test_public_text_comes_from_its_own_source(tmp_path: Path, tokenizer: Any) -
             "form, partition: without effect, because source='stdlib'",
         ),
         ({"heldout_share": 0.2}, "heldout_share: without effect, because source='stdlib'"),
-        ({"source": "a.csv", "heldout_source": "b.csv", "heldout_share": 0.2}, "heldout_share: without effect beside"),
-        ({"source": "a.csv", "heldout_split": "test", "heldout_share": 0.2}, "heldout_share: without effect beside"),
+        (
+            {"source": "a.csv", "heldout_source": "b.csv", "heldout_share": 0.2},
+            "heldout_share: without effect beside",
+        ),
+        (
+            {"source": "a.csv", "heldout_split": "test", "heldout_share": 0.2},
+            "heldout_share: without effect beside",
+        ),
         ({"sauce": "a.csv"}, "Extra inputs are not permitted"),
-        ({"source": "a.csv", "partition": {"by": "iid", "column": "x"}}, "Extra inputs are not permitted"),
-        ({"source": "a.csv", "partition": {"by": "luck"}}, "does not match any of the expected tags"),
+        (
+            {"source": "a.csv", "partition": {"by": "iid", "column": "x"}},
+            "Extra inputs are not permitted",
+        ),
+        (
+            {"source": "a.csv", "partition": {"by": "luck"}},
+            "does not match any of the expected tags",
+        ),
     ],
 )
-def test_settings_without_effect_or_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_without_effect_or_sense_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValidationError, match=message):
         DataConfig(**settings)
 
@@ -596,8 +762,13 @@ def _file(document: stdlib.Document) -> str:
 
 def test_the_groups_of_the_standard_library_share_no_file() -> None:
     groups = {name: stdlib.site_text(name) for name in stdlib.site_names()}
-    files = {name: {_file(document) for document in [*text.train, *text.heldout]} for name, text in groups.items()}
-    files["public"] = {_file(document) for documents in stdlib.public_packages().values() for document in documents}
+    files = {
+        name: {_file(document) for document in [*text.train, *text.heldout]}
+        for name, text in groups.items()
+    }
+    files["public"] = {
+        _file(document) for documents in stdlib.public_packages().values() for document in documents
+    }
     files["pretrain"] = {_file(document) for document in stdlib.pretraining_documents()}
     seen = Counter(file for group in files.values() for file in group)
     assert max(seen.values()) == 1
@@ -608,7 +779,9 @@ def test_the_groups_of_the_standard_library_share_no_file() -> None:
 def test_held_out_files_of_a_site_are_not_trained_on() -> None:
     for name in stdlib.site_names():
         text = stdlib.site_text(name)
-        train, heldout = ({_file(document) for document in part} for part in (text.train, text.heldout))
+        train, heldout = (
+            {_file(document) for document in part} for part in (text.train, text.heldout)
+        )
         assert train
         assert heldout
         assert not train & heldout
@@ -622,12 +795,16 @@ def test_documents_join_to_the_files_they_were_cut_from() -> None:
     text = stdlib.site_text("archives")
     library = Path(sysconfig.get_path("stdlib"))
     for file in ("tarfile.py", "gzip.py"):
-        parts = [document.text for document in [*text.train, *text.heldout] if _file(document) == file]
+        parts = [
+            document.text for document in [*text.train, *text.heldout] if _file(document) == file
+        ]
         assert "".join(parts) == (library / file).read_text(encoding="utf-8")
         assert all(0 < len(part) <= stdlib.CHUNK_CHARS for part in parts)
 
 
-def test_a_python_without_sources_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+def test_a_python_without_sources_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
     monkeypatch.setattr(stdlib, "_library", lambda: tmp_path)
     message = "needs the library sources of this Python .* only 0 of 40000 characters are there. Install them"
     for read, what in (
@@ -638,6 +815,7 @@ def test_a_python_without_sources_is_told_so(tmp_path: Path, monkeypatch: pytest
     ):
         with pytest.raises(ConfigError, match=f"data.source='stdlib': {what} {message}"):
             read()
+
     with pytest.raises(ConfigError, match="has no site 'nowhere'; its sites are archives, asyncio"):
         stdlib.site_text("nowhere")
 
@@ -663,7 +841,9 @@ def test_the_embedded_text_needs_no_settings(tokenizer: Any) -> None:
         ('{"question": "a", "client": "x"}\n', "fit no form"),
     ],
 )
-def test_broken_files_are_named_with_their_line(content: str, text: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_broken_files_are_named_with_their_line(
+    content: str, text: str, tmp_path: Path, tokenizer: Any
+) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     with pytest.raises(ConfigError, match=text):
@@ -672,4 +852,9 @@ def test_broken_files_are_named_with_their_line(content: str, text: str, tmp_pat
 
 def test_an_empty_answer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"record 7: the answer is empty.*remove the record"):
-        tokenize([("record 7", {"prompt": "a", "completion": " "})], "prompt_completion", tokenizer, max_length=32)
+        tokenize(
+            [("record 7", {"prompt": "a", "completion": " "})],
+            "prompt_completion",
+            tokenizer,
+            max_length=32,
+        )

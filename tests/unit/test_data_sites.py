@@ -1,4 +1,5 @@
-"""Data of all sites: names as written, counts over all sites, settings of each source, chat templates."""
+"""Data of all sites: names as written, counts over all sites, settings of each source, chat
+templates."""
 
 import json
 import logging
@@ -31,13 +32,19 @@ def jsonl(path: Path, *rows: dict[str, Any], times: int = 1) -> str:
 
 
 def texts(source: str, tokenizer: Any, **settings: Any) -> SiteTexts:
-    table: dict[str, Any] = {"source": source, "max_length": 64, "heldout_share": 0.5, "partition": BY_SITE} | settings
+    table: dict[str, Any] = {
+        "source": source,
+        "max_length": 64,
+        "heldout_share": 0.5,
+        "partition": BY_SITE,
+    } | settings
     if "heldout_source" in settings:
         del table["heldout_share"]
+
     return SiteTexts(DataConfig(**table), tokenizer, seed=0)
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
+# -- names ---------------------------------------------------------------------------------------
 
 
 def test_sites_are_named_as_the_file_writes_them(tmp_path: Path, tokenizer: Any) -> None:
@@ -48,16 +55,26 @@ def test_sites_are_named_as_the_file_writes_them(tmp_path: Path, tokenizer: Any)
     assert sites.names == tuple(sorted(names))
     assert sites.load("NA").questions == [Question("p", "NA")]
     numbers = tmp_path / "b.jsonl"
-    numbers.write_text("".join(f'{{"site": {site}, "text": "x"}}\n' * 2 for site in ("1", "1.0", "true", '"01"')))
+    numbers.write_text(
+        "".join(f'{{"site": {site}, "text": "x"}}\n' * 2 for site in ("1", "1.0", "true", '"01"'))
+    )
     assert texts(str(numbers), tokenizer).names == ("01", "1", "1.0", "true")
 
 
 def test_a_site_called_pooled_is_one_of_many(tmp_path: Path, tiny_model: Path) -> None:
     rows = [{"site": site, "text": f"{site} one two"} for site in ("pooled", "north", "south")]
-    data = {"source": jsonl(tmp_path / "a.jsonl", *rows, times=4), "partition": BY_SITE, "max_length": 32}
+    data = {
+        "source": jsonl(tmp_path / "a.jsonl", *rows, times=4),
+        "partition": BY_SITE,
+        "max_length": 32,
+    }
     table = {"model": {"name_or_path": str(tiny_model)}, "data": data | {"heldout_share": 0.5}}
     sites = plan(parse(table, "test"))["sites"]
-    assert [(site["name"], site["records"]) for site in sites] == [("north", 4), ("pooled", 4), ("south", 4)]
+    assert [(site["name"], site["records"]) for site in sites] == [
+        ("north", 4),
+        ("pooled", 4),
+        ("south", 4),
+    ]
     (central,) = plan(parse(table | {"method": {"name": "central"}}, "test"))["sites"]
     assert central["records"] == 12
 
@@ -68,12 +85,21 @@ def test_the_central_baseline_has_all_records_whatever_the_sites_are_called(
     from fluvial.runs.run import execute
 
     digests = set()
-    for name in ("pooled", "pooler"):  # the same place in the order of sites, so the same order of records
-        rows = [{"site": site, "text": f"{word} one two"} for site, word in (("a", "x"), (name, "y"), ("z", "w"))]
+    for name in (
+        "pooled",
+        "pooler",
+    ):  # the same place in the order of sites, so the same order of records
+        rows = [
+            {"site": site, "text": f"{word} one two"}
+            for site, word in (("a", "x"), (name, "y"), ("z", "w"))
+        ]
         source = jsonl(tmp_path / f"{name}.jsonl", *rows, times=4)
         data = {"source": source, "heldout_source": source, "partition": BY_SITE, "max_length": 32}
-        config = parse(run_config | {"data": data, "rounds": 1, "method": {"name": "central"}}, "test")
+        config = parse(
+            run_config | {"data": data, "rounds": 1, "method": {"name": "central"}}, "test"
+        )
         digests.add(list(execute(config, tmp_path / name))[-1].values["adapter_sha256"])
+
     assert len(digests) == 1
 
 
@@ -88,10 +114,14 @@ def test_the_central_baseline_has_all_records_whatever_the_sites_are_called(
         ('"site": "a\\u001b[31m", ', "holds a control character"),
     ],
 )
-def test_a_record_without_a_site_is_named(field: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_a_record_without_a_site_is_named(
+    field: str, message: str, tmp_path: Path, tokenizer: Any
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"site": "a", "text": "x"}\n{' + field + '"text": "x"}\n')
-    with pytest.raises(DataError, match=f"a.jsonl, line 2: data.partition.column='site': {message}"):
+    with pytest.raises(
+        DataError, match=f"a.jsonl, line 2: data.partition.column='site': {message}"
+    ):
         texts(str(path), tokenizer)
 
 
@@ -100,33 +130,46 @@ def test_names_that_look_alike_are_warned_of(
 ) -> None:
     from fluvial.runs.run import execute
 
-    rows = [{"site": name, "text": "one two three"} for name in ("north", "North ", "e\u0301", "\u00e9", "west")]
-    data = {"source": jsonl(tmp_path / "a.jsonl", *rows, times=4), "partition": BY_SITE, "max_length": 32}
+    rows = [
+        {"site": name, "text": "one two three"}
+        for name in ("north", "North ", "e\u0301", "\u00e9", "west")
+    ]
+    data = {
+        "source": jsonl(tmp_path / "a.jsonl", *rows, times=4),
+        "partition": BY_SITE,
+        "max_length": 32,
+    }
     config = parse(run_config | {"data": data | {"heldout_share": 0.5}, "rounds": 1}, "test")
     notes = [note for note in plan(config)["notes"] if "differ only in" in note]
     assert len(notes) == 2
     assert "'North ' (4 records) and 'north' (4 records)" in notes[0]
+
     with caplog.at_level(logging.WARNING):
         list(execute(config, tmp_path / "run"))
     assert [message for message in caplog.messages if "differ only in" in message] == notes
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------
 
 
 def test_numbers_are_refused_or_taken_as_written(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "p", "completion": 1.50}\n{"prompt": 7, "completion": true}\n')
     settings = {"partition": {"by": "iid", "sites": 1}}
+
     with pytest.raises(DataError) as caught:
         texts(str(path), tokenizer, **settings)
     assert str(caught.value).count('set data.numbers = "text"') == 2
-    taken = texts(str(path), tokenizer, numbers="text", heldout_source=str(path), **settings).load("site-0")
+    taken = texts(str(path), tokenizer, numbers="text", heldout_source=str(path), **settings).load(
+        "site-0"
+    )
     assert taken.questions == [Question("p", "1.50"), Question("7", "true")]
 
 
 @pytest.mark.parametrize("given", [None, "", ...])
-def test_alpaca_without_input_is_null_absent_or_empty_and_nothing_else(given: Any, tokenizer: Any) -> None:
+def test_alpaca_without_input_is_null_absent_or_empty_and_nothing_else(
+    given: Any, tokenizer: Any
+) -> None:
     bare = {"instruction": "a", "output": "b"}
     record = bare if given is ... else bare | {"input": given}
     made = tokenize([("r", record)], "alpaca", tokenizer, max_length=512)
@@ -142,6 +185,7 @@ def test_faults_of_all_files_and_sources_are_told_together(tmp_path: Path, token
     (folder / "b.jsonl").write_text("{secret\n")
     (tmp_path / "held.csv").write_text("prompt,completion\nsecret\n")
     (tmp_path / "public.txt").write_bytes(b"secret\xff\n")
+
     with pytest.raises(DataError) as caught:
         texts(
             str(folder),
@@ -150,6 +194,7 @@ def test_faults_of_all_files_and_sources_are_told_together(tmp_path: Path, token
             public_source=str(tmp_path / "public.txt"),
             partition={"by": "iid", "sites": 1},
         )
+
     told = str(caught.value)
     for place in ("a.jsonl, line 1", "b.jsonl, line 1", "held.csv, line 2", "public.txt, line 1"):
         assert place in told
@@ -178,8 +223,14 @@ def test_a_fault_of_a_file_that_is_read_twice_is_told_once(tmp_path: Path, token
 
 @pytest.mark.parametrize("which", ["source", "public_source"])
 def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer: Any) -> None:
-    good, bad = jsonl(tmp_path / "a.jsonl", {"text": "x"}, times=4), jsonl(tmp_path / "b.jsonl", {"text": " "})
-    settings: dict[str, Any] = {"source": good, "public_source": good, "partition": {"by": "iid", "sites": 1}}
+    good = jsonl(tmp_path / "a.jsonl", {"text": "x"}, times=4)
+    bad = jsonl(tmp_path / "b.jsonl", {"text": " "})
+    settings: dict[str, Any] = {
+        "source": good,
+        "public_source": good,
+        "partition": {"by": "iid", "sites": 1},
+    }
+
     with pytest.raises(DataError, match=f"data.{which}: .*b.jsonl' holds no record with a text"):
         texts(tokenizer=tokenizer, **(settings | {which: bad})).check()
 
@@ -187,16 +238,25 @@ def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"answer": "completion"}}, r"columns: 'answer' is no field .*first: \{completion = 'answer'\}"),
+        (
+            {"columns": {"answer": "completion"}},
+            r"columns: 'answer' is no field .*first: \{completion = 'answer'\}",
+        ),
         ({"columns": {"id": "text"}}, r"columns: 'id' is no field .*first: \{text = 'id'\}"),
-        ({"columns": {"id": "a"}}, "columns: 'id' is no field of a record; fields are text, prompt"),
+        (
+            {"columns": {"id": "a"}},
+            "columns: 'id' is no field of a record; fields are text, prompt",
+        ),
         ({"encoding": "base64"}, "encoding='base64': no known encoding of text"),
         ({"delimiter": ";;"}, "delimiter=';;': must be one character"),
         ({"delimiter": ""}, "the string is empty"),
         ({"public": {"form": "text"}}, "public: without effect, because no public_source"),
         ({"heldout": {"form": "text"}}, "heldout: without effect, because no heldout_source"),
         ({"packing": True, "overlong": "drop"}, "overlong: without effect beside packing"),
-        ({"heldout": {"encoding": "x"}, "heldout_source": "b.csv"}, "encoding='x': no known encoding"),
+        (
+            {"heldout": {"encoding": "x"}, "heldout_source": "b.csv"},
+            "encoding='x': no known encoding",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -209,18 +269,26 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
     [
         ({"delimiter": ";"}, "data.delimiter: without effect, because .*a.jsonl' is no CSV"),
         ({"columns": {"input": "extra"}}, "data.columns: input is without effect"),
-        ({"columns": {"completion": "answer"}}, r"a.jsonl .data.source.: data.columns: completion = 'answer', but"),
+        (
+            {"columns": {"completion": "answer"}},
+            r"a.jsonl .data.source.: data.columns: completion = 'answer', but",
+        ),
         (
             {"form": "alpaca"},
             r"a.jsonl .data.source.: form 'alpaca' needs the field 'instruction'; found 'site', 'prompt'",
         ),
-        ({"chat_template": "nosuch"}, "data.chat_template = 'nosuch': neither a file .* choose one of chatml"),
+        (
+            {"chat_template": "nosuch"},
+            "data.chat_template = 'nosuch': neither a file .* choose one of chatml",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_file_are_refused(
     settings: dict[str, Any], message: str, tmp_path: Path, tokenizer: Any
 ) -> None:
-    source = jsonl(tmp_path / "a.jsonl", {"site": "x", "prompt": "a", "completion": "b", "extra": "c"}, times=4)
+    source = jsonl(
+        tmp_path / "a.jsonl", {"site": "x", "prompt": "a", "completion": "b", "extra": "c"}, times=4
+    )
     with pytest.raises(ConfigError, match=message):
         texts(source, tokenizer, **settings)
 
@@ -228,18 +296,23 @@ def test_settings_that_do_not_fit_the_file_are_refused(
 def test_a_folder_with_a_spreadsheet_is_refused(tmp_path: Path, tokenizer: Any) -> None:
     jsonl(tmp_path / "a.jsonl", {"text": "x"}, times=4)
     (tmp_path / "more.xlsx").write_bytes(b"PK\x03\x04")
-    with pytest.raises(ConfigError, match="holds 'more.xlsx', which cannot be read; write it as CSV"):
+    with pytest.raises(
+        ConfigError, match="holds 'more.xlsx', which cannot be read; write it as CSV"
+    ):
         texts(str(tmp_path), tokenizer)
 
 
-# -- what is too long -------------------------------------------------------------------------------------------------
+# -- what is too long ----------------------------------------------------------------------------
 
 LONG = {"prompt": "x" * 70, "completion": "yes"}
 SHORT = {"prompt": "x", "completion": "yes"}
 
 
 def long_records(path: Path) -> str:
-    rows = [{"site": site} | record for site, record in (("a", LONG), ("a", SHORT), ("b", LONG), ("c", SHORT))]
+    rows = [
+        {"site": site} | record
+        for site, record in (("a", LONG), ("a", SHORT), ("b", LONG), ("c", SHORT))
+    ]
     return jsonl(path, *rows, times=2)
 
 
@@ -260,19 +333,39 @@ def test_records_without_an_answer_left_are_counted_over_all_sites(tmp_path: Pat
 def test_records_that_are_too_long_are_treated_as_set(overlong: str, tmp_path: Path) -> None:
     source = long_records(tmp_path / "a.jsonl")
     tokenizer = characters("<s> $A </s>")
-    sites = texts(source, tokenizer, overlong=overlong, heldout_source=source, partition={"by": "iid", "sites": 1})
+    sites = texts(
+        source,
+        tokenizer,
+        overlong=overlong,
+        heldout_source=source,
+        partition={"by": "iid", "sites": 1},
+    )
     data = sites.load("site-0")
     assert (data.records, data.truncated_records) == (16, 8)
-    learned = [[label for label in example.labels if label != IGNORE_INDEX] for example in data.train]
+    learned = [
+        [label for label in example.labels if label != IGNORE_INDEX] for example in data.train
+    ]
+
     if overlong == "drop":
         assert (data.dropped_records, len(data.train), len(data.questions)) == (8, 4, 4)
     else:
         assert (data.dropped_records, len(data.train), data.truncated_tokens) == (0, 8, 8 * 11)
         cut = max(data.train, key=lambda example: len(example.input_ids))
         names = tokenizer.convert_ids_to_tokens(cut.input_ids)
-        assert (len(names), names[:2], names[-5:]) == (64, ["<s>", "x"], ["x", "y", "e", "s", "</s>"])
-    assert {tuple(tokenizer.convert_ids_to_tokens(each)) for each in learned} == {("y", "e", "s", "</s>")}
-    notes = [note for note in sites.check() if note.startswith("8 of 16 records are longer than data.max_length=64")]
+        assert (len(names), names[:2], names[-5:]) == (
+            64,
+            ["<s>", "x"],
+            ["x", "y", "e", "s", "</s>"],
+        )
+
+    assert {tuple(tokenizer.convert_ids_to_tokens(each)) for each in learned} == {
+        ("y", "e", "s", "</s>")
+    }
+    notes = [
+        note
+        for note in sites.check()
+        if note.startswith("8 of 16 records are longer than data.max_length=64")
+    ]
     assert len(notes) == 1
 
 
@@ -283,11 +376,12 @@ def test_an_answer_that_alone_is_too_long_is_cut_at_its_end() -> None:
         [("r", record)], "prompt_completion", tokenizer, max_length=16, overlong="shorten_prompt"
     ).examples
     assert tokenizer.convert_ids_to_tokens(example.input_ids) == ["c"] + ["y"] * 15
+
     with pytest.raises(DataError, match='and data.overlong = "refuse" allows none: r .34 tokens.'):
         tokenize([("r", record)], "prompt_completion", tokenizer, max_length=16, overlong="refuse")
 
 
-# -- settings of each source ------------------------------------------------------------------------------------------
+# -- settings of each source ---------------------------------------------------------------------
 
 
 def test_each_source_is_read_by_its_own_settings(tmp_path: Path, tokenizer: Any) -> None:
@@ -315,23 +409,28 @@ def test_a_source_that_does_not_fit_is_named(tmp_path: Path, tokenizer: Any) -> 
     columns = {"prompt": "text", "completion": "label"}
     public = jsonl(tmp_path / "public.jsonl", {"text": "x"}, times=9)
     sites = texts(source, tokenizer, columns=columns, public_source=public)
+
     with pytest.raises(
         ConfigError,
         match=r"public.jsonl \(data.public_source\): data.columns: completion = 'label', .* set data.public = \{ col",
     ):
         sites.check()
+
     sites = texts(source, tokenizer, columns=columns, public_source=public, public={"columns": {}})
     assert sum(len(examples) for examples in sites.public().values()) == 9
 
 
-# -- chat templates ---------------------------------------------------------------------------------------------------
+# -- chat templates ------------------------------------------------------------------------------
 
 
 def chat(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> tuple[str, str]:
     """The whole text and what is learned of it."""
     record = {"messages": messages}
-    (example,) = tokenize([("record 1", record)], "messages", tokenizer, max_length=4096, **options).examples
+    (example,) = tokenize(
+        [("record 1", record)], "messages", tokenizer, max_length=4096, **options
+    ).examples
     learned = [label for label in example.labels if label != IGNORE_INDEX]
+
     return tokenizer.decode(list(example.input_ids)), tokenizer.decode(learned)
 
 
@@ -387,7 +486,11 @@ def test_a_template_with_bos_gets_no_second_one(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        ("mistral", [{"role": "system", "content": "s"}, *TURNS], "refuses the conversation: this template knows"),
+        (
+            "mistral",
+            [{"role": "system", "content": "s"}, *TURNS],
+            "refuses the conversation: this template knows",
+        ),
         ("gemma", TURNS[1:], "refuses the conversation: turns must alternate"),
         (
             "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
@@ -410,16 +513,23 @@ def test_a_template_with_bos_gets_no_second_one(kind: Any) -> None:
 )
 def test_what_a_template_cannot_show_is_refused(template: str, messages: Any, message: str) -> None:
     with pytest.raises(DataError, match=f"record 1: .*{message}|{message}"):
-        chat(with_template(byte_level(), template), messages or [{"role": "system", "content": "s"}, *TURNS])
+        chat(
+            with_template(byte_level(), template),
+            messages or [{"role": "system", "content": "s"}, *TURNS],
+        )
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "zephyr", "plain"])
 @pytest.mark.parametrize("content", ["a", "s", "|", "A long answer."])
-def test_a_first_turn_of_the_assistant_is_learned_from_its_content_on(name: str, content: str) -> None:
+def test_a_first_turn_of_the_assistant_is_learned_from_its_content_on(
+    name: str, content: str
+) -> None:
     """The header of a turn holds the letters of the word "assistant" too."""
     tokenizer = with_template(byte_level(), name)
     turn = {"role": "assistant", "content": content}
-    (example,) = tokenize([("r", {"messages": [turn]})], "messages", tokenizer, max_length=4096).examples
+    (example,) = tokenize(
+        [("r", {"messages": [turn]})], "messages", tokenizer, max_length=4096
+    ).examples
     marked = tokenizer.apply_chat_template([turn | {"content": "0123456789"}], tokenize=False)
     header, end = marked.split("0123456789")
     learned = [token for token in example.labels if token != IGNORE_INDEX]
@@ -430,12 +540,16 @@ def test_a_first_turn_of_the_assistant_is_learned_from_its_content_on(name: str,
 def test_text_parts_are_joined_and_a_day_is_always_the_same() -> None:
     parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
     tokenizer = with_template(byte_level(), "zephyr")
-    assert chat(tokenizer, [{"role": "user", "content": parts}, *TURNS[1:]]) == WRITTEN_OUT["zephyr"]
+    assert (
+        chat(tokenizer, [{"role": "user", "content": parts}, *TURNS[1:]]) == WRITTEN_OUT["zephyr"]
+    )
     dated = with_template(byte_level(), "{{ strftime_now('%d %b %Y') }}" + NAMED["zephyr"][1])
     assert chat(dated, TURNS)[0].startswith("26 Jul 2024<|user|>")
 
 
-def test_a_template_of_a_file_is_carried_by_the_configuration(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_template_of_a_file_is_carried_by_the_configuration(
+    tmp_path: Path, tiny_model: Path
+) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"messages": TURNS}, times=4)
     (tmp_path / "mine.jinja").write_text(NAMED["zephyr"][1])
     (tmp_path / "run.toml").write_text(
@@ -449,25 +563,37 @@ def test_a_template_of_a_file_is_carried_by_the_configuration(tmp_path: Path, ti
     assert "".join(token["text"] for token in tokens if token["loss"]) == WRITTEN_OUT["zephyr"][1]
 
 
-def test_the_written_tokenizer_has_the_template_of_the_run(tmp_path: Path, run_config: dict[str, Any]) -> None:
+def test_the_written_tokenizer_has_the_template_of_the_run(
+    tmp_path: Path, run_config: dict[str, Any]
+) -> None:
     from transformers import AutoTokenizer
 
     from fluvial.runs.run import execute
 
     source = jsonl(tmp_path / "a.jsonl", {"messages": TURNS}, times=4)
-    data = {"source": source, "partition": {"by": "iid", "sites": 1}, "heldout_share": 0.5, "chat_template": "chatml"}
+    data = {
+        "source": source,
+        "partition": {"by": "iid", "sites": 1},
+        "heldout_share": 0.5,
+        "chat_template": "chatml",
+    }
     list(execute(parse(run_config | {"data": data, "rounds": 1}, "test"), tmp_path / "run"))
     written = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
     assert written.chat_template == NAMED["chatml"][1]
 
 
-def test_a_token_that_the_model_does_not_embed_is_named_with_its_site(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_token_that_the_model_does_not_embed_is_named_with_its_site(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     rows = [{"site": "a", "text": f"word {number}"} for number in range(20)]
     source = tmp_path / "records.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = DataConfig.model_validate({"source": str(source), "partition": {"by": "column", "column": "site"}})
+    config = DataConfig.model_validate(
+        {"source": str(source), "partition": {"by": "column", "column": "site"}}
+    )
     ids = tokenizer("word")["input_ids"]
     texts = SiteTexts(config, tokenizer, seed=0, num_embeddings=max(ids))
+
     with pytest.raises(ConfigError, match="site 'a': the text has a token of id"):
         texts.check()
     with pytest.raises(ConfigError, match="resize_token_embeddings"):

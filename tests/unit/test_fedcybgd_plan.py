@@ -1,4 +1,5 @@
-"""FedCyBGD before anything is trained: blocks by name, who trains which when, and bytes and memory by formula."""
+"""FedCyBGD before anything is trained: blocks by name, who trains which when, and bytes and memory
+by formula."""
 
 import itertools
 import weakref
@@ -58,7 +59,14 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 GLM = TINY | {"head_dim": 8}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 12, "n_head": 4, "n_positions": 32, "bos_token_id": 1}
+GPT2 = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 12,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": 1,
+}
 LLAMA_2_7B = TINY | {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -67,7 +75,11 @@ LLAMA_2_7B = TINY | {
     "num_attention_heads": 32,
     "num_key_value_heads": 32,
 }
-LLAMA_3_8B = LLAMA_2_7B | {"vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8}
+LLAMA_3_8B = LLAMA_2_7B | {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", TINY),
     "llama tied": ("LlamaConfig", TINY | {"tie_word_embeddings": True}),
@@ -85,7 +97,10 @@ def meta(kind: str, settings: dict[str, Any]) -> Any:
     import transformers
 
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, kind)(**settings)
+        )
+
     return model.requires_grad_(False)
 
 
@@ -99,24 +114,32 @@ def named(**shapes: tuple[int, ...]) -> Layout:
 
 def stack(prefix: str, layers: int) -> Layout:
     """Hand-made names: `layers` layers of six values, and one vector beside them."""
-    names = [(f"{prefix}{layer}.{leaf}", (3,)) for layer in range(layers) for leaf in ("mlp.weight", "norm.weight")]
+    names = [
+        (f"{prefix}{layer}.{leaf}", (3,))
+        for layer in range(layers)
+        for leaf in ("mlp.weight", "norm.weight")
+    ]
     return Layout(tuple(sorted([*names, ("beside.weight", (5,))])))
 
 
 def assert_parts(parts: Partition, layout: Layout) -> None:
     """Disjoint, covering, in the layout's order, and `block_of` says the same."""
-    found = [entry for block in parts.blocks for entry in block.layout.shapes] + list(parts.fixed.shapes)
+    found = [entry for block in parts.blocks for entry in block.layout.shapes] + list(
+        parts.fixed.shapes
+    )
     assert sorted(found) == list(layout.shapes)
+
     for block in parts.blocks:
         assert block.numel == block.layout.numel > 0
         assert list(block.layout.names) == sorted(block.layout.names)
+
     assert {name: parts.blocks[index].name for name, index in parts.block_of.items()} == {
         name: block.name for block in parts.blocks for name in block.layout.names
     }
     assert sum(block.numel for block in parts.blocks) + parts.fixed.numel == layout.numel
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -127,18 +150,25 @@ def test_layers_are_blocks_and_with_the_extra_ones_nothing_is_left(family: str) 
     assert len(parts) == parts.num_layers == 12
     assert [block.layers for block in parts.blocks] == [(layer,) for layer in range(12)]
     assert len({block.numel for block in parts.blocks}) == 1
+
     for layer, block in enumerate(parts.blocks):
         assert all(name.startswith(f"{parts.prefix}{layer}.") for name in block.layout.names)
-    everything = partition(layout, extra=("embeddings", "norm") if family in TIED else ("embeddings", "norm", "head"))
+    everything = partition(
+        layout, extra=("embeddings", "norm") if family in TIED else ("embeddings", "norm", "head")
+    )
     assert_parts(everything, layout)
     assert not everything.fixed.shapes
-    assert [block.layout for block in everything.blocks[:12]] == [block.layout for block in parts.blocks]
+    assert [block.layout for block in everything.blocks[:12]] == [
+        block.layout for block in parts.blocks
+    ]
     assert all(not block.layers for block in everything.blocks[12:])
 
 
 def test_layer_1_is_not_layer_10() -> None:
     parts = partition(layout_of("llama"))
-    assert not any("layers.10." in name or "layers.11." in name for name in parts.blocks[1].layout.names)
+    assert not any(
+        "layers.10." in name or "layers.11." in name for name in parts.blocks[1].layout.names
+    )
     assert all(name.startswith("model.layers.10.") for name in parts.blocks[10].layout.names)
 
 
@@ -149,7 +179,9 @@ def test_a_tied_head_is_no_block_and_the_weight_is_counted_once(family: str) -> 
     with pytest.raises(ConfigError, match="no 'head'.*tied head is part of the embeddings"):
         partition(layout, extra=("head",))
     (embeddings,) = partition(layout, extra=("embeddings",)).blocks[12:]
-    assert embeddings.numel == 64 * 32 + (32 * 32 if family == "gpt2" else 0)  # GPT-2 has positions besides
+    assert embeddings.numel == 64 * 32 + (
+        32 * 32 if family == "gpt2" else 0
+    )  # GPT-2 has positions besides
 
 
 def test_extra_blocks_come_in_the_order_asked_for_and_once() -> None:
@@ -178,7 +210,9 @@ def test_consecutive_layers_share_a_block_and_the_last_takes_what_is_left(
 def test_more_layers_in_a_block_than_there_are_is_refused() -> None:
     layout = layout_of("llama")
     check(FedCyBgdConfig(layers_per_block=12), Int8Settings(), layout)
-    with pytest.raises(ConfigError, match="layers_per_block=13: the model has 12 layers; choose at most as many"):
+    with pytest.raises(
+        ConfigError, match="layers_per_block=13: the model has 12 layers; choose at most as many"
+    ):
         check(FedCyBgdConfig(layers_per_block=13), Int8Settings(), layout)
 
 
@@ -205,7 +239,10 @@ def test_chatglm_names() -> None:
     layers = {
         f"transformer__encoder__layers__{layer}__{leaf}": shape
         for layer in range(28)
-        for leaf, shape in {"self_attention__query_key_value__weight": (24, 8), "input_layernorm__weight": (8,)}.items()
+        for leaf, shape in {
+            "self_attention__query_key_value__weight": (24, 8),
+            "input_layernorm__weight": (8,),
+        }.items()
     }
     layout = named(
         **layers,
@@ -220,21 +257,29 @@ def test_chatglm_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [("llama", ("q_proj", "down_proj")), ("gpt2", ("c_attn",)), ("glm4", ("gate_up_proj",))]
+    ("family", "targets"),
+    [("llama", ("q_proj", "down_proj")), ("gpt2", ("c_attn",)), ("glm4", ("gate_up_proj",))],
 )
-def test_blocks_of_an_adapter_have_both_factors_of_their_layers(family: str, targets: tuple[str, ...]) -> None:
+def test_blocks_of_an_adapter_have_both_factors_of_their_layers(
+    family: str, targets: tuple[str, ...]
+) -> None:
     layout = tuned_layout(meta(*MODELS[family]), LoraSettings(r=2, target_modules=targets))
     parts = partition(layout)
     assert_parts(parts, layout)
     assert len(parts) == 12
     assert not parts.fixed.shapes
     assert {len(block.layout.names) for block in parts.blocks} == {2 * len(targets)}
+
     with pytest.raises(ConfigError, match="nothing but layers"):
         partition(layout, extra=("embeddings",))
 
 
 def test_experts_inside_a_layer_belong_to_it() -> None:
-    layers = {f"model__layers__{layer}__mlp__experts__{e}__w": (4, 4) for layer in range(3) for e in range(8)}
+    layers = {
+        f"model__layers__{layer}__mlp__experts__{e}__w": (4, 4)
+        for layer in range(3)
+        for e in range(8)
+    }
     parts = partition(named(**layers, model__norm__weight=(4,)))
     assert parts.prefix == "model.layers."
     assert [block.numel for block in parts.blocks] == [128] * 3
@@ -245,7 +290,7 @@ def test_a_model_without_layers_is_refused() -> None:
         partition(named(weight=(3, 3), bias=(3,)))
 
 
-# -- schedules --------------------------------------------------------------------------------------------------------
+# -- schedules -----------------------------------------------------------------------------------
 
 ORDERS: tuple[Order, ...] = ("ascending", "descending", "random", "latin", "latin-random", "pairs")
 clients_ = st.integers(1, 40)
@@ -273,7 +318,9 @@ def test_every_client_has_a_block_that_the_seed_and_the_cycle_determine(
     seed=seeds_,
 )
 @examples(max_examples=100, deadline=None)
-def test_every_block_is_visited_equally(order: Order, blocks: int, clients: int, cycle: int, seed: int) -> None:
+def test_every_block_is_visited_equally(
+    order: Order, blocks: int, clients: int, cycle: int, seed: int
+) -> None:
     visits = Counter(assignment(order, clients=clients, blocks=blocks, cycle=cycle, seed=seed))
     least, most = clients // blocks, -(-clients // blocks)  # the same where D divides N
     assert all(least <= visits[block] <= most for block in range(blocks))
@@ -299,7 +346,9 @@ def test_every_client_meets_every_block_once_in_as_many_cycles(
 
 
 @given(blocks=blocks_, clients=clients_, cycle=cycles_)
-def test_ascending_is_the_same_every_cycle_and_descending_mirrors_it(blocks: int, clients: int, cycle: int) -> None:
+def test_ascending_is_the_same_every_cycle_and_descending_mirrors_it(
+    blocks: int, clients: int, cycle: int
+) -> None:
     ascending = assignment("ascending", clients=clients, blocks=blocks, cycle=cycle, seed=0)
     assert ascending == [client % blocks for client in range(clients)]
     assert assignment("pairs", clients=clients, blocks=blocks, cycle=cycle, seed=0) == ascending
@@ -308,7 +357,9 @@ def test_ascending_is_the_same_every_cycle_and_descending_mirrors_it(blocks: int
 
 
 def test_latin_moves_every_client_to_the_next_block() -> None:
-    assert [assignment("latin", clients=4, blocks=4, cycle=cycle, seed=0) for cycle in range(3)] == [
+    assert [
+        assignment("latin", clients=4, blocks=4, cycle=cycle, seed=0) for cycle in range(3)
+    ] == [
         [0, 1, 2, 3],
         [1, 2, 3, 0],
         [2, 3, 0, 1],
@@ -321,7 +372,9 @@ def test_full_hands_the_whole_model_on() -> None:
 
 def test_random_orders_differ_by_seed_and_client_and_random_may_leave_blocks_out() -> None:
     def drawn(order: Order, seed: int) -> list[list[int]]:
-        return [assignment(order, clients=16, blocks=16, cycle=cycle, seed=seed) for cycle in range(4)]
+        return [
+            assignment(order, clients=16, blocks=16, cycle=cycle, seed=seed) for cycle in range(4)
+        ]
 
     assert drawn("random", 1) != drawn("random", 2)
     assert drawn("latin-random", 1) != drawn("latin-random", 2)
@@ -330,13 +383,15 @@ def test_random_orders_differ_by_seed_and_client_and_random_may_leave_blocks_out
     assert all(len(set(cycle)) == 16 for cycle in drawn("latin-random", 1))
 
 
-# -- groups -----------------------------------------------------------------------------------------------------------
+# -- groups --------------------------------------------------------------------------------------
 
 assigned_ = st.lists(st.integers(0, 15), max_size=40)
 
 
 @given(assigned=assigned_, parallel=st.integers(1, 20), together=st.booleans())
-def test_groups_part_the_clients_and_keep_to_their_blocks(assigned: list[int], parallel: int, together: bool) -> None:
+def test_groups_part_the_clients_and_keep_to_their_blocks(
+    assigned: list[int], parallel: int, together: bool
+) -> None:
     made = groups(assigned, parallel=parallel, together=together)
     assert sorted(client for group in made for client in group) == list(range(len(assigned)))
     for group in made:
@@ -344,17 +399,26 @@ def test_groups_part_the_clients_and_keep_to_their_blocks(assigned: list[int], p
         assert 1 <= len(set(blocks)) <= parallel
         if not together:
             assert len(set(blocks)) == len(blocks)
+
     if together:
         homes = [block for group in made for block in {assigned[client] for client in group}]
         assert len(set(homes)) == len(homes), "all clients of a block are in one group"
 
 
-@given(blocks=st.integers(1, 32), parallel=st.integers(1, 32), sweeps=st.integers(1, 3), together=st.booleans())
-def test_blocks_of_a_group_are_far_apart(blocks: int, parallel: int, sweeps: int, together: bool) -> None:
+@given(
+    blocks=st.integers(1, 32),
+    parallel=st.integers(1, 32),
+    sweeps=st.integers(1, 3),
+    together=st.booleans(),
+)
+def test_blocks_of_a_group_are_far_apart(
+    blocks: int, parallel: int, sweeps: int, together: bool
+) -> None:
     assigned = assignment("ascending", clients=sweeps * blocks, blocks=blocks, cycle=0, seed=0)
     made = groups(assigned, parallel=parallel, together=together)
     apart = -(-blocks // parallel)
     assert len(made) == apart * (1 if together else sweeps), "no more groups than needed"
+
     for group in made:
         trained = sorted({assigned[client] for client in group})
         assert all(upper - lower >= apart for lower, upper in itertools.pairwise(trained))
@@ -377,15 +441,28 @@ def test_the_time_of_a_cycle_is_what_the_page_says() -> None:
     even = [60.0] * 8
     slow = [300.0 if client == 3 else 60.0 for client in range(8)]
     made = {"FedAvg, all at once": [list(range(8))]}
-    made |= {f"FedCyBGD, `parallel = {n}`": groups(assigned, parallel=n, together=False) for n in (1, 2, 4)}
-    made |= {f"FedBAvg, `parallel = {n}`": groups(assigned, parallel=n, together=True) for n in (1, 4)}
+    made |= {
+        f"FedCyBGD, `parallel = {n}`": groups(assigned, parallel=n, together=False)
+        for n in (1, 2, 4)
+    }
+    made |= {
+        f"FedBAvg, `parallel = {n}`": groups(assigned, parallel=n, together=True) for n in (1, 4)
+    }
     page = (Path(__file__).parents[2] / "docs" / "methods" / "fedcybgd.md").read_text()
+
     for name, visits in made.items():
-        times = wall_clock(visits, even), wall_clock(visits, slow), wall_clock(visits, slow, deadline_s=120)
-        assert f"| {name} | {len(visits)} | " + " | ".join(f"{each:g}" for each in times) + " |\n" in page, name
+        times = (
+            wall_clock(visits, even),
+            wall_clock(visits, slow),
+            wall_clock(visits, slow, deadline_s=120),
+        )
+        assert (
+            f"| {name} | {len(visits)} | " + " | ".join(f"{each:g}" for each in times) + " |\n"
+            in page
+        ), name
 
 
-# -- bytes and memory -------------------------------------------------------------------------------------------------
+# -- bytes and memory ----------------------------------------------------------------------------
 
 SIZES = Sizes(block=1000, layers=31000, outside=4000)
 
@@ -424,10 +501,14 @@ def test_sizes_tell_layers_from_what_is_outside(shapes: dict[str, Layout]) -> No
 
 def test_gpt2_small_has_layers_of_seven_million() -> None:
     config = GPT2 | {"n_embd": 768, "n_head": 12, "eos_token_id": 2}
-    assert {block.numel for block in partition(tuned_layout(meta("GPT2Config", config), None)).blocks} == {7_087_872}
+    assert {
+        block.numel for block in partition(tuned_layout(meta("GPT2Config", config), None)).blocks
+    } == {7_087_872}
 
 
-def test_upload_is_the_block_in_half_precision_or_fp32_or_as_coded(table: dict[tuple[str, str], ShapeRow]) -> None:
+def test_upload_is_the_block_in_half_precision_or_fp32_or_as_coded(
+    table: dict[tuple[str, str], ShapeRow],
+) -> None:
     row = table["LLaMA-2-7B", "full"]
     assert row.up_half == 2 * 202_383_360  # 404.8 MB, the paper
     assert row.up_fp32 == 2 * row.up_half
@@ -452,12 +533,16 @@ def test_download_by_form() -> None:
     assert rest(LowBit(8, changed=0)) == 0
     assert rest(Cache(visits=64, blocks=32, coded=100)) == 6400
     assert rest(Cache(visits=33, blocks=32, coded=100)) == 3300
-    assert rest(Cache(visits=33, blocks=32, coded=3000)) == 31 * 3000 + 4000  # one block is sent itself
+    assert (
+        rest(Cache(visits=33, blocks=32, coded=3000)) == 31 * 3000 + 4000
+    )  # one block is sent itself
     assert rest(Cache(visits=10**6, blocks=32, coded=100)) == 32 * 4000
     assert rest(Cache(visits=0, blocks=32, coded=100)) == 0
 
 
-def test_the_trained_block_is_exact_in_fp32_or_in_the_models_type_and_in_a_cache_comes_with_the_rest() -> None:
+def test_the_trained_block_is_exact_in_fp32_or_in_the_models_type_and_in_a_cache_comes_with_the_rest() -> (
+    None
+):
     assert visit_bytes(SIZES, Proxy(0.5), width=2).block_down == 4000
     assert visit_bytes(SIZES, Proxy(0.5), width=2, block_width=2).block_down == 2000
     cached = visit_bytes(SIZES, Cache(64, 32, 100), width=2)
@@ -476,15 +561,21 @@ def test_a_subset_of_no_share_is_refused(share: float) -> None:
         subset_size(share, 32)
 
 
-def test_released_code_downloads_up_to_half_and_all_of_the_layers(shapes: dict[str, Layout]) -> None:
+def test_released_code_downloads_up_to_half_and_all_of_the_layers(
+    shapes: dict[str, Layout],
+) -> None:
     sizes = Sizes.of(partition(shapes["LLaMA-2-7B"]), 0)
-    half, whole = (visit_bytes(sizes, StaleSubset(share, 32), width=2).rest_down for share in (0.5, 1.0))
+    half, whole = (
+        visit_bytes(sizes, StaleSubset(share, 32), width=2).rest_down for share in (0.5, 1.0)
+    )
     assert (half, whole) == (6_476_267_520, 12_952_535_040)
     assert (round(half / 1e9, 2), round(whole / 1e9, 2)) == (6.48, 12.95)
 
 
 def test_downloads_of_llama_2_7b(table: dict[tuple[str, str], ShapeRow]) -> None:
-    block, layers, fixed = 202_383_360, 31 * 202_383_360, 262_148_096
+    block = 202_383_360
+    layers = 31 * 202_383_360
+    fixed = 262_148_096
     halves = {form: row.down_half for (model, form), row in table.items() if model == "LLaMA-2-7B"}
     assert halves == {
         "full": 2 * 6_738_415_616,
@@ -493,12 +584,14 @@ def test_downloads_of_llama_2_7b(table: dict[tuple[str, str], ShapeRow]) -> None
         "low-bit": 2 * block + (layers + fixed) * 17 // 32,
         "cache": 64 * block // 8,
     }
+
     for (_, form), row in table.items():
         assert row.down_fp32 - row.down_half == (0 if form == "cache" else 2 * row.block)
 
 
 def test_memory_by_form() -> None:
-    fp32, half = 16 * 1000, 18 * 1000
+    fp32 = 16 * 1000
+    half = 18 * 1000
     assert client_memory(SIZES, Full(), width=4).states == 4 * 35000 + fp32
     assert client_memory(SIZES, Full(), width=2).states == 2 * 35000 + half
     assert client_memory(SIZES, Proxy(0.5), width=2).states == 2 * (4000 + 15500) + half
@@ -517,19 +610,30 @@ def test_activations_add_to_the_backward_pass_and_not_to_the_step() -> None:
     assert client_memory(SIZES, Full(), width=4).peak() == 4 * 35000 + 20 * 1000
 
 
-def test_memory_of_the_7b_and_8b_shapes_against_badam(table: dict[tuple[str, str], ShapeRow]) -> None:
-    small, large = table["LLaMA-2-7B", "full"], table["Llama-3-8B", "full"]
+def test_memory_of_the_7b_and_8b_shapes_against_badam(
+    table: dict[tuple[str, str], ShapeRow],
+) -> None:
+    small = table["LLaMA-2-7B", "full"]
+    large = table["Llama-3-8B", "full"]
     assert small.memory == 2 * 6_738_415_616 + 16 * 202_383_360
     assert small.full_memory == mixed_adam_bytes(6_738_415_616)
     assert small.badam == badam_bytes(6_738_415_616, 32)
     assert (round(small.badam / 1e9, 1), round(small.full_memory / 1e9, 1)) == (16.8, 121.3)
     assert round(small.memory / 1e9, 1) == 16.7  # the blocks leave 262 M parameters out
-    assert (large.block, large.fixed, large.parameters) == (218_112_000, 1_050_677_248, 8_030_261_248)
-    # BAdam reports 23.5 and 144.8 GB, and calls them actual cost; by its formulas, which leave activations out:
+    assert (large.block, large.fixed, large.parameters) == (
+        218_112_000,
+        1_050_677_248,
+        8_030_261_248,
+    )
+    # BAdam reports 23.5 and 144.8 GB, and calls them actual cost; by its formulas, which leave
+    # activations out:
     assert (round(large.badam / 1e9, 1), round(large.full_memory / 1e9, 1)) == (20.1, 144.5)
     assert round(large.memory / 1e9, 1) == 19.6
+
     for row in table.values():
-        assert row.peak == row.memory  # no workspace: blocks of this size are stepped tensor by tensor
+        assert (
+            row.peak == row.memory
+        )  # no workspace: blocks of this size are stepped tensor by tensor
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -562,13 +666,17 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("whole", [False, True])
 def test_the_formula_is_what_training_holds(width: Width, whole: bool) -> None:
-    """Live tensors of a run of `train` whose activations are smaller than what the optimizer's step adds."""
+    """Live tensors of a run of `train` whose activations are smaller than what the optimizer's step
+    adds."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     settings = TINY | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings)).to(torch.bfloat16 if width == 2 else None)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**settings)).to(
+        torch.bfloat16 if width == 2 else None
+    )
     parts = partition(tuned_layout(model, None), whole=whole)
     trained = set(parts.blocks[-1].layout.names)
+
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
     ids = [1, 5, 9, 12]
@@ -581,12 +689,15 @@ def test_the_formula_is_what_training_holds(width: Width, whole: bool) -> None:
             pad_token_id=0,
             generator=torch.Generator().manual_seed(0),
         )
+
     sizes = Sizes.of(parts, len(parts) - 1)
     assert live.peak == pytest.approx(client_memory(sizes, Full(), width=width).peak(), rel=1e-3)
 
 
 def test_a_gate_to_come_is_announced() -> None:
     (note,) = notes(FedCyBgdConfig(download=ProxyDownload()))
-    assert "may refuse the download: gradients through form='proxy' must keep a cosine of 0.7" in note
+    assert (
+        "may refuse the download: gradients through form='proxy' must keep a cosine of 0.7" in note
+    )
     assert notes(FedCyBgdConfig(download=ProxyDownload(), gate=GateConfig(threshold=0))) == []
     assert notes(FedCyBgdConfig()) == []

@@ -24,7 +24,9 @@ NAMES = ("a", "b", "c", "d")
 
 
 def fleet(
-    task: Callable[[Site, Payload], Payload], config: FleetConfig | None = None, store: StateStore | None = None
+    task: Callable[[Site, Payload], Payload],
+    config: FleetConfig | None = None,
+    store: StateStore | None = None,
 ) -> LocalFleet:
     """Sites that have nothing but a name and a store."""
     kept = store or StateStore(None)
@@ -48,7 +50,9 @@ def fleet(
 
 def ask(found: LocalFleet | Metered, message: Payload | None = None) -> dict[str, Payload]:
     messages = dict.fromkeys(NAMES, message or Payload())
-    return {r.site: r.content for r in found.ask("work", messages, round=1, read=lambda reply: reply)}
+    return {
+        r.site: r.content for r in found.ask("work", messages, round=1, read=lambda reply: reply)
+    }
 
 
 def echo(site: Site, message: Payload) -> Payload:
@@ -58,7 +62,10 @@ def echo(site: Site, message: Payload) -> Payload:
 def test_every_site_answers_through_real_bytes() -> None:
     sent = torch.arange(3.0)
     replies = ask(fleet(echo), Payload({"x": sent}))
-    assert {name: reply.values["site"] for name, reply in replies.items()} == {name: name for name in NAMES}
+    assert {name: reply.values["site"] for name, reply in replies.items()} == {
+        name: name for name in NAMES
+    }
+
     for reply in replies.values():
         assert torch.equal(reply.tensors["x"], sent)
         assert reply.tensors["x"].data_ptr() != sent.data_ptr()
@@ -70,13 +77,21 @@ def test_replies_come_as_they_are_ready() -> None:
         return Payload()
 
     found = fleet(slow_first, FleetConfig(workers=4))
-    order = [r.site for r in found.ask("work", dict.fromkeys(NAMES, Payload()), round=1, read=lambda reply: reply)]
+    order = [
+        r.site
+        for r in found.ask(
+            "work", dict.fromkeys(NAMES, Payload()), round=1, read=lambda reply: reply
+        )
+    ]
     assert order[-1] == "a"
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_no_more_sites_work_at_once_than_workers(workers: int) -> None:
-    lock, now, most, all_there = threading.Lock(), [0], [0], threading.Event()
+    lock = threading.Lock()
+    now = [0]
+    most = [0]
+    all_there = threading.Event()
 
     def count(site: Site, message: Payload) -> Payload:
         with lock:
@@ -84,6 +99,7 @@ def test_no_more_sites_work_at_once_than_workers(workers: int) -> None:
             most[0] = max(most[0], now[0])
             if now[0] == workers:
                 all_there.set()
+
         all_there.wait(10)
         time.sleep(0.02)
         with lock:
@@ -104,8 +120,11 @@ def fail_at(*names: str) -> Callable[[Site, Payload], Payload]:
 
 
 def test_a_failing_site_stops_the_run_and_its_own_log_has_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(ClientError, match="site 'b' failed: RuntimeError at .*the whole of its errors is in") as told:
+    with pytest.raises(
+        ClientError, match="site 'b' failed: RuntimeError at .*the whole of its errors is in"
+    ) as told:
         ask(fleet(fail_at("b"), store=StateStore(tmp_path)))
+
     assert "on fire" not in str(told.value)
     log = Path(str(told.value).rpartition(" ")[2])
     assert "Traceback" in log.read_text()
@@ -139,7 +158,8 @@ def test_retry_asks_again_and_then_skips() -> None:
 
 
 def test_a_silent_site_is_missed_after_the_deadline_and_its_late_answer_changes_nothing() -> None:
-    release, store = threading.Event(), StateStore(None)
+    release = threading.Event()
+    store = StateStore(None)
 
     def hang(site: Site, message: Payload) -> Payload:
         site.keep("slot", Payload(values={"kept": site.name}))
@@ -147,7 +167,9 @@ def test_a_silent_site_is_missed_after_the_deadline_and_its_late_answer_changes_
             release.wait(5)
         return Payload()
 
-    found = fleet(hang, FleetConfig(on_failure="skip", quorum=0.5, deadline_s=0.3, workers=2), store)
+    found = fleet(
+        hang, FleetConfig(on_failure="skip", quorum=0.5, deadline_s=0.3, workers=2), store
+    )
     started = time.perf_counter()
     assert sorted(ask(found)) == ["a", "c", "d"]
     assert time.perf_counter() - started < 2
@@ -173,7 +195,8 @@ def test_bytes_are_those_of_the_messages() -> None:
     message = Payload({"x": torch.randn(100)})
     metered = Metered(fleet(echo))
     replies = ask(metered, message)
-    down, up = len(message.to_bytes()), {name: len(reply.to_bytes()) for name, reply in replies.items()}
+    down = len(message.to_bytes())
+    up = {name: len(reply.to_bytes()) for name, reply in replies.items()}
     assert metered.meter.totals["down", "work"] == 4 * down
     assert metered.meter.totals["up", "work"] == sum(up.values())
     by_site = metered.meter.close_round()
@@ -221,8 +244,11 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device. What was there before is untouched"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device. What was there before is untouched"
+    ):
         store.write("a", "slot", Payload(values={"round": 2}), 2)
+
     assert store.read("a", "slot").values == {"round": 1}
     assert list(tmp_path.rglob("*.partial")) == []
 

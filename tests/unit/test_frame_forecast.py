@@ -1,4 +1,5 @@
-"""What `fluvial check` says of a frame's length: known from the layout, and in no time for a model of any size."""
+"""What `fluvial check` says of a frame's length: known from the layout, and in no time for a model
+of any size."""
 
 from typing import Any
 
@@ -22,10 +23,12 @@ def layout_of(hidden: int, layers: int, inner: int, experts: int = 0) -> Layout:
         start = f"model.layers.{layer}."
         shapes |= {f"{start}self_attn.{each}_proj.weight": (hidden, hidden) for each in "qkvo"}
         shapes |= {f"{start}self_attn.q_proj.bias": (hidden,), f"{start}norm.weight": (hidden,)}
+
         if experts:
             shapes[f"{start}mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
         else:
             shapes[f"{start}mlp.up_proj.weight"] = (inner, hidden)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -58,7 +61,9 @@ def test_settings_that_change_an_exact_length_are_counted() -> None:
 
 @pytest.mark.parametrize("rate", [2, 8, 64])
 @pytest.mark.parametrize("name", RATED)
-def test_a_large_layout_is_told_within_one_percent(name: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_layout_is_told_within_one_percent(
+    name: str, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layout = layout_of(90, 2, 120) if name == "trellis" else layout_of(150, 2, 200)
     settings = read_settings({"name": name, "rate": rate})
     monkeypatch.setattr(module, "MEASURED", layout.numel // 4)
@@ -71,6 +76,7 @@ def test_a_layout_that_cannot_be_coded_is_refused_as_when_it_is_coded(name: str)
     settings = read_settings({"name": name})
     if not hasattr(settings, "rate"):
         return
+
     for rate in (50, 300, 1000, 3000):
         given = settings.model_copy(update={"rate": float(rate)})
         refused = []
@@ -79,11 +85,14 @@ def test_a_layout_that_cannot_be_coded_is_refused_as_when_it_is_coded(name: str)
                 ask(given, layout)
             except ConfigError as error:
                 refused.append(str(error))
+
         assert len(refused) in (0, 2)
         assert len(set(refused)) <= 1
 
 
-@pytest.mark.parametrize("name", [name for name in CODECS if not must_learn(read_settings({"name": name}))])
+@pytest.mark.parametrize(
+    "name", [name for name in CODECS if not must_learn(read_settings({"name": name}))]
+)
 def test_seventy_billion_values_take_no_memory(name: str) -> None:
     layout = layout_of(8192, 80, 90_000)
     assert layout.numel > 7e10
@@ -95,5 +104,6 @@ def test_a_shrunk_layout_keeps_names_order_and_shares() -> None:
     small = shrunk(layout, 2**16)
     assert small.names == layout.names
     assert small.numel == pytest.approx(2**16, rel=0.1)
+
     for (name, large), (_, little) in zip(layout.shapes, small.shapes, strict=True):
         assert len(large) == len(little), name

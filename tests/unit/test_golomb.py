@@ -26,6 +26,7 @@ def test_positions_come_back(total: int) -> None:
     random = np.random.default_rng(total)
     groups = [(np.flatnonzero(random.random(total) < share), total) for share in (0, *SHARES, 1)]
     found = decode(encode(groups), [(len(where), total) for where, total in groups])
+
     for (where, _), back in zip(groups, found, strict=True):
         assert np.array_equal(where, back)
 
@@ -36,7 +37,8 @@ def test_none_and_all_cost_nothing() -> None:
 
 @pytest.mark.parametrize("share", SHARES)
 def test_positions_take_their_entropy(share: float) -> None:
-    """Within 2 % where a Golomb code can; a whole number of bits for a gap costs more near a share of 0.4."""
+    """Within 2 % where a Golomb code can; a whole number of bits for a gap costs more near a share
+    of 0.4."""
     where = np.flatnonzero(np.random.default_rng(0).random(200_000) < share)
     assert 8 * len(encode([(where, 200_000)])) <= 1.02 * _entropy(len(where), 200_000) + 8
 
@@ -61,13 +63,16 @@ def test_the_parameter_is_the_best(count: int) -> None:
         remainder = np.where(gaps % m < (1 << width) - m, width - 1, width)
         return float((p * (1 - p) ** gaps * (gaps // m + 1 + remainder)).sum())
 
-    assert bits(parameter(count, 1000)) <= 1.001 * min(bits(m) for m in range(1, 2 * parameter(count, 1000) + 3))
+    assert bits(parameter(count, 1000)) <= 1.001 * min(
+        bits(m) for m in range(1, 2 * parameter(count, 1000) + 3)
+    )
 
 
 def test_damaged_positions_are_refused_or_are_positions() -> None:
     random = np.random.default_rng(1)
     where = np.flatnonzero(random.random(3000) < 0.07)
     data = encode([(where, 3000)])
+
     for _ in range(300):
         damaged = bytearray(data)
         damaged[random.integers(len(data))] ^= 1 << random.integers(8)
@@ -75,10 +80,12 @@ def test_damaged_positions_are_refused_or_are_positions() -> None:
             (found,) = decode(bytes(damaged), [(len(where), 3000)])
         except WireError:
             continue
+
         assert len(found) == len(where)
         assert (np.diff(found) > 0).all()
         assert found[0] >= 0
         assert found[-1] < 3000
+
     for wrong in (data[:-1], data + b"\0", data + b"\xff", b"", bytes(10_000)):
         with pytest.raises(WireError):
             decode(wrong, [(len(where), 3000)])
@@ -125,12 +132,14 @@ def test_damaged_frames_are_refused_and_allocate_little() -> None:
     vector = np.random.default_rng(0).standard_normal(LAYOUT.numel).astype(np.float32)
     frame = frames.encode(vector, largest(abs(vector), 500), round=1)
     tracemalloc.start()
+
     try:
         for bit in np.random.default_rng(0).integers(0, 8 * len(frame), 100):
             damaged = bytearray(frame)
             damaged[bit // 8] ^= 1 << bit % 8
             with pytest.raises(WireError):
                 frames.decode(bytes(damaged), round=1)
+
         random = np.random.default_rng(2)
         for _ in range(300):  # bodies under a valid checksum
             body = bytearray(frame[8:-4])
@@ -138,18 +147,23 @@ def test_damaged_frames_are_refused_and_allocate_little() -> None:
                 body[place] = random.integers(256)
             if random.random() < 0.3:
                 del body[random.integers(len(body)) :]
+
             try:
                 _, values = frames.decode(_resealed(frame, bytes(body)), round=1)
             except WireError:
                 continue
+
             assert np.isfinite(values).all()
+
         assert tracemalloc.get_traced_memory()[1] < 40 * LAYOUT.numel
     finally:
         tracemalloc.stop()
 
 
 def test_a_frame_of_another_round_slice_or_kind_is_refused() -> None:
-    frame = SparseFrames(LAYOUT, "fp16", 0, 900).encode(np.ones(900, dtype=np.float32), np.arange(9), round=1)
+    frame = SparseFrames(LAYOUT, "fp16", 0, 900).encode(
+        np.ones(900, dtype=np.float32), np.arange(9), round=1
+    )
     with pytest.raises(WireError, match="round"):
         SparseFrames(LAYOUT, "fp16", 0, 900).decode(frame, round=2)
     for other in (SparseFrames(LAYOUT, "fp16", 0, 901), SparseFrames(LAYOUT, "bf16", 0, 900)):
@@ -161,5 +175,6 @@ def test_infinite_values_are_refused() -> None:
     frames = SparseFrames(LAYOUT, "fp16")
     frame = frames.encode(np.ones(LAYOUT.numel, dtype=np.float32), np.arange(1), round=1)
     body = frame[8:-4].replace(np.array([1], "<f2").tobytes(), np.array([np.inf], "<f2").tobytes())
+
     with pytest.raises(WireError, match="NaN or Inf"):
         frames.decode(_resealed(frame, body), round=1)

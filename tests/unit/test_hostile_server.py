@@ -1,4 +1,5 @@
-"""What a hostile server can make a site do: nothing but refuse, in bounded time and memory, and keep nothing."""
+"""What a hostile server can make a site do: nothing but refuse, in bounded time and memory, and
+keep nothing."""
 
 import sys
 import time
@@ -22,7 +23,21 @@ from tests.replay import record
 from tests.unit.test_hostile_site import TABLES, with_values
 from tests.unit.test_station import header, site_file
 
-WRONG: list[Any] = [None, True, "1", [], {}, float("nan"), float("inf"), 1e308, -1.0, -1, 0, 2**40, 10**30]
+WRONG: list[Any] = [
+    None,
+    True,
+    "1",
+    [],
+    {},
+    float("nan"),
+    float("inf"),
+    1e308,
+    -1.0,
+    -1,
+    0,
+    2**40,
+    10**30,
+]
 PATHS = ["../../x", "/etc/passwd", "a\0b", "x" * 10_000, "\x1b[2J"]
 
 
@@ -40,6 +55,7 @@ def messages_of(table: dict[str, Any], folder: Path) -> tuple[RunConfig, dict[st
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fleet.LocalFleet, "_work", noted)
         played = record(table, folder)
+
     return played.config, seen
 
 
@@ -47,10 +63,12 @@ def messages_of(table: dict[str, Any], folder: Path) -> tuple[RunConfig, dict[st
 def test_a_forged_message_is_refused_and_nothing_is_kept(
     what: str, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each value of each message, wrong in every way: a `FluvialError` of the site, at once, before any training."""
+    """Each value of each message, wrong in every way: a `FluvialError` of the site, at once, before
+    any training."""
     table = run_config | TABLES[what]
     if table.get("tune") == "full" or what == "fedcybgd":
         table.pop("lora")
+
     config, seen = messages_of(table, tmp_path / "run")
     bench = Workbench(config.model, config.adapter)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
@@ -76,6 +94,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
             return site
         finally:
             assert time.monotonic() - started < 5
+
         return None if answer.values == {"stale": True} and not site.kept else site
 
     count = 0
@@ -85,6 +104,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
         for name in sent.values:
             if name in harmless or task in ("evaluate", "install", "probe"):
                 continue
+
             for wrong in [each for each in WRONG if each != sent.values[name]]:
                 forged = {**sent.values, name: wrong}
                 if (name, wrong) == ("segment", 0):
@@ -92,6 +112,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
                 kept = tried(task, with_values(wire, forged))
                 count += 1
                 assert kept is None, (task, name, wrong)
+
     assert count > 5 or not any(Payload.from_bytes(wire).values for wire in seen.values())
     assert not list((tmp_path / "sites").rglob("*.safetensors"))
 
@@ -120,22 +141,26 @@ def test_an_adapter_that_does_not_fit_is_refused(
     station = greeted(table, tmp_path)
     adapter = initial_state(bench.layout, 1)
     name = next(iter(adapter))
+
     if change == "shape":
         adapter[name] = torch.zeros(3, 3)
     elif change == "names":
         adapter["../" + name] = adapter.pop(name)
     elif change == "huge":
         adapter[name] = torch.zeros(2000, 2000)
+
     wire = adapter_message(adapter, round=1).to_bytes()
     if change == "nan":
         frame = bytearray(Payload.from_bytes(wire).tensors["f"].numpy().tobytes())
         frame[8:12] = b"\0\0\xc0\x7f"
         frame[-4:] = zlib.crc32(frame[:-4]).to_bytes(4, "little")
         wire = frame_payload(bytes(frame), round=1).to_bytes()
+
     if change == "empty":
         wire = frame_payload(b"\0", round=1).to_bytes()
     if change == "type":
         wire = Payload({"f": torch.zeros(4, dtype=torch.int64)}, {"round": 1}).to_bytes()
+
     with pytest.raises(WireError):
         station.answer(header(), wire)
     assert not list((tmp_path / "site").rglob("residual-*"))
@@ -151,12 +176,19 @@ def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
         with pytest.raises(WireError):
             Header.read(header(run=name).values())
         return
+
     station = Station(site_file(tmp_path))
-    station.answer(header(task=HELLO, round=0, run=name), Payload(values={"config": table}).to_bytes())
+    station.answer(
+        header(task=HELLO, round=0, run=name), Payload(values={"config": table}).to_bytes()
+    )
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert all((tmp_path / "site") in path.parents for path in before)
+
     with pytest.raises(WireError, match="unknown task"):
-        station.answer(header(run=name, task=name), adapter_message(initial_state(bench.layout, 1), round=1).to_bytes())
+        station.answer(
+            header(run=name, task=name),
+            adapter_message(initial_state(bench.layout, 1), round=1).to_bytes(),
+        )
 
 
 def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
@@ -165,13 +197,16 @@ def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
     station = greeted(table, tmp_path)
     wire = adapter_message(initial_state(bench.layout, 1), round=1).to_bytes()
     station.answer(header(seq=1), wire)
+
     for ack, session in ((-1, "first"), (2**70, "first"), (7, "other")):
         station.answer(header(seq=2, ack=ack, session=session), wire)
         assert not list((tmp_path / "site").rglob("residual-*"))
 
 
 @pytest.mark.parametrize("tokens", [-1, 10**9, 2**70])
-def test_a_site_does_not_generate_without_end(tokens: int, table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_does_not_generate_without_end(
+    tokens: int, table: dict[str, Any], tmp_path: Path
+) -> None:
     station = greeted(table, tmp_path)
     message = Payload(values={"which": "base", "generate": tokens}).to_bytes()
     with pytest.raises((WireError, RefusalError)):

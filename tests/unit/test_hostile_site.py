@@ -1,4 +1,5 @@
-"""What one site can do to everybody's run: nothing but fail, whatever it answers, in every method."""
+"""What one site can do to everybody's run: nothing but fail, whatever it answers, in every
+method."""
 
 import json
 import math
@@ -57,13 +58,20 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Round]:
 
 @pytest.fixture(params=list(TABLES))
 def played(
-    request: pytest.FixtureRequest, rounds: dict[str, Round], run_config: dict[str, Any], tmp_path: Path
+    request: pytest.FixtureRequest,
+    rounds: dict[str, Round],
+    run_config: dict[str, Any],
+    tmp_path: Path,
 ) -> Round:
     if request.param not in rounds:
         table = run_config | TABLES[request.param]
-        if table.get("tune") == "full" or table["method" if "method" in table else "seed"] == {"name": "fedcybgd"}:
+        if table.get("tune") == "full" or table["method" if "method" in table else "seed"] == {
+            "name": "fedcybgd"
+        }:
             table.pop("lora")
+
         rounds[request.param] = record(table, tmp_path / "run")
+
     return rounds[request.param]
 
 
@@ -88,19 +96,42 @@ def _tensors(tensors: Named, changed: dict[str, Any]) -> bytes:
     return safetensors.torch.save(tensors, metadata={"v": text})
 
 
-WRONG: list[Any] = [None, True, "1", [], {}, math.nan, math.inf, -math.inf, 1e308, -1.0, -1, -(10**400), 10**400, 1e15]
+WRONG: list[Any] = [
+    None,
+    True,
+    "1",
+    [],
+    {},
+    math.nan,
+    math.inf,
+    -math.inf,
+    1e308,
+    -1.0,
+    -1,
+    -(10**400),
+    10**400,
+    1e15,
+]
 
 
 def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
-    """Every reply that no honest site sends in the place of `data`; `other` is honest, of another task or place."""
+    """Every reply that no honest site sends in the place of `data`; `other` is honest, of another
+    task or place."""
     sent = Payload.from_bytes(data)
     for name, found in values(data).items():
         rest = {key: value for key, value in values(data).items() if key != name}
         yield f"no {name}", with_values(data, rest)
         for wrong in WRONG:
-            if isinstance(found, float) and isinstance(wrong, float) and wrong in (-1.0, 1e15) and name == "cosine":
+            if (
+                isinstance(found, float)
+                and isinstance(wrong, float)
+                and wrong in (-1.0, 1e15)
+                and name == "cosine"
+            ):
                 continue
+
             yield f"{name}={str(wrong)[:12]}", with_values(data, rest | {name: wrong})
+
     yield "more values", with_values(data, values(data) | {"more": 1})
     yield "more tensors", Payload({**sent.tensors, "more": torch.zeros(2)}, values(data)).to_bytes()
     for name, tensor in sent.tensors.items():
@@ -110,10 +141,14 @@ def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
             ("longer", torch.cat([tensor.reshape(-1), tensor.reshape(-1)[:1]])),
             ("shorter", tensor.reshape(-1)[:-1]),
             ("another type", tensor.to(torch.int16)),
-            ("zero bytes", torch.zeros_like(tensor) if tensor.dtype == torch.uint8 else tensor.double()),
+            (
+                "zero bytes",
+                torch.zeros_like(tensor) if tensor.dtype == torch.uint8 else tensor.double(),
+            ),
             ("nan", tensor.float() * math.nan),
         ):
             yield f"{name} {what}", Payload(kept | {name: changed}, values(data)).to_bytes()
+
     yield "empty", b""
     yield "empty payload", Payload().to_bytes()
     yield "half", data[: len(data) // 2]
@@ -121,10 +156,14 @@ def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
     yield "a byte more", data + b"\0"
     yield (
         "random",
-        torch.randint(256, (len(data),), generator=torch.Generator().manual_seed(1)).byte().numpy().tobytes(),
+        torch.randint(256, (len(data),), generator=torch.Generator().manual_seed(1))
+        .byte()
+        .numpy()
+        .tobytes(),
     )
     yield "unknown", Payload(values={"unknown": True}).to_bytes()
     yield "stale and more", Payload({"x": torch.zeros(1)}, {"stale": True}).to_bytes()
+
     if other != data:
         yield "another reply", other
 
@@ -139,51 +178,75 @@ def _model(server: Any) -> Any:
 
 
 def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
-    """Each value and each tensor of each reply is forged in every way; the run goes on as if the site were silent."""
+    """Each value and each tensor of each reply is forged in every way; the run goes on as if the
+    site were silent."""
     silent: dict[tuple[str, int], Any] = {}
     tried = 0
+
     for (task, site, number), data in sorted(played.replies.items()):
         if site != LIAR:
             continue
+
         other = next((each for key, each in played.replies.items() if key[0] != task), b"{}")
 
-        def change(name: str, who: str, call: int, honest: bytes, place: Any = (task, number)) -> bytes | None:
+        def change(
+            name: str, who: str, call: int, honest: bytes, place: Any = (task, number)
+        ) -> bytes | None:
             return None if who == LIAR and (name, call) == place else honest
 
         server, fleet, _ = played.again(change)
         assert {failure.site for failure in fleet.failures} == {LIAR}
         silent[task, number] = _model(server)
+
         for what, forgery in forgeries(data, other):
             if forgery == data:
                 continue
+
             tried += 1
 
             def lie(
-                name: str, who: str, call: int, honest: bytes, place: Any = (task, number), forgery: bytes = forgery
+                name: str,
+                who: str,
+                call: int,
+                honest: bytes,
+                place: Any = (task, number),
+                forgery: bytes = forgery,
             ) -> bytes:
                 return forgery if who == LIAR and (name, call) == place else honest
 
             server, fleet, _ = played.again(lie)
             assert {failure.site for failure in fleet.failures} == {LIAR}, (task, what)
-            assert all("Traceback" not in failure.reason for failure in fleet.failures), (task, what)
+            assert all("Traceback" not in failure.reason for failure in fleet.failures), (
+                task,
+                what,
+            )
             assert _model(server) == silent[task, number], (task, what)
+
             with pytest.raises(ClientError, match=LIAR):
                 played.again(lie, on_failure="stop", quorum=0.5)
+
     assert tried > 20
 
 
 def test_whatever_a_site_answers_in_the_set_up_is_that_sites_failure(played: Round) -> None:
-    """The same where sites send what a codec is fitted to and measured by; a sample of the forgeries of each reply."""
+    """The same where sites send what a codec is fitted to and measured by; a sample of the
+    forgeries of each reply."""
     seen = set()
     for (task, site, number), data in sorted(played.setup.items()):
         if site != LIAR or task in seen:
             continue
+
         seen.add(task)
         others = [each for each in forgeries(data, b"{}") if each[1] != data]
         for what, forgery in others[:: 7 if task in ("snapshot", "moments") else 3]:
 
             def lie(
-                name: str, who: str, call: int, honest: bytes, place: Any = (task, number), forgery: bytes = forgery
+                name: str,
+                who: str,
+                call: int,
+                honest: bytes,
+                place: Any = (task, number),
+                forgery: bytes = forgery,
             ) -> bytes:
                 return forgery if who == LIAR and (name, call) == place else honest
 
@@ -196,7 +259,7 @@ def _set_up(played: Round, lie: Any, what: str) -> None:
     pytest.fail(what)
 
 
-# -- how long, how heavy ---------------------------------------------------------------------------------------------
+# -- how long, how heavy -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -213,6 +276,7 @@ def resend(played: Round, data: bytes, factor: float = 1.0, **values: Any) -> by
     sent = Payload.from_bytes(data)
     update = codec.decode(sent.tensors["f"].numpy().tobytes())
     frame = codec.encode({name: factor * tensor for name, tensor in update.items()}, round=1)
+
     return frame_payload(frame, **{**sent.values, **values}).to_bytes()
 
 
@@ -243,7 +307,10 @@ def test_an_update_that_is_much_longer_than_the_others_is_that_sites_failure(
     assert [failure.site for failure in fleet.failures] == [LIAR]
     assert metrics["sites"] == 2
     assert _model(server) == _model(alone)
-    with pytest.raises(ClientError, match=f"site '{LIAR}' failed: .*(max_update_growth|training with these|beyond)"):
+
+    with pytest.raises(
+        ClientError, match=f"site '{LIAR}' failed: .*(max_update_growth|training with these|beyond)"
+    ):
         fedavg.again(change, on_failure="stop", quorum=0.5)
 
 
@@ -267,24 +334,28 @@ def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> No
     lengths = {"a": 1.0, "b": 2.0, "c": 1.5, "d": 90.0, "e": 1.0}
     weights = {"a": 5, "b": 7, "c": 10**6, "d": 3, "e": 7}
     seen = set()
+
     for order in permutations(lengths):
         fleet = LocalFleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
         folded: dict[str, int] = {}
         cohort = Cohort(fleet, "train", 1, asked=5)
+
         for site in order:
             cohort.add(site, lengths[site], weights[site], partial(folded.__setitem__, site))
         told = cohort.close()
         seen.add(json.dumps([folded, told, [each.site for each in fleet.failures]], sort_keys=True))
+
     assert len(seen) == 1
     assert json.loads(seen.pop())[0] == {"a": 5, "b": 7, "e": 7, "c": 9 * 19}
 
 
-# -- one quorum a round ----------------------------------------------------------------------------------------------
+# -- one quorum a round --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("then", ["fails", "is stale again", "answers"])
 def test_first_and_second_asks_of_a_round_have_one_quorum(then: str, fedavg: Round) -> None:
-    """One of three says that it cannot follow, and then fails: two of three answered, and the run goes on."""
+    """One of three says that it cannot follow, and then fails: two of three answered, and the run
+    goes on."""
     calls = []
 
     def change(task: str, site: str, number: int, data: bytes) -> bytes | None:

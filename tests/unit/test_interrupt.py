@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM, sent to real processes: the exit code, one line, and a run that goes on from there."""
+"""Ctrl-C and SIGTERM, sent to real processes: the exit code, one line, and a run that goes on from
+there."""
 
 import json
 import os
@@ -23,9 +24,11 @@ def toml(table: dict[str, Any], prefix: str = "") -> str:
     """A table as TOML."""
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items())
+
     for key, value in table.items():
         if isinstance(value, dict):
             text += f"[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}"
+
     return text
 
 
@@ -44,11 +47,13 @@ def stopped(
         start_new_session=True,
     )
     end = time.monotonic() + PATIENCE_S
+
     try:
         while not ready():
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < end, "the command never came so far"
             time.sleep(0.01)
+
         for number in signals:
             process.send_signal(number)
         _, words = process.communicate(timeout=PATIENCE_S)
@@ -60,7 +65,8 @@ def stopped(
 
 
 def loading(arguments: Sequence[str]) -> Callable[[], bool]:
-    """True once the process of `arguments` has read torch in: main() runs, and no model is loaded yet."""
+    """True once the process of `arguments` has read torch in: main() runs, and no model is loaded
+    yet."""
 
     def ready() -> bool:
         for folder in Path("/proc").iterdir():
@@ -72,13 +78,15 @@ def loading(arguments: Sequence[str]) -> Callable[[], bool]:
                     return "libtorch" in (folder / "maps").read_text()
             except OSError:
                 continue
+
         return False
 
     return ready
 
 
 def clean(words: str) -> str:
-    """Standard error without the lines about rounds; nothing in it is a traceback or a word of the C++ library."""
+    """Standard error without the lines about rounds; nothing in it is a traceback or a word of the
+    C++ library."""
     for bad in ("Traceback", "terminate called", "Exception ignored", "Aborted", "Fatal Python"):
         assert bad not in words, words
     return words
@@ -134,14 +142,21 @@ def test_stopped_in_set_up_and_in_a_round(
     (tmp_path / "long.toml").write_text(toml(table))
     run = tmp_path / "run"
     command = ["run", str(tmp_path / "long.toml"), "--out", str(run)]
-    ready = (run / "config.json" if when == "set-up" else run / "checkpoints" / "round-000002.safetensors").exists
+    ready = (
+        run / "config.json"
+        if when == "set-up"
+        else run / "checkpoints" / "round-000002.safetensors"
+    ).exists
     code, words = stopped(command, ready, [number])
     assert code == CODES[number]
     assert clean(words).splitlines()[-1].endswith("--resume")
     assert (run / "checkpoints").exists() == (when == "round")
     straight = run_table(table, tmp_path / "straight")
     subprocess.run([*FLUVIAL, *command, "--resume"], check=True, capture_output=True)
-    assert json.loads((run / "result.json").read_text())["adapter_sha256"] == straight["adapter_sha256"]
+    assert (
+        json.loads((run / "result.json").read_text())["adapter_sha256"]
+        == straight["adapter_sha256"]
+    )
 
 
 @pytest.mark.slow
@@ -182,10 +197,12 @@ def test_a_temporary_folder_goes_with_the_process(number: signal.Signals, tmp_pa
         text=True,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )
+
     with process:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())
         assert folder.is_dir()
         process.send_signal(number)
+
     assert process.returncode == CODES[number]
     assert not folder.exists()

@@ -1,4 +1,5 @@
-"""klt and klt_sum: they meet their rate, carry more than a code without learning can, and trust nothing."""
+"""klt and klt_sum: they meet their rate, carry more than a code without learning can, and trust
+nothing."""
 
 import json
 import random
@@ -24,7 +25,17 @@ from fluvial.codecs.klt.sum import KltSum, KltSumSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, seal
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, Named, add, cosine, energy, norm, relative_error, scale, subtract
+from fluvial.wire.tensors import (
+    Layout,
+    Named,
+    add,
+    cosine,
+    energy,
+    norm,
+    relative_error,
+    scale,
+    subtract,
+)
 from tests import reference_klt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "klt.json"
@@ -37,6 +48,7 @@ def layout_of(d: int = 64, kv: int = 32, layers: int = 2, rank: int = 8) -> Layo
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (rank, d)
             shapes[f"{path}.lora_B.weight"] = (out, rank)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -44,26 +56,37 @@ LAYOUT = layout_of()
 
 
 def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
-    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real training do."""
+    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real
+    training do."""
     found = []
     draw = torch.Generator().manual_seed(seed)
+
     for _ in range(count):
         update = {}
         for name, shape in layout.shapes:
             features = max(shape)
             shared = torch.Generator().manual_seed(features + ("lora_A" in name))
             q = torch.linalg.qr(torch.randn(features, features, generator=shared)).Q
-            x = torch.randn(min(shape), features, generator=draw) * (1 + torch.arange(features)) ** -1.0 @ q.T
+            x = (
+                torch.randn(min(shape), features, generator=draw)
+                * (1 + torch.arange(features)) ** -1.0
+                @ q.T
+            )
             update[name] = 1e-3 * (x if "lora_A" in name else x.T).contiguous()
+
         found.append(update)
+
     return found
 
 
-SEEN, HELD_OUT = updates_of(LAYOUT, 12, seed=1), updates_of(LAYOUT, 3, seed=2)
+SEEN = updates_of(LAYOUT, 12, seed=1)
+HELD_OUT = updates_of(LAYOUT, 3, seed=2)
 
 
 def white(seed: int = 0) -> Named:
-    return LAYOUT.unflatten(torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(seed)))
+    return LAYOUT.unflatten(
+        torch.randn(LAYOUT.numel, generator=torch.Generator().manual_seed(seed))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +111,9 @@ def test_meets_its_rate_and_beats_the_bound_of_an_unlearned_code(rate: int) -> N
         wire = codec.encode(update)
         assert len(wire) <= LAYOUT.raw_bytes / rate
         assert len(wire) > 0.97 * LAYOUT.raw_bytes / rate
-        without_learning = 2 ** (-2 * 32 / rate)  # distortion of a white Gaussian source at 32 / rate bits a value
+        without_learning = 2 ** (
+            -2 * 32 / rate
+        )  # distortion of a white Gaussian source at 32 / rate bits a value
         assert relative_error(update, codec.decode(wire)) < min(0.9 * without_learning, 0.9)
 
 
@@ -140,12 +165,15 @@ def test_size_of_the_update_does_not_matter(fitted: Klt, size: float) -> None:
     update = scale(HELD_OUT[0], size)
     wire = fitted.encode(update)
     assert len(wire) <= fitted.budget
+
     if size == 0 or size >= 1e-12:
         assert relative_error(update, fitted.decode(wire)) < 0.5
 
 
 def test_one_factor_alone(fitted: Klt) -> None:
-    update = {name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()}
+    update = {
+        name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()
+    }
     decoded = fitted.decode(fitted.encode(update))
     assert all(norm({name: decoded[name]}) == 0 for name in decoded if "lora_A" in name)
     assert relative_error(update, decoded) < 0.3
@@ -157,13 +185,16 @@ def test_nothing_grows(fitted: Klt, kind: str, seed: int) -> None:
     """Error feedback needs a contraction, even on updates unlike those of `fit`."""
     draw = torch.Generator().manual_seed(seed)
     vector = torch.randn(LAYOUT.numel, generator=draw)
+
     if kind != "white":
         where = torch.randint(LAYOUT.numel, (1 if kind == "spike" else 40,), generator=draw)
         mask = torch.zeros(LAYOUT.numel)
         mask[where] = 1
+
         if kind == "column":
             mask[: LAYOUT.sizes[0]] = 1
         vector = vector * mask
+
     update = LAYOUT.unflatten(vector)
     wire = fitted.encode(update)
     assert len(wire) <= fitted.budget
@@ -201,6 +232,7 @@ def test_a_given_step_is_kept(fitted: Klt) -> None:
     for step in (1e-4, 3e-4, 1e-3):
         wire = fitted.encode_at(HELD_OUT[0], step)
         assert fitted.step_of(wire) == pytest.approx(step, rel=2 ** (1 / 512) - 1 + 1e-9)
+
     fine, coarse = (len(fitted.encode_at(HELD_OUT[0], step)) for step in (1e-4, 1e-3))
     assert fine > coarse
 
@@ -223,13 +255,17 @@ def test_noise_of_dithered_frames_is_foretold(dithered: Klt) -> None:
 def turned(updates: list[Named]) -> list[Named]:
     """Updates along other directions: every feature axis reversed."""
     return [
-        {name: tensor.flip(1 if "lora_A" in name else 0).contiguous() for name, tensor in update.items()}
+        {
+            name: tensor.flip(1 if "lora_A" in name else 0).contiguous()
+            for name, tensor in update.items()
+        }
         for update in updates
     ]
 
 
 def test_refit_learns_new_directions_and_keeps_old_ones(fitted: Klt) -> None:
-    new, unseen = turned(SEEN), turned(HELD_OUT)[0]
+    new = turned(SEEN)
+    unseen = turned(HELD_OUT)[0]
     again = fitted.refit(new, weight=0.5)
     assert again.epoch == 1
 
@@ -237,7 +273,9 @@ def test_refit_learns_new_directions_and_keeps_old_ones(fitted: Klt) -> None:
         return relative_error(update, codec.decode(codec.encode(update)))
 
     assert error(again, unseen) < 0.8 * error(fitted, unseen)
-    assert error(again, HELD_OUT[0]) < error(Klt.fit(fitted.settings, LAYOUT, new, seed=0), HELD_OUT[0])
+    assert error(again, HELD_OUT[0]) < error(
+        Klt.fit(fitted.settings, LAYOUT, new, seed=0), HELD_OUT[0]
+    )
     same = fitted.refit(new, weight=0.0)
     assert error(same, HELD_OUT[0]) == pytest.approx(error(fitted, HELD_OUT[0]), rel=0.1)
 
@@ -245,7 +283,8 @@ def test_refit_learns_new_directions_and_keeps_old_ones(fitted: Klt) -> None:
 def test_refit_needs_only_what_is_published(fitted: Klt) -> None:
     twin = Klt.from_published(fitted.settings, LAYOUT, fitted.published(decoder=True))
     decoded = [fitted.decode(fitted.encode(update)) for update in HELD_OUT]
-    mine, theirs = fitted.refit(decoded, weight=0.3), twin.refit(decoded, weight=0.3)
+    mine = fitted.refit(decoded, weight=0.3)
+    theirs = twin.refit(decoded, weight=0.3)
     assert mine.published(decoder=True).to_bytes() == theirs.published(decoder=True).to_bytes()
     theirs.epoch = 255
     assert theirs.refit(decoded[:1], weight=0.3).epoch == 0
@@ -258,7 +297,10 @@ def test_refit_is_the_same_in_another_process(fitted: Klt) -> None:
         "print(zlib.crc32(codec.published(decoder=True).to_bytes()))"
     )
     found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", program],
+        capture_output=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
     )
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -286,10 +328,15 @@ def test_dither_has_no_bias(dithered: Klt) -> None:
 
 def test_dither_of_what_is_far_below_the_step_has_no_bias(dithered: Klt) -> None:
     """At a coarse step nearly all is rounded at random."""
-    step, count = 4e-3, 512
-    decoded = [dithered.decode(dithered.encode_at(HELD_OUT[0], step, seed=seed)) for seed in range(count)]
+    step = 4e-3
+    count = 512
+    decoded = [
+        dithered.decode(dithered.encode_at(HELD_OUT[0], step, seed=seed)) for seed in range(count)
+    ]
     single = np.mean([relative_error(HELD_OUT[0], each) for each in decoded[:16]])
-    assert relative_error(HELD_OUT[0], scale(reduce(add, decoded), 1 / count)) < 1.3 * single / count
+    assert (
+        relative_error(HELD_OUT[0], scale(reduce(add, decoded), 1 / count)) < 1.3 * single / count
+    )
 
 
 def test_the_seed_decides(dithered: Klt) -> None:
@@ -318,6 +365,7 @@ def test_malformed_publications_are_refused(fitted: Klt, summed: KltSum, codec: 
     ):
         with pytest.raises(WireError, match="klt"):
             type(one).from_published(one.settings, LAYOUT, Payload(tensors, {"epoch": 0}))
+
     values: list[dict[str, Any]] = [{}, {"epoch": 256}, {"epoch": -1}, {"epoch": True}]
     for each in values:
         with pytest.raises(WireError, match="epoch"):
@@ -344,19 +392,24 @@ def test_any_published_numbers_give_a_working_codec(fitted: Klt) -> None:
 
 @given(seed=st.integers(0, 2**32 - 1), mode=st.sampled_from(["biased", "dithered", "summed"]))
 @examples(max_examples=300, deadline=None)
-def test_mutated_bodies_decode_or_are_refused(fitted: Klt, dithered: Klt, summed: KltSum, seed: int, mode: str) -> None:
+def test_mutated_bodies_decode_or_are_refused(
+    fitted: Klt, dithered: Klt, summed: KltSum, seed: int, mode: str
+) -> None:
     codec: Klt | KltSum = {"biased": fitted, "dithered": dithered, "summed": summed}[mode]  # type: ignore[assignment]
     draw = random.Random(seed)
     mutated = bytearray(codec.body(LAYOUT.flatten(HELD_OUT[0]), 0))
+
     for _ in range(draw.randint(1, 8)):
         mutated[draw.randrange(12 if draw.random() < 0.5 else len(mutated))] = draw.randrange(256)
     if draw.random() < 0.2:
         mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
+
     wire = seal(codec.code, codec.fingerprint, bytes(mutated))
     try:
         decoded = codec.decode(wire)
     except WireError:
         return
+
     assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
     if isinstance(codec, Klt):
         assert codec.noise_of(wire) >= 0
@@ -370,6 +423,7 @@ def test_damaged_frames_are_refused(fitted: Klt) -> None:
         damaged[position] ^= 1 << position % 8
         with pytest.raises(WireError):
             fitted.decode(bytes(damaged))
+
     for short in (b"", wire[:8], wire[:-1]):
         with pytest.raises(WireError):
             fitted.noise_of(short)
@@ -378,7 +432,9 @@ def test_damaged_frames_are_refused(fitted: Klt) -> None:
 def test_tables() -> None:
     for mode, digest in (("biased", 1642577127), ("dithered", 3947261910)):
         tables = klt_tables.Tables(mode)  # type: ignore[arg-type]
-        assert tables.digest == digest, "frames of other builds could not be read: this is a new format"
+        assert tables.digest == digest, (
+            "frames of other builds could not be read: this is a new format"
+        )
         for table in tables.tables:
             assert int(table.counts.min()) > 0
             assert table.signed.sum() == pytest.approx(klt_tables.TOTAL, rel=1e-2)
@@ -390,14 +446,20 @@ def test_the_reference_decodes_the_same() -> None:
     seen = updates_of(layout, 8, seed=1)
     for rate in (8, 32):
         codec = Klt.fit(KltSettings(rate=rate), layout, seen[:6], seed=0)
-        published = {name: tensor.tolist() for name, tensor in codec.published(decoder=True).tensors.items()}
+        published = {
+            name: tensor.tolist() for name, tensor in codec.published(decoder=True).tensors.items()
+        }
         for update in seen[6:]:
             wire = codec.encode(update)
             ours = codec.decode(wire)
-            theirs = reference_klt.decode(wire, layout.shapes, published, codec.settings.basis_share)  # type: ignore[arg-type]
+            share = codec.settings.basis_share
+            theirs = reference_klt.decode(wire, layout.shapes, published, share)  # type: ignore[arg-type]
             largest = max(float(tensor.abs().max()) for tensor in ours.values())
+
             for number, name in enumerate(layout.names):
-                assert torch.allclose(ours[name], torch.tensor(theirs[str(number)]), rtol=1e-5, atol=1e-5 * largest)
+                assert torch.allclose(
+                    ours[name], torch.tensor(theirs[str(number)]), rtol=1e-5, atol=1e-5 * largest
+                )
 
 
 def test_golden_frames() -> None:
@@ -406,14 +468,19 @@ def test_golden_frames() -> None:
     layout = Layout(tuple((name, tuple(shape)) for name, shape in golden["layout"]))
     types = {"tops": torch.int8, "rotations": torch.int8, "rows": torch.int8, "cols": torch.int8}
     types |= {"groups": torch.int16, "counts": torch.int16, "centroids": torch.int8}
-    tensors = {name: torch.tensor(golden["published"][name], dtype=kind) for name, kind in types.items()}
+    tensors = {
+        name: torch.tensor(golden["published"][name], dtype=kind) for name, kind in types.items()
+    }
     payload = Payload(tensors, {"epoch": golden["epoch"]})
+
     for each in golden["frames"]:
-        settings, kind = each["settings"], Klt if each["settings"]["name"] == "klt" else KltSum
+        settings = each["settings"]
+        kind = Klt if each["settings"]["name"] == "klt" else KltSum
         schema = KltSettings if kind is Klt else KltSumSettings
         codec = kind.from_published(schema.model_validate(settings), layout, payload)
         decoded = layout.flatten(codec.decode(bytes.fromhex(each["wire"]), round=golden["round"]))
         assert torch.allclose(decoded, torch.tensor(each["values"]), rtol=1e-4, atol=1e-8), settings
+
         if settings.get("mode") == "biased":
             values = reference_klt.decode(
                 bytes.fromhex(each["wire"]),
@@ -421,7 +488,12 @@ def test_golden_frames() -> None:
                 golden["published"],
                 schema().basis_share,
             )
-            flat = [value for number in range(len(layout.names)) for row in values[str(number)] for value in row]
+            flat = [
+                value
+                for number in range(len(layout.names))
+                for row in values[str(number)]
+                for value in row
+            ]
             assert torch.allclose(decoded, torch.tensor(flat), rtol=1e-5, atol=1e-8)
 
 
@@ -431,10 +503,14 @@ def test_a_sum_of_frames_is_a_frame_of_the_sum(summed: KltSum, count: int) -> No
     frames = [summed.encode(update, seed=seed, round=3) for seed, update in enumerate(updates)]
     assert {len(frame) for frame in frames} == {len(frames[0])}
     assert len(frames[0]) <= LAYOUT.raw_bytes / 16
-    integers = sum(summed.quantise(LAYOUT.flatten(update), seed) for seed, update in enumerate(updates))
+    integers = sum(
+        summed.quantise(LAYOUT.flatten(update), seed) for seed, update in enumerate(updates)
+    )
     assert isinstance(integers, np.ndarray)
     total = summed.sum_frames(frames)
-    assert torch.equal(LAYOUT.flatten(summed.decode_sum(total, count, round=3)), summed.synthesise(integers))
+    assert torch.equal(
+        LAYOUT.flatten(summed.decode_sum(total, count, round=3)), summed.synthesise(integers)
+    )
     each = reduce(add, [summed.decode(frame, round=3) for frame in frames])
     assert relative_error(each, summed.decode_sum(total, count)) < 1e-10
 
@@ -448,7 +524,11 @@ def test_masks_that_cancel_leave_no_trace(summed: KltSum) -> None:
     vectors = [LAYOUT.flatten(update) for update in HELD_OUT[:2]]
     mask = np.random.default_rng(0).integers(0, 2**30, summed.kept)
     plain = [summed.quantise(vector, 0) for vector in vectors]
-    masked = [summed.seal(summed._pack(plain[0] + mask)), summed.seal(summed._pack(plain[1] - mask))]
+    masked = [
+        summed.seal(summed._pack(plain[0] + mask)),
+        summed.seal(summed._pack(plain[1] - mask)),
+    ]
+
     with pytest.raises(WireError, match="a mask is left"):
         summed.decode(masked[0])
     total = summed.decode_sum(summed.sum_frames(masked), 2)
@@ -484,7 +564,9 @@ def test_sums_that_cannot_be_right_are_refused(summed: KltSum) -> None:
         summed.decode_sum(total, 0)
 
 
-@pytest.mark.parametrize(("sites", "levels", "bits"), [(1, 1, 2), (64, 7, 10), (64, 8, 11), (2, 1, 3)])
+@pytest.mark.parametrize(
+    ("sites", "levels", "bits"), [(1, 1, 2), (64, 7, 10), (64, 8, 11), (2, 1, 3)]
+)
 def test_integers_have_room_for_all_sites(sites: int, levels: int, bits: int) -> None:
     settings = KltSumSettings(max_sites=sites, levels=levels)
     assert settings.bits == bits

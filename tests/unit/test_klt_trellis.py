@@ -15,7 +15,17 @@ from fluvial.codecs.trellis import Trellis, TrellisSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, seal
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, Named, add, energy, norm, relative_error, scale, subtract, zeros_like
+from fluvial.wire.tensors import (
+    Layout,
+    Named,
+    add,
+    energy,
+    norm,
+    relative_error,
+    scale,
+    subtract,
+    zeros_like,
+)
 
 
 def layout_of(d: int = 64, kv: int = 32, layers: int = 2, rank: int = 8) -> Layout:
@@ -25,6 +35,7 @@ def layout_of(d: int = 64, kv: int = 32, layers: int = 2, rank: int = 8) -> Layo
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (rank, d)
             shapes[f"{path}.lora_B.weight"] = (out, rank)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -34,22 +45,31 @@ PROFILE = OVERHEAD - 4
 
 
 def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
-    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real training do."""
+    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real
+    training do."""
     found = []
     draw = torch.Generator().manual_seed(seed)
+
     for _ in range(count):
         update = {}
         for name, shape in layout.shapes:
             features = max(shape)
             shared = torch.Generator().manual_seed(features + ("lora_A" in name))
             q = torch.linalg.qr(torch.randn(features, features, generator=shared)).Q
-            x = torch.randn(min(shape), features, generator=draw) * (1 + torch.arange(features)) ** -0.5 @ q.T
+            x = (
+                torch.randn(min(shape), features, generator=draw)
+                * (1 + torch.arange(features)) ** -0.5
+                @ q.T
+            )
             update[name] = 1e-3 * (x if "lora_A" in name else x.T).contiguous()
+
         found.append(update)
+
     return found
 
 
-SEEN, HELD_OUT = updates_of(LAYOUT, 12, seed=1), updates_of(LAYOUT, 3, seed=2)
+SEEN = updates_of(LAYOUT, 12, seed=1)
+HELD_OUT = updates_of(LAYOUT, 3, seed=2)
 
 
 def fit(**settings: Any) -> KltTrellis:
@@ -61,13 +81,17 @@ def fitted() -> KltTrellis:
     return fit()
 
 
-@pytest.mark.parametrize(("rate", "memory"), [(16, 10), (64, 6), (64, 8), (64, 10), (64, 12), (128, 10)])
+@pytest.mark.parametrize(
+    ("rate", "memory"), [(16, 10), (64, 6), (64, 8), (64, 10), (64, 12), (128, 10)]
+)
 def test_meets_its_rate_and_beats_the_bound_of_an_unlearned_code(rate: int, memory: int) -> None:
     codec = fit(rate=rate, memory=memory)
     for update in HELD_OUT:
         wire = codec.encode(update)
         assert 0.97 * LAYOUT.raw_bytes / rate < len(wire) <= LAYOUT.raw_bytes / rate
-        without_learning = 2 ** (-2 * 32 / rate)  # distortion of a white Gaussian source at 32 / rate bits a value
+        without_learning = 2 ** (
+            -2 * 32 / rate
+        )  # distortion of a white Gaussian source at 32 / rate bits a value
         assert relative_error(update, codec.decode(wire)) < without_learning
 
 
@@ -82,12 +106,15 @@ def test_size_of_the_update_does_not_matter(fitted: KltTrellis, size: float) -> 
     update = scale(HELD_OUT[0], size)
     wire = fitted.encode(update)
     assert len(wire) <= fitted.budget
+
     if size >= 1e-12:
         assert relative_error(update, fitted.decode(wire)) < 0.5
 
 
 def test_one_factor_alone(fitted: KltTrellis) -> None:
-    update = {name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()}
+    update = {
+        name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()
+    }
     decoded = fitted.decode(fitted.encode(update))
     assert all(norm({name: decoded[name]}) == 0 for name in decoded if "lora_A" in name)
     assert relative_error(update, decoded) < 0.4
@@ -104,14 +131,18 @@ def test_nothing_grows(fitted: KltTrellis, kind: str, seed: int, rate: int) -> N
     codec = KltTrellis(KltTrellisSettings(rate=rate), LAYOUT, fitted.model)
     draw = torch.Generator().manual_seed(seed)
     vector = torch.randn(LAYOUT.numel, generator=draw)
+
     if kind == "heavy":
-        vector = torch.from_numpy(np.random.default_rng(seed).standard_cauchy(LAYOUT.numel).clip(-1e6, 1e6)).float()
+        vector = torch.from_numpy(
+            np.random.default_rng(seed).standard_cauchy(LAYOUT.numel).clip(-1e6, 1e6)
+        ).float()
     elif kind != "white":
         mask = torch.zeros(LAYOUT.numel)
         mask[torch.randint(LAYOUT.numel, (1 if kind == "spike" else 40,), generator=draw)] = 1
         if kind == "factor":
             mask[: LAYOUT.sizes[0]] = 1
         vector = vector * mask
+
     update = LAYOUT.unflatten(vector)
     wire = codec.encode(update)
     assert len(wire) <= codec.budget
@@ -120,12 +151,15 @@ def test_nothing_grows(fitted: KltTrellis, kind: str, seed: int, rate: int) -> N
 
 def residuals(codec: Any, updates: list[Named]) -> tuple[Named, list[int]]:
     """What error feedback is left with after `updates`, and the ages of the frames."""
-    residual, ages = zeros_like(updates[0]), []
+    residual = zeros_like(updates[0])
+    ages = []
+
     for number, update in enumerate(updates):
         wanted = add(update, residual)
         wire = codec.encode(wanted, seed=number)
         residual = subtract(wanted, codec.decode(wire))
         ages.append(wire[PROFILE] // 3)
+
     return residual, ages
 
 
@@ -169,6 +203,7 @@ def test_malformed_publications_are_refused(fitted: KltTrellis) -> None:
     for tensors in ({}, {**good, "extra": torch.zeros(1)}, {**good, "tops": good["tops"][:-1]}):
         with pytest.raises(WireError, match="klt"):
             KltTrellis.from_published(fitted.settings, LAYOUT, Payload(tensors, {"epoch": 0}))
+
     with pytest.raises(WireError, match="epoch"):
         KltTrellis.from_published(fitted.settings, LAYOUT, Payload(good, {"epoch": 256}))
 
@@ -193,7 +228,10 @@ def test_any_published_numbers_give_a_working_codec(fitted: KltTrellis) -> None:
 
 def test_refit_needs_only_what_is_published_and_follows(fitted: KltTrellis) -> None:
     turned = [
-        {name: tensor.flip(1 if "lora_A" in name else 0).contiguous() for name, tensor in update.items()}
+        {
+            name: tensor.flip(1 if "lora_A" in name else 0).contiguous()
+            for name, tensor in update.items()
+        }
         for update in (*SEEN, HELD_OUT[0])
     ]
     twin = KltTrellis.from_published(fitted.settings, LAYOUT, fitted.published(decoder=True))
@@ -202,6 +240,7 @@ def test_refit_needs_only_what_is_published_and_follows(fitted: KltTrellis) -> N
     assert mine.published(decoder=True).to_bytes() == theirs.published(decoder=True).to_bytes()
     error = relative_error(turned[-1], mine.decode(mine.encode(turned[-1])))
     assert error < 0.9 * relative_error(turned[-1], fitted.decode(fitted.encode(turned[-1])))
+
     with pytest.raises(WireError, match="another published transform"):
         mine.decode(fitted.encode(HELD_OUT[0]))
     theirs.epoch = 255
@@ -234,10 +273,12 @@ def test_mutated_bodies_decode_or_are_refused(fitted: KltTrellis, seed: int) -> 
         mutated[draw.randrange(13 if draw.random() < 0.8 else len(mutated))] = draw.randrange(256)
     if draw.random() < 0.2:
         mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
+
     try:
         decoded = fitted.decode(seal(fitted.code, fitted.fingerprint, bytes(mutated)))
     except WireError:
         return
+
     assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
 
 
@@ -253,7 +294,9 @@ def test_damaged_frames_are_refused(fitted: KltTrellis) -> None:
             fitted.decode(bytes(damaged))
 
 
-@pytest.mark.parametrize(("d", "kv", "rank", "rate"), [(8, 8, 1, 16), (16, 8, 2, 24), (33, 7, 3, 64), (64, 32, 8, 300)])
+@pytest.mark.parametrize(
+    ("d", "kv", "rank", "rate"), [(8, 8, 1, 16), (16, 8, 2, 24), (33, 7, 3, 64), (64, 32, 8, 300)]
+)
 def test_tiny_layouts(d: int, kv: int, rank: int, rate: int) -> None:
     layout = layout_of(d, kv, rank=rank)
     seen = updates_of(layout, 4, seed=1)
@@ -272,6 +315,7 @@ def test_what_it_cannot_code_is_said(fitted: KltTrellis) -> None:
                 [layout.unflatten(torch.ones(layout.numel))] if layout.shapes else [{}],
                 seed=0,
             )
+
     with pytest.raises(ConfigError, match="no updates"):
         KltTrellis.fit(KltTrellisSettings(), LAYOUT, [], seed=0)
     with pytest.raises(ConfigError, match="no updates"):

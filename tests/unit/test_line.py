@@ -24,13 +24,18 @@ def test_bytes_take_their_time_and_the_way_takes_its_own() -> None:
     whole = transfer_s(10 * MB, 20, SLOW.model_copy(update={"rtt_ms": 0}), FLOWER)
     assert whole == pytest.approx(8 * 10 / 20, rel=0.05)  # packets have headers
     assert transfer_s(10 * MB, 20, SLOW, FLOWER) > whole  # windows open first
-    assert round_s(0, 0, sites=1, line=SLOW) - round_s(0, 0, sites=1, line=FAST) > 0.1 * FLOWER.exchanges
+    assert (
+        round_s(0, 0, sites=1, line=SLOW) - round_s(0, 0, sites=1, line=FAST)
+        > 0.1 * FLOWER.exchanges
+    )
     assert objects_s(10 * MB, 20, SLOW, FLOWER) > objects_s(MB, 20, SLOW, FLOWER)
 
 
 def test_each_direction_has_its_own_speed() -> None:
     thin = SLOW.model_copy(update={"up_mbit_s": 2})
-    assert round_s(0, 10 * MB, sites=1, line=thin) - round_s(0, 10 * MB, sites=1, line=SLOW) == pytest.approx(36, 0.1)
+    assert round_s(0, 10 * MB, sites=1, line=thin) - round_s(
+        0, 10 * MB, sites=1, line=SLOW
+    ) == pytest.approx(36, 0.1)
     assert round_s(10 * MB, 0, sites=1, line=thin) == round_s(10 * MB, 0, sites=1, line=SLOW)
 
 
@@ -52,26 +57,39 @@ def test_check_predicts_a_round_from_the_bytes_that_it_predicts(run_config: dict
     line = {"up_mbit_s": 0.01, "down_mbit_s": 20, "rtt_ms": 100}
     found = plan(parse(table | {"fleet": {"line": line}}, "test"))
     expected = round_s(
-        found["bytes"]["down"], found["bytes"]["frame"], sites=len(found["sites"]), line=Line.model_validate(line)
+        found["bytes"]["down"],
+        found["bytes"]["frame"],
+        sites=len(found["sites"]),
+        line=Line.model_validate(line),
     )
     assert found["round_over_line_s"] == expected
     assert found["round_over_line_s"] > found["bytes"]["frame"] * 8 / 0.01e6
     row = next(row for row in found["rows"] if "fleet.line" in row["what"])
     assert row["value"].startswith(f"{expected:.1f} s")
-    assert [row for row in found["rows"] if row is not None and "fleet.line" not in row["what"]] == silent["rows"]
+    assert [
+        row for row in found["rows"] if row is not None and "fleet.line" not in row["what"]
+    ] == silent["rows"]
 
 
-def test_visits_that_wait_for_each_other_take_their_time_one_after_another(run_config: dict[str, Any]) -> None:
+def test_visits_that_wait_for_each_other_take_their_time_one_after_another(
+    run_config: dict[str, Any],
+) -> None:
     table = {key: value for key, value in run_config.items() if key != "lora"}
     line = {"up_mbit_s": 1, "down_mbit_s": 20, "rtt_ms": 100}
-    table |= {"tune": "full", "fleet": {"line": line}, "data": run_config["data"] | {"heldout_share": 0.2}}
+    table |= {
+        "tune": "full",
+        "fleet": {"line": line},
+        "data": run_config["data"] | {"heldout_share": 0.2},
+    }
     seconds = []
+
     for parallel in (1, 3):
         method = {"name": "fedcybgd", "parallel": parallel, "layers_per_block": 1}
         rows = plan(parse(table | {"method": method}, "test"))["rows"]
         words = next(row["value"] for row in rows if "fleet.line" in row["what"])
         seconds.append(float(words.split()[0]))
         assert f"of up to {min(parallel, 2)} visits at once" in words  # there are two blocks
+
     assert seconds[0] > seconds[1]
 
 

@@ -15,15 +15,20 @@ def powersgd(update: Named, rate: float = 64) -> PowerSgd:
 
 
 def lora(seed: int = 0, *, rank: int, noise: float = 0.1) -> Named:
-    """Six layers whose A factors, and whose B factors, lie near a common subspace of `rank` features."""
+    """Six layers whose A factors, and whose B factors, lie near a common subspace of `rank`
+    features."""
     generator = torch.Generator().manual_seed(seed)
     update = {}
+
     for kind in ("A", "B"):
         basis = torch.linalg.qr(torch.randn(128, rank, generator=generator)).Q * 128**0.5
         for layer in range(6):
             x = torch.randn(8, rank, generator=generator) @ basis.T / rank**0.5
             x = 1e-4 * (x + noise * torch.randn(8, 128, generator=generator))
-            update[f"layers.{layer}.q_proj.lora_{kind}.weight"] = x if kind == "A" else x.T.contiguous()
+            update[f"layers.{layer}.q_proj.lora_{kind}.weight"] = (
+                x if kind == "A" else x.T.contiguous()
+            )
+
     return update
 
 
@@ -31,7 +36,11 @@ def lora(seed: int = 0, *, rank: int, noise: float = 0.1) -> Named:
 def test_frames_use_their_budget_and_no_more(rate: float) -> None:
     for update in (lora(rank=4), lora(rank=40)):
         codec = powersgd(update, rate)
-        assert 0.95 * codec.layout.raw_bytes / rate <= len(codec.encode(update)) <= codec.layout.raw_bytes / rate
+        assert (
+            0.95 * codec.layout.raw_bytes / rate
+            <= len(codec.encode(update))
+            <= codec.layout.raw_bytes / rate
+        )
 
 
 def test_common_subspaces_are_found() -> None:
@@ -54,8 +63,15 @@ def test_frames_are_deterministic_and_need_no_seed() -> None:
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (65,), (1, 9), (9, 1), (3, 4, 5), (63, 65)])
 @pytest.mark.parametrize("tight", [True, False])
-def test_any_shape_contracts_and_silence_stays_silent(shape: tuple[int, ...], *, tight: bool) -> None:
-    update = {"w": torch.randn(shape) * 1e-6, "x": torch.randn(shape), "zero": torch.zeros(shape), "no": torch.zeros(0)}
+def test_any_shape_contracts_and_silence_stays_silent(
+    shape: tuple[int, ...], *, tight: bool
+) -> None:
+    update = {
+        "w": torch.randn(shape) * 1e-6,
+        "x": torch.randn(shape),
+        "zero": torch.zeros(shape),
+        "no": torch.zeros(0),
+    }
     layout = Layout.of(update)
     codec = powersgd(update, layout.raw_bytes / (12 + 28) if tight else 0.04)
     decoded = codec.decode(codec.encode(update))
@@ -68,15 +84,20 @@ def test_any_shape_contracts_and_silence_stays_silent(shape: tuple[int, ...], *,
 
 def test_frames_that_lie_are_refused_or_harmless() -> None:
     codec = powersgd(lora(rank=4))
-    body, random = codec.encode(lora(rank=4))[8:-4], np.random.default_rng(0)
+    body = codec.encode(lora(rank=4))[8:-4]
+    random = np.random.default_rng(0)
     refused = 0
+
     for _ in range(300):
         damaged = bytearray(body)
         damaged[random.integers(random.choice([8, len(body)]))] ^= 1 << random.integers(8)
         try:
-            codec.layout.check(codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded")
+            codec.layout.check(
+                codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded"
+            )
         except WireError:
             refused += 1
+
     assert refused > 50
     with pytest.raises(WireError, match="rank"):
         codec.decode(seal(codec.code, codec.fingerprint, b"\xff\xff" + body[2:]))

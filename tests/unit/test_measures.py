@@ -1,4 +1,5 @@
-"""What is measured is what it says: greedy is greedy, a number is a number, and held-out is held out."""
+"""What is measured is what it says: greedy is greedy, a number is a number, and held-out is held
+out."""
 
 import json
 import math
@@ -32,27 +33,40 @@ def _greedy(folder: Path, prompt: str, count: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = list(tokenizer(prompt)["input_ids"])
     start = len(ids)
+
     with torch.no_grad():
         for _ in range(count):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] == tokenizer.eos_token_id:
                 break
+
     text: str = tokenizer.decode(ids[start:], skip_special_tokens=True)
     return text
 
 
 def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "sampling")
-    settings: dict[str, Any] = {"do_sample": True, "temperature": 5.0, "top_k": 50, "repetition_penalty": 4.0}
+    settings: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 5.0,
+        "top_k": 50,
+        "repetition_penalty": 4.0,
+    }
     settings |= {"no_repeat_ngram_size": 1, "min_new_tokens": 4, "bad_words_ids": [[5], [6]]}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     prompts = [f"The river {n} carries" for n in range(3)]
     wanted = [_greedy(tiny_model, prompt, 5) for prompt in prompts]
     bench = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
     assert bench.generate({}, prompts, max_new_tokens=5) == wanted
-    rows = [{"prompt": p, "completion": answer} for p, answer in zip(prompts, wanted, strict=True) if answer.strip()]
+    rows = [
+        {"prompt": p, "completion": answer}
+        for p, answer in zip(prompts, wanted, strict=True)
+        if answer.strip()
+    ]
     assert rows, "the random model must say something"
-    found = _evaluate(folder, "--data", _lines(tmp_path / "d.jsonl", rows), "--set", "evaluate.max_new_tokens=5")
+    found = _evaluate(
+        folder, "--data", _lines(tmp_path / "d.jsonl", rows), "--set", "evaluate.max_new_tokens=5"
+    )
     assert found["data"]["model"]["exact_match"] == 1.0
 
 
@@ -61,12 +75,18 @@ def test_padding_and_batches_do_not_change_the_loss(tiny_gpt2_model: Path, batch
     bench = Workbench(ModelConfig(name_or_path=str(tiny_gpt2_model), device="cpu"), None)
     ids = [[1, *range(10, 10 + n)] for n in (2, 30, 7, 1, 18)]
     examples = [Example(row, [IGNORE_INDEX, *row[1:]]) for row in ids]
+
     with bench.model({}) as model, torch.no_grad():
         found = heldout(model, examples, pad_token_id=0, batch_size=batch_size)
         sums = [
-            float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in ids
+            float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss)
+            * (len(row) - 1)
+            for row in ids
         ]
-    assert found.loss_sum == pytest.approx(math.fsum(sums), rel=2e-5)  # padding changes the order of summation
+
+    assert found.loss_sum == pytest.approx(
+        math.fsum(sums), rel=2e-5
+    )  # padding changes the order of summation
 
 
 def test_no_measure_is_printed_that_is_no_number(tiny_model: Path, tmp_path: Path) -> None:
@@ -78,6 +98,7 @@ def test_no_measure_is_printed_that_is_no_number(tiny_model: Path, tmp_path: Pat
     tensors["model.norm.weight"][:] = math.inf
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     data = _lines(tmp_path / "d.jsonl", [{"text": "The river carries water."}])
+
     with pytest.raises(ConfigError, match="not finite|not numbers|damaged"):
         _evaluate(folder, "--data", data)
 
@@ -100,11 +121,19 @@ def test_files_that_hold_nothing_or_too_much(tiny_model: Path, tmp_path: Path) -
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"empty\.jsonl"):
         _evaluate(tiny_model, "--data", tmp_path / "empty.jsonl")
-    long = _lines(tmp_path / "long.jsonl", [{"prompt": "The river. " * 60, "completion": "water"}] * 2)
+    long = _lines(
+        tmp_path / "long.jsonl", [{"prompt": "The river. " * 60, "completion": "water"}] * 2
+    )
     with pytest.raises(ConfigError, match="2 of 2 records are longer than data.max_length=100"):
         _evaluate(tiny_model, "--data", long, "--set", "data.max_length=100")
     told = _evaluate(
-        tiny_model, "--data", long, "--set", "data.max_length=100", "--set", 'data.overlong="shorten_prompt"'
+        tiny_model,
+        "--data",
+        long,
+        "--set",
+        "data.max_length=100",
+        "--set",
+        'data.overlong="shorten_prompt"',
     )
     assert (told["data"]["truncated_records"], told["data"]["questions_too_long"]) == (2, 2)
     assert told["data"]["model"]["exact_match"] == 0.0
@@ -115,12 +144,14 @@ def test_a_cut_held_out_set_says_so(tiny_model: Path, tmp_path: Path) -> None:
     data = _lines(tmp_path / "d.jsonl", rows)
     found = _evaluate(tiny_model, "--data", data, "--set", "data.max_heldout=4")["data"]
     assert (found["sequences"], found["unmeasured_sequences"], found["questions"]) == (4, 5, 4)
-    words = " ".join(_evaluate(tiny_model, "--data", data, "--set", "data.max_heldout=4", text=True).split())
+    words = " ".join(
+        _evaluate(tiny_model, "--data", data, "--set", "data.max_heldout=4", text=True).split()
+    )
     assert "the first 4 sequences; 5 beyond data.max_heldout" in words
     assert "form prompt_completion (detected)" in words
 
 
-# -- held-out text that is trained on -------------------------------------------------------------------------------
+# -- held-out text that is trained on ------------------------------------------------------------
 
 
 def test_leaks_are_counted_over_all_sites() -> None:
@@ -136,15 +167,28 @@ def test_leaks_are_counted_over_all_sites() -> None:
     assert Leaks().remarks() == []
 
 
-def test_check_tells_of_a_leak_and_of_a_cut(run_config: dict[str, Any], tmp_path: Path, tokenizer: Any) -> None:
-    rows = [{"client": "ab"[n % 2], "prompt": f"River {n % 12}? ", "completion": f"water {n % 12}"} for n in range(48)]
+def test_check_tells_of_a_leak_and_of_a_cut(
+    run_config: dict[str, Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [
+        {"client": "ab"[n % 2], "prompt": f"River {n % 12}? ", "completion": f"water {n % 12}"}
+        for n in range(48)
+    ]
     source = _lines(tmp_path / "d.jsonl", rows)
-    held = _lines(tmp_path / "h.jsonl", [row | {"prompt": f"New {n}? "} for n, row in enumerate(rows[:8])] + rows[:2])
+    held = _lines(
+        tmp_path / "h.jsonl",
+        [row | {"prompt": f"New {n}? "} for n, row in enumerate(rows[:8])] + rows[:2],
+    )
     data = {"source": str(source), "heldout_source": str(held), "max_length": 64}
     data |= {"partition": {"by": "column", "column": "client"}}
     notes = " ".join(plan(parse(run_config | {"data": data}, "test"))["notes"])
     assert "2 of 10 held-out sequences are also trained on" in notes
     data["max_heldout"] = 3
     remarks = SiteTexts(parse(run_config | {"data": data}, "test").data, tokenizer, seed=0).check()
-    assert any("first 3 sequences of a site" in each and "4 of all sites are not measured" in each for each in remarks)
-    assert not any("also trained on" in each for each in remarks)  # those that leak are beyond the cut
+    assert any(
+        "first 3 sequences of a site" in each and "4 of all sites are not measured" in each
+        for each in remarks
+    )
+    assert not any(
+        "also trained on" in each for each in remarks
+    )  # those that leak are beyond the cut

@@ -11,9 +11,10 @@ from huggingface_hub import constants
 
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.models import network
 from fluvial.models.network import reachable_hub
 from fluvial.models.pretrained import load_tokenizer, read_config
-from fluvial.models.workbench import ModelConfig, network
+from fluvial.models.workbench import ModelConfig
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_a_hub_id_without_network_is_answered_at_once(tokenizer: Any) -> None:
             call()
         assert "hub cannot be reached" in str(caught.value)
         assert time.monotonic() - started < 10  # its own retries take 50 s and more
+
     assert constants.HF_HUB_OFFLINE is False
 
 
@@ -70,6 +72,7 @@ def test_a_hub_is_asked_once_for_the_calls_of_one_load(monkeypatch: pytest.Monke
         monkeypatch.setattr(network, "_period", lambda period=period: period)
         with reachable_hub() as reached:
             assert not reached
+
     assert len(asked) == 2
 
 
@@ -77,5 +80,8 @@ def test_a_model_folder_without_tokenizer_is_named(tiny_model: Path, tmp_path: P
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ConfigError, match="the folder has no tokenizer .*; copy the files from where the model came"):
+    with pytest.raises(
+        ConfigError,
+        match="the folder has no tokenizer .*; copy the files from where the model came",
+    ):
         load_tokenizer(ModelConfig(name_or_path=str(folder)))

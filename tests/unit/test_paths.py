@@ -1,4 +1,5 @@
-"""Relative paths: those in a file are relative to its folder, those of `--set` to the working directory."""
+"""Relative paths: those in a file are relative to its folder, those of `--set` to the working
+directory."""
 
 import shutil
 from pathlib import Path
@@ -30,23 +31,32 @@ def folder(tmp_path: Path, tiny_model: Path, three_sites: Path) -> Path:
     shutil.copy(three_sites, made / "three.jsonl")
     (made / "my.toml").write_text(TOML)
     (tmp_path / "elsewhere").mkdir()
+
     return made
 
 
-def test_a_path_means_the_same_from_any_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_means_the_same_from_any_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     near = load(Path("my.toml"))
     monkeypatch.chdir(folder.parent / "elsewhere")
     far = load(Path("../project/my.toml"))
     assert near == far
-    assert (near.model.name_or_path, near.data.source) == (str(folder / "M"), str(folder / "three.jsonl"))
+    assert (near.model.name_or_path, near.data.source) == (
+        str(folder / "M"),
+        str(folder / "three.jsonl"),
+    )
 
 
-def test_a_run_is_resumed_from_another_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_resumed_from_another_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(folder)
     for event in execute(load(Path("my.toml")), folder / "run"):
         if event.kind == "round":
             break
+
     monkeypatch.chdir(folder.parent / "elsewhere")
     *_, last = execute(load(Path("../project/my.toml")), folder / "run", resume=True)
     assert last.kind == "result"
@@ -58,6 +68,7 @@ def test_a_path_from_the_working_directory_alone_is_refused_with_the_remedy(
     (folder / "configs").mkdir()
     shutil.move(folder / "my.toml", folder / "configs" / "my.toml")
     monkeypatch.chdir(folder)
+
     with pytest.raises(ConfigError) as caught:
         load(Path("configs/my.toml"))
     first, second = str(caught.value).splitlines()
@@ -66,7 +77,9 @@ def test_a_path_from_the_working_directory_alone_is_refused_with_the_remedy(
     assert second.endswith('write "../three.jsonl"')
 
 
-def test_an_override_is_relative_to_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_override_is_relative_to_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = folder.parent / "elsewhere"
     shutil.copy(folder / "three.jsonl", elsewhere / "own.jsonl")
     monkeypatch.chdir(elsewhere)

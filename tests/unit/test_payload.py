@@ -1,4 +1,5 @@
-"""Payloads: what is sent arrives, equal payloads are equal bytes, and nothing from outside is believed."""
+"""Payloads: what is sent arrives, equal payloads are equal bytes, and nothing from outside is
+believed."""
 
 import json
 import random
@@ -55,7 +56,11 @@ def same(left: Payload, right: Payload) -> bool:
 
 def bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     data = tensor.contiguous().reshape(-1)
-    return tensor.dtype, tuple(tensor.shape), data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        data.view(torch.uint8).numpy().tobytes() if data.numel() else b"",
+    )
 
 
 def sample() -> Payload:
@@ -73,8 +78,12 @@ def sample() -> Payload:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (), (0,), (0, 3), (1, 1, 1, 1, 1, 1, 1, 2)], ids=str)
-def test_every_type_and_shape_comes_back_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(5,), (2, 3), (), (0,), (0, 3), (1, 1, 1, 1, 1, 1, 1, 2)], ids=str
+)
+def test_every_type_and_shape_comes_back_bit_for_bit(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     numbers = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 100
     sent = Payload({"x": (numbers > 50) if dtype == torch.bool else numbers.to(dtype)})
     assert same(Payload.from_bytes(sent.to_bytes()), sent)
@@ -169,7 +178,9 @@ def test_value_asks_for_exactly_the_kind() -> None:
     payload = Payload(values={"n": 3, "yes": True})
     assert payload.value("n", int) == 3
     for name, kind, found in [("yes", int, "bool"), ("n", float, "int"), ("none", str, "NoneType")]:
-        with pytest.raises(WireError, match=f"message value '{name}': expected {kind.__name__}, found {found}"):
+        with pytest.raises(
+            WireError, match=f"message value '{name}': expected {kind.__name__}, found {found}"
+        ):
             payload.value(name, kind)
 
 
@@ -184,6 +195,7 @@ def test_a_frame_travels_in_one_tensor() -> None:
     received = Payload.from_bytes(frame_payload(b"\x00codec\xff", round=2).to_bytes())
     assert payload_frame(received) == b"\x00codec\xff"
     assert received.value("round", int) == 2
+
     for wrong in (torch.zeros(3), torch.zeros(3, 1, dtype=torch.uint8)):
         with pytest.raises(WireError, match="frame: expected one-dimensional uint8"):
             payload_frame(Payload({"f": wrong}))
@@ -192,17 +204,29 @@ def test_a_frame_travels_in_one_tensor() -> None:
 MALFORMED: list[tuple[str, bytes, str]] = [
     ("nothing", b"", "payload of 0 bytes is shorter than its length field"),
     ("seven bytes", b"\0" * 7, "payload of 7 bytes is shorter"),
-    ("header past the end", (99).to_bytes(8, "little") + b"{}", "header of 99 bytes exceeds the limit or the payload"),
+    (
+        "header past the end",
+        (99).to_bytes(8, "little") + b"{}",
+        "header of 99 bytes exceeds the limit or the payload",
+    ),
     ("huge header", b"\xff" * 8 + b"{}", "header of 18446744073709551615 bytes exceeds"),
     ("not UTF-8", raw(b'{"\xff": 1}'), "header is not valid JSON"),
     ("not JSON", raw(b"{]"), "header is not valid JSON"),
     ("empty header", raw(b""), "header is not valid JSON"),
-    ("duplicate names", raw(b'{"a":' + json.dumps(F32).encode() + b',"a":1}', bytes(4)), "header.*duplicate key"),
+    (
+        "duplicate names",
+        raw(b'{"a":' + json.dumps(F32).encode() + b',"a":1}', bytes(4)),
+        "header.*duplicate key",
+    ),
     ("NaN in header", raw(b'{"a": NaN}'), "NaN is not JSON"),
     ("bomb", raw(b"[" * 100_000), "header is not valid JSON"),
     ("digits", raw(b'{"a":' + b"9" * 10_000 + b"}"), "header is not valid JSON"),
     ("list", raw([1]), "header is not a JSON object"),
-    ("metadata list", raw({"__metadata__": [1]}), "metadata must be an object with at most the text 'v'"),
+    (
+        "metadata list",
+        raw({"__metadata__": [1]}),
+        "metadata must be an object with at most the text 'v'",
+    ),
     ("metadata null", raw({"__metadata__": None}), "metadata must be an object"),
     ("other metadata", raw({"__metadata__": {"format": "pt"}}), "metadata must be an object"),
     ("metadata number", raw({"__metadata__": {"v": 3}}), "metadata must be an object"),
@@ -220,30 +244,74 @@ MALFORMED: list[tuple[str, bytes, str]] = [
     ("long name", raw({"n" * 513: F32}, bytes(4)), "names have 1 to 512"),
     ("newline in name", raw({"a\nb": F32}, bytes(4)), r"tensor 'a\\nb': names have"),
     ("right-to-left name", raw({"a\u202eb": F32}, bytes(4)), "names have"),
-    ("surrogate name", raw(b'{"\\ud800":' + json.dumps(F32).encode() + b"}", bytes(4)), "names have"),
+    (
+        "surrogate name",
+        raw(b'{"\\ud800":' + json.dumps(F32).encode() + b"}", bytes(4)),
+        "names have",
+    ),
     ("entry list", raw({"a": [1]}), "tensor 'a': expected dtype, shape and data_offsets"),
-    ("entry short", raw({"a": {"dtype": "F32", "shape": [1]}}), "expected dtype, shape and data_offsets"),
-    ("entry long", raw({"a": F32 | {"more": 1}}, bytes(4)), "expected dtype, shape and data_offsets"),
-    ("type", raw({"a": F32 | {"dtype": "F8_E4M3"}}, bytes(4)), "tensor 'a': unknown type 'F8_E4M3'"),
+    (
+        "entry short",
+        raw({"a": {"dtype": "F32", "shape": [1]}}),
+        "expected dtype, shape and data_offsets",
+    ),
+    (
+        "entry long",
+        raw({"a": F32 | {"more": 1}}, bytes(4)),
+        "expected dtype, shape and data_offsets",
+    ),
+    (
+        "type",
+        raw({"a": F32 | {"dtype": "F8_E4M3"}}, bytes(4)),
+        "tensor 'a': unknown type 'F8_E4M3'",
+    ),
     ("type list", raw({"a": F32 | {"dtype": [[1]]}}, bytes(4)), r"unknown type \[\[1\]\]"),
-    ("shape text", raw({"a": F32 | {"shape": "1"}}, bytes(4)), "shape must be at most 8 whole numbers"),
+    (
+        "shape text",
+        raw({"a": F32 | {"shape": "1"}}, bytes(4)),
+        "shape must be at most 8 whole numbers",
+    ),
     ("shape float", raw({"a": F32 | {"shape": [1.0]}}, bytes(4)), "shape must be"),
     ("shape bool", raw({"a": F32 | {"shape": [True]}}, bytes(4)), "shape must be"),
     ("shape negative", raw({"a": F32 | {"shape": [-1]}}, bytes(4)), "shape must be"),
     ("shape huge", raw({"a": F32 | {"shape": [2**63]}}, bytes(4)), "shape must be"),
     ("nine dimensions", raw({"a": F32 | {"shape": [1] * 9}}, bytes(4)), "shape must be at most 8"),
-    ("offsets one", raw({"a": F32 | {"data_offsets": [4]}}, bytes(4)), "data_offsets must be two whole numbers"),
+    (
+        "offsets one",
+        raw({"a": F32 | {"data_offsets": [4]}}, bytes(4)),
+        "data_offsets must be two whole numbers",
+    ),
     ("offsets null", raw({"a": F32 | {"data_offsets": None}}, bytes(4)), "data_offsets must be"),
-    ("offsets negative", raw({"a": F32 | {"data_offsets": [-4, 0]}}, bytes(4)), "data_offsets must be"),
-    ("offsets swapped", raw({"a": F32 | {"data_offsets": [4, 0]}}, bytes(4)), "does not fill bytes"),
-    ("too few bytes", raw({"a": F32 | {"shape": [2]}}, bytes(4)), r"F32 \[2\] does not fill bytes \[0, 4\]"),
+    (
+        "offsets negative",
+        raw({"a": F32 | {"data_offsets": [-4, 0]}}, bytes(4)),
+        "data_offsets must be",
+    ),
+    (
+        "offsets swapped",
+        raw({"a": F32 | {"data_offsets": [4, 0]}}, bytes(4)),
+        "does not fill bytes",
+    ),
+    (
+        "too few bytes",
+        raw({"a": F32 | {"shape": [2]}}, bytes(4)),
+        r"F32 \[2\] does not fill bytes \[0, 4\]",
+    ),
     (
         "stride overflow",
         raw({"a": {"dtype": "F32", "shape": [0, 2**31, 2**31, 2**31], "data_offsets": [0, 0]}}),
         "fill",
     ),
-    ("empty and vast", raw({"a": {"dtype": "U8", "shape": [2**40, 0], "data_offsets": [0, 0]}}), "does not fill"),
-    ("gap", raw({"a": F32 | {"data_offsets": [4, 8]}}, bytes(8)), "gap or overlaps at byte 4, expected 0"),
+    (
+        "empty and vast",
+        raw({"a": {"dtype": "U8", "shape": [2**40, 0], "data_offsets": [0, 0]}}),
+        "does not fill",
+    ),
+    (
+        "gap",
+        raw({"a": F32 | {"data_offsets": [4, 8]}}, bytes(8)),
+        "gap or overlaps at byte 4, expected 0",
+    ),
     ("overlap", raw({"a": F32, "b": F32}, bytes(4)), "gap or overlaps at byte 0, expected 4"),
     ("data short", raw({"a": F32}, bytes(3)), "tensors take 4 bytes, 3 are there"),
     ("data long", raw({"a": F32}, bytes(5)), "tensors take 4 bytes, 5 are there"),
@@ -252,7 +320,9 @@ MALFORMED: list[tuple[str, bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("data", "message"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED])
+@pytest.mark.parametrize(
+    ("data", "message"), [case[1:] for case in MALFORMED], ids=[case[0] for case in MALFORMED]
+)
 def test_malformed_bytes_are_refused_with_a_reason(data: bytes, message: str) -> None:
     with pytest.raises(WireError, match=message) as raised:
         Payload.from_bytes(data)
@@ -276,17 +346,25 @@ LIMITED = Payload({"abc": torch.zeros(2, 3), "d": torch.zeros(1)}, {"k": "v" * 5
 )
 def test_every_limit_holds(limits: Limits, message: str) -> None:
     data = LIMITED.to_bytes()
-    assert same(Payload.from_bytes(data, Limits(max_tensors=2, max_name=3, max_dims=2, max_bytes=len(data))), LIMITED)
+    assert same(
+        Payload.from_bytes(
+            data, Limits(max_tensors=2, max_name=3, max_dims=2, max_bytes=len(data))
+        ),
+        LIMITED,
+    )
     with pytest.raises(WireError, match=message):
         Payload.from_bytes(data, limits)
 
 
-@pytest.mark.parametrize("shape", [[2_500_000_000], [50_000, 50_000], [2**62], [0, 10**10]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [[2_500_000_000], [50_000, 50_000], [2**62], [0, 10**10]], ids=str
+)
 @pytest.mark.parametrize("end", [0, 10_000_000_000], ids=["empty", "10 GB"])
 def test_an_announced_giant_costs_nothing(shape: list[int], end: int) -> None:
     data = raw({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}, bytes(8))
     assert len(data) < 200
     tracemalloc.start()
+
     with pytest.raises(WireError):
         Payload.from_bytes(data)
     peak = tracemalloc.get_traced_memory()[1]
@@ -300,6 +378,7 @@ def test_no_format_that_can_run_code_is_in_the_package() -> None:
     running = re.compile(
         r"\b(import|from)\s+(c?pickle|dill|cloudpickle|joblib|marshal|shelve)\b|pickle\.|(?<!safetensors\.)torch\.(load|save)\("
     )
+
     for path in sources:
         text = path.read_text()
         assert not running.search(text), f"{path}: {running.search(text)}"
@@ -321,17 +400,28 @@ _plain = st.recursive(
 
 @st.composite
 def payloads(draw: Callable[..., Any]) -> Payload:
-    names = draw(st.lists(st.text(st.sampled_from("abcxyz.é重_0"), min_size=1, max_size=12), unique=True, max_size=4))
+    names = draw(
+        st.lists(
+            st.text(st.sampled_from("abcxyz.é重_0"), min_size=1, max_size=12),
+            unique=True,
+            max_size=4,
+        )
+    )
     tensors = {}
     for name in names:
         shape = draw(st.lists(st.integers(0, 4), max_size=4))
         dtype = draw(st.sampled_from(DTYPES))
         size = int(torch.Size(shape).numel()) * dtype.itemsize
         data = draw(st.binary(min_size=size, max_size=size))
+
         if dtype == torch.bool:
             data = bytes(byte & 1 for byte in data)
-        flat = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+        flat = (
+            torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        )
         tensors[name] = flat.reshape(shape)
+
     keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     return Payload(tensors, draw(st.dictionaries(keys, _plain, max_size=4)))
 
@@ -353,7 +443,11 @@ def _flip(data: bytes, draw: random.Random) -> bytes:
 
 
 def _truncate(data: bytes, draw: random.Random) -> bytes:
-    return data[: draw.randrange(len(data))] if draw.random() < 0.7 else data + draw.randbytes(draw.randrange(1, 20))
+    return (
+        data[: draw.randrange(len(data))]
+        if draw.random() < 0.7
+        else data + draw.randbytes(draw.randrange(1, 20))
+    )
 
 
 def _random_bytes(data: bytes, draw: random.Random) -> bytes:
@@ -373,20 +467,25 @@ def _edit(data: bytes, draw: random.Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     place: Any = header
+
     while True:
         key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
         if not isinstance(place[key], dict | list) or not place[key] or draw.random() < 0.3:
             break
         place = place[key]
+
     action = draw.random()
     if action < 0.6:
         place[key] = draw.choice(STRANGE)
     elif action < 0.75:
         del place[key]
     elif isinstance(place, dict):
-        place[draw.choice(["", "a\nb", "n" * 600, "__metadata__", "more", "shape"])] = draw.choice(STRANGE)
+        place[draw.choice(["", "a\nb", "n" * 600, "__metadata__", "more", "shape"])] = draw.choice(
+            STRANGE
+        )
     else:
         place.append(draw.choice(STRANGE))
+
     return raw(header, data[8 + length :])
 
 
@@ -398,6 +497,7 @@ def _bomb(data: bytes, draw: random.Random) -> bytes:
     parts = ['"F32"', "[]", "[0,4]"]
     parts[draw.randrange(3)] = nested
     text = draw.choice([nested, '{"a":' + nested + "}", '{"a":' + entry % tuple(parts) + "}"])
+
     return raw(text.encode(), bytes(4)) if draw.random() < 0.6 else values('{"a":' + nested + "}")
 
 
@@ -420,6 +520,7 @@ def _words(data: bytes, draw: random.Random) -> bytes:
             "\x00",
         ]
     )
+
     if draw.random() < 0.4:
         numbers = list(re.finditer(r"\d+", text))
         found = draw.choice(numbers)
@@ -429,6 +530,7 @@ def _words(data: bytes, draw: random.Random) -> bytes:
         text = "{" + f'"{name}":{draw.choice([word, json.dumps(F32)])},' + text[1:]
     else:
         return values(draw.choice(['{"a":%s}', '{"a":1,"a":%s}', "%s", '{"a":[%s]}']) % word)
+
     return raw(text.encode(), data[8 + length :])
 
 
@@ -436,20 +538,23 @@ BREAKERS = [_flip, _truncate, _random_bytes, _edit, _bomb, _words]
 
 
 @pytest.mark.parametrize("breaker", BREAKERS, ids=lambda breaker: breaker.__name__)
-def test_broken_payloads_are_refused_or_understood_but_never_crash(breaker: Callable[..., bytes]) -> None:
+def test_broken_payloads_are_refused_or_understood_but_never_crash(
+    breaker: Callable[..., bytes],
+) -> None:
     """2000 of each of six kinds: 12,000 in all."""
-    draw, data, outcomes, slowest, largest = (
-        random.Random(breaker.__name__),
-        sample().to_bytes(),
-        Counter[str](),
-        0.0,
-        0.0,
-    )
+    draw = random.Random(breaker.__name__)
+    data = sample().to_bytes()
+    outcomes = Counter[str]()
+    slowest = 0.0
+    largest = 0.0
     tracemalloc.start()
+
     for _ in range(2000):
         broken = breaker(data, draw)
         tracemalloc.reset_peak()
-        before, started = tracemalloc.get_traced_memory()[0], time.process_time()
+        before = tracemalloc.get_traced_memory()[0]
+        started = time.process_time()
+
         try:
             received = Payload.from_bytes(broken)
         except WireError as error:
@@ -458,8 +563,12 @@ def test_broken_payloads_are_refused_or_understood_but_never_crash(breaker: Call
         else:
             received.to_bytes()
             outcomes["understood"] += 1
+
         slowest = max(slowest, time.process_time() - started)
-        largest = max(largest, (tracemalloc.get_traced_memory()[1] - before - 2**16) / (len(broken) + 1))
+        largest = max(
+            largest, (tracemalloc.get_traced_memory()[1] - before - 2**16) / (len(broken) + 1)
+        )
+
     tracemalloc.stop()
     assert slowest < 3  # a bomb would take minutes; the machine may be busy
     assert largest < 64, "bytes allocated for each byte received, beyond 64 KiB"

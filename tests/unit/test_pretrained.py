@@ -1,4 +1,5 @@
-"""A base folder of other people's: what is refused, before any round, in one line, and what is kept of it."""
+"""A base folder of other people's: what is refused, before any round, in one line, and what is kept
+of it."""
 
 import json
 import os
@@ -14,7 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from fluvial.cli import app
 from fluvial.errors import ConfigError, MissingWeightsError
-from fluvial.models.pretrained import check_length, check_tokenizer, context_length, dtype_of, load_tokenizer
+from fluvial.models.pretrained import (
+    check_length,
+    check_tokenizer,
+    context_length,
+    dtype_of,
+    load_tokenizer,
+)
 from fluvial.models.targets import LoraSettings
 from fluvial.models.weights import check_weights
 from fluvial.models.workbench import ModelConfig, Workbench, load_base, meta_base
@@ -42,7 +49,9 @@ def settings(**values: Any) -> Change:
     def change(folder: Path) -> None:
         path = folder / "config.json"
         stored = json.loads(path.read_text()) | values
-        path.write_text(json.dumps({key: value for key, value in stored.items() if value is not None}))
+        path.write_text(
+            json.dumps({key: value for key, value in stored.items() if value is not None})
+        )
 
     return change
 
@@ -98,7 +107,9 @@ def as_pointer(folder: Path) -> None:
 
 
 def as_adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "some/base"})
+    )
 
 
 def as_xlnet(folder: Path) -> None:
@@ -119,28 +130,49 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "is damaged or cut short",
     ),
     "a pointer": (as_pointer, "is damaged or cut short"),
-    "missing shard": (without_a_shard, r"the shard 'model-00002-of-\d+\.safetensors' .* is missing"),
+    "missing shard": (
+        without_a_shard,
+        r"the shard 'model-00002-of-\d+\.safetensors' .* is missing",
+    ),
     "cut shard": (with_a_cut_shard, "is damaged or cut short"),
-    "wrong index": (with_a_wrong_index, r"lacks 'model\.layers\.7\.weight', which model\.safetensors\.index\.json"),
+    "wrong index": (
+        with_a_wrong_index,
+        r"lacks 'model\.layers\.7\.weight', which model\.safetensors\.index\.json",
+    ),
     "foreign pickle": (as_pickle, "could run foreign code; save the model as safetensors"),
     "missing tensor": (
         tensors(lambda stored: stored.pop("model.norm.weight") is None or stored),
         r"lack 'model\.norm\.weight', which LlamaForCausalLM needs",
     ),
-    "another shape": (settings(intermediate_size=80), "stored in another shape than config.json says"),
+    "another shape": (
+        settings(intermediate_size=80),
+        "stored in another shape than config.json says",
+    ),
     "too few layers": (settings(num_hidden_layers=3), r"lack 'model\.layers\.2\..* needs"),
-    "too many layers": (settings(num_hidden_layers=1), r"stores 'model\.layers\.1\..*more layers than config\.json"),
+    "too many layers": (
+        settings(num_hidden_layers=1),
+        r"stores 'model\.layers\.1\..*more layers than config\.json",
+    ),
     "no head": (headless, r"lack 'lm_head\.weight'"),
     "whole numbers": (
         tensors(lambda stored: {name: tensor.to(torch.int8) for name, tensor in stored.items()}),
         r"stored as torch\.int8; only float weights",
     ),
-    "quantised": (settings(quantization_config={"quant_method": "gptq", "bits": 4}), r"quantised \(gptq"),
+    "quantised": (
+        settings(quantization_config={"quant_method": "gptq", "bits": 4}),
+        r"quantised \(gptq",
+    ),
     "adapter": (as_adapter, "is a PEFT adapter of 'some/base'; name that base"),
     "remote code": (settings(model_type="own", auto_map={"AutoConfig": "own.Own"}), "never run"),
-    "other architecture": (settings(model_type="vit"), "no causal language model of the type 'vit'"),
+    "other architecture": (
+        settings(model_type="vit"),
+        "no causal language model of the type 'vit'",
+    ),
     "encoder-decoder": (settings(model_type="t5"), "'t5' is an encoder-decoder"),
-    "encoder": (settings(model_type="bert"), "attends to later tokens, because config.json has is_decoder"),
+    "encoder": (
+        settings(model_type="bert"),
+        "attends to later tokens, because config.json has is_decoder",
+    ),
     "own seeds": (settings(model_type="reformer"), "random generator by itself|cannot be loaded"),
     "permutations": (as_xlnet, "attends to later tokens"),
     "no type": (settings(model_type=None), "names no 'model_type'"),
@@ -151,17 +183,23 @@ REFUSED: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_check_refuses_a_folder_in_one_line(
-    name: str, base: Path, run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str,
+    base: Path,
+    run_config: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     change, message = REFUSED[name]
     change(base)
     table = run_config | {"model": {"name_or_path": str(base), "device": "cpu"}}
+
     with pytest.raises(ConfigError, match=message) as error:
         plan(parse(table, "x"))
     assert "\n" not in str(error.value)
     assert str(base) in str(error.value)
     assert not (tmp_path / "ran-foreign-code").exists()
+
     for lora in (LoraSettings(r=2), None):
         with pytest.raises(ConfigError):
             Workbench(parse(table, "x").model, lora)
@@ -173,11 +211,24 @@ def test_check_tells_the_sizes_of_a_folder_without_weights_and_refuses_it(
     whole = plan(parse(run_config | {"model": {"name_or_path": str(base), "device": "cpu"}}, "x"))
     (base / "model.safetensors").unlink()
     (tmp_path / "run.toml").write_text('[model]\nname_or_path = "base"\ndevice = "cpu"\n')
-    data = [f"data.{key}={json.dumps(value)}" for key, value in run_config["data"].items() if key != "partition"]
-    changes = [word for line in (*data, "data.partition={by='iid',sites=2}") for word in ("--set", line)]
+    data = [
+        f"data.{key}={json.dumps(value)}"
+        for key, value in run_config["data"].items()
+        if key != "partition"
+    ]
+    changes = [
+        word for line in (*data, "data.partition={by='iid',sites=2}") for word in ("--set", line)
+    ]
+
     with pytest.raises(MissingWeightsError, match="a run needs them: copy them"):
-        app(["check", str(tmp_path / "run.toml"), "--format", "json", *changes], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out)["model"]["parameters"] == whole["model"]["parameters"]
+        app(
+            ["check", str(tmp_path / "run.toml"), "--format", "json", *changes],
+            standalone_mode=False,
+        )
+
+    assert (
+        json.loads(capsys.readouterr().out)["model"]["parameters"] == whole["model"]["parameters"]
+    )
 
 
 def test_weights_in_other_forms_are_the_same_model(base: Path) -> None:
@@ -186,11 +237,16 @@ def test_weights_in_other_forms_are_the_same_model(base: Path) -> None:
     assert len(shards) > 2
     assert check_weights(config(base), meta_base(config(base))) == []
     torch.save(expected, base / "pytorch_model.bin")
-    assert all(torch.equal(load_base(config(base)).state_dict()[name], expected[name]) for name in expected)
+    assert all(
+        torch.equal(load_base(config(base)).state_dict()[name], expected[name]) for name in expected
+    )
+
     for path in [*shards, base / "model.safetensors.index.json"]:
         path.unlink()
     assert check_weights(config(base), meta_base(config(base))) == []
-    assert all(torch.equal(load_base(config(base)).state_dict()[name], expected[name]) for name in expected)
+    assert all(
+        torch.equal(load_base(config(base)).state_dict()[name], expected[name]) for name in expected
+    )
 
 
 def test_stored_tensors_without_a_use_are_told(base: Path) -> None:
@@ -203,7 +259,9 @@ def test_stored_tensors_without_a_use_are_told(base: Path) -> None:
 def test_a_weight_that_is_no_number_is_refused(base: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     tensors(lambda stored: stored | {name: stored[name].clone().fill_(float("nan"))})(base)
-    with pytest.raises(ConfigError, match=f"{name} holds values that are not finite in torch.float32"):
+    with pytest.raises(
+        ConfigError, match=f"{name} holds values that are not finite in torch.float32"
+    ):
         load_base(config(base))
 
 
@@ -212,20 +270,27 @@ def test_a_weight_that_is_no_number_is_refused(base: Path) -> None:
 def test_the_type_is_the_folder_s_own(kind: str, told: str, base: Path, tmp_path: Path) -> None:
     dtype = getattr(torch, kind)
     tensors(lambda stored: {name: tensor.to(dtype) for name, tensor in stored.items()})(base)
-    settings(**{"dtype": None, "torch_dtype": None} | ({told: kind} if "dtype" in told else {}))(base)
+    settings(**{"dtype": None, "torch_dtype": None} | ({told: kind} if "dtype" in told else {}))(
+        base
+    )
     assert dtype_of(config(base)) == dtype
     assert dtype_of(config(base, dtype="float32")) == torch.float32
     bench = Workbench(config(base), LoraSettings(r=2))
+
     with bench.model(bench.base_state()) as model:
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {types[name] for name in types if ".lora_" in name} == {torch.float32}
     assert {types[name] for name in types if ".lora_" not in name} == {dtype}
     whole = Workbench(config(base), None)
     whole.save(whole.base_state(), tmp_path / "out")
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+    assert {
+        tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()
+    } == {dtype}
 
 
-def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(base: Path, tmp_path: Path) -> None:
+def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(
+    base: Path, tmp_path: Path
+) -> None:
     plain = Workbench(config(base), None)
     expected = plain.generate(plain.base_state(), ["The river"], max_new_tokens=8)
     odd = {
@@ -238,9 +303,11 @@ def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(base: Pa
         "num_beams": 3,
     }
     (base / "generation_config.json").write_text(json.dumps(odd))
+
     for lora in (None, LoraSettings(r=2)):
         bench = Workbench(config(base), lora)
         assert bench.generate(bench.base_state(), ["The river"], max_new_tokens=8) == expected
+
     whole = Workbench(config(base), None)
     whole.save(whole.base_state(), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == odd
@@ -272,6 +339,7 @@ def test_roberta_counts_positions_behind_the_padding_s(tmp_path: Path) -> None:
     assert longest == 32
     model = load_base(config(folder))
     model(input_ids=torch.full((1, longest), 5))
+
     with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, longest + 1), 5))
 
@@ -282,10 +350,16 @@ def test_tokens_that_the_model_does_not_embed_are_refused(base: Path) -> None:
     check_tokenizer(tokenizer, model, "base")
     more = load_tokenizer(config(base))
     more.add_tokens(["<one>"])
-    with pytest.raises(ConfigError, match="last token '<one>' has id 300, and the model embeds ids up to 299"):
+
+    with pytest.raises(
+        ConfigError, match="last token '<one>' has id 300, and the model embeds ids up to 299"
+    ):
         check_tokenizer(more, model, "base")
+
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    with pytest.raises(ConfigError, match=r"pad token '\[PAD\]' has id 300.*; name a token .* as pad_token"):
+    with pytest.raises(
+        ConfigError, match=r"pad token '\[PAD\]' has id 300.*; name a token .* as pad_token"
+    ):
         check_tokenizer(tokenizer, model, "base")
 
 

@@ -1,4 +1,5 @@
-"""Differential privacy: secret noise, exact clipping, counted releases, and an epsilon that others compute too."""
+"""Differential privacy: secret noise, exact clipping, counted releases, and an epsilon that others
+compute too."""
 
 import io
 import json
@@ -42,15 +43,22 @@ SITES = ("north", "south", "west")
 def private(run_config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A configuration whose sites add noise to int8 updates; `changes` are of [method.privacy]."""
     promised = {"placement": "update", "clip_norm": 0.05, "noise_multiplier": 1.0} | changes
-    method = {"name": "cgfedllm", "tgap": {"source": "none"}, "max_growth": 1e9, "privacy": promised}
+    method = {
+        "name": "cgfedllm",
+        "tgap": {"source": "none"},
+        "max_growth": 1e9,
+        "privacy": promised,
+    }
+
     return run_config | {"method": method, "codec": {"name": "identity"}}
 
 
-# -- the noise ----------------------------------------------------------------------------------------------------
+# -- the noise -----------------------------------------------------------------------------------
 
 
 def test_noise_is_gaussian_to_the_tail() -> None:
-    """Kolmogorov-Smirnov on 400,000 values, and the tail beyond 4 deviations against its probability."""
+    """Kolmogorov-Smirnov on 400,000 values, and the tail beyond 4 deviations against its
+    probability."""
     drawn = noise.gaussian(KEY, 400_000)
     assert stats.kstest(drawn, "norm").pvalue > 0.01
     expected = 2 * stats.norm.sf(4) * len(drawn)
@@ -77,10 +85,12 @@ def test_what_is_disturbed_is_within_the_clip_norm_exactly(size: float, clip_nor
     """In rational numbers, without rounding."""
     vector = size * torch.randn(500, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
     std = 0.7 * clip_norm
-    steps, grid = noise.on_grid(vector, std, clip_norm=clip_norm), Fraction(noise.grid_of(std))
+    steps = noise.on_grid(vector, std, clip_norm=clip_norm)
+    grid = Fraction(noise.grid_of(std))
     assert np.array_equal(steps, np.trunc(steps))
     exact = sum((Fraction(int(step)) * grid) ** 2 for step in steps)
     assert exact <= Fraction(clip_norm) ** 2
+
     if float(vector.double().norm()) > clip_norm:
         assert float(exact) == pytest.approx(clip_norm**2, rel=1e-2)
 
@@ -93,7 +103,8 @@ def test_an_update_that_is_not_finite_releases_noise_alone(bad: float) -> None:
 
 
 def test_what_can_come_out_does_not_depend_on_the_value() -> None:
-    """Mironov's attack reads the last bits of a sum; here every sum lies on one grid, whatever was disturbed."""
+    """Mironov's attack reads the last bits of a sum; here every sum lies on one grid, whatever was
+    disturbed."""
     std = 0.3
     for size in (0.0, 1e-7, 0.123456):
         steps = noise.on_grid(torch.full((1000,), size), std, clip_norm=10.0)
@@ -108,7 +119,7 @@ def test_released_values_have_the_stated_deviation() -> None:
     assert abs(float(released.mean())) < 0.005
 
 
-# -- the ledger ---------------------------------------------------------------------------------------------------
+# -- the ledger ----------------------------------------------------------------------------------
 
 MECHANISM = Mechanism("update", 1.0, 2.0, 2)
 
@@ -135,6 +146,7 @@ def test_another_mechanism_is_refused(change: dict[str, Any], tmp_path: Path) ->
     """A server that says hello again with less noise, or more rounds, in the same run."""
     claim(tmp_path, MECHANISM, b"1")
     changed = Mechanism(**{**MECHANISM.__dict__, **change})
+
     with pytest.raises(PrivacyError, match="epsilon cannot count both"):
         claim(tmp_path, changed, b"2")
 
@@ -148,12 +160,17 @@ def test_the_ledger_is_private_and_damage_is_noticed(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     text = path.read_text()
-    path.write_text(text.replace(secret.hex()[:4], "0123" if secret.hex()[:4] != "0123" else "3210", 1))
+    path.write_text(
+        text.replace(secret.hex()[:4], "0123" if secret.hex()[:4] != "0123" else "3210", 1)
+    )
+
     with pytest.raises(CheckpointError, match="is damaged: its content is not what was written"):
         secret_of(folder)
 
 
-def test_the_ledger_is_on_the_disk_before_the_key_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ledger_is_on_the_disk_before_the_key_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret_of(tmp_path)
 
     def full(path: Path, data: bytes) -> None:
@@ -164,11 +181,12 @@ def test_the_ledger_is_on_the_disk_before_the_key_is_given(tmp_path: Path, monke
         claim(tmp_path, MECHANISM, b"1")
 
 
-# -- epsilon ------------------------------------------------------------------------------------------------------
+# -- epsilon -------------------------------------------------------------------------------------
 
 
 def exact_delta(epsilon: float, multiplier: float, rounds: int) -> float:
-    """Balle and Wang, ICML 2018, theorem 8: the least delta of Gaussian releases, which compose into one."""
+    """Balle and Wang, ICML 2018, theorem 8: the least delta of Gaussian releases, which compose
+    into one."""
     std = multiplier / math.sqrt(rounds)
     first = stats.norm.cdf(0.5 / std - epsilon * std)
     return float(first - math.exp(epsilon + log_ndtr(-0.5 / std - epsilon * std)))
@@ -185,22 +203,27 @@ def renyi_epsilon(multiplier: float, rounds: int, delta: float) -> float:
 @pytest.mark.parametrize("delta", [1e-5, 1e-8])
 @pytest.mark.parametrize("rounds", [1, 3, 20, 500])
 @pytest.mark.parametrize("multiplier", [0.6, 1.0, 5.0, 40.0])
-def test_epsilon_is_an_upper_bound_and_agrees_with_others(multiplier: float, rounds: int, delta: float) -> None:
+def test_epsilon_is_an_upper_bound_and_agrees_with_others(
+    multiplier: float, rounds: int, delta: float
+) -> None:
     found = privacy.spent(multiplier, rounds, delta)
     assert exact_delta(found, multiplier, rounds) <= delta
     by_hand = renyi_epsilon(multiplier, rounds, delta)
     assert 0.9999 * by_hand <= found <= 1.1 * by_hand  # fewer orders: never less, and little more
 
 
-# -- runs ---------------------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", ["update", "aggregate"])
 def test_a_resumed_run_equals_its_straight_run(
     placement: str, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in round 2 after the sites answered: they release the same bytes again, and count them once."""
-    monkeypatch.setattr(secrets, "token_bytes", lambda count: KEY[:count])  # the same secrets in both runs
+    """Killed in round 2 after the sites answered: they release the same bytes again, and count them
+    once."""
+    monkeypatch.setattr(
+        secrets, "token_bytes", lambda count: KEY[:count]
+    )  # the same secrets in both runs
     config = parse(private(run_config, placement=placement), "test")
     *_, straight = execute(config, tmp_path / "straight")
 
@@ -219,36 +242,55 @@ def test_a_resumed_run_equals_its_straight_run(
     monkeypatch.setattr(RunFolder, "save", save)
     *_, resumed = execute(config, tmp_path / "resumed", resume=True)
     assert resumed.values["adapter_sha256"] == straight.values["adapter_sha256"]
+
     if placement == "update":
         for site in SITES:
             assert count_releases(tmp_path / "resumed" / "sites" / site / "private") == 2
 
 
-def test_two_runs_of_one_seed_end_with_other_weights(run_config: dict[str, Any], tmp_path: Path) -> None:
-    ends = {run_table(private(run_config), tmp_path / name)["adapter_sha256"] for name in ("a", "b")}
+def test_two_runs_of_one_seed_end_with_other_weights(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    ends = {
+        run_table(private(run_config), tmp_path / name)["adapter_sha256"] for name in ("a", "b")
+    }
     assert len(ends) == 2
 
 
-def test_nothing_is_measured_at_the_sites_unless_asked(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_nothing_is_measured_at_the_sites_unless_asked(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     result = run_table(private(run_config), tmp_path / "run")
     assert result["heldout"]["base"] is None
     assert result["heldout"]["final"] is None
     assert result["heldout_by_site"] == {}
     assert result["samples"] == []
     assert "up evaluate" not in result["bytes"]["by_kind"]
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["loss"] for line in lines] == [None, None]
-    assert result["privacy"]["epsilon"] == lines[-1]["epsilon"] == pytest.approx(renyi_epsilon(1.0, 2, 1e-5), rel=0.02)
+    assert (
+        result["privacy"]["epsilon"]
+        == lines[-1]["epsilon"]
+        == pytest.approx(renyi_epsilon(1.0, 2, 1e-5), rel=0.02)
+    )
     assert result["privacy"]["outside"] == []
     assert result["public"]["base"]["loss"] > 0
     assert result["public"]["final"] != result["public"]["base"]
     card = (tmp_path / "run" / "adapter" / "README.md").read_text()
     assert privacy_words(result["privacy"]) in card
     assert "Held-out loss" not in card
-    assert str(json.loads((tmp_path / "run/sites/north/private/releases.json").read_text())["ledger"]["secret"])
+    assert str(
+        json.loads((tmp_path / "run/sites/north/private/releases.json").read_text())["ledger"][
+            "secret"
+        ]
+    )
 
 
-def test_exact_measures_are_said_to_be_outside_epsilon(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_exact_measures_are_said_to_be_outside_epsilon(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     result = run_table(private(run_config, heldout="exact"), tmp_path / "run")
     assert result["heldout"]["final"]["loss"] > 0
     assert result["privacy"]["outside"] == [privacy.OUTSIDE]
@@ -260,6 +302,7 @@ def test_no_secret_is_in_what_the_server_keeps(run_config: dict[str, Any], tmp_p
     folder = tmp_path / "run"
     held = [bytes.fromhex(each) for each in _secrets(folder)]
     assert len(set(held)) == 3
+
     for path in folder.rglob("*"):
         if path.is_file() and "private" not in path.parts:
             content = path.read_bytes()
@@ -274,9 +317,15 @@ def _secrets(folder: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"method": {"tgap": {"source": "sites"}}}, "tgap.source='sites': undisturbed updates would leave"),
         (
-            {"method": {"tgap": {"source": "sites-covariance", "reading": "local"}}, "codec": {"name": "klt"}},
+            {"method": {"tgap": {"source": "sites"}}},
+            "tgap.source='sites': undisturbed updates would leave",
+        ),
+        (
+            {
+                "method": {"tgap": {"source": "sites-covariance", "reading": "local"}},
+                "codec": {"name": "klt"},
+            },
             "tgap.source='sites-covariance': moments and measures of undisturbed updates would leave",
         ),
         ({"method": {"representation": "state"}}, "clipping a whole adapter"),
@@ -289,14 +338,20 @@ def _secrets(folder: Path) -> Iterator[str]:
         ),
         ({"compare": ["local"]}, "compare: local would send undisturbed updates or losses"),
         ({"compare": ["fedavg", "central"]}, "compare: fedavg, central would send"),
-        ({"evaluate": {"every": 1}}, "evaluate.every: without effect, because method.privacy.heldout='none'"),
+        (
+            {"evaluate": {"every": 1}},
+            "evaluate.every: without effect, because method.privacy.heldout='none'",
+        ),
         ({"evaluate": {"max_new_tokens": 4}}, "evaluate.max_new_tokens: without effect"),
         (
             {"codec": RESNET, "method": {"tgap": PUBLIC, "privacy": {"placement": "latent"}}},
             "codec 'resnet' sends scales of the undisturbed update",
         ),
         (
-            {"codec": {"name": "cnn"}, "method": {"tgap": PUBLIC, "privacy": {"placement": "latent"}}},
+            {
+                "codec": {"name": "cnn"},
+                "method": {"tgap": PUBLIC, "privacy": {"placement": "latent"}},
+            },
             "codec 'cnn' sends scales of the undisturbed update",
         ),
         (
@@ -306,7 +361,10 @@ def _secrets(folder: Path) -> Iterator[str]:
         (
             {
                 "codec": {"name": "klt"},
-                "method": {"tgap": PUBLIC | {"refit": "decoded"}, "privacy": {"placement": "aggregate"}},
+                "method": {
+                    "tgap": PUBLIC | {"refit": "decoded"},
+                    "privacy": {"placement": "aggregate"},
+                },
             },
             "tgap.refit='decoded': the codec would be fitted to undisturbed updates",
         ),
@@ -320,12 +378,14 @@ def test_what_epsilon_would_not_count_is_refused(
     method = change.get("method", {})
     promised = table["method"]["privacy"] | method.get("privacy", {})
     table |= change | {"method": table["method"] | method | {"privacy": promised}}
+
     with pytest.raises(ConfigError, match=text):
         run_table(table, tmp_path / "run")
 
 
 def test_a_site_answers_no_task_that_epsilon_does_not_count(run_config: dict[str, Any]) -> None:
-    """Whatever a server asks: raw snapshots, moments, measures and exact sums are not among its tasks."""
+    """Whatever a server asks: raw snapshots, moments, measures and exact sums are not among its
+    tasks."""
     from fluvial.runs.run import tasks_of
 
     assert set(tasks_of(parse(private(run_config), "test"))) == {"train", "install"}
@@ -345,7 +405,9 @@ def test_training_that_diverges_releases_noise(
     result = run_table(private(run_config) | {"rounds": 1}, tmp_path / "run")
     released = norm(subtract(adapter_of(result), initial(run_config)))
     numel = sum(tensor.numel() for tensor in adapter_of(result).values())
-    assert released == pytest.approx(0.05 * math.sqrt(numel / 3), rel=0.1)  # the mean of three sites' noise
+    assert released == pytest.approx(
+        0.05 * math.sqrt(numel / 3), rel=0.1
+    )  # the mean of three sites' noise
 
 
 def initial(run_config: dict[str, Any]) -> Named:
@@ -356,9 +418,7 @@ def initial(run_config: dict[str, Any]) -> Named:
 def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = private(run_config, heldout="exact")
     rows = {row["what"]: row["value"] for row in plan(parse(table, "test"))["rows"]}
-    said = (
-        f"epsilon {privacy.spent(1.0, 2, 1e-5):.3g} at delta 1e-05 after 2 releases of a site, noise added at the site"
-    )
+    said = f"epsilon {privacy.spent(1.0, 2, 1e-5):.3g} at delta 1e-05 after 2 releases of a site, noise added at the site"
     assert rows["privacy"] == f"{said}; {privacy.OUTSIDE}"
     quiet = {row["what"] for row in plan(parse(run_config, "test"))["rows"]}
     assert "privacy" not in quiet
@@ -374,7 +434,8 @@ def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_pa
 def test_under_the_servers_noise_no_site_fails_because_of_another(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A site that sends zero instead of its update must move the mean by no more than its own clipped share."""
+    """A site that sends zero instead of its update must move the mean by no more than its own
+    clipped share."""
     layout = initial(run_config)
 
     def train(site: Any, *_: Any, **__: Any) -> tuple[Named, Any]:
@@ -383,7 +444,10 @@ def test_under_the_servers_noise_no_site_fails_because_of_another(
         return {name: torch.full(tensor.shape, size) for name, tensor in layout.items()}, report
 
     monkeypatch.setattr(cgfedllm, "train_locally", train)
-    table = private(run_config, placement="aggregate") | {"rounds": 1, "fleet": {"on_failure": "skip"}}
+    table = private(run_config, placement="aggregate") | {
+        "rounds": 1,
+        "fleet": {"on_failure": "skip"},
+    }
     run_table(table, tmp_path / "run")
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert (json.loads(line)["sites"], json.loads(line)["missing"]) == (3, [])
@@ -392,7 +456,9 @@ def test_under_the_servers_noise_no_site_fails_because_of_another(
 def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secrets, "token_bytes", lambda count: KEY[:count])  # the same secrets in both runs
+    monkeypatch.setattr(
+        secrets, "token_bytes", lambda count: KEY[:count]
+    )  # the same secrets in both runs
     config = parse(private(run_config) | {"fleet": {"on_failure": "retry"}}, "test")
     *_, straight = execute(config, tmp_path / "straight")
 
@@ -404,10 +470,12 @@ def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
         train = fleet._tasks["train"]
 
         def loses(site: Any, message: Any) -> Any:
-            answer, mark = train(site, message), (site.name, message.value("round", int))
+            answer = train(site, message)
+            mark = (site.name, message.value("round", int))
             if mark not in lost:
                 lost.add(mark)
                 raise ConnectionError
+
             return answer
 
         fleet._tasks = {**fleet._tasks, "train": loses}
@@ -416,5 +484,6 @@ def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
     *_, again = execute(config, tmp_path / "again", assemble=assemble)
     assert len(lost) == 6
     assert again.values["adapter_sha256"] == straight.values["adapter_sha256"]
+
     for site in SITES:
         assert count_releases(tmp_path / "again" / "sites" / site / "private") == 2

@@ -1,4 +1,5 @@
-"""What a server that chooses a run's settings can get out of a site that bounds epsilon: no more than its file says."""
+"""What a server that chooses a run's settings can get out of a site that bounds epsilon: no more
+than its file says."""
 
 import json
 from pathlib import Path
@@ -45,7 +46,8 @@ def private(run_config: dict[str, Any], epsilon: float) -> dict[str, Any]:
 def test_settings_that_fail_on_some_records_tell_nothing_of_them(
     what: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Each refusal would be an exact answer to a question about the records, outside epsilon, as often as one likes."""
+    """Each refusal would be an exact answer to a question about the records, outside epsilon, as
+    often as one likes."""
     table = private(run_config, 0.5)
     for share, records in (("fits", None), ("fails", ORACLES[what])):
         asked = table | {"data": table["data"] | (records or {})}
@@ -58,22 +60,29 @@ def test_settings_that_fail_on_some_records_tell_nothing_of_them(
         answer = Payload.from_bytes(site.answer(header("train"), sent).data)
         assert (sorted(answer.tensors), answer.values) == (["f"], {})
         assert len(set(payload_frame(answer))) > 100
+
     assert (tmp_path / "fits" / "errors.log").exists() is False
     assert list((tmp_path / "fails").rglob("errors.log"))
 
 
-def test_the_same_failure_is_told_where_nothing_is_promised(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_the_same_failure_is_told_where_nothing_is_promised(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     asked = run_config | {"data": run_config["data"] | ORACLES["another form"]}
     with pytest.raises(Exception, match="form"):
         hello(station(tmp_path, most=None), asked)
 
 
 @pytest.mark.parametrize("change", ["epsilon", "seed", "cut", "bit"])
-def test_a_damaged_configuration_of_a_run_is_refused(change: str, run_config: dict[str, Any], tmp_path: Path) -> None:
-    """It says what the site trains and what the run counts; with another epsilon, other runs would get more."""
+def test_a_damaged_configuration_of_a_run_is_refused(
+    change: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """It says what the site trains and what the run counts; with another epsilon, other runs would
+    get more."""
     hello(station(tmp_path), private(run_config, 4.0))
     [path] = tmp_path.glob("runs/*/config.json")
     data = path.read_bytes()
+
     if change == "cut":
         path.write_bytes(data[: len(data) // 2])
     elif change == "bit":
@@ -84,7 +93,9 @@ def test_a_damaged_configuration_of_a_run_is_refused(change: str, run_config: di
             stored["config"]["seed"] += 1
         else:
             stored["config"]["method"]["privacy"]["epsilon"] = 0.01
+
         path.write_text(json.dumps(stored))
+
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         hello(station(tmp_path), private(run_config, 2.0), run="two")
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):

@@ -30,7 +30,10 @@ def test_gaussian_values_lose_less_than_in_int4_for_the_same_bytes() -> None:
     int4 = Int4(Int4Settings(), Layout.of(update))
     frames = [codec.encode(update) for codec in (nf4(update), int4)]
     assert len(frames[0]) == len(frames[1]) == 12 + 64_000 // 2 + 2 * 1000
-    errors = [relative_error(update, codec.decode(f)) for codec, f in zip((nf4(update), int4), frames, strict=True)]
+    errors = [
+        relative_error(update, codec.decode(f))
+        for codec, f in zip((nf4(update), int4), frames, strict=True)
+    ]
     assert errors == pytest.approx([0.0085, 0.0117], abs=0.0003)
 
 
@@ -51,14 +54,19 @@ def test_tiny_updates_contract_and_silence_stays_silent(size: int, block_size: i
 def test_frames_that_lie_are_refused_or_harmless() -> None:
     update = {"w": torch.randn(40, 33)}
     codec = nf4(update)
-    body, random = codec.encode(update)[8:-4], np.random.default_rng(0)
+    body = codec.encode(update)[8:-4]
+    random = np.random.default_rng(0)
+
     for _ in range(200):
         damaged = bytearray(body)
         damaged[random.integers(len(body))] ^= 1 << random.integers(8)
         try:
-            codec.layout.check(codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded")
+            codec.layout.check(
+                codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded"
+            )
         except WireError:
             continue
+
     for wrong in (body[:-1], body + b"\0", b"\xff\xff" + body[2:]):
         with pytest.raises(WireError):
             codec.decode(seal(codec.code, codec.fingerprint, wrong))

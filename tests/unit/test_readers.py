@@ -1,4 +1,5 @@
-"""Local files as records: values as written, places kept, and an honest answer for what cannot be read."""
+"""Local files as records: values as written, places kept, and an honest answer for what cannot be
+read."""
 
 import gzip
 import io
@@ -18,7 +19,13 @@ from fluvial.data.rows import Number
 HEAD = "prompt,completion\n"
 
 
-def read(folder: Path, name: str, content: str | bytes, encoding: str = "utf-8", delimiter: str | None = None) -> Any:
+def read(
+    folder: Path,
+    name: str,
+    content: str | bytes,
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
+) -> Any:
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_file(path, Reading(encoding, delimiter))
@@ -32,9 +39,24 @@ def lines(table: Any) -> list[int]:
     return [row.place.number for row in table.rows]
 
 
-# -- values -----------------------------------------------------------------------------------------------------------
+# -- values --------------------------------------------------------------------------------------
 
-WRITTEN = ["NA", "null", "None", "nan", "", "01", "1e3", "1.0", "2021-03-01", "TRUE", " x ", "-", "#N/A", "∞"]
+WRITTEN = [
+    "NA",
+    "null",
+    "None",
+    "nan",
+    "",
+    "01",
+    "1e3",
+    "1.0",
+    "2021-03-01",
+    "TRUE",
+    " x ",
+    "-",
+    "#N/A",
+    "∞",
+]
 
 
 def test_every_value_of_csv_is_text_as_written(tmp_path: Path) -> None:
@@ -54,7 +76,9 @@ def test_a_number_of_json_keeps_its_text(tmp_path: Path) -> None:
     written = ["1", "1.0", "1e3", "-0", "0.10", "9" * 5000]
     table = read(tmp_path, "a.jsonl", "\n".join(f'{{"n": {number}}}' for number in written))
     assert values(table, "n") == [Number(number) for number in written]
-    assert values(read(tmp_path, "b.jsonl", '{"n": true}\n{"n": null}\n{"n": {"a": [1]}}'), "n") == [
+    assert values(
+        read(tmp_path, "b.jsonl", '{"n": true}\n{"n": null}\n{"n": {"a": [1]}}'), "n"
+    ) == [
         True,
         None,
         {"a": [Number("1")]},
@@ -65,13 +89,19 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    columns: dict[str, Any] = {"s": ["NA", "01", None], "n": [1, 2, None], "f": [0.5, float("nan"), 1.0]}
+    columns: dict[str, Any] = {
+        "s": ["NA", "01", None],
+        "n": [1, 2, None],
+        "f": [0.5, float("nan"), 1.0],
+    }
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     table = read_file(tmp_path / "a.parquet", Reading())
     assert values(table, "s") == ["NA", "01", None]
     assert values(table, "n") == [Number("1"), Number("2"), None]
     assert values(table, "f") == [Number("0.5"), Number("nan"), Number("1.0")]
-    assert [str(row.place).rpartition("/")[2] for row in table.rows] == [f"a.parquet, row {n}" for n in (1, 2, 3)]
+    assert [str(row.place).rpartition("/")[2] for row in table.rows] == [
+        f"a.parquet, row {n}" for n in (1, 2, 3)
+    ]
 
 
 def test_parquet_numbers_have_the_digits_of_their_type(tmp_path: Path) -> None:
@@ -96,12 +126,17 @@ def test_a_parquet_value_that_python_has_no_type_for_names_its_column(tmp_path: 
 
     when = pyarrow.array([2**60], type=pyarrow.timestamp("us"))
     parquet.write_table(pyarrow.table({"text": ["x"], "when": when}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a.parquet: column 'when' of type timestamp\[us\] .* remove the column"):
+
+    with pytest.raises(
+        DataError, match=r"a.parquet: column 'when' of type timestamp\[us\] .* remove the column"
+    ):
         read_file(tmp_path / "a.parquet", Reading())
 
 
 def test_quotes_and_line_breaks_of_csv(tmp_path: Path) -> None:
-    content = HEAD + '"a ""b"" c","one\r\ntwo\nthree"\n"x,y",5" pipe\n' + "long," + "z" * 300_000 + "\n"
+    content = (
+        HEAD + '"a ""b"" c","one\r\ntwo\nthree"\n"x,y",5" pipe\n' + "long," + "z" * 300_000 + "\n"
+    )
     table = read(tmp_path, "a.csv", content)
     assert values(table, "prompt") == ['a "b" c', "x,y", "long"]
     assert values(table, "completion") == ["one\r\ntwo\nthree", '5" pipe', "z" * 300_000]
@@ -143,14 +178,17 @@ def test_delimiters_are_those_that_are_set(tmp_path: Path) -> None:
     ):
         table = read(tmp_path, name, content, delimiter=delimiter)
         assert (values(table, "prompt"), values(table, "completion")) == (["a,b"], ["c"])
+
     assert values(read(tmp_path, "c.csv", "a;b\nx\n", delimiter=","), "a;b") == ["x"]
 
 
-# -- encodings --------------------------------------------------------------------------------------------------------
+# -- encodings -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.txt"])
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "cp1252", "latin-1", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "cp1252", "latin-1", "utf-16", "utf-16-le", "utf-32"]
+)
 def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_path: Path) -> None:
     text = "caf\u00e9 \u00fc"
     content = {
@@ -160,7 +198,9 @@ def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_pa
         "a.txt": f"{text}\n",
     }[name]
     data = content.encode(encoding)
-    assert values(read(tmp_path, name, data, "utf-8" if encoding == "utf-8-sig" else encoding), "text") == [text]
+    assert values(
+        read(tmp_path, name, data, "utf-8" if encoding == "utf-8-sig" else encoding), "text"
+    ) == [text]
 
 
 @pytest.mark.parametrize(
@@ -172,10 +212,26 @@ def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_pa
             r'a.jsonl, line 2: is no text of utf-8 \(byte 22 of the file is 0xe9: .*"cp1252" \(or "latin-1"\)',
         ),
         ('{"t": "\u4f60\u597d"}'.encode("gb18030"), "utf-8", '"gb18030" .or "shift_jis"'),
-        ('{"t": "a"}'.encode("utf-16"), "utf-8", 'begins with the mark of utf-16, .* data.encoding = "utf-16"'),
-        ('{"t": "a"}'.encode("utf-8-sig"), "latin-1", 'begins with the mark of utf-8, .* data.encoding = "utf-8"'),
-        ('{"t": "a"}'.encode("utf-16-le"), "utf-8", 'line 1: holds a NUL .* data.encoding = "utf-16-le"'),
-        ('{"t": "\u201ca\u201d"}'.encode("cp1252"), "latin-1", 'byte 0x93 is no character .* = "cp1252"'),
+        (
+            '{"t": "a"}'.encode("utf-16"),
+            "utf-8",
+            'begins with the mark of utf-16, .* data.encoding = "utf-16"',
+        ),
+        (
+            '{"t": "a"}'.encode("utf-8-sig"),
+            "latin-1",
+            'begins with the mark of utf-8, .* data.encoding = "utf-8"',
+        ),
+        (
+            '{"t": "a"}'.encode("utf-16-le"),
+            "utf-8",
+            'line 1: holds a NUL .* data.encoding = "utf-16-le"',
+        ),
+        (
+            '{"t": "\u201ca\u201d"}'.encode("cp1252"),
+            "latin-1",
+            'byte 0x93 is no character .* = "cp1252"',
+        ),
         (b'{"t": "a"}\n{"t": "\0"}', "utf-8", "line 2: holds a NUL character"),
         ('{"t": "\u00fc'.encode()[:-1], "utf-8", "unexpected end of data"),
     ],
@@ -188,11 +244,17 @@ def test_bytes_that_do_not_fit_are_named_with_a_proposal(
 
 
 def test_an_encoding_of_bytes_is_no_encoding_of_text() -> None:
-    assert all(known_encoding(name) for name in ("utf-8", "UTF8", "cp1252", "shift_jis", "utf-16", "koi8-r"))
-    assert not any(known_encoding(name) for name in ("base64", "rot13", "idna", "unicode_escape", "x", "", "a\0"))
+    assert all(
+        known_encoding(name)
+        for name in ("utf-8", "UTF8", "cp1252", "shift_jis", "utf-16", "koi8-r")
+    )
+    assert not any(
+        known_encoding(name)
+        for name in ("base64", "rot13", "idna", "unicode_escape", "x", "", "a\0")
+    )
 
 
-# -- what cannot be read ----------------------------------------------------------------------------------------------
+# -- what cannot be read -------------------------------------------------------------------------
 
 
 def zipped() -> bytes:
@@ -215,17 +277,37 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     ("a.csv", "<!DOCTYPE html><html>", "is a page of HTML"),
     ("a.csv", '[{"a": 1}]', "begins as JSON does; give it the suffix .json"),
-    ("a.csv", "sep=;\na;b\n1;2\n", "line 1: is a hint for Excel; remove the line and set data.delimiter"),
-    ("a.csv", "prompt;completion\na;b\n", 'line 1: .*if a semicolon separates its columns, set data.delimiter = ";"'),
+    (
+        "a.csv",
+        "sep=;\na;b\n1;2\n",
+        "line 1: is a hint for Excel; remove the line and set data.delimiter",
+    ),
+    (
+        "a.csv",
+        "prompt;completion\na;b\n",
+        'line 1: .*if a semicolon separates its columns, set data.delimiter = ";"',
+    ),
     ("a.csv", "a\tb\n1\t2\n", r'if a tab separates its columns, set data.delimiter = "\\t"'),
-    ("a.csv", '"a";"b"\n"1";"2"\n', 'line 1: .*if a semicolon separates the columns, set data.delimiter = ";"'),
+    (
+        "a.csv",
+        '"a";"b"\n"1";"2"\n',
+        'line 1: .*if a semicolon separates the columns, set data.delimiter = ";"',
+    ),
     ("a.csv", "a,b,a\n1,2,3\n", "line 1: the header names 'a' twice"),
     ("a.csv", HEAD + "a,b\nc\n", "a.csv, line 3: has 1 cells, the header has 2"),
     ("a.csv", HEAD + "a,b,c\n", "a.csv, line 2: has 3 cells, the header has 2"),
-    ("a.csv", HEAD + 'a,b\nc,"d\ne,f\n', "row that begins in line 3 is broken at the end of the file"),
+    (
+        "a.csv",
+        HEAD + 'a,b\nc,"d\ne,f\n',
+        "row that begins in line 3 is broken at the end of the file",
+    ),
     ("a.csv", HEAD + 'a,"b"c\n', "row that begins in line 2 is broken at line 2"),
     ("a.csv", HEAD + 'a, "b"\n', "line 2: a blank stands before the opening quote"),
-    ("a.jsonl", '{"a": 1}\n{"a" 1}\n', r"a.jsonl, line 2 is not JSON \(Expecting ':' delimiter at character 6\)"),
+    (
+        "a.jsonl",
+        '{"a": 1}\n{"a" 1}\n',
+        r"a.jsonl, line 2 is not JSON \(Expecting ':' delimiter at character 6\)",
+    ),
     ("a.jsonl", '{"a": 1}{"a": 2}\n', r"line 1 is not JSON \(Extra data"),
     ("a.jsonl", '{"a": "b\tc"}\n', r"line 1 is not JSON \(Invalid control character"),
     ("a.jsonl", '{"a": 1, "b": 2, "a": 3}\n', "line 1 has the field 'a' twice in one object"),
@@ -236,7 +318,11 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{\n "a": 1\n}\n', "is one JSON document"),
     ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
     ("a.json", '{"train": [{}], "test": [{}]}', "has 2 lists, in the fields 'train', 'test'"),
-    ("a.json", '{"prompt": "a", "completion": "b"}', "without a list of records .fields 'prompt', 'completion'"),
+    (
+        "a.json",
+        '{"prompt": "a", "completion": "b"}',
+        "without a list of records .fields 'prompt', 'completion'",
+    ),
     ("a.json", "[]", "holds no record"),
     ("a.json", "7", "has no list"),
     ("a.json", '[{"a": 1},\n 5]', "a.json, line 2 holds a single value"),
@@ -249,7 +335,9 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), REFUSED, ids=[f"{n}-{m[:30]}" for n, _, m in REFUSED])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), REFUSED, ids=[f"{n}-{m[:30]}" for n, _, m in REFUSED]
+)
 def test_what_cannot_be_read_is_said_with_place_and_remedy(
     name: str, content: str | bytes, message: str, tmp_path: Path
 ) -> None:
@@ -262,7 +350,9 @@ def test_all_broken_lines_are_told_and_counted_beyond_twenty(tmp_path: Path) -> 
         read(tmp_path, "a.jsonl", "{secret\n" * 30)
     told = str(caught.value).splitlines()
     assert told[0] == "30 faults in the data:"
-    assert [line.partition(", ")[2].split()[1] for line in told[1:21]] == [str(number) for number in range(1, 21)]
+    assert [line.partition(", ")[2].split()[1] for line in told[1:21]] == [
+        str(number) for number in range(1, 21)
+    ]
     assert told[21:] == ["and 10 more"]
     assert "secret" not in str(caught.value)
 

@@ -30,12 +30,15 @@ def layout_of(d: int = 128, kv: int = 128, layers: int = 8) -> Layout:
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (4, d)
             shapes[f"{path}.lora_B.weight"] = (out, 4)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
 def updates_of(layout: Layout, count: int, seed: int = 0) -> list[Named]:
     draw = torch.Generator().manual_seed(seed)
-    return [layout.unflatten(1e-3 * torch.randn(layout.numel, generator=draw)) for _ in range(count)]
+    return [
+        layout.unflatten(1e-3 * torch.randn(layout.numel, generator=draw)) for _ in range(count)
+    ]
 
 
 LAYOUT = layout_of()
@@ -76,13 +79,22 @@ def test_multiply_accumulates_are_those_of_the_network() -> None:
         counted += weight[0, 0].numel() * weight.shape[0] * weight.shape[1] * output[0, 0].numel()
 
     for network, image, found in (
-        (build_encoder(4), torch.zeros(1, 1, 64, 32), multiply_accumulates(64, 32, stages=4).encoder),
-        (build_decoder(4), torch.zeros(1, 16, 4, 2), multiply_accumulates(64, 32, stages=4).decoder),
+        (
+            build_encoder(4),
+            torch.zeros(1, 1, 64, 32),
+            multiply_accumulates(64, 32, stages=4).encoder,
+        ),
+        (
+            build_decoder(4),
+            torch.zeros(1, 16, 4, 2),
+            multiply_accumulates(64, 32, stages=4).decoder,
+        ),
     ):
         counted = 0
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d | torch.nn.ConvTranspose2d):
                 module.register_forward_hook(count)
+
         network.eval()(image)
         assert counted == found
 
@@ -150,6 +162,7 @@ def test_encoder_alone_encodes_but_does_not_decode(fitted: ResNet) -> None:
     assert 4 * 246_785 < len(payload.to_bytes()) < 1.02 * 4 * 246_785  # 0.94 MiB
     site = ResNet.from_published(fitted.settings, LAYOUT, payload)
     wire = site.encode(updates_of(LAYOUT, 1)[0])
+
     with pytest.raises(ConfigError, match="holds only the encoder"):
         site.decode(wire)
     assert Layout.of(fitted.decode(wire)) == LAYOUT
@@ -159,6 +172,7 @@ def test_malformed_publications_are_refused(fitted: ResNet) -> None:
     good = fitted.published(decoder=True).tensors
     name = "encoder.1.weight"
     variance = next(key for key in good if key.endswith("running_var"))
+
     for tensors in (
         {},
         {key: tensor for key, tensor in good.items() if key != name},
@@ -179,16 +193,19 @@ def test_mutated_bodies_decode_or_are_refused(dtype: Any) -> None:
     codec = ResNet.fit(settings, layout, updates_of(layout, 2), seed=0)
     body = codec.body(layout.flatten(updates_of(layout, 1)[0]), 0)
     draw = random.Random(0)
+
     for _ in range(334):
         mutated = bytearray(body)
         for _ in range(draw.randint(1, 8)):
             mutated[draw.randrange(len(mutated))] = draw.randrange(256)
         if draw.random() < 0.2:
             mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
+
         try:
             decoded = codec.decode(seal(codec.code, layout.fingerprint, bytes(mutated)))
         except WireError:
             continue
+
         assert bool(torch.isfinite(layout.flatten(decoded)).all())
 
 

@@ -6,7 +6,15 @@ import torch
 from pydantic import ValidationError
 
 from fluvial.codecs.base import Codec
-from fluvial.codecs.rotation import Blocks, Eden, EdenSettings, Hadamard, HadamardSettings, Rotation, lloyd_max
+from fluvial.codecs.rotation import (
+    Blocks,
+    Eden,
+    EdenSettings,
+    Hadamard,
+    HadamardSettings,
+    Rotation,
+    lloyd_max,
+)
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import Reader, seal
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract
@@ -15,7 +23,10 @@ from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract
 def gaussian(seed: int = 0, scales: tuple[float, ...] = (1, 1, 1, 1)) -> Named:
     """Tensors of 10,240 values."""
     generator = torch.Generator().manual_seed(seed)
-    return {f"t{index}": 1e-4 * scale * torch.randn(80, 128, generator=generator) for index, scale in enumerate(scales)}
+    return {
+        f"t{index}": 1e-4 * scale * torch.randn(80, 128, generator=generator)
+        for index, scale in enumerate(scales)
+    }
 
 
 def hadamard(update: Named, **changes: float) -> Codec:
@@ -42,9 +53,12 @@ def test_a_rotation_spreads_a_spike(size: int) -> None:
     assert Rotation(0, 1, size).forward(spike).abs().max() < 0.25
 
 
-@pytest.mark.parametrize(("rate", "expected"), [(16, 0.0892), (32, 0.3486), (64, 0.6177), (128, 0.7899)])
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(16, 0.0892), (32, 0.3486), (64, 0.6177), (128, 0.7899)]
+)
 def test_hadamard_reaches_the_entropy_coded_quantiser(rate: float, expected: float) -> None:
-    """Uniform thresholds and centroids for N(0, 1) at 2, 1, 1/2 and 1/4 bits, computed by numerical search."""
+    """Uniform thresholds and centroids for N(0, 1) at 2, 1, 1/2 and 1/4 bits, computed by numerical
+    search."""
     for seed in range(3):
         update = gaussian(seed)
         codec = hadamard(update, rate=rate)
@@ -61,9 +75,12 @@ def test_hadamard_spends_bits_where_the_energy_is() -> None:
     assert not decoded["t3"].any()
 
 
-@pytest.mark.parametrize(("rate", "fixed", "coded"), [(16, 0.133, 0.099), (32, 0.572, 0.54), (64, 2.14, 1.62)])
+@pytest.mark.parametrize(
+    ("rate", "fixed", "coded"), [(16, 0.133, 0.099), (32, 0.572, 0.54), (64, 2.14, 1.62)]
+)
 def test_eden_errors_are_those_of_theory(rate: float, fixed: float, coded: float) -> None:
-    """1 / (p (1 - D)) - 1 with D .1175, .3634 of Lloyd-Max at 2 and 1 bits, p = 1/2 for half a bit; or D of ECSQ."""
+    """1 / (p (1 - D)) - 1 with D .1175, .3634 of Lloyd-Max at 2 and 1 bits, p = 1/2 for half a bit;
+    or D of ECSQ."""
     update = gaussian(1)
     for levels, expected in (("fixed", fixed), ("entropy", coded)):
         codec = eden(update, rate=rate, levels=levels)
@@ -89,6 +106,7 @@ def test_eden_of_least_error_contracts_and_the_other_refuses_error_feedback(leve
     update = gaussian()
     codec = eden(update, unbiased="no", levels=levels, rate=128)
     assert norm(subtract(update, codec.decode(codec.encode(update)))) < norm(update)
+
     with pytest.raises(ValidationError, match="error_feedback"):
         eden(update, error_feedback=True)
     eden(update, error_feedback=True, unbiased="no")
@@ -110,17 +128,26 @@ def test_frames_are_deterministic_and_differ_by_seed() -> None:
         assert frames[0] == frames[1] != frames[2]
 
 
-@pytest.mark.parametrize("codec", [hadamard(gaussian()), eden(gaussian()), eden(gaussian(), levels="fixed")])
+@pytest.mark.parametrize(
+    "codec", [hadamard(gaussian()), eden(gaussian()), eden(gaussian(), levels="fixed")]
+)
 def test_frames_that_lie_are_refused_or_harmless(codec: Codec) -> None:
-    body, random = codec.encode(gaussian())[8:-4], np.random.default_rng(0)
+    body = codec.encode(gaussian())[8:-4]
+    random = np.random.default_rng(0)
     refused = 0
+
     for _ in range(300):
         damaged = bytearray(body)
-        damaged[random.integers(len(body)) if random.random() < 0.5 else random.integers(20)] ^= 1 << random.integers(8)
+        damaged[random.integers(len(body)) if random.random() < 0.5 else random.integers(20)] ^= (
+            1 << random.integers(8)
+        )
         try:
-            codec.layout.check(codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded")
+            codec.layout.check(
+                codec.decode(seal(codec.code, codec.fingerprint, bytes(damaged))), "decoded"
+            )
         except WireError:
             refused += 1
+
     assert refused > 10
 
 
@@ -135,6 +162,7 @@ def test_tiny_updates_and_silence(size: int, levels: str) -> None:
         Hadamard(HadamardSettings().model_copy(update=room), layout),
         Eden(settings.model_copy(update=room), layout),
     )
+
     for codec in codecs:
         decoded = codec.decode(codec.encode(update))
         assert norm(decoded) > 0
@@ -154,10 +182,14 @@ def test_blocks_decode_as_predicted_and_never_beyond_twice_a_value() -> None:
     random = np.random.default_rng(0)
     values = np.concatenate([random.standard_t(2, 500), 1e-3 * random.normal(size=70), np.zeros(9)])
     blocks = Blocks([500, 70, 9])
+
     for room in (16, 40, 400, 2000):
         data = blocks.encode(values, room)
         assert len(data) <= room
         decoded = blocks.decode(Reader(data))
         assert (np.abs(values - decoded) <= np.abs(values)).all()
+
     for step in (-6000, 0, 2000):
-        assert np.array_equal(blocks.decode(Reader(blocks.encode_at(values, step))), blocks.decoded(values, step))
+        assert np.array_equal(
+            blocks.decode(Reader(blocks.encode_at(values, step))), blocks.decoded(values, step)
+        )

@@ -1,4 +1,5 @@
-"""What is shown of a run: the lines, the tables and the page hold its numbers, and nothing that models say runs."""
+"""What is shown of a run: the lines, the tables and the page hold its numbers, and nothing that
+models say runs."""
 
 import io
 import json
@@ -31,7 +32,11 @@ def gate(failed: list[str]) -> dict[str, Any]:
         "bytes_per_update": 2044.5,
         "raw_bytes": RAW,
         "errors": errors(0.8123, 0.7345),
-        "predictors": {"zero": errors(1, 1), "training mean": errors(31.5, 1.7), "previous round": errors(1.4, 1.2)},
+        "predictors": {
+            "zero": errors(1, 1),
+            "training mean": errors(31.5, 1.7),
+            "previous round": errors(1.4, 1.2),
+        },
         "shuffled_error": 1.21,
         "product_error": 0.79,
         "cosine": 0.4391,
@@ -39,26 +44,46 @@ def gate(failed: list[str]) -> dict[str, Any]:
         "contraction": 0.93,
         "snr_db": 1.12,
         "failed": failed,
-        "reproduction": {"finite": True, "innovation cosine >= 0.90": False, "B norm ratio in [0.5, 2]": True},
+        "reproduction": {
+            "finite": True,
+            "innovation cosine >= 0.90": False,
+            "B norm ratio in [0.5, 2]": True,
+        },
         "passed": not failed,
     }
 
 
-def records(up: int, down: int, *, start: float, missing: bool = False, codec: bool = False) -> list[dict[str, Any]]:
+def records(
+    up: int, down: int, *, start: float, missing: bool = False, codec: bool = False
+) -> list[dict[str, Any]]:
     found = []
     for number in range(1, 5):
-        record: dict[str, Any] = {"round": number, "loss": start - 0.1 * number, "sites": 3, "seconds": 2.5}
+        record: dict[str, Any] = {
+            "round": number,
+            "loss": start - 0.1 * number,
+            "sites": 3,
+            "seconds": 2.5,
+        }
         record |= {"bytes_up": 3 * up, "bytes_down": 3 * down, "bytes": {}, "missing": []}
-        record |= {"heldout_loss": start - 0.08 * number, "heldout_accuracy": 0.3} if number == 2 else {}
+        record |= (
+            {"heldout_loss": start - 0.08 * number, "heldout_accuracy": 0.3} if number == 2 else {}
+        )
         record |= {"snr_db": 1.37} if codec else {}
+
         if missing and number == 3:
             record["sites"] = 2
-            record["missing"] = [{"site": SITES[2], "task": "train", "reason": "TimeoutError: [bold]60 s\x1b[2J"}]
+            record["missing"] = [
+                {"site": SITES[2], "task": "train", "reason": "TimeoutError: [bold]60 s\x1b[2J"}
+            ]
+
         found.append(record)
+
     return found
 
 
-def result(method: str, codec: str | None, final: float, up: int, down: int, **more: Any) -> dict[str, Any]:
+def result(
+    method: str, codec: str | None, final: float, up: int, down: int, **more: Any
+) -> dict[str, Any]:
     sends = codec is not None
     return {
         "fluvial": "0.1.0",
@@ -87,7 +112,12 @@ def result(method: str, codec: str | None, final: float, up: int, down: int, **m
             "setup_up": 0,
             "up_raw": 12 * RAW if sends else 0,
             "evaluate": 9000,
-            "by_kind": {"down evaluate": 8000, "down train": 12 * down, "up evaluate": 1000, "up train": 12 * up},
+            "by_kind": {
+                "down evaluate": 8000,
+                "down train": 12 * down,
+                "up evaluate": 1000,
+                "up train": 12 * up,
+            },
         },
         "round_ratio": up / RAW if sends else None,
         "amortised_ratio": (up + down) / (2 * RAW) if sends else None,
@@ -120,13 +150,22 @@ def finished(tmp_path: Path) -> Path:
     """CG-FedLLM with two baselines, and a sample that tries to be markup."""
     folder = tmp_path / "finished"
     config(folder, "cgfedllm")
-    sample = {"prompt": "def f", "base": f"(x):\n\n\n\n\n{SCRIPT}", "final": "[bold]x[/bold] [/nothing]\x1b[2J"}
+    sample = {
+        "prompt": "def f",
+        "base": f"(x):\n\n\n\n\n{SCRIPT}",
+        "final": "[bold]x[/bold] [/nothing]\x1b[2J",
+    }
     setup = {"snapshots": 24, "gate": gate([])}
     ours = result("cgfedllm", "klt", 3.2345, 2200, 131200, samples=[sample], setup=setup)
     write(folder, records(2200, 131200, start=3.3, missing=True, codec=True), ours)
     fedavg = result("fedavg", "identity", 3.2011, 131300, 131200)
     write(folder / "compare" / "fedavg", records(131300, 131200, start=3.28), fedavg)
-    write(folder / "compare" / "local", records(9, 110, start=3.25), result("local", None, 3.2871, 9, 110))
+    write(
+        folder / "compare" / "local",
+        records(9, 110, start=3.25),
+        result("local", None, 3.2871, 9, 110),
+    )
+
     return folder
 
 
@@ -136,6 +175,7 @@ def unfinished(tmp_path: Path) -> Path:
     folder = tmp_path / "unfinished"
     config(folder, "fedavg")
     write(folder, records(131300, 131200, start=3.3)[:1], None)
+
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"round": 2, "lo')
     return folder
@@ -156,12 +196,15 @@ def text_of(*content: RenderableType) -> str:
     return console.export_text()
 
 
-def test_reading_is_plain_json_and_needs_a_run(finished: Path, unfinished: Path, tmp_path: Path) -> None:
+def test_reading_is_plain_json_and_needs_a_run(
+    finished: Path, unfinished: Path, tmp_path: Path
+) -> None:
     found = show.read_run(finished)
     assert json.loads(json.dumps(found)) == found
     assert len(found["metrics"]) == 4
     assert sorted(found["compare"]) == ["fedavg", "local"]
     assert len(show.read_run(unfinished)["metrics"]) == 1
+
     with pytest.raises(CheckpointError, match="holds no run"):
         show.read_run(tmp_path / "nowhere")
     (unfinished / "result.json").write_text("{")
@@ -171,7 +214,14 @@ def test_reading_is_plain_json_and_needs_a_run(finished: Path, unfinished: Path,
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (17552, "17.6 kB"), (999_600, "1.00 MB"), (1_049_552, "1.05 MB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (17552, "17.6 kB"),
+        (999_600, "1.00 MB"),
+        (1_049_552, "1.05 MB"),
+    ],
 )
 def test_bytes_have_three_digits(count: int, words: str) -> None:
     assert human_bytes(count) == words
@@ -191,13 +241,22 @@ def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
     _, headings = text_of(show.round_header("cgfedllm")).splitlines()
     metrics = show.read_run(finished)["metrics"]
     lines = [text_of(show.round_line(record)).rstrip("\n") for record in metrics]
-    for heading, value in (("loss", "3.2000"), ("up", "6.60 kB"), ("down", "394 kB"), ("time", "2.5 s")):
+
+    for heading, value in (
+        ("loss", "3.2000"),
+        ("up", "6.60 kB"),
+        ("down", "394 kB"),
+        ("time", "2.5 s"),
+    ):
         assert headings.index(heading) + len(heading) == lines[0].index(value) + len(value)
+
     assert "codec SNR 1.4 dB" in lines[0]
     assert "held-out 3.1400" in lines[1]
     assert "2/3" in lines[2]
     assert "missing [red]xml[/]" in lines[2]
-    assert "epsilon 3.21 at delta 1e-05" in show.round_line({**metrics[0], "epsilon": 3.2101, "delta": 1e-5})
+    assert "epsilon 3.21 at delta 1e-05" in show.round_line(
+        {**metrics[0], "epsilon": 3.2101, "delta": 1e-5}
+    )
 
 
 def test_setup_lines_tell_both_verdicts() -> None:
@@ -205,7 +264,10 @@ def test_setup_lines_tell_both_verdicts() -> None:
     assert "not measured" in show.setup_lines({"gate": None})[0]
     words = text_of("\n".join(show.setup_lines({"snapshots": 24, "gate": gate([])})))
     assert "passed on 8 held-out of 24 snapshots" in words
-    assert "cosine to the true update 0.439; relative error 0.773, the best predictor (zero) 1.000" in words
+    assert (
+        "cosine to the true update 0.439; relative error 0.773, the best predictor (zero) 1.000"
+        in words
+    )
     assert "2.04 kB per update, 1/64 of 131 kB" in words
     assert "reproduction of the paper: missed are innovation cosine >= 0.90" in words
     assert "failed: it is no contraction" in text_of(
@@ -215,11 +277,29 @@ def test_setup_lines_tell_both_verdicts() -> None:
 
 def test_tables_of_a_finished_run(finished: Path) -> None:
     words = text_of(show.run_tables(show.read_run(finished)))
-    rows = {line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()}
+    rows = {
+        line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
+    }
     assert rows["base model, untuned"][-6:] == ["3.3241", "30.12", "%", "-", "-", "-"]
     assert rows["local only"][-7:] == ["3.2871", "30.77", "%", "36", "B", "-", "-"]
-    assert rows["federated, uncompressed"][-7:] == ["3.2011", "31.99", "%", "525", "kB", "1.002", "1.001"]
-    assert rows["federated, cgfedllm + klt"][-7:] == ["3.2345", "31.55", "%", "8.80", "kB", "1/60", "1/2.0"]
+    assert rows["federated, uncompressed"][-7:] == [
+        "3.2011",
+        "31.99",
+        "%",
+        "525",
+        "kB",
+        "1.002",
+        "1.001",
+    ]
+    assert rows["federated, cgfedllm + klt"][-7:] == [
+        "3.2345",
+        "31.55",
+        "%",
+        "8.80",
+        "kB",
+        "1/60",
+        "1/2.0",
+    ]
     assert rows["asyncio"][1:5] == ["3.2000", "3.1345", "-0.0655", "3.1871"]
     assert rows["up train"][-1] == "26,400"
     assert "TimeoutError: [bold]60 s" in words
@@ -243,13 +323,24 @@ def test_tables_of_sites_alone(local: Path) -> None:
 
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:
     rows = show.result_rows(result("fedavg", "ternary", 3.25, 8000, 131200))
-    assert [row[0] for row in rows[1:]] == ["base model, untuned", "local only", "federated, fedavg + ternary"]
+    assert [row[0] for row in rows[1:]] == [
+        "base model, untuned",
+        "local only",
+        "federated, fedavg + ternary",
+    ]
 
 
 def test_plan_and_preview() -> None:
     planned = {
-        "model": {"name": "embedded", "parameters": 1_000_000, "trainable": 32768, "targets": ["q_proj"]},
-        "sites": [{"name": "xml", "train": 90, "heldout": 10, "records": 100, "truncated_records": 7}],
+        "model": {
+            "name": "embedded",
+            "parameters": 1_000_000,
+            "trainable": 32768,
+            "targets": ["q_proj"],
+        },
+        "sites": [
+            {"name": "xml", "train": 90, "heldout": 10, "records": 100, "truncated_records": 7}
+        ],
         "rows": [{"what": "bytes per update", "value": "131 kB"}],
         "notes": ["[see] the notes"],
     }
@@ -259,25 +350,46 @@ def test_plan_and_preview() -> None:
     assert re.search(r"xml\s+100\s+90\s+10\s+7", words)
     assert "• [see] the notes" in words
     tokens = [{"text": "a [b]\n", "loss": False}, {"text": "c", "loss": True}]
-    found = {"site": "xml", "form": "text", "sequences": [{"tokens": tokens, "length": 2, "label_tokens": 1}]}
+    found = {
+        "site": "xml",
+        "form": "text",
+        "sequences": [{"tokens": tokens, "length": 2, "label_tokens": 1}],
+    }
     words = text_of(preview_text(found))
     assert "2 tokens, 1 with loss\na [b]⏎\nc\n" in words
 
 
 def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -> None:
-    first, second = tmp_path / "first.html", tmp_path / "second.html"
+    first = tmp_path / "first.html"
+    second = tmp_path / "second.html"
     for path in (first, second):
         write_page(show.read_run(finished), path)
     page = first.read_text()
     assert first.read_bytes() == second.read_bytes()
-    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:|//)|url\(\s*["']?(https?:|//)|@import""", page)
+    assert not re.search(
+        r"""(src|href)\s*=\s*["']?\s*(https?:|//)|url\(\s*["']?(https?:|//)|@import""", page
+    )
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert page.count("<svg") == 6
     assert "\x1b" not in page
-    for number in ("3.2345", "1/60", "1/2.0", "0.439", "31.50", "26.4 kB", "TimeoutError: [bold]60 s"):
+
+    for number in (
+        "3.2345",
+        "1/60",
+        "1/2.0",
+        "0.439",
+        "31.50",
+        "26.4 kB",
+        "TimeoutError: [bold]60 s",
+    ):
         assert number in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["finished", "first.html", "second.html"]
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "finished",
+        "first.html",
+        "second.html",
+    ]
 
 
 def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) -> None:
@@ -286,11 +398,12 @@ def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) ->
     assert "not finished: 1 of 4 rounds" in page.read_text()
     write_page(show.read_run(local), page)
     assert "local only" in page.read_text()
+
     with pytest.raises(ConfigError, match="cannot write"):
         write_page(show.read_run(local), tmp_path / "nowhere" / "page.html")
 
 
-# -- blocks -----------------------------------------------------------------------------------------------------------
+# -- blocks --------------------------------------------------------------------------------------
 
 SIZES = [("layers 0 to 3", 4000), ("layers 4 to 7", 4000), ("embeddings", 1500)]
 BLOCKS = {
@@ -300,23 +413,45 @@ BLOCKS = {
 
 
 def visit(site: str, block: str, share: float = 1.0) -> dict[str, Any]:
-    return {"visit": "1/0", "site": site, "block": block, "loss": 3.0, "norm": 0.7, "bytes": 1000, "share": share}
+    return {
+        "visit": "1/0",
+        "site": site,
+        "block": block,
+        "loss": 3.0,
+        "norm": 0.7,
+        "bytes": 1000,
+        "share": share,
+    }
 
 
 def cycles(count: int) -> list[dict[str, Any]]:
-    """Three sites train two blocks; in the second cycle one step is refused and one halved twice, one site is away."""
+    """Three sites train two blocks; in the second cycle one step is refused and one halved twice,
+    one site is away."""
     found = []
     for number in range(1, count + 1):
         second = number == 2
         visits = [visit(SITES[0], "layers 0 to 3", 0.0 if second else 1.0)]
         visits += [visit(SITES[1], "embeddings", 0.25 if second else 1.0)]
         visits += [] if second else [visit(SITES[2], "layers 0 to 3")]
-        pair = {"block": "layers 0 to 3", "sites": [SITES[0], SITES[2]], "resolved": "one after the other"}
-        record = {"round": number, "loss": 3.3, "sites": 2 if second else 3, "seconds": 2.5, "visits": visits}
+        pair = {
+            "block": "layers 0 to 3",
+            "sites": [SITES[0], SITES[2]],
+            "resolved": "one after the other",
+        }
+        record = {
+            "round": number,
+            "loss": 3.3,
+            "sites": 2 if second else 3,
+            "seconds": 2.5,
+            "visits": visits,
+        }
         record |= {"bytes_up": 3000, "bytes_down": 9000, "gradient_cosine": 0.8766}
         record["conflicts"] = [] if second else [{**pair, "cosine": 0.01 * number}]
-        record["missing"] = [{"site": SITES[2], "task": "visit", "reason": "TimeoutError: late"}] if second else []
+        record["missing"] = (
+            [{"site": SITES[2], "task": "visit", "reason": "TimeoutError: late"}] if second else []
+        )
         found.append(record)
+
     return found
 
 
@@ -325,8 +460,18 @@ def cyclic(tmp_path: Path) -> Path:
     """FedCyBGD, finished, with a model folder."""
     folder = tmp_path / "cyclic"
     config(folder, "fedcybgd")
-    found = result("fedcybgd", "int8", 3.2, 1000, 3000, setup=BLOCKS, adapter_sha256=None, model_sha256="cd" * 32)
+    found = result(
+        "fedcybgd",
+        "int8",
+        3.2,
+        1000,
+        3000,
+        setup=BLOCKS,
+        adapter_sha256=None,
+        model_sha256="cd" * 32,
+    )
     write(folder, cycles(4), found)
+
     return folder
 
 
@@ -343,8 +488,14 @@ def test_a_cycle_names_what_was_refused_and_what_the_download_leaves(cyclic: Pat
 
 def test_set_up_tells_blocks_and_cosines() -> None:
     words = text_of("\n".join(show.setup_lines(BLOCKS)))
-    assert "3 blocks: layers 0 to 3 ... layers 4 to 7 with 4,000 values; embeddings with 1,500 values" in words
-    assert "gradients through the download: layers 0 to 3 0.812, layers 4 to 7 0.900, embeddings 0.950" in words
+    assert (
+        "3 blocks: layers 0 to 3 ... layers 4 to 7 with 4,000 values; embeddings with 1,500 values"
+        in words
+    )
+    assert (
+        "gradients through the download: layers 0 to 3 0.812, layers 4 to 7 0.900, embeddings 0.950"
+        in words
+    )
     assert len(show.setup_lines({"blocks": BLOCKS["blocks"]})) == 1
 
 
@@ -377,7 +528,9 @@ def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
     )
     assert schedule is not None
     assert schedule.rows == [["pooled", "0, 1, 2, 3", "0, 1, ..., 31"]]
-    assert show.run_name({"method": "central_cyclic", "codec": None}) == "central, block after block"
+    assert (
+        show.run_name({"method": "central_cyclic", "codec": None}) == "central, block after block"
+    )
 
 
 def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
@@ -395,7 +548,9 @@ def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
 
 def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
     words = text_of(show.run_tables(show.read_run(cyclic)))
-    rows = {line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()}
+    rows = {
+        line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
+    }
     assert "Block schedule, by cycle" in words
     assert "0-3 refused" in words
     assert rows["4"][-1] == "0.040"
@@ -433,10 +588,12 @@ def test_a_damaged_folder_is_told_without_a_traceback(
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / name).unlink(missing_ok=True)
+
     if content is None:
         (folder / name).mkdir()
     else:
         (folder / name).write_text(content)
+
     told = f"cannot read .*{name}|run is damaged"
     with pytest.raises(CheckpointError, match=told), show.drawing(folder):
         text_of(show.run_tables(show.read_run(folder)))

@@ -52,8 +52,11 @@ def test_a_name_that_could_harm_is_refused_and_shown_safely(name: str) -> None:
     assert fault is not None
     assert fault.isprintable()
     assert len(fault) < 250
+
     with pytest.raises(ConfigError, match="is no name of a site|no text may hold"):
-        parse({"fleet": {"sites": ["north", name]}} if name else {"fleet": {"sites": ["  "]}}, "test")
+        parse(
+            {"fleet": {"sites": ["north", name]}} if name else {"fleet": {"sites": ["  "]}}, "test"
+        )
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -61,7 +64,9 @@ def test_other_names_are_names(name: str) -> None:
     assert fault_of(name) is None
 
 
-@pytest.mark.parametrize("name", [*HARMFUL, *(each for each in HARMLESS if each not in ("north", "NA", "01"))])
+@pytest.mark.parametrize(
+    "name", [*HARMFUL, *(each for each in HARMLESS if each not in ("north", "NA", "01"))]
+)
 def test_a_site_of_its_own_has_a_plain_name(name: str) -> None:
     if name == "x" * 64:
         name += "x"
@@ -76,10 +81,17 @@ def _data(path: Path, *names: str) -> dict[str, Any]:
         for number in range(20)
     ]
     path.write_text("\n".join(lines) + "\n")
-    return {"source": str(path), "form": "text", "max_length": 32, "partition": {"by": "column", "column": "client"}}
+    return {
+        "source": str(path),
+        "form": "text",
+        "max_length": 32,
+        "partition": {"by": "column", "column": "client"},
+    }
 
 
-def test_a_run_over_sites_with_strange_names_is_shown_and_stored(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_over_sites_with_strange_names_is_shown_and_stored(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     names = ("a[/nope]", "../../out", "[red]ward[/red]", "x" * 64)
     table = run_config | {"rounds": 1, "data": _data(tmp_path / "data.jsonl", *names)}
     folder = tmp_path / "deep" / "run"
@@ -93,10 +105,15 @@ def test_a_run_over_sites_with_strange_names_is_shown_and_stored(run_config: dic
     assert "[red]ward[/red]" in (tmp_path / "page.html").read_text()
 
 
-def test_a_harmful_name_among_the_records_is_refused_by_check(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_harmful_name_among_the_records_is_refused_by_check(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     table = run_config | {"data": _data(tmp_path / "data.jsonl", "north", "\x1b]0;owned\x07")}
-    with pytest.raises(FluvialError, match=r"is no name of a site|holds a control character") as told:
+    with pytest.raises(
+        FluvialError, match=r"is no name of a site|holds a control character"
+    ) as told:
         list(execute(parse(table, "test"), tmp_path / "run"))
+
     assert "\x1b" not in str(told.value)
 
 

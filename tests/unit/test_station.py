@@ -1,4 +1,5 @@
-"""A site as a process of its own: headers, what is pending, what it takes part in, what leaves it."""
+"""A site as a process of its own: headers, what is pending, what it takes part in, what leaves
+it."""
 
 import hashlib
 import json
@@ -42,7 +43,7 @@ def header(**changes: Any) -> Header:
     return Header(**(values | changes))
 
 
-# -- header -----------------------------------------------------------------------------------------------------------
+# -- header --------------------------------------------------------------------------------------
 
 
 def test_a_header_survives_the_wire() -> None:
@@ -50,18 +51,23 @@ def test_a_header_survives_the_wire() -> None:
 
 
 @pytest.mark.parametrize("name", list(header().values()))
-@pytest.mark.parametrize("value", [None, True, 1.0, "", "x" * 201, b"x", [1], "missing", "other kind"])
+@pytest.mark.parametrize(
+    "value", [None, True, 1.0, "", "x" * 201, b"x", [1], "missing", "other kind"]
+)
 def test_a_header_that_is_wrong_is_refused(name: str, value: Any) -> None:
     values = header().values()
     if value == "missing":
         del values[name]
     else:
-        values[name] = (7 if isinstance(values[name], str) else "7") if value == "other kind" else value
+        values[name] = (
+            (7 if isinstance(values[name], str) else "7") if value == "other kind" else value
+        )
+
     with pytest.raises(WireError, match=f"header: {name}="):
         Header.read(values)
 
 
-# -- journal ----------------------------------------------------------------------------------------------------------
+# -- journal -------------------------------------------------------------------------------------
 
 
 def kept(round: int) -> dict[str, Payload | Path]:
@@ -73,11 +79,13 @@ def held(journal: Journal) -> tuple[Any, ...]:
 
 
 def play(folder: Path, *steps: tuple[Header, int]) -> Journal:
-    """Messages that were answered, each by a journal of its own: the state is on the disk or nowhere."""
+    """Messages that were answered, each by a journal of its own: the state is on the disk or
+    nowhere."""
     for message, round in steps:
         journal = Journal(folder, "site")
         journal.settle(message)
         journal.post(message, kept(round))
+
     return Journal(folder, "site")
 
 
@@ -119,7 +127,8 @@ def test_a_new_session_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
 
 
 def test_a_new_session_keeps_what_its_checkpoint_accepted(tmp_path: Path) -> None:
-    """The server had saved round 2 and was killed before the site could hear that its answer counted."""
+    """The server had saved round 2 and was killed before the site could hear that its answer
+    counted."""
     journal = play(tmp_path, (header(round=1, seq=1), 1), (header(round=2, seq=2, ack=1), 2))
     assert held(journal) == (1, 1)
     journal.settle(header(session="second", round=3, seq=3, ack=2, base=2))
@@ -146,7 +155,9 @@ class Killed(BaseException):
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable[[], int]]]:
     """Kill at the n-th file operation, before or in the middle of it; tells how many there were."""
-    write, replace, unlink = fluvial.storage.files.write_atomically, Path.replace, Path.unlink
+    write = fluvial.storage.files.write_atomically
+    replace = Path.replace
+    unlink = Path.unlink
 
     def arm(at: int) -> Callable[[], int]:
         count = 0
@@ -184,15 +195,19 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Callable
 def test_a_kill_at_any_file_operation_loses_nothing(
     tmp_path: Path, killer: Callable[[int], Callable[[], int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever the site dies while it answers round 3, it holds round 2 when it is asked again, and goes on."""
+    """Whenever the site dies while it answers round 3, it holds round 2 when it is asked again, and
+    goes on."""
     before = tmp_path / "before"
     play(before, (header(round=1, seq=1), 1), (header(round=2, seq=2, ack=1), 2))
-    message, tries = header(round=3, seq=3, ack=2), 0
+    message = header(round=3, seq=3, ack=2)
+    tries = 0
+
     while True:
         tries += 1
         folder = tmp_path / str(tries)
         shutil.copytree(before, folder)
         count = killer(tries)
+
         try:
             play(folder, (message, 3))
         except Killed:
@@ -201,6 +216,7 @@ def test_a_kill_at_any_file_operation_loses_nothing(
             monkeypatch.undo()
             assert count() < tries
             break
+
         again = header(round=3, seq=4, ack=2)
         journal = Journal(folder, "site")
         journal.settle(again)
@@ -210,23 +226,33 @@ def test_a_kill_at_any_file_operation_loses_nothing(
         assert held(journal) == (3, 3), tries
         journal.settle(header(session="second", round=3, seq=3, ack=2, base=2))
         assert held(journal) == (2, 2), tries
+
     assert tries > 10
 
 
-# -- the site's file --------------------------------------------------------------------------------------------------
+# -- the site's file -----------------------------------------------------------------------------
 
 
 def test_a_site_file_is_read_with_its_own_places(tmp_path: Path) -> None:
-    (tmp_path / "site.toml").write_text('name = "north"\nfolder = "state"\nca = "ca.crt"\nkey = "/keys/north.key"\n')
+    (tmp_path / "site.toml").write_text(
+        'name = "north"\nfolder = "state"\nca = "ca.crt"\nkey = "/keys/north.key"\n'
+    )
     found = read_site_file(tmp_path / "site.toml")
-    assert (found.folder, found.ca, found.key) == (tmp_path / "state", tmp_path / "ca.crt", Path("/keys/north.key"))
+    assert (found.folder, found.ca, found.key) == (
+        tmp_path / "state",
+        tmp_path / "ca.crt",
+        Path("/keys/north.key"),
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ('name = "a"\nmodels = "x"', r"site\.toml: models: unknown key; did you mean 'model'"),
-        ('name = "a"\n[allow]\nmethod = ["fedavg"]', r"allow\.method: unknown key; did you mean 'methods'"),
+        (
+            'name = "a"\n[allow]\nmethod = ["fedavg"]',
+            r"allow\.method: unknown key; did you mean 'methods'",
+        ),
         (
             'name = "a"\n[allow]\nmax_bytes_up_per_round = 0',
             r"allow\.max_bytes_up_per_round = 0: must be an integer from 1",
@@ -254,7 +280,7 @@ def test_a_missing_site_file_says_how_to_make_one(tmp_path: Path) -> None:
         read_site_file(tmp_path / "binary.toml")
 
 
-# -- answers ----------------------------------------------------------------------------------------------------------
+# -- answers -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,7 +302,9 @@ def bench(config: RunConfig) -> Workbench:
 
 def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
     settings["allow"] = {"run_paths": ["*"], **settings.get("allow", {})}
-    return SiteFile.model_validate({"name": SITE, "folder": tmp_path / "site", "device": "cpu", **settings})
+    return SiteFile.model_validate(
+        {"name": SITE, "folder": tmp_path / "site", "device": "cpu", **settings}
+    )
 
 
 def hello(station: Station, table: dict[str, Any], **changes: Any) -> Payload:
@@ -290,12 +318,19 @@ def training(bench: Workbench, round: int = 1) -> bytes:
     return adapter_message(adapter, round=round).to_bytes()
 
 
-def answers(open_station: Callable[[], Station], table: dict[str, Any], bench: Workbench) -> list[bytes]:
+def answers(
+    open_station: Callable[[], Station], table: dict[str, Any], bench: Workbench
+) -> list[bytes]:
     hello(open_station(), table)
-    return [open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data for n in range(1, 4)]
+    return [
+        open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data
+        for n in range(1, 4)
+    ]
 
 
-def test_cold_and_warm_answers_are_the_same(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_cold_and_warm_answers_are_the_same(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     """A new process for every message, or one for all: what a site keeps is on its disk."""
     warm = Station(site_file(tmp_path / "warm"))
     found = answers(lambda: warm, table, bench)
@@ -317,19 +352,28 @@ def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
     assert station.answer(header(seq=2), training(bench)) == first
     second = station.answer(header(round=2, seq=3, ack=2), training(bench, 2))
     station.answer(header(round=3, seq=4, ack=3), training(bench, 3))
-    assert station.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2)) == second
+    assert (
+        station.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2))
+        == second
+    )
 
 
-def test_a_run_that_was_not_met_is_unknown(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_a_run_that_was_not_met_is_unknown(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     station = Station(site_file(tmp_path))
     assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
     assert [(line["task"], line["values"]) for line in log_of(tmp_path)] == [("train", ["unknown"])]
     hello(station, table)
     assert Payload.from_bytes(station.answer(header(), training(bench)).data) != UNKNOWN
-    assert Payload.from_bytes(station.answer(header(run="another"), training(bench)).data) == UNKNOWN
+    assert (
+        Payload.from_bytes(station.answer(header(run="another"), training(bench)).data) == UNKNOWN
+    )
 
 
-def test_a_task_that_there_is_not_is_refused(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_a_task_that_there_is_not_is_refused(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
     with pytest.raises(WireError, match="unknown task 'os.system'"):
@@ -343,25 +387,32 @@ def test_garbled_messages_are_refused_and_nothing_worse(
     station = Station(site_file(tmp_path))
     hello(station, table)
     wires = {HELLO: Payload(values={"config": table}).to_bytes(), "train": training(bench)}
-    chance, refused = random.Random(3), 0
+    chance = random.Random(3)
+    refused = 0
+
     for number in range(400):
         task = HELLO if number % 2 else "train"
         data = bytearray(wires[task])
         place = chance.randrange(200 if task == HELLO or chance.random() < 0.8 else len(data))
+
         if number % 3:
             data[place] ^= 1 << chance.randrange(8)
         else:
             data = data[:place]
+
         try:
-            station.answer(header(task=task, run=f"{number}" if task == HELLO else "a run"), bytes(data))
+            station.answer(
+                header(task=task, run=f"{number}" if task == HELLO else "a run"), bytes(data)
+            )
         except FluvialError:
             refused += 1
+
     assert refused > 200
     with pytest.raises(WireError, match="exceeds the limit"):
         Station(site_file(tmp_path), limits=Limits(max_bytes=100)).answer(header(), training(bench))
 
 
-# -- what a site takes part in ----------------------------------------------------------------------------------------
+# -- what a site takes part in -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,28 +433,42 @@ def test_a_site_takes_no_part_in_what_its_file_does_not_name(
 
 
 def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_path: Path) -> None:
-    allow = {"methods": ["fedavg"], "models": [table["model"]["name_or_path"]], "tensors": ["*.lora_[AB].*"]}
+    allow = {
+        "methods": ["fedavg"],
+        "models": [table["model"]["name_or_path"]],
+        "tensors": ["*.lora_[AB].*"],
+    }
     assert hello(Station(site_file(tmp_path, allow=allow)), table).values["site"] == SITE
 
 
-def test_no_more_leaves_in_a_round_than_the_file_says(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_no_more_leaves_in_a_round_than_the_file_says(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     free = Station(site_file(tmp_path / "free"))
     hello(free, table)
     size = len(free.answer(header(), training(bench)).data)
     station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
     hello(station, table)
     station.answer(header(), training(bench))
-    with pytest.raises(ConfigError, match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it"):
+
+    with pytest.raises(
+        ConfigError,
+        match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it",
+    ):
         station.answer(header(seq=2), training(bench))
+
     assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
     station.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
 
 
-def test_the_limit_holds_after_a_line_that_was_cut_off(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_the_limit_holds_after_a_line_that_was_cut_off(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
     hello(station, table)
     station.answer(header(), training(bench))
     log = tmp_path / "site" / "outgoing.jsonl"
+
     with log.open("a") as file:
         file.write('{"run": "a run", "ro')  # killed, or the disk was full
     station.answer(header(seq=2), training(bench))
@@ -412,11 +477,13 @@ def test_the_limit_holds_after_a_line_that_was_cut_off(table: dict[str, Any], be
     assert json.loads(lines[3])["bytes"] > 0
 
 
-# -- what leaves ------------------------------------------------------------------------------------------------------
+# -- what leaves ---------------------------------------------------------------------------------
 
 
 def log_of(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "site" / "outgoing.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (tmp_path / "site" / "outgoing.jsonl").read_text().splitlines()
+    ]
 
 
 def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
@@ -428,11 +495,14 @@ def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path
     assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
     greeting, *lines = log_of(tmp_path)
     assert (greeting["task"], greeting["values"]) == ("hello", ["known", "prints", "site"])
+
     for line, answer, round in zip(lines, (first, second), (1, 2), strict=True):
         sent = Payload.from_bytes(answer)
         assert line["bytes"] == len(answer)
         assert line["sha256"] == hashlib.sha256(answer).hexdigest()
-        assert line["tensors"] == {name: list(tensor.shape) for name, tensor in sent.tensors.items()}
+        assert line["tensors"] == {
+            name: list(tensor.shape) for name, tensor in sent.tensors.items()
+        }
         assert line["values"] == sorted(sent.values)
         assert (line["run"], line["round"], line["task"]) == ("a run", round, "train")
         assert (line["method"], line["codec"]) == ("fedavg", "top_k")
@@ -470,9 +540,13 @@ def test_a_refusal_is_logged_and_quotes_no_error_that_was_not_made_for_it(tmp_pa
     assert "No space left on device" in told(OSError(28, "No space left on device", "/secret"))
     logged = log_of(tmp_path)
     assert logged[0]["error"] == text
-    assert [line["bytes"] for line in logged[::2][:2]] == [len(text), len("RefusalError: not this method")]
+    assert [line["bytes"] for line in logged[::2][:2]] == [
+        len(text),
+        len("RefusalError: not this method"),
+    ]
     assert "/secret" not in logged[3]["error"]
     own = (tmp_path / "site" / "errors.log").read_text()
+
     for whole in ("patient 17", "no such column 17", "/secret"):
         assert whole in own
     for line in logged[:2]:
@@ -483,7 +557,9 @@ def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "records.jsonl").write_text("")
     path = tmp_path / "site.toml"
-    path.write_text('name = "a"\nmodel = "base"\n[data]\nsource = "records.jsonl"\nheldout_source = "hub/id"\n')
+    path.write_text(
+        'name = "a"\nmodel = "base"\n[data]\nsource = "records.jsonl"\nheldout_source = "hub/id"\n'
+    )
     found = read_site_file(path)
     assert found.data is not None
     here = tmp_path.resolve()
@@ -491,10 +567,12 @@ def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
     assert found.data.heldout_source == "hub/id"
 
 
-# -- what must be equal -----------------------------------------------------------------------------------------------
+# -- what must be equal --------------------------------------------------------------------------
 
 
-def test_equal_ends_have_equal_prints(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_equal_ends_have_equal_prints(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     found = hello(Station(site_file(tmp_path)), table)
     assert found.values["prints"] == fingerprints(bench)
 
@@ -507,7 +585,9 @@ def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
     assert found.values["prints"] == fingerprints(bench)
 
 
-@pytest.mark.parametrize("what", ["base", "tokenizer", "template", "layout", "fluvial", "transformers"])
+@pytest.mark.parametrize(
+    "what", ["base", "tokenizer", "template", "layout", "fluvial", "transformers"]
+)
 def test_what_differs_has_another_print(
     what: str, config: RunConfig, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +595,7 @@ def test_what_differs_has_another_print(
     folder = tmp_path / "other"
     shutil.copytree(str(config.model.name_or_path), folder)
     adapter = config.adapter
+
     if what == "base":
         path = folder / "model.safetensors"
         data = bytearray(path.read_bytes())
@@ -527,26 +608,32 @@ def test_what_differs_has_another_print(
         monkeypatch.setattr(fluvial.site_process.fingerprints, "__version__", "0.0.1")
     elif what == "transformers":
         monkeypatch.setattr(
-            fluvial.site_process.fingerprints, "version", lambda name: "9" if name == what else ours[name]
+            fluvial.site_process.fingerprints,
+            "version",
+            lambda name: "9" if name == what else ours[name],
         )
+
     other = Workbench(config.model.model_copy(update={"name_or_path": str(folder)}), adapter)
     if what == "tokenizer":
         other.tokenizer.add_tokens(["river"])
     elif what == "template":
         other.tokenizer.chat_template += "\n"
+
     theirs = fingerprints(other)
     assert {name for name in ours if ours[name] != theirs[name]} == {what}
 
 
-# -- the site's own data ----------------------------------------------------------------------------------------------
+# -- the site's own data -------------------------------------------------------------------------
 
 
 def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
     table: dict[str, Any], config: RunConfig, bench: Workbench, three_sites: Path, tmp_path: Path
 ) -> None:
-    """Three sites that each have only their own records are the run over one file that was split by column."""
+    """Three sites that each have only their own records are the run over one file that was split by
+    column."""
     records = [json.loads(line) for line in three_sites.read_text().splitlines()]
     common = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+
     for name in common.names:
         own = tmp_path / f"{name}.jsonl"
         mine = [record for record in records if record["client"] == name]
@@ -559,19 +646,24 @@ def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
             Station(site_file(tmp_path / kind / name, name=name, **given))
             for kind, given in (("own", {"data": {"source": str(own)}}), ("common", {}))
         ]
+
         for station in stations:
             hello(station, table)
         first, second = (station.answer(header(), training(bench)) for station in stations)
         assert first == second
 
 
-def test_a_site_that_has_no_records_says_so_at_the_start(table: dict[str, Any], tmp_path: Path) -> None:
+def test_a_site_that_has_no_records_says_so_at_the_start(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
     station = Station(site_file(tmp_path, data={"source": str(tmp_path / "none.jsonl")}))
     with pytest.raises(ConfigError, match=r"none\.jsonl"):
         hello(station, table)
 
 
-def test_threads_are_those_of_the_run(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_threads_are_those_of_the_run(
+    table: dict[str, Any], bench: Workbench, tmp_path: Path
+) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
     torch.set_num_threads(2)

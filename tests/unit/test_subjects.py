@@ -1,4 +1,5 @@
-"""Groups of MMLU, C-Eval and CMMLU: means by hand on made-up marks, and every subject of the real files."""
+"""Groups of MMLU, C-Eval and CMMLU: means by hand on made-up marks, and every subject of the real
+files."""
 
 import json
 from pathlib import Path
@@ -7,15 +8,32 @@ import pytest
 
 from fluvial.errors import ConfigError
 from fluvial.training.choices import read_choices
-from fluvial.training.subjects import BENCHMARKS, CEVAL, CMMLU, MMLU, BenchmarkName, detect, grouped, plain_subject
+from fluvial.training.subjects import (
+    BENCHMARKS,
+    CEVAL,
+    CMMLU,
+    MMLU,
+    BenchmarkName,
+    detect,
+    grouped,
+    plain_subject,
+)
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def test_the_published_counts() -> None:
     counts = {name: [len(g) for g in bench.groups.values()] for name, bench in BENCHMARKS.items()}
-    assert counts == {"mmlu": [18, 12, 13, 14], "ceval": [20, 10, 11, 11], "cmmlu": [17, 22, 13, 15]}
-    assert [len(b.subjects) for b in BENCHMARKS.values()] == [57, 52, 67]  # so no subject is in two groups
+    assert counts == {
+        "mmlu": [18, 12, 13, 14],
+        "ceval": [20, 10, 11, 11],
+        "cmmlu": [17, 22, 13, 15],
+    }
+    assert [len(b.subjects) for b in BENCHMARKS.values()] == [
+        57,
+        52,
+        67,
+    ]  # so no subject is in two groups
     assert [len(extra) for extra in CEVAL.extra.values()] == [8]
     assert all(extra <= b.subjects for b in BENCHMARKS.values() for extra in b.extra.values())
 
@@ -23,8 +41,18 @@ def test_the_published_counts() -> None:
 def test_means_by_hand() -> None:
     """Two STEM subjects of unequal size, one of Humanities, one that is in no group."""
     marks = {
-        "base": {"college_physics": (1, 2), "computer_network": (0, 8), "law": (3, 4), "chess": (5, 5)},
-        "adapter": {"college_physics": (2, 2), "computer_network": (2, 8), "law": (1, 4), "chess": (0, 5)},
+        "base": {
+            "college_physics": (1, 2),
+            "computer_network": (0, 8),
+            "law": (3, 4),
+            "chess": (5, 5),
+        },
+        "adapter": {
+            "college_physics": (2, 2),
+            "computer_network": (2, 8),
+            "law": (1, 4),
+            "chess": (0, 5),
+        },
     }
     found = grouped(CEVAL, marks)
     stem, hard, average = (found["table"][name] for name in ("STEM", "Hard", "Average"))
@@ -53,7 +81,9 @@ def test_means_by_hand() -> None:
         ([], True, None),
     ],
 )
-def test_a_benchmark_is_told_by_its_subjects(subjects: list[str], chinese: bool, expected: object) -> None:
+def test_a_benchmark_is_told_by_its_subjects(
+    subjects: list[str], chinese: bool, expected: object
+) -> None:
     assert detect(subjects, chinese=chinese) is expected
 
 
@@ -69,13 +99,18 @@ def test_a_subject_may_stand_in_another_field(tmp_path: Path) -> None:
     path.write_text(json.dumps(record) + "\n")
     assert read_choices(path, "task")[0].subject == "Law"
     assert plain_subject("Law") in CEVAL.subjects
-    with pytest.raises(ConfigError, match="line 1: --subject-field 'kind' is missing; found 'answer'"):
+
+    with pytest.raises(
+        ConfigError, match="line 1: --subject-field 'kind' is missing; found 'answer'"
+    ):
         read_choices(path, "kind")
 
 
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
-@pytest.mark.parametrize(("file", "name"), [("mmlu/test", "mmlu"), ("ceval/val", "ceval"), ("cmmlu/test", "cmmlu")])
+@pytest.mark.parametrize(
+    ("file", "name"), [("mmlu/test", "mmlu"), ("ceval/val", "ceval"), ("cmmlu/test", "cmmlu")]
+)
 def test_every_subject_of_the_real_files_is_in_its_group(file: str, name: BenchmarkName) -> None:
     lines = (SHARED / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
@@ -83,6 +118,7 @@ def test_every_subject_of_the_real_files_is_in_its_group(file: str, name: Benchm
     assert subjects == BENCHMARKS[name].subjects
     assert detect(subjects, chinese=name != "mmlu") is BENCHMARKS[name]
     named = {"social_sciences": "Social sciences", "Social Science": "Social sciences"}
+
     for record in records:
         if "client" in record:
             group = named.get(record["client"], record["client"])

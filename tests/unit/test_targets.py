@@ -74,11 +74,17 @@ def adapted(base: nn.Module, **settings: Any) -> set[str]:
         ("gpt_neox", SMALL, ["query_key_value"]),
         ("phi", SMALL, ["fc1", "fc2", "q_proj", "v_proj"]),
         ("phi3", SMALL | {"pad_token_id": 0}, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
-        ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64}, ["in_proj", "x_proj"]),
+        (
+            "mamba",
+            {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64},
+            ["in_proj", "x_proj"],
+        ),
         ("deepseek_v2", DEEPSEEK, ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_proj"]),
     ],
 )
-def test_the_default_follows_the_architecture(kind: str, settings: dict[str, Any], expected: list[str]) -> None:
+def test_the_default_follows_the_architecture(
+    kind: str, settings: dict[str, Any], expected: list[str]
+) -> None:
     assert target_names(meta(kind, **settings), LoraSettings()) == expected
 
 
@@ -97,19 +103,30 @@ def test_the_defaults_of_peft_are_peft_s_own() -> None:
     [
         ("llama", SMALL, {"lm_head"}),
         ("llama", SMALL | {"tie_word_embeddings": True}, {"lm_head"}),
-        ("jamba", SMALL | {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2}, {"lm_head", "router"}),
+        (
+            "jamba",
+            SMALL | {"attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2},
+            {"lm_head", "router"},
+        ),
         ("granitemoe", SMALL | {"num_local_experts": 4}, {"lm_head", "layer"}),
         ("qwen2_moe", SMALL | MOE, {"lm_head", "shared_expert_gate", "gate"}),
-        ("mamba2", {**SMALL, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}, {"lm_head", "out_proj"}),
+        (
+            "mamba2",
+            {**SMALL, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+            {"lm_head", "out_proj"},
+        ),
     ],
 )
-def test_all_linear_leaves_out_heads_and_routers(kind: str, settings: dict[str, Any], left_out: set[str]) -> None:
+def test_all_linear_leaves_out_heads_and_routers(
+    kind: str, settings: dict[str, Any], left_out: set[str]
+) -> None:
     base = meta(kind, **settings)
     linear = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     found = adapted(base, target_modules="all-linear")
     assert found < linear
     assert not {name.rpartition(".")[2] for name in found} & left_out
-    # PEFT takes the projections of an MLP for the experts where all experts of a layer are one tensor.
+    # PEFT takes the projections of an MLP for the experts where all experts of a layer are one
+    # tensor.
     experts = {"gate_proj", "up_proj", "down_proj"} if kind in ("qwen2_moe", "jamba") else set()
     rest = {name.rpartition(".")[2] for name in linear - found} - left_out
     assert rest <= {"dt_proj", "out_proj"} | experts
@@ -137,22 +154,34 @@ def test_a_list_is_honoured_or_refused() -> None:
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
     }
-    with pytest.raises(ConfigError, match=r"no linear module 'query'; it has down_proj, .*, v_proj$") as error:
+    with pytest.raises(
+        ConfigError, match=r"no linear module 'query'; it has down_proj, .*, v_proj$"
+    ) as error:
         adapted(meta("llama", **SMALL), target_modules=("query",))
+
     assert "lm_head" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"no linear module 'nothing'; it has k_proj, o_proj, q_proj, v_proj$"):
+    with pytest.raises(
+        ConfigError, match=r"no linear module 'nothing'; it has k_proj, o_proj, q_proj, v_proj$"
+    ):
         adapted(meta("granitemoe", **SMALL, num_local_experts=4), target_modules=("nothing",))
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "targets", "message"),
     [
-        ("mamba", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}, ("out_proj",), "incompatible"),
+        (
+            "mamba",
+            {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64},
+            ("out_proj",),
+            "incompatible",
+        ),
         ("deepseek_v2", DEEPSEEK, ("gate_proj", "up_proj"), "lora.lora_dropout = 0"),
         ("deepseek_v2", DEEPSEEK, ("gate_proj",), "without also targeting up_proj"),
     ],
 )
-def test_what_peft_refuses_is_one_line(kind: str, settings: Any, targets: tuple[str, ...], message: str) -> None:
+def test_what_peft_refuses_is_one_line(
+    kind: str, settings: Any, targets: tuple[str, ...], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         adapt(meta(kind, **settings), LoraSettings(r=2, target_modules=targets))
     assert "\n" not in str(error.value)

@@ -32,7 +32,11 @@ from fluvial.wire.tensors import (
     zeros_like,
 )
 
-UPDATE = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": torch.tensor([5.0, 6.0, 7.0]), "c": torch.tensor(8.0)}
+UPDATE = {
+    "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+    "a": torch.tensor([5.0, 6.0, 7.0]),
+    "c": torch.tensor(8.0),
+}
 
 
 def mean_of(updates: list[Named], weights: list[int]) -> Named:
@@ -41,6 +45,7 @@ def mean_of(updates: list[Named], weights: list[int]) -> Named:
     for update, weight in zip(updates, weights, strict=True):
         WeightedMean.check(update, weight)
         mean.add(update, weight)
+
     return mean.mean()
 
 
@@ -62,29 +67,42 @@ def scattered(sites: int, size: int, seed: int, low: float = -30, high: float = 
     st.lists(st.integers(1, 100_000), min_size=2, max_size=12),
     st.sampled_from([(-30, 10), (-60, 11), (10, 11), (-149, -100), (-24, -20)]),
 )
-def test_mean_does_not_depend_on_the_order(seed: int, weights: list[int], span: tuple[float, float]) -> None:
+def test_mean_does_not_depend_on_the_order(
+    seed: int, weights: list[int], span: tuple[float, float]
+) -> None:
     pairs = [
         ({"w": vector}, weight)
         for vector, weight in zip(scattered(len(weights), 16, seed, *span), weights, strict=True)
     ]
     first = bits(mean_of([update for update, _ in pairs], [weight for _, weight in pairs]))
     draw = random.Random(seed)
+
     for _ in range(8):
         draw.shuffle(pairs)
-        assert bits(mean_of([update for update, _ in pairs], [weight for _, weight in pairs])) == first
+        assert (
+            bits(mean_of([update for update, _ in pairs], [weight for _, weight in pairs])) == first
+        )
 
 
 def test_mean_does_not_depend_on_the_order_when_giants_cancel() -> None:
     """Partial sums reach 2^34 before they cancel down to small values."""
-    giants = [sign * torch.tensor([2.0**27.9 - step, 2.0**27]) for step in range(64) for sign in (1, -1)]
-    vectors = giants + [0.001 * torch.randn(2, generator=torch.Generator().manual_seed(site)) for site in range(10)]
-    expected = np.stack([vector.double().numpy() for vector in vectors[len(giants) :]]).sum(0) / len(vectors)
+    giants = [
+        sign * torch.tensor([2.0**27.9 - step, 2.0**27]) for step in range(64) for sign in (1, -1)
+    ]
+    vectors = giants + [
+        0.001 * torch.randn(2, generator=torch.Generator().manual_seed(site)) for site in range(10)
+    ]
+    expected = np.stack([vector.double().numpy() for vector in vectors[len(giants) :]]).sum(
+        0
+    ) / len(vectors)
     draw = random.Random(0)
+
     for attempt in range(20):
         if attempt:  # the first order has all positive giants before all negative ones
             draw.shuffle(vectors)
         else:
             vectors.sort(key=lambda vector: -float(vector[0]))
+
         mean = mean_of([{"w": vector} for vector in vectors], [1] * len(vectors))["w"]
         assert torch.equal(mean, torch.from_numpy(expected).float())
 
@@ -93,7 +111,9 @@ def test_mean_does_not_depend_on_the_order_when_giants_cancel() -> None:
 def test_mean_equals_numpy_in_double_precision(sites: int) -> None:
     vectors = scattered(sites, 200, seed=sites, low=-20, high=5)
     weights = np.random.default_rng(sites).integers(1, 5000, sites)
-    expected = np.average(np.stack([vector.numpy().astype(np.float64) for vector in vectors]), axis=0, weights=weights)
+    expected = np.average(
+        np.stack([vector.numpy().astype(np.float64) for vector in vectors]), axis=0, weights=weights
+    )
     mean = mean_of([{"w": vector} for vector in vectors], weights.tolist())["w"].numpy()
     # one rounding to fp32, and what float64 itself loses in a sum of this size
     np.testing.assert_allclose(mean, expected, rtol=2**-24, atol=1e-14 * sites)
@@ -118,10 +138,12 @@ def test_mean_counts_what_it_has_seen_and_keeps_no_update() -> None:
     mean = WeightedMean()
     size = 10_000
     tracemalloc.start()
+
     for site in range(1, 51):
         update = {"w": torch.full((size,), 0.5)}
         mean.add(update, site)
         assert not torch.equal(update["w"], torch.zeros(size))
+
     python_bytes = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     stored = [held for held in vars(mean).values() if isinstance(held, torch.Tensor)]
@@ -165,7 +187,9 @@ def test_mean_of_nothing_and_weight_zero_are_bugs() -> None:
 def test_arithmetic_goes_name_by_name() -> None:
     doubled = add(UPDATE, UPDATE)
     assert doubled["a"].tolist() == [10, 12, 14]
-    assert all(torch.equal(tensor, UPDATE[name]) for name, tensor in subtract(doubled, UPDATE).items())
+    assert all(
+        torch.equal(tensor, UPDATE[name]) for name, tensor in subtract(doubled, UPDATE).items()
+    )
     assert scale(UPDATE, -0.5)["c"].item() == -4
     assert energy(zeros_like(UPDATE)) == 0
     assert energy(UPDATE) == 204
@@ -202,7 +226,10 @@ def test_is_finite_sees_a_single_bad_value() -> None:
 
 
 def test_factors_are_told_apart_by_name() -> None:
-    tensors = {name: torch.zeros(1) for name in ("q.lora_A.weight", "q.lora_B.weight", "lora_A", "norm.weight")}
+    tensors = {
+        name: torch.zeros(1)
+        for name in ("q.lora_A.weight", "q.lora_B.weight", "lora_A", "norm.weight")
+    }
     assert [factor(name) for name in tensors] == ["A", "B", None, None]
     assert list(only(tensors, "A")) == ["q.lora_A.weight"]
     assert list(only(tensors, "B")) == ["q.lora_B.weight"]
@@ -225,12 +252,24 @@ def test_digest_sees_everything_but_the_order() -> None:
     ]
     assert len({digest(tensors) for tensors in [UPDATE, *others]}) == 1 + len(others)
     assert (
-        len(digest({"h": torch.ones(3, dtype=torch.bfloat16), "e": torch.empty(0, 4), "k": torch.tensor(True)})) == 64
+        len(
+            digest(
+                {
+                    "h": torch.ones(3, dtype=torch.bfloat16),
+                    "e": torch.empty(0, 4),
+                    "k": torch.tensor(True),
+                }
+            )
+        )
+        == 64
     )
 
 
 _shapes = st.dictionaries(
-    st.text(st.sampled_from("abc.AB01"), min_size=1), st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=5
+    st.text(st.sampled_from("abc.AB01"), min_size=1),
+    st.lists(st.integers(0, 4), max_size=3),
+    min_size=1,
+    max_size=5,
 )
 
 
@@ -274,13 +313,21 @@ def test_a_foreign_layout_is_refused() -> None:
             {"b": UPDATE["b"], "a": UPDATE["a"]},
             r"reply: tensors of another layout, first differences \[\('c', \(\)\)\]",
         ),
-        ({**UPDATE, "a": torch.zeros(4)}, r"first differences \[\('a', \(3,\)\), \('a', \(4,\)\)\]"),
-        ({**UPDATE, "a": UPDATE["a"].double()}, "reply: 'a' is torch.float64, expected torch.float32"),
+        (
+            {**UPDATE, "a": torch.zeros(4)},
+            r"first differences \[\('a', \(3,\)\), \('a', \(4,\)\)\]",
+        ),
+        (
+            {**UPDATE, "a": UPDATE["a"].double()},
+            "reply: 'a' is torch.float64, expected torch.float32",
+        ),
         ({**UPDATE, "a": torch.tensor([1.0, math.nan, 1.0])}, "reply: NaN or Inf among the values"),
     ]
+
     for tensors, message in wrong:
         with pytest.raises(WireError, match=message):
             layout.check(tensors, "reply")
+
     with pytest.raises(AssertionError, match="another layout"):
         layout.flatten(wrong[1][0])
 
@@ -293,7 +340,9 @@ def test_any_part_of_the_purpose_gives_another_stream() -> None:
     derived = [seeds.derive(seed, *purpose) for seed in (0, 1, -1, 2**70) for purpose in purposes]
     assert len(set(derived)) == len(derived)
     assert all(0 <= value < 2**63 for value in derived)
-    draws = {tuple(seeds.generator(0, *purpose).initial_seed() for _ in range(1)) for purpose in purposes}
+    draws = {
+        tuple(seeds.generator(0, *purpose).initial_seed() for _ in range(1)) for purpose in purposes
+    }
     assert len(draws) == len(purposes)
 
 

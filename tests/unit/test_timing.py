@@ -1,4 +1,5 @@
-"""The time of a round from a measured step, and the time left from measured rounds; with clocks of our own."""
+"""The time of a round from a measured step, and the time left from measured rounds; with clocks of
+our own."""
 
 import itertools
 import json
@@ -39,7 +40,8 @@ def test_a_round_is_never_shorter_than_its_longest_site() -> None:
 
 
 def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any]) -> None:
-    """A clock that goes one second further each time it is read: every measured span is one second."""
+    """A clock that goes one second further each time it is read: every measured span is one
+    second."""
     config = parse(run_config, "test")
     clock = itertools.count(0.0, 1.0)
     found, work = measure(config, lambda: next(clock))
@@ -50,7 +52,10 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     clock = itertools.count(0.0, 10.0)
     planned = timed(config, plan(config), lambda: next(clock))
     told = planned["time"]
-    assert (told["step_s"], told["call_s"]) == (10.0, 0.0)  # slow enough for one step to be the measure
+    assert (told["step_s"], told["call_s"]) == (
+        10.0,
+        0.0,
+    )  # slow enough for one step to be the measure
     assert told["round_training_s"] == max(3 * 30.0 / told["workers"], 30.0)
     assert told["run_s"] == pytest.approx(2 * told["round_training_s"] + 2 * told["measuring_s"])
 
@@ -67,14 +72,16 @@ def test_check_times_when_asked_only(run_config: dict[str, Any], tmp_path: Path)
     assert "one optimizer step at west, measured" in text_of(plan_table(json.loads(asked.stdout)))
 
 
-# -- while it runs ----------------------------------------------------------------------------------------------------
+# -- while it runs -------------------------------------------------------------------------------
 
 
 def test_time_left_is_that_of_measured_rounds() -> None:
     left = Remaining([("local", 4), ("cgfedllm", 4)])
     assert (left.left_s(), left.words()) == (None, "")
     left.round("local", 1, 4, 10.0)
-    assert left.left_s() == 3 * 10.0 + 4 * 10.0  # the method has no rounds yet: as fast as the baseline
+    assert (
+        left.left_s() == 3 * 10.0 + 4 * 10.0
+    )  # the method has no rounds yet: as fast as the baseline
     left.round("local", 2, 4, 20.0)
     assert left.left_s() == pytest.approx(2 * 15.0 + 4 * 15.0)
     left.finished("local")

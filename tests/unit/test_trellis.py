@@ -1,4 +1,5 @@
-"""Trellis-coded quantisation: near the Gaussian bound, a contraction, bits that both ends lay out alike."""
+"""Trellis-coded quantisation: near the Gaussian bound, a contraction, bits that both ends lay out
+alike."""
 
 import json
 from pathlib import Path
@@ -37,9 +38,12 @@ def make(rate: float = 64, memory: int = 10) -> Trellis:
     return Trellis(TrellisSettings.model_validate({"rate": rate, "memory": memory}), LAYOUT)
 
 
-@pytest.mark.parametrize(("bits", "bound"), [(0.25, 0.707), (0.5, 0.5), (1.0, 0.25), (2.0, 0.0625), (1.5, 0.125)])
+@pytest.mark.parametrize(
+    ("bits", "bound"), [(0.25, 0.707), (0.5, 0.5), (1.0, 0.25), (2.0, 0.0625), (1.5, 0.125)]
+)
 def test_a_path_is_near_the_gaussian_bound(bits: float, bound: float) -> None:
-    """Within 0.6 dB of 2^-2R, where an entropy-coded scalar quantiser is 0.5 (low R) to 1.5 dB above it."""
+    """Within 0.6 dB of 2^-2R, where an entropy-coded scalar quantiser is 0.5 (low R) to 1.5 dB
+    above it."""
     values = np.random.default_rng(0).normal(size=8192)
     _, decoded = search(values, int(bits * 8192), 10)
     error = float(((values - decoded) ** 2).mean() / (values**2).mean())
@@ -48,24 +52,29 @@ def test_a_path_is_near_the_gaussian_bound(bits: float, bound: float) -> None:
 
 def test_more_memory_is_nearer_to_the_bound() -> None:
     values = np.random.default_rng(1).normal(size=8192)
-    errors = [float(((values - search(values, 4096, memory)[1]) ** 2).mean()) for memory in (6, 8, 10, 12)]
+    errors = [
+        float(((values - search(values, 4096, memory)[1]) ** 2).mean()) for memory in (6, 8, 10, 12)
+    ]
     assert errors == sorted(errors, reverse=True)
 
 
 @pytest.mark.parametrize("rate", [16, 32, 64, 128])
 def test_it_loses_less_than_a_scalar_quantiser_at_equal_bytes(rate: float) -> None:
-    trellis, scalar = make(rate), Hadamard(HadamardSettings(rate=rate), LAYOUT)
+    trellis = make(rate)
+    scalar = Hadamard(HadamardSettings(rate=rate), LAYOUT)
     for seed in range(3):
         frames = [codec.encode(update(seed), seed=seed) for codec in (trellis, scalar)]
         assert len(frames[0]) <= LAYOUT.raw_bytes / rate
         errors = [
-            relative_error(update(seed), codec.decode(f)) for codec, f in zip((trellis, scalar), frames, strict=True)
+            relative_error(update(seed), codec.decode(f))
+            for codec, f in zip((trellis, scalar), frames, strict=True)
         ]
         assert errors[0] < 0.97 * errors[1]
 
 
 def test_loud_groups_get_more_bits() -> None:
-    """By reverse water-filling: two groups at half the energy each 20 dB apart need no bits for the quiet one."""
+    """By reverse water-filling: two groups at half the energy each 20 dB apart need no bits for the
+    quiet one."""
     found = update(quiet=0.1)
     decoded = make().decode(make().encode(found))
     assert relative_error(found, decoded) < 0.35
@@ -92,11 +101,19 @@ def test_decoding_needs_the_bytes_only_and_follows_the_seed() -> None:
     frames = [make().encode(update(), seed=seed) for seed in (1, 1, 2)]
     assert frames[0] == frames[1] != frames[2]
     fresh = Trellis(TrellisSettings(), LAYOUT).decode(frames[0])
-    assert all(torch.equal(fresh[name], tensor) for name, tensor in make().decode(frames[0]).items())
+    assert all(
+        torch.equal(fresh[name], tensor) for name, tensor in make().decode(frames[0]).items()
+    )
 
 
 def test_the_search_returns_what_the_bits_decode_to() -> None:
-    for size, bits, memory in ((1, 6, 6), (10, 3, 8), (1025, 700, 10), (3000, 9001, 6), (64, 1, 12)):
+    for size, bits, memory in (
+        (1, 6, 6),
+        (10, 3, 8),
+        (1025, 700, 10),
+        (3000, 9001, 6),
+        (64, 1, 12),
+    ):
         path, decoded = search(np.random.default_rng(size).normal(size=size), bits, memory)
         plan = Plan.of(size, bits)
         assert len(path) == plan.total <= bits
@@ -127,16 +144,19 @@ def test_mutated_frames_are_refused_or_decode_to_numbers() -> None:
     codec = make()
     frame = codec.encode(update())
     random = np.random.default_rng(0)
+
     for _ in range(300):
         body = bytearray(frame[OVERHEAD - 4 : -4])
         for _ in range(random.integers(1, 5)):
             body[random.integers(len(body))] = random.integers(256)
         if random.random() < 0.3:
             body = body[: random.integers(len(body))]
+
         try:
             decoded = codec.decode(codec.seal(bytes(body)))
         except WireError:
             continue
+
         LAYOUT.check(decoded, "decoded")
 
 
@@ -144,6 +164,7 @@ def test_golden_frames_decode_as_they_did() -> None:
     """The format cannot change unnoticed."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "trellis.json").read_text())
     layout = Layout(tuple(sorted((name, tuple(shape)) for name, shape in golden["shapes"].items())))
+
     for row in golden["frames"]:
         codec = Trellis(TrellisSettings(rate=row["rate"], memory=row["memory"]), layout)
         decoded = layout.flatten(codec.decode(bytes.fromhex(row["frame"]), round=3))

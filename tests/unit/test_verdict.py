@@ -1,4 +1,5 @@
-"""The one line that says whether a run helped, from made-up losses whose answer is known by hand."""
+"""The one line that says whether a run helped, from made-up losses whose answer is known by
+hand."""
 
 import json
 import math
@@ -22,7 +23,13 @@ def made(final: list[float | None], base: float | None = 3.0, **more: Any) -> di
         site: {"base": {"loss": base, "accuracy": 0.3}, "final": {"loss": loss, "accuracy": 0.3}}
         for site, loss in zip(SITES, final, strict=False)
     }
-    return {"method": "cgfedllm", "codec": "int8", "sites": len(rows), "heldout_by_site": rows, **more}
+    return {
+        "method": "cgfedllm",
+        "codec": "int8",
+        "sites": len(rows),
+        "heldout_by_site": rows,
+        **more,
+    }
 
 
 def test_a_run_that_helped_at_most_sites() -> None:
@@ -43,10 +50,22 @@ def test_a_run_that_helped_at_most_sites() -> None:
 @pytest.mark.parametrize(
     ("final", "words"),
     [
-        ([3.1] * 4, "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats higher)"),
-        ([3.0] * 4, "Did not help against local training: better at 0 of 4 sites (mean loss level)"),
-        ([2.9, 2.9, 2.9, 4.0], "Helped at 3 of 4 sites against local training (mean loss 0.1750 nats higher)"),
-        ([2.0, 3.1, 3.1, 3.1], "Helped at 1 of 4 sites only against local training (mean loss 0.1750 nats lower)"),
+        (
+            [3.1] * 4,
+            "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats higher)",
+        ),
+        (
+            [3.0] * 4,
+            "Did not help against local training: better at 0 of 4 sites (mean loss level)",
+        ),
+        (
+            [2.9, 2.9, 2.9, 4.0],
+            "Helped at 3 of 4 sites against local training (mean loss 0.1750 nats higher)",
+        ),
+        (
+            [2.0, 3.1, 3.1, 3.1],
+            "Helped at 1 of 4 sites only against local training (mean loss 0.1750 nats lower)",
+        ),
     ],
 )
 def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str) -> None:
@@ -82,7 +101,9 @@ def test_a_site_without_a_finite_loss_counts_nowhere(missing: float | None) -> N
     assert losses(made([missing]), "final") == {}
 
 
-@pytest.mark.parametrize(("method", "codec", "name"), [("local", None, "local"), ("fedavg", "identity", "fedavg")])
+@pytest.mark.parametrize(
+    ("method", "codec", "name"), [("local", None, "local"), ("fedavg", "identity", "fedavg")]
+)
 def test_a_baseline_is_not_compared_with_itself(method: str, codec: str | None, name: str) -> None:
     verdict = judge(made([2.9], method=method, codec=codec), {name: made([2.0])})
     assert getattr(verdict, name) is None
@@ -91,7 +112,9 @@ def test_a_baseline_is_not_compared_with_itself(method: str, codec: str | None, 
 
 def test_a_run_writes_its_verdict(run_config: dict[str, Any], tmp_path: Path) -> None:
     """The run and its baseline on disk give the same numbers by hand."""
-    found = run_table(run_config | {"compare": ["local"], "codec": {"name": "int8"}}, tmp_path / "run")
+    found = run_table(
+        run_config | {"compare": ["local"], "codec": {"name": "int8"}}, tmp_path / "run"
+    )
     local = json.loads((tmp_path / "run" / "compare" / "local" / "result.json").read_text())
     rows = found["heldout_by_site"]
     gains = [rows[s]["final"]["loss"] - local["heldout_by_site"][s]["final"]["loss"] for s in rows]
@@ -112,8 +135,11 @@ def unmeasured(folder: Path) -> Path:
     config(folder, "cgfedllm")
     found = result("cgfedllm", "int8", 3.2, 2200, 131200)
     found["heldout"] = dict.fromkeys(found["heldout"])
-    found["heldout_by_site"] = {site: {"base": None, "final": None} for site in found["heldout_by_site"]}
+    found["heldout_by_site"] = {
+        site: {"base": None, "final": None} for site in found["heldout_by_site"]
+    }
     write(folder, records(2200, 131200, start=3.3), found)
+
     return folder
 
 
@@ -134,12 +160,17 @@ def test_the_first_tile_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     config(folder, "cgfedllm")
     ours = result("cgfedllm", "klt", 3.4, 2200, 131200, setup={"snapshots": 24, "gate": gate([])})
     write(folder, records(2200, 131200, start=3.3, codec=True), ours)
-    write(folder / "compare" / "local", records(9, 110, start=3.2), result("local", None, 3.2, 9, 110))
+    write(
+        folder / "compare" / "local", records(9, 110, start=3.2), result("local", None, 3.2, 9, 110)
+    )
     write_page(show.read_run(folder), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     first = page[page.index('<div class="cards">') :][:400]
     assert "helped against local training" in first
     assert '<b class="no">0 of 3 sites</b>' in first
-    assert "Did not help against local training: better at 0 of 3 sites (mean loss 0.2000 nats higher)" in first
+    assert (
+        "Did not help against local training: better at 0 of 3 sites (mean loss 0.2000 nats higher)"
+        in first
+    )
     assert "Verdict" not in page
     assert "<h2>Codec gate:" in page

@@ -22,6 +22,7 @@ def layout_of(d: int = 96, kv: int = 48, rank: int = 8) -> Layout:
             path = f"model.layers.{layer}.self_attn.{module}"
             shapes[f"{path}.lora_A.weight"] = (rank, d)
             shapes[f"{path}.lora_B.weight"] = (out, rank)
+
     return Layout(tuple(sorted(shapes.items())))
 
 
@@ -30,19 +31,27 @@ LAYOUT = layout_of()
 
 def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
     """Updates whose ranks move together along few directions, fixed for each factor."""
-    draw, found = torch.Generator().manual_seed(seed), []
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+
     for _ in range(count):
         update = {}
         for index, (name, shape) in enumerate(layout.shapes):
-            rank, features = min(shape), max(shape)
+            rank = min(shape)
+            features = max(shape)
             mixing = torch.randn(rank, 2, generator=torch.Generator().manual_seed(index))
-            x = mixing @ torch.randn(2, features, generator=draw) + 0.1 * torch.randn(rank, features, generator=draw)
+            x = mixing @ torch.randn(2, features, generator=draw) + 0.1 * torch.randn(
+                rank, features, generator=draw
+            )
             update[name] = 1e-5 * (x if "lora_A" in name else x.T).contiguous()
+
         found.append(update)
+
     return found
 
 
-SEEN, HELD_OUT = updates_of(LAYOUT, 12, seed=1), updates_of(LAYOUT, 3, seed=2)
+SEEN = updates_of(LAYOUT, 12, seed=1)
+HELD_OUT = updates_of(LAYOUT, 3, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,14 @@ def fitted() -> VQ:
 
 
 def test_dimension_follows_the_rate() -> None:
-    assert [VQSettings(rate=rate).width for rate in (1, 16, 32, 64, 128, 1024)] == [2, 4, 8, 8, 16, 16]
+    assert [VQSettings(rate=rate).width for rate in (1, 16, 32, 64, 128, 1024)] == [
+        2,
+        4,
+        8,
+        8,
+        16,
+        16,
+    ]
     assert VQSettings(dimension=3).width == 3
 
 
@@ -62,7 +78,9 @@ def test_meets_its_rate_and_beats_the_bound_of_an_unlearned_code(rate: int) -> N
     for update in HELD_OUT:
         wire = codec.encode(update)
         assert len(wire) <= LAYOUT.raw_bytes / rate
-        white = 2 ** (-2 * 32 / rate)  # distortion of a white Gaussian source at 32 / rate bits a value
+        white = 2 ** (
+            -2 * 32 / rate
+        )  # distortion of a white Gaussian source at 32 / rate bits a value
         assert relative_error(update, codec.decode(wire)) < white
 
 
@@ -71,7 +89,9 @@ def test_size_of_the_update_does_not_matter(fitted: VQ, size: float) -> None:
     update = scale(scale(HELD_OUT[0], 1e5), size)
     decoded = fitted.decode(fitted.encode(update))
     assert Layout.of(decoded) == LAYOUT
-    assert norm(decoded) == 0 if size == 0 else relative_error(update, decoded) < 0.6 or size < 1e-30
+    assert (
+        norm(decoded) == 0 if size == 0 else relative_error(update, decoded) < 0.6 or size < 1e-30
+    )
 
 
 def test_updates_unlike_those_of_fit_still_fit_and_do_not_grow() -> None:
@@ -86,7 +106,9 @@ def test_updates_unlike_those_of_fit_still_fit_and_do_not_grow() -> None:
 
 
 def test_one_factor_alone(fitted: VQ) -> None:
-    update = {name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()}
+    update = {
+        name: tensor if "lora_B" in name else 0 * tensor for name, tensor in HELD_OUT[0].items()
+    }
     decoded = fitted.decode(fitted.encode(update))
     assert all(not decoded[name].any() for name in decoded if "lora_A" in name)
     assert relative_error(update, decoded) < 0.5
@@ -95,7 +117,12 @@ def test_one_factor_alone(fitted: VQ) -> None:
 @pytest.mark.parametrize("rank", [1, 4, 6, 16])
 def test_ranks_that_no_vector_divides(rank: int) -> None:
     layout = layout_of(d=50, kv=31, rank=rank)
-    codec = VQ.fit(VQSettings(rate=16, codebook=32, iterations=3), layout, updates_of(layout, 3, seed=1), seed=0)
+    codec = VQ.fit(
+        VQSettings(rate=16, codebook=32, iterations=3),
+        layout,
+        updates_of(layout, 3, seed=1),
+        seed=0,
+    )
     update = updates_of(layout, 1, seed=2)[0]
     wire = codec.encode(update)
     assert len(wire) <= layout.raw_bytes / 16
@@ -143,22 +170,29 @@ def test_malformed_publications_are_refused(fitted: VQ) -> None:
 
 
 def test_mutated_bodies_decode_or_are_refused(fitted: VQ) -> None:
-    body, draw, refused = fitted.body(LAYOUT.flatten(HELD_OUT[0]), 0), random.Random(0), 0
+    body = fitted.body(LAYOUT.flatten(HELD_OUT[0]), 0)
+    draw = random.Random(0)
+    refused = 0
+
     for _ in range(600):
         mutated = bytearray(body)
         for _ in range(draw.randint(1, 8)):
             mutated[draw.randrange(len(mutated))] = draw.randrange(256)
         if draw.random() < 0.2:
             mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
+
         try:
             decoded = fitted.decode(seal(fitted.code, fitted.fingerprint, bytes(mutated)))
         except WireError:
             refused += 1
             continue
+
         assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
+
     assert refused > 300
     wire = bytearray(fitted.encode(HELD_OUT[0]))
     wire[20] ^= 1
+
     with pytest.raises(WireError, match="checksum"):
         fitted.decode(bytes(wire))
 

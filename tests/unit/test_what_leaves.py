@@ -1,4 +1,5 @@
-"""What leaves a site is what docs/deploy.md lists: every method, codecs of every family, every privacy setting."""
+"""What leaves a site is what docs/deploy.md lists: every method, codecs of every family, every
+privacy setting."""
 
 import re
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ CODEC_TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-# -- the page -----------------------------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,32 @@ def rows() -> list[Row]:
     assert match, "the page has no table of what leaves"
     lines = [line for line in match[1].splitlines() if line.startswith("|")][2:]
     found = []
+
     for line in lines:
-        methods, when, tasks, tensors, values, _ = (each.strip() for each in line.strip("|").split("|"))
+        methods, when, tasks, tensors, values, _ = (
+            each.strip() for each in line.strip("|").split("|")
+        )
         known = tuple(METHODS) if methods == "all" else names(methods)
-        found.append(Row(known, when, names(tasks), frozenset(names(tensors)), frozenset(names(values))))
+        found.append(
+            Row(known, when, names(tasks), frozenset(names(tensors)), frozenset(names(values)))
+        )
+
     return found
 
 
 def listed(method: str, task: str, labels: frozenset[str]) -> Row:
     """The one row of the page for a task of a method under what is true of a run."""
-    fitting = [row for row in rows() if method in row.methods and row.when in labels and task in row.tasks]
-    assert len(fitting) == 1, f"{method}, {task}, {sorted(labels)}: {len(fitting)} rows of docs/deploy.md"
+    fitting = [
+        row for row in rows() if method in row.methods and row.when in labels and task in row.tasks
+    ]
+    assert len(fitting) == 1, (
+        f"{method}, {task}, {sorted(labels)}: {len(fitting)} rows of docs/deploy.md"
+    )
+
     return fitting[0]
 
 
-# -- the recorder -------------------------------------------------------------------------------------------------
+# -- the recorder --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -117,8 +129,11 @@ class Recorder:
 def record(table: dict[str, Any], folder: Path) -> list[tuple[str, str, str, bytes]]:
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "check_effect", lambda *_: None)  # one step through a coarse codec may change nothing
+        patch.setattr(
+            run, "check_effect", lambda *_: None
+        )  # one step through a coarse codec may change nothing
         *_, last = execute(parse(table, "test"), folder, assemble=recorder.assemble)
+
     assert last.kind == "result"
     assert recorder.seen
     return recorder.seen
@@ -135,12 +150,23 @@ class Case:
     more: dict[str, Any] = field(default_factory=dict)
 
 
-def case(name: str, method: dict[str, Any], *labels: str, codec: dict[str, Any] | None = None, **more: Any) -> Case:
+def case(
+    name: str,
+    method: dict[str, Any],
+    *labels: str,
+    codec: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
     return Case(name, method, frozenset(labels), codec, more)
 
 
 def cgfedllm_table(promised: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    table: dict[str, Any] = {"name": "cgfedllm", "gate": "report", "max_growth": 1e9, "tgap": {"source": "none"}}
+    table: dict[str, Any] = {
+        "name": "cgfedllm",
+        "gate": "report",
+        "max_growth": 1e9,
+        "tgap": {"source": "none"},
+    }
     return table | changes | ({} if promised is None else {"privacy": promised})
 
 
@@ -150,14 +176,24 @@ def promised(placement: str, heldout: str = "none") -> dict[str, Any]:
 
 MEASURES = "held-out measures"
 LEARNS = "a codec that learns"
-AT = {"update": "noise at the site", "latent": "noise at the site", "aggregate": "noise at the server"}
+AT = {
+    "update": "noise at the site",
+    "latent": "noise at the site",
+    "aggregate": "noise at the server",
+}
 INT8 = {"name": "int8"}
 KLT = {"name": "klt", "rate": 8}
 COVARIANCE = 'tgap.source = "sites-covariance"'
 
 EVERYDAY = [
     case("fedavg", {"name": "fedavg"}, "plain", MEASURES, codec=INT8),
-    case("fedavg feedback", {"name": "fedavg"}, "error feedback", MEASURES, codec=INT8 | {"error_feedback": True}),
+    case(
+        "fedavg feedback",
+        {"name": "fedavg"},
+        "error feedback",
+        MEASURES,
+        codec=INT8 | {"error_feedback": True},
+    ),
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
@@ -176,9 +212,17 @@ EVERYDAY = [
         codec=KLT,
     ),
     case("private update", cgfedllm_table(promised("update")), AT["update"], codec=INT8),
-    case("private latent", cgfedllm_table(promised("latent"), tgap=PUBLIC), AT["latent"], LEARNS, codec=KLT),
+    case(
+        "private latent",
+        cgfedllm_table(promised("latent"), tgap=PUBLIC),
+        AT["latent"],
+        LEARNS,
+        codec=KLT,
+    ),
     case("private mean", cgfedllm_table(promised("aggregate")), AT["aggregate"], codec=INT8),
-    case("measured", cgfedllm_table(promised("update", "exact")), AT["update"], MEASURES, codec=INT8),
+    case(
+        "measured", cgfedllm_table(promised("update", "exact")), AT["update"], MEASURES, codec=INT8
+    ),
 ]
 
 
@@ -187,17 +231,29 @@ NO_FEEDBACK = ("eden", "resnet")
 
 
 def product() -> Iterator[Case]:
-    """Every codec, under both methods that take one, and under every privacy setting that takes the codec."""
+    """Every codec, under both methods that take one, and under every privacy setting that takes the
+    codec."""
     for codec, settings in CODEC_TABLES.items():
-        table, learned = {"name": codec, **settings}, (LEARNS,) if CODECS[codec].learned else ()
+        table = {"name": codec, **settings}
+        learned = (LEARNS,) if CODECS[codec].learned else ()
         for feedback in (False,) if codec in NO_FEEDBACK else (False, True):
-            label, with_feedback = ("error feedback" if feedback else "plain"), table | {"error_feedback": feedback}
+            label = "error feedback" if feedback else "plain"
+            with_feedback = table | {"error_feedback": feedback}
             for method in ({"name": "fedavg"}, cgfedllm_table(tgap=PUBLIC)):
                 if method["name"] == "fedavg" and codec == "resnet":
                     continue  # it carries nothing of so small a model, and fedavg's gate cannot only report
                 if method["name"] == "fedavg" and learned:
                     method = method | {"tgap": PUBLIC}
-                yield case(f"{method['name']} {codec} {label}", method, label, *learned, MEASURES, codec=with_feedback)
+
+                yield case(
+                    f"{method['name']} {codec} {label}",
+                    method,
+                    label,
+                    *learned,
+                    MEASURES,
+                    codec=with_feedback,
+                )
+
         for placement, heldout in ((each, also) for each in AT for also in ("none", "exact")):
             bare = BARE if placement == "latent" and codec == "resnet" else {}
             if placement == "latent" and codec not in ("klt", "resnet"):
@@ -205,6 +261,7 @@ def product() -> Iterator[Case]:
             labels = (AT[placement], *learned, *((MEASURES,) if heldout == "exact" else ()))
             method = cgfedllm_table(promised(placement, heldout), tgap=PUBLIC)
             yield case(f"{placement} {heldout} {codec}", method, *labels, codec=table | bare)
+
     for placement in ("update", "aggregate"):
         auto = {"name": "auto", "rate": 8, "error_feedback": False}
         method = cgfedllm_table(promised(placement), tgap=PUBLIC)
@@ -224,15 +281,19 @@ def tiny(run_config: dict[str, Any], each: Case) -> dict[str, Any]:
 def check_what_leaves(each: Case, run_config: dict[str, Any], folder: Path) -> set[Row]:
     filled = set()
     for method, site, task, wire in record(tiny(run_config, each), folder):
-        answer, row = Payload.from_bytes(wire), listed(method, task, each.labels)
+        answer = Payload.from_bytes(wire)
+        row = listed(method, task, each.labels)
         assert set(answer.tensors) == row.tensors, (method, site, task)
         assert set(answer.values) == row.values, (method, site, task)
         filled.add(row)
+
     return filled
 
 
 @pytest.mark.parametrize("each", EVERYDAY, ids=lambda each: each.name)
-def test_what_leaves_a_site_is_what_the_page_lists(each: Case, run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_what_leaves_a_site_is_what_the_page_lists(
+    each: Case, run_config: dict[str, Any], tmp_path: Path
+) -> None:
     assert check_what_leaves(each, run_config, tmp_path / "run")
 
 
@@ -257,7 +318,9 @@ def test_every_codec_is_among_those_recorded() -> None:
     assert set(CODEC_TABLES) == set(CODECS)
 
 
-def test_a_value_that_the_page_does_not_list_fails(run_config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_value_that_the_page_does_not_list_fails(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
     """The recorder's own test: a label that is not true of the run leaves a name over."""
     wrong = case("wrong", {"name": "fedavg"}, "error feedback", MEASURES, codec=INT8)
     with pytest.raises(AssertionError):

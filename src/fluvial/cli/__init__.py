@@ -37,12 +37,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 
-Format = Annotated[Literal["table", "json"], typer.Option("--format", help="For people, or for programs.")]
+Format = Annotated[
+    Literal["table", "json"], typer.Option("--format", help="For people, or for programs.")
+]
 ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, such as configs/quickstart.toml.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="A line of TOML, such as 'rounds=3'. May be repeated.")
+    list[str] | None,
+    typer.Option("--set", help="A line of TOML, such as 'rounds=3'. May be repeated."),
 ]
 
 
@@ -60,24 +64,35 @@ def main() -> None:
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every message to standard error.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log every message to standard error.")
+    ] = False,
 ) -> None:
     if version:
         out.print(__version__)
         raise typer.Exit
+
     lines = logging.StreamHandler(sys.stderr)
-    # On the handler: a command that follows the library's messages lowers the level of the library's logger.
+    # On the handler: a command that follows the library's messages lowers the level of the
+    # library's logger.
     lines.setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.basicConfig(level=lines.level, format="%(asctime)s %(name)s: %(message)s", handlers=[lines])
+    logging.basicConfig(
+        level=lines.level, format="%(asctime)s %(name)s: %(message)s", handlers=[lines]
+    )
 
 
 @app.command()
 def run(
     config: ConfigPath,
-    folder: Annotated[Path | None, typer.Option("--out", help="Where the run lies; default runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where the run lies; default runs/NAME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
     fleet: Annotated[
-        Literal["process", "flower"], typer.Option("--fleet", help="Sites in this process, or Flower's simulation.")
+        Literal["process", "flower"],
+        typer.Option("--fleet", help="Sites in this process, or Flower's simulation."),
     ] = "process",
     overrides: Overrides = None,
     format: Format = "table",
@@ -86,6 +101,7 @@ def run(
     path = folder or Path("runs") / config.stem
     interrupt.advise(partial(_how_to_go_on, path))
     settings = _load(config, overrides)
+
     with _working(settings, quiet=format == "json") as progress:
         if fleet == "flower":
             from fluvial.flower.simulate import simulate as execute
@@ -94,11 +110,13 @@ def run(
 
         for event in execute(settings, path, resume=resume):
             progress.show(event)
+
     interrupt.advise(str)
     assert event.kind == "result"
     if format == "json":
         print(json.dumps(event.values, indent=2))  # noqa: T201 - this is the output
         return
+
     from fluvial.report import show
 
     found = show.read_run(path)
@@ -113,11 +131,13 @@ def check(
     config: ConfigPath,
     overrides: Overrides = None,
     time_it: Annotated[
-        bool, typer.Option("--time", help="Load the model, time an optimizer step, predict a round.")
+        bool,
+        typer.Option("--time", help="Load the model, time an optimizer step, predict a round."),
     ] = False,
     format: Format = "table",
 ) -> None:
-    """Check a configuration and its data, and print parameters, bytes and memory, without training."""
+    """Check a configuration and its data, and print parameters, bytes and memory, without
+    training."""
     settings = _load(config, overrides)
     with _telling("loading model configuration and data"):
         from fluvial.report.plan_tables import plan_table
@@ -128,10 +148,12 @@ def check(
         except MissingWeightsError:
             _print(plan(settings, weights_needed=False), format, plan_table)
             raise
+
         if time_it:
             from fluvial.runs.timing import timed
 
             planned = timed(settings, planned)
+
     _print(planned, format, plan_table)
 
 
@@ -150,6 +172,7 @@ def preview(
         from fluvial.runs.plan import preview as preview_tokens
 
         found = preview_tokens(settings, site, count)
+
     _print(found, format, lambda tokens: preview_text(tokens, marks=not out.is_terminal))
 
 
@@ -162,24 +185,40 @@ def evaluate(
             help="runs/NAME/adapter or any PEFT folder, runs/NAME/model, a model's folder or hub id, or 'embedded'.",
         ),
     ],
-    data: Annotated[Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")] = None,
-    choices: Annotated[Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")] = None,
-    shots: Annotated[int, typer.Option(min=0, max=5, help="Solved examples before each question.")] = 0,
-    shots_from: Annotated[Path | None, typer.Option(help="Questions that the examples are taken from.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")
+    ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")
+    ] = None,
+    shots: Annotated[
+        int, typer.Option(min=0, max=5, help="Solved examples before each question.")
+    ] = 0,
+    shots_from: Annotated[
+        Path | None, typer.Option(help="Questions that the examples are taken from.")
+    ] = None,
     scoring: Annotated[
-        Literal["letter", "text"], typer.Option(help="What is compared: letters, or texts for each byte.")
+        Literal["letter", "text"],
+        typer.Option(help="What is compared: letters, or texts for each byte."),
     ] = "letter",
-    language: Annotated[Literal["auto", "en", "zh"], typer.Option(help="Wording of the prompt.")] = "auto",
+    language: Annotated[
+        Literal["auto", "en", "zh"], typer.Option(help="Wording of the prompt.")
+    ] = "auto",
     benchmark: Annotated[
         Literal["auto", "none", "mmlu", "ceval", "cmmlu"],
         typer.Option(help="Whose groups of subjects are reported; by the subjects' names."),
     ] = "auto",
-    subject_field: Annotated[str, typer.Option(help="The field of a question that names its subject.")] = "subject",
-    base: Annotated[bool, typer.Option(help="Measure the base model too, where there is one.")] = True,
+    subject_field: Annotated[
+        str, typer.Option(help="The field of a question that names its subject.")
+    ] = "subject",
+    base: Annotated[
+        bool, typer.Option(help="Measure the base model too, where there is one.")
+    ] = True,
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
-    """Measure an adapter or a tuned model beside its base, or a model alone, on records or multiple-choice questions.
+    """Measure an adapter or a tuned model beside its base, or a model alone, on records or
+    multiple-choice questions.
 
     Records are read as the run read its own: form, columns, template, max_length.
     --set 'data.form="text"' overrides.
@@ -198,17 +237,26 @@ def evaluate(
             "--subject-field": subject_field != "subject",
         }
         named = [option for option, given in idle.items() if given]
+
         if choices is None and named:
-            raise ConfigError(f"{', '.join(named)}: without effect, because no questions are named; add --choices")
+            raise ConfigError(
+                f"{', '.join(named)}: without effect, because no questions are named; add --choices"
+            )
+
         asked = None
         if choices is not None:
-            asked = ChoiceConfig(choices, shots, shots_from, scoring, language, subject_field, benchmark)
+            asked = ChoiceConfig(
+                choices, shots, shots_from, scoring, language, subject_field, benchmark
+            )
+
         kind = kind_of(adapter)
         if kind == "adapter" or (kind == "tuned" and base):
             found = read_adapter_folder(Path(adapter).expanduser())
-            told, run = found.settings(data), found.run
+            told = found.settings(data)
+            run = found.run
         else:
             found, (told, run) = None, run_settings(adapter, data)
+
         settings = evaluation_settings(told, data, overrides or [])
         measuring: dict[str, Any] = {
             "data": settings.data if data else None,
@@ -220,8 +268,12 @@ def evaluate(
             measured = evaluate_model(settings.model, **measuring)
         else:
             measured = evaluate_adapter(found, settings.model, **measuring, base=base)
+
         if data is not None:
-            measured["records"] = how_records_are_read(settings.data, run, overrides or [], measured["data"]["form"])
+            measured["records"] = how_records_are_read(
+                settings.data, run, overrides or [], measured["data"]["form"]
+            )
+
     from fluvial.report.evaluation_tables import evaluation_tables
 
     _print(measured, format, evaluation_tables)
@@ -230,13 +282,16 @@ def evaluate(
 @app.command("show")
 def show_run(
     folder: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Also write one self-contained page.")
+    ] = None,
     format: Format = "table",
 ) -> None:
     """Print a run: its rounds, result and bytes."""
     from fluvial.report import show
 
     found = show.read_run(folder)
+
     with show.drawing(folder):
         _print(found, format, show.run_tables)
     if html is not None:
@@ -244,6 +299,7 @@ def show_run(
             from fluvial.report.page import write_page
 
             write_page(found, html)
+
         err.print(f"wrote {html}")
 
 
@@ -253,15 +309,23 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 ServerFolder = Annotated[Path, typer.Argument(help="The server's folder.")]
 SiteFolder = Annotated[Path, typer.Argument(help="The site's folder.")]
-RunNumber = Annotated[int | None, typer.Argument(help="The run's number; default the one submitted last.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no keys: on one machine, to try things.")]
+RunNumber = Annotated[
+    int | None, typer.Argument(help="The run's number; default the one submitted last.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="No TLS and no keys: on one machine, to try things.")
+]
 
 
 @server_app.command("init")
 def server_init(
     folder: ServerFolder,
-    address: Annotated[str, typer.Option(help="HOST:PORT under which sites reach it.")] = "127.0.0.1:8000",
-    certificate: Annotated[Path | None, typer.Option(help="Your own certificate; default, one is made.")] = None,
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT under which sites reach it.")
+    ] = "127.0.0.1:8000",
+    certificate: Annotated[
+        Path | None, typer.Option(help="Your own certificate; default, one is made.")
+    ] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The authority that signed it.")] = None,
     insecure: Insecure = False,
@@ -272,6 +336,7 @@ def server_init(
     made = server_operator.server_init(
         folder, address=address, insecure=insecure, certificate=certificate, key=key, ca=ca
     )
+
     for line in made:
         out.print(line, markup=False, soft_wrap=True)
 
@@ -320,7 +385,9 @@ def site_register(
 @site_app.command("start")
 def site_start(
     folder: SiteFolder,
-    stock: Annotated[bool, typer.Option("--stock", help="Flower's own execution: a new process per message.")] = False,
+    stock: Annotated[
+        bool, typer.Option("--stock", help="Flower's own execution: a new process per message.")
+    ] = False,
 ) -> None:
     """Run a site until it is stopped."""
     from fluvial.flower import site_operator
@@ -332,8 +399,12 @@ def site_start(
 def submit(
     config: ConfigPath,
     server: Annotated[Path, typer.Option(help="The server's folder.")],
-    folder: Annotated[Path | None, typer.Option("--out", help="Where the run lies; default SERVER/runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where the run lies; default SERVER/runs/NAME.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Start a configuration on a server; its sites do the work."""
@@ -364,7 +435,9 @@ def logs(
     """Print what a run says; the exit code is 1 when it has failed or was stopped."""
     from fluvial.flower import server_operator
 
-    server_operator.logs(server, server_operator.newest(server) if run is None else run, follow=follow)
+    server_operator.logs(
+        server, server_operator.newest(server) if run is None else run, follow=follow
+    )
 
 
 @app.command()
@@ -373,7 +446,10 @@ def stop(server: ServerFolder, run: RunNumber = None) -> None:
     from fluvial.flower import server_operator
 
     out.print(
-        server_operator.stop(server, server_operator.newest(server) if run is None else run).strip(), markup=False
+        server_operator.stop(
+            server, server_operator.newest(server) if run is None else run
+        ).strip(),
+        markup=False,
     )
 
 
@@ -410,7 +486,8 @@ class _Watch(logging.Handler):
 
     def __init__(self, settings: "RunConfig", quiet: bool) -> None:
         super().__init__(logging.INFO)
-        self.settings, self.quiet = settings, quiet
+        self.settings = settings
+        self.quiet = quiet
         self.bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -435,6 +512,7 @@ class _Watch(logging.Handler):
             self.remaining.heard(record)
             left = self.remaining.words()
             self.bar.update(self.task, doing=record.getMessage()[:60], left=left)
+
             if not self.quiet:
                 _now_and_then(record, left)
 
@@ -449,14 +527,19 @@ class _Watch(logging.Handler):
         if event.method != self.method:
             self.method = event.method
             self.bar.console.print(show.round_header(event.method))
+
         if event.kind == "setup":
             for line in show.setup_lines(event.values):
                 self.bar.console.print(line)
+
         if event.kind == "round":
             self.bar.console.print(show.round_line(event.values))
-            number, seconds = event.values["round"], event.values["seconds"]
+            number = event.values["round"]
+            seconds = event.values["seconds"]
             self.remaining.round(event.method, number, self.settings.rounds, seconds)
-            self.bar.update(self.task, advance=1, description=event.method, left=self.remaining.words())
+            self.bar.update(
+                self.task, advance=1, description=event.method, left=self.remaining.words()
+            )
 
 
 class _Line(logging.Handler):
@@ -496,8 +579,10 @@ def _telling(first: str) -> Iterator[None]:
 def _hearing(handler: logging.Handler) -> Iterator[None]:
     """Hand the library's messages from INFO on to `handler`."""
     library = logging.getLogger("fluvial")
-    level, library.level = library.level, logging.INFO
+    level = library.level
+    library.level = logging.INFO
     library.addHandler(handler)
+
     try:
         yield
     finally:
@@ -510,7 +595,3 @@ def _working(settings: "RunConfig", quiet: bool) -> Iterator[_Watch]:
     watch = _Watch(settings, quiet)
     with _hearing(watch), watch.bar:
         yield watch
-
-
-if __name__ == "__main__":
-    main()

@@ -24,8 +24,8 @@
     klt_sum    4 / rate                    the same, more of it; but frames can be added up unread (needs a fit)
     auto       what was asked for          chosen by measurement among the better ones
 
-Add to each 12 bytes of frame, to sign and half_sign 2 bytes of scale per tensor, and to half_sign 8 of seed.
-Where there is a rate, all of that is within it.
+Add to each 12 bytes of frame, to sign and half_sign 2 bytes of scale per tensor, and to half_sign 8
+of seed. Where there is a rate, all of that is within it.
 """
 
 from typing import Annotated, Any
@@ -55,13 +55,28 @@ from fluvial.codecs.quantise import (
     NF4Settings,
 )
 from fluvial.codecs.rotation import Eden, EdenSettings, Hadamard, HadamardSettings
-from fluvial.codecs.sign import HalfSign, HalfSignSettings, Sign, SignSettings, Ternary, TernarySettings
+from fluvial.codecs.sign import (
+    HalfSign,
+    HalfSignSettings,
+    Sign,
+    SignSettings,
+    Ternary,
+    TernarySettings,
+)
 from fluvial.codecs.sparse import RandomK, RandomKSettings, TopK, TopKSettings
 from fluvial.codecs.trellis import Trellis, TrellisSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.tensors import Layout
 
-__all__ = ["CODECS", "Codec", "CodecConfig", "CodecSettings", "build", "must_learn", "read_settings"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "CodecConfig",
+    "CodecSettings",
+    "build",
+    "must_learn",
+    "read_settings",
+]
 
 CODECS: dict[str, type[Codec]] = {
     "identity": Identity,
@@ -127,16 +142,19 @@ def read_settings(values: dict[str, Any]) -> Any:
 
 
 def must_learn(settings: CodecSettings) -> bool:
-    """Whether nothing can be coded before updates were seen: a learned codec, or one still to be chosen."""
+    """Whether nothing can be coded before updates were seen: a learned codec, or one still to be
+    chosen."""
     return isinstance(settings, AutoSettings) or CODECS[settings.name].learned
 
 
 def build(settings: CodecSettings, layout: Layout) -> Codec:
-    """The codec for updates of `layout`; raises `ConfigError` if it needs a fit or cannot meet its rate."""
+    """The codec for updates of `layout`; raises `ConfigError` if it needs a fit or cannot meet its
+    rate."""
     if must_learn(settings):
         ready = ", ".join(name for name, other in CODECS.items() if not other.learned)
         raise ConfigError(
             f"codec.name={settings.name!r} is learned and has not been fitted; "
             f"use it with a method that fits it, or choose one of {ready}"
         )
+
     return CODECS[settings.name](settings, layout)

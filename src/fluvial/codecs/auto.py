@@ -1,4 +1,5 @@
-"""The policy behind `codec.name = "auto"`: which codec and which rate, from what was measured at TGAP.
+"""The policy behind `codec.name = "auto"`: which codec and which rate, from what was measured at
+TGAP.
 
 The rules come from measurements on real updates (docs/methods/cgfedllm.md):
 
@@ -22,12 +23,13 @@ from fluvial.codecs.base import CodecSettings
 from fluvial.wire.tensors import Layout
 
 GAIN_DB = 0.5
-"""The learned transform must be this much better than the best codec that learns nothing, which is the trellis and so
-itself 0.6 dB better than a scalar quantiser on rotated values."""
+"""The learned transform must be this much better than the best codec that learns nothing, which is
+the trellis and so itself 0.6 dB better than a scalar quantiser on rotated values."""
 LEARNED = "klt_trellis"
 """The learned transform for sites that keep state."""
 DOWNLINK_PRICE = 0.1
-"""What a byte down costs, against one up: links of sites are about ten times slower up than down."""
+"""What a byte down costs, against one up: links of sites are about ten times slower up than
+down."""
 PATIENCE = 3
 """Rounds in a row after which a drift is believed."""
 
@@ -43,7 +45,8 @@ class AutoSettings(CodecSettings):
     upload_s: float = Field(10.0, ge=1e-3, le=1e6)
     """Seconds that one update may take on that uplink."""
     error_feedback: bool = True
-    """Sites keep state between rounds, so they can repair later what a codec lost. False for sites that cannot."""
+    """Sites keep state between rounds, so they can repair later what a codec lost. False for sites
+    that cannot."""
 
     def target(self, layout: Layout) -> float:
         """The rate to aim at."""
@@ -85,18 +88,24 @@ def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]
             {"name": "eden", "rate": rate},
             {"name": "klt", "rate": rate, "mode": "dithered"},
         ]
+
     tables: list[dict[str, object]] = [{"name": "trellis", "rate": rate}]
     if rate <= 7:
         tables.append({"name": "int4"})
     elif rate <= 30:
         tables.append({"name": "sign"})
+
     if rate > 32:
         tables.append({"name": LEARNED, "rate": rate})
+
     return [{**table, "error_feedback": True} for table in tables]
 
 
-def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int) -> Choice:
-    """The best of the candidates that could be measured; `rounds` is how long the transform will be used."""
+def choose(
+    settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int
+) -> Choice:
+    """The best of the candidates that could be measured; `rounds` is how long the transform will be
+    used."""
     rate = settings.target(layout)
     if not settings.error_feedback:
         best = min(measured.values(), key=lambda each: each.aggregate_error)
@@ -105,9 +114,11 @@ def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Lay
             f"sites keep no state, so the codec must be unbiased: {best.codec.name} at 1/{rate:g} has the smallest "
             f"error of the mean on held-out snapshots ({_listed(measured, 'aggregate_error')})",
         )
+
     plain = {name: each for name, each in measured.items() if name != LEARNED}
     best = min(plain.values(), key=lambda each: each.error)
     learned = measured.get(LEARNED)
+
     if learned is None:
         why = (
             "one bit per value or more, where no learned transform is worth its download"
@@ -115,8 +126,10 @@ def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Lay
             else f"{LEARNED} cannot code this layout"
         )
         return Choice(
-            best.codec, f"{why}: {best.codec.name} + error feedback has the smallest error ({_listed(plain)})"
+            best.codec,
+            f"{why}: {best.codec.name} + error feedback has the smallest error ({_listed(plain)})",
         )
+
     gain = 10 * math.log10(best.error / max(learned.error, 1e-30))
     if gain < GAIN_DB:
         return Choice(
@@ -124,6 +137,7 @@ def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Lay
             f"the learned transform gains only {gain:.2f} dB on held-out snapshots, under {GAIN_DB:g} "
             f"({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
         )
+
     saved = (_bytes_for(best, learned.error) - learned.frame_bytes) * rounds
     cost = DOWNLINK_PRICE * learned.published_bytes
     if saved < cost:
@@ -132,6 +146,7 @@ def choose(settings: AutoSettings, measured: Mapping[str, Measured], layout: Lay
             f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves {saved:,.0f} B up, less than a "
             f"tenth of its download of {learned.published_bytes:,} B: {best.codec.name} + error feedback at 1/{rate:g}",
         )
+
     return Choice(
         learned.codec,
         f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) and saves "
@@ -145,23 +160,31 @@ class Watch:
     """Follows the error that sites report, and says when the choice no longer holds."""
 
     expected: float
-    """Error of the best codec without a transform; a learned one that is worse has lost its reason."""
+    """Error of the best codec without a transform; a learned one that is worse has lost its
+    reason."""
     learned: bool
     worse: int = 0
     lost: int = 0
 
     def see(self, error: float) -> Literal["keep", "plain", "int8"]:
-        """One round's mean error; "plain" after a learned codec was worse for some rounds, "int8" near 1."""
+        """One round's mean error; "plain" after a learned codec was worse for some rounds, "int8"
+        near 1."""
         self.worse = self.worse + 1 if self.learned and error > self.expected else 0
         self.lost = self.lost + 1 if not error < 0.98 else 0
+
         if self.lost >= PATIENCE:
             return "int8"
         return "plain" if self.worse >= PATIENCE else "keep"
 
 
 def _bytes_for(plain: Measured, error: float) -> float:
-    """Frame bytes that a codec without a transform would need for `error`: bits fall as log(1 / error)."""
-    return plain.frame_bytes * math.log(max(error, 1e-9)) / math.log(min(max(plain.error, 1e-9), 0.999))
+    """Frame bytes that a codec without a transform would need for `error`: bits fall as log(1 /
+    error)."""
+    return (
+        plain.frame_bytes
+        * math.log(max(error, 1e-9))
+        / math.log(min(max(plain.error, 1e-9), 0.999))
+    )
 
 
 def _listed(measured: Mapping[str, Measured], field: str = "error") -> str:

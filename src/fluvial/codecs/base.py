@@ -1,7 +1,8 @@
 """What a codec is: two pure functions, and for a codec that learns, a fit that makes one.
 
-`decode` needs nothing but the bytes, and what the codec was built from: its settings, the layout and, for a learned
-codec, what was published. Error feedback is state of a site around a codec and not the codec's business.
+`decode` needs nothing but the bytes, and what the codec was built from: its settings, the layout
+and, for a learned codec, what was published. Error feedback is state of a site around a codec and
+not the codec's business.
 """
 
 import math
@@ -29,15 +30,20 @@ class CodecSettings(Settings):
     error_feedback: bool = False
     """Sites keep what the codec lost and add it to their next update."""
     feedback_decay: float = Field(0.9, ge=0, le=1)
-    """Factor on the kept residual for every round a site missed (an older residual refers to an older adapter)."""
+    """Factor on the kept residual for every round a site missed (an older residual refers to an
+    older adapter)."""
 
     weighted: bool = False
     """Factors are scaled by their partners before they are coded, at no byte (see `weighted`)."""
 
     @property
     def without_bias(self) -> bool:
-        """Whether the mean over seeds of what is decoded is the update; its error is repaid by the mean over sites."""
-        return getattr(self, "unbiased", "no") == "yes" or getattr(self, "mode", "biased") == "dithered"
+        """Whether the mean over seeds of what is decoded is the update; its error is repaid by the
+        mean over sites."""
+        return (
+            getattr(self, "unbiased", "no") == "yes"
+            or getattr(self, "mode", "biased") == "dithered"
+        )
 
 
 class RateSettings(CodecSettings):
@@ -48,24 +54,30 @@ class RateSettings(CodecSettings):
 
 
 def body_room(layout: Layout, rate: float, least: int) -> int:
-    """Bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that is under `least`."""
-    frame, need = int(layout.raw_bytes / rate), OVERHEAD + least
+    """Bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that is under
+    `least`."""
+    frame = int(layout.raw_bytes / rate)
+    need = OVERHEAD + least
+
     if frame < need:
         most = math.floor(layout.raw_bytes / need * 1000) / 1000
         raise ConfigError(
             f"codec.rate={rate:g} leaves {frame} bytes for {layout.numel} values, but header, "
             f"{len(layout.sizes)} scales and one value need {need}; choose at most {most:g}"
         )
+
     return frame - OVERHEAD
 
 
 def frame_room(layout: Layout, rate: float, least: int) -> int:
-    """Bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body has fewer than `least`."""
+    """Bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body has fewer
+    than `least`."""
     return OVERHEAD + body_room(layout, rate, least)
 
 
 def is_finite(vector: Tensor) -> bool:
-    """Whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite, which is quick to see."""
+    """Whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite, which
+    is quick to see."""
     return math.isfinite(float(vector @ vector)) or bool(torch.isfinite(vector).all())
 
 
@@ -80,11 +92,13 @@ class Codec(ABC):
     """True where every frame has the bytes that `frame_size` tells; else it is at most so long."""
 
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
-        self.settings, self.layout = settings, layout
+        self.settings = settings
+        self.layout = layout
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
-        """Return the bytes of one frame, at most, in time and memory that do not grow with the values.
+        """Return the bytes of one frame, at most, in time and memory that do not grow with the
+        values.
 
         Where a codec says nothing else, these are the bytes of the values as they are. Raises
         `ConfigError` if the layout cannot be coded.
@@ -97,7 +111,8 @@ class Codec(ABC):
         return self.layout.fingerprint
 
     def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
-        """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the same bytes."""
+        """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the
+        same bytes."""
         return self.seal(self.body(self.flat(update), seed), round=round)
 
     def flat(self, update: Named) -> Tensor:
@@ -111,15 +126,18 @@ class Codec(ABC):
         return seal(self.code, self.fingerprint, body, round=round)
 
     def decode(self, wire: bytes, *, round: int | None = None) -> Named:
-        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did not make.
+        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did
+        not make.
 
         With `round`, a frame of another round is refused.
         """
         reader = unseal(wire, self.code, self.fingerprint, round=round)
         vector = self.parse(reader)
         reader.finish()
+
         if not is_finite(vector):
             raise WireError("frame: decodes to NaN or Inf")
+
         return self.layout.unflatten(vector)
 
     @abstractmethod
@@ -128,7 +146,8 @@ class Codec(ABC):
 
     @abstractmethod
     def parse(self, reader: Reader) -> Tensor:
-        """Inverse of `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than a few updates."""
+        """Inverse of `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than a
+        few updates."""
 
 
 class SteppedCodec(Codec):
@@ -149,7 +168,8 @@ class SteppedCodec(Codec):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One update seen at TGAP: what site `site` changed in round `round`, against the adapter it had received."""
+    """One update seen at TGAP: what site `site` changed in round `round`, against the adapter it
+    had received."""
 
     site: str
     round: int
@@ -164,22 +184,27 @@ class LearnedCodec(Codec):
 
     @classmethod
     @abstractmethod
-    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:
+    def fit(
+        cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int
+    ) -> Self:
         """A codec for updates like `updates` (each of `layout`); deterministic for a seed."""
 
     @classmethod
     @abstractmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Bytes of one frame, at most, known before any fit; raises `ConfigError` if the layout cannot be coded."""
+        """Bytes of one frame, at most, known before any fit; raises `ConfigError` if the layout
+        cannot be coded."""
 
     @abstractmethod
     def published(self, *, decoder: bool) -> Payload:
-        """What a site downloads once: the encoder, and the decoder too if it must decode (error feedback)."""
+        """What a site downloads once: the encoder, and the decoder too if it must decode (error
+        feedback)."""
 
     @classmethod
     @abstractmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild from `published`; without a decoder part, `decode` raises. Raises `WireError` if shapes are wrong."""
+        """Rebuild from `published`; without a decoder part, `decode` raises. Raises `WireError` if
+        shapes are wrong."""
 
 
 class AdaptiveCodec(LearnedCodec):
@@ -187,14 +212,17 @@ class AdaptiveCodec(LearnedCodec):
 
     @abstractmethod
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """A codec for updates like those of the fit and `updates`, which count `weight` (0 to 1) of the whole.
+        """A codec for updates like those of the fit and `updates`, which count `weight` (0 to 1) of
+        the whole.
 
-        Depends on what is published and on `updates` alone, so that both ends can refit without a message.
+        Depends on what is published and on `updates` alone, so that both ends can refit without a
+        message.
         """
 
 
 class LatentCodec(LearnedCodec):
-    """A learned codec with a real-valued latent between analysis and packing; DP noise can be put there."""
+    """A learned codec with a real-valued latent between analysis and packing; DP noise can be put
+    there."""
 
     @abstractmethod
     def analyse(self, vector: Tensor) -> Tensor:
@@ -211,7 +239,8 @@ class LatentCodec(LearnedCodec):
 
     @abstractmethod
     def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
-        """The body for `latent` (any 1-D length) and the `side` of its update, and of nothing else."""
+        """The body for `latent` (any 1-D length) and the `side` of its update, and of nothing
+        else."""
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         return self.pack(self.analyse(vector), self.side(vector))

@@ -1,7 +1,8 @@
 """Entropy coding of small-alphabet symbols with known frequencies: ANS, by `constriction`.
 
-One stream holds several parts, each with its own table of frequencies, and is read in the order in which it
-was written. Tables are whole numbers, so that they travel as uint16 and both ends have the same model.
+One stream holds several parts, each with its own table of frequencies, and is read in the order in
+which it was written. Tables are whole numbers, so that they travel as uint16 and both ends have the
+same model.
 """
 
 from collections.abc import Sequence
@@ -21,17 +22,21 @@ UNIT = 1 << 16
 
 
 def frequencies(symbols: NDArray[np.integer], size: int) -> NDArray[np.uint16]:
-    """How often each of `size` symbols occurs, scaled to fit uint16; what occurs at all keeps at least 1."""
+    """How often each of `size` symbols occurs, scaled to fit uint16; what occurs at all keeps at
+    least 1."""
     counts = np.bincount(symbols, minlength=size)
     assert len(counts) == size, "symbol outside the alphabet"
+
     if counts.max() < UNIT:
         return counts.astype(np.uint16)
+
     scaled = counts * (UNIT - 1) // counts.max()
     return np.where(counts > 0, np.maximum(scaled, 1), 0).astype(np.uint16)
 
 
 def densities(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> NDArray[np.uint16]:
-    """Frequency of ones, in 1 / 2^16, for masks of `sizes` values with `kept` ones; neither 0 nor 2^16."""
+    """Frequency of ones, in 1 / 2^16, for masks of `sizes` values with `kept` ones; neither 0 nor
+    2^16."""
     return np.clip(np.rint(UNIT * kept / sizes), 1, UNIT - 1).astype(np.uint16)
 
 
@@ -41,16 +46,22 @@ def mask_counts(ones: int) -> Counts:
 
 
 def mask_bits(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> float:
-    """Bits that masks of `sizes` with `kept` ones take; a mask without ones is not sent and takes none."""
+    """Bits that masks of `sizes` with `kept` ones take; a mask without ones is not sent and takes
+    none."""
     used = kept > 0
-    kept, sizes = kept[used], sizes[used]
+    kept = kept[used]
+    sizes = sizes[used]
     share = densities(kept, sizes) / UNIT
+
     return -float((kept * np.log2(share) + (sizes - kept) * np.log2(1 - share)).sum())
 
 
 def encode(parts: Sequence[tuple[NDArray[np.integer], Counts]]) -> bytes:
-    """One stream of all parts (symbols, frequencies); whole 32-bit words, about 4 bytes above the entropy."""
-    return encode_with([(symbols, model(counts)) for symbols, counts in parts if len(symbols) and len(counts) > 1])
+    """One stream of all parts (symbols, frequencies); whole 32-bit words, about 4 bytes above the
+    entropy."""
+    return encode_with(
+        [(symbols, model(counts)) for symbols, counts in parts if len(symbols) and len(counts) > 1]
+    )
 
 
 def encode_with(parts: Sequence[tuple[NDArray[np.integer], Any]]) -> bytes:
@@ -66,10 +77,14 @@ class Stream:
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
-            raise WireError(f"frame: entropy-coded stream of {len(data)} bytes is not whole 32-bit words")
+            raise WireError(
+                f"frame: entropy-coded stream of {len(data)} bytes is not whole 32-bit words"
+            )
+
         words = np.frombuffer(data, dtype="<u4").astype(np.uint32)
         if len(words) and words[-1] == 0:
             raise WireError("frame: entropy-coded stream ends in a zero word")
+
         self._coder = constriction.stream.stack.AnsCoder(words)
 
     def take(self, counts: Counts, number: int) -> NDArray[np.int32]:
@@ -97,9 +112,11 @@ class Stream:
 
 
 def model(counts: Counts) -> Any:
-    """The coder's table for at least two frequencies: symbol s has one share of 2^24, and its part of the rest.
+    """The coder's table for at least two frequencies: symbol s has one share of 2^24, and its part
+    of the rest.
 
-    With n frequencies of sum T it starts at s + floor((2^24 - n) / T * (sum of those before s)), in fp64 and in this
-    order; sums of whole numbers are exact, so that every machine has the same table.
+    With n frequencies of sum T it starts at s + floor((2^24 - n) / T * (sum of those before s)), in
+    fp64 and in this order; sums of whole numbers are exact, so that every machine has the same
+    table.
     """
     return constriction.stream.model.Categorical(counts.astype(np.float64), perfect=False)

@@ -1,8 +1,9 @@
 """Some values of an update and where they are: Golomb-coded gaps, and 16 bits for each value.
 
-Golomb, "Run-length encodings", IEEE Transactions on Information Theory, 1966; the parameter is that of Gallager and
-van Voorhis (1975). The bits of a code word lie in three places (first bits of all remainders, last bits of those that
-have one, all quotients), which changes no length and lets NumPy read them at once.
+Golomb, "Run-length encodings", IEEE Transactions on Information Theory, 1966; the parameter is that
+of Gallager and van Voorhis (1975). The bits of a code word lie in three places (first bits of all
+remainders, last bits of those that have one, all quotients), which changes no length and lets NumPy
+read them at once.
 """
 
 import math
@@ -23,20 +24,22 @@ Bits = NDArray[np.uint8]
 Values = Literal["fp16", "bf16", "fp32"]
 """How a value that is sent is written; fp16 ends at 65504 and is coarse below 6e-5."""
 
-_FP16_MAX, _FP32_MAX = float(np.finfo(np.float16).max), float(np.finfo(np.float32).max)
+_FP16_MAX = float(np.finfo(np.float16).max)
+_FP32_MAX = float(np.finfo(np.float32).max)
 
 
 def parameter(count: int, total: int) -> int:
     """The best Golomb parameter for `count` random positions of `total`, 1 <= count <= total.
 
-    ceil(log(2 - p) / -log(1 - p)), to first order in p = count / total; both ends get the same number, because
-    nothing but exact operations and one division is in it.
+    ceil(log(2 - p) / -log(1 - p)), to first order in p = count / total; both ends get the same
+    number, because nothing but exact operations and one division is in it.
     """
     return max(1, math.ceil(0.6931 * (total / count) - 0.8466))
 
 
 def encode(groups: Sequence[tuple[Indices, int]]) -> bytes:
-    """Bytes for groups of (rising positions, total); of more than half of a total, the absent ones are coded."""
+    """Bytes for groups of (rising positions, total); of more than half of a total, the absent ones
+    are coded."""
     bits = [piece for where, total in groups for piece in _write(where, total)]
     return np.packbits(np.concatenate([np.zeros(0, np.uint8), *bits])).tobytes()
 
@@ -48,7 +51,9 @@ def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
     """
     if 8 * len(data) > sum(_most_bits(count, total) for count, total in groups) + 7:
         raise WireError(f"frame: {len(data)} bytes of positions are more than there can be")
-    bits, found = _Bits(np.unpackbits(np.frombuffer(data, dtype=np.uint8))), []
+
+    bits = _Bits(np.unpackbits(np.frombuffer(data, dtype=np.uint8)))
+    found = []
     for count, total in groups:
         coded = min(count, total - count)
         where = _read(bits, coded, total) if coded else np.zeros(0, dtype=np.int64)
@@ -56,13 +61,16 @@ def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
             mask = np.ones(total, dtype=bool)
             mask[where] = False
             where = np.flatnonzero(mask)
+
         found.append(where)
+
     bits.finish()
     return found
 
 
 def to_wire(values: NDArray[np.floating], kind: Values) -> bytes:
-    """`values` as `kind`, little endian, rounded to nearest; beyond the range the largest number."""
+    """`values` as `kind`, little endian, rounded to nearest; beyond the range the largest
+    number."""
     if kind == "bf16":
         return bf16(values).astype("<u2").tobytes()
     limit, form = (_FP16_MAX, "<f2") if kind == "fp16" else (_FP32_MAX, "<f4")
@@ -92,12 +100,20 @@ class SparseFrames:
 
     code: ClassVar[int] = 32
 
-    def __init__(self, layout: Layout, kind: Values, start: int = 0, stop: int | None = None) -> None:
-        self.start, self.stop, self._kind = start, layout.numel if stop is None else stop, kind
+    def __init__(
+        self, layout: Layout, kind: Values, start: int = 0, stop: int | None = None
+    ) -> None:
+        self.start = start
+        self.stop = layout.numel if stop is None else stop
+        self._kind = kind
         ends = np.clip(np.cumsum((0, *layout.sizes)), self.start, self.stop) - self.start
-        self._ends: Indices = np.unique(ends).astype(np.int64)  # without tensors outside of the slice
+        self._ends: Indices = np.unique(ends).astype(
+            np.int64
+        )  # without tensors outside of the slice
         self._counts = "u2" if np.diff(self._ends).max(initial=0) < 2**16 else "u4"
-        self._fingerprint = zlib.crc32(repr((layout.fingerprint, self.start, self.stop, kind)).encode())
+        self._fingerprint = zlib.crc32(
+            repr((layout.fingerprint, self.start, self.stop, kind)).encode()
+        )
 
     def encode(self, vector: Floats, where: Indices, *, round: int) -> bytes:
         """The frame with `vector[where]`; vector (stop - start,) is finite, the positions rise."""
@@ -106,21 +122,32 @@ class SparseFrames:
         counts = np.array([len(piece) for piece in pieces]).astype(f"<{self._counts}").tobytes()
         spans = zip(pieces, self._ends[:-1], np.diff(self._ends), strict=True)
         places = encode([(piece - begin, int(size)) for piece, begin, size in spans])
-        return seal(self.code, self._fingerprint, counts + to_wire(vector[where], self._kind) + places, round=round)
+
+        return seal(
+            self.code,
+            self._fingerprint,
+            counts + to_wire(vector[where], self._kind) + places,
+            round=round,
+        )
 
     def decode(self, wire: bytes, *, round: int) -> tuple[Indices, Floats]:
         """Positions and values of a frame of `round`; raises `WireError`."""
         reader = unseal(wire, self.code, self._fingerprint, round=round)
         sizes = np.diff(self._ends)
         counts = reader.array(self._counts, len(sizes)).astype(np.int64)
+
         if bool((counts > sizes).any()):
             raise WireError("frame: more values than the tensor has")
+
         values = _from_wire(reader, int(counts.sum()), self._kind)
         if not bool(np.isfinite(values).all()):
             raise WireError("frame: decodes to NaN or Inf")
+
         groups = [(int(count), int(size)) for count, size in zip(counts, sizes, strict=True)]
         pieces = decode(reader.take(reader.left), groups)
-        return np.concatenate([piece + begin for piece, begin in zip(pieces, self._ends[:-1], strict=True)]), values
+        return np.concatenate(
+            [piece + begin for piece, begin in zip(pieces, self._ends[:-1], strict=True)]
+        ), values
 
     def decode_dense(self, wire: bytes, *, round: int) -> Floats:
         """The whole slice (stop - start,), zero where nothing was sent; raises `WireError`."""
@@ -140,7 +167,8 @@ class _Bits:
     """Reads bits from front to back."""
 
     def __init__(self, bits: Bits) -> None:
-        self._bits, self._position = bits, 0
+        self._bits = bits
+        self._position = 0
 
     def take(self, count: int) -> Bits:
         if count > len(self._bits) - self._position:
@@ -152,6 +180,7 @@ class _Bits:
         """`count` runs of ones, each closed by a zero; all together at most `most` ones."""
         ahead = self._bits[self._position : self._position + count + most]
         zeros = np.flatnonzero(ahead == 0)[:count]
+
         if len(zeros) < count:
             raise WireError("frame: positions end too early, or leave the tensor")
         self._position += int(zeros[-1]) + 1
@@ -175,17 +204,21 @@ def _write(where: Indices, total: int) -> Iterator[Bits]:
         absent = np.ones(total, dtype=bool)
         absent[where] = False
         where = np.flatnonzero(absent)
+
     if not len(where):
         return
+
     m = parameter(len(where), total)
     quotients, remainders = np.divmod(np.diff(where, prepend=-1) - 1, m)
     width, short = _widths(m)
+
     if width:
         long = remainders >= short  # these remainders take `width` bits, the others one less
         codes = remainders + np.where(long, short, 0)
         first = np.where(long, codes >> 1, codes)
         yield ((first[:, None] >> np.arange(width - 2, -1, -1)) & 1).astype(np.uint8).ravel()
         yield (codes[long] & 1).astype(np.uint8)
+
     ends = np.cumsum(quotients + 1)
     unary = np.ones(ends[-1], dtype=np.uint8)
     unary[ends - 1] = 0
@@ -196,15 +229,18 @@ def _read(bits: _Bits, count: int, total: int) -> Indices:
     m = parameter(count, total)
     width, short = _widths(m)
     remainders = np.zeros(count, dtype=np.int64)
+
     if width:
         table = bits.take(count * (width - 1)).reshape(count, width - 1).astype(np.int64)
         remainders = table @ (1 << np.arange(width - 2, -1, -1))
         long = remainders >= short
         last = bits.take(int(long.sum())).astype(np.int64)
         remainders[long] = 2 * remainders[long] + last - short
+
     where = np.cumsum(bits.unary(count, total // m) * m + remainders + 1) - 1
     if where[-1] >= total:
         raise WireError("frame: a position leaves the tensor")
+
     return cast(Indices, where)
 
 

@@ -1,9 +1,10 @@
 """powersgd: stacked matrices as a product of two thin ones.
 
-Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", NeurIPS
-2019, arXiv 1905.13727. The paper approximates the best factors by one power iteration and sends them in full. Ours
-takes the singular vectors, stacks the tensors of one kind over the layers, since a LoRA factor is thin already, and
-quantises and entropy-codes both factors, so that any rate can be met.
+Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+Optimization", NeurIPS 2019, arXiv 1905.13727. The paper approximates the best factors by one power
+iteration and sends them in full. Ours takes the singular vectors, stacks the tensors of one kind
+over the layers, since a LoRA factor is thin already, and quantises and entropy-codes both factors,
+so that any rate can be met.
 """
 
 import math
@@ -23,8 +24,8 @@ from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout, factor
 
 _AUDIBLE = 0.6
-"""A component is sent if its right factor, times the singular value, has an RMS of so many steps; 0.5 to 0.7 differ
-little. The loudest is sent in any case."""
+"""A component is sent if its right factor, times the singular value, has an RMS of so many steps;
+0.5 to 0.7 differ little. The loudest is sent in any case."""
 _CLOSE = OCTAVE // 400
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -39,11 +40,11 @@ class PowerSgdSettings(RateSettings):
 class PowerSgd(Codec):
     """Every stack X (rows, features) as Z Q', with Q (features, rank) orthonormal and Z = X Q.
 
-    A tensor is a matrix (all axes but the last, last), the longer side being its features; those of one shape, and
-    of one LoRA target and factor, are stacked. Right factors times singular value, and then Z, are quantised with
-    one step for everything; Q is the QR of what is decoded. ||X - Z^ Q'||^2 = ||X||^2 - ||X Q||^2 + ||X Q - Z^||^2,
-    so coding contracts.
-    Body: the rank of every stack (u16), then `Blocks` with a block for each column, right factors first.
+    A tensor is a matrix (all axes but the last, last), the longer side being its features; those of
+    one shape, and of one LoRA target and factor, are stacked. Right factors times singular value,
+    and then Z, are quantised with one step for everything; Q is the QR of what is decoded. ||X - Z^
+    Q'||^2 = ||X||^2 - ||X Q||^2 + ||X Q - Z^||^2, so coding contracts. Body: the rank of every
+    stack (u16), then `Blocks` with a block for each column, right factors first.
     """
 
     code: ClassVar[int] = 17
@@ -53,11 +54,15 @@ class PowerSgd(Codec):
         super().__init__(settings, layout)
         starts = np.cumsum(layout.sizes, dtype=np.int64) - layout.sizes
         stacks: dict[object, list[NDArray[np.int64]]] = {}
+
         for start, size, (name, shape) in zip(starts, layout.sizes, layout.shapes, strict=True):
             if size:
                 where = start + np.arange(size).reshape(-1, shape[-1] if shape else 1)
                 key = _stack(name, shape)
-                stacks.setdefault(key, []).append(where.T if where.shape[0] > where.shape[1] else where)
+                stacks.setdefault(key, []).append(
+                    where.T if where.shape[0] > where.shape[1] else where
+                )
+
         self._stacks = [torch.from_numpy(np.concatenate(alike)) for alike in stacks.values()]
         self._room = self.frame_size(settings, layout) - OVERHEAD
 
@@ -73,19 +78,27 @@ class PowerSgd(Codec):
         stacks = [vector[where].double() for where in self._stacks]
         rights = [_right_factors(x) for x in stacks]
         room = self._room - 2 * len(stacks)
-        everything = Blocks([n for right in rights for n in _sizes(right.shape[:1], [right.shape[1]])])
-        loudness = everything.loudness(np.concatenate([right.T.reshape(-1).numpy() for right in rights]))
+        everything = Blocks(
+            [n for right in rights for n in _sizes(right.shape[:1], [right.shape[1]])]
+        )
+        loudness = everything.loudness(
+            np.concatenate([right.T.reshape(-1).numpy() for right in rights])
+        )
         finest = everything.finest(loudness)
 
         def all_fits(step: int) -> bool:
             _, blocks, values = _factors(stacks, rights, step, step)
             return blocks.excess(values, step, room) <= 0
 
-        low, audible = finest, everything.expected_step(loudness, room)
+        low = finest
+        audible = everything.expected_step(loudness, room)
         stride = OCTAVE // 4
+
         while not all_fits(audible):
-            low, audible = audible, min(audible + stride, COARSEST)
+            low = audible
+            audible = min(audible + stride, COARSEST)
             stride *= 2
+
         loudest = float(loudness.max(initial=-np.inf)) - math.log2(_AUDIBLE)
         audible = min(_finest(all_fits, low, audible), math.floor(max(OCTAVE * loudest, FINEST)))
 
@@ -94,28 +107,43 @@ class PowerSgd(Codec):
             return blocks.excess(values, finer, room) <= 0
 
         # Where one more component would not fit, a finer step for those that do uses what is left.
-        step = _finest(fits, min(max(audible - OCTAVE // 2, finest), audible), audible if fits(audible) else COARSEST)
+        step = _finest(
+            fits,
+            min(max(audible - OCTAVE // 2, finest), audible),
+            audible if fits(audible) else COARSEST,
+        )
         stride = 1
         while True:
             ranks, blocks, values = _factors(stacks, rights, step, audible)
             data = blocks.encode_at(values, step)
             if len(data) <= room:
                 return np.array(ranks, dtype="<u2").tobytes() + data
-            step, audible, stride = min(step + stride, COARSEST), min(audible + stride - 1, COARSEST), 2 * stride
+            step = min(step + stride, COARSEST)
+            audible = min(audible + stride - 1, COARSEST)
+            stride = 2 * stride
 
     def parse(self, reader: Reader) -> Tensor:
         ranks = reader.array("u2", len(self._stacks)).astype(np.int64).tolist()
         for rank, where in zip(ranks, self._stacks, strict=True):
             if rank > min(where.shape):
                 raise WireError(f"frame: rank {rank} of a stack {tuple(where.shape)}")
+
         rows, features = zip(*(where.shape for where in self._stacks), strict=True)
-        values = torch.from_numpy(Blocks(_sizes(features, ranks) + _sizes(rows, ranks)).decode(reader))
-        pieces = torch.split(values, [n * rank for n, rank in zip(features + rows, ranks + ranks, strict=True)])
+        values = torch.from_numpy(
+            Blocks(_sizes(features, ranks) + _sizes(rows, ranks)).decode(reader)
+        )
+        pieces = torch.split(
+            values, [n * rank for n, rank in zip(features + rows, ranks + ranks, strict=True)]
+        )
         vector = torch.zeros(self.layout.numel)
-        for where, rank, right, left in zip(self._stacks, ranks, pieces, pieces[len(ranks) :], strict=False):
+
+        for where, rank, right, left in zip(
+            self._stacks, ranks, pieces, pieces[len(ranks) :], strict=False
+        ):
             if rank:
                 product = left.view(rank, -1).T @ _orthonormal(right.view(rank, -1).T).T
                 vector[where] = product.clamp(-_LARGEST, _LARGEST).float()
+
         return vector
 
 
@@ -125,10 +153,12 @@ def _stack(name: str, shape: tuple[int, ...]) -> object:
 
 
 def _finest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """About the lowest step that `fits`, from one that does not, or is as fine as may be, to one that does."""
+    """About the lowest step that `fits`, from one that does not, or is as fine as may be, to one
+    that does."""
     while high - low > _CLOSE:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
+
     return high
 
 
@@ -138,7 +168,8 @@ def _sizes(lengths: tuple[int, ...], ranks: list[int]) -> list[int]:
 
 
 def _right_factors(x: Tensor) -> Tensor:
-    """Right singular vectors times singular values of x (rows, features): (features, min of both), rising."""
+    """Right singular vectors times singular values of x (rows, features): (features, min of both),
+    rising."""
     if x.shape[0] <= x.shape[1]:
         return x.T.matmul(torch.linalg.eigh(x @ x.T).eigenvectors)
     values, vectors = torch.linalg.eigh(x.T @ x)
@@ -151,18 +182,24 @@ def _orthonormal(columns: Tensor) -> Tensor:
     return basis
 
 
-def _factors(stacks: list[Tensor], rights: list[Tensor], step: int, audible: int) -> tuple[list[int], Blocks, Doubles]:
-    """The rank of every stack, by step `audible`, and all columns: those of the right factors, then those of Z."""
+def _factors(
+    stacks: list[Tensor], rights: list[Tensor], step: int, audible: int
+) -> tuple[list[int], Blocks, Doubles]:
+    """The rank of every stack, by step `audible`, and all columns: those of the right factors, then
+    those of Z."""
     least = _AUDIBLE * 2.0 ** (audible / OCTAVE)
     kept = [right[:, right.square().mean(0).sqrt() >= least] for right in rights]
     ranks = [right.shape[1] for right in kept]
     columns = Blocks([n for right in kept for n in _sizes(right.shape[:1], [right.shape[1]])])
     values = np.concatenate([right.T.reshape(-1).numpy() for right in kept])
-    decoded = torch.split(torch.from_numpy(columns.decoded(values, step)), [right.numel() for right in kept])
+    decoded = torch.split(
+        torch.from_numpy(columns.decoded(values, step)), [right.numel() for right in kept]
+    )
     lefts = [
         (x @ _orthonormal(piece.view(rank, -1).T)).T.reshape(-1).numpy()
         for x, rank, piece in zip(stacks, ranks, decoded, strict=True)
         if rank
     ]
     sizes = [n for x, rank in zip(stacks, ranks, strict=True) for n in _sizes(x.shape[:1], [rank])]
+
     return ranks, Blocks([*columns.sizes.tolist(), *sizes]), np.concatenate([values, *lefts])

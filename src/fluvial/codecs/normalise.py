@@ -1,8 +1,9 @@
 """Scales that bring an update to unit size before a learned transform, and how they cross the wire.
 
-The paper states no normalisation; without one its autoencoder does not start to learn. Scales travel as bfloat16
-(2 bytes each): fp16 ends at 6e-8 and loses precision from 6e-5 down, where LoRA updates live. Values are divided by
-the scale as transported, so the rounding of a scale is no error of the update.
+The paper states no normalisation; without one its autoencoder does not start to learn. Scales
+travel as bfloat16 (2 bytes each): fp16 ends at 6e-8 and loses precision from 6e-5 down, where LoRA
+updates live. Values are divided by the scale as transported, so the rounding of a scale is no error
+of the update.
 """
 
 from typing import Literal
@@ -25,7 +26,8 @@ _PEAK = 0.95
 
 
 def scale_count(layout: Layout, mode: Normalisation) -> int:
-    """How many scales a message carries: none, one, or one for every factor of every module and layer."""
+    """How many scales a message carries: none, one, or one for every factor of every module and
+    layer."""
     return {"none": 0, "global_rms": 1, "factor_rms": len(layout.shapes), "maxabs": 1}[mode]
 
 
@@ -33,6 +35,7 @@ def measure(vector: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
     """Scales (count,) bf16 of a flattened update (numel,); 0 for a part that is zero."""
     if mode == "none":
         return torch.empty(0, dtype=torch.bfloat16)
+
     values = vector.double()
     if mode == "factor_rms":
         scales = torch.stack([_rms(piece) for piece in torch.split(values, list(layout.sizes))])
@@ -40,6 +43,7 @@ def measure(vector: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
         scales = _rms(values)[None]
     else:
         scales = (values.abs().max() / _PEAK)[None]
+
     return scales.clamp(max=_LARGEST).bfloat16()
 
 
@@ -62,9 +66,11 @@ def write_scales(scales: Tensor) -> bytes:
 
 
 def read_scales(reader: Reader, count: int) -> Tensor:
-    """Inverse of `write_scales`; raises `WireError` for a scale that is negative, NaN or infinite."""
+    """Inverse of `write_scales`; raises `WireError` for a scale that is negative, NaN or
+    infinite."""
     bits = reader.array("u2", count).astype(np.int32) << 16
     scales = torch.from_numpy(bits.view(np.float32)).bfloat16()
+
     if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
         raise WireError("frame: a scale is negative, NaN or infinite")
     return scales

@@ -34,12 +34,16 @@ _BF16_MAX = 0x7F7F
 _FP32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 
 
-def bf16(values: NDArray[np.floating], *, rounding: Literal["nearest", "up"] = "nearest") -> NDArray[np.uint16]:
-    """bf16 bit patterns of finite `values`, rounded to nearest even or away from zero; never to Inf."""
+def bf16(
+    values: NDArray[np.floating], *, rounding: Literal["nearest", "up"] = "nearest"
+) -> NDArray[np.uint16]:
+    """bf16 bit patterns of finite `values`, rounded to nearest even or away from zero; never to
+    Inf."""
     bits = np.clip(values, *_FP32).astype(np.float32).view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
     magnitude = magnitude + (0xFFFF if rounding == "up" else 0x7FFF + ((magnitude >> 16) & 1))
     rounded = np.minimum(magnitude >> 16, _BF16_MAX)
+
     return cast(NDArray[np.uint16], ((bits >> 16) & 0x8000 | rounded).astype(np.uint16))
 
 
@@ -59,7 +63,8 @@ def read_scales(reader: Reader, count: int) -> Floats:
 def steps(largest: NDArray[np.floating], levels: int) -> NDArray[np.uint16]:
     """bf16 patterns of the step that codes magnitudes up to `largest` in `levels` steps.
 
-    Rounded up, so that nothing is clipped, but no further than that `levels` steps are still an fp32 number.
+    Rounded up, so that nothing is clipped, but no further than that `levels` steps are still an
+    fp32 number.
     """
     most = bf16(np.array([_FP32[1] / levels / (1 + 2**-7)]))
     return np.minimum(bf16(largest.astype(np.float64) / levels, rounding="up"), most)
@@ -165,7 +170,8 @@ class NF4Settings(CodecSettings):
 class _Blocks(Codec):
     """Levels relative to a per-block scale; no block spans two tensors.
 
-    Body: one bf16 scale per block (of int8 and int4 a step, of nf4 the largest value), then the levels of all values.
+    Body: one bf16 scale per block (of int8 and int4 a step, of nf4 the largest value), then the
+    levels of all values.
     """
 
     levels: ClassVar[int]
@@ -184,10 +190,13 @@ class _Blocks(Codec):
 
     def __init__(self, settings: Int8Settings | Int4Settings | NF4Settings, layout: Layout) -> None:
         super().__init__(settings, layout)
-        starts, end = [np.zeros(0, dtype=np.int64)], 0
+        starts = [np.zeros(0, dtype=np.int64)]
+        end = 0
+
         for size in layout.sizes:
             starts.append(np.arange(end, end + size, settings.block_size))
             end += size
+
         self._starts = np.concatenate(starts)
         self._lengths = np.diff(self._starts, append=end)
 
@@ -195,11 +204,14 @@ class _Blocks(Codec):
         values = to_numpy(vector)
         bits = np.empty(len(self._starts), dtype=np.uint16)
         coded = np.empty(len(values), dtype=np.int8)
+
         for blocks, here in self._pieces():
-            piece, lengths = values[here], self._lengths[blocks]
+            piece = values[here]
+            lengths = self._lengths[blocks]
             largest = np.maximum.reduceat(np.abs(piece), self._starts[blocks] - here.start)
             bits[blocks] = steps(largest, self.levels)
             coded[here] = self._quantise(piece, np.repeat(from_bf16(bits[blocks]), lengths))
+
         return bits.astype("<u2").tobytes() + self._pack(coded)
 
     def parse(self, reader: Reader) -> Tensor:
@@ -208,13 +220,20 @@ class _Blocks(Codec):
         with np.errstate(over="ignore"):
             for blocks, here in self._pieces():
                 values[here] *= np.repeat(scales[blocks], self._lengths[blocks])
+
         return torch.from_numpy(values)
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Runs of blocks and their values, so that what is computed for each value does not need memory for all."""
+        """Runs of blocks and their values, so that what is computed for each value does not need
+        memory for all."""
         for first in range(0, len(self._starts), _PIECE):
             blocks = slice(first, min(first + _PIECE, len(self._starts)))
-            yield blocks, slice(int(self._starts[first]), int(self._starts[first] + self._lengths[blocks].sum()))
+            yield (
+                blocks,
+                slice(
+                    int(self._starts[first]), int(self._starts[first] + self._lengths[blocks].sum())
+                ),
+            )
 
     def _quantise(self, values: Floats, scales: Floats) -> NDArray[np.int8]:
         """Levels of `values`, each with its scale."""
@@ -257,7 +276,8 @@ class Int4(_Blocks):
 
 
 class NF4(_Blocks):
-    """NormalFloat-4 (QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314, section 3 and appendix E).
+    """NormalFloat-4 (QLoRA, Dettmers et al., NeurIPS 2023, arXiv 2305.14314, section 3 and appendix
+    E).
 
     Two values per byte, as int4. A level is the number of a quantile; number 7 is exactly zero.
     """
@@ -278,13 +298,16 @@ class NF4(_Blocks):
 
 
 def _normal_float() -> Floats:
-    """The 16 levels: 7 below zero, zero and 8 above at evenly spaced probabilities of N(0, 1), over the largest.
+    """The 16 levels: 7 below zero, zero and 8 above at evenly spaced probabilities of N(0, 1), over
+    the largest.
 
-    The outermost probability is the mean of 1 - 1/32 and 1 - 1/30, as QLoRA has it, so that all levels are finite.
+    The outermost probability is the mean of 1 - 1/32 and 1 - 1/30, as QLoRA has it, so that all
+    levels are finite.
     """
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     above = ndtri(np.linspace(0.5, outermost, 9)[1:])
     below = -ndtri(np.linspace(0.5, outermost, 8)[:0:-1])
+
     return cast(Floats, (np.concatenate([below, [0.0], above]) / above[-1]).astype(np.float32))
 
 
@@ -292,7 +315,8 @@ _NORMAL_FLOAT = _normal_float()
 
 
 def _pack_halves(halves: NDArray[np.uint8], *, fill: int) -> bytes:
-    """Two values of 0 to 15 per byte, the earlier one in the low half; an odd last one is paired with `fill`."""
+    """Two values of 0 to 15 per byte, the earlier one in the low half; an odd last one is paired
+    with `fill`."""
     halves = np.append(halves, np.uint8(fill)) if len(halves) % 2 else halves
     return (halves[0::2] | halves[1::2] << 4).tobytes()
 

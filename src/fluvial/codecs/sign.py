@@ -1,7 +1,7 @@
 """Codecs that send signs and a magnitude per tensor: sign, half_sign and ternary.
 
-With the mean magnitude as the scale, ||u - D(E(u))||^2 = ||u||^2 - sum over tensors of kept * scale^2, so all
-three contract, and error feedback is safe with them.
+With the mean magnitude as the scale, ||u - D(E(u))||^2 = ||u||^2 - sum over tensors of kept *
+scale^2, so all three contract, and error feedback is safe with them.
 """
 
 from typing import ClassVar, Literal, cast
@@ -20,7 +20,8 @@ from fluvial.wire.tensors import Layout
 
 
 def mean_magnitudes(kept: Floats, tensors: Indices, number: int) -> NDArray[np.uint16]:
-    """bf16 patterns of mean |value| for each of `number` tensors; `tensors` says which a value is of."""
+    """bf16 patterns of mean |value| for each of `number` tensors; `tensors` says which a value is
+    of."""
     sums = np.bincount(tensors, weights=np.abs(kept).astype(np.float64), minlength=number)
     return bf16(sums / np.maximum(np.bincount(tensors, minlength=number), 1))
 
@@ -45,7 +46,8 @@ class SignSettings(CodecSettings):
 
 
 class Sign(Codec):
-    """One bit per value, the mean magnitude per tensor. Body: a bf16 scale per tensor, then the bits."""
+    """One bit per value, the mean magnitude per tensor. Body: a bf16 scale per tensor, then the
+    bits."""
 
     code: ClassVar[int] = 7
     exact: ClassVar[bool] = True
@@ -56,7 +58,8 @@ class Sign(Codec):
         return OVERHEAD + 2 * len(layout.sizes) + -(-layout.numel // 8)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
-        values, sizes = to_numpy(vector), self.layout.sizes
+        values = to_numpy(vector)
+        sizes = self.layout.sizes
         scales = mean_magnitudes(values, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
         return scales.astype("<u2").tobytes() + pack_signs(values)
 
@@ -72,7 +75,8 @@ class HalfSignSettings(CodecSettings):
     name: Literal["half_sign"] = "half_sign"
     """Which codec."""
     share: float = Field(0.5, ge=1e-6, le=1)
-    """Part of the values whose sign is sent, at least one; bits per value but for header, seed and scales."""
+    """Part of the values whose sign is sent, at least one; bits per value but for header, seed and
+    scales."""
 
 
 class HalfSign(Codec):
@@ -130,8 +134,8 @@ class TernarySettings(RateSettings):
 class Ternary(Masked):
     """Values beyond a dead zone become +-scale, the others 0.
 
-    The threshold is one multiple of the RMS of each tensor, as low as the rate allows; the scale is the mean
-    magnitude of what is kept of a tensor.
+    The threshold is one multiple of the RMS of each tensor, as low as the rate allows; the scale is
+    the mean magnitude of what is kept of a tensor.
     """
 
     code: ClassVar[int] = 9
@@ -152,10 +156,12 @@ class Ternary(Masked):
         tensors = np.repeat(np.arange(len(sizes)), sizes)
         squares = np.bincount(tensors, weights=values.astype(np.float64) ** 2, minlength=len(sizes))
         rms = np.sqrt(squares / np.maximum(sizes, 1))[tensors]
+
         return np.divide(np.abs(values), rms, out=np.zeros(len(values)), where=rms > 0)
 
     def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:
-        """The part of what fits that captures most energy: with bits to spare, a dead zone still helps."""
+        """The part of what fits that captures most energy: with bits to spare, a dead zone still
+        helps."""
 
         def captured(number: int) -> float:
             kept = np.bincount(tensors[:number])

@@ -29,12 +29,15 @@ SEED = struct.Struct("<Q")
 
 
 def slots(seed: int, count: int, total: int) -> Indices:
-    """`count` different positions of `total`, in order, drawn from a u64 seed: those of the smallest words.
+    """`count` different positions of `total`, in order, drawn from a u64 seed: those of the
+    smallest words.
 
-    Uses raw words of PCG64, which NumPy promises not to change, rather than `Generator.choice`, which it may.
+    Uses raw words of PCG64, which NumPy promises not to change, rather than `Generator.choice`,
+    which it may.
     """
     words = np.random.PCG64(seed).random_raw(total)
     chosen = np.argpartition(words, count - 1)[:count] if count < total else np.arange(total)
+
     return np.sort(chosen).astype(np.int64)
 
 
@@ -44,11 +47,12 @@ def masked_least(layout: Layout, *, num_scales: int, mark: int = 0) -> int:
 
 
 class Masked(Codec):
-    """Keeps the values that weigh most, as many as the rate allows, and entropy-codes where they are.
+    """Keeps the values that weigh most, as many as the rate allows, and entropy-codes where they
+    are.
 
-    Body: bf16 magnitudes, `num_scales` of them, the most usual class of density (u8), and a stream: the class of
-    every tensor (half octaves of the odds of being kept; 0: nothing kept), the masks of the tensors with kept
-    values, then a symbol for each kept value.
+    Body: bf16 magnitudes, `num_scales` of them, the most usual class of density (u8), and a stream:
+    the class of every tensor (half octaves of the odds of being kept; 0: nothing kept), the masks
+    of the tensors with kept values, then a symbol for each kept value.
     """
 
     alphabet: int
@@ -57,13 +61,18 @@ class Masked(Codec):
     """Magnitudes in the body."""
     settings: RateSettings
 
-    def __init__(self, settings: RateSettings, layout: Layout, *, num_scales: int, mark: int = 0) -> None:
+    def __init__(
+        self, settings: RateSettings, layout: Layout, *, num_scales: int, mark: int = 0
+    ) -> None:
         """`mark` bytes of the body are somebody else's."""
         super().__init__(settings, layout)
         self.num_scales = num_scales
         self._sizes = np.array(layout.sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
-        self._room = body_room(layout, settings.rate, masked_least(layout, num_scales=num_scales, mark=mark)) - mark
+        self._room = (
+            body_room(layout, settings.rate, masked_least(layout, num_scales=num_scales, mark=mark))
+            - mark
+        )
 
     @abstractmethod
     def weights(self, values: Floats) -> NDArray[np.floating]:
@@ -92,24 +101,32 @@ class Masked(Codec):
         tensors = self._tensors(order)
         number = self._most(tensors)
         number = self.best(weights[order[:number]], tensors[:number])
+
         while len(body := self._write(values, np.sort(order[:number]))) > self._room:
             number -= 1 + number // 1024
         return body
 
     def parse(self, reader: Reader) -> Tensor:
-        scales, centre = read_scales(reader, self.num_scales), int(reader.number("B"))
+        scales = read_scales(reader, self.num_scales)
+        centre = int(reader.number("B"))
         if centre >= _CLASSES:
             raise WireError(f"frame: density class {centre}; there are {_CLASSES}")
+
         stream = entropy.Stream(reader.take(reader.left))
         classes = stream.take(_class_frequencies(centre), len(self._sizes))
         kept = [np.zeros(0, dtype=np.int64)]
+
         for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
             if number:
-                kept.append(np.flatnonzero(stream.take(_mask_counts(int(number)), int(size))) + (end - size))
+                kept.append(
+                    np.flatnonzero(stream.take(_mask_counts(int(number)), int(size))) + (end - size)
+                )
+
         where = np.concatenate(kept)
         symbols = stream.take(np.ones(self.alphabet, dtype=np.int64), len(where))
         stream.finish()
         vector = np.zeros(self.layout.numel, dtype=np.float32)
+
         with np.errstate(over="ignore"):
             vector[where] = self.from_symbols(symbols, self._tensors(where), scales)
         return torch.from_numpy(vector)
@@ -137,10 +154,13 @@ class Masked(Codec):
 
         if fits(len(tensors)):
             return len(tensors)
-        low, high = 0, len(tensors)
+
+        low = 0
+        high = len(tensors)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
+
         return low
 
     def _write(self, values: Floats, where: Indices) -> bytes:
@@ -150,10 +170,14 @@ class Masked(Codec):
         mask = np.zeros(len(values), dtype=np.int32)
         mask[where] = 1
         centre = _usual(classes)
-        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [(classes, _class_frequencies(centre))]
+        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [
+            (classes, _class_frequencies(centre))
+        ]
+
         for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
             if number:
                 parts.append((mask[end - size : end], _mask_counts(int(number))))
+
         symbols = self.to_symbols(values[where], tensors, from_bf16(scales))
         parts.append((symbols, np.ones(self.alphabet, dtype=np.int64)))
         return scales.astype("<u2").tobytes() + struct.pack("<B", centre) + entropy.encode(parts)
@@ -165,7 +189,8 @@ _CLASSES = 2 * _EVEN
 
 
 def _densities(kept: NDArray[np.integer], sizes: Indices) -> Indices:
-    """The class of every tensor: 0 where nothing is kept, else half octaves of kept / not kept around `_EVEN`."""
+    """The class of every tensor: 0 where nothing is kept, else half octaves of kept / not kept
+    around `_EVEN`."""
     odds = np.log2(np.maximum(kept, 0.5)) - np.log2(np.maximum(sizes - kept, 0.5))
     classes = np.clip(np.rint(2 * odds) + _EVEN, 1, _CLASSES - 1)
     return cast(Indices, np.where(kept > 0, classes, 0).astype(np.int64))
@@ -174,7 +199,9 @@ def _densities(kept: NDArray[np.integer], sizes: Indices) -> Indices:
 def _mask_counts(number: int) -> entropy.Counts:
     """Frequencies of zero and one in a mask of class `number`."""
     odds = 2.0 ** ((number - _EVEN) / 2)
-    return entropy.mask_counts(min(max(round(entropy.UNIT * odds / (1 + odds)), 1), entropy.UNIT - 1))
+    return entropy.mask_counts(
+        min(max(round(entropy.UNIT * odds / (1 + odds)), 1), entropy.UNIT - 1)
+    )
 
 
 def _usual(classes: Indices) -> int:
@@ -215,7 +242,8 @@ class _Steps(Masked):
 
 
 class _Codebook(Masked):
-    """Kept values as a sign and one of a few magnitudes, which are fitted to the message (Lloyd)."""
+    """Kept values as a sign and one of a few magnitudes, which are fitted to the message
+    (Lloyd)."""
 
     def __init__(self, settings: RateSettings, layout: Layout, *, bits: int, mark: int = 0) -> None:
         super().__init__(settings, layout, num_scales=_num_scales(bits), mark=mark)
@@ -225,7 +253,8 @@ class _Codebook(Masked):
         return np.abs(values)
 
     def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - one for all
-        """With one magnitude for k values, (sum of them)^2 / k is what they capture; more can be worse."""
+        """With one magnitude for k values, (sum of them)^2 / k is what they capture; more can be
+        worse."""
         if self.num_scales > 1 or not len(weights):
             return len(weights)
         sums = np.cumsum(weights / weights[0], dtype=np.float64)
@@ -235,20 +264,29 @@ class _Codebook(Masked):
         """Centroids, rising."""
         if not len(kept):
             return np.zeros(self.num_scales, dtype=np.uint16)
+
         ordered = np.sort(np.abs(kept)).astype(np.float64)
         sums = np.concatenate([[0.0], np.cumsum(ordered)])
-        centroids = ordered[((np.arange(self.num_scales) + 0.5) / self.num_scales * len(ordered)).astype(np.int64)]
+        centroids = ordered[
+            ((np.arange(self.num_scales) + 0.5) / self.num_scales * len(ordered)).astype(np.int64)
+        ]
+
         for _ in range(20):
             edges = np.searchsorted(ordered, (centroids[1:] + centroids[:-1]) / 2)
             edges = np.concatenate([[0], edges, [len(ordered)]])
             counts = np.diff(edges)
-            centroids = np.where(counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centroids)
+            centroids = np.where(
+                counts > 0, np.diff(sums[edges]) / np.maximum(counts, 1), centroids
+            )
+
         return bf16(centroids)
 
     def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
         """The nearest magnitude, plus `num_scales` for positive values."""
         wide = scales.astype(np.float64)
-        return np.searchsorted((wide[1:] + wide[:-1]) / 2, np.abs(kept)) + self.num_scales * (kept > 0)
+        return np.searchsorted((wide[1:] + wide[:-1]) / 2, np.abs(kept)) + self.num_scales * (
+            kept > 0
+        )
 
     def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:  # noqa: ARG002
         return np.concatenate([-scales, scales])[symbols]
@@ -268,7 +306,8 @@ class LargestSettings(RateSettings):
 class Largest(Codec):
     """The largest magnitudes of the whole update in so many bits each. Body: that of `Masked`.
 
-    With value_bits="best" every number of bits is tried, and the one of least error goes before it as a byte.
+    With value_bits="best" every number of bits is tried, and the one of least error goes before it
+    as a byte.
     """
 
     value_bits: ValueBits
@@ -277,6 +316,7 @@ class Largest(Codec):
         super().__init__(settings, layout)
         self._coders: dict[int, Masked] = {}
         self._marked = value_bits == "best"
+
         for bits in _BITS if value_bits == "best" else (value_bits,):
             try:
                 self._coders[bits] = _coder(settings, layout, bits=bits, mark=int(self._marked))
@@ -291,12 +331,14 @@ class Largest(Codec):
         marked = settings.value_bits == "best"
         bits = 1 if settings.value_bits == "best" else settings.value_bits
         least = masked_least(layout, num_scales=_num_scales(bits), mark=int(marked))
+
         return frame_room(layout, settings.rate, least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         if not self._marked:
             (coder,) = self._coders.values()
             return coder.body(vector, seed)
+
         bodies = {bits: coder.body(vector, seed) for bits, coder in self._coders.items()}
         bits = min(bodies, key=lambda bits: self._error(vector, bodies[bits], bits))
         return struct.pack("<B", bits) + bodies[bits]
@@ -304,7 +346,10 @@ class Largest(Codec):
     def parse(self, reader: Reader) -> Tensor:
         bits = int(reader.number("B")) if self._marked else next(iter(self._coders))
         if bits not in self._coders:
-            raise WireError(f"frame: {bits} bits for each value; expected one of {sorted(self._coders)}")
+            raise WireError(
+                f"frame: {bits} bits for each value; expected one of {sorted(self._coders)}"
+            )
+
         return self._coders[bits].parse(reader)
 
     def _error(self, vector: Tensor, body: bytes, bits: int) -> float:
@@ -350,7 +395,9 @@ class RandomKSettings(RateSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        if self.unbiased == "yes" and self.error_feedback:  # feedback around a codec that enlarges diverges
+        if (
+            self.unbiased == "yes" and self.error_feedback
+        ):  # feedback around a codec that enlarges diverges
             yield "unbiased='yes' diverges with error_feedback=true; choose one of the two"
 
 

@@ -1,11 +1,13 @@
-"""Trellis-coded quantisation: a rotation makes values Gaussian, a path through a shift register codes them jointly.
+"""Trellis-coded quantisation: a rotation makes values Gaussian, a path through a shift register
+codes them jointly.
 
-A scalar quantiser with an entropy coder stays 0.1 bit or more above what a Gaussian source needs, which at half a bit
-per value is a quarter of the bytes. Here a state of `memory` bits is shifted by some bits for every few values; each
-state stands for that many Gaussian numbers from one fixed table; the encoder finds the best path (Viterbi), and the
-bits shifted in are the frame. Random codes on a trellis come near the Gaussian bound as the memory grows (Marcellin and
-Fischer, 1990; the bit-shift trellis is that of Tseng et al., QTIP, NeurIPS 2024). There is nothing to learn, nothing
-to entropy-code and nothing to download.
+A scalar quantiser with an entropy coder stays 0.1 bit or more above what a Gaussian source needs,
+which at half a bit per value is a quarter of the bytes. Here a state of `memory` bits is shifted by
+some bits for every few values; each state stands for that many Gaussian numbers from one fixed
+table; the encoder finds the best path (Viterbi), and the bits shifted in are the frame. Random
+codes on a trellis come near the Gaussian bound as the memory grows (Marcellin and Fischer, 1990;
+the bit-shift trellis is that of Tseng et al., QTIP, NeurIPS 2024). There is nothing to learn,
+nothing to entropy-code and nothing to download.
 
     body   bytes   what
     seed   4       u32, of the rotation
@@ -14,8 +16,8 @@ to entropy-code and nothing to download.
     lower  groups  u8, 1/8 octaves below it; 255: the group is zero
     paths  rest    bits of every group, block by block, one after another, highest bit first
 
-Groups are the tensors of one target and factor, as LoRA names them; bits go to groups by reverse water-filling on these
-codes, in whole numbers, so that both ends agree.
+Groups are the tensors of one target and factor, as LoRA names them; bits go to groups by reverse
+water-filling on these codes, in whole numbers, so that both ends agree.
 """
 
 import struct
@@ -58,7 +60,8 @@ class TrellisSettings(RateSettings):
     name: Literal["trellis"] = "trellis"
     """Which codec."""
     memory: Annotated[Literal[6, 8, 10, 12], EXACT] = 10
-    """Bits of the state. Two more take up to four times as long to encode and come nearer to the bound."""
+    """Bits of the state. Two more take up to four times as long to encode and come nearer to the
+    bound."""
 
 
 class Trellis(Codec):
@@ -73,7 +76,9 @@ class Trellis(Codec):
         spread = np.repeat(np.array(owner, dtype=np.int64), layout.sizes)
         order = np.argsort(spread, kind="stable")
         self._sizes = np.bincount(spread, minlength=len(numbers))
-        self._where = [torch.from_numpy(each) for each in np.split(order, np.cumsum(self._sizes)[:-1])]
+        self._where = [
+            torch.from_numpy(each) for each in np.split(order, np.cumsum(self._sizes)[:-1])
+        ]
         self._room = self.frame_size(settings, layout) - OVERHEAD
 
     @classmethod
@@ -84,18 +89,25 @@ class Trellis(Codec):
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         seed %= 1 << 32
-        rotated = [rotate(vector[where].double(), seed + number).numpy() for number, where in enumerate(self._where)]
+        rotated = [
+            rotate(vector[where].double(), seed + number).numpy()
+            for number, where in enumerate(self._where)
+        ]
         top, lower = _loudness(rotated)
         bits = self._allocate(lower)
-        paths, decoded = [], []
+        paths = []
+        decoded = []
+
         for values, low, count in zip(rotated, lower, bits, strict=True):
             scale = 2.0 ** ((top - int(low)) / _OCTAVE)
             path, unit = search(values / scale, int(count), self.settings.memory)
             paths.append(path)
             decoded.append(unit * scale)
+
         product = sum(float(x @ y) for x, y in zip(rotated, decoded, strict=True))
         energy = sum(float(y @ y) for y in decoded)
         gain = int(np.clip(np.rint(_GAIN * product / energy), 0, 255)) if energy > 0 else 0
+
         return (
             _HEAD.pack(seed, gain, top)
             + lower.astype(np.uint8).tobytes()
@@ -103,25 +115,39 @@ class Trellis(Codec):
         )
 
     def parse(self, reader: Reader) -> Tensor:
-        seed, gain, top = int(reader.number("I")), int(reader.number("B")), int(reader.number("h"))
+        seed = int(reader.number("I"))
+        gain = int(reader.number("B"))
+        top = int(reader.number("h"))
+
         if abs(top) > 126 * _OCTAVE:
             raise WireError(f"frame: loudness {top} is beyond fp32")
+
         lower = reader.array("u1", len(self._sizes)).astype(np.int64)
         plans = [
-            Plan.of(len(where), int(count)) for where, count in zip(self._where, self._allocate(lower), strict=True)
+            Plan.of(len(where), int(count))
+            for where, count in zip(self._where, self._allocate(lower), strict=True)
         ]
         ends = np.cumsum([plan.total for plan in plans])
-        bits = np.unpackbits(reader.array("u1", -(-int(ends[-1]) // 8)).astype(np.uint8), count=int(ends[-1]))
+        bits = np.unpackbits(
+            reader.array("u1", -(-int(ends[-1]) // 8)).astype(np.uint8), count=int(ends[-1])
+        )
         vector = torch.zeros(self.layout.numel)
-        for number, (where, low, plan, end) in enumerate(zip(self._where, lower, plans, ends, strict=True)):
+
+        for number, (where, low, plan, end) in enumerate(
+            zip(self._where, lower, plans, ends, strict=True)
+        ):
             if plan.total:
                 unit = follow(bits[end - plan.total : end], plan, self.settings.memory)
-                values = torch.from_numpy(unit * (gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE)))
+                values = torch.from_numpy(
+                    unit * (gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE))
+                )
                 vector[where] = rotate(values, seed + number, back=True).clamp(-3e38, 3e38).float()
+
         return vector
 
     def _allocate(self, lower: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Bits of every group: half of log2(variance / water level) for each value, in whole-number arithmetic."""
+        """Bits of every group: half of log2(variance / water level) for each value, in whole-number
+        arithmetic."""
         live = lower < _SILENT
         loud = np.where(live, -_FINE * lower.astype(np.int64), 0)
         room = 8 * (self._room - _HEAD.size - len(lower))
@@ -135,12 +161,14 @@ class Trellis(Codec):
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if int(bits(middle).sum()) > room else (least, middle)
+
         return bits(most)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the bits of a path go to values: `steps` of (bits, values), the same for each of `blocks`."""
+    """How the bits of a path go to values: `steps` of (bits, values), the same for each of
+    `blocks`."""
 
     size: int
     blocks: int
@@ -153,14 +181,21 @@ class Plan:
 
     @classmethod
     def of(cls, size: int, bits: int) -> "Plan":
-        """At most `bits` bits for `size` values of RMS 1, spread evenly; what is decoded has the energy they carry."""
+        """At most `bits` bits for `size` values of RMS 1, spread evenly; what is decoded has the
+        energy they carry."""
         blocks = max(-(-size // _BLOCK), 1)
-        length, each = -(-size // blocks), bits // blocks
+        length = -(-size // blocks)
+        each = bits // blocks
         steps = min(each, length)
         edges = np.arange(steps + 1)
-        spans = np.diff(edges * length // max(steps, 1)) if each <= length else np.ones(length, np.int64)
+        spans = (
+            np.diff(edges * length // max(steps, 1))
+            if each <= length
+            else np.ones(length, np.int64)
+        )
         shifts = np.ones(steps, np.int64) if each <= length else np.diff(edges * each // length)
         scale = (1 - 4.0 ** (-int(shifts.sum()) / max(length, 1))) ** 0.5
+
         return cls(size, blocks, length, shifts, spans, np.full(len(spans), scale, np.float32))
 
     @property
@@ -176,29 +211,39 @@ class Plan:
 
 @cache
 def codebook(memory: int) -> Floats:
-    """Gaussian numbers (_LONGEST, 2^memory), of mean 0 and RMS 1 in each row; the same on every machine."""
+    """Gaussian numbers (_LONGEST, 2^memory), of mean 0 and RMS 1 in each row; the same on every
+    machine."""
     words = np.random.PCG64(memory).random_raw(_LONGEST << memory)
-    numbers = ndtri(((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53).reshape(_LONGEST, -1)
+    numbers = ndtri(((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53).reshape(
+        _LONGEST, -1
+    )
     numbers -= numbers.mean(1, keepdims=True)
     found: Floats = (numbers / np.sqrt((numbers**2).mean(1, keepdims=True))).astype(np.float32)
+
     return found
 
 
 def search(values: NDArray[np.float64], bits: int, memory: int) -> tuple[Bits, NDArray[np.float64]]:
-    """The best path for `values` (n,) of about unit RMS in at most `bits` bits, and what it decodes to (n,)."""
+    """The best path for `values` (n,) of about unit RMS in at most `bits` bits, and what it decodes
+    to (n,)."""
     plan = Plan.of(len(values), bits)
     if plan.total == 0:
         return np.zeros(0, np.uint8), np.zeros(len(values))
+
     padded = np.zeros(plan.blocks * plan.length, dtype=np.float32)
     padded[: plan.size] = values
     rows = padded.reshape(plan.blocks, plan.length)
     path = best_path(rows, plan, memory)
+
     return path, follow(path, plan, memory)
 
 
 def best_path(rows: Floats, plan: Plan, memory: int) -> Bits:
     """Bits (plan.total,) of the path of least squared error for every row of (blocks, length)."""
-    paths = [_viterbi(rows[i : i + _SIDE_BY_SIDE], plan, memory) for i in range(0, plan.blocks, _SIDE_BY_SIDE)]
+    paths = [
+        _viterbi(rows[i : i + _SIDE_BY_SIDE], plan, memory)
+        for i in range(0, plan.blocks, _SIDE_BY_SIDE)
+    ]
     return np.concatenate(paths).reshape(-1)
 
 
@@ -206,32 +251,44 @@ def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
     """The values (n,) of a path (plan.total,)."""
     if plan.total == 0:
         return np.zeros(plan.size)
+
     path = path.reshape(plan.blocks, plan.bits)
     padded = np.concatenate([np.zeros((plan.blocks, memory), np.uint8), path], axis=1)
-    last = memory + np.cumsum(plan.shifts) - 1  # a step's state is made of the `memory` bits up to its last
+    last = (
+        memory + np.cumsum(plan.shifts) - 1
+    )  # a step's state is made of the `memory` bits up to its last
     states = np.zeros((plan.blocks, len(last)), np.int16)
+
     for bit in range(memory):
         states |= padded[:, last - bit].astype(np.int16) << bit
     step = np.repeat(np.arange(len(plan.spans)), plan.spans)
     place = np.arange(plan.length) - np.repeat(np.cumsum(plan.spans) - plan.spans, plan.spans)
     decoded = codebook(memory)[place, states[:, step]] * plan.scales[step]
     found: NDArray[np.float64] = decoded.reshape(-1)[: plan.size].astype(np.float64)
+
     return found
 
 
 def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:
     """Bits (rows, plan.bits) of the path of least squared error for each row, from state 0."""
-    count, states = len(rows), 1 << memory
+    count = len(rows)
+    states = 1 << memory
     book = codebook(memory)
     sums = {int(span): (book[:span] ** 2).sum(0) for span in np.unique(plan.spans)}
     cost = np.full((count, states), 1e30, dtype=np.float32)
     cost[:, 0] = 0
-    best, metric = np.empty_like(cost), np.empty_like(cost)
-    chosen, position = [], 0
-    for shift, span, scale in zip(plan.shifts.tolist(), plan.spans.tolist(), plan.scales, strict=True):
+    best = np.empty_like(cost)
+    metric = np.empty_like(cost)
+    chosen = []
+    position = 0
+
+    for shift, span, scale in zip(
+        plan.shifts.tolist(), plan.spans.tolist(), plan.scales, strict=True
+    ):
         np.matmul(rows[:, position : position + span] * (-2 * scale), book[:span], out=metric)
         metric += sums[span] * (scale * scale)
         position += span
+
         if shift:
             left = states >> shift
             from_each = cost.reshape(count, 1 << shift, left)
@@ -241,13 +298,23 @@ def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:
             else:
                 chosen.append(from_each.argmin(1).astype(np.uint8))
                 least = from_each.min(1)
-            np.add(metric.reshape(count, left, 1 << shift), least[:, :, None], out=metric.reshape(count, left, -1))
+
+            np.add(
+                metric.reshape(count, left, 1 << shift),
+                least[:, :, None],
+                out=metric.reshape(count, left, -1),
+            )
         else:
             chosen.append(np.zeros(0, bool))
             metric += cost
+
         cost, metric = metric, cost
-    path, every = np.zeros((count, plan.bits), np.uint8), np.arange(count)
-    state, end = cost.argmin(1), plan.bits
+
+    path = np.zeros((count, plan.bits), np.uint8)
+    every = np.arange(count)
+    state = cost.argmin(1)
+    end = plan.bits
+
     for shift, choice in zip(plan.shifts.tolist()[::-1], chosen[::-1], strict=True):
         if not shift:
             continue
@@ -256,6 +323,7 @@ def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:
         end -= shift
         before = state >> shift
         state = before | choice[every, before].astype(np.int64) << memory - shift
+
     return path
 
 
@@ -266,6 +334,7 @@ def _groups(layout: Layout) -> tuple[dict[object, int], list[int]]:
         numbers.setdefault((target(name), factor(name)) if factor(name) else name, len(numbers))
         for name, _ in layout.shapes
     ]
+
     return numbers, owner
 
 
@@ -283,11 +352,14 @@ def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
     """A random rotation of (n,), fp64, in rows that each hold a sample of everything."""
     if not len(values):
         return values
+
     rows = -(-len(values) // _ROW)
     even = len(values) // rows * rows
     rotation = Rotation(seed, rows, even // rows)
+
     if back:
         turned = rotation.inverse(values[:even].view(rows, -1)).T.reshape(-1)
     else:
         turned = rotation.forward(values[:even].view(-1, rows).T.contiguous()).reshape(-1)
+
     return torch.cat([turned, values[even:]])

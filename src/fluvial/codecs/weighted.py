@@ -1,8 +1,10 @@
-"""A codec that counts the error of the weights, not of the factors: each factor times what the other one multiplies.
+"""A codec that counts the error of the weights, not of the factors: each factor times what the
+other one multiplies.
 
-A change dA of a factor changes the weights by B dA, a change dB by dB A. Both ends know the adapter that the update
-starts from, so they can scale every factor by the size of its partner, at no byte; while B is small, B is sent first.
-It lowers the error of the weights' change; in the runs that we know of it ends where the unweighted codec ends.
+A change dA of a factor changes the weights by B dA, a change dB by dB A. Both ends know the adapter
+that the update starts from, so they can scale every factor by the size of its partner, at no byte;
+while B is small, B is sent first. It lowers the error of the weights' change; in the runs that we
+know of it ends where the unweighted codec ends.
 """
 
 import math
@@ -48,15 +50,24 @@ def weighted(codec: Codec, received: Named) -> Codec:
 
 
 def scales(received: Named, layout: Layout) -> dict[str, float]:
-    """sqrt((|partner|^2 + 0.2 |factor|^2) / rank) for every factor of `layout`; `received` holds both factors."""
+    """sqrt((|partner|^2 + 0.2 |factor|^2) / rank) for every factor of `layout`; `received` holds
+    both factors."""
     found = {}
     for name, shape in layout.shapes:
         kind = factor(name)
         if kind is None:
-            raise ConfigError(f"codec.weighted: {name!r} is no LoRA factor; only these have a partner to be weighed by")
-        partner = name.replace(".lora_A.", ".lora_B.") if kind == "A" else name.replace(".lora_B.", ".lora_A.")
+            raise ConfigError(
+                f"codec.weighted: {name!r} is no LoRA factor; only these have a partner to be weighed by"
+            )
+
+        partner = (
+            name.replace(".lora_A.", ".lora_B.")
+            if kind == "A"
+            else name.replace(".lora_B.", ".lora_A.")
+        )
         theirs, own = (float(received[each].double().square().sum()) for each in (partner, name))
         found[name] = math.sqrt(max((theirs + _FLOOR * own) / min(shape), 1e-12))
+
     return found
 
 

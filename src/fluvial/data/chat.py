@@ -18,8 +18,11 @@ _MARK = "content-of-a-turn-"
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
-def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str) -> Example:
-    """Return the whole conversation by the tokenizer's own chat template; labels on the assistant's turns.
+def encode_chat(
+    place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str
+) -> Example:
+    """Return the whole conversation by the tokenizer's own chat template; labels on the assistant's
+    turns.
 
     Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in
     two ways.
@@ -30,14 +33,20 @@ def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss
             'data.chat_template to "plain" (roles as words), to another known one, such as '
             '"chatml", or to a file'
         )
+
     if loss_on != "all" and all(message["role"] != "assistant" for message in messages):
-        raise ConfigError(f"{place}: the conversation has no turn of the assistant to learn; remove the record")
+        raise ConfigError(
+            f"{place}: the conversation has no turn of the assistant to learn; remove the record"
+        )
+
     rendered = _render(place, messages, tokenizer)
     _refuse_omissions(place, messages, tokenizer, rendered)
     spans = [] if loss_on == "all" else _spans(place, messages, tokenizer, rendered)
     ids, offsets = _tokens(place, rendered, tokenizer)
+
     if loss_on == "all":
         return Example(ids, list(ids))
+
     labels = [
         token if any(begin < to and since < end for begin, end in spans) else IGNORE_INDEX
         for token, (since, to) in zip(ids, offsets, strict=True)
@@ -45,42 +54,60 @@ def encode_chat(place: object, messages: Sequence[Message], tokenizer: Any, loss
     return Example(ids, labels)
 
 
-def _spans(place: object, messages: Sequence[Message], tokenizer: Any, rendered: str) -> list[tuple[int, int]]:
+def _spans(
+    place: object, messages: Sequence[Message], tokenizer: Any, rendered: str
+) -> list[tuple[int, int]]:
     """Return where the assistant's turns stand in `rendered`, in characters."""
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+
         end = _render(place, messages[: turn + 1], tokenizer)
-        if turn == 0:  # there is no conversation before it to render, so its header ends where its content begins
+        if (
+            turn == 0
+        ):  # there is no conversation before it to render, so its header ends where its content begins
             start = _header(place, message, tokenizer)
         else:
             start = _render(place, messages[:turn], tokenizer, add_generation_prompt=True)
+
         if not (rendered.startswith(end) and end.startswith(start)):
             raise ConfigError(
                 f"{place}: the chat template renders turn {turn + 1} differently inside the whole "
                 "conversation, so its tokens cannot be told apart; keep one assistant turn a "
                 "record, or set data.loss_on='all'"
             )
+
         if message["content"].strip() not in end[len(start) :]:
             raise _omitted(place, turn, message)
+
         spans.append((len(start), len(end)))
+
     return spans
 
 
-def _tokens(place: object, rendered: str, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return token ids and their places in `rendered`; the template has put BOS where the model wants it."""
+def _tokens(
+    place: object, rendered: str, tokenizer: Any
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return token ids and their places in `rendered`; the template has put BOS where the model
+    wants it."""
     try:
-        encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer(
+            rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
     except NotImplementedError:
         raise ConfigError(
             f"{place}: the tokenizer cannot say where its tokens stand, which the loss on the "
             "assistant's turns needs; use a model folder with a tokenizer.json"
         ) from None
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+
+    ids = list(encoded["input_ids"])
+    offsets = list(encoded["offset_mapping"])
     bos = tokenizer.bos_token_id
+
     if bos is not None and ids[:2] == [bos, bos]:  # one by the template, one by the tokenizer
         return ids[1:], offsets[1:]
+
     return ids, offsets
 
 
@@ -90,7 +117,9 @@ def _header(place: object, message: Message, tokenizer: Any) -> str:
     return marked[: max(0, marked.find(_MARK))]
 
 
-def _refuse_omissions(place: object, messages: Sequence[Message], tokenizer: Any, rendered: str) -> None:
+def _refuse_omissions(
+    place: object, messages: Sequence[Message], tokenizer: Any, rendered: str
+) -> None:
     """Raise `ConfigError` for a turn whose content the template leaves out or changes.
 
     A short content may stand in the template's own text too, so marks are rendered in the place of
@@ -99,6 +128,7 @@ def _refuse_omissions(place: object, messages: Sequence[Message], tokenizer: Any
     marks = [f"{_MARK}{number}." for number in range(len(messages))]
     pairs = zip(messages, marks, strict=True)
     marked = _render(place, [message | {"content": mark} for message, mark in pairs], tokenizer)
+
     for number, message in enumerate(messages):
         shown_whole = marks[number] in marked and message["content"].strip() in rendered
         if message["role"] != "assistant" and not shown_whole:
@@ -112,7 +142,13 @@ def _omitted(place: object, number: int, message: Message) -> ConfigError:
     )
 
 
-def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_generation_prompt: bool = False) -> str:
+def _render(
+    place: object,
+    messages: Sequence[Message],
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
     try:
         text: str = tokenizer.apply_chat_template(
             list(messages),
@@ -126,11 +162,13 @@ def _render(place: object, messages: Sequence[Message], tokenizer: Any, *, add_g
             f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; "
             "change the record, or set data.chat_template to another template"
         ) from error
+
     return text
 
 
 def _dated(template: object) -> dict[str, str]:
-    """Return, for a template that writes today's date, the same template with the date of `TODAY`."""
+    """Return, for a template that writes today's date, the same template with the date of
+    `TODAY`."""
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}
     return {"chat_template": _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), template)}

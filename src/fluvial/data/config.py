@@ -90,6 +90,7 @@ class DataConfig(Settings):
         yield from unreadable(self.columns, self.encoding, self.delimiter)
 
         touched = self._touched()
+
         if self.source == STDLIB:
             idle = touched & {
                 "split",
@@ -106,7 +107,10 @@ class DataConfig(Settings):
             if self.public_source is None:
                 idle |= touched & {"encoding", "delimiter", "numbers"}
             if idle:
-                yield (f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split")
+                yield (
+                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split"
+                )
+
         if self.heldout_split == self.split and self.heldout_source in (None, self.source):
             yield f"heldout_split={self.heldout_split!r}: these are the records to train on; name others"
         if "heldout_share" in touched and (self.heldout_source or self.heldout_split):
@@ -120,13 +124,19 @@ class DataConfig(Settings):
 
     def _touched(self) -> set[str]:
         default = type(self).model_fields
-        return {name for name in default if getattr(self, name) != default[name].get_default(call_default_factory=True)}
+        return {
+            name
+            for name in default
+            if getattr(self, name) != default[name].get_default(call_default_factory=True)
+        }
 
     def reading(self, own: SourceSettings | None = None) -> "ReadingSettings":
         """Return how a source is read: by its own settings, where those are unset by these."""
         given = {} if own is None else own.model_dump(exclude_none=True)
         return ReadingSettings(
-            **({name: getattr(self, name) for name in READING} | given), numbers=self.numbers, own=frozenset(given)
+            **({name: getattr(self, name) for name in READING} | given),
+            numbers=self.numbers,
+            own=frozenset(given),
         )
 
 
@@ -142,7 +152,9 @@ class ReadingSettings(Settings):
     """Settings that were given for this source alone."""
 
 
-def unreadable(columns: Mapping[str, str] | None, encoding: str | None, delimiter: str | None) -> Iterator[str]:
+def unreadable(
+    columns: Mapping[str, str] | None, encoding: str | None, delimiter: str | None
+) -> Iterator[str]:
     """Yield a line for each renamed field, an encoding or a delimiter that cannot be."""
     for field, column in (columns or {}).items():
         if field in FIELDS:
@@ -151,7 +163,11 @@ def unreadable(columns: Mapping[str, str] | None, encoding: str | None, delimite
         if column in FIELDS:
             hint = f"our field comes first: {{{column} = {field!r}}}"
         yield f"columns: {field!r:.40} is no field of a record; {hint}"
+
     if encoding is not None and not known_encoding(encoding):
-        yield (f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'")
+        yield (
+            f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'"
+        )
+
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
         yield f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, \"\\t\""

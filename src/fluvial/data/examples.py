@@ -12,7 +12,8 @@ Overlong = Literal["cut", "shorten_prompt", "drop", "refuse"]
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence; `labels` equal `input_ids` or `IGNORE_INDEX`, position by position (unshifted)."""
+    """One training sequence; `labels` equal `input_ids` or `IGNORE_INDEX`, position by position
+    (unshifted)."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -41,19 +42,23 @@ class Question:
 
 
 def windows(example: Example, length: int) -> list[Example]:
-    """Return consecutive windows of `length` tokens; those without a label to predict are dropped."""
+    """Return consecutive windows of `length` tokens; those without a label to predict are
+    dropped."""
     starts = range(0, len(example.input_ids), length)
     parts = [example.cut(start, start + length) for start in starts]
     return [part for part in parts if part.learns]
 
 
 def without_beginning(example: Example, surplus: int, first: int) -> Example:
-    """Return `example` without `surplus` tokens after its `first` ones, as far as they carry no loss.
+    """Return `example` without `surplus` tokens after its `first` ones, as far as they carry no
+    loss.
 
     One token before the first label stays, since a label needs something before it.
     """
     labelled = (place for place, label in enumerate(example.labels) if label != IGNORE_INDEX)
     free = next(labelled, 0) - 1 - first
     taken = min(surplus, max(0, free))
-    ids, labels = list(example.input_ids), list(example.labels)
+    ids = list(example.input_ids)
+    labels = list(example.labels)
+
     return Example(ids[:first] + ids[first + taken :], labels[:first] + labels[first + taken :])

@@ -32,7 +32,8 @@ class Faults:
         self.count = 0
 
     def add(self, fault: str) -> None:
-        """Note one fault; one that is known, as of a file that is read as two sources, is not told again."""
+        """Note one fault; one that is known, as of a file that is read as two sources, is not told
+        again."""
         if fault in self.first:
             return
         self.count += 1
@@ -81,9 +82,12 @@ def printable(text: str) -> str:
     """Return `text` with control and format characters and lone surrogates written as escapes."""
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
     marks = (
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in hidden else character
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in hidden
+        else character
         for character in text
     )
+
     return "".join(marks)
 
 

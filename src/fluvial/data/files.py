@@ -22,7 +22,11 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     (b"ARROW1", "an Arrow file", "write parquet or JSON lines"),
     (b"SQLite format 3", "an SQLite database", "export the table as CSV"),
     (b"%PDF", "a PDF document", "write its text into a .txt or .jsonl file"),
-    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself with `git lfs pull`"),
+    (
+        b"version https://git-lfs",
+        "a pointer of Git LFS",
+        "fetch the file itself with `git lfs pull`",
+    ),
 )
 """First bytes of files that are no text, their names, and the remedy."""
 BOMS: tuple[tuple[bytes, str], ...] = (
@@ -36,7 +40,16 @@ DOUBLE_BYTE = ("gb18030", "shift_jis", "euc_kr", "big5")
 SINGLE_BYTE = ("cp1252", "latin-1")
 SAMPLE = 2**20
 """Bytes that an encoding is proposed from."""
-NO_TEXT = {"idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "mbcs", "oem", "utf_7"}
+NO_TEXT = {
+    "idna",
+    "punycode",
+    "undefined",
+    "unicode_escape",
+    "raw_unicode_escape",
+    "mbcs",
+    "oem",
+    "utf_7",
+}
 
 
 def known_encoding(name: str) -> bool:
@@ -46,6 +59,7 @@ def known_encoding(name: str) -> bool:
         "a".encode(name).decode(name)
     except (LookupError, ValueError):
         return False
+
     return found.name.replace("-", "_") not in NO_TEXT
 
 
@@ -56,8 +70,10 @@ def read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise DataError([f"{name}: cannot be read: {error.strerror}"]) from error
+
     if not data:
         raise DataError([f"{name}: is empty"])
+
     return data
 
 
@@ -67,27 +83,45 @@ def read_text(path: Path, encoding: str) -> str:
     Raise `DataError`, naming file, line and byte, where the bytes are not text of `encoding`, with
     a proposal.
     """
-    data, name = read_bytes(path), printable(str(path))
+    data = read_bytes(path)
+    name = printable(str(path))
+
     for start, what, remedy in FORMATS:
         if data.startswith(start):
             raise DataError([f"{name}: is {what}, not text: {remedy}"])
+
     mark = next((found for start, found in BOMS if data.startswith(start)), None)
     codec = codecs.lookup(encoding).name
     if mark is not None and not codec.startswith(mark):
-        raise DataError([f'{name}: begins with the mark of {mark}, not {encoding}; set data.encoding = "{mark}"'])
+        raise DataError(
+            [
+                f'{name}: begins with the mark of {mark}, not {encoding}; set data.encoding = "{mark}"'
+            ]
+        )
+
     text = _decoded(data, codec, encoding, name).removeprefix("\ufeff")
     windows = re.search("[\x80-\x9f]", text) if codec == "iso8859-1" else None
     if windows is not None:
         line = text.count("\n", 0, windows.start()) + 1
         byte = f"0x{ord(windows[0]):02x}"
         raise DataError(
-            [f'{name}, line {line}: byte {byte} is no character of {encoding}; set data.encoding = "cp1252"']
+            [
+                f'{name}, line {line}: byte {byte} is no character of {encoding}; set data.encoding = "cp1252"'
+            ]
         )
+
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         proposal = _wide(data)
-        remedy = f'set data.encoding = "{proposal}"' if proposal else "remove it, or name another file"
-        raise DataError([f"{name}, line {line}: holds a NUL character, so this is no text of {encoding}; {remedy}"])
+        remedy = (
+            f'set data.encoding = "{proposal}"' if proposal else "remove it, or name another file"
+        )
+        raise DataError(
+            [
+                f"{name}, line {line}: holds a NUL character, so this is no text of {encoding}; {remedy}"
+            ]
+        )
+
     return text
 
 
@@ -98,15 +132,22 @@ def _decoded(data: bytes, codec: str, encoding: str, name: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"byte {error.start + 1} of the file is 0x{data[error.start]:02x}"
         raise DataError(
-            [f"{name}, line {line}: is no text of {encoding} ({byte}: {error.reason}); {_proposal(data, codec)}"]
+            [
+                f"{name}, line {line}: is no text of {encoding} ({byte}: {error.reason}); {_proposal(data, codec)}"
+            ]
         ) from None
 
 
 def _proposal(data: bytes, codec: str) -> str:
     """Return the remedy for bytes that are no text of `codec`."""
-    fitting = [found for found in _candidates(data) if codecs.lookup(found).name != codec and _fits(data, found)]
+    fitting = [
+        found
+        for found in _candidates(data)
+        if codecs.lookup(found).name != codec and _fits(data, found)
+    ]
     if not fitting:
         return "the file is damaged, or no text; save it anew as UTF-8"
+
     quoted = [f'"{found}"' for found in fitting]
     others = f" (or {', '.join(quoted[1:])})" if quoted[1:] else ""
     return f"set data.encoding, for instance to {quoted[0]}{others}, and look at it with `fluvial preview`"
@@ -116,9 +157,11 @@ def _candidates(data: bytes) -> tuple[str, ...]:
     wide = _wide(data)
     if wide:
         return (wide,)
+
     sample = data[:SAMPLE]
     high = [number for number, byte in enumerate(sample) if byte >= 0x80]
     pairs = sum(number + 1 < len(sample) and sample[number + 1] >= 0x80 for number in high)
+
     # Letters of a Latin alphabet beyond ASCII stand alone in a word, those of two bytes side by
     # side.
     return (*DOUBLE_BYTE, *SINGLE_BYTE) if high and pairs > len(high) / 2 else (UTF8, *SINGLE_BYTE)
@@ -129,13 +172,16 @@ def _fits(data: bytes, encoding: str) -> bool:
         data.decode(encoding)
     except UnicodeDecodeError:
         return False
+
     return True
 
 
 def _wide(data: bytes) -> str | None:
     """Return the UTF-16 that every second byte being NUL speaks for."""
     sample = data[:SAMPLE]
-    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    even = sample[::2].count(0)
+    odd = sample[1::2].count(0)
+
     if max(even, odd) < len(sample) / 8:
         return None
     return "utf-16-le" if odd > even else "utf-16-be"

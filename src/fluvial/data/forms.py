@@ -26,7 +26,9 @@ REQUIRED_FIELDS: dict[Form, tuple[str, ...]] = {
 }
 OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {"alpaca": ("input",)}
 FIELDS = tuple(
-    dict.fromkeys(name for form in FORMS for name in (*REQUIRED_FIELDS[form], *OPTIONAL_FIELDS.get(form, ())))
+    dict.fromkeys(
+        name for form in FORMS for name in (*REQUIRED_FIELDS[form], *OPTIONAL_FIELDS.get(form, ()))
+    )
 )
 """All fields that `data.columns` may rename."""
 
@@ -37,9 +39,11 @@ def fields_of(form: Form) -> tuple[str, ...]:
 
 
 def detect_form(columns: Iterable[str], where: str) -> Form:
-    """Return the form whose fields are all among `columns`; raise `ConfigError` if none or several fit."""
+    """Return the form whose fields are all among `columns`; raise `ConfigError` if none or several
+    fit."""
     present = set(columns)
     fits = [form for form in FORMS if present.issuperset(REQUIRED_FIELDS[form])]
+
     if len(fits) > 1 and "text" in fits:
         fits.remove("text")  # many instruction sets carry a rendered `text` beside their fields
     if len(fits) != 1:
@@ -50,6 +54,7 @@ def detect_form(columns: Iterable[str], where: str) -> Form:
             "data.form, or rename fields with data.columns, such as "
             f"{{completion = 'answer'}}{_near(present)}. Forms and their fields: {known}"
         )
+
     return fits[0]
 
 
@@ -60,8 +65,11 @@ def _near(columns: Iterable[str]) -> str:
     return f" (here perhaps columns = {{{', '.join(pairs)}}})" if pairs else ""
 
 
-def resolve(form: Form | Literal["auto"], columns: Mapping[str, str], found: Sequence[str], where: str) -> Form:
-    """Return the form of a file with the columns `found`, of which `columns` renames some (our field = its column).
+def resolve(
+    form: Form | Literal["auto"], columns: Mapping[str, str], found: Sequence[str], where: str
+) -> Form:
+    """Return the form of a file with the columns `found`, of which `columns` renames some (our
+    field = its column).
 
     Raise `ConfigError`, naming the file `where`, if the settings do not fit the file.
     """
@@ -70,20 +78,24 @@ def resolve(form: Form | Literal["auto"], columns: Mapping[str, str], found: Seq
             raise ConfigError(
                 f"{where}: data.columns: {field} = {shown(column)}, but the data has the columns {listed(found)}"
             )
+
     renamed = set(columns.values())
     ours = [name for name in found if name not in renamed] + list(columns)
     chosen = detect_form(ours, where) if form == "auto" else form
     missing = [field for field in REQUIRED_FIELDS[chosen] if field not in ours]
+
     if missing:
         raise ConfigError(
             f"{where}: form {chosen!r} needs the field {missing[0]!r}; found {listed(found)}. Set "
             "data.form, or rename a field with data.columns, such as "
             f"{{{missing[0]} = 'NAME'}}{_near(found)}"
         )
+
     idle = [field for field in columns if field not in fields_of(chosen)]
     if idle:
         raise ConfigError(
             f"{where}: data.columns: {idle[0]} is without effect, because the form {chosen!r} has "
             f"the fields {', '.join(fields_of(chosen))}; remove it"
         )
+
     return chosen

@@ -8,7 +8,8 @@ from fluvial.models.network import reachable_hub
 
 
 def dataset_of(name: str, wanted: str, where: str) -> Any:
-    """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming the setting `where`.
+    """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming the setting
+    `where`.
 
     A hub that cannot be reached is found out in one attempt; what lies in its local cache is then
     read from there.
@@ -16,8 +17,11 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()  # the command line shows its own
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is in the error below
+    datasets.logging.set_verbosity(
+        datasets.logging.CRITICAL
+    )  # what goes wrong is in the error below
     path = Path(name).expanduser()
+
     try:
         if path.is_dir():
             return _split_of(datasets.load_from_disk(str(path)), wanted, f"{where}: {name!r}")
@@ -35,6 +39,7 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
             )
         else:
             why = f"cannot be read from the Hugging Face hub: {_cause(error)}"
+
         raise ConfigError(f"{where}: {name!r} {why}") from error
 
 

@@ -20,8 +20,12 @@ class Leaks:
         self._heldout[site] = [_digest(example) for example in heldout]
 
     def by_site(self) -> dict[str, int]:
-        """Return the held-out sequences of each site, token by token equal to one that any site trains on."""
-        counts = {name: sum(each in self._trained for each in found) for name, found in self._heldout.items()}
+        """Return the held-out sequences of each site, token by token equal to one that any site
+        trains on."""
+        counts = {
+            name: sum(each in self._trained for each in found)
+            for name, found in self._heldout.items()
+        }
         return {name: count for name, count in counts.items() if count}
 
     def remarks(self) -> list[str]:
@@ -29,6 +33,7 @@ class Leaks:
         found = self.by_site()
         if not found:
             return []
+
         total = sum(map(len, self._heldout.values()))
         return [
             f"{sum(found.values())} of {total} held-out sequences are also trained on, token by "

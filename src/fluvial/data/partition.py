@@ -30,7 +30,8 @@ class Iid(Settings):
 
 
 class Dirichlet(Settings):
-    """Shares of each class drawn from a Dirichlet distribution: smaller `alpha`, more skew (Hsu et al. 2019)."""
+    """Shares of each class drawn from a Dirichlet distribution: smaller `alpha`, more skew (Hsu et
+    al. 2019)."""
 
     by: Literal["dirichlet"] = "dirichlet"
     column: str
@@ -67,7 +68,9 @@ Drawn = Natural | Iid | Dirichlet | Shards
 """Partitions of one list of records."""
 
 
-def split(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int) -> dict[str, list[int]]:
+def split(
+    classes: Sequence[str] | None, count: int, partition: Drawn, seed: int
+) -> dict[str, list[int]]:
     """Return disjoint parts of `count` records, as their numbers from 0, by site name.
 
     `classes` has the text of `partition.column` for each record, None for `Iid`. The parts cover
@@ -77,8 +80,10 @@ def split(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int
     if isinstance(partition, Natural):
         assert classes is not None, "a column has values"
         return _by_class(classes, partition.largest)
+
     if partition.sites > count:
         raise ConfigError(f"data.partition.sites={partition.sites}: there are only {count} records")
+
     parts = _drawn(classes, count, partition, seed)
     width = len(str(len(parts) - 1))
     return {f"site-{number:0{width}}": part for number, part in enumerate(parts)}
@@ -92,29 +97,44 @@ def _by_class(classes: Sequence[str], largest: int | None) -> dict[str, list[int
     return {name: named[name] for name in sorted(kept)}
 
 
-def _drawn(classes: Sequence[str] | None, count: int, partition: Drawn, seed: int) -> list[list[int]]:
+def _drawn(
+    classes: Sequence[str] | None, count: int, partition: Drawn, seed: int
+) -> list[list[int]]:
     """Return the parts that a partitioner of flwr-datasets makes."""
     import datasets
     from flwr_datasets import partitioner as flower
 
-    dataset = datasets.Dataset.from_dict({"record": range(count)} | ({} if classes is None else {CLASS: classes}))
+    dataset = datasets.Dataset.from_dict(
+        {"record": range(count)} | ({} if classes is None else {CLASS: classes})
+    )
     chosen: Any
+
     if isinstance(partition, Iid):
-        dataset = dataset.shuffle(seed=seed)  # flwr-datasets' IID split takes records in their order
+        dataset = dataset.shuffle(
+            seed=seed
+        )  # flwr-datasets' IID split takes records in their order
         chosen = flower.IidPartitioner(partition.sites)
     elif isinstance(partition, Dirichlet):
-        chosen = flower.DirichletPartitioner(partition.sites, CLASS, partition.alpha, partition.min_records, seed=seed)
+        chosen = flower.DirichletPartitioner(
+            partition.sites, CLASS, partition.alpha, partition.min_records, seed=seed
+        )
     else:
         assert isinstance(partition, Shards), "the last of the kinds"
         chosen = flower.ShardPartitioner(
             partition.sites, CLASS, num_shards_per_partition=partition.shards_per_site, seed=seed
         )
+
     chosen.dataset = dataset
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The specified min_partition_size")  # it tries again, then raises
+            warnings.filterwarnings(
+                "ignore", message="The specified min_partition_size"
+            )  # it tries again, then raises
             warnings.filterwarnings("ignore", category=FutureWarning, module="pyarrow")
-            return [list(chosen.load_partition(number)["record"]) for number in range(chosen.num_partitions)]
+            return [
+                list(chosen.load_partition(number)["record"])
+                for number in range(chosen.num_partitions)
+            ]
     except (ValueError, ZeroDivisionError) as error:  # the latter for fewer records than shards
         raise ConfigError(_unsplit(classes, count, partition)) from error
 
@@ -127,6 +147,7 @@ def _unsplit(classes: Sequence[str] | None, count: int, partition: Drawn) -> str
             f"data.partition: by = 'shards' makes {partition.sites} x {partition.shards_per_site} "
             f"= {shards} shards, and there are only {count} records; lower sites or shards_per_site"
         )
+
     assert isinstance(partition, Dirichlet), "equal shares can always be drawn"
     values = len(set(classes or ()))
     return (
@@ -147,6 +168,7 @@ def alike(sites: Mapping[str, int]) -> list[str]:
     for name in sites:
         folded = "".join(unicodedata.normalize("NFKC", name).casefold().split())
         groups.setdefault(_number(folded) or folded, []).append(name)
+
     return [
         f"the sites {' and '.join(f'{shown(name)} ({sites[name]} records)' for name in names)} "
         "differ only in blanks, case, Unicode form or how a number is written, and are taken as "
@@ -157,10 +179,12 @@ def alike(sites: Mapping[str, int]) -> list[str]:
 
 
 def _number(name: str) -> str | None:
-    """Return one text for all ways to write the same number, such as 1, 1.0, 01 and 1e0; None for other names."""
+    """Return one text for all ways to write the same number, such as 1, 1.0, 01 and 1e0; None for
+    other names."""
     try:
         value = Decimal(name)
     except InvalidOperation:
         return None
+
     short = value.is_finite() and abs(value.adjusted()) < 100 and len(value.as_tuple().digits) <= 28
     return f"{value.normalize():f}" if short else None

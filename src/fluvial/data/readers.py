@@ -1,4 +1,5 @@
-"""Thin readers of local files: JSON lines, JSON, CSV, parquet, plain text. None of them guesses a type.
+"""Thin readers of local files: JSON lines, JSON, CSV, parquet, plain text. None of them guesses a
+type.
 
 A value of JSON keeps its type, with numbers as they are written; a value of CSV is always text,
 exactly as written.
@@ -45,16 +46,20 @@ def _filled(path: Path, table: Table) -> Table:
     if not table.rows:
         blank = f" ({table.notes[0]})" if table.notes else ""
         raise DataError([f"{printable(str(path))}: holds no record{blank}"])
+
     return table
 
 
 def read_json(path: Path, encoding: str = UTF8) -> Table:
-    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list; raise `DataError`."""
+    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list; raise
+    `DataError`."""
     reading = Reading(encoding)
-    return _filled(path, _json(path, reading) if path.suffix.lower() == ".json" else _jsonl(path, reading))
+    return _filled(
+        path, _json(path, reading) if path.suffix.lower() == ".json" else _jsonl(path, reading)
+    )
 
 
-# -- JSON ------------------------------------------------------------------------------------------
+# -- JSON ----------------------------------------------------------------------------------------
 # -------------------
 
 
@@ -64,10 +69,13 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"has the field {shown(twice)} twice in one object; keep one of the two")
+
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=Number)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=Number
+)
 _STRICT = "; JSON has no comments, no comma after a last element, and texts in double quotes"
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -79,22 +87,31 @@ def _jsonl(path: Path, reading: Reading) -> Table:
 
 def _json_lines(path: Path, text: str) -> Table:
     rows = list[Row]()
-    faults, blank = Faults(), 0
+    faults = Faults()
+    blank = 0
+
     for number, line in enumerate(LINE_END.split(text), start=1):
         place = Place(str(path), "line", number)
         if not line.strip():
             blank += 1
             continue
+
         try:
             rows.append(Row(_record(_loads(line)), place))
         except ValueError as error:
             faults.add(f"{place} {_why(error)}")
+
     if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
         raise DataError(
-            [f"{printable(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"]
+            [
+                f"{printable(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"
+            ]
         )
+
     faults.raise_any()
-    return Table(str(path), ".jsonl", rows, columns_of(rows), _skipped(blank - text.endswith(("\n", "\r"))))
+    return Table(
+        str(path), ".jsonl", rows, columns_of(rows), _skipped(blank - text.endswith(("\n", "\r")))
+    )
 
 
 def _skipped(blank: int) -> tuple[str, ...]:
@@ -113,6 +130,7 @@ def _is_document(text: str) -> bool:
         _loads(text)
     except ValueError:
         return False
+
     return True
 
 
@@ -132,7 +150,9 @@ def _why(error: ValueError) -> str:
 
 def _json(path: Path, reading: Reading) -> Table:
     """Read a list of records, or an object with one such list, or JSON lines."""
-    text, name = read_text(path, reading.encoding), printable(str(path))
+    text = read_text(path, reading.encoding)
+    name = printable(str(path))
+
     try:
         found = list(_document(text))
     except JSONDecodeError as error:
@@ -143,9 +163,11 @@ def _json(path: Path, reading: Reading) -> Table:
         raise DataError([fault]) from None
     except ValueError as error:
         raise DataError([f"{name}, {error}"]) from None
+
     lists = {key: items for key, items in found if items is not None}
     if len(lists) != 1:
         raise DataError([f"{name}: {_no_list(lists, [key for key, _ in found])}"])
+
     (items,) = lists.values()
     return _table_of_items(path, items)
 
@@ -155,19 +177,22 @@ def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:
     if lists:
         names = listed(list(lists))
         return f"has {len(lists)} lists, in the fields {names}, and which one has the records is open; {remedy}"
+
     if keys:
         return f"is an object without a list of records (fields {listed(keys)}); {remedy}"
     return f"has no list; {remedy}"
 
 
 def _table_of_items(path: Path, items: Sequence[tuple[int, Any]]) -> Table:
-    rows, faults = list[Row](), Faults()
+    rows = list[Row]()
+    faults = Faults()
     for line, value in items:
         place = Place(str(path), "line", line)
         try:
             rows.append(Row(_record(value), place))
         except ValueError as error:
             faults.add(f"{place} {error}")
+
     faults.raise_any()
     return Table(str(path), ".json", rows, columns_of(rows))
 
@@ -177,7 +202,8 @@ Items = list[tuple[int, Any]]
 
 
 def _document(text: str) -> Iterator[tuple[str, Items | None]]:
-    """Yield each field of the object that `text` holds, with its items if it is a list; a bare list has the name ""."""
+    """Yield each field of the object that `text` holds, with its items if it is a list; a bare list
+    has the name ""."""
     start = _after_blank(text, 0)
     if text[start : start + 1] == "[":
         items, end = _items(text, start)
@@ -190,6 +216,7 @@ def _document(text: str) -> Iterator[tuple[str, Items | None]]:
             key, end = _value(text, _after_blank(text, end))
             if not isinstance(key, str):
                 raise JSONDecodeError("Expecting a field's name in double quotes", text, end)
+
             end = _after_blank(text, _expect(text, _after_blank(text, end), ":"))
             if text[end : end + 1] == "[":
                 items, end = _items(text, end)
@@ -197,24 +224,33 @@ def _document(text: str) -> Iterator[tuple[str, Items | None]]:
             else:
                 _, end = _value(text, end)
                 yield key, None
+
             comma = True
+
         end += 1
     else:
         _, end = _value(text, start)
+
     if _after_blank(text, end) != len(text):
         raise JSONDecodeError("Extra data", text, _after_blank(text, end))
 
 
 def _items(text: str, start: int) -> tuple[Items, int]:
-    """Return the elements of the list that begins at `start`, with their lines, and where it ends."""
-    items, end = Items(), start + 1
-    line, counted = text.count("\n", 0, start) + 1, start
+    """Return the elements of the list that begins at `start`, with their lines, and where it
+    ends."""
+    items = Items()
+    end = start + 1
+    line = text.count("\n", 0, start) + 1
+    counted = start
+
     while text[(end := _after_blank(text, end)) : end + 1] != "]":
         if items:
             end = _after_blank(text, _expect(text, end, ","))
-        line, counted = line + text.count("\n", counted, end), end
+        line = line + text.count("\n", counted, end)
+        counted = end
         value, end = _value(text, end)
         items.append((line, value))
+
     return items, end + 1
 
 
@@ -241,24 +277,31 @@ def _after_blank(text: str, start: int) -> int:
     return blank.end()
 
 
-# -- CSV -------------------------------------------------------------------------------------------
+# -- CSV -----------------------------------------------------------------------------------------
 # -------------------
 
 
 def _delimited(path: Path, reading: Reading) -> Table:
     """Read a table with a header line; each value is text exactly as written."""
-    text, name = read_text(path, reading.encoding), printable(str(path))
+    text = read_text(path, reading.encoding)
+    name = printable(str(path))
     delimiter = reading.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     _refuse_other_text(name, text)
     lines = _csv_rows(name, text, delimiter)
+
     try:
         header_line, header = next(lines, (0, []))
     except DataError as error:
         raise DataError([f"{error}{_other_delimiter(text, reading)}"]) from None
+
     columns = _header(f"{name}, line {header_line}", header)
     if reading.delimiter is None:
         _refuse_other_delimiter(f"{name}, line {header_line}", columns, delimiter)
-    rows, faults, blank = list[Row](), Faults(), 0
+
+    rows = list[Row]()
+    faults = Faults()
+    blank = 0
+
     for number, cells in lines:
         place = Place(str(path), "line", number)
         if not any(cell.strip() for cell in cells):
@@ -268,10 +311,14 @@ def _delimited(path: Path, reading: Reading) -> Table:
                 f"{place}: has {len(cells)} cells, the header has {len(columns)}; put a cell that "
                 f"holds {_spoken(delimiter)}, a quote or a line break in double quotes"
             )
-        elif any(cell.lstrip()[:1] == '"' and cell[:1] in " \t" and cell.rstrip()[-1:] == '"' for cell in cells):
+        elif any(
+            cell.lstrip()[:1] == '"' and cell[:1] in " \t" and cell.rstrip()[-1:] == '"'
+            for cell in cells
+        ):
             faults.add(f"{place}: a blank stands before the opening quote of a cell; remove it")
         else:
             rows.append(Row(dict(zip(columns, cells, strict=True)), place))
+
     faults.raise_any()
     return Table(str(path), path.suffix.lower(), rows, columns, _skipped(blank))
 
@@ -280,16 +327,19 @@ def _other_delimiter(text: str, reading: Reading) -> str:
     """Return a hint for a header of quoted names with another delimiter between them."""
     first = LINE_END.split(text.lstrip(), maxsplit=1)[0]
     found = [other for other in DELIMITERS if f'"{other}"' in first]
+
     if reading.delimiter is not None or not found:
         return ""
     return f"; if {_spoken(found[0])} separates the columns, set data.delimiter = {json.dumps(found[0])}"
 
 
 def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line and the cells of each row; raise `DataError` for a quote that is not closed."""
+    """Yield the first line and the cells of each row; raise `DataError` for a quote that is not
+    closed."""
     before = csv.field_size_limit(max(len(text), 2**17))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = 1
+
     try:
         for cells in reader:
             yield start, cells
@@ -309,21 +359,32 @@ def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[
 def _refuse_other_text(name: str, text: str) -> None:
     start = text.lstrip()[:200].lower()
     if start.startswith(("{", "[")):
-        raise DataError([f"{name}: begins as JSON does; give it the suffix .json, or .jsonl for a record on each line"])
+        raise DataError(
+            [
+                f"{name}: begins as JSON does; give it the suffix .json, or .jsonl for a record on each line"
+            ]
+        )
+
     if start.startswith(("<!doctype", "<html", "<?xml")):
         raise DataError([f"{name}: is a page of HTML or XML, not CSV; fetch the file itself"])
     if re.match(r"sep=.[\r\n]", start):
-        raise DataError([f"{name}, line 1: is a hint for Excel; remove the line and set data.delimiter instead"])
+        raise DataError(
+            [f"{name}, line 1: is a hint for Excel; remove the line and set data.delimiter instead"]
+        )
 
 
 def _header(place: str, header: Sequence[str]) -> tuple[str, ...]:
     """Return the names of the columns; one without a name is called by its number."""
     if not any(name.strip() for name in header):
         raise DataError([f"{place}: the header is blank; the first line must name the columns"])
+
     columns = tuple(name or f"column {number}" for number, name in enumerate(header, start=1))
     for name in columns:
         if columns.count(name) > 1:
-            raise DataError([f"{place}: the header names {shown(name)} twice; rename one of the two columns"])
+            raise DataError(
+                [f"{place}: the header names {shown(name)} twice; rename one of the two columns"]
+            )
+
     return columns
 
 
@@ -331,6 +392,7 @@ def _refuse_other_delimiter(place: str, columns: Sequence[str], delimiter: str) 
     """Raise `DataError` for a header of one column that another delimiter would split."""
     if len(columns) > 1:
         return
+
     for other in DELIMITERS:
         if len([part for part in columns[0].split(other) if part.strip()]) > 1:
             fault = (
@@ -342,10 +404,12 @@ def _refuse_other_delimiter(place: str, columns: Sequence[str], delimiter: str) 
 
 
 def _spoken(delimiter: str) -> str:
-    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}.get(delimiter, repr(delimiter))
+    return {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}.get(
+        delimiter, repr(delimiter)
+    )
 
 
-# -- other kinds -----------------------------------------------------------------------------------
+# -- other kinds ---------------------------------------------------------------------------------
 # -------------------
 
 
@@ -358,6 +422,7 @@ def _text(path: Path, reading: Reading) -> Table:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
+
     return Table(str(path), ".txt", rows, ("text",), _skipped(blank))
 
 
@@ -365,25 +430,36 @@ def _parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parquet s
     import pyarrow
     from pyarrow import parquet
 
-    data, name = read_bytes(path), printable(str(path))
+    data = read_bytes(path)
+    name = printable(str(path))
+
     if not data.startswith(b"PAR1"):
         raise DataError([f"{name}: is not a parquet file; give it the suffix of what it is"])
+
     try:
         table = parquet.read_table(io.BytesIO(data))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError([f"{name}: is a damaged parquet file ({type(error).__name__}); copy it again"]) from error
+        raise DataError(
+            [f"{name}: is a damaged parquet file ({type(error).__name__}); copy it again"]
+        ) from error
+
     names = table.column_names
     if len(set(names)) < len(names):
         twice = next(each for each in names if names.count(each) > 1)
         raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
+
     columns = [_values(name, each, table.column(each)) for each in names]
     found = (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True))
-    rows = [Row(record, Place(str(path), "row", number)) for number, record in enumerate(found, start=1)]
+    rows = [
+        Row(record, Place(str(path), "row", number)) for number, record in enumerate(found, start=1)
+    ]
+
     return Table(str(path), ".parquet", rows, tuple(names))
 
 
 def _short(value: Any, kind: str) -> Any:
-    """Return a value of a column of pyarrow's type `kind`, a short float with the digits that its type has."""
+    """Return a value of a column of pyarrow's type `kind`, a short float with the digits that its
+    type has."""
     import numpy
 
     if kind not in ("halffloat", "float") or value is None or not math.isfinite(value):
@@ -392,7 +468,8 @@ def _short(value: Any, kind: str) -> Any:
 
 
 def _values(file: str, name: str, column: Any) -> list[Any]:
-    """Return the values of a column of pyarrow; raise `DataError` for those that Python has no type for."""
+    """Return the values of a column of pyarrow; raise `DataError` for those that Python has no type
+    for."""
     import pyarrow
 
     try:

@@ -52,7 +52,8 @@ class Answered:
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns of a conversation, each with `role` and `content`, of which the assistant's are learned."""
+    """Turns of a conversation, each with `role` and `content`, of which the assistant's are
+    learned."""
 
     messages: Sequence[Message]
 
@@ -76,20 +77,26 @@ class RecordReader:
     numbers: Numbers = "refuse"
 
     def read(self, place: object, fields: Mapping[str, Any]) -> Record:
-        """Return the record of a row; raise `ConfigError` naming place, field and remedy, without text of the row."""
+        """Return the record of a row; raise `ConfigError` naming place, field and remedy, without
+        text of the row."""
         if self.form == "text":
             return Record(place, Text(self._text(place, fields, "text")))
         if self.form == "prompt_completion":
             prompt = self._text(place, fields, "prompt")
             return Record(place, Answered(prompt, self._answer(place, fields, "completion")))
+
         if self.form == "alpaca":
             return Record(place, self._alpaca(place, fields))
+
         return Record(place, Chat(self._messages(place, fields)))
 
     def _text(self, place: object, fields: Mapping[str, Any], field: str) -> str:
         name = self._name(field)
         if self._column(field) not in fields:
-            raise ConfigError(f"{place}: {name} is missing; form {self.form!r} needs it; add it, or remove the record")
+            raise ConfigError(
+                f"{place}: {name} is missing; form {self.form!r} needs it; add it, or remove the record"
+            )
+
         return self._value(place, name, fields[self._column(field)])
 
     def _value(self, place: object, name: str, value: Any) -> str:
@@ -103,6 +110,7 @@ class RecordReader:
             remedy = 'put it in quotes, or set data.numbers = "text" to take it as it is written'
         else:
             remedy = "write a text, or remove the record"
+
         raise ConfigError(f"{place}: {name} must be text, and is {described(value)}; {remedy}")
 
     def _answer(self, place: object, fields: Mapping[str, Any], field: str) -> str:
@@ -113,19 +121,25 @@ class RecordReader:
                 "to say nothing; "
                 "remove the record"
             )
+
         return answer
 
     def _alpaca(self, place: object, fields: Mapping[str, Any]) -> Answered:
-        instruction, answer = self._text(place, fields, "instruction"), self._answer(place, fields, "output")
+        instruction = self._text(place, fields, "instruction")
+        answer = self._answer(place, fields, "output")
         value = fields.get(self._column("input"))
         given = "" if value is None else self._value(place, self._name("input"), value)
         template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
+
         return Answered(template.format(instruction=instruction, input=given), answer)
 
     def _messages(self, place: object, fields: Mapping[str, Any]) -> list[Message]:
         field = "messages" if self.form == "messages" else "conversations"
         if self._column(field) not in fields:
-            raise ConfigError(f"{place}: {self._name(field)} is missing; form {self.form!r} needs it")
+            raise ConfigError(
+                f"{place}: {self._name(field)} is missing; form {self.form!r} needs it"
+            )
+
         turns = fields[self._column(field)]
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             found = "an empty list" if isinstance(turns, list) else described(turns)
@@ -133,42 +147,69 @@ class RecordReader:
                 f"{place}: {self._name(field)}: the conversation must be a list of turns, and is "
                 f"{found}; write a list of objects, or remove the record"
             )
+
         if fields.get("tools"):
             raise ConfigError(
                 f"{place}: the record has 'tools', which are not supported; remove the field or the record"
             )
-        return [self._turn(f"{place}: turn {number}", turn) for number, turn in enumerate(turns, start=1)]
+
+        return [
+            self._turn(f"{place}: turn {number}", turn)
+            for number, turn in enumerate(turns, start=1)
+        ]
 
     def _turn(self, place: str, turn: Any) -> Message:
         who, what = ("role", "content") if self.form == "messages" else ("from", "value")
         if not isinstance(turn, Mapping):
-            raise ConfigError(f"{place} must be an object with {who!r} and {what!r}, and is {described(turn)}")
+            raise ConfigError(
+                f"{place} must be an object with {who!r} and {what!r}, and is {described(turn)}"
+            )
+
         for key in (who, what):
             if key not in turn:
-                raise ConfigError(f"{place} needs the texts {who!r} and {what!r}; {key!r} is missing")
+                raise ConfigError(
+                    f"{place} needs the texts {who!r} and {what!r}; {key!r} is missing"
+                )
+
         for key in UNSUPPORTED_IN_A_TURN:
             if turn.get(key):
-                raise ConfigError(f"{place} has {key!r}, which is not supported; remove the field or the record")
-        role, known = turn[who], SHAREGPT_ROLES if self.form == "sharegpt" else ROLES
+                raise ConfigError(
+                    f"{place} has {key!r}, which is not supported; remove the field or the record"
+                )
+
+        role = turn[who]
+        known = SHAREGPT_ROLES if self.form == "sharegpt" else ROLES
         if not isinstance(role, str) or role not in known:
-            raise ConfigError(f"{place}: {who!r} is none of the known roles {', '.join(known)}; rename it")
+            raise ConfigError(
+                f"{place}: {who!r} is none of the known roles {', '.join(known)}; rename it"
+            )
+
         message = {
             "role": SHAREGPT_ROLES[role] if self.form == "sharegpt" else role,
             "content": self._content(place, what, turn[what]),
         }
-        named = {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+        named = {
+            key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)
+        }
         return message | named
 
     def _content(self, place: str, name: str, value: Any) -> str:
-        """Return the text of a turn; a list of text parts is their concatenation, as chat templates render it."""
+        """Return the text of a turn; a list of text parts is their concatenation, as chat templates
+        render it."""
         if not isinstance(value, list):
             return self._value(place, repr(name), value)
+
         for part in value:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            if (
+                not isinstance(part, Mapping)
+                or part.get("type") != "text"
+                or not isinstance(part.get("text"), str)
+            ):
                 raise ConfigError(
                     f'{place}: {name!r} is a list with a part that is not {{type: "text", text}}; only text can be '
                     "learned here: remove the part or the record"
                 )
+
         return encodable(place, repr(name), "".join(part["text"] for part in value))
 
     def _column(self, field: str) -> str:
@@ -177,11 +218,14 @@ class RecordReader:
     def _name(self, field: str) -> str:
         """Return a field as messages name it."""
         column = self._column(field)
-        return f"field {field!r}" if column == field else f"field {field!r} (column {shown(column)})"
+        return (
+            f"field {field!r}" if column == field else f"field {field!r} (column {shown(column)})"
+        )
 
 
 def encodable(place: object, name: str, text: str) -> str:
-    """Return `text`; raise `ConfigError` if it holds half of a surrogate pair, which no encoding has."""
+    """Return `text`; raise `ConfigError` if it holds half of a surrogate pair, which no encoding
+    has."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -189,4 +233,5 @@ def encodable(place: object, name: str, text: str) -> str:
             f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
             f"{error.start + 1}; write the whole character"
         ) from None
+
     return text

@@ -1,4 +1,5 @@
-"""Rows of a file as they were read: values of no guessed type, and the place that each came from."""
+"""Rows of a file as they were read: values of no guessed type, and the place that each came
+from."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ from fluvial.data.faults import printable
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as a file writes it, such as `1.0`; never converted, so that it stays what it was."""
+    """A number as a file writes it, such as `1.0`; never converted, so that it stays what it
+    was."""
 
     text: str
 
@@ -76,6 +78,7 @@ def typed(value: Any) -> Any:
         return {key: typed(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [typed(inner) for inner in value]
+
     return value
 
 
@@ -93,4 +96,5 @@ def described(value: Any) -> str:
         return "a list"
     if isinstance(value, str):
         return "text"
+
     return f"of type {type(value).__name__}"

@@ -1,4 +1,5 @@
-"""Names of sites, which come from data, from people and from peers, and are shown and stored everywhere."""
+"""Names of sites, which come from data, from people and from peers, and are shown and stored
+everywhere."""
 
 import re
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ def fault_of(name: str) -> str | None:
         return f"{shown} is no name of a site: {len(name)} characters, at most {LONGEST}"
     if not name.isprintable():
         return f"{shown} is no name of a site: it holds a control or format character, which could drive a terminal"
+
     return None
 
 

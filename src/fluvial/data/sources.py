@@ -1,4 +1,5 @@
-"""Sources of records: a file, a folder of files, a saved data set or a hub id, as tables of rows."""
+"""Sources of records: a file, a folder of files, a saved data set or a hub id, as tables of
+rows."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,20 @@ from fluvial.errors import ConfigError
 
 KNOWN = ", ".join(READERS)
 DELIMITED = (".csv", ".tsv")
-UNREADABLE = {".xlsx", ".xls", ".ods", ".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".arrow", ".feather", ".db"}
+UNREADABLE = {
+    ".xlsx",
+    ".xls",
+    ".ods",
+    ".gz",
+    ".zip",
+    ".bz2",
+    ".xz",
+    ".zst",
+    ".7z",
+    ".arrow",
+    ".feather",
+    ".db",
+}
 """Suffixes of data that cannot be read: a folder with such a file is refused, so that no records
 are left out."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
@@ -63,7 +77,11 @@ class Found:
 def is_local(name: str) -> bool:
     """Return true for a name that means a file or folder, be it there or not."""
     path = Path(name).expanduser()
-    return path.exists() or name.startswith((".", "/", "~")) or path.suffix.lower() in {*READERS, *UNREADABLE}
+    return (
+        path.exists()
+        or name.startswith((".", "/", "~"))
+        or path.suffix.lower() in {*READERS, *UNREADABLE}
+    )
 
 
 def is_saved(path: Path) -> bool:
@@ -84,17 +102,21 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
     found: dict[str, Found] = {}
     files = _files(source, one_kind=False)
     reading = _reading(source, files)
+
     for path in files:
         if path.stem in found:
             raise ConfigError(
                 f"{source.where}: {source.name!r} holds two files for site {shown(path.stem)}; rename one or join them"
             )
+
         try:
             tables = [read_file(path, reading)]
         except DataError as error:
             faults.include(error)
             tables = []
+
         found[path.stem] = _joined(_records(table, source, faults) for table in tables)
+
     return found
 
 
@@ -104,23 +126,28 @@ def _joined(parts: Iterable[Found]) -> Found:
         found.entries += part.entries
         found.notes += part.notes
         found.forms += part.forms
+
     return found
 
 
-# -- tables ----------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------
 # -------------------
 
 
 def _tables(source: Source, faults: Faults) -> list[Table]:
     if not is_local(source.name) or is_saved(Path(source.name).expanduser()):
         return [_data_set(source)]
-    tables, files = list[Table](), _files(source)
+
+    tables = list[Table]()
+    files = _files(source)
     reading = _reading(source, files)
+
     for path in files:
         try:
             tables.append(read_file(path, reading))
         except DataError as error:
             faults.include(error)
+
     return tables
 
 
@@ -130,32 +157,52 @@ def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
     if not path.exists():
         raise ConfigError(f"{source.where}: there is no file or folder {source.name!r}")
     if path.is_dir():
-        within = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        within = sorted(
+            file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
+        )
         strange = [file.name for file in within if file.suffix.lower() in UNREADABLE]
         if strange:
             raise ConfigError(
                 f"{source.where}: folder {source.name!r} holds {shown(strange[0])}, which cannot "
                 "be read; write it as CSV or JSON lines, or move it away"
             )
+
         files = [file for file in within if file.suffix.lower() in READERS]
         if not files:
             raise ConfigError(f"{source.where}: folder {source.name!r} holds no {KNOWN} file")
     else:
         files = [path]
+
     kinds = {file.suffix.lower() for file in files}
     if (one_kind and len(kinds) != 1) or not kinds <= set(READERS):
         hint = "; unpack it, or save it as CSV" if kinds & UNREADABLE else ""
-        raise ConfigError(f"{source.where}: {source.name!r} must hold files of one kind among {KNOWN}{hint}")
+        raise ConfigError(
+            f"{source.where}: {source.name!r} must hold files of one kind among {KNOWN}{hint}"
+        )
+
     return files
 
 
 def _reading(source: Source, files: Sequence[Path]) -> Reading:
-    """Return how the files are read; raise `ConfigError` for a setting of this source that would have no effect."""
-    reading, kinds = source.reading, {path.suffix.lower() for path in files}
-    if reading.delimiter is not None and kinds.isdisjoint(DELIMITED) and "delimiter" in source.given:
-        raise ConfigError(f"data.delimiter: without effect, because {source.name!r} is no CSV; remove it")
+    """Return how the files are read; raise `ConfigError` for a setting of this source that would
+    have no effect."""
+    reading = source.reading
+    kinds = {path.suffix.lower() for path in files}
+
+    if (
+        reading.delimiter is not None
+        and kinds.isdisjoint(DELIMITED)
+        and "delimiter" in source.given
+    ):
+        raise ConfigError(
+            f"data.delimiter: without effect, because {source.name!r} is no CSV; remove it"
+        )
+
     if reading.encoding != "utf-8" and kinds == {".parquet"} and "encoding" in source.given:
-        raise ConfigError(f"data.encoding: without effect, because {source.name!r} is parquet; remove it")
+        raise ConfigError(
+            f"data.encoding: without effect, because {source.name!r} is parquet; remove it"
+        )
+
     return Reading(reading.encoding, reading.delimiter)
 
 
@@ -163,25 +210,32 @@ def _data_set(source: Source) -> Table:
     """Return a saved data set, or one of the hub, as a table."""
     found = dataset_of(source.name, source.split, source.where)
     name = source.name
-    rows = [Row(typed(row), Place(name, "record", number)) for number, row in enumerate(found, start=1)]
+    rows = [
+        Row(typed(row), Place(name, "record", number)) for number, row in enumerate(found, start=1)
+    ]
+
     if not rows:
         raise ConfigError(f"{source.where}: {name!r} is empty")
+
     return Table(name, "data set", rows, columns_of(rows))
 
 
-# -- records ---------------------------------------------------------------------------------------
+# -- records -------------------------------------------------------------------------------------
 # -------------------
 
 
 def _records(table: Table, source: Source, faults: Faults) -> Found:
-    """Return the records of a table; rows that are none go to `faults`, empty texts are left out."""
+    """Return the records of a table; rows that are none go to `faults`, empty texts are left
+    out."""
     name = printable(table.name)
     found = Found([], [f"{name}: {note}" for note in table.notes])
+
     try:
         reader = _reader(table, source)
     except ConfigError as error:
         faults.include(error)
         return found
+
     found.forms.append(reader.form)
     empty = 0
     for row in table.rows:
@@ -190,20 +244,27 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
         except ConfigError as error:
             faults.include(error)
             continue
+
         if isinstance(record.content, Text) and not record.content.text.strip():
             empty += 1
             continue
+
         found.entries.append(Entry(record, row))
+
     if empty:
         found.notes.append(f"{name}: {empty} records with an empty text were left out")
+
     return found
 
 
 def _reader(table: Table, source: Source) -> RecordReader:
     """Return the reader of a table's rows, by the settings of its source."""
-    reading, where = source.reading, f"{printable(table.name)} ({source.where})"
+    reading = source.reading
+    where = f"{printable(table.name)} ({source.where})"
+
     if table.kind == ".txt":
         return RecordReader(_form_of_text(source, where), {})
+
     columns = reading.columns
     try:
         form = resolve(reading.form, columns, table.columns, where)
@@ -214,41 +275,55 @@ def _reader(table: Table, source: Source) -> RecordReader:
             if own.startswith("--"):  # an option of a command, beside settings that a run wrote
                 remedy = "add --set 'data.columns={}'"
             raise ConfigError(f"{error}. If this file has other columns, {remedy}") from None
+
         raise
+
     return RecordReader(form, columns, reading.numbers)
 
 
 def _form_of_text(source: Source, where: str) -> Form:
     reading = source.reading
     if reading.form not in ("auto", "text") and "form" in source.given:
-        raise ConfigError(f"{where}: data.form = {reading.form!r}, and a txt file is plain text; remove it")
+        raise ConfigError(
+            f"{where}: data.form = {reading.form!r}, and a txt file is plain text; remove it"
+        )
+
     if reading.columns and "columns" in source.given:
         raise ConfigError(f"{where}: data.columns: a txt file has no columns; remove it")
+
     return "text"
 
 
-# -- sites -----------------------------------------------------------------------------------------
+# -- sites ---------------------------------------------------------------------------------------
 # -------------------
 
 
-def classes_of(entries: Sequence[Entry], partition: Drawn, where: str, faults: Faults) -> list[str] | None:
-    """Return the text of the partition's column for each entry; None for a partition without a column.
+def classes_of(
+    entries: Sequence[Entry], partition: Drawn, where: str, faults: Faults
+) -> list[str] | None:
+    """Return the text of the partition's column for each entry; None for a partition without a
+    column.
 
     Text stays as it is written, and a number of JSON is its text in the file. Rows without a value
     go to `faults`.
     """
     if isinstance(partition, Iid):
         return None
+
     column = partition.column
     if not any(column in entry.row.fields for entry in entries):
         columns = columns_of([entry.row for entry in entries[:1000]])
-        raise ConfigError(f"data.partition.column={column!r}: {where} has the columns {', '.join(map(_bare, columns))}")
+        raise ConfigError(
+            f"data.partition.column={column!r}: {where} has the columns {', '.join(map(_bare, columns))}"
+        )
+
     classes = []
     for entry in entries:
         try:
             classes.append(_class_of(entry.row, column))
         except ConfigError as error:
             faults.include(error)
+
     return classes
 
 
@@ -260,15 +335,20 @@ def _class_of(row: Row, column: str) -> str:
     name = f"{row.place}: data.partition.column={shown(column)}"
     if column not in row.fields:
         raise ConfigError(f"{name}: the record has no such field; add it, or remove the record")
+
     value: Any = row.fields[column]
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Number) and value.finite:
         return value.text
     if not isinstance(value, str):
-        raise ConfigError(f"{name}: must be text or a number, and is {described(value)}; write the site's name")
+        raise ConfigError(
+            f"{name}: must be text or a number, and is {described(value)}; write the site's name"
+        )
+
     if not value.strip():
         raise ConfigError(f"{name}: is empty; write the site's name, or remove the record")
     if value != printable(value):
         raise ConfigError(f"{name}: holds a control character; remove it")
+
     return encodable(row.place, f"column {shown(column)}", value)

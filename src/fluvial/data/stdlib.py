@@ -1,8 +1,9 @@
 """The embedded text: Python's own standard library, as installed on the machine.
 
-Each site owns the sources of some packages, which makes a natural non-IID split. Two more groups are nobody's:
-`PUBLIC` is what a server may read (TGAP on public text), `PRETRAIN` is what `scripts/pretrain_tiny.py` trained the
-embedded model on. The three groups are disjoint, and no file stands in two of them.
+Each site owns the sources of some packages, which makes a natural non-IID split. Two more groups
+are nobody's: `PUBLIC` is what a server may read (TGAP on public text), `PRETRAIN` is what
+`scripts/pretrain_tiny.py` trained the embedded model on. The three groups are disjoint, and no file
+stands in two of them.
 """
 
 import sys
@@ -14,8 +15,8 @@ from pathlib import Path
 
 from fluvial.errors import ConfigError
 
-# A name is a module (`tarfile.py`) or a package (`email/`); what a Python version lacks is passed over, as long as
-# the site keeps MIN_CHARS of text.
+# A name is a module (`tarfile.py`) or a package (`email/`); what a Python version lacks is passed
+# over, as long as the site keeps MIN_CHARS of text.
 SITES: dict[str, tuple[str, ...]] = {
     "archives": ("tarfile", "zipfile", "gzip", "bz2", "lzma", "shutil"),
     "asyncio": ("asyncio",),
@@ -51,7 +52,8 @@ MIN_CHARS = 40_000
 
 @dataclass(frozen=True)
 class Document:
-    """A stretch of source text of at most `CHUNK_CHARS` characters, cut at a line; `name` says file and position."""
+    """A stretch of source text of at most `CHUNK_CHARS` characters, cut at a line; `name` says file
+    and position."""
 
     name: str
     text: str
@@ -76,15 +78,20 @@ def site_text(site: str) -> SiteText:
     Raises `ConfigError` for an unknown site and for a Python without library sources.
     """
     if site not in SITES:
-        raise ConfigError(f"data.source='stdlib' has no site {site!r}; its sites are {', '.join(site_names())}")
+        raise ConfigError(
+            f"data.source='stdlib' has no site {site!r}; its sites are {', '.join(site_names())}"
+        )
+
     files = _enough(f"site {site!r}", _sources(SITES[site]))
     total = sum(len(text) for text in files.values())
     heldout: set[str] = set()
+
     for name in sorted(files, key=lambda name: zlib.crc32(name.encode())):
         if sum(len(files[held]) for held in heldout) < HELD_OUT_SHARE * total and (
             len(files[name]) <= LARGEST_HELD_OUT * total
         ):
             heldout.add(name)
+
     return SiteText(
         train=_documents({name: text for name, text in files.items() if name not in heldout}),
         heldout=_documents({name: text for name, text in files.items() if name in heldout}),
@@ -99,7 +106,8 @@ def public_packages() -> dict[str, list[Document]]:
 
 
 def pretraining_documents() -> list[Document]:
-    """Text for pre-training a model from nothing; disjoint from every site and from the public text."""
+    """Text for pre-training a model from nothing; disjoint from every site and from the public
+    text."""
     return _documents(_enough("the pre-training text", _sources(PRETRAIN)))
 
 
@@ -112,6 +120,7 @@ def _enough(what: str, files: dict[str, str]) -> dict[str, str]:
             "Install them (Debian: libpython3-stdlib; embedded builds often ship only compiled files), "
             "or set data.source to your own files."
         )
+
     return files
 
 
@@ -123,15 +132,20 @@ def _sources(names: Iterable[str]) -> dict[str, str]:
     files: dict[str, str] = {}
     for name in names:
         for path in _files(_library(), name):
-            files[path.relative_to(_library()).as_posix()] = path.read_text(encoding="utf-8", errors="replace")
+            files[path.relative_to(_library()).as_posix()] = path.read_text(
+                encoding="utf-8", errors="replace"
+            )
+
     return files
 
 
 def _files(library: Path, name: str) -> list[Path]:
-    module, package = library / f"{name}.py", library / name
+    module = library / f"{name}.py"
+    package = library / name
     inside = package.rglob("*.py") if package.is_dir() else []
     skipped = {"test", "tests", "idle_test", "__pycache__"}
     found = [path for path in inside if not skipped & set(path.relative_to(library).parts)]
+
     return sorted(([module] if module.is_file() else []) + found)
 
 
@@ -140,13 +154,22 @@ def _documents(files: dict[str, str]) -> list[Document]:
 
 
 def _chunks(name: str, text: str) -> list[Document]:
-    chunks, lines, size = [], list[str](), 0
+    chunks = []
+    lines = list[str]()
+    size = 0
+
     for line in text.splitlines(keepends=True):
         if lines and size + len(line) > CHUNK_CHARS:
             chunks.append("".join(lines))
-            lines, size = [], 0
+            lines = []
+            size = 0
+
         lines.append(line)
         size += len(line)
+
     if lines:
         chunks.append("".join(lines))
-    return [Document(f"{name}#{number}", chunk) for number, chunk in enumerate(chunks) if chunk.strip()]
+
+    return [
+        Document(f"{name}#{number}", chunk) for number, chunk in enumerate(chunks) if chunk.strip()
+    ]

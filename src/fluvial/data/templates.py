@@ -22,7 +22,8 @@ _NEWLINE = "{{ '\\n' }}"
 
 
 def _each_turn(head: str, mark: str, end: str, start: str, before: str = "") -> str:
-    """Return a template that writes `head`, content, `mark`, `end` for each turn, and `start` for generation."""
+    """Return a template that writes `head`, content, `mark`, `end` for each turn, and `start` for
+    generation."""
     end = end.replace("\n", _NEWLINE)
     turn = f"{head}{{{{ m.content | trim }}}}{mark}{_EOS.replace('@', mark)}{end}"
     return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
@@ -61,7 +62,13 @@ NAMED: dict[str, tuple[str, str]] = {
     ),
     "gemma": (
         "Gemma of Google, https://ai.google.dev/gemma/docs/core/prompt-structure",
-        _each_turn(f"<start_of_turn>{_GEMMA_ROLE}\n", "<end_of_turn>", "\n", "<start_of_turn>model\n", _TWO + _BOS),
+        _each_turn(
+            f"<start_of_turn>{_GEMMA_ROLE}\n",
+            "<end_of_turn>",
+            "\n",
+            "<start_of_turn>model\n",
+            _TWO + _BOS,
+        ),
     ),
     "mistral": (
         "Mistral 7B Instruct of Mistral AI, https://arxiv.org/abs/2310.06825",
@@ -94,6 +101,7 @@ def template_of(chosen: str) -> str:
         return NAMED[chosen][1]
     if "{" in chosen:
         return chosen
+
     raise ConfigError(
         f"data.chat_template = {shown(chosen)}: neither a file that the configuration can read nor "
         f"a known template; choose one of {', '.join(NAMED)}, or name a file with a Jinja template"
@@ -101,13 +109,15 @@ def template_of(chosen: str) -> str:
 
 
 def inlined_template(chosen: str, folder: Path) -> str:
-    """Return `data.chat_template` with the text of a file in place of its name; other values stay what they are.
+    """Return `data.chat_template` with the text of a file in place of its name; other values stay
+    what they are.
 
     A configuration carries the text, so that a site needs no file of the server's. Raise
     `ConfigError` if it cannot be read.
     """
     if chosen in NAMED or "{" in chosen:
         return chosen
+
     path = folder / Path(chosen).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
@@ -115,8 +125,10 @@ def inlined_template(chosen: str, folder: Path) -> str:
         return template_of(chosen)  # raises
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.chat_template: {str(path)!r} cannot be read: {error}") from error
+
     if "{" not in text:
         raise ConfigError(f"data.chat_template: {str(path)!r} holds no Jinja template")
+
     return text
 
 

@@ -1,4 +1,5 @@
-"""The data of every site of a configuration: read once, checked as a whole, tokenised when a site is asked for."""
+"""The data of every site of a configuration: read once, checked as a whole, tokenised when a site
+is asked for."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ from fluvial.data.leaks import Leaks
 from fluvial.data.partition import Drawn, Files, Iid, Natural, alike, split
 from fluvial.data.records import Record, Text
 from fluvial.data.site_names import check_names
-from fluvial.data.sources import Found, Source, classes_of, is_local, is_saved, read_each, read_source
+from fluvial.data.sources import (
+    Found,
+    Source,
+    classes_of,
+    is_local,
+    is_saved,
+    read_each,
+    read_source,
+)
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
@@ -62,7 +71,8 @@ Parts = dict[str, tuple[Sequence[Record], Sequence[Record]]]
 
 
 class SiteTexts:
-    """The data of all sites of a configuration; records are read once, tokens are made when a site is asked for.
+    """The data of all sites of a configuration; records are read once, tokens are made when a site
+    is asked for.
 
     Raises `DataError` with all faults of all files, or `ConfigError` for a setting that does not
     fit them.
@@ -81,7 +91,8 @@ class SiteTexts:
 
         A token id from `num_embeddings` (rows of the model's embedding) on is a fault of the data.
         """
-        self.config, self.seed = config, seed
+        self.config = config
+        self.seed = seed
         self._num_embeddings = num_embeddings
         self._owned = owner is not None
         self.tokenizer = with_template(tokenizer, config.chat_template)
@@ -93,8 +104,10 @@ class SiteTexts:
         faults = Faults()
         self._public_records = cache(self._read_public)
         self._parts = None if config.source == STDLIB else self._read(faults, owner)
+
         if faults.count and owner is None and config.public_source is not None:
             self._try_public(faults)  # so that its faults are told with the others
+
         faults.raise_any()
         self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
         check_names(self.names, "data.partition")
@@ -121,13 +134,18 @@ class SiteTexts:
         )
 
     def check(self) -> list[str]:
-        """Tokenise every site and return remarks on all data; raise `DataError` with the faults of all sites together.
+        """Tokenise every site and return remarks on all data; raise `DataError` with the faults of
+        all sites together.
 
         Records that do not fit into `max_length` are counted over all sites, in one message.
         """
-        faults, surplus, records = Faults(), Surplus(), 0
-        leaks, left_out = Leaks(), 0
+        faults = Faults()
+        surplus = Surplus()
+        records = 0
+        leaks = Leaks()
+        left_out = 0
         refused: dict[str, int] = {}
+
         for name in self.names:
             tokens = self._tokens(name)
             records += tokens.train.records + tokens.heldout.records
@@ -135,15 +153,32 @@ class SiteTexts:
             measured = tokens.heldout.examples[: self.config.max_heldout]
             left_out += len(tokens.heldout.examples) - len(measured)
             leaks.add(name, tokens.train.examples, measured)
+
             if tokens.surplus.refused:
                 refused[name] = tokens.surplus.refused
+
             self._own_faults(name, tokens, faults)
+
         if refused:
-            faults.add(refusal(surplus, self._tokenizing, records, {shown(site): n for site, n in refused.items()}))
+            faults.add(
+                refusal(
+                    surplus,
+                    self._tokenizing,
+                    records,
+                    {shown(site): n for site, n in refused.items()},
+                )
+            )
+
         if self.config.public_source is not None:
             self._try_public(faults)
+
         faults.raise_any()
-        return [*self.notes, *self._remarks(surplus, records), *self._cut(left_out), *leaks.remarks()]
+        return [
+            *self.notes,
+            *self._remarks(surplus, records),
+            *self._cut(left_out),
+            *leaks.remarks(),
+        ]
 
     def _cut(self, left_out: int) -> list[str]:
         if not left_out:
@@ -163,27 +198,34 @@ class SiteTexts:
                 f"data.max_length={self.config.max_length} and are {done} (data.overlong; the "
                 f"longest has {surplus.longest} tokens)"
             )
+
         template = getattr(self.tokenizer, "chat_template", None)
         if isinstance(template, str) and "strftime_now" in template and self._has_chats():
-            remarks.append("the chat template writes today's date; it is given 26 July 2024 on every day")
+            remarks.append(
+                "the chat template writes today's date; it is given 26 July 2024 on every day"
+            )
+
         return remarks
 
     def _has_chats(self) -> bool:
         first = next(iter((self._parts or {}).values()), ((), ()))[0]
         return bool(first) and not isinstance(first[0].content, Text)
 
-    # -- tokens ------------------------------------------------------------------------------------
+    # -- tokens -----------------------------------------------------------------------------------
     # -------------
 
     @property
     def _tokenizing(self) -> Tokenizing:
         config = self.config
-        return Tokenizing(self.tokenizer, config.max_length, config.packing, config.loss_on, config.overlong)
+        return Tokenizing(
+            self.tokenizer, config.max_length, config.packing, config.loss_on, config.overlong
+        )
 
     def _tokenise(self, name: str) -> _Tokens:
         if self._parts is None:
             text = stdlib.site_text(name)
             return _Tokens(self._stdlib(text.train), self._stdlib(text.heldout))
+
         train, heldout = self._parts[name]
         return _Tokens(self._tokenizing(train), self._tokenizing(heldout))
 
@@ -193,10 +235,15 @@ class SiteTexts:
         Raise `DataError` for records that cannot be rendered or do not fit, and for a site that has
         nothing to train on, or nothing held out.
         """
-        tokens, faults = self._tokens(name), Faults()
-        train, heldout, surplus = tokens.train, tokens.heldout, tokens.surplus
+        tokens = self._tokens(name)
+        faults = Faults()
+        train = tokens.train
+        heldout = tokens.heldout
+        surplus = tokens.surplus
+
         if surplus.refused:
             faults.add(refusal(surplus, self._tokenizing, train.records + heldout.records, {}))
+
         self._own_faults(name, tokens, faults)
         faults.raise_any()
         return SiteData(
@@ -217,8 +264,15 @@ class SiteTexts:
                 faults.include_all(part.faults)
             elif not part.examples and not part.surplus.refused:
                 dropped = part.surplus.dropped
-                lost = f" ({dropped} are longer than data.max_length and were dropped)" if dropped else ""
-                faults.add(f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave the site out")
+                lost = (
+                    f" ({dropped} are longer than data.max_length and were dropped)"
+                    if dropped
+                    else ""
+                )
+                faults.add(
+                    f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave the site out"
+                )
+
             self._check_ids(part.examples, f"data, site {shown(name)}", faults)
 
     def _check_ids(self, examples: Sequence[Example], where: str, faults: Faults) -> None:
@@ -231,7 +285,9 @@ class SiteTexts:
             )
 
     def _stdlib(self, documents: list[stdlib.Document]) -> Tokenized:
-        return self._tokenizing(Record(document.name, Text(document.text)) for document in documents)
+        return self._tokenizing(
+            Record(document.name, Text(document.text)) for document in documents
+        )
 
     # -- public text
     # --------------------------------------------------------------------------------------------
@@ -243,6 +299,7 @@ class SiteTexts:
         found = read_source(source, faults)
         faults.raise_any()
         self.notes += found.notes
+
         return [entry.record for entry in found.entries]
 
     def _try_public(self, faults: Faults) -> None:
@@ -257,32 +314,57 @@ class SiteTexts:
         Raise `ConfigError` when the configuration names no public text.
         """
         if self.config.source == STDLIB and self.config.public_source is None:
-            packages = {name: self._stdlib(documents).examples for name, documents in stdlib.public_packages().items()}
+            packages = {
+                name: self._stdlib(documents).examples
+                for name, documents in stdlib.public_packages().items()
+            }
             return _even_parts(packages)
+
         if self.config.public_source is None:
             raise ConfigError(
                 "data.public_source: a codec that learns from public text needs some, in the "
                 "language and form of the sites' data; name a file, or set "
                 "method.tgap.source='sites' (each site then sends raw updates once)"
             )
+
         records = self._public_records()
-        parts = split(None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32)
-        tokens = {name: self._tokenizing([records[number] for number in part]) for name, part in parts.items()}
-        faults, surplus = Faults(), Surplus()
+        parts = split(
+            None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32
+        )
+        tokens = {
+            name: self._tokenizing([records[number] for number in part])
+            for name, part in parts.items()
+        }
+        faults = Faults()
+        surplus = Surplus()
+
         for part in tokens.values():
             faults.include_all(part.faults)
             surplus += part.surplus
+
         if surplus.refused:
-            faults.add(f"data.public_source: {refusal(surplus, self._tokenizing, len(records), {})}")
+            faults.add(
+                f"data.public_source: {refusal(surplus, self._tokenizing, len(records), {})}"
+            )
+
         faults.raise_any()
         return {name: part.examples for name, part in tokens.items()}
 
-    # -- reading -----------------------------------------------------------------------------------
+    # -- reading ----------------------------------------------------------------------------------
     # -------------
 
     def _source(self, where: str, name: str, wanted: str) -> Source:
-        own = {"data.heldout_source": self.config.heldout, "data.public_source": self.config.public}.get(where)
-        return Source(where, name, wanted, self.config.reading(own), strict=where == "data.source" and not self._owned)
+        own = {
+            "data.heldout_source": self.config.heldout,
+            "data.public_source": self.config.public,
+        }.get(where)
+        return Source(
+            where,
+            name,
+            wanted,
+            self.config.reading(own),
+            strict=where == "data.source" and not self._owned,
+        )
 
     def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
         """Return what `read` finds, its remarks noted; None, and a fault, if it raises."""
@@ -291,6 +373,7 @@ class SiteTexts:
         except ConfigError as error:
             faults.include(error)
             return None
+
         self.notes += found.notes
         self.forms |= set(found.forms)
         return found
@@ -300,6 +383,7 @@ class SiteTexts:
         config = self.config
         train = self._source("data.source", config.source, config.split)
         heldout = self._heldout_source()
+
         if owner is not None:
             return self._whole(train, heldout, faults, owner)
         if isinstance(config.partition, Files):
@@ -310,34 +394,42 @@ class SiteTexts:
             same = config.partition
             whole = same.model_copy(update={"largest": None}) if isinstance(same, Natural) else same
             apart = self._by_partition(heldout, whole, faults) if heldout else None
+
         if faults.count:
             return {}
+
         self.notes += alike({name: len(records) for name, records in parts.items()})
         if apart is None:
             return self._shared(parts, faults)
+
         return self._matched(parts, apart, faults)
 
     def _heldout_source(self) -> Source | None:
         config = self.config
         if not (config.heldout_source or config.heldout_split):
             return None
+
         name = config.heldout_source or config.source
         if config.heldout_split and is_local(name) and not is_saved(Path(name).expanduser()):
             raise ConfigError(
                 f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the "
                 "file or folder with the held-out records in data.heldout_source"
             )
+
         return self._source("data.heldout_source", name, config.heldout_split or config.split)
 
     def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
         """Return the records of a site that has its files to itself."""
         own = self._noted(lambda: read_source(train, faults), faults)
         apart = self._noted(lambda: read_source(heldout, faults), faults) if heldout else None
+
         if faults.count or own is None:
             return {}
+
         records = [entry.record for entry in own.entries]
         if apart is not None:
             return {owner: (records, [entry.record for entry in apart.entries])}
+
         return self._shared({owner: records}, faults)
 
     def _by_file(self, source: Source, faults: Faults) -> dict[str, list[Record]]:
@@ -346,14 +438,18 @@ class SiteTexts:
         except ConfigError as error:
             faults.include(error)
             return {}
+
         self.notes += [note for each in found.values() for note in each.notes]
         self.forms |= {form for each in found.values() for form in each.forms}
         return {name: [entry.record for entry in each.entries] for name, each in found.items()}
 
-    def _by_partition(self, source: Source, partition: Drawn, faults: Faults) -> dict[str, list[Record]]:
+    def _by_partition(
+        self, source: Source, partition: Drawn, faults: Faults
+    ) -> dict[str, list[Record]]:
         found = self._noted(lambda: read_source(source, faults), faults)
         if found is None or not found.entries:
             return {}
+
         entries = found.entries
         before = faults.count
         try:
@@ -365,9 +461,12 @@ class SiteTexts:
         except ConfigError as error:
             faults.include(error)
             return {}
+
         return {name: [entries[number].record for number in part] for name, part in parts.items()}
 
-    def _matched(self, parts: dict[str, list[Record]], apart: dict[str, list[Record]], faults: Faults) -> Parts:
+    def _matched(
+        self, parts: dict[str, list[Record]], apart: dict[str, list[Record]], faults: Faults
+    ) -> Parts:
         missing = sorted(set(parts) - set(apart))
         if missing:
             faults.add(
@@ -375,6 +474,7 @@ class SiteTexts:
                 "sites lack some); add some, or remove data.heldout_source, so that a share of "
                 "each site's records is held out"
             )
+
         strange = sorted(set(apart) - set(parts))
         if strange:
             count = sum(len(apart[name]) for name in strange)
@@ -382,10 +482,12 @@ class SiteTexts:
                 f"data.heldout_source: {count} records are of sites without records to train on, "
                 f"such as {shown(strange[0])}, and are left out"
             )
+
         return {name: (records, apart.get(name, [])) for name, records in parts.items()}
 
     def _shared(self, parts: dict[str, list[Record]], faults: Faults) -> Parts:
-        """Return the records of each site to train on, and a drawn share of them that is held out."""
+        """Return the records of each site to train on, and a drawn share of them that is held
+        out."""
         shared: Parts = {}
         for name, records in parts.items():
             order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
@@ -398,16 +500,24 @@ class SiteTexts:
                     "more records, change data.heldout_share, or leave the site out"
                 )
                 continue
-            train, heldout = sorted(order[cut:]), sorted(order[:cut])
-            shared[name] = [records[number] for number in train], [records[number] for number in heldout]
+
+            train = sorted(order[cut:])
+            heldout = sorted(order[:cut])
+            shared[name] = (
+                [records[number] for number in train],
+                [records[number] for number in heldout],
+            )
+
         return shared
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:
-    """Join packages into `parts` groups of like size, each new package going to the smallest group so far."""
+    """Join packages into `parts` groups of like size, each new package going to the smallest group
+    so far."""
     groups: list[tuple[list[str], list[Example]]] = [([], []) for _ in range(parts)]
     for name in sorted(packages, key=lambda name: (-len(packages[name]), name)):
         names, examples = min(groups, key=lambda group: len(group[1]))
         names.append(name)
         examples += packages[name]
+
     return {names[0]: examples for names, examples in groups if examples}

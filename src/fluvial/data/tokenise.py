@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fluvial.data.chat import encode_chat
-from fluvial.data.examples import IGNORE_INDEX, Example, Overlong, Question, windows, without_beginning
+from fluvial.data.examples import (
+    IGNORE_INDEX,
+    Example,
+    Overlong,
+    Question,
+    windows,
+    without_beginning,
+)
 from fluvial.data.faults import SHOWN, DataError, Faults
 from fluvial.data.forms import Form
 from fluvial.data.records import Chat, Record, RecordReader, Text
@@ -37,6 +44,7 @@ class Surplus:
         self.refused += other.refused
         self.longest = max(self.longest, other.longest)
         self.places = (self.places + other.places)[:SHOWN]
+
         return self
 
 
@@ -84,8 +92,11 @@ class Tokenizing:
             raise ConfigError(
                 "the tokenizer has no EOS token, so a model could never learn to stop; set one in its folder"
             )
-        encoder, result = Encoder.of(self.tokenizer), Tokenized()
+
+        encoder = Encoder.of(self.tokenizer)
+        result = Tokenized()
         stream = Example([], [])
+
         for record in records:
             result.records += 1
             try:
@@ -93,8 +104,11 @@ class Tokenizing:
             except ConfigError as error:
                 result.faults.include(error)
                 continue
+
             if self.packing:
-                stream = Example([*stream.input_ids, *example.input_ids], [*stream.labels, *example.labels])
+                stream = Example(
+                    [*stream.input_ids, *example.input_ids], [*stream.labels, *example.labels]
+                )
                 full = len(stream.input_ids) // self.max_length * self.max_length
                 result.examples += windows(stream.cut(0, full), self.max_length)
                 stream = stream.cut(full)
@@ -103,8 +117,10 @@ class Tokenizing:
             else:
                 self._fit(record, example, question, len(encoder.prefix), result)
                 continue
+
             if question is not None:
                 result.questions.append(question)
+
         result.examples += windows(stream, self.max_length)
         return result
 
@@ -113,39 +129,59 @@ class Tokenizing:
         if isinstance(content, Text):
             ids = encoder.ended(encoder.prompt(content.text))
             return Example(ids, ids), None
+
         if isinstance(content, Chat):
             return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on), None
+
         before = encoder.prompt(content.prompt)
         after = encoder.answer(content.answer)
         labels = [IGNORE_INDEX] * len(before) if self.loss_on == "answer" else before
-        return Example([*before, *after], [*labels, *after]), Question(content.prompt, content.answer)
 
-    def _fit(self, record: Record, example: Example, question: Question | None, first: int, result: Tokenized) -> None:
+        return Example([*before, *after], [*labels, *after]), Question(
+            content.prompt, content.answer
+        )
+
+    def _fit(
+        self,
+        record: Record,
+        example: Example,
+        question: Question | None,
+        first: int,
+        result: Tokenized,
+    ) -> None:
         """Put a record into `result`, cut to `max_length` or counted as `overlong` says."""
-        surplus, length = result.surplus, len(example.input_ids)
+        surplus = result.surplus
+        length = len(example.input_ids)
         surplus.longest = max(surplus.longest, length)
         fitting = example
+
         if length > self.max_length:
             surplus.records += 1
             if self.overlong == "drop":
                 surplus.dropped += 1
                 return
+
             if self.overlong == "shorten_prompt":
                 fitting = without_beginning(example, length - self.max_length, first)
             fitting = fitting.cut(0, self.max_length)
+
         if (self.overlong == "refuse" and length > self.max_length) or not fitting.learns:
             surplus.refused += 1
             if len(surplus.places) < SHOWN:
                 surplus.places.append(f"{record.place} ({length} tokens)")
             return
+
         surplus.tokens += length - len(fitting.input_ids)
         result.examples.append(fitting)
         if question is not None:
             result.questions.append(question)
 
 
-def refusal(surplus: Surplus, tokenizing: Tokenizing, records: int, by_site: Mapping[str, int]) -> str:
-    """Return the one message for all records that do not fit, with their counts and the remedies."""
+def refusal(
+    surplus: Surplus, tokenizing: Tokenizing, records: int, by_site: Mapping[str, int]
+) -> str:
+    """Return the one message for all records that do not fit, with their counts and the
+    remedies."""
     why = (
         'and data.overlong = "refuse" allows none'
         if tokenizing.overlong == "refuse"
@@ -153,6 +189,7 @@ def refusal(surplus: Surplus, tokenizing: Tokenizing, records: int, by_site: Map
     )
     sites = ", ".join(f"{name} {count}" for name, count in by_site.items())
     places = ", ".join(surplus.places[:5]) + (", ..." if surplus.refused > 5 else "")
+
     return (
         f"{surplus.refused} of {records} records are longer than data.max_length={tokenizing.max_length}, {why}"
         f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest record has "
@@ -171,22 +208,27 @@ def tokenize(
     loss_on: Literal["answer", "all"] = "answer",
     overlong: Overlong = "cut",
 ) -> Tokenized:
-    """Return token ids and labels of `records`, pairs of a name for messages and the fields (see `Tokenizing`).
+    """Return token ids and labels of `records`, pairs of a name for messages and the fields (see
+    `Tokenizing`).
 
     Raise `DataError` with every record that is not of the form, cannot be rendered or does not fit.
     """
-    reader, faults = RecordReader(form, {}), Faults()
+    reader = RecordReader(form, {})
+    faults = Faults()
     found = []
+
     for name, fields in records:
         try:
             found.append(reader.read(name, fields))
         except ConfigError as error:
             faults.include(error)
+
     tokenizing = Tokenizing(tokenizer, max_length, packing, loss_on, overlong)
     result = tokenizing(found)
     if result.faults.count:
         faults.include(DataError(result.faults.first, result.faults.count))
     if result.surplus.refused:
         faults.add(refusal(result.surplus, tokenizing, result.records, {}))
+
     faults.raise_any()
     return result

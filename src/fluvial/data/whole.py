@@ -1,4 +1,5 @@
-"""All records of one source as sequences to measure, without sites and without a part to train on."""
+"""All records of one source as sequences to measure, without sites and without a part to train
+on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,15 +40,23 @@ def read_whole(config: DataConfig, tokenizer: Any, where: str) -> Whole:
     faults.raise_any()
 
     changed = with_template(tokenizer, config.chat_template)
-    tokenizing = Tokenizing(changed, config.max_length, config.packing, config.loss_on, config.overlong)
+    tokenizing = Tokenizing(
+        changed, config.max_length, config.packing, config.loss_on, config.overlong
+    )
     tokens = tokenizing([entry.record for entry in found.entries])
     faults.include_all(tokens.faults)
+
     if tokens.surplus.refused:
         faults.add(refusal(tokens.surplus, tokenizing, tokens.records, {}))
     if not tokens.examples and not faults.count:
         dropped = tokens.surplus.dropped
-        lost = f": {dropped} records are longer than data.max_length and were dropped" if dropped else ""
+        lost = (
+            f": {dropped} records are longer than data.max_length and were dropped"
+            if dropped
+            else ""
+        )
         faults.add(f"{printable(config.source)} ({where}): holds nothing to measure{lost}")
+
     faults.raise_any()
 
     most = config.max_heldout or len(tokens.examples)

@@ -1,8 +1,9 @@
 """Both directions between server and sites, for every method that tunes one shared adapter.
 
-`Uplink` knows which codec carries updates and how it was learned; `Downlink` knows which adapter every site holds.
-`Link` asks a cohort through both. A site that cannot follow, because it lost its state or missed too much, says so and
-is sent everything again; so a run never depends on what a site remembers.
+`Uplink` knows which codec carries updates and how it was learned; `Downlink` knows which adapter
+every site holds. `Link` asks a cohort through both. A site that cannot follow, because it lost its
+state or missed too much, says so and is sent everything again; so a run never depends on what a
+site remembers.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -46,7 +47,8 @@ class Link:
         self.downlink = Downlink(context.downlink, context.seed, adapter)
 
     def setup(self, fleet: Fleet, method: Any) -> Metrics:
-        """Learn or choose the codec and install it; `method` is the config that simulated sites need."""
+        """Learn or choose the codec and install it; `method` is the config that simulated sites
+        need."""
         return self.uplink.setup(fleet, method)
 
     @property
@@ -64,15 +66,22 @@ class Link:
         round: int,
         read: Callable[[Payload], T],
     ) -> Iterator[Reply[T]]:
-        """Send the cohort `adapter` with the values `round` and `step`; yields the replies, read."""
+        """Send the cohort `adapter` with the values `round` and `step`; yields the replies,
+        read."""
         self.downlink.advance(adapter, round)
         self.uplink.advance(self.sent, round)
-        answered, stale = yield from self._ask(fleet, task, cohort, round, partial(_or_stale, read=read))
+        answered, stale = yield from self._ask(
+            fleet, task, cohort, round, partial(_or_stale, read=read)
+        )
+
         if stale:
             self.downlink.forget(stale)
             self.uplink.forget(stale)
-            more, _ = yield from self._ask(fleet, task, stale, round, partial(_not_stale, read=read))
+            more, _ = yield from self._ask(
+                fleet, task, stale, round, partial(_not_stale, read=read)
+            )
             answered += more
+
         fleet.require_quorum(task, round, answered=answered, asked=len(cohort))
 
     def _ask(
@@ -83,22 +92,27 @@ class Link:
         round: int,
         read: Callable[[Payload], T | None],
     ) -> Generator[Reply[T], None, tuple[int, list[str]]]:
-        """Ask some sites of a round; returns how many answered, and those that need everything anew.
+        """Ask some sites of a round; returns how many answered, and those that need everything
+        anew.
 
         A site that does not take the codec has failed, and is asked nothing further in this round.
         """
         ready = self.uplink.install(fleet, sites, round)
         values = {"round": round, **self.uplink.values()}
         messages = {site: self.downlink.message(site, values) for site in ready}
-        answered, stale = 0, []
+        answered = 0
+        stale = []
+
         for reply in fleet.ask(task, messages, round=round, read=read, alone=False):
             if reply.content is None:
                 stale.append(reply.site)
                 continue
+
             self.downlink.acknowledge(reply.site)
             self.uplink.acknowledge(reply.site)
             answered += 1
             yield Reply(reply.site, reply.content, reply.bytes_down, reply.bytes_up, reply.seconds)
+
         return answered, sorted(stale)
 
     def state(self) -> Payload:
@@ -128,7 +142,8 @@ def _not_stale(reply: Payload, *, read: Callable[[Payload], T]) -> T:
 
 
 def open_link(site: Site, message: Payload, layout: Layout) -> tuple[Named, Codec] | None:
-    """The site's half: the adapter that `message` brings and the codec to answer with; None answers `STALE`."""
+    """The site's half: the adapter that `message` brings and the codec to answer with; None answers
+    `STALE`."""
     received = receive(site, message)
     codec = None if received is None else follow(site, received, message, layout)
     return None if received is None or codec is None else (received, weighted(codec, received))

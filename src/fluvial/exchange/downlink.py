@@ -1,9 +1,10 @@
 """How the adapter goes down: exact, or as a coded difference to what a site already holds.
 
-With a codec the server keeps the adapter as sites have it, codes the difference to its own, and adds what it coded:
-what one round loses is in the next round's difference, so errors do not add up (error feedback at the server; EF21-P of
-Gruntkowska et al., ICML 2023, with a server that never forgets). A site that was away gets the frames it missed, or the
-exact adapter where that is shorter.
+With a codec the server keeps the adapter as sites have it, codes the difference to its own, and
+adds what it coded: what one round loses is in the next round's difference, so errors do not add up
+(error feedback at the server; EF21-P of Gruntkowska et al., ICML 2023, with a server that never
+forgets). A site that was away gets the frames it missed, or the exact adapter where that is
+shorter.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,8 @@ _SLOT = "received"
 
 
 class Downlink:
-    """The server's half: one reference for all sites, and the frames that lead from older versions to it."""
+    """The server's half: one reference for all sites, and the frames that lead from older versions
+    to it."""
 
     def __init__(self, settings: CodecSettings | None, seed: int, adapter: Named) -> None:
         """`adapter` is version 0, which every site makes from the seed."""
@@ -44,26 +46,38 @@ class Downlink:
         if self.codec is None:
             self.reference = adapter
             return
+
         if round <= self.version or round == 1:  # asked again, or version 0 is the adapter
             return
+
         seed = derive(self.seed, "downlink", round)
         frame = self.codec.encode(subtract(adapter, self.reference), seed=seed, round=round)
         self.reference = add(self.reference, self.codec.decode(frame))
         self.version = round
         self.frames[round] = frame
+
         while sum(map(len, self.frames.values())) > self.layout.raw_bytes:
             self.oldest = min(self.frames)
             del self.frames[self.oldest]
 
     def message(self, site: str, values: Mapping[str, Value]) -> Payload:
-        """What `site` needs to hold the reference; sites that hold the same version share one message."""
+        """What `site` needs to hold the reference; sites that hold the same version share one
+        message."""
         if self.codec is None:
             return self._shared(-1, lambda: adapter_message(self.reference, **values))
+
         base = self.holds.get(site, 0)
         if base < self.oldest:
-            return self._shared(-1, lambda: adapter_message(self.reference, version=self.version, **values))
+            return self._shared(
+                -1, lambda: adapter_message(self.reference, version=self.version, **values)
+            )
+
         frames = [frame for version, frame in sorted(self.frames.items()) if version > base]
-        marks: dict[str, Value] = {"base": base, "version": self.version, "sizes": [len(frame) for frame in frames]}
+        marks: dict[str, Value] = {
+            "base": base,
+            "version": self.version,
+            "sizes": [len(frame) for frame in frames],
+        }
         return self._shared(base, lambda: _frames_payload(frames, {**values, **marks}))
 
     def _shared(self, key: int, make: Callable[[], Payload]) -> Payload:
@@ -83,33 +97,44 @@ class Downlink:
             self.holds[site] = -1
 
     def state(self) -> Payload:
-        """The reference, the frames, and who holds what; without a codec the adapter is the reference."""
+        """The reference, the frames, and who holds what; without a codec the adapter is the
+        reference."""
         if self.codec is None:
             return Payload()
+
         frames = {
             str(version): torch.frombuffer(bytearray(frame), dtype=torch.uint8)
             for version, frame in self.frames.items()
         }
-        values: dict[str, Value] = {"version": self.version, "oldest": self.oldest, "holds": dict(self.holds)}
+        values: dict[str, Value] = {
+            "version": self.version,
+            "oldest": self.oldest,
+            "holds": dict(self.holds),
+        }
         return join({"reference": Payload(self.reference), "frames": Payload(frames, values)})
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
         if self.codec is None:
             return
+
         parts = split(state, ("reference", "frames"))
         self.layout.check(parts["reference"].tensors, "checkpoint")
         self.reference = parts["reference"].tensors
         frames = parts["frames"]
-        self.frames = {int(version): tensor.numpy().tobytes() for version, tensor in frames.tensors.items()}
+        self.frames = {
+            int(version): tensor.numpy().tobytes() for version, tensor in frames.tensors.items()
+        }
         self.version, self.oldest = frames.value("version", int), frames.value("oldest", int)
         self.holds = frames.value("holds", dict)
 
 
 def receive(site: Site, message: Payload) -> Named | None:
-    """The site's half: the adapter that `message` brings; None if it builds on a version that the site lacks."""
+    """The site's half: the adapter that `message` brings; None if it builds on a version that the
+    site lacks."""
     if site.downlink is None:
         return read_adapter_message(message, site.layout)
+
     version = message.whole("version", 0, site.rounds)
     if "base" not in message.values:
         received = read_adapter_message(message, site.layout)
@@ -121,6 +146,7 @@ def receive(site: Site, message: Payload) -> Named | None:
         codec = build(site.downlink, site.layout)
         for frame in _split_frames(message):
             received = add(received, codec.decode(frame))
+
     site.keep(_SLOT, Payload(received, {"version": version}))
     return received
 
@@ -145,8 +171,10 @@ def _split_frames(message: Payload) -> list[bytes]:
         raise WireError(f"adapter: sizes of frames {sizes!r:.60} are not whole numbers above 0")
     if not sizes:
         return []
+
     joined = payload_frame(message)
     if sum(sizes) != len(joined):
         raise WireError(f"adapter: frames of {sum(sizes)} bytes were announced, {len(joined)} came")
+
     ends = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     return [joined[end - size : end] for end, size in zip(ends, sizes, strict=True)]

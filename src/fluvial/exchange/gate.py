@@ -1,15 +1,18 @@
-"""Does the codec carry held-out updates? Measured before the first federated round, on snapshots of later rounds.
+"""Does the codec carry held-out updates? Measured before the first federated round, on snapshots of
+later rounds.
 
-Two verdicts. `reproduction` lists the criteria of the independent reproduction of CG-FedLLM (innovation cosine 0.90
-among them), which nothing is known to pass at 1/64. `failed` lists ours, and these decide: finite; a contraction;
-output that depends on the input; and better than the zero, the training-mean and the previous-round predictor by
-`MARGIN`, for A, for B and for the aggregate.
+Two verdicts. `reproduction` lists the criteria of the independent reproduction of CG-FedLLM
+(innovation cosine 0.90 among them), which nothing is known to pass at 1/64. `failed` lists ours,
+and these decide: finite; a contraction; output that depends on the input; and better than the zero,
+the training-mean and the previous-round predictor by `MARGIN`, for A, for B and for the aggregate.
 
-All errors are those of the *innovation*, the difference to the received adapter, whatever is sent: a codec that always
-returns the training mean has a state error of 0.4 % and an innovation cosine below zero.
+All errors are those of the *innovation*, the difference to the received adapter, whatever is sent:
+a codec that always returns the training mean has a state error of 0.4 % and an innovation cosine
+below zero.
 
-Where no update may leave a site (`tgap.source = "sites-covariance"`), each site measures on its own snapshots and sends
-a few sums; `fold` makes the report of them, with what they cannot tell left open.
+Where no update may leave a site (`tgap.source = "sites-covariance"`), each site measures on its own
+snapshots and sends a few sums; `fold` makes the report of them, with what they cannot tell left
+open.
 """
 
 import math
@@ -52,13 +55,15 @@ class Errors:
     b: float
     all: float
     aggregate: float
-    """Of the mean over the sites of a round. Where that is not known, `all` stands here: the error of single updates.
-    The two differ, most of all for an unbiased codec, whose error falls with the number of sites."""
+    """Of the mean over the sites of a round. Where that is not known, `all` stands here: the error
+    of single updates. The two differ, most of all for an unbiased codec, whose error falls with the
+    number of sites."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What was measured, and the two verdicts; None is what sites that keep their updates cannot tell."""
+    """What was measured, and the two verdicts; None is what sites that keep their updates cannot
+    tell."""
 
     snapshots: int
     bytes_per_update: float
@@ -66,7 +71,8 @@ class GateReport:
     errors: Errors
     predictors: dict[str, Errors]
     shuffled_error: float | None
-    """With frames of other updates decoded; None if no site has two held-out snapshots of its own."""
+    """With frames of other updates decoded; None if no site has two held-out snapshots of its
+    own."""
     product_error: float | None
     """Relative squared error of the change of the weights, s((B + dB)(A + dA) - BA)."""
     coded_error_a: float | None
@@ -108,31 +114,42 @@ def innovation(received: Named, decoded: Named, representation: Representation) 
 
 
 def measure(
-    codec: Codec, training: Sequence[Snapshot], heldout: Sequence[Snapshot], representation: Representation
+    codec: Codec,
+    training: Sequence[Snapshot],
+    heldout: Sequence[Snapshot],
+    representation: Representation,
 ) -> GateReport:
-    """Code every held-out snapshot and compare; `training` gives the predictors. Both must not be empty."""
+    """Code every held-out snapshot and compare; `training` gives the predictors. Both must not be
+    empty."""
     assert training, "no training snapshots"
     assert heldout, "no held-out snapshots"
-    frames, decoded, coded = [], [], []
+    frames = []
+    decoded = []
+    coded = []
+
     for number, snapshot in enumerate(heldout):
         coded.append(coded_object(snapshot.received, snapshot.update, representation))
         at_site = weighted(codec, snapshot.received)
         frames.append(at_site.encode(coded[-1], seed=number))
         decoded.append(at_site.decode(frames[-1]))
+
     finite = all(is_finite(tensors) for tensors in decoded)
     guesses = [
         innovation(snapshot.received, tensors, representation)
         for snapshot, tensors in zip(heldout, decoded, strict=True)
     ]
-    # Rolling by one pairs each snapshot with another site's frame of the same round, where there is one.
+    # Rolling by one pairs each snapshot with another site's frame of the same round, where there is
+    # one.
     shuffled = [
-        innovation(snapshot.received, decoded[index - 1], representation) for index, snapshot in enumerate(heldout)
+        innovation(snapshot.received, decoded[index - 1], representation)
+        for index, snapshot in enumerate(heldout)
     ]
     predictors = {
         name: _errors(heldout, [predict(snapshot) for snapshot in heldout])
         for name, predict in _predictors(training, heldout, representation).items()
     }
-    errors, mixed = _errors(heldout, guesses), _errors(heldout, shuffled).all
+    errors = _errors(heldout, guesses)
+    mixed = _errors(heldout, shuffled).all
     lost = sum(energy(subtract(x, y)) for x, y in zip(coded, decoded, strict=True))
     signal = sum(energy(x) for x in coded)
     ratios = [
@@ -141,11 +158,14 @@ def measure(
     ]
     b_true = math.sqrt(sum(energy(only(x, "B")) for x in coded))
     b_decoded = math.sqrt(sum(energy(only(y, "B")) for y in decoded))
-    cosines = [cosine(snapshot.update, guess) for snapshot, guess in zip(heldout, guesses, strict=True)]
+    cosines = [
+        cosine(snapshot.update, guess) for snapshot, guess in zip(heldout, guesses, strict=True)
+    ]
     coded_a, coded_b = (_pooled(coded, decoded, which) for which in ("A", "B"))
     aggregate_cosine = aggregate(heldout, guesses, cosine)
     failed = _ours(finite, max(ratios), errors, predictors, mixed)
     ratio = b_decoded / b_true if b_true > 0 else 0.0
+
     return GateReport(
         snapshots=len(heldout),
         bytes_per_update=sum(map(len, frames)) / len(frames),
@@ -177,7 +197,8 @@ def measure(
 
 @dataclass(frozen=True)
 class Probe:
-    """What one site measured on its own held-out snapshots: sums, from which no update can be read."""
+    """What one site measured on its own held-out snapshots: sums, from which no update can be
+    read."""
 
     count: int
     bytes: int
@@ -195,7 +216,9 @@ class Probe:
     """Squared error when each snapshot is guessed by another's frame; None if there is only one."""
 
     @classmethod
-    def of(cls, codec: Codec, heldout: Sequence[Snapshot], representation: Representation) -> "Probe":
+    def of(
+        cls, codec: Codec, heldout: Sequence[Snapshot], representation: Representation
+    ) -> "Probe":
         """Code and decode `heldout`, which must not be empty."""
         assert heldout, "no held-out snapshots"
         frames = [
@@ -203,12 +226,16 @@ class Probe:
             for number, s in enumerate(heldout)
         ]
         decoded = [codec.decode(frame) for frame in frames]
-        pairs = [(s.update, innovation(s.received, y, representation)) for s, y in zip(heldout, decoded, strict=True)]
+        pairs = [
+            (s.update, innovation(s.received, y, representation))
+            for s, y in zip(heldout, decoded, strict=True)
+        ]
         lost = [subtract(update, guess) for update, guess in pairs]
         shuffled = [
             energy(subtract(s.update, innovation(s.received, decoded[index - 1], representation)))
             for index, s in enumerate(heldout)
         ]
+
         return cls(
             count=len(heldout),
             bytes=sum(map(len, frames)),
@@ -217,7 +244,9 @@ class Probe:
             energy_a=math.fsum(energy(only(update, "A")) for update, _ in pairs),
             energy_b=math.fsum(energy(only(update, "B")) for update, _ in pairs),
             cosine=math.fsum(cosine(update, guess) for update, guess in pairs),
-            contraction=max(norm(x) / max(norm(s.update), 1e-30) for x, s in zip(lost, heldout, strict=True)),
+            contraction=max(
+                norm(x) / max(norm(s.update), 1e-30) for x, s in zip(lost, heldout, strict=True)
+            ),
             shuffled=math.fsum(shuffled) if len(heldout) > 1 else None,
         )
 
@@ -235,36 +264,57 @@ class Probe:
 
     @classmethod
     def read(cls, payload: Payload, *, most: int) -> "Probe":
-        """Inverse of `payload`, for at most `most` snapshots; raises `WireError` for what cannot be such sums."""
-        count, size = payload.value("count", int), payload.value("bytes", int)
+        """Inverse of `payload`, for at most `most` snapshots; raises `WireError` for what cannot be
+        such sums."""
+        count = payload.value("count", int)
+        size = payload.value("bytes", int)
+
         if not 1 <= count <= most or not 1 <= size < 2**53:
-            raise WireError(f"probe: {count} snapshots in {size} bytes, expected 1 to {most}, and at least a byte")
+            raise WireError(
+                f"probe: {count} snapshots in {size} bytes, expected 1 to {most}, and at least a byte"
+            )
+
         sums = {
-            name: payload.value(name, float) for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
+            name: payload.value(name, float)
+            for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
         }
         known = {"count", "bytes", "cosine", "shuffled", *sums}
         if payload.tensors or set(payload.values) - known:
-            raise WireError(f"probe: more than its sums: {sorted(set(payload.values) - known)!r:.80}")
+            raise WireError(
+                f"probe: more than its sums: {sorted(set(payload.values) - known)!r:.80}"
+            )
+
         cosine = payload.value("cosine", float)
-        shuffled = None if payload.values.get("shuffled") is None else payload.value("shuffled", float)
+        shuffled = (
+            None if payload.values.get("shuffled") is None else payload.value("shuffled", float)
+        )
         if (shuffled is None) != (count == 1):
-            raise WireError(f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is there")
+            raise WireError(
+                f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is there"
+            )
+
         # 1e100: the sum over sites must stay finite too.
         if not all(0 <= each < 1e100 for each in (*sums.values(), shuffled or 0.0)):
             raise WireError(f"probe: an energy below 0 or beyond 1e100 in {sums}")
-        lost, energy = sums["lost_a"] + sums["lost_b"], sums["energy_a"] + sums["energy_b"]
+
+        lost = sums["lost_a"] + sums["lost_b"]
+        energy = sums["energy_a"] + sums["energy_b"]
         if lost > 1.001 * sums["contraction"] ** 2 * energy + 1e-20:
-            raise WireError(f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction allows")
+            raise WireError(
+                f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction allows"
+            )
+
         if not abs(cosine) <= 1.001 * count:
             raise WireError(f"probe: cosines of {count} snapshots add up to {cosine}")
+
         return cls(count, size, **sums, cosine=cosine, shuffled=shuffled)
 
 
 def fold(probes: Sequence[Probe], layout: Layout, representation: Representation) -> GateReport:
     """The report of what sites measured; at least one has.
 
-    The only predictor is zero, because the others need updates of all sites. The error of the aggregate is not known;
-    that of single updates stands in its place.
+    The only predictor is zero, because the others need updates of all sites. The error of the
+    aggregate is not known; that of single updates stands in its place.
     """
     assert probes, "no site has measured"
     count = sum(probe.count for probe in probes)
@@ -273,7 +323,11 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
     both = _Pair(a.lost + b.lost, a.energy + b.energy)
     errors = Errors(a.error, b.error, both.error, both.error)
     zero = Errors(*(float(pair.energy > 0) for pair in (a, b, both, both)))
-    shuffled = [(each.shuffled, each.energy_a + each.energy_b) for each in probes if each.shuffled is not None]
+    shuffled = [
+        (each.shuffled, each.energy_a + each.energy_b)
+        for each in probes
+        if each.shuffled is not None
+    ]
     mixed = _Pair.sum(shuffled).error if shuffled else None
     contraction = max(probe.contraction for probe in probes)
     mean_cosine = math.fsum(probe.cosine for probe in probes) / count
@@ -281,10 +335,12 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
     known = representation == "delta"
     snr = (both.energy / both.lost if both.lost > 0 else 1e30) if known else None
     reproduction = {"finite": True, "innovation cosine >= 0.90": mean_cosine >= 0.90}
+
     if known:
         reproduction |= {"A error < 1": a.error < 1, "B error < 1": b.error < 1}
     if mixed is not None:
         reproduction["depends on the input"] = mixed > both.error
+
     return GateReport(
         snapshots=count,
         bytes_per_update=sum(probe.bytes for probe in probes) / count,
@@ -334,23 +390,34 @@ def explain(report: GateReport, codec: str) -> str:
 
 
 def _ours(
-    finite: bool, contraction: float, errors: Errors, predictors: dict[str, Errors], shuffled: float | None
+    finite: bool,
+    contraction: float,
+    errors: Errors,
+    predictors: dict[str, Errors],
+    shuffled: float | None,
 ) -> list[str]:
     failed = [] if finite else ["the output is not finite"]
     if not contraction < 1:
-        failed.append(f"it is no contraction (error / update norm {contraction:.3f}, must be below 1)")
+        failed.append(
+            f"it is no contraction (error / update norm {contraction:.3f}, must be below 1)"
+        )
+
     if shuffled is not None and not shuffled > (1 + SHUFFLE_MARGIN) * errors.all:
         failed.append(
             f"the output does not depend on the input (error {errors.all:.4f}, with frames shuffled {shuffled:.4f})"
         )
+
     for part in ("a", "b", "aggregate"):
         best = min(predictors, key=lambda name: float(getattr(predictors[name], part)))
-        found, bar = getattr(errors, part), (1 - MARGIN) * getattr(predictors[best], part)
+        found = getattr(errors, part)
+        bar = (1 - MARGIN) * getattr(predictors[best], part)
+
         if not found <= bar:
             label = {"a": "A", "b": "B", "aggregate": "the aggregate"}[part]
             failed.append(
                 f"for {label} its error {found:.3f} is not below {bar:.3f}, {1 - MARGIN:g} of predictor {best!r}"
             )
+
     return failed
 
 
@@ -358,9 +425,13 @@ def _predictors(
     training: Sequence[Snapshot], heldout: Sequence[Snapshot], representation: Representation
 ) -> dict[str, Callable[[Snapshot], Named]]:
     """Guesses that need no message."""
-    average = _mean([coded_object(snapshot.received, snapshot.update, representation) for snapshot in training])
+    average = _mean(
+        [coded_object(snapshot.received, snapshot.update, representation) for snapshot in training]
+    )
     by_round: dict[int, Named] = {
-        round: _mean([snapshot.update for snapshot in (*training, *heldout) if snapshot.round == round])
+        round: _mean(
+            [snapshot.update for snapshot in (*training, *heldout) if snapshot.round == round]
+        )
         for round in {snapshot.round for snapshot in (*training, *heldout)}
     }
 
@@ -392,35 +463,51 @@ def _errors(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> Errors:
     )
 
 
-def _pooled(true: Sequence[Named], guesses: Sequence[Named], which: Literal["A", "B"] | None) -> float:
+def _pooled(
+    true: Sequence[Named], guesses: Sequence[Named], which: Literal["A", "B"] | None
+) -> float:
     lost = signal = 0.0
     for x, y in zip(true, guesses, strict=True):
         names = [name for name in x if which is None or factor(name) == which]
         lost += energy({name: x[name] - y[name] for name in names})
         signal += energy({name: x[name] for name in names})
+
     return lost / signal if signal > 0 else 0.0
 
 
-def aggregate(heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]) -> float:
+def aggregate(
+    heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]
+) -> float:
     """Mean over held-out rounds of a measure between the true and the guessed mean update."""
     found = []
     for round in sorted({snapshot.round for snapshot in heldout}):
         members = [index for index, snapshot in enumerate(heldout) if snapshot.round == round]
-        found.append(measure(_mean([heldout[i].update for i in members]), _mean([guesses[i] for i in members])))
+        found.append(
+            measure(
+                _mean([heldout[i].update for i in members]), _mean([guesses[i] for i in members])
+            )
+        )
+
     return sum(found) / len(found)
 
 
 def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> float:
-    """Relative squared error of dM = dB A + (B + dB) dA, by Gram matrices of its 2r columns, never as d x d."""
+    """Relative squared error of dM = dB A + (B + dB) dA, by Gram matrices of its 2r columns, never
+    as d x d."""
     lost = signal = 0.0
     for snapshot, guess in zip(heldout, guesses, strict=True):
         for name_a in only(snapshot.received, "A"):
             name_b = name_a.replace(".lora_A.", ".lora_B.")
-            a, b = snapshot.received[name_a].double(), snapshot.received[name_b].double()
+            a = snapshot.received[name_a].double()
+            b = snapshot.received[name_b].double()
 
-            def change(update: Named, a: Any = a, b: Any = b, name_a: str = name_a, name_b: str = name_b) -> Any:
+            def change(
+                update: Named, a: Any = a, b: Any = b, name_a: str = name_a, name_b: str = name_b
+            ) -> Any:
                 d_b = update[name_b].double()
-                d_a = update[name_a].double() if name_a in update else a.new_zeros(a.shape)  # FFA freezes A
+                d_a = (
+                    update[name_a].double() if name_a in update else a.new_zeros(a.shape)
+                )  # FFA freezes A
                 return (d_b, b + d_b), (a, d_a)
 
             def product(left: Any, right: Any) -> float:
@@ -432,7 +519,9 @@ def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> flo
                     )
                 )
 
-            true, guessed = change(snapshot.update), change(guess)
+            true = change(snapshot.update)
+            guessed = change(guess)
             signal += product(true, true)
             lost += product(true, true) - 2 * product(true, guessed) + product(guessed, guessed)
+
     return lost / signal if signal > 0 else 0.0

@@ -1,10 +1,12 @@
-"""TGAP: collect updates over sites and rounds (the temporal ensemble), and fit the codec to them (section C4).
+"""TGAP: collect updates over sites and rounds (the temporal ensemble), and fit the codec to them
+(section C4).
 
-The paper says that the encoder is pre-trained on gradients of D1, a share of every site's data; version 1 describes
-training without federation, version 3 a pre-training of the federated model. Both readings are here, and two further
-sources. One costs the sites neither bytes nor privacy: the server trains simulated sites on public text. In the other
-they train on D1 and keep their updates: only sums of second moments go up, once, and later what a codec does to their
-held-out updates, in a few numbers.
+The paper says that the encoder is pre-trained on gradients of D1, a share of every site's data;
+version 1 describes training without federation, version 3 a pre-training of the federated model.
+Both readings are here, and two further sources. One costs the sites neither bytes nor privacy: the
+server trains simulated sites on public text. In the other they train on D1 and keep their updates:
+only sums of second moments go up, once, and later what a codec does to their held-out updates, in a
+few numbers.
 """
 
 import logging
@@ -50,23 +52,27 @@ class TgapConfig(Settings):
     """How the codec is pre-trained."""
 
     source: Literal["sites", "sites-covariance", "public", "none"] = "sites"
-    """"sites": each site sends raw updates of D1 once (the paper). "sites-covariance": sites keep them and send sums
-    of their second moments, for klt and klt_trellis (ours). "public": simulated sites on public text, at no byte from
-    the sites (ours). "none": no pre-training and no gate, for codecs that do not learn."""
+    """"sites": each site sends raw updates of D1 once (the paper). "sites-covariance": sites keep
+    them and send sums of their second moments, for klt and klt_trellis (ours). "public": simulated
+    sites on public text, at no byte from the sites (ours). "none": no pre-training and no gate, for
+    codecs that do not learn."""
     reading: Literal["federated", "local"] = "federated"
-    """"federated": sites share an averaged adapter between rounds (v3). "local": each goes its own way (v1); source
-    "sites-covariance" needs that."""
+    """"federated": sites share an averaged adapter between rounds (v3). "local": each goes its own
+    way (v1); source "sites-covariance" needs that."""
     rounds: int = Field(10, ge=2, le=10**6)
     """Ours: the paper gives no value."""
     share: float = Field(0.3, gt=0, lt=1)
-    """D1 : D2 = 3 : 7 of every site's training data, with source "sites"; FAF then trains on D2 only."""
+    """D1 : D2 = 3 : 7 of every site's training data, with source "sites"; FAF then trains on D2
+    only."""
     holdout: float = Field(0.2, gt=0, lt=1)
-    """Share of the rounds, the last ones, that the fit never sees (a random split leaks neighbours)."""
+    """Share of the rounds, the last ones, that the fit never sees (a random split leaks
+    neighbours)."""
     simulated_sites: int = Field(8, ge=2, le=10**4)
     """Sites that the server simulates with source "public"."""
     refit: Literal["no", "decoded", "broadcast"] = "no"
-    """Whether a klt follows the updates of FAF (ours). "decoded": the server refits from the updates of a round and
-    sends the transform again. "broadcast": server and sites refit alike from the adapters they saw, at no byte."""
+    """Whether a klt follows the updates of FAF (ours). "decoded": the server refits from the
+    updates of a round and sends the transform again. "broadcast": server and sites refit alike from
+    the adapters they saw, at no byte."""
     refit_every: int = Field(5, ge=1, le=10**6)
     """Rounds between refits."""
     refit_weight: float = Field(0.5, gt=0, lt=1)
@@ -101,7 +107,10 @@ def second_part(examples: Sequence[Example], share: float) -> Sequence[Example]:
     """D2: the rest; raises `ConfigError` if nothing is left."""
     rest = examples[max(1, round(share * len(examples))) :]
     if not rest:
-        raise ConfigError(f"method.tgap.share={share}: {len(examples)} examples of a site cannot be split in two")
+        raise ConfigError(
+            f"method.tgap.share={share}: {len(examples)} examples of a site cannot be split in two"
+        )
+
     return rest
 
 
@@ -121,17 +130,23 @@ def snapshot(site: Site, message: Payload) -> Payload:
     tgap: TgapConfig = site.method.tgap
     round = message.whole("round", 1, tgap.rounds)
     received = read_adapter_message(message, site.layout)
+
     if tgap.reading == "local":
         received = site.recall("tgap").tensors or received
+
     data = site.load().train
     examples = data if tgap.source == "public" else first_part(data, tgap.share)
     factors: Factors = getattr(site.method, "factors", "A and B")
-    update, report = train_locally(site, received, round, examples=examples, factors=factors, purpose="tgap")
+    update, report = train_locally(
+        site, received, round, examples=examples, factors=factors, purpose="tgap"
+    )
+
     if tgap.reading == "local":
         site.keep("tgap", Payload(moved(received, update)))
     if tgap.source == "sites-covariance":
         _remember(site, Snapshot(site.name, round, received, update))
         return Payload()
+
     raw = Identity.of(Layout.of(update)).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
@@ -143,11 +158,16 @@ def _remember(site: Site, seen: Snapshot) -> None:
         kept = split_snapshots(site.recall("heldout"), site.name)
         site.keep("heldout", join_snapshots([*kept, seen]))
         return
+
     layout = Layout.of(seen.update)
-    moments = Moments.of(layout, gate.coded_object(seen.received, seen.update, _representation(site)))
+    moments = Moments.of(
+        layout, gate.coded_object(seen.received, seen.update, _representation(site))
+    )
     before = site.recall("moments")
+
     if before.values:
         moments = Moments.read(layout, before, most=tgap.training_rounds) + moments
+
     site.keep("moments", moments.payload())
 
 
@@ -182,7 +202,10 @@ TASKS: dict[str, Task] = {"snapshot": snapshot, "moments": send_moments, "probe"
 
 def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
     """Snapshots of one site, as it keeps them."""
-    rounds = {str(each.round): join({"from": Payload(each.received), "by": Payload(each.update)}) for each in snapshots}
+    rounds = {
+        str(each.round): join({"from": Payload(each.received), "by": Payload(each.update)})
+        for each in snapshots
+    }
     return join(rounds)
 
 
@@ -193,14 +216,17 @@ def split_snapshots(kept: Payload, site: str) -> list[Snapshot]:
         halves = split(split(kept, (str(number),))[str(number)], ("from", "by"))
         received, update = (dict(sorted(halves[half].tensors.items())) for half in ("from", "by"))
         found.append(Snapshot(site, number, received, update))
+
     return found
 
 
-def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout) -> Moments:
+def collect_moments(
+    config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout
+) -> Moments:
     """Second moments of the updates of all sites; held-out updates stay there, for `probe`.
 
-    `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter as FAF and goes its
-    own way.
+    `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter
+    as FAF and goes its own way.
     """
     start = initial_state(layout, seed)
     for number in range(1, config.rounds + 1):
@@ -208,7 +234,9 @@ def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int,
         messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
         for _ in fleet.ask("snapshot", messages, round=0, read=nothing):
             pass
-    total, replies = MomentsSum(), Cohort(fleet, "moments", 0, asked=len(fleet.sites))
+
+    total = MomentsSum()
+    replies = Cohort(fleet, "moments", 0, asked=len(fleet.sites))
 
     def fold(_: int, *, moments: Moments) -> None:
         total.add(moments)
@@ -218,6 +246,7 @@ def collect_moments(config: TgapConfig, fleet: Fleet, layout: Layout, seed: int,
     for reply in fleet.ask("moments", messages, round=0, read=read, alone=False):
         length = math.sqrt(math.fsum(reply.content.energy) / reply.content.count)
         replies.add(reply.site, length, 1, partial(fold, moments=reply.content))
+
     replies.close()
     return total.total()
 
@@ -234,22 +263,31 @@ def collect(
     codec = Identity.of(sent or layout)
 
     snapshots: list[Snapshot] = []
+
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
-        mean, replies = WeightedMean(), Cohort(fleet, "snapshot", 0, asked=len(fleet.sites))
+        mean = WeightedMean()
+        replies = Cohort(fleet, "snapshot", 0, asked=len(fleet.sites))
         messages = dict.fromkeys(fleet.sites, adapter_message(shared, round=number))
         read = partial(read_update, codec=codec, round=number)
+
         for reply in fleet.ask("snapshot", messages, round=0, read=read, alone=False):
             update, weight = reply.content
             seen = Snapshot(reply.site, number, own[reply.site], update)
             then = partial(_fold, seen=seen, mean=mean, snapshots=snapshots)
             replies.add(reply.site, norm(update), weight, then)
+
         replies.close()
         if config.reading == "federated":
             shared = moved(shared, mean.mean())
             own = dict.fromkeys(fleet.sites, shared)
         else:
-            own |= {each.site: moved(each.received, each.update) for each in snapshots if each.round == number}
+            own |= {
+                each.site: moved(each.received, each.update)
+                for each in snapshots
+                if each.round == number
+            }
+
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
 
 
@@ -258,10 +296,13 @@ def _fold(weight: int, *, seen: Snapshot, mean: WeightedMean, snapshots: list[Sn
     mean.add(seen.update, weight)
 
 
-def split_by_time(snapshots: Sequence[Snapshot], holdout: float) -> tuple[list[Snapshot], list[Snapshot]]:
+def split_by_time(
+    snapshots: Sequence[Snapshot], holdout: float
+) -> tuple[list[Snapshot], list[Snapshot]]:
     """Training and held-out snapshots: the last rounds are held out, at least one and not all."""
     rounds = sorted({snapshot.round for snapshot in snapshots})
     first_heldout = rounds[-_num_heldout(len(rounds), holdout)]
+
     return (
         [snapshot for snapshot in snapshots if snapshot.round < first_heldout],
         [snapshot for snapshot in snapshots if snapshot.round >= first_heldout],
@@ -276,9 +317,14 @@ def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> L
     """Sites that the server plays itself, on public text."""
     parts = context.public()
     names = sorted(parts)[: config.simulated_sites]
+
     if len(names) < 2:
-        raise ConfigError("data.public_source: at least two records are needed to simulate two sites")
-    bench, store = context.open_bench(), StateStore(None)
+        raise ConfigError(
+            "data.public_source: at least two records are needed to simulate two sites"
+        )
+
+    bench = context.open_bench()
+    store = StateStore(None)
 
     def open_site(name: str) -> Site:
         return Site(

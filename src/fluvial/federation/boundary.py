@@ -38,6 +38,7 @@ def outward(problem: BaseException, log: Path | None, **about: object) -> str:
     reference = secrets.token_hex(4)
     whole = "".join(traceback.format_exception(problem))[-_MOST_TEXT:]
     where = "this process's log" if log is None else str(log)
+
     if log is None:
         logger.error("reference %s, %s:\n%s", reference, about, whole)
     else:
@@ -45,16 +46,23 @@ def outward(problem: BaseException, log: Path | None, **about: object) -> str:
             _write(log, f"{_now()} reference {reference} {about}\n{whole}\n")
         except (OSError, CheckpointError) as full:
             where = f"nowhere, because the log cannot be written ({type(full).__name__})"
-        logger.error("site %s: %s; the whole error is in %s", about.get("site", ""), _short(problem), where)
+
+        logger.error(
+            "site %s: %s; the whole error is in %s", about.get("site", ""), _short(problem), where
+        )
+
     if isinstance(problem, MADE_TO_LEAVE):
         return f"{type(problem).__name__}: {problem}"[:2000]
+
     return f"{kind(problem)} at {place(problem)} (reference {reference} in the site's own {ERRORS})"
 
 
 def kind(problem: BaseException) -> str:
-    """Return the name of an error's type, and for one of the operating system what its number means."""
+    """Return the name of an error's type, and for one of the operating system what its number
+    means."""
     name = type(problem).__name__
     shown = name if name.isidentifier() and name.isascii() and len(name) <= 60 else "an error"
+
     if isinstance(problem, OSError) and isinstance(problem.errno, int):
         return f"{shown} ({os.strerror(problem.errno)})"
     return shown
@@ -67,6 +75,7 @@ def place(problem: BaseException) -> str:
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE):
             return f"{path.relative_to(_PACKAGE.parent)}:{frame.lineno}"
+
     return "a place outside Fluvial"
 
 

@@ -48,29 +48,39 @@ class Cohort:
     """
 
     def __init__(self, fleet: Fleet, task: str, round: int, *, asked: int) -> None:
-        self._fleet, self._task, self._round, self._asked = fleet, task, round, asked
+        self._fleet = fleet
+        self._task = task
+        self._round = round
+        self._asked = asked
         self._held: list[_Held] = []
         self._lengths: list[float] = []
         self._weights: dict[str, int] = {}
 
     def add(self, site: str, length: float, weight: int, fold: Callable[[int], None]) -> None:
-        """Take one reply; `fold(weight)` is called once with the weight that it counts with, or never."""
+        """Take one reply; `fold(weight)` is called once with the weight that it counts with, or
+        never."""
         self._lengths.append(length)
         self._weights[site] = weight
         self._held.append(_Held(site, length, weight, fold))
         kept = {id(self._heaviest()), id(self._longest())}
+
         for each in self._held:
             if id(each) not in kept:
                 each.fold(each.weight)
+
         self._held = [each for each in self._held if id(each) in kept]
 
     def close(self) -> dict[str, Any]:
-        """Fold the rest; returns what the round's record is to say. Raises `ClientError` as `Fleet.ask` does."""
+        """Fold the rest; returns what the round's record is to say. Raises `ClientError` as
+        `Fleet.ask` does."""
         self._refuse_too_long()
         clipped = self._too_heavy()
+
         for each in self._held:
             each.fold(self._weights[each.site])
-        self._fleet.require_quorum(self._task, self._round, answered=len(self._weights), asked=self._asked)
+        self._fleet.require_quorum(
+            self._task, self._round, answered=len(self._weights), asked=self._asked
+        )
         return {"clipped": clipped} if clipped else {}
 
     def _heaviest(self) -> _Held:
@@ -83,24 +93,30 @@ class Cohort:
         growth = self._fleet.config.max_update_growth
         if not self._held:
             return
+
         longest = self._longest()
         reason = too_long(longest.length, self._lengths, growth)
         if reason is None:
             return
+
         self._held.remove(longest)
         del self._weights[longest.site]
         self._fleet.reject(Failure(longest.site, self._round, self._task, reason, 0))
 
     def _too_heavy(self) -> list[dict[str, Any]]:
-        """Lower the weight of a site that has more than its share; returns whose, from what, to what."""
+        """Lower the weight of a site that has more than its share; returns whose, from what, to
+        what."""
         share = self._fleet.config.max_weight_share
         if share >= 1 or not self._held:
             return []
+
         heaviest = self._heaviest()
         others = sum(self._weights.values()) - heaviest.weight
         most = max(1, math.floor(share / (1 - share) * others))
+
         if others == 0 or heaviest.weight <= most:
             return []
+
         self._weights[heaviest.site] = most
         logger.warning(
             "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; it counts with %d",
@@ -117,9 +133,11 @@ def too_long(length: float, lengths: Sequence[float], growth: float) -> str | No
     """Return why an update of this length is refused among `lengths`, None where it is not."""
     if len(lengths) < _FEW:
         return None
+
     middle = statistics.median_low(lengths)
     if not 0 < middle * growth < length:
         return None
+
     return (
         f"its update has length {length:.4g}, over fleet.max_update_growth={growth:g} times the "
         f"median of {len(lengths)} updates ({middle:.4g}); raise that setting where sites differ "
@@ -139,9 +157,12 @@ def reach(train: TrainConfig, samples: int) -> float:
 
 
 def check_update(update: Named, weight: int, train: TrainConfig) -> None:
-    """Raise `WireError` for an update that cannot be folded into a mean, or that no training of a site can make."""
+    """Raise `WireError` for an update that cannot be folded into a mean, or that no training of a
+    site can make."""
     WeightedMean.check(update, weight)
-    far, found = reach(train, weight), rms(update)
+    far = reach(train, weight)
+    found = rms(update)
+
     if found > far:
         raise WireError(
             f"update: its values are {found:.4g} (root mean square), and training with these "

@@ -31,5 +31,5 @@ class Context:
 
 
 Metrics = dict[str, Any]
-"""Plain values of one round: at least `loss`, the mean training loss of the sites in nats per label token, and `sites`,
-how many of them answered."""
+"""Plain values of one round: at least `loss`, the mean training loss of the sites in nats per label
+token, and `sites`, how many of them answered."""

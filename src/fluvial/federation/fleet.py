@@ -23,10 +23,11 @@ class FleetConfig(Settings):
     workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
     threads: int = Field(1, ge=1, le=256)
-    """Threads for the tensor operations of one site, and of the server; fixed, so that results do not depend on
-    `workers`."""
+    """Threads for the tensor operations of one site, and of the server; fixed, so that results do
+    not depend on `workers`."""
     sites: tuple[str, ...] = ()
-    """Names of the sites that a deployed run waits for; where this is empty, those of data that all sites can read."""
+    """Names of the sites that a deployed run waits for; where this is empty, those of data that all
+    sites can read."""
     join_timeout_s: float = Field(120.0, ge=0.01, le=10**7)
     """A deployed run waits this long for its sites to join."""
     line: Line | None = None
@@ -50,6 +51,7 @@ class FleetConfig(Settings):
         """See `Settings`."""
         fields = type(self).model_fields
         yield from (f"sites: {fault}" for fault in map(fault_of, self.sites) if fault is not None)
+
         if self.on_failure == "stop" and self.quorum != fields["quorum"].default:
             yield "quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'"
         if self.on_failure != "retry" and self.retries != fields["retries"].default:
@@ -107,9 +109,10 @@ class Fleet(Protocol):
     ) -> Iterator[Reply[T]]:
         """Send each named site its message and yield the replies as they come.
 
-        `read` checks and decodes a reply; where it raises, the site has failed, as if it had not answered. Raises
-        `ClientError` when the policy says so, or after all replies were yielded when the quorum is missed; that is left
-        to the caller (see `require_quorum`) where this call is not `alone` but one of several that make a round.
+        `read` checks and decodes a reply; where it raises, the site has failed, as if it had not
+        answered. Raises `ClientError` when the policy says so, or after all replies were yielded
+        when the quorum is missed; that is left to the caller (see `require_quorum`) where this call
+        is not `alone` but one of several that make a round.
         """
         ...
 
@@ -118,7 +121,8 @@ class Fleet(Protocol):
         ...
 
     def reject(self, failure: Failure) -> None:
-        """Note that an answer does not count after all; raises `ClientError` under on_failure="stop"."""
+        """Note that an answer does not count after all; raises `ClientError` under
+        on_failure="stop"."""
         ...
 
     def state(self) -> dict[str, Value]:
@@ -133,10 +137,14 @@ class Fleet(Protocol):
 def sample(sites: Sequence[str], fraction: float, *, seed: int, round: int) -> list[str]:
     """The cohort of a round, counted from 1: max(int(fraction * N), 1) sites without replacement.
 
-    `numpy.random.RandomState(seed + round - 1)`; with seed 0 these are Shepherd's, which counts from 0.
+    `numpy.random.RandomState(seed + round - 1)`; with seed 0 these are Shepherd's, which counts
+    from 0.
     """
     count = cohort_size(fraction, len(sites))
-    chosen = np.random.RandomState((seed + round - 1) % 2**32).choice(len(sites), count, replace=False)
+    chosen = np.random.RandomState((seed + round - 1) % 2**32).choice(
+        len(sites), count, replace=False
+    )
+
     return [sites[index] for index in sorted(chosen)]
 
 
@@ -146,7 +154,8 @@ def cohort_size(fraction: float, sites: int) -> int:
 
 
 class Wires:
-    """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first sent."""
+    """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first
+    sent."""
 
     def __init__(self, messages: Mapping[str, Payload]) -> None:
         self._messages = messages
@@ -165,7 +174,8 @@ def unreadable(problem: Exception) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text from outside in one line of at most 1000 characters, none of which could drive a terminal."""
+    """Return a text from outside in one line of at most 1000 characters, none of which could drive
+    a terminal."""
     line = " ".join(text.split())
     return "".join(character if character.isprintable() else "\ufffd" for character in line)[:1000]
 
@@ -178,11 +188,16 @@ class Policy:
         self.config = config
 
     def failed(self, failure: Failure, attempt: int) -> bool:
-        """Note a failure; whether the site is to be asked again. Raises `ClientError` under on_failure="stop"."""
+        """Note a failure; whether the site is to be asked again. Raises `ClientError` under
+        on_failure="stop"."""
         self.failures.append(failure)
-        where = f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
+        where = (
+            f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
+        )
+
         if self.config.on_failure == "stop":
             raise ClientError(where)
+
         again = self.config.on_failure == "retry" and attempt <= self.config.retries
         logger.warning("%s (%s)", where, "asked again" if again else "skipped")
         return again

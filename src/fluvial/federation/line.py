@@ -1,6 +1,8 @@
-"""How long a round takes over a slow line, from bytes and the line alone: what `fluvial check` predicts.
+"""How long a round takes over a slow line, from bytes and the line alone: what `fluvial check`
+predicts.
 
-The engine's own constants were measured on Flower 1.41 without a line (`python -m benchmarks.engine --part link`).
+The engine's own constants were measured on Flower 1.41 without a line (`python -m benchmarks.engine
+--part link`).
 """
 
 import math
@@ -30,16 +32,19 @@ class Engine:
     """What a round costs where the line is none, and how Flower 1.41 uses a line."""
 
     fixed_s: float = 3.9
-    """A round of a small payload without training: the node's sleep of 3 s, its steps of 0.5 s, one fork."""
+    """A round of a small payload without training: the node's sleep of 3 s, its steps of 0.5 s, one
+    fork."""
     s_per_mb: float = 0.06
     """Packing, hashing and copying at both ends, for each MB of one site, up and down together."""
     exchanges: int = 4
-    """Requests of one round and site that wait for each other: poll, receipt, announcement of the answer, and a poll in
-    vain before the sleep; what moves objects comes on top."""
+    """Requests of one round and site that wait for each other: poll, receipt, announcement of the
+    answer, and a poll in vain before the sleep; what moves objects comes on top."""
     small_objects: int = 5
-    """Requests for what surrounds the chunks of a message: Flower sends each part of it by a request of its own."""
+    """Requests for what surrounds the chunks of a message: Flower sends each part of it by a
+    request of its own."""
     inline: int = 2**18
-    """Bytes of a payload that travels within the header, so that only two other objects surround it."""
+    """Bytes of a payload that travels within the header, so that only two other objects surround
+    it."""
     kept_s: float = 5.0
     """A connection that was idle for longer is opened anew: two round trips."""
     connections: int = 2
@@ -59,15 +64,21 @@ FIRST_WINDOW = 10
 FLOWER = Engine()
 
 
-def round_s(down: int, up: int, *, sites: int, line: Line, engine: Engine = FLOWER, train_s: float = 0.0) -> float:
-    """Seconds of a round in which each of `sites` is sent `down` bytes and answers with `up`, after training `train_s`.
+def round_s(
+    down: int, up: int, *, sites: int, line: Line, engine: Engine = FLOWER, train_s: float = 0.0
+) -> float:
+    """Seconds of a round in which each of `sites` is sent `down` bytes and answers with `up`, after
+    training `train_s`.
 
-    Sites are alike and work side by side, so the round is that of one site, with its share of a line that is shared:
+    Sites are alike and work side by side, so the round is that of one site, with its share of a
+    line that is shared:
 
         fixed + MB * s_per_mb + train + rtt * exchanges + objects(down) + objects(up)
     """
-    rtt_s, sharing = line.rtt_ms / 1e3, sites if line.shared else 1
+    rtt_s = line.rtt_ms / 1e3
+    sharing = sites if line.shared else 1
     reopened = 2 if train_s > engine.kept_s else 0
+
     return (
         engine.fixed_s
         + (down + up) / 1e6 * engine.s_per_mb
@@ -81,31 +92,45 @@ def round_s(down: int, up: int, *, sites: int, line: Line, engine: Engine = FLOW
 def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
     """Seconds in which all objects of a message pass, `connections` at a time.
 
-    While one chunk passes, the small objects pass on the other connection; after several chunks they are still to come.
+    While one chunk passes, the small objects pass on the other connection; after several chunks
+    they are still to come.
     """
-    rtt_s, chunks = line.rtt_ms / 1e3, math.ceil(size / engine.chunk)
+    rtt_s = line.rtt_ms / 1e3
+    chunks = math.ceil(size / engine.chunk)
     small = 2 if size <= engine.inline else engine.small_objects
     moving = transfer_s(size, mbit_s, line, engine)
+
     if chunks < engine.connections:
         return max(rtt_s + moving, rtt_s * small / (engine.connections - chunks))
+
     return moving + rtt_s * math.ceil((chunks + small) / engine.connections)
 
 
 def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
     """Seconds beyond one round trip in which `size` bytes arrive over a line of `mbit_s`.
 
-    The window doubles until the line is full (Cardwell, Savage and Anderson, "Modeling TCP Latency", INFOCOM 2000) or,
-    with loss, until it has the mean that Mathis et al. (1997) give for random loss, sqrt(3 / 2p) packets, where it
-    stays: connections live through rounds, and a threshold that a loss has set outlives the rest between them. Cubic
-    keeps to that where its own is lower (RFC 9438, 4.3). Two objects travel at a time.
+    The window doubles until the line is full (Cardwell, Savage and Anderson, "Modeling TCP
+    Latency", INFOCOM 2000) or, with loss, until it has the mean that Mathis et al. (1997) give for
+    random loss, sqrt(3 / 2p) packets, where it stays: connections live through rounds, and a
+    threshold that a loss has set outlives the rest between them. Cubic keeps to that where its own
+    is lower (RFC 9438, 4.3). Two objects travel at a time.
     """
     streams = max(1, min(engine.connections, math.ceil(size / engine.chunk)))
-    rtt_s, packets = line.rtt_ms / 1e3, math.ceil(size / MSS / streams)
+    rtt_s = line.rtt_ms / 1e3
+    packets = math.ceil(size / MSS / streams)
     rate = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
     """Packets a second of one stream."""
+
     if line.loss and rtt_s:
         rate = min(rate, math.sqrt(1.5 / line.loss) / rtt_s)
-    seconds, sent, window = 0.0, 0.0, float(FIRST_WINDOW)
+
+    seconds = 0.0
+    sent = 0.0
+    window = float(FIRST_WINDOW)
+
     while sent + window < packets and window < rate * rtt_s:
-        seconds, sent, window = seconds + rtt_s, sent + window, 2 * window
+        seconds = seconds + rtt_s
+        sent = sent + window
+        window = 2 * window
+
     return seconds + (packets - sent) / rate

@@ -59,7 +59,8 @@ class LocalFleet(Policy):
     ) -> None:
         super().__init__(config or FleetConfig())
         self.sites = tuple(names)
-        self._open, self._tasks = open_site, tasks
+        self._open = open_site
+        self._tasks = tasks
         self._limits = limits or Limits()
 
     def ask(
@@ -73,43 +74,60 @@ class LocalFleet(Policy):
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
         assert task in self._tasks, f"unknown task {task!r}"
-        wires, workers = Wires(messages), concurrency(self.config)
+        wires = Wires(messages)
+        workers = concurrency(self.config)
         waiting = deque((name, 1) for name in messages)
         working: dict[int, _Job] = {}
         done: Done = queue.SimpleQueue()
-        answered, started = 0, 0
+        answered = 0
+        started = 0
+
         while waiting or working:
             while waiting and len(working) < workers:
                 name, attempt = waiting.popleft()
                 started += 1
-                working[started] = job = _Job(self._open(name), attempt, time.perf_counter(), wires[name])
+                working[started] = job = _Job(
+                    self._open(name), attempt, time.perf_counter(), wires[name]
+                )
                 threading.Thread(
                     target=self._work,
                     args=(started, job, task, round, done),
                     daemon=True,
                     name=f"{task}:{name}",
                 ).start()
+
             number, wire_up, problem = self._next(working, done)
             if number not in working:
                 continue  # answered after its deadline; what it wanted to keep is dropped with it
+
             job = working.pop(number)
             name = job.site.name
             size = len(problem.encode()) if wire_up is None else len(wire_up)
+
             if wire_up is not None:
                 try:
                     content = read(Payload.from_bytes(wire_up, self._limits))
                 except Exception as error:
-                    wire_up, problem = None, unreadable(error)
+                    wire_up = None
+                    problem = unreadable(error)
+
             if wire_up is None:
-                if self.failed(Failure(name, round, task, problem, len(job.wire), size), job.attempt):
+                if self.failed(
+                    Failure(name, round, task, problem, len(job.wire), size), job.attempt
+                ):
                     waiting.append((name, job.attempt + 1))
+
                 continue
+
             for slot, kept in job.site.kept.items():
                 job.site.store.write(name, slot, kept, round)
             answered += 1
             seconds = time.perf_counter() - job.started
-            logger.info("round %d, %s: %s answered (%d of %d)", round, task, name, answered, len(messages))
+            logger.info(
+                "round %d, %s: %s answered (%d of %d)", round, task, name, answered, len(messages)
+            )
             yield Reply(name, content, len(job.wire), len(wire_up), seconds)
+
         if alone:
             self.require_quorum(task, round, answered=answered, asked=len(messages))
 
@@ -119,7 +137,9 @@ class LocalFleet(Policy):
             return super().failed(failure, attempt)
         except ClientError as error:
             log = self._open(failure.site).store.errors(failure.site)
-            where = "" if log is None or not log.exists() else f"; the whole of its errors is in {log}"
+            where = (
+                "" if log is None or not log.exists() else f"; the whole of its errors is in {log}"
+            )
             raise ClientError(f"{error}{where}") from None
 
     def state(self) -> dict[str, Value]:
@@ -138,6 +158,7 @@ class LocalFleet(Policy):
         """Answer as the site; what it tells of an error is what would leave it."""
         site = job.site
         torch.set_num_threads(self.config.threads)
+
         try:
             answer = self._tasks[task](site, Payload.from_bytes(job.wire, self._limits))
             done.put((number, answer.to_bytes(), ""))
@@ -151,6 +172,7 @@ class LocalFleet(Policy):
         deadline = self.config.deadline_s
         if deadline is None:
             return done.get()
+
         oldest = min(working, key=lambda number: working[number].started)
         left = working[oldest].started + deadline - time.perf_counter()
         try:

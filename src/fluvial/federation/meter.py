@@ -27,8 +27,10 @@ class Meter:
             table[kind] = table.get(kind, 0) + size
 
     def close_round(self) -> dict[str, dict[Kind, int]]:
-        """Bytes by site since the last call; only the totals are kept, so memory does not grow with rounds."""
-        closed, self.current = self.current, {}
+        """Bytes by site since the last call; only the totals are kept, so memory does not grow with
+        rounds."""
+        closed = self.current
+        self.current = {}
         return closed
 
 
@@ -37,7 +39,9 @@ class Metered:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet, self.meter = fleet, Meter()
-        self.sites, self.failures, self.config = fleet.sites, fleet.failures, fleet.config
+        self.sites = fleet.sites
+        self.failures = fleet.failures
+        self.config = fleet.config
 
     def ask(
         self,

@@ -34,9 +34,11 @@ def derive_key(secret: bytes, purpose: str, *parts: bytes) -> bytes:
     """Return 32 bytes for `purpose` and `parts`, which nobody without `secret` can compute."""
     assert len(secret) == SECRET_BYTES, "a secret has 32 bytes"
     digest = hmac.new(secret, digestmod=hashlib.sha256)
+
     for part in (purpose.encode(), *parts):
         digest.update(len(part).to_bytes(8, "little"))  # no two lists of parts are the same text
         digest.update(part)
+
     return digest.digest()
 
 
@@ -75,12 +77,16 @@ def on_grid(vector: Tensor, std: float, *, clip_norm: float | None = None) -> ND
     the norm of what is returned, times the step, is never more. A vector that is not finite becomes
     zero.
     """
-    values, grid = vector.detach().cpu().double().numpy(), grid_of(std)
+    values = vector.detach().cpu().double().numpy()
+    grid = grid_of(std)
+
     if clip_norm is None:
         return np.rint(values / grid)
+
     length = math.sqrt(float(np.sum(np.square(values))))
     if not math.isfinite(length):
         return np.zeros_like(values)
+
     room = clip_norm * (1 - 1e-9)  # the sum of squares was rounded
     factor = room / length if length > room else 1.0
     return np.trunc(values * (factor / grid))
@@ -90,7 +96,9 @@ def disturb(steps: NDArray[np.float64], std: float, key: bytes) -> Tensor:
     """Return `steps` (n,) of the grid plus Gaussian noise of deviation `std`, as fp32 values."""
     grid = grid_of(std)
     noisy = np.empty_like(steps)
+
     for start, block in _blocks(key, len(steps)):
         span = slice(start, start + len(block))
         noisy[span] = steps[span] + np.rint(block * (std / grid))
+
     return torch.from_numpy((noisy * grid).astype(np.float32))

@@ -48,12 +48,15 @@ def claim(folder: Path, mechanism: Mechanism, *parts: bytes) -> bytes:
     """
     with _locked(folder):
         book = _read(folder)
-        secret, began = _secret(book), book["mechanism"]
+        secret = _secret(book)
+        began = book["mechanism"]
+
         if began is not None and began != asdict(mechanism):
             raise PrivacyError(
                 f"this run's releases began under {began}, and now {asdict(mechanism)} is asked "
                 "for; epsilon cannot count both: begin a new run"
             )
+
         release = derive_key(secret, "release", *parts)
         if release.hex() not in book["releases"]:
             if len(book["releases"]) >= mechanism.releases:
@@ -61,8 +64,10 @@ def claim(folder: Path, mechanism: Mechanism, *parts: bytes) -> bytes:
                     f"this would be release {len(book['releases']) + 1} of this site, and epsilon "
                     f"counts {mechanism.releases}: some round was answered more than once"
                 )
+
             book |= {"mechanism": asdict(mechanism), "releases": [*book["releases"], release.hex()]}
             _write(folder, book)
+
         return derive_key(secret, "noise", release)
 
 
@@ -73,21 +78,25 @@ def count_releases(folder: Path) -> int:
 
 
 def stand_of(folder: Path) -> list[str | int]:
-    """Return a mark of the secret in `folder` and the number of its releases; empty without a ledger.
+    """Return a mark of the secret in `folder` and the number of its releases; empty without a
+    ledger.
 
     The mark tells nothing about the secret. Kept elsewhere, it shows later that a ledger was lost.
     """
     if not (folder / _FILE).exists():
         return []
+
     with _locked(folder):
         book = _read(folder)
         return [derive_key(_secret(book), "mark").hex()[:32], len(book["releases"])]
 
 
 def check_stand(folder: Path, before: Sequence[str | int]) -> None:
-    """Raise `CheckpointError` unless the ledger in `folder` goes on from where it stood `before`."""
+    """Raise `CheckpointError` unless the ledger in `folder` goes on from where it stood
+    `before`."""
     if not before:
         return
+
     found = stand_of(folder)
     if not found or found[0] != before[0] or int(found[1]) < int(before[1]):
         raise CheckpointError(
@@ -101,6 +110,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold the ledger of `folder` alone, against other threads and processes."""
     make_folder(folder)
     folder.chmod(0o700)  # one that was there may be open to others
+
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -110,6 +120,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """Return secret, mechanism and releases; a new secret is on the disk before it is used."""
     path = folder / _FILE
     book: dict[str, Any]
+
     try:
         text = path.read_bytes()
     except FileNotFoundError:
@@ -117,12 +128,14 @@ def _read(folder: Path) -> dict[str, Any]:
         book = {"secret": secret, "mechanism": None, "releases": []}
         _write(folder, book)
         return book
+
     try:
         book = unsealed("ledger", text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}. Without it this site cannot know what it has released; begin a new run"
         ) from None
+
     return dict(book)
 
 

@@ -23,9 +23,13 @@ MOST_TOKENS = 2**53
 
 
 def fields(
-    reply: Payload, values: Collection[str], tensors: Collection[str] = (), optional: Collection[str] = ()
+    reply: Payload,
+    values: Collection[str],
+    tensors: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> None:
-    """Raise `WireError` unless a reply has exactly these values and tensors, and `optional` values at most."""
+    """Raise `WireError` unless a reply has exactly these values and tensors, and `optional` values
+    at most."""
     expected: tuple[tuple[str, Any, Any, Collection[str]], ...] = (
         ("values", reply.values, values, optional),
         ("tensors", reply.tensors, tensors, ()),
@@ -64,20 +68,26 @@ def heldout_of(reply: Payload) -> Heldout:
 
 
 def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
-    """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that these were asked."""
+    """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that
+    these were asked."""
     counts = ("right", "questions")
     asked = answers and any(name in reply.values for name in counts)
     fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))
+
     if not asked:
         return heldout_of(reply), 0, 0
+
     questions = reply.whole("questions", 1, MOST_TOKENS)
     return heldout_of(reply), reply.whole("right", 0, questions), questions
 
 
 def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
-    """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises `WireError`."""
+    """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises
+    `WireError`."""
     fields(reply, ("n", "loss"), FRAME)
     loss_of(reply)
-    update, weight = codec.decode(payload_frame(reply), round=round), weight_of(reply)
+    update = codec.decode(payload_frame(reply), round=round)
+    weight = weight_of(reply)
     WeightedMean.check(update, weight)
+
     return update, weight

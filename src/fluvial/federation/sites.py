@@ -24,7 +24,8 @@ Factors = Literal["A and B", "B"]
 
 @dataclass
 class Site:
-    """One site while it answers one message; nothing survives in it but what `keep` puts into the store."""
+    """One site while it answers one message; nothing survives in it but what `keep` puts into the
+    store."""
 
     name: str
     seed: int
@@ -55,8 +56,11 @@ class Site:
         return self.store.read(self.name, slot) if kept is None else kept
 
     def keep(self, slot: str, payload: Payload, *, draft: bool = False) -> None:
-        """Keep `payload` under `slot` once this answer is accepted; a `draft` lies in a file until then."""
-        self.kept[slot] = self.store.draft(self.name, slot, payload) if draft and self.store.folder else payload
+        """Keep `payload` under `slot` once this answer is accepted; a `draft` lies in a file until
+        then."""
+        self.kept[slot] = (
+            self.store.draft(self.name, slot, payload) if draft and self.store.folder else payload
+        )
 
     def file(self, slot: str) -> Path | None:
         """The file with what the site kept under `slot`, where there is one."""
@@ -74,7 +78,11 @@ Task = Callable[[Site, Payload], Payload]
 
 def state_message(state: Named, layout: Layout, **values: Any) -> Payload:
     """An exact state on the wire, which may have only the weights of `layout` that changed."""
-    return adapter_message(state, **values) if state.keys() == set(layout.names) else Payload(state, values)
+    return (
+        adapter_message(state, **values)
+        if state.keys() == set(layout.names)
+        else Payload(state, values)
+    )
 
 
 def read_state_message(message: Payload, layout: Layout) -> Named:
@@ -87,7 +95,8 @@ def read_state_message(message: Payload, layout: Layout) -> Named:
 
 
 def adapter_message(adapter: Named, **values: Any) -> Payload:
-    """An exact adapter on the wire: one packed frame, because every named tensor would cost a header."""
+    """An exact adapter on the wire: one packed frame, because every named tensor would cost a
+    header."""
     return frame_payload(Identity.of(Layout.of(adapter)).encode(adapter), **values)
 
 
@@ -98,7 +107,11 @@ def read_adapter_message(message: Payload, layout: Layout) -> Named:
 
 def part(layout: Layout, factors: Factors) -> Layout:
     """The layout of what is trained and sent."""
-    return layout if factors == "A and B" else Layout(tuple(s for s in layout.shapes if factor(s[0]) == "B"))
+    return (
+        layout
+        if factors == "A and B"
+        else Layout(tuple(s for s in layout.shapes if factor(s[0]) == "B"))
+    )
 
 
 def train_locally(
@@ -110,10 +123,14 @@ def train_locally(
     factors: Factors = "A and B",
     purpose: str = "train",
 ) -> tuple[Named, TrainReport]:
-    """Tune from the state `received` on `examples`; returns the update (trained - received) of `factors`."""
+    """Tune from the state `received` on `examples`; returns the update (trained - received) of
+    `factors`."""
     bench = site.workbench
     start = bench.weights(received)
-    with bench.model(received, trainable=factors, checkpointing=site.train.gradient_checkpointing) as model:
+
+    with bench.model(
+        received, trainable=factors, checkpointing=site.train.gradient_checkpointing
+    ) as model:
         report = train(
             model,
             examples,
@@ -122,6 +139,7 @@ def train_locally(
             generator=generator(site.seed, purpose, round, site.name),
             start=start,
         )
+
     return subtract(report.weights, start), report
 
 
@@ -129,14 +147,19 @@ def site_codec(site: Site, layout: Layout) -> Codec:
     """The codec of this run: built from its settings, or as it was installed."""
     if not must_learn(site.codec):
         return build(site.codec, layout)
+
     installed = site.recall("codec")
     if not installed.values:
         raise WireError(f"site {site.name!r} was asked to train before its codec was installed")
+
     settings = read_settings(installed.value("settings", dict))
     kind = CODECS[settings.name]
     if not issubclass(kind, LearnedCodec):
         return build(settings, layout)
-    return kind.from_published(settings, layout, Payload(installed.tensors, installed.value("learned", dict)))
+
+    return kind.from_published(
+        settings, layout, Payload(installed.tensors, installed.value("learned", dict))
+    )
 
 
 def install_codec(site: Site, message: Payload) -> Payload:
@@ -146,42 +169,57 @@ def install_codec(site: Site, message: Payload) -> Payload:
 
 
 def code(
-    site: Site, codec: Codec, update: Named, round: int, *, step: float | None = None, slot: str = "residual"
+    site: Site,
+    codec: Codec,
+    update: Named,
+    round: int,
+    *,
+    step: float | None = None,
+    slot: str = "residual",
 ) -> bytes:
-    """The frame for `update`. With error feedback the residual is added first, and what the codec lost is kept.
+    """The frame for `update`. With error feedback the residual is added first, and what the codec
+    lost is kept.
 
-    u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014) and Karimireddy
-    et al. (2019). `missed` counts the rounds since the residual was made in which the site did not take part. With
-    `step`, the codec quantises by that instead of by its rate. The residual is kept under `slot`.
+    u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014)
+    and Karimireddy et al. (2019). `missed` counts the rounds since the residual was made in which
+    the site did not take part. With `step`, the codec quantises by that instead of by its rate. The
+    residual is kept under `slot`.
     """
     encode: Callable[..., bytes] = codec.encode
     if step is not None:
         assert isinstance(codec, SteppedCodec), "the server sets a step for codecs that have one"
         encode = partial(codec.encode_at, step=step)
+
     encode = partial(encode, seed=derive(site.seed, "codec", round, site.name), round=round)
     if not codec.settings.error_feedback:
         return encode(update)
+
     kept = site.recall(slot)
     if kept.tensors:
         codec.layout.check(kept.tensors, "residual")
         missed = max(0, round - kept.value("round", int) - 1)
         update = add(update, scale(kept.tensors, codec.settings.feedback_decay**missed))
+
     frame = encode(update)
     residual = subtract(update, codec.decode(frame))
     error = energy(residual) / max(energy(update), 1e-30)
     site.keep(slot, Payload(residual, {"round": round, "error": error}))
+
     return frame
 
 
 def evaluate(site: Site, message: Payload) -> Payload:
     """Task: held-out sums of the adapter that was sent, of the site's own, or of the base.
 
-    Values in: `which` is "sent", "own" or "base"; `generate` is the number of tokens for exact match, or 0.
-    Values out: `loss_sum`, `hits`, `tokens`, and with `generate` on data with answers `right` and `questions`.
+    Values in: `which` is "sent", "own" or "base"; `generate` is the number of tokens for exact
+    match, or 0. Values out: `loss_sum`, `hits`, `tokens`, and with `generate` on data with answers
+    `right` and `questions`.
     """
     which = message.value("which", str)
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
-    bench, data = site.workbench, site.load()
+    bench = site.workbench
+    data = site.load()
+
     if which == "sent":
         adapter = read_state_message(message, site.layout)
     elif which == "own":
@@ -190,14 +228,20 @@ def evaluate(site: Site, message: Payload) -> Payload:
         adapter = bench.base_state()
     else:
         raise WireError(f"evaluate: which={which!r:.40}, expected 'sent', 'own' or 'base'")
+
     with bench.model(adapter) as model:
         sums = heldout(model, data.heldout, pad_token_id=bench.tokenizer.pad_token_id)
-    values: dict[str, Any] = {"loss_sum": sums.loss_sum, "hits": sums.hits, "tokens": sums.label_tokens}
+    values: dict[str, Any] = {
+        "loss_sum": sums.loss_sum,
+        "hits": sums.hits,
+        "tokens": sums.label_tokens,
+    }
     if new_tokens and data.questions:
         prompts = [question.prompt for question in data.questions]
         answers = bench.generate(adapter, prompts, max_new_tokens=new_tokens)
         values["right"] = exact_match(answers, [question.answer for question in data.questions])
         values["questions"] = len(answers)
+
     return Payload(values=values)
 
 

@@ -29,13 +29,16 @@ class StateStore:
         self._memory: dict[Path, bytes] = {}
 
     def read(self, site: str, slot: str) -> Payload:
-        """Return the newest version, or an empty payload; raises `CheckpointError` if it is damaged."""
+        """Return the newest version, or an empty payload; raises `CheckpointError` if it is
+        damaged."""
         versions = self._versions(site, slot)
         if not versions:
             return Payload()
+
         newest = versions[max(versions)]
         data = self._memory[newest] if self.folder is None else newest.read_bytes()
         _check(newest, digest_of(data))
+
         return Payload.from_bytes(data, OWN_FILES)
 
     def file(self, site: str, slot: str) -> Path | None:
@@ -46,6 +49,7 @@ class StateStore:
         versions = self._versions(site, slot)
         if not versions or self.folder is None:
             return None
+
         newest = versions[max(versions)]
         _check(newest, digest_of_file(newest))
         return newest
@@ -63,20 +67,29 @@ class StateStore:
         assert self.folder is not None, "a store in memory has no files"
         path = self._folder(site) / f".{slot}.{secrets.token_hex(8)}.draft"
         write_atomically(path, payload.to_bytes())
+
         return path
 
-    def write(self, site: str, slot: str, payload: Payload | Path, round: int, digest: str | None = None) -> None:
-        """Add a version, a payload or a draft of one, atomically; drop all but the newest of the versions before it.
+    def write(
+        self, site: str, slot: str, payload: Payload | Path, round: int, digest: str | None = None
+    ) -> None:
+        """Add a version, a payload or a draft of one, atomically; drop all but the newest of the
+        versions before it.
 
         `digest` is the draft's where it is known already.
         """
         versions = self._versions(site, slot)
         data = b"" if isinstance(payload, Path) else payload.to_bytes()
+
         if digest is None:
             digest = digest_of_file(payload) if isinstance(payload, Path) else digest_of(data)
+
         path = self._folder(site) / f"{slot}-{round:06d}-{digest[:_DIGITS]}.safetensors"
-        if round in versions and versions[round] != path:  # first: two of one round would not say which counts
+        if (
+            round in versions and versions[round] != path
+        ):  # first: two of one round would not say which counts
             self._remove(versions[round])
+
         if isinstance(payload, Path):
             make_folder(path.parent)
             payload.replace(path)
@@ -84,6 +97,7 @@ class StateStore:
             self._memory[path] = data
         else:
             write_atomically(path, data)
+
         for old in sorted(number for number in versions if number < round)[:-1]:
             self._remove(versions[old])
 
@@ -112,7 +126,11 @@ class StateStore:
 
     def names(self, site: str) -> list[str]:
         """Return the names of all versions that a site holds, sorted."""
-        return sorted(path.name for path in self._paths() if path.parent == self._folder(site) and _parsed(path))
+        return sorted(
+            path.name
+            for path in self._paths()
+            if path.parent == self._folder(site) and _parsed(path)
+        )
 
     def digests(self, round: int) -> Digests:
         """Return the digests of the newest versions up to `round`, of all sites and slots."""
@@ -123,39 +141,55 @@ class StateStore:
                 slot, number, digest = found
                 key = path.parent.name, slot
                 newest[key] = max(newest.get(key, (-1, "")), (number, digest))
+
         listed: Digests = {}
         for (site, slot), (number, digest) in sorted(newest.items()):
             listed.setdefault(site, {})[f"{slot}-{number:06d}"] = digest
         return listed
 
     def verify(self, expected: Digests, round: int) -> None:
-        """Raise `CheckpointError` unless the newest versions up to `round` are those expected, byte for byte."""
+        """Raise `CheckpointError` unless the newest versions up to `round` are those expected, byte
+        for byte."""
         assert self.folder is not None, "what lies in memory is not verified"
         found = self.digests(round)
+
         for site in sorted(expected.keys() | found.keys()):
-            wanted, there = expected.get(site, {}), found.get(site, {})
+            wanted = expected.get(site, {})
+            there = found.get(site, {})
             for name in sorted(wanted.keys() | there.keys()):
-                where = self.folder / site / f"{name}-{wanted.get(name, there.get(name))}.safetensors"
+                where = (
+                    self.folder / site / f"{name}-{wanted.get(name, there.get(name))}.safetensors"
+                )
                 if name not in there:
                     raise CheckpointError(f"{where} is missing; {_REMEDY}")
                 if there[name] != wanted.get(name):
-                    raise CheckpointError(f"{where}: another file is in its place, of another round or site; {_REMEDY}")
+                    raise CheckpointError(
+                        f"{where}: another file is in its place, of another round or site; {_REMEDY}"
+                    )
+
                 _check(where, digest_of_file(where))
 
     def _paths(self) -> list[Path]:
-        return list(self._memory) if self.folder is None else list(self.folder.glob("*/*.safetensors"))
+        return (
+            list(self._memory) if self.folder is None else list(self.folder.glob("*/*.safetensors"))
+        )
 
     def _versions(self, site: str, slot: str) -> dict[int, Path]:
         folder = self._folder(site)
         paths = self._memory if self.folder is None else folder.glob(f"{slot}-*.safetensors")
         found = ((_parsed(path), path) for path in sorted(paths) if path.parent == folder)
-        return {parsed[1]: path for parsed, path in found if parsed is not None and parsed[0] == slot}
+
+        return {
+            parsed[1]: path for parsed, path in found if parsed is not None and parsed[0] == slot
+        }
 
     def _folder(self, site: str) -> Path:
         # A site's name comes from data or from a person; on disk it must not leave the folder nor
         # collide.
         plain = re.sub(r"[^A-Za-z0-9_.-]", "_", site).lstrip(".")[:_LONGEST] or "_"
-        return (self.folder or Path()) / (plain if plain == site else f"{plain}-{derive(0, site):016x}")
+        return (self.folder or Path()) / (
+            plain if plain == site else f"{plain}-{derive(0, site):016x}"
+        )
 
     def _remove(self, path: Path) -> None:
         if self.folder is None:
@@ -178,4 +212,6 @@ def _parsed(path: Path) -> tuple[str, int, str] | None:
 
 def _check(path: Path, digest: str) -> None:
     if not path.stem.endswith(f"-{digest[:_DIGITS]}"):
-        raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_REMEDY}")
+        raise CheckpointError(
+            f"{path} is damaged: its bytes are not those that were written; {_REMEDY}"
+        )

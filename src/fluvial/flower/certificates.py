@@ -31,7 +31,8 @@ def make_authority(folder: Path) -> None:
 
 
 def make_server_certificate(folder: Path, hosts: list[str]) -> None:
-    """server.crt and server.key for these host names and addresses, signed by the authority in `folder`.
+    """server.crt and server.key for these host names and addresses, signed by the authority in
+    `folder`.
 
     Those that were there are replaced.
     """
@@ -43,7 +44,9 @@ def make_server_certificate(folder: Path, hosts: list[str]) -> None:
     certificate = (
         _builder(name, authority.subject, key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([_alternative(host) for host in hosts]), critical=False
+        )
         .add_extension(_usage(sign=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .sign(signer, hashes.SHA384())
@@ -56,7 +59,9 @@ def make_server_certificate(folder: Path, hosts: list[str]) -> None:
 def days_left(certificate: Path) -> float:
     """Until the certificate ends; negative when it has."""
     found = x509.load_pem_x509_certificate(certificate.read_bytes())
-    return (found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
+    return (found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(
+        days=1
+    )
 
 
 def names(certificate: Path, host: str) -> bool:
@@ -66,15 +71,18 @@ def names(certificate: Path, host: str) -> bool:
         found = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return False
+
     wanted = _alternative(host)
     if isinstance(wanted, x509.IPAddress):
         return wanted.value in found.get_values_for_type(x509.IPAddress)
+
     known = [name.lower() for name in found.get_values_for_type(x509.DNSName)]
     return host.lower() in known or f"*.{host.lower().partition('.')[2]}" in known
 
 
 def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
-    """Raise `ConfigError` unless the three belong together, are valid now, and the certificate names `host`."""
+    """Raise `ConfigError` unless the three belong together, are valid now, and the certificate
+    names `host`."""
     try:
         own, *between = x509.load_pem_x509_certificates(certificate.read_bytes())
         authorities = x509.load_pem_x509_certificates(ca.read_bytes())
@@ -83,15 +91,21 @@ def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
         raise ConfigError(
             f"{certificate}, {key}, {ca}: expected PEM files, the key without a passphrase: {error}"
         ) from None
+
     if secret.public_key() != own.public_key():
         raise ConfigError(f"{key} is not the key of {certificate}")
+
     now = datetime.datetime.now(datetime.UTC)
     if not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
         raise ConfigError(
             f"{certificate} is valid from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
         )
+
     if not any(_signed(own, each) for each in (*between, *authorities)):
-        raise ConfigError(f"{certificate} is not signed by {ca}, nor by a certificate that follows in its own file")
+        raise ConfigError(
+            f"{certificate} is not signed by {ca}, nor by a certificate that follows in its own file"
+        )
+
     if not names(certificate, host):
         raise ConfigError(
             f"{certificate} does not name {host!r} among its subject alternative names; sites reach the server by that"
@@ -103,23 +117,33 @@ def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):
         return False
+
     return True
 
 
 def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:
-    """A site's key pair in OpenSSH's form, as Flower asks for it: the private and the public file."""
+    """A site's key pair in OpenSSH's form, as Flower asks for it: the private and the public
+    file."""
     key = ec.generate_private_key(ec.SECP384R1())
-    private, public = folder / f"{name}.key", folder / f"{name}.pub"
+    private = folder / f"{name}.key"
+    public = folder / f"{name}.pub"
     data = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
     )
     _write_secret(private, data)
-    line = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    line = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
     public.write_bytes(line + f" {name}\n".encode())
+
     return private, public
 
 
-def _builder(name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
+def _builder(
+    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()

@@ -1,9 +1,10 @@
 """A payload as one Flower message: a flat header, and the payload in it or beside it.
 
-Flower moves every record, every array and every chunk of an array by a request of its own, each with its hash in the
-requests around it. A small payload travels in the header, which is three objects for a message. A larger one is an
-array of bytes with a type that Flower does not know, so that nobody unpickles it: six objects, and more above 5 MB. One
-that goes to many sites is then kept once by the SuperLink.
+Flower moves every record, every array and every chunk of an array by a request of its own, each
+with its hash in the requests around it. A small payload travels in the header, which is three
+objects for a message. A larger one is an array of bytes with a type that Flower does not know, so
+that nobody unpickles it: six objects, and more above 5 MB. One that goes to many sites is then kept
+once by the SuperLink.
 """
 
 from typing import Any
@@ -31,20 +32,29 @@ def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
     record = message.content.get("header")
     if not isinstance(record, ConfigRecord):
         raise WireError("message: expected a header; is the other side a Fluvial of this version?")
+
     header = dict(record)
     data = _array(message) if _PAYLOAD in message.content else header.pop(_PAYLOAD, None)
     if not isinstance(data, bytes):
-        raise WireError("message: expected a payload of bytes; is the other side a Fluvial of this version?")
+        raise WireError(
+            "message: expected a payload of bytes; is the other side a Fluvial of this version?"
+        )
+
     if len(data) > max_bytes:
         raise WireError(f"message of {len(data)} bytes exceeds the limit of {max_bytes}")
+
     return data, header
 
 
 def _array(message: Message) -> bytes:
     arrays = message.content[_PAYLOAD]
     if not isinstance(arrays, ArrayRecord) or set(arrays) != {"p"}:
-        raise WireError("message: expected one array 'p'; is the other side a Fluvial of this version?")
+        raise WireError(
+            "message: expected one array 'p'; is the other side a Fluvial of this version?"
+        )
+
     array = arrays["p"]
     if array.stype != STYPE or array.dtype != "uint8":
         raise WireError(f"message: an array of type {array.stype!r:.40}, expected {STYPE!r}")
+
     return bytes(array.data)

@@ -1,4 +1,5 @@
-"""What people call the runs and sites that Flower knows by number: names.json in the server's folder."""
+"""What people call the runs and sites that Flower knows by number: names.json in the server's
+folder."""
 
 import json
 from pathlib import Path

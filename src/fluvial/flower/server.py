@@ -35,7 +35,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted, in the folder that the server's operator chose."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for each request of Flower's, sent as a request
+    logging.getLogger("httpx").setLevel(
+        logging.WARNING
+    )  # else a line for each request of Flower's, sent as a request
     _end_with_parent()
     vars(http_grid)["pull_objects"] = pull_complete
     given = context.run_config
@@ -44,7 +46,11 @@ def main(grid: Grid, context: Context) -> None:
     named = Path(str(given["names"]))
 
     def registered() -> dict[int, str]:
-        return {int(number): name for number, name in names.read(named)["sites"].items() if number.isdigit()}
+        return {
+            int(number): name
+            for number, name in names.read(named)["sites"].items()
+            if number.isdigit()
+        }
 
     def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
         return FlowerFleet(grid, each, folder.name, texts.names, bench, registered=registered)
@@ -52,7 +58,9 @@ def main(grid: Grid, context: Context) -> None:
     def texts(config: RunConfig, bench: Workbench) -> ServerTexts:
         return ServerTexts(config, bench)
 
-    for event in execute(config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts):
+    for event in execute(
+        config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
+    ):
         if event.kind == "round":
             logger.info("%s", round_line(event.values))
         elif event.kind == "setup":
@@ -63,9 +71,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, and with it the lock on the run's folder, when Flower's has gone that started it.
+    """End this process, and with it the lock on the run's folder, when Flower's has gone that
+    started it.
 
-    Flower looks too, but takes a process that nobody has waited for, as in a container, for a living one.
+    Flower looks too, but takes a process that nobody has waited for, as in a container, for a
+    living one.
     """
     parent = os.getppid()
 
@@ -79,16 +89,21 @@ def _end_with_parent() -> None:
 
 
 class ServerTexts:
-    """What a server knows of data that lies with its sites: their names, public text, and a prompt."""
+    """What a server knows of data that lies with its sites: their names, public text, and a
+    prompt."""
 
     def __init__(self, config: RunConfig, bench: Workbench) -> None:
-        self.config, self.bench = config, bench
+        self.config = config
+        self.bench = bench
         if config.entry.pooled or "central" in config.compare:
-            raise ConfigError("the central baseline needs all data at one place; remove it from compare")
+            raise ConfigError(
+                "the central baseline needs all data at one place; remove it from compare"
+            )
 
     @cached_property
     def names(self) -> Sequence[str]:
-        """As the configuration has them: `fleet.sites`, or those of data that is the same everywhere."""
+        """As the configuration has them: `fleet.sites`, or those of data that is the same
+        everywhere."""
         if self.config.fleet.sites:
             return tuple(sorted(self.config.fleet.sites))
         return self._texts.names

@@ -1,6 +1,8 @@
-"""What the server's operator does: thin over Flower's own programs, with TLS and node keys unless asked otherwise.
+"""What the server's operator does: thin over Flower's own programs, with TLS and node keys unless
+asked otherwise.
 
-server folder   server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, names.json, flower/ (its home), runs/
+server folder server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, names.json, flower/
+(its home), runs/
 """
 
 import json
@@ -71,32 +73,44 @@ def server_init(
     key: Path | None = None,
     ca: Path | None = None,
 ) -> list[str]:
-    """Make a server's folder; returns what to do next. Raises `ConfigError` if one is there already."""
+    """Make a server's folder; returns what to do next. Raises `ConfigError` if one is there
+    already."""
     host, port = split_address(address)
     if (folder / "server.toml").exists():
         raise ConfigError(f"{folder} holds a server already; start it, or choose another folder")
+
     own = {"certificate": certificate, "key": key, "ca": ca}
     for option, path in own.items():
         if path is not None and not path.exists():
             raise ConfigError(f"--{option}: there is no file {str(path)!r}")
+
     lines = [f'address = "{host}:{port}"', f"port = {port}"]
     local = host in ("127.0.0.1", "localhost")
     if certificate and key and ca:
         certificates.check(certificate, key, ca, host=host)
         lines += [f'{option} = "{Path(str(path)).resolve()}"' for option, path in own.items()]
         if not certificates.names(certificate, "127.0.0.1"):
-            lines.append(f'host = "{host}"  # Flower\'s own processes come here too; the certificate has no 127.0.0.1')
+            lines.append(
+                f'host = "{host}"  # Flower\'s own processes come here too; the certificate has no 127.0.0.1'
+            )
             local = False
     elif any(own.values()):
         raise ConfigError("--certificate, --key and --ca belong together; give all three, or none")
+
     if local:
-        lines.append('host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere')
+        lines.append(
+            'host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere'
+        )
+
     make_folder(folder)
     if insecure:
-        lines.append("insecure = true       # no TLS, no node keys: for experiments on one machine only")
+        lines.append(
+            "insecure = true       # no TLS, no node keys: for experiments on one machine only"
+        )
     elif not certificate:
         certificates.make_authority(folder)
         certificates.make_server_certificate(folder, _hosts(host))
+
     (folder / "server.toml").write_text("\n".join(lines) + "\n")
     _connection(folder, read_server_file(folder))
     return [
@@ -111,14 +125,21 @@ def read_server_file(folder: Path) -> ServerFile:
     table = toml.load(path, f"{folder} holds no server; `fluvial server init` makes one")
     found = toml.read(ServerFile, table, str(path))
     here = folder.resolve()
-    return found.model_copy(update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")})
+
+    return found.model_copy(
+        update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")}
+    )
 
 
 def renew(folder: Path) -> str:
-    """Make the server's certificate anew, signed by the same authority, so that sites need nothing new."""
+    """Make the server's certificate anew, signed by the same authority, so that sites need nothing
+    new."""
     server = read_server_file(folder)
     if server.insecure or not (folder / "ca.key").exists():
-        raise ConfigError(f"{folder} has no authority of its own; renew the certificate where it was made")
+        raise ConfigError(
+            f"{folder} has no authority of its own; renew the certificate where it was made"
+        )
+
     certificates.make_server_certificate(folder, _hosts(split_address(server.address)[0]))
     days = certificates.days_left(server.certificate)
     return f"{server.certificate} is valid for {days:.0f} days; start the server again"
@@ -128,7 +149,12 @@ def server_start(folder: Path) -> None:
     """Become Flower's SuperLink; does not return."""
     server = read_server_file(folder)
     command = [program("flower-superlink"), "--host", server.host, "--port", str(server.port)]
-    command += ["--database", str(folder.resolve() / "superlink.db"), "--disable-runtime-dependency-installation"]
+    command += [
+        "--database",
+        str(folder.resolve() / "superlink.db"),
+        "--disable-runtime-dependency-installation",
+    ]
+
     if server.insecure:
         warn("server.toml says insecure = true: no TLS and no node keys")
         command += ["--insecure"]
@@ -136,6 +162,7 @@ def server_start(folder: Path) -> None:
         _watch_certificate(server)
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.key)]
         command += ["--ssl-ca-certfile", str(server.ca), "--enable-supernode-auth"]
+
     os.umask(0o077)
     os.execve(command[0], command, environment(folder))
 
@@ -143,23 +170,34 @@ def server_start(folder: Path) -> None:
 def register(folder: Path, public_key: Path) -> str:
     """Let the site with this key join; returns what was done."""
     if not public_key.exists():
-        raise ConfigError(f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub")
-    words = public_key.read_bytes()[:10_000].decode(errors="replace").split()  # type, key, and the site's name
+        raise ConfigError(
+            f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub"
+        )
+
+    words = (
+        public_key.read_bytes()[:10_000].decode(errors="replace").split()
+    )  # type, key, and the site's name
     name = words[2] if len(words) > 2 else public_key.stem
     check_plain(name, str(public_key))
     found = _asked(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
     number = str(found.get("node-id", ""))
+
     if not number.isdigit():
         raise ConfigError(f"{public_key} was not registered: {found}")
+
     names.add(folder / names.FILE, "sites", number, name)
     return f"site {name} may join (node {number})"
 
 
 def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
-    """Start a run on the server of `folder`; returns Flower's number of it. Raises `ConfigError`."""
+    """Start a run on the server of `folder`; returns Flower's number of it. Raises
+    `ConfigError`."""
     read_server_file(folder)
     if (out / "config.json").exists() and not resume:
-        raise ConfigError(f"{out} already holds a run; go on with it by --resume, or choose another folder with --out")
+        raise ConfigError(
+            f"{out} already holds a run; go on with it by --resume, or choose another folder with --out"
+        )
+
     app = folder / "app"
     app.mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(_APP)
@@ -173,17 +211,21 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     (folder / "submitted.toml").write_text("\n".join(lines) + "\n")
     settings = str(folder.resolve() / "submitted.toml")
     found = _asked(folder, "run", str(app.resolve()), _CONNECTION, "--run-config", settings)
+
     if "run-id" not in found:
         raise ConfigError(f"the server did not take the run: {found}")
+
     names.add(folder / names.FILE, "runs", str(found["run-id"]), out.name)
     return int(found["run-id"])
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Runs and sites as Flower's server knows them, with the names that they were submitted and registered under."""
+    """Runs and sites as Flower's server knows them, with the names that they were submitted and
+    registered under."""
     nodes = _asked(folder, "supernode", "list", _CONNECTION).get("nodes", [])
     runs = _asked(folder, "list", _CONNECTION).get("runs", [])
     known = names.read(folder / names.FILE)
+
     return {
         "runs": [{"name": known["runs"].get(str(run["run-id"]), ""), **run} for run in runs],
         "sites": [{"name": known["sites"].get(str(node["node-id"]), ""), **node} for node in nodes],
@@ -194,21 +236,29 @@ def newest(folder: Path) -> int:
     """The run that was submitted last; raises `ConfigError` if there is none."""
     read_server_file(folder)
     runs = names.read(folder / names.FILE)["runs"]
+
     if not runs:
         raise ConfigError(f"no run was submitted to {folder} yet; `fluvial submit` starts one")
     return int(list(runs)[-1])
 
 
 def logs(folder: Path, run: int, *, follow: bool) -> None:
-    """Print what a run's server wrote; raises `ClientError` where it ended otherwise than with a result."""
+    """Print what a run's server wrote; raises `ClientError` where it ended otherwise than with a
+    result."""
     command = [program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
     subprocess.run(command, env=environment(folder), check=False)
     found = next((each for each in status(folder)["runs"] if int(each["run-id"]) == run), None)
+
     if found is None:
-        raise ConfigError(f"the server of {folder} has no run {run}; `fluvial status {folder}` lists them")
+        raise ConfigError(
+            f"the server of {folder} has no run {run}; `fluvial status {folder}` lists them"
+        )
+
     if found["status"] in ("finished:failed", "finished:stopped"):
         how = found["status"].partition(":")[2]
-        raise ClientError(f"run {run} ({found['name']}) has {how}; `fluvial submit --resume` goes on with it")
+        raise ClientError(
+            f"run {run} ({found['name']}) has {how}; `fluvial submit --resume` goes on with it"
+        )
 
 
 def stop(folder: Path, run: int) -> str:
@@ -233,7 +283,11 @@ def _connection(folder: Path, server: ServerFile) -> None:
     """Tell Flower's own command where the server is."""
     lines = ["[superlink]", f'default = "{_CONNECTION}"', "", f"[superlink.{_CONNECTION}]"]
     lines += [f'address = "{server.address}"']
-    lines += ["insecure = true"] if server.insecure else [f'root-certificates = "{server.ca}"', "insecure = false"]
+    lines += (
+        ["insecure = true"]
+        if server.insecure
+        else [f'root-certificates = "{server.ca}"', "insecure = false"]
+    )
     home = folder / "flower"
     home.mkdir(exist_ok=True)
     (home / "config.toml").write_text("\n".join(lines) + "\n")
@@ -243,21 +297,32 @@ def _flwr(folder: Path, *arguments: str) -> str:
     """The output of Flower's command; raises `ConfigError` with what it says when it fails."""
     _connection(folder, read_server_file(folder))
     done = subprocess.run(
-        [program("flwr"), *arguments], env=environment(folder), capture_output=True, text=True, timeout=120
+        [program("flwr"), *arguments],
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
+
     if done.returncode != 0:
-        raise ConfigError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-800:]}")
+        raise ConfigError(
+            f"flwr {arguments[0]} failed: {(done.stderr or done.stdout).strip()[-800:]}"
+        )
+
     return done.stdout
 
 
 def _asked(folder: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON that Flower's command prints; raises `ConfigError` with its reason where it did not succeed."""
+    """The JSON that Flower's command prints; raises `ConfigError` with its reason where it did not
+    succeed."""
     text = _flwr(folder, *arguments, "--format", "json")
     start = text.find("{")
     found: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
+
     if not found.get("success"):
         said = " ".join(str(found.get("error-message") or text).split())
         if "unavailable" in said or "nable to connect" in said or "refused" in said:
             said = f"{said}; is the server running? fluvial server start {folder}"
         raise ConfigError(f"flwr {arguments[0]}: {said[-800:]}")
+
     return found

@@ -14,10 +14,13 @@ from fluvial.flower import QUIET
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event, execute
 
-_QUIET = QUIET | {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by itself, and warns that it does not yet
-}
+_QUIET = (
+    QUIET
+    | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by itself, and warns that it does not yet
+    }
+)
 
 
 def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
@@ -34,6 +37,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         raise ConfigError(
             f"--fleet flower: {error.name} is not installed; run pip install 'fluvial[flower]'"
         ) from error
+
     for name in ("flwr", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.fleet import FlowerFleet
@@ -43,7 +47,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     left = threading.Event()
-    """Nobody listens any more: the process ends only when its threads do, so the run ends with its round."""
+    """Nobody listens any more: the process ends only when its threads do, so the run ends with its
+    round."""
     server = ServerApp()
 
     @server.main()
@@ -51,7 +56,9 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> FlowerFleet:
             names = (POOLED,) if each.entry.pooled else texts.names
             # Every site is there; the first answer takes as long as the libraries take to load.
-            return FlowerFleet(grid, each, folder.name, names, bench, simulated=True, join_timeout_s=600.0)
+            return FlowerFleet(
+                grid, each, folder.name, names, bench, simulated=True, join_timeout_s=600.0
+            )
 
         try:
             for event in execute(config, folder, resume=resume, assemble=assemble):
@@ -60,12 +67,15 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
                     break
         except BaseException as error:
             told.put(error)
+
         told.put(None)
 
     def find(context: Context) -> SiteFile:
         name = names[int(context.node_config["partition-id"])]
         allow = Allowed(run_paths=("*",))  # one machine, and whoever starts the run owns its files
-        return SiteFile(name=name, folder=folder / "stations" / name, device=config.model.device, allow=allow)
+        return SiteFile(
+            name=name, folder=folder / "stations" / name, device=config.model.device, allow=allow
+        )
 
     workers = config.fleet.workers if config.fleet.workers != "auto" else (os.cpu_count() or 1)
     backend: Any = {
@@ -83,22 +93,29 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         daemon=True,
     )
     runner.start()
+
     try:
         while True:
             try:
                 found = told.get(timeout=1.0)
             except queue.Empty:
                 if not runner.is_alive():
-                    raise ConfigError("Flower's simulation ended without a result; -v shows its log") from None
+                    raise ConfigError(
+                        "Flower's simulation ended without a result; -v shows its log"
+                    ) from None
+
                 continue
+
             if found is None:
                 break
             if isinstance(found, BaseException):
                 runner.join(timeout=30)
                 raise found
+
             yield found
     finally:
         left.set()
+
     runner.join(timeout=60)
 
 

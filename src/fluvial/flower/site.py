@@ -28,7 +28,10 @@ def client_app(find: Callable[[Context], SiteFile]) -> ClientApp:
             site = find(context)
         except Exception:  # Flower would send its text
             logger.exception("the site's file cannot be read")
-            return Message(pack(b"", {"error": "the site's own file cannot be read"}), reply_to=message)
+            return Message(
+                pack(b"", {"error": "the site's own file cannot be read"}), reply_to=message
+            )
+
         return answer(site, message)
 
     return app
@@ -40,8 +43,11 @@ def answer(site: SiteFile, message: Message) -> Message:
 
 
 def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
-    """Payload and header of the reply to one message; what goes wrong at the site is told in the header."""
-    here, header = station(site), None
+    """Payload and header of the reply to one message; what goes wrong at the site is told in the
+    header."""
+    here = station(site)
+    header = None
+
     try:
         wire, values = unpack(message, max_bytes=Limits().max_bytes)
         header = Header.read(values)
@@ -50,6 +56,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
         error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)
         return b"", {"error": error}
+
     return answer.data, {"error": "", "kept": answer.kept}
 
 

@@ -1,6 +1,7 @@
-"""What a site's operator does: thin over Flower's SuperNode, with TLS and a node key unless asked otherwise.
+"""What a site's operator does: thin over Flower's SuperNode, with TLS and a node key unless asked
+otherwise.
 
-site folder     site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
+site folder site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
 """
 
 import email.utils
@@ -25,26 +26,35 @@ from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_process.site_file import SiteFile, read_site_file
 from fluvial.storage.files import make_folder, private, sweep
 
-AHEAD_S, BEHIND_S = 5.0, 305.0
+AHEAD_S = 5.0
+BEHIND_S = 305.0
 """Flower refuses the signature of a site whose clock is further from the server's."""
 
 
-def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure: bool = False) -> list[str]:
+def site_init(
+    folder: Path, *, name: str, server: str, ca: Path | None, insecure: bool = False
+) -> list[str]:
     """Make a site's folder; returns what to do next."""
     host, port = split_address(server)
     if (folder / "site.toml").exists():
         raise ConfigError(f"{folder} holds a site already; start it, or choose another folder")
     if (ca is None) != insecure:
-        raise ConfigError("give --ca with the server's ca.crt, or ask for --insecure by name; not both")
+        raise ConfigError(
+            "give --ca with the server's ca.crt, or ask for --insecure by name; not both"
+        )
+
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
+
     check_plain(name, "--name")
     make_folder(folder)
     lines = [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
+
     if ca is not None:
         shutil.copy(ca, folder / "ca.crt")
         _, public = certificates.make_node_key(folder, name)
         lines += ['ca = "ca.crt"', f'key = "{name}.key"']
+
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',
         "# [data]",
@@ -58,15 +68,18 @@ def site_init(folder: Path, *, name: str, server: str, ca: Path | None, insecure
     (folder / "site.toml").write_text("\n".join(lines) + "\n")
     read_site_file(folder / "site.toml")
     done = [f"site in {folder}; its settings are in {folder / 'site.toml'}"]
+
     if ca is not None:
         done.append(
             f"send {public} to the server's operator, who runs:  fluvial site register SERVER-FOLDER {public.name}"
         )
+
     return [*done, f"then start it:  fluvial site start {folder}"]
 
 
 def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
-    """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns the exit code."""
+    """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns
+    the exit code."""
     site = read_site_file(folder / "site.toml")
     with private(), _alone(folder, site):
         sweep(site.folder)
@@ -77,12 +90,16 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
 
 @contextmanager
 def _alone(folder: Path, site: SiteFile) -> Iterator[None]:
-    """No second process may answer for a site; forks hold the lock too, so one that was killed is over before."""
+    """No second process may answer for a site; forks hold the lock too, so one that was killed is
+    over before."""
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"a process of site {site.name!r} is running already in {folder}; end it first") from None
+            raise ConfigError(
+                f"a process of site {site.name!r} is running already in {folder}; end it first"
+            ) from None
+
         yield
 
 
@@ -90,19 +107,30 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
     _try_connection(site)
     port = port or _free_port()
     serve: Any = None
+
     if warm:
         try:
             from fluvial.flower.executor import serve
         except ImportError as error:
-            warn(f"this Flower has another inside ({error}); sites answer by its stock execution, which is slower")
+            warn(
+                f"this Flower has another inside ({error}); sites answer by its stock execution, which is slower"
+            )
+
     command = [program("flower-supernode"), "--superlink", site.server, "--port", str(port)]
     command += ["--node-config", f'site-file="{(folder / "site.toml").resolve()}"']
     command += ["--isolation", "process" if serve else "subprocess"]
+
     if site.ca is None:
         warn("site.toml names no ca: no TLS and no node key")
         command += ["--insecure"]
     else:
-        command += ["--root-certificates", str(site.ca), "--auth-supernode-private-key", str(site.key)]
+        command += [
+            "--root-certificates",
+            str(site.ca),
+            "--auth-supernode-private-key",
+            str(site.key),
+        ]
+
     node = subprocess.Popen(command, env=environment(folder))
     worker = None
     if serve:
@@ -111,6 +139,7 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
             os.environ.update(environment(folder))
             serve(f"127.0.0.1:{port}", site, parent=node.pid)
             os._exit(0)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.terminate())
     while (code := node.poll()) is None:
@@ -121,27 +150,35 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
                 return OUT_OF_STEP
             warn("the process that answers for this site has ended, and the site with it")
             return 1
+
         time.sleep(0.2)
+
     if worker:
         os.kill(worker, signal.SIGTERM)
         os.waitpid(worker, 0)
+
     if code not in (0, -signal.SIGTERM):
         warn(
             f"the SuperNode ended with code {code}; if it says 305, this site's key is not registered, or its last "
             "process went less than 60 s ago, or another one with this key is there"
         )
+
     return code
 
 
 def _try_connection(site: SiteFile) -> None:
-    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, a bad certificate or clock."""
+    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, a bad certificate
+    or clock."""
     host, port = split_address(site.server)
     for path in (site.ca, site.key):
         if path is not None and not path.exists():
             raise ConfigError(f"site {site.name!r}: there is no file {str(path)!r}")
+
     context = ssl.create_default_context(cafile=site.ca)
     if site.ca is None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+
     connection = http.client.HTTPSConnection(host, port, timeout=5, context=context)
     try:
         connection.connect()
@@ -150,6 +187,7 @@ def _try_connection(site: SiteFile) -> None:
                 f"the server at {site.server} speaks TLS; get its ca.crt and name it in site.toml, or make the "
                 "site again with --ca"
             )
+
         connection.request("HEAD", "/")
         _compare_clocks(connection.getresponse().getheader("Date"), site.server)
     except ssl.SSLCertVerificationError as error:
@@ -170,9 +208,11 @@ def _try_connection(site: SiteFile) -> None:
 
 
 def _compare_clocks(theirs: str | None, server: str) -> None:
-    """Raise `ConfigError` where Flower would take no signature of ours, because it covers the time."""
+    """Raise `ConfigError` where Flower would take no signature of ours, because it covers the
+    time."""
     if theirs is None:
         return
+
     ahead = _clock() - email.utils.parsedate_to_datetime(theirs).timestamp()
     if not -BEHIND_S < ahead < AHEAD_S:
         raise ConfigError(

@@ -1,12 +1,13 @@
 """EcoLoRA: a segment at a time, sparse with feedback, Golomb-coded.
 
-Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, "EcoLoRA: Communication-Efficient Federated Fine-Tuning of
-Large Language Models", EMNLP 2025, https://arxiv.org/abs/2506.02001.
+Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, "EcoLoRA: Communication-Efficient
+Federated Fine-Tuning of Large Language Models", EMNLP 2025, https://arxiv.org/abs/2506.02001.
 
-Every site sends one of N_s segments of the adapter, another one in every round, and the server averages each segment
-over the sites that sent it. Both ways only the largest changes are sent, fewer as the loss falls and fewer of B than
-of A; what is left out is kept and added the next time. A site starts from a mix of the global adapter and its own last
-one, so that the work on segments whose turn it was not is not lost.
+Every site sends one of N_s segments of the adapter, another one in every round, and the server
+averages each segment over the sites that sent it. Both ways only the largest changes are sent,
+fewer as the loss falls and fewer of B than of A; what is left out is kept and added the next time.
+A site starts from a mix of the global adapter and its own last one, so that the work on segments
+whose turn it was not is not lost.
 """
 
 import math
@@ -42,7 +43,8 @@ class EcoLoraConfig(Settings):
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
     segments: int = Field(5, ge=1, le=10**6)
-    """N_s; the cohort should have at least as many sites, or a segment is missing in some rounds."""
+    """N_s; the cohort should have at least as many sites, or a segment is missing in some
+    rounds."""
     most: float = Field(0.95, ge=1e-4, le=1)
     """k_max, the share of the values that is sent in round 1."""
     least_a: float = Field(0.6, ge=1e-4, le=1)
@@ -54,7 +56,8 @@ class EcoLoraConfig(Settings):
     gamma_b: float = Field(2.0, ge=0, le=1e6)
     """The same for B (ours)."""
     mixing: Literal["staleness", "none"] = "staleness"
-    """What a site starts from: the global adapter mixed with its own last one, or the global one alone."""
+    """What a site starts from: the global adapter mixed with its own last one, or the global one
+    alone."""
     beta: float = Field(1.0, ge=1e-6, le=1e6)
     """The site's own adapter, of s rounds ago, weighs exp(-beta * s) (ours)."""
     values: Values = "fp16"
@@ -82,12 +85,14 @@ def segment(number: int, segments: int, total: int) -> Slice:
 
 
 def turn(place: int, round: int, segments: int) -> int:
-    """The segment that is sent in `round` by the site at `place` in the cohort: (place + round) mod N_s."""
+    """The segment that is sent in `round` by the site at `place` in the cohort: (place + round) mod
+    N_s."""
     return (place + round) % segments
 
 
 def share(least: float, most: float, gamma: float, fallen: float) -> float:
-    """k = k_min + (k_max - k_min) exp(-gamma * fallen), after the loss has fallen by that many nats; at most k_max.
+    """k = k_min + (k_max - k_min) exp(-gamma * fallen), after the loss has fallen by that many
+    nats; at most k_max.
 
     Rounded to four places, which is how it travels.
     """
@@ -103,7 +108,10 @@ class Sparsifier:
     """Chooses what is sent: the largest values of A and the largest of B, a share of each."""
 
     def __init__(self, layout: Layout) -> None:
-        kinds = [np.full(size, factor(name) == "B") for name, size in zip(layout.names, layout.sizes, strict=True)]
+        kinds = [
+            np.full(size, factor(name) == "B")
+            for name, size in zip(layout.names, layout.sizes, strict=True)
+        ]
         self._is_b: NDArray[np.bool_] = np.concatenate(kinds)
 
     def choose(self, change: Floats, part: Slice, share_a: float, share_b: float) -> Indices:
@@ -113,23 +121,30 @@ class Sparsifier:
             places = np.flatnonzero(self._is_b[part.start : part.stop] == wanted)
             count = math.ceil(kept * len(places))
             chosen.append(places[largest(abs(change[places]), count)])
+
         return np.sort(np.concatenate(chosen))
 
 
 class EcoLoraServer:
     """Keeps the global adapter, what the sites know of it, and when each site last answered.
 
-    What the sites know is `view`: the same for all that are up to date. A site gets the present values of all places
-    that changed since it last answered, so that one that was away loses nothing, and nothing drifts apart.
+    What the sites know is `view`: the same for all that are up to date. A site gets the present
+    values of all places that changed since it last answered, so that one that was away loses
+    nothing, and nothing drifts apart.
     """
 
     def __init__(self, config: EcoLoraConfig, context: Context) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         layout = context.layout
         self.frames = SparseFrames(layout, config.values)
         self.sparsifier = Sparsifier(layout)
-        self.parts = [segment(number, config.segments, layout.numel) for number in range(config.segments)]
-        self.uploads = [SparseFrames(layout, config.values, part.start, part.stop) for part in self.parts]
+        self.parts = [
+            segment(number, config.segments, layout.numel) for number in range(config.segments)
+        ]
+        self.uploads = [
+            SparseFrames(layout, config.values, part.start, part.stop) for part in self.parts
+        ]
         self.adapter = to_numpy(layout.flatten(initial_state(layout, context.seed)))
         self.view = rounded(self.adapter, config.values)
         self.changed = np.zeros(layout.numel, dtype=np.int32)
@@ -152,7 +167,8 @@ class EcoLoraServer:
         self._broadcast(number, share_a, share_b)
         cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
         messages = self._messages(cohort, number, share_a, share_b)
-        means, loss = [WeightedMean() for _ in self.parts], WeightedMean()
+        means = [WeightedMean() for _ in self.parts]
+        loss = WeightedMean()
         replies = Cohort(fleet, "train", number, asked=len(cohort))
 
         def fold(weight: int, *, which: int, update: Named, site_loss: Named) -> None:
@@ -168,12 +184,15 @@ class EcoLoraServer:
                 reason = f"it sent segment {which} and was asked for {asked[reply.site]}"
                 fleet.reject(Failure(reply.site, number, "train", reason, 0))
                 continue
+
             then = partial(fold, which=which, update=update, site_loss=site_loss)
             replies.add(reply.site, rms(update), weight, then)
+
         told = replies.close()
         for part, mean in zip(self.parts, means, strict=True):
             if mean.count:
                 self.adapter[part.start : part.stop] += to_numpy(mean.mean()["segment"])
+
         self.losses = [*self.losses[:1], float(loss.mean()["loss"])]
         covered = sum(mean.count > 0 for mean in means)
         return {
@@ -186,20 +205,26 @@ class EcoLoraServer:
         }
 
     def _broadcast(self, round: int, share_a: float, share_b: float) -> None:
-        """Bring the largest differences into `view`; what is left out stays a difference, and so is fed back."""
+        """Bring the largest differences into `view`; what is left out stays a difference, and so is
+        fed back."""
         present = rounded(self.adapter, self.config.values)
         whole = Slice(0, len(present))
         where = self.sparsifier.choose(present - self.view, whole, share_a, share_b)
         self.view[where] = present[where]
         self.changed[where] = round
 
-    def _messages(self, cohort: list[str], round: int, share_a: float, share_b: float) -> dict[str, Payload]:
+    def _messages(
+        self, cohort: list[str], round: int, share_a: float, share_b: float
+    ) -> dict[str, Payload]:
         frames: dict[int, bytes] = {}
         messages = {}
         for place, site in enumerate(cohort):
             since = self.answered.get(site, 0)
             if since not in frames:
-                frames[since] = self.frames.encode(self.view, np.flatnonzero(self.changed > since), round=round)
+                frames[since] = self.frames.encode(
+                    self.view, np.flatnonzero(self.changed > since), round=round
+                )
+
             messages[site] = frame_payload(
                 frames[since],
                 round=round,
@@ -207,15 +232,22 @@ class EcoLoraServer:
                 segment=turn(place, round, self.config.segments),
                 share=[share_a, share_b],
             )
+
         return messages
 
     def _read(self, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
         fields(reply, ("n", "loss", "segment"), FRAME)
-        which, weight = reply.whole("segment", 0, len(self.parts) - 1), weight_of(reply)
-        update = {"segment": torch.from_numpy(self.uploads[which].decode_dense(payload_frame(reply), round=round))}
+        which = reply.whole("segment", 0, len(self.parts) - 1)
+        weight = weight_of(reply)
+        update = {
+            "segment": torch.from_numpy(
+                self.uploads[which].decode_dense(payload_frame(reply), round=round)
+            )
+        }
         loss = {"loss": torch.tensor([loss_of(reply)])}
         WeightedMean.check(update, weight)
         WeightedMean.check(loss, weight)
+
         return which, update, loss, weight
 
     def model(self) -> Named:
@@ -226,7 +258,10 @@ class EcoLoraServer:
         """Vectors of all values in layout order, the sites' rounds, the losses."""
         tensors = {"adapter": self.adapter, "view": self.view, "changed": self.changed}
         values: dict[str, Value] = {"answered": {**self.answered}, "losses": [*self.losses]}
-        return Payload({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, values)
+
+        return Payload(
+            {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, values
+        )
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
@@ -241,13 +276,17 @@ def vector(kept: Payload, name: str, dtype: torch.dtype, total: int) -> NDArray[
     """A copy of a kept vector; raises `WireError` unless it has `total` values of `dtype`."""
     found = kept.tensor(name)
     if found.dtype != dtype or found.shape != (total,):
-        raise WireError(f"{name}: expected {dtype} ({total},), found {found.dtype} {tuple(found.shape)}")
+        raise WireError(
+            f"{name}: expected {dtype} ({total},), found {found.dtype} {tuple(found.shape)}"
+        )
+
     return found.numpy().copy()
 
 
 @dataclass
 class Kept:
-    """What a site keeps, vectors of all values in layout order: after round `round`, or at the start for round 0."""
+    """What a site keeps, vectors of all values in layout order: after round `round`, or at the
+    start for round 0."""
 
     view: Floats
     """The global adapter as far as it was sent."""
@@ -260,36 +299,56 @@ class Kept:
     @classmethod
     def recall(cls, site: Site, since: int) -> "Kept":
         """What was kept in round `since`; raises `WireError` if it was another round."""
-        layout, total = site.layout, site.layout.numel
+        layout = site.layout
+        total = site.layout.numel
+
         if since == 0:
-            start = rounded(to_numpy(layout.flatten(initial_state(layout, site.seed))), site.method.values)
+            start = rounded(
+                to_numpy(layout.flatten(initial_state(layout, site.seed))), site.method.values
+            )
             return cls(start, start, np.zeros(total, dtype=np.float32), 0)
+
         stored = site.recall("ecolora")
         if not stored.tensors or stored.value("round", int) != since:
-            raise WireError(f"site {site.name!r} has no adapter of round {since}, on which the message builds")
-        view, local, residual = (vector(stored, name, torch.float32, total) for name in ("view", "local", "residual"))
+            raise WireError(
+                f"site {site.name!r} has no adapter of round {since}, on which the message builds"
+            )
+
+        view, local, residual = (
+            vector(stored, name, torch.float32, total) for name in ("view", "local", "residual")
+        )
         return cls(view, local, residual, since)
 
     def keep(self, site: Site) -> None:
         """Inverse of `recall`."""
         tensors = {"view": self.view, "local": self.local, "residual": self.residual}
-        payload = Payload({name: torch.from_numpy(array) for name, array in tensors.items()}, {"round": self.round})
+        payload = Payload(
+            {name: torch.from_numpy(array) for name, array in tensors.items()},
+            {"round": self.round},
+        )
         site.keep("ecolora", payload)
 
 
 def train(site: Site, message: Payload) -> Payload:
-    """Task: tune a mix of the global and the own adapter, and send the largest changes of one segment."""
+    """Task: tune a mix of the global and the own adapter, and send the largest changes of one
+    segment."""
     config: EcoLoraConfig = site.method
-    layout, round, since = site.layout, round_of(site, message), message.whole("since", 0, site.rounds)
+    layout = site.layout
+    round = round_of(site, message)
+    since = message.whole("since", 0, site.rounds)
     number, (share_a, share_b) = _asked(message, config)
     old = Kept.recall(site, since)
     view = old.view.copy()
     where, values = SparseFrames(layout, config.values).decode(payload_frame(message), round=round)
     view[where] = values
-    weight = math.exp(-config.beta * (round - since)) if since and config.mixing == "staleness" else 0.0
+    weight = (
+        math.exp(-config.beta * (round - since)) if since and config.mixing == "staleness" else 0.0
+    )
     start = mix(old.local, view, weight)
     examples = site.load().train
-    update, report = train_locally(site, layout.unflatten(torch.from_numpy(start)), round, examples=examples)
+    update, report = train_locally(
+        site, layout.unflatten(torch.from_numpy(start)), round, examples=examples
+    )
     change = (start - view) + to_numpy(layout.flatten(update))
     part = segment(number, config.segments, layout.numel)
     due = change[part.start : part.stop] + old.residual[part.start : part.stop]
@@ -298,24 +357,32 @@ def train(site: Site, message: Payload) -> Payload:
     residual[part.start : part.stop] = due
     residual[part.start + chosen] -= rounded(due[chosen], config.values)
     Kept(view, view + change, residual, round).keep(site)
-    frame = SparseFrames(layout, config.values, part.start, part.stop).encode(due, chosen, round=round)
+    frame = SparseFrames(layout, config.values, part.start, part.stop).encode(
+        due, chosen, round=round
+    )
+
     return frame_payload(frame, n=len(examples), loss=report.loss, segment=number)
 
 
 def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
     """The segment and the two shares that the server asks for; raises `WireError`."""
-    number, shares = message.value("segment", int), message.value("share", list)
+    number = message.value("segment", int)
+    shares = message.value("share", list)
+
     if not 0 <= number < config.segments:
         raise WireError(f"segment {number} of {config.segments}")
     if len(shares) != 2 or not all(isinstance(kept, float) and 0 < kept <= 1 for kept in shares):
         raise WireError(f"share={shares!r:.40}, expected two numbers above 0 and at most 1")
+
     return number, shares
 
 
 def check(config: EcoLoraConfig, codec: CodecSettings, layout: Layout) -> None:  # noqa: ARG001 - it has its own code
     """Every segment has at least one value."""
     if config.segments > layout.numel:
-        raise ConfigError(f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; choose fewer")
+        raise ConfigError(
+            f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; choose fewer"
+        )
 
 
 METHOD = Method(
@@ -327,4 +394,5 @@ METHOD = Method(
     sends="own code",
     check=check,
 )
-"""`coded` is False because the method has its own code; a codec in the configuration is an error."""
+"""`coded` is False because the method has its own code; a codec in the configuration is an
+error."""

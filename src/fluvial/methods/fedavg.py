@@ -1,12 +1,13 @@
 """FedAvg over LoRA adapters (FedIT), and FFA-LoRA.
 
 Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", ICASSP 2024,
-https://arxiv.org/abs/2305.05644; Sun et al., "Improving LoRA in Privacy-preserving Federated Learning" (FFA-LoRA),
-ICLR 2024, https://arxiv.org/abs/2403.12313.
+https://arxiv.org/abs/2305.05644; Sun et al., "Improving LoRA in Privacy-preserving Federated
+Learning" (FFA-LoRA), ICLR 2024, https://arxiv.org/abs/2403.12313.
 
-In every round a cohort of sites receives the global adapter, tunes it on its own data and sends back the difference.
-The server adds the sample-weighted mean of the differences. FedIT averages A and B apart, which is not the mean of
-their products; FFA-LoRA freezes A at its shared random start, so that the mean is exact and half the bytes are sent.
+In every round a cohort of sites receives the global adapter, tunes it on its own data and sends
+back the difference. The server adds the sample-weighted mean of the differences. FedIT averages A
+and B apart, which is not the mean of their products; FFA-LoRA freezes A at its shared random start,
+so that the mean is exact and half the bytes are sent.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class FedAvgConfig(Settings):
     factors: Factors = "A and B"
     """What is tuned and sent: both factors (FedIT), or B with A frozen (FFA-LoRA)."""
     server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs, and a little more
-    than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
+    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs,
+    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     tgap: TgapConfig = TgapConfig(source="public")
     """How a codec that learns is pre-trained; without effect for the others."""
 
@@ -48,7 +49,8 @@ class FedAvgConfig(Settings):
 class CentralConfig(Settings):
     """All data at one place: what federated training would be without its constraint.
 
-    `train.max_steps`, if set, is multiplied by the number of sites, so that as many sequences are seen.
+    `train.max_steps`, if set, is multiplied by the number of sites, so that as many sequences are
+    seen.
     """
 
     name: Literal["central"] = "central"
@@ -68,21 +70,29 @@ class FedAvgServer:
     """Keeps the global adapter."""
 
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self.adapter = initial_state(context.layout, context.seed)
         self.layout = part(context.layout, config.factors)
-        tgap = config.tgap if isinstance(config, FedAvgConfig) and must_learn(context.codec) else NO_TGAP
+        tgap = (
+            config.tgap
+            if isinstance(config, FedAvgConfig) and must_learn(context.codec)
+            else NO_TGAP
+        )
         self.link = Link(context, self.layout, self.adapter, tgap)
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """The initial adapter follows from the seed; a codec that learns is fitted and installed."""
+        """The initial adapter follows from the seed; a codec that learns is fitted and
+        installed."""
         return self.link.setup(fleet, self.config) if must_learn(self.context.codec) else {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Cohort, local training, weighted mean of the differences."""
         fraction = self.config.fraction if isinstance(self.config, FedAvgConfig) else 1.0
         cohort = sample(fleet.sites, fraction, seed=self.context.seed, round=number)
-        mean, loss, replies = WeightedMean(), WeightedLoss(), Cohort(fleet, "train", number, asked=len(cohort))
+        mean = WeightedMean()
+        loss = WeightedLoss()
+        replies = Cohort(fleet, "train", number, asked=len(cohort))
 
         def fold(weight: int, *, site: str, content: Content) -> None:
             mean.add(content.decoded.update, weight)
@@ -94,15 +104,18 @@ class FedAvgServer:
             found = reply.content
             then = partial(fold, site=reply.site, content=found)
             replies.add(reply.site, norm(found.decoded.update), found.weight, then)
+
         told = replies.close()
         update = mean.mean()
         self.adapter = moved(self.adapter, step(update, self.config))
         metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update), **told}
+
         return {**metrics, **self.link.uplink.close(update, number)}
 
     def _read(self, reply: Payload, round: int) -> "Content":
         fields(reply, ("n", "loss"), FRAME, optional=("e",))
-        decoded, weight = self.link.uplink.decode(reply, round), weight_of(reply)
+        decoded = self.link.uplink.decode(reply, round)
+        weight = weight_of(reply)
         check_update(decoded.update, weight, self.context.train)
         return Content(decoded, weight, loss_of(reply))
 
@@ -123,20 +136,24 @@ class FedAvgServer:
 
 
 def step(update: Named, config: Any) -> Named:
-    """What the server adds: the mean update, times the server's learning rate where the method has one."""
+    """What the server adds: the mean update, times the server's learning rate where the method has
+    one."""
     rate: float = getattr(config, "server_learning_rate", 1.0)
     return update if rate == 1 else scale(update, rate)
 
 
 class WeightedLoss:
-    """Weighted mean of the sites' losses, the same in any order: terms are rounded to 2^-40 and summed exactly."""
+    """Weighted mean of the sites' losses, the same in any order: terms are rounded to 2^-40 and
+    summed exactly."""
 
     def __init__(self) -> None:
-        self._sum, self._weight = 0, 0
+        self._sum = 0
+        self._weight = 0
 
     def add(self, loss: float, weight: int) -> None:
         """Fold one site in."""
-        self._sum, self._weight = self._sum + round(loss * 2**40) * weight, self._weight + weight
+        self._sum = self._sum + round(loss * 2**40) * weight
+        self._weight = self._weight + weight
 
     def mean(self) -> float:
         """Nats per label token."""
@@ -147,12 +164,16 @@ def train(site: Site, message: Payload) -> Payload:
     """Task: tune the received adapter on the site's data; the coded difference goes back."""
     config: Any = site.method
     opened = open_link(site, message, part(site.layout, config.factors))
+
     if opened is None:
         return STALE
+
     received, codec = opened
-    data, round = site.load().train, round_of(site, message)
+    data = site.load().train
+    round = round_of(site, message)
     examples = after_tgap(data, config.tgap) if must_learn(site.codec) else data
     update, report = train_locally(site, received, round, examples=examples, factors=config.factors)
+
     return coded_reply(site, codec, update, message, n=len(examples), loss=report.loss)
 
 
@@ -160,15 +181,22 @@ def check(config: FedAvgConfig, codec: CodecSettings, layout: Layout) -> None:
     """Refuse a codec that cannot code this layout, and a pre-training that no codec needs."""
     if config.tgap != FedAvgConfig().tgap and not must_learn(codec):
         name: str = codec.name
-        raise ConfigError(f"method.tgap: without effect, because codec {name!r} learns nothing; remove it")
+        raise ConfigError(
+            f"method.tgap: without effect, because codec {name!r} learns nothing; remove it"
+        )
+
     check_factors(config, codec, layout)
     check_codec(codec, config.tgap, part(layout, config.factors))
 
 
-def check_factors(config: FedAvgConfig | CentralConfig, _codec: CodecSettings, layout: Layout) -> None:
+def check_factors(
+    config: FedAvgConfig | CentralConfig, _codec: CodecSettings, layout: Layout
+) -> None:
     """Refuse the factor B of weights that have no factors."""
     if not part(layout, config.factors).shapes:
-        raise ConfigError(f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; remove it")
+        raise ConfigError(
+            f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; remove it"
+        )
 
 
 METHOD = Method(

@@ -1,9 +1,11 @@
 """FLASC: dense local tuning, sparse messages both ways.
 
-Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024, https://arxiv.org/abs/2406.05233.
+Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024,
+https://arxiv.org/abs/2406.05233.
 
-A site receives the largest values of the global adapter and tunes all of them. It sends the largest values of what it
-changed; what it leaves out is forgotten. The server takes the mean of the changes for a gradient of FedAdam.
+A site receives the largest values of the global adapter and tunes all of them. It sends the largest
+values of what it changed; what it leaves out is forgotten. The server takes the mean of the changes
+for a gradient of FedAdam.
 """
 
 from collections.abc import Iterator
@@ -39,8 +41,9 @@ class FlascConfig(Settings):
     density_up: float = Field(0.25, ge=1e-6, le=1)
     """Share of its change that a site sends; 1/4 is among the paper's."""
     download: Literal["change", "weights"] = "change"
-    """What the largest values are taken of: the change since the start, which every site knows (ours), or the weights
-    (the paper's). Among weights the random A hides B, which starts at zero, for the first tens of rounds."""
+    """What the largest values are taken of: the change since the start, which every site knows
+    (ours), or the weights (the paper's). Among weights the random A hides B, which starts at zero,
+    for the first tens of rounds."""
     values: Values = "fp16"
     """How a value is sent; the paper counts values, not bytes."""
     server_optimizer: Literal["fedavg", "fedadam"] = "fedadam"
@@ -66,7 +69,8 @@ class FlascServer:
     """Keeps the global adapter, all of it, and Adam's moments."""
 
     def __init__(self, config: FlascConfig, context: Context) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self.frames = SparseFrames(context.layout, config.values)
         self.adapter = initial_state(context.layout, context.seed)
         self.known = known(config, context.layout, context.seed)
@@ -78,10 +82,13 @@ class FlascServer:
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Sparse download, local training, mean of the sparse changes, a step of the server's optimizer."""
+        """Sparse download, local training, mean of the sparse changes, a step of the server's
+        optimizer."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         message = frame_payload(self._download(number), round=number)
-        mean, loss, replies = WeightedMean(), WeightedMean(), Cohort(fleet, "train", number, asked=len(cohort))
+        mean = WeightedMean()
+        loss = WeightedMean()
+        replies = Cohort(fleet, "train", number, asked=len(cohort))
 
         def fold(weight: int, *, update: Named, site_loss: Named) -> None:
             mean.add(update, weight)
@@ -93,42 +100,59 @@ class FlascServer:
             update, site_loss, weight = reply.content
             then = partial(fold, update=update, site_loss=site_loss)
             replies.add(reply.site, norm(update), weight, then)
+
         told = replies.close()
         step = self._step(mean.mean())
         self.adapter = add(self.adapter, step)
-        metrics = {"loss": float(loss.mean()["loss"]), "sites": mean.count, "update_norm": norm(step)}
+        metrics = {
+            "loss": float(loss.mean()["loss"]),
+            "sites": mean.count,
+            "update_norm": norm(step),
+        }
+
         return {**metrics, **told}
 
     def _download(self, round: int) -> bytes:
         """The frame of the largest weights, or changes."""
         news = to_numpy(self.context.layout.flatten(self.adapter) - self.known)
-        return self.frames.encode(news, largest(abs(news), kept(self.config.density_down, len(news))), round=round)
+        return self.frames.encode(
+            news, largest(abs(news), kept(self.config.density_down, len(news))), round=round
+        )
 
     def _read(self, reply: Payload, round: int) -> tuple[Named, Named, int]:
         fields(reply, ("n", "loss"), FRAME)
         vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
-        update, weight = self.context.layout.unflatten(vector), weight_of(reply)
+        update = self.context.layout.unflatten(vector)
+        weight = weight_of(reply)
         loss = {"loss": torch.tensor([loss_of(reply)])}
         check_update(update, weight, self.context.train)
         WeightedMean.check(loss, weight)
+
         return update, loss, weight
 
     def _step(self, mean: Named) -> Named:
-        """What to add to the adapter for the mean change: itself, or Adam's step with it as the negative gradient."""
+        """What to add to the adapter for the mean change: itself, or Adam's step with it as the
+        negative gradient."""
         if self.config.server_optimizer == "fedavg":
             return mean
-        beta_1, beta_2 = self.config.beta_1, self.config.beta_2
+
+        beta_1 = self.config.beta_1
+        beta_2 = self.config.beta_2
         change = self.context.layout.flatten(mean)
         self.steps += 1
         self.first = beta_1 * self.first + (1 - beta_1) * change
         self.second = beta_2 * self.second + (1 - beta_2) * change**2
         direction = self.first / (1 - beta_1**self.steps)
         size = (self.second / (1 - beta_2**self.steps)).sqrt() + self.config.epsilon
+
         return self.context.layout.unflatten(self.config.server_learning_rate * direction / size)
 
     def model(self) -> Named:
-        """What a site would receive now, as the authors measure it, and not what the server alone holds."""
-        return self.context.layout.unflatten(received(self.frames, self.known, self._download(0), 0))
+        """What a site would receive now, as the authors measure it, and not what the server alone
+        holds."""
+        return self.context.layout.unflatten(
+            received(self.frames, self.known, self._download(0), 0)
+        )
 
     def state(self) -> Payload:
         """Adapter, moments and the number of steps."""
@@ -138,8 +162,12 @@ class FlascServer:
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        self.first, self.second = (_moment(state, name, like=self.first) for name in ("first", "second"))
-        kept = {name: tensor for name, tensor in state.tensors.items() if name.startswith("adapter/")}
+        self.first, self.second = (
+            _moment(state, name, like=self.first) for name in ("first", "second")
+        )
+        kept = {
+            name: tensor for name, tensor in state.tensors.items() if name.startswith("adapter/")
+        }
         self.adapter = {name.removeprefix("adapter/"): tensor for name, tensor in kept.items()}
         self.context.layout.check(self.adapter, "checkpoint")
         self.steps = state.value("steps", int)
@@ -165,21 +193,28 @@ def received(frames: SparseFrames, known: Tensor, frame: bytes, round: int) -> T
 def _moment(state: Payload, name: str, *, like: Tensor) -> Tensor:
     found = state.tensor(name)
     if found.dtype != like.dtype or found.shape != like.shape:
-        raise WireError(f"checkpoint, {name}: expected {like.dtype} {tuple(like.shape)}, found {tuple(found.shape)}")
+        raise WireError(
+            f"checkpoint, {name}: expected {like.dtype} {tuple(like.shape)}, found {tuple(found.shape)}"
+        )
+
     return found
 
 
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune the sparse adapter, all values of it, and send the largest changes."""
     config: FlascConfig = site.method
-    round, layout = round_of(site, message), site.layout
+    round = round_of(site, message)
+    layout = site.layout
     frames = SparseFrames(layout, config.values)
     start = received(frames, known(config, layout, site.seed), payload_frame(message), round)
     examples = site.load().train
     update, report = train_locally(site, layout.unflatten(start), round, examples=examples)
     change = to_numpy(layout.flatten(update))
     where = largest(abs(change), kept(config.density_up, len(change)))
-    return frame_payload(frames.encode(change, where, round=round), n=len(examples), loss=report.loss)
+
+    return frame_payload(
+        frames.encode(change, where, round=round), n=len(examples), loss=report.loss
+    )
 
 
 METHOD = Method(
@@ -190,4 +225,5 @@ METHOD = Method(
     "https://arxiv.org/abs/2406.05233",
     sends="own code",
 )
-"""`coded` is False because the method has its own code; a codec in the configuration is an error."""
+"""`coded` is False because the method has its own code; a codec in the configuration is an
+error."""

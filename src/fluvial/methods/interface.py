@@ -57,7 +57,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Promise:
-    """Differential privacy that a configured method promises, as the rest of a run must respect it."""
+    """Differential privacy that a configured method promises, as the rest of a run must respect
+    it."""
 
     at_site: bool
     """True where the sites add the noise, so that the server need not be trusted."""
@@ -69,6 +70,8 @@ class Promise:
     report: Callable[[int, int], dict[str, Any]]
     """The entry of result.json after so many rounds of a run of so many."""
 
+
+__all__ = ["Context", "Forecast", "Method", "Metrics", "Promise", "Server", "Tune"]
 
 Tune = Literal["lora", "full"]
 """What is tuned: a LoRA adapter, or all weights."""
@@ -86,8 +89,9 @@ class Method:
     codec: CodecSettings = field(default_factory=IdentitySettings)
     """The codec when the configuration names none."""
     sends: Literal["codec", "own code", "nothing"] = "codec"
-    """What carries updates: the codec of the configuration, a code that is part of the method, or nothing, where a site
-    keeps what it learned. For the last two a codec in the configuration is an error."""
+    """What carries updates: the codec of the configuration, a code that is part of the method, or
+    nothing, where a site keeps what it learned. For the last two a codec in the configuration is an
+    error."""
     receives: Literal["as it is", "downlink", "own code"] = "as it is"
     """Carrier of the model to the sites: one exact message, which is what a method of its own
     makes; the configuration's downlink, where both ends speak through `methods.link`; or a code of
@@ -95,10 +99,13 @@ class Method:
     weights: bool = False
     """True where both ends code factors scaled by their partners, if `codec.weighted` asks for it,
     as `methods.link` does. A `weighted` that nothing honours is an error."""
-    sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(layout, getattr(config, "factors", "A and B"))
+    sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(
+        layout, getattr(config, "factors", "A and B")
+    )
     """The layout of what a site trains and sends in a round, at most."""
     forecast: Callable[[Any, Layout, Forecast], list[tuple[str, str]]] | None = None
-    """Rows of `fluvial check` about the way down and the memory of a site, where these are the method's own."""
+    """Rows of `fluvial check` about the way down and the memory of a site, where these are the
+    method's own."""
     notes: Callable[[Any], Sequence[str]] = lambda _config: ()
     """What `fluvial check` adds: what is decided only when the run starts."""
     tunes: tuple[Tune, ...] = ("lora",)

@@ -1,4 +1,5 @@
-"""Local training: every site alone, with the same data, steps and code. The baseline that federation must beat.
+"""Local training: every site alone, with the same data, steps and code. The baseline that
+federation must beat.
 
 Each site keeps its own adapter between rounds; nothing but the loss is sent.
 """
@@ -34,11 +35,16 @@ class LocalServer:
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Every site trains from its own adapter."""
-        loss, count = WeightedLoss(), 0
+        loss = WeightedLoss()
+        count = 0
         message = Payload(values={"round": number})
-        for reply in fleet.ask("train", dict.fromkeys(fleet.sites, message), round=number, read=_read):
+
+        for reply in fleet.ask(
+            "train", dict.fromkeys(fleet.sites, message), round=number, read=_read
+        ):
             loss.add(*reply.content)
             count += 1
+
         return {"loss": loss.mean(), "sites": count}
 
     def model(self) -> None:
@@ -64,6 +70,7 @@ def train(site: Site, message: Payload) -> Payload:
     examples = site.load().train
     update, report = train_locally(site, adapter, round, examples=examples)
     site.keep("adapter", Payload(add(adapter, update)))
+
     return Payload(values={"n": len(examples), "loss": report.loss})
 
 

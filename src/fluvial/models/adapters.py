@@ -1,4 +1,5 @@
-"""LoRA adapters, put on a base model from outside by PEFT, with dropout that follows the run's seed."""
+"""LoRA adapters, put on a base model from outside by PEFT, with dropout that follows the run's
+seed."""
 
 import warnings
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ class SeededDropout(nn.Module):
 
     def __init__(self, p: float, place: int) -> None:
         super().__init__()
-        self.p, self.place, self.seed = p, place, 0
+        self.p = p
+        self.place = place
+        self.seed = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Zero a share `p` of `hidden` (any shape) and scale the rest, in training only."""
@@ -43,7 +46,8 @@ class SeededDropout(nn.Module):
 
 
 def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
-    """Return `base` with LoRA modules injected (in place) by PEFT; the base may be on the meta device.
+    """Return `base` with LoRA modules injected (in place) by PEFT; the base may be on the meta
+    device.
 
     Raises `ConfigError` naming what would fit.
     """
@@ -60,6 +64,7 @@ def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
         )
     else:
         config = LoraConfig(**lora.config)
+
     with warnings.catch_warnings():
         # PEFT tells what it corrects by itself (GPT-2's Conv1D) and what merging would do to tied
         # weights.
@@ -67,11 +72,15 @@ def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
         try:
             model: nn.Module = get_peft_model(base, config)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"lora: PEFT cannot put the adapter on this model: {_reason(error)}") from error
+            raise ConfigError(
+                f"lora: PEFT cannot put the adapter on this model: {_reason(error)}"
+            ) from error
+
     for place, (name, module) in enumerate(list(model.named_modules())):
         if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
             parent, leaf = name.rsplit(".", 1)
             model.get_submodule(parent)._modules[leaf] = SeededDropout(module.p, place)
+
     return model
 
 

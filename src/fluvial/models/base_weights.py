@@ -1,4 +1,5 @@
-"""The weights of a base model's folder, under the names and in the form that they have in the model.
+"""The weights of a base model's folder, under the names and in the form that they have in the
+model.
 
 A folder may name its tensors otherwise than the model does: without the base model's prefix, as an
 older version did, or with the experts of a layer one by one where the model has them in one tensor.
@@ -22,7 +23,8 @@ from fluvial.models.frozen import FolderSource, Source, tensor_files
 
 
 def wanted(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of `model` by name, tied ones once; maybe on the meta device."""
+    """Return the parameters and persistent buffers of `model` by name, tied ones once; maybe on the
+    meta device."""
     parameters = dict(model.named_parameters())
     return parameters | persistent_buffers(model)
 
@@ -34,7 +36,8 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) -> Source:
-    """Return a source of the parameters and persistent buffers of `model`, as `from_pretrained` would give them.
+    """Return a source of the parameters and persistent buffers of `model`, as `from_pretrained`
+    would give them.
 
     `model` may be on the meta device; names, shapes and types are its own. Where every tensor is
     stored as one of the same shape, under whatever name, it is read from `folder` when it is asked
@@ -45,7 +48,10 @@ def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) 
     tensors = wanted(model)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     places = _places(folder, model, tensors)
-    return FolderSource(folder, places, dtypes) if places is not None else _Converted(load(), dtypes)
+
+    return (
+        FolderSource(folder, places, dtypes) if places is not None else _Converted(load(), dtypes)
+    )
 
 
 def keep_types(model: Any, dtype: torch.dtype) -> None:
@@ -60,7 +66,8 @@ def keep_types(model: Any, dtype: torch.dtype) -> None:
 
 
 def compute_buffers(model: Any) -> None:
-    """Compute anew the buffers of `model` that no folder stores, as `from_pretrained` does after it made the model.
+    """Compute anew the buffers of `model` that no folder stores, as `from_pretrained` does after it
+    made the model.
 
     While a model in half precision is made, torch's default type is that one, and what is computed
     then is coarser.
@@ -81,6 +88,7 @@ def check_constant(model: Any) -> None:
                 f"model.name_or_path: {path} ({type(module).__name__}) keeps running means of what "
                 "it reads, which are in no update; choose another model"
             )
+
     if getattr(model.config, "rescale_every", 0) > 0:
         raise ConfigError(
             f"model.name_or_path: {type(model).__name__} divides its own weights when it is "
@@ -99,16 +107,19 @@ class _Converted(FolderSource):
 
 
 def _places(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, str] | None:
-    """Return the stored name of each of `tensors`, or None where some are not stored as they are in the model."""
+    """Return the stored name of each of `tensors`, or None where some are not stored as they are in
+    the model."""
     try:
         stored = tensor_files(folder)
     except ConfigError:
         if any(folder.glob("*.safetensors*")):
             raise
         return None  # of another format, which `load` reads or refuses
+
     found = _renamed(model, stored)
     if found is None:
         return None
+
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name)
@@ -120,24 +131,37 @@ def _places(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, s
         if len(there) > 1:
             _check_equal(folder, [found[alias] for alias in there])
         places[name] = found[there[0]]
+
     source = FolderSource(folder, places)
     same = all(source.shape(name) == tuple(tensor.shape) for name, tensor in tensors.items())
     return places if same else None
 
 
 def _renamed(model: Any, stored: dict[str, Path]) -> dict[str, str] | None:
-    """Return the stored name by the model's name, or None if some tensor is converted and not only renamed."""
+    """Return the stored name by the model's name, or None if some tensor is converted and not only
+    renamed."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-    except ImportError:  # transformers 4 adds or takes the base model's prefix and does nothing else
-        prefix, state = f"{model.base_model_prefix}.", model.state_dict()
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except (
+        ImportError
+    ):  # transformers 4 adds or takes the base model's prefix and does nothing else
+        prefix = f"{model.base_model_prefix}."
+        state = model.state_dict()
         return {name if name in state else prefix + name: name for name in stored}
+
     mapping = get_model_conversion_mapping(model)
     renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    state, prefix = model.state_dict(), model.base_model_prefix
+    state = model.state_dict()
+    prefix = model.base_model_prefix
     found = {}
+
     for key in sorted(stored, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
@@ -145,6 +169,7 @@ def _renamed(model: Any, stored: dict[str, Path]) -> dict[str, str] | None:
         if name in state and (converted is not None or name in found):
             return None
         found[name] = key
+
     return found
 
 
@@ -152,8 +177,10 @@ def _check_equal(folder: Path, names: list[str]) -> None:
     """Raise `ConfigError` unless the stored tensors `names`, which the model ties, are equal."""
     source = FolderSource(folder, names)
     first = source.get(names[0])
+
     if all(torch.equal(first, source.get(name)) for name in names[1:]):
         return
+
     raise ConfigError(
         f"{folder}: {names[0]!r} and {names[1]!r} differ, and config.json ties them; set "
         "tie_word_embeddings to false there"

@@ -40,6 +40,7 @@ class Encoder:
         ids = self.plain(text)
         own = tuple(ids[: len(self.prefix)]) == self.prefix
         whole = ids if own else [*self.prefix, *ids]
+
         return whole or [self._start()]
 
     def answer(self, text: str) -> list[int]:
@@ -67,18 +68,21 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special tokens before a text: what precedes its own tokens when both are encoded."""
+    """Return the special tokens before a text: what precedes its own tokens when both are
+    encoded."""
     for probe in chain(PROBES, islice(_words(tokenizer), 8)):
         plain = _ids(tokenizer, probe, special=False)
         whole = _ids(tokenizer, probe, special=True)
         for start in range(len(whole) - len(plain) + 1):
             if plain and whole[start : start + len(plain)] == plain:
                 return tuple(whole[:start])
+
     whole = _ids(tokenizer, "", special=True)
     bos = tokenizer.bos_token_id
     return (bos,) if bos is not None and whole[:1] == [bos] else ()
 
 
 def _words(tokenizer: Any) -> Iterator[str]:
-    """Yield tokens that are words. The vocabulary, which is slow to get, is read only when asked for."""
+    """Yield tokens that are words. The vocabulary, which is slow to get, is read only when asked
+    for."""
     yield from (token for token in tokenizer.get_vocab() if token.isalnum())

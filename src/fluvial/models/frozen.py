@@ -1,9 +1,11 @@
-"""A model larger than a site's memory: the trained block is held, any other weight is read from disk when it is used.
+"""A model larger than a site's memory: the trained block is held, any other weight is read from
+disk when it is used.
 
-Alive at once are the block, the norms and biases, and the one weight in use; the largest weight (often the head) is
-thus the least that a site needs beside its block. A file is mapped anew for each tensor, and the mapping goes with the
-tensor: the pages of a mapping that stays open add up in the process's memory (RssFile) to the whole model, while read
-like this the peak is one weight, and without the copy that reading into a buffer makes.
+Alive at once are the block, the norms and biases, and the one weight in use; the largest weight
+(often the head) is thus the least that a site needs beside its block. A file is mapped anew for
+each tensor, and the mapping goes with the tensor: the pages of a mapping that stays open add up in
+the process's memory (RssFile) to the whole model, while read like this the peak is one weight, and
+without the copy that reading into a buffer makes.
 """
 
 import copy
@@ -38,14 +40,16 @@ class Source(ABC):
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in the float type that it is stored in; not to be written to."""
+        """The tensor `name`, on the CPU, in the float type that it is stored in; not to be written
+        to."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name`; of a compressed one found by decoding it."""
         return tuple(self.get(name).shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows `index` (any shape, whole numbers, on the CPU) of a matrix (rows, dim): (*index.shape, dim).
+        """Rows `index` (any shape, whole numbers, on the CPU) of a matrix (rows, dim):
+        (*index.shape, dim).
 
         Of a mapped matrix only the pages of these rows are read.
         """
@@ -81,17 +85,20 @@ class FolderSource(Source):
         stored = tensor_files(path)
         places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
         missing = [name for name, place in places.items() if place not in stored]
+
         if missing:
             raise ConfigError(
                 f"{path}: {_some(missing)} not found among its {len(stored)} tensors; "
                 "save the model anew with save_pretrained of transformers"
             )
+
         self._places = {name: (stored[place], place) for name, place in places.items()}
         self.names = frozenset(places)
         self._dtypes = dtypes or {}
 
     def get(self, name: str) -> Tensor:
-        """The tensor, mapped; raises `ConfigError` if it is not of a float type that models have."""
+        """The tensor, mapped; raises `ConfigError` if it is not of a float type that models
+        have."""
         return self._typed(name, _mapped(*self._places[name]))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -110,11 +117,14 @@ class FolderSource(Source):
 
 
 class FileSource(Source):
-    """One safetensors file whose tensors lie there as floats, or as frames (one-dimensional, uint8) to decode."""
+    """One safetensors file whose tensors lie there as floats, or as frames (one-dimensional, uint8)
+    to decode."""
 
     def __init__(self, path: Path, decode: Callable[[str, bytes], Tensor]) -> None:
-        """`decode` makes a tensor, on the CPU, of a name and its frame; `ConfigError` if there is no such file."""
-        self._path, self._decode = path, decode
+        """`decode` makes a tensor, on the CPU, of a name and its frame; `ConfigError` if there is
+        no such file."""
+        self._path = path
+        self._decode = decode
         self.names = frozenset(_names(path))
 
     def get(self, name: str) -> Tensor:
@@ -126,10 +136,12 @@ class FileSource(Source):
 
 
 class Sum(Source):
-    """`first` plus, where it has the name, `second`: added in fp32, given in the type of `first`."""
+    """`first` plus, where it has the name, `second`: added in fp32, given in the type of
+    `first`."""
 
     def __init__(self, first: Source, second: Source) -> None:
-        self._first, self._second = first, second
+        self._first = first
+        self._second = second
         self.names = first.names
 
     def get(self, name: str) -> Tensor:
@@ -147,8 +159,11 @@ class Sum(Source):
         return _sum(base, self._second.rows(name, index)) if name in self._second.names else base
 
 
-def stream(skeleton: nn.Module, source: Source, resident: Named, device: torch.device | None = None) -> nn.Module:
-    """Return a model on `device` that trains `resident` and reads all other weights from `source` when it uses them.
+def stream(
+    skeleton: nn.Module, source: Source, resident: Named, device: torch.device | None = None
+) -> nn.Module:
+    """Return a model on `device` that trains `resident` and reads all other weights from `source`
+    when it uses them.
 
     `skeleton` has its parameters on the meta device, tied ones as one, and real buffers; it is left
     as it is. The tensors of `resident` become parameters that require gradients and, on the CPU,
@@ -169,6 +184,7 @@ def stream(skeleton: nn.Module, source: Source, resident: Named, device: torch.d
     names = {id(parameter): name for name, parameter in parameters.items()}
     _check(parameters, source, resident)
     held = {name: nn.Parameter(tensor.to(device)) for name, tensor in resident.items()}
+
     for module in list(model.modules()):
         stored = {}
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -176,20 +192,28 @@ def stream(skeleton: nn.Module, source: Source, resident: Named, device: torch.d
             if name not in held and parameter.dim() > 1:
                 stored[leaf] = _Weight(source, name, parameter.dtype, device)
                 continue
+
             if name not in held:
                 tensor = source.get(name).to(device, parameter.dtype, copy=True)
                 held[name] = nn.Parameter(tensor, requires_grad=False)
+
             setattr(module, leaf, held[name])
+
         if stored:
             _let_stream(module, stored)
+
     model.to(device)  # the buffers
-    assert not any(t.is_meta for t in chain(model.parameters(), model.buffers())), "a skeleton has real buffers"
+    assert not any(t.is_meta for t in chain(model.parameters(), model.buffers())), (
+        "a skeleton has real buffers"
+    )
     _save_no_weights(model)
+
     return model
 
 
 def check_streams(model: nn.Module) -> None:
-    """Raise `ConfigError` if `model` has a layer that keeps its weights elsewhere than in its parameters."""
+    """Raise `ConfigError` if `model` has a layer that keeps its weights elsewhere than in its
+    parameters."""
     for path, module in model.named_modules():
         if isinstance(module, nn.RNNBase):
             raise ConfigError(
@@ -215,9 +239,11 @@ class _Weight:
         """The weight as the layer has it."""
         weight = self.source.get(self.name).to(self.device, self.dtype)
         known: _Known | None = getattr(_saved, "known", None)
+
         if known is not None:
             storage = weight.untyped_storage()
             known[id(storage)] = weakref.ref(storage), self
+
         return weight
 
     def rows(self, index: Tensor) -> Tensor:
@@ -234,13 +260,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
-        ctx.load, ctx.dtype = load, x.dtype
+        ctx.load = load
+        ctx.dtype = x.dtype
         return nn.functional.linear(x, load(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight = ctx.load().to(grad.dtype)  # under autocast the product, and so `grad`, was in its type
+        weight = ctx.load().to(
+            grad.dtype
+        )  # under autocast the product, and so `grad`, was in its type
         inner = grad.flatten(0, -2) @ weight
         return inner.view(*grad.shape[:-1], -1).to(ctx.dtype), None, None
 
@@ -290,13 +319,16 @@ def _let_stream(module: Any, stored: dict[str, _Weight]) -> None:
     derives from stands our own one, so that whatever it does before and after the layer's forward
     pass is still done.
     """
-    kind, ours = type(module), _streamed_layers()
+    kind = type(module)
+    ours = _streamed_layers()
     plain = getattr(module, "max_norm", None) is None and stored.keys() == {"weight"}
     bases = [mine for theirs, mine in ours.items() if plain and isinstance(module, theirs)]
     streamed: type = type(kind.__name__, (kind, *bases) if kind not in ours else (*bases, kind), {})
+
     for leaf in stored:
         del module._parameters[leaf]
         setattr(streamed, leaf, property(partial(_fetch, leaf)))
+
     module.stored = stored
     module.__class__ = streamed
 
@@ -348,15 +380,23 @@ def _unpack(packed: Tensor | _View) -> Tensor:
 
 
 def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named) -> None:
-    """Raise `ConfigError` unless `source` has the rest of the model, in its shapes; `resident` must fit it."""
+    """Raise `ConfigError` unless `source` has the rest of the model, in its shapes; `resident` must
+    fit it."""
     assert resident.keys() <= parameters.keys(), "a block of another model"
-    assert all(parameters[name].shape == tensor.shape for name, tensor in resident.items()), "a block of another model"
+    assert all(parameters[name].shape == tensor.shape for name, tensor in resident.items()), (
+        "a block of another model"
+    )
     wanted = [name for name in parameters if name not in resident]
     missing = [name for name in wanted if name not in source.names]
+
     if missing:
-        raise ConfigError(f"the stored weights lack {_some(missing)}; they are of another model, or not complete")
+        raise ConfigError(
+            f"the stored weights lack {_some(missing)}; they are of another model, or not complete"
+        )
+
     for name in wanted:
-        found, expected = source.shape(name), tuple(parameters[name].shape)
+        found = source.shape(name)
+        expected = tuple(parameters[name].shape)
         if found != expected:
             raise ConfigError(
                 f"stored tensor {name!r} has shape {found}, the model's has {expected}; they are of another model"
@@ -364,7 +404,9 @@ def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named)
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(repr, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def _sum(base: Tensor, change: Tensor) -> Tensor:
@@ -373,18 +415,25 @@ def _sum(base: Tensor, change: Tensor) -> Tensor:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no safetensors."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no
+    safetensors."""
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+
     if single.is_file():
         return dict.fromkeys(_names(single), single)
     if not index.is_file():
         raise ConfigError(
             f"{folder} has neither {single.name} nor {index.name}; save the model with save_pretrained of transformers"
         )
+
     try:
         shards = dict(json.loads(index.read_text())["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{index} has no 'weight_map' of tensors and files: {error!r:.200}") from error
+        raise ConfigError(
+            f"{index} has no 'weight_map' of tensors and files: {error!r:.200}"
+        ) from error
+
     return {name: folder / Path(str(file)).name for name, file in shards.items()}
 
 
@@ -393,7 +442,9 @@ def _names(file: Path) -> list[str]:
         with _open(file, framework="pt") as opened:
             return list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file} cannot be read as safetensors, write it anew: {error!s:.200}") from error
+        raise ConfigError(
+            f"{file} cannot be read as safetensors, write it anew: {error!s:.200}"
+        ) from error
 
 
 def _mapped(file: Path, name: str) -> Tensor:
@@ -402,11 +453,17 @@ def _mapped(file: Path, name: str) -> Tensor:
         with _open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{file}: tensor {name!r} cannot be read, write the file anew: {error!s:.200}") from error
+        raise ConfigError(
+            f"{file}: tensor {name!r} cannot be read, write the file anew: {error!s:.200}"
+        ) from error
+
     return tensor
 
 
 def _float(tensor: Tensor, file: Path, name: str) -> Tensor:
     if tensor.dtype not in _FLOATS:
-        raise ConfigError(f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16, float16 or float64")
+        raise ConfigError(
+            f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16, float16 or float64"
+        )
+
     return tensor

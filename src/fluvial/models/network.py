@@ -22,9 +22,11 @@ def reachable_hub() -> Iterator[bool]:
     from huggingface_hub import constants
 
     reached = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT, _period())
+
     if reached:
         yield True
         return
+
     switches = _switches()
     try:
         for module, name, _ in switches:
@@ -43,7 +45,10 @@ def _switches() -> list[tuple[object, str, bool]]:
         ("datasets.config", "HF_DATASETS_OFFLINE"),
     )
     modules = ((sys.modules.get(module), name) for module, name in places)
-    return [(module, name, getattr(module, name)) for module, name in modules if hasattr(module, name)]
+
+    return [
+        (module, name, getattr(module, name)) for module, name in modules if hasattr(module, name)
+    ]
 
 
 def _period() -> int:
@@ -63,9 +68,13 @@ def _answers(endpoint: str, period: int) -> bool:  # noqa: ARG001 - another peri
             get_session().head(endpoint, timeout=TIMEOUT_S)
         except Exception:  # any way not to answer is one
             return
+
         answered.set()
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name look-up cannot be given a time limit
+    asking = threading.Thread(
+        target=ask, daemon=True
+    )  # a name look-up cannot be given a time limit
     asking.start()
     asking.join(TIMEOUT_S)
+
     return answered.is_set()

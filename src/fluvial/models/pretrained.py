@@ -1,4 +1,5 @@
-"""A base model as its folder or hub id describes it: configuration, float type, tokenizer, and reasons to refuse it.
+"""A base model as its folder or hub id describes it: configuration, float type, tokenizer, and
+reasons to refuse it.
 
 transformers is imported where something is loaded, so that other commands answer at once.
 """
@@ -61,6 +62,7 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
         raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
     if not Path(source).is_dir():
         return _from_network(load, wanted, **options)
+
     try:
         return load(source, revision=wanted.revision, **options)
     except ConfigError:
@@ -74,7 +76,8 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
 
 
 def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
-    """Call `load` for a hub id; a hub that does not answer is found out at once, and its cache is read instead."""
+    """Call `load` for a hub id; a hub that does not answer is found out at once, and its cache is
+    read instead."""
     with reachable_hub() as reached:
         try:
             return load(source_of(wanted), revision=wanted.revision, **options)
@@ -85,12 +88,16 @@ def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
                     "is no folder here and not in this machine's cache, and the Hugging Face hub "
                     "cannot be reached; name a local folder, or load the model once with a network"
                 )
+
             raise ConfigError(f"model.name_or_path={wanted.name_or_path!r} {why}") from error
 
 
 def from_settings(make: Any, config: ModelConfig) -> Any:
-    """Call `make`, a `from_config`, with the base's own configuration and float type; raises `ConfigError`."""
-    settings, dtype = read_config(config), dtype_of(config)
+    """Call `make`, a `from_config`, with the base's own configuration and float type; raises
+    `ConfigError`."""
+    settings = read_config(config)
+    dtype = dtype_of(config)
+
     try:
         return make(settings, dtype=dtype, trust_remote_code=False)
     except Exception as error:
@@ -111,9 +118,13 @@ def read_config(config: ModelConfig) -> Any:
     _refuse_folder(config)
     found = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
     _refuse_config(config, found)
+
     for settings in (found, found.get_text_config()):
         # What a forward pass returns beside logits is no part of a model.
-        settings.return_dict, settings.output_attentions, settings.output_hidden_states = True, False, False
+        settings.return_dict = True
+        settings.output_attentions = False
+        settings.output_hidden_states = False
+
     return found
 
 
@@ -122,8 +133,10 @@ def _refuse_folder(config: ModelConfig) -> None:
     from transformers import CONFIG_MAPPING
 
     folder = local_folder(config)
+
     if folder is None:
         return
+
     where = f"model.name_or_path={config.name_or_path!r}"
     adapter = read_object(folder / "adapter_config.json")
     if adapter is not None:
@@ -132,18 +145,27 @@ def _refuse_folder(config: ModelConfig) -> None:
             f"{where} is a PEFT adapter of {base!r}; name that base instead, or merge the adapter "
             "into it with PEFT (merge_and_unload) and save the result"
         )
+
     if not (folder / "config.json").is_file():
-        other = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".gguf", ".pth", ".pt", ".ckpt")]
+        other = [
+            path.name
+            for path in sorted(folder.iterdir())
+            if path.suffix in (".gguf", ".pth", ".pt", ".ckpt")
+        ]
         held = f", only {other[0]!r}; convert it to transformers' form" if other else ""
         raise ConfigError(f"{where}: the folder has no config.json{held}")
+
     stored = read_object(folder / "config.json") or {}
     if "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING:
         raise ConfigError(
             f"{where}: its model is Python code in the folder (auto_map in config.json), which is "
             "never run; only architectures of transformers itself are tuned"
         )
+
     if "model_type" not in stored and "auto_map" not in stored:
-        raise ConfigError(f"{where}: config.json names no 'model_type', so it is not of transformers' form")
+        raise ConfigError(
+            f"{where}: config.json names no 'model_type', so it is not of transformers' form"
+        )
 
 
 _READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
@@ -166,27 +188,39 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
 
     where = f"model.name_or_path={config.name_or_path!r}"
     kind = found.model_type
+
     if getattr(found, "is_encoder_decoder", False):
         raise ConfigError(
             f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models are tuned"
         )
+
     if type(found) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(f"{where}: transformers has no causal language model of the type {kind!r}")
+        raise ConfigError(
+            f"{where}: transformers has no causal language model of the type {kind!r}"
+        )
+
     if kind in _SEEDS_ITSELF:
         raise ConfigError(
             f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, "
             "so that no run could be repeated"
         )
+
     if kind in _READS_BOTH_WAYS:
-        raise ConfigError(f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it")
+        raise ConfigError(
+            f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it"
+        )
+
     if kind in _ENCODERS and not found.is_decoder:
         raise ConfigError(
             f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = "
             "false; set it to true for a causal language model"
         )
+
     quantised = getattr(found, "quantization_config", None)
     if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        method = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        )
         raise ConfigError(
             f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by "
             "quantization_config in config.json), and only float weights are tuned and measured; "
@@ -202,15 +236,22 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+
     found = read_config(config)
     told = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
     if told is None:
         folder = local_folder(config)
         stored = stored_tensors(folder) if folder is not None else {}
-        told = next((tensor.dtype for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32)
+        told = next(
+            (tensor.dtype for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32
+        )
+
     kind = getattr(torch, told) if isinstance(told, str) else told
     if kind not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'")
+        raise ConfigError(
+            f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'"
+        )
+
     return kind
 
 
@@ -221,17 +262,29 @@ def load_tokenizer(config: ModelConfig) -> Any:
     _refuse_without_tokenizer(config)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
     tokenizer.padding_side = "right"
+
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, "
             "with which every record ends; name one as eos_token in tokenizer_config.json"
         )
+
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+
     return tokenizer
 
 
-TOKENIZER_FILES = ("tokenizer*", "*.model", "*.tiktoken", "vocab.*", "spiece.*", "*.vocab", "merges.txt", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "spiece.*",
+    "*.vocab",
+    "merges.txt",
+    "tekken.json",
+)
 """Names of files, one of which every tokenizer has."""
 
 
@@ -240,6 +293,7 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
     folder = local_folder(config)
     if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
         return
+
     raise ConfigError(
         f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json "
         "and tokenizer_config.json, or tokenizer.model); copy the files from where the model came "
@@ -248,13 +302,15 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
 
 
 def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
-    """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no row for."""
+    """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no
+    row for."""
     rows = num_embeddings(model)
     # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
     # are put there.
     special = set(tokenizer.all_special_ids)
     plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
     last, largest = max(plain, key=lambda item: item[1])
+
     for what, text, index in (
         ("pad token", tokenizer.pad_token, tokenizer.pad_token_id),
         ("EOS token", tokenizer.eos_token, tokenizer.eos_token_id),
@@ -282,19 +338,27 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def context_length(model: Any) -> int | None:
-    """Return the tokens that `model` (maybe without weights) reads at most; None where there is no limit."""
+    """Return the tokens that `model` (maybe without weights) reads at most; None where there is no
+    limit."""
     config = model.config.get_text_config()
     told = [getattr(config, name, None) for name in _LENGTHS]
     limits = [length for length in told if isinstance(length, int) and length > 0]
+
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from the row after the padding's.
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
             limits.append(module.num_embeddings - module.padding_idx - 1)
+
     return min(limits, default=None)
 
 
 def check_length(longest: int | None, max_length: int) -> None:
-    """Raise `ConfigError` if sequences of `max_length` tokens are longer than the `longest` that a model reads."""
+    """Raise `ConfigError` if sequences of `max_length` tokens are longer than the `longest` that a
+    model reads."""
     if longest is not None and max_length > longest:
         raise ConfigError(
             f"data.max_length={max_length}: the model reads at most {longest} tokens; set "

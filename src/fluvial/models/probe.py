@@ -13,8 +13,8 @@ LENGTH = 8
 
 @torch.no_grad()
 def check_behaviour(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, sees padding,
-    or has a cache that changes its values.
+    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, sees
+    padding, or has a cache that changes its values.
 
     `model` is in evaluation mode and has its weights; `name` is `model.name_or_path`.
     """
@@ -24,35 +24,44 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     changed = tokens.clone()
     changed[0, -1] = tokens[0, 0]
     state = _random_state(device)
+
     try:
         logits = [_logits(model, each) for each in (tokens, changed)]
         padded = _logits(model, torch.nn.functional.pad(tokens, (0, LENGTH)), LENGTH)
     except Exception as error:
-        raise ConfigError(f"{where}: the model cannot read a line of text: {first_line(error)}") from error
+        raise ConfigError(
+            f"{where}: the model cannot read a line of text: {first_line(error)}"
+        ) from error
+
     cached = _plain_logits(model, tokens)
     if not torch.equal(state, _random_state(device)):
         raise ConfigError(
             f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no run could be repeated"
         )
+
     if not bool(logits[0].isfinite().all()):
         raise ConfigError(
             f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if the folder "
             "has another type, set model.dtype to it, else copy the folder again"
         )
+
     first, second = (each[:, :-1].float() for each in logits)
     if float((first - second).norm()) > _tolerance(model) * float(first.norm()):
         raise ConfigError(
             f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one is no task for it"
         )
 
-    without, behind = logits[0].float(), padded[:, : tokens.shape[1]].float()
+    without = logits[0].float()
+    behind = padded[:, : tokens.shape[1]].float()
     if float((without - behind).norm()) > _tolerance(model) * float(without.norm()):
         raise ConfigError(
             f"{where}: {type(model).__name__} gives other values for a text that padding follows, so that sequences of "
             "unequal length cannot be trained or measured together"
         )
 
-    if cached is not None and float((without - cached.float()).norm()) > _tolerance(model) * float(without.norm()):
+    if cached is not None and float((without - cached.float()).norm()) > _tolerance(model) * float(
+        without.norm()
+    ):
         raise ConfigError(
             f"{where}: {type(model).__name__} gives other values with its cache than without, so that what is trained "
             "and measured would not be what it generates"
@@ -60,11 +69,13 @@ def check_behaviour(model: nn.Module, name: str) -> None:
 
 
 def _plain_logits(model: Any, tokens: Tensor) -> Tensor | None:
-    """Return the logits of a call that leaves the cache to the model; None where it has none for such a text."""
+    """Return the logits of a call that leaves the cache to the model; None where it has none for
+    such a text."""
     try:
         logits: Tensor = model(input_ids=tokens).logits
     except Exception:  # a cache that cannot be made is no fault of what is trained
         return None
+
     return logits
 
 
@@ -77,16 +88,21 @@ def _logits(model: Any, tokens: Tensor, padding: int = 0) -> Tensor:
 
 
 def _tolerance(model: nn.Module) -> float:
-    """Return the relative difference that rounding can make where experts get other tokens to work on."""
+    """Return the relative difference that rounding can make where experts get other tokens to work
+    on."""
     return 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
 
 
 def _tokens(model: Any) -> list[int]:
-    """Return token ids that stand for text: none that the configuration gives a meaning, such as an image's."""
+    """Return token ids that stand for text: none that the configuration gives a meaning, such as an
+    image's."""
     rows = model.get_input_embeddings().weight.shape[0]
     named = {value for value in model.config.to_dict().values() if isinstance(value, int)}
     plain = [index for index in range(rows) if index not in named]
-    return (plain or [0])[-LENGTH:] if len(plain) < LENGTH else plain[:: len(plain) // LENGTH][:LENGTH]
+
+    return (
+        (plain or [0])[-LENGTH:] if len(plain) < LENGTH else plain[:: len(plain) // LENGTH][:LENGTH]
+    )
 
 
 def _random_state(device: torch.device) -> Tensor:

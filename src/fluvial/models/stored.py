@@ -1,4 +1,5 @@
-"""The tensors that a folder of Hugging Face's form stores, by name, shape and type; only headers are read."""
+"""The tensors that a folder of Hugging Face's form stores, by name, shape and type; only headers
+are read."""
 
 import json
 from pathlib import Path
@@ -33,7 +34,8 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return what a folder stores by name, as tensors without values; empty where it has no weights.
+    """Return what a folder stores by name, as tensors without values; empty where it has no
+    weights.
 
     Raises `ConfigError` for a missing shard, a damaged file, an index that does not fit its files,
     or a pickle that holds more than tensors.
@@ -44,41 +46,62 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{single}.index.json"
         if index.is_file():
             return _sharded(folder, index)
-    if local := sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json"):
-        others = [name for name in local if name.endswith((".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth"))]
+
+    if local := sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json"
+    ):
+        others = [
+            name
+            for name in local
+            if name.endswith((".safetensors", ".bin", ".h5", ".msgpack", ".gguf", ".pth"))
+        ]
         if others:
             raise ConfigError(
                 f"{folder}: has neither {_SINGLE[0]} nor an index of its shards, only "
                 f"{some(others)}; save the model with save_pretrained of transformers"
             )
+
     return {}
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
     try:
-        places = {str(name): str(file) for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        places = {
+            str(name): str(file)
+            for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{index}: has no 'weight_map' of tensors and files: {error!r:.200}; copy it again"
         ) from error
+
     found: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (folder / file).is_file():
-            raise ConfigError(f"{folder}: the shard {file!r} that {index.name} names is missing; copy it again")
+            raise ConfigError(
+                f"{folder}: the shard {file!r} that {index.name} names is missing; copy it again"
+            )
+
         tensors = _header(folder / file)
-        absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
+        absent = sorted(
+            name for name, place in places.items() if place == file and name not in tensors
+        )
         if absent:
             raise ConfigError(
                 f"{folder / file}: lacks {some(absent)}, which {index.name} places there; copy both again"
             )
+
         found |= tensors
+
     return found
 
 
 def _header(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, without values; raises `ConfigError` where it is damaged or foreign."""
+    """Return the tensors of one file, without values; raises `ConfigError` where it is damaged or
+    foreign."""
     if file.suffix == ".safetensors":
         return _safetensors_header(file)
+
     from transformers.modeling_utils import load_state_dict
 
     try:
@@ -91,31 +114,54 @@ def _header(file: Path) -> dict[str, Tensor]:
 
 
 def _safetensors_header(file: Path) -> dict[str, Tensor]:
-    """Read the header alone: `safe_open` maps the whole file, for which a machine may lack the address space."""
+    """Read the header alone: `safe_open` maps the whole file, for which a machine may lack the
+    address space."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if length > _LONGEST:
                 raise ValueError(f"a header of {length} bytes")
             table = json.loads(opened.read(length))
+
         table.pop("__metadata__", None)
         found = {
             str(name): torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
             for name, entry in table.items()
         }
-        sizes = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in table.items()}
+        sizes = {
+            name: entry["data_offsets"][1] - entry["data_offsets"][0]
+            for name, entry in table.items()
+        }
         wrong = [name for name, tensor in found.items() if tensor.nbytes != sizes[name]]
+
         if wrong:
-            raise ValueError(f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {found[wrong[0]].nbytes}")
+            raise ValueError(
+                f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {found[wrong[0]].nbytes}"
+            )
+
         if 8 + length + sum(sizes.values()) != file.stat().st_size:
-            raise ValueError(f"{file.stat().st_size} bytes, expected {8 + length + sum(sizes.values())}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ConfigError(f"{file}: is damaged or cut short; copy it again ({first_line(error):.120})") from error
+            raise ValueError(
+                f"{file.stat().st_size} bytes, expected {8 + length + sum(sizes.values())}"
+            )
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+    ) as error:
+        raise ConfigError(
+            f"{file}: is damaged or cut short; copy it again ({first_line(error):.120})"
+        ) from error
+
     return found
 
 
 def first_line(error: Exception) -> str:
-    """Return an error's text in one line of at most 300 characters, with its kind where that says more."""
+    """Return an error's text in one line of at most 300 characters, with its kind where that says
+    more."""
     text = " ".join(str(error).split())
     known = isinstance(error, OSError | ValueError | ImportError)
     return (text if text and known else f"{type(error).__name__}: {text}".rstrip(": "))[:300]
@@ -123,4 +169,6 @@ def first_line(error: Exception) -> str:
 
 def some(names: list[str]) -> str:
     """Return the first three of `names`, quoted, and how many more there are."""
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(repr, names[:3])) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )

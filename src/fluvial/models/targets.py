@@ -37,7 +37,8 @@ class LoraSettings(Settings):
 
 
 def target_names(base: Any, lora: LoraSettings) -> list[str]:
-    """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted; the base may be on the meta device.
+    """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted; the base may be on
+    the meta device.
 
     They are the last parts of the modules' names (`q_proj`) where these say it exactly, else whole
     names. Raises `ConfigError` naming what would fit.
@@ -45,19 +46,25 @@ def target_names(base: Any, lora: LoraSettings) -> list[str]:
     linear = linear_modules(base)
     fit = {name: module for name, module in linear.items() if not _is_special(name, module, base)}
     given = lora.target_modules
+
     if isinstance(given, tuple):
         chosen = _explicit(given, linear, fit)
     elif given == ALL_LINEAR:
         chosen = fit
     else:
         chosen = _default(base, fit)
+
     if not chosen:
-        raise ConfigError("lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = 'full'")
+        raise ConfigError(
+            "lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = 'full'"
+        )
+
     _check_rank(lora.r, chosen)
     # The list is kept as it was written, unless PEFT would also find a module of that name
     # elsewhere.
     short = sorted(set(given) if isinstance(given, tuple) else {_leaf(name) for name in chosen})
     everything = (name for name, _ in base.named_modules())
+
     return short if _matching(short, everything) == chosen.keys() else sorted(chosen)
 
 
@@ -66,15 +73,19 @@ def linear_modules(base: Any) -> dict[str, Any]:
     from transformers.pytorch_utils import Conv1D
 
     text = text_modules(base)
+
     return {
         name: module
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module.weight.dim() == 2 and (text is None or id(module) in text)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module.weight.dim() == 2
+        and (text is None or id(module) in text)
     }
 
 
 def text_modules(base: Any) -> set[int] | None:
-    """Return the ids of the modules that a multimodal `base` reads text with, None for a text model."""
+    """Return the ids of the modules that a multimodal `base` reads text with, None for a text
+    model."""
     if base.config.get_text_config() is base.config:
         return None
     parts = [base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()]
@@ -86,16 +97,19 @@ _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 
 
 def _is_special(name: str, module: Any, base: Any) -> bool:
-    """Return whether a linear module is adapted only where it is named: a head, a router, or one that PEFT mistakes."""
+    """Return whether a linear module is adapted only where it is named: a head, a router, or one
+    that PEFT mistakes."""
     head = base.get_output_embeddings()
     if module is head or (head is not None and module.weight is getattr(head, "weight", None)):
         return True
     if _ROUTER.search(name):
         return True
+
     parent = base.get_submodule(name.rpartition(".")[0])
     # The fused kernels of state-space layers take the weights of these two and pass an adapter by.
     if _leaf(name) in ("out_proj", "dt_proj") and hasattr(parent, "A_log"):
         return True
+
     # PEFT takes these names for the experts where all experts of a layer are one tensor.
     return _leaf(name) in _EXPERTS and _has_fused_experts(base)
 
@@ -104,7 +118,9 @@ def _has_fused_experts(base: Any) -> bool:
     return any(p.dim() == 3 and ".experts." in name for name, p in base.named_parameters())
 
 
-def _explicit(given: Iterable[str], linear: dict[str, Any], proposed: dict[str, Any]) -> dict[str, Any]:
+def _explicit(
+    given: Iterable[str], linear: dict[str, Any], proposed: dict[str, Any]
+) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for target in given:
         found = _matching([target], linear)
@@ -113,26 +129,44 @@ def _explicit(given: Iterable[str], linear: dict[str, Any], proposed: dict[str, 
             raise ConfigError(
                 f"lora.target_modules: the model has no linear module {target!r}; it has {', '.join(known) or 'none'}"
             )
+
         chosen |= {name: linear[name] for name in found}
+
     return chosen
 
 
 def _default(base: Any, fit: dict[str, Any]) -> dict[str, Any]:
-    """Return the paper's four projections, else PEFT's choice for the architecture, else all that fit."""
+    """Return the paper's four projections, else PEFT's choice for the architecture, else all that
+    fit."""
     leaves = {_leaf(name) for name in fit}
     if leaves.issuperset(PAPER_TARGETS):
         return {name: module for name, module in fit.items() if _leaf(name) in PAPER_TARGETS}
+
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TABLE
 
-    usual = TABLE.get(base.config.get_text_config().model_type) or TABLE.get(base.config.model_type) or []
-    found = _matching(usual, fit) if isinstance(usual, list) else {name for name in fit if re.fullmatch(usual, name)}
+    usual = (
+        TABLE.get(base.config.get_text_config().model_type)
+        or TABLE.get(base.config.model_type)
+        or []
+    )
+    found = (
+        _matching(usual, fit)
+        if isinstance(usual, list)
+        else {name for name in fit if re.fullmatch(usual, name)}
+    )
+
     return {name: fit[name] for name in found} or fit
 
 
 def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the names that PEFT matches with a list of targets: equal, or ending with one after a dot."""
+    """Return the names that PEFT matches with a list of targets: equal, or ending with one after a
+    dot."""
     wanted = tuple(targets)
-    return {name for name in names if name in wanted or name.endswith(tuple(f".{each}" for each in wanted))}
+    return {
+        name
+        for name in names
+        if name in wanted or name.endswith(tuple(f".{each}" for each in wanted))
+    }
 
 
 def _check_rank(rank: int, chosen: dict[str, Any]) -> None:

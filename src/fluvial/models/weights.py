@@ -25,25 +25,38 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     """
     folder = local_folder(config) or _cached(config)
     if folder is None:
-        return ["model: the weights are not on this machine; a run downloads them first, and then looks at them"]
+        return [
+            "model: the weights are not on this machine; a run downloads them first, and then looks at them"
+        ]
+
     stored = stored_tensors(folder)
     if not stored and local_folder(config) is not None:
         raise MissingWeightsError(
             f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial check` tells sizes "
             "without them, a run needs them: copy them (model.safetensors, or its shards and their index)"
         )
+
     if not stored:
-        return ["model: of the hub id only the configuration is on this machine; a run downloads the weights first"]
-    kinds = [name for name, tensor in stored.items() if name.endswith("weight") and tensor.dtype not in FLOATS]
+        return [
+            "model: of the hub id only the configuration is on this machine; a run downloads the weights first"
+        ]
+
+    kinds = [
+        name
+        for name, tensor in stored.items()
+        if name.endswith("weight") and tensor.dtype not in FLOATS
+    ]
     if kinds:
         raise ConfigError(
             f"model.name_or_path={config.name_or_path!r}: {some(kinds)} is stored as "
             f"{stored[kinds[0]].dtype}; only float weights (float32, bfloat16, float16) are tuned "
             "and measured: name the model it was made from"
         )
+
     info = _compare(base, config, stored)
     check_info(info, base, config.name_or_path)
     unused = sorted(info["unexpected_keys"])
+
     return [f"model: {len(unused)} stored tensors are not used: {some(unused)}"] if unused else []
 
 
@@ -53,26 +66,35 @@ def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
     It makes up what is missing or has another shape, and passes over layers beyond those that
     config.json counts.
     """
-    where, kind = f"model.name_or_path={name!r}", type(model).__name__
+    where = f"model.name_or_path={name!r}"
+    kind = type(model).__name__
     missing = sorted(info["missing_keys"])
+
     if missing:
         raise ConfigError(
             f"{where}: the stored weights lack {some(missing)}, which {kind} needs; they are not "
             "complete, or of another kind of model (a classifier or a headless one has no "
             "language-model head)"
         )
+
     shapes = sorted(str(key) for key, *_ in info["mismatched_keys"])
     if shapes:
         raise ConfigError(
             f"{where}: {some(shapes)} is stored in another shape than config.json says; the "
             "weights are of another model"
         )
+
     if info.get("error_msgs"):
         raise ConfigError(f"{where}: {info['error_msgs'][0]:.300}")
+
     known = {_numbered(key) for key in model.state_dict()}
-    beyond = sorted(key for key in info["unexpected_keys"] if re.search(r"\d", key) and _numbered(key) in known)
+    beyond = sorted(
+        key for key in info["unexpected_keys"] if re.search(r"\d", key) and _numbered(key) in known
+    )
     if beyond:
-        raise ConfigError(f"{where}: stores {some(beyond)}, more layers than config.json counts; copy both again")
+        raise ConfigError(
+            f"{where}: stores {some(beyond)}, more layers than config.json counts; copy both again"
+        )
 
 
 def _numbered(name: str) -> str:
@@ -82,7 +104,9 @@ def _numbered(name: str) -> str:
 def check_finite(model: nn.Module, name: str) -> None:
     """Raise `ConfigError` if a weight of `model` is not a finite number."""
     for parameter_name, parameter in model.named_parameters():
-        if parameter.numel() and not all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()):
+        if parameter.numel() and not all(
+            bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()
+        ):
             raise ConfigError(
                 f"model.name_or_path={name!r}: {parameter_name} holds values that are not finite "
                 f"in {parameter.dtype}; if the folder has another type, set model.dtype to it, "
@@ -91,10 +115,12 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:
-    """Return what transformers tells of loading: names that are missing, of another shape, or of no use."""
+    """Return what transformers tells of loading: names that are missing, of another shape, or of no
+    use."""
     from transformers.modeling_utils import PreTrainedModel
 
     assert isinstance(base, PreTrainedModel)
+
     with quiet():
         try:
             _, info = type(base).from_pretrained(
@@ -111,6 +137,7 @@ def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[
                 f"model.name_or_path={config.name_or_path!r}: the stored weights do not fit "
                 f"{type(base).__name__}: {first_line(error)}"
             ) from error
+
     return dict(info)
 
 
@@ -122,6 +149,7 @@ def quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     level = logging.get_verbosity()
     logging.set_verbosity_error()
+
     try:
         yield
     finally:
@@ -134,6 +162,8 @@ def _cached(config: ModelConfig) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source_of(config), revision=config.revision, local_files_only=True))
+        return Path(
+            snapshot_download(source_of(config), revision=config.revision, local_files_only=True)
+        )
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None

@@ -1,8 +1,9 @@
 """Hugging Face causal language models, loaded once and shared by all sites of a process.
 
-What is tuned is a LoRA adapter, whose factors travel as they are, or all weights, of which the change since the base
-travels. Models are adapted from outside by PEFT; modelling code is never copied. transformers and peft are imported
-where a model is loaded, so that other commands answer at once.
+What is tuned is a LoRA adapter, whose factors travel as they are, or all weights, of which the
+change since the base travels. Models are adapted from outside by PEFT; modelling code is never
+copied. transformers and peft are imported where a model is loaded, so that other commands answer at
+once.
 """
 
 import copy
@@ -22,7 +23,12 @@ from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import SavedLora, SeededDropout, adapt
-from fluvial.models.base_weights import compute_buffers, keep_types, open_weights, persistent_buffers
+from fluvial.models.base_weights import (
+    compute_buffers,
+    keep_types,
+    open_weights,
+    persistent_buffers,
+)
 from fluvial.models.encoding import Encoder
 from fluvial.models.frozen import Source
 from fluvial.models.pretrained import ModelConfig as ModelConfig
@@ -59,7 +65,8 @@ _known: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
 
 
 def _parts(model: nn.Module) -> _Parts:
-    """The parts of a model, found by one walk over its modules: what `adapt` returned keeps its structure."""
+    """The parts of a model, found by one walk over its modules: what `adapt` returned keeps its
+    structure."""
     found = _known.get(model)
     if found is None:
         adapter = {
@@ -69,11 +76,13 @@ def _parts(model: nn.Module) -> _Parts:
         }
         dropouts = [module for module in model.modules() if isinstance(module, SeededDropout)]
         found = _known[model] = _Parts(adapter or dict(model.named_parameters()), dropouts)
+
     return found
 
 
 def switch_dropout(model: nn.Module, active: bool) -> None:
-    """Switch every `SeededDropout` of `model` on, for training, or off; its base stays in evaluation mode."""
+    """Switch every `SeededDropout` of `model` on, for training, or off; its base stays in
+    evaluation mode."""
     for module in _parts(model).dropouts:
         module.training = active
 
@@ -88,16 +97,21 @@ def resolve_device(name: str) -> torch.device:
     """The device that `model.device` names; raises `ConfigError` when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
+
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"model.device={name!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise ConfigError(
             f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; use 'auto'"
         )
+
     return device
 
 
@@ -110,6 +124,7 @@ def load_base(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     check_weights(config, meta_base(config))
+
     with quiet():
         model, info = from_hub(
             AutoModelForCausalLM.from_pretrained,
@@ -121,9 +136,11 @@ def load_base(config: ModelConfig) -> nn.Module:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+
     check_info(info, model, config.name_or_path)
     check_finite(model, config.name_or_path)
     base: nn.Module = model.requires_grad_(False).eval()
+
     return base.to(resolve_device(config.device))
 
 
@@ -137,11 +154,13 @@ def meta_base(config: ModelConfig) -> nn.Module:
 
 
 def skeleton(config: ModelConfig) -> nn.Module:
-    """The base model with parameters on the meta device and real buffers, to be filled with weights from elsewhere."""
+    """The base model with parameters on the meta device and real buffers, to be filled with weights
+    from elsewhere."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     kind = dtype_of(config)
+
     with init_empty_weights(include_buffers=False):
         model: Any = from_settings(AutoModelForCausalLM.from_config, config)
     model.tie_weights()  # what was moved to the meta device was no longer tied
@@ -149,11 +168,13 @@ def skeleton(config: ModelConfig) -> nn.Module:
     compute_buffers(model)
     model.generation_config = GenerationConfig()  # see `Workbench.save`
     whole: nn.Module = model.requires_grad_(False).eval()
+
     return whole
 
 
 def weights_folder(config: ModelConfig) -> Path:
-    """The folder that holds the base's weights as safetensors; of a hub id, downloaded or cached."""
+    """The folder that holds the base's weights as safetensors; of a hub id, downloaded or
+    cached."""
     folder = local_folder(config)
     if folder is not None:
         return folder
@@ -163,15 +184,20 @@ def weights_folder(config: ModelConfig) -> Path:
 
 
 def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> None:
-    """Give a `skeleton` its parameters, each cast to the type that it has there and used wherever it is tied.
+    """Give a `skeleton` its parameters, each cast to the type that it has there and used wherever
+    it is tied.
 
     `weight` gives the value of a name; one that has the parameter's type already is not copied.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made = {}
+
     for name, parameter in model.named_parameters():
         value = weight(name, parameter).to(parameter.dtype)
-        made[name] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        made[name] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
+
     for module in model.modules():
         for leaf, empty in module._parameters.items():
             if empty is not None:
@@ -187,13 +213,21 @@ def checkpoint_layers(model: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+
     if not layers:
-        raise ConfigError("train.gradient_checkpointing: transformers has none for this architecture; remove it")
+        raise ConfigError(
+            "train.gradient_checkpointing: transformers has none for this architecture; remove it"
+        )
+
     for layer in layers:
         # An attribute of this one layer, which hides its class's `forward` until `whole_layers`
         # removes it.
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def whole_layers(model: nn.Module) -> None:
@@ -203,12 +237,14 @@ def whole_layers(model: nn.Module) -> None:
 
 
 def tuned_layout(base: nn.Module, lora: LoraSettings | SavedLora | None) -> Layout:
-    """The layout of what is tuned: the adapter, injected into `base`, or all parameters; works on the meta device."""
+    """The layout of what is tuned: the adapter, injected into `base`, or all parameters; works on
+    the meta device."""
     return read_shapes(base if lora is None else adapt(base, lora))
 
 
 def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`, or all parameters, each once."""
+    """The LoRA factors by name, as `model.layers.0.self_attn.q_proj.lora_A.weight`, or all
+    parameters, each once."""
     return dict(_parts(model).tuned)
 
 
@@ -222,7 +258,9 @@ def read_weights(model: nn.Module) -> Named:
 
 def read_shapes(model: nn.Module) -> Layout:
     """The layout of what is tuned; works on the meta device."""
-    return Layout.of({name: parameter.detach() for name, parameter in tuned_parameters(model).items()})
+    return Layout.of(
+        {name: parameter.detach() for name, parameter in tuned_parameters(model).items()}
+    )
 
 
 @torch.no_grad()
@@ -234,8 +272,9 @@ def write_weights(model: nn.Module, weights: Named) -> None:
 
 
 def initial_state(layout: Layout, seed: int) -> Named:
-    """Where tuning starts, from a published seed: A uniform in +-1/sqrt(d_in) as PEFT has it (Kaiming, a = sqrt(5)),
-    everything else zero: B, and the change of a weight that is tuned itself."""
+    """Where tuning starts, from a published seed: A uniform in +-1/sqrt(d_in) as PEFT has it
+    (Kaiming, a = sqrt(5)), everything else zero: B, and the change of a weight that is tuned
+    itself."""
     adapter = {}
     for name, shape in layout.shapes:
         if factor(name) == "A":
@@ -243,6 +282,7 @@ def initial_state(layout: Layout, seed: int) -> Named:
             adapter[name] = (2 * uniform - 1) / shape[1] ** 0.5
         else:
             adapter[name] = torch.zeros(shape) if factor(name) else no_change(shape)
+
     return adapter
 
 
@@ -253,7 +293,9 @@ def no_change(shape: Sequence[int]) -> Tensor:
 
 def changed(state: Named) -> Named:
     """Return the tensors of `state` that are not `no_change`."""
-    return {name: tensor for name, tensor in state.items() if tensor.numel() < 2 or any(tensor.stride())}
+    return {
+        name: tensor for name, tensor in state.items() if tensor.numel() < 2 or any(tensor.stride())
+    }
 
 
 class Workbench:
@@ -274,19 +316,26 @@ class Workbench:
         """
         self.dtype = dtype_of(model)
         self.tokenizer = load_tokenizer(model)
-        self.config, self.lora, self.full = model, lora, lora is None
+        self.config = model
+        self.lora = lora
+        self.full = lora is None
         self._lock = threading.Lock()
         self._free: queue.SimpleQueue[nn.Module] = queue.SimpleQueue()
         self._frozen: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
         self.device = resolve_device(model.device)
+
         if self.full:
             check_weights(model, self._empty)
+
         like = self._blank if self.full else self._template
         check_tokenizer(self.tokenizer, like, model.name_or_path)
         self.context, self.num_embeddings = context_length(like), num_embeddings(like)
         self.layout = read_shapes(like)
         self.dtypes = {name: parameter.dtype for name, parameter in tuned_parameters(like).items()}
-        self.base_parameters = sum(p.numel() for n, p in like.named_parameters() if factor(n) is None)
+        self.base_parameters = sum(
+            p.numel() for n, p in like.named_parameters() if factor(n) is None
+        )
+
         if self.full:
             _ = self.base  # a folder that cannot be read is refused here
 
@@ -295,12 +344,15 @@ class Workbench:
         """The model that borrowed ones with an adapter are copied from."""
         from transformers import GenerationConfig
 
-        assert self.lora is not None, "where all weights are tuned, models are made from the base on disk"
+        assert self.lora is not None, (
+            "where all weights are tuned, models are made from the base on disk"
+        )
         base = load_base(self.config)
         check_behaviour(base, self.config.name_or_path)
         # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
         # force tokens.
         base.generation_config = GenerationConfig()
+
         return adapt(base, self.lora).eval()
 
     @cached_property
@@ -322,7 +374,8 @@ class Workbench:
         return open_weights(weights_folder(self.config), self._empty, partial(load_base, in_memory))
 
     def check_behaviour(self) -> None:
-        """Raise `ConfigError` for a base that no run could repeat, or that is no causal language model."""
+        """Raise `ConfigError` for a base that no run could repeat, or that is no causal language
+        model."""
         if self.full:  # beside an adapter the base is looked at where it is loaded
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
@@ -335,7 +388,8 @@ class Workbench:
         trainable: Literal["none", "A and B", "B"] | Collection[str] = "none",
         checkpointing: bool = False,
     ) -> Iterator[nn.Module]:
-        """Borrow a model that holds `state`, with the factors or names that are `trainable` requiring gradients.
+        """Borrow a model that holds `state`, with the factors or names that are `trainable`
+        requiring gradients.
 
         "A and B" is everything that is tuned.
         """
@@ -347,6 +401,7 @@ class Workbench:
             model.eval()
         if checkpointing:
             checkpoint_layers(model)
+
         try:
             yield model
         finally:
@@ -358,7 +413,8 @@ class Workbench:
                 self._free.put(model)
 
     def weights(self, state: Named) -> Named:
-        """The values that parameters of a model with `state` have, fp32, for the names of `state`."""
+        """The values that parameters of a model with `state` have, fp32, for the names of
+        `state`."""
         if not self.full:
             return state
         return {name: self.base.get(name).float() + change for name, change in state.items()}
@@ -368,14 +424,18 @@ class Workbench:
         with self._lock:
             return copy.deepcopy(self._blank)
 
-    def _take(self, state: Named, trainable: Literal["none", "A and B", "B"] | Collection[str]) -> nn.Module:
+    def _take(
+        self, state: Named, trainable: Literal["none", "A and B", "B"] | Collection[str]
+    ) -> nn.Module:
         if self.full:
             return self._made(state, own=trainable != "none")
+
         try:
             model = self._free.get_nowait()
         except queue.Empty:
             frozen = {id(p): p for n, p in self._template.named_parameters() if factor(n) is None}
             model = copy.deepcopy(self._template, dict(frozen))
+
         write_weights(model, state)
         return model
 
@@ -391,11 +451,13 @@ class Workbench:
             change = state.get(name)
             if change is None and not own:
                 return self._shared(name)
+
             value = self.base.get(name)
             if change is None:
                 return value.to(self.device, copy=True)
             if parameter.dtype != torch.float32:
                 return (value.float() + change).to(self.device, parameter.dtype)
+
             return value.to(self.device, copy=True).add_(change.to(self.device))
 
         model = self.blank()
@@ -409,6 +471,7 @@ class Workbench:
             if held is None:
                 held = nn.Parameter(self.base.get(name).to(self.device), requires_grad=False)
                 self._frozen[name] = held
+
             return held
 
     def base_state(self) -> Named:
@@ -416,15 +479,17 @@ class Workbench:
         return {name: no_change(shape) for name, shape in self.layout.shapes}
 
     def save(self, state: Named, folder: Path) -> None:
-        """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors, tokenizer), all weights as
-        a model folder of transformers, in the base's type and with the generation settings of the
-        base's folder. An adapter's folder has no tokenizer where `exports_tokenizer` is false."""
+        """Write an adapter as a PEFT folder (adapter_config.json, adapter_model.safetensors,
+        tokenizer), all weights as a model folder of transformers, in the base's type and with the
+        generation settings of the base's folder. An adapter's folder has no tokenizer where
+        `exports_tokenizer` is false."""
         with self.model(state) as model:
             if self.full:
                 model.save_pretrained(str(folder))  # type: ignore[operator]
             else:
                 # PEFT would add the whole matrix of a head or embedding that is adapted.
                 model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+
         if self.full:
             _copy_generation(weights_folder(self.config), folder)
         if self.exports_tokenizer():
@@ -443,7 +508,9 @@ class Workbench:
         """Greedy continuations of `prompts`, without the prompts and special tokens."""
         return list(self.answers(state, prompts, max_new_tokens=max_new_tokens))
 
-    def answers(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> Iterator[str]:
+    def answers(
+        self, state: Named, prompts: Sequence[str], *, max_new_tokens: int
+    ) -> Iterator[str]:
         """Yield what `generate` returns one by one; a model is borrowed until the last."""
         encoder = Encoder.of(self.tokenizer)
         with self.model(state) as model, torch.no_grad():
@@ -465,6 +532,7 @@ def _copy_generation(base: Path, folder: Path) -> None:
     """Give `folder` the generation settings of the `base` folder, or none if that has none."""
     name = "generation_config.json"
     (folder / name).unlink(missing_ok=True)
+
     if (base / name).is_file():
         shutil.copyfile(base / name, folder / name)
 

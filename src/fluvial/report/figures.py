@@ -13,7 +13,8 @@ from fluvial.formatting import human_bytes, plain
 from fluvial.runs.verdict import loss_of, losses
 
 COLOURS = {
-    name: f"#0101{number:02x}" for number, name in enumerate(("ink", "line", "own", "fedavg", "local", "central"), 1)
+    name: f"#0101{number:02x}"
+    for number, name in enumerate(("ink", "line", "own", "fedavg", "local", "central"), 1)
 }
 """Stand-ins that `_svg` replaces by CSS variables, so that figures follow light and dark."""
 STYLE = {
@@ -46,11 +47,17 @@ HIGHEST = 2.5
 
 
 def _svg(figure: Any) -> Markup:
-    """The figure as an SVG element that takes its colours from the page; matplotlib escapes the texts in it."""
+    """The figure as an SVG element that takes its colours from the page; matplotlib escapes the
+    texts in it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(
+        buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = buffer.getvalue()
-    text = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4)
+    text = re.sub(
+        r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4
+    )
+
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return Markup(text)
@@ -70,26 +77,42 @@ def _or_gap(loss: float | None) -> float:
     return float("nan") if loss is None else loss
 
 
-def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]) -> None:
-    """Training loss as lines, held-out loss as points; `place(run)` gives the axis value of round 0, 1, ..."""
+def _draw_losses(
+    axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]
+) -> None:
+    """Training loss as lines, held-out loss as points; `place(run)` gives the axis value of round
+    0, 1, ..."""
     for name, run in runs.items():
-        colour, at, records, result = _colour(name, method), place(run), run["metrics"], run["result"]
-        axes.plot(at[1:], [_or_gap(record["loss"]) for record in records], color=colour, label=name, linewidth=1.6)
+        colour = _colour(name, method)
+        at = place(run)
+        records = run["metrics"]
+        result = run["result"]
+        axes.plot(
+            at[1:],
+            [_or_gap(record["loss"]) for record in records],
+            color=colour,
+            label=name,
+            linewidth=1.6,
+        )
         points = [
             (at[number], record["heldout_loss"])
             for number, record in enumerate(records, start=1)
             if "heldout_loss" in record
         ]
+
         if result:
             ends = [loss_of(result["heldout"].get(which)) for which in ("base", "final")]
             before, after = (
-                [] if loss is None else [(place, loss)] for place, loss in zip((at[0], at[-1]), ends, strict=True)
+                [] if loss is None else [(place, loss)]
+                for place, loss in zip((at[0], at[-1]), ends, strict=True)
             )
             points = [*before, *points, *after]
+
         points = [point for point in points if point[0] > 0 or axes.get_xscale() == "linear"]
         if points:
             form = "o:" if len(points) > 1 else "o"
             axes.plot(*zip(*points, strict=True), form, color=colour, ms=4, lw=0.9)
+
     axes.set_ylabel("loss, nats per token")
     axes.figure.legend(loc="outside upper left", ncols=len(runs))
 
@@ -97,9 +120,12 @@ def _draw_losses(axes: Any, runs: Mapping[str, Any], method: str, place: Callabl
 def loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
     """Draw training and held-out loss of all `runs` by round."""
     figure, axes = _axes(5.4, 3.3)
-    _draw_losses(axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])])
+    _draw_losses(
+        axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])]
+    )
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True)
+
     return _svg(figure)
 
 
@@ -108,11 +134,16 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
     runs = {name: run for name, run in runs.items() if name not in UNSENT}
     if not runs:
         return None
+
     figure, axes = _axes(5.4, 3.3)
 
     def place(run: dict[str, Any]) -> list[float]:
         """Cumulative bytes; set-up, known once a run is finished, comes before the first round."""
-        sums = [float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"]) if run["result"] else 0.0]
+        sums = [
+            float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"])
+            if run["result"]
+            else 0.0
+        ]
         for record in run["metrics"]:
             sums.append(sums[-1] + sum(record[f"bytes_{way}"] for way in ways))
         return sums
@@ -127,27 +158,40 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
     )
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(f"bytes so far, {' and '.join(ways)}")
+
     return _svg(figure)
 
 
 def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
     """Draw the bytes of each kind of message; None where no finished run sends updates."""
     tables = {
-        name: run["result"]["bytes"]["by_kind"] for name, run in runs.items() if run["result"] and name not in UNSENT
+        name: run["result"]["bytes"]["by_kind"]
+        for name, run in runs.items()
+        if run["result"] and name not in UNSENT
     }
     kinds = sorted({kind for table in tables.values() for kind in table}, reverse=True)
+
     if not kinds:
         return None
+
     figure, axes = _axes(5.4, 0.9 + len(kinds) * (0.14 + 0.2 * len(tables)))
     thick = 0.8 / len(tables)
     for number, (name, table) in enumerate(reversed(tables.items())):
         at = [index + (number - (len(tables) - 1) / 2) * thick for index in range(len(kinds))]
         bars = axes.barh(
-            at, [table.get(kind, 0) for kind in kinds], thick * 0.9, color=_colour(name, method), label=name
+            at,
+            [table.get(kind, 0) for kind in kinds],
+            thick * 0.9,
+            color=_colour(name, method),
+            label=name,
         )
         axes.bar_label(
-            bars, [human_bytes(table[kind]) if kind in table else "" for kind in kinds], padding=3, fontsize=8
+            bars,
+            [human_bytes(table[kind]) if kind in table else "" for kind in kinds],
+            padding=3,
+            fontsize=8,
         )
+
     axes.set_yticks(range(len(kinds)), kinds)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
@@ -155,6 +199,7 @@ def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
     axes.margins(x=0.15)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=len(tables))
+
     return _svg(figure)
 
 
@@ -164,39 +209,64 @@ def gate_errors(gate: dict[str, Any]) -> Markup:
     series = {"codec": gate["errors"], **gate["predictors"]}
     colours = [COLOURS[name] for name in ("own", "fedavg", "local", "central")]
     thick = 0.84 / len(series)
+
     for number, (name, errors) in enumerate(series.items()):
         at = [index + (number - (len(series) - 1) / 2) * thick for index in range(3)]
         values = [errors[part] for part in ("a", "b", "aggregate")]
-        bars = axes.bar(at, [min(v, HIGHEST) for v in values], thick * 0.9, color=colours[number % 4], label=name)
-        axes.bar_label(bars, [f"{v:.2f}" if v < 100 else f"{v:.0e}" for v in values], padding=2, fontsize=7)
+        bars = axes.bar(
+            at,
+            [min(v, HIGHEST) for v in values],
+            thick * 0.9,
+            color=colours[number % 4],
+            label=name,
+        )
+        axes.bar_label(
+            bars, [f"{v:.2f}" if v < 100 else f"{v:.0e}" for v in values], padding=2, fontsize=7
+        )
+
     axes.axhline(1, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
     axes.set_xticks(range(3), ["A", "B", "aggregate"])
     axes.set_ylabel("relative squared error")
     axes.grid(visible=False, axis="x")
     figure.legend(loc="outside upper left", ncols=len(series))
+
     return _svg(figure)
 
 
 def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Markup | None:
     """Return the losses of every measured site before and after; None where there is none."""
     rows = {
-        site: (loss_of(row.get("base")), loss_of(row.get("final"))) for site, row in result["heldout_by_site"].items()
+        site: (loss_of(row.get("base")), loss_of(row.get("final")))
+        for site, row in result["heldout_by_site"].items()
     }
     table = {site: pair for site, pair in reversed(rows.items()) if None not in pair}
+
     if not table:
         return None
+
     figure, axes = _axes(5.4, 0.9 + 0.26 * len(table))
     base, final = ([pair[which] for pair in table.values()] for which in (0, 1))
     at = range(len(table))
     axes.hlines(at, base, final, color=COLOURS["line"], linewidth=3)
     axes.plot(base, at, "o", color=COLOURS["ink"], markerfacecolor="none", label="base model")
+
     if local and local is not result:
         theirs = losses(local, "final")
         alone = [theirs.get(site, float("nan")) for site in table]
-        axes.plot(alone, at, "|", color=COLOURS["local"], markersize=10, markeredgewidth=2, label="local only")
+        axes.plot(
+            alone,
+            at,
+            "|",
+            color=COLOURS["local"],
+            markersize=10,
+            markeredgewidth=2,
+            label="local only",
+        )
+
     axes.plot(final, at, "o", color=COLOURS["own"], label="final")
     axes.set_yticks(at, [plain(site) for site in table])
     axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set_xlabel("held-out loss, nats per token")
     figure.legend(loc="outside upper left", ncols=3)
+
     return _svg(figure)

@@ -1,4 +1,5 @@
-"""One self-contained page about a run: figures as inline SVG, light and dark, nothing loaded from anywhere."""
+"""One self-contained page about a run: figures as inline SVG, light and dark, nothing loaded from
+anywhere."""
 
 import json
 import warnings
@@ -19,10 +20,19 @@ from fluvial.report.figures import (
     loss_by_bytes,
     loss_by_round,
 )
-from fluvial.report.show import RESULT_CAPTION, cut_words, result_rows, run_name, verdict_of, with_compared
+from fluvial.report.show import (
+    RESULT_CAPTION,
+    cut_words,
+    result_rows,
+    run_name,
+    verdict_of,
+    with_compared,
+)
 from fluvial.runs.verdict import NAMES, loss_of
 
-CYCLES, SITES, CONFLICTS = 48, 256, 128
+CYCLES = 48
+SITES = 256
+CONFLICTS = 128
 """How much of a long block schedule and of a long conflict log is on the page."""
 MEASURES = {
     "cosine": "Innovation cosine",
@@ -37,25 +47,35 @@ MEASURES = {
 def write_page(found: dict[str, Any], path: Path) -> None:
     """Write the page of what `read_run` found; raises `ConfigError` if `path` cannot be written."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the glyphs that DejaVu lacks
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # the browser has the glyphs that DejaVu lacks
         page = TEMPLATE.render(_content(found)).encode(errors="replace")
+
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: is a folder; choose another --html")
+
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_bytes(page)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another --html") from error
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; choose another --html"
+        ) from error
 
 
 def _content(found: dict[str, Any]) -> dict[str, Any]:
-    result, config, metrics = found["result"], found["config"], found["metrics"]
+    result = found["result"]
+    config = found["config"]
+    metrics = found["metrics"]
     runs = {name: run for name, run in sorted(found["compare"].items()) if run["metrics"]}
     method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
+
     if metrics:
         runs[method] = {"metrics": metrics, "result": result}
+
     setup = (result or {}).get("setup", {})
     refused = found.get("refused") or {}
     gate = setup.get("gate") or refused.get("gate")
@@ -65,14 +85,20 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "both": loss_by_bytes(runs, method, ("up", "down")),
         "kinds": bytes_by_kind(runs, method),
         "gate": gate_errors(gate) if gate else None,
-        "sites": heldout_by_site(result, found["compare"].get("local", {}).get("result")) if result else None,
+        "sites": heldout_by_site(result, found["compare"].get("local", {}).get("result"))
+        if result
+        else None,
     }
-    samples = [{key: plain(text) for key, text in sample.items()} for sample in (result or {}).get("samples", [])]
+    samples = [
+        {key: plain(text) for key, text in sample.items()}
+        for sample in (result or {}).get("samples", [])
+    ]
     excerpts = (
         _blocks(setup),
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
     )
+
     return {
         "title": run_name(result) if result else method,
         "model": config.get("model", {}).get("name_or_path", ""),
@@ -87,19 +113,24 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "figures": figures,
         "gate": gate,
         "snapshots": setup.get("snapshots"),
-        "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None} if gate else {},
+        "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None}
+        if gate
+        else {},
         "verdicts": _verdicts(gate) if gate else [],
         "samples": samples,
         "excerpts": [each for each in excerpts if each],
         "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],
         "config": json.dumps(config, indent=2),
-        "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]} if result else {},
+        "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]}
+        if result
+        else {},
         "sha256": (result or {}).get("adapter_sha256") or (result or {}).get("model_sha256"),
     }
 
 
 def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
-    result, verdict = run["result"], verdict_of(run)
+    result = run["result"]
+    verdict = verdict_of(run)
     base, final = (loss_of(result["heldout"].get(key)) for key in ("base", "final"))
     change = None if base is None or final is None else final - base
     reference = NAMES[verdict.against] if verdict.against else "other runs"
@@ -116,8 +147,10 @@ def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
             "note": f"base model {figure(base)}" + ("" if change is None else f" ({change:+.4f})"),
         },
     ]
+
     if result.get("round_ratio") is not None:
-        up, sites = result["bytes"]["up"], result["sites"]
+        up = result["bytes"]["up"]
+        sites = result["sites"]
         found += [
             {
                 "what": "updates, of uncompressed",
@@ -130,6 +163,7 @@ def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
                 "note": "all bytes both ways, set-up included",
             },
         ]
+
     found.append(
         {
             "what": "wall time",
@@ -143,8 +177,11 @@ def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
 def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
     """Both lists, ours first; of ours only what failed is on record by name."""
     holds = "finite, a contraction, depends on the input, and better than every predictor for A, B and the aggregate"
-    ours = [{"what": reason, "holds": False} for reason in gate["failed"]] or [{"what": holds, "holds": True}]
+    ours = [{"what": reason, "holds": False} for reason in gate["failed"]] or [
+        {"what": holds, "holds": True}
+    ]
     theirs = [{"what": name, "holds": value} for name, value in gate["reproduction"].items()]
+
     return [
         {"name": "Fluvial's gate, which decides", "rows": ours},
         {"name": "The reproduction's thresholds, for comparison", "rows": theirs},
@@ -152,19 +189,33 @@ def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _blocks(setup: dict[str, Any]) -> Excerpt | None:
-    """What the model was cut into, and what the download leaves of each block's gradient where that was measured."""
+    """What the model was cut into, and what the download leaves of each block's gradient where that
+    was measured."""
     if "blocks" not in setup:
         return None
+
     cosines = setup.get("gradient_cosines", {})
     rows = [
-        [plain(each["name"]), f"{each['values']:,}"] + ([f"{cosines[each['name']]:.3f}"] if cosines else [])
+        [plain(each["name"]), f"{each['values']:,}"]
+        + ([f"{cosines[each['name']]:.3f}"] if cosines else [])
         for each in setup["blocks"]
     ]
-    words = "Gradient cosine: on public text, through the download against the exact model." if cosines else ""
-    return Excerpt("Blocks", ["block", "values", *(["gradient cosine"] if cosines else [])], rows, left=1, words=words)
+    words = (
+        "Gradient cosine: on public text, through the download against the exact model."
+        if cosines
+        else ""
+    )
+
+    return Excerpt(
+        "Blocks",
+        ["block", "values", *(["gradient cosine"] if cosines else [])],
+        rows,
+        left=1,
+        words=words,
+    )
 
 
-# -- the page -----------------------------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------------
 
 PAGE = """\
 <!doctype html>
@@ -253,4 +304,6 @@ not finished: {{ done }} of {{ rounds }} rounds{% endif +%}
 {{- " &middot; "|safe if not loop.last }}{% endfor %}{% if sha256 %}<br>weights SHA-256 {{ sha256 }}{% endif %}</p>
 </body></html>
 """
-TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
+TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
+    PAGE
+)

@@ -9,10 +9,14 @@ from fluvial.formatting import human_bytes, human_seconds, plain, table
 
 
 def status_tables(found: dict[str, Any]) -> Group:
-    """Runs and sites of a server, newest run first, as `fluvial.flower.server_operator.status` tells them."""
+    """Runs and sites of a server, newest run first, as `fluvial.flower.server_operator.status`
+    tells them."""
     parts: list[RenderableType] = []
     if found["runs"]:
-        runs = [_status_of_run(run) for run in sorted(found["runs"], key=lambda run: str(run["pending-at"]))[::-1]]
+        runs = [
+            _status_of_run(run)
+            for run in sorted(found["runs"], key=lambda run: str(run["pending-at"]))[::-1]
+        ]
         parts.append(table(["run", "number", "status", "took", "in", "out"], runs, "Runs", left=3))
         parts += [
             Text(f"{run['run-id']}: {plain(run['status-details'])}", style="dim")
@@ -21,11 +25,13 @@ def status_tables(found: dict[str, Any]) -> Group:
         ]
     else:
         parts.append(Text("No runs."))
+
     if found["sites"]:
         sites = [_status_of_site(site) for site in found["sites"]]
         parts.append(table(["site", "status", "since"], sorted(sites), "Sites", left=3))
     else:
         parts.append(Text("No sites."))
+
     return Group(*parts)
 
 
@@ -34,11 +40,21 @@ def _status_of_run(run: dict[str, Any]) -> list[str]:
     traffic = run["network-traffic"]
     status = plain(run["status"]).removeprefix("finished:")
     sizes = [human_bytes(traffic[f"{way}-bytes"]) for way in ("inbound", "outbound")]
-    return [plain(run.get("name") or "-"), str(run["run-id"]), status, human_seconds(run["elapsed"]), *sizes]
+
+    return [
+        plain(run.get("name") or "-"),
+        str(run["run-id"]),
+        status,
+        human_seconds(run["elapsed"]),
+        *sizes,
+    ]
 
 
 def _status_of_site(site: dict[str, Any]) -> list[str]:
     """A site by the name it was registered under; one without a key has only Flower's number."""
     status = plain(site["status"])
-    since = {"online": site["online-at"], "offline": site["offline-at"]}.get(status, site["created-at"])
+    since = {"online": site["online-at"], "offline": site["offline-at"]}.get(
+        status, site["created-at"]
+    )
+
     return [plain(site.get("name") or f"node {site['node-id']}"), status, plain(str(since))]

@@ -70,14 +70,17 @@ class RunFolder:
             ) from None
         except OSError as error:
             raise CheckpointError(f"cannot write into {self.path}: {error.strerror}; choose another --out") from error
+
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the lock; a folder that was made here and into which nothing was written goes again."""
+        """Release the lock; a folder that was made here and into which nothing was written goes
+        again."""
         lock = self.path / ".lock"
         if self._made and list(self.path.iterdir()) == [lock]:
             lock.unlink()
             self.path.rmdir()
+
         if self._lock:
             self._lock.close()
 
@@ -98,16 +101,19 @@ class RunFolder:
             name = path.relative_to(self.path)
             if path.is_file() and (str(name) in _FINISHED or name.parts[0] in _EXPORTS):
                 listed[str(name)] = digest_of_file(path)
+
         self.write_json("digests.json", listed)
         self.write_json("result.json", result)
 
     def verify_finished(self) -> None:
-        """Raise `CheckpointError` unless the files of a finished run are those that were written."""
+        """Raise `CheckpointError` unless the files of a finished run are those that were
+        written."""
         listed = self.read_json("digests.json")
         if listed is None:
             raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
         if not {"result.json", "metrics.jsonl"} <= listed.keys():
             raise CheckpointError(f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}")
+
         for name, digest in listed.items():
             path = self.path / name
             if not path.exists():
@@ -116,7 +122,8 @@ class RunFolder:
                 raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_ANEW}")
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is damaged."""
+        """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is
+        damaged."""
         path = self.path / name
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -127,6 +134,7 @@ class RunFolder:
 
         if not isinstance(found, dict):
             raise CheckpointError(f"{path} is damaged: it holds no JSON object; {_ANEW}")
+
         return found
 
     def append_metrics(self, record: dict[str, Any]) -> None:
@@ -145,15 +153,18 @@ class RunFolder:
             lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ANEW}") from error
+
         records = []
         for line in lines:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 break
+
             if not isinstance(record, dict) or type(record.get("round")) is not int:
                 break
             records.append(record)
+
         return records
 
     def save(self, round: int, checkpoint: Payload) -> None:
@@ -170,29 +181,35 @@ class RunFolder:
         path = self._checkpoint(round)
         write_atomically(path.with_suffix(".sha256"), _sidecar(path, data))
         write_atomically(path, data)
+
         for old in sorted(self._checkpoints())[:-KEPT]:
             self._checkpoint(old).unlink()
             self._checkpoint(old).with_suffix(".sha256").unlink(missing_ok=True)
 
     def newest(self) -> tuple[int, Payload] | None:
-        """The newest checkpoint and its round; raises `CheckpointError` if it or what it belongs to is damaged."""
+        """The newest checkpoint and its round; raises `CheckpointError` if it or what it belongs to
+        is damaged."""
         rounds = self._checkpoints()
         if not rounds:
             return None
+
         round = max(rounds)
         path = self._checkpoint(round)
         sidecar = path.with_suffix(".sha256")
+
         if not sidecar.exists():
             raise CheckpointError(
                 f"{path} has no {sidecar.name} beside it: it was written by another version of "
                 "Fluvial, or the file is lost. Start again in another folder with --out"
             )
+
         data = path.read_bytes()
         if sidecar.read_bytes() != _sidecar(path, data):
             raise CheckpointError(
                 f"{path} is damaged: its bytes are not those that were written. Remove it to go on "
                 "from the checkpoint before"
             )
+
         try:
             found = Payload.from_bytes(data, OWN_FILES)
             kept = found.value("folder", dict)
@@ -200,11 +217,13 @@ class RunFolder:
             raise CheckpointError(
                 f"{path} is damaged: {error}. Remove it to go on from the checkpoint before"
             ) from error
+
         if kept["lines"] != self._lines(round):
             raise CheckpointError(
                 f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not "
                 f"those that were written; {_ANEW}"
             )
+
         self.store.verify(kept["sites"], round)
         for name, stand in kept["ledgers"].items():
             check_stand(self._ledger(name), stand)
@@ -239,6 +258,7 @@ class RunFolder:
                 final.unlink()
             elif final.exists():
                 shutil.rmtree(final)
+
             made.replace(final)
         except OSError as error:
             raise CheckpointError(f"cannot replace {final}: {error.strerror}; remove it and use --resume") from error

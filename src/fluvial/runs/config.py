@@ -1,4 +1,5 @@
-"""The configuration of a run: TOML written by people, checked as a whole before anything is loaded."""
+"""The configuration of a run: TOML written by people, checked as a whole before anything is
+loaded."""
 
 import json
 import tomllib
@@ -33,7 +34,8 @@ class EvaluateConfig(Settings):
     max_new_tokens: int = Field(0, ge=0, le=10**6)
     """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
     sample_prompt: str | None = None
-    """Text that base and tuned model continue at the end; the first held-out question where there are some."""
+    """Text that base and tuned model continue at the end; the first held-out question where there
+    are some."""
     sample_tokens: int = Field(40, ge=1, le=10**6)
 
 
@@ -57,7 +59,8 @@ class RunConfig(Settings):
     codec: CodecConfig | None = None
     """How updates are coded; the method's own default where it is not set."""
     downlink: CodecConfig | None = None
-    """How the adapter goes down: coded against what a site already holds; as it is where not set."""
+    """How the adapter goes down: coded against what a site already holds; as it is where not
+    set."""
     fleet: FleetConfig = FleetConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -111,6 +114,7 @@ class RunConfig(Settings):
                 "the same data, which method.privacy does not count; remove it, and run these on "
                 "their own where that may leave"
             )
+
         for name in ("every", "max_new_tokens"):
             if getattr(self.evaluate, name) and not self.promise.measures:
                 yield (
@@ -160,6 +164,7 @@ class RunConfig(Settings):
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
                 "down; choose a codec that learns nothing, such as 'trellis'"
             )
+
         if self.downlink.error_feedback:
             yield "downlink.error_feedback: the way down always repairs what it lost; remove it"
         if self.downlink.weighted:
@@ -185,14 +190,17 @@ def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False)
     table = toml.load(path, f"there is no configuration file {str(path)!r}")
     if not as_written:
         table = paths.beside(table, path)
+
     for line in overrides:
         change = override(line)
         table = merge(table, change if as_written else paths.here(change))
+
     return with_chat_template(parse(table, f"{path} with --set" if overrides else str(path)))
 
 
 def with_chat_template(config: RunConfig) -> RunConfig:
-    """Return `config` with the text of the chat template's file, so that a site needs no file of the server's."""
+    """Return `config` with the text of the chat template's file, so that a site needs no file of
+    the server's."""
     chosen = config.data.chat_template
     if chosen is None:
         return config
@@ -207,7 +215,8 @@ def parse(table: dict[str, Any], where: str) -> RunConfig:
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Dotted names of the settings in which two resolved configurations differ."""
-    left, right = dict(_flat(ours)), dict(_flat(theirs))
+    left = dict(_flat(ours))
+    right = dict(_flat(theirs))
     return sorted(key for key in left.keys() | right.keys() if left.get(key) != right.get(key))
 
 
@@ -230,11 +239,14 @@ def override(line: str) -> dict[str, Any]:
 
 
 def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`change` over `table`, key by key; another method, codec or partition takes the place of the whole table."""
+    """`change` over `table`, key by key; another method, codec or partition takes the place of the
+    whole table."""
     if any(tag in change and tag in table and change[tag] != table[tag] for tag in toml.TAGS):
         return change
+
     merged = dict(table)
     for key, value in change.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+
     return merged

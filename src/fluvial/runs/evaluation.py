@@ -22,7 +22,8 @@ def run_settings(name: str, records: Path | None) -> tuple[dict[str, Any], dict[
 
 
 def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return the configuration of an evaluation; `table` holds what a folder tells, see `measured_as`.
+    """Return the configuration of an evaluation; `table` holds what a folder tells, see
+    `measured_as`.
 
     Raises `ConfigError` for a setting without effect here.
     """
@@ -35,6 +36,7 @@ def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: 
     if records is not None:
         # Key by key: a table such as `columns` that is set takes the place of the run's.
         merged["data"] = {**table["data"], **changes.get("data", {}), **whole_file(records)}
+
     return with_chat_template(parse(merged, "--set" if overrides else "what the folder tells about its run"))
 
 
@@ -52,7 +54,8 @@ def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
 
 
 def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Sequence[str], form: str) -> dict[str, Any]:
-    """Return form, columns and template of the records, and where they come from, with a line for people.
+    """Return form, columns and template of the records, and where they come from, with a line for
+    people.
 
     `form` is the one of the records as they were read.
     """
@@ -69,6 +72,7 @@ def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Seque
     parts += ["packed"] if data.packing else []
     line = f"Records read {origin}: {'; '.join(parts)}"
     line += f"; set here: {', '.join(sorted(given))}" if given else ""
+
     return {
         "form": form,
         "detected": data.form == "auto",

@@ -1,4 +1,5 @@
-"""What a run will take, told without training: parameters, bytes, memory, and whether everything fits together."""
+"""What a run will take, told without training: parameters, bytes, memory, and whether everything
+fits together."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,10 +27,11 @@ OPTIMIZER_BYTES = 16
 
 
 def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
-    """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run would refuse.
+    """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run
+    would refuse.
 
-    The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in bytes; the memory of
-    a site leaves out activations.
+    The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in
+    bytes; the memory of a site leaves out activations.
     """
     resolve_device(config.model.device)
     base = meta_base(config.model)
@@ -41,7 +43,9 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
     check_settings(config, layout, base, texts)
     remarks = texts.check()
-    sites, steps = [], 0
+    sites = []
+    steps = 0
+
     for name in (POOLED,) if config.entry.pooled else texts.names:
         data = texts.pooled() if config.entry.pooled else texts.load(name)
         steps = max(steps, config.train.steps(len(data.train)))
@@ -55,6 +59,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
                 "dropped_records": data.dropped_records,
             }
         )
+
     trained = config.entry.sent(config.method, layout)
     frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
     down = frame_size(config.downlink or IdentitySettings(), layout)
@@ -72,6 +77,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     ]
     downloads = config.rounds - (config.downlink is not None)  # every site makes the first adapter from the seed
     forecast = config.entry.forecast
+
     if forecast is not None:
         rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds, config.fleet.line))
     else:
@@ -80,13 +86,17 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
             ("base in memory", f"{parameters * width:,} B"),
             ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
         ]
+
     promise = config.promise
     if promise is not None:
         rows.append(("privacy", privacy_words(promise.report(config.rounds, config.rounds))))
-    line, over_line = config.fleet.line, None
+
+    line = config.fleet.line
+    over_line = None
     if line is not None and frame and forecast is None:
         over_line = round_s(down, frame, sites=cohort, line=line)
         rows.append(("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training"))
+
     return {
         "model": {
             "name": config.model.name_or_path,
@@ -107,8 +117,10 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
     name = texts.names[0] if site is None else site
+
     if name not in texts.names:
         raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
+
     sequences = []
     for example in texts.load(name).train[:count]:
         pieces = _pieces(tokenizer, example.input_ids)
@@ -117,6 +129,7 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
         ]
         tokens[0]["loss"] = False  # nothing stands before it that could predict it
         sequences.append({"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens})
+
     return {"site": name, "form": config.data.form, "sequences": sequences}
 
 
@@ -131,6 +144,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
         before: str = tokenizer.decode(near)
         text: str = tokenizer.decode([*near, token])
         pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
+
     return pieces
 
 
@@ -140,9 +154,12 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
         notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
     elif must_learn(config.coding):
         notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
+
     if config.fleet.line is not None and config.entry.sends != "codec":
         notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
+
     iterations = getattr(config.coding, "iterations", None)
     if iterations:
         notes.append(f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU")
+
     return notes

@@ -14,7 +14,8 @@ _PACE = re.compile(r"\b(round|iteration) %d of %d")
 
 
 class Remaining:
-    """The time left of a configuration's runs, one after the other: its baselines, then its method."""
+    """The time left of a configuration's runs, one after the other: its baselines, then its
+    method."""
 
     def __init__(self, runs: Sequence[tuple[str, int]], clock: Callable[[], float] = time.monotonic) -> None:
         """Take the runs as method and number of rounds, in their order; `clock` gives seconds."""
@@ -26,10 +27,12 @@ class Remaining:
         self._stage_left_s: float | None = None
 
     def round(self, method: str, number: int, total: int, seconds: float) -> None:
-        """Note that round `number` of `total` took `seconds`; a run that was resumed begins later than at 1."""
+        """Note that round `number` of `total` took `seconds`; a run that was resumed begins later
+        than at 1."""
         self._left[method] = total - number
         self._seconds.setdefault(method, []).append(seconds)
-        self._stage, self._stage_left_s = "", None
+        self._stage = ""
+        self._stage_left_s = None
 
     def finished(self, method: str) -> None:
         """Note that no round of `method` is left."""
@@ -40,12 +43,14 @@ class Remaining:
         found = _PACE.search(str(record.msg))
         if found is None or not isinstance(record.args, tuple) or len(record.args) < 2:
             return
+
         number, total = record.args[:2]
         if not (isinstance(number, int) and isinstance(total, int)):
             return
         if record.msg != self._stage or number <= self._first[0]:
             self._stage, self._first, self._stage_left_s = str(record.msg), (number, self._clock()), None
             return
+
         pace = (self._clock() - self._first[1]) / (number - self._first[0])
         # A round is told of when it begins, an iteration when it is done.
         self._stage_left_s = pace * (total - number + (found[1] == "round"))
@@ -58,6 +63,7 @@ class Remaining:
         means = {name: fmean(seconds[-RECENT:]) for name, seconds in self._seconds.items()}
         if not means:
             return None
+
         others = fmean(means.values())
         return sum(rounds * means.get(name, others) for name, rounds in self._left.items())
 

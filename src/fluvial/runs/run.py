@@ -143,6 +143,7 @@ def tasks_of(config: RunConfig) -> dict[str, Task]:
     """Everything that a site can be asked for in this run; nothing beside a promise of privacy."""
     tasks = {**COMMON_TASKS, **config.entry.tasks}
     promise = config.promise
+
     if promise is None:
         return tasks
     return {name: task for name, task in tasks.items() if name in promise.tasks}
@@ -164,9 +165,11 @@ def execute(
     assemble: Assemble = in_process,
     texts: Callable[[RunConfig, Workbench], Texts] | None = None,
 ) -> Iterator[Event]:
-    """The baselines of `config`, each in a folder of its own, then its method; the last event is the result.
+    """The baselines of `config`, each in a folder of its own, then its method; the last event is
+    the result.
 
-    Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another run's configuration.
+    Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
+    run's configuration.
     """
     runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
     with private(), RunFolder(folder) as main:
@@ -175,23 +178,27 @@ def execute(
         bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
         bench.check_behaviour()
         known = texts(config, bench) if texts else texts_of(config, bench)
+
         for each, _ in runs:
             check_settings(each, bench.layout, bench.blank(), known)
         if isinstance(known, SiteTexts):
             for remark in known.check():
                 logger.warning("%s", remark)
+
         main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
                 yield from Run(each, main, bench, known, assemble).events()
                 continue
+
             with RunFolder(path) as baseline:
                 yield from Run(each, baseline, bench, known, assemble).events()
 
 
 def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Texts) -> None:
-    """Refuse settings that cannot work together, or a method that lacks public text; raises `ConfigError`.
+    """Refuse settings that cannot work together, or a method that lacks public text; raises
+    `ConfigError`.
 
     `base` may be without weights.
     """
@@ -201,6 +208,7 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
         config.entry.check_model(config.method, base)
     if config.promise is not None:
         config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
+
     check_constant(base)
     check_length(context_length(base), config.data.max_length)
     if config.entry.reads_public(config.method, config.coding):
@@ -212,21 +220,26 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         if resume:
             raise CheckpointError(f"{folder.path} holds no run to resume; start it without --resume")
         return
+
     if not resume:
         raise CheckpointError(
             f"{folder.path} already holds a run; use --resume to go on with it, --out for another folder, or remove it"
         )
+
     stored = folder.read_json("config.json")
     if stored is None:
         raise CheckpointError(
             f"{folder.path / 'config.json'} is missing, and the folder holds a run; restore it from a copy, or start "
             "again in another folder with --out"
         )
+
     stored.pop("fluvial", None)
-    # How many sites work at a time changes nothing in the result. And as long as the method itself has not got through
-    # its set-up, another method or codec only keeps the baselines, which do not depend on them.
+    # How many sites work at a time changes nothing in the result. And as long as the method itself
+    # has not got through its set-up, another method or codec only keeps the baselines, which do not
+    # depend on them.
     free = ("fleet.workers",) if folder.newest() else ("fleet.workers", "method.", "codec.")
     other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
+
     if other:
         raise CheckpointError(
             f"{folder.path} was started with another configuration (differs in {', '.join(other[:5])}); "
@@ -245,7 +258,10 @@ class Run:
         texts: Texts,
         assemble: Assemble = in_process,
     ) -> None:
-        self.config, self.folder, self.bench, self.texts = config, folder, bench, texts
+        self.config = config
+        self.folder = folder
+        self.bench = bench
+        self.texts = texts
         method = config.entry
         self.context = Context(
             seed=config.seed,
@@ -275,10 +291,12 @@ class Run:
         """Run from where the folder stands to the result."""
         name = self.config.method.name
         finished = self.folder.read_json("result.json")
+
         if finished is not None:
             self.folder.verify_finished()
             yield Event(name, "result", finished)
             return
+
         done = self._restore()
         if done < 0:
             try:
@@ -286,15 +304,18 @@ class Run:
             except GateError as refusal:
                 self.folder.write_json("refused.json", {"why": str(refusal), "gate": refusal.report})
                 raise
+
             (self.folder.path / "refused.json").unlink(missing_ok=True)
             self.setup_bytes = dict(self.fleet.meter.totals)
             self.fleet.meter.close_round()
             self._save(0)
             done = 0
             yield Event(name, "setup", self.setup)
+
         for number in range(done + 1, self.config.rounds + 1):
             record = self._round(number)
             yield Event(name, "round", record)
+
         result = self._finish()
         self.folder.finish(result)
         yield Event(name, "result", result)
@@ -304,8 +325,10 @@ class Run:
         known = len(self.fleet.failures)
         metrics = self.server.round(number, self.fleet)
         self.trained += int(metrics["sites"])
+
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
             metrics |= self._heldout_of_round(number)
+
         by_site = self.fleet.meter.close_round()
         record = {
             "round": number,
@@ -325,21 +348,24 @@ class Run:
         }
         self.folder.append_metrics(record)
         self._save(number)
+
         return record
 
     def _heldout_of_round(self, number: int) -> dict[str, float]:
         """Measures of the model of round `number`; empty where no site sends any."""
         total, rows = self._measure(self.server.model(), number)
         mean = _mean(rows)
+
         if total is None or mean is None:
             return {}
+
         return {
             "heldout_loss": mean["loss"],
             "heldout_accuracy": mean["accuracy"],
             "heldout_loss_pooled": total.loss,
         }
 
-    # -- checkpoints --------------------------------------------------------------------------------------------
+    # -- checkpoints ------------------------------------------------------------------------------
 
     def _save(self, round: int) -> None:
         state = self.server.state()
@@ -361,6 +387,7 @@ class Run:
             self.folder.go_back_to(-1)
             self.fleet.restore({}, -1)
             return -1
+
         round, checkpoint = found
         self.folder.go_back_to(round)
         self.fleet.restore(checkpoint.value("fleet", dict), round)
@@ -369,17 +396,19 @@ class Run:
         self._wall_s = checkpoint.value("wall_s", float)
         self.fleet.meter.totals = _table(checkpoint.value("meter", list))
         self.setup_bytes = _table(checkpoint.value("setup_meter", list))
+
         return round
 
     def _elapsed(self) -> float:
         return self._wall_s + time.perf_counter() - self._since
 
-    # -- result -------------------------------------------------------------------------------------------------
+    # -- result -----------------------------------------------------------------------------------
 
     def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout | None, dict[str, Any]]:
         """Return held-out sums over all sites, None without any, and the values of each site."""
         if not self.measures:
             return None, {}
+
         values: dict[str, Value] = {
             "which": which or ("own" if adapter is None else "sent"),
             "generate": self.config.evaluate.max_new_tokens,
@@ -388,12 +417,15 @@ class Run:
             Payload(values=values) if adapter is None else state_message(changed(adapter), self.bench.layout, **values)
         )
         read = partial(measured, answers=self.config.evaluate.max_new_tokens > 0)
-        sums, table = [], {}
+        sums = []
+        table = {}
+
         for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=read):
             found, right, questions = reply.content
             sums.append(found)
             row: dict[str, Any] = {"loss": found.loss, "accuracy": found.accuracy}
             table[reply.site] = row | ({"exact_match": right / questions} if questions else {})
+
         return Heldout.sum(sums) if sums else None, dict(sorted(table.items()))
 
     def _finish(self) -> dict[str, Any]:
@@ -404,13 +436,16 @@ class Run:
         final_total, final = self._measure(adapter, rounds)
         samples: list[dict[str, str]] = []
         sha256: dict[str, str] = {}
+
         if adapter is not None:
             samples = self._samples(adapter)
             if self.bench.full and norm(adapter) == 0:
                 logger.warning("no step was taken in any round: the model is the base")
             else:
                 check_effect(self.bench, adapter, self._probe())
+
             sha256 = self._export(adapter, final)
+
         result = {
             "fluvial": __version__,
             "method": self.config.method.name,
@@ -445,16 +480,20 @@ class Run:
         if name in ("local", "central") or (name == "fedavg" and self.config.coding.name == "identity"):
             for means in ("heldout", "heldout_pooled"):
                 result[means][name] = result[means]["final"]
+
         compared: dict[str, Any] = {name: self._result_of(name) for name in self.config.compare}
         result["verdict"] = judge(result, compared).to_json()
         return result
 
     def _traffic(self) -> dict[str, Any]:
         """Bytes as sent, and their ratios to an uncompressed run of the same rounds and cohorts."""
-        totals, raw = self.fleet.meter.totals, self.bench.layout.raw_bytes * self.trained
+        totals = self.fleet.meter.totals
+        raw = self.bench.layout.raw_bytes * self.trained
         setup_up, setup_down = (_directed(self.setup_bytes, way) for way in ("up", "down"))
-        up, down = _directed(totals, "up") - setup_up, _directed(totals, "down") - setup_down
+        up = _directed(totals, "up") - setup_up
+        down = _directed(totals, "down") - setup_down
         sends = self.config.entry.sends != "nothing"
+
         return {
             "bytes": {
                 "up": up,
@@ -471,11 +510,14 @@ class Run:
         }
 
     def _public(self, adapter: Named | None) -> dict[str, Any] | None:
-        """Return what the server measures on public text, where no site measures and there is some."""
+        """Return what the server measures on public text, where no site measures and there is
+        some."""
         data = self.config.data
         known = data.public_source is not None or data.source == STDLIB
+
         if self.measures or adapter is None or not known:
             return None
+
         examples = [example for part in self.texts.public().values() for example in part]
         return on_public_text(self.bench, adapter, examples[: data.max_heldout or PUBLIC_SEQUENCES])
 
@@ -501,7 +543,8 @@ class Run:
         return list(self.texts.sample().heldout[0].input_ids)
 
     def _samples(self, adapter: Named) -> list[dict[str, str]]:
-        config, texts = self.config.evaluate, self.texts.sample()
+        config = self.config.evaluate
+        texts = self.texts.sample()
         if config.sample_prompt is None and not self.measures:
             return []  # a prompt would be a site's own text
         if config.sample_prompt is not None:
@@ -511,6 +554,7 @@ class Run:
         else:
             ids = texts.heldout[0].input_ids
             prompt = self.bench.tokenizer.decode(ids[: max(1, len(ids) // 4)], skip_special_tokens=True)
+
         before, after = (
             self.bench.generate(each, [prompt], max_new_tokens=config.sample_tokens)[0]
             for each in (self.bench.base_state(), adapter)
@@ -518,21 +562,26 @@ class Run:
         return [{"prompt": prompt, "base": before, "final": after}]
 
     def _export(self, adapter: Named, final: dict[str, Any]) -> dict[str, str]:
-        """Write the folder of PEFT, or of the model; returns its name and the SHA-256 over its weight files."""
+        """Write the folder of PEFT, or of the model; returns its name and the SHA-256 over its
+        weight files."""
         name = "model" if self.bench.full else "adapter"
         draft = self.folder.path / f".{name}.partial"
         shutil.rmtree(draft, ignore_errors=True)
         self.bench.save(adapter, draft)
         chosen = self.config.data.chat_template
+
         if chosen is not None and self.bench.exports_tokenizer():
             with_template(self.bench.tokenizer, chosen).save_pretrained(str(draft))
+
         exported.write(draft, __version__, self.config.resolved())
         (draft / "README.md").write_text(_card(self.config, final, len(self.fleet.sites)))
         digest = hashlib.sha256()
+
         for path in sorted(draft.glob("*.safetensors")):
             with path.open("rb") as file:
                 while piece := file.read(1 << 22):
                     digest.update(piece)
+
         self.folder.replace_folder(name, draft)
         return {name: digest.hexdigest()}
 
@@ -585,11 +634,15 @@ def _card(config: RunConfig, final: dict[str, Any], sites: int) -> str:
         else "Held-out measures were not taken."
     )
     promise = config.promise
+
     if promise is not None:
         report = promise.report(config.rounds, config.rounds)
         measured += f" Differential privacy: {privacy_words(report)}."
-    base, what = config.model.name_or_path, "LoRA adapter" if config.adapter else "Model, all weights tuned,"
+
+    base = config.model.name_or_path
+    what = "LoRA adapter" if config.adapter else "Model, all weights tuned,"
     library, tag = ("peft", "lora") if config.adapter else ("transformers", "full-parameter-tuning")
+
     return (
         f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [federated-learning, {tag}]\n---\n\n"
         f"# {what} made by Fluvial {__version__}\n\n"

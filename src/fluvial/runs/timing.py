@@ -70,7 +70,8 @@ class Predicted:
 
 
 def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measured, Work]:
-    """Load the model, train some steps on records of the largest site, and measure some held-out text.
+    """Load the model, train some steps on records of the largest site, and measure some held-out
+    text.
 
     Nothing is written. Raises `ConfigError` for what cannot be loaded.
     """
@@ -80,10 +81,12 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     texts = texts_of(config, bench)
     sites = {name: texts.load(name) for name in texts.names}
     largest = max(sites, key=lambda name: len(sites[name].train))
-    data, loaded = sites[largest], clock()
+    data = sites[largest]
+    loaded = clock()
 
     step_s, call_s = _time_steps(config, bench, data.train, clock)
     some = data.heldout[:HELDOUT_SEQUENCES]
+
     with bench.model(_start(bench, config.seed)) as model:
         before = clock()
         heldout(model, some, pad_token_id=bench.tokenizer.pad_token_id)
@@ -94,7 +97,8 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
 
 
 def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0) -> Predicted:
-    """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every` rounds.
+    """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every`
+    rounds.
 
     Sites share the workers; a round is as long as its longest site, or as all its work divided by
     the workers. At the end held-out text is measured twice, by the base and by the result.
@@ -106,6 +110,7 @@ def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: flo
     measuring_s = max(sum(sequences) / work.workers, sequences[0]) * found.heldout_s
     times_measured = 2 + (rounds // every if every else 0)
     run_s = rounds * (training_s + line_s) + times_measured * measuring_s
+
     return Predicted(training_s, measuring_s, line_s, run_s)
 
 
@@ -123,6 +128,7 @@ def timed(config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_c
     ]
     rows += [("a round over fleet.line, with training", f"{line_s + ahead.training_s:.3g} s")] if line_s else []
     rows.append((f"{config.rounds} rounds and their measures, set-up and baselines apart", f"{ahead.run_s:.3g} s"))
+
     return {
         **planned,
         "rows": [*planned["rows"], *({"what": what, "value": value} for what, value in rows)],
@@ -168,6 +174,7 @@ def _time_steps(config: RunConfig, bench: Workbench, examples: Sequence[Example]
     one = call(1)
     if one >= ENOUGH_S:
         return one, 0.0
+
     further = min(MAX_STEPS, math.ceil(ENOUGH_S / max(one, 1e-9)))
     step_s = max((call(1 + further) - one) / further, 0.0)
     return step_s, max(one - step_s, 0.0)
@@ -178,8 +185,10 @@ def _work(config: RunConfig, train_sequences: Sequence[int], heldout_sequences: 
     if config.entry.pooled:
         steps = [config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)]
         return Work(steps, [sum(heldout_sequences)], 1, 1)
+
     cohort = config.cohort(count)
     # Sites that are named are each on a machine of its own.
     workers = count if config.fleet.sites else concurrency(config.fleet)
     steps = [config.train.steps(sequences) for sequences in train_sequences]
+
     return Work(steps, heldout_sequences, cohort, min(workers, cohort))

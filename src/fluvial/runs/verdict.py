@@ -35,7 +35,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One answer about a run, and the comparisons that it rests on; None where a baseline is unknown."""
+    """One answer about a run, and the comparisons that it rests on; None where a baseline is
+    unknown."""
 
     sites: int
     """Sites of the run, measured or not."""
@@ -67,8 +68,10 @@ class Verdict:
         others = [name for name in NAMES if name not in (first, self.itself)]
         parts = [_leading(NAMES[first], getattr(self, first))] if first else []
         parts += [_further(NAMES[name], getattr(self, name)) for name in others]
+
         if self.measured < self.sites:
             parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
+
         return "; ".join(parts)
 
     def tile(self) -> str:
@@ -91,6 +94,7 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
     final = losses(result, "final")
     itself = _itself(result)
     tables: dict[Reference, dict[str, float]] = {"base": losses(result, "base")}
+
     for name in ("local", "fedavg"):
         tables[name] = losses(compared.get(name) or {}, "final") if name != itself else {}
     found = {name: _compare(final, table) for name, table in tables.items()}
@@ -118,7 +122,8 @@ def loss_of(measures: Mapping[str, Any] | None) -> float | None:
 
 
 def _itself(result: Mapping[str, Any]) -> Reference | None:
-    method, codec = result.get("method"), result.get("codec")
+    method = result.get("method")
+    codec = result.get("codec")
     if method == "local":
         return "local"
     return "fedavg" if method == "fedavg" and codec in (None, "identity") else None
@@ -135,9 +140,11 @@ def _leading(name: str, found: Comparison) -> str:
     distance = f"{abs(found.difference):.4f}"
     way = "lower" if found.difference < 0 else "higher"
     mean = "mean loss level" if float(distance) == 0 else f"mean loss {distance} nats {way}"
+
     if found.answer == "no":
         verb = "Did not help against"
         return f"{verb} {name}: better at {found.better} of {found.sites} sites ({mean})"
+
     only = " only" if found.answer == "partly" and 2 * found.better <= found.sites else ""
     return f"Helped at {found.better} of {found.sites} sites{only} against {name} ({mean})"
 

@@ -1,4 +1,5 @@
-"""The configurations that a site has agreed to, one for each run, in files that are known by their digest.
+"""The configurations that a site has agreed to, one for each run, in files that are known by their
+digest.
 
 A site trains by such a file and counts its epsilon by it, so a damaged one is refused.
 """

@@ -28,13 +28,19 @@ def check_budget(
             "this site takes part only in runs that add noise at the site: method.name='cgfedllm' "
             "with method.privacy.placement='update' or 'latent'"
         )
+
     if promise.measures:
-        raise PrivacyError("this site lets nothing leave outside epsilon; remove method.privacy.heldout='exact'")
+        raise PrivacyError(
+            "this site lets nothing leave outside epsilon; remove method.privacy.heldout='exact'"
+        )
 
     epsilon, delta = _spends(config)
     spent = [_spends(each) for each in others]
     if epsilon + sum(each for each, _ in spent) > max_epsilon:
-        raise PrivacyError(f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left")
+        raise PrivacyError(
+            f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left"
+        )
+
     if math.fsum([delta, *(each for _, each in spent)]) > max_delta:
         raise PrivacyError(
             f"this run would spend delta {delta:.3g} (method.privacy.delta), which is more than this site has left"

@@ -14,6 +14,7 @@ def fingerprints(bench: Workbench) -> dict[str, str]:
     """Return digests of package versions, base model, tokenizer, chat template and layout."""
     tokenizer = bench.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+
     return {
         "fluvial": __version__,
         "transformers": version("transformers"),
@@ -31,6 +32,7 @@ def _hash_of(folder: Path) -> str:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         state = path.stat()
         digest.update(_hash_of_file(path, state.st_mtime_ns, state.st_size))
+
     return digest.hexdigest()[:32]
 
 

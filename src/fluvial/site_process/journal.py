@@ -1,4 +1,5 @@
-"""The header beside a message to a site, and what the site's last answer wants to keep until it counts."""
+"""The header beside a message to a site, and what the site's last answer wants to keep until it
+counts."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,7 +8,14 @@ from typing import Any
 from fluvial.errors import CheckpointError, WireError
 from fluvial.federation.releases import check_stand, stand_of
 from fluvial.federation.store import StateStore
-from fluvial.storage.files import digest_of, digest_of_file, make_folder, sealed, unsealed, write_atomically
+from fluvial.storage.files import (
+    digest_of,
+    digest_of_file,
+    make_folder,
+    sealed,
+    unsealed,
+    write_atomically,
+)
 from fluvial.wire.payload import Payload
 
 
@@ -32,8 +40,13 @@ class Header:
     def read(cls, values: dict[str, Any]) -> "Header":
         """A header from outside; raises `WireError`."""
         for name, kind in cls.__annotations__.items():
-            if type(values.get(name)) is not kind or (kind is str and not 0 < len(values[name]) <= 200):
-                raise WireError(f"header: {name}={values.get(name)!r:.40}, expected {kind.__name__}")
+            if type(values.get(name)) is not kind or (
+                kind is str and not 0 < len(values[name]) <= 200
+            ):
+                raise WireError(
+                    f"header: {name}={values.get(name)!r:.40}, expected {kind.__name__}"
+                )
+
         return cls(**{name: values[name] for name in cls.__annotations__})
 
     def values(self) -> dict[str, Any]:
@@ -49,7 +62,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.store, self.name = StateStore(folder), name
+        self.store = StateStore(folder)
+        self.name = name
         self._folder = folder / f"{name}.pending"
 
     @property
@@ -62,7 +76,8 @@ class Journal:
         return self._folder / "journal.json"
 
     def settle(self, header: Header) -> None:
-        """Keep or drop what is pending; where the server began anew, forget what it does not know of.
+        """Keep or drop what is pending; where the server began anew, forget what it does not know
+        of.
 
         Raises `CheckpointError` where what the site kept is not what it was.
         """
@@ -71,18 +86,22 @@ class Journal:
         pending = state.get("pending")
         counted: dict[str, Any] = pending if pending and pending["seq"] == header.ack else {}
         self._check_held(state.get("held", []), counted.get("slots", {}))
+
         if state.get("session") == header.session and not counted:
             self._check_not_older(state, header)
+
         for slot, digest in counted.get("slots", {}).items():
             self._settle(slot, counted["round"], digest)
         if state.get("session") != header.session:
             self.store.rollback(header.base, site=self.name)
+
         self._write(header.session, None, counted.get("seq", state.get("settled", 0)))
 
     def post(self, header: Header, kept: dict[str, Payload | Path]) -> None:
         """Lay down what the answer to `header` wants to keep."""
         make_folder(self._folder)
         slots = {}
+
         for slot, each in kept.items():
             path = self._folder / slot
             if isinstance(each, Path):
@@ -92,29 +111,43 @@ class Journal:
                 data = each.to_bytes()
                 slots[slot] = digest_of(data)
                 write_atomically(path, data)
+
         settled = self._read().get("settled", 0)
-        self._write(header.session, {"seq": header.seq, "round": header.round, "slots": slots}, settled)
+        self._write(
+            header.session, {"seq": header.seq, "round": header.round, "slots": slots}, settled
+        )
 
     def _settle(self, slot: str, round: int, digest: str) -> None:
         """Make a pending file the newest version of its slot."""
         path = self._folder / slot
         if not path.exists():
-            if not self.store.holds(self.name, slot, round, digest):  # else moved before this process was killed
+            if not self.store.holds(
+                self.name, slot, round, digest
+            ):  # else moved before this process was killed
                 raise CheckpointError(f"{path} is missing; {self._remedy}")
+
             return
+
         if digest_of_file(path) != digest:
-            raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {self._remedy}")
+            raise CheckpointError(
+                f"{path} is damaged: its bytes are not those that were written; {self._remedy}"
+            )
+
         self.store.write(self.name, slot, path, round, digest)
 
     def _check_held(self, held: list[str], replaced: dict[str, str]) -> None:
-        """Raise `CheckpointError` if a file that the site holds is missing; a kill may have replaced some."""
+        """Raise `CheckpointError` if a file that the site holds is missing; a kill may have
+        replaced some."""
         there = set(self.store.names(self.name))
         for name in held:
             if name not in there and not any(name.startswith(f"{slot}-") for slot in replaced):
-                raise CheckpointError(f"{self.store.folder}/{self.name}/{name} is missing; {self._remedy}")
+                raise CheckpointError(
+                    f"{self.store.folder}/{self.name}/{name} is missing; {self._remedy}"
+                )
 
     def _check_not_older(self, state: dict[str, Any], header: Header) -> None:
-        """Raise `CheckpointError` if the server accepted an answer that this folder does not know of."""
+        """Raise `CheckpointError` if the server accepted an answer that this folder does not know
+        of."""
         if header.ack > state.get("settled", 0) and self.store.names(self.name):
             raise CheckpointError(
                 f"{self._path} is older than what the server accepted of this site (answer "
@@ -130,10 +163,14 @@ class Journal:
             text = self._path.read_bytes()
         except FileNotFoundError:
             return {}
+
         try:
             state: dict[str, Any] = unsealed("state", text)
         except ValueError as error:
-            raise CheckpointError(f"{self._path} is damaged: {error}; remove {self._folder}") from error
+            raise CheckpointError(
+                f"{self._path} is damaged: {error}; remove {self._folder}"
+            ) from error
+
         return state
 
     def _write(self, session: str, pending: dict[str, Any] | None, settled: int) -> None:

@@ -39,13 +39,16 @@ _MANY = 10_000
 
 
 def at_site(config: RunConfig, site: SiteFile) -> RunConfig:
-    """Return the run's configuration as it holds at a site; raises `RefusalError` for what the run may not name."""
+    """Return the run's configuration as it holds at a site; raises `RefusalError` for what the run
+    may not name."""
     table = config.model_dump(mode="json", exclude_unset=True)
     table["model"] = {**table.get("model", {}), "device": site.device}
+
     if site.model is not None:
         table["model"] |= {"name_or_path": site.model, "revision": None}
     elif not _may_load(config.model.name_or_path, site):
         raise refusal("model.name_or_path", site)
+
     table["data"] = _data(table.get("data", {}), site)
     return parse(table, f"site {site.name!r}")
 
@@ -66,31 +69,37 @@ def _data(asked: dict[str, Any], site: SiteFile) -> dict[str, Any]:
         if site.data.heldout_source is not None:
             kept.pop("heldout_share", None)
         return {**kept, **site.data.model_dump(exclude_none=True)}
+
     for name in SOURCES:
         named = asked.get(name)
         if named not in (None, STDLIB) and not _allowed(named, site):
             raise refusal(f"data.{name}", site)
+
     kept = {name: value for name, value in asked.items() if name not in ("public_source", "public")}
     if asked.get("source", STDLIB) == STDLIB:  # these were for the public text
         for name in ("encoding", "delimiter", "numbers"):
             kept.pop(name, None)
+
     return kept
 
 
 def _may_load(name: str, site: SiteFile) -> bool:
-    """Return whether the site may load the base model that a run names; a hub id is no place on its disk."""
+    """Return whether the site may load the base model that a run names; a hub id is no place on its
+    disk."""
     if name == EMBEDDED or name in site.allow.models or _allowed(name, site):
         return True
     return HUB_ID.fullmatch(name) is not None and ".." not in name and not Path(name).exists()
 
 
 def _allowed(named: str, site: SiteFile) -> bool:
-    """Return whether a pattern of the site's file covers a path, where it really lies, and all that lies in it."""
+    """Return whether a pattern of the site's file covers a path, where it really lies, and all that
+    lies in it."""
     patterns = site.allow.run_paths
     if not patterns:
         return False
     if "*" in patterns:
         return True
+
     try:
         real = Path(named).expanduser().resolve()
         inside = [real, *islice(real.rglob("*"), _MANY + 1)] if real.is_dir() else [real]
@@ -102,6 +111,7 @@ def _allowed(named: str, site: SiteFile) -> bool:
 def _covered(path: Path, patterns: tuple[str, ...]) -> bool:
     """Return whether a whole path is a pattern's, or lies below it."""
     return any(
-        fnmatch.fnmatchcase(str(path), pattern) or fnmatch.fnmatchcase(str(path), f"{pattern.rstrip('/')}/*")
+        fnmatch.fnmatchcase(str(path), pattern)
+        or fnmatch.fnmatchcase(str(path), f"{pattern.rstrip('/')}/*")
         for pattern in patterns
     )

@@ -1,4 +1,5 @@
-"""The file of a site's operator: what the site is, where its own things lie, what it takes part in."""
+"""The file of a site's operator: what the site is, where its own things lie, what it takes part
+in."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ class Allowed(Settings):
 
 
 class SiteData(SourceSettings):
-    """The site's own records, in place of those that the run names; settings as in the run's [data]."""
+    """The site's own records, in place of those that the run names; settings as in the run's
+    [data]."""
 
     source: str
     """A file or folder; a relative one lies beside site.toml."""
@@ -83,16 +85,23 @@ def read_site_file(path: Path) -> SiteFile:
     found = toml.read(SiteFile, table, str(path))
     here = path.resolve().parent
     changes: dict[str, Any] = {
-        key: here / getattr(found, key) for key in ("folder", "ca", "key") if getattr(found, key) is not None
+        key: here / getattr(found, key)
+        for key in ("folder", "ca", "key")
+        if getattr(found, key) is not None
     }
+
     if found.model is not None:
         changes["model"] = _beside(here, found.model)
     if found.data is not None:
         given = found.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
-        changes["data"] = found.data.model_copy(update={key: _beside(here, text) for key, text in given.items()})
+        changes["data"] = found.data.model_copy(
+            update={key: _beside(here, text) for key, text in given.items()}
+        )
+
     return found.model_copy(update=changes)
 
 
 def _beside(here: Path, text: str) -> str:
-    """The whole path of what lies in the site file's folder; else the text, such as the id of a hub."""
+    """The whole path of what lies in the site file's folder; else the text, such as the id of a
+    hub."""
     return str(here / text) if (here / text).exists() else text

@@ -30,6 +30,7 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a run's resolved configuration that a measurement of its result needs."""
     data = {key: value for key, value in resolved.get("data", {}).items() if key not in PLACES}
     model = resolved.get("model", {})
+
     return {
         "model": {key: model[key] for key in MODEL if model.get(key) is not None},
         "data": {key: value for key, value in data.items() if value is not None},
@@ -52,7 +53,8 @@ def write(folder: Path, version: str, resolved: Mapping[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Return what `write` wrote, or the same from the configuration of the run that `folder` lies in, or {}.
+    """Return what `write` wrote, or the same from the configuration of the run that `folder` lies
+    in, or {}.
 
     A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a
     file that is damaged.
@@ -60,11 +62,13 @@ def read(folder: Path) -> dict[str, Any]:
     own = _tables(folder / FILE)
     if own is not None:
         return own
+
     parents = folder.resolve().parents
     for parent in (*parents[:1], *parents[2:3]):
         found = _tables(parent / "config.json")
         if found is not None and "fluvial" in found:  # another config.json is a model's
             return settings_of(found)
+
     return {}
 
 
@@ -79,7 +83,11 @@ def _tables(path: Path) -> dict[str, Any] | None:
     found = read_object(path)
     if found is None or "fluvial" not in found:
         return found
-    wrong = [key for key in ("model", "data", "evaluate") if not isinstance(found.get(key, {}), dict)]
+
+    wrong = [
+        key for key in ("model", "data", "evaluate") if not isinstance(found.get(key, {}), dict)
+    ]
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
+
     return found

@@ -1,4 +1,5 @@
-"""Files of a run or a site: replaced whole, readable by their owner only, whatever the umask, and known by a digest."""
+"""Files of a run or a site: replaced whole, readable by their owner only, whatever the umask, and
+known by a digest."""
 
 import hashlib
 import json
@@ -16,7 +17,8 @@ DRAFTS = (".*.partial", ".*.draft")
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it that lack, for their owner only; those that are there stay as they are."""
+    """Make a folder and those above it that lack, for their owner only; those that are there stay
+    as they are."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -24,7 +26,8 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` so that a crash leaves the old file or the new one; raises `CheckpointError`."""
+    """Replace `path` by `data` so that a crash leaves the old file or the new one; raises
+    `CheckpointError`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         make_folder(path.parent)
@@ -33,6 +36,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+
         partial.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -49,10 +53,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add `text` to a file, on a line of its own even where a kill or a full disk cut the last one off."""
+    """Add `text` to a file, on a line of its own even where a kill or a full disk cut the last one
+    off."""
     make_folder(path.parent)
     start = "" if _ends_with_line(path) else "\n"
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
     with os.fdopen(handle, "a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(start + text)
 
@@ -76,8 +82,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
+
     if not isinstance(found, dict):
-        raise ConfigError(f"{path}: must be a JSON object, found {type(found).__name__}; copy it again")
+        raise ConfigError(
+            f"{path}: must be a JSON object, found {type(found).__name__}; copy it again"
+        )
+
     return found
 
 
@@ -95,11 +105,14 @@ def unsealed(name: str, text: bytes) -> Any:
     """Return the content that `sealed` was given; raises `ValueError` where it is another one."""
     try:
         found = json.loads(text)
-        content, digest = found[name], found["sha256"]
+        content = found[name]
+        digest = found["sha256"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"it lacks {name!r} or its digest") from error
+
     if digest != _digest_of_json(content):
         raise ValueError("its content is not what was written")
+
     return content
 
 
@@ -114,19 +127,22 @@ def digest_of_file(path: Path) -> str:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what a killed process left unfinished below `folder`; returns it. The caller holds the folder's lock."""
+    """Remove what a killed process left unfinished below `folder`; returns it. The caller holds the
+    folder's lock."""
     found = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
     return found
 
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Let everything that this process writes meanwhile be its owner's only, also what libraries write."""
+    """Let everything that this process writes meanwhile be its owner's only, also what libraries
+    write."""
     before = os.umask(0o077)
     try:
         yield

@@ -1,4 +1,5 @@
-"""Paths in a run's file: relative to the folder of the file that names them, and whole from then on."""
+"""Paths in a run's file: relative to the folder of the file that names them, and whole from then
+on."""
 
 import os
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ PLACES = (
 
 
 def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return the table with whole paths for what lies in the folder of `file`, and all else as it is.
+    """Return the table with whole paths for what lies in the folder of `file`, and all else as it
+    is.
 
     Raises `ConfigError` for a path that leads somewhere only from the working directory.
     """
     folder = file.resolve().parent
     lines = []
+
     for place, text in _relative(table):
         if exists(folder / text):
             table = whole(table, place, folder)
@@ -35,6 +38,7 @@ def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
                 "and paths in a file are relative to the folder of that file; write "
                 f"{toml.show(remedy)}"
             )
+
     if lines:
         raise ConfigError("\n".join(lines))
 
@@ -42,10 +46,12 @@ def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def here(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the table of a `--set` line with whole paths for what lies in the working directory."""
+    """Return the table of a `--set` line with whole paths for what lies in the working
+    directory."""
     for place, text in _relative(table):
         if exists(Path(text)):
             table = whole(table, place, Path.cwd())
+
     return table
 
 
@@ -68,8 +74,17 @@ def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
     for outer, key in PLACES:
         found = table.get(outer)
         text = found.get(key) if isinstance(found, dict) else None
-        if not isinstance(text, str) or not text or Path(text).is_absolute() or text.startswith("~"):
+        if (
+            not isinstance(text, str)
+            or not text
+            or Path(text).is_absolute()
+            or text.startswith("~")
+        ):
             continue
-        if text in ("embedded", "stdlib") or (key == "chat_template" and "." not in text and "/" not in text):
+
+        if text in ("embedded", "stdlib") or (
+            key == "chat_template" and "." not in text and "/" not in text
+        ):
             continue  # names of ours
+
         yield (outer, key), text

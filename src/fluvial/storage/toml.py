@@ -1,4 +1,5 @@
-"""TOML into settings: every fault of a file at once, each with its place, what was found and what would be right."""
+"""TOML into settings: every fault of a file at once, each with its place, what was found and what
+would be right."""
 
 import difflib
 import json
@@ -35,7 +36,8 @@ T = TypeVar("T", bound=Settings)
 
 
 def load(path: Path, missing: str) -> dict[str, Any]:
-    """Return the table of a TOML file; raises `ConfigError`, with the line `missing` where there is no file."""
+    """Return the table of a TOML file; raises `ConfigError`, with the line `missing` where there is
+    no file."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -48,7 +50,10 @@ def load(path: Path, missing: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; arrays nested as deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits; arrays nested as deep
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
@@ -61,17 +66,22 @@ def read(root: type[T], table: dict[str, Any], where: str) -> T:
     """
     lines = dict[str, None]()
     aside = set[str]()
+
     while True:
         try:
             settings = root.model_validate(table)
         except ValidationError as error:
             problems = [_Problem(each, root) for each in error.errors()]
-            lines |= dict.fromkeys(line for line in _explain(problems) if not _mentions(line, aside))
+            lines |= dict.fromkeys(
+                line for line in _explain(problems) if not _mentions(line, aside)
+            )
             paths = [problem.aside() for problem in problems]
             aside |= {path[-1] for path in paths if path}
             smaller = _without(table, [path for path in paths if path])
+
             if not all(paths) or smaller == table:
                 break
+
             table = smaller
         else:
             break
@@ -103,6 +113,7 @@ def _toml(value: Any) -> str:
             return f"{{{', '.join(f'{key} = {_toml(item)}' for key, item in pairs)}}}"
         case None:
             return "null"
+
     return str(value)
 
 
@@ -118,7 +129,10 @@ class _Right:
     def of(cls, annotation: Any, metadata: Sequence[Any] = ()) -> "_Right":
         if get_origin(annotation) is Annotated:
             inner, *more = get_args(annotation)
-            return cls.of(inner, [*metadata, *(each for item in more for each in _constraints(item))])
+            return cls.of(
+                inner, [*metadata, *(each for item in more for each in _constraints(item))]
+            )
+
         return cls(tuple(_tables(annotation)), annotation, tuple(metadata))
 
     def words(self) -> str:
@@ -139,6 +153,7 @@ class _Problem:
         self.right = _Right((root,))
         loc = list(problem["loc"])
         self.key = str(loc.pop()) if self.kind == "extra_forbidden" else ""
+
         for part in loc:
             self._enter(part)
 
@@ -169,7 +184,8 @@ class _Problem:
         return len(other.path) > len(self.path) and other.path[: len(self.path)] == self.path
 
     def aside(self) -> list[str]:
-        """Return the keys to what must be set aside for the rest to be read; empty if that is everything."""
+        """Return the keys to what must be set aside for the rest to be read; empty if that is
+        everything."""
         keys = [str(part) for part in self.path if isinstance(part, str)]
         if self.kind == "extra_forbidden":
             return [*keys, self.key]
@@ -270,10 +286,12 @@ def _without(table: Any, paths: Sequence[list[str]]) -> Any:
     """Return the table without what lies at `paths`."""
     here = {path[0] for path in paths if len(path) == 1}
     left = {}
+
     for key, value in table.items():
         deeper = [path[1:] for path in paths if len(path) > 1 and path[0] == key]
         if key not in here:
             left[key] = _without(value, deeper) if deeper and isinstance(value, dict) else value
+
     return left
 
 
@@ -290,11 +308,15 @@ def _constraints(item: Any) -> list[Any]:
     return item.metadata if isinstance(item, FieldInfo) else [item]
 
 
-def _constrained(annotation: Any, constraints: Sequence[Any] = ()) -> Iterator[tuple[Any, Sequence[Any]]]:
+def _constrained(
+    annotation: Any, constraints: Sequence[Any] = ()
+) -> Iterator[tuple[Any, Sequence[Any]]]:
     """Yield the alternatives of an annotation, without `None`, each with its own constraints."""
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
-        yield from _constrained(inner, [*constraints, *(each for item in more for each in _constraints(item))])
+        yield from _constrained(
+            inner, [*constraints, *(each for item in more for each in _constraints(item))]
+        )
     elif get_origin(annotation) in (Union, UnionType):
         for item in get_args(annotation):
             yield from _constrained(item, constraints)
@@ -325,9 +347,13 @@ def _item(annotation: Any, part: str | int) -> _Right | None:
     for each in _alternatives(annotation):
         arguments = get_args(each)
         if get_origin(each) is tuple and isinstance(part, int):
-            return _Right.of(arguments[0 if arguments[-1] is ... else min(part, len(arguments) - 1)])
+            return _Right.of(
+                arguments[0 if arguments[-1] is ... else min(part, len(arguments) - 1)]
+            )
+
         if get_origin(each) is dict:
             return _Right.of(arguments[1])
+
     return None
 
 
@@ -350,11 +376,17 @@ def _array(annotation: Any, bounds: Sequence[Any]) -> str:
     least = next((each.min_length for each in bounds if isinstance(each, MinLen)), 0)
     most = next((each.max_length for each in bounds if isinstance(each, MaxLen)), None)
     inner = _Right.of(arguments[0])
-    words = "tables" if inner.tables else {int: "integers", float: "numbers"}.get(inner.annotation, "strings")
+    words = (
+        "tables"
+        if inner.tables
+        else {int: "integers", float: "numbers"}.get(inner.annotation, "strings")
+    )
+
     if get_origin(inner.annotation) is Literal:
         words = f"strings among {', '.join(_toml(value) for value in get_args(inner.annotation))}"
     if arguments[-1] is not ...:
         return f"an array of {len(arguments)} {words}"
+
     return f"an array of {words}{f', at least {least}' if least else ''}{f', at most {most}' if most else ''}"
 
 
@@ -362,7 +394,11 @@ def _limits(bounds: Sequence[Any]) -> str:
     """Return the bounds of a number in words."""
     limits = dict[str, str]()
     for bound in bounds:
-        limits |= {name: _short(getattr(bound, name)) for kind, name in _BOUNDS.items() if isinstance(bound, kind)}
+        limits |= {
+            name: _short(getattr(bound, name))
+            for kind, name in _BOUNDS.items()
+            if isinstance(bound, kind)
+        }
 
     if "ge" in limits and "le" in limits:
         return f" from {limits['ge']} to {limits['le']}"
@@ -372,7 +408,11 @@ def _limits(bounds: Sequence[Any]) -> str:
 
 
 def _short(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:.12g}".replace("e-0", "e-").replace("e+0", "e")
+    return (
+        str(number)
+        if isinstance(number, int)
+        else f"{number:.12g}".replace("e-0", "e-").replace("e+0", "e")
+    )
 
 
 def _or(words: Sequence[str]) -> str:
@@ -381,4 +421,9 @@ def _or(words: Sequence[str]) -> str:
 
 def _tags(model: type[Settings]) -> list[str]:
     """Values that choose this model in a union."""
-    return [tag for key in TAGS if key in model.model_fields for tag in get_args(model.model_fields[key].annotation)]
+    return [
+        tag
+        for key in TAGS
+        if key in model.model_fields
+        for tag in get_args(model.model_fields[key].annotation)
+    ]

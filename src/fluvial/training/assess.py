@@ -1,4 +1,5 @@
-"""What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of questions."""
+"""What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of
+questions."""
 
 import logging
 import math
@@ -35,7 +36,9 @@ from fluvial.wire.tensors import Layout, Named
 logger = logging.getLogger(__name__)
 
 
-NOTHING_TO_MEASURE = "nothing to measure: name a file with --data, questions with --choices, or both"
+NOTHING_TO_MEASURE = (
+    "nothing to measure: name a file with --data, questions with --choices, or both"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class ChoiceConfig:
     path: Path
     shots: int = 0
     shots_path: Path | None = None
-    """Where the examples of a prompt come from: records of the same form, such as MMLU's dev split."""
+    """Where the examples of a prompt come from: records of the same form, such as MMLU's dev
+    split."""
     scoring: Scoring = "letter"
     language: Literal["auto"] | Language = "auto"
     """Wording of the prompt; "auto" is Chinese for a question with Chinese characters."""
@@ -70,19 +74,23 @@ def evaluate_adapter(
     seed: int = 0,
     base: bool = True,
 ) -> dict[str, Any]:
-    """Measure an adapter or a tuned model, and with `base` its base model too, on the held-out part of `data`, on
-    `choices`, or on both.
+    """Measure an adapter or a tuned model, and with `base` its base model too, on the held-out part
+    of `data`, on `choices`, or on both.
 
-    `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out.
-    Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
+    `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves
+    exact match out. Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or
+    the adapter has no effect.
     """
     if data is None and choices is None:
         raise ConfigError(NOTHING_TO_MEASURE)
+
     questions = None if choices is None else _questions(choices)
     logger.info("loading the base model")
     bench = Workbench(model, adapter.lora)
+
     if adapter.lora:
         adapter = replace(adapter, tensors=_without_copies(adapter, bench))
+
     _check_fit(adapter, bench.layout, model.name_or_path)
     state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
     logger.info("reading the data")
@@ -98,10 +106,12 @@ def evaluate_adapter(
         "tuned": "lora" if adapter.lora else "full",
         "base_model": model.name_or_path,
     }
+
     if data is not None and texts is not None:
         found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
     if choices is not None and sheet is not None:
         found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+
     return found
 
 
@@ -121,6 +131,7 @@ def evaluate_model(
     """Measure a model by itself, as `evaluate_adapter` measures a base model."""
     if data is None and choices is None:
         raise ConfigError(NOTHING_TO_MEASURE)
+
     questions = None if choices is None else _questions(choices)
     logger.info("loading the model")
     bench = Workbench(model, None)
@@ -129,16 +140,19 @@ def evaluate_model(
     texts = None if data is None else _texts(data, bench)
     models: dict[str, Named] = {"model": {}}
     found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
+
     if data is not None and texts is not None:
         found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
     if choices is not None and questions:
         sheet = _sheet(choices, questions, bench)
         found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+
     return found
 
 
 def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
-    """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with an adapted head.
+    """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with
+    an adapted head.
 
     Raises `ConfigError` if such a matrix is another than the base's.
     """
@@ -155,13 +169,19 @@ def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
                     f"{adapter.path} holds a matrix {name!r} that is not the base's: its "
                     "embeddings were resized or trained; merge the adapter into its base with PEFT"
                 )
+
     return {name: tensor for name, tensor in adapter.tensors.items() if name not in copies}
 
 
 def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
-    """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's shapes."""
-    wanted, found = dict(layout.shapes), dict(Layout.of(adapter.tensors).shapes)
-    wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's
+    shapes."""
+    wanted = dict(layout.shapes)
+    found = dict(Layout.of(adapter.tensors).shapes)
+    wrong = sorted(
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    )
+
     if wrong:
         name = wrong[0]
         raise ConfigError(
@@ -182,7 +202,9 @@ def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
     return asked, examples[0] if examples else []
 
 
-def _sheet(choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench) -> Sheet:
+def _sheet(
+    choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench
+) -> Sheet:
     asked, examples = questions
     return prepare(
         asked,
@@ -218,35 +240,46 @@ def _data_result(
         "questions_too_long": len(questions) - len(fit),
         "max_new_tokens": max_new_tokens,
     }
+
     for name, adapter in models.items():
         with bench.model(adapter) as model:
             sums = heldout(model, texts.examples, pad_token_id=bench.tokenizer.pad_token_id)
         table[name] = _measures(sums, name)
         if questions:
-            table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(questions)
+            table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(
+                questions
+            )
+
     return table
 
 
 def _measures(sums: Heldout, name: str) -> dict[str, Any]:
-    """Return the measures as JSON types; raises `ConfigError` where the model's logits are not numbers."""
+    """Return the measures as JSON types; raises `ConfigError` where the model's logits are not
+    numbers."""
     if not math.isfinite(sums.loss):
         raise ConfigError(
             f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too large for "
             "model.dtype: choose --set 'model.dtype=\"float32\"'"
         )
+
     perplexity = sums.perplexity if math.isfinite(sums.perplexity) else None
     return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
 
 
-def _greedy_matches(bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int) -> int:
-    right, told = 0, time.monotonic()
+def _greedy_matches(
+    bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int
+) -> int:
+    right = 0
+    told = time.monotonic()
     prompts = [question.prompt for question in questions]
     answers = bench.answers(adapter, prompts, max_new_tokens=max_new_tokens)
+
     for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
         right += exact_match([answer], [question.answer])
         if time.monotonic() - told > 1:
             told = time.monotonic()
             logger.info("exact match: %d of %d answers written", number, len(questions))
+
     return right
 
 
@@ -269,7 +302,10 @@ def _choice_result(
     marks = {}
     for name, adapter in models.items():
         with bench.model(adapter) as model:
-            marks[name] = Marks.of(sheet, score(model, sheet, pad_token_id=bench.tokenizer.pad_token_id))
+            marks[name] = Marks.of(
+                sheet, score(model, sheet, pad_token_id=bench.tokenizer.pad_token_id)
+            )
+
         interval = marks[name].interval(seed)
         table[name] = {
             "accuracy": interval.mean,
@@ -277,6 +313,7 @@ def _choice_result(
             "standard_error": marks[name].standard_error,
             "interval": [interval.low, interval.high],
         }
+
     if "base" in marks:
         pairs = zip(marks["adapter"].right, marks["base"].right, strict=True)
         gains = [after - before for after, before in pairs]
@@ -285,13 +322,16 @@ def _choice_result(
             "accuracy": sum(gains) / len(gains),
             "interval": None if gain is None else [gain.low, gain.high],
         }
+
     by_subject = {name: found.by_subject() for name, found in marks.items()}
     table["by_subject"] = {
-        subject: {"questions": asked} | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
+        subject: {"questions": asked}
+        | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
         for subject, (_, asked) in next(iter(by_subject.values())).items()
     }
     benchmark = _benchmark(choices, sheet)
     table["groups"] = None if benchmark is None else grouped(benchmark, by_subject)
+
     return table
 
 

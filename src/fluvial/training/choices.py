@@ -1,9 +1,11 @@
-"""Multiple choice by log-likelihood: what a model prefers among four answers, without letting it write.
+"""Multiple choice by log-likelihood: what a model prefers among four answers, without letting it
+write.
 
-The prompt with `letter` is MMLU's (Hendrycks et al., ICLR 2021) or, for Chinese questions, C-Eval's (Huang et al.,
-NeurIPS 2023): it lists the four choices, and log P(letter | prompt) decides. With `text` it does not list them, and
-log P(choice | prompt) in nats per UTF-8 byte decides (the "continuation" form of lm-evaluation-harness), which tells
-something about models that are too small to know what a letter stands for.
+The prompt with `letter` is MMLU's (Hendrycks et al., ICLR 2021) or, for Chinese questions, C-Eval's
+(Huang et al., NeurIPS 2023): it lists the four choices, and log P(letter | prompt) decides. With
+`text` it does not list them, and log P(choice | prompt) in nats per UTF-8 byte decides (the
+"continuation" form of lm-evaluation-harness), which tells something about models that are too small
+to know what a letter stands for.
 """
 
 import logging
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 LETTERS = "ABCD"
 CHANCE = 1 / len(LETTERS)
 MAX_SHOTS = 5
-BATCH_ROWS, BATCH_TOKENS = 16, 2048
+BATCH_ROWS = 16
+BATCH_TOKENS = 2048
 """Bounds of one forward pass; the logits of a large vocabulary are what fills the memory."""
 RESAMPLES = 2000
 ZH_KIND = {"letter": "单项选择题，请选出其中的正确答案", "text": "题目和答案"}  # noqa: RUF001 - Chinese punctuation
@@ -94,7 +97,8 @@ class Sheet:
 
 
 def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
-    """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional `subject`, `id`.
+    """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional
+    `subject`, `id`.
 
     `subject_field` names the field that stands for `subject`. A file with the suffix .json holds a
     list of records. Raises `DataError` naming line and id of every record that is not of this form,
@@ -102,12 +106,15 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {str(path)!r} with questions")
-    found, faults = [], Faults()
+
+    found = []
+    faults = Faults()
     for row in read_json(path).rows:
         try:
             found.append(_choice(f"{row.place}", row.fields, subject_field))
         except ConfigError as error:
             faults.include(error)
+
     faults.raise_any()
     return found
 
@@ -115,21 +122,40 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
 def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
     if isinstance(record.get("id"), str | Number):
         name = f"{name}, id {_id(record['id'])}"
+
     for key in ("question", "choices", "answer"):
         if key not in record:
-            raise ConfigError(f"{name}: field {key!r} is missing; found {listed(sorted(record)) or 'none'}")
-    question, choices = record["question"], record["choices"]
+            raise ConfigError(
+                f"{name}: field {key!r} is missing; found {listed(sorted(record)) or 'none'}"
+            )
+
+    question = record["question"]
+    choices = record["choices"]
     if not (isinstance(question, str) and question.strip()):
-        raise ConfigError(f"{name}: 'question' must be text that is not blank, and is {described(question)}")
+        raise ConfigError(
+            f"{name}: 'question' must be text that is not blank, and is {described(question)}"
+        )
+
     texts = choices if isinstance(choices, list) else []
-    if len(texts) != len(LETTERS) or not all(isinstance(text, str) and text.strip() for text in texts):
+    if len(texts) != len(LETTERS) or not all(
+        isinstance(text, str) and text.strip() for text in texts
+    ):
         held = f"a list of {len(texts)}" if texts else described(choices)
-        raise ConfigError(f"{name}: 'choices' must be a list of four texts, none blank, and is {held}")
+        raise ConfigError(
+            f"{name}: 'choices' must be a list of four texts, none blank, and is {held}"
+        )
+
     if subject_field != "subject" and subject_field not in record:
-        raise ConfigError(f"{name}: --subject-field {subject_field!r} is missing; found {listed(sorted(record))}")
+        raise ConfigError(
+            f"{name}: --subject-field {subject_field!r} is missing; found {listed(sorted(record))}"
+        )
+
     for key in (subject_field, "subject_zh"):
         if not isinstance(record.get(key), str | None):
-            raise ConfigError(f"{name}: {key!r} must be text or left out, and is {described(record[key])}")
+            raise ConfigError(
+                f"{name}: {key!r} must be text or left out, and is {described(record[key])}"
+            )
+
     for text in (question, *texts):
         encodable(name, "the question or a choice", text)
     a, b, c, d = (text.strip() for text in texts)
@@ -144,7 +170,8 @@ def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
 
 
 def _answer(name: str, answer: Any) -> int:
-    """Return the number of the right choice, which is written as a letter or, in the hub's copies of MMLU, a number."""
+    """Return the number of the right choice, which is written as a letter or, in the hub's copies
+    of MMLU, a number."""
     if isinstance(answer, Number) and answer.text in ("0", "1", "2", "3"):
         return int(answer.text)
     if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
@@ -158,13 +185,17 @@ def _id(value: str | Number) -> str:
 
 
 def language_of(question: str) -> Language:
-    """Chinese if there is a Chinese character (none in MMLU, one at least in every question of C-Eval and CMMLU)."""
+    """Chinese if there is a Chinese character (none in MMLU, one at least in every question of
+    C-Eval and CMMLU)."""
     return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
 
 
 def render(choice: Choice, shots: Sequence[Choice], scoring: Scoring, language: Language) -> str:
     """The prompt up to the answer, which follows as `ending` gives it."""
-    solved = (_ask(shot, scoring, language) + ending(shot, shot.answer, scoring, language) + "\n\n" for shot in shots)
+    solved = (
+        _ask(shot, scoring, language) + ending(shot, shot.answer, scoring, language) + "\n\n"
+        for shot in shots
+    )
     return _header(choice, scoring, language) + "".join(solved) + _ask(choice, scoring, language)
 
 
@@ -178,7 +209,10 @@ def _header(choice: Choice, scoring: Scoring, language: Language) -> str:
     subject = choice.subject.replace("_", " ") if choice.subject else None
     if language == "en":
         kind = "multiple choice questions" if scoring == "letter" else "questions"
-        return f"The following are {kind} (with answers){f' about {subject}' if subject else ''}.\n\n"
+        return (
+            f"The following are {kind} (with answers){f' about {subject}' if subject else ''}.\n\n"
+        )
+
     subject = choice.subject_zh or subject
     about = f"中国关于{subject}考试的" if subject else ""
     return f"以下是{about}{ZH_KIND[scoring]}。\n\n"
@@ -188,7 +222,9 @@ def _ask(choice: Choice, scoring: Scoring, language: Language) -> str:
     title, cue = ("Question: ", "Answer:") if language == "en" else ZH_CUES
     if scoring == "text":
         return f"{title}{choice.question}\n{cue}"
-    listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, choice.choices, strict=True))
+    listed = "".join(
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, choice.choices, strict=True)
+    )
     return f"{choice.question}{listed}\n{cue}"
 
 
@@ -204,45 +240,71 @@ def prepare(
 ) -> Sheet:
     """Tokens of `questions`, each after the first `shots` of `examples` of its subject.
 
-    A prompt longer than `context` (tokens; None for any length) loses its last examples first, then its beginning.
-    Raises `ConfigError` naming a record of which a choice alone is too long.
+    A prompt longer than `context` (tokens; None for any length) loses its last examples first, then
+    its beginning. Raises `ConfigError` naming a record of which a choice alone is too long.
     """
     if not 0 <= shots <= MAX_SHOTS:
         raise ConfigError(f"shots={shots}: choose 0 to {MAX_SHOTS}")
     if (shots > 0) != bool(examples):
-        lacking = "--shots-from, a file to take the examples from" if shots else "--shots, how many examples to take"
+        lacking = (
+            "--shots-from, a file to take the examples from"
+            if shots
+            else "--shots, how many examples to take"
+        )
         raise ConfigError(f"solved examples need --shots and --shots-from; add {lacking}")
+
     encoder = Encoder.of(tokenizer)
-    prompts, short, dropped, cut, cut_tokens = [], 0, 0, 0, 0
+    prompts = []
+    short = 0
+    dropped = 0
+    cut = 0
+    cut_tokens = 0
+
     for choice in questions:
         wording = language_of(choice.question) if language == "auto" else language
-        own = [shot for shot in examples if shot.subject == choice.subject and shot.question != choice.question]
+        own = [
+            shot
+            for shot in examples
+            if shot.subject == choice.subject and shot.question != choice.question
+        ]
         own = own[:shots]
         short += len(own) < shots
         kept = len(own)
         prompt = _tokens(choice, own, encoder, scoring, wording)
+
         while context is not None and kept and _length(prompt) > context:
             kept -= 1
             prompt = _tokens(choice, own[:kept], encoder, scoring, wording)
+
         dropped += len(own) - kept
         surplus = 0 if context is None else _length(prompt) - context
         if surplus > 0:
-            cut, cut_tokens = cut + 1, cut_tokens + surplus
+            cut = cut + 1
+            cut_tokens = cut_tokens + surplus
             prompt = _cut_left(choice, prompt, surplus, encoder)
+
         prompts.append(prompt)
+
     return Sheet(tuple(questions), tuple(prompts), short, dropped, cut, cut_tokens)
 
 
-def _tokens(choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language) -> Prompt:
-    """Prompt and choice are tokenised together, as they would stand in a text; they part where the tokens do.
+def _tokens(
+    choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language
+) -> Prompt:
+    """Prompt and choice are tokenised together, as they would stand in a text; they part where the
+    tokens do.
 
     Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between
     prompt and choice.
     """
     text = render(choice, shots, scoring, language)
-    ways = [text, *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS)))]
+    ways = [
+        text,
+        *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS))),
+    ]
     rows = [encoder.prompt(way) for way in ways]
     common = 0
+
     while all(common < len(row) and row[common] == rows[0][common] for row in rows):
         common += 1
     endings = tuple(tuple(row[common:]) for row in rows[1:])
@@ -251,6 +313,7 @@ def _tokens(choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: 
             f"{choice.name}: the tokenizer gives the same tokens with and without a choice, so it cannot be scored; "
             "remove the record"
         )
+
     sizes = tuple(1 if scoring == "letter" else len(text.encode()) for text in choice.choices)
     return Prompt(tuple(rows[0][:common]), endings, sizes)
 
@@ -260,60 +323,77 @@ def _length(prompt: Prompt) -> int:
 
 
 def _cut_left(choice: Choice, prompt: Prompt, surplus: int, encoder: Encoder) -> Prompt:
-    """Without `surplus` tokens after the special ones that the tokenizer puts first, such as BOS."""
+    """Without `surplus` tokens after the special ones that the tokenizer puts first, such as
+    BOS."""
     first = len(encoder.prefix) if prompt.prefix[: len(encoder.prefix)] == encoder.prefix else 0
     if len(prompt.prefix) - surplus < first + 1:
         raise ConfigError(
             f"{choice.name}: its longest choice has {max(len(ending) for ending in prompt.endings)} tokens, which "
             "leaves no room for the question in the model's context; remove the record, or score by letter"
         )
-    return Prompt(prompt.prefix[:first] + prompt.prefix[first + surplus :], prompt.endings, prompt.sizes)
+
+    return Prompt(
+        prompt.prefix[:first] + prompt.prefix[first + surplus :], prompt.endings, prompt.sizes
+    )
 
 
 @torch.no_grad()
 def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[float]]:
     """log P(choice | prompt) of every question's choices, nats, divided by `Prompt.sizes`."""
-    # Choices that differ in their last token only, as letters do, share one row: its last position scores them all.
+    # Choices that differ in their last token only, as letters do, share one row: its last position
+    # scores them all.
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for number, prompt in enumerate(sheet.prompts):
         for index, tokens in enumerate(prompt.endings):
             rows.setdefault((*prompt.prefix, *tokens[:-1]), []).append((number, index))
+
     device = next(model.parameters()).device
     scores = [[math.nan] * len(prompt.endings) for prompt in sheet.prompts]
     model.eval()
-    done, told = 0, time.monotonic()
+    done = 0
+    told = time.monotonic()
+
     for part in _batches(sorted(rows, key=len)):
         batch = collate([Example(row, row) for row in part], pad_token_id, device)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
         for place, row in enumerate(part):
             longest = max(len(sheet.prompts[number].endings[index]) for number, index in rows[row])
             since = len(row) - longest
             likely = logits[place, since : len(row)].float().log_softmax(-1)
+
             for number, index in rows[row]:
                 prompt = sheet.prompts[number]
                 targets = torch.tensor(prompt.endings[index], device=device)
                 each = likely[longest - len(targets) :].gather(1, targets[:, None])
                 scores[number][index] = float(each.sum()) / prompt.sizes[index]
+
                 if math.isnan(scores[number][index]):
                     raise ConfigError(
                         f"{sheet.questions[number].name}: the model's logits are not numbers; its weights may be "
                         "damaged, or too large for model.dtype: choose 'float32'"
                     )
+
         done += len(part)
         if time.monotonic() - told > 1:
             told = time.monotonic()
             logger.info("multiple choice: %d of %d sequences", done, len(rows))
+
     return scores
 
 
 def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive `rows`, sorted by length, within the bounds of one forward pass; one row always fits."""
+    """Consecutive `rows`, sorted by length, within the bounds of one forward pass; one row always
+    fits."""
     batch: list[tuple[int, ...]] = []
     for row in rows:
         if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * len(row) > BATCH_TOKENS):
             yield batch
             batch = []
+
         batch.append(row)
+
     if batch:
         yield batch
 
@@ -329,7 +409,11 @@ class Marks:
     def of(cls, sheet: Sheet, scores: Sequence[Sequence[float]]) -> "Marks":
         """The highest score is the model's answer; of equal ones the first."""
         picked = [row.index(max(row)) for row in map(list, scores)]
-        right = tuple(index == question.answer for index, question in zip(picked, sheet.questions, strict=True))
+        right = tuple(
+            index == question.answer
+            for index, question in zip(picked, sheet.questions, strict=True)
+        )
+
         return cls(right, tuple(question.subject for question in sheet.questions))
 
     @property
@@ -343,29 +427,35 @@ class Marks:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.right))
 
     def interval(self, seed: int) -> Interval:
-        """The accuracy with its bootstrap interval, or the exact (Clopper-Pearson) one where all answers are alike."""
+        """The accuracy with its bootstrap interval, or the exact (Clopper-Pearson) one where all
+        answers are alike."""
         found = bootstrap(self.right, seed)
         if found is None:
             from scipy.stats import binomtest
 
             exact = binomtest(sum(self.right), len(self.right)).proportion_ci(0.95)
             found = Interval(self.accuracy, float(exact.low), float(exact.high))
+
         return found
 
     def by_subject(self) -> dict[str, tuple[int, int]]:
         """Right answers and questions of each subject, in alphabetical order; "" is no subject."""
         table: dict[str, tuple[int, int]] = {}
         pairs = zip(self.subjects, self.right, strict=True)
+
         for subject, right in sorted((subject or "", right) for subject, right in pairs):
             known, asked = table.get(subject, (0, 0))
             table[subject] = (known + right, asked + 1)
+
         return table
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
-    """Mean of `values` with its 95 % BCa interval over questions (Efron 1987); None where all values are equal."""
+    """Mean of `values` with its 95 % BCa interval over questions (Efron 1987); None where all
+    values are equal."""
     if len(set(values)) < 2:
         return None
+
     from scipy import stats
 
     result = stats.bootstrap(
@@ -378,4 +468,5 @@ def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
         random_state=numpy_generator(seed, "bootstrap"),
     )
     low, high = (float(end) for end in result.confidence_interval)
+
     return Interval(math.fsum(values) / len(values), low, high)

@@ -1,4 +1,5 @@
-"""How good a model is: held-out loss and accuracy, exact match of greedy answers, whether an adapter does anything."""
+"""How good a model is: held-out loss and accuracy, exact match of greedy answers, whether an
+adapter does anything."""
 
 import logging
 import math
@@ -56,20 +57,35 @@ class Heldout:
 
 
 @torch.no_grad()
-def heldout(model: nn.Module, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16) -> Heldout:
-    """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a batch."""
+def heldout(
+    model: nn.Module, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
+) -> Heldout:
+    """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a
+    batch."""
     assert examples, "no examples"
     device = next(model.parameters()).device
+
     if model.training:
         model.eval()
-    loss_sum, hits, told = 0.0, 0, time.monotonic()
+
+    loss_sum = 0.0
+    hits = 0
+    told = time.monotonic()
     order = sorted(examples, key=lambda example: len(example.input_ids))
+
     for start in range(0, len(order), batch_size):
-        logits, labels = predictions(model, collate(order[start : start + batch_size], pad_token_id, device))
-        loss_sum, hits = loss_sum + float(summed_loss(logits, labels)), hits + int((logits.argmax(-1) == labels).sum())
+        logits, labels = predictions(
+            model, collate(order[start : start + batch_size], pad_token_id, device)
+        )
+        loss_sum = loss_sum + float(summed_loss(logits, labels))
+        hits = hits + int((logits.argmax(-1) == labels).sum())
+
         if time.monotonic() - told > 1:
             told = time.monotonic()
-            logger.info("held-out loss: %d of %d sequences", min(start + batch_size, len(order)), len(order))
+            logger.info(
+                "held-out loss: %d of %d sequences", min(start + batch_size, len(order)), len(order)
+            )
+
     return Heldout(loss_sum, hits, sum(example.label_tokens for example in examples))
 
 
@@ -78,7 +94,9 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
 
     Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
     """
-    return sum(answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True))
+    return sum(
+        answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True)
+    )
 
 
 def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
@@ -88,17 +106,21 @@ def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]
         with bench.model(state) as model:
             sums = heldout(model, examples, pad_token_id=bench.tokenizer.pad_token_id)
         found[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
+
     return found
 
 
 def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> None:
-    """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not reach the model."""
+    """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not
+    reach the model."""
     tokens = torch.tensor([list(input_ids)], device=bench.device)
     logits = []
+
     with torch.no_grad():
         for each in (bench.base_state(), adapter):
             with bench.model(each) as model:
                 logits.append(model(input_ids=tokens).logits)
+
     if torch.equal(*logits):
         raise ConfigError(
             "what was tuned gives exactly the base model's logits: it was not trained, or does not belong to this model"

@@ -1,4 +1,5 @@
-"""The folders that `fluvial evaluate` reads: a PEFT adapter, or a model of which all weights were tuned."""
+"""The folders that `fluvial evaluate` reads: a PEFT adapter, or a model of which all weights were
+tuned."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,37 @@ from fluvial.storage.files import read_object
 from fluvial.wire.tensors import Named, is_finite
 
 _READ = {
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
-    *("peft_version", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-    *("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"),
-    *("target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern"),
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+    ),
+    *(
+        "peft_version",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+    ),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    ),
+    *(
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
 }
 """Settings of PEFT that say where two factors lie and how they are scaled, or nothing about them.
 Any other one must have the value that PEFT gives it by default, because it may change what the
@@ -29,7 +57,8 @@ NEW_TOKENS = 64
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A LoRA adapter or a tuned model on disk, and what its folder tells about its base model and its run."""
+    """A LoRA adapter or a tuned model on disk, and what its folder tells about its base model and
+    its run."""
 
     path: Path
     base: str
@@ -42,13 +71,17 @@ class AdapterFolder:
     """Settings of the run that wrote it, see `exported.read`; empty where there is none."""
 
     def settings(self, records: Path | None = None) -> dict[str, Any]:
-        """Return what a configuration needs, as tables: the base, and how the run measured, for a file of `records`."""
+        """Return what a configuration needs, as tables: the base, and how the run measured, for a
+        file of `records`."""
         return measured_as(self.run, self.base, records)
 
 
 def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[str, Any]:
-    """Return the tables of a configuration that measures the model `name` as its `run` did, which may be empty."""
-    kept = {key: value for key, value in run.get("model", {}).items() if key in ("dtype", "revision")}
+    """Return the tables of a configuration that measures the model `name` as its `run` did, which
+    may be empty."""
+    kept = {
+        key: value for key, value in run.get("model", {}).items() if key in ("dtype", "revision")
+    }
     return {
         "model": {**kept, "name_or_path": name},
         "data": exported.for_file(run, records),
@@ -60,7 +93,8 @@ Kind = Literal["adapter", "tuned", "model"]
 
 
 def kind_of(name: str) -> Kind:
-    """Return what `name` is: a PEFT adapter, a tuned model beside its run, or any other causal language model.
+    """Return what `name` is: a PEFT adapter, a tuned model beside its run, or any other causal
+    language model.
 
     The last is "embedded", a model folder, or the hub id of one. Raises `ConfigError` where it is
     none of them.
@@ -69,12 +103,17 @@ def kind_of(name: str) -> Kind:
     if not folder.exists():
         if name == EMBEDDED or (HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
             return "model"
-        raise ConfigError(f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's folder")
+        raise ConfigError(
+            f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's folder"
+        )
+
     if read_object(folder / "adapter_config.json") is not None:
         return "adapter"
+
     config = read_object(folder / "config.json") or {}
     if "model_type" in config or "architectures" in config:
         return "tuned" if exported.read(folder) else "model"
+
     raise ConfigError(
         f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of "
         f"transformers (it has no config.json that names a model_type); {_hint(folder)}"
@@ -96,9 +135,15 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
     if config is None and "architectures" in (read_object(folder / "config.json") or {}):
         return _model_folder(folder)
     if config is None:
-        raise ConfigError(f"{folder} is no PEFT adapter: it has no adapter_config.json; {_hint(folder)}")
+        raise ConfigError(
+            f"{folder} is no PEFT adapter: it has no adapter_config.json; {_hint(folder)}"
+        )
+
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated")
+        raise ConfigError(
+            f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be evaluated"
+        )
+
     run = exported.read(folder)
     lora = _lora(folder / "adapter_config.json", config)
     return AdapterFolder(folder, _base_of(folder, config, run), lora, _factors(folder), run)
@@ -110,6 +155,7 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
 
     usual = LoraConfig().to_dict()
     unknown = [key for key in config if key not in usual and config[key]]
+
     for key in [*unknown, *(usual.keys() - _READ)]:
         value = config.get(key, usual.get(key))
         neutral = _INITS if key == "init_lora_weights" else (usual.get(key), None)
@@ -118,26 +164,40 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
                 f"{path}: {key} = {value!r:.80} is not supported here; merge the adapter into its "
                 "base with PEFT, or evaluate it with another tool"
             )
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+
+    if not isinstance(config.get("r"), int) or not isinstance(
+        config.get("lora_alpha"), int | float
+    ):
         raise ConfigError(
             f"{path}: r and lora_alpha must be numbers, found {config.get('r')!r}, {config.get('lora_alpha')!r}"
         )
+
     if not config.get("target_modules") and not config.get("target_parameters"):
         raise ConfigError(f"{path}: target_modules names no module; copy the file again")
-    kept = {key: config[key] for key in _READ & config.keys() & usual.keys() - {"auto_mapping", "peft_type"}}
-    return SavedLora({**kept, "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"})
+
+    kept = {
+        key: config[key]
+        for key in _READ & config.keys() & usual.keys() - {"auto_mapping", "peft_type"}
+    }
+    return SavedLora(
+        {**kept, "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"}
+    )
 
 
 def _model_folder(folder: Path) -> AdapterFolder:
     """A model whose base its run names."""
     run = exported.read(folder)
     base = run.get("model", {}).get("name_or_path")
+
     if not isinstance(base, str):
         raise ConfigError(
             f"{folder} is a whole model, and no run lies around it that names its base; compare it "
             "with another tool, or give RUN/model of a run"
         )
-    tuned = Workbench(ModelConfig(name_or_path=str(folder.resolve()), dtype="float32", device="cpu"), None)
+
+    tuned = Workbench(
+        ModelConfig(name_or_path=str(folder.resolve()), dtype="float32", device="cpu"), None
+    )
     weights = {name: tuned.base.get(name) for name in tuned.layout.names}
     return AdapterFolder(folder, base, None, _finite(weights, folder), run)
 
@@ -148,18 +208,32 @@ def _factors(folder: Path) -> Named:
     from safetensors.torch import load_file
 
     path = folder / "adapter_model.safetensors"
+
     if not path.exists():
-        raise ConfigError(f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True")
+        raise ConfigError(
+            f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
+        )
+
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
-    return _finite({name.removeprefix("base_model.model."): tensor.float() for name, tensor in tensors.items()}, path)
+
+    return _finite(
+        {
+            name.removeprefix("base_model.model."): tensor.float()
+            for name, tensor in tensors.items()
+        },
+        path,
+    )
 
 
 def _finite(tensors: Named, path: Path) -> Named:
     if not is_finite(tensors):
-        raise ConfigError(f"{path}: holds values that are not finite: its training diverged; train it again")
+        raise ConfigError(
+            f"{path}: holds values that are not finite: its training diverged; train it again"
+        )
+
     return tensors
 
 
@@ -169,9 +243,11 @@ def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
     The run's counts where the other folder is gone, and where it is the package's own, whose path
     differs between machines.
     """
-    base, ours = config.get("base_model_name_or_path"), run.get("model", {}).get("name_or_path")
+    base = config.get("base_model_name_or_path")
+    ours = run.get("model", {}).get("name_or_path")
     local = isinstance(base, str) and base.startswith((".", "/", "~"))
     gone = local and not Path(str(base)).expanduser().is_dir()
+
     if ours == EMBEDDED or (isinstance(ours, str) and (not base or gone)):
         return str(ours)
     if not isinstance(base, str) or not base:
@@ -180,4 +256,5 @@ def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
             "id or folder of the base model there ('embedded' for the one that comes with the "
             "package)"
         )
+
     return base

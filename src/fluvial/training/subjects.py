@@ -191,7 +191,11 @@ def plain_subject(name: str) -> str:
     A benchmark's name before it ("mmlu_anatomy") and a split behind it ("law_val") are left out.
     """
     joined = re.sub(r"[\s_-]+", "_", name.strip().lower())
-    return re.sub(r"_(dev|val|valid|test)$", "", re.sub(r"^(mmlu|ceval|cmmlu)_((valid|val|test)_)?", "", joined))
+    return re.sub(
+        r"_(dev|val|valid|test)$",
+        "",
+        re.sub(r"^(mmlu|ceval|cmmlu)_((valid|val|test)_)?", "", joined),
+    )
 
 
 def detect(subjects: Iterable[str], *, chinese: bool) -> Benchmark | None:
@@ -203,10 +207,13 @@ def detect(subjects: Iterable[str], *, chinese: bool) -> Benchmark | None:
     order: tuple[BenchmarkName, ...] = ("mmlu", "ceval", "cmmlu")
     candidates = [BENCHMARKS[key] for key in (order[1:] + order[:1] if chinese else order)]
     best = max(candidates, key=lambda benchmark: len(names & benchmark.subjects))
+
     return best if 2 * len(names & best.subjects) > len(names) else None
 
 
-def grouped(benchmark: Benchmark, marks: Mapping[str, Mapping[str, tuple[int, int]]]) -> dict[str, Any]:
+def grouped(
+    benchmark: Benchmark, marks: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> dict[str, Any]:
     """Return the accuracy of each group and the average, as JSON types.
 
     `marks` holds, for each model, right answers and questions of each subject. "micro" is the mean
@@ -217,16 +224,22 @@ def grouped(benchmark: Benchmark, marks: Mapping[str, Mapping[str, tuple[int, in
     known = [subject for subject in first if plain_subject(subject) in benchmark.subjects]
     groups = {**benchmark.groups, AVERAGE: benchmark.subjects, **benchmark.extra}
     table: dict[str, Any] = {}
+
     for name, members in groups.items():
         inside = [subject for subject in known if plain_subject(subject) in members]
         if not inside:
             continue
+
         table[name] = {
             "subjects": len(inside),
             "of_subjects": len(members),
             "questions": sum(first[subject][1] for subject in inside),
-            **{model: _means([found[subject] for subject in inside]) for model, found in marks.items()},
+            **{
+                model: _means([found[subject] for subject in inside])
+                for model, found in marks.items()
+            },
         }
+
     return {
         "benchmark": benchmark.name,
         "mapping": benchmark.source,

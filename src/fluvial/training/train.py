@@ -1,8 +1,8 @@
 """The one training loop and the one loss.
 
-The loss of a logical batch is the summed token cross-entropy divided by the label tokens of that whole batch, however
-it is cut into micro-batches: averaging each micro-batch over its own tokens gives another gradient (cosine 0.87 to the
-right one was measured in a reproduction of CG-FedLLM).
+The loss of a logical batch is the summed token cross-entropy divided by the label tokens of that
+whole batch, however it is cut into micro-batches: averaging each micro-batch over its own tokens
+gives another gradient (cosine 0.87 to the right one was measured in a reproduction of CG-FedLLM).
 """
 
 import logging
@@ -58,7 +58,8 @@ class TrainConfig(Settings):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def steps(self, num_examples: int) -> int:
-        """Optimizer steps of one round on `num_examples` sequences; the last, smaller batch of an epoch counts."""
+        """Optimizer steps of one round on `num_examples` sequences; the last, smaller batch of an
+        epoch counts."""
         if self.max_steps is not None:
             return self.max_steps
         return max(1, round(self.num_train_epochs * math.ceil(num_examples / self.logical_batch)))
@@ -79,18 +80,25 @@ class TrainReport:
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (batch * (seq - 1), vocabulary), fp32, and labels (batch * (seq - 1),) of the next tokens of `batch`."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    """Logits (batch * (seq - 1), vocabulary), fp32, and labels (batch * (seq - 1),) of the next
+    tokens of `batch`."""
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
     return logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX` (see `predictions`)."""
+    """Cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX` (see
+    `predictions`)."""
     return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Right-padded tensors `input_ids`, `attention_mask`, `labels`, each (batch, longest sequence), int64."""
+def collate(
+    examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Right-padded tensors `input_ids`, `attention_mask`, `labels`, each (batch, longest sequence),
+    int64."""
     longest = max(len(example.input_ids) for example in examples)
     rows = len(examples)
     batch = {
@@ -98,16 +106,21 @@ def collate(examples: Sequence[Example], pad_token_id: int, device: torch.device
         "attention_mask": torch.zeros((rows, longest), dtype=torch.int64),
         "labels": torch.full((rows, longest), IGNORE_INDEX),
     }
+
     for row, example in enumerate(examples):
         length = len(example.input_ids)
         batch["input_ids"][row, :length] = torch.tensor(example.input_ids)
         batch["attention_mask"][row, :length] = 1
         batch["labels"][row, :length] = torch.tensor(example.labels)
+
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def shuffled_batches(examples: Sequence[Example], size: int, generator: torch.Generator) -> Iterator[list[Example]]:
-    """Batches of `size` without end: each epoch is a fresh permutation, its last batch may be smaller."""
+def shuffled_batches(
+    examples: Sequence[Example], size: int, generator: torch.Generator
+) -> Iterator[list[Example]]:
+    """Batches of `size` without end: each epoch is a fresh permutation, its last batch may be
+    smaller."""
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order), size):
@@ -115,14 +128,18 @@ def shuffled_batches(examples: Sequence[Example], size: int, generator: torch.Ge
 
 
 def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `steps`: warm-up, then decay towards 0."""
+    """Share of the peak learning rate at `step` (0-based) of `steps`: warm-up, then decay towards
+    0."""
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
     if config.lr_scheduler_type == "constant":
         return 1.0
+
     done = (step - warmup) / max(1, steps - warmup)
-    return 1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return (
+        1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    )
 
 
 def train(
@@ -137,12 +154,17 @@ def train(
 ) -> TrainReport:
     """Tune the parameters of `model` that require gradients, in place, with a fresh optimizer.
 
-    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a step is smaller
-    than what half precision resolves (Micikevicius et al., ICLR 2018, https://arxiv.org/abs/1710.03740); the masters
-    begin at `start`, by the names of `models.tuned_parameters`, or else at the parameters. Raises `DivergenceError`
-    when a loss or a gradient norm is not finite; the step is then not taken.
+    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a
+    step is smaller than what half precision resolves (Micikevicius et al., ICLR 2018,
+    https://arxiv.org/abs/1710.03740); the masters begin at `start`, by the names of
+    `models.tuned_parameters`, or else at the parameters. Raises `DivergenceError` when a loss or a
+    gradient norm is not finite; the step is then not taken.
     """
-    trained = {name: parameter for name, parameter in tuned_parameters(model).items() if parameter.requires_grad}
+    trained = {
+        name: parameter
+        for name, parameter in tuned_parameters(model).items()
+        if parameter.requires_grad
+    }
     parameters = list(trained.values())
     assert parameters, "nothing to train"
     assert examples, "no examples"
@@ -152,26 +174,37 @@ def train(
     optimizer = _optimizer(list(masters.values()), config)
     batches = shuffled_batches(examples, config.logical_batch, generator)
     dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
-    losses, norms, label_tokens = 0.0, 0.0, 0
+    losses = 0.0
+    norms = 0.0
+    label_tokens = 0
     switch_dropout(model, active=True)
+
     for step in range(steps):
         batch = next(batches)
         tokens = sum(example.label_tokens for example in batch)
         assert tokens > 0, "a batch without label tokens"
-        loss = _backward(model, batch, tokens, config, pad_token_id, device, derive(dropout_seed, step))
+        loss = _backward(
+            model, batch, tokens, config, pad_token_id, device, derive(dropout_seed, step)
+        )
         threshold = config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, threshold))
+
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise DivergenceError(
                 f"step {step + 1} of {steps}: the loss or the gradient norm is not finite; "
                 f"lower train.learning_rate (now {config.learning_rate}) or switch train.bf16 off"
             )
+
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_share(step, steps, config)
         _step(optimizer, trained, masters)
         if (step + 1) % 50 == 0:
             logger.info("step %d of %d, loss %.4f", step + 1, steps, loss)
-        losses, norms, label_tokens = losses + loss * tokens, norms + norm, label_tokens + tokens
+
+        losses = losses + loss * tokens
+        norms = norms + norm
+        label_tokens = label_tokens + tokens
+
     switch_dropout(model, active=False)
     weights = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
     return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, weights)
@@ -182,18 +215,30 @@ def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Par
     return {
         name: parameter
         if parameter.dtype == torch.float32
-        else nn.Parameter(start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True))
+        else nn.Parameter(
+            start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
+        )
         for name, parameter in trained.items()
     }
 
 
 @torch.no_grad()
-def _step(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], masters: dict[str, nn.Parameter]) -> None:
-    """One step on the masters with the parameters' gradients, which are dropped; parameters follow their masters."""
-    copies = [(parameter, masters[name]) for name, parameter in trained.items() if masters[name] is not parameter]
+def _step(
+    optimizer: torch.optim.Optimizer,
+    trained: dict[str, nn.Parameter],
+    masters: dict[str, nn.Parameter],
+) -> None:
+    """One step on the masters with the parameters' gradients, which are dropped; parameters follow
+    their masters."""
+    copies = [
+        (parameter, masters[name])
+        for name, parameter in trained.items()
+        if masters[name] is not parameter
+    ]
     for parameter, master in copies:
         master.grad = None if parameter.grad is None else parameter.grad.float()
         parameter.grad = None
+
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     for parameter, master in copies:
@@ -212,23 +257,32 @@ def _backward(
     """Accumulate the gradient of one logical batch; returns its loss per label token, nats."""
     total = 0.0
     size = config.per_device_train_batch_size
+
     for number, start in enumerate(range(0, len(batch), size)):
         reseed_dropout(model, derive(dropout_seed, number))
         autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
         with autocast:
-            loss = summed_loss(*predictions(model, collate(batch[start : start + size], pad_token_id, device)))
+            loss = summed_loss(
+                *predictions(model, collate(batch[start : start + size], pad_token_id, device))
+            )
+
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
+
     return total / tokens
 
 
 AT_ONCE = 2**24
-"""AdamW steps all tensors at once below so many values; from there on its 4 further bytes for each count."""
+"""AdamW steps all tensors at once below so many values; from there on its 4 further bytes for each
+count."""
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optim == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
     return torch.optim.AdamW(
         parameters,
         # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.

@@ -1,12 +1,8 @@
 """The frame around every coded update, and how one is read without trusting it.
 
-offset  bytes  what
-0       1      format version
-1       1      codec code
-2       2      round, modulo 2^16 (little endian, as everything)
-4       4      fingerprint of what both ends must agree on: the layout, or the published part of a learned codec
-8       n      body, the codec's own
-8 + n   4      CRC-32 of all before
+offset bytes what 0 1 format version 1 1 codec code 2 2 round, modulo 2^16 (little endian, as
+everything) 4 4 fingerprint of what both ends must agree on: the layout, or the published part of a
+learned codec 8 n body, the codec's own 8 + n 4 CRC-32 of all before
 """
 
 import struct
@@ -32,9 +28,13 @@ def seal(code: int, fingerprint: int, body: bytes, *, round: int = 0) -> bytes:
 
 
 def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None) -> "Reader":
-    """A reader of the body; raises `WireError` if the frame is damaged, or of another codec, layout or round."""
+    """A reader of the body; raises `WireError` if the frame is damaged, or of another codec, layout
+    or round."""
     if len(wire) < OVERHEAD:
-        raise WireError(f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header")
+        raise WireError(
+            f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header"
+        )
+
     version, found, sent, layout = _HEAD.unpack_from(wire)
     if zlib.crc32(wire[:-4]) != struct.unpack("<I", wire[-4:])[0]:
         raise WireError("frame: checksum does not match; it was damaged on the way")
@@ -42,15 +42,23 @@ def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None
         raise WireError(
             f"frame: format version {version}, this build reads {VERSION}; use the same fluvial on both ends"
         )
+
     if found != code:
-        raise WireError(f"frame: codec code {found}, expected {code}; both ends need the same codec settings")
+        raise WireError(
+            f"frame: codec code {found}, expected {code}; both ends need the same codec settings"
+        )
+
     if layout != fingerprint:
         raise WireError(
             "frame: made for other tensor names or shapes, or with another published transform; both ends need the "
             "same model, lora settings and codec"
         )
+
     if round is not None and sent != round % _ROUNDS:
-        raise WireError(f"frame: of round {sent}, expected round {round % _ROUNDS}; an old message was sent again")
+        raise WireError(
+            f"frame: of round {sent}, expected round {round % _ROUNDS}; an old message was sent again"
+        )
+
     return Reader(wire[_HEAD.size : -4])
 
 
@@ -58,7 +66,8 @@ class Reader:
     """Reads a body from front to back; every read is checked against what is left."""
 
     def __init__(self, body: bytes) -> None:
-        self._body, self._position = body, 0
+        self._body = body
+        self._position = 0
 
     @property
     def left(self) -> int:

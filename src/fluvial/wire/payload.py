@@ -1,9 +1,11 @@
-"""What crosses the wire, lies on a site's disk and stands in a checkpoint: named tensors and plain values.
+"""What crosses the wire, lies on a site's disk and stands in a checkpoint: named tensors and plain
+values.
 
-The bytes are a safetensors file; the plain values are JSON in its metadata. A payload of one codec frame and nothing
-else, which is what sites send round after round, is packed tighter: 8 bytes, the values as JSON, the frame. Reading
-trusts nothing: sizes, counts, names, types, shapes and offsets are checked against `Limits` before anything of their
-size is allocated, and no part of the format can run code.
+The bytes are a safetensors file; the plain values are JSON in its metadata. A payload of one codec
+frame and nothing else, which is what sites send round after round, is packed tighter: 8 bytes, the
+values as JSON, the frame. Reading trusts nothing: sizes, counts, names, types, shapes and offsets
+are checked against `Limits` before anything of their size is allocated, and no part of the format
+can run code.
 """
 
 import json
@@ -74,9 +76,11 @@ class Payload:
         fault = _fault(self.values)
         assert fault is None, f"values{fault}"
         text = json.dumps(self.values, allow_nan=False, sort_keys=True, separators=(",", ":"))
+
         if self.tensors.keys() == {FRAME} and len(text) < _TAG and _is_frame(self.tensors[FRAME]):
             body = text.encode() if self.values else b""
             return _MAGIC + (_TAG | len(body)).to_bytes(4, "little") + body + payload_frame(self)
+
         metadata = {_KEY: text} if self.values else None
         return safetensors.torch.save(_apart(self.tensors), metadata=metadata)
 
@@ -86,6 +90,7 @@ class Payload:
         limits = limits or Limits()
         if data[:4] == _MAGIC and len(data) >= 8 and data[7] & 0x80:
             return _unpack(data, limits)
+
         values = _validate(data, limits)
         try:
             return cls(safetensors.torch.load(data), values)
@@ -93,10 +98,14 @@ class Payload:
             raise WireError(f"payload: {error!s:.200}") from None
 
     def value(self, name: str, kind: type) -> Any:
-        """A plain value that must be there and of type `kind`; raises `WireError` (a bool is not an int)."""
+        """A plain value that must be there and of type `kind`; raises `WireError` (a bool is not an
+        int)."""
         found = self.values.get(name)
         if type(found) is not kind:
-            raise WireError(f"message value {name!r}: expected {kind.__name__}, found {type(found).__name__}")
+            raise WireError(
+                f"message value {name!r}: expected {kind.__name__}, found {type(found).__name__}"
+            )
+
         return found
 
     def whole(self, name: str, low: int, high: int) -> int:
@@ -105,6 +114,7 @@ class Payload:
         if not low <= found <= high:
             shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
             raise WireError(f"message value {name!r}: {shown} is not from {low} to {high}")
+
         return found
 
     def number(self, name: str, low: float, high: float) -> float:
@@ -122,32 +132,38 @@ class Payload:
 
 
 def _apart(tensors: Named) -> Named:
-    """Return `tensors` on the CPU and contiguous; those that share memory with one before, as copies.
+    """Return `tensors` on the CPU and contiguous; those that share memory with one before, as
+    copies.
 
     safetensors refuses shared memory, such as one tensor under two names.
     """
     found: Named = {}
     seen = set()
+
     for name, tensor in tensors.items():
         here = tensor.detach().cpu().contiguous()
         memory = here.untyped_storage().data_ptr()
         found[name] = here.clone() if memory in seen else here
         seen.add(memory)
+
     return found
 
 
 def read_values(path: Path) -> dict[str, Value]:
-    """The plain values of a payload in a file of this installation, without its tensors; raises `WireError`."""
+    """The plain values of a payload in a file of this installation, without its tensors; raises
+    `WireError`."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > OWN_FILES.max_header_bytes:
             raise WireError(f"{path}: is no payload with named tensors")
         header = _json(file.read(size), str(path))
+
     return _plain_values(header.get("__metadata__", {}).get(_KEY, "{}"))
 
 
 def frame_payload(frame: bytes, /, **values: Value) -> Payload:
-    """A payload that carries one codec frame, not empty; every byte beyond it is envelope, so names are short."""
+    """A payload that carries one codec frame, not empty; every byte beyond it is envelope, so names
+    are short."""
     return Payload({FRAME: torch.frombuffer(bytearray(frame), dtype=torch.uint8)}, values)
 
 
@@ -155,13 +171,21 @@ def payload_frame(payload: Payload) -> bytes:
     """The codec frame of a `frame_payload`; raises `WireError` if there is none."""
     tensor = payload.tensor(FRAME)
     if not _is_frame(tensor):
-        raise WireError(f"frame: expected one-dimensional uint8, found {tensor.dtype} with shape {tuple(tensor.shape)}")
+        raise WireError(
+            f"frame: expected one-dimensional uint8, found {tensor.dtype} with shape {tuple(tensor.shape)}"
+        )
+
     return tensor.numpy().tobytes()
 
 
 def join(parts: dict[str, Payload]) -> Payload:
-    """One payload of several, as a checkpoint keeps them; names of tensors get the part's name in front."""
-    tensors = {f"{part}/{name}": tensor for part, each in parts.items() for name, tensor in each.tensors.items()}
+    """One payload of several, as a checkpoint keeps them; names of tensors get the part's name in
+    front."""
+    tensors = {
+        f"{part}/{name}": tensor
+        for part, each in parts.items()
+        for name, tensor in each.tensors.items()
+    }
     return Payload(tensors, {part: each.values for part, each in parts.items()})
 
 
@@ -170,8 +194,13 @@ def split(payload: Payload, parts: tuple[str, ...]) -> dict[str, Payload]:
     found = {}
     for part in parts:
         start = f"{part}/"
-        tensors = {name.removeprefix(start): t for name, t in payload.tensors.items() if name.startswith(start)}
+        tensors = {
+            name.removeprefix(start): t
+            for name, t in payload.tensors.items()
+            if name.startswith(start)
+        }
         found[part] = Payload(tensors, payload.value(part, dict))
+
     return found
 
 
@@ -183,8 +212,12 @@ def _unpack(data: bytes, limits: Limits) -> Payload:
     """A packed frame and its values."""
     _check_size(data, limits)
     end = 8 + (int.from_bytes(data[4:8], "little") ^ _TAG)
+
     if end - 8 > limits.max_header_bytes or end >= len(data):
-        raise WireError(f"packed frame: values of {end - 8} bytes exceed the limit or the payload of {len(data)} bytes")
+        raise WireError(
+            f"packed frame: values of {end - 8} bytes exceed the limit or the payload of {len(data)} bytes"
+        )
+
     return frame_payload(data[end:], **_plain_values(data[8:end] or "{}"))
 
 
@@ -205,7 +238,8 @@ def _plain_values(text: bytes | str) -> dict[str, Value]:
 
 
 def _fault(value: object, depth: int = 0) -> str | None:
-    """Why `value` is not a plain value, after the place inside it where that is so; None when it is one."""
+    """Why `value` is not a plain value, after the place inside it where that is so; None when it is
+    one."""
     if depth > _MAX_DEPTH:
         return ": nested too deeply"
     if isinstance(value, dict | list):
@@ -215,39 +249,59 @@ def _fault(value: object, depth: int = 0) -> str | None:
             fault = _fault(item, depth + 1)
             if fault is not None:
                 return f"[{key!r:.40}]{fault}"
+
         return None
+
     if isinstance(value, str):
         return f": {value!r:.40} is not text" if _SURROGATE.search(value) else None
     if isinstance(value, float) and not math.isfinite(value):
         return f": {value}"
+
     return None if value is None or isinstance(value, int | float) else f": {type(value).__name__}"
 
 
 def _validate(data: bytes, limits: Limits) -> dict[str, Value]:
-    """Check everything about `data` that the parser would otherwise take on trust; returns the plain values."""
+    """Check everything about `data` that the parser would otherwise take on trust; returns the
+    plain values."""
     _check_size(data, limits)
     if len(data) < 8:
         raise WireError(f"payload of {len(data)} bytes is shorter than its length field")
+
     header_bytes = int.from_bytes(data[:8], "little")
     if header_bytes > min(limits.max_header_bytes, len(data) - 8):
-        raise WireError(f"header of {header_bytes} bytes exceeds the limit or the payload of {len(data)} bytes")
+        raise WireError(
+            f"header of {header_bytes} bytes exceeds the limit or the payload of {len(data)} bytes"
+        )
+
     header = _json(data[8 : 8 + header_bytes], "header")
     if not isinstance(header, dict):
         raise WireError("header is not a JSON object")
+
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not set(metadata) <= {_KEY} or not isinstance(metadata.get(_KEY, ""), str):
+    if (
+        not isinstance(metadata, dict)
+        or not set(metadata) <= {_KEY}
+        or not isinstance(metadata.get(_KEY, ""), str)
+    ):
         raise WireError(f"metadata must be an object with at most the text {_KEY!r}")
+
     values = _plain_values(metadata.get(_KEY, "{}"))
     if len(header) > limits.max_tensors:
         raise WireError(f"{len(header)} tensors exceed the limit of {limits.max_tensors}")
+
     spans = sorted(_span(name, entry, limits) for name, entry in header.items())
     position = 0
     for begin, end in spans:
         if begin != position:
-            raise WireError(f"tensor data leaves a gap or overlaps at byte {begin}, expected {position}")
+            raise WireError(
+                f"tensor data leaves a gap or overlaps at byte {begin}, expected {position}"
+            )
+
         position = end
+
     if position != len(data) - 8 - header_bytes:
         raise WireError(f"tensors take {position} bytes, {len(data) - 8 - header_bytes} are there")
+
     return values
 
 
@@ -258,22 +312,32 @@ def _span(name: str, entry: object, limits: Limits) -> tuple[int, int]:
         raise WireError(f"{shown}: names have 1 to {limits.max_name} printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise WireError(f"{shown}: expected dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
+
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise WireError(f"{shown}: unknown type {dtype!r:.40}")
     if not _whole_numbers(shape) or len(shape) > limits.max_dims:
         raise WireError(f"{shown}: shape must be at most {limits.max_dims} whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2:
         raise WireError(f"{shown}: data_offsets must be two whole numbers")
+
     size = math.prod(shape) * _DTYPES[dtype].itemsize
-    strides = math.prod(max(side, 1) for side in shape)  # what an empty tensor with huge sides would overflow
+    strides = math.prod(
+        max(side, 1) for side in shape
+    )  # what an empty tensor with huge sides would overflow
     if strides > limits.max_bytes or size != offsets[1] - offsets[0]:
         raise WireError(f"{shown}: {dtype} {shape!r:.80} does not fill bytes {offsets!r:.60}")
+
     return offsets[0], offsets[1]
 
 
 def _whole_numbers(found: object) -> bool:
-    return isinstance(found, list) and all(type(item) is int and 0 <= item < 2**63 for item in found)
+    return isinstance(found, list) and all(
+        type(item) is int and 0 <= item < 2**63 for item in found
+    )
 
 
 def _json(text: bytes | str, what: str) -> Any:

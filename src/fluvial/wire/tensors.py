@@ -28,7 +28,9 @@ def subtract(left: Named, right: Named) -> Named:
 
 def moved(state: Named, update: Named) -> Named:
     """`state` + `update`, where the update may have only some of the names."""
-    return {name: tensor + update[name] if name in update else tensor for name, tensor in state.items()}
+    return {
+        name: tensor + update[name] if name in update else tensor for name, tensor in state.items()
+    }
 
 
 def scale(tensors: Named, factor: float) -> Named:
@@ -53,7 +55,9 @@ def norm(tensors: Named) -> float:
 
 def inner(left: Named, right: Named) -> float:
     """Inner product over everything, in fp64."""
-    return sum(float((tensor.double() * right[name].double()).sum()) for name, tensor in left.items())
+    return sum(
+        float((tensor.double() * right[name].double()).sum()) for name, tensor in left.items()
+    )
 
 
 def cosine(left: Named, right: Named) -> float:
@@ -91,13 +95,17 @@ def digest(tensors: Named) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
         state.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        state.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        state.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
+
     return state.hexdigest()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes that both ends agree on, so that a frame need not carry them. All values are fp32."""
+    """Names and shapes that both ends agree on, so that a frame need not carry them. All values are
+    fp32."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -136,15 +144,22 @@ class Layout:
         return zlib.crc32(repr(self.shapes).encode())
 
     def flatten(self, tensors: Named) -> Tensor:
-        """One fp32 vector (numel,) in layout order; asserts that names and shapes are those of the layout."""
+        """One fp32 vector (numel,) in layout order; asserts that names and shapes are those of the
+        layout."""
         assert tensors.keys() == self._by_name.keys(), "tensors of another layout"
-        assert all(tensors[name].shape == shape for name, shape in self.shapes), "tensors of another layout"
+        assert all(tensors[name].shape == shape for name, shape in self.shapes), (
+            "tensors of another layout"
+        )
+
         return torch.cat([tensors[name].reshape(-1) for name in self.names]).detach().float()
 
     def unflatten(self, vector: Tensor) -> Named:
         """Inverse of `flatten`."""
         pieces = vector.split_with_sizes(self.sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes, pieces, strict=True)}
+        return {
+            name: piece.view(shape)
+            for (name, shape), piece in zip(self.shapes, pieces, strict=True)
+        }
 
     def check(self, tensors: Named, what: str) -> None:
         """Raise `WireError` unless `tensors` have exactly this layout, in fp32 and finite."""
@@ -152,23 +167,28 @@ class Layout:
         if found != self:
             difference = sorted(set(found.shapes) ^ set(self.shapes))[:2]
             raise WireError(f"{what}: tensors of another layout, first differences {difference}")
+
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float32:
                 raise WireError(f"{what}: {name!r} is {tensor.dtype}, expected torch.float32")
+
         if not is_finite(tensors):
             raise WireError(f"{what}: NaN or Inf among the values")
 
 
 class WeightedMean:
-    """Weighted mean of named tensors, folded as they arrive; the result does not depend on the order.
+    """Weighted mean of named tensors, folded as they arrive; the result does not depend on the
+    order.
 
-    Floating-point sums depend on their order, so every product weight * value is first cut, in fp64, into a multiple
-    of 2^-12 and a rest that is a multiple of 2^-64; sums of such parts are exact (for 8192 updates at the limit, more
-    below it). Memory is two fp64 copies of one update, whatever the number of sites. With one site the mean is its
-    update, bit for bit (values over 5e-13).
+    Floating-point sums depend on their order, so every product weight * value is first cut, in
+    fp64, into a multiple of 2^-12 and a rest that is a multiple of 2^-64; sums of such parts are
+    exact (for 8192 updates at the limit, more below it). Memory is two fp64 copies of one update,
+    whatever the number of sites. With one site the mean is its update, bit for bit (values over
+    5e-13).
     """
 
-    _COARSE, _FINE = 2.0**-12, 2.0**-64
+    _COARSE = 2.0**-12
+    _FINE = 2.0**-64
     _LIMIT = 2.0**28
     _PIECE = 2**20
     """Values that are folded at a time, so that what is computed for each takes no memory for
@@ -176,46 +196,66 @@ class WeightedMean:
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
-        self._high, self._low = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        self._high, self._low = (
+            torch.zeros(0, dtype=torch.float64),
+            torch.zeros(0, dtype=torch.float64),
+        )
         self.weight = 0
         self.count = 0
 
     @classmethod
     def check(cls, tensors: Named, weight: int) -> None:
-        """Raise `WireError` if a value is too large, or not a number, to be folded with `weight`."""
+        """Raise `WireError` if a value is too large, or not a number, to be folded with
+        `weight`."""
         for name, tensor in tensors.items():
-            if not all(cls._fits(piece, weight) for piece in torch.split(tensor.reshape(-1), cls._PIECE)):
-                raise WireError(f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}")
+            if not all(
+                cls._fits(piece, weight) for piece in torch.split(tensor.reshape(-1), cls._PIECE)
+            ):
+                raise WireError(
+                    f"update of {name!r}: a value is NaN, Inf or beyond {cls._LIMIT / weight:.3g}"
+                )
 
     @classmethod
     def _fits(cls, values: Tensor, weight: int) -> bool:
         return bool((values.double().abs() * weight < cls._LIMIT).all())
 
     def add(self, tensors: Named, weight: int) -> None:
-        """Fold one update in. `weight` is a positive whole number, such as a site's sample count."""
+        """Fold one update in. `weight` is a positive whole number, such as a site's sample
+        count."""
         assert weight > 0, "weights are positive"
         if self._layout is None:
             self._layout = Layout.of(tensors)
             self._high = torch.zeros(self._layout.numel, dtype=torch.float64)
             self._low = torch.zeros_like(self._high)
+
         values = torch.split(self._layout.flatten(tensors), self._PIECE)
-        sums = zip(torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True)
+        sums = zip(
+            torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True
+        )
         for piece, (high_sum, low_sum) in zip(values, sums, strict=True):
             product = piece.double() * weight
             assert bool((product.abs() < self._LIMIT).all()), "not checked before"
             high = self._round(product, self._COARSE)
             low = low_sum + self._round(product - high, self._FINE)
-            carry = self._round(low, self._COARSE)  # keeps `low` small; exact, so the order still does not matter
+            carry = self._round(
+                low, self._COARSE
+            )  # keeps `low` small; exact, so the order still does not matter
             high_sum.add_(high).add_(carry)
             low_sum.copy_(low - carry)
+
         self.weight += weight
         self.count += 1
 
     def mean(self) -> Named:
         """The mean in fp32; at least one update must have been added."""
         assert self._layout is not None, "mean of nothing"
-        sums = zip(torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True)
-        return self._layout.unflatten(torch.cat([((high + low) / self.weight).float() for high, low in sums]))
+        sums = zip(
+            torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True
+        )
+
+        return self._layout.unflatten(
+            torch.cat([((high + low) / self.weight).float() for high, low in sums])
+        )
 
     @staticmethod
     def _round(values: Tensor, quantum: float) -> Tensor:

@@ -1,9 +1,11 @@
-"""Second moments of updates: what the transform of `klt` is fitted to, as sums that can be added up.
+"""Second moments of updates: what the transform of `klt` is fitted to, as sums that can be added
+up.
 
-Ours. A site that must not send an update can send these instead (`method.tgap.source = "sites-covariance"`). Every
-update is scaled to unit norm first, as `klt_model.learn` does. The server needs no more than their sum over sites. The
-moments of one site alone still say which directions its few updates span, so what hides a site is secure aggregation,
-which these sums allow and which is not done here. They grow with the square of the layers' width.
+Ours. A site that must not send an update can send these instead (`method.tgap.source =
+"sites-covariance"`). Every update is scaled to unit norm first, as `klt_model.learn` does. The
+server needs no more than their sum over sites. The moments of one site alone still say which
+directions its few updates span, so what hides a site is secure aggregation, which these sums allow
+and which is not done here. They grow with the square of the layers' width.
 """
 
 import math
@@ -39,7 +41,12 @@ class Shapes:
         """Raises `ConfigError` for what is no LoRA factor."""
         parts = parts_of(layout)
         features = {part.basis: part.features for part in parts}
-        return cls(tuple(features.values()), tuple(part.rank for part in parts), 1 + max(part.group for part in parts))
+
+        return cls(
+            tuple(features.values()),
+            tuple(part.rank for part in parts),
+            1 + max(part.group for part in parts),
+        )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -49,7 +56,8 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over updates. Of symmetric matrices only the upper triangles, row by row, one after another."""
+    """Sums over updates. Of symmetric matrices only the upper triangles, row by row, one after
+    another."""
 
     grams: Tensor
     """fp32: X'X (features, features) of every basis, X being all that shares it."""
@@ -63,22 +71,37 @@ class Moments:
     @classmethod
     def of(cls, layout: Layout, update: Named) -> "Moments":
         """Of one update; raises `ConfigError` for what is no LoRA factor."""
-        parts, shapes = parts_of(layout), Shapes.of(layout)
+        parts = parts_of(layout)
+        shapes = Shapes.of(layout)
         size = max(float(layout.flatten(update).double().norm()), 1e-30)
-        grams = [torch.zeros(features, features, dtype=torch.float64) for features in shapes.features]
-        rows, energy = [], [0.0] * shapes.groups
+        grams = [
+            torch.zeros(features, features, dtype=torch.float64) for features in shapes.features
+        ]
+        rows = []
+        energy = [0.0] * shapes.groups
+
         for part in parts:
             x = update[part.name].double()
             energy[part.group] += float(x.square().sum())
             x = (x.mT if part.transposed else x) / size
             grams[part.basis] += x.mT @ x
             rows.append(_upper(x @ x.mT))
-        return cls(torch.cat([_upper(gram) for gram in grams]).float(), torch.cat(rows).float(), tuple(energy), 1)
+
+        return cls(
+            torch.cat([_upper(gram) for gram in grams]).float(),
+            torch.cat(rows).float(),
+            tuple(energy),
+            1,
+        )
 
     def __add__(self, other: "Moments") -> "Moments":
         """Of both; of the same layout."""
-        energy = tuple(mine + theirs for mine, theirs in zip(self.energy, other.energy, strict=True))
-        return Moments(self.grams + other.grams, self.rows + other.rows, energy, self.count + other.count)
+        energy = tuple(
+            mine + theirs for mine, theirs in zip(self.energy, other.energy, strict=True)
+        )
+        return Moments(
+            self.grams + other.grams, self.rows + other.rows, energy, self.count + other.count
+        )
 
     def payload(self) -> Payload:
         """On the wire and on a site's disk."""
@@ -86,14 +109,26 @@ class Moments:
 
     @classmethod
     def read(cls, layout: Layout, payload: Payload, *, most: int) -> "Moments":
-        """Inverse of `payload`, for at most `most` updates; raises `WireError` for what cannot be moments."""
-        shapes, count, energy = Shapes.of(layout), payload.value("count", int), payload.value("energy", list)
+        """Inverse of `payload`, for at most `most` updates; raises `WireError` for what cannot be
+        moments."""
+        shapes = Shapes.of(layout)
+        count = payload.value("count", int)
+        energy = payload.value("energy", list)
+
         if not 1 <= count <= most:
             raise WireError(f"moments: of {count} updates, expected 1 to {most}")
-        if len(energy) != shapes.groups or not all(isinstance(each, float) and 0 <= each < math.inf for each in energy):
-            raise WireError(f"moments: expected {shapes.groups} energies from 0 on, found {energy!s:.80}")
+        if len(energy) != shapes.groups or not all(
+            isinstance(each, float) and 0 <= each < math.inf for each in energy
+        ):
+            raise WireError(
+                f"moments: expected {shapes.groups} energies from 0 on, found {energy!s:.80}"
+            )
+
         if set(payload.tensors) != set(shapes.sizes):
-            raise WireError(f"moments: expected tensors {sorted(shapes.sizes)}, found {sorted(payload.tensors)[:5]}")
+            raise WireError(
+                f"moments: expected tensors {sorted(shapes.sizes)}, found {sorted(payload.tensors)[:5]}"
+            )
+
         for name, sides in (("grams", shapes.features), ("rows", shapes.ranks)):
             _check(payload.tensors[name], sides, name, count)
         return cls(payload.tensors["grams"], payload.tensors["rows"], tuple(energy), count)
@@ -106,7 +141,10 @@ class Moments:
         shapes = Shapes.of(layout)
         rows = list(_squares(self.rows, shapes.ranks))
         energy = torch.tensor(self.energy, dtype=torch.float64)
-        return learn_moments(layout, share, _squares(self.grams, shapes.features), rows, energy, self.count)
+
+        return learn_moments(
+            layout, share, _squares(self.grams, shapes.features), rows, energy, self.count
+        )
 
 
 class MomentsSum:
@@ -138,20 +176,24 @@ class MomentCodec(LearnedCodec):
 
 
 def num_bytes(layout: Layout) -> int:
-    """What the moments of a site take on the wire, about; raises `ConfigError` for what is no LoRA factor."""
+    """What the moments of a site take on the wire, about; raises `ConfigError` for what is no LoRA
+    factor."""
     return 4 * sum(Shapes.of(layout).sizes.values())
 
 
 def _check(found: Tensor, sides: Sequence[int], name: str, count: int) -> None:
-    """Raise `WireError` unless these can be sums of X'X over `count` updates X of norm 1, all factors together."""
+    """Raise `WireError` unless these can be sums of X'X over `count` updates X of norm 1, all
+    factors together."""
     length = sum(map(_half, sides))
     if found.dtype != torch.float32 or found.shape != (length,):
         raise WireError(
             f"moments: {name}: expected torch.float32 ({length},), found {found.dtype} {tuple(found.shape)}; both ends "
             "need the same model and lora settings"
         )
+
     if not bool(torch.isfinite(found).all()):
         raise WireError(f"moments: {name}: NaN or Inf among the values")
+
     diagonals = torch.cat([each.diagonal() for each in _squares(found, sides)])
     if float(diagonals.min()) < 0 or float(diagonals.double().sum()) > count * (1 + _SLACK):
         raise WireError(f"moments: {name}: no sums of squares of {count} updates of norm 1")
@@ -171,7 +213,9 @@ def _upper(square: Tensor) -> Tensor:
 
 def _squares(triangles: Tensor, sides: Sequence[int]) -> Iterator[Tensor]:
     """The symmetric matrices of upper triangles, one after another."""
-    for side, triangle in zip(sides, torch.split(triangles, [_half(side) for side in sides]), strict=True):
+    for side, triangle in zip(
+        sides, torch.split(triangles, [_half(side) for side in sides]), strict=True
+    ):
         row, column = torch.triu_indices(side, side)
         square = triangles.new_empty(side, side)
         square[row, column] = triangle

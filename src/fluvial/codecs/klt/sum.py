@@ -1,9 +1,11 @@
-"""The transform of `klt` under secure aggregation: frames are added modulo 2^b without being decoded.
+"""The transform of `klt` under secure aggregation: frames are added modulo 2^b without being
+decoded.
 
-Ours. Only the coefficients with the largest published variance are sent, as many as the rate allows, each in steps
-proportional to its published standard deviation, clipped, and rounded at random so that its mean is exact. All of that
-is public and the same for every site, so that the sum of the integers is the integer of the sum. There is no entropy
-coding: it would depend on what the site alone knows, and a masked integer has no entropy to save.
+Ours. Only the coefficients with the largest published variance are sent, as many as the rate
+allows, each in steps proportional to its published standard deviation, clipped, and rounded at
+random so that its mean is exact. All of that is public and the same for every site, so that the sum
+of the integers is the integer of the sum. There is no entropy coding: it would depend on what the
+site alone knows, and a masked integer has no entropy to save.
 
     body      bytes           what
     epoch     1               of the transform, as in `klt`
@@ -44,7 +46,8 @@ class KltSumSettings(RateSettings):
     rate: float = Field(64, ge=2, le=4096)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
     basis_share: float = Field(0.25, ge=1e-6, le=1)
-    """Feature directions that are published, as a share of the features; the others need no bytes."""
+    """Feature directions that are published, as a share of the features; the others need no
+    bytes."""
     max_sites: int = Field(64, ge=1, le=65536)
     """Frames that can be added before the integers overflow."""
     levels: int = Field(7, ge=1, le=1023)
@@ -62,10 +65,13 @@ class KltSum(LearnedCodec):
     code = 21
     settings: KltSumSettings
 
-    def __init__(self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0) -> None:
+    def __init__(
+        self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0
+    ) -> None:
         assert isinstance(settings, KltSumSettings)
         super().__init__(settings, layout)
-        self.model, self.epoch = model, epoch
+        self.model = model
+        self.epoch = epoch
         parts = parts_of(layout)
         self.kept = _kept(settings, layout)
         self.transform = Transform(parts, settings.basis_share, model)
@@ -85,11 +91,22 @@ class KltSum(LearnedCodec):
         return self._fingerprint
 
     @classmethod
-    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:  # noqa: ARG003 - nothing is drawn
-        """Principal directions and variances of `updates`; later updates should be about as large."""
+    def fit(
+        cls,
+        settings: CodecSettings,
+        layout: Layout,
+        updates: Sequence[Named],
+        *,
+        seed: int,  # noqa: ARG003
+    ) -> Self:
+        """Principal directions and variances of `updates`; later updates should be about as
+        large."""
         assert isinstance(settings, KltSumSettings)
         if not updates:
-            raise ConfigError("codec: klt_sum has no updates to learn from; TGAP must collect at least one")
+            raise ConfigError(
+                "codec: klt_sum has no updates to learn from; TGAP must collect at least one"
+            )
+
         cls.frame_size(settings, layout)
         return cls(settings, layout, learn(layout, settings.basis_share, updates))
 
@@ -107,23 +124,30 @@ class KltSum(LearnedCodec):
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if something is missing, left over, or of another type, length or range."""
+        """Rebuild; raises `WireError` if something is missing, left over, or of another type,
+        length or range."""
         assert isinstance(settings, KltSumSettings)
         epoch = payload.value("epoch", int)
+
         if not 0 <= epoch < 256:
             raise WireError(f"klt_sum: epoch {epoch} is not within 0 and 255")
-        return cls(settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch)
+
+        return cls(
+            settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
+        )
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """The epoch and the integers of one site."""
         return self._pack(self.quantise(vector, seed))
 
     def quantise(self, vector: Tensor, seed: int) -> Integers:
-        """Integers (kept,) within -levels and levels, whose mean over seeds is the clipped coefficient in steps."""
+        """Integers (kept,) within -levels and levels, whose mean over seeds is the clipped
+        coefficient in steps."""
         latent = self.transform.forward(vector, rest=self._rest).numpy()[self._where]
         values = np.clip(latent / self._steps, -self.settings.levels, self.settings.levels)
         words = np.random.PCG64(seed % (1 << 64)).random_raw(self.kept) >> np.uint64(11)
         integers: Integers = np.floor(values + words * 2.0**-53).astype(np.int64)
+
         return np.minimum(integers, self.settings.levels)
 
     def synthesise(self, integers: Integers) -> Tensor:
@@ -137,7 +161,8 @@ class KltSum(LearnedCodec):
         return self.synthesise(self._signed(self._unpack(reader), 1))
 
     def sum_frames(self, frames: Sequence[bytes]) -> bytes:
-        """The frame of the sum, of at most `max_sites` frames of one round; masks that cancel in it may be added.
+        """The frame of the sum, of at most `max_sites` frames of one round; masks that cancel in it
+        may be added.
 
         Raises `WireError` if one of them is damaged, or of another round or codec than the first.
         """
@@ -145,12 +170,14 @@ class KltSum(LearnedCodec):
             raise ConfigError(
                 f"codec: {len(frames)} frames to add, codec.max_sites={self.settings.max_sites}; the sum would overflow"
             )
+
         round = struct.unpack_from("<H", frames[0], 2)[0] if len(frames[0]) >= 4 else 0
         total = np.zeros(self.kept, np.int64)
         for frame in frames:
             reader = unseal(frame, self.code, self.fingerprint, round=round)
             total += self._unpack(reader)
             reader.finish()
+
         return self.seal(self._pack(total), round=round)
 
     def decode_sum(self, wire: bytes, count: int, *, round: int | None = None) -> Named:
@@ -158,6 +185,7 @@ class KltSum(LearnedCodec):
         reader = unseal(wire, self.code, self.fingerprint, round=round)
         vector = self.synthesise(self._signed(self._unpack(reader), count))
         reader.finish()
+
         if not bool(torch.isfinite(vector).all()):
             raise WireError("frame: decodes to NaN or Inf")
         return self.layout.unflatten(vector)
@@ -165,27 +193,42 @@ class KltSum(LearnedCodec):
     def _pack(self, integers: Integers) -> bytes:
         """Integers modulo 2^b."""
         bits = (integers[:, None] >> np.arange(self.settings.bits)) & 1
-        return bytes([self.epoch]) + np.packbits(bits.astype(np.uint8).ravel(), bitorder="little").tobytes()
+        return (
+            bytes([self.epoch])
+            + np.packbits(bits.astype(np.uint8).ravel(), bitorder="little").tobytes()
+        )
 
     def _unpack(self, reader: Reader) -> Integers:
         """Inverse of `_pack`, from 0 to 2^b - 1."""
         if reader.number("B") != self.epoch:
             raise WireError(f"klt_sum: of another transform epoch, expected {self.epoch}")
-        bits, count = self.settings.bits, self.kept * self.settings.bits
-        flat = np.unpackbits(reader.array("u1", math.ceil(count / 8)).astype(np.uint8), bitorder="little")
+
+        bits = self.settings.bits
+        count = self.kept * self.settings.bits
+        flat = np.unpackbits(
+            reader.array("u1", math.ceil(count / 8)).astype(np.uint8), bitorder="little"
+        )
+
         if flat[count:].any():
             raise WireError("klt_sum: padding is not zero")
-        integers: Integers = flat[:count].reshape(self.kept, bits).astype(np.int64) @ (1 << np.arange(bits))
+
+        integers: Integers = flat[:count].reshape(self.kept, bits).astype(np.int64) @ (
+            1 << np.arange(bits)
+        )
         return integers
 
     def _signed(self, integers: Integers, count: int) -> Integers:
         half = 1 << (self.settings.bits - 1)
         signed: Integers = (integers + half) % (2 * half) - half
-        if not 1 <= count <= self.settings.max_sites or int(np.abs(signed).max()) > count * self.settings.levels:
+        if (
+            not 1 <= count <= self.settings.max_sites
+            or int(np.abs(signed).max()) > count * self.settings.levels
+        ):
             raise WireError(
                 f"klt_sum: no sum of {count} sites with levels up to {self.settings.levels}; a mask is left, or sites "
                 "are missing"
             )
+
         return signed
 
 

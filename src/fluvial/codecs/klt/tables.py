@@ -1,13 +1,14 @@
 """What the coefficients of `klt` are quantised and coded with: one table for every class of scale.
 
-A class is a quarter octave of sigma / step, where sigma is the expected standard deviation of a coefficient. Codes
-are logarithms in 1/16 octave, so class = code // 4. Classes below `low` have no table: in mode "biased" sending
-nothing costs least there (under error feedback `low` is so low that there are none), in mode "dithered" a few are
-drawn and scaled up to the lowest class. `HIGH` stands for all above. Every table is half Gaussian, half Laplacian;
-those of the lowest `LEARNED` classes that are worth coding are refined by `fit` and published.
+A class is a quarter octave of sigma / step, where sigma is the expected standard deviation of a
+coefficient. Codes are logarithms in 1/16 octave, so class = code // 4. Classes below `low` have no
+table: in mode "biased" sending nothing costs least there (under error feedback `low` is so low that
+there are none), in mode "dithered" a few are drawn and scaled up to the lowest class. `HIGH` stands
+for all above. Every table is half Gaussian, half Laplacian; those of the lowest `LEARNED` classes
+that are worth coding are refined by `fit` and published.
 
-Frequencies are whole numbers and the only thing that the entropy decoder sees. Both ends compute the same ones:
-their CRC-32 is part of a frame's fingerprint.
+Frequencies are whole numbers and the only thing that the entropy decoder sees. Both ends compute
+the same ones: their CRC-32 is part of a frame's fingerprint.
 """
 
 import math
@@ -25,7 +26,8 @@ from fluvial.codecs import entropy
 
 Mode = Literal["biased", "dithered"]
 Kind = Literal["biased", "dithered", "feedback"]
-"""A mode, or "biased" under error feedback: all classes are coded, because what is never sent piles up at the site."""
+"""A mode, or "biased" under error feedback: all classes are coded, because what is never sent piles
+up at the site."""
 Codes = NDArray[np.int32]
 Doubles = NDArray[np.float64]
 
@@ -40,9 +42,11 @@ LEARNED = 14
 KNOWN = 16
 """Levels 0 to 15 of a learned class have learned frequencies; levels beyond are rare."""
 TOTAL = 1 << 22
-_WORTH_OF_ZERO, _WORTH = 0.1, 0.08
-"""Squared steps that one bit is worth, between 0 and 1 and between larger levels; both measured on real updates, flat
-around these. They set the thresholds, which are the encoder's business, and the generic centroids."""
+_WORTH_OF_ZERO = 0.1
+_WORTH = 0.08
+"""Squared steps that one bit is worth, between 0 and 1 and between larger levels; both measured on
+real updates, flat around these. They set the thresholds, which are the encoder's business, and the
+generic centroids."""
 _LOW = {"biased": -5, "dithered": -5, "feedback": -24}
 FAINTEST = -40
 """Of the classes that mode "dithered" distinguishes below the lowest it codes."""
@@ -110,12 +114,17 @@ class Tables:
             first = low("biased") - self.low
             for number in range(LEARNED):
                 self.tables[first + number] = learned.refine(number, self.tables[first + number])
+
         sizes = np.array([len(table.counts) for table in self.tables])
         self.levels = (sizes - 1).astype(np.int32)
-        self.start = np.concatenate([[0], np.cumsum(2 * sizes - 1)[:-1]]).astype(np.int32) + self.levels
+        self.start = (
+            np.concatenate([[0], np.cumsum(2 * sizes - 1)[:-1]]).astype(np.int32) + self.levels
+        )
         """Index of level 0 of every class in the flat arrays below."""
         self.bits = np.concatenate([_both(table.bits) for table in self.tables]).astype(np.float32)
-        self.values = np.concatenate([_odd(table.centroids) for table in self.tables]).astype(np.float32)
+        self.values = np.concatenate([_odd(table.centroids) for table in self.tables]).astype(
+            np.float32
+        )
         self.noise = np.concatenate([_both(table.noise) for table in self.tables])
         self.zero_below = np.array([table.zero_below for table in self.tables], np.float32)
         self.offset = np.array([table.offset for table in self.tables], np.float32)
@@ -123,7 +132,8 @@ class Tables:
         codes = np.arange(-REACH, REACH + 1) // CLASS - self.low
         faint = costs[0] * drawn(codes) if kind == "dithered" else 0
         self.expected_bits = np.where(codes < 0, faint, costs[codes.clip(0, len(costs) - 1)])
-        """Bits that a coefficient takes on average, for every logarithm of sigma / step from -REACH to REACH."""
+        """Bits that a coefficient takes on average, for every logarithm of sigma / step from -REACH
+        to REACH."""
 
     def __len__(self) -> int:
         return len(self.tables)
@@ -139,7 +149,8 @@ class Learned:
     """What is published of the lowest classes."""
 
     counts: NDArray[np.int16]
-    """(LEARNED, KNOWN), frequencies of magnitudes, each nonzero one counted for one sign; at least 1."""
+    """(LEARNED, KNOWN), frequencies of magnitudes, each nonzero one counted for one sign; at least
+    1."""
     centroids: NDArray[np.int8]
     """(LEARNED, KNOWN - 1), of magnitudes from 1, as 256 * (centroid - magnitude)."""
 
@@ -149,15 +160,21 @@ class Learned:
 
         The generic table counts as `weight` coefficients.
         """
-        counts, centroids = np.empty((LEARNED, KNOWN)), np.empty((LEARNED, KNOWN))
+        counts = np.empty((LEARNED, KNOWN))
+        centroids = np.empty((LEARNED, KNOWN))
+
         for number, table in enumerate(generic("biased")[:LEARNED]):
             prior = _mass(table)[:KNOWN] * weight
             both = seen[number] + prior
             centroids[number] = (sums[number] + prior * table.centroids[:KNOWN]) / both.clip(1e-9)
             both[1:] /= 2
             counts[number] = both * (2**15 - 1) / both.max()
+
         shift = centroids[:, 1:] - np.arange(1, KNOWN)
-        return cls(np.rint(counts).clip(1).astype(np.int16), np.rint(256 * shift).clip(-127, 127).astype(np.int8))
+        return cls(
+            np.rint(counts).clip(1).astype(np.int16),
+            np.rint(256 * shift).clip(-127, 127).astype(np.int8),
+        )
 
     def refine(self, number: int, table: Table) -> Table:
         """`table` with the learned frequencies and centroids."""
@@ -167,6 +184,7 @@ class Learned:
         centroids[1:KNOWN] = np.arange(1, KNOWN) + self.centroids[number] / 256
         bits = -np.log2(counts / (2 * counts.sum() - counts[0]))
         zero_below, offset = _thresholds(centroids, bits)
+
         return Table(counts, centroids, table.noise, zero_below, offset)
 
 
@@ -178,25 +196,41 @@ def generic(kind: Kind) -> tuple[Table, ...]:
 
 
 def _quantiser(number: int) -> Table:
-    """Entropy-constrained: thresholds lie where squared error and the worth of bits balance, found by iteration."""
-    sigma, top = _sigma(number), levels(number)
-    zero_below, offset = 0.65, 0.4
-    for _ in range(20 if top < 64 else 3):  # wide classes are uniform within a cell and settle at once
+    """Entropy-constrained: thresholds lie where squared error and the worth of bits balance, found
+    by iteration."""
+    sigma = _sigma(number)
+    top = levels(number)
+    zero_below = 0.65
+    offset = 0.4
+
+    for _ in range(
+        20 if top < 64 else 3
+    ):  # wide classes are uniform within a cell and settle at once
         mass, centroids, _ = _cells(zero_below, offset, sigma, top)
         zero_below, offset = _thresholds(centroids, -np.log2(_halves(mass).clip(1e-12)))
+
     # Rounded, so that machines whose functions differ in the last bit agree.
-    mass, centroids, noise = _cells(round(256 * zero_below) / 256, round(256 * offset) / 256, sigma, top)
+    mass, centroids, noise = _cells(
+        round(256 * zero_below) / 256, round(256 * offset) / 256, sigma, top
+    )
     return Table(_counts(mass), centroids, noise, zero_below, offset)
 
 
-def _cells(zero_below: float, offset: float, sigma: float, top: int) -> tuple[Doubles, Doubles, Doubles]:
+def _cells(
+    zero_below: float, offset: float, sigma: float, top: int
+) -> tuple[Doubles, Doubles, Doubles]:
     """Mass, centroid and variance of each magnitude."""
     edges = torch.cat([torch.tensor([zero_below]), torch.arange(2, top + 1) - offset]).double()
     mass, first, second = _moments(edges, sigma)
     seen = mass > 1e-9
-    centroids = torch.where(seen, first / mass.clamp_min(1e-9), torch.arange(top + 1).double()).clamp(max=top + 0.5)
+    centroids = torch.where(
+        seen, first / mass.clamp_min(1e-9), torch.arange(top + 1).double()
+    ).clamp(max=top + 0.5)
     centroids[0] = 0
-    noise = torch.where(seen, second / mass.clamp_min(1e-9) - centroids**2, torch.full_like(mass, 1 / 12))
+    noise = torch.where(
+        seen, second / mass.clamp_min(1e-9) - centroids**2, torch.full_like(mass, 1 / 12)
+    )
+
     return mass.numpy(), centroids.numpy(), noise.clamp_min(0).numpy()
 
 
@@ -205,25 +239,37 @@ def _thresholds(centroids: Doubles, bits: Doubles) -> tuple[float, float]:
 
     def edge(level: int, worth: float) -> float:
         low, high = centroids[level - 1 : level + 1]
-        return float((high**2 - low**2 + worth * (bits[level] - bits[level - 1])) / (2 * (high - low)))
+        return float(
+            (high**2 - low**2 + worth * (bits[level] - bits[level - 1])) / (2 * (high - low))
+        )
 
     offset = min(max(2 - edge(2, _WORTH), 0.2), 0.5)
     return max(edge(1, _WORTH_OF_ZERO), 1 - offset), offset
 
 
 def drawn(classes: NDArray[np.integer]) -> Doubles:
-    """Share of the coefficients that are sent, of classes given relative to the lowest; scaled up, they are of that."""
+    """Share of the coefficients that are sent, of classes given relative to the lowest; scaled up,
+    they are of that."""
     share: Doubles = np.exp2(np.minimum(classes, 0) * (CLASS / OCTAVE))
     return share
 
 
 def _dithered(number: int) -> Table:
-    """Levels of x + dither; the dither is subtracted again, which leaves an even error of one step."""
-    sigma, top = _sigma(number), levels(number)
+    """Levels of x + dither; the dither is subtracted again, which leaves an even error of one
+    step."""
+    sigma = _sigma(number)
+    top = levels(number)
     ramp = _ramp(torch.arange(-1, top + 2).double(), sigma)
     mass = ramp[2:] - 2 * ramp[1:-1] + ramp[:-2]
     mass[1:] *= 2
-    return Table(_counts(mass.numpy()), np.arange(top + 1, dtype=np.float64), np.full(top + 1, 1 / 12), 0.0, 0.5)
+
+    return Table(
+        _counts(mass.numpy()),
+        np.arange(top + 1, dtype=np.float64),
+        np.full(top + 1, 1 / 12),
+        0.0,
+        0.5,
+    )
 
 
 def _counts(mass: Doubles) -> Codes:
@@ -250,24 +296,30 @@ def _moments(edges: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
     edges = torch.cat([torch.zeros(1).double(), edges])
     width = sigma / 2**0.5
     gauss = torch.exp(-((edges / sigma) ** 2) / 2) * sigma * (2 / math.pi) ** 0.5
-    tail, laplace = torch.erfc(edges / (sigma * 2**0.5)), torch.exp(-edges / width)
+    tail = torch.erfc(edges / (sigma * 2**0.5))
+    laplace = torch.exp(-edges / width)
     beyond = torch.stack(
         [
             tail + laplace,
             gauss + (edges + width) * laplace,
-            sigma**2 * tail + edges * gauss + (edges**2 + 2 * edges * width + 2 * width**2) * laplace,
+            sigma**2 * tail
+            + edges * gauss
+            + (edges**2 + 2 * edges * width + 2 * width**2) * laplace,
         ]
     )
     cells = torch.cat([beyond[:, :-1] - beyond[:, 1:], beyond[:, -1:]], dim=1) / 2
+
     return cells[0], cells[1], cells[2]
 
 
 def _ramp(edges: Tensor, sigma: float) -> Tensor:
     """Mean of max(x - t, 0) for every t of `edges`, of the mixture."""
-    width, t = sigma / 2**0.5, edges.abs()
+    width = sigma / 2**0.5
+    t = edges.abs()
     gauss = sigma / (2 * math.pi) ** 0.5 * torch.exp(-((t / sigma) ** 2) / 2)
     gauss = gauss - t * torch.erfc(t / (sigma * 2**0.5)) / 2
     positive: Tensor = (gauss + width / 2 * torch.exp(-t / width)) / 2
+
     return positive - edges.clamp(max=0)
 
 

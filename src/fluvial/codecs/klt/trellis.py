@@ -1,16 +1,17 @@
 """The transform of `klt`, coded by a trellis, with variances that know error feedback.
 
-Ours. With error feedback a site codes u = update + residual, and what earlier rounds left behind is not spread like an
-update: every direction that was sent keeps about the same residual, every other one grows. So there are profiles of
-variances for a few ages, which is for how many rounds the residual has gathered:
+Ours. With error feedback a site codes u = update + residual, and what earlier rounds left behind is
+not spread like an update: every direction that was sent keeps about the same residual, every other
+one grows. So there are profiles of variances for a few ages, which is for how many rounds the
+residual has gathered:
 
     v_0 = what `fit` saw,   v_(a + 1) = v_0 + v_a * 4^-(bits that v_a gets),
 
-with the bits of reverse water-filling at the nominal rate; each also as v^0.75 and v^0.5, because updates are less
-regular than `fit` believes; and a flat one, for updates unlike those of `fit`. The encoder takes the profile that
-leaves the least error. Bits and their order follow from profile and loudness, in whole numbers. A fixed rotation of
-every class (coefficients of one expected variance) makes it Gaussian, and the paths of `trellis` code all classes in
-one, the loudest first.
+with the bits of reverse water-filling at the nominal rate; each also as v^0.75 and v^0.5, because
+updates are less regular than `fit` believes; and a flat one, for updates unlike those of `fit`. The
+encoder takes the profile that leaves the least error. Bits and their order follow from profile and
+loudness, in whole numbers. A fixed rotation of every class (coefficients of one expected variance)
+makes it Gaussian, and the paths of `trellis` code all classes in one, the loudest first.
 
     body     bytes   what
     profile  1       age and power
@@ -71,10 +72,11 @@ class KltTrellisSettings(RateSettings):
     rate: float = Field(64, ge=16, le=1024)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
     basis_share: float = Field(0.25, ge=1e-6, le=1)
-    """Feature directions that are published, as a share of the features; the others need no bytes."""
+    """Feature directions that are published, as a share of the features; the others need no
+    bytes."""
     memory: Annotated[Literal[6, 8, 10, 12], EXACT] = 10
-    """Bits of the trellis's state. Two more take four times as long to encode, as long to decode, and come nearer to
-    the bound."""
+    """Bits of the trellis's state. Two more take four times as long to encode, as long to decode,
+    and come nearer to the bound."""
 
 
 @dataclass(frozen=True)
@@ -92,51 +94,88 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
     code = 23
     settings: KltTrellisSettings
 
-    def __init__(self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0) -> None:
+    def __init__(
+        self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0
+    ) -> None:
         assert isinstance(settings, KltTrellisSettings)
         super().__init__(settings, layout)
-        self.model, self.epoch = model, epoch
+        self.model = model
+        self.epoch = epoch
         parts = parts_of(layout)
         self.num_groups = 1 + max(part.group for part in parts)
         self.budget = self.frame_size(settings, layout)
         self.transform = Transform(parts, settings.basis_share, model)
         self._bits = 8 * (self.budget - OVERHEAD - _HEAD.size - self.num_groups)
-        cells = np.repeat([part.group for part in parts], layout.sizes) * _CELLS + spreads(parts, model) + _CODES
+        cells = (
+            np.repeat([part.group for part in parts], layout.sizes) * _CELLS
+            + spreads(parts, model)
+            + _CODES
+        )
         order = np.argsort(cells, kind="stable")
-        self._place, self._cells = self.transform.place[order], cells[order]
+        self._place = self.transform.place[order]
+        self._cells = cells[order]
         self._most = min(_MOST, settings.memory)
-        self._counts = np.bincount(cells, minlength=self.num_groups * _CELLS).reshape(self.num_groups, _CELLS)
+        self._counts = np.bincount(cells, minlength=self.num_groups * _CELLS).reshape(
+            self.num_groups, _CELLS
+        )
         self._first = (np.cumsum(self._counts) - self._counts.ravel()).reshape(self._counts.shape)
         self._profiles = self._foresee()
         published = [tensor.numpy().tobytes() for _, tensor in sorted(model.named().items())]
-        marks = struct.pack("<IIBB", layout.fingerprint, zlib.crc32(self._profiles.tobytes()), settings.memory, epoch)
+        marks = struct.pack(
+            "<IIBB",
+            layout.fingerprint,
+            zlib.crc32(self._profiles.tobytes()),
+            settings.memory,
+            epoch,
+        )
         self._fingerprint = zlib.crc32(b"".join([marks, *published]))
 
     def _foresee(self) -> Ints:
-        """Logarithms of standard deviations (profiles, groups, cells), 1/8 octave, of unit mean power in a group."""
+        """Logarithms of standard deviations (profiles, groups, cells), 1/8 octave, of unit mean
+        power in a group."""
         groups = self.model.groups.numpy().astype(np.float64)
-        update = power(np.arange(-_CODES, _CODES + 1)) * power((groups - groups.max()).clip(-_CODES))[:, None]
-        variance, found = update, []
+        update = (
+            power(np.arange(-_CODES, _CODES + 1))
+            * power((groups - groups.max()).clip(-_CODES))[:, None]
+        )
+        variance = update
+        found = []
+
         for age in range(max(_AGES) + 1):
             for exponent in _POWERS if age in _AGES else ():
                 flattened = variance**exponent
                 mean = (flattened * self._counts).sum(1) / self._counts.sum(1)
                 found.append(np.rint(_OCTAVE / 2 * np.log2(flattened / mean[:, None])))
-            bits = np.maximum(np.log2(variance / _water_level(variance, self._counts, self._bits)) / 2, 0)
+
+            bits = np.maximum(
+                np.log2(variance / _water_level(variance, self._counts, self._bits)) / 2, 0
+            )
             variance = update + variance * 4.0 ** -_worth(bits)
+
         return np.stack([*found, np.zeros_like(update)]).astype(np.int64)
 
     @property
     def fingerprint(self) -> int:
-        """CRC-32 of the layout, the epoch, all that is published and the profiles that this machine computed of it."""
+        """CRC-32 of the layout, the epoch, all that is published and the profiles that this machine
+        computed of it."""
         return self._fingerprint
 
     @classmethod
-    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:  # noqa: ARG003 - nothing is drawn
+    def fit(
+        cls,
+        settings: CodecSettings,
+        layout: Layout,
+        updates: Sequence[Named],
+        *,
+        seed: int,  # noqa: ARG003
+    ) -> Self:
         """Principal directions and variances of `updates`; every update counts the same."""
         assert isinstance(settings, KltTrellisSettings)
         if not updates:
-            raise ConfigError("codec: klt_trellis has no updates to learn from; TGAP must collect at least one")
+            raise ConfigError(
+                "codec: klt_trellis has no updates to learn from; TGAP must collect at least one"
+            )
+
         cls.frame_size(settings, layout)
         return cls(settings, layout, learn(layout, settings.basis_share, updates))
 
@@ -148,10 +187,13 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         return cls(settings, layout, moments.fit(layout, settings.basis_share))
 
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """The codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1), this codec's the rest."""
+        """The codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1), this
+        codec's the rest."""
         if not updates:
             raise ConfigError("codec: klt_trellis has no updates to refit to")
-        model = learn(self.layout, self.settings.basis_share, updates, prior=self.model, weight=weight)
+        model = learn(
+            self.layout, self.settings.basis_share, updates, prior=self.model, weight=weight
+        )
         return type(self)(self.settings, self.layout, model, epoch=(self.epoch + 1) % 256)
 
     @classmethod
@@ -162,27 +204,41 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         return OVERHEAD + body_room(layout, settings.rate, least=_HEAD.size + groups + 1)
 
     def published(self, *, decoder: bool) -> Payload:  # noqa: ARG002 - the encoder is the decoder
-        """The model, mostly `basis_share` of every feature axis at one byte per value, and the epoch."""
+        """The model, mostly `basis_share` of every feature axis at one byte per value, and the
+        epoch."""
         return Payload(self.model.named(), {"epoch": self.epoch})
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if something is missing, left over, or of another type, length or range."""
+        """Rebuild; raises `WireError` if something is missing, left over, or of another type,
+        length or range."""
         assert isinstance(settings, KltTrellisSettings)
         epoch = payload.value("epoch", int)
+
         if not 0 <= epoch < 256:
             raise WireError(f"klt_trellis: epoch {epoch} is not within 0 and 255")
-        return cls(settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch)
+
+        return cls(
+            settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
+        )
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         shift = math.frexp(float(vector.abs().max()))[1]  # squares end where fp32 ends
-        latent = self.transform.forward((vector.double() * 2.0**-shift).float()).numpy().astype(np.float64)
-        energies = np.bincount(self._cells, latent[self._place] ** 2, self._counts.size).reshape(self._counts.shape)
+        latent = (
+            self.transform.forward((vector.double() * 2.0**-shift).float())
+            .numpy()
+            .astype(np.float64)
+        )
+        energies = np.bincount(self._cells, latent[self._place] ** 2, self._counts.size).reshape(
+            self._counts.shape
+        )
         top, lower = _loudness(energies.sum(1) / self._counts.sum(1))
         unit = 2.0 ** (top / _OCTAVE)
         side = self._choose(energies / unit**2, lower)
         where, classes = self._sent(side)
-        path, gain = b"", 0
+        path = b""
+        gain = 0
+
         if len(where):
             plan = self._plan(classes)
             padded = np.zeros(plan.size, dtype=np.float32)
@@ -191,7 +247,10 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             bits = best_path(rows, plan, self.settings.memory)
             decoded = follow(bits, plan, self.settings.memory).reshape(rows.shape)
             path = np.packbits(bits).tobytes()
-            gain = int(np.clip(np.rint(_GAIN * (rows * decoded).sum() / (decoded**2).sum()), 0, 255))
+            gain = int(
+                np.clip(np.rint(_GAIN * (rows * decoded).sum() / (decoded**2).sum()), 0, 255)
+            )
+
         head = _HEAD.pack(side.profile, gain, side.floor, top + shift * _OCTAVE)
         return head + lower.astype(np.uint8).tobytes() + path
 
@@ -201,48 +260,65 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             raise WireError(f"klt_trellis: profile {profile}, there are {len(self._profiles)}")
         if top > _OCTAVE * 128:
             raise WireError(f"klt_trellis: loudness {top} is beyond fp32")
-        where, classes = self._sent(Side(profile, floor, reader.array("u1", self.num_groups).astype(np.int64)))
+
+        where, classes = self._sent(
+            Side(profile, floor, reader.array("u1", self.num_groups).astype(np.int64))
+        )
         if not len(where):
             return torch.zeros(self.layout.numel)
+
         plan = self._plan(classes)
         if plan.spans.max() > _LONGEST:
             raise WireError(f"klt_trellis: floor {floor} lies too far below the water level")
-        path = np.unpackbits(np.frombuffer(reader.take(-(-plan.total // 8)), np.uint8), count=plan.total)
-        decoded = follow(path, plan, self.settings.memory).reshape(plan.blocks, plan.length).T.reshape(-1)
+
+        path = np.unpackbits(
+            np.frombuffer(reader.take(-(-plan.total // 8)), np.uint8), count=plan.total
+        )
+        decoded = (
+            follow(path, plan, self.settings.memory).reshape(plan.blocks, plan.length).T.reshape(-1)
+        )
         leading = bool((where < self.transform.num_tops).all())
         latent = np.zeros(self.transform.num_tops if leading else self.layout.numel, np.float32)
         latent[where] = _rotated(decoded[: len(where)], classes, back=True)
         vector = self.transform.inverse(torch.from_numpy(latent))
         size = gain / _GAIN * 2.0 ** (top / _OCTAVE)
         found: Tensor = (size * vector.double()).clamp(-3e38, 3e38).float()
+
         return found
 
     def _classes(self, profile: int, lower: Ints) -> Ints:
-        """log2 of every cell's expected standard deviation over the loudest group's RMS, 1/8 octave; or `_NOTHING`."""
+        """log2 of every cell's expected standard deviation over the loudest group's RMS, 1/8
+        octave; or `_NOTHING`."""
         codes = self._profiles[profile] - lower[:, None]
         return np.where((lower[:, None] < _SILENT) & (self._counts > 0), codes, _NOTHING)
 
     def _sent(self, side: Side) -> tuple[NDArray[np.intp], Ints]:
-        """What is sent, by falling class: the index of each among the coefficients of `Transform`, and its class."""
+        """What is sent, by falling class: the index of each among the coefficients of `Transform`,
+        and its class."""
         codes = self._classes(side.profile, side.lower).ravel()
         loudest = int(codes.max())
+
         if loudest == _NOTHING:
             return np.zeros(0, np.intp), np.zeros(0, np.int64)
+
         cells = np.flatnonzero(codes >= max(loudest - side.floor, _NOTHING + 1))
         cells = cells[np.argsort(-codes[cells], kind="stable")]
         counts = self._counts.ravel()[cells]
         starts = np.repeat(self._first.ravel()[cells] - np.cumsum(counts) + counts, counts)
         most = _FAINT * self._bits
         where = self._place[(starts + np.arange(len(starts)))[:most]]
+
         return where, np.repeat(codes[cells], counts)[:most]
 
     def _plan(self, classes: Ints) -> Plan:
-        """How bits go to values of falling `classes`: each gets log2 of its standard deviation over the water level.
+        """How bits go to values of falling `classes`: each gets log2 of its standard deviation over
+        the water level.
 
         Paths take values in turn, so that all are alike.
         """
         blocks = -(-len(classes) // _BLOCK)
-        column, bits = classes[::blocks], self._bits // blocks
+        column = classes[::blocks]
+        bits = self._bits // blocks
         length = len(column)
         shares = length * column - int(column.sum()) + _OCTAVE * bits  # 1 / (8 length) bits
         shares = np.maximum(shares, length * _OCTAVE // _FAINTEST + 1)
@@ -254,16 +330,24 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         variance = np.add.reduceat(4.0 ** (column / _OCTAVE), first) / spans
         rate = np.add.reduceat(shares, first) / spans * (bits / int(shares.sum()))
         scales = np.sqrt(variance * (1 - 4.0**-rate)).astype(np.float32)
+
         return Plan(blocks * length, blocks, length, each[last], spans, scales)
 
     def _choose(self, energies: Doubles, lower: Ints) -> Side:
         """Profile and floor that leave the least error, for `energies` (groups, cells)."""
-        best, side = 0.0, Side(0, 0, lower)
+        best = 0.0
+        side = Side(0, 0, lower)
+
         for profile in range(len(self._profiles)):
             codes = self._classes(profile, lower)
             if (loudest := int(codes.max())) == _NOTHING:
                 break
-            below = np.where(codes > _NOTHING, loudest - codes, _SILENT + 1).clip(max=_SILENT + 1).ravel()
+
+            below = (
+                np.where(codes > _NOTHING, loudest - codes, _SILENT + 1)
+                .clip(max=_SILENT + 1)
+                .ravel()
+            )
             every = np.bincount(below, self._counts.ravel(), _SILENT + 2)[: _SILENT + 1]
             total = np.minimum(np.cumsum(every), _FAINT * self._bits)
             used = np.flatnonzero(np.diff(total, prepend=0))
@@ -278,21 +362,30 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             won = (square @ np.sqrt(energy * foreseen)) ** 2 / np.maximum(square @ foreseen, 1e-30)
             won[np.diagonal(rate) < 1 / _FAINTEST] = 0
             choice = int(won.argmax())
+
             if won[choice] > best:
-                best, side = float(won[choice]), Side(profile, int(used[choice]), lower)
+                best = float(won[choice])
+                side = Side(profile, int(used[choice]), lower)
+
         return side
 
 
 def _worth(bits: Doubles) -> Doubles:
-    """What `bits` for a value are worth on the trellis; measured on Gaussian numbers, with a memory of 10."""
+    """What `bits` for a value are worth on the trellis; measured on Gaussian numbers, with a memory
+    of 10."""
     found: Doubles = np.maximum(0.9 * bits - 0.008, 0)
     return found
 
 
 def _rotated(values: Doubles, classes: Ints, *, back: bool = False) -> Doubles:
-    """`values` (n,) with those of every class behind one fixed rotation, so that none stands out."""
+    """`values` (n,) with those of every class behind one fixed rotation, so that none stands
+    out."""
     pieces = np.split(values, np.flatnonzero(np.diff(classes)) + 1)
-    turned = [rotate(torch.from_numpy(piece), number, back=back).numpy() for number, piece in enumerate(pieces)]
+    turned = [
+        rotate(torch.from_numpy(piece), number, back=back).numpy()
+        for number, piece in enumerate(pieces)
+    ]
+
     return np.concatenate(turned)
 
 
@@ -300,8 +393,10 @@ def _water_level(variance: Doubles, counts: NDArray[np.integer], bits: int) -> f
     """The error of every value that is worth bits, by reverse water-filling."""
     order = np.argsort(-variance, axis=None)
     order = order[counts.ravel()[order] > 0]
-    logs, number = np.log2(variance.ravel()[order]), counts.ravel()[order]
+    logs = np.log2(variance.ravel()[order])
+    number = counts.ravel()[order]
     level = (np.cumsum(logs * number) - 2 * bits) / np.cumsum(number)
+
     return float(2.0 ** level[np.flatnonzero(level < logs)[-1]])
 
 
@@ -311,4 +406,6 @@ def _loudness(powers: Doubles) -> tuple[int, Ints]:
         return 0, np.full(len(powers), _SILENT, dtype=np.int64)
     codes = _OCTAVE / 2 * np.log2(np.maximum(powers, 1e-300))
     top = round(codes.max())
-    return top, np.where(powers > 0, np.rint(top - codes).clip(0, _SILENT), _SILENT).astype(np.int64)
+    return top, np.where(powers > 0, np.rint(top - codes).clip(0, _SILENT), _SILENT).astype(
+        np.int64
+    )

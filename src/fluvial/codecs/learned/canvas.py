@@ -35,24 +35,33 @@ class Slot:
 class Canvas:
     """Where every factor stands. Raises `ConfigError` naming the tensor that does not fit.
 
-    Column order `layer_major_qkvo_AtB`: for each layer, for each target (q, k, v, o, then others by name), A^T
-    then B. With M targets of rank r in every layer, layer l, target m, factor f (A 0, B 1) and rank j have column
-    ((l*M + m)*2 + f)*r + j. The paper gives the shape, the order is ours.
-    Mode "square" is the paper's: every factor has d rows; d and the width W are multiples of 2^stages. Mode
-    "grouped" is ours: one canvas for every number of rows, zero-padded at the bottom and at the right.
-    The latent grid (rows, cols) / 2^stages is at least 2x2, which reflection padding needs.
+    Column order `layer_major_qkvo_AtB`: for each layer, for each target (q, k, v, o, then others by
+    name), A^T then B. With M targets of rank r in every layer, layer l, target m, factor f (A 0, B
+    1) and rank j have column ((l*M + m)*2 + f)*r + j. The paper gives the shape, the order is ours.
+    Mode "square" is the paper's: every factor has d rows; d and the width W are multiples of
+    2^stages. Mode "grouped" is ours: one canvas for every number of rows, zero-padded at the bottom
+    and at the right. The latent grid (rows, cols) / 2^stages is at least 2x2, which reflection
+    padding needs.
     """
 
     def __init__(self, layout: Layout, mode: Mode, stages: int) -> None:
-        self.layout, self.mode, self.stages = layout, mode, stages
+        self.layout = layout
+        self.mode = mode
+        self.stages = stages
+
         if not layout.shapes:
             raise ConfigError("codec: the adapter has no tensors")
+
         for name, shape in layout.shapes:
             if factor(name) is None or len(shape) != 2:
-                raise ConfigError(f"codec: {name!r} with shape {shape} is no LoRA factor; only A and B have a canvas")
+                raise ConfigError(
+                    f"codec: {name!r} with shape {shape} is no LoRA factor; only A and B have a canvas"
+                )
+
         self.slots = self._place()
         self.shapes: list[tuple[int, int]] = []
         """(rows, cols) of every canvas, padding included."""
+
         for rows, cols in zip(self._rows, self._cols, strict=True):
             self._check(rows, cols)
             self.shapes.append((self._padded(rows), self._padded(cols)))
@@ -66,10 +75,16 @@ class Canvas:
         """Canvases (rows, cols) of a flattened update (numel,)."""
         pieces = torch.split(vector, list(self.layout.sizes))
         canvases = [vector.new_zeros(shape) for shape in self.shapes]
+
         for slot in self.slots:
             piece = pieces[slot.position]
-            block = piece.view(slot.rank, slot.rows).T if slot.transposed else piece.view(slot.rows, slot.rank)
+            block = (
+                piece.view(slot.rank, slot.rows).T
+                if slot.transposed
+                else piece.view(slot.rows, slot.rank)
+            )
             canvases[slot.group][: slot.rows, slot.column : slot.column + slot.rank] = block
+
         return canvases
 
     def unpack(self, canvases: list[Tensor]) -> Tensor:
@@ -78,6 +93,7 @@ class Canvas:
         for slot in self.slots:
             block = canvases[slot.group][: slot.rows, slot.column : slot.column + slot.rank]
             pieces[slot.position] = (block.T if slot.transposed else block).reshape(-1)
+
         return torch.cat(pieces)
 
     @cached_property
@@ -88,7 +104,10 @@ class Canvas:
     @cached_property
     def _cols(self) -> list[int]:
         """Columns of every canvas before padding."""
-        return [sum(slot.rank for slot in self.slots if slot.group == group) for group in range(len(self._rows))]
+        return [
+            sum(slot.rank for slot in self.slots if slot.group == group)
+            for group in range(len(self._rows))
+        ]
 
     @property
     def _multiple(self) -> int:
@@ -98,21 +117,28 @@ class Canvas:
         return max(-(-size // self._multiple), 2) * self._multiple
 
     def _place(self) -> list[Slot]:
-        order = sorted(range(len(self.layout.shapes)), key=lambda position: _key(self.layout.names[position]))
+        order = sorted(
+            range(len(self.layout.shapes)), key=lambda position: _key(self.layout.names[position])
+        )
         heights = [_rows_and_rank(name, shape)[0] for name, shape in self.layout.shapes]
         groups = {rows: group for group, rows in enumerate(sorted(set(heights)))}
         columns = dict.fromkeys(groups, 0)
         slots = []
+
         for position in order:
             name, shape = self.layout.shapes[position]
             rows, rank = _rows_and_rank(name, shape)
-            slots.append(Slot(name, groups[rows], columns[rows], rank, rows, position, factor(name) == "A"))
+            slots.append(
+                Slot(name, groups[rows], columns[rows], rank, rows, position, factor(name) == "A")
+            )
             columns[rows] += rank
+
         return slots
 
     def _check(self, rows: int, cols: int) -> None:
         if self.mode == "grouped":
             return
+
         remedy = 'set `codec.canvas = "grouped"`'
         first = self.slots[0]
         for slot in self.slots:
@@ -121,6 +147,7 @@ class Canvas:
                     f"codec: {slot.name!r} has {slot.rows} rows on the canvas where {first.name!r} has "
                     f"{first.rows}; the paper's canvas needs square targets of one size: {remedy}"
                 )
+
         for what, size in (("rows", rows), ("columns", cols)):
             if size != self._padded(size):
                 raise ConfigError(
@@ -141,7 +168,8 @@ def path(name: str) -> str:
 
 def _key(name: str) -> tuple[int, int, str, str, str]:
     """Layer (first number in the name), target, factor."""
-    found, module = _LAYER.search(name), target(name)
+    found = _LAYER.search(name)
+    module = target(name)
     place = _FIRST.index(module) if module in _FIRST else len(_FIRST)
     return int(found[1]) if found else -1, place, module, path(name), factor(name) or ""
 

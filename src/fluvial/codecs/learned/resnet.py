@@ -1,9 +1,10 @@
-"""The autoencoder of CG-FedLLM ("ResNet-3"): a convolutional network over the canvas of all LoRA factors.
+"""The autoencoder of CG-FedLLM ("ResNet-3"): a convolutional network over the canvas of all LoRA
+factors.
 
-Paper: How to Compress Gradients in Federated Fine-tuning for LLMs, Table 3
-(Wu et al., ECAI 2025, arXiv 2405.13746).
-A site runs the encoder, the server the decoder; the latent has 1/2^stages of the canvas's cells, 1/64 in the paper.
-It is here to reproduce the paper; for a learned codec that carries real updates see `klt`.
+Paper: How to Compress Gradients in Federated Fine-tuning for LLMs, Table 3 (Wu et al., ECAI 2025,
+arXiv 2405.13746). A site runs the encoder, the server the decoder; the latent has 1/2^stages of the
+canvas's cells, 1/64 in the paper. It is here to reproduce the paper; for a learned codec that
+carries real updates see `klt`.
 """
 
 import logging
@@ -51,7 +52,8 @@ class ResNetSettings(CodecSettings):
     stages: Annotated[Literal[2, 4, 6, 8], EXACT] = 6
     """Halvings of each side; the latent is 1/4, 1/16, 1/64 (the paper) or 1/256 of the canvas."""
     canvas: Mode = "square"
-    """"square" is the paper's; "grouped" (ours) pads, so it takes grouped-query attention and any size."""
+    """"square" is the paper's; "grouped" (ours) pads, so it takes grouped-query attention and any
+    size."""
     normalise: Normalisation = "factor_rms"
     """Ours: the paper states none."""
     latent_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
@@ -69,7 +71,9 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(*_reflected(channels, channels), nn.ReLU(), *_reflected(channels, channels))
+        self.body = nn.Sequential(
+            *_reflected(channels, channels), nn.ReLU(), *_reflected(channels, channels)
+        )
 
     def forward(self, values: Tensor) -> Tensor:
         """values and result (batch, channels, height, width)."""
@@ -77,22 +81,30 @@ class Residual(nn.Module):
 
 
 def build_encoder(stages: int) -> nn.Sequential:
-    """(batch, 1, rows, cols) to (batch, 2^s, rows / 2^s, cols / 2^s); 246,785 parameters at s = 6 stages."""
+    """(batch, 1, rows, cols) to (batch, 2^s, rows / 2^s, cols / 2^s); 246,785 parameters at s = 6
+    stages."""
     layers: list[nn.Module] = [*_reflected(1, 1), nn.ReLU()]
     for stage in range(stages):
-        inner, outer = 2**stage, 2 ** (stage + 1)
+        inner = 2**stage
+        outer = 2 ** (stage + 1)
         conv = nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False)
         layers += [conv, nn.BatchNorm2d(outer), nn.ReLU()]
+
     return nn.Sequential(*layers, *(Residual(2**stages) for _ in range(_RESBLOCKS)))
 
 
 def build_decoder(stages: int) -> nn.Sequential:
-    """The mirror of `build_encoder`, ending in a 7x7 convolution and Tanh; 246,698 parameters at 6 stages."""
+    """The mirror of `build_encoder`, ending in a 7x7 convolution and Tanh; 246,698 parameters at 6
+    stages."""
     layers: list[nn.Module] = [Residual(2**stages) for _ in range(_RESBLOCKS)]
     for stage in reversed(range(stages)):
-        inner, outer = 2 ** (stage + 1), 2**stage
-        conv = nn.ConvTranspose2d(inner, outer, 3, stride=2, padding=1, output_padding=1, bias=False)
+        inner = 2 ** (stage + 1)
+        outer = 2**stage
+        conv = nn.ConvTranspose2d(
+            inner, outer, 3, stride=2, padding=1, output_padding=1, bias=False
+        )
         layers += [conv, nn.BatchNorm2d(outer), nn.ReLU()]
+
     return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(1, 1, 7), nn.Tanh())
 
 
@@ -107,8 +119,8 @@ class Macs:
 def multiply_accumulates(rows: int, cols: int, *, stages: int = 6) -> Macs:
     """What coding one canvas costs, from the shapes of the convolutions alone.
 
-    A transposed convolution counts its kernel at every output cell, as the paper's 1.80 G for [1, 4096, 2048]
-    must; without the zeros between the inputs the decoder needs 1.09 G.
+    A transposed convolution counts its kernel at every output cell, as the paper's 1.80 G for [1,
+    4096, 2048] must; without the zeros between the inputs the decoder needs 1.09 G.
     """
     cells = rows * cols
     grid = cells // 4**stages
@@ -116,6 +128,7 @@ def multiply_accumulates(rows: int, cols: int, *, stages: int = 6) -> Macs:
     levels = [9 * 2 ** (2 * stage + 1) for stage in range(stages)]  # 9 * channels in * channels out
     down = sum(level * cells // 4 ** (stage + 1) for stage, level in enumerate(levels))
     up = sum(level * cells // 4**stage for stage, level in enumerate(levels))
+
     return Macs(encoder=9 * cells + down + residual, decoder=residual + up + 49 * cells)
 
 
@@ -134,10 +147,14 @@ class FrameBytes:
 
 
 def frame_bytes(settings: ResNetSettings, layout: Layout) -> FrameBytes:
-    """The size of a frame, from the layout alone; raises `ConfigError` if the layout has no canvas."""
+    """The size of a frame, from the layout alone; raises `ConfigError` if the layout has no
+    canvas."""
     cells = Canvas(layout, settings.canvas, settings.stages).numel // 2**settings.stages
     scales = scale_count(layout, settings.normalise) + (settings.latent_dtype == "int8")
-    return FrameBytes(cells * _LATENT_BYTES[settings.latent_dtype], scales * BYTES_PER_SCALE, OVERHEAD)
+
+    return FrameBytes(
+        cells * _LATENT_BYTES[settings.latent_dtype], scales * BYTES_PER_SCALE, OVERHEAD
+    )
 
 
 class ResNet(LatentCodec):
@@ -146,7 +163,11 @@ class ResNet(LatentCodec):
     code = 10
 
     def __init__(
-        self, settings: CodecSettings, layout: Layout, encoder: nn.Sequential, decoder: nn.Sequential | None
+        self,
+        settings: CodecSettings,
+        layout: Layout,
+        encoder: nn.Sequential,
+        decoder: nn.Sequential | None,
     ) -> None:
         assert isinstance(settings, ResNetSettings)
         super().__init__(settings, layout)
@@ -155,38 +176,64 @@ class ResNet(LatentCodec):
         self.encoder = encoder.eval().requires_grad_(False)
         self.decoder = None if decoder is None else decoder.eval().requires_grad_(False)
         self.loss_curve: list[tuple[int, float]] = []
-        """(iteration, mean squared error on normalised canvases) of `fit`; empty after `from_published`."""
+        """(iteration, mean squared error on normalised canvases) of `fit`; empty after
+        `from_published`."""
 
     @classmethod
-    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:
-        """Train one autoencoder for all clients and layers, on the GPU if there is one; coding is on the CPU."""
+    def fit(
+        cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int
+    ) -> Self:
+        """Train one autoencoder for all clients and layers, on the GPU if there is one; coding is
+        on the CPU."""
         assert isinstance(settings, ResNetSettings)
         if not updates:
-            raise ConfigError("codec: resnet has no updates to learn from; TGAP must collect at least one")
+            raise ConfigError(
+                "codec: resnet has no updates to learn from; TGAP must collect at least one"
+            )
+
         canvas = Canvas(layout, settings.canvas, settings.stages)
-        samples = [canvas.pack(_normalised(layout.flatten(update), layout, settings)) for update in updates]
+        samples = [
+            canvas.pack(_normalised(layout.flatten(update), layout, settings)) for update in updates
+        ]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive(seed, "resnet", "init"))
-            encoder, decoder = build_encoder(settings.stages), build_decoder(settings.stages)
+            encoder = build_encoder(settings.stages)
+            decoder = build_decoder(settings.stages)
+
         network = nn.Sequential(encoder, decoder).to(device).train()
-        optimizer = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=settings.betas)
-        batches = _batches(len(samples), settings.batch_size, seeds.generator(seed, "resnet", "batches"))
+        optimizer = torch.optim.Adam(
+            network.parameters(), lr=settings.learning_rate, betas=settings.betas
+        )
+        batches = _batches(
+            len(samples), settings.batch_size, seeds.generator(seed, "resnet", "batches")
+        )
         curve = []
+
         with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
             for iteration, batch in zip(range(1, settings.iterations + 1), batches, strict=False):
                 optimizer.zero_grad()
                 total = 0.0
                 for group, (rows, cols) in enumerate(canvas.shapes):
-                    images = torch.stack([samples[index][group] for index in batch])[:, None].to(device)
+                    images = torch.stack([samples[index][group] for index in batch])[:, None].to(
+                        device
+                    )
                     share = rows * cols / canvas.numel
                     loss = nn.functional.mse_loss(network(images), images) * share
                     torch.autograd.backward(loss)
                     total += float(loss.detach())
+
                 optimizer.step()
                 curve.append((iteration, total))
                 if iteration % 20 == 0:
-                    logger.info("autoencoder: iteration %d of %d, error %.3f", iteration, settings.iterations, total)
+                    logger.info(
+                        "autoencoder: iteration %d of %d, error %.3f",
+                        iteration,
+                        settings.iterations,
+                        total,
+                    )
+
         codec = cls(settings, layout, encoder.cpu(), decoder.cpu())
         codec.loss_curve = curve
         return codec
@@ -203,21 +250,29 @@ class ResNet(LatentCodec):
         if decoder:
             assert self.decoder is not None, "a codec without decoder cannot publish one"
             tensors |= _weights("decoder", self.decoder)
+
         return Payload(tensors)
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if weights are missing, left over, of another shape, or not finite."""
+        """Rebuild; raises `WireError` if weights are missing, left over, of another shape, or not
+        finite."""
         assert isinstance(settings, ResNetSettings)
         left = dict(payload.tensors)
+
         with torch.random.fork_rng(devices=[]):
-            encoder, decoder = build_encoder(settings.stages), build_decoder(settings.stages)
+            encoder = build_encoder(settings.stages)
+            decoder = build_decoder(settings.stages)
+
         _load("encoder", encoder, left)
         has_decoder = any(name.startswith("decoder.") for name in left)
         if has_decoder:
             _load("decoder", decoder, left)
         if left:
-            raise WireError(f"resnet: unexpected tensor {min(left)[:64]!r}; both ends need the same codec settings")
+            raise WireError(
+                f"resnet: unexpected tensor {min(left)[:64]!r}; both ends need the same codec settings"
+            )
+
         return cls(settings, layout, encoder, decoder if has_decoder else None)
 
     def analyse(self, vector: Tensor) -> Tensor:
@@ -244,11 +299,13 @@ class ResNet(LatentCodec):
             divisor = step.float() if step > 0 else torch.tensor(1.0)
             levels = torch.round(latent / divisor).clamp(-127, 127).to(torch.int8)
             return side + write_scales(step[None]) + levels.numpy().tobytes()
+
         if kind == "bfloat16":
             return side + latent.bfloat16().view(torch.int16).numpy().astype("<i2").tobytes()
         if kind == "float16":
             largest = torch.finfo(torch.float16).max
             return side + latent.clamp(-largest, largest).numpy().astype("<f2").tobytes()
+
         return side + latent.numpy().astype("<f4").tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
@@ -257,26 +314,43 @@ class ResNet(LatentCodec):
             raise ConfigError(
                 "codec: this site holds only the encoder of resnet; decoding needs published(decoder=True)"
             )
+
         scales = read_scales(reader, scale_count(self.layout, self.settings.normalise))
         latent = self._read_latent(reader)
         if not bool(torch.isfinite(latent).all()):
             raise WireError("frame: NaN or Inf in the latent")
-        stages, canvases = self.settings.stages, []
-        channels, grids = 2**stages, [(rows >> stages, cols >> stages) for rows, cols in self.canvas.shapes]
+
+        stages = self.settings.stages
+        canvases = []
+        channels = 2**stages
+        grids = [(rows >> stages, cols >> stages) for rows, cols in self.canvas.shapes]
         pieces = torch.split(latent, [channels * height * width for height, width in grids])
+
         with torch.no_grad():
             for piece, grid in zip(pieces, grids, strict=True):
                 canvases.append(self.decoder(piece.reshape(1, channels, *grid))[0, 0])
-        return denormalise(self.canvas.unpack(canvases), scales, self.layout, self.settings.normalise)
+
+        return denormalise(
+            self.canvas.unpack(canvases), scales, self.layout, self.settings.normalise
+        )
 
     def _read_latent(self, reader: Reader) -> Tensor:
-        count, kind = self.canvas.numel // 2**self.settings.stages, self.settings.latent_dtype
+        count = self.canvas.numel // 2**self.settings.stages
+        kind = self.settings.latent_dtype
         if kind == "int8":
             step = read_scales(reader, 1).float()
             return torch.from_numpy(reader.array("i1", count).astype(np.float32)) * step
+
         if kind == "bfloat16":
-            return torch.from_numpy(reader.array("i2", count).astype(np.int16)).view(torch.bfloat16).float()
-        return torch.from_numpy(reader.array("f2" if kind == "float16" else "f4", count).astype(np.float32))
+            return (
+                torch.from_numpy(reader.array("i2", count).astype(np.int16))
+                .view(torch.bfloat16)
+                .float()
+            )
+
+        return torch.from_numpy(
+            reader.array("f2" if kind == "float16" else "f4", count).astype(np.float32)
+        )
 
 
 def _reflected(inner: int, outer: int) -> tuple[nn.Module, ...]:
@@ -284,7 +358,9 @@ def _reflected(inner: int, outer: int) -> tuple[nn.Module, ...]:
 
 
 def _normalised(vector: Tensor, layout: Layout, settings: ResNetSettings) -> Tensor:
-    return normalise(vector, measure(vector, layout, settings.normalise), layout, settings.normalise)
+    return normalise(
+        vector, measure(vector, layout, settings.normalise), layout, settings.normalise
+    )
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
@@ -296,7 +372,11 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list
 
 
 def _weights(part: str, network: nn.Module) -> Named:
-    return {f"{part}.{name}": tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+    return {
+        f"{part}.{name}": tensor
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()
+    }
 
 
 def _load(part: str, network: nn.Module, left: Named) -> None:
@@ -305,10 +385,17 @@ def _load(part: str, network: nn.Module, left: Named) -> None:
         for name, tensor in network.state_dict().items():
             if not tensor.is_floating_point():
                 continue  # BatchNorm's count of batches, unused when coding
+
             found = left.pop(f"{part}.{name}", None)
             if found is None or found.shape != tensor.shape or found.dtype != torch.float32:
                 shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-                raise WireError(f"resnet: {part}.{name}: expected float32 {tuple(tensor.shape)}, found {shown}")
-            if not bool(torch.isfinite(found).all()) or (name.endswith("running_var") and bool((found < 0).any())):
+                raise WireError(
+                    f"resnet: {part}.{name}: expected float32 {tuple(tensor.shape)}, found {shown}"
+                )
+
+            if not bool(torch.isfinite(found).all()) or (
+                name.endswith("running_var") and bool((found < 0).any())
+            ):
                 raise WireError(f"resnet: {part}.{name}: NaN, Inf or a negative variance")
+
             tensor.copy_(found)

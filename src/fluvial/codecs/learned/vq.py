@@ -1,12 +1,16 @@
-"""Vector quantisation of LoRA updates: short vectors along the rank axis, each sent as the index of a codeword.
+"""Vector quantisation of LoRA updates: short vectors along the rank axis, each sent as the index of
+a codeword.
 
-A column of A, or a row of B, holds the same feature seen by all ranks. These vectors are far from white, each tensor
-in its own way: on real updates at 1/64 they lose 0.46 of the energy where vectors along the feature axis lose 0.55.
-All A factors share one codebook and all B factors another; every tensor has its own frequencies of the codewords.
-Codebooks are trained by Lloyd's algorithm with an entropy constraint (Chou, Lookabaugh and Gray, "Entropy-constrained
-vector quantization", IEEE Trans. ASSP 37(1), 1989) from a k-means++ start (Arthur and Vassilvitskii, SODA 2007).
+A column of A, or a row of B, holds the same feature seen by all ranks. These vectors are far from
+white, each tensor in its own way: on real updates at 1/64 they lose 0.46 of the energy where
+vectors along the feature axis lose 0.55. All A factors share one codebook and all B factors
+another; every tensor has its own frequencies of the codewords. Codebooks are trained by Lloyd's
+algorithm with an entropy constraint (Chou, Lookabaugh and Gray, "Entropy-constrained vector
+quantization", IEEE Trans. ASSP 37(1), 1989) from a k-means++ start (Arthur and Vassilvitskii, SODA
+2007).
 
-Body: scale of every group (target, factor) (bf16; 0 if nothing of it is sent), ANS stream of the indices.
+Body: scale of every group (target, factor) (bf16; 0 if nothing of it is sent), ANS stream of the
+indices.
 """
 
 import math
@@ -54,7 +58,8 @@ class VQSettings(RateSettings):
     codebook: int = Field(512, ge=2, le=4096)
     """Codewords for A, and as many for B."""
     dimension: int | None = Field(None, ge=1, le=64)
-    """Values in a vector; None takes the square root of `rate`, up to a power of two, 2 to 16 (8 at 1/64)."""
+    """Values in a vector; None takes the square root of `rate`, up to a power of two, 2 to 16 (8 at
+    1/64)."""
     iterations: int = Field(15, ge=1, le=10**6)
     """Lloyd steps of `fit`."""
 
@@ -68,7 +73,8 @@ class VQSettings(RateSettings):
 
 @dataclass(frozen=True)
 class _Part:
-    """One factor: `count` vectors of `width` values along the rank axis; the last may end in zeros."""
+    """One factor: `count` vectors of `width` values along the rank axis; the last may end in
+    zeros."""
 
     name: str
     shape: tuple[int, ...]
@@ -83,12 +89,16 @@ class VQ(LearnedCodec):
 
     code = 18
 
-    def __init__(self, settings: CodecSettings, layout: Layout, codebooks: Tensor, frequencies: Tensor) -> None:
-        """Codebooks of A and B (2, codebook, width) bf16; frequencies (tensors, codebook) int16, all positive."""
+    def __init__(
+        self, settings: CodecSettings, layout: Layout, codebooks: Tensor, frequencies: Tensor
+    ) -> None:
+        """Codebooks of A and B (2, codebook, width) bf16; frequencies (tensors, codebook) int16,
+        all positive."""
         assert isinstance(settings, VQSettings)
         super().__init__(settings, layout)
         self.settings: VQSettings = settings
-        self.codebooks, self.frequencies = codebooks, frequencies
+        self.codebooks = codebooks
+        self.frequencies = frequencies
         self._parts, self._sizes = _parts(layout, settings.width)
         self._groups = len(self._sizes)
         self._room = _room(settings, layout, self._groups)
@@ -96,7 +106,9 @@ class VQ(LearnedCodec):
         self._tables = frequencies.numpy().astype(np.int64)
         self._lengths = _lengths(frequencies)
         digest = zlib.crc32(frequencies.numpy().astype("<i2").tobytes(), layout.fingerprint)
-        self._fingerprint = zlib.crc32(codebooks.view(torch.int16).numpy().astype("<i2").tobytes(), digest)
+        self._fingerprint = zlib.crc32(
+            codebooks.view(torch.int16).numpy().astype("<i2").tobytes(), digest
+        )
 
     @property
     def fingerprint(self) -> int:
@@ -104,26 +116,35 @@ class VQ(LearnedCodec):
         return self._fingerprint
 
     @classmethod
-    def fit(cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int) -> Self:
-        """Train on `updates` (each counts the same) at the rate of the settings; `seed` chooses samples and start."""
+    def fit(
+        cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int
+    ) -> Self:
+        """Train on `updates` (each counts the same) at the rate of the settings; `seed` chooses
+        samples and start."""
         assert isinstance(settings, VQSettings)
         if not updates:
-            raise ConfigError("codec: vq has no updates to learn from; TGAP must collect at least one")
+            raise ConfigError(
+                "codec: vq has no updates to learn from; TGAP must collect at least one"
+            )
+
         parts, sizes = _parts(layout, settings.width)
         vectors = sum(part.count for part in parts)
         goal = 8 * (_room(settings, layout, len(sizes)) - 2 * len(sizes) - 4) / vectors
         draw = seeds.generator(seed, "vq")
         seen = _samples(parts, sizes, layout, updates, _SAMPLES / (len(updates) * vectors), draw)
         books = torch.zeros(2, settings.codebook, settings.width)
+
         for kind in range(2):
             rows = [x for (x, _), part in zip(seen, parts, strict=True) if part.kind == kind]
             if rows:
                 books[kind] = _start(torch.cat(rows), settings.codebook, draw)
+
         frequencies = torch.ones(len(parts), settings.codebook, dtype=torch.int16)
         price = _price(settings)
         for _ in range(settings.iterations):
             books, frequencies, bits = _lloyd(books, _lengths(frequencies), price, seen, parts)
             price *= min(max(bits / goal, 0.5), 2.0)
+
         return cls(settings, layout, books.bfloat16(), frequencies)
 
     @classmethod
@@ -138,14 +159,19 @@ class VQ(LearnedCodec):
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if a tensor is missing, left over, of another shape, or has impossible values."""
+        """Rebuild; raises `WireError` if a tensor is missing, left over, of another shape, or has
+        impossible values."""
         assert isinstance(settings, VQSettings)
         expected = {
             "codebooks": (torch.bfloat16, (2, settings.codebook, settings.width)),
             "frequencies": (torch.int16, (len(layout.shapes), settings.codebook)),
         }
+
         if set(payload.tensors) != set(expected):
-            raise WireError(f"vq: expected tensors {sorted(expected)}, found {sorted(payload.tensors)[:8]}")
+            raise WireError(
+                f"vq: expected tensors {sorted(expected)}, found {sorted(payload.tensors)[:8]}"
+            )
+
         for name, (dtype, shape) in expected.items():
             found = payload.tensors[name]
             if found.dtype != dtype or found.shape != shape:
@@ -153,10 +179,12 @@ class VQ(LearnedCodec):
                     f"vq: {name}: expected {dtype} {shape}, found {found.dtype} {tuple(found.shape)}; both ends need "
                     "the same codec settings"
                 )
+
         if not bool((payload.tensors["codebooks"].abs() <= _LARGEST).all()):
             raise WireError(f"vq: codebooks: a value is NaN or beyond {_LARGEST:g}")
         if not bool((payload.tensors["frequencies"] > 0).all()):
             raise WireError("vq: frequencies: a codeword has none; all need at least 1")
+
         return cls(settings, layout, payload.tensors["codebooks"], payload.tensors["frequencies"])
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
@@ -165,7 +193,9 @@ class VQ(LearnedCodec):
         costs = _weights(scales, self._sizes)
         active = scales > 0
         room = 8 * (self._room - 2 * self._groups - 4)
-        cheap, dear = -float(_OCTAVES), float(_OCTAVES)
+        cheap = -float(_OCTAVES)
+        dear = float(_OCTAVES)
+
         for _ in range(12):
             middle = (cheap + dear) / 2
             indices = self._indices(rows, costs, active, middle)
@@ -173,6 +203,7 @@ class VQ(LearnedCodec):
                 cheap = middle
             else:
                 dear = middle
+
         while True:
             written = self._write(rows, self._indices(rows, costs, active, dear), scales)
             if len(written) <= self._room:
@@ -185,12 +216,15 @@ class VQ(LearnedCodec):
         scales = read_scales(reader, self._groups)
         stream = entropy.Stream(reader.take(reader.left))
         vector = []
+
         for part, table in zip(self._parts, self._tables, strict=True):
             values = torch.zeros(math.prod(part.shape))
             if scales[part.group] > 0:
                 indices = torch.from_numpy(stream.take(table, part.count))
                 values = _values(self._books[part.kind][indices], part) * float(scales[part.group])
+
             vector.append(values)
+
         stream.finish()
         largest = torch.finfo(torch.float32).max
         return torch.cat(vector).clamp(-largest, largest)
@@ -198,11 +232,15 @@ class VQ(LearnedCodec):
     def _indices(
         self, rows: Sequence[Tensor], weights: Floats, active: NDArray[np.bool_], octaves: float
     ) -> list[Tensor | None]:
-        """Of the codewords of each tensor (count,), at a price of 2^octaves; None for one that is not sent."""
+        """Of the codewords of each tensor (count,), at a price of 2^octaves; None for one that is
+        not sent."""
         price = _price(self.settings) * 2**octaves
         return [
             _nearest(
-                x, self._books[part.kind], lengths, torch.full((len(x),), _ratio(price, float(weights[part.group])))
+                x,
+                self._books[part.kind],
+                lengths,
+                torch.full((len(x),), _ratio(price, float(weights[part.group]))),
             )
             if active[part.group]
             else None
@@ -211,16 +249,24 @@ class VQ(LearnedCodec):
 
     def _bits(self, indices: Sequence[Tensor | None]) -> float:
         pairs = zip(self._lengths, indices, strict=True)
-        return sum(float(lengths[found].double().sum()) for lengths, found in pairs if found is not None)
+        return sum(
+            float(lengths[found].double().sum()) for lengths, found in pairs if found is not None
+        )
 
-    def _write(self, rows: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Floats) -> bytes:
-        """With the scales <u, q> / <q, q>, so that what is decoded is never further from the update than zero is."""
-        inner, power = np.zeros(self._groups), np.zeros(self._groups)
+    def _write(
+        self, rows: Sequence[Tensor], indices: Sequence[Tensor | None], scales: Floats
+    ) -> bytes:
+        """With the scales <u, q> / <q, q>, so that what is decoded is never further from the update
+        than zero is."""
+        inner = np.zeros(self._groups)
+        power = np.zeros(self._groups)
+
         for x, found, part in zip(rows, indices, self._parts, strict=True):
             if found is not None:
                 q = self._books[part.kind][found].double()
                 inner[part.group] += float((x.double() * q).sum())
                 power[part.group] += float(q.square().sum())
+
         gains = np.divide(inner, power, out=np.zeros(self._groups), where=power > 0)
         bits = bf16(np.maximum(gains, 0) * scales)
         parts = [
@@ -228,6 +274,7 @@ class VQ(LearnedCodec):
             for found, part, table in zip(indices, self._parts, self._tables, strict=True)
             if found is not None and bits[part.group]
         ]
+
         return bits.astype("<u2").tobytes() + entropy.encode(parts)
 
 
@@ -235,15 +282,21 @@ def _parts(layout: Layout, width: int) -> tuple[list[_Part], Floats]:
     """The factors in layout order, and how many values each group has."""
     groups: dict[tuple[str, int], int] = {}
     parts = []
+
     for name, shape in layout.shapes:
         which = factor(name)
         if which is None or len(shape) != 2 or 0 in shape:
-            raise ConfigError(f"codec: {name!r} with shape {shape} is no LoRA factor; vq codes only A and B")
+            raise ConfigError(
+                f"codec: {name!r} with shape {shape} is no LoRA factor; vq codes only A and B"
+            )
+
         kind = "AB".index(which)
         group = groups.setdefault((target(name), kind), len(groups))
         parts.append(_Part(name, shape, kind, group, -(-math.prod(shape) // width), width))
+
     if not parts:
         raise ConfigError("codec: the adapter has no tensors")
+
     return parts, np.bincount([part.group for part in parts], layout.sizes).astype(np.float64)
 
 
@@ -252,7 +305,8 @@ def _room(settings: VQSettings, layout: Layout, groups: int) -> int:
 
 
 def _price(settings: VQSettings) -> float:
-    """Squared error that a bit saves a white source of unit variance at the rate; -dD/dR of D = 2^(-2R)."""
+    """Squared error that a bit saves a white source of unit variance at the rate; -dD/dR of D =
+    2^(-2R)."""
     return float(2 * math.log(2) * 2.0 ** (-64 / settings.rate))
 
 
@@ -261,10 +315,13 @@ def _ratio(price: float, weight: float) -> float:
     return min(price / weight, 1e6) if weight > 0 else 1e6
 
 
-def _normalised(vector: Tensor, layout: Layout, parts: Sequence[_Part], sizes: Floats) -> tuple[list[Tensor], Floats]:
+def _normalised(
+    vector: Tensor, layout: Layout, parts: Sequence[_Part], sizes: Floats
+) -> tuple[list[Tensor], Floats]:
     """Vectors (count, width) of every factor over the RMS of its group, and these RMS (groups,)."""
     pieces = torch.split(vector.double(), list(layout.sizes))
     energy = np.zeros(len(sizes))
+
     for piece, part in zip(pieces, parts, strict=True):
         energy[part.group] += float(piece.square().sum())
     scales = np.sqrt(energy / sizes)
@@ -274,6 +331,7 @@ def _normalised(vector: Tensor, layout: Layout, parts: Sequence[_Part], sizes: F
         x = (x if part.kind else x.T).reshape(-1) / (scales[part.group] or 1.0)
         x = torch.nn.functional.pad(x, (0, part.count * part.width - len(x)))
         rows.append(x.view(part.count, part.width).float())
+
     return rows, scales
 
 
@@ -284,7 +342,8 @@ def _values(vectors: Tensor, part: _Part) -> Tensor:
 
 
 def _weights(scales: Floats, sizes: Floats) -> Floats:
-    """What a squared error of one costs in each group (groups,), against the mean square of all values."""
+    """What a squared error of one costs in each group (groups,), against the mean square of all
+    values."""
     mean = float((scales**2 * sizes).sum() / sizes.sum())
     return scales**2 / (mean or 1.0)
 
@@ -296,7 +355,8 @@ def _lengths(frequencies: Tensor) -> Tensor:
 
 
 def _nearest(x: Tensor, book: Tensor, lengths: Tensor, prices: Tensor) -> Tensor:
-    """For vectors x (count, width), the codeword (count,) of least |x - c|^2 + price * bits; prices (count,)."""
+    """For vectors x (count, width), the codeword (count,) of least |x - c|^2 + price * bits; prices
+    (count,)."""
     left = torch.cat([x, torch.ones(len(x), 1), prices[:, None]], dim=1)
     right = torch.cat([-2 * book, book.square().sum(1, keepdim=True), lengths[:, None]], dim=1)
     return (left @ right.T).argmin(1)
@@ -313,6 +373,7 @@ def _samples(
     """For every factor, vectors (samples, width) of all updates and their weights (samples,)."""
     found: list[list[Tensor]] = [[] for _ in parts]
     weights: list[list[Tensor]] = [[] for _ in parts]
+
     for update in updates:
         rows, scales = _normalised(layout.flatten(update), layout, parts, sizes)
         weight = _weights(scales, sizes)
@@ -320,29 +381,39 @@ def _samples(
             kept = x if share >= 1 else x[torch.rand(len(x), generator=draw) < share]
             found[index].append(kept)
             weights[index].append(torch.full((len(kept),), weight[part.group], dtype=torch.float32))
+
     return [(torch.cat(x), torch.cat(w)) for x, w in zip(found, weights, strict=True)]
 
 
 def _start(x: Tensor, number: int, draw: torch.Generator) -> Tensor:
-    """`number` codewords: zero, then vectors of x (samples, width) drawn with odds |x - nearest one so far|^2."""
+    """`number` codewords: zero, then vectors of x (samples, width) drawn with odds |x - nearest one
+    so far|^2."""
     x = x[torch.randperm(len(x), generator=draw)[:_START]]
     book = torch.zeros(number, x.shape[1])
     distance = x.square().sum(1)
+
     for index in range(1, number):
         if not bool(distance.sum() > 0):
             break
         book[index] = x[int(torch.multinomial(distance, 1, generator=draw))]
         distance = torch.minimum(distance, (x - book[index]).square().sum(1))
+
     return book
 
 
 def _lloyd(
-    books: Tensor, lengths: Tensor, price: float, seen: Sequence[tuple[Tensor, Tensor]], parts: Sequence[_Part]
+    books: Tensor,
+    lengths: Tensor,
+    price: float,
+    seen: Sequence[tuple[Tensor, Tensor]],
+    parts: Sequence[_Part],
 ) -> tuple[Tensor, Tensor, float]:
     """One step at this price of a bit: new codebooks, new frequencies, bits for a vector."""
-    sums, mass = torch.zeros_like(books), torch.zeros(books.shape[:2])
+    sums = torch.zeros_like(books)
+    mass = torch.zeros(books.shape[:2])
     counts = torch.zeros(len(parts), books.shape[1])
     bits = total = 0.0
+
     for index, ((x, weight), part) in enumerate(zip(seen, parts, strict=True)):
         prices = (price / weight.clamp_min(1e-30)).clamp_max(1e6)
         chosen = _nearest(x, books[part.kind], lengths[index], prices)
@@ -351,14 +422,17 @@ def _lloyd(
         counts[index] = torch.bincount(chosen, minlength=books.shape[1])
         bits += float(lengths[index][chosen].sum())
         total += len(x)
+
     moved = torch.where(mass[..., None] > 0, sums / mass[..., None].clamp_min(1e-30), books)
     moved[:, 0] = 0  # what is not worth a bit
     return moved.clamp(-_LARGEST, _LARGEST), _frequencies(counts, parts), bits / max(total, 1)
 
 
 def _frequencies(counts: Tensor, parts: Sequence[_Part]) -> Tensor:
-    """int16 (tensors, codebook) of sum near 2^14, from counts of each tensor and of all tensors of its factor."""
+    """int16 (tensors, codebook) of sum near 2^14, from counts of each tensor and of all tensors of
+    its factor."""
     kinds = torch.tensor([part.kind for part in parts])
     pooled = torch.full((2, counts.shape[1]), 0.5).index_add_(0, kinds, counts)
     mixed = counts + _PRIOR * (pooled / pooled.sum(1, keepdim=True))[kinds]
+
     return (mixed / mixed.sum(1, keepdim=True) * _TOTAL).round().clamp_min(1).to(torch.int16)

@@ -1,11 +1,12 @@
 """CG-FedLLM: a client-side encoder and a server-side decoder compress LoRA updates.
 
-Wu, Xu, Zhang, Li, Wu, Liu, "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs", ECAI 2025,
-https://arxiv.org/abs/2405.13746.
+Wu, Xu, Zhang, Li, Wu, Liu, "CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for
+LLMs", ECAI 2025, https://arxiv.org/abs/2405.13746.
 
-Two stages. TGAP trains an autoencoder on updates collected over sites and rounds. FAF is federated LoRA with the frozen
-autoencoder in the uplink: a site sends Enc(update), the server decodes, averages, and broadcasts the adapter. Any codec
-can take the autoencoder's place; a gate measures on held-out snapshots whether it carries updates at all.
+Two stages. TGAP trains an autoencoder on updates collected over sites and rounds. FAF is federated
+LoRA with the frozen autoencoder in the uplink: a site sends Enc(update), the server decodes,
+averages, and broadcasts the adapter. Any codec can take the autoencoder's place; a gate measures on
+held-out snapshots whether it carries updates at all.
 """
 
 import logging
@@ -47,26 +48,30 @@ class CgFedLlmConfig(Settings):
 
     name: Literal["cgfedllm"] = "cgfedllm"
     fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the sites in a round's cohort; 0.05 of 100 with Dolly, 1 of 3 with C-Eval and MMLU."""
+    """Share of the sites in a round's cohort; 0.05 of 100 with Dolly, 1 of 3 with C-Eval and
+    MMLU."""
     server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs, and a little more
-    than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
+    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs,
+    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     representation: Representation = "delta"
-    """What is coded: the update, or the whole adapter ("state", the letter of Algorithm 1). Ours: delta, because the
-    update is 0.04 % of the state's energy and drowns in the codec's error."""
+    """What is coded: the update, or the whole adapter ("state", the letter of Algorithm 1). Ours:
+    delta, because the update is 0.04 % of the state's energy and drowns in the codec's error."""
     tgap: TgapConfig = TgapConfig()
     gate: Literal["refuse", "report"] = "refuse"
-    """What happens when the codec fails the gate: stop before the first round, or write it down and go on."""
+    """What happens when the codec fails the gate: stop before the first round, or write it down and
+    go on."""
     privacy: PrivacyConfig | None = None
     max_growth: float = Field(10.0, gt=1, le=1e9)
-    """Stop when an aggregate update is this many times longer than the longest before it (spec g.12)."""
+    """Stop when an aggregate update is this many times longer than the longest before it (spec
+    g.12)."""
 
 
 class CgFedLlmServer:
     """Keeps the global adapter; the decoder lies in the link's uplink."""
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
-        self.config, self.context = config, context
+        self.config = config
+        self.context = context
         self.adapter = initial_state(context.layout, context.seed)
         self.link = Link(
             context,
@@ -80,16 +85,21 @@ class CgFedLlmServer:
         self.rounds_done = 0
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """TGAP: collect snapshots, fit the codec, pass it through the gate, send each site its half."""
+        """TGAP: collect snapshots, fit the codec, pass it through the gate, send each site its
+        half."""
         return self.link.setup(fleet, self.config)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """FAF (C1): cohort, local training, encode; decode, weighted mean, new global adapter."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
-        mean, loss, weights = WeightedMean(), WeightedLoss(), list[int]()
+        mean = WeightedMean()
+        loss = WeightedLoss()
+        weights = list[int]()
         replies = Cohort(fleet, "train", number, asked=len(cohort))
 
-        def fold(weight: int, *, site: str, decoded: Decoded, update: Named, site_loss: float | None) -> None:
+        def fold(
+            weight: int, *, site: str, decoded: Decoded, update: Named, site_loss: float | None
+        ) -> None:
             mean.add(update, weight)
             if site_loss is not None:
                 loss.add(site_loss, weight)
@@ -99,8 +109,11 @@ class CgFedLlmServer:
         read = partial(self._read, round=number)
         for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
             decoded, update, weight, site_loss = reply.content
-            then = partial(fold, site=reply.site, decoded=decoded, update=update, site_loss=site_loss)
+            then = partial(
+                fold, site=reply.site, decoded=decoded, update=update, site_loss=site_loss
+            )
             replies.add(reply.site, self._length(update), weight, then)
+
         told = replies.close()
         update = self._private(mean.mean(), max(weights) / sum(weights), number)
         self._guard(norm(update), number)
@@ -109,10 +122,15 @@ class CgFedLlmServer:
         shown = None if self._at_site else loss.mean()
         metrics: Metrics = {"loss": shown, "sites": mean.count, "update_norm": norm(update), **told}
         metrics |= self.link.uplink.close(update, number)
+
         if self.config.privacy:
             multiplier = self.config.privacy.multiplier(self.context.rounds)
             delta = self.config.privacy.delta
-            metrics |= {"epsilon": privacy.spent(multiplier, self.rounds_done, delta), "delta": delta}
+            metrics |= {
+                "epsilon": privacy.spent(multiplier, self.rounds_done, delta),
+                "delta": delta,
+            }
+
         return metrics
 
     @property
@@ -124,19 +142,31 @@ class CgFedLlmServer:
         if self._at_site and reply.values:
             found = sorted(reply.values)[:5]
             raise WireError(f"train: values {found} came, which epsilon does not count")
-        fields(reply, () if self._at_site else ("n", "loss"), FRAME, optional=() if self._at_site else ("e",))
+
+        fields(
+            reply,
+            () if self._at_site else ("n", "loss"),
+            FRAME,
+            optional=() if self._at_site else ("e",),
+        )
         weight = 1 if self._at_site else weight_of(reply)
         decoded = self.link.uplink.decode(reply, round)
         update = gate.innovation(self.link.sent, decoded.update, self.config.representation)
+
         if self.config.privacy and self.config.privacy.placement == "aggregate":
-            update = privacy.clip(update, self.config.privacy.clip_norm)  # decoding may have made it longer
+            update = privacy.clip(
+                update, self.config.privacy.clip_norm
+            )  # decoding may have made it longer
+
         if self.config.privacy is None:  # noise is as long as it must be
             check_update(update, weight, self.context.train)
+
         WeightedMean.check(update, weight)
         return decoded, update, weight, None if self._at_site else loss_of(reply)
 
     def _length(self, update: Named) -> float:
-        """The length by which a site may fail; 0 for all where updates are clipped and not yet disturbed.
+        """The length by which a site may fail; 0 for all where updates are clipped and not yet
+        disturbed.
 
         There a site that fails because of another's length would move the mean by more than epsilon
         counts.
@@ -152,12 +182,15 @@ class CgFedLlmServer:
         return privacy.disturb_mean(update, std, self.context.secret(), number)
 
     def _guard(self, length: float, number: int) -> None:
-        if not math.isfinite(length) or (self.longest > 0 and length > self.config.max_growth * self.longest):
+        if not math.isfinite(length) or (
+            self.longest > 0 and length > self.config.max_growth * self.longest
+        ):
             raise DivergenceError(
                 f"round {number}: the aggregate update has norm {length:.4g}, over method.max_growth="
                 f"{self.config.max_growth:g} times the longest before ({self.longest:.4g}); the codec or the learning "
                 "rate makes training diverge. The last checkpoint is intact"
             )
+
         self.longest = max(self.longest, length)
 
     def model(self) -> Named:
@@ -175,7 +208,10 @@ class CgFedLlmServer:
         adapter = parts["adapter"]
         self.context.layout.check(adapter.tensors, "checkpoint")
         self.adapter = adapter.tensors
-        self.longest, self.rounds_done = adapter.value("longest", float), adapter.value("rounds_done", int)
+        self.longest, self.rounds_done = (
+            adapter.value("longest", float),
+            adapter.value("rounds_done", int),
+        )
         self.link.restore(parts["link"])
 
 
@@ -183,16 +219,20 @@ def train(site: Site, message: Payload) -> Payload:
     """Task: tune the received adapter on D2, encode the update (or the state), send the frame."""
     config: CgFedLlmConfig = site.method
     opened = open_link(site, message, site.layout)
+
     if opened is None:
         return STALE
+
     received, codec = opened
     round = round_of(site, message)
     if config.privacy and config.privacy.at_site:
         return _train_in_private(site, config.privacy, round, received, codec)
+
     examples = after_tgap(site.load().train, config.tgap)
     update, report = train_locally(site, received, round, examples=examples)
     if config.privacy:
         update = privacy.clip(update, config.privacy.clip_norm)
+
     coded = gate.coded_object(received, update, config.representation)
     return coded_reply(site, codec, coded, message, n=len(examples), loss=report.loss)
 
@@ -221,6 +261,7 @@ def _train_in_private(
 
     if not isinstance(codec, LatentCodec) or codec.side_size(codec.settings, codec.layout):
         raise WireError("train: the installed codec tells of the update beside its latent")
+
     latent = release(codec.analyse(vector), codec=site.recall("codec"))
     return frame_payload(codec.seal(codec.pack(latent), round=round))
 
@@ -232,8 +273,12 @@ def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
         raise ConfigError(
             "codec.error_feedback: the residual of a whole adapter means nothing; use representation='delta'"
         )
+
     if codec.weighted and (config.privacy or config.representation == "state"):
-        raise ConfigError("codec.weighted: scales updates only, and not where they are clipped; remove it")
+        raise ConfigError(
+            "codec.weighted: scales updates only, and not where they are clipped; remove it"
+        )
+
     if config.privacy:
         _check_privacy(config, config.privacy, codec, layout)
 
@@ -246,9 +291,15 @@ def _check_privacy(
 ) -> None:
     """Refuse whatever would let something leave that epsilon does not count."""
     if codec.error_feedback:
-        raise ConfigError("codec.error_feedback: it would send later what clipping and noise took away; switch one off")
+        raise ConfigError(
+            "codec.error_feedback: it would send later what clipping and noise took away; switch one off"
+        )
+
     if config.representation == "state":
-        raise ConfigError("method.privacy: clipping a whole adapter would destroy it; use representation='delta'")
+        raise ConfigError(
+            "method.privacy: clipping a whole adapter would destroy it; use representation='delta'"
+        )
+
     if config.tgap.source not in ("public", "none"):
         raw = config.tgap.source == "sites"
         what = "undisturbed updates" if raw else "moments and measures of undisturbed updates"
@@ -257,13 +308,18 @@ def _check_privacy(
             "method.privacy does not count; choose 'public', or 'none' with a codec that learns "
             "nothing"
         )
+
     if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
-        raise ConfigError("codec.noise_ratio: it compares undisturbed updates; remove it, or method.privacy")
+        raise ConfigError(
+            "codec.noise_ratio: it compares undisturbed updates; remove it, or method.privacy"
+        )
+
     if promised.placement == "aggregate" and config.tgap.refit == "decoded":
         raise ConfigError(
             "method.tgap.refit='decoded': the codec would be fitted to undisturbed updates and "
             "sent to all sites, which method.privacy does not count; choose 'broadcast' or 'no'"
         )
+
     if promised.placement == "latent":
         _check_latent(codec, layout)
 
@@ -272,8 +328,12 @@ def _check_latent(codec: CodecSettings, layout: Layout) -> None:
     """Refuse a codec without latent, or with side information that is not of the latent."""
     name: str = codec.name
     kind = None if isinstance(codec, AutoSettings) else CODECS[name]
+
     if kind is None or not issubclass(kind, LatentCodec):
-        raise ConfigError(f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'")
+        raise ConfigError(
+            f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'"
+        )
+
     if kind.side_size(codec, layout):
         bare = "set codec.normalise='none', " if name == "resnet" else ""
         raise ConfigError(

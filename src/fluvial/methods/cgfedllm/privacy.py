@@ -1,7 +1,9 @@
-"""Differential privacy in CG-FedLLM: clip, Gaussian noise at three placements, and an accountant (section C6).
+"""Differential privacy in CG-FedLLM: clip, Gaussian noise at three placements, and an accountant
+(section C6).
 
-The paper gives epsilon in {0.25, 2, 8} and a sensitivity of 1, but neither delta, clip norm nor placement; its text
-puts the noise before compression, its formula on the latent. All three readings are here:
+The paper gives epsilon in {0.25, 2, 8} and a sensitivity of 1, but neither delta, clip norm nor
+placement; its text puts the noise before compression, its formula on the latent. All three readings
+are here:
 
 | placement   | who adds the noise | to what                       | a server may see |
 |-------------|--------------------|-------------------------------|------------------|
@@ -66,7 +68,8 @@ class PrivacyConfig(Settings):
         return self.placement != "aggregate"
 
     def multiplier(self, rounds: int) -> float:
-        """The noise multiplier, computed from epsilon for `rounds` releases where that is what was set."""
+        """The noise multiplier, computed from epsilon for `rounds` releases where that is what was
+        set."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None
@@ -114,6 +117,7 @@ def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
             f"method.privacy.epsilon={epsilon:g}: the accountant finds no noise for it at "
             f"delta={delta:g}; choose a larger epsilon or delta, or set noise_multiplier"
         ) from None
+
     while spent(found, rounds, delta) > epsilon:  # the search ends on either side of it
         found *= 1 + 1e-6
     return found
@@ -130,11 +134,13 @@ def spent(multiplier: float, rounds: int, delta: float) -> float:
     """Return epsilon after `rounds` releases, by Renyi accounting; 0 before the first."""
     if rounds == 0:
         return 0.0
+
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant()
     accountant.compose(_event(multiplier, rounds))
     epsilon: float = accountant.get_epsilon(delta)
+
     return epsilon
 
 
@@ -153,11 +159,12 @@ def release(
     received: Named,
     codec: Payload,
 ) -> Tensor:
-    """Return the clipped and disturbed `vector` (n,), counted in the site's ledger before it leaves.
+    """Return the clipped and disturbed `vector` (n,), counted in the site's ledger before it
+    leaves.
 
     `received` is the adapter that the site was sent, and `codec` what was installed where `vector`
-    is a latent: with `round` and `vector` they tell one release from another. Raises
-    `PrivacyError` for one that epsilon does not count.
+    is a latent: with `round` and `vector` they tell one release from another. Raises `PrivacyError`
+    for one that epsilon does not count.
     """
     mechanism = config.mechanism(site.rounds)
     std = mechanism.clip_norm * mechanism.noise_multiplier
@@ -166,6 +173,7 @@ def release(
     parts = (asked, codec.to_bytes(), steps.tobytes())
     digests = (hashlib.sha256(part).digest() for part in parts)
     key = claim(site.store.private(site.name), mechanism, *digests)
+
     return noise.disturb(steps, std, key)
 
 
@@ -175,14 +183,17 @@ def disturb_mean(mean: Named, std: float, secret: bytes, round: int) -> Named:
     steps = noise.on_grid(layout.flatten(mean), std)
     digest = hashlib.sha256(steps.tobytes()).digest()
     key = noise.derive_key(secret, "aggregate", str(round).encode(), digest)
+
     return layout.unflatten(noise.disturb(steps, std, key))
 
 
 def noise_std(config: PrivacyConfig, multiplier: float, largest_share: float = 1.0) -> float:
-    """Standard deviation per value; in the mean of a round, one site weighs at most `largest_share`."""
+    """Standard deviation per value; in the mean of a round, one site weighs at most
+    `largest_share`."""
     assert 0 < largest_share <= 1
     std = config.clip_norm * multiplier * largest_share
     assert math.isfinite(std)
+
     return std
 
 

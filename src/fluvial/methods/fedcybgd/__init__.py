@@ -1,11 +1,11 @@
 """FedCyBGD: full-parameter tuning by cycle block gradient descent.
 
-Wang, Wang, Tang, "Save It All: Enabling Full Parameter Tuning for Federated LLMs via Cycle Block Gradient Descent",
-2024, https://arxiv.org/abs/2406.11187; released code: L3030/FedCyBGD.
+Wang, Wang, Tang, "Save It All: Enabling Full Parameter Tuning for Federated LLMs via Cycle Block
+Gradient Descent", 2024, https://arxiv.org/abs/2406.11187; released code: L3030/FedCyBGD.
 
-The model is cut into blocks. Sites take part one after another; each is sent one block exactly and the others
-compressed, trains that block alone, and sends it back. So all weights are trained, while a site holds gradients and
-optimizer state of one block and sends only its change.
+The model is cut into blocks. Sites take part one after another; each is sent one block exactly and
+the others compressed, trains that block alone, and sends it back. So all weights are trained, while
+a site holds gradients and optimizer state of one block and sends only its change.
 """
 
 from torch import nn
@@ -17,7 +17,12 @@ from fluvial.errors import ConfigError
 from fluvial.federation.line import round_s
 from fluvial.federation.sites import refuse_learned
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import CacheDownload, LowBitDownload, ProxyDownload, StaleDownload
+from fluvial.methods.fedcybgd.download import (
+    CacheDownload,
+    LowBitDownload,
+    ProxyDownload,
+    StaleDownload,
+)
 from fluvial.methods.fedcybgd.memory import (
     Cache,
     Form,
@@ -43,22 +48,33 @@ from fluvial.wire.tensors import Layout, factor
 
 
 def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
-    """Refuse a codec that cannot code every block, blocks that are not there, and a proxy of an adapter."""
+    """Refuse a codec that cannot code every block, blocks that are not there, and a proxy of an
+    adapter."""
     refuse_learned(codec, config.name)
     parts = partition(config, layout)
+
     if config.layers_per_block > parts.num_layers:
         raise ConfigError(
             f"method.layers_per_block={config.layers_per_block}: the model has {parts.num_layers} layers; choose at "
             "most as many"
         )
+
     for block in parts.blocks:
         try:
             CODECS[codec.name].frame_size(codec, block.layout)
         except ConfigError as error:
             raise ConfigError(f"block {block.name!r}: {error}") from error
+
     proxy = isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload)
-    if isinstance(config, FedCyBgdConfig) and config.hold == "disk" and any(factor(name) for name in layout.names):
-        raise ConfigError("method.hold='disk': without effect, because an adapter is tuned; remove it")
+    if (
+        isinstance(config, FedCyBgdConfig)
+        and config.hold == "disk"
+        and any(factor(name) for name in layout.names)
+    ):
+        raise ConfigError(
+            "method.hold='disk': without effect, because an adapter is tuned; remove it"
+        )
+
     if proxy and any(factor(name) for name in layout.names):
         raise ConfigError(
             "method.download.form='proxy': drops layers of the base, and here an adapter is tuned; set "
@@ -67,7 +83,8 @@ def check(config: Config, codec: CodecSettings, layout: Layout) -> None:
 
 
 def check_model(config: Config, base: nn.Module) -> None:
-    """Refuse a proxy that cannot be made of this model, and a model that cannot be read from disk as it is used."""
+    """Refuse a proxy that cannot be made of this model, and a model that cannot be read from disk
+    as it is used."""
     if isinstance(config, FedCyBgdConfig) and config.hold == "disk":
         check_streams(base)
     if isinstance(config, FedCyBgdConfig) and isinstance(config.download, ProxyDownload):
@@ -78,11 +95,14 @@ def check_model(config: Config, base: nn.Module) -> None:
 
 def sent(config: Config, layout: Layout) -> Layout:
     """What a site sends at most in a visit: the largest block."""
-    return max((block.layout for block in partition(config, layout).blocks), key=lambda each: each.numel)
+    return max(
+        (block.layout for block in partition(config, layout).blocks), key=lambda each: each.numel
+    )
 
 
 def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tuple[str, str]]:
-    """Blocks, download and memory of a site by the formulas of `memory`, once all blocks have moved."""
+    """Blocks, download and memory of a site by the formulas of `memory`, once all blocks have
+    moved."""
     parts = partition(config, layout)
     largest = max(range(len(parts)), key=lambda index: parts.blocks[index].numel)
     sizes = Sizes.of(parts, largest)
@@ -96,12 +116,21 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
         ("in no block, never trained", f"{parts.fixed.numel:,}"),
         ("down to a site in a cycle", f"about {down:,} B as {config.download.form!r}"),
         ("down, whole run", f"about {down * known.sites * known.rounds:,} B to all sites"),
-        ("memory of a site", f"{used.visit():,} B and activations{' and the base' if adapter else ''}"),
+        (
+            "memory of a site",
+            f"{used.visit():,} B and activations{' and the base' if adapter else ''}",
+        ),
     ]
+
     if not adapter:
         held = OnDisk(form) if config.hold == "disk" else form
-        process = process_memory(sizes, held, width=width, moved=len(parts), coded=known.frame, workers=1)
-        rows.append(("memory of one process with all sites", f"up to {process.peak:,} B and activations"))
+        process = process_memory(
+            sizes, held, width=width, moved=len(parts), coded=known.frame, workers=1
+        )
+        rows.append(
+            ("memory of one process with all sites", f"up to {process.peak:,} B and activations")
+        )
+
     if known.line is not None:
         assigned = assignment(config.order, clients=known.sites, blocks=len(parts), cycle=0, seed=0)
         visits = groups(assigned, parallel=config.parallel, together=config.merging != "sequential")
@@ -114,6 +143,7 @@ def forecast(config: FedCyBgdConfig, layout: Layout, known: Forecast) -> list[tu
                 f"{whole:.1f} s and the time of training: {len(visits)} in turn, of up to {widest} visits at once",
             )
         )
+
     return rows
 
 
@@ -138,6 +168,7 @@ def _form(config: FedCyBgdConfig, known: Forecast, blocks: int) -> Form:
             return LowBit(8 * frame_size(codec, many) / many.numel, blocks - 1)
         case CacheDownload():
             return Cache(known.sites, blocks, known.frame)
+
     return Full()
 
 
@@ -145,7 +176,9 @@ def reads_public(config: Config, _codec: CodecSettings) -> bool:
     """Whether scores, gradients or losses on public text are asked for."""
     if isinstance(config, CentralCyclicConfig):
         return False
-    return config.gated or isinstance(config.download, ProxyDownload) or config.accept.on != "always"
+    return (
+        config.gated or isinstance(config.download, ProxyDownload) or config.accept.on != "always"
+    )
 
 
 METHOD = Method(

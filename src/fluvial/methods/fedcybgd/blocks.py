@@ -1,7 +1,8 @@
 """A model's weights, or its adapter's factors, as blocks that are trained one at a time.
 
-The blocks follow from the names: a decoder layer is what stands under one number, as `model.layers.3.` in Llama, Qwen,
-Mistral and GLM-4, `transformer.h.3.` in GPT-2, or `transformer.encoder.layers.3.` in ChatGLM.
+The blocks follow from the names: a decoder layer is what stands under one number, as
+`model.layers.3.` in Llama, Qwen, Mistral and GLM-4, `transformer.h.3.` in GPT-2, or
+`transformer.encoder.layers.3.` in ChatGLM.
 """
 
 import math
@@ -16,7 +17,8 @@ from fluvial.errors import ConfigError
 from fluvial.wire.tensors import Layout
 
 Extra = Literal["embeddings", "norm", "head"]
-"""What stands outside the layers: token and position embeddings, the final norm, an output head that is not tied."""
+"""What stands outside the layers: token and position embeddings, the final norm, an output head
+that is not tied."""
 
 _NUMBERED = re.compile(r"(.*?\.)(\d+)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_layer|embed_out|score|classifier)\.")
@@ -54,7 +56,9 @@ class Partition:
     @cached_property
     def block_of(self) -> dict[str, int]:
         """The block of every parameter that has one."""
-        return {name: index for index, block in enumerate(self.blocks) for name in block.layout.names}
+        return {
+            name: index for index, block in enumerate(self.blocks) for name in block.layout.names
+        }
 
 
 def partition(
@@ -62,24 +66,35 @@ def partition(
 ) -> Partition:
     """Blocks of consecutive decoder layers, bottom up, then those `extra` ones that are asked for.
 
-    `whole` makes one block of everything. Raises `ConfigError` where there are no layers, or nothing of an extra kind.
+    `whole` makes one block of everything. Raises `ConfigError` where there are no layers, or
+    nothing of an extra kind.
     """
     assert layers_per_block >= 1, "a block has a layer"
     prefix = _stack(layout)
     numbers: dict[str, int] = {}
+
     for name in layout.names:
         found = _NUMBERED.match(name)
         if found and found[1] == prefix:
             numbers[name] = int(found[2])
+
     layers = sorted(set(numbers.values()))
     if whole:
         everything = Block("model", tuple(layers), layout)
         return Partition((everything,), Layout(()), prefix, len(layers))
+
     blocks = []
     for start in range(0, len(layers), layers_per_block):
         inside = layers[start : start + layers_per_block]
         title = f"layer {inside[0]}" if len(inside) == 1 else f"layers {inside[0]} to {inside[-1]}"
-        blocks.append(Block(title, tuple(inside), _part(layout, {n for n, at in numbers.items() if at in inside})))
+        blocks.append(
+            Block(
+                title,
+                tuple(inside),
+                _part(layout, {n for n, at in numbers.items() if at in inside}),
+            )
+        )
+
     outside = {name: _kind(name, shape) for name, shape in layout.shapes if name not in numbers}
     for kind in dict.fromkeys(extra):
         names = {name for name, found in outside.items() if found == kind}
@@ -88,7 +103,9 @@ def partition(
             raise ConfigError(
                 f"method.extra: there is no {kind!r} to train (a tied head is part of the embeddings); found {there}"
             )
+
         blocks.append(Block(kind, (), _part(layout, names)))
+
     taken = {name for block in blocks for name in block.layout.names}
     return Partition(tuple(blocks), _part(layout, set(layout.names) - taken), prefix, len(layers))
 
@@ -100,10 +117,12 @@ def _stack(layout: Layout) -> str:
         found = _NUMBERED.match(name)
         if found:
             sizes[found[1]] += math.prod(shape)
+
     if not sizes:
         raise ConfigError(
             "the model has no numbered layers, such as 'model.layers.0.', that could be blocks; use order = 'full'"
         )
+
     return sizes.most_common(1)[0][0]
 
 

@@ -1,4 +1,5 @@
-"""Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives values."""
+"""Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives
+values."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -17,19 +18,22 @@ Merge = Literal["sequential", "average", "overwrite"]
 
 
 class FedCyBgdConfig(Settings):
-    """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in FedAvg."""
+    """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in
+    FedAvg."""
 
     name: Literal["fedcybgd"] = "fedcybgd"
     order: Order = "ascending"
-    """Which site trains which block (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands the model on."""
+    """Which site trains which block (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands
+    the model on."""
     extra: tuple[Extra, ...] = ()
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
     parallel: int = Field(1, ge=1, le=10**6)
-    """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one after another."""
+    """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one
+    after another."""
     merge: Merge | None = None
-    """Sites that share a block in a cycle: train it in turn, or together and "average" (the default of "pairs") or
-    "overwrite", where the last one wins (the released code)."""
+    """Sites that share a block in a cycle: train it in turn, or together and "average" (the default
+    of "pairs") or "overwrite", where the last one wins (the released code)."""
     weighting: Literal["samples", "equal"] = "samples"
     """Of an average; the released code's is equal."""
     damping: float = Field(1.0, gt=0, le=1)
@@ -39,7 +43,8 @@ class FedCyBgdConfig(Settings):
     download: DownloadConfig = CacheDownload()
     """How the blocks that are not trained come to a site."""
     hold: Literal["memory", "disk"] = "memory"
-    """Where a site has them while it trains; from disk each is read when it is used, and costs no memory."""
+    """Where a site has them while it trains; from disk each is read when it is used, and costs no
+    memory."""
     gate: GateConfig = GateConfig()
     accept: AcceptConfig = AcceptConfig()
 
@@ -50,23 +55,29 @@ class FedCyBgdConfig(Settings):
 
     @property
     def gated(self) -> bool:
-        """Whether the gradient through the download is measured, and the download may be refused."""
+        """Whether the gradient through the download is measured, and the download may be
+        refused."""
         return isinstance(self.download, LOSSY) and self.gate.threshold > 0
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        default, given = type(self).model_fields, self.model_fields_set
+        default = type(self).model_fields
+        given = self.model_fields_set
+
         if self.order == "full":
             for name in ("extra", "layers_per_block", "parallel", "merge"):
                 if name in given and getattr(self, name) != default[name].default:
                     yield f"{name}: without effect under order='full', which has one block; remove it"
+
             if isinstance(self.download, ProxyDownload):
                 yield "download.form='proxy': nothing is left to compress under order='full'; use 'cache'"
+
         if self.hold == "disk" and self.download.form in ("full", "proxy"):
             yield (
                 f"hold='disk': form={self.download.form!r} brings the whole model in one message, and keeps nothing; "
                 "choose form = 'cache' or 'low-bit'"
             )
+
         if self.order == "pairs" and self.merging == "sequential":
             yield "merge='sequential': order='pairs' trains a block from one state; use order='ascending'"
         if self.weighting != "samples" and self.merging != "average":
@@ -76,7 +87,8 @@ class FedCyBgdConfig(Settings):
 
 
 class CentralCyclicConfig(Settings):
-    """All data at one place, one block at a time: in every round each block gets its share of the steps."""
+    """All data at one place, one block at a time: in every round each block gets its share of the
+    steps."""
 
     name: Literal["central_cyclic"] = "central_cyclic"
     order: Literal["ascending", "descending", "latin-random"] = "ascending"
@@ -90,5 +102,8 @@ Config = FedCyBgdConfig | CentralCyclicConfig
 def partition(config: Config, layout: Layout) -> Partition:
     """The blocks of a run; both ends find the same ones."""
     return partition_layout(
-        layout, extra=config.extra, layers_per_block=config.layers_per_block, whole=config.order == "full"
+        layout,
+        extra=config.extra,
+        layers_per_block=config.layers_per_block,
+        whole=config.order == "full",
     )

@@ -10,8 +10,8 @@
     cache         exact: the base and all commits since;      the base, and what it was sent before
                   what the site has is not resent
 
-Full, proxy and low-bit bring absolute weights, frozen ones in the model's type. With an adapter "weights" are its
-factors, and the base is always there; a proxy of it makes no sense.
+Full, proxy and low-bit bring absolute weights, frozen ones in the model's type. With an adapter
+"weights" are its factors, and the base is always there; a proxy of it makes no sense.
 """
 
 import zlib
@@ -52,11 +52,13 @@ class ProxyDownload(ProxySettings):
 
 
 class StaleDownload(Settings):
-    """The released code's `update_global`: of the blocks that have moved, a random share is refreshed."""
+    """The released code's `update_global`: of the blocks that have moved, a random share is
+    refreshed."""
 
     form: Literal["stale-subset"] = "stale-subset"
     share: float = Field(0.5, gt=0, le=1)
-    """ceil(share * moved blocks) are sent, and the trained block in any case; the code's default of -1 crashes."""
+    """ceil(share * moved blocks) are sent, and the trained block in any case; the code's default of
+    -1 crashes."""
 
 
 class LowBitDownload(Settings):
@@ -74,7 +76,8 @@ class CacheDownload(Settings):
 
 
 DownloadConfig = Annotated[
-    FullDownload | ProxyDownload | StaleDownload | LowBitDownload | CacheDownload, Field(discriminator="form")
+    FullDownload | ProxyDownload | StaleDownload | LowBitDownload | CacheDownload,
+    Field(discriminator="form"),
 ]
 LOSSY = (ProxyDownload, StaleDownload, LowBitDownload)
 """Forms through which a site sees another model than the server's."""
@@ -131,14 +134,15 @@ class Received:
     """What is missing from a proxy."""
 
 
-# -- the server's half ------------------------------------------------------------------------------------------------
+# -- the server's half ---------------------------------------------------------------------------
 
 
 class Sender:
     """Makes messages.
 
-    `holds` has, by site, the version of every block and of the fixed rest that it holds; -1 is nothing. A site that is
-    not listed holds what it starts with: version 0, the base, under "cache", and nothing under "low-bit".
+    `holds` has, by site, the version of every block and of the fixed rest that it holds; -1 is
+    nothing. A site that is not listed holds what it starts with: version 0, the base, under
+    "cache", and nothing under "low-bit".
     """
 
     def __init__(
@@ -150,7 +154,11 @@ class Sender:
         plan: Callable[[int, str], Manifest],
     ) -> None:
         """`plan(block, visit)` says what of a proxy is kept."""
-        self.config, self.ledger, self.seed, self.bench, self.plan = config, ledger, seed, bench, plan
+        self.config = config
+        self.ledger = ledger
+        self.seed = seed
+        self.bench = bench
+        self.plan = plan
         self.parts: Partition = ledger.parts
         self.holds: dict[str, list[int]] = {}
         self._sent: dict[str, list[int]] = {}
@@ -159,21 +167,27 @@ class Sender:
         """Everything that `site` needs to train block `index`."""
         values = {**values, "block": index, "visit": visit}
         self._sent[site] = [*self.ledger.versions, 0]
+
         match self.config:
             case FullDownload():
                 return Payload(self._block(index) | self._others(index), values)
             case ProxyDownload():
                 manifest = self.plan(index, visit)
                 others = cut(self._others(index), manifest)
-                return Payload(self._block(index) | others, values | {"manifest": manifest.values()})
+                return Payload(
+                    self._block(index) | others, values | {"manifest": manifest.values()}
+                )
             case StaleDownload():
                 refreshed = subset(self.ledger.changed, self.config.share, self.seed, visit)
-                names = [n for k in refreshed if k != index for n in self.parts.blocks[k].layout.names]
+                names = [
+                    n for k in refreshed if k != index for n in self.parts.blocks[k].layout.names
+                ]
                 return Payload(self._block(index) | self._cast(self._weights(names)), values)
             case LowBitDownload():
                 return self._low_bit(site, index, values)
             case CacheDownload():
                 return self._replay(site, index, values)
+
         raise AssertionError(f"unknown form {self.config!r}")
 
     def acknowledge(self, site: str) -> None:
@@ -203,42 +217,61 @@ class Sender:
 
     def _others(self, index: int) -> Named:
         trained = set(self._names(index))
-        return self._cast(self._weights(name for name in self.ledger.layout.names if name not in trained))
+        return self._cast(
+            self._weights(name for name in self.ledger.layout.names if name not in trained)
+        )
 
     def _cast(self, weights: Named) -> Named:
         kinds = self.bench().dtypes
         return {name: tensor.to(kinds[name]) for name, tensor in weights.items()}
 
     def _low_bit(self, site: str, index: int, values: dict[str, Value]) -> Payload:
-        """The block, and of every other part that the site does not hold in this version the coded weights."""
+        """The block, and of every other part that the site does not hold in this version the coded
+        weights."""
         held = self.holds.get(site, [-1] * (len(self.parts) + 1))
         tensors = self._block(index)
         versions = [*self.ledger.versions, 0]
+
         for number, layout in enumerate(parts_of(self.parts)):
             if number != index and held[number] != versions[number]:
                 tensors |= coded(self._cast(self._weights(layout.names)), self.config.codec)
+
         self._sent[site][index] = held[index]  # it gets the block itself, not its coded image
         return Payload(tensors, values | {"versions": [*versions]})
 
     def _replay(self, site: str, index: int, values: dict[str, Value]) -> Payload:
-        """What leads from the versions that the site holds to the newest, as one run of bytes and its table."""
+        """What leads from the versions that the site holds to the newest, as one run of bytes and
+        its table."""
         held = self.holds.get(site, [0] * (len(self.parts) + 1))
         news: list[Value] = []
         data = []
+
         for number, block in enumerate(self.parts.blocks):
             if held[number] == self.ledger.versions[number]:
                 continue
+
             commits = self.ledger.since(number, held[number])
             if commits is None or sum(each.size for each in commits) > block.layout.raw_bytes:
                 data.append(Identity.of(block.layout).encode(self.ledger.block(number)))
-                news.append([number, -1, self.ledger.versions[number], [[1.0, [len(data[-1])], [1]]]])
+                news.append(
+                    [number, -1, self.ledger.versions[number], [[1.0, [len(data[-1])], [1]]]]
+                )
                 continue
+
             table: list[Value] = []
             for commit in commits:
                 data += commit.frames
-                table.append([commit.factor, [len(frame) for frame in commit.frames], list(commit.weights)])
+                table.append(
+                    [commit.factor, [len(frame) for frame in commit.frames], list(commit.weights)]
+                )
+
             news.append([number, held[number], self.ledger.versions[number], table])
-        values = values | {"news": news, "versions": [*self.ledger.versions], "crc": crc(self.ledger.block(index))}
+
+        values = values | {
+            "news": news,
+            "versions": [*self.ledger.versions],
+            "crc": crc(self.ledger.block(index)),
+        }
         joined = b"".join(data)
         return frame_payload(joined, **values) if joined else Payload(values=values)
 
@@ -266,7 +299,8 @@ def coded(weights: Named, settings: CodecSettings) -> Named:
         name: tensor
         if tensor.dim() < 2
         else torch.frombuffer(
-            bytearray(_matrix_codec(settings, name, tensor.shape).encode({name: tensor})), dtype=torch.uint8
+            bytearray(_matrix_codec(settings, name, tensor.shape).encode({name: tensor})),
+            dtype=torch.uint8,
         )
         for name, tensor in weights.items()
     }
@@ -276,7 +310,7 @@ def _matrix_codec(settings: CodecSettings, name: str, shape: Iterable[int]) -> A
     return build(settings, Layout(((name, tuple(shape)),)))
 
 
-# -- the site's half --------------------------------------------------------------------------------------------------
+# -- the site's half -----------------------------------------------------------------------------
 
 
 def receive(
@@ -289,45 +323,63 @@ def receive(
     index = message.value("block", int)
     if not 0 <= index < len(parts):
         raise WireError(f"visit: block {index}, and there are {len(parts)}")
-    layout, block = holder.workbench.layout, parts.blocks[index].layout
+
+    layout = holder.workbench.layout
+    block = parts.blocks[index].layout
     if isinstance(config, CacheDownload):
         return _replayed(holder, message, parts, index, codec)
+
     start = {name: message.tensors[name] for name in block.names if name in message.tensors}
     block.check(start, f"block {index}")
     others = {name: tensor for name, tensor in message.tensors.items() if name not in start}
+
     if isinstance(config, LowBitDownload):
         rest = _decoded(config, holder, others, message.value("versions", list), parts, index)
         return None if rest is None else Received(start, rest)
-    kinds, manifest = holder.workbench.dtypes, None
+
+    kinds = holder.workbench.dtypes
+    manifest = None
     expected = {name: shape for name, shape in layout.shapes if name not in start}
     rest = MemorySource(others)
+
     if isinstance(config, ProxyDownload):
         blank = holder.workbench.blank()
         anatomy = Anatomy.of(blank, config.prune)
-        manifest = Manifest.from_values(message.value("manifest", dict), anatomy, parts.blocks[index].layers)
+        manifest = Manifest.from_values(
+            message.value("manifest", dict), anatomy, parts.blocks[index].layers
+        )
         left = slim(blank, manifest).named_parameters()
         expected = {name: tuple(each.shape) for name, each in left if name not in start}
+
     if isinstance(config, StaleDownload):
         rest = _Over(_base(holder), [MemorySource(others)])
         expected = {name: shape for name, shape in expected.items() if name in others}
+
     _check(others, expected, kinds)
     return Received(start, rest, manifest)
 
 
-def _check(found: Named, expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]) -> None:
+def _check(
+    found: Named, expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]
+) -> None:
     """Raise `WireError` unless `found` has the names, shapes and types expected, and is finite."""
     if found.keys() != expected.keys():
-        raise WireError(f"visit: other tensors than expected, first {sorted(found.keys() ^ expected.keys())[:2]}")
+        raise WireError(
+            f"visit: other tensors than expected, first {sorted(found.keys() ^ expected.keys())[:2]}"
+        )
+
     for name, tensor in found.items():
         if tuple(tensor.shape) != expected[name] or tensor.dtype != kinds[name]:
             what = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise WireError(f"visit: {name!r} is {what}, expected {kinds[name]} {expected[name]}")
+
     if not is_finite(found):
         raise WireError("visit: NaN or Inf among the weights")
 
 
 def _base(holder: Holder) -> Source:
-    """The weights that a site has from the start: the base's files, or an adapter's initial factors."""
+    """The weights that a site has from the start: the base's files, or an adapter's initial
+    factors."""
     bench = holder.workbench
     return bench.base if bench.full else MemorySource(initial_state(bench.layout, holder.seed))
 
@@ -336,7 +388,9 @@ class _Over(Source):
     """A source with others laid over it."""
 
     def __init__(self, below: Source, above: Iterable[Source]) -> None:
-        self._places = dict.fromkeys(below.names, below) | {name: each for each in above for name in each.names}
+        self._places = dict.fromkeys(below.names, below) | {
+            name: each for each in above for name in each.names
+        }
         self.names = frozenset(self._places)
 
     def get(self, name: str) -> Tensor:
@@ -353,57 +407,86 @@ class _Over(Source):
 
 
 def _decoded(
-    config: LowBitDownload, holder: Holder, came: Named, versions: list[Any], parts: Partition, index: int
+    config: LowBitDownload,
+    holder: Holder,
+    came: Named,
+    versions: list[Any],
+    parts: Partition,
+    index: int,
 ) -> Source | None:
-    """All parts but the trained one: from the message, or as the site keeps them; None if it keeps another version."""
+    """All parts but the trained one: from the message, or as the site keeps them; None if it keeps
+    another version."""
     layouts = parts_of(parts)
     if len(versions) != len(layouts):
         raise WireError(f"visit: versions of {len(versions)} parts, expected {len(layouts)}")
+
     strange = came.keys() - {name for layout in layouts for name in layout.names}
     if strange:
         raise WireError(f"visit: tensors of no block, first {sorted(strange)[:2]}")
-    kinds, shapes = holder.workbench.dtypes, dict(holder.workbench.layout.shapes)
+
+    kinds = holder.workbench.dtypes
+    shapes = dict(holder.workbench.layout.shapes)
 
     def decode(name: str, frame: bytes) -> Tensor:
-        weight: Tensor = _matrix_codec(config.codec, name, shapes[name]).decode(frame)[name].to(kinds[name])
+        weight: Tensor = (
+            _matrix_codec(config.codec, name, shapes[name]).decode(frame)[name].to(kinds[name])
+        )
         return weight
 
     found: list[Source] = []
     for number, layout in enumerate(layouts):
         if number == index or not layout.names:
             continue
+
         here = {name: came[name] for name in layout.names if name in came}
         if here:
             _check(
-                {name: _vector_or_frame(name, tensor, layout, decode) for name, tensor in here.items()},
+                {
+                    name: _vector_or_frame(name, tensor, layout, decode)
+                    for name, tensor in here.items()
+                },
                 dict(layout.shapes),
                 kinds,
             )
             holder.keep(f"rest-{number}", Payload(here, {"version": versions[number]}), draft=True)
+
         version, rest = _kept(holder, f"rest-{number}", decode)
         if rest is None or version != versions[number]:
             return None
+
         found.append(rest)
+
     return _Over(MemorySource({}), found)
 
 
-def _vector_or_frame(name: str, tensor: Tensor, layout: Layout, decode: Callable[[str, bytes], Tensor]) -> Tensor:
-    """What a tensor of a low-bit message stands for; raises `WireError` for a frame that cannot be decoded."""
+def _vector_or_frame(
+    name: str, tensor: Tensor, layout: Layout, decode: Callable[[str, bytes], Tensor]
+) -> Tensor:
+    """What a tensor of a low-bit message stands for; raises `WireError` for a frame that cannot be
+    decoded."""
     if len(dict(layout.shapes)[name]) < 2:
         return tensor
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
-        raise WireError(f"visit: {name!r} is {tensor.dtype} with {tensor.dim()} axes, expected a coded matrix")
+        raise WireError(
+            f"visit: {name!r} is {tensor.dtype} with {tensor.dim()} axes, expected a coded matrix"
+        )
+
     return decode(name, tensor.numpy().tobytes())
 
 
-def _kept(holder: Holder, slot: str, decode: Callable[[str, bytes], Tensor]) -> tuple[int | None, Source | None]:
-    """What a site keeps of a block and its version: read from its file when it is asked for, where there is a file."""
+def _kept(
+    holder: Holder, slot: str, decode: Callable[[str, bytes], Tensor]
+) -> tuple[int | None, Source | None]:
+    """What a site keeps of a block and its version: read from its file when it is asked for, where
+    there is a file."""
     file = holder.file(slot)
     if file is not None:
         return read_values(file).get("version"), FileSource(file, decode)  # type: ignore[return-value]
+
     kept = holder.recall(slot)
     if not kept.tensors:
         return None, None
+
     tensors = {
         name: decode(name, tensor.numpy().tobytes()) if tensor.dtype == torch.uint8 else tensor
         for name, tensor in kept.tensors.items()
@@ -421,28 +504,36 @@ class _Reader:
     def take(self, size: object) -> bytes:
         """The next `size` bytes; raises `WireError`."""
         if type(size) is not int or not 0 < size <= len(self.data) - self.place:
-            raise WireError(f"visit: a frame of {size!r:.20} bytes, {len(self.data) - self.place} are left")
+            raise WireError(
+                f"visit: a frame of {size!r:.20} bytes, {len(self.data) - self.place} are left"
+            )
+
         self.place += size
         return self.data[self.place - size : self.place]
 
 
 @dataclass(frozen=True)
 class _News:
-    """What happened to one block since a site last held it: commits, or for base -1 the block itself."""
+    """What happened to one block since a site last held it: commits, or for base -1 the block
+    itself."""
 
     base: int
     version: int
     commits: list[Commit]
 
 
-def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, codec: CodecSettings) -> Received | None:
+def _replayed(
+    holder: Holder, message: Payload, parts: Partition, index: int, codec: CodecSettings
+) -> Received | None:
     reader = _Reader(payload_frame(message) if message.tensors else b"")
     news = dict(_news(entry, reader, len(parts)) for entry in message.value("news", list))
     if reader.place != len(reader.data):
         raise WireError(f"visit: {len(reader.data) - reader.place} bytes belong to no block")
+
     versions = message.value("versions", list)
     if len(versions) != len(parts):
         raise WireError(f"visit: versions of {len(versions)} blocks, expected {len(parts)}")
+
     held: list[Source] = []
     trained: Named = {}
     for number, block in enumerate(parts.blocks):
@@ -452,6 +543,7 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
             if now is None:
                 return None
             holder.keep(slot, Payload(now, {"version": news[number].version}), draft=True)
+
         version, source = _kept(holder, slot, _no_frame)
         if (version or 0) != versions[number]:
             return None
@@ -461,23 +553,32 @@ def _replayed(holder: Holder, message: Payload, parts: Partition, index: int, co
             block.layout.check(trained, f"block {index} as the site keeps it")
         elif source is not None:
             held.append(source)
+
     if crc(trained) != message.value("crc", int):
         return None
-    base, over = _base(holder), _Over(MemorySource({}), held)
+
+    base = _base(holder)
+    over = _Over(MemorySource({}), held)
     rest = Sum(base, over) if holder.workbench.full else _Over(base, held)
+
     return Received(holder.workbench.weights(trained), rest)
 
 
-def _brought_forward(holder: Holder, slot: str, layout: Layout, news: _News, codec: CodecSettings) -> Named | None:
+def _brought_forward(
+    holder: Holder, slot: str, layout: Layout, news: _News, codec: CodecSettings
+) -> Named | None:
     """A block after its commits; None if they start from another version than the site's."""
     if news.base == -1:
         return Identity.of(layout).decode(news.commits[0].frames[0])
+
     version, source = _kept(holder, slot, _no_frame)
     if news.base != (version or 0):
         return None
+
     source = source or MemorySource(initial_state(layout, holder.seed))
     now = {name: source.get(name) for name in layout.names}
     layout.check(now, f"{slot} as the site keeps it")
+
     for commit in news.commits:
         now = add(now, commit.step(build(codec, layout)))
     return now
@@ -489,19 +590,39 @@ def _no_frame(name: str, _frame: bytes) -> Tensor:
 
 def _news(entry: Any, reader: _Reader, blocks: int) -> tuple[int, _News]:
     """One row of the table of a replay, checked: a block and what happened to it."""
-    if not isinstance(entry, list) or len(entry) != 4 or not all(type(each) is int for each in entry[:3]):
+    if (
+        not isinstance(entry, list)
+        or len(entry) != 4
+        or not all(type(each) is int for each in entry[:3])
+    ):
         raise WireError(f"visit: {entry!r:.60} is no row of news")
+
     block, base, version, table = entry
     if not 0 <= block < blocks or not isinstance(table, list) or not table:
         raise WireError(f"visit: news of block {block} of {blocks}")
+
     commits = []
     for row in table:
-        if not isinstance(row, list) or len(row) != 3 or type(row[0]) is not float or not 0 < row[0] <= 1:
+        if (
+            not isinstance(row, list)
+            or len(row) != 3
+            or type(row[0]) is not float
+            or not 0 < row[0] <= 1
+        ):
             raise WireError(f"visit: {row!r:.60} is no commit")
-        sizes, weights = row[1], row[2]
-        if not isinstance(sizes, list) or not isinstance(weights, list) or not 0 < len(sizes) == len(weights):
+
+        sizes = row[1]
+        weights = row[2]
+        if (
+            not isinstance(sizes, list)
+            or not isinstance(weights, list)
+            or not 0 < len(sizes) == len(weights)
+        ):
             raise WireError(f"visit: {row!r:.60} is no commit")
+
         if not all(type(weight) is int and 1 <= weight <= 2**31 for weight in weights):
             raise WireError(f"visit: weights {weights!r:.60} are out of range")
+
         commits.append(Commit(row[0], tuple(reader.take(size) for size in sizes), tuple(weights)))
+
     return block, _News(base, version, commits)

@@ -1,7 +1,9 @@
-"""What keeps a bad download or a bad update out: gradients compared, and the true loss asked before a step is taken.
+"""What keeps a bad download or a bad update out: gradients compared, and the true loss asked before
+a step is taken.
 
-Both need public text. The gradient of a block through a compressed model is biased (docs/methods/fedcybgd.md); its
-cosine to the gradient through the exact model says how much is left, and per byte it ranks the forms of download.
+Both need public text. The gradient of a block through a compressed model is biased
+(docs/methods/fedcybgd.md); its cosine to the gradient through the exact model says how much is
+left, and per byte it ranks the forms of download.
 """
 
 import math
@@ -25,7 +27,8 @@ class GateConfig(Settings):
     """When a compressed download is good enough to train through."""
 
     threshold: float = Field(0.7, ge=0, lt=1)
-    """Least cosine between a block's gradient through the download and the exact one; 0 measures nothing."""
+    """Least cosine between a block's gradient through the download and the exact one; 0 measures
+    nothing."""
     examples: int = Field(16, ge=1, le=10**6)
     """Sequences of public text."""
 
@@ -49,12 +52,17 @@ class AcceptConfig(Settings):
             yield f"{', '.join(idle)}: without effect under on='always'; set on='public loss'"
 
 
-def gradient(model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int) -> Named:
+def gradient(
+    model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int
+) -> Named:
     """d mean loss / d weights of `names`, fp32, on the CPU."""
     parameters = {name: tuned_parameters(model)[name].requires_grad_() for name in names}
     device = next(iter(parameters.values())).device
     loss = summed_loss(*predictions(model, collate(examples, pad_token_id, device)))
-    found = torch.autograd.grad(loss / sum(each.label_tokens for each in examples), list(parameters.values()))
+    found = torch.autograd.grad(
+        loss / sum(each.label_tokens for each in examples), list(parameters.values())
+    )
+
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return {name: each.float().cpu() for name, each in zip(names, found, strict=True)}
@@ -71,10 +79,13 @@ class Judge:
     def loss(self, state: Named) -> float:
         """Nats per label token on public text."""
         with self.bench.model(state) as model:
-            return heldout(model, self.examples, pad_token_id=self.bench.tokenizer.pad_token_id).loss
+            return heldout(
+                model, self.examples, pad_token_id=self.bench.tokenizer.pad_token_id
+            ).loss
 
     def share(self, state: Named, moved: Callable[[float], Named]) -> tuple[float, float, float]:
-        """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before and after.
+        """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before
+        and after.
 
         `moved(share)` is the block after that share of the step. A step to a loss that is not
         finite is refused, whatever the loss before: which weights overflow depends on the
@@ -85,6 +96,8 @@ class Judge:
             share = 0.5**halving
             after = self.loss({**state, **moved(share)})
             better = after <= before + self.config.slack or not math.isfinite(before)
+
             if better and math.isfinite(after):
                 return share, before, after
+
         return 0.0, before, before

@@ -1,7 +1,9 @@
-"""The server's store: every block with its version, the commits that led there, and what was already counted.
+"""The server's store: every block with its version, the commits that led there, and what was
+already counted.
 
-A block moves by *commits*: a factor times the weighted mean of what some sites sent for it. The server decodes what the
-sites sent, so a site that replays the same commits holds the same block, bit for bit, and needs no other download.
+A block moves by *commits*: a factor times the weighted mean of what some sites sent for it. The
+server decodes what the sites sent, so a site that replays the same commits holds the same block,
+bit for bit, and needs no other download.
 """
 
 from collections.abc import Sequence
@@ -39,18 +41,20 @@ class Commit:
             update = codec.decode(frame)
             WeightedMean.check(update, weight)
             mean.add(update, weight)
+
         return mean.mean() if self.factor == 1 else scale(mean.mean(), self.factor)
 
 
 class Ledger:
     """The global state by blocks.
 
-    `log[k]` has the commits of block k by the version that they made, as many as are worth their bytes: a site that
-    holds an older version than `oldest[k]` gets the block itself.
+    `log[k]` has the commits of block k by the version that they made, as many as are worth their
+    bytes: a site that holds an older version than `oldest[k]` gets the block itself.
     """
 
     def __init__(self, parts: Partition, codecs: Sequence[Codec], state: Named) -> None:
-        self.parts, self.codecs = parts, codecs
+        self.parts = parts
+        self.codecs = codecs
         self.state = state
         self.layout = Layout.of(state)
         self.versions = [0] * len(parts)
@@ -71,7 +75,8 @@ class Ledger:
         return [index for index, version in enumerate(self.versions) if version]
 
     def claim(self, visit: str, round: int) -> bool:
-        """Whether `visit` counts: False if it was counted before, or belongs to a round that is over."""
+        """Whether `visit` counts: False if it was counted before, or belongs to a round that is
+        over."""
         if round < self._round or visit in self._seen:
             return False
         if round > self._round:
@@ -89,25 +94,35 @@ class Ledger:
         self.versions[index] += 1
         log = self.log[index]
         log[self.versions[index]] = commit
+
         while sum(each.size for each in log.values()) > self.parts.blocks[index].layout.raw_bytes:
             self.oldest[index] = min(log)
             del log[self.oldest[index]]
 
     def since(self, index: int, version: int) -> list[Commit] | None:
-        """The commits that lead from `version` of a block to the newest; None if they are not all there."""
+        """The commits that lead from `version` of a block to the newest; None if they are not all
+        there."""
         if version < self.oldest[index]:
             return None
         return [commit for made, commit in sorted(self.log[index].items()) if made > version]
 
     def save(self) -> Payload:
         """All of it, but for the values of blocks that have not moved."""
-        tensors = {f"state/{name}": self.state[name] for index in self.changed for name in self._names(index)}
+        tensors = {
+            f"state/{name}": self.state[name]
+            for index in self.changed
+            for name in self._names(index)
+        }
         log: list[Value] = []
+
         for index, commits in enumerate(self.log):
             for version, commit in commits.items():
                 log.append([index, version, commit.factor, list(commit.weights)])
                 for number, frame in enumerate(commit.frames):
-                    tensors[f"frame/{index}/{version}/{number}"] = torch.frombuffer(bytearray(frame), dtype=torch.uint8)
+                    tensors[f"frame/{index}/{version}/{number}"] = torch.frombuffer(
+                        bytearray(frame), dtype=torch.uint8
+                    )
+
         values: dict[str, Value] = {
             "versions": list(self.versions),
             "oldest": list(self.oldest),
@@ -122,16 +137,24 @@ class Ledger:
         versions = saved.value("versions", list)
         if len(versions) != len(self.parts):
             raise WireError(f"checkpoint: {len(versions)} blocks, expected {len(self.parts)}")
+
         state = dict(self.state)
         for index, version in enumerate(versions):
             if version:
                 block = {name: saved.tensor(f"state/{name}") for name in self._names(index)}
                 self.parts.blocks[index].layout.check(block, "checkpoint")
                 state |= block
+
         self.state, self.versions, self.oldest = state, versions, saved.value("oldest", list)
         self.log = [{} for _ in self.parts.blocks]
         entries: list[Any] = saved.value("log", list)
+
         for index, version, factor, weights in entries:
-            frames = (saved.tensor(f"frame/{index}/{version}/{number}") for number in range(len(weights)))
-            self.log[index][version] = Commit(factor, tuple(f.numpy().tobytes() for f in frames), tuple(weights))
+            frames = (
+                saved.tensor(f"frame/{index}/{version}/{number}") for number in range(len(weights))
+            )
+            self.log[index][version] = Commit(
+                factor, tuple(f.numpy().tobytes() for f in frames), tuple(weights)
+            )
+
         self._round, self._seen = saved.value("round", int), set(saved.value("seen", list))

@@ -1,8 +1,9 @@
 """Bytes of a visit by formula: what travels, and what the client holds while it trains one block.
 
-Sizes are in bytes, counts in parameters. A *width* is bytes per value: 2 for half precision, 4 for fp32; beta in the
-method's formulas is the width of the model. The paper moves the trained block in the model's own type (`block_width` =
-`width`), we move it in fp32 (`block_width` = 4) or coded. What frames and headers add to a message is not counted.
+Sizes are in bytes, counts in parameters. A *width* is bytes per value: 2 for half precision, 4 for
+fp32; beta in the method's formulas is the width of the model. The paper moves the trained block in
+the model's own type (`block_width` = `width`), we move it in fp32 (`block_width` = 4) or coded.
+What frames and headers add to a message is not counted.
 """
 
 import math
@@ -65,7 +66,8 @@ class Form(ABC):
         """Download without the trained block."""
 
     def held(self, sizes: Sizes, width: Width) -> int:
-        """In memory for the rest of the model: all of it in the model's type, where the form says nothing else."""
+        """In memory for the rest of the model: all of it in the model's type, where the form says
+        nothing else."""
         return width * sizes.rest
 
 
@@ -80,10 +82,12 @@ class Full(Form):
 
 @dataclass(frozen=True)
 class Proxy(Form):
-    """The paper's design: of the other layers a share is kept, what is outside them is sent whole."""
+    """The paper's design: of the other layers a share is kept, what is outside them is sent
+    whole."""
 
     kept: float
-    """Share of the other layers' parameters, rho; (1 - q)(1 - s) for a share q of layers dropped and s pruned."""
+    """Share of the other layers' parameters, rho; (1 - q)(1 - s) for a share q of layers dropped
+    and s pruned."""
 
     def sent(self, sizes: Sizes, width: Width) -> int:
         """The smaller model, without the trained block."""
@@ -96,10 +100,11 @@ class Proxy(Form):
 
 @dataclass(frozen=True)
 class StaleSubset(Form):
-    """The base is installed, and of the blocks updated since then a random share is sent, the others stay the base's.
+    """The base is installed, and of the blocks updated since then a random share is sent, the
+    others stay the base's.
 
-    The released code sends nothing else: its download is `sent` alone. We send the trained block in any case; where it
-    is among those drawn, what is really sent is one block less.
+    The released code sends nothing else: its download is `sent` alone. We send the trained block in
+    any case; where it is among those drawn, what is really sent is one block less.
     """
 
     share: float
@@ -116,31 +121,36 @@ class StaleSubset(Form):
 class LowBit(Form):
     """The rest in few bits; held decoded, unless it is read from disk.
 
-    Vectors, which travel as they are, are counted as if they were coded: of LLaMA-2-7B they are 0.004 %.
+    Vectors, which travel as they are, are counted as if they were coded: of LLaMA-2-7B they are
+    0.004 %.
     """
 
     bits: float
-    """Per value, with the scales: 8.25 for int8 and 4.25 for nf4, with one bf16 scale for 64 values."""
+    """Per value, with the scales: 8.25 for int8 and 4.25 for nf4, with one bf16 scale for 64
+    values."""
     changed: int | None = None
-    """Other blocks, each as large as the trained one, that are not as the client last got them; None: it has nothing,
-    and all of the rest is sent."""
+    """Other blocks, each as large as the trained one, that are not as the client last got them;
+    None: it has nothing, and all of the rest is sent."""
 
     def sent(self, sizes: Sizes, width: Width) -> int:  # noqa: ARG002 - whatever the model's type
         """What changed, coded."""
-        return math.ceil(self.bits * (sizes.rest if self.changed is None else self.changed * sizes.block) / 8)
+        return math.ceil(
+            self.bits * (sizes.rest if self.changed is None else self.changed * sizes.block) / 8
+        )
 
 
 @dataclass(frozen=True)
 class Cache(Form):
     """The base is installed, and the client replays the commits to any block since it last held it.
 
-    This brings the trained block too. Of a block whose commits are larger than itself, the fp32 change is sent instead.
+    This brings the trained block too. Of a block whose commits are larger than itself, the fp32
+    change is sent instead.
     """
 
     sends_block: ClassVar[bool] = False
     visits: int
-    """Of all clients, spread evenly over the blocks, since this one's last began, which is in general a cycle; before
-    its first, all visits so far."""
+    """Of all clients, spread evenly over the blocks, since this one's last began, which is in
+    general a cycle; before its first, all visits so far."""
     blocks: int
     """Each as large as the trained one."""
     coded: int
@@ -150,12 +160,16 @@ class Cache(Form):
         """The commits, or blocks in fp32."""
         each, more = divmod(self.visits, self.blocks)
         whole = 4 * sizes.block
-        return (self.blocks - more) * min(each * self.coded, whole) + more * min((each + 1) * self.coded, whole)
+
+        return (self.blocks - more) * min(each * self.coded, whole) + more * min(
+            (each + 1) * self.coded, whole
+        )
 
 
 @dataclass(frozen=True)
 class OnDisk(Form):
-    """Another form, of which nothing is held: each weight is read when it is used (hold = "disk")."""
+    """Another form, of which nothing is held: each weight is read when it is used (hold =
+    "disk")."""
 
     form: Form
 
@@ -169,7 +183,8 @@ class OnDisk(Form):
 
 
 def subset_size(share: float, updated: int) -> int:
-    """ceil(share * updated), with `share` as it is written: 0.28 of 25 blocks is 7, though 0.28 * 25 > 7."""
+    """ceil(share * updated), with `share` as it is written: 0.28 of 25 blocks is 7, though 0.28 *
+    25 > 7."""
     assert 0 < share <= 1, "a share over 0 and at most 1"
     return math.ceil(Fraction(str(share)) * updated)
 
@@ -193,9 +208,12 @@ class VisitBytes:
 def visit_bytes(
     sizes: Sizes, form: Form, *, width: Width, block_width: Width = 4, coded: int | None = None
 ) -> VisitBytes:
-    """Bytes of a visit to a model of `width` whose trained block travels in `block_width`, up as `coded` if given."""
+    """Bytes of a visit to a model of `width` whose trained block travels in `block_width`, up as
+    `coded` if given."""
     block = block_width * sizes.block
-    return VisitBytes(block if coded is None else coded, block if form.sends_block else 0, form.sent(sizes, width))
+    return VisitBytes(
+        block if coded is None else coded, block if form.sends_block else 0, form.sent(sizes, width)
+    )
 
 
 @dataclass(frozen=True)
@@ -213,9 +231,9 @@ class ClientMemory:
         workspace      4      4   fp32 root of the second moment, of all tensors at once, only during the step; none
                                   from `train.AT_ONCE` values on, where tensor after tensor is stepped
 
-    Not counted: activations and what autograd saves, one tensor's gradient at a time that is being made or converted,
-    messages while they are read or written and updates while they are coded, the base under blocks of an adapter, and
-    the libraries.
+    Not counted: activations and what autograd saves, one tensor's gradient at a time that is being
+    made or converted, messages while they are read or written and updates while they are coded, the
+    base under blocks of an adapter, and the libraries.
     """
 
     frozen: int
@@ -228,17 +246,19 @@ class ClientMemory:
 
     @property
     def states(self) -> int:
-        """Without the workspace: of P parameters and b trained ones, none compressed, 4P + 12b in fp32, and 2P + 16b in
-        half precision, which is how BAdam counts."""
+        """Without the workspace: of P parameters and b trained ones, none compressed, 4P + 12b in
+        fp32, and 2P + 16b in half precision, which is how BAdam counts."""
         return self.frozen + self.weights + self.masters + self.gradient + self.moments
 
     @property
     def backward(self) -> int:
-        """Beside the activations: gradients are still in the model's type, so as large as the weights."""
+        """Beside the activations: gradients are still in the model's type, so as large as the
+        weights."""
         return self.frozen + 2 * self.weights + self.masters + self.moments
 
     def peak(self, activations: int = 0) -> int:
-        """The most at once, where a backward pass needs `activations` besides: there, or in the optimizer's step."""
+        """The most at once, where a backward pass needs `activations` besides: there, or in the
+        optimizer's step."""
         return max(self.backward + activations, self.states + self.workspace)
 
     def visit(self, activations: int = 0) -> int:
@@ -247,7 +267,8 @@ class ClientMemory:
 
 
 def client_memory(sizes: Sizes, form: Form, *, width: Width) -> ClientMemory:
-    """Memory of a client that trains one block of a model of `width`; with `Sizes.full`, of full tuning."""
+    """Memory of a client that trains one block of a model of `width`; with `Sizes.full`, of full
+    tuning."""
     fp32 = 4 * sizes.block
     return ClientMemory(
         frozen=form.held(sizes, width),
@@ -293,8 +314,11 @@ class ProcessMemory:
         return self.server + max(self.visit, self.merge, self.evaluate)
 
 
-def process_memory(sizes: Sizes, form: Form, *, width: Width, moved: int, coded: int, workers: int) -> ProcessMemory:
-    """Memory of one process with all sites, of which `workers` measure at a time, once `moved` blocks have moved.
+def process_memory(
+    sizes: Sizes, form: Form, *, width: Width, moved: int, coded: int, workers: int
+) -> ProcessMemory:
+    """Memory of one process with all sites, of which `workers` measure at a time, once `moved`
+    blocks have moved.
 
     `coded` is the bytes of one commit; every block counts as large as the trained one.
     """
@@ -309,8 +333,9 @@ def process_memory(sizes: Sizes, form: Form, *, width: Width, moved: int, coded:
 
 
 def badam_bytes(parameters: int, blocks: int) -> float:
-    """2M + 16M / D: BAdam's estimate (Luo et al., NeurIPS 2024, https://arxiv.org/abs/2404.02827), as if the D blocks
-    were the whole model; `ClientMemory.states` has the block's own size in place of M / D."""
+    """2M + 16M / D: BAdam's estimate (Luo et al., NeurIPS 2024, https://arxiv.org/abs/2404.02827),
+    as if the D blocks were the whole model; `ClientMemory.states` has the block's own size in place
+    of M / D."""
     return 2 * parameters + 16 * parameters / blocks
 
 
@@ -359,11 +384,12 @@ def shape_table(
     bits: float = 4.25,
     visits: int = 64,
 ) -> list[ShapeRow]:
-    """Bytes and memory of a visit to a decoder layer, for models in half precision and every form of download.
+    """Bytes and memory of a visit to a decoder layer, for models in half precision and every form
+    of download.
 
-    A coded change takes `coded_bits` per value. `kept` is of `Proxy`, `share` of `StaleSubset` once all blocks are
-    updated, `bits` of `LowBit` at a first visit; a client of `Cache` comes back after `visits`, 64 being a cycle of the
-    paper's LLaMA run.
+    A coded change takes `coded_bits` per value. `kept` is of `Proxy`, `share` of `StaleSubset` once
+    all blocks are updated, `bits` of `LowBit` at a first visit; a client of `Cache` comes back
+    after `visits`, 64 being a cycle of the paper's LLaMA run.
     """
     rows = []
     for model, layout in layouts.items():
@@ -378,6 +404,7 @@ def shape_table(
             "low-bit": LowBit(bits),
             "cache": Cache(visits, len(parts), coded),
         }
+
         for name, form in forms.items():
             half = visit_bytes(sizes, form, width=2, block_width=2)
             ours = visit_bytes(sizes, form, width=2)
@@ -401,4 +428,5 @@ def shape_table(
                     badam=badam_bytes(sizes.total, len(parts)),
                 )
             )
+
     return rows

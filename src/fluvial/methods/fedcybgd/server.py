@@ -61,7 +61,9 @@ class Answer:
 
 def _difference(now: Named, before: Named) -> Named:
     """Return now - before of the tensors that were replaced; the others are the same ones."""
-    return {name: tensor - before[name] for name, tensor in now.items() if tensor is not before[name]}
+    return {
+        name: tensor - before[name] for name, tensor in now.items() if tensor is not before[name]
+    }
 
 
 class FedCyBgdServer:
@@ -69,24 +71,40 @@ class FedCyBgdServer:
 
     def __init__(self, config: Config, context: Context) -> None:
         self.pooled = isinstance(config, CentralCyclicConfig)
-        self.config = config if isinstance(config, FedCyBgdConfig) else FedCyBgdConfig(download=FullDownload())
-        self.context, self.order = context, config.order
+        self.config = (
+            config
+            if isinstance(config, FedCyBgdConfig)
+            else FedCyBgdConfig(download=FullDownload())
+        )
+        self.context = context
+        self.order = config.order
         self.parts = partition(config, context.layout)
         self.codecs = [build(context.codec, block.layout) for block in self.parts.blocks]
         self.ledger = Ledger(self.parts, self.codecs, initial_state(context.layout, context.seed))
         self.lengths: list[float] = []
         """Root mean squares of the newest updates that counted, in the order of their visits."""
-        self.sender = Sender(self.config.download, self.ledger, context.seed, context.open_bench, self._cut)
+        self.sender = Sender(
+            self.config.download, self.ledger, context.seed, context.open_bench, self._cut
+        )
 
-    # -- set-up ---------------------------------------------------------------------------------------------------
+    # -- set-up -----------------------------------------------------------------------------------
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - sites are asked nothing
-        """Measure what a compressed download leaves of the gradients; raises `GateError` where that is too little."""
-        report: Metrics = {"blocks": [{"name": each.name, "values": each.numel} for each in self.parts.blocks]}
+        """Measure what a compressed download leaves of the gradients; raises `GateError` where that
+        is too little."""
+        report: Metrics = {
+            "blocks": [{"name": each.name, "values": each.numel} for each in self.parts.blocks]
+        }
         if not self.config.gated:
             return report
-        cosines = {each.name: self._cosine(index, "0/setup") for index, each in enumerate(self.parts.blocks)}
-        worst = min(cosines, key=lambda name: cosines[name] if math.isfinite(cosines[name]) else -math.inf)
+
+        cosines = {
+            each.name: self._cosine(index, "0/setup")
+            for index, each in enumerate(self.parts.blocks)
+        }
+        worst = min(
+            cosines, key=lambda name: cosines[name] if math.isfinite(cosines[name]) else -math.inf
+        )
         if not cosines[worst] >= self.config.gate.threshold:  # so that nan is refused
             raise GateError(
                 f"method.download.form={self.config.download.form!r}: through it the gradient of {worst!r} has cosine "
@@ -95,6 +113,7 @@ class FedCyBgdServer:
                 + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()),
                 {},
             )
+
         return {**report, "gradient_cosines": cosines}
 
     @cached_property
@@ -116,8 +135,14 @@ class FedCyBgdServer:
         config = self.config.download
         assert isinstance(config, ProxyDownload)
         layers = self.parts.blocks[index].layers
+
         return plan_proxy(
-            self._scores, self._anatomy, trained=layers, settings=config, seed=self.context.seed, visit=visit
+            self._scores,
+            self._anatomy,
+            trained=layers,
+            settings=config,
+            seed=self.context.seed,
+            visit=visit,
         )
 
     @cached_property
@@ -132,47 +157,61 @@ class FedCyBgdServer:
         bench = self.context.open_bench()
         with bench.model(bench.base_state()) as model:
             examples = self._sample("scores", CALIBRATION)
-            return measure(model, self._anatomy, examples, pad_token_id=bench.tokenizer.pad_token_id)
+            return measure(
+                model, self._anatomy, examples, pad_token_id=bench.tokenizer.pad_token_id
+            )
 
     def _cosine(self, index: int, visit: str) -> float:
         """Cosine of a block's gradient through the download to the exact one."""
-        bench, examples = self.context.open_bench(), self._sample("gate", self.config.gate.examples)
-        pad, names = bench.tokenizer.pad_token_id, self.parts.blocks[index].layout.names
+        bench = self.context.open_bench()
+        examples = self._sample("gate", self.config.gate.examples)
+        pad = bench.tokenizer.pad_token_id
+        names = self.parts.blocks[index].layout.names
         message = self.sender.message("", index, visit, {})
         nobody = Nobody(bench, self.context.seed)
-        received = receive(self.config.download, nobody, message, self.parts, codec=self.context.codec)
+        received = receive(
+            self.config.download, nobody, message, self.parts, codec=self.context.codec
+        )
         assert received is not None, "everything was sent"
+
         with bench.model(self.ledger.state) as model:
             exact = gradient(model, names, examples, pad)
         with borrow(bench, received) as model:
             return cosine(exact, gradient(model, names, examples, pad))
 
-    # -- a cycle --------------------------------------------------------------------------------------------------
+    # -- a cycle ----------------------------------------------------------------------------------
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """One cycle: group after group of visits, each block moved before the next group is asked."""
-        loss, start = WeightedLoss(), self.ledger.state
+        """One cycle: group after group of visits, each block moved before the next group is
+        asked."""
+        loss = WeightedLoss()
+        start = self.ledger.state
         visits: list[dict[str, Any]] = []
         conflicts: list[dict[str, Any]] = []
         last: dict[int, Answer] = {}
         metrics: Metrics = {}
         cycle = self._groups(number, fleet.sites)
+
         if self.config.gated:
             first = cycle[0][0]
             metrics["gradient_cosine"] = self._cosine(first.block, first.name)
+
         for group in cycle:
             answers = self._ask(number, fleet, group)
             for block in dict.fromkeys(visit.block for visit in group):
                 mine = [answer for answer in answers if answer.visit.block == block]
                 if not mine:
                     continue
+
                 conflicts += self._conflicts(block, mine, last.get(block))
                 share = self._merge(block, mine)
                 last[block] = mine[-1]
+
                 for answer in mine:
                     loss.add(answer.loss, answer.samples)
                     overwritten = self.config.merging == "overwrite" and answer is not mine[-1]
                     visits.append(self._record(answer, 0.0 if overwritten else share))
+
         asked = sum(map(len, cycle))
         fleet.require_quorum("visit", number, answered=len(visits), asked=asked)
         return {
@@ -188,91 +227,148 @@ class FedCyBgdServer:
         """The visits of a cycle, group by group."""
         blocks = len(self.parts)
         clients = blocks if self.pooled else len(sites)
-        assigned = assignment(self.order, clients=clients, blocks=blocks, cycle=number - 1, seed=self.context.seed)
+        assigned = assignment(
+            self.order, clients=clients, blocks=blocks, cycle=number - 1, seed=self.context.seed
+        )
         together = self.config.merging != "sequential"
+
         return [
-            [Visit(f"{number}/{client}", sites[client % len(sites)], assigned[client]) for client in group]
+            [
+                Visit(f"{number}/{client}", sites[client % len(sites)], assigned[client])
+                for client in group
+            ]
             for group in groups(assigned, parallel=self.config.parallel, together=together)
         ]
 
     def _ask(self, number: int, fleet: Fleet, group: Sequence[Visit]) -> list[Answer]:
-        """The answers of a group in the order of its visits; a site that cannot follow is sent everything, once."""
-        waiting, answers = list(group), dict[str, Answer]()
+        """The answers of a group in the order of its visits; a site that cannot follow is sent
+        everything, once."""
+        waiting = list(group)
+        answers = dict[str, Answer]()
         lengths = dict[str, float]()
+
         for attempt in ("first", "again"):
             messages = {
-                visit.site: self.sender.message(visit.site, visit.block, visit.name, self._values(number))
+                visit.site: self.sender.message(
+                    visit.site, visit.block, visit.name, self._values(number)
+                )
                 for visit in waiting
             }
-            read = partial(self._read, number, {visit.name: visit for visit in waiting}, again=attempt == "again")
+            read = partial(
+                self._read,
+                number,
+                {visit.name: visit for visit in waiting},
+                again=attempt == "again",
+            )
             stale = set()
+
             for reply in fleet.ask("visit", messages, round=number, read=read, alone=False):
                 if reply.content is None:
                     stale.add(reply.site)
                     self.sender.forget(reply.site)
                     continue
+
                 if reply.content.visit.site != reply.site:
-                    logger.warning("site %s answered for %s; dropped", reply.site, reply.content.visit.site)
+                    logger.warning(
+                        "site %s answered for %s; dropped", reply.site, reply.content.visit.site
+                    )
                     self.sender.forget(reply.site)
                     continue
+
                 length = rms(reply.content.update)
                 reason = too_long(length, self.lengths, fleet.config.max_update_growth)
                 if reason is not None:
                     fleet.reject(Failure(reply.site, number, "visit", reason, 0))
                     self.sender.forget(reply.site)
                     continue
+
                 self.sender.acknowledge(reply.site)
                 if self.ledger.claim(reply.content.visit.name, number):
                     answers[reply.content.visit.name] = reply.content
                     lengths[reply.content.visit.name] = length
+
             waiting = [visit for visit in waiting if visit.site in stale]
             if not waiting:
                 break
+
         found = [answers[visit.name] for visit in group if visit.name in answers]
-        self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in found)][-REMEMBERED:]
+        self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in found)][
+            -REMEMBERED:
+        ]
         return found
 
     def _values(self, number: int) -> dict[str, Value]:
-        """What a visit must know beside the model: round, share of the learning rate, visits that share the steps."""
+        """What a visit must know beside the model: round, share of the learning rate, visits that
+        share the steps."""
         done = (number - 1) / self.context.rounds
         rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
 
-    def _read(self, number: int, expected: dict[str, Visit], reply: Payload, *, again: bool) -> Answer | None:
+    def _read(
+        self, number: int, expected: dict[str, Visit], reply: Payload, *, again: bool
+    ) -> Answer | None:
         if is_stale(reply):
             if again:
-                raise WireError("visit: the site cannot follow even after everything was sent again")
+                raise WireError(
+                    "visit: the site cannot follow even after everything was sent again"
+                )
+
             return None
+
         name = reply.value("visit", str)
         if name not in expected:
             raise WireError(f"visit: answer to {name!r:.40}, which was not asked")
+
         fields(reply, ("n", "loss", "visit"), FRAME)
-        visit, frame = expected[name], payload_frame(reply)
-        update, samples = self.codecs[visit.block].decode(frame, round=number), weight_of(reply)
+        visit = expected[name]
+        frame = payload_frame(reply)
+        update = self.codecs[visit.block].decode(frame, round=number)
+        samples = weight_of(reply)
         check_update(update, samples, self.context.train)
+
         return Answer(visit, frame, update, samples, loss_of(reply))
 
     def _merge(self, block: int, answers: Sequence[Answer]) -> float:
-        """Move a block by what was sent for it; returns the share of the step that was taken, 0 if none."""
+        """Move a block by what was sent for it; returns the share of the step that was taken, 0 if
+        none."""
         if self.config.merging == "overwrite":
             answers = answers[-1:]
+
         frames = tuple(answer.frame for answer in answers)
-        weights = tuple(answer.samples if self.config.weighting == "samples" else 1 for answer in answers)
+        weights = tuple(
+            answer.samples if self.config.weighting == "samples" else 1 for answer in answers
+        )
 
         def step(share: float) -> Commit:
             return Commit(self.config.damping * share, frames, weights)
 
         share = 1.0
         if self.config.accept.on == "public loss":
-            share, _, _ = self._judge.share(self.ledger.state, lambda share: self.ledger.moved(block, step(share)))
+            share, _, _ = self._judge.share(
+                self.ledger.state, lambda share: self.ledger.moved(block, step(share))
+            )
+
         if share > 0:
             self.ledger.commit(block, step(share))
+
         return share
 
-    def _conflicts(self, block: int, answers: Sequence[Answer], before: Answer | None) -> list[dict[str, Any]]:
-        """Two sites that trained one block in one cycle, how far they agree, and what was made of it."""
-        kinds = {"sequential": "one after the other", "average": "averaged", "overwrite": "the last one wins"}
-        pairs = zip([*([before] if before else []), *answers], [*(answers if before else answers[1:])], strict=False)
+    def _conflicts(
+        self, block: int, answers: Sequence[Answer], before: Answer | None
+    ) -> list[dict[str, Any]]:
+        """Two sites that trained one block in one cycle, how far they agree, and what was made of
+        it."""
+        kinds = {
+            "sequential": "one after the other",
+            "average": "averaged",
+            "overwrite": "the last one wins",
+        }
+        pairs = zip(
+            [*([before] if before else []), *answers],
+            [*(answers if before else answers[1:])],
+            strict=False,
+        )
+
         return [
             {
                 "block": self.parts.blocks[block].name,
@@ -295,7 +391,7 @@ class FedCyBgdServer:
             "share": share,
         }
 
-    # -- what it is and keeps -------------------------------------------------------------------------------------
+    # -- what it is and keeps ---------------------------------------------------------------------
 
     def model(self) -> Named:
         """The server's own store, never what a site saw."""

@@ -28,15 +28,20 @@ def borrow(
     hold: Literal["memory", "disk"] = "memory",
     checkpointing: bool = False,
 ) -> Iterator[nn.Module]:
-    """The model that a site was sent; parameters named in `trainable` require gradients, and nothing else does."""
+    """The model that a site was sent; parameters named in `trainable` require gradients, and
+    nothing else does."""
     # Copied, because it is trained in place.
-    start = {name: tensor.to(bench.dtypes[name], copy=True) for name, tensor in received.start.items()}
+    start = {
+        name: tensor.to(bench.dtypes[name], copy=True) for name, tensor in received.start.items()
+    }
     frozen = received.rest.names - start.keys()
+
     if not bench.full:
         rest = {name: received.rest.get(name) for name in frozen}
         with bench.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
             yield model
         return
+
     model = bench.blank()
     if received.manifest is not None:
         model = slim(model, received.manifest)
@@ -45,16 +50,20 @@ def borrow(
     else:
         fill(model, lambda name, _: start[name] if name in start else received.rest.get(name))
         model.to(bench.device)
+
     for name, parameter in tuned_parameters(model).items():
         parameter.requires_grad_(name in trainable)
     if checkpointing:
         checkpoint_layers(model)
+
     yield model
 
 
 def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
-    """Block, round, visits that share the steps, and share of the learning rate; raises `WireError`."""
-    index, visits = message.whole("block", 0, 2**31), message.whole("visits", 1, 2**20)
+    """Block, round, visits that share the steps, and share of the learning rate; raises
+    `WireError`."""
+    index = message.whole("block", 0, 2**31)
+    visits = message.whole("visits", 1, 2**20)
     return index, round_of(site, message), visits, message.number("rate", 1e-12, 1.0)
 
 
@@ -65,18 +74,25 @@ def visit(site: Site, message: Payload) -> Payload:
     parts = partition(config, site.layout)
     index, round, visits, rate = _orders(site, message)
     received = receive(download, site, message, parts, codec=site.codec)
+
     if received is None:
         return STALE
-    block, examples = parts.blocks[index], site.load().train
+
+    block = parts.blocks[index]
+    examples = site.load().train
     settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * rate})
     report = _tuned(site, received, settings, index, round, visits, block.layout.names)
     update = report.weights
+
     for name, tensor in update.items():
         tensor -= received.start[name]
     del received  # a block is large, and coding it takes memory too
     codec = build(site.codec, block.layout)
     frame = code(site, codec, update, round, slot=f"residual-{index}")
-    return frame_payload(frame, n=len(examples), loss=report.loss, visit=message.value("visit", str))
+
+    return frame_payload(
+        frame, n=len(examples), loss=report.loss, visit=message.value("visit", str)
+    )
 
 
 def _tuned(
@@ -89,16 +105,20 @@ def _tuned(
     names: Sequence[str],
 ) -> TrainReport:
     """Train the parameters `names` of the received model, which is gone when this returns."""
-    bench, examples = site.workbench, site.load().train
+    bench = site.workbench
+    examples = site.load().train
     hold: Literal["memory", "disk"] = getattr(site.method, "hold", "memory")
     checkpointing = settings.gradient_checkpointing
+
     with borrow(bench, received, trainable=names, hold=hold, checkpointing=checkpointing) as model:
         return train(
             model,
             examples,
             settings,
             pad_token_id=bench.tokenizer.pad_token_id,
-            generator=generator(site.seed, *(("train", index) if visits > 1 else ("train",)), round, site.name),
+            generator=generator(
+                site.seed, *(("train", index) if visits > 1 else ("train",)), round, site.name
+            ),
             steps=max(1, settings.steps(len(examples)) // visits),
             start=received.start,
         )
