@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -221,7 +222,7 @@ MESSAGE = Payload({"x": torch.arange(3.0)})
 
 
 def ask(fleet: FlowerFleet, names: Iterable[str] = NAMES, **changes: Any) -> list[Reply[Payload]]:
-    settings: dict[str, Any] = {"round": 1, "read": lambda each: each, **changes}
+    settings: dict[str, Any] = {"round": 1, "read": lambda _, reply: reply, **changes}
     return list(fleet.ask("train", dict.fromkeys(names, MESSAGE), **settings))
 
 
@@ -336,7 +337,7 @@ def test_a_run_that_is_unknown_is_told_again(stand: Stand) -> None:
 
 def test_a_site_that_does_not_know_the_run_twice_has_failed(stand: Stand) -> None:
     fleet, _ = stand(at("north", lambda: content(UNKNOWN)), **SKIP)
-    found = ask(met(fleet), read=lambda each: each.value("site", str))
+    found = ask(met(fleet), read=lambda _, reply: reply.value("site", str))
     assert sorted(each.site for each in found) == ["south", "west"]
     assert [each.site for each in fleet.failures] == ["north"]
 
@@ -520,7 +521,7 @@ def test_the_update_of_another_round_is_refused(stand: Stand) -> None:
     codec, old = update_of(stand, 1)
     _, now = update_of(stand, 2)
     fleet, _ = stand(at("south", lambda: content(old), content(now)), **SKIP)
-    assert len(ask(met(fleet), round=2, read=lambda each: read_update(each, codec, 2))) == 2
+    assert len(ask(met(fleet), round=2, read=partial(read_update, codec=codec, round=2))) == 2
     assert [each.site for each in fleet.failures] == ["south"]
     assert "round" in fleet.failures[0].reason
 
@@ -533,7 +534,7 @@ def test_an_update_that_is_not_finite_is_refused(stand: Stand) -> None:
     good = content(frame_payload(frame, n=3, loss=1.0))
     bad = content(frame_payload(frame[:-4] + struct.pack("<f", math.nan), n=3, loss=1.0))
     fleet, _ = stand(at("west", lambda: bad, good), **SKIP)
-    assert len(ask(met(fleet), read=lambda each: read_update(each, codec, 1))) == 2
+    assert len(ask(met(fleet), read=partial(read_update, codec=codec, round=1))) == 2
     assert [each.site for each in fleet.failures] == ["west"]
 
 
@@ -622,8 +623,8 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(
         heard.append(mutated(data, chance))
         return mangled(data, chance) if form == "records" else pack(heard[-1], {"error": ""})
 
-    def read(each: Payload) -> Any:
-        return each if form == "tensors" else read_update(each, codec, 1)
+    def read(site: str, reply: Payload) -> Any:
+        return reply if form == "tensors" else read_update(site, reply, codec, 1)
 
     fleet, _ = stand(garble, **SKIP)
     met(fleet)

@@ -208,9 +208,9 @@ class Recorder:
         ) -> Any:
             self.sent += [("down", task, message) for message in messages.values()]
 
-            def reading(reply: Payload) -> Any:
+            def reading(site: str, reply: Payload) -> Any:
                 self.sent.append(("up", task, reply))
-                return read(reply)
+                return read(site, reply)
 
             return ask(fleet, task, messages, read=reading, **options)
 

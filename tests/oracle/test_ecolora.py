@@ -314,7 +314,7 @@ def test_damaged_replies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     server = EcoLoraServer(config, _context())
     server.round(1, sites.fleet)
     _, _, reply = sites.sent[0]
-    server._read(reply, 1)
+    server._read("a", reply, 1)
     frame = payload_frame(reply)
     which = reply.value("segment", int)
     damaged = frame[:20] + bytes([frame[20] ^ 1]) + frame[21:]
@@ -328,7 +328,7 @@ def test_damaged_replies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         frame_payload(damaged, **values),
     ):
         with pytest.raises(WireError):
-            server._read(wrong, 1)
+            server._read("a", wrong, 1)
 
 
 def test_a_site_refuses_what_it_cannot_build_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1236,7 +1236,9 @@ def test_a_site_takes_no_nonsense(wrong: dict[str, Any], stage: Stage) -> None:
 
     with pytest.raises(ClientError, match="WireError at fluvial/"):
         list(
-            run.fleet.ask("visit", {run.fleet.sites[0]: message}, round=1, read=lambda reply: reply)
+            run.fleet.ask(
+                "visit", {run.fleet.sites[0]: message}, round=1, read=lambda _, reply: reply
+            )
         )
 
 

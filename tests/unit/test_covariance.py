@@ -348,9 +348,9 @@ class Ups:
             read: Any,
             **options: Any,
         ) -> Any:
-            def reading(reply: Payload) -> Any:
+            def reading(site: str, reply: Payload) -> Any:
                 self.sent.append((task, reply))
-                return read(reply)
+                return read(site, reply)
 
             return ask(fleet, task, messages, read=reading, **options)
 

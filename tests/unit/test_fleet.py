@@ -51,7 +51,7 @@ def fleet(
 def ask(found: LocalFleet | Metered, message: Payload | None = None) -> dict[str, Payload]:
     messages = dict.fromkeys(NAMES, message or Payload())
     return {
-        r.site: r.content for r in found.ask("work", messages, round=1, read=lambda reply: reply)
+        r.site: r.content for r in found.ask("work", messages, round=1, read=lambda _, reply: reply)
     }
 
 
@@ -80,7 +80,7 @@ def test_replies_come_as_they_are_ready() -> None:
     order = [
         r.site
         for r in found.ask(
-            "work", dict.fromkeys(NAMES, Payload()), round=1, read=lambda reply: reply
+            "work", dict.fromkeys(NAMES, Payload()), round=1, read=lambda _, reply: reply
         )
     ]
     assert order[-1] == "a"
@@ -181,7 +181,7 @@ def test_a_silent_site_is_missed_after_the_deadline_and_its_late_answer_changes_
 
 
 def test_a_reply_that_cannot_be_read_is_a_failure_of_that_site() -> None:
-    def read(reply: Payload) -> str:
+    def read(_site: str, reply: Payload) -> str:
         if reply.values["site"] == "c":
             raise ValueError("garbage")
         return str(reply.values["site"])

@@ -64,7 +64,7 @@ class Link:
         adapter: Named,
         *,
         round: int,
-        read: Callable[[Payload], T],
+        read: Callable[[str, Payload], T],
     ) -> Iterator[Reply[T]]:
         """Send the cohort `adapter` with the values `round` and `step`; yields the replies,
         read."""
@@ -90,7 +90,7 @@ class Link:
         task: str,
         sites: Sequence[str],
         round: int,
-        read: Callable[[Payload], T | None],
+        read: Callable[[str, Payload], T | None],
     ) -> Generator[Reply[T], None, tuple[int, list[str]]]:
         """Ask some sites of a round; returns how many answered, and those that need everything
         anew.
@@ -131,14 +131,14 @@ def is_stale(reply: Payload) -> bool:
     return reply.values == STALE.values and not reply.tensors
 
 
-def _or_stale(reply: Payload, *, read: Callable[[Payload], T]) -> T | None:
-    return None if is_stale(reply) else read(reply)
+def _or_stale(site: str, reply: Payload, *, read: Callable[[str, Payload], T]) -> T | None:
+    return None if is_stale(reply) else read(site, reply)
 
 
-def _not_stale(reply: Payload, *, read: Callable[[Payload], T]) -> T:
+def _not_stale(site: str, reply: Payload, *, read: Callable[[str, Payload], T]) -> T:
     if is_stale(reply):
         raise WireError("the site cannot follow even after everything was sent again")
-    return read(reply)
+    return read(site, reply)
 
 
 def open_link(site: Site, message: Payload, layout: Layout) -> tuple[Named, Codec] | None:

@@ -241,7 +241,9 @@ def collect_moments(
     def fold(_: int, *, moments: Moments) -> None:
         total.add(moments)
 
-    read = partial(Moments.read, sent, most=config.training_rounds)
+    def read(_site: str, reply: Payload) -> Moments:
+        return Moments.read(sent, reply, most=config.training_rounds)
+
     messages = dict.fromkeys(fleet.sites, Payload())
     for reply in fleet.ask("moments", messages, round=0, read=read, alone=False):
         length = math.sqrt(math.fsum(reply.content.energy) / reply.content.count)

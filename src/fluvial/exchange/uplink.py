@@ -11,7 +11,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -129,7 +128,10 @@ class Sums:
     def measure(self, codec: Codec) -> GateReport:
         """See `Snapshots`; a site that decodes must hold the decoder."""
         messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
-        read = partial(gate.Probe.read, most=self.num_heldout)
+
+        def read(_site: str, reply: Payload) -> gate.Probe:
+            return gate.Probe.read(reply, most=self.num_heldout)
+
         replies = list(self.fleet.ask("probe", messages, round=0, read=read, alone=False))
         replies = self._plausible(replies)
         self.fleet.require_quorum("probe", 0, answered=len(replies), asked=len(messages))

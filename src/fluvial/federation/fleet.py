@@ -104,12 +104,12 @@ class Fleet(Protocol):
         messages: Mapping[str, Payload],
         *,
         round: int,
-        read: Callable[[Payload], T],
+        read: Callable[[str, Payload], T],
         alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """Send each named site its message and yield the replies as they come.
 
-        `read` checks and decodes a reply; where it raises, the site has failed, as if it had not
+        `read(site, payload)` checks and decodes a reply; where it raises, the site has failed, as if it had not
         answered. Raises `ClientError` when the policy says so, or after all replies were yielded
         when the quorum is missed; that is left to the caller (see `require_quorum`) where this call
         is not `alone` but one of several that make a round.

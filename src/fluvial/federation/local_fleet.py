@@ -69,7 +69,7 @@ class LocalFleet(Policy):
         messages: Mapping[str, Payload],
         *,
         round: int,
-        read: Callable[[Payload], T],
+        read: Callable[[str, Payload], T],
         alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""
@@ -106,7 +106,7 @@ class LocalFleet(Policy):
 
             if wire_up is not None:
                 try:
-                    content = read(Payload.from_bytes(wire_up, self._limits))
+                    content = read(name, Payload.from_bytes(wire_up, self._limits))
                 except Exception as error:
                     wire_up = None
                     problem = unreadable(error)

@@ -49,7 +49,7 @@ class Metered:
         messages: Mapping[str, Payload],
         *,
         round: int,
-        read: Callable[[Payload], T],
+        read: Callable[[str, Payload], T],
         alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """See `Fleet`."""

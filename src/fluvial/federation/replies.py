@@ -45,7 +45,7 @@ FRAME = (payload.FRAME,)
 """The tensors of a reply that carries a frame."""
 
 
-def nothing(reply: Payload) -> None:
+def nothing(_site: str, reply: Payload) -> None:
     """Raise `WireError` unless a reply is empty."""
     fields(reply, ())
 
@@ -67,7 +67,7 @@ def heldout_of(reply: Payload) -> Heldout:
     return Heldout(reply.number("loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
 
 
-def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
+def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
     """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that
     these were asked."""
     counts = ("right", "questions")
@@ -81,7 +81,7 @@ def measured(reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
     return heldout_of(reply), reply.whole("right", 0, questions), questions
 
 
-def read_update(reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
+def read_update(_site: str, reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
     """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises
     `WireError`."""
     fields(reply, ("n", "loss"), FRAME)

@@ -219,7 +219,7 @@ class FlowerFleet(Policy):
         messages: Mapping[str, Payload],
         *,
         round: int,
-        read: Callable[[Payload], T],
+        read: Callable[[str, Payload], T],
         alone: bool = True,
     ) -> Iterator[Reply[T]]:
         """See `Fleet`. A site that is not connected is waited for under on_failure="retry", and
@@ -269,7 +269,7 @@ class FlowerFleet(Policy):
                             waiting.append(turn)
                             continue
 
-                        content = read(answer)
+                        content = read(turn.site, answer)
                     except ClientError as words:
                         problem = printable(str(words))
                         size = len(str(words).encode(errors="replace"))

@@ -235,7 +235,7 @@ class EcoLoraServer:
 
         return messages
 
-    def _read(self, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
+    def _read(self, _site: str, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
         fields(reply, ("n", "loss", "segment"), FRAME)
         which = reply.whole("segment", 0, len(self.parts) - 1)
         weight = weight_of(reply)

@@ -112,7 +112,7 @@ class FedAvgServer:
 
         return {**metrics, **self.link.uplink.close(update, number)}
 
-    def _read(self, reply: Payload, round: int) -> "Content":
+    def _read(self, _site: str, reply: Payload, round: int) -> "Content":
         fields(reply, ("n", "loss"), FRAME, optional=("e",))
         decoded = self.link.uplink.decode(reply, round)
         weight = weight_of(reply)

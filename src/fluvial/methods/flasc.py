@@ -119,7 +119,7 @@ class FlascServer:
             news, largest(abs(news), kept(self.config.density_down, len(news))), round=round
         )
 
-    def _read(self, reply: Payload, round: int) -> tuple[Named, Named, int]:
+    def _read(self, _site: str, reply: Payload, round: int) -> tuple[Named, Named, int]:
         fields(reply, ("n", "loss"), FRAME)
         vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
         update = self.context.layout.unflatten(vector)

@@ -58,7 +58,7 @@ class LocalServer:
         """See `state`."""
 
 
-def _read(reply: Payload) -> tuple[float, int]:
+def _read(_site: str, reply: Payload) -> tuple[float, int]:
     fields(reply, ("n", "loss"))
     return loss_of(reply), weight_of(reply)
 

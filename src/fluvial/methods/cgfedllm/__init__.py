@@ -138,7 +138,9 @@ class CgFedLlmServer:
         """Return whether the sites add noise, and send a frame and nothing else."""
         return self.config.privacy is not None and self.config.privacy.at_site
 
-    def _read(self, reply: Payload, round: int) -> tuple[Decoded, Named, int, float | None]:
+    def _read(
+        self, _site: str, reply: Payload, round: int
+    ) -> tuple[Decoded, Named, int, float | None]:
         if self._at_site and reply.values:
             found = sorted(reply.values)[:5]
             raise WireError(f"train: values {found} came, which epsilon does not count")

@@ -305,7 +305,7 @@ class FedCyBgdServer:
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
 
     def _read(
-        self, number: int, expected: dict[str, Visit], reply: Payload, *, again: bool
+        self, number: int, expected: dict[str, Visit], _site: str, reply: Payload, *, again: bool
     ) -> Answer | None:
         if is_stale(reply):
             if again:
