@@ -24,10 +24,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from fluvial.errors import CheckpointError, WireError
-from fluvial.storage.files import append, digest_of, digest_of_file, make_folder, sweep, write_atomically
-from fluvial.wire.payload import OWN_FILES, Payload
 from fluvial.federation.releases import check_stand, stand_of
 from fluvial.federation.store import StateStore
+from fluvial.storage.files import (
+    append,
+    digest_of,
+    digest_of_file,
+    make_folder,
+    sweep,
+    write_atomically,
+)
+from fluvial.wire.payload import OWN_FILES, Payload
 
 KEPT = 2
 _FINISHED = ("config.json", "metrics.jsonl")
@@ -69,7 +76,9 @@ class RunFolder:
                 f"{self.path} is in use by another run; wait for it, or choose another folder with --out"
             ) from None
         except OSError as error:
-            raise CheckpointError(f"cannot write into {self.path}: {error.strerror}; choose another --out") from error
+            raise CheckpointError(
+                f"cannot write into {self.path}: {error.strerror}; choose another --out"
+            ) from error
 
         return self
 
@@ -112,14 +121,18 @@ class RunFolder:
         if listed is None:
             raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
         if not {"result.json", "metrics.jsonl"} <= listed.keys():
-            raise CheckpointError(f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}")
+            raise CheckpointError(
+                f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}"
+            )
 
         for name, digest in listed.items():
             path = self.path / name
             if not path.exists():
                 raise CheckpointError(f"{path} is missing; {_ANEW}")
             if digest_of_file(path) != digest:
-                raise CheckpointError(f"{path} is damaged: its bytes are not those that were written; {_ANEW}")
+                raise CheckpointError(
+                    f"{path} is damaged: its bytes are not those that were written; {_ANEW}"
+                )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is
@@ -261,7 +274,9 @@ class RunFolder:
 
             made.replace(final)
         except OSError as error:
-            raise CheckpointError(f"cannot replace {final}: {error.strerror}; remove it and use --resume") from error
+            raise CheckpointError(
+                f"cannot replace {final}: {error.strerror}; remove it and use --resume"
+            ) from error
 
     def _checkpoint(self, round: int) -> Path:
         return self.path / "checkpoints" / f"round-{round:06d}.safetensors"

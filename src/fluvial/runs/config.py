@@ -9,9 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fluvial.storage import paths
-
-from fluvial.storage import toml
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
@@ -21,6 +18,7 @@ from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
 from fluvial.models.workbench import LoraSettings, ModelConfig
 from fluvial.settings import Settings
+from fluvial.storage import paths, toml
 from fluvial.training.train import TrainConfig
 
 Baseline = Literal["local", "fedavg", "central"]
@@ -131,7 +129,11 @@ class RunConfig(Settings):
         if self.tuned == "full" and "lora" in self.model_fields_set:
             yield "lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'"
 
-        if self.tuned == "full" and self.codec is not None and (must_learn(self.codec) or self.codec.weighted):
+        if (
+            self.tuned == "full"
+            and self.codec is not None
+            and (must_learn(self.codec) or self.codec.weighted)
+        ):
             does = "learns" if must_learn(self.codec) else "scales by partners"
             yield (
                 f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are "
@@ -140,12 +142,19 @@ class RunConfig(Settings):
             )
 
     def _without_effect(self) -> Iterator[str]:
-        why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(self.entry.sends)
+        why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(
+            self.entry.sends
+        )
         for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
             if settings is not None and why is not None:
                 yield f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
 
-        if self.codec is not None and self.codec.weighted and why is None and not self.entry.weights:
+        if (
+            self.codec is not None
+            and self.codec.weighted
+            and why is None
+            and not self.entry.weights
+        ):
             yield (
                 f"codec.weighted: without effect, because method {self.method.name!r} codes its "
                 "updates as they are; remove it"
@@ -177,7 +186,9 @@ class RunConfig(Settings):
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON types."""
-        return self.model_copy(update={"codec": self.coding, "tune": self.tuned}).model_dump(mode="json")
+        return self.model_copy(update={"codec": self.coding, "tune": self.tuned}).model_dump(
+            mode="json"
+        )
 
 
 def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False) -> RunConfig:
@@ -234,7 +245,11 @@ def override(line: str) -> dict[str, Any]:
         return tomllib.loads(line)
     except tomllib.TOMLDecodeError as error:
         key, _, value = line.partition("=")
-        hint = f"; text needs quotes: --set '{key.strip()}=\"{value.strip()}\"'" if value else "; write key=value"
+        hint = (
+            f"; text needs quotes: --set '{key.strip()}=\"{value.strip()}\"'"
+            if value
+            else "; write key=value"
+        )
         raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
 
 
@@ -247,6 +262,8 @@ def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     merged = dict(table)
     for key, value in change.items():
         old = merged.get(key)
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        merged[key] = (
+            merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
 
     return merged

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluvial.storage import exported
-from fluvial.training.assess import whole_file
-from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
 from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
+from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
+from fluvial.storage import exported
+from fluvial.training.assess import whole_file
 from fluvial.training.folders import measured_as
 
 RECORDS = frozenset(DataConfig.model_fields) - exported.PLACES | {"max_heldout"}
@@ -21,7 +21,9 @@ def run_settings(name: str, records: Path | None) -> tuple[dict[str, Any], dict[
     return measured_as(run, name, records), run
 
 
-def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: Sequence[str]) -> RunConfig:
+def evaluation_settings(
+    table: dict[str, Any], records: Path | None, overrides: Sequence[str]
+) -> RunConfig:
     """Return the configuration of an evaluation; `table` holds what a folder tells, see
     `measured_as`.
 
@@ -32,12 +34,16 @@ def evaluation_settings(table: dict[str, Any], records: Path | None, overrides: 
         changes = merge(changes, override(line))
     _refuse_idle(changes, records)
 
-    merged = merge({**table, "data": {}}, {key: value for key, value in changes.items() if key != "data"})
+    merged = merge(
+        {**table, "data": {}}, {key: value for key, value in changes.items() if key != "data"}
+    )
     if records is not None:
         # Key by key: a table such as `columns` that is set takes the place of the run's.
         merged["data"] = {**table["data"], **changes.get("data", {}), **whole_file(records)}
 
-    return with_chat_template(parse(merged, "--set" if overrides else "what the folder tells about its run"))
+    return with_chat_template(
+        parse(merged, "--set" if overrides else "what the folder tells about its run")
+    )
 
 
 def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
@@ -53,7 +59,9 @@ def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
                 )
 
 
-def how_records_are_read(data: DataConfig, run: dict[str, Any], overrides: Sequence[str], form: str) -> dict[str, Any]:
+def how_records_are_read(
+    data: DataConfig, run: dict[str, Any], overrides: Sequence[str], form: str
+) -> dict[str, Any]:
     """Return form, columns and template of the records, and where they come from, with a line for
     people.
 

@@ -8,17 +8,17 @@ from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
-from fluvial.runs.config import RunConfig
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.federation.line import round_s
+from fluvial.formatting import privacy_words
 from fluvial.methods.interface import Forecast
-from fluvial.models.workbench import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.models.pretrained import check_tokenizer, dtype_of, num_embeddings
-from fluvial.runs.run import check_settings
 from fluvial.models.targets import target_names
 from fluvial.models.weights import check_weights
-from fluvial.formatting import privacy_words
+from fluvial.models.workbench import load_tokenizer, meta_base, resolve_device, tuned_layout
+from fluvial.runs.config import RunConfig
+from fluvial.runs.run import check_settings
 
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""
@@ -65,24 +65,44 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     down = frame_size(config.downlink or IdentitySettings(), layout)
     cohort = config.cohort(len(sites))
     width = dtype_of(config.model).itemsize
-    absent = "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
+    absent = (
+        "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
+    )
     rows = [
         ("base parameters", f"{parameters:,}"),
         ("trained parameters", f"{trained.numel:,} ({trained.numel / parameters:.2%})"),
         ("sites in a round", f"{cohort} of {len(sites)}"),
-        ("optimizer steps of a site in a round", f"{steps}, {config.train.logical_batch} sequences each"),
+        (
+            "optimizer steps of a site in a round",
+            f"{steps}, {config.train.logical_batch} sequences each",
+        ),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
-        ("frame of an update", f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent),
-        ("up, whole run", f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent),
+        (
+            "frame of an update",
+            f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent,
+        ),
+        (
+            "up, whole run",
+            f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent,
+        ),
     ]
-    downloads = config.rounds - (config.downlink is not None)  # every site makes the first adapter from the seed
+    downloads = config.rounds - (
+        config.downlink is not None
+    )  # every site makes the first adapter from the seed
     forecast = config.entry.forecast
 
     if forecast is not None:
-        rows += forecast(config.method, layout, Forecast(frame, width, len(sites), config.rounds, config.fleet.line))
+        rows += forecast(
+            config.method,
+            layout,
+            Forecast(frame, width, len(sites), config.rounds, config.fleet.line),
+        )
     else:
         rows += [
-            ("down, whole run", f"{down * cohort * downloads:,} B to all sites" if frame else absent),
+            (
+                "down, whole run",
+                f"{down * cohort * downloads:,} B to all sites" if frame else absent,
+            ),
             ("base in memory", f"{parameters * width:,} B"),
             ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
         ]
@@ -95,7 +115,9 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     over_line = None
     if line is not None and frame and forecast is None:
         over_line = round_s(down, frame, sites=cohort, line=line)
-        rows.append(("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training"))
+        rows.append(
+            ("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training")
+        )
 
     return {
         "model": {
@@ -125,10 +147,13 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
     for example in texts.load(name).train[:count]:
         pieces = _pieces(tokenizer, example.input_ids)
         tokens = [
-            {"text": piece, "loss": label != IGNORE_INDEX} for piece, label in zip(pieces, example.labels, strict=True)
+            {"text": piece, "loss": label != IGNORE_INDEX}
+            for piece, label in zip(pieces, example.labels, strict=True)
         ]
         tokens[0]["loss"] = False  # nothing stands before it that could predict it
-        sequences.append({"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens})
+        sequences.append(
+            {"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens}
+        )
 
     return {"site": name, "form": config.data.form, "sequences": sequences}
 
@@ -151,15 +176,21 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
     notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method), *remarks]
     if isinstance(config.coding, AutoSettings):
-        notes.append("the codec is chosen when the run starts, by measurement; the frame is what its rate allows")
+        notes.append(
+            "the codec is chosen when the run starts, by measurement; the frame is what its rate allows"
+        )
     elif must_learn(config.coding):
-        notes.append("the codec is learned: its gate is measured when the run starts, and may refuse it")
+        notes.append(
+            "the codec is learned: its gate is measured when the run starts, and may refuse it"
+        )
 
     if config.fleet.line is not None and config.entry.sends != "codec":
         notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
 
     iterations = getattr(config.coding, "iterations", None)
     if iterations:
-        notes.append(f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU")
+        notes.append(
+            f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU"
+        )
 
     return notes

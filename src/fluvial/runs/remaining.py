@@ -17,7 +17,9 @@ class Remaining:
     """The time left of a configuration's runs, one after the other: its baselines, then its
     method."""
 
-    def __init__(self, runs: Sequence[tuple[str, int]], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, runs: Sequence[tuple[str, int]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Take the runs as method and number of rounds, in their order; `clock` gives seconds."""
         self._left = dict(runs)
         self._seconds: dict[str, list[float]] = {}
@@ -48,7 +50,11 @@ class Remaining:
         if not (isinstance(number, int) and isinstance(total, int)):
             return
         if record.msg != self._stage or number <= self._first[0]:
-            self._stage, self._first, self._stage_left_s = str(record.msg), (number, self._clock()), None
+            self._stage, self._first, self._stage_left_s = (
+                str(record.msg),
+                (number, self._clock()),
+                None,
+            )
             return
 
         pace = (self._clock() - self._first[1]) / (number - self._first[0])

@@ -18,31 +18,30 @@ import torch
 from torch import nn
 
 from fluvial import __version__
-
-from fluvial.storage import exported
-from fluvial.models.base_weights import check_constant
-from fluvial.runs.checkpoint import RunFolder
-from fluvial.runs.config import RunConfig, difference
 from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
 from fluvial.data.config import STDLIB
 from fluvial.errors import CheckpointError, GateError
-from fluvial.training.evaluate import Heldout, check_effect, on_public_text
-from fluvial.storage.files import private
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.local_fleet import LocalFleet
 from fluvial.federation.meter import Kind, Metered
-from fluvial.methods import Context
-from fluvial.models.workbench import Workbench, changed
-from fluvial.wire.payload import Payload, Value
-from fluvial.models.pretrained import check_length, context_length
 from fluvial.federation.releases import secret_of
 from fluvial.federation.replies import measured
 from fluvial.federation.sites import COMMON_TASKS, Site, Task, state_message
 from fluvial.federation.store import StateStore
-from fluvial.wire.tensors import Layout, Named, norm
-from fluvial.training.train import TrainConfig
-from fluvial.runs.verdict import judge
 from fluvial.formatting import privacy_words
+from fluvial.methods import Context
+from fluvial.models.base_weights import check_constant
+from fluvial.models.pretrained import check_length, context_length
+from fluvial.models.workbench import Workbench, changed
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, difference
+from fluvial.runs.verdict import judge
+from fluvial.storage import exported
+from fluvial.storage.files import private
+from fluvial.training.evaluate import Heldout, check_effect, on_public_text
+from fluvial.training.train import TrainConfig
+from fluvial.wire.payload import Payload, Value
+from fluvial.wire.tensors import Layout, Named, norm
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +115,9 @@ def texts_of(config: RunConfig, bench: Workbench, owner: str | None = None) -> S
     )
 
 
-def site_of(config: RunConfig, name: str, bench: Workbench, texts: Records, store: StateStore) -> Site:
+def site_of(
+    config: RunConfig, name: str, bench: Workbench, texts: Records, store: StateStore
+) -> Site:
     """The site `name` for one message, with the data that `texts` has for it."""
     return Site(
         name=name,
@@ -171,11 +172,15 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
     """
-    runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [(config, folder)]
+    runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [
+        (config, folder)
+    ]
     with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
-        bench = Workbench(config.model, config.adapter)  # model and data are loaded once for all of them
+        bench = Workbench(
+            config.model, config.adapter
+        )  # model and data are loaded once for all of them
         bench.check_behaviour()
         known = texts(config, bench) if texts else texts_of(config, bench)
 
@@ -218,7 +223,9 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     if not folder.started:
         if resume:
-            raise CheckpointError(f"{folder.path} holds no run to resume; start it without --resume")
+            raise CheckpointError(
+                f"{folder.path} holds no run to resume; start it without --resume"
+            )
         return
 
     if not resume:
@@ -302,7 +309,9 @@ class Run:
             try:
                 self.setup = self.server.setup(self.fleet)
             except GateError as refusal:
-                self.folder.write_json("refused.json", {"why": str(refusal), "gate": refusal.report})
+                self.folder.write_json(
+                    "refused.json", {"why": str(refusal), "gate": refusal.report}
+                )
                 raise
 
             (self.folder.path / "refused.json").unlink(missing_ok=True)
@@ -336,7 +345,10 @@ class Run:
             "seconds": time.perf_counter() - started,
             "bytes_up": _bytes(by_site, "up"),
             "bytes_down": _bytes(by_site, "down"),
-            "bytes": {site: {f"{way} {task}": n for (way, task), n in row.items()} for site, row in by_site.items()},
+            "bytes": {
+                site: {f"{way} {task}": n for (way, task), n in row.items()}
+                for site, row in by_site.items()
+            },
             "missing": [
                 {
                     "site": failure.site,
@@ -404,7 +416,9 @@ class Run:
 
     # -- result -----------------------------------------------------------------------------------
 
-    def _measure(self, adapter: Named | None, round: int, which: str = "") -> tuple[Heldout | None, dict[str, Any]]:
+    def _measure(
+        self, adapter: Named | None, round: int, which: str = ""
+    ) -> tuple[Heldout | None, dict[str, Any]]:
         """Return held-out sums over all sites, None without any, and the values of each site."""
         if not self.measures:
             return None, {}
@@ -414,13 +428,17 @@ class Run:
             "generate": self.config.evaluate.max_new_tokens,
         }
         message = (
-            Payload(values=values) if adapter is None else state_message(changed(adapter), self.bench.layout, **values)
+            Payload(values=values)
+            if adapter is None
+            else state_message(changed(adapter), self.bench.layout, **values)
         )
         read = partial(measured, answers=self.config.evaluate.max_new_tokens > 0)
         sums = []
         table = {}
 
-        for reply in self.fleet.ask("evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=read):
+        for reply in self.fleet.ask(
+            "evaluate", dict.fromkeys(self.fleet.sites, message), round=round, read=read
+        ):
             found, right, questions = reply.content
             sums.append(found)
             row: dict[str, Any] = {"loss": found.loss, "accuracy": found.accuracy}
@@ -462,7 +480,9 @@ class Run:
                 **{name: self._baseline(name, "heldout_pooled") for name in BASELINES},
                 "final": _pooled(final_total),
             },
-            "heldout_by_site": {site: {"base": base[site], "final": final[site]} for site in final if site in base},
+            "heldout_by_site": {
+                site: {"base": base[site], "final": final[site]} for site in final if site in base
+            },
             **self._traffic(),
             "wall_s": self._elapsed(),
             "peak_rss_bytes": peak_rss_bytes(),
@@ -477,7 +497,9 @@ class Run:
             "python": platform.python_version(),
         }
         name = self.config.method.name
-        if name in ("local", "central") or (name == "fedavg" and self.config.coding.name == "identity"):
+        if name in ("local", "central") or (
+            name == "fedavg" and self.config.coding.name == "identity"
+        ):
             for means in ("heldout", "heldout_pooled"):
                 result[means][name] = result[means]["final"]
 
@@ -537,7 +559,10 @@ class Run:
 
     def _compared(self, name: str) -> dict[str, Any]:
         found = self._result_of(name) or {}
-        return {key: found[key] for key in ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")}
+        return {
+            key: found[key]
+            for key in ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")
+        }
 
     def _probe(self) -> list[int]:
         return list(self.texts.sample().heldout[0].input_ids)
@@ -553,7 +578,9 @@ class Run:
             prompt = texts.questions[0].prompt
         else:
             ids = texts.heldout[0].input_ids
-            prompt = self.bench.tokenizer.decode(ids[: max(1, len(ids) // 4)], skip_special_tokens=True)
+            prompt = self.bench.tokenizer.decode(
+                ids[: max(1, len(ids) // 4)], skip_special_tokens=True
+            )
 
         before, after = (
             self.bench.generate(each, [prompt], max_new_tokens=config.sample_tokens)[0]
@@ -615,7 +642,9 @@ def _bytes(by_site: dict[str, dict[Kind, int]], direction: str) -> int:
 
 def _directed(table: dict[Kind, int], direction: str) -> int:
     """Bytes of one direction, without those of measuring."""
-    return sum(size for (way, task), size in table.items() if way == direction and task != MEASURING)
+    return sum(
+        size for (way, task), size in table.items() if way == direction and task != MEASURING
+    )
 
 
 def peak_rss_bytes() -> int:

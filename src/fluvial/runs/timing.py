@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fluvial.runs.config import RunConfig
 from fluvial.data import Example
-from fluvial.training.evaluate import heldout
 from fluvial.federation.local_fleet import concurrency
 from fluvial.models.workbench import Workbench, initial_state
+from fluvial.runs.config import RunConfig
 from fluvial.runs.run import texts_of
 from fluvial.seeds import generator
+from fluvial.training.evaluate import heldout
 from fluvial.training.train import train
 
 Clock = Callable[[], float]
@@ -93,10 +93,16 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
         heldout_s = (clock() - before) / len(some)
 
     found = Measured(largest, loaded - started, step_s, call_s, heldout_s)
-    return found, _work(config, [len(site.train) for site in sites.values()], [len(s.heldout) for s in sites.values()])
+    return found, _work(
+        config,
+        [len(site.train) for site in sites.values()],
+        [len(s.heldout) for s in sites.values()],
+    )
 
 
-def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0) -> Predicted:
+def predict(
+    found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0
+) -> Predicted:
     """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every`
     rounds.
 
@@ -114,7 +120,9 @@ def predict(found: Measured, work: Work, *, rounds: int, every: int, line_s: flo
     return Predicted(training_s, measuring_s, line_s, run_s)
 
 
-def timed(config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_counter) -> dict[str, Any]:
+def timed(
+    config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_counter
+) -> dict[str, Any]:
     """Return `planned` (see `plan.plan`) with what was timed and predicted."""
     found, work = measure(config, clock)
     line_s = planned["round_over_line_s"] or 0.0
@@ -123,11 +131,23 @@ def timed(config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_c
     rows = [
         ("loading model and data, measured", f"{found.load_s:.1f} s"),
         (f"one optimizer step at {found.site}, measured", f"{found.step_s:.3g} s"),
-        (f"training in a round, {work.workers} sites at a time{bound}", f"{ahead.training_s:.3g} s"),
+        (
+            f"training in a round, {work.workers} sites at a time{bound}",
+            f"{ahead.training_s:.3g} s",
+        ),
         ("measuring held-out text of all sites, once", f"{ahead.measuring_s:.3g} s"),
     ]
-    rows += [("a round over fleet.line, with training", f"{line_s + ahead.training_s:.3g} s")] if line_s else []
-    rows.append((f"{config.rounds} rounds and their measures, set-up and baselines apart", f"{ahead.run_s:.3g} s"))
+    rows += (
+        [("a round over fleet.line, with training", f"{line_s + ahead.training_s:.3g} s")]
+        if line_s
+        else []
+    )
+    rows.append(
+        (
+            f"{config.rounds} rounds and their measures, set-up and baselines apart",
+            f"{ahead.run_s:.3g} s",
+        )
+    )
 
     return {
         **planned,
@@ -151,7 +171,9 @@ def _start(bench: Workbench, seed: int) -> dict[str, torch.Tensor]:
     return bench.base_state() if bench.full else initial_state(bench.layout, seed)
 
 
-def _time_steps(config: RunConfig, bench: Workbench, examples: Sequence[Example], clock: Clock) -> tuple[float, float]:
+def _time_steps(
+    config: RunConfig, bench: Workbench, examples: Sequence[Example], clock: Clock
+) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
     state = _start(bench, config.seed)
 
@@ -180,10 +202,14 @@ def _time_steps(config: RunConfig, bench: Workbench, examples: Sequence[Example]
     return step_s, max(one - step_s, 0.0)
 
 
-def _work(config: RunConfig, train_sequences: Sequence[int], heldout_sequences: Sequence[int]) -> Work:
+def _work(
+    config: RunConfig, train_sequences: Sequence[int], heldout_sequences: Sequence[int]
+) -> Work:
     count = len(train_sequences)
     if config.entry.pooled:
-        steps = [config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)]
+        steps = [
+            config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)
+        ]
         return Work(steps, [sum(heldout_sequences)], 1, 1)
 
     cohort = config.cohort(count)

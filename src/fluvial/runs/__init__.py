@@ -1,0 +1,1 @@
+"""The life of a run: its configuration, checkpoints, rounds, prediction and result."""
