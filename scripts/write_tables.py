@@ -19,7 +19,7 @@ from typing import Any
 from fidelity_figures import fill_cells
 
 from fluvial.formatting import human_bytes, human_ratio
-from fluvial.report.show import RESULT_CAPTION, result_rows
+from fluvial.report.result_tables import RESULT_CAPTION, result_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

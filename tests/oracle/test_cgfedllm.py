@@ -23,7 +23,7 @@ from fluvial.federation import noise
 from fluvial.federation.local_fleet import LocalFleet
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.workbench import load_tokenizer
-from fluvial.report import show
+from fluvial.report import run_folder, show
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.wire.frame import Reader
@@ -420,7 +420,7 @@ def test_a_refused_codec_explains_itself(run_config: dict[str, Any], tmp_path: P
 
     assert not (tmp_path / "run" / "result.json").exists()
     text = Console(record=True, width=200, file=io.StringIO())
-    text.print(show.run_tables(show.read_run(tmp_path / "run")))
+    text.print(show.run_tables(run_folder.read_run(tmp_path / "run")))
     assert "Refused by the gate: codec 'resnet' does not carry" in text.export_text()
 
 

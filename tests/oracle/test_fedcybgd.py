@@ -38,7 +38,7 @@ from fluvial.models.workbench import (
     read_weights,
     tuned_parameters,
 )
-from fluvial.report.show import read_run
+from fluvial.report.run_folder import read_run
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run, execute

@@ -25,9 +25,9 @@ from fluvial.exchange import gate, tgap
 from fluvial.exchange.tgap import TgapConfig
 from fluvial.exchange.uplink import check_codec
 from fluvial.federation.local_fleet import LocalFleet
-from fluvial.report import show
+from fluvial.report import round_lines
 from fluvial.report.page import write_page
-from fluvial.report.show import read_run
+from fluvial.report.run_folder import read_run
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.wire.payload import Limits, Payload
@@ -419,7 +419,7 @@ def test_what_is_not_known_is_shown_as_such(run_config: dict[str, Any], tmp_path
     result = run_table(run_config | {"method": method, "codec": KLT}, tmp_path / "run")
     report = result["setup"]["gate"]
     assert report["shuffled_error"] is report["aggregate_cosine"] is report["product_error"] is None
-    words = "\n".join(show.setup_lines(result["setup"]))
+    words = "\n".join(round_lines.setup_lines(result["setup"]))
     assert "3 held-out of 6 snapshots" in words
     assert "the best predictor (zero) 1.000" in words
     write_page(read_run(tmp_path / "run"), tmp_path / "page.html")

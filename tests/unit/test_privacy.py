@@ -26,7 +26,8 @@ from fluvial.formatting import privacy_words
 from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.workbench import Workbench, initial_state
-from fluvial.report.show import read_run, run_tables
+from fluvial.report.run_folder import read_run
+from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.run import execute, in_process

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.formatting import human_bytes, human_ratio
-from fluvial.report import block_tables, show
+from fluvial.report import block_tables, result_tables, round_lines, run_folder, show
 from fluvial.report.page import write_page
 from fluvial.report.plan_tables import plan_table, preview_text
 
@@ -199,17 +199,17 @@ def text_of(*content: RenderableType) -> str:
 def test_reading_is_plain_json_and_needs_a_run(
     finished: Path, unfinished: Path, tmp_path: Path
 ) -> None:
-    found = show.read_run(finished)
+    found = run_folder.read_run(finished)
     assert json.loads(json.dumps(found)) == found
     assert len(found["metrics"]) == 4
     assert sorted(found["compare"]) == ["fedavg", "local"]
-    assert len(show.read_run(unfinished)["metrics"]) == 1
+    assert len(run_folder.read_run(unfinished)["metrics"]) == 1
 
     with pytest.raises(CheckpointError, match="holds no run"):
-        show.read_run(tmp_path / "nowhere")
+        run_folder.read_run(tmp_path / "nowhere")
     (unfinished / "result.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot read .*result\.json"):
-        show.read_run(unfinished)
+        run_folder.read_run(unfinished)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +238,9 @@ def test_ratios_are_fractions_where_something_is_saved() -> None:
 
 
 def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
-    _, headings = text_of(show.round_header("cgfedllm")).splitlines()
-    metrics = show.read_run(finished)["metrics"]
-    lines = [text_of(show.round_line(record)).rstrip("\n") for record in metrics]
+    _, headings = text_of(round_lines.round_header("cgfedllm")).splitlines()
+    metrics = run_folder.read_run(finished)["metrics"]
+    lines = [text_of(round_lines.round_line(record)).rstrip("\n") for record in metrics]
 
     for heading, value in (
         ("loss", "3.2000"),
@@ -254,15 +254,15 @@ def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
     assert "held-out 3.1400" in lines[1]
     assert "2/3" in lines[2]
     assert "missing [red]xml[/]" in lines[2]
-    assert "epsilon 3.21 at delta 1e-05" in show.round_line(
+    assert "epsilon 3.21 at delta 1e-05" in round_lines.round_line(
         {**metrics[0], "epsilon": 3.2101, "delta": 1e-5}
     )
 
 
 def test_setup_lines_tell_both_verdicts() -> None:
-    assert show.setup_lines({}) == []
-    assert "not measured" in show.setup_lines({"gate": None})[0]
-    words = text_of("\n".join(show.setup_lines({"snapshots": 24, "gate": gate([])})))
+    assert round_lines.setup_lines({}) == []
+    assert "not measured" in round_lines.setup_lines({"gate": None})[0]
+    words = text_of("\n".join(round_lines.setup_lines({"snapshots": 24, "gate": gate([])})))
     assert "passed on 8 held-out of 24 snapshots" in words
     assert (
         "cosine to the true update 0.439; relative error 0.773, the best predictor (zero) 1.000"
@@ -271,12 +271,14 @@ def test_setup_lines_tell_both_verdicts() -> None:
     assert "2.04 kB per update, 1/64 of 131 kB" in words
     assert "reproduction of the paper: missed are innovation cosine >= 0.90" in words
     assert "failed: it is no contraction" in text_of(
-        "\n".join(show.setup_lines({"snapshots": 24, "gate": gate(["it is no contraction"])}))
+        "\n".join(
+            round_lines.setup_lines({"snapshots": 24, "gate": gate(["it is no contraction"])})
+        )
     )
 
 
 def test_tables_of_a_finished_run(finished: Path) -> None:
-    words = text_of(show.run_tables(show.read_run(finished)))
+    words = text_of(show.run_tables(run_folder.read_run(finished)))
     rows = {
         line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
     }
@@ -310,19 +312,19 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
 
 
 def test_tables_of_an_unfinished_run(unfinished: Path) -> None:
-    words = text_of(show.run_tables(show.read_run(unfinished)))
+    words = text_of(show.run_tables(run_folder.read_run(unfinished)))
     assert "Not finished: 1 of 4 rounds of fedavg" in words
     assert "3.2000" in words
 
 
 def test_tables_of_sites_alone(local: Path) -> None:
-    words = text_of(show.run_tables(show.read_run(local)))
+    words = text_of(show.run_tables(run_folder.read_run(local)))
     assert "no global model" in words
     assert words.count("local only") == 1
 
 
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:
-    rows = show.result_rows(result("fedavg", "ternary", 3.25, 8000, 131200))
+    rows = result_tables.result_rows(result("fedavg", "ternary", 3.25, 8000, 131200))
     assert [row[0] for row in rows[1:]] == [
         "base model, untuned",
         "local only",
@@ -363,7 +365,7 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
     first = tmp_path / "first.html"
     second = tmp_path / "second.html"
     for path in (first, second):
-        write_page(show.read_run(finished), path)
+        write_page(run_folder.read_run(finished), path)
     page = first.read_text()
     assert first.read_bytes() == second.read_bytes()
     assert not re.search(
@@ -394,13 +396,13 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
 
 def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    write_page(show.read_run(unfinished), page)
+    write_page(run_folder.read_run(unfinished), page)
     assert "not finished: 1 of 4 rounds" in page.read_text()
-    write_page(show.read_run(local), page)
+    write_page(run_folder.read_run(local), page)
     assert "local only" in page.read_text()
 
     with pytest.raises(ConfigError, match="cannot write"):
-        write_page(show.read_run(local), tmp_path / "nowhere" / "page.html")
+        write_page(run_folder.read_run(local), tmp_path / "nowhere" / "page.html")
 
 
 # -- blocks --------------------------------------------------------------------------------------
@@ -476,18 +478,20 @@ def cyclic(tmp_path: Path) -> Path:
 
 
 def test_a_cycle_names_what_was_refused_and_what_the_download_leaves(cyclic: Path) -> None:
-    lines = [text_of(show.round_line(record)) for record in show.read_run(cyclic)["metrics"]]
+    lines = [
+        text_of(round_lines.round_line(record)) for record in run_folder.read_run(cyclic)["metrics"]
+    ]
     first, second, *_ = (line.replace("\n", "") for line in lines)
     assert "gradient cosine 0.877" in first
     assert "refused" not in first
     assert "refused asyncio (layers 0 to 3)" in second
     assert "missing [red]xml[/]" in second
     many = {**cycles(1)[0], "visits": [visit(f"site {number}", "head", 0.0) for number in range(7)]}
-    assert "site 4 (head) and 2 more" in text_of(show.round_line(many))
+    assert "site 4 (head) and 2 more" in text_of(round_lines.round_line(many))
 
 
 def test_set_up_tells_blocks_and_cosines() -> None:
-    words = text_of("\n".join(show.setup_lines(BLOCKS)))
+    words = text_of("\n".join(round_lines.setup_lines(BLOCKS)))
     assert (
         "3 blocks: layers 0 to 3 ... layers 4 to 7 with 4,000 values; embeddings with 1,500 values"
         in words
@@ -496,7 +500,7 @@ def test_set_up_tells_blocks_and_cosines() -> None:
         "gradients through the download: layers 0 to 3 0.812, layers 4 to 7 0.900, embeddings 0.950"
         in words
     )
-    assert len(show.setup_lines({"blocks": BLOCKS["blocks"]})) == 1
+    assert len(round_lines.setup_lines({"blocks": BLOCKS["blocks"]})) == 1
 
 
 def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:
@@ -529,7 +533,8 @@ def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
     assert schedule is not None
     assert schedule.rows == [["pooled", "0, 1, 2, 3", "0, 1, ..., 31"]]
     assert (
-        show.run_name({"method": "central_cyclic", "codec": None}) == "central, block after block"
+        result_tables.run_name({"method": "central_cyclic", "codec": None})
+        == "central, block after block"
     )
 
 
@@ -547,7 +552,7 @@ def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
 
 
 def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
-    words = text_of(show.run_tables(show.read_run(cyclic)))
+    words = text_of(show.run_tables(run_folder.read_run(cyclic)))
     rows = {
         line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
     }
@@ -560,7 +565,7 @@ def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
 
 
 def test_page_of_a_run_by_blocks(cyclic: Path, tmp_path: Path) -> None:
-    write_page(show.read_run(cyclic), tmp_path / "page.html")
+    write_page(run_folder.read_run(cyclic), tmp_path / "page.html")
     page = tmp_path.joinpath("page.html").read_text()
     for heading in ("Blocks", "Block schedule, by cycle", "Conflict log", "Missing replies"):
         assert page.count(f"<h2>{heading}</h2>") == 1
@@ -595,8 +600,8 @@ def test_a_damaged_folder_is_told_without_a_traceback(
         (folder / name).write_text(content)
 
     told = f"cannot read .*{name}|run is damaged"
-    with pytest.raises(CheckpointError, match=told), show.drawing(folder):
-        text_of(show.run_tables(show.read_run(folder)))
+    with pytest.raises(CheckpointError, match=told), run_folder.damage_reported(folder):
+        text_of(show.run_tables(run_folder.read_run(folder)))
 
 
 def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path) -> None:
@@ -607,7 +612,7 @@ def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path)
     first = json.loads(lines[0]) | {"missing": [{"site": evil, "task": evil, "reason": evil}]}
     (folder / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    console.print(show.run_tables(show.read_run(folder)))
+    console.print(show.run_tables(run_folder.read_run(folder)))
     written = cast(io.StringIO, console.file).getvalue()
     assert "[2J" in written
     assert "\x1b[2J" not in written
@@ -616,4 +621,4 @@ def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path)
 
 def test_a_page_is_not_written_over_a_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; choose another --html"):
-        write_page(show.read_run(finished), tmp_path)
+        write_page(run_folder.read_run(finished), tmp_path)

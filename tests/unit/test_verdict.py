@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluvial.report import show
+from fluvial.report import result_tables, run_folder, show
 from fluvial.report.page import write_page
 from fluvial.runs.verdict import judge, losses
 from tests.runs import run_table
@@ -122,7 +122,7 @@ def test_a_run_writes_its_verdict(run_config: dict[str, Any], tmp_path: Path) ->
     assert verdict["local"]["better"] == sum(gain < 0 for gain in gains)
     assert verdict["local"]["difference"] == pytest.approx(sum(gains) / 3)
     assert verdict["fedavg"] is None
-    shown = show.verdict_line(show.read_run(tmp_path / "run")).plain
+    shown = result_tables.verdict_line(run_folder.read_run(tmp_path / "run")).plain
     assert shown == verdict["line"]
     # Means over the sites and over all label tokens are two numbers, each under its name.
     means = [sum(rows[s][which]["loss"] for s in rows) / 3 for which in ("base", "final")]
@@ -144,7 +144,7 @@ def unmeasured(folder: Path) -> Path:
 
 
 def test_a_run_without_measures_is_shown_as_such(tmp_path: Path) -> None:
-    found = show.read_run(unmeasured(tmp_path / "run"))
+    found = run_folder.read_run(unmeasured(tmp_path / "run"))
     words = text_of(show.run_tables(found))
     assert "Not measured: no site sent held-out measures" in words
     assert words.count("not measured") >= 2 + 3 * 3
@@ -163,7 +163,7 @@ def test_the_first_tile_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     write(
         folder / "compare" / "local", records(9, 110, start=3.2), result("local", None, 3.2, 9, 110)
     )
-    write_page(show.read_run(folder), tmp_path / "page.html")
+    write_page(run_folder.read_run(folder), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     first = page[page.index('<div class="cards">') :][:400]
     assert "helped against local training" in first

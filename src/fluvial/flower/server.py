@@ -21,7 +21,7 @@ from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
 from fluvial.models.encoding import Encoder
 from fluvial.models.workbench import Workbench
-from fluvial.report.show import round_line, setup_lines
+from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 

@@ -20,7 +20,7 @@ from fluvial.report.figures import (
     loss_by_bytes,
     loss_by_round,
 )
-from fluvial.report.show import (
+from fluvial.report.result_tables import (
     RESULT_CAPTION,
     cut_words,
     result_rows,

@@ -1,0 +1,185 @@
+"""The result of a run beside its baselines: rows, table, verdict and closing lines."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fluvial.formatting import (
+    figure,
+    human_bytes,
+    human_ratio,
+    percent,
+    plain,
+    privacy_words,
+    table,
+)
+from fluvial.runs.verdict import Verdict, judge
+
+BASELINES = {
+    "local": "local only",
+    "central": "central, all data at one place",
+    "central_cyclic": "central, block after block",
+    "fedavg": "federated, uncompressed",
+}
+"""Runs that others are compared with, in the order of the result table."""
+CENTRAL = ("central", "central_cyclic")
+"""Runs with all data at one place, which have no value for each site."""
+
+
+def run_name(result: dict[str, Any]) -> str:
+    """Method and codec in a few words."""
+    method = str(result["method"])
+    codec = result.get("codec")
+
+    if codec == "auto" and result.get("setup", {}).get("choice"):
+        codec = f"auto ({result['setup']['choice']['codec']['name']})"
+    if method in BASELINES and codec in (None, "identity"):
+        return BASELINES[method]
+
+    return f"federated, {method}" + (f" + {codec}" if codec else "")
+
+
+def result_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Headings, then base model, baselines and the run itself."""
+    heldout = result["heldout"]
+    compared = result.get("compare", {})
+    pooled = result.get("heldout_pooled") or {}
+    names = [name for name in BASELINES if name != result["method"]]
+    names = [name for name in names if heldout.get(name) is not None or name in compared]
+    runs: list[tuple[str, str, Any]] = [("base model, untuned", "base", {})]
+    runs += [(BASELINES[name], name, compared.get(name) or {}) for name in names]
+    runs.append((run_name(result), "final", result))
+    centrally = [name for name in CENTRAL if name in names or name == result["method"]]
+
+    exact = any("exact_match" in (heldout.get(key) or {}) for _, key, _ in runs)
+    headings = ["", "held-out loss", *(["pooled loss"] if centrally else []), "next-token accuracy"]
+    headings += ["exact match"] if exact else []
+    rows = [[*headings, "up per site", "round ratio", "amortised"]]
+
+    for label, key, traffic in runs:
+        values = heldout.get(key) or {}
+        total = pooled.get(key) or {}
+        at_one_place = key in CENTRAL or (key == "final" and result["method"] in CENTRAL)
+        traffic = {} if at_one_place else traffic
+        row = [label, "-" if at_one_place else figure(values.get("loss"))]
+        row += (
+            [figure((total or (values if at_one_place else {})).get("loss"))] if centrally else []
+        )
+        row += [percent(values.get("accuracy"))]
+        row += [percent(values.get("exact_match"))] if exact else []
+        row += [
+            human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"
+        ]
+        row += [
+            human_ratio(traffic.get("round_ratio")),
+            human_ratio(traffic.get("amortised_ratio")),
+        ]
+        rows.append(row)
+
+    return rows
+
+
+RESULT_CAPTION = (
+    "Held-out values are means over the sites, each counting the same; pooled: over all their "
+    "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
+    "ratio: these against "
+    "uncompressed updates; local training only reports its loss. Amortised: all bytes both ways, set-up included, "
+    "against an uncompressed run of the same rounds."
+)
+
+
+def result_table(result: dict[str, Any], more: str = "") -> Table:
+    """The run beside the base model and its baselines, with `more` in the caption."""
+    headings, *rows = result_rows(result)
+    headings = [
+        heading.replace(" ", "\n", 1) for heading in headings
+    ]  # 80 columns hold the labels in one line
+
+    return table(headings, rows, "Result", caption=RESULT_CAPTION + more)
+
+
+def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
+    """Where adapter or model lies, how to load it, what it changed."""
+    lines: list[RenderableType] = []
+    if result.get("adapter_sha256"):
+        lines += [
+            Text.assemble("Adapter  ", (str(path / "adapter"), "bold")),
+            Text.assemble(
+                "Load it  ",
+                (
+                    f"peft.AutoPeftModelForCausalLM.from_pretrained({str(path / 'adapter')!r})",
+                    "cyan",
+                ),
+            ),
+        ]
+    elif result.get("model_sha256"):
+        lines += [
+            Text.assemble("Model    ", (str(path / "model"), "bold")),
+            Text.assemble(
+                "Load it  ",
+                (
+                    f"transformers.AutoModelForCausalLM.from_pretrained({str(path / 'model')!r})",
+                    "cyan",
+                ),
+            ),
+        ]
+    else:
+        lines.append(
+            Text(
+                f"There is no global model: each site keeps its own weights below {path / 'sites'}"
+            )
+        )
+
+    if result.get("public"):
+        before, after = (result["public"][key]["loss"] for key in ("base", "final"))
+        count = result["public"]["sequences"]
+        lines.append(
+            Text(
+                f"Public   loss {before:.4f} before, {after:.4f} after, on {count} public sequences"
+            )
+        )
+
+    if result.get("privacy"):
+        lines.append(Text(f"Privacy  {privacy_words(result['privacy'])}"))
+
+    for sample in result.get("samples", []):
+        for when, key in (("before", "base"), ("after", "final")):
+            shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
+            lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
+
+    return Group(
+        *lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
+    )
+
+
+def cut_words(config: dict[str, Any]) -> str:
+    """Return that held-out sets were cut, from a run's configuration; empty where they were not."""
+    most = config.get("data", {}).get("max_heldout")
+    return (
+        ""
+        if most is None
+        else f" Of each site the first {most} held-out sequences at most (data.max_heldout)."
+    )
+
+
+def verdict_of(found: dict[str, Any]) -> Verdict:
+    """Return whether a finished run helped, from its result and those of its baselines."""
+    compared = {name: run["result"] for name, run in found["compare"].items()}
+    return judge(found["result"], compared)
+
+
+def verdict_line(found: dict[str, Any]) -> Text:
+    """Return the verdict of a finished run in one line."""
+    verdict = verdict_of(found)
+    colour = {"yes": "green", "no": "red"}.get(verdict.helped, "yellow")
+    return Text(plain(verdict.line()), style=f"bold {colour}")
+
+
+def with_compared(found: dict[str, Any]) -> dict[str, Any]:
+    """The result, with the traffic of its baselines even where the run has not written it down."""
+    finished = {name: run["result"] for name, run in found["compare"].items() if run["result"]}
+    return {**found["result"], "compare": {**finished, **found["result"].get("compare", {})}}

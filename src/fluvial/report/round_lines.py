@@ -1,0 +1,120 @@
+"""Lines that a run prints while it works: one header for a method, one line for a round."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.markup import escape
+
+from fluvial.formatting import human_bytes, human_ratio, human_seconds, plain
+
+
+def round_header(method: str) -> str:
+    """The name of a method and the headings of its `round_line`s."""
+    headings = f"{'round':>5}  {'loss':>8}  {'up':>8}  {'down':>8}  {'time':>8}  sites"
+    return f"[bold]{escape(method)}[/], bytes of all sites\n[dim]{headings}[/]"
+
+
+def round_line(record: dict[str, Any]) -> str:
+    """One round: the columns that every round has, then what else is known, by name."""
+    missing = [each["site"] for each in record.get("missing", [])]
+    sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
+    loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"  # may not leave a site
+    parts = [
+        f"{record['round']:>5}  {loss:>8}  {human_bytes(record['bytes_up']):>8}  "
+        f"{human_bytes(record['bytes_down']):>8}  {human_seconds(record['seconds']):>8}  {sites:>5}"
+    ]
+
+    if "snr_db" in record:
+        parts.append(f"codec SNR {record['snr_db']:.1f} dB")
+    if "epsilon" in record:
+        parts.append(
+            f"epsilon {record['epsilon']:.3g}"
+            + (f" at delta {record['delta']:g}" if "delta" in record else "")
+        )
+
+    if "heldout_loss" in record:
+        parts.append(f"held-out {record['heldout_loss']:.4f}")
+
+    parts += [f"codec: {escape(plain(record['choice']))}"] if "choice" in record else []
+    parts += ["transform refitted"] if "refit" in record else []
+    parts += (
+        [f"gradient cosine {record['gradient_cosine']:.3f}"] if "gradient_cosine" in record else []
+    )
+    refused = [
+        f"{each['site']} ({each['block']})"
+        for each in record.get("visits", [])
+        if each["share"] == 0
+    ]
+    parts += [
+        f"[yellow]{word} {_some(names)}[/]"
+        for word, names in (("refused", refused), ("missing", missing))
+        if names
+    ]
+    clipped = [each["site"] for each in record.get("clipped", [])]
+    parts += [f"[yellow]weight lowered {_some(clipped)}[/]"] if clipped else []
+
+    return "  ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first five, safe to print."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return escape(plain(", ".join(names[:5]))) + more
+
+
+def setup_lines(values: dict[str, Any]) -> list[str]:
+    """What set-up found, for people; nothing for a method that has none."""
+    return [*_block_lines(values), *_gate_lines(values)]
+
+
+def _block_lines(values: dict[str, Any]) -> list[str]:
+    """The blocks, runs of equal ones together, and what the download leaves of their gradients."""
+    if "blocks" not in values:
+        return []
+
+    sizes = []
+    for size, run in groupby(values["blocks"], key=lambda block: block["values"]):
+        names = [block["name"] for block in run]
+        sizes.append(" ... ".join(dict.fromkeys((names[0], names[-1]))) + f" with {size:,} values")
+
+    lines = [f"{len(values['blocks'])} blocks: {escape(plain('; '.join(sizes)))}"]
+    cosines = ", ".join(
+        f"{name} {value:.3f}" for name, value in values.get("gradient_cosines", {}).items()
+    )
+    return lines + (
+        [f"cosine of gradients through the download: {escape(plain(cosines))}"] if cosines else []
+    )
+
+
+def _gate_lines(values: dict[str, Any]) -> list[str]:
+    """The verdict on a codec."""
+    if "gate" not in values:
+        return []
+
+    gate = values["gate"]
+    if gate is None:
+        return ["codec gate: not measured, no snapshots were collected"]
+
+    best = best_predictor(gate)
+    unmet = [name for name, holds in gate["reproduction"].items() if not holds]
+    verdict = "[green]passed[/]" if gate["passed"] else "[red]failed[/]"
+    choice = values.get("choice")
+
+    return [
+        *([f"codec: {escape(plain(choice['why']))}"] if choice else []),
+        f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
+        *(f"  [red]failed:[/] {escape(plain(reason))}" for reason in gate["failed"]),
+        f"  cosine to the true update {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
+        f"the best predictor ({escape(best)}) {gate['predictors'][best]['all']:.3f}",
+        f"  {human_bytes(gate['bytes_per_update'])} per update, "
+        f"{human_ratio(gate['bytes_per_update'] / gate['raw_bytes'])} of {human_bytes(gate['raw_bytes'])}",
+        "  for comparison, the thresholds of an independent reproduction of the paper: "
+        + (f"missed are {escape('; '.join(unmet))}" if unmet else "all met"),
+    ]
+
+
+def best_predictor(gate: dict[str, Any]) -> str:
+    """The guess without a message whose error is least."""
+    errors: dict[str, dict[str, float]] = gate["predictors"]
+    return min(errors, key=lambda name: errors[name]["all"])
