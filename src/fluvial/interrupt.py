@@ -33,7 +33,7 @@ def install() -> None:
             signal.signal(number, _leave)
 
 
-def advise(words: Callable[[], str]) -> None:
+def set_advice(words: Callable[[], str]) -> None:
     """Set what is printed before the process leaves: one line, or nothing, known only then."""
     global _advice
     _advice = words

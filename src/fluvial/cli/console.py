@@ -1,0 +1,74 @@
+"""The two consoles, the options that several commands share, and printing in their formats."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console, RenderableType
+
+if TYPE_CHECKING:
+    from fluvial.runs.config import RunConfig
+
+out = Console(highlight=False)
+"""Console of results: standard output."""
+err = Console(stderr=True, highlight=False)
+"""Console of progress, warnings and errors: standard error."""
+
+Format = Annotated[
+    Literal["table", "json"],
+    typer.Option("--format", help="Tables for people, or JSON for programs."),
+]
+ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, such as configs/quickstart.toml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting as a line of TOML, such as 'rounds=3'; may be repeated."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")]
+ServerFolder = Annotated[Path, typer.Argument(help="The server's folder.")]
+SiteFolder = Annotated[Path, typer.Argument(help="The site's folder.")]
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="No TLS and no keys: for trials on one machine."),
+]
+
+
+def load_config(
+    path: Path, overrides: list[str] | None, *, as_written: bool = False
+) -> "RunConfig":
+    """Read a configuration and its overrides; raise `ConfigError`.
+
+    With `as_written`, paths stay as they are in the file.
+    """
+    with err.status("reading the configuration"):
+        from fluvial.runs.config import load
+
+        return load(path, overrides or [], as_written=as_written)
+
+
+def print_content(
+    content: dict[str, Any], format: str, table: Callable[[dict[str, Any]], RenderableType]
+) -> None:
+    """Print `content` as JSON, or as the `table` that is made of it."""
+    if format == "json":
+        print_json(content)
+    else:
+        out.print(table(content))
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print JSON values to standard output, indented by two."""
+    print(json.dumps(content, indent=2))  # noqa: T201 - this is the output
+
+
+def print_line(text: str) -> None:
+    """Print one line without markup and without a break at the width of the terminal."""
+    out.print(text, markup=False, soft_wrap=True)
+
+
+def program_name() -> str:
+    """Return the name or path by which this program can be called again."""
+    return "fluvial" if shutil.which("fluvial") else sys.argv[0]

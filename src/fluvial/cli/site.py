@@ -1,0 +1,49 @@
+"""`fluvial site`: set up, register and run a site of a deployment over many machines."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fluvial.cli.console import Insecure, ServerFolder, SiteFolder, print_line
+
+app = typer.Typer(help="Many machines: a site.", no_args_is_help=True)
+
+
+@app.command()
+def init(
+    folder: SiteFolder,
+    name: Annotated[str, typer.Option(help="The site's name in runs and reports.")],
+    server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8000",
+    ca: Annotated[Path | None, typer.Option(help="The server's ca.crt.")] = None,
+    insecure: Insecure = False,
+) -> None:
+    """Make a site's folder: key pair and settings."""
+    from fluvial.flower import site_operator
+
+    for line in site_operator.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
+        print_line(line)
+
+
+@app.command()
+def register(
+    server: ServerFolder, public_key: Annotated[Path, typer.Argument(help="The site's NAME.pub.")]
+) -> None:
+    """Let a site join; run by the server's operator."""
+    from fluvial.flower import server_operator
+
+    print_line(server_operator.register(server, public_key).strip())
+
+
+@app.command()
+def start(
+    folder: SiteFolder,
+    stock: Annotated[
+        bool,
+        typer.Option("--stock", help="Flower's own execution: a new process for each message."),
+    ] = False,
+) -> None:
+    """Run a site until it is stopped."""
+    from fluvial.flower import site_operator
+
+    raise typer.Exit(site_operator.site_start(folder, warm=not stock))
