@@ -313,7 +313,7 @@ def distortion() -> str:
             f"{settings['steps']} steps on 8 sites, {settings['seeds']} seeds, every byte of the "
             "frames counted. `sites` and `public` say what a codec was fitted on.",
             *tables,
-            "Claims of the benchmark `rate_distortion`:",
+            "Claims of `python -m benchmarks.codecs rate_distortion`:",
             claims("rate_distortion.json"),
         ]
     )
@@ -359,7 +359,7 @@ def target() -> str:
             "uncompressed run, in nats, with a 95 % interval over seeds. *Rounds* and kB of one site until the loss of "
             f"uncompressed round {settings['target']}; who did not reach it in every seed is shown with all its bytes.",
             *tables,
-            "Claims of the benchmark `bytes_to_target`:",
+            "Claims of `python -m benchmarks.codecs bytes_to_target`:",
             claims("bytes_to_target.json"),
         ]
     )
@@ -390,7 +390,7 @@ def speed() -> str:
         [
             "Megabytes of fp32 update per second on one thread, synthetic updates.",
             table(rows),
-            "Claims of the benchmark `codec_speed`:",
+            "Claims of `python -m benchmarks.codecs speed`:",
             claims("codec_speed.json"),
         ]
     )

@@ -9,25 +9,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks import (
-    bytes_to_target,
-    codec_speed,
-    codecs_bed,
-    fedcybgd,
-    fedcybgd_bed,
-    fedcybgd_compute,
-    fedcybgd_memory,
-    rate_distortion,
-)
-from benchmarks.codecs_bed import Bed, Cache, Contender, Found
+from benchmarks.codecs import bed as codecs_bed
+from benchmarks.codecs import bytes_to_target, rate_distortion, speed
+from benchmarks.codecs.bed import Bed, Cache, Contender, Found
+from benchmarks.fedcybgd import bed as fedcybgd_bed
+from benchmarks.fedcybgd import compute, losses, memory
 from benchmarks.report import Claim, Report, Row
 
 ROOT = Path(__file__).parents[2]
 
 
-def _quick(name: str, out: Path, *options: str) -> dict[str, Any]:
+def _quick(name: str, out: Path, *options: str, of: str = "") -> dict[str, Any]:
+    """Return the report of `python -m benchmarks.NAME`, or of the one named `of` in it."""
+    module = [sys.executable, "-m", f"benchmarks.{name}", *([of] if of else [])]
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *options],
+        [*module, "--quick", "--out", str(out), *options],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
         capture_output=True,
@@ -38,7 +34,7 @@ def _quick(name: str, out: Path, *options: str) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     content: dict[str, Any] = json.loads(out.read_text())
     assert set(content) == {"benchmark", "machine", "settings", "skipped", "rows", "claims"}
-    assert content["benchmark"] == name
+    assert content["benchmark"] == (of or name)
     assert {"cpu", "cores", "memory_bytes", "python", "torch", "load"} <= set(content["machine"])
     assert content["rows"]
     assert all({"name", "value", "bar", "holds"} <= set(claim) for claim in content["claims"])
@@ -71,7 +67,7 @@ def test_cgfedllm(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rate_distortion(tmp_path: Path) -> None:
     """Real frames within their rate, on every codec that the package has."""
-    content = _quick("rate_distortion", tmp_path / "rate_distortion.json")
+    content = _quick("codecs", tmp_path / "rates.json", of="rate_distortion")
     rows = [row for row in content["rows"] if "part" not in row and row["seeds"]]
     assert {16, 32, 64, 128} <= {row["rate"] for row in rows}
     assert all(row["bytes"] <= row["raw_bytes"] / row["rate"] for row in rows if row["rate"])
@@ -81,7 +77,7 @@ def test_rate_distortion(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_codec_speed(tmp_path: Path) -> None:
     """Two small layouts."""
-    content = _quick("codec_speed", tmp_path / "codec_speed.json")
+    content = _quick("codecs", tmp_path / "speed.json", of="speed")
     assert {row["layout"] for row in content["rows"]} == {"d 64", "d 128"}
     assert all(row["encode_mb_s"] > 0 and row["decode_mb_s"] > 0 for row in content["rows"])
 
@@ -89,9 +85,8 @@ def test_codec_speed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_bytes_to_target(tmp_path: Path) -> None:
     """A row for every contender; a second run takes everything from the file."""
-    content = _quick(
-        "bytes_to_target", tmp_path / "bytes.json", "--cache", str(tmp_path / "runs.jsonl")
-    )
+    options = ("--cache", str(tmp_path / "runs.jsonl"))
+    content = _quick("codecs", tmp_path / "bytes.json", *options, of="bytes_to_target")
     rows = {row["contender"]: row for row in content["rows"]}
     reference = rows["uncompressed"]
     int8 = rows["int8, both ways"]
@@ -99,9 +94,7 @@ def test_bytes_to_target(tmp_path: Path) -> None:
     assert reference["excess"] == 0
     assert int8["bytes_all"] < 0.3 * reference["bytes_all"] * int8["rounds"] / reference["rounds"]
     lines = (tmp_path / "runs.jsonl").read_text()
-    again = _quick(
-        "bytes_to_target", tmp_path / "again.json", "--cache", str(tmp_path / "runs.jsonl")
-    )
+    again = _quick("codecs", tmp_path / "again.json", *options, of="bytes_to_target")
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
@@ -129,11 +122,11 @@ def test_fedcybgd_download(tmp_path: Path) -> None:
     small."""
     content = _quick("fedcybgd", tmp_path / "download.json", "--part", "download")
     rows = {row["form"]: row for row in content["rows"]}
-    assert set(rows) == set(fedcybgd.QUICK_FORMS)
-    assert rows[fedcybgd.EXACT]["cosine_tuned_least"] == pytest.approx(1)
+    assert set(rows) == set(losses.QUICK_FORMS)
+    assert rows[losses.EXACT]["cosine_tuned_least"] == pytest.approx(1)
     assert rows["stale subset 0.5"]["cosine_tuned"] < 1
     assert rows["proxy, kept 0.5"]["cosine_base"] < 0.9
-    assert rows["cache, hadamard 1/16"]["down"] < 0.3 * rows[fedcybgd.EXACT]["down"]
+    assert rows["cache, hadamard 1/16"]["down"] < 0.3 * rows[losses.EXACT]["down"]
 
 
 @pytest.mark.slow
@@ -327,8 +320,8 @@ def test_gains_in_decibels() -> None:
 
 def test_synthetic_updates_have_the_layout_and_a_common_basis() -> None:
     """Like real ones: modules that read the same input share their directions."""
-    layout = codec_speed.LAYOUTS["d 64"].layout()
-    first, second = codec_speed.updates(layout, 2)
+    layout = speed.LAYOUTS["d 64"].layout()
+    first, second = speed.updates(layout, 2)
     assert layout.flatten(first).shape == (17_920,)
     q, k = (f"model.layers.0.self_attn.{name}.lora_A.weight" for name in ("q_proj", "k_proj"))
     spread = [(first[name].square() + second[name].square()).sum(0) for name in (q, k)]
@@ -362,7 +355,7 @@ def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: fedcybgd_bed
     all of them."""
     assert which.match is not None
     mine, other = (
-        fedcybgd_bed.resolve(CELL, each, fedcybgd.FULL, pace=1.0, seed=0)
+        fedcybgd_bed.resolve(CELL, each, losses.FULL, pace=1.0, seed=0)
         for each in (which, fedcybgd_bed.contender(which.match.name))
     )
     spent, wanted = (fedcybgd_bed.frame_bytes(each) * each.rounds for each in (mine, other))
@@ -389,9 +382,7 @@ def test_memory_of_clients_by_formula() -> None:
     embeddings = 2048 * 128
     found = {
         name: fedcybgd_bed.memory_bytes(
-            fedcybgd_bed.resolve(
-                CELL, fedcybgd_bed.contender(name), fedcybgd.FULL, pace=1.0, seed=0
-            )
+            fedcybgd_bed.resolve(CELL, fedcybgd_bed.contender(name), losses.FULL, pace=1.0, seed=0)
         )
         for name in (
             fedcybgd_bed.REFERENCE,
@@ -427,11 +418,11 @@ def test_claims_of_fedcybgd_by_hand() -> None:
         _lost(matched.name, 2.05),
     ]
     report = Report("none", {})
-    found = fedcybgd.claims(rows, report)
+    found = losses.claims(rows, report)
     assert [claim.value for claim in found] == pytest.approx([0.005, 0.05, 0.05, -0.04])
     assert all(claim.holds for claim in found)
     rows[2]["loss"] = 1.9
-    assert len(fedcybgd.claims(rows, report)) == 3
+    assert len(losses.claims(rows, report)) == 3
     assert "does not beat" in report.skipped[0]
 
 
@@ -443,14 +434,14 @@ def test_the_cache_is_compared_with_the_cheapest_proxy_of_equal_loss() -> None:
         {"form": "cache, hadamard 1/16", "seeds": 1, "loss": 2.0, "down": 8.0},
         {"form": "stopped", "seeds": 0},
     ]
-    assert [claim.value for claim in fedcybgd.down_claims("c", rows)] == [10.0]
+    assert [claim.value for claim in losses.down_claims("c", rows)] == [10.0]
     rows[2]["loss"] = 1.9
-    assert [claim.value for claim in fedcybgd.down_claims("c", rows)] == [5.0]
+    assert [claim.value for claim in losses.down_claims("c", rows)] == [5.0]
 
 
 def test_work_of_a_step_by_block() -> None:
     """Without a head, full tuning of two layers is 6; the upper block costs 2 + 1 + 1, the lower
     one 2 + 2 + 1."""
-    shape = fedcybgd_memory.Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
-    assert fedcybgd_compute.predicted(shape, 1) == pytest.approx(4 / 6)
-    assert fedcybgd_compute.predicted(shape, 0) == pytest.approx(5 / 6)
+    shape = memory.Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
+    assert compute.predicted(shape, 1) == pytest.approx(4 / 6)
+    assert compute.predicted(shape, 0) == pytest.approx(5 / 6)

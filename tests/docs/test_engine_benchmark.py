@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engine
-from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
-from benchmarks.engine_fleets import ROOT, Cell, bytes_of_a_rank, table_of
-from benchmarks.engine_link import fitted
+from benchmarks.engine import rounds
+from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_clock
+from benchmarks.engine.fleets import ROOT, Cell, bytes_of_a_rank, table_of
+from benchmarks.engine.link import fitted
 from fluvial.federation.line import Line, round_s
 from fluvial.models.workbench import meta_base, tuned_layout
 from fluvial.runs.config import parse
@@ -51,7 +51,7 @@ def test_the_payload_is_the_adapter(tmp_path: Path) -> None:
 
 
 def test_the_grid_begins_with_what_is_cheap() -> None:
-    groups = engine.grid(("local", "warm", "stock"), (0.1, 10.0), (2, 4), 3)
+    groups = rounds.grid(("local", "warm", "stock"), (0.1, 10.0), (2, 4), 3)
     assert [(cells[0].fleet, cells[0].sites, len(cells)) for cells in groups] == [
         ("local", 2, 2),
         ("local", 4, 1),

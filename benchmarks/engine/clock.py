@@ -26,7 +26,7 @@ def folder_of_clock(folder: Path) -> Path:
     """A folder whose presence on PYTHONPATH starts the clock."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(
-        "import benchmarks.engine_clock as clock\n\nclock.install()\n"
+        "import benchmarks.engine.clock as clock\n\nclock.install()\n"
     )
 
     return folder

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.engine_clock import CLOCK, covered_s, folder_of_clock, read_clock
+from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_clock
 from benchmarks.report import Row
 from fluvial.models.workbench import ModelConfig, load_tokenizer
 from tests import flower_lab
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLEETS = ("local", "ray", "warm", "stock", "nvflare")
 NAMES = {
     "local": "in process",
@@ -343,7 +343,7 @@ def nvflare(cell: Cell, folder: Path, python: str) -> Row:
     environment = {
         key: value for key, value in seen.environment.items() if key not in (CLOCK, "PYTHONPATH")
     }
-    script = str(ROOT / "benchmarks" / "engine_nvflare.py")
+    script = str(ROOT / "benchmarks" / "engine" / "nvflare_rounds.py")
     command = [
         python,
         script,

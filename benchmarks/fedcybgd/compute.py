@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.fedcybgd_memory import LLAMA_3_8B, Shape, llama
+from benchmarks.fedcybgd.memory import LLAMA_3_8B, Shape, llama
 from benchmarks.report import Claim, Report, Row, show
 
 WITHIN = 0.10

@@ -1,7 +1,7 @@
 """Bytes that a site sends and receives until the model is as good as uncompressed training makes
 it.
 
-    python -m benchmarks.bytes_to_target [--quick] [--part free] [--cell NAME ...] [--contender TEXT ...]
+    python -m benchmarks.codecs bytes_to_target [--quick] [--part free] [--cell NAME ...] [--contender TEXT ...]
         [--minutes M] [--cache FILE.jsonl] [--again TEXT ...] [--processes N] [--out FILE.json]
 
 Every contender trains the same sites with the same steps and batches. Its local learning rate is
@@ -26,8 +26,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cgfedllm_bed import CORPORA, workers
-from benchmarks.codecs_bed import (
+from benchmarks.cgfedllm.bed import CORPORA, workers
+from benchmarks.codecs.bed import (
     CELLS,
     CONTENDERS,
     REFERENCE,
@@ -380,7 +380,9 @@ COLUMNS = {
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.codecs bytes_to_target",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--quick",
@@ -518,7 +520,3 @@ def free(
             ratio = min(row["bytes_up"] for row in ours) / min(row["bytes_up"] for row in theirs)
             name = f"free: {cell}: bytes up of the best of {', '.join(FREE[:2])} over the best of {', '.join(FREE[2:])}"
             report.claims.append(Claim(name, ratio, 1.0, "below"))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ rounds  The same run in process, over Flower's Ray simulation, and deployed with
         sends equal chunks once. Columns:
 
         apart s    seconds of a round, as the server counts them, in which no site trains (the clock of
-                   `engine_clock`); median and worst of the rounds after the first
+                   `benchmarks.engine.clock`); median and worst of the rounds after the first
         start s    from the command, deployed from `fluvial submit`, to the end of the first round
         join s     deployed: from the start of the sites until the server sees them all
         peak MB    most of the sum of PSS (shared pages count once) over all processes, sampled
@@ -41,9 +41,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import engine_line, engine_link
-from benchmarks.engine_fleets import FLEETS, NAMES, Cell, measure
-from benchmarks.engine_line import Setting
+from benchmarks.engine import line, link
+from benchmarks.engine.fleets import FLEETS, NAMES, Cell, measure
+from benchmarks.engine.line import Setting
 from benchmarks.report import Claim, Report, Row, show
 
 ROUNDS = 4
@@ -150,7 +150,7 @@ def rounds_part(
 
 def link_part(report: Report, *, quick: bool, ends: float) -> list[Row]:
     """The table of the slow line."""
-    why = engine_line.possible()
+    why = line.possible()
     if why is not None:
         report.skip(f"link: {why}")
         return []
@@ -163,7 +163,7 @@ def link_part(report: Report, *, quick: bool, ends: float) -> list[Row]:
         prefix="fluvial-engine-", ignore_cleanup_errors=True
     ) as folder:
         try:
-            tables = engine_link.rows(
+            tables = link.rows(
                 lines, payloads, sites=FEW, rounds=rounds, folder=Path(folder), ends=ends
             )
             for found in tables:
@@ -254,7 +254,9 @@ def link_claims(rows: list[Row]) -> list[Claim]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.engine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", choices=("rounds", "link"), help="one part only")
     parser.add_argument("--quick", action="store_true", help="2 sites, 0.1 MB, 2 rounds, one line")
@@ -315,7 +317,3 @@ def main() -> None:
         report.claims += link_claims(rows)
 
     report.finish(options.out, load)
-
-
-if __name__ == "__main__":
-    main()

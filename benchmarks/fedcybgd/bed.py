@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.cgfedllm_bed import CORPORA, Table
-from benchmarks.codecs_bed import MEMORY, Cache
-from benchmarks.fedcybgd_memory import largest_beside
+from benchmarks.cgfedllm.bed import CORPORA, Table
+from benchmarks.codecs.bed import MEMORY, Cache
+from benchmarks.fedcybgd.memory import largest_beside
 from benchmarks.report import Row
 from fluvial.codecs import CodecSettings, build
 from fluvial.data import DataConfig, SiteTexts
@@ -44,7 +44,7 @@ class Cell:
 
     name: str
     corpus: str
-    """Of `cgfedllm_bed.CORPORA`."""
+    """Name of a corpus in `benchmarks.cgfedllm.bed.CORPORA`."""
     length: int
     """Tokens of a sequence."""
     batch: int

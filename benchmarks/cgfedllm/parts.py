@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import torch
 
-from benchmarks.cgfedllm_bed import (
+from benchmarks.cgfedllm.bed import (
     CORPORA,
     GATE_COLUMNS,
     Reading,

@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from typing import Any, Literal
 
 import fluvial
-from benchmarks.cgfedllm_bed import CORPORA, Table
+from benchmarks.cgfedllm.bed import CORPORA, Table
 from benchmarks.report import Row
 from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot

@@ -1,6 +1,6 @@
-"""The rounds of `benchmarks.overhead_probe` in Flower's Ray simulation; prints one JSON object.
+"""The rounds of `benchmarks.overhead.probe` in Flower's Ray simulation; prints one JSON object.
 
-    python -m benchmarks.overhead_flower SITES ROUNDS VALUES
+    python -m benchmarks.overhead.flower_rounds SITES ROUNDS VALUES
 
 Kept favourable to Flower: the update is one packed array, not one for each tensor; one CPU for each
 actor, so that every core has one; the server polls every 5 ms, where Flower's own

@@ -1,7 +1,7 @@
 """Rounds of NVFlare's simulator whose clients only answer; prints one JSON object.
 
-    python -m benchmarks.engine_nvflare server SITES ROUNDS PAYLOAD_BYTES FOLDER
-    python engine_nvflare.py client FOLDER      (as NVFlare starts it, once for each site)
+    python -m benchmarks.engine.nvflare_rounds server SITES ROUNDS PAYLOAD_BYTES FOLDER
+    python nvflare_rounds.py client FOLDER      (as NVFlare starts it, once for each site)
 
 Run by a Python that has `nvflare` 2.9 (it pins another protobuf than Flower, so in an environment
 of its own); fluvial is not imported. The client is NVFlare's persistent loop: one process for each

@@ -10,8 +10,8 @@ losses    every contender makes the same passes over the same data, unless its n
           serialised messages over the whole run, and memory is by formula.
 download  the forms of download at one setting and learning rate: bytes down of a visit, final loss, and the cosine of a
           block's gradient through the download to the exact one, at the base and at the end of a run.
-memory    peak of one visit in a process of its own; see `benchmarks.fedcybgd_memory`.
-compute   time of a step by block; see `benchmarks.fedcybgd_compute`.
+memory    peak of one visit in a process of its own; see `benchmarks.fedcybgd.memory`.
+compute   time of a step by block; see `benchmarks.fedcybgd.compute`.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from statistics import mean
 
 from rich.console import Console
 
-from benchmarks.cgfedllm_bed import Table, workers
-from benchmarks.codecs_bed import SOURCE, Cache, half_width
-from benchmarks.fedcybgd_bed import (
+from benchmarks.cgfedllm.bed import Table, workers
+from benchmarks.codecs.bed import SOURCE, Cache, half_width
+from benchmarks.fedcybgd.bed import (
     CELLS,
     CONTENDERS,
     EMBEDDINGS,
@@ -49,8 +49,8 @@ from benchmarks.fedcybgd_bed import (
     cosines,
     resolve,
 )
-from benchmarks.fedcybgd_compute import compute_part
-from benchmarks.fedcybgd_memory import memory_part
+from benchmarks.fedcybgd.compute import compute_part
+from benchmarks.fedcybgd.memory import memory_part
 from benchmarks.report import Claim, Report, Row, show
 
 PARTS = ("losses", "download", "memory", "compute")
@@ -495,7 +495,9 @@ def _bed(options: argparse.Namespace) -> Bed:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.fedcybgd",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
     parser.add_argument(
@@ -555,7 +557,3 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How fast codecs are: encode and decode, in megabytes of fp32 update a second, on one thread.
 
-    python -m benchmarks.codec_speed [--quick] [--layout NAME ...] [--codec NAME ...] [--out FILE.json]
+    python -m benchmarks.codecs speed [--quick] [--layout NAME ...] [--codec NAME ...] [--out FILE.json]
 
 Updates are synthetic: Gaussian with a falling spectrum along the feature axis of every module, in a
 basis that all updates share, so that learned codecs have something to learn and entropy coders
@@ -18,7 +18,7 @@ from statistics import mean
 
 import torch
 
-from benchmarks.cgfedllm_bed import Table, fitted
+from benchmarks.cgfedllm.bed import Table, fitted
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
@@ -234,7 +234,9 @@ COLUMNS = {
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.codecs speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--quick", action="store_true", help="the two small layouts, short repetitions"
@@ -248,7 +250,7 @@ def main() -> None:
     wanted = options.layout or list(QUICK if options.quick else LAYOUTS)
     seconds = 0.05 if options.quick else 1.0
     report = Report(
-        "codec_speed", {"quick": options.quick, "layouts": wanted, "threads": 1, "seconds": seconds}
+        "speed", {"quick": options.quick, "layouts": wanted, "threads": 1, "seconds": seconds}
     )
 
     for name in sorted({table["name"] for table in TABLES} - set(CODECS)):
@@ -275,7 +277,3 @@ def main() -> None:
         ]
 
     report.finish(options.out, load)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Part "memory" of `benchmarks.fedcybgd`: the peak of one visit in a process of its own, against
 the formula.
 
-    python -m benchmarks.fedcybgd_memory LARGE SMALL TUNES HOLD      one visit to each model; prints one JSON object
+    python -m benchmarks.fedcybgd.memory LARGE SMALL TUNES HOLD      one visit to each model; prints one JSON object
 
 The process does a visit by the package's own task: it receives a message, trains, and codes the
 change. The base is a folder of files that it has never held. What counts is the growth over what it
@@ -311,7 +311,7 @@ def measured(shape: Shape, cases: Sequence[Case]) -> list[Row]:
 def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
     tunes, _, hold = case
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fedcybgd_memory", str(large), str(small), tunes, hold],
+        [sys.executable, "-m", "benchmarks.fedcybgd.memory", str(large), str(small), tunes, hold],
         capture_output=True,
         text=True,
         env={**os.environ, **ALLOCATOR},

@@ -184,7 +184,7 @@ class Lines:
 
         devices = [device for pair in pairs for device in pair]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engine_line", *map(str, devices)],
+            [sys.executable, "-m", "benchmarks.engine.line", *map(str, devices)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=devices,

@@ -44,7 +44,7 @@ COLUMNS = {
 def probe(module: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
     """What a measuring process printed last; raises `RuntimeError` with the end of what it
     complained about."""
-    command = [python, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    command = [python, "-m", f"benchmarks.overhead.{module}", *map(str, arguments)]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -77,7 +77,7 @@ def has_flower(python: str) -> bool:
 def start_up(times: int) -> tuple[list[Row], float]:
     """Rows of start-up and imports, and the median seconds from process start to the first
     round."""
-    found = [probe("overhead_probe", "start", time.time()) for _ in range(times)]
+    found = [probe("probe", "start", time.time()) for _ in range(times)]
     rows: list[Row] = [
         {
             "what": f"start: {key.removesuffix('_s').replace('_', ' ')}",
@@ -87,7 +87,7 @@ def start_up(times: int) -> tuple[list[Row], float]:
         }
         for key in found[0]
     ]
-    by_part = [probe("overhead_probe", "imports") for _ in range(times)]
+    by_part = [probe("probe", "imports") for _ in range(times)]
     rows += [
         {
             "what": f"import {name}",
@@ -103,7 +103,7 @@ def start_up(times: int) -> tuple[list[Row], float]:
 
 def fluvial_row(sites: int, rounds: int) -> Row:
     """Rounds over `LocalFleet` with FedAvg's server half."""
-    found = probe("overhead_probe", "rounds", sites, rounds, VALUES)
+    found = probe("probe", "rounds", sites, rounds, VALUES)
     grown = found["peak_rss_bytes"] - found["rss_before_bytes"]
 
     return {
@@ -122,7 +122,7 @@ def fluvial_row(sites: int, rounds: int) -> Row:
 def flower_row(sites: int, rounds: int, python: str) -> Row:
     """The same rounds in Flower's Ray simulation."""
     try:
-        found = probe("overhead_flower", sites, rounds, VALUES, python=python)
+        found = probe("flower_rounds", sites, rounds, VALUES, python=python)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         return {
             "what": "Flower, Ray simulation",
@@ -202,7 +202,9 @@ def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Cla
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--quick", action="store_true", help="under a minute: up to 100 sites, Flower with 10 only"
@@ -255,7 +257,3 @@ def main() -> None:
     report.rows = [*starting, *rows]
     report.claims = claims(rows, begins_s, sizes)
     report.finish(options.out, load)
-
-
-if __name__ == "__main__":
-    main()

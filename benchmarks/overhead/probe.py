@@ -1,8 +1,8 @@
 """One measurement of `benchmarks.overhead` in a process of its own; prints one JSON object.
 
-python -m benchmarks.overhead_probe start T0 from T0 (seconds since the epoch) to round 1 python -m
-benchmarks.overhead_probe imports seconds of each heavy import python -m benchmarks.overhead_probe
-rounds SITES ROUNDS VALUES rounds without training, over `LocalFleet`
+python -m benchmarks.overhead.probe start T0        seconds from T0 (since the epoch) to round 1
+python -m benchmarks.overhead.probe imports         seconds of each heavy import
+python -m benchmarks.overhead.probe rounds SITES ROUNDS VALUES      rounds without training
 """
 
 import json

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks import cgfedllm_parts as parts
-from benchmarks.cgfedllm_bed import (
+from benchmarks.cgfedllm import parts
+from benchmarks.cgfedllm.bed import (
     CORPORA,
     DEFAULT,
     GATE_COLUMNS,
@@ -303,7 +303,9 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.cgfedllm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--quick",
@@ -354,7 +356,3 @@ def main() -> None:
             report.claims += claims
 
     report.finish(options.out, load)
-
-
-if __name__ == "__main__":
-    main()

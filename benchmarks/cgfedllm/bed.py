@@ -26,7 +26,7 @@ from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run, execute
 from fluvial.wire.tensors import Layout
 
-SHARED = Path(os.path.relpath(Path(__file__).resolve().parents[2] / "shared"))
+SHARED = Path(os.path.relpath(Path(__file__).resolve().parents[3] / "shared"))
 """Data and small real models of a development checkout; the parts that need them are skipped where
 it is absent."""
 

@@ -1,6 +1,6 @@
 """What every codec loses of the updates that sites send, at four rates, on frames as they are sent.
 
-    python -m benchmarks.rate_distortion [--quick] [--cell NAME ...] [--seeds N] [--processes N] [--out FILE.json]
+    python -m benchmarks.codecs rate_distortion [--quick] [--cell NAME ...] [--seeds N] [--processes N] [--out FILE.json]
 
 Updates are those of TGAP: eight sites train together for some rounds, and the last rounds are held
 out. A codec that learns is fitted to the earlier updates of the sites themselves, as in the paper
@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.cgfedllm_bed import (
+from benchmarks.cgfedllm.bed import (
     CORPORA,
     Ensemble,
     Size,
@@ -30,7 +30,7 @@ from benchmarks.cgfedllm_bed import (
     fitted,
     workers,
 )
-from benchmarks.codecs_bed import CELLS, half_width
+from benchmarks.codecs.bed import CELLS, half_width
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
@@ -272,7 +272,9 @@ COLUMNS = {
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.codecs rate_distortion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--quick", action="store_true", help="standard library, one seed, few updates, no cnn"
@@ -334,7 +336,3 @@ def main() -> None:
     report.rows += [{"part": "gain", **row} for row in gained]
     report.claims = claims(gained)
     report.finish(options.out, load)
-
-
-if __name__ == "__main__":
-    main()
