@@ -12,7 +12,7 @@ from fluvial.federation.meter import Metered
 from fluvial.federation.sites import Site, Task
 from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Server
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run, site_of, tasks_of
@@ -123,7 +123,7 @@ class Round:
 def record(table: dict[str, Any], folder: Path) -> Round:
     """Run the set-up and the first round honestly, and keep every reply."""
     config = parse(table, "test")
-    bench = Workbench(config.model, config.adapter)
+    bench = ModelPool(config.model, config.adapter)
     seen: dict[tuple[str, str, int], bytes] = {}
 
     def note(task: str, site: str, number: int, data: bytes) -> bytes:
@@ -131,7 +131,7 @@ def record(table: dict[str, Any], folder: Path) -> Round:
         return data
 
     def assemble(
-        each: RunConfig, run_folder: RunFolder, bench: Workbench, texts: Any
+        each: RunConfig, run_folder: RunFolder, bench: ModelPool, texts: Any
     ) -> LocalFleet:
         def open_site(name: str) -> Site:
             return site_of(each, name, bench, texts, run_folder.store)

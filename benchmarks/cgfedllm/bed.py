@@ -20,7 +20,7 @@ from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
 from fluvial.exchange import gate, tgap
 from fluvial.exchange.gate import GateReport, Representation
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run, execute
@@ -168,7 +168,7 @@ def ensemble(
     settings = tgap.TgapConfig.model_validate(wanted)
 
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:
-        bench = Workbench(resolved.model, resolved.lora)
+        bench = ModelPool(resolved.model, resolved.lora)
         run = Run(
             resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed)
         )

@@ -29,7 +29,9 @@ from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
 from fluvial.exchange import tgap
 from fluvial.federation.meter import Metered
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import MEASURING, Run, check_settings
@@ -224,12 +226,12 @@ def possible(
 
 
 @lru_cache(2)
-def _bench(model: ModelConfig, lora: LoraSettings) -> Workbench:
-    return Workbench(model, lora)
+def _bench(model: ModelConfig, lora: LoraSettings) -> ModelPool:
+    return ModelPool(model, lora)
 
 
 @lru_cache(6)
-def _texts(data: str, bench: Workbench, seed: int) -> SiteTexts:
+def _texts(data: str, bench: ModelPool, seed: int) -> SiteTexts:
     return SiteTexts(DataConfig.model_validate_json(data), bench.tokenizer, seed=seed)
 
 

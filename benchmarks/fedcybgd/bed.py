@@ -28,8 +28,11 @@ from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
 from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.models.pretrained import dtype_of
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, meta_base, tuned_layout
+from fluvial.models.loading import meta_base
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig, dtype_of
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run, check_settings
@@ -339,12 +342,12 @@ def memory_bytes(config: RunConfig) -> int:
 
 
 @lru_cache(2)
-def _bench(model: ModelConfig, lora: LoraSettings | None) -> Workbench:
-    return Workbench(model, lora)
+def _bench(model: ModelConfig, lora: LoraSettings | None) -> ModelPool:
+    return ModelPool(model, lora)
 
 
 @lru_cache(6)
-def _texts(data: str, bench: Workbench, seed: int) -> SiteTexts:
+def _texts(data: str, bench: ModelPool, seed: int) -> SiteTexts:
     return SiteTexts(DataConfig.model_validate_json(data), bench.tokenizer, seed=seed)
 
 
@@ -407,7 +410,7 @@ def traced(config: RunConfig) -> Row:
     }
 
 
-def _loss(bench: Workbench, texts: SiteTexts, state: Any) -> float:
+def _loss(bench: ModelPool, texts: SiteTexts, state: Any) -> float:
     pad = bench.tokenizer.pad_token_id
     with bench.model(state) as model:
         return mean(

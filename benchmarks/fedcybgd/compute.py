@@ -203,7 +203,7 @@ def timed(model: Any, trained: frozenset[str], setting: Setting, device: str) ->
 
 def _blocks(model: Any, setting: Setting) -> list[tuple[str, ...]]:
     from fluvial.methods.fedcybgd.blocks import partition
-    from fluvial.models.workbench import tuned_layout
+    from fluvial.models.tuning import tuned_layout
 
     blocks = [block.layout.names for block in partition(tuned_layout(model, None)).blocks]
     assert len(blocks) == setting.shape.layers, "a block is a layer"

@@ -132,7 +132,7 @@ def layout_of(shape: Shape) -> "Layout":
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fluvial.models.workbench import tuned_layout
+    from fluvial.models.tuning import tuned_layout
 
     with torch.device("meta"):
         return tuned_layout(AutoModelForCausalLM.from_config(llama(shape)), None)
@@ -173,7 +173,9 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     from fluvial.methods.fedcybgd.config import FedCyBgdConfig, partition
     from fluvial.methods.fedcybgd.download import Sender
     from fluvial.methods.fedcybgd.ledger import Ledger
-    from fluvial.models.workbench import ModelConfig, Workbench, initial_state
+    from fluvial.models.pool import ModelPool
+    from fluvial.models.pretrained import ModelConfig
+    from fluvial.models.states import initial_state
     from fluvial.training.train import TrainConfig
     from fluvial.wire.payload import Payload
 
@@ -184,7 +186,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     model = ModelConfig.model_validate(
         {"name_or_path": str(folder), "dtype": dtype, "device": "cpu"}
     )
-    bench = Workbench(model, None)
+    bench = ModelPool(model, None)
     config = FedCyBgdConfig(order="full" if tunes == "full" else "ascending", hold=hold)
     parts = partition(config, bench.layout)
     ledger = Ledger(
@@ -201,7 +203,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     site = Site(
         name="site",
         seed=0,
-        workbench=bench,
+        pool=bench,
         load=lambda: data,
         train=TrainConfig(learning_rate=1e-5, max_steps=2, per_device_train_batch_size=1),
         codec=Int8Settings(),

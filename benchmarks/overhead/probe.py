@@ -78,7 +78,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     from fluvial.federation.store import StateStore
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
     from fluvial.methods.interface import Context
-    from fluvial.models.workbench import Workbench
+    from fluvial.models.pool import ModelPool
     from fluvial.runs.checkpoint import RunFolder
     from fluvial.runs.run import peak_rss_bytes
     from fluvial.training.train import TrainConfig
@@ -86,7 +86,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     from fluvial.wire.tensors import Layout
 
     layout = embedded_layout(values)
-    bench = cast(Workbench, SimpleNamespace(layout=layout))
+    bench = cast(ModelPool, SimpleNamespace(layout=layout))
     store = StateStore(None)
     identity = IdentitySettings()
 
@@ -106,7 +106,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         return Site(
             name=name,
             seed=int(name),
-            workbench=bench,
+            pool=bench,
             load=load,
             train=TrainConfig(),
             codec=identity,

@@ -14,7 +14,7 @@ from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
 from fluvial.data import SiteTexts
 from fluvial.exchange import gate, tgap
 from fluvial.methods import Context
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import load, parse
 from fluvial.wire.tensors import Layout
 from tests.runs import run_table
@@ -34,7 +34,7 @@ def snapshots(
         table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "klt"}},
         "claims",
     )
-    bench = Workbench(config.model, config.lora)
+    bench = ModelPool(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
     context = Context(
         0,

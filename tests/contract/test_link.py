@@ -11,7 +11,7 @@ from fluvial.codecs import read_settings
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import WireError
 from fluvial.exchange.downlink import Downlink
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.seeds import generator
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, add, norm, subtract

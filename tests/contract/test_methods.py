@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fluvial.data import SiteTexts
 from fluvial.methods import METHODS, MethodConfig
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.run import Run, execute
@@ -53,7 +53,7 @@ def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None
 
 def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> None:
     config = parse(table, "test")
-    bench = Workbench(config.model, config.lora)
+    bench = ModelPool(config.model, config.lora)
     with RunFolder(tmp_path / "a") as folder:
         run = Run(config, folder, bench, SiteTexts(config.data, bench.tokenizer, seed=config.seed))
         for event in run.events():

@@ -12,7 +12,8 @@ from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_cloc
 from benchmarks.engine.fleets import ROOT, Cell, bytes_of_a_rank, table_of
 from benchmarks.engine.link import fitted
 from fluvial.federation.line import Line, round_s
-from fluvial.models.workbench import meta_base, tuned_layout
+from fluvial.models.loading import meta_base
+from fluvial.models.tuning import tuned_layout
 from fluvial.runs.config import parse
 
 FREE = Line(up_mbit_s=1e9, down_mbit_s=1e9, rtt_ms=0)

@@ -46,7 +46,7 @@ from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
 from fluvial.methods import METHODS
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.site_process.fingerprints import fingerprints
@@ -181,7 +181,7 @@ def at(
 class Stand:
     """Makes a fleet on a fake grid."""
 
-    bench: Workbench
+    bench: ModelPool
     table: dict[str, Any]
 
     def __call__(
@@ -214,7 +214,7 @@ def stand(run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Stand:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     config = parse(run_config, "test")
-    return Stand(Workbench(config.model, config.adapter), run_config)
+    return Stand(ModelPool(config.model, config.adapter), run_config)
 
 
 SKIP: dict[str, Any] = {"on_failure": "skip", "quorum": 0.3}
@@ -1021,7 +1021,7 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
 
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
 
-    def assemble(each: Any, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
+    def assemble(each: Any, _: object, bench: ModelPool, texts: Any) -> FlowerFleet:
         names = (POOLED,) if each.entry.pooled else texts.names
         return FlowerFleet(
             cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001

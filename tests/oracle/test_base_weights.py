@@ -13,7 +13,8 @@ from torch import nn
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import check_constant, open_weights, wanted
 from fluvial.models.frozen import stream
-from fluvial.models.workbench import ModelConfig, load_base, skeleton
+from fluvial.models.loading import load_base, skeleton
+from fluvial.models.pretrained import ModelConfig
 from tests.model_kinds import KINDS, save_kind
 
 TOKENS = torch.arange(3, 27).view(2, 12)

@@ -22,7 +22,7 @@ from fluvial.exchange import gate, tgap
 from fluvial.federation import noise
 from fluvial.federation.local_fleet import LocalFleet
 from fluvial.methods.cgfedllm import privacy
-from fluvial.models.workbench import load_tokenizer
+from fluvial.models.pretrained import load_tokenizer
 from fluvial.report import run_folder, show
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute

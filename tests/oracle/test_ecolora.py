@@ -63,7 +63,7 @@ def _context(**changes: Any) -> Context:
 
 
 class _Bench:
-    """Stands for a workbench where nothing is trained."""
+    """Stands for a pool of models where nothing is trained."""
 
     layout = LAYOUT
 
@@ -90,7 +90,7 @@ class _Sites:
         return Site(
             name=name,
             seed=1,
-            workbench=_Bench(),  # type: ignore[arg-type]
+            pool=_Bench(),  # type: ignore[arg-type]
             load=lambda: SiteData([Example((1,), (1,))] * 2, [], [], 2, 0, 0),
             train=TrainConfig(),
             codec=METHOD.codec,

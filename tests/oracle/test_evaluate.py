@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from fluvial.cli import app, main
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import ConfigError
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
 from fluvial.seeds import generator
 from fluvial.training.choices import (
     Choice,
@@ -43,12 +46,12 @@ LETTERS_ONLY = "What is water?\nA. Wet\nB. Dry\nC. A stone\nD. A bird in the sky
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> Workbench:
-    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
+def bench(tiny_model: Path) -> ModelPool:
+    return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
 
 
 @pytest.fixture(scope="module")
-def changed(bench: Workbench) -> Named:
+def changed(bench: ModelPool) -> Named:
     """An adapter that moves the logits a good deal."""
     start = initial_state(bench.layout, 0)
     return {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
@@ -72,7 +75,7 @@ def _write(path: Path, records: Sequence[Any]) -> Path:
 # -- held-out ------------------------------------------------------------------------------------
 
 
-def test_heldout_loss_is_that_of_transformers(bench: Workbench) -> None:
+def test_heldout_loss_is_that_of_transformers(bench: ModelPool) -> None:
     ids = list(bench.tokenizer("The river carries the water of many small streams.")["input_ids"])
     labels = [IGNORE_INDEX] * 5 + ids[5:]
     with bench.model(bench.base_state()) as model, torch.no_grad():
@@ -93,7 +96,7 @@ def test_exact_match_ignores_white_space_at_both_ends_only() -> None:
     assert exact_match([" Paris\n", "paris", "Pa ris", ""], ["Paris", "Paris", "Paris", " "]) == 2
 
 
-def test_check_effect(bench: Workbench, changed: Named) -> None:
+def test_check_effect(bench: ModelPool, changed: Named) -> None:
     with pytest.raises(ConfigError, match="exactly the base"):
         check_effect(bench, initial_state(bench.layout, 3), [1, 20, 30])  # B is zero
     check_effect(bench, changed, [1, 20, 30])
@@ -176,7 +179,7 @@ def _text_of(prefix: Sequence[int], tokenizer: Any) -> str:
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])
 def test_scores_equal_one_question_at_a_time(
-    bench: Workbench, changed: Named, scoring: Scoring
+    bench: ModelPool, changed: Named, scoring: Scoring
 ) -> None:
     endings = {
         "letter": [(f" {letter}", 1) for letter in "ABCD"],
@@ -209,7 +212,7 @@ class _Fond(torch.nn.Module):
         return type("Output", (), {"logits": logits})()
 
 
-def test_known_preference(bench: Workbench) -> None:
+def test_known_preference(bench: ModelPool) -> None:
     sheet = prepare([WATER, RIVER], bench.tokenizer, context=None)
     likes_b = _Fond(bench.tokenizer("B", add_special_tokens=False)["input_ids"][0])
     marks = Marks.of(sheet, score(likes_b, sheet, pad_token_id=0))
@@ -219,7 +222,7 @@ def test_known_preference(bench: Workbench) -> None:
     assert marks.by_subject() == {"small_streams": (1, 2)}
 
 
-def test_logits_that_are_no_numbers_are_refused(bench: Workbench) -> None:
+def test_logits_that_are_no_numbers_are_refused(bench: ModelPool) -> None:
     sheet = prepare([WATER], bench.tokenizer, context=None)
     broken = {name: torch.full(shape, math.nan) for name, shape in bench.layout.shapes}
     with (
@@ -243,7 +246,7 @@ def _prepare(tokenizer: Any, context: int | None, **options: Any) -> Sheet:
     )
 
 
-def test_examples_go_first_and_then_the_beginning_of_the_question(bench: Workbench) -> None:
+def test_examples_go_first_and_then_the_beginning_of_the_question(bench: ModelPool) -> None:
     tokenizer = bench.tokenizer
     length = {
         n: len(tokenizer(render(WATER, [RIVER] * n, "letter", "en") + " A")["input_ids"])
@@ -264,7 +267,7 @@ def test_examples_go_first_and_then_the_beginning_of_the_question(bench: Workben
         _prepare(tokenizer, 4, scoring="text")
 
 
-def test_a_question_is_never_its_own_example(bench: Workbench) -> None:
+def test_a_question_is_never_its_own_example(bench: ModelPool) -> None:
     sheet = prepare([WATER, RIVER], bench.tokenizer, context=None, shots=1, examples=[WATER])
     assert sheet.short_of_shots == 1
     assert _text_of(sheet.prompts[0].prefix, bench.tokenizer).count("What is water?") == 1
@@ -309,7 +312,7 @@ def test_equal_answers_have_the_exact_interval() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, bench: Workbench, changed: Named) -> Path:
+def folder(tmp_path: Path, bench: ModelPool, changed: Named) -> Path:
     """A run's adapter."""
     run = {
         "fluvial": "0",
@@ -330,7 +333,7 @@ def _evaluate(*arguments: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(result.stdout))
 
 
-def test_command(folder: Path, bench: Workbench, changed: Named, tmp_path: Path) -> None:
+def test_command(folder: Path, bench: ModelPool, changed: Named, tmp_path: Path) -> None:
     data = _write(
         tmp_path / "d.jsonl", [{"prompt": f"What is {n}? ", "completion": f"{n}"} for n in range(9)]
     )
@@ -385,7 +388,7 @@ def test_command(folder: Path, bench: Workbench, changed: Named, tmp_path: Path)
 
 
 def test_exit_code_of_an_adapter_without_effect(
-    bench: Workbench,
+    bench: ModelPool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -402,7 +405,7 @@ def test_exit_code_of_an_adapter_without_effect(
     assert "ConfigError" in capsys.readouterr().err
 
 
-def test_command_refuses(folder: Path, bench: Workbench, tmp_path: Path) -> None:
+def test_command_refuses(folder: Path, bench: ModelPool, tmp_path: Path) -> None:
     data = _write(tmp_path / "d.jsonl", [{"text": "The river carries the water."}])
     with pytest.raises(ConfigError, match="nothing to measure"):
         _evaluate(folder)
@@ -471,7 +474,7 @@ def test_adapter_of_another_model(folder: Path, tiny_gqa_model: Path, tmp_path: 
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
 @pytest.mark.parametrize(("name", "dev"), [("mmlu/test", "mmlu/dev"), ("ceval/val", "ceval/dev")])
-def test_shared_questions(bench: Workbench, changed: Named, name: str, dev: str) -> None:
+def test_shared_questions(bench: ModelPool, changed: Named, name: str, dev: str) -> None:
     questions = read_choices(SHARED / f"{name}.jsonl")[:8]
     examples = read_choices(SHARED / f"{dev}.jsonl")
     sheet = prepare(questions, bench.tokenizer, context=128, shots=2, examples=examples)
@@ -509,7 +512,7 @@ def test_a_tuned_model_beside_its_base(
     )
     found = _evaluate(folder, "--data", data)
     assert found["base_model"] == str(tiny_model)
-    whole = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
+    whole = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None)
     weights = {name: whole.base.get(name) for name in whole.layout.names}
     assert all(
         torch.equal(weights[name], tensor)

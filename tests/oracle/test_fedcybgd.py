@@ -31,13 +31,10 @@ from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.guards import AcceptConfig, Judge
 from fluvial.methods.fedcybgd.memory import Cache, Full, LowBit, Proxy, Sizes, visit_bytes
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.models.workbench import (
-    Workbench,
-    initial_state,
-    load_base,
-    read_weights,
-    tuned_parameters,
-)
+from fluvial.models.loading import load_base
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
+from fluvial.models.tuning import read_weights, tuned_parameters
 from fluvial.report.run_folder import read_run
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -103,7 +100,7 @@ class Stage:
     model: Path
     text: Path
     root: Path
-    benches: dict[Any, Workbench] = field(default_factory=dict)
+    benches: dict[Any, ModelPool] = field(default_factory=dict)
     read: dict[Any, SiteTexts] = field(default_factory=dict)
     played: int = 0
 
@@ -138,10 +135,10 @@ class Stage:
 
         return base | changes
 
-    def bench(self, config: RunConfig) -> Workbench:
+    def bench(self, config: RunConfig) -> ModelPool:
         key = (config.model.model_dump_json(), config.tuned)
         if key not in self.benches:
-            self.benches[key] = Workbench(config.model, config.adapter)
+            self.benches[key] = ModelPool(config.model, config.adapter)
         return self.benches[key]
 
     def texts(self, config: RunConfig) -> SiteTexts:
@@ -207,7 +204,7 @@ class Oracle:
     the names."""
 
     config: RunConfig
-    bench: Workbench
+    bench: ModelPool
     texts: SiteTexts
 
     @property
@@ -1470,7 +1467,7 @@ def test_a_step_is_halved_until_it_does_no_harm(
 ) -> None:
     """On a line, with the loss (x - best)^2 and a step from 0 to 1."""
     monkeypatch.setattr(Judge, "loss", lambda _self, state: (float(state["x"]) - best) ** 2)
-    judge = Judge(AcceptConfig(on="public loss", **settings), cast(Workbench, None), ())
+    judge = Judge(AcceptConfig(on="public loss", **settings), cast(ModelPool, None), ())
     state = {"x": torch.tensor(0.0), "y": torch.tensor(7.0)}
     taken, before, after = judge.share(state, lambda part: {"x": torch.tensor(part)})
     assert taken == share

@@ -36,7 +36,10 @@ from fluvial.methods.fedcybgd.download import (
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, cut, measure, plan_proxy
 from fluvial.models.frozen import MemorySource
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
 from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, payload_frame
@@ -84,17 +87,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def benches(folder: Path) -> Callable[[str], Workbench]:
+def benches(folder: Path) -> Callable[[str], ModelPool]:
     """Models by what is tuned, "full" or "lora", or by the type of all weights."""
-    made: dict[str, Workbench] = {}
+    made: dict[str, ModelPool] = {}
 
-    def get(kind: str) -> Workbench:
+    def get(kind: str) -> ModelPool:
         if kind not in made:
             dtype = {"full": "float32", "lora": "float32"}.get(kind, kind)
             config = ModelConfig.model_validate(
                 {"name_or_path": str(folder), "device": "cpu", "dtype": dtype}
             )
-            made[kind] = Workbench(config, LoraSettings(r=4) if kind == "lora" else None)
+            made[kind] = ModelPool(config, LoraSettings(r=4) if kind == "lora" else None)
 
         return made[kind]
 
@@ -105,7 +108,7 @@ def benches(folder: Path) -> Callable[[str], Workbench]:
 class Scene:
     """A server whose blocks have moved, and its sites."""
 
-    bench: Workbench
+    bench: ModelPool
     download: Any
     codec: CodecSettings
     store: StateStore
@@ -140,7 +143,7 @@ class Scene:
         return Site(
             name=name,
             seed=SEED,
-            workbench=self.bench,
+            pool=self.bench,
             load=data,
             train=TrainConfig(),
             codec=self.codec,
@@ -202,7 +205,7 @@ def commit_of(
 
 
 @pytest.fixture
-def scene(benches: Callable[[str], Workbench]) -> Callable[..., Scene]:
+def scene(benches: Callable[[str], ModelPool]) -> Callable[..., Scene]:
     """Make a scene: the name of a form or its settings, what is tuned, how updates are coded, where
     sites keep."""
 

@@ -13,17 +13,19 @@ from fluvial.federation.sites import read_state_message, state_message
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import Cache, Sizes, client_memory, process_memory
-from fluvial.models.workbench import ModelConfig, Workbench, changed, initial_state, no_change
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import changed, initial_state, no_change
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, WeightedMean
 
 
 @pytest.fixture
-def bench(tiny_model: Path) -> Workbench:
-    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="float32"), None)
+def bench(tiny_model: Path) -> ModelPool:
+    return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="float32"), None)
 
 
-def one_layer(bench: Workbench) -> Named:
+def one_layer(bench: ModelPool) -> Named:
     """A change of layer 1, and none of anything else."""
     draw = torch.Generator().manual_seed(3)
     state = bench.base_state()
@@ -35,7 +37,7 @@ def one_layer(bench: Workbench) -> Named:
     return state
 
 
-def test_models_that_are_measured_at_a_time_share_the_base(bench: Workbench) -> None:
+def test_models_that_are_measured_at_a_time_share_the_base(bench: ModelPool) -> None:
     state = one_layer(bench)
     with bench.model(state) as first, bench.model(bench.base_state()) as second:
         left = dict(first.named_parameters())
@@ -50,7 +52,7 @@ def test_models_that_are_measured_at_a_time_share_the_base(bench: Workbench) -> 
         assert not any(parameter is left[name] for name, parameter in third.named_parameters())
 
 
-def test_no_change_takes_no_memory_and_is_not_sent(bench: Workbench) -> None:
+def test_no_change_takes_no_memory_and_is_not_sent(bench: ModelPool) -> None:
     state = one_layer(bench)
     assert no_change((1000, 1000)).untyped_storage().nbytes() == 4
     assert all(
@@ -70,7 +72,7 @@ def test_no_change_takes_no_memory_and_is_not_sent(bench: Workbench) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_state_that_does_not_fit_is_refused(bench: Workbench) -> None:
+def test_a_state_that_does_not_fit_is_refused(bench: ModelPool) -> None:
     name = bench.layout.names[0]
     shape = dict(bench.layout.shapes)[name]
     for tensors in (
@@ -83,7 +85,7 @@ def test_a_state_that_does_not_fit_is_refused(bench: Workbench) -> None:
             read_state_message(Payload(tensors), bench.layout)
 
 
-def test_a_checkpoint_has_only_what_moved(bench: Workbench) -> None:
+def test_a_checkpoint_has_only_what_moved(bench: ModelPool) -> None:
     parts = partition(bench.layout)
     codecs = [Identity.of(block.layout) for block in parts.blocks]
     ledger = Ledger(parts, codecs, initial_state(bench.layout, 0))

@@ -13,9 +13,10 @@ from torch import nn
 from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig, load_tokenizer
 from fluvial.models.probe import check_behaviour
 from fluvial.models.targets import LoraSettings
-from fluvial.models.workbench import ModelConfig, Workbench, load_tokenizer
 from fluvial.training.assess import evaluate_adapter, whole_file
 from fluvial.training.folders import read_adapter_folder
 from tests.conftest import _tokenizer
@@ -155,7 +156,7 @@ def test_rank_and_alpha_patterns_of_a_foreign_adapter_are_honoured(tmp_path: Pat
         tmp_path / "adapter"
     )
     found = read_adapter_folder(tmp_path / "adapter")
-    bench = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), found.lora)
+    bench = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), found.lora)
     tokens = torch.arange(3, 13)[None]
     plain = plain_peft(tmp_path / "adapter")
 
@@ -223,7 +224,7 @@ def test_a_stored_base_that_looks_ahead_is_refused_whatever_is_tuned(
         **EXPERTS,
     )
     with pytest.raises(ConfigError, match="attends to later tokens"):
-        Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), lora).check_behaviour()
+        ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), lora).check_behaviour()
 
 
 def test_a_base_with_values_that_are_not_finite_is_refused_where_all_is_tuned(
@@ -235,7 +236,7 @@ def test_a_base_with_values_that_are_not_finite_is_refused_where_all_is_tuned(
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(ConfigError, match="values are not finite in torch.float32"):
-        Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None).check_behaviour()
+        ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None).check_behaviour()
 
 
 def test_a_base_whose_cache_changes_its_values_is_refused(tiny_model: Path) -> None:
@@ -253,7 +254,7 @@ def test_a_base_whose_cache_changes_its_values_is_refused(tiny_model: Path) -> N
 
 
 def test_a_bench_of_another_type_still_tunes_in_fp32(tiny_model: Path) -> None:
-    bench = Workbench(
+    bench = ModelPool(
         ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="bfloat16"), LoraSettings(r=2)
     )
     assert {tensor.dtype for tensor in bench.base_state().values()} == {torch.float32}

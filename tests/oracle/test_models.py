@@ -13,17 +13,14 @@ from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import SeededDropout, adapt
-from fluvial.models.workbench import (
-    LoraSettings,
-    ModelConfig,
-    Workbench,
-    initial_state,
-    load_base,
-    load_tokenizer,
-    meta_base,
+from fluvial.models.loading import load_base, meta_base, resolve_device
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig, load_tokenizer
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import (
     read_weights,
     reseed_dropout,
-    resolve_device,
     switch_dropout,
     tuned_parameters,
     write_weights,
@@ -51,12 +48,12 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> Workbench:
-    return Workbench(config(tiny_model), LORA)
+def bench(tiny_model: Path) -> ModelPool:
+    return ModelPool(config(tiny_model), LORA)
 
 
 def test_adapter_tensors_are_named_by_layer_module_and_factor(
-    bench: Workbench, tiny_model: Path
+    bench: ModelPool, tiny_model: Path
 ) -> None:
     expected = {
         f"model.layers.{layer}.self_attn.{module}.lora_{which}.weight": (4, 32)
@@ -67,19 +64,18 @@ def test_adapter_tensors_are_named_by_layer_module_and_factor(
         for which in "AB"
     }
     assert dict(bench.layout.shapes) == expected
-    assert bench.base_parameters == sum(
-        p.numel() for p in load_base(config(tiny_model)).parameters()
-    )
+    loaded = {name: p.shape for name, p in load_base(config(tiny_model)).named_parameters()}
+    assert {name: p.shape for name, p in bench.outline.base.named_parameters()} == loaded
 
 
 def test_grouped_queries_make_narrower_values(tiny_gqa_model: Path) -> None:
-    layout = Workbench(config(tiny_gqa_model), LORA).layout
+    layout = ModelPool(config(tiny_gqa_model), LORA).layout
     shapes = dict(layout.shapes)
     assert shapes["model.layers.0.self_attn.v_proj.lora_B.weight"] == (16, 4)
     assert shapes["model.layers.0.self_attn.q_proj.lora_B.weight"] == (32, 4)
 
 
-def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: Workbench) -> None:
+def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: ModelPool) -> None:
     adapter = trained(bench.layout)
     with bench.model(adapter) as one, bench.model(adapter) as two:
         assert one is not two
@@ -91,7 +87,7 @@ def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: Workbe
             assert (ones[name].data_ptr() == twos[name].data_ptr()) == (factor(name) is None), name
 
 
-def test_two_borrowed_models_do_not_disturb_each_other(bench: Workbench) -> None:
+def test_two_borrowed_models_do_not_disturb_each_other(bench: ModelPool) -> None:
     first = trained(bench.layout, 1)
     second = trained(bench.layout, 2)
     with bench.model(first) as model:
@@ -113,7 +109,7 @@ def test_two_borrowed_models_do_not_disturb_each_other(bench: Workbench) -> None
 
 
 def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> None:
-    bench = Workbench(config(tiny_model), LORA)
+    bench = ModelPool(config(tiny_model), LORA)
     with bench.model(trained(bench.layout), trainable="A and B", checkpointing=True) as used:
         used.train()
         used(input_ids=TOKENS).logits.sum().backward()
@@ -131,7 +127,7 @@ def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> No
 
 
 def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
-    bench = Workbench(config(tiny_model), LORA.model_copy(update={"lora_dropout": 0.5}))
+    bench = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": 0.5}))
     with bench.model(trained(bench.layout)) as model:
         assert not any(module.training for module in model.modules())
         assert torch.equal(logits(model), logits(model))
@@ -142,7 +138,7 @@ def test_a_known_model_is_not_walked_over(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     """In a small model a walk over its modules costs as much as a layer."""
-    bench = Workbench(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
+    bench = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
     one = trained(bench.layout, 1)
     other = trained(bench.layout, 2)
 
@@ -159,7 +155,7 @@ def test_a_known_model_is_not_walked_over(
 
 
 def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
-    bench = Workbench(config(tiny_model), LORA)
+    bench = ModelPool(config(tiny_model), LORA)
     with bench.model(bench.base_state()) as model:
         held = weakref.ref(model)
     del bench, model
@@ -168,14 +164,14 @@ def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
 
 
 def test_a_model_comes_back_after_an_error(tiny_model: Path) -> None:
-    bench = Workbench(config(tiny_model), LORA)
+    bench = ModelPool(config(tiny_model), LORA)
     with pytest.raises(ZeroDivisionError), bench.model(bench.base_state()) as borrowed:
         raise ZeroDivisionError
     with bench.model(bench.base_state()) as model:
         assert model is borrowed
 
 
-def test_what_is_written_is_read(bench: Workbench) -> None:
+def test_what_is_written_is_read(bench: ModelPool) -> None:
     adapter = trained(bench.layout, 3)
     with bench.model(adapter) as model:
         found = read_weights(model)
@@ -192,7 +188,7 @@ def test_what_is_written_is_read(bench: Workbench) -> None:
 
 @pytest.mark.parametrize(("trainable", "factors"), [("none", ""), ("A and B", "AB"), ("B", "B")])
 def test_only_the_named_factors_get_gradients(
-    bench: Workbench, trainable: Literal["none", "A and B", "B"], factors: str
+    bench: ModelPool, trainable: Literal["none", "A and B", "B"], factors: str
 ) -> None:
     with bench.model(trained(bench.layout), trainable=trainable) as model:
         if factors:
@@ -209,7 +205,7 @@ def test_the_base_has_no_dropout_of_its_own(tiny_model: Path, tiny_gpt2_model: P
     assert json.loads((tiny_model / "config.json").read_text())["attention_dropout"] == 0.1
     assert json.loads((tiny_gpt2_model / "config.json").read_text())["resid_pdrop"] == 0.1
     for folder, target in ((tiny_model, "q_proj"), (tiny_gpt2_model, "c_attn")):
-        bench = Workbench(config(folder), LoraSettings(r=4, target_modules=(target,)))
+        bench = ModelPool(config(folder), LoraSettings(r=4, target_modules=(target,)))
         with bench.model(trained(bench.layout), trainable="A and B") as model:
             still = logits(model)
             switch_dropout(model, active=True)  # as `train` does
@@ -256,7 +252,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
 
 
 def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
-    bench = Workbench(config(tiny_gpt2_model), LoraSettings(r=4, target_modules=("c_attn",)))
+    bench = ModelPool(config(tiny_gpt2_model), LoraSettings(r=4, target_modules=("c_attn",)))
     assert dict(bench.layout.shapes) == {
         f"transformer.h.{layer}.attn.c_attn.lora_{which}.weight": shape
         for layer in range(2)
@@ -270,7 +266,7 @@ def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
         assert not torch.allclose(logits(model), base, atol=1e-3)
 
 
-def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
+def test_the_initial_adapter_is_published_by_its_seed(bench: ModelPool) -> None:
     adapter = initial_state(bench.layout, 5)
     assert Layout.of(adapter) == bench.layout
     again = initial_state(bench.layout, 5)
@@ -296,7 +292,7 @@ def test_the_initial_adapter_is_published_by_its_seed(bench: Workbench) -> None:
     )
 
 
-def test_the_initial_adapter_changes_nothing(bench: Workbench, tiny_model: Path) -> None:
+def test_the_initial_adapter_changes_nothing(bench: ModelPool, tiny_model: Path) -> None:
     base = logits(load_base(config(tiny_model)).eval())
     for adapter in (initial_state(bench.layout, 5), bench.base_state()):
         with bench.model(adapter) as model:
@@ -310,7 +306,7 @@ def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
     found = {}
     for alpha, rslora in ((4.0, False), (2.0, True), (8.0, False)):
         settings = LORA.model_copy(update={"lora_alpha": alpha, "use_rslora": rslora})
-        bench = Workbench(config(tiny_model), settings)
+        bench = ModelPool(config(tiny_model), settings)
         adapter = adapter or trained(bench.layout)
 
         with bench.model(adapter) as model:
@@ -321,7 +317,7 @@ def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
 
 
 def test_a_saved_adapter_is_a_peft_folder(
-    bench: Workbench, tiny_model: Path, tmp_path: Path
+    bench: ModelPool, tiny_model: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -349,7 +345,7 @@ def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(
 ) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    bench = Workbench(config(tiny_model), LoraSettings())
+    bench = ModelPool(config(tiny_model), LoraSettings())
     bench.tokenizer.add_special_tokens({"unk_token": "[UNKNOWN]"})
     adapter = trained(bench.layout, 9)
     bench.save(adapter, tmp_path)
@@ -360,7 +356,7 @@ def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(
     assert not bench.exports_tokenizer()
 
 
-def test_meta_base_has_names_but_no_memory(bench: Workbench, tiny_model: Path) -> None:
+def test_meta_base_has_names_but_no_memory(bench: ModelPool, tiny_model: Path) -> None:
     base = meta_base(config(tiny_model))
     assert {parameter.device.type for parameter in base.parameters()} == {"meta"}
     assert {n: p.shape for n, p in base.named_parameters()} == {
@@ -373,7 +369,7 @@ def test_meta_base_has_names_but_no_memory(bench: Workbench, tiny_model: Path) -
 
 
 def test_the_base_is_held_in_the_wanted_type_and_the_adapter_in_fp32(tiny_model: Path) -> None:
-    bench = Workbench(config(tiny_model, dtype="bfloat16"), LORA)
+    bench = ModelPool(config(tiny_model, dtype="bfloat16"), LORA)
     with bench.model(trained(bench.layout)) as model:
         for name, parameter in model.named_parameters():
             assert parameter.dtype == (torch.bfloat16 if factor(name) is None else torch.float32), (
@@ -390,7 +386,7 @@ def test_the_tokenizer_pads_on_the_right_with_something(tiny_model: Path, tmp_pa
     assert load_tokenizer(config(tmp_path)).pad_token == "</s>"
 
 
-def test_generate_is_greedy_and_leaves_the_prompt_out(bench: Workbench) -> None:
+def test_generate_is_greedy_and_leaves_the_prompt_out(bench: ModelPool) -> None:
     adapter = trained(bench.layout)
     prompts = ["The river", "def mean(values):"]
     answers = bench.generate(adapter, prompts, max_new_tokens=5)

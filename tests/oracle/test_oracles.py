@@ -9,7 +9,9 @@ import torch
 
 from fluvial.data import SiteTexts
 from fluvial.federation.local_fleet import LocalFleet
-from fluvial.models.workbench import Workbench, initial_state, read_weights
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
+from fluvial.models.tuning import read_weights
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 from fluvial.seeds import generator
@@ -60,7 +62,7 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     """Three rounds of FedAvg with one site are three calls of the training loop, whose difference
     travels in fp32."""
     config = parse(one_site | {"rounds": 3}, "test")
-    bench = Workbench(config.model, config.lora)
+    bench = ModelPool(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
     adapter = initial_state(bench.layout, config.seed)
 
@@ -117,7 +119,7 @@ def test_one_sgd_step_is_one_central_step(run_config: dict[str, Any], tmp_path: 
     fed = run_table(once | {"train": once["train"] | {"num_train_epochs": 1}}, tmp_path / "fed")
     central = run_table(once | {"method": {"name": "central"}}, tmp_path / "central")
     start = initial_state(
-        Workbench(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"]
+        ModelPool(parse(once, "t").model, parse(once, "t").lora).layout, run_config["seed"]
     )
     step = subtract(adapter_of(central), start)
     assert norm(step) > 0
@@ -203,7 +205,7 @@ def test_ffa_keeps_a_frozen_and_sends_less(run_config: dict[str, Any], tmp_path:
     both = run_table(run_config, tmp_path / "both")
     ffa = run_table(run_config | {"method": {"name": "fedavg", "factors": "B"}}, tmp_path / "b")
     config = RunConfig.model_validate(run_config)
-    start = initial_state(Workbench(config.model, config.lora).layout, config.seed)
+    start = initial_state(ModelPool(config.model, config.lora).layout, config.seed)
     tuned: Named = adapter_of(ffa)
     assert all(torch.equal(tuned[name], start[name]) for name in tuned if ".lora_A." in name)
     assert any(not torch.equal(tuned[name], start[name]) for name in tuned if ".lora_B." in name)

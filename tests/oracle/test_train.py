@@ -15,14 +15,11 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models.workbench import (
-    LoraSettings,
-    ModelConfig,
-    Workbench,
-    initial_state,
-    read_weights,
-    tuned_parameters,
-)
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import read_weights, tuned_parameters
 from fluvial.seeds import generator
 from fluvial.training.train import (
     TrainConfig,
@@ -60,23 +57,23 @@ def settings(**changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> Workbench:
-    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
+def bench(tiny_model: Path) -> ModelPool:
+    return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
 
 
 @pytest.fixture(scope="module")
-def dropout_bench(tiny_model: Path) -> Workbench:
-    return Workbench(ModelConfig(name_or_path=str(tiny_model), device="cpu"), DROPOUT)
+def dropout_bench(tiny_model: Path) -> ModelPool:
+    return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), DROPOUT)
 
 
-def start(bench: Workbench) -> Named:
+def start(bench: ModelPool) -> Named:
     """A random adapter with both factors away from zero, so that both have gradients."""
     draw = torch.Generator().manual_seed(4)
     return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in bench.layout.shapes}
 
 
 def tuned(
-    bench: Workbench,
+    bench: ModelPool,
     config: TrainConfig,
     *,
     seed: int = 0,
@@ -99,13 +96,13 @@ def equal(left: Named, right: Named) -> bool:
     )
 
 
-def gradient(bench: Workbench, config: TrainConfig) -> Named:
+def gradient(bench: ModelPool, config: TrainConfig) -> Named:
     """What one SGD step at learning rate 0.01 without clipping moved, divided by -0.01: the
     gradient."""
     return scale(subtract(tuned(bench, config)[0], start(bench)), -100)
 
 
-def reference(bench: Workbench) -> Named:
+def reference(bench: ModelPool) -> Named:
     """The gradient of summed loss / label tokens over all examples at once, straight from
     autograd."""
     with bench.model(start(bench), trainable="A and B") as model:
@@ -123,7 +120,7 @@ CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 @pytest.mark.parametrize(("size", "accumulated"), CUTS)
 def test_gradient_does_not_depend_on_the_micro_batches(
-    bench: Workbench, size: int, accumulated: int
+    bench: ModelPool, size: int, accumulated: int
 ) -> None:
     config = settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
     found = gradient(bench, config)
@@ -135,7 +132,7 @@ def test_gradient_does_not_depend_on_the_micro_batches(
     assert cosine(true, found) > 1 - 1e-6
 
 
-def test_loss_does_not_depend_on_the_micro_batches(bench: Workbench) -> None:
+def test_loss_does_not_depend_on_the_micro_batches(bench: ModelPool) -> None:
     reports = [
         tuned(
             bench,
@@ -151,7 +148,7 @@ def test_loss_does_not_depend_on_the_micro_batches(bench: Workbench) -> None:
         assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
 
 
-def test_averaging_each_micro_batch_would_give_another_gradient(bench: Workbench) -> None:
+def test_averaging_each_micro_batch_would_give_another_gradient(bench: ModelPool) -> None:
     with bench.model(start(bench), trainable="A and B") as model:
         for item in EXAMPLES:
             loss = summed_loss(*predictions(model, collate([item], 0)))
@@ -167,7 +164,7 @@ def test_averaging_each_micro_batch_would_give_another_gradient(bench: Workbench
     assert relative_error(reference(bench), averaged) > 0.1
 
 
-def test_the_loss_is_the_cross_entropy_of_the_labels(bench: Workbench) -> None:
+def test_the_loss_is_the_cross_entropy_of_the_labels(bench: ModelPool) -> None:
     with bench.model(start(bench)) as model, torch.no_grad():
         found, labels = predictions(model, collate(EXAMPLES, 0))
         loss = summed_loss(found, labels)
@@ -237,7 +234,7 @@ def test_learning_rate_schedule(kind: Any, warmup: float, expected: list[float])
     assert [learning_rate_share(step, 4, config) for step in range(4)] == pytest.approx(expected)
 
 
-def test_the_schedule_reaches_the_optimizer(bench: Workbench) -> None:
+def test_the_schedule_reaches_the_optimizer(bench: ModelPool) -> None:
     full = subtract(tuned(bench, settings())[0], start(bench))
     warming = subtract(tuned(bench, settings(warmup_ratio=0.99), steps=2)[0], start(bench))
     assert norm(warming) > norm(full)  # steps at 1/2 and 1
@@ -248,7 +245,7 @@ def test_the_schedule_reaches_the_optimizer(bench: Workbench) -> None:
     assert equal(once, full)
 
 
-def test_sgd_is_a_step_along_the_gradient_with_decay(bench: Workbench) -> None:
+def test_sgd_is_a_step_along_the_gradient_with_decay(bench: ModelPool) -> None:
     before = start(bench)
     true = reference(bench)
     after = tuned(bench, settings(weight_decay=0.5))[0]
@@ -260,7 +257,7 @@ def test_sgd_is_a_step_along_the_gradient_with_decay(bench: Workbench) -> None:
         )  # two roundings of values near 0.3
 
 
-def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: Workbench) -> None:
+def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: ModelPool) -> None:
     moved = subtract(
         tuned(bench, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(bench)
     )
@@ -268,7 +265,7 @@ def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: Workbench) ->
     torch.testing.assert_close(sizes, torch.full_like(sizes, 0.01), rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradient_is_clipped_to_the_norm(bench: Workbench) -> None:
+def test_the_gradient_is_clipped_to_the_norm(bench: ModelPool) -> None:
     free, report = tuned(bench, settings())
     threshold = report.grad_norm / 4
     clipped, same = tuned(bench, settings(max_grad_norm=threshold))
@@ -281,7 +278,7 @@ def test_the_gradient_is_clipped_to_the_norm(bench: Workbench) -> None:
     assert equal(tuned(bench, settings(max_grad_norm=report.grad_norm * 2))[0], free)
 
 
-def test_training_learns_and_reports(bench: Workbench) -> None:
+def test_training_learns_and_reports(bench: ModelPool) -> None:
     config = settings(
         optim="adamw_torch", learning_rate=0.02, per_device_train_batch_size=8, max_steps=30
     )
@@ -293,7 +290,7 @@ def test_training_learns_and_reports(bench: Workbench) -> None:
     assert report.loss < first.loss - 0.05
 
 
-def test_only_what_is_trainable_moves(bench: Workbench) -> None:
+def test_only_what_is_trainable_moves(bench: ModelPool) -> None:
     before = start(bench)
     with bench.model(before, trainable="B") as model:
         base = {name: p.clone() for name, p in model.named_parameters() if ".lora_" not in name}
@@ -309,7 +306,7 @@ def test_only_what_is_trainable_moves(bench: Workbench) -> None:
     }
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workbench) -> None:
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: ModelPool) -> None:
     config = settings(
         optim="adamw_torch",
         per_device_train_batch_size=2,
@@ -325,7 +322,7 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: Workben
 
 
 def test_all_tensors_at_once_step_as_one_by_one(
-    bench: Workbench, monkeypatch: pytest.MonkeyPatch
+    bench: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(optim="adamw_torch", weight_decay=0.1, max_steps=4)
     at_once, report = tuned(bench, config)
@@ -338,7 +335,7 @@ def test_all_tensors_at_once_step_as_one_by_one(
     assert report == same
 
 
-def test_gradient_checkpointing_changes_nothing(dropout_bench: Workbench) -> None:
+def test_gradient_checkpointing_changes_nothing(dropout_bench: ModelPool) -> None:
     """The repeated forward pass must draw the very same dropout masks."""
     config = settings(optim="adamw_torch", per_device_train_batch_size=4, max_steps=3)
     plain = tuned(dropout_bench, config)
@@ -347,7 +344,7 @@ def test_gradient_checkpointing_changes_nothing(dropout_bench: Workbench) -> Non
     assert plain[1] == saving[1]
 
 
-def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: Workbench) -> None:
+def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: ModelPool) -> None:
     """Otherwise the test above would compare a thing with itself."""
     calls = {True: 0, False: 0}
     for checkpointing in calls:
@@ -369,7 +366,7 @@ def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: Workbench)
 
 
 def test_dropout_and_its_masks_change_from_step_to_step(
-    dropout_bench: Workbench, bench: Workbench
+    dropout_bench: ModelPool, bench: ModelPool
 ) -> None:
     same = EXAMPLES[:1]
     config = settings(learning_rate=1e-30, max_steps=1)
@@ -380,7 +377,7 @@ def test_dropout_and_its_masks_change_from_step_to_step(
     assert one.loss != three.loss, "three steps with one mask would have one loss"
 
 
-def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: Workbench) -> None:
+def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: ModelPool) -> None:
     config = settings(optim="adamw_torch", per_device_train_batch_size=2, max_steps=4)
     alone = {seed: tuned(dropout_bench, config, seed=seed)[0] for seed in range(3)}
     beside: dict[int, Named] = {}
@@ -399,7 +396,7 @@ def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: Workbe
     assert all(equal(beside[seed], alone[seed]) for seed in alone)
 
 
-def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
+def test_bf16_runs_near_fp32_with_fp32_weights(bench: ModelPool) -> None:
     config = settings(optim="adamw_torch", learning_rate=0.02, max_steps=5)
     seen: list[torch.dtype] = []
     with bench.model(start(bench), trainable="A and B") as model:
@@ -422,7 +419,7 @@ def test_bf16_runs_near_fp32_with_fp32_weights(bench: Workbench) -> None:
     assert half.loss == pytest.approx(full.loss, rel=0.02)  # bf16 has 8 bits
 
 
-def test_divergence_is_an_error_that_names_the_settings(bench: Workbench) -> None:
+def test_divergence_is_an_error_that_names_the_settings(bench: ModelPool) -> None:
     config = settings(lr_scheduler_type="constant", max_steps=20)
     config = config.model_copy(
         update={"learning_rate": 1e30}
@@ -434,7 +431,7 @@ def test_divergence_is_an_error_that_names_the_settings(bench: Workbench) -> Non
         tuned(bench, config)
 
 
-def test_a_step_that_is_not_finite_is_not_taken(bench: Workbench) -> None:
+def test_a_step_that_is_not_finite_is_not_taken(bench: ModelPool) -> None:
     broken = {name: torch.full_like(tensor, 3e38) for name, tensor in start(bench).items()}
     with bench.model(broken, trainable="A and B") as model:
         with pytest.raises(DivergenceError, match="step 1 of 1"):
@@ -442,7 +439,7 @@ def test_a_step_that_is_not_finite_is_not_taken(bench: Workbench) -> None:
         assert equal(read_weights(model), broken)
 
 
-def test_training_needs_labels_examples_and_parameters(bench: Workbench) -> None:
+def test_training_needs_labels_examples_and_parameters(bench: ModelPool) -> None:
     mute = Example([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX])
     assert mute.label_tokens == 0
     for trainable, examples, message in (
@@ -457,7 +454,7 @@ def test_training_needs_labels_examples_and_parameters(bench: Workbench) -> None
             train(model, examples, settings(), pad_token_id=0, generator=generator(0))
 
 
-def test_the_initial_adapter_moves_only_b_at_first(bench: Workbench) -> None:
+def test_the_initial_adapter_moves_only_b_at_first(bench: ModelPool) -> None:
     """B is zero, so the gradient of A is too."""
     with bench.model(initial_state(bench.layout, 0), trainable="A and B") as model:
         before = read_weights(model)

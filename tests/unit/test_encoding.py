@@ -10,7 +10,9 @@ import pytest
 
 from fluvial.data import IGNORE_INDEX, tokenize
 from fluvial.models.encoding import Encoder
-from fluvial.models.workbench import LoraSettings, ModelConfig, Workbench
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.targets import LoraSettings
 from fluvial.training.choices import Choice, prepare
 from tests.tokenizer_kinds import byte_level, characters, prefix_space, words
 
@@ -158,7 +160,7 @@ def test_generation_goes_on_from_the_prompt_and_not_from_an_eos(
         tokenizer.backend_tokenizer.post_processor = opening
 
     benches = [
-        Workbench(ModelConfig(name_or_path=str(path)), LoraSettings())
+        ModelPool(ModelConfig(name_or_path=str(path)), LoraSettings())
         for path in (tiny_model, folder)
     ]
     assert benches[1].tokenizer("a")["input_ids"][-1] == 2

@@ -41,7 +41,8 @@ from fluvial.methods.fedcybgd.memory import (
     visit_bytes,
 )
 from fluvial.methods.fedcybgd.schedule import Order, assignment, groups, wall_clock
-from fluvial.models.workbench import LoraSettings, tuned_layout
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import tuned_layout
 from fluvial.training.train import TrainConfig, train
 from fluvial.wire.tensors import Layout
 

@@ -35,7 +35,9 @@ from fluvial.methods.fedcybgd.proxy import (
     plan_proxy,
     slim,
 )
-from fluvial.models.workbench import ModelConfig, checkpoint_layers, load_base, skeleton
+from fluvial.models.loading import load_base, skeleton
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.tuning import checkpoint_layers
 from fluvial.training.train import collate, predictions, summed_loss
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named

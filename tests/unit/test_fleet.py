@@ -16,7 +16,7 @@ from fluvial.federation.local_fleet import LocalFleet
 from fluvial.federation.meter import Metered
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
 
@@ -35,7 +35,7 @@ def fleet(
         return Site(
             name=name,
             seed=0,
-            workbench=cast(Workbench, None),
+            pool=cast(ModelPool, None),
             load=cast(Any, None),
             train=TrainConfig(),
             codec=IdentitySettings(),

@@ -14,7 +14,8 @@ from fluvial.data import SiteTexts
 from fluvial.errors import FluvialError, RefusalError, WireError
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import site_of, tasks_of
 from fluvial.site_process.station import HELLO, Station
@@ -70,7 +71,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
         table.pop("lora")
 
     config, seen = messages_of(table, tmp_path / "run")
-    bench = Workbench(config.model, config.adapter)
+    bench = ModelPool(config.model, config.adapter)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
 
     class TrainedError(Exception):
@@ -123,9 +124,9 @@ def table(run_config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bench(table: dict[str, Any]) -> Workbench:
+def bench(table: dict[str, Any]) -> ModelPool:
     config = parse(table, "test")
-    return Workbench(config.model, config.adapter)
+    return ModelPool(config.model, config.adapter)
 
 
 def greeted(table: dict[str, Any], tmp_path: Path) -> Station:
@@ -136,7 +137,7 @@ def greeted(table: dict[str, Any], tmp_path: Path) -> Station:
 
 @pytest.mark.parametrize("change", ["nan", "shape", "names", "huge", "empty", "type"])
 def test_an_adapter_that_does_not_fit_is_refused(
-    change: str, table: dict[str, Any], bench: Workbench, tmp_path: Path
+    change: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = greeted(table, tmp_path)
     adapter = initial_state(bench.layout, 1)
@@ -168,7 +169,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
-    name: str, table: dict[str, Any], bench: Workbench, tmp_path: Path
+    name: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     from fluvial.site_process.journal import Header
 
@@ -192,7 +193,7 @@ def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
 
 
 def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = greeted(table, tmp_path)
     wire = adapter_message(initial_state(bench.layout, 1), round=1).to_bytes()

@@ -13,7 +13,8 @@ import torch
 from fluvial.data import IGNORE_INDEX, Example, SiteTexts
 from fluvial.data.leaks import Leaks
 from fluvial.errors import ConfigError
-from fluvial.models.workbench import ModelConfig, Workbench
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.training.evaluate import Heldout, heldout
@@ -56,7 +57,7 @@ def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_pat
     (folder / "generation_config.json").write_text(json.dumps(settings))
     prompts = [f"The river {n} carries" for n in range(3)]
     wanted = [_greedy(tiny_model, prompt, 5) for prompt in prompts]
-    bench = Workbench(ModelConfig(name_or_path=str(folder), device="cpu"), None)
+    bench = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None)
     assert bench.generate({}, prompts, max_new_tokens=5) == wanted
     rows = [
         {"prompt": p, "completion": answer}
@@ -72,7 +73,7 @@ def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_pat
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_padding_and_batches_do_not_change_the_loss(tiny_gpt2_model: Path, batch_size: int) -> None:
-    bench = Workbench(ModelConfig(name_or_path=str(tiny_gpt2_model), device="cpu"), None)
+    bench = ModelPool(ModelConfig(name_or_path=str(tiny_gpt2_model), device="cpu"), None)
     ids = [[1, *range(10, 10 + n)] for n in (2, 30, 7, 1, 18)]
     examples = [Example(row, [IGNORE_INDEX, *row[1:]]) for row in ids]
 

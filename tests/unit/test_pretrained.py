@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from fluvial.cli import app
 from fluvial.errors import ConfigError, MissingWeightsError
+from fluvial.models.loading import load_base, meta_base
+from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import (
+    ModelConfig,
     check_length,
     check_tokenizer,
     context_length,
@@ -24,7 +27,6 @@ from fluvial.models.pretrained import (
 )
 from fluvial.models.targets import LoraSettings
 from fluvial.models.weights import check_weights
-from fluvial.models.workbench import ModelConfig, Workbench, load_base, meta_base
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from tests.conftest import saved_model
@@ -202,7 +204,7 @@ def test_check_refuses_a_folder_in_one_line(
 
     for lora in (LoraSettings(r=2), None):
         with pytest.raises(ConfigError):
-            Workbench(parse(table, "x").model, lora)
+            ModelPool(parse(table, "x").model, lora).load()
 
 
 def test_check_tells_the_sizes_of_a_folder_without_weights_and_refuses_it(
@@ -275,13 +277,13 @@ def test_the_type_is_the_folder_s_own(kind: str, told: str, base: Path, tmp_path
     )
     assert dtype_of(config(base)) == dtype
     assert dtype_of(config(base, dtype="float32")) == torch.float32
-    bench = Workbench(config(base), LoraSettings(r=2))
+    bench = ModelPool(config(base), LoraSettings(r=2))
 
     with bench.model(bench.base_state()) as model:
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {types[name] for name in types if ".lora_" in name} == {torch.float32}
     assert {types[name] for name in types if ".lora_" not in name} == {dtype}
-    whole = Workbench(config(base), None)
+    whole = ModelPool(config(base), None)
     whole.save(whole.base_state(), tmp_path / "out")
     assert {
         tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()
@@ -291,7 +293,7 @@ def test_the_type_is_the_folder_s_own(kind: str, told: str, base: Path, tmp_path
 def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(
     base: Path, tmp_path: Path
 ) -> None:
-    plain = Workbench(config(base), None)
+    plain = ModelPool(config(base), None)
     expected = plain.generate(plain.base_state(), ["The river"], max_new_tokens=8)
     odd = {
         "do_sample": True,
@@ -305,10 +307,10 @@ def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(
     (base / "generation_config.json").write_text(json.dumps(odd))
 
     for lora in (None, LoraSettings(r=2)):
-        bench = Workbench(config(base), lora)
+        bench = ModelPool(config(base), lora)
         assert bench.generate(bench.base_state(), ["The river"], max_new_tokens=8) == expected
 
-    whole = Workbench(config(base), None)
+    whole = ModelPool(config(base), None)
     whole.save(whole.base_state(), tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == odd
 

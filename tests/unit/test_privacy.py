@@ -25,7 +25,8 @@ from fluvial.federation.releases import Mechanism, claim, count_releases, secret
 from fluvial.formatting import privacy_words
 from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.report.run_folder import read_run
 from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
@@ -413,7 +414,7 @@ def test_training_that_diverges_releases_noise(
 
 def initial(run_config: dict[str, Any]) -> Named:
     config = parse(run_config, "test")
-    return initial_state(Workbench(config.model, config.adapter).layout, config.seed)
+    return initial_state(ModelPool(config.model, config.adapter).layout, config.seed)
 
 
 def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_path: Path) -> None:

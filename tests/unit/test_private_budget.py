@@ -9,7 +9,7 @@ import pytest
 
 from fluvial.errors import CheckpointError
 from fluvial.federation.sites import adapter_message
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.site_process.journal import Header
 from fluvial.site_process.site_file import Allowed, SiteFile
 from fluvial.site_process.station import HELLO, Station

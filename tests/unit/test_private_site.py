@@ -21,7 +21,8 @@ from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
 from fluvial.methods import Context, cgfedllm
 from fluvial.methods.cgfedllm import privacy
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.runs.config import parse
 from fluvial.runs.run import site_of, tasks_of
 from fluvial.seeds import generator
@@ -41,7 +42,7 @@ class Bed:
 
     def __init__(self, table: dict[str, Any], folder: Path) -> None:
         self.config = parse(table, "test")
-        self.bench = Workbench(self.config.model, self.config.adapter)
+        self.bench = ModelPool(self.config.model, self.config.adapter)
         self.texts = SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
         self.store = StateStore(folder)
         self.start = initial_state(self.bench.layout, self.config.seed)

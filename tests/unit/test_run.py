@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from fluvial import cli
 from fluvial.errors import CheckpointError, ClientError, ConfigError, DivergenceError, FluvialError
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
@@ -69,7 +69,7 @@ def test_bytes_are_the_frames_and_their_envelopes(
 ) -> None:
     """Two rounds, three sites: every byte is accounted for by formula."""
     config = parse(run_config, "test")
-    layout = Workbench(config.model, config.lora).layout
+    layout = ModelPool(config.model, config.lora).layout
     result = run_table(run_config, tmp_path / "run")
     frames = 6 * (layout.raw_bytes + OVERHEAD)
     assert result["bytes"]["up_raw"] == 6 * layout.raw_bytes
@@ -89,7 +89,7 @@ def test_the_adapter_loads_with_peft_and_gives_the_measured_loss(
 
     result = run_table(run_config, tmp_path / "run")
     config = parse(run_config, "test")
-    bench = Workbench(config.model, config.lora)
+    bench = ModelPool(config.model, config.lora)
     texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
     model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "run" / "adapter"))
 

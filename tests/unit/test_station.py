@@ -19,7 +19,8 @@ import fluvial.storage.files
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, FluvialError, RefusalError, WireError
 from fluvial.federation.sites import adapter_message
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
@@ -296,8 +297,8 @@ def config(table: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture
-def bench(config: RunConfig) -> Workbench:
-    return Workbench(config.model, config.adapter)
+def bench(config: RunConfig) -> ModelPool:
+    return ModelPool(config.model, config.adapter)
 
 
 def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
@@ -312,14 +313,14 @@ def hello(station: Station, table: dict[str, Any], **changes: Any) -> Payload:
     return Payload.from_bytes(station.answer(header(task=HELLO, round=0, **changes), wire).data)
 
 
-def training(bench: Workbench, round: int = 1) -> bytes:
+def training(bench: ModelPool, round: int = 1) -> bytes:
     """What the server of FedAvg sends."""
     adapter = initial_state(bench.layout, 1)
     return adapter_message(adapter, round=round).to_bytes()
 
 
 def answers(
-    open_station: Callable[[], Station], table: dict[str, Any], bench: Workbench
+    open_station: Callable[[], Station], table: dict[str, Any], bench: ModelPool
 ) -> list[bytes]:
     hello(open_station(), table)
     return [
@@ -329,7 +330,7 @@ def answers(
 
 
 def test_cold_and_warm_answers_are_the_same(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     """A new process for every message, or one for all: what a site keeps is on its disk."""
     warm = Station(site_file(tmp_path / "warm"))
@@ -344,7 +345,7 @@ def test_cold_and_warm_answers_are_the_same(
 
 
 def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
@@ -359,7 +360,7 @@ def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
 
 
 def test_a_run_that_was_not_met_is_unknown(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path))
     assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
@@ -372,7 +373,7 @@ def test_a_run_that_was_not_met_is_unknown(
 
 
 def test_a_task_that_there_is_not_is_refused(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
@@ -381,7 +382,7 @@ def test_a_task_that_there_is_not_is_refused(
 
 
 def test_garbled_messages_are_refused_and_nothing_worse(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     """Bytes of a message, changed anywhere: a reason, or an answer where only a number changed."""
     station = Station(site_file(tmp_path))
@@ -424,7 +425,7 @@ def test_garbled_messages_are_refused_and_nothing_worse(
     ],
 )
 def test_a_site_takes_no_part_in_what_its_file_does_not_name(
-    allow: dict[str, Any], said: str, table: dict[str, Any], bench: Workbench, tmp_path: Path
+    allow: dict[str, Any], said: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path, allow=allow))
     with pytest.raises(ConfigError, match=f"site 'south' {said}"):
@@ -442,7 +443,7 @@ def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_pat
 
 
 def test_no_more_leaves_in_a_round_than_the_file_says(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     free = Station(site_file(tmp_path / "free"))
     hello(free, table)
@@ -462,7 +463,7 @@ def test_no_more_leaves_in_a_round_than_the_file_says(
 
 
 def test_the_limit_holds_after_a_line_that_was_cut_off(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
     hello(station, table)
@@ -486,7 +487,7 @@ def log_of(tmp_path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path: Path) -> None:
+def test_what_leaves_is_logged(table: dict[str, Any], bench: ModelPool, tmp_path: Path) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
     first = station.answer(header(seq=1), training(bench)).data
@@ -510,7 +511,7 @@ def test_what_leaves_is_logged(table: dict[str, Any], bench: Workbench, tmp_path
 
 
 def test_it_is_logged_before_it_leaves(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)
@@ -571,14 +572,14 @@ def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
 
 
 def test_equal_ends_have_equal_prints(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     found = hello(Station(site_file(tmp_path)), table)
     assert found.values["prints"] == fingerprints(bench)
 
 
 def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     shutil.copytree(table["model"]["name_or_path"], tmp_path / "copy")
     found = hello(Station(site_file(tmp_path, model=str(tmp_path / "copy"))), table)
@@ -589,7 +590,7 @@ def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
     "what", ["base", "tokenizer", "template", "layout", "fluvial", "transformers"]
 )
 def test_what_differs_has_another_print(
-    what: str, config: RunConfig, bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, config: RunConfig, bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = fingerprints(bench)
     folder = tmp_path / "other"
@@ -613,7 +614,7 @@ def test_what_differs_has_another_print(
             lambda name: "9" if name == what else ours[name],
         )
 
-    other = Workbench(config.model.model_copy(update={"name_or_path": str(folder)}), adapter)
+    other = ModelPool(config.model.model_copy(update={"name_or_path": str(folder)}), adapter)
     if what == "tokenizer":
         other.tokenizer.add_tokens(["river"])
     elif what == "template":
@@ -627,7 +628,7 @@ def test_what_differs_has_another_print(
 
 
 def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
-    table: dict[str, Any], config: RunConfig, bench: Workbench, three_sites: Path, tmp_path: Path
+    table: dict[str, Any], config: RunConfig, bench: ModelPool, three_sites: Path, tmp_path: Path
 ) -> None:
     """Three sites that each have only their own records are the run over one file that was split by
     column."""
@@ -662,7 +663,7 @@ def test_a_site_that_has_no_records_says_so_at_the_start(
 
 
 def test_threads_are_those_of_the_run(
-    table: dict[str, Any], bench: Workbench, tmp_path: Path
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     station = Station(site_file(tmp_path))
     hello(station, table)

@@ -9,7 +9,7 @@ from torch import nn
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import adapt
 from fluvial.models.targets import LoraSettings, target_names
-from fluvial.models.workbench import tuned_parameters
+from fluvial.models.tuning import tuned_parameters
 
 SMALL = {
     "vocab_size": 64,

@@ -13,7 +13,7 @@ from fluvial.codecs import CODECS
 from fluvial.federation.local_fleet import LocalFleet
 from fluvial.federation.sites import Site
 from fluvial.methods import METHODS
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs import run
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute, in_process
@@ -110,7 +110,7 @@ class Recorder:
     seen: list[tuple[str, str, str, bytes]] = field(default_factory=list)
     """Method, site, task, answer."""
 
-    def assemble(self, config: RunConfig, folder: Any, bench: Workbench, texts: Any) -> LocalFleet:
+    def assemble(self, config: RunConfig, folder: Any, bench: ModelPool, texts: Any) -> LocalFleet:
         fleet = in_process(config, folder, bench, texts)
         assert isinstance(fleet, LocalFleet)
 

@@ -14,7 +14,7 @@ import torch
 from fluvial.codecs import CodecSettings, build
 from fluvial.errors import WireError
 from fluvial.federation.sites import Site, adapter_message, read_adapter_message
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.wire.tensors import Layout, Named, add, subtract

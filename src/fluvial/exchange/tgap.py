@@ -39,7 +39,7 @@ from fluvial.federation.sites import (
     train_locally,
 )
 from fluvial.federation.store import StateStore
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, frame_payload, join, split
@@ -332,7 +332,7 @@ def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> L
         return Site(
             name=name,
             seed=derive(context.seed, "tgap"),
-            workbench=bench,
+            pool=bench,
             load=lambda: SiteData(parts[name], parts[name], [], 0, 0, 0),
             train=context.train,
             codec=context.codec,

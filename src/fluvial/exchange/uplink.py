@@ -31,7 +31,7 @@ from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Failure, Fleet, Reply
 from fluvial.federation.replies import nothing
 from fluvial.federation.sites import Site, code, round_of, site_codec
-from fluvial.models.workbench import no_change
+from fluvial.models.states import no_change
 from fluvial.seeds import derive
 from fluvial.wire.payload import Limits, Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.wire.tensors import Layout, Named, energy, subtract

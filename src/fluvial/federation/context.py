@@ -6,7 +6,7 @@ from typing import Any
 
 from fluvial.codecs import CodecSettings
 from fluvial.data import Example
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Layout
 
@@ -22,7 +22,7 @@ class Context:
     downlink: CodecSettings | None
     """How the adapter goes down; None sends it as it is."""
     train: TrainConfig
-    open_bench: Callable[[], Workbench]
+    open_bench: Callable[[], ModelPool]
     """The base model, for a method that simulates sites on public text."""
     secret: Callable[[], bytes]
     """The server's own 32 secret bytes for this run; the same after it is resumed."""

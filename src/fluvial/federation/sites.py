@@ -12,7 +12,8 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.seeds import derive, generator
 from fluvial.training.evaluate import exact_match, heldout
 from fluvial.training.train import TrainConfig, TrainReport, train
@@ -29,7 +30,7 @@ class Site:
 
     name: str
     seed: int
-    workbench: Workbench
+    pool: ModelPool
     load: Callable[[], SiteData]
     train: TrainConfig
     codec: CodecSettings
@@ -46,7 +47,7 @@ class Site:
     @property
     def layout(self) -> Layout:
         """Of the whole adapter."""
-        return self.workbench.layout
+        return self.pool.layout
 
     def recall(self, slot: str) -> Payload:
         """What the site kept under `slot`, or an empty payload."""
@@ -125,7 +126,7 @@ def train_locally(
 ) -> tuple[Named, TrainReport]:
     """Tune from the state `received` on `examples`; returns the update (trained - received) of
     `factors`."""
-    bench = site.workbench
+    bench = site.pool
     start = bench.weights(received)
 
     with bench.model(
@@ -217,7 +218,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     """
     which = message.value("which", str)
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
-    bench = site.workbench
+    bench = site.pool
     data = site.load()
 
     if which == "sent":

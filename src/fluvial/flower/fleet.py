@@ -16,7 +16,7 @@ from fluvial.errors import ClientError, ConfigError, WireError
 from fluvial.federation.fleet import Failure, Policy, Reply, Wires, printable, unreadable
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.inbox import Inbox
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
@@ -58,7 +58,7 @@ class FlowerFleet(Policy):
         config: RunConfig,
         label: str,
         names: Sequence[str],
-        bench: Workbench,
+        bench: ModelPool,
         *,
         simulated: bool = False,
         registered: Callable[[], Mapping[int, str]] = dict,

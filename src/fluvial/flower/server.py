@@ -20,7 +20,7 @@ from fluvial.flower import names
 from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
 from fluvial.models.encoding import Encoder
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
@@ -52,10 +52,10 @@ def main(grid: Grid, context: Context) -> None:
             if number.isdigit()
         }
 
-    def assemble(each: RunConfig, _: object, bench: Workbench, texts: Any) -> FlowerFleet:
+    def assemble(each: RunConfig, _: object, bench: ModelPool, texts: Any) -> FlowerFleet:
         return FlowerFleet(grid, each, folder.name, texts.names, bench, registered=registered)
 
-    def texts(config: RunConfig, bench: Workbench) -> ServerTexts:
+    def texts(config: RunConfig, bench: ModelPool) -> ServerTexts:
         return ServerTexts(config, bench)
 
     for event in execute(
@@ -92,7 +92,7 @@ class ServerTexts:
     """What a server knows of data that lies with its sites: their names, public text, and a
     prompt."""
 
-    def __init__(self, config: RunConfig, bench: Workbench) -> None:
+    def __init__(self, config: RunConfig, bench: ModelPool) -> None:
         self.config = config
         self.bench = bench
         if config.entry.pooled or "central" in config.compare:

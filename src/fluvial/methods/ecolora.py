@@ -30,7 +30,7 @@ from fluvial.federation.fleet import Failure, Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, factor

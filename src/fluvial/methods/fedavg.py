@@ -25,7 +25,7 @@ from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Factors, Site, part, round_of, train_locally
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, join, split
 from fluvial.wire.tensors import Layout, Named, WeightedMean, moved, norm, scale

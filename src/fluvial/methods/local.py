@@ -11,7 +11,7 @@ from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import Context, Method, Metrics
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import add

@@ -1,9 +1,10 @@
-"""LoRA adapters, put on a base model from outside by PEFT, with dropout that follows the run's
-seed."""
+"""LoRA adapters, injected into a base model by PEFT, with dropout that follows the run's seed."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from fluvial.models.stored import first_line
 from fluvial.models.targets import LoraSettings, target_names
 from fluvial.seeds import derive
 
+PREFIX = "base_model.model."
+"""PEFT's prefix of the base's names in an adapted model."""
+
 
 @dataclass(frozen=True)
 class SavedLora:
-    """An adapter that lies on disk, as its `adapter_config.json` describes it to PEFT."""
+    """An adapter on disk, as its `adapter_config.json` describes it to PEFT."""
 
     config: Mapping[str, Any] = field(repr=False)
+    """The keywords for PEFT's `LoraConfig`."""
 
 
 class SeededDropout(nn.Module):
@@ -45,29 +50,34 @@ class SeededDropout(nn.Module):
         return hidden * kept / (1 - self.p)
 
 
-def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
-    """Return `base` with LoRA modules injected (in place) by PEFT; the base may be on the meta
-    device.
+def adapt(
+    base: nn.Module, lora: LoraSettings | SavedLora, ranks: Mapping[str, int] | None = None
+) -> nn.Module:
+    """Return `base` with LoRA modules injected (in place) by PEFT.
 
-    Raises `ConfigError` naming what would fit.
+    `base` may be on the meta device. `ranks` by name of module take the place of the settings' own;
+    as in PEFT, `lora_alpha` stays as it is. Raises `ConfigError` naming what would fit.
     """
     from peft import LoraConfig, get_peft_model
 
     if isinstance(lora, LoraSettings):
+        usual = lora.r if ranks is None else mode(ranks.values())
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=lora.r,
+            r=usual,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=target_names(base, lora),
             use_rslora=lora.use_rslora,
+            rank_pattern=_rank_pattern(ranks or {}, usual),
         )
     else:
+        assert ranks is None, "a saved adapter has its own ranks"
         config = LoraConfig(**lora.config)
 
     with warnings.catch_warnings():
-        # PEFT tells what it corrects by itself (GPT-2's Conv1D) and what merging would do to tied
-        # weights.
+        # PEFT reports what it corrects by itself (GPT-2's Conv1D), and that merging would change
+        # tied weights.
         warnings.simplefilter("ignore")
         try:
             model: nn.Module = get_peft_model(base, config)
@@ -84,8 +94,30 @@ def adapt(base: nn.Module, lora: LoraSettings | SavedLora) -> nn.Module:
     return model
 
 
+def _rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """Return PEFT's form of the `ranks` that differ from the `usual` one.
+
+    PEFT reads a key as a regular expression for the end of a name; `^` makes it the whole name.
+    """
+    return {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+
+
+def module_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each adapted module of `model` by name, in order of the names."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix(PREFIX): module.r["default"]
+        for name, module in sorted(model.named_modules())
+        if isinstance(module, LoraLayer)
+    }
+
+
 def _reason(error: Exception) -> str:
     text = first_line(error)
     if "ParamWrapper" in text and "lora_dropout" in text:
-        return "the experts of a layer are one tensor, which it adapts without dropout only; set lora.lora_dropout = 0"
+        return (
+            "the experts of a layer are one tensor, which it adapts without dropout only; set "
+            "lora.lora_dropout = 0"
+        )
     return text.removeprefix("[PEFT:LORA] ")

@@ -16,7 +16,8 @@ from fluvial.federation.fleet import FleetConfig, cohort_size
 from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
-from fluvial.models.workbench import LoraSettings, ModelConfig
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.storage import paths, toml
 from fluvial.training.train import TrainConfig

@@ -13,10 +13,11 @@ from fluvial.errors import ConfigError
 from fluvial.federation.line import round_s
 from fluvial.formatting import privacy_words
 from fluvial.methods.interface import Forecast
-from fluvial.models.pretrained import check_tokenizer, dtype_of, num_embeddings
+from fluvial.models.loading import meta_base, resolve_device
+from fluvial.models.pretrained import check_tokenizer, dtype_of, load_tokenizer, num_embeddings
 from fluvial.models.targets import target_names
+from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
-from fluvial.models.workbench import load_tokenizer, meta_base, resolve_device, tuned_layout
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import check_settings
 

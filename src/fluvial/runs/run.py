@@ -31,8 +31,9 @@ from fluvial.federation.store import StateStore
 from fluvial.formatting import privacy_words
 from fluvial.methods import Context
 from fluvial.models.base_weights import check_constant
+from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import check_length, context_length
-from fluvial.models.workbench import Workbench, changed
+from fluvial.models.states import changed
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.runs.verdict import judge
@@ -80,7 +81,7 @@ class Texts(Protocol):
         ...
 
 
-Assemble = Callable[[RunConfig, RunFolder, Workbench, Texts], Fleet]
+Assemble = Callable[[RunConfig, RunFolder, ModelPool, Texts], Fleet]
 """Brings the sites together: called once for each method of a run."""
 
 
@@ -104,25 +105,25 @@ class Records(Protocol):
         ...
 
 
-def texts_of(config: RunConfig, bench: Workbench, owner: str | None = None) -> SiteTexts:
+def texts_of(config: RunConfig, bench: ModelPool, owner: str | None = None) -> SiteTexts:
     """Return the data of all sites, or of the one site `owner`, for the model of `bench`."""
     return SiteTexts(
         config.data,
         bench.tokenizer,
         seed=config.seed,
         owner=owner,
-        num_embeddings=bench.num_embeddings,
+        num_embeddings=bench.outline.num_embeddings,
     )
 
 
 def site_of(
-    config: RunConfig, name: str, bench: Workbench, texts: Records, store: StateStore
+    config: RunConfig, name: str, bench: ModelPool, texts: Records, store: StateStore
 ) -> Site:
     """The site `name` for one message, with the data that `texts` has for it."""
     return Site(
         name=name,
         seed=config.seed,
-        workbench=bench,
+        pool=bench,
         load=texts.pooled if config.entry.pooled else partial(texts.load, name),
         train=_train_config(config, len(texts.names)),
         codec=config.coding,
@@ -150,7 +151,7 @@ def tasks_of(config: RunConfig) -> dict[str, Task]:
     return {name: task for name, task in tasks.items() if name in promise.tasks}
 
 
-def in_process(config: RunConfig, folder: RunFolder, bench: Workbench, texts: Texts) -> Fleet:
+def in_process(config: RunConfig, folder: RunFolder, bench: ModelPool, texts: Texts) -> Fleet:
     """All sites in this process."""
     assert isinstance(texts, SiteTexts), "the data of all sites is here"
     names = (POOLED,) if config.entry.pooled else texts.names
@@ -164,7 +165,7 @@ def execute(
     *,
     resume: bool = False,
     assemble: Assemble = in_process,
-    texts: Callable[[RunConfig, Workbench], Texts] | None = None,
+    texts: Callable[[RunConfig, ModelPool], Texts] | None = None,
 ) -> Iterator[Event]:
     """The baselines of `config`, each in a folder of its own, then its method; the last event is
     the result.
@@ -178,14 +179,13 @@ def execute(
     with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
-        bench = Workbench(
-            config.model, config.adapter
-        )  # model and data are loaded once for all of them
-        bench.check_behaviour()
+        bench = ModelPool(config.model, config.adapter)  # one for all of them
+        if texts is None or bench.full:  # else the sites are elsewhere, and check what they load
+            bench.check_behaviour()
         known = texts(config, bench) if texts else texts_of(config, bench)
 
         for each, _ in runs:
-            check_settings(each, bench.layout, bench.blank(), known)
+            check_settings(each, bench.layout, bench.outline.base, known)
         if isinstance(known, SiteTexts):
             for remark in known.check():
                 logger.warning("%s", remark)
@@ -261,7 +261,7 @@ class Run:
         self,
         config: RunConfig,
         folder: RunFolder,
-        bench: Workbench,
+        bench: ModelPool,
         texts: Texts,
         assemble: Assemble = in_process,
     ) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from fluvial.data import Example
 from fluvial.federation.local_fleet import concurrency
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import texts_of
 from fluvial.seeds import generator
@@ -77,7 +78,8 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     """
     torch.set_num_threads(config.fleet.threads)
     started = clock()
-    bench = Workbench(config.model, config.adapter)
+    bench = ModelPool(config.model, config.adapter)
+    bench.load()
     texts = texts_of(config, bench)
     sites = {name: texts.load(name) for name in texts.names}
     largest = max(sites, key=lambda name: len(sites[name].train))
@@ -167,12 +169,12 @@ def timed(
     }
 
 
-def _start(bench: Workbench, seed: int) -> dict[str, torch.Tensor]:
+def _start(bench: ModelPool, seed: int) -> dict[str, torch.Tensor]:
     return bench.base_state() if bench.full else initial_state(bench.layout, seed)
 
 
 def _time_steps(
-    config: RunConfig, bench: Workbench, examples: Sequence[Example], clock: Clock
+    config: RunConfig, bench: ModelPool, examples: Sequence[Example], clock: Clock
 ) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
     state = _start(bench, config.seed)

@@ -7,10 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from fluvial import __version__
-from fluvial.models.workbench import Workbench, weights_folder
+from fluvial.models.loading import weights_folder
+from fluvial.models.pool import ModelPool
 
 
-def fingerprints(bench: Workbench) -> dict[str, str]:
+def fingerprints(bench: ModelPool) -> dict[str, str]:
     """Return digests of package versions, base model, tokenizer, chat template and layout."""
     tokenizer = bench.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()

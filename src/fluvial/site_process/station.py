@@ -20,7 +20,7 @@ import torch
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Records, site_of, tasks_of, texts_of
 from fluvial.site_process.agreed import NAME, config_of, keep_config, other_runs
@@ -55,7 +55,7 @@ class Station:
 
     def __init__(self, site: SiteFile, *, limits: Limits | None = None) -> None:
         self.site, self.limits = site, limits or Limits()
-        self._benches: dict[str, Workbench] = {}
+        self._benches: dict[str, ModelPool] = {}
         self._texts: dict[str, SiteTexts] = {}
 
     def prepare(self) -> None:
@@ -177,13 +177,15 @@ class Station:
     def _name(self, config: RunConfig) -> str:
         return POOLED if config.entry.pooled else self.site.name
 
-    def _bench(self, config: RunConfig) -> Workbench:
+    def _bench(self, config: RunConfig) -> ModelPool:
         key = f"{config.model!r} {config.adapter!r}"
         if key not in self._benches:
-            self._benches = {key: Workbench(config.model, config.adapter)}  # one base at a time
+            bench = ModelPool(config.model, config.adapter)
+            bench.load()
+            self._benches = {key: bench}  # one base at a time
         return self._benches[key]
 
-    def _records(self, config: RunConfig, bench: Workbench) -> Records:
+    def _records(self, config: RunConfig, bench: ModelPool) -> Records:
         """Return the site's records; under privacy at the site a fault of theirs is raised where
         they are loaded."""
         try:
@@ -193,7 +195,7 @@ class Station:
                 raise
             return _Unreadable(self._name(config), problem)
 
-    def _data(self, config: RunConfig, bench: Workbench) -> SiteTexts:
+    def _data(self, config: RunConfig, bench: ModelPool) -> SiteTexts:
         key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
         if key not in self._texts:
             owner = None if self.site.data is None else self.site.name

@@ -13,8 +13,8 @@ from fluvial import __version__
 from fluvial.data import DataConfig, Question, Whole, read_whole
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
-from fluvial.models.pretrained import check_length
-from fluvial.models.workbench import ModelConfig, Workbench
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig, check_length
 from fluvial.training.choices import (
     CHANCE,
     Choice,
@@ -86,7 +86,7 @@ def evaluate_adapter(
 
     questions = None if choices is None else _questions(choices)
     logger.info("loading the base model")
-    bench = Workbench(model, adapter.lora)
+    bench = ModelPool(model, adapter.lora)
 
     if adapter.lora:
         adapter = replace(adapter, tensors=_without_copies(adapter, bench))
@@ -115,7 +115,7 @@ def evaluate_adapter(
     return found
 
 
-def _change(weights: Named, bench: Workbench) -> Named:
+def _change(weights: Named, bench: ModelPool) -> Named:
     """Return what tuned `weights` add to the base of `bench`."""
     return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
 
@@ -134,7 +134,7 @@ def evaluate_model(
 
     questions = None if choices is None else _questions(choices)
     logger.info("loading the model")
-    bench = Workbench(model, None)
+    bench = ModelPool(model, None)
     bench.check_behaviour()
     logger.info("reading the data")
     texts = None if data is None else _texts(data, bench)
@@ -150,7 +150,7 @@ def evaluate_model(
     return found
 
 
-def _without_copies(adapter: AdapterFolder, bench: Workbench) -> Named:
+def _without_copies(adapter: AdapterFolder, bench: ModelPool) -> Named:
     """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with
     an adapted head.
 
@@ -190,8 +190,8 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
         )
 
 
-def _texts(data: DataConfig, bench: Workbench) -> Whole:
-    check_length(bench.context, data.max_length)
+def _texts(data: DataConfig, bench: ModelPool) -> Whole:
+    check_length(bench.outline.context, data.max_length)
     return read_whole(data, bench.tokenizer, "--data")
 
 
@@ -203,13 +203,13 @@ def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
 
 
 def _sheet(
-    choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: Workbench
+    choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: ModelPool
 ) -> Sheet:
     asked, examples = questions
     return prepare(
         asked,
         bench.tokenizer,
-        context=bench.context,
+        context=bench.outline.context,
         scoring=choices.scoring,
         shots=choices.shots,
         examples=examples,
@@ -218,10 +218,10 @@ def _sheet(
 
 
 def _data_result(
-    data: DataConfig, texts: Whole, bench: Workbench, models: dict[str, Named], max_new_tokens: int
+    data: DataConfig, texts: Whole, bench: ModelPool, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
     questions = texts.questions if max_new_tokens else []
-    longest = bench.context
+    longest = bench.outline.context
     room = None if longest is None else longest - max_new_tokens
     encoder = Encoder.of(bench.tokenizer)
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
@@ -267,7 +267,7 @@ def _measures(sums: Heldout, name: str) -> dict[str, Any]:
 
 
 def _greedy_matches(
-    bench: Workbench, adapter: Named, questions: Sequence[Question], max_new_tokens: int
+    bench: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
 ) -> int:
     right = 0
     told = time.monotonic()
@@ -284,7 +284,7 @@ def _greedy_matches(
 
 
 def _choice_result(
-    choices: ChoiceConfig, sheet: Sheet, bench: Workbench, models: dict[str, Named], seed: int
+    choices: ChoiceConfig, sheet: Sheet, bench: ModelPool, models: dict[str, Named], seed: int
 ) -> dict[str, Any]:
     table: dict[str, Any] = {
         "source": str(choices.path),

@@ -13,7 +13,7 @@ from torch import nn
 
 from fluvial.data import Example
 from fluvial.errors import ConfigError
-from fluvial.models.workbench import Workbench
+from fluvial.models.pool import ModelPool
 from fluvial.training.train import collate, predictions, summed_loss
 from fluvial.wire.tensors import Named
 
@@ -99,7 +99,7 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
     )
 
 
-def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
+def on_public_text(bench: ModelPool, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
     """Return loss and accuracy of the base and of `adapter` on text that belongs to no site."""
     found: dict[str, Any] = {"sequences": len(examples)}
     for name, state in (("base", bench.base_state()), ("final", adapter)):
@@ -110,7 +110,7 @@ def on_public_text(bench: Workbench, adapter: Named, examples: Sequence[Example]
     return found
 
 
-def check_effect(bench: Workbench, adapter: Named, input_ids: Sequence[int]) -> None:
+def check_effect(bench: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
     """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not
     reach the model."""
     tokens = torch.tensor([list(input_ids)], device=bench.device)

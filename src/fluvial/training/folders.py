@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import SavedLora
-from fluvial.models.pretrained import EMBEDDED, HUB_ID
-from fluvial.models.workbench import ModelConfig, Workbench
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
 from fluvial.storage.files import read_object
 from fluvial.wire.tensors import Named, is_finite
@@ -129,7 +129,7 @@ def _hint(folder: Path) -> str:
 def read_adapter_folder(folder: Path) -> AdapterFolder:
     """The adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
 
-    Raises `ConfigError` where it is neither, or none that a `Workbench` can hold.
+    Raises `ConfigError` where it is neither, or none that a `ModelPool` can hold.
     """
     config = read_object(folder / "adapter_config.json")
     if config is None and "architectures" in (read_object(folder / "config.json") or {}):
@@ -195,7 +195,7 @@ def _model_folder(folder: Path) -> AdapterFolder:
             "with another tool, or give RUN/model of a run"
         )
 
-    tuned = Workbench(
+    tuned = ModelPool(
         ModelConfig(name_or_path=str(folder.resolve()), dtype="float32", device="cpu"), None
     )
     weights = {name: tuned.base.get(name) for name in tuned.layout.names}

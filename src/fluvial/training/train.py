@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
-from fluvial.models.workbench import reseed_dropout, switch_dropout, tuned_parameters
+from fluvial.models.tuning import reseed_dropout, switch_dropout, tuned_parameters
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.wire.tensors import Named

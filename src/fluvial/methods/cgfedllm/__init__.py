@@ -34,7 +34,7 @@ from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.fedavg import WeightedLoss, step
 from fluvial.methods.interface import Context, Method, Metrics, Promise
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split

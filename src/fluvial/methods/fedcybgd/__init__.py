@@ -43,7 +43,7 @@ from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Method
 from fluvial.models.frozen import check_streams
-from fluvial.models.workbench import tuned_layout
+from fluvial.models.tuning import tuned_layout
 from fluvial.wire.tensors import Layout, factor
 
 

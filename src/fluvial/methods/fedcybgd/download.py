@@ -32,7 +32,8 @@ from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import subset_size
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, ProxySettings, cut, slim
 from fluvial.models.frozen import FileSource, MemorySource, Source, Sum
-from fluvial.models.workbench import Workbench, initial_state
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
 from fluvial.seeds import generator
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame, read_values
@@ -86,7 +87,7 @@ LOSSY = (ProxyDownload, StaleDownload, LowBitDownload)
 class Holder(Protocol):
     """What the site's half needs of a site."""
 
-    workbench: Workbench
+    pool: ModelPool
     seed: int
 
     def recall(self, slot: str) -> Payload:
@@ -106,7 +107,7 @@ class Holder(Protocol):
 class Nobody:
     """A holder that has nothing, for the server to see what a site would see."""
 
-    workbench: Workbench
+    pool: ModelPool
     seed: int
     kept: dict[str, Payload] = field(default_factory=dict)
 
@@ -150,7 +151,7 @@ class Sender:
         config: Any,
         ledger: Ledger,
         seed: int,
-        bench: Callable[[], Workbench],
+        bench: Callable[[], ModelPool],
         plan: Callable[[int, str], Manifest],
     ) -> None:
         """`plan(block, visit)` says what of a proxy is kept."""
@@ -222,7 +223,7 @@ class Sender:
         )
 
     def _cast(self, weights: Named) -> Named:
-        kinds = self.bench().dtypes
+        kinds = self.bench().outline.dtypes
         return {name: tensor.to(kinds[name]) for name, tensor in weights.items()}
 
     def _low_bit(self, site: str, index: int, values: dict[str, Value]) -> Payload:
@@ -324,7 +325,7 @@ def receive(
     if not 0 <= index < len(parts):
         raise WireError(f"visit: block {index}, and there are {len(parts)}")
 
-    layout = holder.workbench.layout
+    layout = holder.pool.layout
     block = parts.blocks[index].layout
     if isinstance(config, CacheDownload):
         return _replayed(holder, message, parts, index, codec)
@@ -337,13 +338,13 @@ def receive(
         rest = _decoded(config, holder, others, message.value("versions", list), parts, index)
         return None if rest is None else Received(start, rest)
 
-    kinds = holder.workbench.dtypes
+    kinds = holder.pool.outline.dtypes
     manifest = None
     expected = {name: shape for name, shape in layout.shapes if name not in start}
     rest = MemorySource(others)
 
     if isinstance(config, ProxyDownload):
-        blank = holder.workbench.blank()
+        blank = holder.pool.blank()
         anatomy = Anatomy.of(blank, config.prune)
         manifest = Manifest.from_values(
             message.value("manifest", dict), anatomy, parts.blocks[index].layers
@@ -380,7 +381,7 @@ def _check(
 def _base(holder: Holder) -> Source:
     """The weights that a site has from the start: the base's files, or an adapter's initial
     factors."""
-    bench = holder.workbench
+    bench = holder.pool
     return bench.base if bench.full else MemorySource(initial_state(bench.layout, holder.seed))
 
 
@@ -424,8 +425,8 @@ def _decoded(
     if strange:
         raise WireError(f"visit: tensors of no block, first {sorted(strange)[:2]}")
 
-    kinds = holder.workbench.dtypes
-    shapes = dict(holder.workbench.layout.shapes)
+    kinds = holder.pool.outline.dtypes
+    shapes = dict(holder.pool.layout.shapes)
 
     def decode(name: str, frame: bytes) -> Tensor:
         weight: Tensor = (
@@ -559,9 +560,9 @@ def _replayed(
 
     base = _base(holder)
     over = _Over(MemorySource({}), held)
-    rest = Sum(base, over) if holder.workbench.full else _Over(base, held)
+    rest = Sum(base, over) if holder.pool.full else _Over(base, held)
 
-    return Received(holder.workbench.weights(trained), rest)
+    return Received(holder.pool.weights(trained), rest)
 
 
 def _brought_forward(

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import nn
 
 from fluvial.data import Example
-from fluvial.models.workbench import Workbench, tuned_parameters
+from fluvial.models.pool import ModelPool
+from fluvial.models.tuning import tuned_parameters
 from fluvial.settings import Settings
 from fluvial.training.evaluate import heldout
 from fluvial.training.train import collate, predictions, summed_loss
@@ -73,7 +74,7 @@ class Judge:
     """The public loss, and what it makes of a step."""
 
     config: AcceptConfig
-    bench: Workbench
+    bench: ModelPool
     examples: Sequence[Example]
 
     def loss(self, state: Named) -> float:

@@ -25,7 +25,7 @@ from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, p
 from fluvial.methods.fedcybgd.schedule import assignment, groups
 from fluvial.methods.fedcybgd.visit import borrow
 from fluvial.methods.interface import Context, Metrics
-from fluvial.models.workbench import initial_state
+from fluvial.models.states import initial_state
 from fluvial.seeds import generator
 from fluvial.wire.payload import Payload, Value, join, payload_frame, split
 from fluvial.wire.tensors import Named, cosine, norm

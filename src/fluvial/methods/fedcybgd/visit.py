@@ -13,7 +13,9 @@ from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, Received, receive
 from fluvial.methods.fedcybgd.proxy import slim
 from fluvial.models.frozen import stream
-from fluvial.models.workbench import Workbench, checkpoint_layers, fill, tuned_parameters
+from fluvial.models.loading import fill
+from fluvial.models.pool import ModelPool
+from fluvial.models.tuning import checkpoint_layers, tuned_parameters
 from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig, TrainReport, train
 from fluvial.wire.payload import Payload, frame_payload
@@ -21,7 +23,7 @@ from fluvial.wire.payload import Payload, frame_payload
 
 @contextmanager
 def borrow(
-    bench: Workbench,
+    bench: ModelPool,
     received: Received,
     *,
     trainable: Collection[str] = (),
@@ -32,7 +34,8 @@ def borrow(
     nothing else does."""
     # Copied, because it is trained in place.
     start = {
-        name: tensor.to(bench.dtypes[name], copy=True) for name, tensor in received.start.items()
+        name: tensor.to(bench.outline.dtypes[name], copy=True)
+        for name, tensor in received.start.items()
     }
     frozen = received.rest.names - start.keys()
 
@@ -105,7 +108,7 @@ def _tuned(
     names: Sequence[str],
 ) -> TrainReport:
     """Train the parameters `names` of the received model, which is gone when this returns."""
-    bench = site.workbench
+    bench = site.pool
     examples = site.load().train
     hold: Literal["memory", "disk"] = getattr(site.method, "hold", "memory")
     checkpointing = settings.gradient_checkpointing

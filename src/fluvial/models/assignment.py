@@ -1,0 +1,186 @@
+"""The assignment of a site: layout and ranks of its adapter, batch size, precision of its base.
+
+Every site of a run has the run's own assignment, unless a method gives it another one. It is a
+value: it travels in a message where it differs from the run's, and it is the key of `ModelPool`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, cast, get_args
+
+from torch import nn
+
+from fluvial.errors import ConfigError, WireError
+from fluvial.models.adapters import module_ranks
+from fluvial.models.tuning import read_shapes
+from fluvial.wire.payload import Value
+from fluvial.wire.tensors import Layout, factor
+
+Precision = Literal["float32", "bfloat16", "float16"]
+"""Type of the base's weights; adapters are always fp32."""
+
+KEY = "assignment"
+"""Name of the message value that carries an assignment."""
+
+MOST_SEQUENCES = 10**6
+"""Sequences of one forward pass that an assignment may ask for at most."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one site trains, and how it holds the base."""
+
+    layout: Layout
+    """Layout of the adapter, or of all weights."""
+    ranks: tuple[tuple[str, int], ...]
+    """Rank by adapted module, in order of the names; empty where all weights are tuned."""
+    batch: int
+    """Sequences of one forward pass in training."""
+    precision: Precision
+
+    @classmethod
+    def of(cls, model: nn.Module, *, batch: int, precision: Precision) -> "Assignment":
+        """Return the assignment to train what is tuned in `model`, which may be on the meta
+        device."""
+        return cls(read_shapes(model), tuple(module_ranks(model).items()), batch, precision)
+
+    def with_ranks(self, ranks: int | Mapping[str, int]) -> "Assignment":
+        """Return this assignment with one rank for all modules, or with those of some modules.
+
+        A factor A (rank, in) and its B (out, rank) change with the rank. Raises `ConfigError` for a
+        module without an adapter, or a rank that is not from 1 to the module's smaller dimension.
+        """
+        own = dict(self.ranks)
+        wanted = dict.fromkeys(own, ranks) if isinstance(ranks, int) else dict(ranks)
+        if not own:
+            raise ConfigError("there is no rank to set, because all weights are tuned")
+
+        for name, rank in wanted.items():
+            if name not in own:
+                raise ConfigError(f"module {name!r:.100} has no adapter; {min(own)!r} has one")
+
+            most = self.width(name)
+            if not 1 <= rank <= most:
+                raise ConfigError(f"rank of {name!r}: {rank} is not from 1 to {most}")
+
+        shapes = tuple(
+            (name, _resized(name, shape, own, wanted)) for name, shape in self.layout.shapes
+        )
+        return replace(self, layout=Layout(shapes), ranks=tuple((own | wanted).items()))
+
+    def width(self, module: str) -> int:
+        """Return the smaller dimension of an adapted module, which bounds its rank."""
+        return min(
+            shape[1] if factor(name) == "A" else shape[0]
+            for name, shape in self.layout.shapes
+            if factor(name) and _module(name) == module
+        )
+
+    def to_values(self, run: "Assignment") -> dict[str, Value]:
+        """Return the message values that make this assignment of the run's; none where they are
+        equal.
+
+        Raises `AssertionError` for an assignment of another model.
+        """
+        own = dict(run.ranks)
+        assert own.keys() == dict(self.ranks).keys(), "an assignment of another model"
+        ranks = {name: rank for name, rank in self.ranks if rank != own[name]}
+        values: dict[str, Value] = {}
+
+        if ranks:
+            uniform = set(dict(self.ranks).values())
+            values["ranks"] = uniform.pop() if len(uniform) == 1 else cast(Value, ranks)
+        if self.batch != run.batch:
+            values["batch"] = self.batch
+        if self.precision != run.precision:
+            values["precision"] = self.precision
+
+        return {KEY: values} if values else {}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Value], run: "Assignment") -> "Assignment":
+        """Return the inverse of `to_values`; raises `WireError` that names the wrong value."""
+        given = values.get(KEY)
+        if given is None:
+            return run
+
+        if not isinstance(given, dict) or not given:
+            raise WireError(f"{KEY}: expected names and values, found {type(given).__name__}")
+
+        unknown = sorted(given.keys() - {"ranks", "batch", "precision"})
+        if unknown:
+            raise WireError(f"{KEY}: unknown name {unknown[0]!r:.40}")
+
+        assignment = run
+        if "ranks" in given:
+            try:
+                assignment = run.with_ranks(_read_ranks(given["ranks"]))
+            except ConfigError as error:
+                raise WireError(f"{KEY}.ranks: {error}") from error
+
+        batch = given.get("batch", run.batch)
+        if type(batch) is not int or not 1 <= batch <= MOST_SEQUENCES:
+            raise WireError(
+                f"{KEY}.batch: {batch!r:.40} is not a number from 1 to {MOST_SEQUENCES}"
+            )
+
+        precision = given.get("precision", run.precision)
+        if precision not in get_args(Precision):
+            raise WireError(
+                f"{KEY}.precision: {precision!r:.40} is none of {', '.join(get_args(Precision))}"
+            )
+
+        return replace(assignment, batch=batch, precision=cast(Precision, precision))
+
+
+def by_layout(assignments: Mapping[str, Assignment]) -> dict[Layout, list[str]]:
+    """Return the sites of each distinct layout, in order of `assignments`.
+
+    Sites of one layout can share a codec and a mean.
+    """
+    sites: dict[Layout, list[str]] = {}
+    for name, assignment in assignments.items():
+        sites.setdefault(assignment.layout, []).append(name)
+
+    return sites
+
+
+def _read_ranks(given: Value) -> int | dict[str, int]:
+    """Return one rank, or ranks by module, from a message; raises `WireError`."""
+    if type(given) is int:
+        return given
+
+    if not isinstance(given, dict) or not given:
+        raise WireError(f"{KEY}.ranks: expected a rank, or ranks by module")
+
+    ranks = {}
+    for name, rank in given.items():
+        if type(rank) is not int:
+            raise WireError(
+                f"{KEY}.ranks: rank of {name!r:.100} is {rank!r:.40}, expected a number"
+            )
+        ranks[name] = rank
+
+    return ranks
+
+
+def _module(name: str) -> str:
+    """Return the module of a LoRA factor: `q_proj` of `q_proj.lora_A.weight`."""
+    return name.rpartition(".lora_")[0]
+
+
+def _resized(
+    name: str, shape: tuple[int, ...], own: Mapping[str, int], wanted: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return the shape of a factor whose module has another rank.
+
+    Where the experts of a layer are one tensor, its factors have the rank times the experts.
+    """
+    module = _module(name)
+    if module not in wanted:
+        return shape
+
+    rows, columns = shape
+    if factor(name) == "A":
+        return rows // own[module] * wanted[module], columns
+    return rows, columns // own[module] * wanted[module]

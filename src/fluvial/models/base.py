@@ -1,0 +1,121 @@
+"""The frozen base of a pool in one precision: in memory once, or on disk tensor by tensor."""
+
+import copy
+import threading
+from functools import cached_property, partial
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.models.base_weights import open_weights, persistent_buffers
+from fluvial.models.frozen import Source
+from fluvial.models.loading import fill, load_base, resolve_device, skeleton, weights_folder
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.probe import check_behaviour
+from fluvial.models.states import changed
+from fluvial.wire.tensors import Named
+
+
+class Base:
+    """The base's weights in one precision; each way to hold them is loaded when it is first
+    used."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._lock = threading.RLock()
+        self._shared: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that models are made on."""
+        return resolve_device(self.config.device)
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The base with parameters on the meta device and the buffers that no folder stores."""
+        return skeleton(self.config)
+
+    # -- beside an adapter: held in memory ---------------------------------------------------------
+
+    def share(self) -> nn.Module:
+        """Return a model whose parameters are those of the one base in memory.
+
+        Raises `ConfigError` if the base cannot be loaded, or behaves so that no run could use it.
+        """
+        with self._lock:
+            model = self._model
+
+        return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        from transformers import GenerationConfig
+
+        base = load_base(self.config)
+        check_behaviour(base, self.config.name_or_path)
+        # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
+        # force tokens.
+        base.generation_config = GenerationConfig()
+
+        return base
+
+    # -- where all weights are tuned: read from disk -----------------------------------------------
+
+    @property
+    def source(self) -> Source:
+        """The base's weights on disk, in the model's names and types."""
+        with self._lock:
+            return self._source
+
+    @cached_property
+    def _source(self) -> Source:
+        in_memory = self.config.model_copy(update={"device": "cpu"})
+        folder = weights_folder(self.config)
+        return open_weights(folder, self.skeleton, partial(load_base, in_memory))
+
+    def blank(self) -> nn.Module:
+        """Return a copy of the skeleton whose persistent buffers are the base's."""
+        with self._lock:
+            return copy.deepcopy(self._blank)
+
+    @cached_property
+    def _blank(self) -> nn.Module:
+        for name, buffer in persistent_buffers(self.skeleton).items():
+            buffer.copy_(self.source.get(name))
+        return self.skeleton
+
+    def make(self, state: Named, *, own: bool) -> nn.Module:
+        """Return a model with the base's weights plus the changes in `state`.
+
+        Beside it, at most one weight is in memory. Weights without a change are its `own`, or
+        shared by all models that are made so and live at a time.
+        """
+        state = changed(state)
+
+        def weight(name: str, parameter: nn.Parameter) -> Tensor:
+            change = state.get(name)
+            if change is None and not own:
+                return self._share_weight(name)
+
+            value = self.source.get(name)
+            if change is None:
+                return value.to(self.device, copy=True)
+            if parameter.dtype != torch.float32:
+                return (value.float() + change).to(self.device, parameter.dtype)
+
+            return value.to(self.device, copy=True).add_(change.to(self.device))
+
+        model = self.blank()
+        fill(model, weight)
+        return model.to(self.device)
+
+    def _share_weight(self, name: str) -> Tensor:
+        """Return an untrained weight, the same tensor as long as some model uses it."""
+        with self._lock:
+            held = self._shared.get(name)
+            if held is None:
+                held = nn.Parameter(self.source.get(name).to(self.device), requires_grad=False)
+                self._shared[name] = held
+
+            return held

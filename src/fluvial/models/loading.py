@@ -1,0 +1,134 @@
+"""Load a base model: whole, as shapes on the meta device, or as a skeleton to be filled.
+
+transformers is imported where a model is loaded, so that other commands answer at once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError
+from fluvial.models.base_weights import compute_buffers, keep_types
+from fluvial.models.pretrained import (
+    ModelConfig,
+    dtype_of,
+    from_hub,
+    from_settings,
+    local_folder,
+    read_config,
+)
+from fluvial.models.weights import check_finite, check_info, check_weights, quiet
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `model.device` names; raises `ConfigError` where it does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"model.device={name!r}: choose 'auto', 'cpu', 'cuda' or 'cuda:N'")
+
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"model.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "use 'auto'"
+        )
+
+    return device
+
+
+def load_base(config: ModelConfig) -> nn.Module:
+    """Return the base model on its device, frozen, and in evaluation mode for good.
+
+    Thus nothing but `lora_dropout` is random: the base's own dropout, jitter and layer drop are
+    off. Raises `ConfigError` if a weight is missing, has another shape or is not finite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_weights(config, meta_base(config))
+
+    with quiet():
+        model, info = from_hub(
+            AutoModelForCausalLM.from_pretrained,
+            config,
+            config=read_config(config),
+            dtype=dtype_of(config),
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+
+    check_info(info, model, config.name_or_path)
+    check_finite(model, config.name_or_path)
+    base: nn.Module = model.requires_grad_(False).eval()
+
+    return base.to(resolve_device(config.device))
+
+
+def meta_base(config: ModelConfig) -> nn.Module:
+    """Return the base model on the meta device: names and shapes, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), torch.device("meta"):
+        model: nn.Module = from_settings(AutoModelForCausalLM.from_config, config)
+    return model.requires_grad_(False).eval()
+
+
+def skeleton(config: ModelConfig) -> nn.Module:
+    """Return the base model with parameters on the meta device and real buffers, for `fill`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    kind = dtype_of(config)
+
+    with init_empty_weights(include_buffers=False):
+        model: Any = from_settings(AutoModelForCausalLM.from_config, config)
+    model.tie_weights()  # moving parameters to the meta device untied them
+    keep_types(model, kind)
+    compute_buffers(model)
+    model.generation_config = GenerationConfig()  # see `Base.model`
+    whole: nn.Module = model.requires_grad_(False).eval()
+
+    return whole
+
+
+def weights_folder(config: ModelConfig) -> Path:
+    """Return the folder with the base's safetensors; a hub id is downloaded or read from the
+    cache."""
+    folder = local_folder(config)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(from_hub(snapshot_download, config, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Give a `skeleton` its parameters, cast to their types and shared where they are tied.
+
+    `weight` returns the value for a name; one that has the parameter's type already is not copied.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = {}
+
+    for name, parameter in model.named_parameters():
+        value = weight(name, parameter).to(parameter.dtype)
+        made[name] = (
+            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
+
+    for module in model.modules():
+        for leaf, empty in module._parameters.items():
+            if empty is not None:
+                module._parameters[leaf] = made[names[id(empty)]]

@@ -1,0 +1,65 @@
+"""A base model's names, shapes and types, known without its weights."""
+
+import copy
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import nn
+
+from fluvial.models.adapters import SavedLora, adapt
+from fluvial.models.assignment import Assignment, Precision
+from fluvial.models.loading import meta_base, skeleton
+from fluvial.models.pretrained import ModelConfig, context_length, dtype_of, num_embeddings
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import tuned_parameters
+
+
+class Outline:
+    """The base on the meta device, and what a run tunes in it.
+
+    Every attribute raises `ConfigError` for a base that cannot be tuned, or an adapter that does
+    not fit it.
+    """
+
+    def __init__(self, config: ModelConfig, lora: LoraSettings | SavedLora | None) -> None:
+        """Load nothing; without `lora` all weights are tuned."""
+        self._config = config
+        self._lora = lora
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The base without weights and without an adapter."""
+        return meta_base(self._config)
+
+    @cached_property
+    def _tuned(self) -> nn.Module:
+        if self._lora is None:
+            return skeleton(self._config)  # which has the types of a loaded model
+        return adapt(copy.deepcopy(self.base), self._lora)
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The float type of the base in this run."""
+        return cast(Precision, str(dtype_of(self._config)).removeprefix("torch."))
+
+    @cached_property
+    def assignment(self) -> Assignment:
+        """The assignment of this run, with one sequence in a forward pass."""
+        return Assignment.of(self._tuned, batch=1, precision=self.precision)
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The types of the tuned parameters in a model, by name."""
+        parameters = tuned_parameters(self._tuned)
+        return {name: parameter.dtype for name, parameter in parameters.items()}
+
+    @cached_property
+    def context(self) -> int | None:
+        """Tokens that the base reads at most; None without a limit."""
+        return context_length(self.base)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the base's input embedding."""
+        return num_embeddings(self.base)

@@ -1,0 +1,257 @@
+"""The models of one process: sites borrow one at a time, and share one frozen base a precision.
+
+Models are adapted from outside by PEFT; modelling code is never copied.
+"""
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluvial.models.adapters import SavedLora, adapt
+from fluvial.models.assignment import Assignment, Precision
+from fluvial.models.base import Base
+from fluvial.models.export import save_adapter, save_whole
+from fluvial.models.frozen import Source
+from fluvial.models.generation import continuations
+from fluvial.models.loading import weights_folder
+from fluvial.models.outline import Outline
+from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
+from fluvial.models.probe import check_behaviour
+from fluvial.models.states import base_state
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import (
+    Trainable,
+    checkpoint_layers,
+    set_trainable,
+    switch_dropout,
+    tuned_parameters,
+    whole_layers,
+    write_weights,
+)
+from fluvial.models.weights import check_weights
+from fluvial.wire.tensors import Layout, Named, factor
+
+MOST_TEMPLATES = 8
+"""Models of different ranks or precisions that are kept to copy; of more, the one that was not
+used for the longest time goes."""
+
+
+@dataclass
+class _Template:
+    """An adapted model to copy, and its copies that no site uses now: at most as many as sites
+    worked at a time."""
+
+    model: nn.Module
+    free: list[nn.Module] = field(default_factory=list)
+
+    def copy(self) -> nn.Module:
+        """Return a copy that shares the frozen parameters."""
+        frozen = {id(p): p for name, p in self.model.named_parameters() if factor(name) is None}
+        return copy.deepcopy(self.model, dict(frozen))
+
+
+class ModelPool:
+    """Models to borrow, by assignment; base, tokenizer and models are loaded when first used.
+
+    With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a
+    further one costs an adapter. Where all weights are tuned the base stays on disk; every borrowed
+    model is made from there, costs a base, and goes when it is given back.
+    """
+
+    def __init__(self, model: ModelConfig, lora: LoraSettings | SavedLora | None) -> None:
+        """Load nothing; without `lora` all weights are tuned."""
+        self.config = model
+        self.lora = lora
+        self.full = lora is None
+        self.outline = Outline(model, lora)
+        self._lock = threading.RLock()
+        self._bases: dict[Precision, Base] = {}
+        self._templates: OrderedDict[tuple[object, ...], _Template] = OrderedDict()
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the run's own assignment, from shapes alone."""
+        return self.outline.assignment.layout
+
+    def assignment(self, batch: int) -> Assignment:
+        """Return the run's own assignment, with `batch` sequences of a forward pass."""
+        return replace(self.outline.assignment, batch=batch)
+
+    # -- loaded when used --------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; raises `ConfigError` where it does not belong to the base."""
+        tokenizer = load_tokenizer(self.config)
+        check_tokenizer(tokenizer, self.outline.base, self.config.name_or_path)
+        return tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """The device of borrowed models."""
+        return self._base().device
+
+    @property
+    def base(self) -> Source:
+        """The base's weights on disk, in the run's own precision."""
+        return self._base().source
+
+    def blank(self) -> nn.Module:
+        """Return a skeleton of the base, for a site that receives its weights (see `fill`)."""
+        base = self._base()
+        return base.blank() if self.full else copy.deepcopy(base.skeleton)
+
+    def load(self) -> None:
+        """Load tokenizer and base now; raises `ConfigError` where one of them cannot be used."""
+        if self.full:
+            check_weights(self.config, self.outline.base)
+            self.blank()
+            _ = self.base
+        else:
+            self._template(self.outline.assignment)
+
+        _ = self.tokenizer
+
+    def check_behaviour(self) -> None:
+        """Load the base, and raise `ConfigError` if no run could use it (see `probe`)."""
+        self.load()
+        if self.full:  # beside an adapter the base is checked where it is loaded
+            with self.model({}) as model:
+                check_behaviour(model, self.config.name_or_path)
+
+    def _base(self, precision: Precision | None = None) -> Base:
+        precision = precision or self.outline.precision
+        with self._lock:
+            if precision not in self._bases:
+                config = self.config.model_copy(update={"dtype": precision})
+                self._bases[precision] = Base(config)
+            return self._bases[precision]
+
+    def _template(self, assignment: Assignment) -> _Template:
+        """Return the template of an assignment, made when it is first asked for."""
+        key = (assignment.ranks, assignment.precision)
+        with self._lock:
+            template = self._templates.get(key)
+            if template is None:
+                assert self.lora is not None, "where all weights are tuned, there is no adapter"
+                own = self.outline.assignment.ranks == assignment.ranks
+                base = self._base(assignment.precision).share()
+                model = adapt(base, self.lora, None if own else dict(assignment.ranks)).eval()
+                template = self._templates[key] = _Template(model)
+
+            self._templates.move_to_end(key)
+            if len(self._templates) > MOST_TEMPLATES:
+                self._templates.popitem(last=False)
+
+            return template
+
+    # -- borrowing ---------------------------------------------------------------------------------
+
+    @contextmanager
+    def model(
+        self,
+        state: Named,
+        *,
+        trainable: Trainable = "none",
+        checkpointing: bool = False,
+        assignment: Assignment | None = None,
+    ) -> Iterator[nn.Module]:
+        """Borrow a model that holds `state`, whose `trainable` parameters require gradients.
+
+        The assignment is the run's own where none is given.
+        """
+        assignment = assignment or self.outline.assignment
+        with self._take(state, trainable, assignment) as model:
+            set_trainable(model, trainable)
+            switch_dropout(model, active=False)
+            if model.training:
+                model.eval()
+            if checkpointing:
+                checkpoint_layers(model)
+
+            try:
+                yield model
+            finally:
+                for parameter in tuned_parameters(model).values():
+                    parameter.grad = None
+                if checkpointing:
+                    whole_layers(model)
+
+    @contextmanager
+    def _take(
+        self, state: Named, trainable: Trainable, assignment: Assignment
+    ) -> Iterator[nn.Module]:
+        if self.full:
+            yield self._base(assignment.precision).make(state, own=trainable != "none")
+            return
+
+        with self._lock:
+            template = self._template(assignment)
+            free = template.free.pop() if template.free else None
+
+        model = template.copy() if free is None else free
+        write_weights(model, state)
+        try:
+            yield model
+        finally:
+            with self._lock:
+                template.free.append(model)
+
+    def weights(self, state: Named, assignment: Assignment | None = None) -> Named:
+        """Return the values, fp32, that the parameters named in `state` have in a model with it."""
+        if not self.full:
+            return state
+
+        precision = None if assignment is None else assignment.precision
+        base = self._base(precision).source
+        return {name: base.get(name).float() + change for name, change in state.items()}
+
+    def base_state(self) -> Named:
+        """Return the state that changes nothing in the run's own layout (see `base_state`)."""
+        return base_state(self.layout)
+
+    # -- results -----------------------------------------------------------------------------------
+
+    def save(self, state: Named, folder: Path) -> None:
+        """Write an adapter as a folder of PEFT, all weights as a folder of transformers.
+
+        All weights are in the base's type, with the generation settings of the base's folder. The
+        tokenizer is written too, unless `exports_tokenizer` is false.
+        """
+        with self.model(state) as model:
+            if self.full:
+                save_whole(model, folder, weights_folder(self.config))
+            else:
+                save_adapter(model, folder)
+
+        if self.exports_tokenizer():
+            self.tokenizer.save_pretrained(str(folder))
+
+    def exports_tokenizer(self) -> bool:
+        """Return whether a written folder holds the tokenizer.
+
+        AutoPeftModelForCausalLM adds a row to the model for each token of the adapter's folder that
+        the model has no row for, which changes all probabilities. A class such as Qwen's adds
+        tokens by itself, so the tokenizer of such a base stays in the base's folder.
+        """
+        return self.full or len(self.tokenizer) <= self.outline.num_embeddings
+
+    def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """Return greedy continuations of `prompts`, without the prompts and special tokens."""
+        return list(self.answers(state, prompts, max_new_tokens=max_new_tokens))
+
+    def answers(
+        self, state: Named, prompts: Sequence[str], *, max_new_tokens: int
+    ) -> Iterator[str]:
+        """Yield the answers of `generate` one by one; a model is borrowed until the last."""
+        with self.model(state) as model:
+            yield from continuations(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
