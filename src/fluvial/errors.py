@@ -1,19 +1,19 @@
-"""What can go wrong, as one small tree.
+"""The tree of errors that Fluvial raises on purpose.
 
     FluvialError
-    ├── ConfigError       a setting, path, model or data file of the user is wrong
-    │   ├── MissingWeightsError   a base model's folder has a configuration and no weights
-    │   ├── RefusalError   the same, in words that may leave a site
-    │   └── DataError      faults of data files, told together (`data.faults`)
-    ├── WireError         bytes from outside break the format or a limit
-    ├── ClientError       a site raised or stayed silent, or too few sites answered
-    ├── CheckpointError   a run folder cannot be written, locked or resumed
-    ├── GateError         a codec did not carry held-out updates and is refused
-    ├── PrivacyError      a site would release what its privacy budget does not count
-    └── DivergenceError   training left the finite numbers or exploded
+    ├── ConfigError              a setting, path, model or data file of the user is wrong
+    │   ├── MissingWeightsError  a model folder has a configuration but no weights
+    │   ├── RefusalError         a site refuses a request, in a text that may leave the site
+    │   └── DataError            faults of data files, listed together (`data.faults`)
+    ├── WireError                bytes from outside break the format or a limit
+    ├── ClientError              a site raised or stayed silent, or the quorum was missed
+    ├── CheckpointError          a run folder cannot be written, locked or resumed
+    ├── GateError                a codec did not carry held-out updates and is refused
+    ├── PrivacyError             a release is outside the privacy budget of a site
+    └── DivergenceError          training produced values that are not finite, or exploded
 
 A message says what was found, where, and what would be right. Broken invariants are `assert`, not
-these.
+errors of this tree.
 """
 
 from typing import Any
@@ -28,13 +28,13 @@ class ConfigError(FluvialError):
 
 
 class MissingWeightsError(ConfigError):
-    """A base model's folder has a configuration and no weights, which sizes can be told without."""
+    """A base model's folder has a configuration, which gives its sizes, but no weights."""
 
 
 class RefusalError(ConfigError):
-    """A site does not do what it was asked; its text leaves the site.
+    """A site refuses a request, in a text that leaves the site.
 
-    The text is made of constants, names of settings and numbers: nothing of records, files or
+    The text consists of constants, names of settings and numbers. It names no records, files or
     paths.
     """
 
@@ -52,18 +52,20 @@ class CheckpointError(FluvialError):
 
 
 class GateError(FluvialError):
-    """A codec did not carry held-out updates; the message lists the failed criteria, `report` all
-    that was measured."""
+    """A codec did not carry held-out updates; the message lists the failed criteria."""
 
     def __init__(self, message: str, report: dict[str, Any]) -> None:
         super().__init__(message)
         self.report = report
+        """All measures of the gate, as JSON values."""
 
 
 class PrivacyError(FluvialError):
-    """A site would release something that epsilon does not count."""
+    """A site would release a value that its epsilon does not count."""
 
 
 class DivergenceError(FluvialError):
-    """Training produced NaN or Inf, or the adapter grew beyond the guard; its text leaves the
-    site."""
+    """Training produced NaN or Inf, or the adapter grew beyond the guard.
+
+    The text leaves the site.
+    """

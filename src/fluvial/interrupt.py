@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: end the process at once, with 130 or 143 and one line about how to go on.
+"""End the process at once on Ctrl-C and SIGTERM, with exit code 130 or 143 and one line of advice.
 
-Sites work in threads, and some of them are inside torch. An interpreter that is taken down around
-them ends with `terminate called without an active exception` and SIGABRT. Everything a run writes
-survives `kill -9`, so nothing has to be unwound: the process leaves from the signal handler itself,
-and a second signal cannot meet it half-way.
+Sites train in threads, and some of these are inside torch. An interpreter that shuts down while
+they run ends with `terminate called without an active exception` and SIGABRT. Everything that a run
+writes survives `kill -9`, so nothing has to be unwound: the process ends inside the signal handler,
+where a second signal cannot interrupt a shutdown.
 """
 
 import os
@@ -19,28 +19,28 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\r\x1b[2K\x1b[?25h"
-"""Clear the line of a progress bar and show the cursor that it hid."""
+"""Terminal codes that clear the line of a progress bar and show the cursor again."""
 
 _advice: Callable[[], str] = str
 _temporary: set[Path] = set()
-"""Folders that are removed before the process leaves."""
+"""Folders that are removed before the process ends."""
 
 
 def install() -> None:
-    """Leave at once on SIGINT and SIGTERM; one that the caller's shell ignores stays ignored."""
+    """End the process on SIGINT and SIGTERM, except a signal that the shell has set to be ignored."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)
 
 
-def set_advice(words: Callable[[], str]) -> None:
-    """Set what is printed before the process leaves: one line, or nothing, known only then."""
+def set_advice(advice: Callable[[], str]) -> None:
+    """Set the function whose line is printed before the process ends; "" prints nothing."""
     global _advice
-    _advice = words
+    _advice = advice
 
 
 def temporary_folder(owner: object) -> Path:
-    """Make a folder that is removed with `owner`, at exit, and before the process leaves."""
+    """Make a folder that is removed with `owner`, at exit, and when a signal ends the process."""
     path = Path(tempfile.mkdtemp(prefix="fluvial-"))
     _temporary.add(path)
     weakref.finalize(owner, _remove, path)  # at exit too
@@ -53,14 +53,15 @@ def _remove(path: Path) -> None:
 
 
 def _leave(number: int, _: FrameType | None) -> None:
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
-    # The signal may have come while a line was being written: whatever fails here, the exit code
-    # stands.
+    for repeated in SIGNALS:
+        signal.signal(repeated, signal.SIG_IGN)
+
+    # The signal may have come while a line was being written. Whatever fails here, the exit code
+    # stays the same.
     with suppress(Exception):
-        words = _advice()
+        line = _advice()
         before = _SHOW_CURSOR if sys.stderr.isatty() else b""
-        os.write(2, before + (words + "\n").encode(errors="replace") if words else before)
+        os.write(2, before + (line + "\n").encode(errors="replace") if line else before)
 
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):

@@ -1,14 +1,14 @@
-"""The base of all tables of settings: read-only, strict, without unknown keys.
+"""Base class of all tables of settings: read-only, strict, without unknown keys.
 
-The docstrings of its fields describe a table.
+The docstrings of the fields describe the settings in docs/settings.md.
 
 A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true),
-numbers are finite, strings are not empty, and a list names each thing once.
+numbers are finite, strings are not empty, and a list holds each string once.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
@@ -27,7 +27,7 @@ def check_text(text: str) -> None:
         )
 
 
-def _exact(value: Any) -> Any:
+def _exact(value: object) -> object:
     """Refuse 2.0 and true where 2 and 1 are among the choices."""
     if isinstance(value, bool | float):
         raise PydanticKnownError("int_type")
@@ -35,7 +35,7 @@ def _exact(value: Any) -> Any:
     return value
 
 
-def _path_text(value: Any) -> Any:
+def _path_text(value: object) -> object:
     if isinstance(value, str):
         check_text(value)
 
@@ -43,13 +43,13 @@ def _path_text(value: Any) -> Any:
 
 
 FilePath = Annotated[Path, Field(strict=False), BeforeValidator(_path_text)]
-"""A path, which is a string in TOML."""
+"""Type of a path, which is a string in TOML."""
 EXACT = BeforeValidator(_exact)
-"""Goes with a `Literal` of integers, which would take 2.0 for 2."""
+"""Validator for a `Literal` of integers, which would otherwise accept 2.0 for 2."""
 
 
 class ConflictError(ValueError):
-    """Values that are each valid alone and cannot stand together; one line each."""
+    """Values that are each valid alone but contradict each other, one line for each conflict."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
@@ -57,8 +57,7 @@ class ConflictError(ValueError):
 
 
 class Settings(BaseModel):
-    """A table of a configuration or of a site's or server's file; docs/settings.md is written from
-    these."""
+    """A table of settings in a run's configuration, site.toml or server.toml."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -69,9 +68,9 @@ class Settings(BaseModel):
     )
 
     def conflicts(self) -> Iterator[str]:
-        """Yield a line for values that are each valid alone and cannot stand together.
+        """Yield a line for each set of values that are valid alone but contradict each other.
 
-        A line begins with the key, as seen from this table: `key: why; remedy`.
+        A line begins with the key, relative to this table: `key: why; remedy`.
         """
         yield from ()
 
@@ -85,13 +84,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _arrays(cls, table: Any) -> Any:
-        """Make tuples of the arrays of TOML and JSON, which strict tuples ask for."""
+    def _arrays(cls, table: object) -> object:
+        """Turn the arrays of TOML and JSON into tuples, which strict fields require."""
         return _frozen(table) if isinstance(table, dict) else table
 
     @field_validator("*", mode="after")
     @classmethod
-    def _says_something(cls, value: Any) -> Any:
+    def _readable_strings(cls, value: object) -> object:
         """Refuse empty and unreadable strings, and strings that a list holds twice."""
         strings = list(_strings(value))
         for text in strings:
@@ -99,12 +98,12 @@ class Settings(BaseModel):
 
         if isinstance(value, tuple) and len(set(strings)) < len(strings):
             twice = next(text for text in strings if strings.count(text) > 1)
-            raise ValueError(f"{twice!r} stands there twice; remove one")
+            raise ValueError(f"{twice!r} is listed twice; remove one")
 
         return value
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     if isinstance(value, list):
         return tuple(_frozen(item) for item in value)
 
@@ -114,8 +113,8 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string of a value that is no table of settings, keys included."""
+def _strings(value: object) -> Iterator[str]:
+    """Yield every string of a value that is no table of settings, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, tuple):

@@ -128,7 +128,7 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
         "seed = an integer of 81 bits: must be an integer from 0 to 2147483647",
         'compare = "local": must be an array of strings among "local", "fedavg", "central"; write ["local"]',
         'model.name_or_path = "": the string is empty',
-        'lora.target_modules = ["q_proj", "q_proj"]: \'q_proj\' stands there twice',
+        'lora.target_modules = ["q_proj", "q_proj"]: \'q_proj\' is listed twice',
         "lora.lora_alpha = 1e+300: must be a number from",
         "data.max_length = 1000000000: must be an integer from",
         "data.partition.sites = 0: must be an integer from 1",

@@ -1,0 +1,32 @@
+"""Library code logs by its module's name; only a process's entry point configures logging."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src" / "fluvial"
+ENTRY_POINTS = ("cli/__init__.py", "flower/server.py")
+"""The command line, and the process that Flower's SuperLink starts for a run."""
+
+
+def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
+    """Yield file and node of every call of `logging.NAME` in the library."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == f"logging.{name}":
+                yield path.relative_to(SOURCE).as_posix(), node
+
+
+def test_a_module_logs_by_its_name() -> None:
+    others = [
+        (path, ast.unparse(call))
+        for path, call in calls("getLogger")
+        if ast.unparse(call.args[0]) != "__name__"
+        and path.partition("/")[0] not in ("cli", "flower")
+    ]
+    assert not others
+    assert len(list(calls("getLogger"))) > 10
+
+
+def test_only_entry_points_configure_logging() -> None:
+    assert sorted(path for path, _ in calls("basicConfig")) == list(ENTRY_POINTS)
