@@ -1,18 +1,14 @@
-"""Numbers, texts and tables as a person reads them."""
+"""Numbers and texts from outside in the form that people read."""
 
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-from rich import box
-from rich.table import Table
-from rich.text import Text
+from collections.abc import Mapping
+from typing import Any
 
 
 def human_bytes(count: float) -> str:
-    """Three digits and a unit; 1 kB is 1000 bytes."""
+    """Return a number of bytes with three digits and a unit; 1 kB is 1000 bytes."""
     if count < 1000:
         return f"{count:.0f} B"
 
@@ -21,11 +17,12 @@ def human_bytes(count: float) -> str:
         if count < 999.5 or unit == "TB":
             break
 
-    return f"{count:.{2 if count < 9.995 else 1 if count < 99.95 else 0}f} {unit}"
+    decimals = 2 if count < 9.995 else 1 if count < 99.95 else 0
+    return f"{count:.{decimals}f} {unit}"
 
 
 def human_ratio(ratio: float | None) -> str:
-    """A ratio of bytes as 1/57; three decimals where little or nothing is saved."""
+    """Return a ratio of bytes as 1/57, or with three decimals where little or nothing is saved."""
     if ratio is None:
         return "-"
     if not 0 < ratio < 0.7:
@@ -34,7 +31,7 @@ def human_ratio(ratio: float | None) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Seconds, or minutes and hours once there are many."""
+    """Return `seconds` with one decimal, or as minutes and hours from 100 s on."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return human_minutes(seconds)
@@ -46,66 +43,51 @@ def human_minutes(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plain(text: str) -> str:
-    """`text` without control characters, which could drive a terminal, and with long runs of
-    newlines counted."""
-    text = "".join(
-        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" else c for c in text
-    )
-    return re.sub(r"\n{3,}", lambda run: f" [⏎ x {len(run[0])}] ", text)
+_CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories that could drive a terminal, reorder a line or be no text at all."""
+_JOINERS = ("\u200c", "\u200d")
+"""Format characters that belong to the spelling of several scripts and to emoji."""
 
 
-def table(
-    headings: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    title: str,
-    left: int = 1,
-    caption: str = "",
-) -> Table:
-    """A table of plain texts; the first `left` columns are set to the left, the others are
-    numbers."""
-    table = Table(
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        caption=caption or None,
-        caption_justify="left",
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    label = min(
-        18, max((len(row[0]) for row in rows), default=0)
-    )  # rather a heading in two lines than a label
+def safe_text(text: str) -> str:
+    """Return `text` so that it cannot drive a terminal, with its newlines and tabs.
 
-    for number, heading in enumerate(headings):
-        justify: Literal["left", "right"] = "left" if number < left else "right"
-        table.add_column(
-            heading, justify=justify, overflow="fold", min_width=0 if number else label
-        )
+    Control and format characters and lone surrogates are written as escapes; three or more newlines
+    in a row are counted.
+    """
+    text = "".join(char if char in "\n\t" else _escaped(char) for char in text)
+    return re.sub(r"\n{3,}", lambda newlines: f" [⏎ x {len(newlines[0])}] ", text)
 
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+
+def safe_line(text: str) -> str:
+    """Return `text` as `safe_text` does, with newlines and tabs written as escapes too."""
+    return "".join(map(_escaped, text))
+
+
+def _escaped(char: str) -> str:
+    if char in _JOINERS or unicodedata.category(char) not in _CONTROLS:
+        return char
+    return char.encode("unicode_escape").decode()
 
 
 NOT_MEASURED = "not measured"
+"""Text in place of a value that is unknown or not finite."""
 
 
 def figure(value: float | None, form: str = ".4f") -> str:
-    """Return `value` in `form`; what is unknown or no finite number is "not measured"."""
+    """Return `value` in `form`, or "not measured" where it is unknown or not finite."""
     known = isinstance(value, int | float) and math.isfinite(value)
     return format(value, form) if known else NOT_MEASURED
 
 
 def percent(share: float | None) -> str:
-    """Return a share in per cent with two decimals; "not measured" where it is not known."""
+    """Return a share in per cent with two decimals, or "not measured" where it is unknown."""
     known = isinstance(share, int | float) and math.isfinite(share)
     return f"{100 * share:.2f} %" if share is not None and known else NOT_MEASURED
 
 
 def privacy_words(report: Mapping[str, Any]) -> str:
-    """Return what the privacy of a run cost, and what it leaves out, as one line."""
+    """Return epsilon, delta and releases of a run as one line, with what lies outside epsilon."""
     where = "by the server" if report["placement"] == "aggregate" else "at the site"
     counted = (
         f"epsilon {report['epsilon']:.3g} at delta {report['delta']:g} after "

@@ -13,7 +13,7 @@ from fluvial import __version__, interrupt
 from fluvial.cli import check, evaluate, run, server, show, site, submit
 from fluvial.cli.console import err, out
 from fluvial.errors import FluvialError
-from fluvial.formatting import plain
+from fluvial.formatting import safe_text
 
 app = typer.Typer(
     help="Fine-tune one language model over many sites whose data must stay where it is.",
@@ -40,7 +40,7 @@ def main() -> None:
         app()
     except FluvialError as error:
         err.print(f"[red]{type(error).__name__}[/]: ", end="")
-        err.print(plain(str(error)), markup=False)
+        err.print(safe_text(str(error)), markup=False)
         sys.exit(1)
 
 

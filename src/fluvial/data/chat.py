@@ -6,9 +6,9 @@ from datetime import datetime
 from typing import Any
 
 from fluvial.data.examples import IGNORE_INDEX, Example
-from fluvial.data.faults import printable
 from fluvial.data.records import Message
 from fluvial.errors import ConfigError
+from fluvial.formatting import safe_line
 
 TODAY = datetime(2024, 7, 26)
 """The day that a template gets when it asks for today's, so that tokens do not depend on the day of
@@ -157,7 +157,7 @@ def _render(
             **_dated(tokenizer.chat_template),
         )
     except Exception as error:  # a template is a program: it may raise whatever a program raises
-        said = printable(str(error).strip().partition("\n")[0])[:120]
+        said = safe_line(str(error).strip().partition("\n")[0])[:120]
         raise ConfigError(
             f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; "
             "change the record, or set data.chat_template to another template"

@@ -1,9 +1,9 @@
 """Faults of data files, collected over all files and sites and told together."""
 
-import unicodedata
 from collections.abc import Sequence
 
 from fluvial.errors import ConfigError
+from fluvial.formatting import safe_line
 
 SHOWN = 20
 """Faults that a message lists; the others are counted."""
@@ -75,20 +75,7 @@ def _message(faults: Sequence[str], count: int) -> str:
 def shown(name: str) -> str:
     """Return a name in quotes, safe for a terminal: control characters escaped, long names cut."""
     cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."
-    return repr(printable(cut)) if cut == printable(cut) else f"'{printable(cut)}'"
-
-
-def printable(text: str) -> str:
-    """Return `text` with control and format characters and lone surrogates written as escapes."""
-    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    marks = (
-        character.encode("unicode_escape").decode()
-        if unicodedata.category(character) in hidden
-        else character
-        for character in text
-    )
-
-    return "".join(marks)
+    return repr(safe_line(cut)) if cut == safe_line(cut) else f"'{safe_line(cut)}'"
 
 
 def listed(names: Sequence[str], most: int = 12) -> str:

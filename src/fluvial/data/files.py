@@ -4,7 +4,8 @@ import codecs
 import re
 from pathlib import Path
 
-from fluvial.data.faults import DataError, printable
+from fluvial.data.faults import DataError
+from fluvial.formatting import safe_line
 
 UTF8 = "utf-8"
 SPREADSHEET = "save it as CSV (UTF-8) in the program that made it"
@@ -65,7 +66,7 @@ def known_encoding(name: str) -> bool:
 
 def read_bytes(path: Path) -> bytes:
     """Return the bytes of a file; raise `DataError` if it cannot be read or is empty."""
-    name = printable(str(path))
+    name = safe_line(str(path))
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -84,7 +85,7 @@ def read_text(path: Path, encoding: str) -> str:
     a proposal.
     """
     data = read_bytes(path)
-    name = printable(str(path))
+    name = safe_line(str(path))
 
     for start, what, remedy in FORMATS:
         if data.startswith(start):

@@ -16,9 +16,10 @@ from json.decoder import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.faults import DataError, Faults, listed, printable, shown
+from fluvial.data.faults import DataError, Faults, listed, shown
 from fluvial.data.files import UTF8, read_bytes, read_text
 from fluvial.data.rows import Number, Place, Row, Table, columns_of, typed
+from fluvial.formatting import safe_line
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 """Ends of lines; not U+2028 and others, which may stand within a JSON text."""
@@ -45,7 +46,7 @@ def read_file(path: Path, reading: Reading) -> Table:
 def _filled(path: Path, table: Table) -> Table:
     if not table.rows:
         blank = f" ({table.notes[0]})" if table.notes else ""
-        raise DataError([f"{printable(str(path))}: holds no record{blank}"])
+        raise DataError([f"{safe_line(str(path))}: holds no record{blank}"])
 
     return table
 
@@ -104,7 +105,7 @@ def _json_lines(path: Path, text: str) -> Table:
     if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
         raise DataError(
             [
-                f"{printable(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"
+                f"{safe_line(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"
             ]
         )
 
@@ -151,7 +152,7 @@ def _why(error: ValueError) -> str:
 def _json(path: Path, reading: Reading) -> Table:
     """Read a list of records, or an object with one such list, or JSON lines."""
     text = read_text(path, reading.encoding)
-    name = printable(str(path))
+    name = safe_line(str(path))
 
     try:
         found = list(_document(text))
@@ -284,7 +285,7 @@ def _after_blank(text: str, start: int) -> int:
 def _delimited(path: Path, reading: Reading) -> Table:
     """Read a table with a header line; each value is text exactly as written."""
     text = read_text(path, reading.encoding)
-    name = printable(str(path))
+    name = safe_line(str(path))
     delimiter = reading.delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     _refuse_other_text(name, text)
     lines = _csv_rows(name, text, delimiter)
@@ -431,7 +432,7 @@ def _parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parquet s
     from pyarrow import parquet
 
     data = read_bytes(path)
-    name = printable(str(path))
+    name = safe_line(str(path))
 
     if not data.startswith(b"PAR1"):
         raise DataError([f"{name}: is not a parquet file; give it the suffix of what it is"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from fluvial.data.faults import printable
+from fluvial.formatting import safe_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     """From 1."""
 
     def __str__(self) -> str:
-        return f"{printable(self.file)}, {self.unit} {self.number}"
+        return f"{safe_line(self.file)}, {self.unit} {self.number}"
 
 
 @dataclass(frozen=True, slots=True)

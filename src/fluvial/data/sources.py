@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data.config import ReadingSettings
-from fluvial.data.faults import DataError, Faults, printable, shown
+from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
 from fluvial.data.partition import Drawn, Iid
@@ -15,6 +15,7 @@ from fluvial.data.readers import READERS, Reading, read_file
 from fluvial.data.records import Record, RecordReader, Text, encodable
 from fluvial.data.rows import Number, Place, Row, Table, columns_of, described, typed
 from fluvial.errors import ConfigError
+from fluvial.formatting import safe_line
 
 KNOWN = ", ".join(READERS)
 DELIMITED = (".csv", ".tsv")
@@ -227,7 +228,7 @@ def _data_set(source: Source) -> Table:
 def _records(table: Table, source: Source, faults: Faults) -> Found:
     """Return the records of a table; rows that are none go to `faults`, empty texts are left
     out."""
-    name = printable(table.name)
+    name = safe_line(table.name)
     found = Found([], [f"{name}: {note}" for note in table.notes])
 
     try:
@@ -260,7 +261,7 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
 def _reader(table: Table, source: Source) -> RecordReader:
     """Return the reader of a table's rows, by the settings of its source."""
     reading = source.reading
-    where = f"{printable(table.name)} ({source.where})"
+    where = f"{safe_line(table.name)} ({source.where})"
 
     if table.kind == ".txt":
         return RecordReader(_form_of_text(source, where), {})
@@ -348,7 +349,7 @@ def _class_of(row: Row, column: str) -> str:
 
     if not value.strip():
         raise ConfigError(f"{name}: is empty; write the site's name, or remove the record")
-    if value != printable(value):
+    if value != safe_line(value):
         raise ConfigError(f"{name}: holds a control character; remove it")
 
     return encodable(row.place, f"column {shown(column)}", value)

@@ -6,10 +6,11 @@ from typing import Any
 
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
-from fluvial.data.faults import Faults, printable
+from fluvial.data.faults import Faults
 from fluvial.data.sources import Source, read_source
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenizing, refusal
+from fluvial.formatting import safe_line
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def read_whole(config: DataConfig, tokenizer: Any, where: str) -> Whole:
             if dropped
             else ""
         )
-        faults.add(f"{printable(config.source)} ({where}): holds nothing to measure{lost}")
+        faults.add(f"{safe_line(config.source)} ({where}): holds nothing to measure{lost}")
 
     faults.raise_any()
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluvial.formatting import plain
+from fluvial.formatting import safe_text
 
 
 def failures(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int
     names = sorted({each["site"] for each in [*visits, *failures(records)]})
     shown = records[-cycles:]
     rows = [
-        [plain(name), *(_trained(record["visits"], name) for record in shown)]
+        [safe_text(name), *(_trained(record["visits"], name) for record in shown)]
         for name in names[:sites]
     ]
     refused = sum(visit["share"] == 0 for visit in visits)
@@ -69,7 +69,7 @@ def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
 def _cell(visit: dict[str, Any]) -> str:
     """`3` for layer 3, `4-7` for layers 4 to 7, and what was made of the step where it was not
     taken whole."""
-    block = re.sub(r"^layers? ", "", plain(visit["block"])).replace(" to ", "-")
+    block = re.sub(r"^layers? ", "", safe_text(visit["block"])).replace(" to ", "-")
     share = visit["share"]
 
     return (
@@ -94,7 +94,7 @@ def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | N
 
     for each in made[-last:]:
         names = [each["block"], " and ".join(each["sites"]), each["resolved"]]
-        rows.append([str(each["cycle"]), *map(plain, names), f"{each['cosine']:.3f}"])
+        rows.append([str(each["cycle"]), *map(safe_text, names), f"{each['cosine']:.3f}"])
 
     return Excerpt(
         "Conflict log", ["cycle", "block", "sites", "resolved", "cosine"], rows, left=4, words=words

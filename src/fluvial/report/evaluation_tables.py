@@ -7,16 +7,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fluvial.formatting import plain
+from fluvial.formatting import safe_text
 
 
 def evaluation_tables(found: dict[str, Any]) -> Group:
     """One table for the records, one for the questions, one for their subjects."""
     title = found["model"] if "model" in found else f"{found['adapter']} on {found['base_model']}"
-    parts: list[Any] = [Text(plain(title), style="bold")]
+    parts: list[Any] = [Text(safe_text(title), style="bold")]
 
     if "records" in found:
-        parts.append(Text(plain(found["records"]["line"])))
+        parts.append(Text(safe_text(found["records"]["line"])))
     if "data" in found:
         parts.append(_record_table(found["data"], _title(found)))
     if "choices" in found:
@@ -142,7 +142,7 @@ def _group_tables(
 def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list[str]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     table = Table(
-        title=Text(plain(title)),
+        title=Text(safe_text(title)),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         caption="; ".join(notes) or None,
@@ -152,5 +152,5 @@ def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(plain(cell)) for cell in row))
+        table.add_row(*(Text(safe_text(cell)) for cell in row))
     return table

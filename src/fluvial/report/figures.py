@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fluvial.formatting import human_bytes, plain
+from fluvial.formatting import human_bytes, safe_text
 from fluvial.runs.verdict import loss_of, losses
 
 COLOURS = {
@@ -264,7 +264,7 @@ def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Mar
         )
 
     axes.plot(final, at, "o", color=COLOURS["own"], label="final")
-    axes.set_yticks(at, [plain(site) for site in table])
+    axes.set_yticks(at, [safe_text(site) for site in table])
     axes.set_ylim(-0.6, len(table) - 0.4)
     axes.set_xlabel("held-out loss, nats per token")
     figure.legend(loc="outside upper left", ncols=3)

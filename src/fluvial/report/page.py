@@ -10,7 +10,7 @@ import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, plain
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.figures import (
     STYLE,
@@ -90,7 +90,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         else None,
     }
     samples = [
-        {key: plain(text) for key, text in sample.items()}
+        {key: safe_text(text) for key, text in sample.items()}
         for sample in (result or {}).get("samples", [])
     ]
     excerpts = (
@@ -119,7 +119,7 @@ def _content(found: dict[str, Any]) -> dict[str, Any]:
         "verdicts": _verdicts(gate) if gate else [],
         "samples": samples,
         "excerpts": [each for each in excerpts if each],
-        "failures": [{**each, "reason": plain(each["reason"])} for each in failures(metrics)],
+        "failures": [{**each, "reason": safe_text(each["reason"])} for each in failures(metrics)],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]}
         if result
@@ -196,7 +196,7 @@ def _blocks(setup: dict[str, Any]) -> Excerpt | None:
 
     cosines = setup.get("gradient_cosines", {})
     rows = [
-        [plain(each["name"]), f"{each['values']:,}"]
+        [safe_text(each["name"]), f"{each['values']:,}"]
         + ([f"{cosines[each['name']]:.3f}"] if cosines else [])
         for each in setup["blocks"]
     ]

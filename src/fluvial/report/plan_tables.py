@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fluvial.formatting import plain, table
+from fluvial.formatting import safe_text
+from fluvial.report.tables import table
 
 
 def plan_table(planned: dict[str, Any]) -> Group:
@@ -14,13 +15,13 @@ def plan_table(planned: dict[str, Any]) -> Group:
     title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
     sites = [
         [
-            plain(each["name"]),
+            safe_text(each["name"]),
             *(f"{each[key]:,}" for key in ("records", "train", "heldout", "truncated_records")),
         ]
         for each in planned["sites"]
     ]
     figures = table(
-        ["", ""], [[plain(row["what"]), plain(row["value"])] for row in planned["rows"]], ""
+        ["", ""], [[safe_text(row["what"]), safe_text(row["value"])] for row in planned["rows"]], ""
     )
     figures.show_header = False
     parts: list[RenderableType] = [
@@ -29,7 +30,7 @@ def plan_table(planned: dict[str, Any]) -> Group:
         table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
     ]
 
-    return Group(*parts, *(Text(f"• {plain(note)}") for note in planned["notes"]))
+    return Group(*parts, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
 
 
 def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
@@ -37,7 +38,7 @@ def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
     colours are lost."""
     parts: list[RenderableType] = [
         Text.assemble(
-            f"site {plain(found['site'])}, {found['form']}: ",
+            f"site {safe_text(found['site'])}, {found['form']}: ",
             ("«loss»" if marks else "loss", "bold green"),
             ", ",
             ("no loss", "dim"),
@@ -46,9 +47,8 @@ def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
     for number, sequence in enumerate(found["sequences"], start=1):
         text = Text()
         for token in sequence["tokens"]:
-            # One by one: `plain` over the text would count newlines that belong to different
-            # tokens.
-            pieces = "⏎\n".join(map(plain, token["text"].split("\n")))
+            # Token by token: over the whole text, `safe_text` would count newlines of several tokens.
+            pieces = "⏎\n".join(map(safe_text, token["text"].split("\n")))
             pieces = f"«{pieces}»" if marks and token["loss"] else pieces
             text.append(pieces, style="bold green" if token["loss"] else "dim")
 

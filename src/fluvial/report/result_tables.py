@@ -8,15 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fluvial.formatting import (
-    figure,
-    human_bytes,
-    human_ratio,
-    percent,
-    plain,
-    privacy_words,
-    table,
-)
+from fluvial.formatting import figure, human_bytes, human_ratio, percent, privacy_words, safe_text
+from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 
 BASELINES = {
@@ -148,7 +141,9 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
 
     for sample in result.get("samples", []):
         for when, key in (("before", "base"), ("after", "final")):
-            shown = Text.assemble((plain(sample["prompt"]), "dim"), plain(sample[key]).rstrip())
+            shown = Text.assemble(
+                (safe_text(sample["prompt"]), "dim"), safe_text(sample[key]).rstrip()
+            )
             lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
 
     return Group(
@@ -176,7 +171,7 @@ def verdict_line(found: dict[str, Any]) -> Text:
     """Return the verdict of a finished run in one line."""
     verdict = verdict_of(found)
     colour = {"yes": "green", "no": "red"}.get(verdict.helped, "yellow")
-    return Text(plain(verdict.line()), style=f"bold {colour}")
+    return Text(safe_text(verdict.line()), style=f"bold {colour}")
 
 
 def with_compared(found: dict[str, Any]) -> dict[str, Any]:

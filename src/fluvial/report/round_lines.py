@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from fluvial.formatting import human_bytes, human_ratio, human_seconds, plain
+from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
 
 
 def round_header(method: str) -> str:
@@ -36,7 +36,7 @@ def round_line(record: dict[str, Any]) -> str:
     if "heldout_loss" in record:
         parts.append(f"held-out {record['heldout_loss']:.4f}")
 
-    parts += [f"codec: {escape(plain(record['choice']))}"] if "choice" in record else []
+    parts += [f"codec: {escape(safe_text(record['choice']))}"] if "choice" in record else []
     parts += ["transform refitted"] if "refit" in record else []
     parts += (
         [f"gradient cosine {record['gradient_cosine']:.3f}"] if "gradient_cosine" in record else []
@@ -60,7 +60,7 @@ def round_line(record: dict[str, Any]) -> str:
 def _some(names: Sequence[str]) -> str:
     """The first five, safe to print."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return escape(plain(", ".join(names[:5]))) + more
+    return escape(safe_text(", ".join(names[:5]))) + more
 
 
 def setup_lines(values: dict[str, Any]) -> list[str]:
@@ -78,12 +78,14 @@ def _block_lines(values: dict[str, Any]) -> list[str]:
         names = [block["name"] for block in run]
         sizes.append(" ... ".join(dict.fromkeys((names[0], names[-1]))) + f" with {size:,} values")
 
-    lines = [f"{len(values['blocks'])} blocks: {escape(plain('; '.join(sizes)))}"]
+    lines = [f"{len(values['blocks'])} blocks: {escape(safe_text('; '.join(sizes)))}"]
     cosines = ", ".join(
         f"{name} {value:.3f}" for name, value in values.get("gradient_cosines", {}).items()
     )
     return lines + (
-        [f"cosine of gradients through the download: {escape(plain(cosines))}"] if cosines else []
+        [f"cosine of gradients through the download: {escape(safe_text(cosines))}"]
+        if cosines
+        else []
     )
 
 
@@ -102,9 +104,9 @@ def _gate_lines(values: dict[str, Any]) -> list[str]:
     choice = values.get("choice")
 
     return [
-        *([f"codec: {escape(plain(choice['why']))}"] if choice else []),
+        *([f"codec: {escape(safe_text(choice['why']))}"] if choice else []),
         f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
-        *(f"  [red]failed:[/] {escape(plain(reason))}" for reason in gate["failed"]),
+        *(f"  [red]failed:[/] {escape(safe_text(reason))}" for reason in gate["failed"]),
         f"  cosine to the true update {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
         f"the best predictor ({escape(best)}) {gate['predictors'][best]['all']:.3f}",
         f"  {human_bytes(gate['bytes_per_update'])} per update, "

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fluvial.formatting import figure, human_bytes, percent, plain, table
+from fluvial.formatting import figure, human_bytes, percent, safe_text
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
 from fluvial.report.result_tables import (
     closing_words,
@@ -17,6 +17,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.round_lines import round_header, round_line, setup_lines
+from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
 
 CYCLES = 12
@@ -44,7 +45,7 @@ def run_tables(found: dict[str, Any]) -> Group:
 
     refused = found.get("refused")
     if refused:
-        parts.append(Text(f"Refused by the gate: {plain(refused['why'])}", style="red"))
+        parts.append(Text(f"Refused by the gate: {safe_text(refused['why'])}", style="red"))
     elif result is None:
         state = f"Not finished: {len(metrics)} of {config.get('rounds', '?')} rounds of {method}."
         for name, run in found["compare"].items():
@@ -79,7 +80,7 @@ def run_tables(found: dict[str, Any]) -> Group:
     failed = failures(metrics)
     if failed:
         rows = [
-            [str(each["round"]), plain(each["site"]), each["task"], plain(each["reason"])]
+            [str(each["round"]), safe_text(each["site"]), each["task"], safe_text(each["reason"])]
             for each in failed
         ]
         parts += [
@@ -104,7 +105,7 @@ def _site_table(found: dict[str, Any]) -> Table:
         losses = [figure(before), figure(after), figure(change, "+.4f")]
         losses += [figure(loss_of((local.get(site) or {}).get("final")))] if local else []
         rows.append(
-            [plain(site), *losses, *(percent(each.get("accuracy")) for each in (base, final))]
+            [safe_text(site), *losses, *(percent(each.get("accuracy")) for each in (base, final))]
         )
 
     rows = rows or [["not measured", *["-"] * (6 if local else 5)]]
@@ -130,9 +131,9 @@ def _bytes_table(result: dict[str, Any]) -> Table:
 def _without_controls(value: Any) -> Any:
     """Return a plain value whose strings hold no characters that could drive a terminal."""
     if isinstance(value, str):
-        return plain(value)
+        return safe_text(value)
     if isinstance(value, list):
         return [_without_controls(each) for each in value]
     if isinstance(value, dict):
-        return {plain(key): _without_controls(each) for key, each in value.items()}
+        return {safe_text(key): _without_controls(each) for key, each in value.items()}
     return value

@@ -5,7 +5,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fluvial.formatting import human_bytes, human_seconds, plain, table
+from fluvial.formatting import human_bytes, human_seconds, safe_text
+from fluvial.report.tables import table
 
 
 def status_tables(found: dict[str, Any]) -> Group:
@@ -19,7 +20,7 @@ def status_tables(found: dict[str, Any]) -> Group:
         ]
         parts.append(table(["run", "number", "status", "took", "in", "out"], runs, "Runs", left=3))
         parts += [
-            Text(f"{run['run-id']}: {plain(run['status-details'])}", style="dim")
+            Text(f"{run['run-id']}: {safe_text(run['status-details'])}", style="dim")
             for run in found["runs"]
             if run["status-details"] not in ("", "N/A")
         ]
@@ -38,11 +39,11 @@ def status_tables(found: dict[str, Any]) -> Group:
 def _status_of_run(run: dict[str, Any]) -> list[str]:
     """Bytes as Flower counts them at the server: in from the sites, out to them."""
     traffic = run["network-traffic"]
-    status = plain(run["status"]).removeprefix("finished:")
+    status = safe_text(run["status"]).removeprefix("finished:")
     sizes = [human_bytes(traffic[f"{way}-bytes"]) for way in ("inbound", "outbound")]
 
     return [
-        plain(run.get("name") or "-"),
+        safe_text(run.get("name") or "-"),
         str(run["run-id"]),
         status,
         human_seconds(run["elapsed"]),
@@ -52,9 +53,9 @@ def _status_of_run(run: dict[str, Any]) -> list[str]:
 
 def _status_of_site(site: dict[str, Any]) -> list[str]:
     """A site by the name it was registered under; one without a key has only Flower's number."""
-    status = plain(site["status"])
+    status = safe_text(site["status"])
     since = {"online": site["online-at"], "offline": site["offline-at"]}.get(
         status, site["created-at"]
     )
 
-    return [plain(site.get("name") or f"node {site['node-id']}"), status, plain(str(since))]
+    return [safe_text(site.get("name") or f"node {site['node-id']}"), status, safe_text(str(since))]

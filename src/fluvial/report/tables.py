@@ -1,0 +1,40 @@
+"""The one form of all tables on a terminal: texts to the left, numbers to the right."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+
+def table(
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str,
+    left: int = 1,
+    caption: str = "",
+) -> Table:
+    """Return a table without markup; columns after the first `left` are numbers, set to the right."""
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption=caption or None,
+        caption_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    # A heading takes two lines sooner than a label in the first column.
+    label = min(18, max((len(row[0]) for row in rows), default=0))
+
+    for number, heading in enumerate(headings):
+        justify: Literal["left", "right"] = "left" if number < left else "right"
+        table.add_column(
+            heading, justify=justify, overflow="fold", min_width=0 if number else label
+        )
+
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

@@ -1,0 +1,26 @@
+"""Texts from outside on a terminal: what could drive it is written as an escape."""
+
+import pytest
+
+from fluvial.formatting import safe_line, safe_text
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\u202eb\u2028c", r"a\u202eb\u2028c"),
+        ("\ud800", r"\ud800"),
+        ("می‌خواهم 👩‍🔬 naïve", "می‌خواهم 👩‍🔬 naïve"),
+    ],
+)
+def test_controls_are_escaped_and_scripts_are_not(text: str, safe: str) -> None:
+    assert safe_text(text) == safe
+    assert safe_line(text) == safe
+    assert safe_text(safe) == safe
+
+
+def test_a_text_keeps_its_lines_and_a_line_has_none() -> None:
+    assert safe_text("a\n\n\tb\n\n\n\nc") == "a\n\n\tb [⏎ x 4] c"
+    assert safe_line("a\n\tb") == r"a\n\tb"
