@@ -21,11 +21,22 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 CONTEXT = 128
+MARKED = ("oracle", "contract")
+"""Folders whose tests bear the marker of the same name."""
 _TEXTS = [
     "The river carries the water of many small streams, and no stream sees the whole river.",
     "def mean(values):\n    return sum(values) / len(values)\n",
     "Question: what is the capital of France? Answer: Paris. user assistant system",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of tests/oracle and tests/contract by their folder."""
+    here = Path(__file__).parent
+    for item in items:
+        kind = item.path.relative_to(here).parts[0]
+        if kind in MARKED:
+            item.add_marker(kind)
 
 
 @pytest.fixture(autouse=True)

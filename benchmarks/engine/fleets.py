@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_clock
 from benchmarks.report import Row
 from fluvial.models.pretrained import ModelConfig, load_tokenizer
-from tests import flower_lab
+from tests.support import flower_lab
 
 ROOT = Path(__file__).parents[2]
 FLEETS = ("local", "ray", "warm", "stock", "nvflare")

@@ -17,7 +17,7 @@ from benchmarks.report import Row
 from fluvial.federation.line import FLOWER, Engine, Line, round_s
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
-from tests import flower_lab
+from tests.support import flower_lab
 
 # -- the table ------------------------------------------------------------------------------------
 

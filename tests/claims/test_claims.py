@@ -17,11 +17,11 @@ from fluvial.methods import Context
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import load, parse
 from fluvial.wire.tensors import Layout
-from tests.runs import run_table
+from tests.support import ROOT
+from tests.support.runs import run_table
 
 pytestmark = pytest.mark.claims
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 
 

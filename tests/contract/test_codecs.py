@@ -20,8 +20,6 @@ from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, VERSION, seal
 from fluvial.wire.tensors import Layout, Named, cosine, norm, subtract
 
-pytestmark = pytest.mark.contract
-
 CONFIG: TypeAdapter[CodecConfig] = TypeAdapter(CodecConfig)
 SIMPLE = [name for name, codec in CODECS.items() if not codec.learned]
 RATED = ["top_k", "random_k", "ternary", "hadamard", "eden", "dct_top_k", "powersgd", "trellis"]

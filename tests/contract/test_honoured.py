@@ -11,9 +11,7 @@ from fluvial.methods import METHODS
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from tests.contract.test_methods import SETTINGS
-from tests.runs import run_table
-
-pytestmark = pytest.mark.contract
+from tests.support.runs import run_table
 
 CHANGES: dict[str, dict[str, Any]] = {
     "weighted": {"codec": {"name": "int4", "weighted": True}},

@@ -15,9 +15,8 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import Run, execute
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import digest
-from tests.runs import run_table
-
-pytestmark = pytest.mark.contract
+from tests.support import ROOT
+from tests.support.runs import run_table
 
 # What a method needs beside its name to run on the tiny model.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -107,5 +106,5 @@ def test_an_entry_is_complete(name: str) -> None:
         assert list(inspect.signature(task).parameters) == ["site", "message"]
         assert (task.__doc__ or "").startswith("Task: ")
 
-    page = Path(__file__).parents[2] / "docs" / "methods" / f"{name}.md"
+    page = ROOT / "docs" / "methods" / f"{name}.md"
     assert page.exists() or "baseline" in method.paper

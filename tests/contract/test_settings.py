@@ -16,8 +16,6 @@ from fluvial.settings import Settings
 from fluvial.site_process.site_file import SiteFile
 from fluvial.storage import toml
 
-pytestmark = pytest.mark.contract
-
 WRONG: dict[str, Any] = {
     "nan": math.nan,
     "inf": math.inf,

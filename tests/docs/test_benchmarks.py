@@ -15,8 +15,7 @@ from benchmarks.codecs.bed import Bed, Cache, Contender, Found
 from benchmarks.fedcybgd import bed as fedcybgd_bed
 from benchmarks.fedcybgd import compute, losses, memory
 from benchmarks.report import Claim, Report, Row
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 def _quick(name: str, out: Path, *options: str, of: str = "") -> dict[str, Any]:

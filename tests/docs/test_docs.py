@@ -30,8 +30,8 @@ from fluvial.settings import Settings
 from fluvial.wire.payload import frame_payload
 from fluvial.wire.tensors import norm, subtract
 from tests.contract import test_codecs
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if path.exists())
 COMMAND_BLOCKS = ("", "sh", "bash", "console")
 

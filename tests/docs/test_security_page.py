@@ -2,9 +2,9 @@
 
 import ast
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 PAGE = ROOT / "docs" / "security.md"
 NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 

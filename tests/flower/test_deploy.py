@@ -30,8 +30,8 @@ from fluvial.federation.fleet import FleetConfig
 from fluvial.report.status_tables import status_tables
 from fluvial.settings import Settings
 from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "deploy.md"
 DEPLOY = ROOT / "deploy"
 

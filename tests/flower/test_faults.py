@@ -31,8 +31,8 @@ from fluvial.federation.local_fleet import LocalFleet
 from fluvial.flower import certificates
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute, site_of, tasks_of
-from tests.flower_lab import SERVER, Deployment, RunEndedError, deployment
-from tests.moments import SKEW, Moments
+from tests.support.flower_lab import SERVER, Deployment, RunEndedError, deployment
+from tests.support.moments import SKEW, Moments
 
 pytestmark = [pytest.mark.flower, pytest.mark.faults]
 

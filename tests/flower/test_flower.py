@@ -56,8 +56,8 @@ from fluvial.site_process.station import HELLO, UNKNOWN, Station
 from fluvial.wire.payload import Limits, Payload, frame_payload
 from tests.conftest import saved_model
 from tests.contract.test_methods import SETTINGS
-from tests.flower_lab import FLUVIAL, Deployment, deployment, toml
-from tests.runs import run_table
+from tests.support.flower_lab import FLUVIAL, Deployment, deployment, toml
+from tests.support.runs import run_table
 
 pytestmark = pytest.mark.flower
 

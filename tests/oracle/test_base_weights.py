@@ -15,7 +15,7 @@ from fluvial.models.base_weights import check_constant, open_weights, wanted
 from fluvial.models.frozen import stream
 from fluvial.models.loading import load_base, skeleton
 from fluvial.models.pretrained import ModelConfig
-from tests.model_kinds import KINDS, save_kind
+from tests.support.model_kinds import KINDS, save_kind
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 RENAMED_OR_FUSED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_neox", "gemma4_text", "llama")

@@ -44,7 +44,7 @@ from fluvial.training.evaluate import heldout
 from fluvial.training.train import TrainConfig, learning_rate_share, train
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, add, cosine, moved, norm, scale, subtract
-from tests.oracle.test_fedcybgd_ledger import four_layers
+from tests.unit.methods.fedcybgd.test_ledger import four_layers
 
 VISIT: Any = import_module(
     "fluvial.methods.fedcybgd.visit"

@@ -20,8 +20,8 @@ from fluvial.models.targets import LoraSettings
 from fluvial.training.assess import evaluate_adapter, whole_file
 from fluvial.training.folders import read_adapter_folder
 from tests.conftest import _tokenizer
-from tests.model_kinds import EXPERTS, save_kind
-from tests.runs import adapter_of, run_table
+from tests.support.model_kinds import EXPERTS, save_kind
+from tests.support.runs import adapter_of, run_table
 
 ENCODER = {"num_key_value_heads": 4, "is_decoder": True}
 RANDOM: dict[str, dict[str, Any]] = {

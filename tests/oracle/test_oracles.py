@@ -18,9 +18,7 @@ from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, digest, norm, relative_error, subtract
-from tests.runs import adapter_of, run_table
-
-pytestmark = pytest.mark.oracle
+from tests.support.runs import adapter_of, run_table
 
 
 def test_identity_codec_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,328 @@
+"""What leaves a site is what docs/deploy.md lists: every method, codecs of every family, every
+privacy setting."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.codecs import CODECS
+from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.sites import Site
+from fluvial.methods import METHODS
+from fluvial.models.pool import ModelPool
+from fluvial.runs import run
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import execute, in_process
+from fluvial.wire.payload import Payload
+from tests.support import ROOT
+
+PAGE = ROOT / "docs" / "deploy.md"
+PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
+BARE = {"normalise": "none"}
+"""No scales of the undisturbed update beside a latent."""
+
+# One or more of every family; the learned ones with as little training as they take.
+CODEC_TABLES: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "bf16": {},
+    "int8": {},
+    "int4": {},
+    "nf4": {},
+    "top_k": {"rate": 8},
+    "random_k": {"rate": 8},
+    "sign": {},
+    "half_sign": {},
+    "ternary": {"rate": 8},
+    "hadamard": {"rate": 8},
+    "eden": {"rate": 8},
+    "trellis": {"rate": 8},
+    "dct_top_k": {"rate": 8},
+    "powersgd": {"rate": 4},
+    "resnet": {"canvas": "grouped", "stages": 2, "iterations": 10},
+    "cnn": {"rate": 8, "iterations": 10},
+    "vq": {"rate": 16},
+    "klt": {"rate": 8},
+    "klt_trellis": {"rate": 16},
+    "klt_sum": {"rate": 8},
+}
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer that the page lists."""
+
+    methods: tuple[str, ...]
+    when: str
+    tasks: tuple[str, ...]
+    tensors: frozenset[str]
+    values: frozenset[str]
+
+
+def names(cell: str) -> tuple[str, ...]:
+    return tuple(each.strip() for each in cell.split(",") if each.strip())
+
+
+def rows() -> list[Row]:
+    """The table of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    match = re.search(r"<!-- leaves:.*?-->(.*?)<!-- /leaves -->", text, flags=re.S)
+    assert match, "the page has no table of what leaves"
+    lines = [line for line in match[1].splitlines() if line.startswith("|")][2:]
+    found = []
+
+    for line in lines:
+        methods, when, tasks, tensors, values, _ = (
+            each.strip() for each in line.strip("|").split("|")
+        )
+        known = tuple(METHODS) if methods == "all" else names(methods)
+        found.append(
+            Row(known, when, names(tasks), frozenset(names(tensors)), frozenset(names(values)))
+        )
+
+    return found
+
+
+def listed(method: str, task: str, labels: frozenset[str]) -> Row:
+    """The one row of the page for a task of a method under what is true of a run."""
+    fitting = [
+        row for row in rows() if method in row.methods and row.when in labels and task in row.tasks
+    ]
+    assert len(fitting) == 1, (
+        f"{method}, {task}, {sorted(labels)}: {len(fitting)} rows of docs/deploy.md"
+    )
+
+    return fitting[0]
+
+
+# -- the recorder --------------------------------------------------------------------------------
+
+
+@dataclass
+class Recorder:
+    """Sees every answer of every site as the bytes that leave it."""
+
+    seen: list[tuple[str, str, str, bytes]] = field(default_factory=list)
+    """Method, site, task, answer."""
+
+    def assemble(self, config: RunConfig, folder: Any, bench: ModelPool, texts: Any) -> LocalFleet:
+        fleet = in_process(config, folder, bench, texts)
+        assert isinstance(fleet, LocalFleet)
+
+        def recorded(name: str, task: Any) -> Any:
+            def answer(site: Site, message: Payload) -> Payload:
+                found: Payload = task(site, message)
+                self.seen.append((config.method.name, site.name, name, found.to_bytes()))
+                return found
+
+            return answer
+
+        fleet._tasks = {name: recorded(name, task) for name, task in fleet._tasks.items()}
+        return fleet
+
+
+def record(table: dict[str, Any], folder: Path) -> list[tuple[str, str, str, bytes]]:
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            run, "check_effect", lambda *_: None
+        )  # one step through a coarse codec may change nothing
+        *_, last = execute(parse(table, "test"), folder, assemble=recorder.assemble)
+
+    assert last.kind == "result"
+    assert recorder.seen
+    return recorder.seen
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run, and the rows of the page that it fills."""
+
+    name: str
+    method: dict[str, Any]
+    labels: frozenset[str]
+    codec: dict[str, Any] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def case(
+    name: str,
+    method: dict[str, Any],
+    *labels: str,
+    codec: dict[str, Any] | None = None,
+    **more: Any,
+) -> Case:
+    return Case(name, method, frozenset(labels), codec, more)
+
+
+def cgfedllm_table(promised: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "name": "cgfedllm",
+        "gate": "report",
+        "max_growth": 1e9,
+        "tgap": {"source": "none"},
+    }
+    return table | changes | ({} if promised is None else {"privacy": promised})
+
+
+def promised(placement: str, heldout: str = "none") -> dict[str, Any]:
+    return {"placement": placement, "clip_norm": 0.05, "noise_multiplier": 1.0, "heldout": heldout}
+
+
+MEASURES = "held-out measures"
+LEARNS = "a codec that learns"
+AT = {
+    "update": "noise at the site",
+    "latent": "noise at the site",
+    "aggregate": "noise at the server",
+}
+INT8 = {"name": "int8"}
+KLT = {"name": "klt", "rate": 8}
+COVARIANCE = 'tgap.source = "sites-covariance"'
+
+EVERYDAY = [
+    case("fedavg", {"name": "fedavg"}, "plain", MEASURES, codec=INT8),
+    case(
+        "fedavg feedback",
+        {"name": "fedavg"},
+        "error feedback",
+        MEASURES,
+        codec=INT8 | {"error_feedback": True},
+    ),
+    case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
+    case("flasc", {"name": "flasc"}, "plain", MEASURES),
+    case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
+    case("baselines", {"name": "local"}, "plain", MEASURES, compare=["fedavg", "central"]),
+    case("central_cyclic", {"name": "central_cyclic"}, "plain", MEASURES, tune="lora"),
+    case(
+        "tgap at sites",
+        cgfedllm_table(tgap={"source": "sites", "rounds": 2}),
+        *("plain", LEARNS, 'tgap.source = "sites"', MEASURES),
+        codec=KLT,
+    ),
+    case(
+        "moments",
+        cgfedllm_table(tgap={"source": "sites-covariance", "reading": "local", "rounds": 2}),
+        *("plain", LEARNS, COVARIANCE, MEASURES),
+        codec=KLT,
+    ),
+    case("private update", cgfedllm_table(promised("update")), AT["update"], codec=INT8),
+    case(
+        "private latent",
+        cgfedllm_table(promised("latent"), tgap=PUBLIC),
+        AT["latent"],
+        LEARNS,
+        codec=KLT,
+    ),
+    case("private mean", cgfedllm_table(promised("aggregate")), AT["aggregate"], codec=INT8),
+    case(
+        "measured", cgfedllm_table(promised("update", "exact")), AT["update"], MEASURES, codec=INT8
+    ),
+]
+
+
+NO_FEEDBACK = ("eden", "resnet")
+"""Refused with error feedback: what they lose would grow without bound."""
+
+
+def product() -> Iterator[Case]:
+    """Every codec, under both methods that take one, and under every privacy setting that takes the
+    codec."""
+    for codec, settings in CODEC_TABLES.items():
+        table = {"name": codec, **settings}
+        learned = (LEARNS,) if CODECS[codec].learned else ()
+        for feedback in (False,) if codec in NO_FEEDBACK else (False, True):
+            label = "error feedback" if feedback else "plain"
+            with_feedback = table | {"error_feedback": feedback}
+            for method in ({"name": "fedavg"}, cgfedllm_table(tgap=PUBLIC)):
+                if method["name"] == "fedavg" and codec == "resnet":
+                    continue  # it carries nothing of so small a model, and fedavg's gate cannot only report
+                if method["name"] == "fedavg" and learned:
+                    method = method | {"tgap": PUBLIC}
+
+                yield case(
+                    f"{method['name']} {codec} {label}",
+                    method,
+                    label,
+                    *learned,
+                    MEASURES,
+                    codec=with_feedback,
+                )
+
+        for placement, heldout in ((each, also) for each in AT for also in ("none", "exact")):
+            bare = BARE if placement == "latent" and codec == "resnet" else {}
+            if placement == "latent" and codec not in ("klt", "resnet"):
+                continue
+            labels = (AT[placement], *learned, *((MEASURES,) if heldout == "exact" else ()))
+            method = cgfedllm_table(promised(placement, heldout), tgap=PUBLIC)
+            yield case(f"{placement} {heldout} {codec}", method, *labels, codec=table | bare)
+
+    for placement in ("update", "aggregate"):
+        auto = {"name": "auto", "rate": 8, "error_feedback": False}
+        method = cgfedllm_table(promised(placement), tgap=PUBLIC)
+        yield case(f"{placement} auto", method, AT[placement], LEARNS, codec=auto)
+
+
+PRODUCT = list(product())
+
+
+def tiny(run_config: dict[str, Any], each: Case) -> dict[str, Any]:
+    """One round of one step, where nothing else is asked for."""
+    train = run_config["train"] | {"max_steps": 1}
+    table = run_config | {"rounds": 1, "train": train, "method": each.method} | each.more
+    return table if each.codec is None else table | {"codec": each.codec}
+
+
+def check_what_leaves(each: Case, run_config: dict[str, Any], folder: Path) -> set[Row]:
+    filled = set()
+    for method, site, task, wire in record(tiny(run_config, each), folder):
+        answer = Payload.from_bytes(wire)
+        row = listed(method, task, each.labels)
+        assert set(answer.tensors) == row.tensors, (method, site, task)
+        assert set(answer.values) == row.values, (method, site, task)
+        filled.add(row)
+
+    return filled
+
+
+@pytest.mark.parametrize("each", EVERYDAY, ids=lambda each: each.name)
+def test_what_leaves_a_site_is_what_the_page_lists(
+    each: Case, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    assert check_what_leaves(each, run_config, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("each", PRODUCT, ids=lambda each: each.name)
+def test_what_leaves_is_listed_for_every_codec_and_privacy_setting(
+    each: Case, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    assert check_what_leaves(each, run_config, tmp_path / "run")
+
+
+def test_the_page_lists_every_task_of_every_method_and_no_other() -> None:
+    common = {"evaluate", "hello", "any"}
+    for name, method in METHODS.items():
+        tasks = {task for row in rows() if name in row.methods for task in row.tasks}
+        wanted = set(method.tasks) | ({"install"} if "snapshot" in method.tasks else set())
+        assert wanted <= tasks, name
+        assert tasks - common - {"visit", "train"} <= wanted, name
+
+
+def test_every_codec_is_among_those_recorded() -> None:
+    assert set(CODEC_TABLES) == set(CODECS)
+
+
+def test_a_value_that_the_page_does_not_list_fails(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The recorder's own test: a label that is not true of the run leaves a name over."""
+    wrong = case("wrong", {"name": "fedavg"}, "error feedback", MEASURES, codec=INT8)
+    with pytest.raises(AssertionError):
+        check_what_leaves(wrong, run_config, tmp_path / "run")

@@ -1,0 +1,116 @@
+"""The time of a round from a measured step, and the time left from measured rounds; with clocks of
+our own."""
+
+import itertools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.report.plan_tables import plan_table
+from fluvial.runs.config import parse
+from fluvial.runs.plan import plan
+from fluvial.runs.remaining import Remaining
+from fluvial.runs.timing import Measured, Work, measure, predict, timed
+from tests.unit.report.test_show import text_of
+from tests.unit.runs.test_interrupt import toml
+
+FOUND = Measured(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout_s=0.1)
+
+
+def test_a_round_by_hand() -> None:
+    work = Work(steps=[4, 4, 2, 2], heldout=[10, 10, 10, 10], cohort=4, workers=2)
+    ahead = predict(FOUND, work, rounds=5, every=2)
+    assert ahead.training_s == pytest.approx((2.25 + 2.25 + 1.25 + 1.25) / 2)
+    assert ahead.measuring_s == pytest.approx(40 / 2 * 0.1)
+    assert ahead.run_s == pytest.approx(5 * 3.5 + (2 + 2) * 2.0)
+    over_line = predict(FOUND, work, rounds=5, every=0, line_s=7.0)
+    assert over_line.run_s == pytest.approx(5 * (3.5 + 7.0) + 2 * 2.0)
+
+
+def test_a_round_is_never_shorter_than_its_longest_site() -> None:
+    work = Work(steps=[100, 1, 1], heldout=[1, 1, 1], cohort=3, workers=8)
+    assert predict(FOUND, work, rounds=1, every=0).training_s == pytest.approx(50.25)
+    half = Work(steps=[4] * 8, heldout=[1] * 8, cohort=4, workers=1)
+    assert predict(FOUND, half, rounds=1, every=0).training_s == pytest.approx(4 * 2.25)
+
+
+def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any]) -> None:
+    """A clock that goes one second further each time it is read: every measured span is one
+    second."""
+    config = parse(run_config, "test")
+    clock = itertools.count(0.0, 1.0)
+    found, work = measure(config, lambda: next(clock))
+    assert (found.load_s, found.call_s) == (1.0, 1.0)
+    assert found.step_s == 0.0  # one step and three took a second each
+    assert found.site == "west"  # 40 of 90 records
+    assert list(work.steps) == [3, 3, 3]
+    clock = itertools.count(0.0, 10.0)
+    planned = timed(config, plan(config), lambda: next(clock))
+    told = planned["time"]
+    assert (told["step_s"], told["call_s"]) == (
+        10.0,
+        0.0,
+    )  # slow enough for one step to be the measure
+    assert told["round_training_s"] == max(3 * 30.0 / told["workers"], 30.0)
+    assert told["run_s"] == pytest.approx(2 * told["round_training_s"] + 2 * told["measuring_s"])
+
+
+def test_check_times_when_asked_only(run_config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(toml(run_config))
+    plain, asked = (
+        CliRunner().invoke(app, ["check", str(tmp_path / "c.toml"), "--format", "json", *more])
+        for more in ([], ["--time"])
+    )
+    assert "time" not in json.loads(plain.stdout)
+    told = json.loads(asked.stdout)["time"]
+    assert told["step_s"] > 0
+    assert "one optimizer step at west, measured" in text_of(plan_table(json.loads(asked.stdout)))
+
+
+# -- while it runs -------------------------------------------------------------------------------
+
+
+def test_time_left_is_that_of_measured_rounds() -> None:
+    left = Remaining([("local", 4), ("cgfedllm", 4)])
+    assert (left.left_s(), left.words()) == (None, "")
+    left.round("local", 1, 4, 10.0)
+    assert (
+        left.left_s() == 3 * 10.0 + 4 * 10.0
+    )  # the method has no rounds yet: as fast as the baseline
+    left.round("local", 2, 4, 20.0)
+    assert left.left_s() == pytest.approx(2 * 15.0 + 4 * 15.0)
+    left.finished("local")
+    left.round("cgfedllm", 1, 4, 100.0)
+    assert left.left_s() == 300.0
+    assert left.words() == "about 5 min left"
+
+
+def test_a_run_that_goes_on_has_fewer_rounds_left() -> None:
+    left = Remaining([("fedavg", 20)])
+    left.round("fedavg", 18, 20, 6.0)
+    assert left.left_s() == 12.0
+
+
+def test_set_up_has_a_pace_of_its_own() -> None:
+    now = iter([0.0, 8.0, 100.0, 101.0])
+    left = Remaining([("cgfedllm", 3)], clock=lambda: next(now))
+
+    def say(text: str, *values: object) -> None:
+        left.heard(logging.LogRecord("fluvial", logging.INFO, "", 0, text, values, None))
+
+    say("TGAP round %d of %d", 1, 6)
+    assert left.words() == ""
+    say("round %d, %s: %s answered (%d of %d)", 0, "snapshot", "a", 1, 3)
+    say("TGAP round %d of %d", 3, 6)  # four seconds each, four to go
+    assert left.words() == "set-up about 16 s, then the rounds"
+    say("autoencoder: iteration %d of %d, error %.3f", 100, 600, 0.5)
+    assert left.words() == ""
+    say("autoencoder: iteration %d of %d, error %.3f", 200, 600, 0.4)
+    assert left.words() == "set-up about 4 s, then the rounds"
+    left.round("cgfedllm", 1, 3, 2.0)
+    assert left.words() == "about 4 s left"

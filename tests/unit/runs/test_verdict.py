@@ -1,0 +1,176 @@
+"""The one line that says whether a run helped, from made-up losses whose answer is known by
+hand."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.report import result_tables, run_folder, show
+from fluvial.report.page import write_page
+from fluvial.runs.verdict import judge, losses
+from tests.support.runs import run_table
+from tests.unit.report.test_show import config, gate, records, result, text_of, write
+
+SITES = tuple("abcdefgh")
+
+
+def made(final: list[float | None], base: float | None = 3.0, **more: Any) -> dict[str, Any]:
+    """A result with these losses, one a site."""
+    rows = {
+        site: {"base": {"loss": base, "accuracy": 0.3}, "final": {"loss": loss, "accuracy": 0.3}}
+        for site, loss in zip(SITES, final, strict=False)
+    }
+    return {
+        "method": "cgfedllm",
+        "codec": "int8",
+        "sites": len(rows),
+        "heldout_by_site": rows,
+        **more,
+    }
+
+
+def test_a_run_that_helped_at_most_sites() -> None:
+    ours = made([2.90, 2.90, 2.90, 2.94])
+    verdict = judge(ours, {"local": made([2.92] * 4), "fedavg": made([2.90, 2.91, 2.90, 2.89])})
+    assert verdict.helped == "yes"
+    assert verdict.local is not None
+    assert (verdict.local.sites, verdict.local.better) == (4, 3)
+    assert verdict.local.difference == pytest.approx((-0.02 * 3 + 0.02) / 4)
+    assert verdict.line() == (
+        "Helped at 3 of 4 sites against local training (mean loss 0.0100 nats lower); "
+        "0.0100 nats behind the uncompressed run (better at 1 of 4 sites); "
+        "0.0900 nats ahead of the base model (better at 4 of 4 sites)"
+    )
+    assert verdict.to_json()["line"] == verdict.line()
+
+
+@pytest.mark.parametrize(
+    ("final", "words"),
+    [
+        (
+            [3.1] * 4,
+            "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats higher)",
+        ),
+        (
+            [3.0] * 4,
+            "Did not help against local training: better at 0 of 4 sites (mean loss level)",
+        ),
+        (
+            [2.9, 2.9, 2.9, 4.0],
+            "Helped at 3 of 4 sites against local training (mean loss 0.1750 nats higher)",
+        ),
+        (
+            [2.0, 3.1, 3.1, 3.1],
+            "Helped at 1 of 4 sites only against local training (mean loss 0.1750 nats lower)",
+        ),
+    ],
+)
+def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str) -> None:
+    assert judge(made(final), {"local": made([3.0] * 4)}).line().startswith(words)
+
+
+def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
+    """The mean of the base alone would look like a gain."""
+    verdict = judge(made([2.9] * 8), {"local": made([2.8] * 8)})
+    assert verdict.helped == "no"
+    assert "Did not help against local training" in verdict.line()
+    assert "0.1000 nats ahead of the base model (better at 8 of 8 sites)" in verdict.line()
+
+
+def test_what_is_unknown_is_said_to_be_not_measured() -> None:
+    line = judge(made([2.9, 2.8]), {}).line()
+    assert line == (
+        "Helped at 2 of 2 sites against the base model (mean loss 0.1500 nats lower); "
+        "local training not measured; the uncompressed run not measured"
+    )
+    nothing = judge(made([None, None], base=None), {"local": made([3.0, 3.0])})
+    assert (nothing.helped, nothing.tile()) == ("not measured", "not measured")
+    assert nothing.line().startswith("Not measured")
+    assert judge({"heldout_by_site": None, "sites": 3}, {"local": None}).helped == "not measured"
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, math.inf])
+def test_a_site_without_a_finite_loss_counts_nowhere(missing: float | None) -> None:
+    verdict = judge(made([2.9, missing, 2.9]), {"local": made([3.0, 3.0, 3.0])})
+    assert verdict.local is not None
+    assert (verdict.local.sites, verdict.local.better) == (2, 2)
+    assert verdict.line().endswith("1 of 3 sites not measured")
+    assert losses(made([missing]), "final") == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "codec", "name"), [("local", None, "local"), ("fedavg", "identity", "fedavg")]
+)
+def test_a_baseline_is_not_compared_with_itself(method: str, codec: str | None, name: str) -> None:
+    verdict = judge(made([2.9], method=method, codec=codec), {name: made([2.0])})
+    assert getattr(verdict, name) is None
+    assert {"local": "local training", "fedavg": "uncompressed"}[name] not in verdict.line()
+
+
+def test_a_run_writes_its_verdict(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """The run and its baseline on disk give the same numbers by hand."""
+    found = run_table(
+        run_config | {"compare": ["local"], "codec": {"name": "int8"}}, tmp_path / "run"
+    )
+    local = json.loads((tmp_path / "run" / "compare" / "local" / "result.json").read_text())
+    rows = found["heldout_by_site"]
+    gains = [rows[s]["final"]["loss"] - local["heldout_by_site"][s]["final"]["loss"] for s in rows]
+    verdict = found["verdict"]
+    assert verdict["local"]["better"] == sum(gain < 0 for gain in gains)
+    assert verdict["local"]["difference"] == pytest.approx(sum(gains) / 3)
+    assert verdict["fedavg"] is None
+    shown = result_tables.verdict_line(run_folder.read_run(tmp_path / "run")).plain
+    assert shown == verdict["line"]
+    # Means over the sites and over all label tokens are two numbers, each under its name.
+    means = [sum(rows[s][which]["loss"] for s in rows) / 3 for which in ("base", "final")]
+    assert [found["heldout"][which]["loss"] for which in ("base", "final")] == pytest.approx(means)
+    assert found["heldout_pooled"]["final"]["loss"] != found["heldout"]["final"]["loss"]
+
+
+def unmeasured(folder: Path) -> Path:
+    """A finished run whose sites sent no held-out measures."""
+    config(folder, "cgfedllm")
+    found = result("cgfedllm", "int8", 3.2, 2200, 131200)
+    found["heldout"] = dict.fromkeys(found["heldout"])
+    found["heldout_by_site"] = {
+        site: {"base": None, "final": None} for site in found["heldout_by_site"]
+    }
+    write(folder, records(2200, 131200, start=3.3), found)
+
+    return folder
+
+
+def test_a_run_without_measures_is_shown_as_such(tmp_path: Path) -> None:
+    found = run_folder.read_run(unmeasured(tmp_path / "run"))
+    words = text_of(show.run_tables(found))
+    assert "Not measured: no site sent held-out measures" in words
+    assert words.count("not measured") >= 2 + 3 * 3
+    write_page(found, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert '<b class="">not measured</b>' in page
+    found["result"]["heldout_by_site"] = {}
+    assert "Not measured" in text_of(show.run_tables(found))
+
+
+def test_the_first_tile_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config(folder, "cgfedllm")
+    ours = result("cgfedllm", "klt", 3.4, 2200, 131200, setup={"snapshots": 24, "gate": gate([])})
+    write(folder, records(2200, 131200, start=3.3, codec=True), ours)
+    write(
+        folder / "compare" / "local", records(9, 110, start=3.2), result("local", None, 3.2, 9, 110)
+    )
+    write_page(run_folder.read_run(folder), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    first = page[page.index('<div class="cards">') :][:400]
+    assert "helped against local training" in first
+    assert '<b class="no">0 of 3 sites</b>' in first
+    assert (
+        "Did not help against local training: better at 0 of 3 sites (mean loss 0.2000 nats higher)"
+        in first
+    )
+    assert "Verdict" not in page
+    assert "<h2>Codec gate:" in page

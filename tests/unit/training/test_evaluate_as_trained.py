@@ -1,0 +1,251 @@
+"""`fluvial evaluate` measures as the run did, a copied folder too, and any model by itself."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.errors import ConfigError
+from fluvial.training.folders import kind_of
+from tests.support.runs import run_table
+
+
+def _evaluate(*arguments: Any, text: bool = False) -> Any:
+    result = CliRunner().invoke(
+        app, ["evaluate", *map(str, arguments), *([] if text else ["--format", "json"])]
+    )
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout if text else json.loads(result.stdout)
+
+
+def _records(path: Path, count: int) -> Path:
+    """Records whose prompt stands under `text` and whose answer stands under `label`, of two
+    sites."""
+    rows = [
+        {"who": "ab"[n % 2], "text": f"What does the river {n} carry? ", "label": f"water {n % 3}"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    return path
+
+
+@pytest.fixture
+def trained(run_config: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    """A run whose columns have names of their own, with a baseline; and its held-out file."""
+    heldout = _records(tmp_path / "heldout.jsonl", 7)
+    data = {
+        "source": str(_records(tmp_path / "train.jsonl", 24)),
+        "heldout_source": str(heldout),
+        "columns": {"prompt": "text", "completion": "label"},
+        "partition": {"by": "column", "column": "who"},
+        "max_length": 40,
+    }
+    table = run_config | {"data": data, "compare": ["fedavg"], "rounds": 1}
+    table |= {
+        "method": {"name": "cgfedllm", "tgap": {"source": "sites", "rounds": 3}},
+        "codec": {"name": "int8"},
+    }
+    table["evaluate"] = {"max_new_tokens": 3, "sample_tokens": 2}
+
+    return run_table(table, tmp_path / "run"), heldout
+
+
+def test_the_runs_own_columns_also_in_a_copied_folder(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    result, heldout = trained
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
+    for folder in (tmp_path / "run" / "adapter", tmp_path / "elsewhere"):
+        found = _evaluate(folder, "--data", heldout)
+        # The same sums as the sites sent, in other batches.
+        for ours, theirs in (("base", "base"), ("adapter", "final")):
+            pooled = result["heldout_pooled"][theirs]
+            assert found["data"][ours]["loss"] == pytest.approx(pooled["loss"], rel=1e-5)
+            assert found["data"][ours]["accuracy"] == pooled["accuracy"]
+
+        assert (found["data"]["questions"], found["data"]["max_new_tokens"]) == (7, 3)
+        assert found["records"]["columns"] == {"prompt": "text", "completion": "label"}
+        assert found["records"]["from_run"]
+
+    words = _evaluate(tmp_path / "elsewhere", "--data", heldout, text=True)
+    assert "as the run that wrote the folder" in " ".join(words.split())
+    assert "prompt = 'text', completion = 'label'" in " ".join(words.split())
+
+
+def test_a_baselines_adapter_is_measured_as_the_run(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    result, heldout = trained
+    found = _evaluate(tmp_path / "run" / "compare" / "fedavg" / "adapter", "--data", heldout)
+    assert found["data"]["adapter"]["loss"] == pytest.approx(
+        result["heldout_pooled"]["fedavg"]["loss"], rel=1e-5
+    )
+
+
+def test_what_is_set_goes_before_what_the_run_had(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    _, heldout = trained
+    adapter = tmp_path / "run" / "adapter"
+    own = _evaluate(adapter, "--data", heldout)
+    as_text = _evaluate(
+        adapter, "--data", heldout, "--set", 'data.form="text"', "--set", "data.columns={}"
+    )
+    assert (
+        as_text["data"]["label_tokens"] > own["data"]["label_tokens"]
+    )  # prompts are scored and answers are not there
+    assert as_text["records"]["set_here"] == ["columns", "form"]
+    assert as_text["data"]["max_length"] == 40
+    rows = [json.loads(line) for line in heldout.read_text().splitlines()]
+    renamed = tmp_path / "renamed.jsonl"
+    renamed.write_text(
+        "".join(json.dumps({"prompt": r["text"], "completion": r["label"]}) + "\n" for r in rows)
+    )
+
+    with pytest.raises(ConfigError, match=r"other columns, add --set 'data\.columns=\{\}'"):
+        _evaluate(adapter, "--data", renamed)
+    same = _evaluate(adapter, "--data", renamed, "--set", "data.columns={}")
+    assert same["data"]["adapter"] == own["data"]["adapter"]
+
+
+def test_a_folder_of_another_origin_says_that_no_run_is_known(
+    trained: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    foreign = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "foreign")
+    (foreign / "fluvial.json").unlink()
+    data = tmp_path / "plain.jsonl"
+    data.write_text(json.dumps({"text": "The river carries water."}) + "\n")
+    found = _evaluate(foreign, "--data", data)
+    assert not found["records"]["from_run"]
+    assert "no run is known" in found["records"]["line"]
+    (foreign / "fluvial.json").write_text("{")
+
+    with pytest.raises(ConfigError, match=r"fluvial\.json: cannot be read as JSON"):
+        _evaluate(foreign, "--data", data)
+
+
+def test_a_template_goes_with_the_folder(run_config: dict[str, Any], tmp_path: Path) -> None:
+    """Conversations, scored on all turns, with a template that the base does not have."""
+    template = "{% for turn in messages %}[{{ turn['role'] }}] {{ turn['content'] }}\n{% endfor %}"
+    rows = [
+        {
+            "who": "ab"[n % 2],
+            "talk": [
+                {"role": "user", "content": f"Land {n}?"},
+                {"role": "assistant", "content": "No."},
+            ],
+        }
+        for n in range(16)
+    ]
+    files = [tmp_path / "t.jsonl", tmp_path / "h.jsonl"]
+
+    for path, part in zip(files, (rows[:12], rows[12:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part))
+    data = {
+        "source": str(files[0]),
+        "heldout_source": str(files[1]),
+        "columns": {"messages": "talk"},
+    }
+    data |= {
+        "chat_template": template,
+        "loss_on": "all",
+        "partition": {"by": "column", "column": "who"},
+    }
+    table = run_config | {"rounds": 1, "data": data | {"max_length": 64}}
+    result = run_table(table, tmp_path / "run")
+    copied = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
+    found = _evaluate(copied, "--data", files[1])
+    assert found["data"]["adapter"]["loss"] == pytest.approx(
+        result["heldout_pooled"]["final"]["loss"], rel=1e-5
+    )
+    assert (found["records"]["form"], found["records"]["detected"]) == ("messages", True)
+    (tmp_path / "other.jinja").write_text(
+        "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    )
+    other = _evaluate(
+        copied, "--data", files[1], "--set", f"data.chat_template='{tmp_path / 'other.jinja'}'"
+    )
+    assert other["data"]["label_tokens"] < found["data"]["label_tokens"]
+
+
+# -- a model by itself ---------------------------------------------------------------------------
+
+
+def _plain_loss(folder: Path, texts: list[str]) -> tuple[float, int]:
+    """Mean cross-entropy by transformers alone, one text after the other, each with EOS."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    total = 0.0
+    count = 0
+
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+            tokens = ids.shape[1] - 1
+            total += float(model(input_ids=ids, labels=ids).loss) * tokens
+            count += tokens
+
+    return total / count, count
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2_model"])
+def test_a_bare_model_is_what_transformers_says(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Batched and padded against one by one; GPT-2 has dropout in its configuration."""
+    folder = cast(Path, request.getfixturevalue(name))
+    texts = ["The river " + "carries water " * n for n in range(1, 9)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = _evaluate(folder, "--data", data, "--set", "data.max_length=120")
+    loss, tokens = _plain_loss(folder, texts)
+    assert kind_of(str(folder)) == "model"
+    assert found["data"]["label_tokens"] == tokens
+    assert found["data"]["model"]["loss"] == pytest.approx(
+        loss, abs=2e-5
+    )  # padding changes the order of summation
+    assert found["data"]["model"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert not {"base", "adapter"} & set(found["data"])
+
+
+def test_the_embedded_model_and_choices(tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    choices = tmp_path / "q.jsonl"
+    data.write_text(json.dumps({"text": "def mean(values):"}) + "\n")
+    record = {
+        "question": "Which?",
+        "choices": ["a", "b", "c", "d"],
+        "answer": "B",
+        "subject": "astronomy",
+    }
+    choices.write_text(
+        "".join(json.dumps(record | {"question": f"Which {n}?"}) + "\n" for n in range(3))
+    )
+    words = _evaluate("embedded", "--data", data, "--choices", choices, text=True)
+    assert words.splitlines()[0] == "embedded"
+    assert "By group of MMLU" in words
+    assert "perplexity" in words
+
+
+def test_neither_model_nor_adapter_is_said(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for name, words in (
+        (tmp_path / "notes", "is neither a PEFT adapter .* nor a model of transformers"),
+        (tmp_path / "gone", "there is no folder"),
+        ("./nothing", "there is no folder"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            kind_of(str(name))
+
+    assert kind_of("owner/model-1.5") == "model"
+    assert kind_of("embedded") == "model"
