@@ -27,7 +27,7 @@ _temporary: set[Path] = set()
 
 
 def install() -> None:
-    """End the process on SIGINT and SIGTERM, except a signal that the shell has set to be ignored."""
+    """End the process on SIGINT and SIGTERM, but not on one that the shell ignores."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)

@@ -1,1 +1,1 @@
-"""Tables, lines and pages for people."""
+"""Tables, lines and pages about runs, for people."""

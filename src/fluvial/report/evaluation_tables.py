@@ -1,48 +1,52 @@
-"""What `fluvial evaluate` prints for people."""
+"""Tables that `fluvial evaluate` prints: records, questions and their subjects."""
 
 from typing import Any
 
-from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
+from fluvial.report.tables import table
 
 
-def evaluation_tables(found: dict[str, Any]) -> Group:
-    """One table for the records, one for the questions, one for their subjects."""
-    title = found["model"] if "model" in found else f"{found['adapter']} on {found['base_model']}"
-    parts: list[Any] = [Text(safe_text(title), style="bold")]
+def evaluation_tables(measured: dict[str, Any]) -> Group:
+    """Return a table of the records, of the questions and of the questions by subject."""
+    title = (
+        measured["model"]
+        if "model" in measured
+        else f"{measured['adapter']} on {measured['base_model']}"
+    )
+    content: list[RenderableType] = [Text(safe_text(title), style="bold")]
 
-    if "records" in found:
-        parts.append(Text(safe_text(found["records"]["line"])))
-    if "data" in found:
-        parts.append(_record_table(found["data"], _title(found)))
-    if "choices" in found:
-        parts += _choice_tables(found["choices"], _title(found))
+    if "records" in measured:
+        content.append(Text(safe_text(measured["records"]["line"])))
+    if "data" in measured:
+        content.append(_record_table(measured["data"], _headings(measured)))
+    if "choices" in measured:
+        content += _choice_tables(measured["choices"], _headings(measured))
 
-    return Group(*parts)
+    return Group(*content)
 
 
-def _title(found: dict[str, Any]) -> dict[str, str]:
-    """The heading of each column."""
-    tuned = "tuned model" if found.get("tuned") == "full" else "adapter"
+def _headings(measured: dict[str, Any]) -> dict[str, str]:
+    """Return the heading of each column."""
+    tuned = "tuned model" if measured.get("tuned") == "full" else "adapter"
     return {"base": "base", "adapter": tuned, "model": "model"}
 
 
 def _figure(value: float | None) -> str:
-    """A measure with four decimals; the perplexity of a loss beyond 709 nats is None."""
+    """Return a measure with four decimals; the perplexity of a loss beyond 709 nats is None."""
     return "over 1e308" if value is None else f"{value:.4f}"
 
 
-def _measured(table: dict[str, Any]) -> list[str]:
-    """The models of a table, in the order of its columns."""
-    return [name for name in ("base", "adapter", "model") if name in table]
+def _models(measures: dict[str, Any]) -> list[str]:
+    """Return the measured models in the order of the columns."""
+    return [name for name in ("base", "adapter", "model") if name in measures]
 
 
-def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
-    models = _measured(data)
+def _record_table(data: dict[str, Any], headings: dict[str, str]) -> Table:
+    models = _models(data)
     labels = {
         "loss": "loss, nats per token",
         "perplexity": "perplexity",
@@ -56,7 +60,8 @@ def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
 
     if data["unmeasured_sequences"]:
         notes += [
-            f"the first {data['sequences']} sequences; {data['unmeasured_sequences']} beyond data.max_heldout"
+            f"the first {data['sequences']} sequences; {data['unmeasured_sequences']} beyond "
+            "data.max_heldout"
         ]
 
     notes += data["notes"]
@@ -66,11 +71,11 @@ def _record_table(data: dict[str, Any], titles: dict[str, str]) -> Table:
     if data["questions_too_long"]:
         notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]
 
-    return _columns(data["source"], ["", *(titles[model] for model in models)], rows, notes)
+    return _measures(data["source"], ["", *(headings[model] for model in models)], rows, notes)
 
 
-def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]:
-    models = _measured(asked)
+def _choice_tables(asked: dict[str, Any], headings: dict[str, str]) -> list[Table]:
+    models = _models(asked)
     macro = [f"{asked[model]['macro_accuracy']:.4f}" for model in models]
     spans = {model: asked[model]["interval"] for model in models}
     rows = [
@@ -99,11 +104,11 @@ def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]
     ]
 
     return [
-        _columns(asked["source"], ["", *(titles[model] for model in models)], rows, notes),
-        *_group_tables(asked.get("groups"), models, titles),
-        _columns(
+        _measures(asked["source"], ["", *(headings[model] for model in models)], rows, notes),
+        *_group_tables(asked.get("groups"), models, headings),
+        _measures(
             "By subject",
-            ["subject", "questions", *(titles[model] for model in models)],
+            ["subject", "questions", *(headings[model] for model in models)],
             subjects,
             [],
         ),
@@ -111,14 +116,14 @@ def _choice_tables(asked: dict[str, Any], titles: dict[str, str]) -> list[Table]
 
 
 def _group_tables(
-    groups: dict[str, Any] | None, models: list[str], titles: dict[str, str]
+    groups: dict[str, Any] | None, models: list[str], headings: dict[str, str]
 ) -> list[Table]:
-    """Groups of subjects by both means; nothing where the subjects are of no known benchmark."""
+    """Return the groups of subjects by both means; nothing for subjects of no known benchmark."""
     if groups is None:
         return []
 
-    headings = ["group", "subjects", "questions"]
-    headings += [f"{titles[model]}, {mean}" for model in models for mean in ("macro", "micro")]
+    columns = ["group", "subjects", "questions"]
+    columns += [f"{headings[model]}, {mean}" for model in models for mean in ("macro", "micro")]
     rows = []
 
     for name, row in groups["table"].items():
@@ -136,21 +141,10 @@ def _group_tables(
         names = ", ".join(subject or "-" for subject in groups["without_group"])
         notes.append(f"in no group, and in no mean of this table: {names}")
 
-    return [_columns(f"By group of {groups['benchmark']}", headings, rows, notes)]
+    return [_measures(f"By group of {groups['benchmark']}", columns, rows, notes)]
 
 
-def _columns(title: str, headings: list[str], rows: list[list[str]], notes: list[str]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    table = Table(
-        title=Text(safe_text(title)),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        caption="; ".join(notes) or None,
-    )
-    table.caption_justify = "left"
-
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(safe_text(cell)) for cell in row))
-    return table
+def _measures(title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> Table:
+    """Return a table of measures with `notes` below it."""
+    cells = [[safe_text(cell) for cell in row] for row in rows]
+    return table(columns, cells, safe_text(title), caption="; ".join(notes))

@@ -1,4 +1,4 @@
-"""The figures of a run's page, as inline SVG that takes its colours from the page."""
+"""Figures of a run's page, as inline SVG that takes its colours from the page."""
 
 import io
 import re
@@ -16,7 +16,7 @@ COLOURS = {
     name: f"#0101{number:02x}"
     for number, name in enumerate(("ink", "line", "own", "fedavg", "local", "central"), 1)
 }
-"""Stand-ins that `_svg` replaces by CSS variables, so that figures follow light and dark."""
+"""Placeholders that `_svg` replaces by CSS variables, so that figures follow light and dark."""
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fluvial",
@@ -41,14 +41,13 @@ STYLE = {
     "figure.facecolor": "none",
 }
 UNSENT = ("local", "central", "central_cyclic")
-"""Runs that send no updates; they have no place on an axis of bytes."""
+"""Runs that send no updates and are not drawn by bytes."""
 HIGHEST = 2.5
-"""Where the bars of the gate are cut off; 1 is the error of sending nothing."""
+"""Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
 
 def _svg(figure: Any) -> Markup:
-    """The figure as an SVG element that takes its colours from the page; matplotlib escapes the
-    texts in it."""
+    """Return the figure as an SVG element with the page's colours; matplotlib escapes its texts."""
     buffer = io.StringIO()
     figure.savefig(
         buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -73,15 +72,17 @@ def _colour(name: str, method: str) -> str:
 
 
 def _or_gap(loss: float | None) -> float:
-    """Return a loss to draw; one that sites did not send leaves a gap."""
+    """Return a loss to draw, NaN for a loss that sites did not send."""
     return float("nan") if loss is None else loss
 
 
 def _draw_losses(
     axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]
 ) -> None:
-    """Training loss as lines, held-out loss as points; `place(run)` gives the axis value of round
-    0, 1, ..."""
+    """Draw training losses as lines and held-out losses as points.
+
+    `place(run)` returns the value on the horizontal axis of round 0, 1, ...
+    """
     for name, run in runs.items():
         colour = _colour(name, method)
         at = place(run)
@@ -138,7 +139,7 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
     figure, axes = _axes(5.4, 3.3)
 
     def place(run: dict[str, Any]) -> list[float]:
-        """Cumulative bytes; set-up, known once a run is finished, comes before the first round."""
+        """Return cumulative bytes; those of set-up, known at the end, come before round 1."""
         sums = [
             float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"])
             if run["result"]
@@ -234,7 +235,7 @@ def gate_errors(gate: dict[str, Any]) -> Markup:
 
 
 def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Markup | None:
-    """Return the losses of every measured site before and after; None where there is none."""
+    """Draw the losses of every measured site before and after; None without any."""
     rows = {
         site: (loss_of(row.get("base")), loss_of(row.get("final")))
         for site, row in result["heldout_by_site"].items()

@@ -1,4 +1,4 @@
-"""Tables that `check` and `preview` print for people."""
+"""Tables that `fluvial check` and `fluvial preview` print."""
 
 from typing import Any
 
@@ -15,44 +15,46 @@ def plan_table(planned: dict[str, Any]) -> Group:
     title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
     sites = [
         [
-            safe_text(each["name"]),
-            *(f"{each[key]:,}" for key in ("records", "train", "heldout", "truncated_records")),
+            safe_text(site["name"]),
+            *(f"{site[key]:,}" for key in ("records", "train", "heldout", "truncated_records")),
         ]
-        for each in planned["sites"]
+        for site in planned["sites"]
     ]
     figures = table(
         ["", ""], [[safe_text(row["what"]), safe_text(row["value"])] for row in planned["rows"]], ""
     )
     figures.show_header = False
-    parts: list[RenderableType] = [
+    content: list[RenderableType] = [
         Text(title, style="bold"),  # as a table's title it would be wrapped to the table's width
         figures,
         table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
     ]
 
-    return Group(*parts, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
+    return Group(*content, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
 
 
-def preview_text(found: dict[str, Any], *, marks: bool = False) -> Group:
-    """The tokens of some sequences; those that carry loss stand out, with `marks` also in «» where
-    colours are lost."""
-    parts: list[RenderableType] = [
+def preview_text(preview: dict[str, Any], *, marks: bool = False) -> Group:
+    """Return the tokens of some sequences, with colours for those that carry loss.
+
+    With `marks` these stand in «» too, for outputs without colours.
+    """
+    content: list[RenderableType] = [
         Text.assemble(
-            f"site {safe_text(found['site'])}, {found['form']}: ",
+            f"site {safe_text(preview['site'])}, {preview['form']}: ",
             ("«loss»" if marks else "loss", "bold green"),
             ", ",
             ("no loss", "dim"),
         )
     ]
-    for number, sequence in enumerate(found["sequences"], start=1):
+    for number, sequence in enumerate(preview["sequences"], start=1):
         text = Text()
         for token in sequence["tokens"]:
-            # Token by token: over the whole text, `safe_text` would count newlines of several tokens.
+            # Token by token: `safe_text` would count the newlines of several tokens as one run.
             pieces = "⏎\n".join(map(safe_text, token["text"].split("\n")))
             pieces = f"«{pieces}»" if marks and token["loss"] else pieces
             text.append(pieces, style="bold green" if token["loss"] else "dim")
 
-        head = f"\nSequence {number}: {sequence['length']} tokens, {sequence['label_tokens']} with loss"
-        parts += [Text(head, style="bold"), text]
+        lengths = f"{sequence['length']} tokens, {sequence['label_tokens']} with loss"
+        content += [Text(f"\nSequence {number}: {lengths}", style="bold"), text]
 
-    return Group(*parts)
+    return Group(*content)

@@ -1,4 +1,4 @@
-"""The result of a run beside its baselines: rows, table, verdict and closing lines."""
+"""Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ CENTRAL = ("central", "central_cyclic")
 
 
 def run_name(result: dict[str, Any]) -> str:
-    """Method and codec in a few words."""
+    """Return method and codec in a few words."""
     method = str(result["method"])
     codec = result.get("codec")
 
@@ -37,7 +37,7 @@ def run_name(result: dict[str, Any]) -> str:
 
 
 def result_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Headings, then base model, baselines and the run itself."""
+    """Return the headings, then a row for the base model, each baseline and the run itself."""
     heldout = result["heldout"]
     compared = result.get("compare", {})
     pooled = result.get("heldout_pooled") or {}
@@ -79,24 +79,22 @@ def result_rows(result: dict[str, Any]) -> list[list[str]]:
 RESULT_CAPTION = (
     "Held-out values are means over the sites, each counting the same; pooled: over all their "
     "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
-    "ratio: these against "
-    "uncompressed updates; local training only reports its loss. Amortised: all bytes both ways, set-up included, "
-    "against an uncompressed run of the same rounds."
+    "ratio: these against uncompressed updates; local training only reports its loss. Amortised: "
+    "all bytes both ways, set-up included, against an uncompressed run of the same rounds."
 )
+"""Meaning of the columns, below each table of results."""
 
 
 def result_table(result: dict[str, Any], more: str = "") -> Table:
-    """The run beside the base model and its baselines, with `more` in the caption."""
+    """Return the run beside the base model and its baselines, with `more` in the caption."""
     headings, *rows = result_rows(result)
-    headings = [
-        heading.replace(" ", "\n", 1) for heading in headings
-    ]  # 80 columns hold the labels in one line
-
+    # Two lines for a heading, so that 80 columns hold the labels in one line.
+    headings = [heading.replace(" ", "\n", 1) for heading in headings]
     return table(headings, rows, "Result", caption=RESULT_CAPTION + more)
 
 
 def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
-    """Where adapter or model lies, how to load it, what it changed."""
+    """Return the path of the adapter or model, how to load it, and samples before and after."""
     lines: list[RenderableType] = []
     if result.get("adapter_sha256"):
         lines += [
@@ -152,7 +150,7 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
 
 
 def cut_words(config: dict[str, Any]) -> str:
-    """Return that held-out sets were cut, from a run's configuration; empty where they were not."""
+    """Return a sentence on cut held-out sets, "" where the configuration does not cut them."""
     most = config.get("data", {}).get("max_heldout")
     return (
         ""
@@ -161,20 +159,22 @@ def cut_words(config: dict[str, Any]) -> str:
     )
 
 
-def verdict_of(found: dict[str, Any]) -> Verdict:
-    """Return whether a finished run helped, from its result and those of its baselines."""
-    compared = {name: run["result"] for name, run in found["compare"].items()}
-    return judge(found["result"], compared)
+def verdict_of(run: dict[str, Any]) -> Verdict:
+    """Return the verdict on a finished run, from its result and those of its baselines."""
+    compared = {name: baseline["result"] for name, baseline in run["compare"].items()}
+    return judge(run["result"], compared)
 
 
-def verdict_line(found: dict[str, Any]) -> Text:
+def verdict_line(run: dict[str, Any]) -> Text:
     """Return the verdict of a finished run in one line."""
-    verdict = verdict_of(found)
+    verdict = verdict_of(run)
     colour = {"yes": "green", "no": "red"}.get(verdict.helped, "yellow")
     return Text(safe_text(verdict.line()), style=f"bold {colour}")
 
 
-def with_compared(found: dict[str, Any]) -> dict[str, Any]:
-    """The result, with the traffic of its baselines even where the run has not written it down."""
-    finished = {name: run["result"] for name, run in found["compare"].items() if run["result"]}
-    return {**found["result"], "compare": {**finished, **found["result"].get("compare", {})}}
+def with_compared(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the result with the traffic of its baselines, read from theirs where it is missing."""
+    finished = {
+        name: baseline["result"] for name, baseline in run["compare"].items() if baseline["result"]
+    }
+    return {**run["result"], "compare": {**finished, **run["result"].get("compare", {})}}

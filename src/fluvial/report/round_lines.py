@@ -1,4 +1,4 @@
-"""Lines that a run prints while it works: one header for a method, one line for a round."""
+"""Lines that a run prints while it works: a header for each method, a line for each round."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,14 +10,14 @@ from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_tex
 
 
 def round_header(method: str) -> str:
-    """The name of a method and the headings of its `round_line`s."""
+    """Return the name of a method and the headings of its round lines, with rich markup."""
     headings = f"{'round':>5}  {'loss':>8}  {'up':>8}  {'down':>8}  {'time':>8}  sites"
     return f"[bold]{escape(method)}[/], bytes of all sites\n[dim]{headings}[/]"
 
 
 def round_line(record: dict[str, Any]) -> str:
-    """One round: the columns that every round has, then what else is known, by name."""
-    missing = [each["site"] for each in record.get("missing", [])]
+    """Return a round as one line with rich markup: the columns, then further measures by name."""
+    missing = [failure["site"] for failure in record.get("missing", [])]
     sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"  # may not leave a site
     parts = [
@@ -58,18 +58,18 @@ def round_line(record: dict[str, Any]) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first five, safe to print."""
+    """Return the first five names, safe to print."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return escape(safe_text(", ".join(names[:5]))) + more
 
 
 def setup_lines(values: dict[str, Any]) -> list[str]:
-    """What set-up found, for people; nothing for a method that has none."""
+    """Return the lines about a set-up, none for a method without one."""
     return [*_block_lines(values), *_gate_lines(values)]
 
 
 def _block_lines(values: dict[str, Any]) -> list[str]:
-    """The blocks, runs of equal ones together, and what the download leaves of their gradients."""
+    """Return the blocks, those of equal size together, and the cosines of their gradients."""
     if "blocks" not in values:
         return []
 
@@ -90,7 +90,7 @@ def _block_lines(values: dict[str, Any]) -> list[str]:
 
 
 def _gate_lines(values: dict[str, Any]) -> list[str]:
-    """The verdict on a codec."""
+    """Return the verdict of the gate on a codec."""
     if "gate" not in values:
         return []
 
@@ -99,6 +99,9 @@ def _gate_lines(values: dict[str, Any]) -> list[str]:
         return ["codec gate: not measured, no snapshots were collected"]
 
     best = best_predictor(gate)
+    best_error = gate["predictors"][best]["all"]
+    size = gate["bytes_per_update"]
+    raw_size = gate["raw_bytes"]
     unmet = [name for name, holds in gate["reproduction"].items() if not holds]
     verdict = "[green]passed[/]" if gate["passed"] else "[red]failed[/]"
     choice = values.get("choice")
@@ -107,16 +110,17 @@ def _gate_lines(values: dict[str, Any]) -> list[str]:
         *([f"codec: {escape(safe_text(choice['why']))}"] if choice else []),
         f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
         *(f"  [red]failed:[/] {escape(safe_text(reason))}" for reason in gate["failed"]),
-        f"  cosine to the true update {gate['cosine']:.3f}; relative error {gate['errors']['all']:.3f}, "
-        f"the best predictor ({escape(best)}) {gate['predictors'][best]['all']:.3f}",
-        f"  {human_bytes(gate['bytes_per_update'])} per update, "
-        f"{human_ratio(gate['bytes_per_update'] / gate['raw_bytes'])} of {human_bytes(gate['raw_bytes'])}",
+        f"  cosine to the true update {gate['cosine']:.3f}; "
+        f"relative error {gate['errors']['all']:.3f}, "
+        f"the best predictor ({escape(best)}) {best_error:.3f}",
+        f"  {human_bytes(size)} per update, "
+        f"{human_ratio(size / raw_size)} of {human_bytes(raw_size)}",
         "  for comparison, the thresholds of an independent reproduction of the paper: "
         + (f"missed are {escape('; '.join(unmet))}" if unmet else "all met"),
     ]
 
 
 def best_predictor(gate: dict[str, Any]) -> str:
-    """The guess without a message whose error is least."""
+    """Return the predictor, a guess without a message, whose error is least."""
     errors: dict[str, dict[str, float]] = gate["predictors"]
     return min(errors, key=lambda name: errors[name]["all"])

@@ -11,29 +11,33 @@ from fluvial.federation.boundary import place
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Everything that the folder of a run tells, as plain JSON values; raises `CheckpointError` if
-    it holds no run."""
-    found = {
+    """Return the content of a run's folder as plain JSON values.
+
+    The keys are folder, config, refused, metrics, result, and compare with the baselines by name.
+    Raises `CheckpointError` if the folder holds no run.
+    """
+    run = {
         "folder": str(folder),
         "config": _read_json(folder / "config.json"),
         "refused": _read_json(folder / "refused.json"),
-        **_read_part(folder),
+        **_read_results(folder),
     }
-    if found["config"] is None and not found["metrics"] and found["result"] is None:
+    if run["config"] is None and not run["metrics"] and run["result"] is None:
         raise CheckpointError(
-            f"{folder} holds no run: it has no config.json; give the folder that `fluvial run` wrote, "
-            "by default runs/NAME"
+            f"{folder} holds no run: it has no config.json; give the folder that `fluvial run` "
+            "wrote, by default runs/NAME"
         )
 
     compared = sorted(path for path in folder.glob("compare/*") if path.is_dir())
     return {
-        **found,
-        "config": found["config"] or {},
-        "compare": {path.name: _read_part(path) for path in compared},
+        **run,
+        "config": run["config"] or {},
+        "compare": {path.name: _read_results(path) for path in compared},
     }
 
 
-def _read_part(folder: Path) -> dict[str, Any]:
+def _read_results(folder: Path) -> dict[str, Any]:
+    """Return the metrics and the result of one method's run."""
     path = folder / "metrics.jsonl"
     records = []
     try:
@@ -44,11 +48,8 @@ def _read_part(folder: Path) -> dict[str, Any]:
     for line in lines:
         try:
             record = json.loads(line)
-        except (
-            ValueError,
-            RecursionError,
-        ):  # a run that is being written, or was cut off, may end in half a line
-            break
+        except (ValueError, RecursionError):
+            break  # a run that is being written, or was killed, may end in half a line
 
         if not isinstance(record, dict):
             break
@@ -60,7 +61,7 @@ def _read_part(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -68,18 +69,17 @@ def _read_json(path: Path) -> dict[str, Any] | None:
             f"cannot read {path}: {error}; it should be JSON that `fluvial run` wrote"
         ) from error
 
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(
             f"cannot read {path}: it holds no JSON object, which `fluvial run` writes"
         )
 
-    return found
+    return content
 
 
 @contextmanager
 def damage_reported(folder: Path) -> Iterator[None]:
-    """Raise `CheckpointError` where what `read_run` found cannot be shown, since no run wrote
-    it."""
+    """Raise `CheckpointError` where the values of a folder are not those that a run writes."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:

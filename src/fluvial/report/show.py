@@ -1,5 +1,6 @@
 """The tables of a whole run, finished or not, as `fluvial show` prints them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,83 +22,87 @@ from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
 
 CYCLES = 12
+"""Number of cycles of a block schedule on the terminal: the last ones."""
 SITES = 32
+"""Number of sites of a block schedule on the terminal."""
 CONFLICTS = 10
-"""How much of a long block schedule and of a long conflict log the terminal gets; the page gets
-more."""
+"""Number of entries of a conflict log on the terminal: the last ones."""
 
 
-def run_tables(found: dict[str, Any]) -> Group:
-    """All of a run, finished or not."""
-    found = _without_controls(found)
-    config = found["config"]
-    result = found["result"]
-    metrics = found["metrics"]
-    method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
-    parts: list[RenderableType] = []
+def run_tables(run: dict[str, Any]) -> Group:
+    """Return all tables of a run, finished or not."""
+    run = _safe_values(run)
+    result = run["result"]
+    metrics = run["metrics"]
+    method = run["config"].get("method", {}).get("name") or (result or {}).get("method", "run")
+    content: list[RenderableType] = []
 
     if result:
-        parts += [Text.from_markup(line) for line in setup_lines(result.get("setup", {}))]
+        content += [Text.from_markup(line) for line in setup_lines(result.get("setup", {}))]
     if metrics:
-        parts += [
+        content += [
             Text.from_markup(line) for line in (round_header(method), *map(round_line, metrics))
         ]
 
-    refused = found.get("refused")
-    if refused:
-        parts.append(Text(f"Refused by the gate: {safe_text(refused['why'])}", style="red"))
-    elif result is None:
-        state = f"Not finished: {len(metrics)} of {config.get('rounds', '?')} rounds of {method}."
-        for name, run in found["compare"].items():
-            state += f" Baseline {name}: " + (
-                "finished." if run["result"] else f"{len(run['metrics'])} rounds."
-            )
-
-        parts.append(Text(f"{state} Go on with --resume.", style="yellow"))
-    else:
-        parts += [
-            Text(),
-            result_table(with_compared(found), cut_words(config)),
-            verdict_line(found),
-            Text(),
-            _site_table(found),
-        ]
-        parts += [Text(), _bytes_table(result)]
+    content += _outcome(run, method)
 
     for excerpt in (
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
     ):
         if excerpt:
-            parts += [
-                Text(f"\n{excerpt.title}", style="bold")
-            ]  # a table's own title wraps to its width
-            parts += [
+            # The title stands outside of the table, which would wrap it to its own width.
+            content += [
+                Text(f"\n{excerpt.title}", style="bold"),
                 table(excerpt.headings, excerpt.rows, "", excerpt.left),
                 Text(excerpt.words, style="italic dim"),
             ]
 
-    failed = failures(metrics)
-    if failed:
-        rows = [
-            [str(each["round"]), safe_text(each["site"]), each["task"], safe_text(each["reason"])]
-            for each in failed
-        ]
-        parts += [
-            Text(),
-            table(["round", "site", "task", "reason"], rows, "Missing replies", left=4),
-        ]
-
+    if missing := failures(metrics):
+        content += [Text(), _missing_table(missing)]
     if result:
-        parts += [Text(), closing_words(result, Path(found["folder"]))]
+        content += [Text(), closing_words(result, Path(run["folder"]))]
 
-    return Group(*parts)
+    return Group(*content)
 
 
-def _site_table(found: dict[str, Any]) -> Table:
-    local = (found["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
+def _outcome(run: dict[str, Any], method: str) -> list[RenderableType]:
+    """Return the result tables of a finished run, else one line on its state."""
+    if refused := run.get("refused"):
+        return [Text(f"Refused by the gate: {safe_text(refused['why'])}", style="red")]
+
+    if run["result"] is None:
+        rounds = run["config"].get("rounds", "?")
+        state = f"Not finished: {len(run['metrics'])} of {rounds} rounds of {method}."
+        for name, baseline in run["compare"].items():
+            done = "finished" if baseline["result"] else f"{len(baseline['metrics'])} rounds"
+            state += f" Baseline {name}: {done}."
+
+        return [Text(f"{state} Continue with --resume.", style="yellow")]
+
+    return [
+        Text(),
+        result_table(with_compared(run), cut_words(run["config"])),
+        verdict_line(run),
+        Text(),
+        _site_table(run),
+        Text(),
+        _bytes_table(run["result"]),
+    ]
+
+
+def _missing_table(missing: Sequence[dict[str, Any]]) -> Table:
+    rows = [
+        [str(reply["round"]), safe_text(reply["site"]), reply["task"], safe_text(reply["reason"])]
+        for reply in missing
+    ]
+    return table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)
+
+
+def _site_table(run: dict[str, Any]) -> Table:
+    local = (run["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
     rows = []
-    for site, row in found["result"]["heldout_by_site"].items():
+    for site, row in run["result"]["heldout_by_site"].items():
         base, final = (row.get(which) or {} for which in ("base", "final"))
         before = loss_of(base)
         after = loss_of(final)
@@ -105,7 +110,11 @@ def _site_table(found: dict[str, Any]) -> Table:
         losses = [figure(before), figure(after), figure(change, "+.4f")]
         losses += [figure(loss_of((local.get(site) or {}).get("final")))] if local else []
         rows.append(
-            [safe_text(site), *losses, *(percent(each.get("accuracy")) for each in (base, final))]
+            [
+                safe_text(site),
+                *losses,
+                *(percent(measures.get("accuracy")) for measures in (base, final)),
+            ]
         )
 
     rows = rows or [["not measured", *["-"] * (6 if local else 5)]]
@@ -128,12 +137,12 @@ def _bytes_table(result: dict[str, Any]) -> Table:
     return table(["message", "", "bytes"], rows, "Bytes by kind, all rounds and sites")
 
 
-def _without_controls(value: Any) -> Any:
-    """Return a plain value whose strings hold no characters that could drive a terminal."""
+def _safe_values(value: Any) -> Any:
+    """Return JSON values whose strings cannot drive a terminal."""
     if isinstance(value, str):
         return safe_text(value)
     if isinstance(value, list):
-        return [_without_controls(each) for each in value]
+        return [_safe_values(item) for item in value]
     if isinstance(value, dict):
-        return {safe_text(key): _without_controls(each) for key, each in value.items()}
+        return {safe_text(key): _safe_values(item) for key, item in value.items()}
     return value

@@ -9,35 +9,36 @@ from fluvial.formatting import human_bytes, human_seconds, safe_text
 from fluvial.report.tables import table
 
 
-def status_tables(found: dict[str, Any]) -> Group:
-    """Runs and sites of a server, newest run first, as `fluvial.flower.server_operator.status`
-    tells them."""
-    parts: list[RenderableType] = []
-    if found["runs"]:
+def status_tables(status: dict[str, Any]) -> Group:
+    """Return tables of the runs, newest first, and sites that `server_operator.status` lists."""
+    content: list[RenderableType] = []
+    if status["runs"]:
         runs = [
-            _status_of_run(run)
-            for run in sorted(found["runs"], key=lambda run: str(run["pending-at"]))[::-1]
+            _run_row(run)
+            for run in sorted(status["runs"], key=lambda run: str(run["pending-at"]))[::-1]
         ]
-        parts.append(table(["run", "number", "status", "took", "in", "out"], runs, "Runs", left=3))
-        parts += [
+        content.append(
+            table(["run", "number", "status", "took", "in", "out"], runs, "Runs", left=3)
+        )
+        content += [
             Text(f"{run['run-id']}: {safe_text(run['status-details'])}", style="dim")
-            for run in found["runs"]
+            for run in status["runs"]
             if run["status-details"] not in ("", "N/A")
         ]
     else:
-        parts.append(Text("No runs."))
+        content.append(Text("No runs."))
 
-    if found["sites"]:
-        sites = [_status_of_site(site) for site in found["sites"]]
-        parts.append(table(["site", "status", "since"], sorted(sites), "Sites", left=3))
+    if status["sites"]:
+        sites = [_site_row(site) for site in status["sites"]]
+        content.append(table(["site", "status", "since"], sorted(sites), "Sites", left=3))
     else:
-        parts.append(Text("No sites."))
+        content.append(Text("No sites."))
 
-    return Group(*parts)
+    return Group(*content)
 
 
-def _status_of_run(run: dict[str, Any]) -> list[str]:
-    """Bytes as Flower counts them at the server: in from the sites, out to them."""
+def _run_row(run: dict[str, Any]) -> list[str]:
+    """Return the row of a run; bytes are Flower's count: in from the sites, out to them."""
     traffic = run["network-traffic"]
     status = safe_text(run["status"]).removeprefix("finished:")
     sizes = [human_bytes(traffic[f"{way}-bytes"]) for way in ("inbound", "outbound")]
@@ -51,8 +52,8 @@ def _status_of_run(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _status_of_site(site: dict[str, Any]) -> list[str]:
-    """A site by the name it was registered under; one without a key has only Flower's number."""
+def _site_row(site: dict[str, Any]) -> list[str]:
+    """Return the row of a site by its registered name; without a key it has Flower's number."""
     status = safe_text(site["status"])
     since = {"online": site["online-at"], "offline": site["offline-at"]}.get(
         status, site["created-at"]

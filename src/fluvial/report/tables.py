@@ -1,4 +1,4 @@
-"""The one form of all tables on a terminal: texts to the left, numbers to the right."""
+"""Form of all tables on a terminal: texts to the left, numbers to the right."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +15,10 @@ def table(
     left: int = 1,
     caption: str = "",
 ) -> Table:
-    """Return a table without markup; columns after the first `left` are numbers, set to the right."""
+    """Return a table of texts without markup.
+
+    The first `left` columns are set to the left; the others hold numbers and are set to the right.
+    """
     table = Table(
         title=title or None,
         title_justify="left",
