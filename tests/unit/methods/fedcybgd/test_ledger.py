@@ -44,7 +44,7 @@ from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, add
-from tests.conftest import saved_model
+from tests.support.models import four_layers
 
 SEED = 3
 FORMS: dict[str, dict[str, Any]] = {
@@ -56,29 +56,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "cache": {"form": "cache"},
 }
 EXACT = ("full", "whole proxy", "cache")
-
-
-def four_layers(folder: Path, **changes: Any) -> Path:
-    """Folder of a random Llama with four layers, whose weights are large enough for all of them to
-    matter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-    return saved_model(LlamaForCausalLM, LlamaConfig(**(settings | changes)), folder)
 
 
 @pytest.fixture(scope="module")
