@@ -160,7 +160,9 @@ class LocalFleet(Policy):
         torch.set_num_threads(self.config.threads)
 
         try:
-            answer = self._tasks[task](site, Payload.from_bytes(job.wire, self._limits))
+            message = Payload.from_bytes(job.wire, self._limits)
+            site.accept_assignment(message)
+            answer = self._tasks[task](site, message)
             done.put((number, answer.to_bytes(), ""))
         except BaseException as problem:
             log = site.store.errors(site.name)

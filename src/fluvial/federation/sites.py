@@ -12,8 +12,9 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
+from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.pool import ModelPool
-from fluvial.models.states import initial_state
+from fluvial.models.states import base_state, initial_state
 from fluvial.seeds import derive, generator
 from fluvial.training.evaluate import exact_match, heldout
 from fluvial.training.train import TrainConfig, TrainReport, train
@@ -43,11 +44,27 @@ class Site:
     """Of the whole run; what a privacy budget is spread over."""
     kept: dict[str, Payload | Path] = field(default_factory=dict)
     """What this answer wants to keep, or the draft of it; stored when the answer is accepted."""
+    assigned: Assignment | None = None
+    """The assignment that a message brought; None for the run's own."""
+
+    @property
+    def assignment(self) -> Assignment:
+        """What this site trains: the run's own assignment, unless a message brought another."""
+        return self.assigned or self.pool.assignment(self.train.per_device_train_batch_size)
 
     @property
     def layout(self) -> Layout:
-        """Of the whole adapter."""
-        return self.pool.layout
+        """The layout of the adapter, or of all weights, that this site trains."""
+        return self.pool.layout if self.assigned is None else self.assigned.layout
+
+    def accept_assignment(self, message: Payload) -> None:
+        """Work with the assignment that `message` carries, or else with the run's own.
+
+        Raises `WireError` for an assignment that does not fit the model.
+        """
+        if KEY in message.values:
+            run = self.pool.assignment(self.train.per_device_train_batch_size)
+            self.assigned = Assignment.from_values(message.values, run)
 
     def recall(self, slot: str) -> Payload:
         """What the site kept under `slot`, or an empty payload."""
@@ -124,19 +141,26 @@ def train_locally(
     factors: Factors = "A and B",
     purpose: str = "train",
 ) -> tuple[Named, TrainReport]:
-    """Tune from the state `received` on `examples`; returns the update (trained - received) of
-    `factors`."""
-    bench = site.pool
-    start = bench.weights(received)
+    """Tune from the state `received` on `examples`, with the site's assignment.
 
-    with bench.model(
-        received, trainable=factors, checkpointing=site.train.gradient_checkpointing
+    Return the update (trained - received) of `factors`, and the report.
+    """
+    pool = site.pool
+    assignment = site.assignment
+    settings = site.train.model_copy(update={"per_device_train_batch_size": assignment.batch})
+    start = pool.weights(received, assignment)
+
+    with pool.model(
+        received,
+        trainable=factors,
+        checkpointing=settings.gradient_checkpointing,
+        assignment=assignment,
     ) as model:
         report = train(
             model,
             examples,
-            site.train,
-            pad_token_id=bench.tokenizer.pad_token_id,
+            settings,
+            pad_token_id=pool.tokenizer.pad_token_id,
             generator=generator(site.seed, purpose, round, site.name),
             start=start,
         )
@@ -218,7 +242,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     """
     which = message.value("which", str)
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
-    bench = site.pool
+    pool = site.pool
     data = site.load()
 
     if which == "sent":
@@ -226,12 +250,12 @@ def evaluate(site: Site, message: Payload) -> Payload:
     elif which == "own":
         adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     elif which == "base":
-        adapter = bench.base_state()
+        adapter = base_state(site.layout)
     else:
         raise WireError(f"evaluate: which={which!r:.40}, expected 'sent', 'own' or 'base'")
 
-    with bench.model(adapter) as model:
-        sums = heldout(model, data.heldout, pad_token_id=bench.tokenizer.pad_token_id)
+    with pool.model(adapter, assignment=site.assignment) as model:
+        sums = heldout(model, data.heldout, pad_token_id=pool.tokenizer.pad_token_id)
     values: dict[str, Any] = {
         "loss_sum": sums.loss_sum,
         "hits": sums.hits,
@@ -239,7 +263,9 @@ def evaluate(site: Site, message: Payload) -> Payload:
     }
     if new_tokens and data.questions:
         prompts = [question.prompt for question in data.questions]
-        answers = bench.generate(adapter, prompts, max_new_tokens=new_tokens)
+        answers = pool.generate(
+            adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment
+        )
         values["right"] = exact_match(answers, [question.answer for question in data.questions])
         values["questions"] = len(answers)
 

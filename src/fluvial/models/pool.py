@@ -245,13 +245,26 @@ class ModelPool:
         """
         return self.full or len(self.tokenizer) <= self.outline.num_embeddings
 
-    def generate(self, state: Named, prompts: Sequence[str], *, max_new_tokens: int) -> list[str]:
+    def generate(
+        self,
+        state: Named,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        assignment: Assignment | None = None,
+    ) -> list[str]:
         """Return greedy continuations of `prompts`, without the prompts and special tokens."""
-        return list(self.answers(state, prompts, max_new_tokens=max_new_tokens))
+        answers = self.answers(state, prompts, max_new_tokens=max_new_tokens, assignment=assignment)
+        return list(answers)
 
     def answers(
-        self, state: Named, prompts: Sequence[str], *, max_new_tokens: int
+        self,
+        state: Named,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        assignment: Assignment | None = None,
     ) -> Iterator[str]:
         """Yield the answers of `generate` one by one; a model is borrowed until the last."""
-        with self.model(state) as model:
+        with self.model(state, assignment=assignment) as model:
             yield from continuations(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)

@@ -90,6 +90,7 @@ class Station:
         site = site_of(
             config, self._name(config), bench, self._records(config, bench), journal.store
         )
+        site.accept_assignment(message)
         answer = self._let_out(
             header, tasks[header.task](site, message), config, kept=bool(site.kept)
         )
