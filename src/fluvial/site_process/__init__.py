@@ -1,1 +1,1 @@
-"""A site as a process of its own."""
+"""Sites that run as a process of their own, on their own machine."""

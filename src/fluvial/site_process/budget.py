@@ -1,4 +1,4 @@
-"""Epsilon and delta that a site's own file lets runs spend, whatever a server asks."""
+"""Bounds of a site on epsilon and delta over all its runs, independent of the server."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def check_budget(
 ) -> None:
     """Raise `PrivacyError` unless `config` and `others` together stay within both bounds.
 
-    `others` are the runs that this site took part in before. Epsilons are added up, which holds for
-    any mechanisms; so are their deltas. A run that does not add its noise at the site, or lets
-    something leave outside epsilon, is refused.
+    `others` are the other runs of this site. Epsilons are added up, and deltas too; this basic
+    composition holds for any mechanisms. A run is refused if it does not add its noise at the site,
+    or releases measures that epsilon does not count.
     """
     promise = config.promise
     if promise is None or not promise.at_site:
@@ -31,27 +31,29 @@ def check_budget(
 
     if promise.measures:
         raise PrivacyError(
-            "this site lets nothing leave outside epsilon; remove method.privacy.heldout='exact'"
+            "this site sends no measures that epsilon does not count; remove "
+            "method.privacy.heldout='exact'"
         )
 
     epsilon, delta = _spends(config)
-    spent = [_spends(each) for each in others]
-    if epsilon + sum(each for each, _ in spent) > max_epsilon:
+    spent = [_spends(other) for other in others]
+    if epsilon + sum(other for other, _ in spent) > max_epsilon:
         raise PrivacyError(
             f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left"
         )
 
-    if math.fsum([delta, *(each for _, each in spent)]) > max_delta:
+    if math.fsum([delta, *(other for _, other in spent)]) > max_delta:
         raise PrivacyError(
-            f"this run would spend delta {delta:.3g} (method.privacy.delta), which is more than this site has left"
+            f"this run would spend delta {delta:.3g} (method.privacy.delta), which is more than "
+            "this site has left"
         )
 
 
 def check_same_promise(config: RunConfig, begun: RunConfig | None, ledger: Path) -> None:
-    """Raise `PrivacyError` if the run made releases under another promise, `begun`, than `config`.
+    """Raise `PrivacyError` if the run made releases under another promise than that of `config`.
 
-    `ledger` is the folder of `releases`. The run's file is what later runs are counted beside, so a
-    smaller promise there would hide what was spent.
+    `begun` is the run's configuration so far, and `ledger` the folder of its releases. The budget
+    counts a run by its configuration, so a smaller promise would hide what was spent.
     """
     if begun is None or count_releases(ledger) == 0:
         return

@@ -1,4 +1,4 @@
-"""Fingerprints of all that must be the same at all ends of a run."""
+"""Fingerprints of everything that must be equal at the server and its sites."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def fingerprints(bench: ModelPool) -> dict[str, str]:
 
 
 def _hash_of(folder: Path) -> str:
-    """Over the weights and the configuration of a model folder."""
+    """Return a digest over the weights and the configuration of a model folder."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]):
         state = path.stat()
@@ -38,6 +38,6 @@ def _hash_of(folder: Path) -> str:
 
 
 @cache
-def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - another state is another call
+def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - the arguments are the key of the cache
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

@@ -1,5 +1,7 @@
-"""The header beside a message to a site, and what the site's last answer wants to keep until it
-counts."""
+"""Journal of one site: the state of its last answer, pending until the server accepts the answer.
+
+Also the header that travels beside each message.
+"""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,24 +23,26 @@ from fluvial.wire.payload import Payload
 
 @dataclass(frozen=True)
 class Header:
-    """Values that travel beside a message's payload."""
+    """Values that travel beside the payload of a message."""
 
     run: str
-    """Names a run of one method, and stays the same when it is resumed."""
+    """Name of the run of one method, the same when it is resumed."""
     task: str
+    """Name of the task."""
     round: int
+    """Number of the round, from 1; 0 before."""
     session: str
-    """Names the server process."""
+    """Name of the server's process."""
     seq: int
-    """Counts the messages of a run."""
+    """Number of the message, counted over the run."""
     ack: int
-    """The site's last answer that the server accepted; 0 is none."""
+    """Number of the site's last answer that the server accepted; 0 for none."""
     base: int
-    """The round that the server's process went on from, -1 for the start."""
+    """Round of the checkpoint that the server's process began with, -1 for the start."""
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> "Header":
-        """A header from outside; raises `WireError`."""
+        """Return a header from outside; raise `WireError` for a missing or wrong value."""
         for name, kind in cls.__annotations__.items():
             if type(values.get(name)) is not kind or (
                 kind is str and not 0 < len(values[name]) <= 200
@@ -55,10 +59,10 @@ class Header:
 
 
 class Journal:
-    """State of one site's last answer, pending until it is known whether the answer counts.
+    """State of one site's last answer, pending until the server has accepted the answer.
 
-    The journal lists the files that the site holds and the digests of what is pending, so that one
-    that is lost, damaged or of another time is noticed.
+    The journal lists the files that the site holds and the digests of the pending ones, so that a
+    file that is lost, damaged or of another time is detected.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -68,7 +72,7 @@ class Journal:
 
     @property
     def begun(self) -> bool:
-        """Return whether an answer was given here before."""
+        """True if the site has answered a message of the run before."""
         return self._path.exists()
 
     @property
@@ -76,10 +80,9 @@ class Journal:
         return self._folder / "journal.json"
 
     def settle(self, header: Header) -> None:
-        """Keep or drop what is pending; where the server began anew, forget what it does not know
-        of.
+        """Accept or drop the pending files; for a new server process, go back to its checkpoint.
 
-        Raises `CheckpointError` where what the site kept is not what it was.
+        Raises `CheckpointError` if a file of the site is missing, damaged or of another time.
         """
         state = self._read()
         check_stand(self.store.private(self.name), state.get("ledger", []))
@@ -98,17 +101,17 @@ class Journal:
         self._write(header.session, None, counted.get("seq", state.get("settled", 0)))
 
     def post(self, header: Header, kept: dict[str, Payload | Path]) -> None:
-        """Lay down what the answer to `header` wants to keep."""
+        """Write the state by slot that counts once the answer to `header` is accepted."""
         make_folder(self._folder)
         slots = {}
 
-        for slot, each in kept.items():
+        for slot, state in kept.items():
             path = self._folder / slot
-            if isinstance(each, Path):
-                slots[slot] = digest_of_file(each)
-                each.replace(path)
+            if isinstance(state, Path):
+                slots[slot] = digest_of_file(state)
+                state.replace(path)
             else:
-                data = each.to_bytes()
+                data = state.to_bytes()
                 slots[slot] = digest_of(data)
                 write_atomically(path, data)
 
@@ -121,9 +124,8 @@ class Journal:
         """Make a pending file the newest version of its slot."""
         path = self._folder / slot
         if not path.exists():
-            if not self.store.holds(
-                self.name, slot, round, digest
-            ):  # else moved before this process was killed
+            # A process that was killed may have moved the file already.
+            if not self.store.holds(self.name, slot, round, digest):
                 raise CheckpointError(f"{path} is missing; {self._remedy}")
 
             return
@@ -136,8 +138,10 @@ class Journal:
         self.store.write(self.name, slot, path, round, digest)
 
     def _check_held(self, held: list[str], replaced: dict[str, str]) -> None:
-        """Raise `CheckpointError` if a file that the site holds is missing; a kill may have
-        replaced some."""
+        """Raise `CheckpointError` if a file that the site holds is missing.
+
+        The versions of the slots in `replaced` may have changed before a kill.
+        """
         there = set(self.store.names(self.name))
         for name in held:
             if name not in there and not any(name.startswith(f"{slot}-") for slot in replaced):
@@ -146,8 +150,7 @@ class Journal:
                 )
 
     def _check_not_older(self, state: dict[str, Any], header: Header) -> None:
-        """Raise `CheckpointError` if the server accepted an answer that this folder does not know
-        of."""
+        """Raise `CheckpointError` if the server accepted a later answer than this folder holds."""
         if header.ack > state.get("settled", 0) and self.store.names(self.name):
             raise CheckpointError(
                 f"{self._path} is older than what the server accepted of this site (answer "

@@ -1,5 +1,4 @@
-"""The file of a site's operator: what the site is, where its own things lie, what it takes part
-in."""
+"""The settings of a site's operator in site.toml: name, paths, own data, and what is allowed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,95 +12,96 @@ from fluvial.storage import toml
 
 
 class Allowed(Settings):
-    """Runs that the site takes part in, and bounds on what leaves it.
+    """Runs that the site takes part in, and bounds on what it sends.
 
     Empty lists allow everything, except `run_paths`.
     """
 
     methods: tuple[str, ...] = ()
-    """Values of method.name."""
+    """Allowed values of method.name."""
     models: tuple[str, ...] = ()
-    """Values of model.name_or_path."""
+    """Allowed values of model.name_or_path."""
     tensors: tuple[str, ...] = ()
-    """Patterns, such as "*.lora_*": every tensor that is tuned must match one."""
+    """Patterns of tensors, such as "*.lora_*"; every tuned tensor must match one."""
     max_epsilon: float | None = Field(None, ge=1e-3, le=1e6)
-    """Epsilon that all runs of this site may spend together; runs without noise at the site are
-    refused. Unset, runs need not promise privacy."""
+    """Upper bound on the sum of epsilon over all runs of this site; with it, runs without noise at the
+    site are refused. Unset, runs need not promise privacy."""
     max_delta: float = Field(1e-4, ge=1e-15, lt=1)
-    """Delta that all these runs may spend together, beside `max_epsilon`."""
+    """Upper bound on the sum of delta over all these runs, beside `max_epsilon`."""
     run_paths: tuple[str, ...] = ()
-    """Whole paths that a run may name here, such as "/data/shared/*"; without one, a run names
-    nothing on this disk. "*" allows everything."""
+    """Patterns of absolute paths that a run may name, such as "/data/shared/*"; "*" allows all, an
+    empty list none."""
     max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
-    """An answer that would be more is not sent; the server is told why."""
+    """Upper bound on the bytes that the site sends in a round. An answer beyond it is not sent, and
+    the server receives the reason."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         if self.max_epsilon is None and "max_delta" in self.model_fields_set:
-            yield "max_delta: without effect, because max_epsilon is not set; set it, or remove this"
+            yield (
+                "max_delta: without effect, because max_epsilon is not set; set it, or remove this"
+            )
 
 
 class SiteData(SourceSettings):
-    """The site's own records, in place of those that the run names; settings as in the run's
-    [data]."""
+    """Records of the site, which replace the run's; the settings are those of the run's [data]."""
 
     source: str
-    """A file or folder; a relative one lies beside site.toml."""
+    """File or folder of the site's records; a relative path is relative to site.toml."""
     heldout_source: str | None = None
-    """Held-out records of the site."""
+    """File or folder of the site's held-out records."""
     heldout: SourceSettings | None = None
     """Settings of `heldout_source`, where they differ."""
     numbers: Numbers | None = None
-    """JSON numbers where a text is needed: "refuse" or "text"."""
+    """Treatment of JSON numbers where a text is needed: "refuse" or "text"."""
 
 
 class SiteFile(Settings):
-    """The file of a site's operator."""
+    """The settings in site.toml."""
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """As in the run's fleet.sites; letters, digits and _ . -, at most 64."""
+    """Name of the site, as in the run's fleet.sites: letters, digits and _ . -, at most 64."""
     folder: FilePath = Path("fluvial-site")
-    """Folder of the site's state and its log."""
+    """Folder of the site's state and logs."""
     model: str | None = None
-    """A local folder of the base model, in place of what the run names; its content must be the
-    same."""
+    """Local folder of the base model, which replaces the run's; its content must be the same."""
     device: str = "auto"
-    """As in the run's [model]; this machine's word counts."""
+    """Device of this site, as in the run's [model]; it replaces the run's."""
     data: SiteData | None = None
-    """The site's own records, which take the place of all that the run names; unset, what
-    allow.run_paths covers."""
+    """Records of the site, which replace the run's sources; unset, the site reads those of the run
+    that allow.run_paths covers."""
     allow: Allowed = Allowed()
+    """Runs that the site takes part in, and bounds on what it sends."""
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""
     ca: FilePath | None = None
-    """The certificate that the server's is checked against."""
+    """Certificate of the authority that signed the server's certificate."""
     key: FilePath | None = None
-    """The site's private key."""
+    """Private key of the site."""
 
 
 def read_site_file(path: Path) -> SiteFile:
-    """Read and check a site file; paths in it are relative to its folder. Raises `ConfigError`."""
+    """Read and check site.toml, whose paths are relative to its folder; raise `ConfigError`."""
     table = toml.load(path, f"there is no site file {str(path)!r}; `fluvial site init` makes one")
-    found = toml.read(SiteFile, table, str(path))
+    site = toml.read(SiteFile, table, str(path))
     here = path.resolve().parent
     changes: dict[str, Any] = {
-        key: here / getattr(found, key)
-        for key in ("folder", "ca", "key")
-        if getattr(found, key) is not None
+        key: here / path
+        for key, path in (("folder", site.folder), ("ca", site.ca), ("key", site.key))
+        if path is not None
     }
 
-    if found.model is not None:
-        changes["model"] = _beside(here, found.model)
-    if found.data is not None:
-        given = found.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
-        changes["data"] = found.data.model_copy(
+    if site.model is not None:
+        changes["model"] = _beside(here, site.model)
+    if site.data is not None:
+        given = site.data.model_dump(include={"source", "heldout_source"}, exclude_none=True)
+        changes["data"] = site.data.model_copy(
             update={key: _beside(here, text) for key, text in given.items()}
         )
 
-    return found.model_copy(update=changes)
+    return site.model_copy(update=changes)
 
 
 def _beside(here: Path, text: str) -> str:
-    """The whole path of what lies in the site file's folder; else the text, such as the id of a
-    hub."""
+    """Return the path of `text` in the folder `here` if it exists, else `text`, as for a hub id."""
     return str(here / text) if (here / text).exists() else text

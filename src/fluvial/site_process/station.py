@@ -23,11 +23,11 @@ from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Records, site_of, tasks_of, texts_of
-from fluvial.site_process.agreed import NAME, config_of, keep_config, other_runs
 from fluvial.site_process.budget import check_budget, check_same_promise
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
-from fluvial.site_process.own_paths import at_site, refusal
+from fluvial.site_process.local_config import at_site, refusal
+from fluvial.site_process.run_configs import NAME, other_runs, read_config, write_config
 from fluvial.site_process.site_file import SiteFile
 from fluvial.storage.files import append
 from fluvial.wire.payload import Limits, Payload
@@ -63,14 +63,14 @@ class Station:
         paths = sorted(
             self.site.folder.glob(f"runs/*/{NAME}"), key=lambda path: path.stat().st_mtime
         )
-        agreed = config_of(paths[-1].parent) if paths else None
+        agreed = read_config(paths[-1].parent) if paths else None
 
         if agreed is not None:
             config = at_site(agreed, self.site)
             self._records(config, self._bench(config))
 
     def answer(self, header: Header, wire: bytes) -> Answer:
-        """The answer to one message; raises what the task raises."""
+        """Return the answer to one message; raise what the task raises."""
         message = Payload.from_bytes(wire, self.limits)
         if header.task == HELLO:
             return self._let_out(header, self._hello(header, message))
@@ -141,7 +141,7 @@ class Station:
                 max_delta=allowed.max_delta,
             )
             ledger = Journal(folder, self._name(config)).store.private(self._name(config))
-            check_same_promise(config, config_of(folder), ledger)
+            check_same_promise(config, read_config(folder), ledger)
 
         try:
             bench = self._bench(local)
@@ -153,7 +153,8 @@ class Station:
         strange = [name for name in bench.layout.names if not _matches(name, allowed.tensors)]
         if strange:
             raise RefusalError(
-                f"site {self.site.name!r} does not let {strange[0]!r} leave (nor {len(strange) - 1} more)"
+                f"site {self.site.name!r} does not let {strange[0]!r} leave "
+                f"(nor {len(strange) - 1} more)"
             )
 
         name = self._name(config)
@@ -164,7 +165,7 @@ class Station:
         for note in texts.notes:
             logger.warning("%s", note)
         known = Journal(folder, name).begun
-        keep_config(folder, message.values["config"])
+        write_config(folder, message.values["config"])
         return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
 
     def _config(self, run: str) -> RunConfig | None:
@@ -172,7 +173,7 @@ class Station:
 
         Raises `RefusalError` for what a run may not name.
         """
-        agreed = config_of(self._run_folder(run))
+        agreed = read_config(self._run_folder(run))
         return None if agreed is None else at_site(agreed, self.site)
 
     def _name(self, config: RunConfig) -> str:
@@ -224,7 +225,8 @@ class Station:
 
         if most is not None and len(data) + _sent(self._outgoing, header) > most:
             raise RefusalError(
-                f"site {self.site.name!r} lets {most} bytes leave in a round; this answer of {len(data)} exceeds it"
+                f"site {self.site.name!r} lets {most} bytes leave in a round; this answer of "
+                f"{len(data)} exceeds it"
             )
 
         of_run = (

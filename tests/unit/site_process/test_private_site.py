@@ -288,7 +288,7 @@ def at(epsilon: float, placement: str = "update", **others: Any) -> dict[str, An
         ({"name": "fedavg"}, "takes part only in runs that add noise at the site"),
         (cgfedllm_table(), "takes part only in runs that add noise at the site"),
         (at(1.0, "aggregate"), "takes part only in runs that add noise at the site"),
-        (at(1.0, heldout="exact"), "lets nothing leave outside epsilon"),
+        (at(1.0, heldout="exact"), "sends no measures that epsilon does not count"),
         (at(8.1), "more than this site has left"),
         (at(1.0, delta=0.9), r"spend delta 0.9 \(method.privacy.delta\), which is more"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from fluvial.data import DataConfig
 from fluvial.errors import RefusalError
 from fluvial.runs.config import RunConfig, parse
-from fluvial.site_process.own_paths import OF_NO_SOURCE, SOURCES, at_site
+from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
 from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
 from fluvial.site_process.station import HELLO, Station
 from fluvial.wire.payload import Payload
@@ -68,7 +68,7 @@ def test_a_new_setting_of_data_is_the_sites_until_it_is_known_to_name_no_source(
         "public_source",
         "public",
     }
-    assert set(DataConfig.model_fields) == {*OF_NO_SOURCE, *of_the_site, "partition"}
+    assert set(DataConfig.model_fields) == {*INDEPENDENT, *of_the_site, "partition"}
     assert set(SOURCES) < of_the_site
 
 

@@ -1,8 +1,8 @@
-"""Paths of a site's disk that a run may name: none, unless the site's own file says so.
+"""Configuration of a run as it holds at a site, with the site's own data, model and device.
 
-The site's `[data]` table takes the place of the run's sources, and its `model` that of the run's.
-Any other file or folder that a run names is refused in the same words, be it there or not, so that
-a refusal tells nothing.
+The site's `[data]` table replaces the run's sources, and its `model` the run's. A run may name
+other paths of the site's disk only where `allow.run_paths` in site.toml covers them. The refusal is
+the same for a path that exists and one that does not, so it discloses nothing.
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.site_file import SiteFile
 
-OF_NO_SOURCE = (
+INDEPENDENT = (
     "form",
     "columns",
     "encoding",
@@ -30,17 +30,19 @@ OF_NO_SOURCE = (
     "loss_on",
     "max_heldout",
 )
-"""Settings of a run's [data] that hold for a site with records of its own. All others are the
-site's."""
+"""Settings of a run's [data] that also hold for a site with its own records, because they depend on
+no source."""
 SOURCES = ("source", "heldout_source")
-"""Settings that name what a site reads; the public text is the server's."""
-_MANY = 10_000
-"""Files of a folder that are looked at."""
+"""Settings that name what a site reads; only the server reads the public text."""
+_MAX_FILES = 10_000
+"""Most files of a folder that a run may name."""
 
 
 def at_site(config: RunConfig, site: SiteFile) -> RunConfig:
-    """Return the run's configuration as it holds at a site; raises `RefusalError` for what the run
-    may not name."""
+    """Return the run's configuration as it holds at `site`.
+
+    Raises `RefusalError` if the run names a path that the site's file does not allow.
+    """
     table = config.model_dump(mode="json", exclude_unset=True)
     table["model"] = {**table.get("model", {}), "device": site.device}
 
@@ -54,7 +56,7 @@ def at_site(config: RunConfig, site: SiteFile) -> RunConfig:
 
 
 def refusal(setting: str, site: SiteFile) -> RefusalError:
-    """Return the one answer to a path that a run names, whatever lies there."""
+    """Return the refusal of a path that a run names, the same whether it exists or not."""
     own = "model" if setting.startswith("model") else "[data]"
     return RefusalError(
         f"site {site.name!r} does not read what a run names as {setting}: its file sets no {own} "
@@ -63,37 +65,37 @@ def refusal(setting: str, site: SiteFile) -> RefusalError:
 
 
 def _data(asked: dict[str, Any], site: SiteFile) -> dict[str, Any]:
-    """The run's [data] with the site's records."""
+    """Return the run's [data] with the site's records."""
     if site.data is not None:
-        kept = {name: value for name, value in asked.items() if name in OF_NO_SOURCE}
+        settings = {name: value for name, value in asked.items() if name in INDEPENDENT}
         if site.data.heldout_source is not None:
-            kept.pop("heldout_share", None)
-        return {**kept, **site.data.model_dump(exclude_none=True)}
+            settings.pop("heldout_share", None)
+        return {**settings, **site.data.model_dump(exclude_none=True)}
 
     for name in SOURCES:
         named = asked.get(name)
         if named not in (None, STDLIB) and not _allowed(named, site):
             raise refusal(f"data.{name}", site)
 
-    kept = {name: value for name, value in asked.items() if name not in ("public_source", "public")}
-    if asked.get("source", STDLIB) == STDLIB:  # these were for the public text
+    public = ("public_source", "public")
+    settings = {name: value for name, value in asked.items() if name not in public}
+    if asked.get("source", STDLIB) == STDLIB:
+        # The run sets these for its public text.
         for name in ("encoding", "delimiter", "numbers"):
-            kept.pop(name, None)
+            settings.pop(name, None)
 
-    return kept
+    return settings
 
 
 def _may_load(name: str, site: SiteFile) -> bool:
-    """Return whether the site may load the base model that a run names; a hub id is no place on its
-    disk."""
+    """Return True if the site may load the base model of a run; a hub id names no path."""
     if name == EMBEDDED or name in site.allow.models or _allowed(name, site):
         return True
     return HUB_ID.fullmatch(name) is not None and ".." not in name and not Path(name).exists()
 
 
 def _allowed(named: str, site: SiteFile) -> bool:
-    """Return whether a pattern of the site's file covers a path, where it really lies, and all that
-    lies in it."""
+    """Return True if the site's patterns cover a path, with links resolved, and all files in it."""
     patterns = site.allow.run_paths
     if not patterns:
         return False
@@ -102,14 +104,16 @@ def _allowed(named: str, site: SiteFile) -> bool:
 
     try:
         real = Path(named).expanduser().resolve()
-        inside = [real, *islice(real.rglob("*"), _MANY + 1)] if real.is_dir() else [real]
-        return len(inside) <= _MANY and all(_covered(path.resolve(), patterns) for path in inside)
+        inside = [real, *islice(real.rglob("*"), _MAX_FILES + 1)] if real.is_dir() else [real]
+        return len(inside) <= _MAX_FILES and all(
+            _covered(path.resolve(), patterns) for path in inside
+        )
     except (OSError, RuntimeError, ValueError):
         return False
 
 
 def _covered(path: Path, patterns: tuple[str, ...]) -> bool:
-    """Return whether a whole path is a pattern's, or lies below it."""
+    """Return True if a pattern matches the whole path or a folder above it."""
     return any(
         fnmatch.fnmatchcase(str(path), pattern)
         or fnmatch.fnmatchcase(str(path), f"{pattern.rstrip('/')}/*")
