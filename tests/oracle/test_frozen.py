@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from fluvial.codecs.quantise import NF4, Int8, Int8Settings, NF4Settings
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import open_weights
-from fluvial.models.frozen import FileSource, FolderSource, MemorySource, Source, Sum, stream
+from fluvial.models.frozen import stream
 from fluvial.models.loading import load_base, skeleton
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.tuning import checkpoint_layers
+from fluvial.models.weight_sources import FileSource, FolderSource, MemorySource, Source, Sum
 from fluvial.wire.tensors import Layout, Named
 from tests.conftest import saved_model
 

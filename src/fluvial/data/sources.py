@@ -11,7 +11,8 @@ from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
 from fluvial.data.partition import Drawn, Iid
-from fluvial.data.readers import READERS, Reading, read_file
+from fluvial.data.readers import READERS, read_file
+from fluvial.data.reading import Reading
 from fluvial.data.records import Record, RecordReader, Text, encodable
 from fluvial.data.rows import Number, Place, Row, Table, columns_of, described, typed
 from fluvial.errors import ConfigError

@@ -1,10 +1,9 @@
 """The data of every site of a configuration: read once, checked as a whole, tokenised when a site
 is asked for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 from fluvial.data import stdlib
@@ -12,22 +11,14 @@ from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
 from fluvial.data.leaks import Leaks
-from fluvial.data.partition import Drawn, Files, Iid, Natural, alike, split
+from fluvial.data.partition import Iid, split
 from fluvial.data.records import Record, Text
 from fluvial.data.site_names import check_names
-from fluvial.data.sources import (
-    Found,
-    Source,
-    classes_of,
-    is_local,
-    is_saved,
-    read_each,
-    read_source,
-)
+from fluvial.data.site_records import SiteRecords
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
-from fluvial.seeds import derive, numpy_generator
+from fluvial.seeds import derive
 
 CACHED_SITES = 32
 POOLED = "pooled"
@@ -66,10 +57,6 @@ class _Tokens:
         return both
 
 
-Parts = dict[str, tuple[Sequence[Record], Sequence[Record]]]
-"""Records to train on and held-out records of each site."""
-
-
 class SiteTexts:
     """The data of all sites of a configuration; records are read once, tokens are made when a site
     is asked for.
@@ -94,16 +81,16 @@ class SiteTexts:
         self.config = config
         self.seed = seed
         self._num_embeddings = num_embeddings
-        self._owned = owner is not None
         self.tokenizer = with_template(tokenizer, config.chat_template)
-        self.notes: list[str] = []
+        records = SiteRecords(config, seed, owner)
+        self.notes = records.notes
         """Remarks on the files for the person whose data they are: what was left out, names that
         are alike."""
-        self.forms: set[str] = {"text"} if config.source == STDLIB else set()
+        self.forms = records.forms
         """Forms of the records that were read."""
         faults = Faults()
-        self._public_records = cache(self._read_public)
-        self._parts = None if config.source == STDLIB else self._read(faults, owner)
+        self._public_records = cache(records.public)
+        self._parts = None if config.source == STDLIB else records.read(faults)
 
         if faults.count and owner is None and config.public_source is not None:
             self._try_public(faults)  # so that its faults are told with the others
@@ -292,16 +279,6 @@ class SiteTexts:
     # -- public text
     # --------------------------------------------------------------------------------------------
 
-    def _read_public(self) -> list[Record]:
-        assert self.config.public_source is not None, "there is a public source"
-        source = self._source("data.public_source", self.config.public_source, self.config.split)
-        faults = Faults()
-        found = read_source(source, faults)
-        faults.raise_any()
-        self.notes += found.notes
-
-        return [entry.record for entry in found.entries]
-
     def _try_public(self, faults: Faults) -> None:
         try:
             self._public_records()
@@ -349,166 +326,6 @@ class SiteTexts:
 
         faults.raise_any()
         return {name: part.examples for name, part in tokens.items()}
-
-    # -- reading ----------------------------------------------------------------------------------
-    # -------------
-
-    def _source(self, where: str, name: str, wanted: str) -> Source:
-        own = {
-            "data.heldout_source": self.config.heldout,
-            "data.public_source": self.config.public,
-        }.get(where)
-        return Source(
-            where,
-            name,
-            wanted,
-            self.config.reading(own),
-            strict=where == "data.source" and not self._owned,
-        )
-
-    def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
-        """Return what `read` finds, its remarks noted; None, and a fault, if it raises."""
-        try:
-            found = read()
-        except ConfigError as error:
-            faults.include(error)
-            return None
-
-        self.notes += found.notes
-        self.forms |= set(found.forms)
-        return found
-
-    def _read(self, faults: Faults, owner: str | None) -> Parts:
-        """Return the records of each site."""
-        config = self.config
-        train = self._source("data.source", config.source, config.split)
-        heldout = self._heldout_source()
-
-        if owner is not None:
-            return self._whole(train, heldout, faults, owner)
-        if isinstance(config.partition, Files):
-            parts = self._by_file(train, faults)
-            apart = self._by_file(heldout, faults) if heldout else None
-        else:
-            parts = self._by_partition(train, config.partition, faults)
-            same = config.partition
-            whole = same.model_copy(update={"largest": None}) if isinstance(same, Natural) else same
-            apart = self._by_partition(heldout, whole, faults) if heldout else None
-
-        if faults.count:
-            return {}
-
-        self.notes += alike({name: len(records) for name, records in parts.items()})
-        if apart is None:
-            return self._shared(parts, faults)
-
-        return self._matched(parts, apart, faults)
-
-    def _heldout_source(self) -> Source | None:
-        config = self.config
-        if not (config.heldout_source or config.heldout_split):
-            return None
-
-        name = config.heldout_source or config.source
-        if config.heldout_split and is_local(name) and not is_saved(Path(name).expanduser()):
-            raise ConfigError(
-                f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the "
-                "file or folder with the held-out records in data.heldout_source"
-            )
-
-        return self._source("data.heldout_source", name, config.heldout_split or config.split)
-
-    def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
-        """Return the records of a site that has its files to itself."""
-        own = self._noted(lambda: read_source(train, faults), faults)
-        apart = self._noted(lambda: read_source(heldout, faults), faults) if heldout else None
-
-        if faults.count or own is None:
-            return {}
-
-        records = [entry.record for entry in own.entries]
-        if apart is not None:
-            return {owner: (records, [entry.record for entry in apart.entries])}
-
-        return self._shared({owner: records}, faults)
-
-    def _by_file(self, source: Source, faults: Faults) -> dict[str, list[Record]]:
-        try:
-            found = read_each(source, faults)
-        except ConfigError as error:
-            faults.include(error)
-            return {}
-
-        self.notes += [note for each in found.values() for note in each.notes]
-        self.forms |= {form for each in found.values() for form in each.forms}
-        return {name: [entry.record for entry in each.entries] for name, each in found.items()}
-
-    def _by_partition(
-        self, source: Source, partition: Drawn, faults: Faults
-    ) -> dict[str, list[Record]]:
-        found = self._noted(lambda: read_source(source, faults), faults)
-        if found is None or not found.entries:
-            return {}
-
-        entries = found.entries
-        before = faults.count
-        try:
-            classes = classes_of(entries, partition, f"{source.name!r}", faults)
-            if before or faults.count:
-                return {}
-            draw = derive(self.seed, "partition") % 2**32
-            parts = split(classes, len(entries), partition, draw)
-        except ConfigError as error:
-            faults.include(error)
-            return {}
-
-        return {name: [entries[number].record for number in part] for name, part in parts.items()}
-
-    def _matched(
-        self, parts: dict[str, list[Record]], apart: dict[str, list[Record]], faults: Faults
-    ) -> Parts:
-        missing = sorted(set(parts) - set(apart))
-        if missing:
-            faults.add(
-                f"data.heldout_source has no records of site {shown(missing[0])} ({len(missing)} "
-                "sites lack some); add some, or remove data.heldout_source, so that a share of "
-                "each site's records is held out"
-            )
-
-        strange = sorted(set(apart) - set(parts))
-        if strange:
-            count = sum(len(apart[name]) for name in strange)
-            self.notes.append(
-                f"data.heldout_source: {count} records are of sites without records to train on, "
-                f"such as {shown(strange[0])}, and are left out"
-            )
-
-        return {name: (records, apart.get(name, [])) for name, records in parts.items()}
-
-    def _shared(self, parts: dict[str, list[Record]], faults: Faults) -> Parts:
-        """Return the records of each site to train on, and a drawn share of them that is held
-        out."""
-        shared: Parts = {}
-        for name, records in parts.items():
-            order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
-            cut = round(self.config.heldout_share * len(records))
-            if not 0 < cut < len(records):
-                faults.add(
-                    f"data: site {shown(name)} has {len(records)} records; "
-                    f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} "
-                    f"to train on and {cut} held out, and both need at least one; give the site "
-                    "more records, change data.heldout_share, or leave the site out"
-                )
-                continue
-
-            train = sorted(order[cut:])
-            heldout = sorted(order[:cut])
-            shared[name] = (
-                [records[number] for number in train],
-                [records[number] for number in heldout],
-            )
-
-        return shared
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:

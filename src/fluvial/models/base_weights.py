@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluvial.errors import ConfigError
 from fluvial.interrupt import temporary_folder
-from fluvial.models.frozen import FolderSource, Source, tensor_files
+from fluvial.models.weight_sources import FolderSource, Source, tensor_files
 
 
 def wanted(model: nn.Module) -> dict[str, Tensor]:

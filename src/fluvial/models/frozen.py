@@ -1,162 +1,26 @@
-"""A model larger than a site's memory: the trained block is held, any other weight is read from
-disk when it is used.
+"""A model larger than a site's memory: it holds what it trains, and reads other weights from disk.
 
-Alive at once are the block, the norms and biases, and the one weight in use; the largest weight
-(often the head) is thus the least that a site needs beside its block. A file is mapped anew for
-each tensor, and the mapping goes with the tensor: the pages of a mapping that stays open add up in
-the process's memory (RssFile) to the whole model, while read like this the peak is one weight, and
-without the copy that reading into a buffer makes.
+Alive at once are the trained block, the norms and biases, and the one weight in use; the largest
+weight (often the head) is thus the least that a site needs beside its block.
 """
 
 import copy
-import json
 import threading
 import weakref
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fluvial.errors import ConfigError
+from fluvial.models.stored import some
+from fluvial.models.weight_sources import Source
 from fluvial.wire.tensors import Named
-
-_open: Any = safe_open  # its stub has no types
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Source(ABC):
-    """Weights by name, fetched anew at each call; nothing is kept between calls."""
-
-    names: frozenset[str]
-    """What can be asked for."""
-
-    @abstractmethod
-    def get(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in the float type that it is stored in; not to be written
-        to."""
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`; of a compressed one found by decoding it."""
-        return tuple(self.get(name).shape)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows `index` (any shape, whole numbers, on the CPU) of a matrix (rows, dim):
-        (*index.shape, dim).
-
-        Of a mapped matrix only the pages of these rows are read.
-        """
-        return nn.functional.embedding(index, self.get(name))
-
-
-class MemorySource(Source):
-    """Tensors that are held in memory, such as a change to add to a folder's weights."""
-
-    def __init__(self, tensors: Named) -> None:
-        self._tensors = tensors
-        self.names = frozenset(tensors)
-
-    def get(self, name: str) -> Tensor:
-        """The tensor itself."""
-        return self._tensors[name]
-
-
-class FolderSource(Source):
-    """A Hugging Face folder: model.safetensors, or shards with model.safetensors.index.json."""
-
-    def __init__(
-        self,
-        path: Path,
-        names: Iterable[str] | Mapping[str, str],
-        dtypes: Mapping[str, torch.dtype] | None = None,
-    ) -> None:
-        """Find the tensors `names`, as they are stored or with the stored name of each.
-
-        They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the
-        folder cannot be read or lacks some of them.
-        """
-        stored = tensor_files(path)
-        places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
-        missing = [name for name, place in places.items() if place not in stored]
-
-        if missing:
-            raise ConfigError(
-                f"{path}: {_some(missing)} not found among its {len(stored)} tensors; "
-                "save the model anew with save_pretrained of transformers"
-            )
-
-        self._places = {name: (stored[place], place) for name, place in places.items()}
-        self.names = frozenset(places)
-        self._dtypes = dtypes or {}
-
-    def get(self, name: str) -> Tensor:
-        """The tensor, mapped; raises `ConfigError` if it is not of a float type that models
-        have."""
-        return self._typed(name, _mapped(*self._places[name]))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, read from the head of the file."""
-        return tuple(_mapped(*self._places[name]).shape)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of it, and no others are read."""
-        return self._typed(name, nn.functional.embedding(index, _mapped(*self._places[name])))
-
-    def _typed(self, name: str, tensor: Tensor) -> Tensor:
-        kind = self._dtypes.get(name)
-        if kind is None or kind.is_floating_point:
-            tensor = _float(tensor, *self._places[name])
-        return tensor if kind is None else tensor.to(kind)
-
-
-class FileSource(Source):
-    """One safetensors file whose tensors lie there as floats, or as frames (one-dimensional, uint8)
-    to decode."""
-
-    def __init__(self, path: Path, decode: Callable[[str, bytes], Tensor]) -> None:
-        """`decode` makes a tensor, on the CPU, of a name and its frame; `ConfigError` if there is
-        no such file."""
-        self._path = path
-        self._decode = decode
-        self.names = frozenset(_names(path))
-
-    def get(self, name: str) -> Tensor:
-        """The tensor, mapped or decoded; raises `ConfigError` if it is neither float nor frame."""
-        tensor = _mapped(self._path, name)
-        if tensor.dtype == torch.uint8 and tensor.dim() == 1:
-            tensor = self._decode(name, tensor.numpy().tobytes())
-        return _float(tensor, self._path, name)
-
-
-class Sum(Source):
-    """`first` plus, where it has the name, `second`: added in fp32, given in the type of
-    `first`."""
-
-    def __init__(self, first: Source, second: Source) -> None:
-        self._first = first
-        self._second = second
-        self.names = first.names
-
-    def get(self, name: str) -> Tensor:
-        """The sum."""
-        base = self._first.get(name)
-        return _sum(base, self._second.get(name)) if name in self._second.names else base
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in `first`."""
-        return self._first.shape(name)
-
-    def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of the sum."""
-        base = self._first.rows(name, index)
-        return _sum(base, self._second.rows(name, index)) if name in self._second.names else base
 
 
 def stream(
@@ -391,7 +255,7 @@ def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named)
 
     if missing:
         raise ConfigError(
-            f"the stored weights lack {_some(missing)}; they are of another model, or not complete"
+            f"the stored weights lack {some(missing)}; they are of another model, or not complete"
         )
 
     for name in wanted:
@@ -401,69 +265,3 @@ def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named)
             raise ConfigError(
                 f"stored tensor {name!r} has shape {found}, the model's has {expected}; they are of another model"
             )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (
-        f" and {len(names) - 3} more" if len(names) > 3 else ""
-    )
-
-
-def _sum(base: Tensor, change: Tensor) -> Tensor:
-    assert base.shape == change.shape, "a change of another shape"
-    return (base.float() + change.float()).to(base.dtype)
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no
-    safetensors."""
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-
-    if single.is_file():
-        return dict.fromkeys(_names(single), single)
-    if not index.is_file():
-        raise ConfigError(
-            f"{folder} has neither {single.name} nor {index.name}; save the model with save_pretrained of transformers"
-        )
-
-    try:
-        shards = dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{index} has no 'weight_map' of tensors and files: {error!r:.200}"
-        ) from error
-
-    return {name: folder / Path(str(file)).name for name, file in shards.items()}
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with _open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as safetensors, write it anew: {error!s:.200}"
-        ) from error
-
-
-def _mapped(file: Path, name: str) -> Tensor:
-    """A view of the tensor's bytes in the file, mapped for this tensor alone."""
-    try:
-        with _open(file, framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file}: tensor {name!r} cannot be read, write the file anew: {error!s:.200}"
-        ) from error
-
-    return tensor
-
-
-def _float(tensor: Tensor, file: Path, name: str) -> Tensor:
-    if tensor.dtype not in _FLOATS:
-        raise ConfigError(
-            f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16, float16 or float64"
-        )
-
-    return tensor

@@ -20,7 +20,6 @@ from fluvial.models.adapters import SavedLora, adapt
 from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.export import save_adapter, save_whole
-from fluvial.models.frozen import Source
 from fluvial.models.generation import continuations
 from fluvial.models.loading import weights_folder
 from fluvial.models.outline import Outline
@@ -37,6 +36,7 @@ from fluvial.models.tuning import (
     whole_layers,
     write_weights,
 )
+from fluvial.models.weight_sources import Source
 from fluvial.models.weights import check_weights
 from fluvial.wire.tensors import Layout, Named, factor
 

@@ -15,19 +15,9 @@ from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, check_length
-from fluvial.training.choices import (
-    CHANCE,
-    Choice,
-    Language,
-    Marks,
-    Scoring,
-    Sheet,
-    bootstrap,
-    language_of,
-    prepare,
-    read_choices,
-    score,
-)
+from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
+from fluvial.training.choice_scores import Marks, bootstrap, score
+from fluvial.training.choices import CHANCE, Choice, read_choices
 from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped

@@ -13,7 +13,8 @@ import pytest
 
 from fluvial.data import DataError
 from fluvial.data.files import known_encoding
-from fluvial.data.readers import Reading, read_file
+from fluvial.data.readers import read_file
+from fluvial.data.reading import Reading
 from fluvial.data.rows import Number
 
 HEAD = "prompt,completion\n"

@@ -13,7 +13,8 @@ from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
-from fluvial.training.choices import Choice, prepare
+from fluvial.training.choice_prompts import prepare
+from fluvial.training.choices import Choice
 from tests.support.tokenizer_kinds import byte_level, characters, prefix_space, words
 
 G = "\u0120"

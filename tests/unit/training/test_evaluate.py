@@ -19,18 +19,9 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.seeds import generator
-from fluvial.training.choices import (
-    Choice,
-    Marks,
-    Scoring,
-    Sheet,
-    bootstrap,
-    language_of,
-    prepare,
-    read_choices,
-    render,
-    score,
-)
+from fluvial.training.choice_prompts import Scoring, Sheet, language_of, prepare, render
+from fluvial.training.choice_scores import Marks, bootstrap, score
+from fluvial.training.choices import Choice, read_choices
 from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
 from fluvial.training.folders import read_adapter_folder
 from fluvial.wire.tensors import Named

@@ -31,9 +31,9 @@ from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import subset_size
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, ProxySettings, cut, slim
-from fluvial.models.frozen import FileSource, MemorySource, Source, Sum
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
+from fluvial.models.weight_sources import FileSource, MemorySource, Source, Sum
 from fluvial.seeds import generator
 from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame, read_values

@@ -35,11 +35,11 @@ from fluvial.methods.fedcybgd.download import (
 )
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, cut, measure, plan_proxy
-from fluvial.models.frozen import MemorySource
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
+from fluvial.models.weight_sources import MemorySource
 from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, payload_frame

@@ -1,0 +1,128 @@
+"""Readers of JSON lines and JSON; a value keeps its type, with numbers as they are written."""
+
+from collections.abc import Mapping, Sequence
+from json.decoder import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from fluvial.data.faults import DataError, Faults, listed
+from fluvial.data.files import read_text
+from fluvial.data.json_document import DECODER, document
+from fluvial.data.reading import LINE_END, Reading, skipped
+from fluvial.data.rows import Place, Row, Table, columns_of
+from fluvial.formatting import safe_line
+
+_STRICT = "; JSON has no comments, no comma after a last element, and texts in double quotes"
+
+
+def read_lines(path: Path, reading: Reading) -> Table:
+    text = read_text(path, reading.encoding)
+    return _json_lines(path, text)
+
+
+def _json_lines(path: Path, text: str) -> Table:
+    rows = list[Row]()
+    faults = Faults()
+    blank = 0
+
+    for number, line in enumerate(LINE_END.split(text), start=1):
+        place = Place(str(path), "line", number)
+        if not line.strip():
+            blank += 1
+            continue
+
+        try:
+            rows.append(Row(_record(_loads(line)), place))
+        except ValueError as error:
+            faults.add(f"{place} {_why(error)}")
+
+    if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
+        raise DataError(
+            [
+                f"{safe_line(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"
+            ]
+        )
+
+    faults.raise_any()
+    return Table(
+        str(path), ".jsonl", rows, columns_of(rows), skipped(blank - text.endswith(("\n", "\r")))
+    )
+
+
+def _loads(line: str) -> Any:
+    try:
+        return DECODER.decode(line)
+    except RecursionError:
+        raise ValueError("is nested too deeply for a record") from None
+
+
+def _is_document(text: str) -> bool:
+    try:
+        _loads(text)
+    except ValueError:
+        return False
+
+    return True
+
+
+def _record(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    kind = "list" if isinstance(value, list) else "single value"
+    raise ValueError(f"holds a {kind}; a record is an object with named fields")
+
+
+def _why(error: ValueError) -> str:
+    """Return what is wrong with a text of JSON, without any of the text."""
+    if isinstance(error, JSONDecodeError):
+        return f"is not JSON ({error.msg} at character {error.colno}); write one record on each line{_STRICT}"
+    return str(error)
+
+
+def read_document(path: Path, reading: Reading) -> Table:
+    """Read a list of records, or an object with one such list, or JSON lines."""
+    text = read_text(path, reading.encoding)
+    name = safe_line(str(path))
+
+    try:
+        found = list(document(text))
+    except JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _json_lines(path, text)
+        place = f"{name}, line {error.lineno}"
+        fault = f"{place} is not JSON ({error.msg} at character {error.colno} of the line){_STRICT}"
+        raise DataError([fault]) from None
+    except ValueError as error:
+        raise DataError([f"{name}, {error}"]) from None
+
+    lists = {key: items for key, items in found if items is not None}
+    if len(lists) != 1:
+        raise DataError([f"{name}: {_no_list(lists, [key for key, _ in found])}"])
+
+    (items,) = lists.values()
+    return _table_of_items(path, items)
+
+
+def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:
+    remedy = "write a list of records, [{...}, {...}], or one record on each line of a .jsonl file"
+    if lists:
+        names = listed(list(lists))
+        return f"has {len(lists)} lists, in the fields {names}, and which one has the records is open; {remedy}"
+
+    if keys:
+        return f"is an object without a list of records (fields {listed(keys)}); {remedy}"
+    return f"has no list; {remedy}"
+
+
+def _table_of_items(path: Path, items: Sequence[tuple[int, Any]]) -> Table:
+    rows = list[Row]()
+    faults = Faults()
+    for line, value in items:
+        place = Place(str(path), "line", line)
+        try:
+            rows.append(Row(_record(value), place))
+        except ValueError as error:
+            faults.add(f"{place} {error}")
+
+    faults.raise_any()
+    return Table(str(path), ".json", rows, columns_of(rows))

@@ -1,0 +1,23 @@
+"""Settings and rules that all readers of text files share."""
+
+import re
+from dataclasses import dataclass
+
+from fluvial.data.files import UTF8
+
+LINE_END = re.compile(r"\r\n|\r|\n")
+"""Ends of lines; not U+2028 and others, which may stand within a JSON text."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Settings by which a file is read."""
+
+    encoding: str = UTF8
+    delimiter: str | None = None
+    """Delimiter of CSV; None for the comma, in a .tsv file the tab."""
+
+
+def skipped(blank: int) -> tuple[str, ...]:
+    """Return a note on `blank` lines, where there are some."""
+    return (f"{blank} blank lines were skipped",) if blank > 0 else ()

@@ -1,0 +1,202 @@
+"""Multiple-choice questions as prompts and tokens.
+
+The prompt with `letter` is MMLU's (Hendrycks et al., ICLR 2021) or, for Chinese questions, C-Eval's
+(Huang et al., NeurIPS 2023): it lists the four choices, and log P(letter | prompt) decides. With
+`text` it does not list them, and log P(choice | prompt) in nats per UTF-8 byte decides (the
+"continuation" form of lm-evaluation-harness), which measures models that are too small to know what
+a letter stands for.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fluvial.errors import ConfigError
+from fluvial.models.encoding import Encoder
+from fluvial.training.choices import LETTERS, Choice
+
+MAX_SHOTS = 5
+ZH_KIND = {"letter": "单项选择题，请选出其中的正确答案", "text": "题目和答案"}  # noqa: RUF001 - Chinese punctuation
+ZH_CUES = "题目：", "答案："  # noqa: RUF001 - Chinese punctuation
+
+Scoring = Literal["letter", "text"]
+Language = Literal["en", "zh"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question as tokens: what all choices begin with, and how each goes on."""
+
+    prefix: tuple[int, ...]
+    endings: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+    """What a choice's log-probability is divided by: 1 for a letter, UTF-8 bytes for a text."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """All questions as tokens, with what did not fit into the model's context."""
+
+    questions: tuple[Choice, ...]
+    prompts: tuple[Prompt, ...]
+    short_of_shots: int
+    """Questions for whose subject there were fewer examples than asked for."""
+    dropped_shots: int
+    """Examples left out because the prompt was too long, over all questions."""
+    cut_questions: int
+    """Prompts cut on the left because they were too long without any example."""
+    cut_tokens: int
+
+
+def language_of(question: str) -> Language:
+    """Chinese if there is a Chinese character (none in MMLU, one at least in every question of
+    C-Eval and CMMLU)."""
+    return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
+
+
+def render(choice: Choice, shots: Sequence[Choice], scoring: Scoring, language: Language) -> str:
+    """The prompt up to the answer, which follows as `ending` gives it."""
+    solved = (
+        _ask(shot, scoring, language) + ending(shot, shot.answer, scoring, language) + "\n\n"
+        for shot in shots
+    )
+    return _header(choice, scoring, language) + "".join(solved) + _ask(choice, scoring, language)
+
+
+def ending(choice: Choice, index: int, scoring: Scoring, language: Language) -> str:
+    """What follows the prompt for the choice `index`."""
+    text = LETTERS[index] if scoring == "letter" else choice.choices[index]
+    return f" {text}" if language == "en" else text
+
+
+def _header(choice: Choice, scoring: Scoring, language: Language) -> str:
+    subject = choice.subject.replace("_", " ") if choice.subject else None
+    if language == "en":
+        kind = "multiple choice questions" if scoring == "letter" else "questions"
+        return (
+            f"The following are {kind} (with answers){f' about {subject}' if subject else ''}.\n\n"
+        )
+
+    subject = choice.subject_zh or subject
+    about = f"中国关于{subject}考试的" if subject else ""
+    return f"以下是{about}{ZH_KIND[scoring]}。\n\n"
+
+
+def _ask(choice: Choice, scoring: Scoring, language: Language) -> str:
+    title, cue = ("Question: ", "Answer:") if language == "en" else ZH_CUES
+    if scoring == "text":
+        return f"{title}{choice.question}\n{cue}"
+    listed = "".join(
+        f"\n{letter}. {text}" for letter, text in zip(LETTERS, choice.choices, strict=True)
+    )
+    return f"{choice.question}{listed}\n{cue}"
+
+
+def prepare(
+    questions: Sequence[Choice],
+    tokenizer: Any,
+    *,
+    context: int | None,
+    scoring: Scoring = "letter",
+    shots: int = 0,
+    examples: Sequence[Choice] = (),
+    language: Literal["auto"] | Language = "auto",
+) -> Sheet:
+    """Tokens of `questions`, each after the first `shots` of `examples` of its subject.
+
+    A prompt longer than `context` (tokens; None for any length) loses its last examples first, then
+    its beginning. Raises `ConfigError` naming a record of which a choice alone is too long.
+    """
+    if not 0 <= shots <= MAX_SHOTS:
+        raise ConfigError(f"shots={shots}: choose 0 to {MAX_SHOTS}")
+    if (shots > 0) != bool(examples):
+        lacking = (
+            "--shots-from, a file to take the examples from"
+            if shots
+            else "--shots, how many examples to take"
+        )
+        raise ConfigError(f"solved examples need --shots and --shots-from; add {lacking}")
+
+    encoder = Encoder.of(tokenizer)
+    prompts = []
+    short = 0
+    dropped = 0
+    cut = 0
+    cut_tokens = 0
+
+    for choice in questions:
+        wording = language_of(choice.question) if language == "auto" else language
+        own = [
+            shot
+            for shot in examples
+            if shot.subject == choice.subject and shot.question != choice.question
+        ]
+        own = own[:shots]
+        short += len(own) < shots
+        kept = len(own)
+        prompt = _tokens(choice, own, encoder, scoring, wording)
+
+        while context is not None and kept and _length(prompt) > context:
+            kept -= 1
+            prompt = _tokens(choice, own[:kept], encoder, scoring, wording)
+
+        dropped += len(own) - kept
+        surplus = 0 if context is None else _length(prompt) - context
+        if surplus > 0:
+            cut = cut + 1
+            cut_tokens = cut_tokens + surplus
+            prompt = _cut_left(choice, prompt, surplus, encoder)
+
+        prompts.append(prompt)
+
+    return Sheet(tuple(questions), tuple(prompts), short, dropped, cut, cut_tokens)
+
+
+def _tokens(
+    choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language
+) -> Prompt:
+    """Prompt and choice are tokenised together, as they would stand in a text; they part where the
+    tokens do.
+
+    Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between
+    prompt and choice.
+    """
+    text = render(choice, shots, scoring, language)
+    ways = [
+        text,
+        *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS))),
+    ]
+    rows = [encoder.prompt(way) for way in ways]
+    common = 0
+
+    while all(common < len(row) and row[common] == rows[0][common] for row in rows):
+        common += 1
+    endings = tuple(tuple(row[common:]) for row in rows[1:])
+    if common == 0 or not all(endings):
+        raise ConfigError(
+            f"{choice.name}: the tokenizer gives the same tokens with and without a choice, so it cannot be scored; "
+            "remove the record"
+        )
+
+    sizes = tuple(1 if scoring == "letter" else len(text.encode()) for text in choice.choices)
+    return Prompt(tuple(rows[0][:common]), endings, sizes)
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt.prefix) + max(len(ending) for ending in prompt.endings)
+
+
+def _cut_left(choice: Choice, prompt: Prompt, surplus: int, encoder: Encoder) -> Prompt:
+    """Without `surplus` tokens after the special ones that the tokenizer puts first, such as
+    BOS."""
+    first = len(encoder.prefix) if prompt.prefix[: len(encoder.prefix)] == encoder.prefix else 0
+    if len(prompt.prefix) - surplus < first + 1:
+        raise ConfigError(
+            f"{choice.name}: its longest choice has {max(len(ending) for ending in prompt.endings)} tokens, which "
+            "leaves no room for the question in the model's context; remove the record, or score by letter"
+        )
+
+    return Prompt(
+        prompt.prefix[:first] + prompt.prefix[first + surplus :], prompt.endings, prompt.sizes
+    )

@@ -1,0 +1,171 @@
+"""Multiple choice by log-likelihood: scores of the choices, and the accuracy with its interval.
+
+The model prefers one of four answers; it does not write any.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from fluvial.data import Example
+from fluvial.errors import ConfigError
+from fluvial.seeds import numpy_generator
+from fluvial.training.choice_prompts import Sheet
+from fluvial.training.train import collate
+
+logger = logging.getLogger(__name__)
+
+BATCH_ROWS = 16
+BATCH_TOKENS = 2048
+"""Bounds of one forward pass; the logits of a large vocabulary are what fills the memory."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[float]]:
+    """log P(choice | prompt) of every question's choices, nats, divided by `Prompt.sizes`."""
+    # Choices that differ in their last token only, as letters do, share one row: its last position
+    # scores them all.
+    rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    for number, prompt in enumerate(sheet.prompts):
+        for index, tokens in enumerate(prompt.endings):
+            rows.setdefault((*prompt.prefix, *tokens[:-1]), []).append((number, index))
+
+    device = next(model.parameters()).device
+    scores = [[math.nan] * len(prompt.endings) for prompt in sheet.prompts]
+    model.eval()
+    done = 0
+    told = time.monotonic()
+
+    for part in _batches(sorted(rows, key=len)):
+        batch = collate([Example(row, row) for row in part], pad_token_id, device)
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+        for place, row in enumerate(part):
+            longest = max(len(sheet.prompts[number].endings[index]) for number, index in rows[row])
+            since = len(row) - longest
+            likely = logits[place, since : len(row)].float().log_softmax(-1)
+
+            for number, index in rows[row]:
+                prompt = sheet.prompts[number]
+                targets = torch.tensor(prompt.endings[index], device=device)
+                each = likely[longest - len(targets) :].gather(1, targets[:, None])
+                scores[number][index] = float(each.sum()) / prompt.sizes[index]
+
+                if math.isnan(scores[number][index]):
+                    raise ConfigError(
+                        f"{sheet.questions[number].name}: the model's logits are not numbers; its weights may be "
+                        "damaged, or too large for model.dtype: choose 'float32'"
+                    )
+
+        done += len(part)
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            logger.info("multiple choice: %d of %d sequences", done, len(rows))
+
+    return scores
+
+
+def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """Consecutive `rows`, sorted by length, within the bounds of one forward pass; one row always
+    fits."""
+    batch: list[tuple[int, ...]] = []
+    for row in rows:
+        if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * len(row) > BATCH_TOKENS):
+            yield batch
+            batch = []
+
+        batch.append(row)
+
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which questions a model got right, in the order of the sheet."""
+
+    right: tuple[bool, ...]
+    subjects: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, sheet: Sheet, scores: Sequence[Sequence[float]]) -> "Marks":
+        """The highest score is the model's answer; of equal ones the first."""
+        picked = [row.index(max(row)) for row in map(list, scores)]
+        right = tuple(
+            index == question.answer
+            for index, question in zip(picked, sheet.questions, strict=True)
+        )
+
+        return cls(right, tuple(question.subject for question in sheet.questions))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def standard_error(self) -> float:
+        """sqrt(p (1 - p) / n)."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.right))
+
+    def interval(self, seed: int) -> Interval:
+        """The accuracy with its bootstrap interval, or the exact (Clopper-Pearson) one where all
+        answers are alike."""
+        found = bootstrap(self.right, seed)
+        if found is None:
+            from scipy.stats import binomtest
+
+            exact = binomtest(sum(self.right), len(self.right)).proportion_ci(0.95)
+            found = Interval(self.accuracy, float(exact.low), float(exact.high))
+
+        return found
+
+    def by_subject(self) -> dict[str, tuple[int, int]]:
+        """Right answers and questions of each subject, in alphabetical order; "" is no subject."""
+        table: dict[str, tuple[int, int]] = {}
+        pairs = zip(self.subjects, self.right, strict=True)
+
+        for subject, right in sorted((subject or "", right) for subject, right in pairs):
+            known, asked = table.get(subject, (0, 0))
+            table[subject] = (known + right, asked + 1)
+
+        return table
+
+
+def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
+    """Mean of `values` with its 95 % BCa interval over questions (Efron 1987); None where all
+    values are equal."""
+    if len(set(values)) < 2:
+        return None
+
+    from scipy import stats
+
+    result = stats.bootstrap(
+        (np.asarray(values, dtype=np.float64),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=100,  # resamples at a time, so that a full MMLU needs megabytes
+        confidence_level=0.95,
+        method="BCa",
+        random_state=numpy_generator(seed, "bootstrap"),
+    )
+    low, high = (float(end) for end in result.confidence_interval)
+
+    return Interval(math.fsum(values) / len(values), low, high)
