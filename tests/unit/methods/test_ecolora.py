@@ -117,14 +117,6 @@ class _Sites:
         return LAYOUT.unflatten(torch.from_numpy(noise)), _Report()
 
 
-def test_one_dense_segment_in_fp32_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:
-    plain = run_table(run_config | {"rounds": 3}, tmp_path / "fedavg")
-    dense = run_table(
-        run_config | {"rounds": 3, "method": PLAIN | {"values": "fp32"}}, tmp_path / "ecolora"
-    )
-    assert dense["adapter_sha256"] == plain["adapter_sha256"]
-
-
 def test_it_learns_from_few_bytes(run_config: dict[str, Any], tmp_path: Path) -> None:
     dense = run_table(run_config | {"method": PLAIN | {"values": "fp32"}}, tmp_path / "dense")[
         "bytes"

@@ -12,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from fluvial.cli import app, main
-from fluvial.data import IGNORE_INDEX, Example
+from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.seeds import generator
-from fluvial.training.choice_prompts import Scoring, Sheet, language_of, prepare, render
+from fluvial.training.choice_prompts import Sheet, language_of, prepare, render
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import Choice, read_choices
 from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
@@ -64,18 +64,6 @@ def _write(path: Path, records: Sequence[Any]) -> Path:
 
 
 # -- held-out ------------------------------------------------------------------------------------
-
-
-def test_heldout_loss_is_that_of_transformers(bench: ModelPool) -> None:
-    ids = list(bench.tokenizer("The river carries the water of many small streams.")["input_ids"])
-    labels = [IGNORE_INDEX] * 5 + ids[5:]
-    with bench.model(bench.base_state()) as model, torch.no_grad():
-        ours = heldout(model, [Example(ids, labels)], pad_token_id=0)
-        theirs = float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
-
-    assert ours.loss == pytest.approx(theirs, rel=1e-6)  # another order of summation
-    assert ours.perplexity == math.exp(ours.loss)
-    assert ours.label_tokens == len(ids) - 5
 
 
 def test_heldout_sums_add_up() -> None:
@@ -166,28 +154,6 @@ def test_prompt_of_ceval() -> None:
 
 def _text_of(prefix: Sequence[int], tokenizer: Any) -> str:
     return cast(str, tokenizer.decode(prefix, skip_special_tokens=True))
-
-
-@pytest.mark.parametrize("scoring", ["letter", "text"])
-def test_scores_equal_one_question_at_a_time(
-    bench: ModelPool, changed: Named, scoring: Scoring
-) -> None:
-    endings = {
-        "letter": [(f" {letter}", 1) for letter in "ABCD"],
-        "text": [(f" {text}", len(text)) for text in WATER.choices],
-    }[scoring]
-    others = [Choice(f"{n}", "Why? " * n, ("1", "22", "333", "4444"), 0) for n in range(1, 5)]
-    with bench.model(changed) as model, torch.no_grad():
-        sheet = prepare([*others, WATER], bench.tokenizer, context=None, scoring=scoring)
-        together = score(model, sheet, pad_token_id=0)
-        for (ending, size), found in zip(endings, together[-1], strict=True):
-            before = bench.tokenizer(render(WATER, [], scoring, "en"))["input_ids"]
-            ids = bench.tokenizer(render(WATER, [], scoring, "en") + ending)["input_ids"]
-            likely = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-            alone = (
-                sum(float(likely[at - 1, ids[at]]) for at in range(len(before), len(ids))) / size
-            )
-            assert found == pytest.approx(alone, abs=1e-5)  # padding changes the order of summation
 
 
 class _Fond(torch.nn.Module):

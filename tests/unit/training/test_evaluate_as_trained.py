@@ -1,13 +1,11 @@
 """`fluvial evaluate` measures as the run did, a copied folder too, and any model by itself."""
 
 import json
-import math
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from fluvial.cli import app
@@ -177,45 +175,6 @@ def test_a_template_goes_with_the_folder(run_config: dict[str, Any], tmp_path: P
 
 
 # -- a model by itself ---------------------------------------------------------------------------
-
-
-def _plain_loss(folder: Path, texts: list[str]) -> tuple[float, int]:
-    """Mean cross-entropy by transformers alone, one text after the other, each with EOS."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    total = 0.0
-    count = 0
-
-    with torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
-            tokens = ids.shape[1] - 1
-            total += float(model(input_ids=ids, labels=ids).loss) * tokens
-            count += tokens
-
-    return total / count, count
-
-
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_gpt2_model"])
-def test_a_bare_model_is_what_transformers_says(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    """Batched and padded against one by one; GPT-2 has dropout in its configuration."""
-    folder = cast(Path, request.getfixturevalue(name))
-    texts = ["The river " + "carries water " * n for n in range(1, 9)]
-    data = tmp_path / "d.jsonl"
-    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    found = _evaluate(folder, "--data", data, "--set", "data.max_length=120")
-    loss, tokens = _plain_loss(folder, texts)
-    assert kind_of(str(folder)) == "model"
-    assert found["data"]["label_tokens"] == tokens
-    assert found["data"]["model"]["loss"] == pytest.approx(
-        loss, abs=2e-5
-    )  # padding changes the order of summation
-    assert found["data"]["model"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-    assert not {"base", "adapter"} & set(found["data"])
 
 
 def test_the_embedded_model_and_choices(tmp_path: Path) -> None:
