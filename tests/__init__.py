@@ -1,0 +1,1 @@
+"""Tests of the package, its documents and its benchmarks."""

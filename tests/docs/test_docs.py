@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import pairwise
@@ -218,17 +217,24 @@ def test_every_setting_is_on_its_page() -> None:
     assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_settings.py"
 
 
-def test_the_list_of_files_is_complete() -> None:
-    listed = re.findall(
-        r"^\| `([^`]+\.py)` \|", (ROOT / "docs" / "architecture.md").read_text(), flags=re.MULTILINE
-    )
-    package = ROOT / "src" / "fluvial"
-    assert len(listed) == len(set(listed))
-    assert set(listed) == {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+def test_tables_of_files_and_layers_are_up_to_date() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "write_files.py"), "--check"]
+    assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_files.py"
 
 
-def test_the_floors_are_those_that_are_checked() -> None:
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (floors,) = (contract["layers"] for contract in settings["tool"]["importlinter"]["contracts"])
-    (drawn,) = blocks(ROOT / "docs" / "architecture.md", "text")
-    assert drawn.splitlines() == floors
+def test_every_test_that_a_page_names_exists() -> None:
+    """Files by path or by name, functions by name."""
+    files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.glob("tests/**/*.py")}
+    names = {path.name for path in files.values()}
+    functions = {
+        name
+        for path in files.values()
+        for name in re.findall(r"^def (test_\w+)", path.read_text("utf-8"), flags=re.MULTILINE)
+    }
+
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for path in re.findall(r"tests/[\w/]+\.py", prose):
+            assert path in files, f"{page.name}: {path}"
+        for name in re.findall(r"`(test_\w+(?:\.py)?)`", prose):
+            assert name in names | functions, f"{page.name}: {name}"

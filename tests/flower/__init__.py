@@ -1,0 +1,1 @@
+"""Tests of deployments over Flower, with failures and certificates."""

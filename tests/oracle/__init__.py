@@ -1,0 +1,1 @@
+"""Equalities with something simpler or independent; tolerance is zero unless a comment says why."""
