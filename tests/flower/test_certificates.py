@@ -166,7 +166,7 @@ def test_a_run_is_not_submitted_where_it_cannot_begin(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
 
-    with pytest.raises(ConfigError, match="already holds a run; go on with it by --resume"):
+    with pytest.raises(ConfigError, match="already holds a run; continue it with --resume"):
         server_operator.submit(RunConfig(), tmp_path / "server", out=tmp_path / "run")
 
 
@@ -187,7 +187,7 @@ def test_the_newest_run_is_meant_where_none_is_named(tmp_path: Path) -> None:
         (
             "finished:failed",
             ClientError,
-            r"run 17 \(hospitals\) has failed; `fluvial submit --resume` goes on with it",
+            r"run 17 \(hospitals\) has failed; `fluvial submit --resume` continues it",
         ),
         ("finished:stopped", ClientError, "has stopped"),
         ("", ConfigError, "has no run 17"),

@@ -515,7 +515,7 @@ def test_another_authority(guarded: Deployment, tmp_path: Path, row: Row) -> Non
     guarded.make_site("astray")
     certificates.make_authority(tmp_path)
     (guarded.site("astray") / "ca.crt").write_bytes((tmp_path / "ca.crt").read_bytes())
-    line, seen = knocks(guarded, "astray", "does not hold: ")
+    line, seen = knocks(guarded, "astray", "is not valid: ")
     row(
         "a server whose certificate another authority signed",
         "refused, with the reason",
@@ -530,7 +530,7 @@ def test_plain_text(guarded: Deployment, row: Row) -> None:
     path = guarded.site("plain") / "site.toml"
     kept = [line for line in path.read_text().splitlines() if not line.startswith(("ca ", "key "))]
     path.write_text("\n".join(kept) + "\n")
-    line, seen = knocks(guarded, "plain", "speaks TLS")
+    line, seen = knocks(guarded, "plain", "uses TLS")
     row("a plain-text site at a server with TLS", "refused, with the reason", line, seen)
 
 

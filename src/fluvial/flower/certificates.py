@@ -1,4 +1,4 @@
-"""Keys and certificates of a deployment, made with the `cryptography` library."""
+"""Keys and certificates of a deployment, made and checked with the `cryptography` library."""
 
 import datetime
 import ipaddress
@@ -14,10 +14,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fluvial.errors import ConfigError
 
 YEARS = 2
+"""Validity of a certificate from the day on which it is made."""
 
 
 def make_authority(folder: Path) -> None:
-    """A certificate authority: ca.crt, which sites get, and ca.key, which stays here."""
+    """Make a certificate authority: ca.crt for the sites, and ca.key, which stays at the server."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fluvial certificate authority")])
     certificate = (
@@ -31,14 +32,13 @@ def make_authority(folder: Path) -> None:
 
 
 def make_server_certificate(folder: Path, hosts: list[str]) -> None:
-    """server.crt and server.key for these host names and addresses, signed by the authority in
-    `folder`.
+    """Make server.crt and server.key for names and addresses, signed by the folder's authority.
 
-    Those that were there are replaced.
+    Existing files are replaced.
     """
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
     signer = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None)
-    assert isinstance(signer, ec.EllipticCurvePrivateKey), "made above"
+    assert isinstance(signer, ec.EllipticCurvePrivateKey), "make_authority makes no other"
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     certificate = (
@@ -57,32 +57,29 @@ def make_server_certificate(folder: Path, hosts: list[str]) -> None:
 
 
 def days_left(certificate: Path) -> float:
-    """Until the certificate ends; negative when it has."""
-    found = x509.load_pem_x509_certificate(certificate.read_bytes())
-    return (found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(
-        days=1
-    )
+    """Return the days until the certificate ends, negative when it has ended."""
+    end = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+    return (end - datetime.datetime.now(datetime.UTC)) / datetime.timedelta(days=1)
 
 
 def names(certificate: Path, host: str) -> bool:
-    """Whether the certificate holds for a host name or address."""
+    """Return True if the certificate is valid for a host name or address."""
     own = x509.load_pem_x509_certificate(certificate.read_bytes())
     try:
-        found = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        alternatives = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return False
 
     wanted = _alternative(host)
     if isinstance(wanted, x509.IPAddress):
-        return wanted.value in found.get_values_for_type(x509.IPAddress)
+        return wanted.value in alternatives.get_values_for_type(x509.IPAddress)
 
-    known = [name.lower() for name in found.get_values_for_type(x509.DNSName)]
-    return host.lower() in known or f"*.{host.lower().partition('.')[2]}" in known
+    hosts = [name.lower() for name in alternatives.get_values_for_type(x509.DNSName)]
+    return host.lower() in hosts or f"*.{host.lower().partition('.')[2]}" in hosts
 
 
 def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
-    """Raise `ConfigError` unless the three belong together, are valid now, and the certificate
-    names `host`."""
+    """Raise `ConfigError` unless the files belong together, are valid now, and name `host`."""
     try:
         own, *between = x509.load_pem_x509_certificates(certificate.read_bytes())
         authorities = x509.load_pem_x509_certificates(ca.read_bytes())
@@ -98,17 +95,20 @@ def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
     now = datetime.datetime.now(datetime.UTC)
     if not own.not_valid_before_utc <= now <= own.not_valid_after_utc:
         raise ConfigError(
-            f"{certificate} is valid from {own.not_valid_before_utc:%Y-%m-%d} to {own.not_valid_after_utc:%Y-%m-%d}"
+            f"{certificate} is valid from {own.not_valid_before_utc:%Y-%m-%d} "
+            f"to {own.not_valid_after_utc:%Y-%m-%d}"
         )
 
-    if not any(_signed(own, each) for each in (*between, *authorities)):
+    if not any(_signed(own, authority) for authority in (*between, *authorities)):
         raise ConfigError(
-            f"{certificate} is not signed by {ca}, nor by a certificate that follows in its own file"
+            f"{certificate} is not signed by {ca}, nor by a certificate that follows in its own "
+            "file"
         )
 
     if not names(certificate, host):
         raise ConfigError(
-            f"{certificate} does not name {host!r} among its subject alternative names; sites reach the server by that"
+            f"{certificate} does not name {host!r} among its subject alternative names; sites "
+            "reach the server by that"
         )
 
 
@@ -122,8 +122,10 @@ def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
 
 
 def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:
-    """A site's key pair in OpenSSH's form, as Flower asks for it: the private and the public
-    file."""
+    """Make a site's key pair in the OpenSSH format that Flower requires.
+
+    Returns the paths of the private and the public file.
+    """
     key = ec.generate_private_key(ec.SECP384R1())
     private = folder / f"{name}.key"
     public = folder / f"{name}.pub"
@@ -185,6 +187,6 @@ def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
 
 
 def _write_secret(path: Path, data: bytes) -> None:
-    """For the owner's eyes only; never over a key that is there."""
+    """Write a file that only its owner can read; raise `FileExistsError` if it exists."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(data)

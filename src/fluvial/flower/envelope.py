@@ -1,10 +1,10 @@
-"""A payload as one Flower message: a flat header, and the payload in it or beside it.
+"""A payload as one Flower message: a flat header, with the payload in it or beside it.
 
 Flower moves every record, every array and every chunk of an array by a request of its own, each
 with its hash in the requests around it. A small payload travels in the header, which is three
-objects for a message. A larger one is an array of bytes with a type that Flower does not know, so
-that nobody unpickles it: six objects, and more above 5 MB. One that goes to many sites is then kept
-once by the SuperLink.
+objects for a message. A larger one is an array of bytes with a type that is unknown to Flower, so
+that no program unpickles it: six objects, and more above 5 MB. The SuperLink then stores a payload
+for many sites once.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ from fluvial.errors import WireError
 
 STYPE = "fluvial.wire.payload.2"
 SMALL = 2**18
-"""Bytes of the largest payload that travels in the header."""
+"""Largest payload, in bytes, that travels in the header."""
 _PAYLOAD = "payload"
 
 
 def pack(data: bytes, header: dict[str, Any]) -> RecordDict:
-    """The content of a message."""
+    """Return the content of a message."""
     if len(data) <= SMALL:
         return RecordDict({"header": ConfigRecord({**header, _PAYLOAD: data})})
     array = Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)
@@ -28,7 +28,7 @@ def pack(data: bytes, header: dict[str, Any]) -> RecordDict:
 
 
 def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
-    """Payload and header of a message from outside; raises `WireError`."""
+    """Return payload and header of a message from outside; raise `WireError`."""
     record = message.content.get("header")
     if not isinstance(record, ConfigRecord):
         raise WireError("message: expected a header; is the other side a Fluvial of this version?")

@@ -1,12 +1,11 @@
-"""A warm client: libraries and base model are loaded once, and a fork of that process makes each
-answer.
+"""Answering process of a site, which loads its libraries and base model once and forks for answers.
 
 Stock Flower starts a new Python for each message, which imports torch and loads the model again.
-This stands beside a SuperNode of `--isolation process`, takes its tasks over Flower's Runtime API,
-and answers with the installed Fluvial. The app that came with the run is never installed nor
-executed, so a server cannot make a site run code.
+This process runs beside a SuperNode with `--isolation process`, takes its tasks over Flower's
+Runtime API, and answers with the installed Fluvial. The app that came with the run is neither
+installed nor executed, so a server cannot make a site run code.
 
-The names below are internal to Flower 1.41; tests/flower/test_flower.py names each of them.
+The imported names are internal to Flower 1.41; tests/flower/test_flower.py checks each of them.
 """
 
 import ctypes
@@ -46,13 +45,12 @@ from fluvial.site_process.site_file import SiteFile
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
-"""Between two questions to the SuperNode, which is on this machine, for a task or for a part of a
-message."""
+"""Seconds between two requests to the SuperNode, which runs on this machine."""
 
 
 def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> None:
-    """Take tasks until the process `parent` (the SuperNode) is gone."""
-    import peft  # noqa: F401 - what every task needs is imported once
+    """Take and answer tasks until the process `parent` (the SuperNode) has ended."""
+    import peft  # noqa: F401 - every task needs these imports, which happen once
     import torch
     import transformers  # noqa: F401
 
@@ -60,15 +58,14 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> Non
     resident = site.device != "cpu" and torch.cuda.is_available()
     tasks = Tasks(_client(runtime_api, "SuperExec", token=None))
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the site's process ends this one
+    # Ctrl-C reaches the whole group of processes; the site's process ends this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     while parent is None or os.getppid() == parent or Path(f"/proc/{parent}").exists():
         try:
             token = tasks.next()
         except Exception as error:
-            logger.debug("no task: %s", error)  # the SuperNode is starting, or going
+            logger.debug("no task: %s", error)  # the SuperNode is starting or ending
             time.sleep(1.0)
             continue
 
@@ -80,45 +77,46 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> Non
             _task(runtime_api, token, tasks, site, resident=resident)
         except OutOfStepError:
             logger.warning(
-                "site %s: its SuperNode is started again, because it was out of step", site.name
+                "site %s: its SuperNode is started again, because it was one message late",
+                site.name,
             )
             os._exit(OUT_OF_STEP)
         except ClientError as problem:
             logger.warning("site %s: %s", site.name, problem)
         except Exception:
-            logger.exception("site %s: a task came to nothing", site.name)
+            logger.exception("site %s: a task has failed", site.name)
 
 
 class Tasks:
-    """The SuperNode's tasks in turn, each as the token that stands for it."""
+    """Queue of the SuperNode's tasks, each as its token."""
 
     def __init__(self, client: RuntimeHttpClient) -> None:
         self._client = client
         self._ahead = ""
 
     def next(self) -> str:
-        """A task, "" if there is none; whoever has it must end it."""
+        """Return the token of a task, "" if there is none; the caller must end the task."""
         token = self._ahead or self._acquire()
         self._ahead = ""
         return token
 
     def another(self) -> bool:
-        """Whether one is waiting; it comes next."""
+        """Return True if a task is waiting; it is the next one."""
         self._ahead = self._ahead or self._acquire()
         return bool(self._ahead)
 
     def _acquire(self) -> str:
-        found = self._client.AcquireTask(
+        task = self._client.AcquireTask(
             AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         )
-        return str(found.token)
+        return str(task.token)
 
 
 def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, resident: bool) -> None:
-    """Pull one message, answer it, push the answer; a `resident` process makes the answer itself.
+    """Pull one message, answer it and push the answer.
 
-    CUDA must not be initialised before a fork. Without it, a fork that is killed, as for its
-    memory, costs one answer: this process lives on and says so.
+    A fork makes the answer, so that a kill, as for its memory, costs one answer only. CUDA must not
+    be initialised before a fork; with it, a `resident` process makes the answers itself.
     """
     client = _client(runtime_api, "flwr-clientapp", token=token)
     context = None
@@ -149,21 +147,20 @@ def _prepare(site: SiteFile) -> None:
     try:
         station(site).prepare()
     except Exception as error:
-        logger.warning(
-            "site %s: %s", site.name, error
-        )  # the fork meets it too, and tells the server
+        # The fork raises the same error, and its answer to the server holds the reason.
+        logger.warning("site %s: %s", site.name, error)
 
 
 def pull(client: RuntimeHttpClient, tasks: Tasks) -> tuple[Message, Context]:
-    """The message of a task as soon as all of it is there, and what Flower keeps beside it.
+    """Return the message of a task once it is complete, and Flower's context of it.
 
-    There is a task as soon as the SuperNode begins to receive its message. Flower's own client asks
-    for what is missing after 1, 3, 7, 15 s and so on, so what comes in the fourth second waits for
-    three more.
+    A task begins when the SuperNode begins to receive its message. Flower's own client asks for
+    missing objects after 1, 3, 7, 15 s and so on, so that one which arrives in the fourth second
+    waits for three more.
 
-    Raises `ClientError` when the rest will not come. The SuperNode drops the message of a run that
-    was stopped, and tells nobody; but it receives one at a time, so another task says it, or else
-    the end of the time it was sent for.
+    Raises `ClientError` when the rest will not arrive. The SuperNode drops the message of a stopped
+    run without a notice. It receives one message at a time, so a drop shows by another waiting
+    task, or at the latest by the end of the message's time to live.
     """
     given = client.PullTaskInput(PullTaskInputRequest())
     run = given.run.run_id
@@ -176,30 +173,31 @@ def pull(client: RuntimeHttpClient, tasks: Tasks) -> tuple[Message, Context]:
     def wait() -> None:
         if tasks.another() or time.monotonic() > ends:
             raise ClientError(
-                "the SuperNode dropped a message before all of it was here, as when its run was stopped"
+                "the SuperNode dropped an incomplete message, as when its run was stopped"
             )
 
         time.sleep(POLL_S)
 
-    while not (found := client.PullMessages(PullAppMessagesRequest())).messages_list:
+    while not (pulled := client.PullMessages(PullAppMessagesRequest())).messages_list:
         wait()
-    tree = found.message_object_trees[0]
-    ends = time.monotonic() + found.messages_list[0].metadata.ttl
-    parts: dict[str, bytes] = {}
+    tree = pulled.message_object_trees[0]
+    ends = time.monotonic() + pulled.messages_list[0].metadata.ttl
+    contents: dict[str, bytes] = {}
 
-    for each in reversed(list(iterate_object_tree(tree))):  # what comes last is asked for first
-        wanted = PullObjectRequest(node=node, run_id=run, object_id=each.object_id)
-        while not (part := client.PullObject(wanted)).object_available:
-            if not part.object_found:
-                raise ClientError("the SuperNode has lost a part of a message")
+    # In reverse, because the objects that arrive last are at the front.
+    for node_of_tree in reversed(list(iterate_object_tree(tree))):
+        wanted = PullObjectRequest(node=node, run_id=run, object_id=node_of_tree.object_id)
+        while not (reply := client.PullObject(wanted)).object_available:
+            if not reply.object_found:
+                raise ClientError("the SuperNode has lost an object of a message")
             wait()
 
-        parts[each.object_id] = part.object_content
+        contents[node_of_tree.object_id] = reply.object_content
 
     client.ConfirmMessageReceived(
         ConfirmMessageReceivedRequest(node=node, run_id=run, message_object_id=tree.object_id)
     )
-    message = inflate_object_from_contents(tree.object_id, parts)
+    message = inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(message, Message)
     vars(message.metadata)["_message_id"] = tree.object_id  # not part of what was sent
 
@@ -207,22 +205,23 @@ def pull(client: RuntimeHttpClient, tasks: Tasks) -> tuple[Message, Context]:
 
 
 class OutOfStepError(Exception):
-    """The SuperNode will send every further reply one message too late."""
+    """The SuperNode would send every further reply one message too late."""
 
 
 def _hand_over(client: RuntimeHttpClient, tasks: Tasks, reply: Message, context: Context) -> None:
-    """Give a reply to the SuperNode and wait until it was sent.
+    """Push a reply to the SuperNode and wait until it was sent.
 
-    Where a run is stopped just when its message has come down, the SuperNode drops the message,
-    without a word, and looks for the next one. A reply to the first, given to it now, would be sent
-    in the place of the reply to the next; and that one not before there is a third message, for
-    which the server waits in vain. It begins with another message only when it has sent the reply
-    to the one before. So a task that is waiting tells of a message that was dropped. Raises
-    `ClientError` while it can be mended by giving no reply, and `OutOfStepError` afterwards.
+    If a run is stopped when its message has just arrived, the SuperNode drops the message without
+    a notice and waits for the next one. A reply pushed now would be sent in place of the reply to
+    the next message, and that one only after a third message, for which the server waits in vain.
+    The SuperNode begins with another message only after the reply to the one before was sent, so a
+    waiting task shows that a message was dropped.
+
+    Raises `ClientError` where pushing no reply is still a remedy, and `OutOfStepError` afterwards.
     """
     if tasks.another():
         raise ClientError(
-            "the SuperNode dropped a message while it was answered, as when its run was stopped"
+            "the SuperNode dropped a message during its answer, as when its run was stopped"
         )
 
     wanted = PullObjectRequest(object_id=reply.object_id)
@@ -235,7 +234,7 @@ def _hand_over(client: RuntimeHttpClient, tasks: Tasks, reply: Message, context:
 
 @contextmanager
 def _beating(client: RuntimeHttpClient) -> Iterator[None]:
-    """Tell the SuperNode now and then that its task is being worked on."""
+    """Send heartbeats for the task to the SuperNode."""
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
 
@@ -247,28 +246,27 @@ def _beating(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def _fork(site: SiteFile, message: Message) -> tuple[int, int]:
-    """Begin an answer in a child; its process id, and the pipe that the answer comes through."""
-    ours, theirs = os.pipe()
+    """Start an answer in a child process; return its process id and the pipe for the answer."""
+    read_end, write_end = os.pipe()
     child = os.fork()
 
     if child:
-        os.close(theirs)
-        return child, ours
+        os.close(write_end)
+        return child, read_end
 
     try:
         import torch
 
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        torch.set_num_threads(
-            1
-        )  # renews torch's thread pool; two loading threads at once would find it half renewed
+        # A fork has to renew torch's pool of threads before two loading threads use it at once.
+        torch.set_num_threads(1)
 
-        if sys.platform == "linux":  # a site that was ended does not go on in the background
+        if sys.platform == "linux":  # end this process with its parent
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
         data, header = respond(site, message)
         line = json.dumps(header).encode()
-        with os.fdopen(theirs, "wb") as pipe:
+        with os.fdopen(write_end, "wb") as pipe:
             pipe.write(len(line).to_bytes(4, "big") + line)
             pipe.write(data)
 
@@ -283,22 +281,24 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _collect(
-    child: tuple[int, int], site: SiteFile, seconds: float
+    child: tuple[int, int], site: SiteFile, timeout_s: float
 ) -> tuple[bytes, dict[str, Any]]:
-    """The answer of a child, or what ended it; after `seconds` nobody waits any more, and it is
-    ended here."""
+    """Return the answer of a child process, or the reason why there is none.
+
+    After `timeout_s` the server no longer waits, and the child is killed.
+    """
     number, pipe = child
-    until = time.monotonic() + seconds
-    found = bytearray()
+    deadline = time.monotonic() + timeout_s
+    answer = bytearray()
     late = False
 
     try:
         while not late:
-            late = not select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]
+            late = not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]
             chunk = b"" if late else os.read(pipe, 2**20)
             if not chunk:
                 break
-            found += chunk
+            answer += chunk
     finally:
         os.close(pipe)
 
@@ -307,19 +307,16 @@ def _collect(
 
     code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
     if code == 0:
-        size = 4 + int.from_bytes(found[:4], "big")
-        return bytes(found[size:]), json.loads(found[4:size])
+        size = 4 + int.from_bytes(answer[:4], "big")
+        return bytes(answer[size:]), json.loads(answer[4:size])
 
-    why = (
-        f"signal {-code}; if nobody sent it, the machine's memory was too small"
-        if code < 0
-        else f"code {code}"
-    )
-    text = (
-        f"no answer within {seconds:g} s, ended"
-        if late
-        else f"the process that answered ended with {why}"
-    )
+    end = f"code {code}"
+    if code < 0:
+        end = f"signal {-code}; if no user sent it, the machine's memory was too small"
+    text = f"the process that answered ended with {end}"
+    if late:
+        text = f"no answer within {timeout_s:g} s, ended"
+
     return b"", {"error": station(site).refusal(None, RefusalError(text))}
 
 

@@ -1,4 +1,4 @@
-"""Flower's programs: where they are, and the environment they run in."""
+"""Paths of Flower's programs, and the environment in which they run."""
 
 import os
 import shutil
@@ -12,24 +12,23 @@ _SETTINGS = QUIET | {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
 }
-"""Nor an installation while a run runs."""
+"""Environment of Flower's programs, in which a run also installs no packages."""
 _MEMORY = {"MALLOC_ARENA_MAX": "2"}
-"""Of glibc, where the environment does not say otherwise: every thread's own arena keeps what a
-large message took."""
+"""Default for glibc, whose arena of each thread otherwise keeps the memory of a large message."""
 
 
 def program(name: str) -> str:
-    """The path of one of them; raises `ConfigError` if it is not installed."""
+    """Return the path of one of Flower's programs; raise `ConfigError` if it is not installed."""
     beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.exists() else shutil.which(name)
+    path = str(beside) if beside.exists() else shutil.which(name)
 
-    if not found:
+    if not path:
         raise ConfigError(f"{name} is not installed; run pip install 'fluvial[flower]'")
-    return found
+    return path
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Flower's home inside the folder, its own programs on the path, nothing that calls out."""
+    """Return the environment of Flower's programs, with their home inside `folder`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {
         **_MEMORY,
@@ -41,7 +40,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def split_address(text: str) -> tuple[str, int]:
-    """Host and port; raises `ConfigError`."""
+    """Return host and port of HOST:PORT; raise `ConfigError`."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError(f"address {text!r}: write HOST:PORT, such as fluvial.example.org:8000")
@@ -49,5 +48,5 @@ def split_address(text: str) -> tuple[str, int]:
 
 
 def warn(text: str) -> None:
-    """Tell an operator."""
+    """Write a warning for an operator to standard error."""
     sys.stderr.write(f"warning: {text}\n")

@@ -1,4 +1,4 @@
-"""The server's half in a deployment: what Flower's SuperLink starts for a submitted run."""
+"""The server's half of a deployment, which Flower's SuperLink starts for a submitted run."""
 
 import json
 import logging
@@ -28,16 +28,15 @@ from fluvial.runs.run import execute
 logger = logging.getLogger("fluvial")
 
 app = ServerApp()
-"""What the SuperLink runs."""
+"""Server app that the SuperLink runs."""
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted, in the folder that the server's operator chose."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(
-        logging.WARNING
-    )  # else a line for each request of Flower's, sent as a request
+    # httpx would log every request of Flower's, and each line would be sent by a request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     _end_with_parent()
     vars(http_grid)["pull_objects"] = pull_complete
     given = context.run_config
@@ -71,11 +70,10 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, and with it the lock on the run's folder, when Flower's has gone that
-    started it.
+    """End this process, and with it its lock on the run's folder, when its parent process ends.
 
-    Flower looks too, but takes a process that nobody has waited for, as in a container, for a
-    living one.
+    Flower checks too, but counts a parent that has ended and was not waited for, as in a container,
+    as alive.
     """
     parent = os.getppid()
 
@@ -89,8 +87,7 @@ def _end_with_parent() -> None:
 
 
 class ServerTexts:
-    """What a server knows of data that lies with its sites: their names, public text, and a
-    prompt."""
+    """Data as the server knows it: the names of its sites, public text, and a prompt."""
 
     def __init__(self, config: RunConfig, bench: ModelPool) -> None:
         self.config = config
@@ -102,8 +99,7 @@ class ServerTexts:
 
     @cached_property
     def names(self) -> Sequence[str]:
-        """As the configuration has them: `fleet.sites`, or those of data that is the same
-        everywhere."""
+        """Names of `fleet.sites`, or of the sites in data that is the same everywhere."""
         if self.config.fleet.sites:
             return tuple(sorted(self.config.fleet.sites))
         return self._texts.names
@@ -113,11 +109,11 @@ class ServerTexts:
         return SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
 
     def public(self) -> dict[str, list[Example]]:
-        """See `Texts`."""
+        """Return the public records; see `Texts`."""
         return self._texts.public()
 
     def sample(self) -> SiteData:
-        """The configured prompt, since the sites' text is not here."""
+        """Return the configured prompt as a sample, since the server holds no text of the sites."""
         prompt = self.config.evaluate.sample_prompt or "Once upon a time"
         ids = Encoder.of(self.bench.tokenizer).prompt(prompt)
         example = Example(ids, [IGNORE_INDEX, *ids[1:]])

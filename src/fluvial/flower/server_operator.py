@@ -1,8 +1,7 @@
-"""What the server's operator does: thin over Flower's own programs, with TLS and node keys unless
-asked otherwise.
+"""Commands of the server's operator over Flower's own programs, by default with TLS and node keys.
 
-server folder server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db, names.json, flower/
-(its home), runs/
+A server's folder holds server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db,
+names.json, flower/ (home of Flower's programs) and runs/.
 """
 
 import json
@@ -23,7 +22,7 @@ from fluvial.storage import toml
 from fluvial.storage.files import make_folder
 
 WARN_DAYS = 30
-"""Before a certificate ends, the server says so when it starts."""
+"""Days before the end of a certificate from which the server warns when it starts."""
 _CONNECTION = "fluvial"
 _APP = """[project]
 name = "fluvial-run"
@@ -47,21 +46,22 @@ resume = false
 
 
 class ServerFile(Settings):
-    """server.toml."""
+    """The settings in server.toml."""
 
     host: str = "0.0.0.0"
-    """Of the network interface that the server listens on; this one means all."""
+    """Address of the network interface that the server listens on; 0.0.0.0 means all."""
     port: int = Field(8000, ge=1, le=65535)
+    """Port that the server listens on."""
     address: str
-    """Under which the sites reach it."""
+    """Address HOST:PORT at which sites reach the server."""
     insecure: bool = False
-    """No TLS and no keys, so anybody may be a site: for trials on one machine."""
+    """Operation without TLS and keys, for trials on one machine; any process can be a site."""
     certificate: FilePath = Path("server.crt")
-    """Of the server; a relative path lies beside server.toml, in all three."""
+    """Certificate of the server; a relative path is relative to server.toml, here and in `key`, `ca`."""
     key: FilePath = Path("server.key")
-    """Of the certificate."""
+    """Private key of the certificate."""
     ca: FilePath = Path("ca.crt")
-    """The authority that signed it, which the sites get."""
+    """Certificate of the authority that signed the server's certificate; sites receive a copy."""
 
 
 def server_init(
@@ -73,8 +73,10 @@ def server_init(
     key: Path | None = None,
     ca: Path | None = None,
 ) -> list[str]:
-    """Make a server's folder; returns what to do next. Raises `ConfigError` if one is there
-    already."""
+    """Make a server's folder and return the next steps, one line each.
+
+    Raises `ConfigError` if the folder holds a server, or if the given files do not fit together.
+    """
     host, port = split_address(address)
     if (folder / "server.toml").exists():
         raise ConfigError(f"{folder} holds a server already; start it, or choose another folder")
@@ -91,7 +93,8 @@ def server_init(
         lines += [f'{option} = "{Path(str(path)).resolve()}"' for option, path in own.items()]
         if not certificates.names(certificate, "127.0.0.1"):
             lines.append(
-                f'host = "{host}"  # Flower\'s own processes come here too; the certificate has no 127.0.0.1'
+                f'host = "{host}"  # Flower\'s own processes come here too; '
+                "the certificate has no 127.0.0.1"
             )
             local = False
     elif any(own.values()):
@@ -120,20 +123,26 @@ def server_init(
 
 
 def read_server_file(folder: Path) -> ServerFile:
-    """server.toml of a folder; raises `ConfigError`."""
+    """Read and check server.toml in `folder`; raise `ConfigError`."""
     path = folder / "server.toml"
     table = toml.load(path, f"{folder} holds no server; `fluvial server init` makes one")
-    found = toml.read(ServerFile, table, str(path))
+    server = toml.read(ServerFile, table, str(path))
     here = folder.resolve()
 
-    return found.model_copy(
-        update={name: here / getattr(found, name) for name in ("certificate", "key", "ca")}
+    return server.model_copy(
+        update={
+            "certificate": here / server.certificate,
+            "key": here / server.key,
+            "ca": here / server.ca,
+        }
     )
 
 
 def renew(folder: Path) -> str:
-    """Make the server's certificate anew, signed by the same authority, so that sites need nothing
-    new."""
+    """Renew the server's certificate with the same authority, so that sites need no change.
+
+    Returns one line about the new certificate.
+    """
     server = read_server_file(folder)
     if server.insecure or not (folder / "ca.key").exists():
         raise ConfigError(
@@ -146,7 +155,7 @@ def renew(folder: Path) -> str:
 
 
 def server_start(folder: Path) -> None:
-    """Become Flower's SuperLink; does not return."""
+    """Replace this process by Flower's SuperLink; does not return."""
     server = read_server_file(folder)
     command = [program("flower-superlink"), "--host", server.host, "--port", str(server.port)]
     command += [
@@ -168,34 +177,36 @@ def server_start(folder: Path) -> None:
 
 
 def register(folder: Path, public_key: Path) -> str:
-    """Let the site with this key join; returns what was done."""
+    """Register a site's public key, so that it can join, and return one line about it."""
     if not public_key.exists():
         raise ConfigError(
             f"there is no public key {str(public_key)!r}; the site's operator has it as NAME.pub"
         )
 
-    words = (
-        public_key.read_bytes()[:10_000].decode(errors="replace").split()
-    )  # type, key, and the site's name
+    # The words of a public key: its type, the key, and the site's name.
+    words = public_key.read_bytes()[:10_000].decode(errors="replace").split()
     name = words[2] if len(words) > 2 else public_key.stem
     check_plain(name, str(public_key))
-    found = _asked(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
-    number = str(found.get("node-id", ""))
+    answer = _flwr_json(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
+    number = str(answer.get("node-id", ""))
 
     if not number.isdigit():
-        raise ConfigError(f"{public_key} was not registered: {found}")
+        raise ConfigError(f"{public_key} was not registered: {answer}")
 
     names.add(folder / names.FILE, "sites", number, name)
     return f"site {name} may join (node {number})"
 
 
 def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
-    """Start a run on the server of `folder`; returns Flower's number of it. Raises
-    `ConfigError`."""
+    """Start a run on the server of `folder` and return Flower's number of the run.
+
+    Raises `ConfigError` if `out` holds a run and `resume` is False, or if the server refuses it.
+    """
     read_server_file(folder)
     if (out / "config.json").exists() and not resume:
         raise ConfigError(
-            f"{out} already holds a run; go on with it by --resume, or choose another folder with --out"
+            f"{out} already holds a run; continue it with --resume, or choose another folder with "
+            "--out"
         )
 
     app = folder / "app"
@@ -210,30 +221,29 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     lines.append(f"resume = {'true' if resume else 'false'}")
     (folder / "submitted.toml").write_text("\n".join(lines) + "\n")
     settings = str(folder.resolve() / "submitted.toml")
-    found = _asked(folder, "run", str(app.resolve()), _CONNECTION, "--run-config", settings)
+    answer = _flwr_json(folder, "run", str(app.resolve()), _CONNECTION, "--run-config", settings)
 
-    if "run-id" not in found:
-        raise ConfigError(f"the server did not take the run: {found}")
+    if "run-id" not in answer:
+        raise ConfigError(f"the server did not accept the run: {answer}")
 
-    names.add(folder / names.FILE, "runs", str(found["run-id"]), out.name)
-    return int(found["run-id"])
+    names.add(folder / names.FILE, "runs", str(answer["run-id"]), out.name)
+    return int(answer["run-id"])
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """Runs and sites as Flower's server knows them, with the names that they were submitted and
-    registered under."""
-    nodes = _asked(folder, "supernode", "list", _CONNECTION).get("nodes", [])
-    runs = _asked(folder, "list", _CONNECTION).get("runs", [])
-    known = names.read(folder / names.FILE)
+    """Return the runs and sites that Flower's server lists, with their names."""
+    nodes = _flwr_json(folder, "supernode", "list", _CONNECTION).get("nodes", [])
+    runs = _flwr_json(folder, "list", _CONNECTION).get("runs", [])
+    named = names.read(folder / names.FILE)
 
     return {
-        "runs": [{"name": known["runs"].get(str(run["run-id"]), ""), **run} for run in runs],
-        "sites": [{"name": known["sites"].get(str(node["node-id"]), ""), **node} for node in nodes],
+        "runs": [{"name": named["runs"].get(str(run["run-id"]), ""), **run} for run in runs],
+        "sites": [{"name": named["sites"].get(str(node["node-id"]), ""), **node} for node in nodes],
     }
 
 
 def newest(folder: Path) -> int:
-    """The run that was submitted last; raises `ConfigError` if there is none."""
+    """Return the number of the run submitted last; raise `ConfigError` if there is none."""
     read_server_file(folder)
     runs = names.read(folder / names.FILE)["runs"]
 
@@ -243,36 +253,39 @@ def newest(folder: Path) -> int:
 
 
 def logs(folder: Path, run: int, *, follow: bool) -> None:
-    """Print what a run's server wrote; raises `ClientError` where it ended otherwise than with a
-    result."""
+    """Print the server's log of a run.
+
+    Raises `ClientError` if the run has failed or was stopped, and `ConfigError` if the server has
+    no such run.
+    """
     command = [program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
     subprocess.run(command, env=environment(folder), check=False)
-    found = next((each for each in status(folder)["runs"] if int(each["run-id"]) == run), None)
+    listed = next((row for row in status(folder)["runs"] if int(row["run-id"]) == run), None)
 
-    if found is None:
+    if listed is None:
         raise ConfigError(
             f"the server of {folder} has no run {run}; `fluvial status {folder}` lists them"
         )
 
-    if found["status"] in ("finished:failed", "finished:stopped"):
-        how = found["status"].partition(":")[2]
+    if listed["status"] in ("finished:failed", "finished:stopped"):
+        end = listed["status"].partition(":")[2]
         raise ClientError(
-            f"run {run} ({found['name']}) has {how}; `fluvial submit --resume` goes on with it"
+            f"run {run} ({listed['name']}) has {end}; `fluvial submit --resume` continues it"
         )
 
 
 def stop(folder: Path, run: int) -> str:
-    """End a run; what it had reached can be resumed."""
+    """Stop a run, which can be resumed from its last checkpoint, and return Flower's message."""
     return _flwr(folder, "stop", str(run), _CONNECTION)
 
 
 def _hosts(host: str) -> list[str]:
-    """What a server's certificate names: its address, and where Flower's own processes reach it."""
+    """Return the names in a server's certificate: its address, and those for Flower's processes."""
     return list(dict.fromkeys([host, "localhost", "127.0.0.1"]))
 
 
 def _watch_certificate(server: ServerFile) -> None:
-    """Warn of a certificate that ends soon."""
+    """Warn about a certificate that ends soon or has ended."""
     for path, remedy in ((server.certificate, "renew it"), (server.ca, "make a new server folder")):
         left = certificates.days_left(path)
         if left < WARN_DAYS:
@@ -280,7 +293,7 @@ def _watch_certificate(server: ServerFile) -> None:
 
 
 def _connection(folder: Path, server: ServerFile) -> None:
-    """Tell Flower's own command where the server is."""
+    """Write the address of the server where Flower's command reads it."""
     lines = ["[superlink]", f'default = "{_CONNECTION}"', "", f"[superlink.{_CONNECTION}]"]
     lines += [f'address = "{server.address}"']
     lines += (
@@ -294,7 +307,7 @@ def _connection(folder: Path, server: ServerFile) -> None:
 
 
 def _flwr(folder: Path, *arguments: str) -> str:
-    """The output of Flower's command; raises `ConfigError` with what it says when it fails."""
+    """Return the output of Flower's command; raise `ConfigError` with its message if it fails."""
     _connection(folder, read_server_file(folder))
     done = subprocess.run(
         [program("flwr"), *arguments],
@@ -312,17 +325,16 @@ def _flwr(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def _asked(folder: Path, *arguments: str) -> dict[str, Any]:
-    """The JSON that Flower's command prints; raises `ConfigError` with its reason where it did not
-    succeed."""
+def _flwr_json(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Return the JSON that Flower's command prints; raise `ConfigError` with the reason else."""
     text = _flwr(folder, *arguments, "--format", "json")
     start = text.find("{")
-    found: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
+    answer: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
 
-    if not found.get("success"):
-        said = " ".join(str(found.get("error-message") or text).split())
-        if "unavailable" in said or "nable to connect" in said or "refused" in said:
-            said = f"{said}; is the server running? fluvial server start {folder}"
-        raise ConfigError(f"flwr {arguments[0]}: {said[-800:]}")
+    if not answer.get("success"):
+        reason = " ".join(str(answer.get("error-message") or text).split())
+        if "unavailable" in reason or "nable to connect" in reason or "refused" in reason:
+            reason = f"{reason}; is the server running? fluvial server start {folder}"
+        raise ConfigError(f"flwr {arguments[0]}: {reason[-800:]}")
 
-    return found
+    return answer

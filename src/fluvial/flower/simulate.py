@@ -1,4 +1,4 @@
-"""Flower's simulation runtime: the sites as Ray actors on this machine."""
+"""Runs over Flower's simulation, whose sites are Ray actors on this machine."""
 
 import logging
 import os
@@ -14,19 +14,15 @@ from fluvial.flower import QUIET
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event, execute
 
-_QUIET = (
-    QUIET
-    | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by itself, and warns that it does not yet
-    }
-)
+# The second of Ray's variables chooses its coming default, about which it warns otherwise.
+_QUIET = QUIET | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Environment of the simulation without telemetry and warnings."""
 
 
 def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
-    """`execute` over Flower's simulation; the events are the same, and so are the weights.
+    """Run a configuration over Flower's simulation, with the events and weights of `execute`.
 
-    Raises `ConfigError` where Flower is not installed.
+    Raises `ConfigError` if Flower is not installed.
     """
     os.environ.update(_QUIET)
     try:
@@ -47,8 +43,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     names = _site_names(config)
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     left = threading.Event()
-    """Nobody listens any more: the process ends only when its threads do, so the run ends with its
-    round."""
+    """Set when the caller has closed this generator; the run then ends with its round, because the
+    process ends only after its threads."""
     server = ServerApp()
 
     @server.main()
@@ -120,7 +116,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
 
 def _site_names(config: RunConfig) -> tuple[str, ...]:
-    """The sites of the configuration's data."""
+    """Return the names of the sites in the configuration's data."""
     from fluvial.data import SiteTexts
     from fluvial.models.pretrained import load_tokenizer
 

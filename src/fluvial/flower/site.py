@@ -1,4 +1,4 @@
-"""The site's half: Flower's messages to a `Station` and back."""
+"""The site's half of a deployment, which turns Flower's messages into those of a `Station`."""
 
 import logging
 from collections.abc import Callable
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def client_app(find: Callable[[Context], SiteFile]) -> ClientApp:
-    """An app that answers for the site that `find` names."""
+    """Return an app that answers for the site whose settings `find` returns."""
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
             site = find(context)
-        except Exception:  # Flower would send its text
+        except Exception:  # Flower would send the text of the error
             logger.exception("the site's file cannot be read")
             return Message(
                 pack(b"", {"error": "the site's own file cannot be read"}), reply_to=message
@@ -38,13 +38,12 @@ def client_app(find: Callable[[Context], SiteFile]) -> ClientApp:
 
 
 def answer(site: SiteFile, message: Message) -> Message:
-    """The reply to one message."""
+    """Return the reply to one message."""
     return Message(pack(*respond(site, message)), reply_to=message)
 
 
 def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
-    """Payload and header of the reply to one message; what goes wrong at the site is told in the
-    header."""
+    """Return payload and header of the reply to one message; the header holds an error, if any."""
     here = station(site)
     header = None
 
@@ -61,7 +60,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
 
 
 def station(site: SiteFile) -> Station:
-    """The station of a site in this process; a new one gives the same answers."""
+    """Return the station of a site, one for each process; a new one gives the same answers."""
     return _station(site.model_dump_json())
 
 
@@ -75,4 +74,4 @@ def _own(context: Context) -> SiteFile:
 
 
 app = client_app(_own)
-"""What a SuperNode runs: the site that its configuration names."""
+"""Client app that a SuperNode runs, for the site that the SuperNode's configuration names."""

@@ -1,7 +1,7 @@
-"""What a site's operator does: thin over Flower's SuperNode, with TLS and a node key unless asked
-otherwise.
+"""Commands of a site's operator over Flower's SuperNode, by default with TLS and a node key.
 
-site folder site.toml, NAME.key, NAME.pub, ca.crt, runs/ (what the site keeps), outgoing.jsonl
+A site's folder holds site.toml, NAME.key, NAME.pub, ca.crt, runs/ (the site's state) and
+outgoing.jsonl (the log of all that it sent).
 """
 
 import email.utils
@@ -27,21 +27,20 @@ from fluvial.site_process.site_file import SiteFile, read_site_file
 from fluvial.storage.files import make_folder, private, sweep
 
 AHEAD_S = 5.0
+"""Seconds that a site's clock may be ahead of the server's; Flower refuses signatures beyond."""
 BEHIND_S = 305.0
-"""Flower refuses the signature of a site whose clock is further from the server's."""
+"""Seconds that a site's clock may be behind the server's; Flower refuses signatures beyond."""
 
 
 def site_init(
     folder: Path, *, name: str, server: str, ca: Path | None, insecure: bool = False
 ) -> list[str]:
-    """Make a site's folder; returns what to do next."""
+    """Make a site's folder and return the next steps, one line each; raise `ConfigError`."""
     host, port = split_address(server)
     if (folder / "site.toml").exists():
         raise ConfigError(f"{folder} holds a site already; start it, or choose another folder")
     if (ca is None) != insecure:
-        raise ConfigError(
-            "give --ca with the server's ca.crt, or ask for --insecure by name; not both"
-        )
+        raise ConfigError("give either --ca with the server's ca.crt, or --insecure")
 
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
@@ -58,8 +57,9 @@ def site_init(
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',
         "# [data]",
-        '# source = "records.jsonl"         # this site\'s records, beside this file; in place of what the run names',
-        "# [allow]                          # what this site takes part in; empty allows everything",
+        '# source = "records.jsonl"         # this site\'s records, beside this file; they replace '
+        "the run's",
+        "# [allow]                          # runs that this site takes part in; empty allows all",
         '# methods = ["fedavg", "cgfedllm"]',
         '# tensors = ["*.lora_*"]',
         '# run_paths = ["/data/shared/*"]  # paths that a run may name here; without it, none',
@@ -71,15 +71,15 @@ def site_init(
 
     if ca is not None:
         done.append(
-            f"send {public} to the server's operator, who runs:  fluvial site register SERVER-FOLDER {public.name}"
+            f"send {public} to the server's operator, who runs:  "
+            f"fluvial site register SERVER-FOLDER {public.name}"
         )
 
     return [*done, f"then start it:  fluvial site start {folder}"]
 
 
 def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> int:
-    """Run a SuperNode and, `warm`, the process that answers for it, until one of them ends; returns
-    the exit code."""
+    """Run a SuperNode and, if `warm`, its answering process; return the exit code when one ends."""
     site = read_site_file(folder / "site.toml")
     with private(), _alone(folder, site):
         sweep(site.folder)
@@ -90,8 +90,10 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
 
 @contextmanager
 def _alone(folder: Path, site: SiteFile) -> Iterator[None]:
-    """No second process may answer for a site; forks hold the lock too, so one that was killed is
-    over before."""
+    """Hold the lock of a site's folder; raise `ConfigError` if another process holds it.
+
+    Forks hold the lock too, so all processes of a killed site have ended when it is free.
+    """
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,7 +115,8 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
             from fluvial.flower.executor import serve
         except ImportError as error:
             warn(
-                f"this Flower has another inside ({error}); sites answer by its stock execution, which is slower"
+                f"this version of Flower has other internals ({error}); the site answers by "
+                "Flower's stock execution, which is slower"
             )
 
     command = [program("flower-supernode"), "--superlink", site.server, "--port", str(port)]
@@ -148,7 +151,7 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
             node.wait()
             if os.waitstatus_to_exitcode(ended[1]) == OUT_OF_STEP:
                 return OUT_OF_STEP
-            warn("the process that answers for this site has ended, and the site with it")
+            warn("the answering process of this site has ended, and the site with it")
             return 1
 
         time.sleep(0.2)
@@ -159,16 +162,19 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
 
     if code not in (0, -signal.SIGTERM):
         warn(
-            f"the SuperNode ended with code {code}; if it says 305, this site's key is not registered, or its last "
-            "process went less than 60 s ago, or another one with this key is there"
+            f"the SuperNode ended with code {code}; if it says 305, this site's key is not "
+            "registered, or its last process ended less than 60 s ago, or another process uses "
+            "this key"
         )
 
     return code
 
 
 def _try_connection(site: SiteFile) -> None:
-    """Raise `ConfigError` where Flower would try for ever: TLS on one side only, a bad certificate
-    or clock."""
+    """Raise `ConfigError` for errors that Flower would retry for ever.
+
+    These are TLS at one end only, an invalid certificate, and a wrong clock.
+    """
     host, port = split_address(site.server)
     for path in (site.ca, site.key):
         if path is not None and not path.exists():
@@ -184,40 +190,40 @@ def _try_connection(site: SiteFile) -> None:
         connection.connect()
         if site.ca is None:
             raise ConfigError(
-                f"the server at {site.server} speaks TLS; get its ca.crt and name it in site.toml, or make the "
-                "site again with --ca"
+                f"the server at {site.server} uses TLS; get its ca.crt and name it in site.toml, "
+                "or make the site again with --ca"
             )
 
         connection.request("HEAD", "/")
         _compare_clocks(connection.getresponse().getheader("Date"), site.server)
     except ssl.SSLCertVerificationError as error:
         raise ConfigError(
-            f"the certificate of the server at {site.server} does not hold: {error.verify_message}; checked with "
-            f"{site.ca}"
+            f"the certificate of the server at {site.server} is not valid: "
+            f"{error.verify_message}; checked with {site.ca}"
         ) from None
     except ssl.SSLError as error:
         if site.ca is not None:
             raise ConfigError(
-                f"the server at {site.server} does not speak TLS ({error.reason}); if it was made with --insecure, "
-                "make the site so too"
+                f"the server at {site.server} does not use TLS ({error.reason}); if it was made "
+                "with --insecure, make the site with --insecure too"
             ) from None
     except (OSError, http.client.HTTPException):
-        return  # the server is not there yet; the site goes on trying
+        return  # the server is not started yet; the SuperNode retries
     finally:
         connection.close()
 
 
 def _compare_clocks(theirs: str | None, server: str) -> None:
-    """Raise `ConfigError` where Flower would take no signature of ours, because it covers the
-    time."""
+    """Raise `ConfigError` if the clocks differ so far that Flower refuses the site's signatures."""
     if theirs is None:
         return
 
     ahead = _clock() - email.utils.parsedate_to_datetime(theirs).timestamp()
     if not -BEHIND_S < ahead < AHEAD_S:
         raise ConfigError(
-            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} that of the server at "
-            f"{server}; Flower takes {AHEAD_S:g} s ahead and {BEHIND_S:g} s behind, so set both by NTP"
+            f"this machine's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} "
+            f"that of the server at {server}; Flower accepts {AHEAD_S:g} s ahead and "
+            f"{BEHIND_S:g} s behind, so set both by NTP"
         )
 
 
@@ -226,7 +232,7 @@ def _clock() -> float:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
         return port

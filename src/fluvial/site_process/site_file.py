@@ -24,8 +24,8 @@ class Allowed(Settings):
     tensors: tuple[str, ...] = ()
     """Patterns of tensors, such as "*.lora_*"; every tuned tensor must match one."""
     max_epsilon: float | None = Field(None, ge=1e-3, le=1e6)
-    """Upper bound on the sum of epsilon over all runs of this site; with it, runs without noise at the
-    site are refused. Unset, runs need not promise privacy."""
+    """Upper bound on the sum of epsilon over all runs of this site; with it, runs that add no noise
+    at the site are refused. Unset, runs need not promise privacy."""
     max_delta: float = Field(1e-4, ge=1e-15, lt=1)
     """Upper bound on the sum of delta over all these runs, beside `max_epsilon`."""
     run_paths: tuple[str, ...] = ()
