@@ -1,4 +1,4 @@
-"""Text of the sites: where it comes from, how it is split, how it becomes tokens and labels."""
+"""The sites' text: its sources, its partition, its tokens and labels."""
 
 from fluvial.data.config import DataConfig, SourceSettings
 from fluvial.data.examples import IGNORE_INDEX, Example, Question

@@ -11,18 +11,16 @@ from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 
 TODAY = datetime(2024, 7, 26)
-"""The day that a template gets when it asks for today's, so that tokens do not depend on the day of
-the run."""
+"""Date in every chat template, so that tokens do not depend on the day of the run."""
 _MARK = "content-of-a-turn-"
-"""Stands for the content of a turn, which a template may compare, cut or leave out."""
+"""A placeholder for the content of a turn, which a template may compare, cut or leave out."""
 _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
 def encode_chat(
     place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str
 ) -> Example:
-    """Return the whole conversation by the tokenizer's own chat template; labels on the assistant's
-    turns.
+    """Return the tokens of a conversation by the tokenizer's template, labels on assistant turns.
 
     Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in
     two ways.
@@ -64,9 +62,7 @@ def _spans(
             continue
 
         end = _render(place, messages[: turn + 1], tokenizer)
-        if (
-            turn == 0
-        ):  # there is no conversation before it to render, so its header ends where its content begins
+        if turn == 0:  # nothing before it to render, so its header ends where its content begins
             start = _header(place, message, tokenizer)
         else:
             start = _render(place, messages[:turn], tokenizer, add_generation_prompt=True)
@@ -89,8 +85,8 @@ def _spans(
 def _tokens(
     place: object, rendered: str, tokenizer: Any
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Return token ids and their places in `rendered`; the template has put BOS where the model
-    wants it."""
+    """Return token ids and their places in `rendered`; the template has put BOS where it
+    belongs."""
     try:
         encoded = tokenizer(
             rendered, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -167,8 +163,7 @@ def _render(
 
 
 def _dated(template: object) -> dict[str, str]:
-    """Return, for a template that writes today's date, the same template with the date of
-    `TODAY`."""
+    """Return a template that writes `TODAY` where this one writes today's date."""
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}
     return {"chat_template": _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), template)}

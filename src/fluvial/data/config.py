@@ -1,4 +1,4 @@
-"""The settings of the data: which text, in which form, how read, how split."""
+"""The settings of the data: sources, form of the records, reading, partition."""
 
 from collections.abc import Iterator, Mapping
 from typing import Literal
@@ -21,13 +21,13 @@ class SourceSettings(Settings):
     """Settings of one source, where they differ from those of [data]."""
 
     form: Literal["auto", Form] | None = None
-    """Form of its records."""
+    """Form of the source's records."""
     columns: dict[str, str] | None = None
-    """Its columns, our field = your column; {} for none that are renamed."""
+    """Columns of the source, our field = its column; {} where none is renamed."""
     encoding: str | None = None
-    """Encoding of its files."""
+    """Encoding of the source's files."""
     delimiter: str | None = None
-    """Character between the columns of its CSV files."""
+    """Character between the columns of the source's CSV files."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -35,55 +35,55 @@ class SourceSettings(Settings):
 
 
 class DataConfig(Settings):
-    """The text of a run, its form, and its split over the sites."""
+    """The text of a run, its form, and its partition over the sites."""
 
     source: str = STDLIB
-    """"stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of them, a `save_to_disk`
-    folder, a hub id."""
+    """Source of the records: "stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of
+    files, a `save_to_disk` folder, or a hub id."""
     split: str = "train"
     """Split of a hub id or of a saved `DatasetDict`."""
     heldout_source: str | None = None
-    """Held-out records, split over the sites by the same column."""
+    """Source of held-out records, partitioned by the same column."""
     heldout_split: str | None = None
     """Split of a hub id or saved data set with the held-out records."""
     heldout_share: float = Field(0.1, gt=0, lt=1)
     """Share of each site's records that is never trained on, when no held-out source is named."""
     public_source: str | None = None
-    """Text that belongs to no site and that the server may read: what a codec is pre-trained on."""
+    """Source of public text, which the server may read to pre-train a codec."""
     form: Literal["auto", Form] = "auto"
-    """Form of a record; "auto" tells by its fields. A txt file always has the form "text"."""
+    """Form of a record; "auto" finds it by the fields. A txt file always has the form "text"."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our field = your column, such as {completion = "answer"}."""
+    """Names of columns: our field = your column, such as {completion = "answer"}."""
     encoding: str = UTF8
-    """Encoding of text files, by Python's names: "utf-8" (with or without a byte order mark),
+    """Encoding of text files by Python's names: "utf-8" (with or without a byte order mark),
     "cp1252", "utf-16"."""
     delimiter: str | None = None
-    """Character between the columns of CSV files; unset, the comma, in tsv files the tab."""
+    """Character between the columns of CSV files; by default the comma, in tsv files the tab."""
     numbers: Numbers = "refuse"
-    """JSON numbers and booleans where a text is needed: refused, or taken as the text that the file
-    has ("text")."""
+    """JSON numbers and booleans in place of a text: refused, or read as the file writes them
+    ("text")."""
     heldout: SourceSettings | None = None
-    """Settings of `heldout_source`, where they differ."""
+    """Settings of `heldout_source` that differ from those of [data]."""
     public: SourceSettings | None = None
-    """Settings of `public_source`, where they differ."""
+    """Settings of `public_source` that differ from those of [data]."""
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma",
     "mistral", "plain", a file with a Jinja template, or the template itself."""
     partition: Partition = Iid()
-    """How one data set becomes many sites; a deployed site has its own."""
+    """Partition of one data set into sites; a deployed site has a data set of its own."""
     max_length: int = Field(128, ge=8, le=10**7)
     """Tokens of one sequence."""
     overlong: Overlong = "cut"
-    """Records of more than `max_length` tokens, plain text apart, which is cut into windows: cut at
-    the end (refused where no token of the answer would stay), "shorten_prompt" (the beginning of
-    the prompt is cut, and the end only if that is not enough), "drop", or "refuse"."""
+    """Treatment of records of more than `max_length` tokens: cut at the end (refused where no token
+    of the answer would stay), "shorten_prompt" (the beginning of the prompt is cut, and the end
+    only if that is not enough), "drop", or "refuse". Plain text is cut into windows instead."""
     packing: bool = False
     """Join sequences before cutting them to `max_length`; attention crosses the EOS between
     them."""
     loss_on: Literal["answer", "all"] = "answer"
-    """Which tokens of a conversation are learned; of plain text always all."""
+    """Tokens of a conversation with loss; plain text always has loss on all."""
     max_heldout: int | None = Field(None, ge=1, le=10**9)
-    """At most this many held-out sequences for each site, the first ones."""
+    """Most held-out sequences of a site that are measured, from the first on."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -108,11 +108,15 @@ class DataConfig(Settings):
                 idle |= touched & {"encoding", "delimiter", "numbers"}
             if idle:
                 yield (
-                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings its own split"
+                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings "
+                    "its own split"
                 )
 
         if self.heldout_split == self.split and self.heldout_source in (None, self.source):
-            yield f"heldout_split={self.heldout_split!r}: these are the records to train on; name others"
+            yield (
+                f"heldout_split={self.heldout_split!r}: these are the records to train on; name "
+                "others"
+            )
         if "heldout_share" in touched and (self.heldout_source or self.heldout_split):
             yield "heldout_share: without effect beside heldout_source or heldout_split; remove one"
         if self.heldout is not None and not (self.heldout_source or self.heldout_split):
@@ -120,7 +124,10 @@ class DataConfig(Settings):
         if self.public is not None and self.public_source is None:
             yield "public: without effect, because no public_source is named; remove it"
         if self.packing and "overlong" in touched:
-            yield "overlong: without effect beside packing, which joins records before cutting; remove one"
+            yield (
+                "overlong: without effect beside packing, which joins records before cutting; "
+                "remove one"
+            )
 
     def _touched(self) -> set[str]:
         default = type(self).model_fields
@@ -166,8 +173,12 @@ def unreadable(
 
     if encoding is not None and not known_encoding(encoding):
         yield (
-            f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', 'cp1252' or 'utf-16'"
+            f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', "
+            "'cp1252' or 'utf-16'"
         )
 
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n\0'):
-        yield f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, \"\\t\""
+        yield (
+            f"delimiter={delimiter!r:.40}: must be one character, such as ';' or, for a tab, "
+            '"\\t"'
+        )

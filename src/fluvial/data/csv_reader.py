@@ -65,12 +65,14 @@ def _other_delimiter(text: str, reading: Reading) -> str:
 
     if reading.delimiter is not None or not found:
         return ""
-    return f"; if {_spoken(found[0])} separates the columns, set data.delimiter = {json.dumps(found[0])}"
+    return (
+        f"; if {_spoken(found[0])} separates the columns, set data.delimiter = "
+        f"{json.dumps(found[0])}"
+    )
 
 
 def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line and the cells of each row; raise `DataError` for a quote that is not
-    closed."""
+    """Yield the first line and the cells of each row; raise `DataError` for an open quote."""
     before = csv.field_size_limit(max(len(text), 2**17))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = 1
@@ -96,7 +98,8 @@ def _refuse_other_text(name: str, text: str) -> None:
     if start.startswith(("{", "[")):
         raise DataError(
             [
-                f"{name}: begins as JSON does; give it the suffix .json, or .jsonl for a record on each line"
+                f"{name}: begins as JSON does; give it the suffix .json, or .jsonl for a record on "
+                "each line"
             ]
         )
 
@@ -109,7 +112,7 @@ def _refuse_other_text(name: str, text: str) -> None:
 
 
 def _header(place: str, header: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the columns; one without a name is called by its number."""
+    """Return the names of the columns; a column without a name gets its number."""
     if not any(name.strip() for name in header):
         raise DataError([f"{place}: the header is blank; the first line must name the columns"])
 

@@ -1,4 +1,4 @@
-"""Training sequences: token ids and labels, and how they are cut to a length."""
+"""Training sequences: token ids and labels, and their cuts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,14 @@ Overlong = Literal["cut", "shorten_prompt", "drop", "refuse"]
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence; `labels` equal `input_ids` or `IGNORE_INDEX`, position by position
-    (unshifted)."""
+    """One training sequence; each label is its input id or `IGNORE_INDEX` (unshifted)."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
 
     @property
     def label_tokens(self) -> int:
-        """Positions that are predicted: labels but the first, which has nothing before it."""
+        """Labels that are predicted: all but the first, which has no token before it."""
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 
     @property
@@ -35,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the answer that greedy decoding should give."""
+    """A prompt with the expected greedy answer."""
 
     prompt: str
     answer: str

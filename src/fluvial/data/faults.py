@@ -1,4 +1,4 @@
-"""Faults of data files, collected over all files and sites and told together."""
+"""Faults of data files, collected over all files and sites for one message."""
 
 from collections.abc import Sequence
 
@@ -32,8 +32,7 @@ class Faults:
         self.count = 0
 
     def add(self, fault: str) -> None:
-        """Note one fault; one that is known, as of a file that is read as two sources, is not told
-        again."""
+        """Add one fault, once: a file that is read as two sources has each fault twice."""
         if fault in self.first:
             return
         self.count += 1
@@ -41,14 +40,14 @@ class Faults:
             self.first.append(fault)
 
     def include(self, error: ConfigError) -> None:
-        """Note the faults of an error that was caught."""
+        """Add the faults of an error that was caught."""
         if isinstance(error, DataError):
             self._extend(error.faults, error.count)
         else:
             self.add(str(error))
 
     def include_all(self, other: "Faults") -> None:
-        """Note the faults that were collected elsewhere."""
+        """Add the faults that were collected elsewhere."""
         self._extend(other.first, other.count)
 
     def _extend(self, faults: Sequence[str], count: int) -> None:

@@ -1,4 +1,4 @@
-"""The text of a file: its encoding, and an honest answer where it is no text."""
+"""The text of a file in its encoding, or a fault that says what the file is instead."""
 
 import codecs
 import re
@@ -29,7 +29,7 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
         "fetch the file itself with `git lfs pull`",
     ),
 )
-"""First bytes of files that are no text, their names, and the remedy."""
+"""First bytes of files that hold no text, their names, and the remedy."""
 BOMS: tuple[tuple[bytes, str], ...] = (
     (codecs.BOM_UTF8, UTF8),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -40,7 +40,7 @@ BOMS: tuple[tuple[bytes, str], ...] = (
 DOUBLE_BYTE = ("gb18030", "shift_jis", "euc_kr", "big5")
 SINGLE_BYTE = ("cp1252", "latin-1")
 SAMPLE = 2**20
-"""Bytes that an encoding is proposed from."""
+"""Bytes that a proposal of an encoding is made from."""
 NO_TEXT = {
     "idna",
     "punycode",
@@ -96,7 +96,8 @@ def read_text(path: Path, encoding: str) -> str:
     if mark is not None and not codec.startswith(mark):
         raise DataError(
             [
-                f'{name}: begins with the mark of {mark}, not {encoding}; set data.encoding = "{mark}"'
+                f"{name}: begins with the mark of {mark}, not {encoding}; set "
+                f'data.encoding = "{mark}"'
             ]
         )
 
@@ -107,7 +108,8 @@ def read_text(path: Path, encoding: str) -> str:
         byte = f"0x{ord(windows[0]):02x}"
         raise DataError(
             [
-                f'{name}, line {line}: byte {byte} is no character of {encoding}; set data.encoding = "cp1252"'
+                f"{name}, line {line}: byte {byte} is no character of {encoding}; set "
+                'data.encoding = "cp1252"'
             ]
         )
 
@@ -119,7 +121,8 @@ def read_text(path: Path, encoding: str) -> str:
         )
         raise DataError(
             [
-                f"{name}, line {line}: holds a NUL character, so this is no text of {encoding}; {remedy}"
+                f"{name}, line {line}: holds a NUL character, so this is no text of {encoding}; "
+                f"{remedy}"
             ]
         )
 
@@ -134,7 +137,8 @@ def _decoded(data: bytes, codec: str, encoding: str, name: str) -> str:
         byte = f"byte {error.start + 1} of the file is 0x{data[error.start]:02x}"
         raise DataError(
             [
-                f"{name}, line {line}: is no text of {encoding} ({byte}: {error.reason}); {_proposal(data, codec)}"
+                f"{name}, line {line}: is no text of {encoding} ({byte}: {error.reason}); "
+                f"{_proposal(data, codec)}"
             ]
         ) from None
 
@@ -151,7 +155,10 @@ def _proposal(data: bytes, codec: str) -> str:
 
     quoted = [f'"{found}"' for found in fitting]
     others = f" (or {', '.join(quoted[1:])})" if quoted[1:] else ""
-    return f"set data.encoding, for instance to {quoted[0]}{others}, and look at it with `fluvial preview`"
+    return (
+        f"set data.encoding, for instance to {quoted[0]}{others}, and look at it with `fluvial "
+        "preview`"
+    )
 
 
 def _candidates(data: bytes) -> tuple[str, ...]:

@@ -1,12 +1,12 @@
-"""The forms that people keep records in, and which one a file has.
+"""The forms of records, and the choice of a file's form by its columns.
 
-| form                | fields                                                   | loss on                      |
-|---------------------|----------------------------------------------------------|------------------------------|
-| `text`              | `text`                                                   | everything                   |
-| `prompt_completion` | `prompt`, `completion`                                   | the completion and EOS       |
-| `messages`          | `messages`: list of `{"role", "content"}`                | the assistant's turns        |
-| `alpaca`            | `instruction`, `output`, optional `input`                | the output and EOS           |
-| `sharegpt`          | `conversations`: list of `{"from", "value"}`             | the turns of "gpt"           |
+| form                | fields                                       | loss on                |
+|---------------------|----------------------------------------------|------------------------|
+| `text`              | `text`                                       | everything             |
+| `prompt_completion` | `prompt`, `completion`                       | the completion and EOS |
+| `messages`          | `messages`: list of `{"role", "content"}`    | the assistant's turns  |
+| `alpaca`            | `instruction`, `output`, optional `input`    | the output and EOS     |
+| `sharegpt`          | `conversations`: list of `{"from", "value"}` | the turns of "gpt"     |
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,8 +39,10 @@ def fields_of(form: Form) -> tuple[str, ...]:
 
 
 def detect_form(columns: Iterable[str], where: str) -> Form:
-    """Return the form whose fields are all among `columns`; raise `ConfigError` if none or several
-    fit."""
+    """Return the form whose fields are all among `columns`.
+
+    Raise `ConfigError` if none or several fit.
+    """
     present = set(columns)
     fits = [form for form in FORMS if present.issuperset(REQUIRED_FIELDS[form])]
 
@@ -68,15 +70,15 @@ def _near(columns: Iterable[str]) -> str:
 def resolve(
     form: Form | Literal["auto"], columns: Mapping[str, str], found: Sequence[str], where: str
 ) -> Form:
-    """Return the form of a file with the columns `found`, of which `columns` renames some (our
-    field = its column).
+    """Return the form of a file with the columns `found`, some of which `columns` renames.
 
     Raise `ConfigError`, naming the file `where`, if the settings do not fit the file.
     """
     for field, column in columns.items():
         if column not in found:
             raise ConfigError(
-                f"{where}: data.columns: {field} = {shown(column)}, but the data has the columns {listed(found)}"
+                f"{where}: data.columns: {field} = {shown(column)}, but the data has the columns "
+                f"{listed(found)}"
             )
 
     renamed = set(columns.values())

@@ -8,11 +8,9 @@ from fluvial.models.network import reachable_hub
 
 
 def dataset_of(name: str, wanted: str, where: str) -> Any:
-    """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming the setting
-    `where`.
+    """Return the split `wanted` as a `datasets.Dataset`; raise `ConfigError` naming `where`.
 
-    A hub that cannot be reached is found out in one attempt; what lies in its local cache is then
-    read from there.
+    A hub that cannot be reached is noticed in one attempt; its local cache is read instead.
     """
     import datasets
 

@@ -1,4 +1,4 @@
-"""A JSON document whose lists of records are found, with the line of each record."""
+"""A parser of JSON documents that gives each record of a list with its line."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=Number
 )
-"""Parses numbers as they are written, and refuses a field that an object has twice."""
+"""Decoder that keeps numbers as they are written, and refuses an object with a field twice."""
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 Items = list[tuple[int, Any]]
@@ -31,8 +31,10 @@ Items = list[tuple[int, Any]]
 
 
 def document(text: str) -> Iterator[tuple[str, Items | None]]:
-    """Yield each field of the object that `text` holds, with its items if it is a list; a bare list
-    has the name ""."""
+    """Yield each field of the object that `text` holds, with its items if it is a list.
+
+    A bare list has the name "".
+    """
     start = _after_blank(text, 0)
     if text[start : start + 1] == "[":
         items, end = _items(text, start)
@@ -65,8 +67,7 @@ def document(text: str) -> Iterator[tuple[str, Items | None]]:
 
 
 def _items(text: str, start: int) -> tuple[Items, int]:
-    """Return the elements of the list that begins at `start`, with their lines, and where it
-    ends."""
+    """Return the elements of the list at `start`, with their lines, and the place of its end."""
     items = Items()
     end = start + 1
     line = text.count("\n", 0, start) + 1

@@ -16,6 +16,7 @@ _STRICT = "; JSON has no comments, no comma after a last element, and texts in d
 
 
 def read_lines(path: Path, reading: Reading) -> Table:
+    """Read one record from each line that is not blank; raise `DataError` with all faults."""
     text = read_text(path, reading.encoding)
     return _json_lines(path, text)
 
@@ -39,7 +40,8 @@ def _json_lines(path: Path, text: str) -> Table:
     if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
         raise DataError(
             [
-                f"{safe_line(str(path))}: is one JSON document, not one record on each line; give it the suffix .json"
+                f"{safe_line(str(path))}: is one JSON document, not one record on each line; give "
+                "it the suffix .json"
             ]
         )
 
@@ -73,9 +75,12 @@ def _record(value: Any) -> dict[str, Any]:
 
 
 def _why(error: ValueError) -> str:
-    """Return what is wrong with a text of JSON, without any of the text."""
+    """Return the fault of a JSON text, without any of the text."""
     if isinstance(error, JSONDecodeError):
-        return f"is not JSON ({error.msg} at character {error.colno}); write one record on each line{_STRICT}"
+        return (
+            f"is not JSON ({error.msg} at character {error.colno}); write one record on each "
+            f"line{_STRICT}"
+        )
     return str(error)
 
 
@@ -107,7 +112,10 @@ def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:
     remedy = "write a list of records, [{...}, {...}], or one record on each line of a .jsonl file"
     if lists:
         names = listed(list(lists))
-        return f"has {len(lists)} lists, in the fields {names}, and which one has the records is open; {remedy}"
+        return (
+            f"has {len(lists)} lists, in the fields {names}, and which one has the records is "
+            f"open; {remedy}"
+        )
 
     if keys:
         return f"is an object without a list of records (fields {listed(keys)}); {remedy}"

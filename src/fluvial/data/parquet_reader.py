@@ -12,7 +12,8 @@ from fluvial.data.rows import Number, Place, Row, Table, typed
 from fluvial.formatting import safe_line
 
 
-def read_parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parquet says its own encoding
+def read_parquet(path: Path, _: Reading) -> Table:
+    """Read a parquet file, which brings its own encoding; raise `DataError` if it is damaged."""
     import pyarrow
     from pyarrow import parquet
 
@@ -44,8 +45,8 @@ def read_parquet(path: Path, reading: Reading) -> Table:  # noqa: ARG001 - parqu
 
 
 def _short(value: Any, kind: str) -> Any:
-    """Return a value of a column of pyarrow's type `kind`, a short float with the digits that its
-    type has."""
+    """Return a value of a column of pyarrow's type `kind`; a short float keeps its type's
+    digits."""
     import numpy
 
     if kind not in ("halffloat", "float") or value is None or not math.isfinite(value):
@@ -54,8 +55,10 @@ def _short(value: Any, kind: str) -> Any:
 
 
 def _values(file: str, name: str, column: Any) -> list[Any]:
-    """Return the values of a column of pyarrow; raise `DataError` for those that Python has no type
-    for."""
+    """Return the values of a column of pyarrow.
+
+    Raise `DataError` for values that Python has no type for.
+    """
     import pyarrow
 
     try:

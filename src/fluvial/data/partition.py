@@ -1,4 +1,4 @@
-"""How one data set becomes many sites. The splitting itself is flwr-datasets'."""
+"""The partition of one data set into sites. The drawing itself is flwr-datasets'."""
 
 import unicodedata
 import warnings
@@ -39,7 +39,7 @@ class Dirichlet(Settings):
     sites: int = Field(8, ge=1, le=10**6)
     alpha: float = Field(0.5, ge=1e-6, le=1e6)
     min_records: int = Field(10, ge=1, le=10**9)
-    """Drawn again until every site has so many."""
+    """Least records of a site; the draw is repeated until every site has them."""
 
 
 class Shards(Settings):
@@ -159,10 +159,10 @@ def _unsplit(classes: Sequence[str] | None, count: int, partition: Drawn) -> str
 
 
 def alike(sites: Mapping[str, int]) -> list[str]:
-    """Return a remark for each group of site names that differ in blanks, case, Unicode form or
-    how a number is written only.
+    """Return a remark for each group of site names that differ in writing only.
 
-    `sites` has the number of records of each site.
+    These are blanks, case, Unicode form and the form of a number. `sites` has the number of records
+    of each site.
     """
     groups: dict[str, list[str]] = {}
     for name in sites:
@@ -179,8 +179,7 @@ def alike(sites: Mapping[str, int]) -> list[str]:
 
 
 def _number(name: str) -> str | None:
-    """Return one text for all ways to write the same number, such as 1, 1.0, 01 and 1e0; None for
-    other names."""
+    """Return one text for all forms of a number (1, 1.0, 01, 1e0), None for other names."""
     try:
         value = Decimal(name)
     except InvalidOperation:

@@ -33,8 +33,10 @@ def _filled(path: Path, table: Table) -> Table:
 
 
 def read_json(path: Path, encoding: str = UTF8) -> Table:
-    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list; raise
-    `DataError`."""
+    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list.
+
+    Raise `DataError` for what cannot be read.
+    """
     reading = Reading(encoding)
     return _filled(
         path,

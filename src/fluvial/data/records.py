@@ -1,4 +1,4 @@
-"""From a row of a file to a record: the texts that are learned, checked and without guesses."""
+"""Records made from rows: texts that are checked, and no guesses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +19,19 @@ SHAREGPT_ROLES = {
 }
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 UNSUPPORTED_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Fields of a turn that a chat template may render; their text would be lost, so a record with one
-is refused."""
+"""Fields of a turn that a chat template may render; a record with one is refused, since its text
+would be lost."""
 
 Numbers = Literal["refuse", "text"]
 Message = dict[str, str]
@@ -37,14 +39,14 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Text:
-    """Plain text, learned as a whole."""
+    """Plain text with loss on all of it."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and the answer that is learned."""
+    """A prompt, and the answer with loss."""
 
     prompt: str
     answer: str
@@ -52,8 +54,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Chat:
-    """Turns of a conversation, each with `role` and `content`, of which the assistant's are
-    learned."""
+    """Turns of a conversation, each with `role` and `content`; the assistant's have loss."""
 
     messages: Sequence[Message]
 
@@ -63,22 +64,24 @@ class Record:
     """The content of a row, and its place."""
 
     place: object
-    """Place as messages name it; its `str` has file and line."""
+    """Place for messages; its `str` has file and line."""
     content: Text | Answered | Chat
 
 
 @dataclass(frozen=True)
 class RecordReader:
-    """Reads rows of one form into records."""
+    """A reader of rows of one form."""
 
     form: Form
     columns: Mapping[str, str]
-    """Our field = the file's column, where they differ."""
+    """Names of columns that differ: our field = the file's column."""
     numbers: Numbers = "refuse"
 
     def read(self, place: object, fields: Mapping[str, Any]) -> Record:
-        """Return the record of a row; raise `ConfigError` naming place, field and remedy, without
-        text of the row."""
+        """Return the record of a row.
+
+        Raise `ConfigError` naming place, field and remedy, without text of the row.
+        """
         if self.form == "text":
             return Record(place, Text(self._text(place, fields, "text")))
         if self.form == "prompt_completion":
@@ -94,7 +97,8 @@ class RecordReader:
         name = self._name(field)
         if self._column(field) not in fields:
             raise ConfigError(
-                f"{place}: {name} is missing; form {self.form!r} needs it; add it, or remove the record"
+                f"{place}: {name} is missing; form {self.form!r} needs it; add it, or remove the "
+                "record"
             )
 
         return self._value(place, name, fields[self._column(field)])
@@ -150,7 +154,8 @@ class RecordReader:
 
         if fields.get("tools"):
             raise ConfigError(
-                f"{place}: the record has 'tools', which are not supported; remove the field or the record"
+                f"{place}: the record has 'tools', which are not supported; remove the field or "
+                "the record"
             )
 
         return [
@@ -194,8 +199,7 @@ class RecordReader:
         return message | named
 
     def _content(self, place: str, name: str, value: Any) -> str:
-        """Return the text of a turn; a list of text parts is their concatenation, as chat templates
-        render it."""
+        """Return the text of a turn; a list of texts is joined, as chat templates join it."""
         if not isinstance(value, list):
             return self._value(place, repr(name), value)
 
@@ -206,8 +210,8 @@ class RecordReader:
                 or not isinstance(part.get("text"), str)
             ):
                 raise ConfigError(
-                    f'{place}: {name!r} is a list with a part that is not {{type: "text", text}}; only text can be '
-                    "learned here: remove the part or the record"
+                    f'{place}: {name!r} is a list with a part that is not {{type: "text", text}}; '
+                    "only text can be learned here: remove the part or the record"
                 )
 
         return encodable(place, repr(name), "".join(part["text"] for part in value))
@@ -224,13 +228,13 @@ class RecordReader:
 
 
 def encodable(place: object, name: str, text: str) -> str:
-    """Return `text`; raise `ConfigError` if it holds half of a surrogate pair, which no encoding
-    has."""
+    """Return `text`; raise `ConfigError` for half of a surrogate pair, which no encoding has."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at character "
+            f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}) at "
+            "character "
             f"{error.start + 1}; write the whole character"
         ) from None
 

@@ -1,5 +1,4 @@
-"""Rows of a file as they were read: values of no guessed type, and the place that each came
-from."""
+"""Rows of a file as they were read, each with its place; no type of a value is guessed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +11,13 @@ from fluvial.formatting import safe_line
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A number as a file writes it, such as `1.0`; never converted, so that it stays what it
-    was."""
+    """A number as a file writes it, such as `1.0`; it is never converted."""
 
     text: str
 
     @property
     def finite(self) -> bool:
-        """True unless it is NaN or infinite."""
+        """True for a finite number."""
         return not self.text.lstrip("-").lower().startswith(("nan", "inf"))
 
 
@@ -28,9 +26,9 @@ class Place(NamedTuple):
 
     file: str
     unit: str
-    """"line", or "row" in a file without lines."""
+    """Unit of the number: "line", or "row" in a file without lines."""
     number: int
-    """From 1."""
+    """Number of the line or row, from 1."""
 
     def __str__(self) -> str:
         return f"{safe_line(self.file)}, {self.unit} {self.number}"
@@ -49,12 +47,12 @@ class Table:
     """The rows of one file or data set."""
 
     name: str
-    """The file, as messages name it."""
+    """Name of the file for messages."""
     kind: str
-    """The suffix that chose the reader, such as ".csv", or "data set"."""
+    """Suffix of the file, such as ".csv", or "data set"."""
     rows: Sequence[Row]
     columns: tuple[str, ...]
-    """In the order of the file."""
+    """Names of the columns, in the order of the file."""
     notes: tuple[str, ...] = field(default=())
     """Remarks for the person who runs it, such as the number of blank lines."""
 

@@ -1,5 +1,4 @@
-"""Names of sites, which come from data, from people and from peers, and are shown and stored
-everywhere."""
+"""Names of sites: they come from data and from peers, and are shown and stored everywhere."""
 
 import re
 from collections.abc import Iterable
@@ -7,9 +6,9 @@ from collections.abc import Iterable
 from fluvial.errors import ConfigError
 
 LONGEST = 64
-"""Characters of a name."""
+"""Most characters of a name."""
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""Names of sites that are processes of their own: they are also names of files and keys."""
+"""Form of the name of a site with a process of its own; it is also a file's name and a key."""
 
 
 def fault_of(name: str) -> str | None:
@@ -20,7 +19,10 @@ def fault_of(name: str) -> str | None:
     if len(name) > LONGEST:
         return f"{shown} is no name of a site: {len(name)} characters, at most {LONGEST}"
     if not name.isprintable():
-        return f"{shown} is no name of a site: it holds a control or format character, which could drive a terminal"
+        return (
+            f"{shown} is no name of a site: it holds a control or format character, which could "
+            "drive a terminal"
+        )
 
     return None
 

@@ -31,35 +31,12 @@ class SiteRecords:
         self.seed = seed
         self.owner = owner
         self.notes: list[str] = []
+        """Remarks on the files for their owner."""
         self.forms: set[str] = {"text"} if config.source == STDLIB else set()
-
-    def _source(self, where: str, name: str, wanted: str) -> Source:
-        own = {
-            "data.heldout_source": self.config.heldout,
-            "data.public_source": self.config.public,
-        }.get(where)
-        return Source(
-            where,
-            name,
-            wanted,
-            self.config.reading(own),
-            strict=where == "data.source" and self.owner is None,
-        )
-
-    def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
-        """Return what `read` finds, its remarks noted; None, and a fault, if it raises."""
-        try:
-            found = read()
-        except ConfigError as error:
-            faults.include(error)
-            return None
-
-        self.notes += found.notes
-        self.forms |= set(found.forms)
-        return found
+        """Forms of the records."""
 
     def read(self, faults: Faults) -> Parts:
-        """Return the records of each site."""
+        """Return the records of each site; faults of the files go to `faults`."""
         config = self.config
         train = self._source("data.source", config.source, config.split)
         heldout = self._heldout_source()
@@ -83,6 +60,43 @@ class SiteRecords:
             return self._shared(parts, faults)
 
         return self._matched(parts, apart, faults)
+
+    def public(self) -> list[Record]:
+        """Return the public records; raise `DataError` for what cannot be read."""
+        assert self.config.public_source is not None, "there is a public source"
+        source = self._source("data.public_source", self.config.public_source, self.config.split)
+        faults = Faults()
+        found = read_source(source, faults)
+        faults.raise_any()
+        self.notes += found.notes
+
+        return [entry.record for entry in found.entries]
+
+    def _source(self, where: str, name: str, wanted: str) -> Source:
+        own = {
+            "data.heldout_source": self.config.heldout,
+            "data.public_source": self.config.public,
+        }.get(where)
+        return Source(
+            where,
+            name,
+            wanted,
+            self.config.reading(own),
+            strict=where == "data.source" and self.owner is None,
+        )
+
+    def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
+        """Return the result of `read` and add its notes; return None, and add a fault, if it
+        raises."""
+        try:
+            found = read()
+        except ConfigError as error:
+            faults.include(error)
+            return None
+
+        self.notes += found.notes
+        self.forms |= set(found.forms)
+        return found
 
     def _heldout_source(self) -> Source | None:
         config = self.config
@@ -166,8 +180,7 @@ class SiteRecords:
         return {name: (records, apart.get(name, [])) for name, records in parts.items()}
 
     def _shared(self, parts: dict[str, list[Record]], faults: Faults) -> Parts:
-        """Return the records of each site to train on, and a drawn share of them that is held
-        out."""
+        """Return the records of each site, less a drawn share of them that is held out."""
         shared: Parts = {}
         for name, records in parts.items():
             order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
@@ -189,13 +202,3 @@ class SiteRecords:
             )
 
         return shared
-
-    def public(self) -> list[Record]:
-        assert self.config.public_source is not None, "there is a public source"
-        source = self._source("data.public_source", self.config.public_source, self.config.split)
-        faults = Faults()
-        found = read_source(source, faults)
-        faults.raise_any()
-        self.notes += found.notes
-
-        return [entry.record for entry in found.entries]

@@ -34,23 +34,23 @@ UNREADABLE = {
     ".feather",
     ".db",
 }
-"""Suffixes of data that cannot be read: a folder with such a file is refused, so that no records
-are left out."""
+"""Suffixes of data that is not read; a folder with such a file is refused, so that no record is
+lost unnoticed."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of records as the settings name it."""
+    """A source of records, as the settings name it."""
 
     where: str
-    """The setting that names it, such as "data.source"."""
+    """Name of the setting, such as "data.source"."""
     name: str
     split: str
     reading: ReadingSettings
     strict: bool = True
-    """False where the settings of [data] were written for another file, so that one without effect
-    is no mistake."""
+    """True if a setting without effect is a mistake; false where [data] was written for another
+    file."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Entry:
-    """A record, and what it is partitioned by."""
+    """A record and its value in the partition's column."""
 
     record: Record
     row: Row
@@ -73,7 +73,7 @@ class Found:
     entries: list[Entry]
     notes: list[str]
     forms: list[Form] = field(default_factory=list)
-    """Forms of its files."""
+    """Forms of the source's records."""
 
 
 def is_local(name: str) -> bool:
@@ -92,7 +92,7 @@ def is_saved(path: Path) -> bool:
 
 
 def read_source(source: Source, faults: Faults) -> Found:
-    """Return all records of a source; what cannot be read goes to `faults`."""
+    """Return all records of a source; faults of its files go to `faults`."""
     found = _joined(_records(table, source, faults) for table in _tables(source, faults))
     if not found.entries and not faults.count:
         raise DataError([f"{source.where}: {source.name!r} holds no record with a text"])
@@ -108,7 +108,8 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
     for path in files:
         if path.stem in found:
             raise ConfigError(
-                f"{source.where}: {source.name!r} holds two files for site {shown(path.stem)}; rename one or join them"
+                f"{source.where}: {source.name!r} holds two files for site {shown(path.stem)}; "
+                "rename one or join them"
             )
 
         try:
@@ -186,8 +187,7 @@ def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
 
 
 def _reading(source: Source, files: Sequence[Path]) -> Reading:
-    """Return how the files are read; raise `ConfigError` for a setting of this source that would
-    have no effect."""
+    """Return the settings to read the files with; raise `ConfigError` for one without effect."""
     reading = source.reading
     kinds = {path.suffix.lower() for path in files}
 
@@ -227,7 +227,7 @@ def _data_set(source: Source) -> Table:
 
 
 def _records(table: Table, source: Source, faults: Faults) -> Found:
-    """Return the records of a table; rows that are none go to `faults`, empty texts are left
+    """Return the records of a table; faults of its rows go to `faults`, empty texts are left
     out."""
     name = safe_line(table.name)
     found = Found([], [f"{name}: {note}" for note in table.notes])
@@ -303,8 +303,7 @@ def _form_of_text(source: Source, where: str) -> Form:
 def classes_of(
     entries: Sequence[Entry], partition: Drawn, where: str, faults: Faults
 ) -> list[str] | None:
-    """Return the text of the partition's column for each entry; None for a partition without a
-    column.
+    """Return the text of the partition's column for each entry, None without such a column.
 
     Text stays as it is written, and a number of JSON is its text in the file. Rows without a value
     go to `faults`.
@@ -316,7 +315,8 @@ def classes_of(
     if not any(column in entry.row.fields for entry in entries):
         columns = columns_of([entry.row for entry in entries[:1000]])
         raise ConfigError(
-            f"data.partition.column={column!r}: {where} has the columns {', '.join(map(_bare, columns))}"
+            f"data.partition.column={column!r}: {where} has the columns "
+            f"{', '.join(map(_bare, columns))}"
         )
 
     classes = []

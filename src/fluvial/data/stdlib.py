@@ -1,9 +1,9 @@
 """The embedded text: Python's own standard library, as installed on the machine.
 
 Each site owns the sources of some packages, which makes a natural non-IID split. Two more groups
-are nobody's: `PUBLIC` is what a server may read (TGAP on public text), `PRETRAIN` is what
-`scripts/pretrain_tiny.py` trained the embedded model on. The three groups are disjoint, and no file
-stands in two of them.
+belong to no site: `PUBLIC` is text that a server may read (TGAP on public text), `PRETRAIN` is the
+text that `scripts/pretrain_tiny.py` trained the embedded model on. The three groups are disjoint,
+and no file is in two of them.
 """
 
 import sys
@@ -28,20 +28,23 @@ SITES: dict[str, tuple[str, ...]] = {
     "xml": ("xml", "plistlib"),
 }
 PUBLIC: tuple[str, ...] = (
-    "argparse", "inspect", "dataclasses", "datetime", "_pydatetime", "ipaddress", "smtplib", "imaplib", "ftplib",
-    "pathlib", "configparser", "logging", "enum", "typing", "ast", "functools", "platform", "ssl", "uuid",
-    "calendar", "contextlib", "string", "textwrap", "traceback", "tempfile", "selectors", "socket", "queue",
+    "argparse", "inspect", "dataclasses", "datetime", "_pydatetime", "ipaddress", "smtplib",
+    "imaplib", "ftplib", "pathlib", "configparser", "logging", "enum", "typing", "ast", "functools",
+    "platform", "ssl", "uuid", "calendar", "contextlib", "string", "textwrap", "traceback",
+    "tempfile", "selectors", "socket", "queue",
 )  # fmt: skip
 PRETRAIN: tuple[str, ...] = (
-    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "json", "collections", "re",
-    "ctypes", "curses", "zoneinfo", "tomllib", "venv", "dbm", "sqlite3", "pydoc", "pydoc_data", "pickle",
-    "pickletools", "difflib", "pdb", "bdb", "locale", "optparse", "os", "codecs", "cgi", "aifc", "smtpd", "sysconfig",
-    "ntpath", "posixpath", "_collections_abc", "pstats", "trace", "dis", "_strptime", "webbrowser", "pkgutil", "pprint",
-    "modulefinder", "telnetlib", "profile", "mimetypes", "nntplib", "_pyio", "tokenize", "copy", "copyreg", "shelve",
-    "weakref", "timeit", "types", "warnings", "wave", "glob", "fnmatch", "filecmp", "fileinput", "getopt", "gettext",
-    "graphlib", "hashlib", "hmac", "html", "io", "keyword", "linecache", "netrc", "opcode", "operator", "poplib",
-    "sched", "secrets", "shlex", "signal", "site", "struct", "symtable", "tabnanny", "code", "codeop", "compileall",
-    "cmd", "cProfile", "csv", "base64", "bisect", "abc", "runpy", "rlcompleter", "reprlib", "stringprep", "tty", "pty",
+    "idlelib", "distutils", "lib2to3", "tkinter", "turtledemo", "turtle", "importlib", "json",
+    "collections", "re", "ctypes", "curses", "zoneinfo", "tomllib", "venv", "dbm", "sqlite3",
+    "pydoc", "pydoc_data", "pickle", "pickletools", "difflib", "pdb", "bdb", "locale", "optparse",
+    "os", "codecs", "cgi", "aifc", "smtpd", "sysconfig", "ntpath", "posixpath", "_collections_abc",
+    "pstats", "trace", "dis", "_strptime", "webbrowser", "pkgutil", "pprint", "modulefinder",
+    "telnetlib", "profile", "mimetypes", "nntplib", "_pyio", "tokenize", "copy", "copyreg",
+    "shelve", "weakref", "timeit", "types", "warnings", "wave", "glob", "fnmatch", "filecmp",
+    "fileinput", "getopt", "gettext", "graphlib", "hashlib", "hmac", "html", "io", "keyword",
+    "linecache", "netrc", "opcode", "operator", "poplib", "sched", "secrets", "shlex", "signal",
+    "site", "struct", "symtable", "tabnanny", "code", "codeop", "compileall", "cmd", "cProfile",
+    "csv", "base64", "bisect", "abc", "runpy", "rlcompleter", "reprlib", "stringprep", "tty", "pty",
 )  # fmt: skip
 
 HELD_OUT_SHARE = 0.08  # of a site's characters, in whole files
@@ -61,21 +64,22 @@ class Document:
 
 @dataclass(frozen=True)
 class SiteText:
-    """What one site owns: documents to train on, and documents of other files to measure on."""
+    """The text of one site: documents to train on, and documents of other files to measure on."""
 
     train: list[Document]
     heldout: list[Document]
 
 
 def site_names() -> tuple[str, ...]:
-    """The eight sites, sorted."""
+    """Return the names of the eight sites, sorted."""
     return tuple(sorted(SITES))
 
 
 def site_text(site: str) -> SiteText:
-    """All text of one site. Whole files are held out, chosen by a checksum of their names.
+    """Return all text of one site.
 
-    Raises `ConfigError` for an unknown site and for a Python without library sources.
+    Whole files are held out, chosen by a checksum of their names. Raises `ConfigError` for an
+    unknown site and for a Python without library sources.
     """
     if site not in SITES:
         raise ConfigError(
@@ -99,15 +103,14 @@ def site_text(site: str) -> SiteText:
 
 
 def public_packages() -> dict[str, list[Document]]:
-    """Text that belongs to no site, by package: what a server may use to pre-train a codec."""
+    """Return the public text, by package: a server may use it to pre-train a codec."""
     _enough("the public text", _sources(PUBLIC))
     packages = {name: _documents(_sources((name,))) for name in PUBLIC}
     return {name: documents for name, documents in packages.items() if documents}
 
 
 def pretraining_documents() -> list[Document]:
-    """Text for pre-training a model from nothing; disjoint from every site and from the public
-    text."""
+    """Return text for pre-training a model from nothing, disjoint from all other text."""
     return _documents(_enough("the pre-training text", _sources(PRETRAIN)))
 
 
@@ -116,9 +119,9 @@ def _enough(what: str, files: dict[str, str]) -> dict[str, str]:
     if found < MIN_CHARS:
         raise ConfigError(
             f"data.source='stdlib': {what} needs the library sources of this Python "
-            f"({sys.version.split()[0]}, {_library()}), but only {found} of {MIN_CHARS} characters are there. "
-            "Install them (Debian: libpython3-stdlib; embedded builds often ship only compiled files), "
-            "or set data.source to your own files."
+            f"({sys.version.split()[0]}, {_library()}), but only {found} of {MIN_CHARS} characters "
+            "are there. Install them (Debian: libpython3-stdlib; embedded builds often ship only "
+            "compiled files), or set data.source to your own files."
         )
 
     return files

@@ -1,4 +1,4 @@
-"""Chat templates for tokenizers that bring none, and the one that `data.chat_template` chooses.
+"""Chat templates for tokenizers that bring none, and the choice of `data.chat_template`.
 
 The named ones are written here after the published formats; each ends an assistant's turn with the
 tokenizer's EOS token, so that a model learns to stop where its generation stops.
@@ -15,7 +15,8 @@ _EOS = "{% if m.role == 'assistant' and not '@'.endswith(eos_token) %}{{ eos_tok
 """EOS after an assistant's turn whose own mark `@` is not EOS."""
 _STRICT = (
     "{% for m in messages %}{% if m.role not in @ %}"
-    "{{ raise_exception('this template knows the roles ' ~ @ | join(', ')) }}{% endif %}{% endfor %}"
+    "{{ raise_exception('this template knows the roles ' ~ @ | join(', ')) }}{% endif %}{% endfor "
+    "%}"
 )
 _NEWLINE = "{{ '\\n' }}"
 """A line break behind a tag, where Jinja drops one that is written as such."""
@@ -26,7 +27,10 @@ def _each_turn(head: str, mark: str, end: str, start: str, before: str = "") -> 
     generation."""
     end = end.replace("\n", _NEWLINE)
     turn = f"{head}{{{{ m.content | trim }}}}{mark}{_EOS.replace('@', mark)}{end}"
-    return f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt %}}{start}{{% endif %}}"
+    return (
+        f"{before}{{% for m in messages %}}{turn}{{% endfor %}}{{% if add_generation_prompt "
+        f"%}}{start}{{% endif %}}"
+    )
 
 
 _BOS = "{{ bos_token }}"
@@ -34,7 +38,8 @@ _GEMMA_ROLE = "{{ 'model' if m.role == 'assistant' else m.role }}"
 _WORDS = "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[m.role] }}"
 _ALTERNATING = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('turns must alternate between user and assistant, the user first') }}{% endif %}{% endfor %}"
+    "{{ raise_exception('turns must alternate between user and assistant, the user first') }}{% "
+    "endif %}{% endfor %}"
 )
 _ALL = _STRICT.replace("@", "['system', 'user', 'assistant']")
 _TWO = _STRICT.replace("@", "['user', 'assistant']") + _ALTERNATING
@@ -57,7 +62,8 @@ NAMED: dict[str, tuple[str, str]] = {
     "zephyr": (
         "Zephyr of Hugging Face, https://arxiv.org/abs/2310.16944",
         _ALL
-        + "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+        + "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}"
+        + "{{ eos_token }}\n{% endfor %}"
         + "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
     ),
     "gemma": (
@@ -88,11 +94,11 @@ NAMED: dict[str, tuple[str, str]] = {
         + "{% if add_generation_prompt %}Assistant:{% endif %}",
     ),
 }
-"""Source and Jinja text of each name."""
+"""Source and Jinja text of each named template."""
 
 
 def template_of(chosen: str) -> str:
-    """Return the Jinja text that `data.chat_template` chooses: of a known name, or the text itself.
+    """Return the Jinja text that `data.chat_template` chooses: a named one, or the text itself.
 
     Raise `ConfigError` for anything else. A file is read by `inlined_template` only, where the
     configuration is loaded.
@@ -109,11 +115,10 @@ def template_of(chosen: str) -> str:
 
 
 def inlined_template(chosen: str, folder: Path) -> str:
-    """Return `data.chat_template` with the text of a file in place of its name; other values stay
-    what they are.
+    """Return `data.chat_template` with the text of a file in place of its name.
 
-    A configuration carries the text, so that a site needs no file of the server's. Raise
-    `ConfigError` if it cannot be read.
+    Other values stay as they are. A configuration carries the text, so that a site needs no file of
+    the server's. Raise `ConfigError` if the file cannot be read.
     """
     if chosen in NAMED or "{" in chosen:
         return chosen

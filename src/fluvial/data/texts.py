@@ -1,5 +1,4 @@
-"""The data of every site of a configuration: read once, checked as a whole, tokenised when a site
-is asked for."""
+"""The data of every site: read once, checked as a whole, tokenised when a site is used."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ POOLED = "pooled"
 
 @dataclass(frozen=True)
 class SiteData:
-    """Sequences that one site trains on and is measured on; never empty."""
+    """The sequences of one site, to train and to measure on; never empty."""
 
     train: list[Example]
     heldout: list[Example]
@@ -43,14 +42,14 @@ class SiteData:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The tokens of one site, before anything is refused."""
+    """The tokens of one site, before any refusal."""
 
     train: Tokenized
     heldout: Tokenized
 
     @property
     def surplus(self) -> Surplus:
-        """Surplus of both parts together."""
+        """Surplus of training and held-out records together."""
         both = Surplus()
         both += self.train.surplus
         both += self.heldout.surplus
@@ -58,8 +57,7 @@ class _Tokens:
 
 
 class SiteTexts:
-    """The data of all sites of a configuration; records are read once, tokens are made when a site
-    is asked for.
+    """The data of all sites; records are read once, tokens are made when a site is used.
 
     Raises `DataError` with all faults of all files, or `ConfigError` for a setting that does not
     fit them.
@@ -74,7 +72,7 @@ class SiteTexts:
         owner: str | None = None,
         num_embeddings: int | None = None,
     ) -> None:
-        """Read the records; with an `owner` all are of the one site of that name.
+        """Read the records; all belong to the one site `owner`, where there is one.
 
         A token id from `num_embeddings` (rows of the model's embedding) on is a fault of the data.
         """
@@ -84,8 +82,7 @@ class SiteTexts:
         self.tokenizer = with_template(tokenizer, config.chat_template)
         records = SiteRecords(config, seed, owner)
         self.notes = records.notes
-        """Remarks on the files for the person whose data they are: what was left out, names that
-        are alike."""
+        """Remarks on the files for their owner: records that are left out, names that are alike."""
         self.forms = records.forms
         """Forms of the records that were read."""
         faults = Faults()
@@ -121,10 +118,10 @@ class SiteTexts:
         )
 
     def check(self) -> list[str]:
-        """Tokenise every site and return remarks on all data; raise `DataError` with the faults of
-        all sites together.
+        """Tokenise every site and return remarks on all data.
 
-        Records that do not fit into `max_length` are counted over all sites, in one message.
+        Raise `DataError` with the faults of all sites together. Records that do not fit into
+        `max_length` are counted over all sites, in one message.
         """
         faults = Faults()
         surplus = Surplus()
@@ -245,7 +242,7 @@ class SiteTexts:
         )
 
     def _own_faults(self, name: str, tokens: _Tokens, faults: Faults) -> None:
-        """Note what is wrong at one site, records that do not fit apart."""
+        """Add the faults of one site, apart from records that do not fit."""
         for part, what in ((tokens.train, "to train on"), (tokens.heldout, "held out")):
             if part.faults.count:
                 faults.include_all(part.faults)
@@ -257,7 +254,8 @@ class SiteTexts:
                     else ""
                 )
                 faults.add(
-                    f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave the site out"
+                    f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave "
+                    "the site out"
                 )
 
             self._check_ids(part.examples, f"data, site {shown(name)}", faults)
@@ -329,8 +327,7 @@ class SiteTexts:
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:
-    """Join packages into `parts` groups of like size, each new package going to the smallest group
-    so far."""
+    """Join packages into `parts` groups of like size; the next package joins the smallest group."""
     groups: list[tuple[list[str], list[Example]]] = [([], []) for _ in range(parts)]
     for name in sorted(packages, key=lambda name: (-len(packages[name]), name)):
         names, examples = min(groups, key=lambda group: len(group[1]))

@@ -1,4 +1,4 @@
-"""Records to training sequences, with a count of what did not fit."""
+"""Training sequences made from records, with counts of what did not fit."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,20 +22,20 @@ from fluvial.models.encoding import Encoder
 
 @dataclass
 class Surplus:
-    """Records that are longer than a sequence, and what was done with them."""
+    """Counts of the records that are longer than a sequence."""
 
     records: int = 0
-    """Longer than `max_length`."""
+    """Records longer than `max_length`."""
     tokens: int = 0
-    """Cut off, at either end."""
+    """Tokens cut off, at either end."""
     dropped: int = 0
-    """Left out."""
+    """Records left out."""
     refused: int = 0
-    """Records without a token of the answer left, or not allowed by `overlong = "refuse"`."""
+    """Records without a token of the answer left, or refused by `overlong = "refuse"`."""
     longest: int = 0
     """Tokens of the longest record."""
     places: list[str] = field(default_factory=list)
-    """The first of those that are refused."""
+    """Names of the first refused records."""
 
     def __iadd__(self, other: "Surplus") -> "Surplus":
         self.records += other.records
@@ -50,11 +50,11 @@ class Surplus:
 
 @dataclass
 class Tokenized:
-    """The examples of a list of records, with what was cut off on the way."""
+    """The sequences of a list of records, with counts of what was cut off."""
 
     examples: list[Example] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
-    """One for each prompt/completion or Alpaca record; empty for the other forms."""
+    """Questions of prompt/completion and Alpaca records; empty for the other forms."""
     records: int = 0
     surplus: Surplus = field(default_factory=Surplus)
     faults: Faults = field(default_factory=Faults)
@@ -62,18 +62,18 @@ class Tokenized:
 
     @property
     def truncated_records(self) -> int:
-        """Records of which some tokens are left out."""
+        """Records that lost some tokens."""
         return self.surplus.records
 
     @property
     def truncated_tokens(self) -> int:
-        """Tokens cut off."""
+        """Tokens that were cut off."""
         return self.surplus.tokens
 
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """Settings by which records become sequences."""
+    """Settings that make sequences of records."""
 
     tokenizer: Any
     max_length: int
@@ -90,7 +90,8 @@ class Tokenizing:
         """
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(
-                "the tokenizer has no EOS token, so a model could never learn to stop; set one in its folder"
+                "the tokenizer has no EOS token, so a model could never learn to stop; set one in "
+                "its folder"
             )
 
         encoder = Encoder.of(self.tokenizer)
@@ -191,10 +192,11 @@ def refusal(
     places = ", ".join(surplus.places[:5]) + (", ..." if surplus.refused > 5 else "")
 
     return (
-        f"{surplus.refused} of {records} records are longer than data.max_length={tokenizing.max_length}, {why}"
-        f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest record has "
-        f'{surplus.longest} tokens), or set data.overlong to "shorten_prompt" (the beginning of the prompt goes) or '
-        '"drop"'
+        f"{surplus.refused} of {records} records are longer than "
+        f"data.max_length={tokenizing.max_length}, {why}"
+        f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest "
+        f'record has {surplus.longest} tokens), or set data.overlong to "shorten_prompt" (the '
+        'beginning of the prompt goes) or "drop"'
     )
 
 

@@ -1,5 +1,4 @@
-"""All records of one source as sequences to measure, without sites and without a part to train
-on."""
+"""All records of one source as sequences to measure, without sites and without training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from fluvial.formatting import safe_line
 
 @dataclass(frozen=True)
 class Whole:
-    """Sequences and questions of a source, for a measurement; never empty."""
+    """Sequences and questions of a source to measure; never empty."""
 
     examples: list[Example]
-    """The first `max_heldout` sequences, or all."""
+    """Sequences to measure: the first `max_heldout`, or all."""
     questions: list[Question]
     records: int
     unmeasured: int

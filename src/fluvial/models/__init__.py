@@ -1,1 +1,1 @@
-"""Hugging Face models, adapted, frozen and read from outside."""
+"""Hugging Face models: loaded, adapted, frozen and lent, without copies of their code."""

@@ -28,7 +28,7 @@ MOST_SEQUENCES = 10**6
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one site trains, and how it holds the base."""
+    """The layout, ranks, batch and precision of one site's training."""
 
     layout: Layout
     """Layout of the adapter, or of all weights."""
@@ -77,10 +77,10 @@ class Assignment:
         )
 
     def to_values(self, run: "Assignment") -> dict[str, Value]:
-        """Return the message values that make this assignment of the run's; none where they are
-        equal.
+        """Return the message values that turn the run's assignment into this one, or none if it is
+        the run's.
 
-        Raises `AssertionError` for an assignment of another model.
+        The sizes of a rank travel by module where they differ, or as one number for all.
         """
         own = dict(run.ranks)
         assert own.keys() == dict(self.ranks).keys(), "an assignment of another model"

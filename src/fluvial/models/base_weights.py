@@ -1,10 +1,9 @@
-"""The weights of a base model's folder, under the names and in the form that they have in the
-model.
+"""The weights of a base model's folder, under the model's names and in the model's form.
 
 A folder may name its tensors otherwise than the model does: without the base model's prefix, as an
 older version did, or with the experts of a layer one by one where the model has them in one tensor.
-transformers renames and converts them when it loads the folder; what is read here is what it would
-load.
+transformers renames and converts them when it loads the folder; a source of this module gives what
+transformers would load.
 """
 
 import re
@@ -23,8 +22,10 @@ from fluvial.models.weight_sources import FolderSource, Source, tensor_files
 
 
 def wanted(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and persistent buffers of `model` by name, tied ones once; maybe on the
-    meta device."""
+    """Return the parameters and persistent buffers of `model` by name, tied ones once.
+
+    `model` may be on the meta device.
+    """
     parameters = dict(model.named_parameters())
     return parameters | persistent_buffers(model)
 
@@ -36,14 +37,14 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) -> Source:
-    """Return a source of the parameters and persistent buffers of `model`, as `from_pretrained`
-    would give them.
+    """Return a source of the parameters and persistent buffers of `model`, equal to
+    `from_pretrained`.
 
     `model` may be on the meta device; names, shapes and types are its own. Where every tensor is
-    stored as one of the same shape, under whatever name, it is read from `folder` when it is asked
-    for. Else `load` makes the whole model once, and its weights lie in a temporary folder from then
-    on. Raises `ConfigError` where the folder cannot be read or stores two values of a tensor that
-    the model has once.
+    stored as one of the same shape, under whatever name, it is read from `folder` when it is used.
+    Else `load` makes the whole model once, and its weights lie in a temporary folder from then on.
+    Raises `ConfigError` where the folder cannot be read or stores two values of a tensor that the
+    model has once.
     """
     tensors = wanted(model)
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
@@ -66,14 +67,15 @@ def keep_types(model: Any, dtype: torch.dtype) -> None:
 
 
 def compute_buffers(model: Any) -> None:
-    """Compute anew the buffers of `model` that no folder stores, as `from_pretrained` does after it
-    made the model.
+    """Compute anew the buffers that no folder stores, as `from_pretrained` does after it made a
+    model.
 
-    While a model in half precision is made, torch's default type is that one, and what is computed
-    then is coarser.
+    While a model in half precision is made, torch's default type is that one, and buffers computed
+    then are coarser.
     """
     for tensor in wanted(model).values():
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined] # by which transformers leaves it alone
+        # transformers leaves a tensor with this mark alone.
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     for module in model.modules():
         module._is_hf_initialized = False
     if hasattr(model, "initialize_weights"):
@@ -97,7 +99,7 @@ def check_constant(model: Any) -> None:
 
 
 class _Converted(FolderSource):
-    """Weights that transformers has converted, written to a folder that goes with this object."""
+    """Weights that transformers has converted, in a folder that is removed with this object."""
 
     def __init__(self, model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         path = temporary_folder(self)

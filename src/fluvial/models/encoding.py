@@ -1,7 +1,7 @@
-"""Text to token ids, as they are given to a model that goes on from them.
+"""Text to token ids, in the form in which a model continues them.
 
-A tokenizer may put special tokens before a text (BOS) and behind it (EOS, SEP). Those before it
-belong to a prompt; those behind it would stand between the prompt and its answer, and are left out
+A tokenizer may put special tokens before a text (BOS) and after it (EOS, SEP). Those before it
+belong to a prompt; those after it would stand between the prompt and its answer, and are left out
 here. Training, held-out loss, multiple choice and generation all encode a prompt with this module.
 """
 
@@ -16,7 +16,7 @@ PROBES = ("a b", "The", "1")
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer, with what it puts before a text."""
+    """A tokenizer, with the special tokens that it puts before a text."""
 
     tokenizer: Any
     prefix: tuple[int, ...]
@@ -32,10 +32,10 @@ class Encoder:
         return _ids(self.tokenizer, text, special=False)
 
     def prompt(self, text: str) -> list[int]:
-        """Encode what a model is asked to go on from: special tokens before `text`, none behind it.
+        """Encode a prompt: special tokens before `text`, none after it.
 
         A text that itself begins with them gets no second ones. An empty text without any becomes
-        one BOS or EOS token, since a model cannot go on from nothing.
+        one BOS or EOS token, since a model cannot continue nothing.
         """
         ids = self.plain(text)
         own = tuple(ids[: len(self.prefix)]) == self.prefix
@@ -68,8 +68,7 @@ def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def _prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the special tokens before a text: what precedes its own tokens when both are
-    encoded."""
+    """Return the special tokens before a text: those that precede its own tokens in the whole."""
     for probe in chain(PROBES, islice(_words(tokenizer), 8)):
         plain = _ids(tokenizer, probe, special=False)
         whole = _ids(tokenizer, probe, special=True)

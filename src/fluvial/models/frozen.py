@@ -26,20 +26,18 @@ from fluvial.wire.tensors import Named
 def stream(
     skeleton: nn.Module, source: Source, resident: Named, device: torch.device | None = None
 ) -> nn.Module:
-    """Return a model on `device` that trains `resident` and reads all other weights from `source`
-    when it uses them.
+    """Return a model on `device` that trains `resident` and reads other weights when it uses them.
 
     `skeleton` has its parameters on the meta device, tied ones as one, and real buffers; it is left
     as it is. The tensors of `resident` become parameters that require gradients and, on the CPU,
-    share the tensors' memory. Of the others, those with at most one dimension (norms, biases) are
-    loaded once. Linear layers, transformers' Conv1D and embeddings, whose subclasses may add to
-    their forward pass, fetch their weight for each forward pass, and linear layers again for a
-    backward pass that goes through them; any other layer fetches a weight whenever it asks for it.
-    All are used in the skeleton's types. Results are, bit for bit, those of the model that holds
-    the same weights.
+    share the tensors' memory. Others with at most one dimension (norms, biases) are loaded once.
+    Linear layers, transformers' Conv1D and embeddings, whose subclasses may add to their forward
+    pass, fetch their weight from `source` for each forward pass, and linear layers again for a
+    backward pass through them; any other layer fetches a weight at each use. All are used in the
+    skeleton's types. Results are, bit for bit, those of the model that holds the same weights.
 
-    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, and what
-    `check_streams` and `source` raise.
+    Raises `ConfigError` if `source` lacks a tensor or has it in another shape, and the errors of
+    `check_streams` and `source`.
     """
     device = device or torch.device("cpu")
     check_streams(skeleton)
@@ -87,12 +85,12 @@ def check_streams(model: nn.Module) -> None:
 
 
 _saved = threading.local()
-"""`known`: the weights that this thread has loaded in the forward pass that it is in."""
+"""`known` is the dictionary of weights that this thread has loaded in its present forward pass."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """Where a weight is, and how it is used."""
+    """A weight of a source, with the type and device of its use."""
 
     source: Source
     name: str
@@ -100,7 +98,7 @@ class _Weight:
     device: torch.device
 
     def load(self) -> Tensor:
-        """The weight as the layer has it."""
+        """Return the weight in the layer's type, on the layer's device."""
         weight = self.source.get(self.name).to(self.device, self.dtype)
         known: _Known | None = getattr(_saved, "known", None)
 
@@ -111,16 +109,17 @@ class _Weight:
         return weight
 
     def rows(self, index: Tensor) -> Tensor:
-        """Rows of a table (rows, dim)."""
+        """Return rows `index` of the matrix (rows, dim)."""
         return self.source.rows(self.name, index.cpu()).to(self.device, self.dtype)
 
 
 _Known = dict[int, tuple["weakref.ref[torch.UntypedStorage]", _Weight]]
-"""Weights by the identity of their memory, as long as that lives."""
+"""Weights by the identity of their memory, while that memory lives."""
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b with a weight that is loaded in each direction; only the gradient of x is made."""
+    """The product x W^T + b with a weight that is loaded in each direction; x alone has a
+    gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
@@ -177,11 +176,11 @@ def _streamed_layers() -> dict[type, type]:
 
 
 def _let_stream(module: Any, stored: dict[str, _Weight]) -> None:
-    """Make `module` fetch the parameters `stored` where it would have had them.
+    """Make `module` fetch the parameters `stored` at each use.
 
-    Its class is replaced by a subclass of it. Between that class and the layer of torch that it
-    derives from stands our own one, so that whatever it does before and after the layer's forward
-    pass is still done.
+    Its class is replaced by a subclass of it. Our layer stands between that class and the layer of
+    torch that it derives from, so that its own work before and after the layer's forward pass is
+    still done.
     """
     kind = type(module)
     ours = _streamed_layers()
@@ -244,8 +243,7 @@ def _unpack(packed: Tensor | _View) -> Tensor:
 
 
 def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named) -> None:
-    """Raise `ConfigError` unless `source` has the rest of the model, in its shapes; `resident` must
-    fit it."""
+    """Raise `ConfigError` unless `source` has the rest of the model in its shapes."""
     assert resident.keys() <= parameters.keys(), "a block of another model"
     assert all(parameters[name].shape == tensor.shape for name, tensor in resident.items()), (
         "a block of another model"
@@ -263,5 +261,6 @@ def _check(parameters: dict[str, nn.Parameter], source: Source, resident: Named)
         expected = tuple(parameters[name].shape)
         if found != expected:
             raise ConfigError(
-                f"stored tensor {name!r} has shape {found}, the model's has {expected}; they are of another model"
+                f"stored tensor {name!r} has shape {found}, the model's has {expected}; they are "
+                "of another model"
             )

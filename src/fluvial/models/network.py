@@ -15,7 +15,7 @@ REMEMBERED_S = 60.0
 
 @contextmanager
 def reachable_hub() -> Iterator[bool]:
-    """Yield true if the hub answers; if not, only the local cache is used within this context.
+    """Yield true if the hub answers; otherwise the libraries read only the local cache.
 
     The switch is that of `HF_HUB_OFFLINE`, which the libraries read once when they are imported.
     """

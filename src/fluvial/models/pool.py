@@ -41,14 +41,13 @@ from fluvial.models.weights import check_weights
 from fluvial.wire.tensors import Layout, Named, factor
 
 MOST_TEMPLATES = 8
-"""Models of different ranks or precisions that are kept to copy; of more, the one that was not
-used for the longest time goes."""
+"""Templates that are kept: models of different ranks or precisions. Beyond this number, the least
+recently used one is dropped."""
 
 
 @dataclass
 class _Template:
-    """An adapted model to copy, and its copies that no site uses now: at most as many as sites
-    worked at a time."""
+    """An adapted model to copy, and its idle copies: at most as many as sites worked at a time."""
 
     model: nn.Module
     free: list[nn.Module] = field(default_factory=list)

@@ -1,5 +1,4 @@
-"""A base model as its folder or hub id describes it: configuration, float type, tokenizer, and
-reasons to refuse it.
+"""A base model's configuration, float type and tokenizer, and the reasons to refuse it.
 
 transformers is imported where something is loaded, so that other commands answer at once.
 """
@@ -20,21 +19,21 @@ from fluvial.storage.files import read_object
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""Texts that can be the id of a model on the hub."""
+"""Form of the id of a model on the hub."""
 
 
 class ModelConfig(Settings):
-    """The base model, and how it is held."""
+    """The base model, its float type and its device."""
 
     name_or_path: str = EMBEDDED
     """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id; pin it, so that all sites hold the same base."""
+    """Branch, tag or commit of a hub id. Pin it, so that all sites hold the same base."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the base's weights and of a model that is written; "auto" is the one that the folder
-    has. Adapters are always fp32."""
+    """Type of the base's weights, and of a model that is written; "auto" is the type of the folder.
+    Adapters are always fp32."""
     device: str = "auto"
-    """"auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+    """Device of the models: "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
 
 
 def source_of(config: ModelConfig) -> str:
@@ -76,8 +75,10 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
 
 
 def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
-    """Call `load` for a hub id; a hub that does not answer is found out at once, and its cache is
-    read instead."""
+    """Call `load` for a hub id.
+
+    A hub that does not answer is noticed in one attempt, and its cache is read instead.
+    """
     with reachable_hub() as reached:
         try:
             return load(source_of(wanted), revision=wanted.revision, **options)
@@ -93,8 +94,10 @@ def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
 
 
 def from_settings(make: Any, config: ModelConfig) -> Any:
-    """Call `make`, a `from_config`, with the base's own configuration and float type; raises
-    `ConfigError`."""
+    """Call `make`, a `from_config`, with the base's own configuration and float type.
+
+    Raises `ConfigError` where transformers cannot make the model.
+    """
     settings = read_config(config)
     dtype = dtype_of(config)
 
@@ -108,10 +111,10 @@ def from_settings(make: Any, config: ModelConfig) -> Any:
 
 
 def read_config(config: ModelConfig) -> Any:
-    """Return the base's own configuration, as its folder has it.
+    """Return the base's own configuration, from its folder.
 
-    Raises `ConfigError` for what is no causal language model with float weights that transformers
-    knows: an adapter, remote code, an encoder, a quantised model.
+    Raises `ConfigError` unless it is a causal language model with float weights that transformers
+    has: for an adapter, remote code, an encoder, a quantised model.
     """
     from transformers import AutoConfig
 
@@ -169,11 +172,10 @@ def _refuse_folder(config: ModelConfig) -> None:
 
 
 _READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
-"""Model types whose language models attend to later tokens, and which no setting makes causal."""
+"""Model types whose language models attend to later tokens, whatever their settings."""
 
 _SEEDS_ITSELF = ("reformer",)
-"""Model types whose backward pass needs random numbers of its own, from the process-wide
-generator."""
+"""Model types whose backward pass draws from the process-wide random generator."""
 
 _ENCODERS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
@@ -191,7 +193,8 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
 
     if getattr(found, "is_encoder_decoder", False):
         raise ConfigError(
-            f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models are tuned"
+            f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models "
+            "are tuned"
         )
 
     if type(found) not in AutoModelForCausalLM._model_mapping:
@@ -207,7 +210,8 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
 
     if kind in _READS_BOTH_WAYS:
         raise ConfigError(
-            f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for it"
+            f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for "
+            "it"
         )
 
     if kind in _ENCODERS and not found.is_decoder:
@@ -229,10 +233,10 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
 
 
 def dtype_of(config: ModelConfig) -> torch.dtype:
-    """Return the float type in which the base is held: the one that is set, else the folder's own.
+    """Return the float type of the base: the one that is set, else the folder's own.
 
-    A folder that names none has the type of its first stored weight, as transformers has it; a hub
-    id that names none has float32.
+    A folder that names none has the type of its first stored weight, as in transformers; a hub id
+    that names none has float32.
     """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
@@ -285,7 +289,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tekken.json",
 )
-"""Names of files, one of which every tokenizer has."""
+"""Names of files; every tokenizer has at least one of them."""
 
 
 def _refuse_without_tokenizer(config: ModelConfig) -> None:
@@ -338,8 +342,8 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def context_length(model: Any) -> int | None:
-    """Return the tokens that `model` (maybe without weights) reads at most; None where there is no
-    limit."""
+    """Return the tokens that `model` reads at most, None without a limit; it may be without
+    weights."""
     config = model.config.get_text_config()
     told = [getattr(config, name, None) for name in _LENGTHS]
     limits = [length for length in told if isinstance(length, int) and length > 0]

@@ -1,4 +1,4 @@
-"""Checks of a base model on a few tokens, before anything is measured with it."""
+"""Checks of a base model on a few tokens, before any measurement."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ LENGTH = 8
 
 @torch.no_grad()
 def check_behaviour(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` if a base cannot read text alone, draws random numbers, looks ahead, sees
-    padding, or has a cache that changes its values.
+    """Raise `ConfigError` for a base that no run could use.
 
-    `model` is in evaluation mode and has its weights; `name` is `model.name_or_path`.
+    Such a base cannot read text alone, draws random numbers, attends to later tokens or to padding,
+    or has a cache that changes its values. `model` is in evaluation mode and has its weights;
+    `name` is `model.name_or_path`.
     """
     where = f"model.name_or_path={name!r}"
     device = next(model.parameters()).device
@@ -36,26 +37,30 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     cached = _plain_logits(model, tokens)
     if not torch.equal(state, _random_state(device)):
         raise ConfigError(
-            f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no run could be repeated"
+            f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no "
+            "run could be repeated"
         )
 
     if not bool(logits[0].isfinite().all()):
         raise ConfigError(
-            f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if the folder "
+            f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if "
+            "the folder "
             "has another type, set model.dtype to it, else copy the folder again"
         )
 
     first, second = (each[:, :-1].float() for each in logits)
     if float((first - second).norm()) > _tolerance(model) * float(first.norm()):
         raise ConfigError(
-            f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one is no task for it"
+            f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one "
+            "is no task for it"
         )
 
     without = logits[0].float()
     behind = padded[:, : tokens.shape[1]].float()
     if float((without - behind).norm()) > _tolerance(model) * float(without.norm()):
         raise ConfigError(
-            f"{where}: {type(model).__name__} gives other values for a text that padding follows, so that sequences of "
+            f"{where}: {type(model).__name__} gives other values for a text that padding follows, "
+            "so that sequences of "
             "unequal length cannot be trained or measured together"
         )
 
@@ -63,14 +68,14 @@ def check_behaviour(model: nn.Module, name: str) -> None:
         without.norm()
     ):
         raise ConfigError(
-            f"{where}: {type(model).__name__} gives other values with its cache than without, so that what is trained "
+            f"{where}: {type(model).__name__} gives other values with its cache than without, so "
+            "that what is trained "
             "and measured would not be what it generates"
         )
 
 
 def _plain_logits(model: Any, tokens: Tensor) -> Tensor | None:
-    """Return the logits of a call that leaves the cache to the model; None where it has none for
-    such a text."""
+    """Return the logits of a call with the model's own cache, None where it cannot make one."""
     try:
         logits: Tensor = model(input_ids=tokens).logits
     except Exception:  # a cache that cannot be made is no fault of what is trained
@@ -88,14 +93,12 @@ def _logits(model: Any, tokens: Tensor, padding: int = 0) -> Tensor:
 
 
 def _tolerance(model: nn.Module) -> float:
-    """Return the relative difference that rounding can make where experts get other tokens to work
-    on."""
+    """Return the relative difference that rounding can make where experts get other tokens."""
     return 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
 
 
 def _tokens(model: Any) -> list[int]:
-    """Return token ids that stand for text: none that the configuration gives a meaning, such as an
-    image's."""
+    """Return token ids that stand for text: none with a meaning of its own, such as an image's."""
     rows = model.get_input_embeddings().weight.shape[0]
     named = {value for value in model.config.to_dict().values() if isinstance(value, int)}
     plain = [index for index in range(rows) if index not in named]

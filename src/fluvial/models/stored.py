@@ -1,5 +1,4 @@
-"""The tensors that a folder of Hugging Face's form stores, by name, shape and type; only headers
-are read."""
+"""The tensors that a model's folder stores: names, shapes and types, from headers alone."""
 
 import json
 from pathlib import Path
@@ -29,13 +28,12 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _LONGEST = 100_000_000
-"""Bytes of a header; safetensors itself allows no longer one."""
+"""Most bytes of a header; safetensors itself has the same limit."""
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return what a folder stores by name, as tensors without values; empty where it has no
-    weights.
+    """Return the tensors that a folder stores, by name and without values; none without weights.
 
     Raises `ConfigError` for a missing shard, a damaged file, an index that does not fit its files,
     or a pickle that holds more than tensors.
@@ -88,7 +86,8 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
         )
         if absent:
             raise ConfigError(
-                f"{folder / file}: lacks {some(absent)}, which {index.name} places there; copy both again"
+                f"{folder / file}: lacks {some(absent)}, which {index.name} places there; copy "
+                "both again"
             )
 
         found |= tensors
@@ -97,8 +96,10 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
 
 
 def _header(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of one file, without values; raises `ConfigError` where it is damaged or
-    foreign."""
+    """Return the tensors of one file, without values.
+
+    Raises `ConfigError` where it is damaged or of another kind.
+    """
     if file.suffix == ".safetensors":
         return _safetensors_header(file)
 
@@ -160,8 +161,8 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """Return an error's text in one line of at most 300 characters, with its kind where that says
-    more."""
+    """Return an error's text in one line of at most 300 characters, with its kind where that
+    helps."""
     text = " ".join(str(error).split())
     known = isinstance(error, OSError | ValueError | ImportError)
     return (text if text and known else f"{type(error).__name__}: {text}".rstrip(": "))[:300]

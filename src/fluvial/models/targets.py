@@ -1,4 +1,4 @@
-"""The modules of a base model that a LoRA adapter is put on, by the names that PEFT is given."""
+"""The modules of a base model that get a LoRA adapter, by the names that PEFT takes."""
 
 import re
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ ALL_LINEAR = "all-linear"
 
 
 class LoraSettings(Settings):
-    """The adapter; names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
+    """The LoRA adapter: names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
 
     r: int = Field(8, ge=1, le=4096)
     lora_alpha: float = Field(16, ge=1e-6, le=1e6)
     lora_dropout: float = Field(0.05, ge=0, le=0.99)
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
-    """Names of linear modules, or "all-linear" without heads and routers. By default `q_proj`,
-    `k_proj`, `v_proj`, `o_proj` where the model has all four, else what PEFT has for its
-    architecture, else "all-linear". Of a multimodal model only text modules are adapted."""
+    """Names of linear modules, or "all-linear" for all without heads and routers. By default
+    `q_proj`, `k_proj`, `v_proj`, `o_proj` where the model has all four, else PEFT's choice for its
+    architecture, else "all-linear". In a multimodal model only text modules are adapted."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
 
@@ -37,11 +37,10 @@ class LoraSettings(Settings):
 
 
 def target_names(base: Any, lora: LoraSettings) -> list[str]:
-    """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted; the base may be on
-    the meta device.
+    """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted.
 
-    They are the last parts of the modules' names (`q_proj`) where these say it exactly, else whole
-    names. Raises `ConfigError` naming what would fit.
+    They are the last parts of the modules' names (`q_proj`) where these are exact, else whole
+    names. `base` may be on the meta device. Raises `ConfigError` naming what would fit.
     """
     linear = linear_modules(base)
     fit = {name: module for name, module in linear.items() if not _is_special(name, module, base)}
@@ -56,7 +55,8 @@ def target_names(base: Any, lora: LoraSettings) -> list[str]:
 
     if not chosen:
         raise ConfigError(
-            "lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = 'full'"
+            "lora.target_modules: the model has no linear modules that LoRA can adapt; set tune = "
+            "'full'"
         )
 
     _check_rank(lora.r, chosen)
@@ -84,7 +84,7 @@ def linear_modules(base: Any) -> dict[str, Any]:
 
 
 def text_modules(base: Any) -> set[int] | None:
-    """Return the ids of the modules that a multimodal `base` reads text with, None for a text
+    """Return the ids of the modules that read text in a multimodal `base`, None for a text
     model."""
     if base.config.get_text_config() is base.config:
         return None
@@ -97,8 +97,10 @@ _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 
 
 def _is_special(name: str, module: Any, base: Any) -> bool:
-    """Return whether a linear module is adapted only where it is named: a head, a router, or one
-    that PEFT mistakes."""
+    """Return whether a linear module is adapted only where it is named.
+
+    Such a module is a head, a router, or one that PEFT mistakes for another.
+    """
     head = base.get_output_embeddings()
     if module is head or (head is not None and module.weight is getattr(head, "weight", None)):
         return True
@@ -127,7 +129,8 @@ def _explicit(
         if not found:
             known = sorted({_leaf(name) for name in proposed})
             raise ConfigError(
-                f"lora.target_modules: the model has no linear module {target!r}; it has {', '.join(known) or 'none'}"
+                f"lora.target_modules: the model has no linear module {target!r}; it has "
+                f"{', '.join(known) or 'none'}"
             )
 
         chosen |= {name: linear[name] for name in found}
@@ -136,8 +139,7 @@ def _explicit(
 
 
 def _default(base: Any, fit: dict[str, Any]) -> dict[str, Any]:
-    """Return the paper's four projections, else PEFT's choice for the architecture, else all that
-    fit."""
+    """Return the paper's four projections, else PEFT's choice for the architecture, else all."""
     leaves = {_leaf(name) for name in fit}
     if leaves.issuperset(PAPER_TARGETS):
         return {name: module for name, module in fit.items() if _leaf(name) in PAPER_TARGETS}
@@ -159,7 +161,7 @@ def _default(base: Any, fit: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the names that PEFT matches with a list of targets: equal, or ending with one after a
+    """Return the names that PEFT matches with `targets`: equal, or with one at the end after a
     dot."""
     wanted = tuple(targets)
     return {
@@ -174,7 +176,8 @@ def _check_rank(rank: int, chosen: dict[str, Any]) -> None:
         smallest = min(module.weight.shape)
         if rank > smallest:
             raise ConfigError(
-                f"lora.r={rank} exceeds dimension {smallest} of {_leaf(name)!r}; choose at most {smallest}"
+                f"lora.r={rank} exceeds dimension {smallest} of {_leaf(name)!r}; choose at most "
+                f"{smallest}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The tuned parameters of a model: LoRA factors, or all weights; reading, writing, switching."""
+"""The tuned parameters of a model (LoRA factors, or all weights), and its training switches."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -23,38 +23,38 @@ _open: Any = safe_open  # its stub has no types
 
 
 class Source(ABC):
-    """Weights by name, fetched anew at each call; nothing is kept between calls."""
+    """Weights by name, read anew at each call."""
 
     names: frozenset[str]
-    """What can be asked for."""
+    """The names of its tensors."""
 
     @abstractmethod
     def get(self, name: str) -> Tensor:
-        """The tensor `name`, on the CPU, in the float type that it is stored in; not to be written
+        """Return the tensor `name`, on the CPU, in its stored float type; it must not be written
         to."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of tensor `name`; of a compressed one found by decoding it."""
+        """Return the shape of a tensor; that of a compressed one is found by decoding it."""
         return tuple(self.get(name).shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows `index` (any shape, whole numbers, on the CPU) of a matrix (rows, dim):
-        (*index.shape, dim).
+        """Return rows `index` (any shape, whole numbers, on the CPU) of a matrix: (*index.shape,
+        dim).
 
-        Of a mapped matrix only the pages of these rows are read.
+        In a mapped matrix only the pages of these rows are read.
         """
         return nn.functional.embedding(index, self.get(name))
 
 
 class MemorySource(Source):
-    """Tensors that are held in memory, such as a change to add to a folder's weights."""
+    """Tensors in memory, such as a change to add to a folder's weights."""
 
     def __init__(self, tensors: Named) -> None:
         self._tensors = tensors
         self.names = frozenset(tensors)
 
     def get(self, name: str) -> Tensor:
-        """The tensor itself."""
+        """Return the tensor itself."""
         return self._tensors[name]
 
 
@@ -67,10 +67,10 @@ class FolderSource(Source):
         names: Iterable[str] | Mapping[str, str],
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        """Find the tensors `names`, as they are stored or with the stored name of each.
+        """Find the tensors `names`, by their stored names or with the stored name of each.
 
-        They are given in `dtypes`, where these have them, or as stored. Raises `ConfigError` if the
-        folder cannot be read or lacks some of them.
+        They are given in the types `dtypes`, or in the stored ones without an entry. Raises
+        `ConfigError` if the folder cannot be read or lacks some of them.
         """
         stored = tensor_files(path)
         places = dict(names) if isinstance(names, Mapping) else {name: name for name in names}
@@ -87,16 +87,15 @@ class FolderSource(Source):
         self._dtypes = dtypes or {}
 
     def get(self, name: str) -> Tensor:
-        """The tensor, mapped; raises `ConfigError` if it is not of a float type that models
-        have."""
+        """Return the tensor, mapped; raises `ConfigError` for a type that no model has."""
         return self._typed(name, _mapped(*self._places[name]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape, read from the head of the file."""
+        """Return the shape, read from the head of the file."""
         return tuple(_mapped(*self._places[name]).shape)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of it, and no others are read."""
+        """Return rows `index`, and read no others."""
         return self._typed(name, nn.functional.embedding(index, _mapped(*self._places[name])))
 
     def _typed(self, name: str, tensor: Tensor) -> Tensor:
@@ -107,18 +106,20 @@ class FolderSource(Source):
 
 
 class FileSource(Source):
-    """One safetensors file whose tensors lie there as floats, or as frames (one-dimensional, uint8)
-    to decode."""
+    """One safetensors file of float tensors, or of frames (one-dimensional, uint8) to decode."""
 
     def __init__(self, path: Path, decode: Callable[[str, bytes], Tensor]) -> None:
-        """`decode` makes a tensor, on the CPU, of a name and its frame; `ConfigError` if there is
-        no such file."""
+        """Open the file; `decode` returns the tensor, on the CPU, for a name and its frame.
+
+        Raises `ConfigError` if there is no such file.
+        """
         self._path = path
         self._decode = decode
         self.names = frozenset(_names(path))
 
     def get(self, name: str) -> Tensor:
-        """The tensor, mapped or decoded; raises `ConfigError` if it is neither float nor frame."""
+        """Return the tensor, mapped or decoded; raises `ConfigError` if it is neither float nor
+        frame."""
         tensor = _mapped(self._path, name)
         if tensor.dtype == torch.uint8 and tensor.dim() == 1:
             tensor = self._decode(name, tensor.numpy().tobytes())
@@ -126,8 +127,8 @@ class FileSource(Source):
 
 
 class Sum(Source):
-    """`first` plus, where it has the name, `second`: added in fp32, given in the type of
-    `first`."""
+    """The sum of two sources: added in fp32, given in the type of `first`; `second` may lack
+    names."""
 
     def __init__(self, first: Source, second: Source) -> None:
         self._first = first
@@ -135,16 +136,16 @@ class Sum(Source):
         self.names = first.names
 
     def get(self, name: str) -> Tensor:
-        """The sum."""
+        """Return the sum of the tensors `name`."""
         base = self._first.get(name)
         return _sum(base, self._second.get(name)) if name in self._second.names else base
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in `first`."""
+        """Return the shape in `first`."""
         return self._first.shape(name)
 
     def rows(self, name: str, index: Tensor) -> Tensor:
-        """Rows of the sum."""
+        """Return rows `index` of the sum."""
         base = self._first.rows(name, index)
         return _sum(base, self._second.rows(name, index)) if name in self._second.names else base
 
@@ -155,8 +156,10 @@ def _sum(base: Tensor, change: Tensor) -> Tensor:
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor in a Hugging Face folder; raises `ConfigError` where it has no
-    safetensors."""
+    """Return the file of each tensor in a Hugging Face folder.
+
+    Raises `ConfigError` where it has no safetensors.
+    """
     single = folder / "model.safetensors"
     index = folder / "model.safetensors.index.json"
 
@@ -164,7 +167,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_names(single), single)
     if not index.is_file():
         raise ConfigError(
-            f"{folder} has neither {single.name} nor {index.name}; save the model with save_pretrained of transformers"
+            f"{folder} has neither {single.name} nor {index.name}; save the model with "
+            "save_pretrained of transformers"
         )
 
     try:
@@ -188,7 +192,7 @@ def _names(file: Path) -> list[str]:
 
 
 def _mapped(file: Path, name: str) -> Tensor:
-    """A view of the tensor's bytes in the file, mapped for this tensor alone."""
+    """Return a view of the tensor's bytes in the file, mapped for this tensor alone."""
     try:
         with _open(file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
@@ -203,7 +207,8 @@ def _mapped(file: Path, name: str) -> Tensor:
 def _float(tensor: Tensor, file: Path, name: str) -> Tensor:
     if tensor.dtype not in FLOATS:
         raise ConfigError(
-            f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16, float16 or float64"
+            f"{file}: tensor {name!r} is {tensor.dtype}, expected float32, bfloat16, float16 or "
+            "float64"
         )
 
     return tensor

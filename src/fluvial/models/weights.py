@@ -26,19 +26,23 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     folder = local_folder(config) or _cached(config)
     if folder is None:
         return [
-            "model: the weights are not on this machine; a run downloads them first, and then looks at them"
+            "model: the weights are not on this machine; a run downloads them first, and then "
+            "looks at them"
         ]
 
     stored = stored_tensors(folder)
     if not stored and local_folder(config) is not None:
         raise MissingWeightsError(
-            f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial check` tells sizes "
-            "without them, a run needs them: copy them (model.safetensors, or its shards and their index)"
+            f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial "
+            "check` tells sizes "
+            "without them, a run needs them: copy them (model.safetensors, or its shards and their "
+            "index)"
         )
 
     if not stored:
         return [
-            "model: of the hub id only the configuration is on this machine; a run downloads the weights first"
+            "model: of the hub id only the configuration is on this machine; a run downloads the "
+            "weights first"
         ]
 
     kinds = [
@@ -61,9 +65,9 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
 
 
 def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` for what transformers did beside copying stored weights into `model`.
+    """Raise `ConfigError` unless transformers filled `model` with stored weights alone.
 
-    It makes up what is missing or has another shape, and passes over layers beyond those that
+    It makes up tensors that are missing or have another shape, and ignores layers beyond those that
     config.json counts.
     """
     where = f"model.name_or_path={name!r}"
@@ -115,8 +119,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 
 
 def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:
-    """Return what transformers tells of loading: names that are missing, of another shape, or of no
-    use."""
+    """Return transformers' report on loading: names that are missing, misshapen or unused."""
     from transformers.modeling_utils import PreTrainedModel
 
     assert isinstance(base, PreTrainedModel)
@@ -157,7 +160,7 @@ def quiet() -> Iterator[None]:
 
 
 def _cached(config: ModelConfig) -> Path | None:
-    """Return where the hub's cache holds the model, without asking the hub."""
+    """Return the model's folder in the hub's cache, without a request to the hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

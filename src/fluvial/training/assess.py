@@ -1,5 +1,7 @@
-"""What `fluvial evaluate` measures: a PEFT folder beside its base model, on a file of records or of
-questions."""
+"""The measurements of `fluvial evaluate`: an adapter beside its base, or a model by itself.
+
+They are made on a file of records, on multiple-choice questions, or on both.
+"""
 
 import logging
 import math
@@ -38,7 +40,7 @@ class ChoiceConfig:
     path: Path
     shots: int = 0
     shots_path: Path | None = None
-    """Where the examples of a prompt come from: records of the same form, such as MMLU's dev
+    """File of the solved examples in a prompt: records of the same form, such as MMLU's dev
     split."""
     scoring: Scoring = "letter"
     language: Literal["auto"] | Language = "auto"
@@ -46,11 +48,11 @@ class ChoiceConfig:
     subject_field: str = "subject"
     """The field of a record that names its subject."""
     benchmark: Literal["auto", "none"] | BenchmarkName = "auto"
-    """Benchmark whose groups of subjects are reported; "auto" tells by the subjects."""
+    """Benchmark whose groups of subjects are reported; "auto" finds it by the subjects."""
 
 
 def whole_file(path: Path) -> dict[str, Any]:
-    """Return the table `data` of a configuration in which every record of `path` is measured."""
+    """Return the table `data` of a configuration that measures every record of `path`."""
     return {"source": str(path)}
 
 
@@ -64,12 +66,11 @@ def evaluate_adapter(
     seed: int = 0,
     base: bool = True,
 ) -> dict[str, Any]:
-    """Measure an adapter or a tuned model, and with `base` its base model too, on the held-out part
-    of `data`, on `choices`, or on both.
+    """Measure an adapter or a tuned model, and with `base` its base model too.
 
-    `data` is made with `whole_file`; `max_new_tokens` is the room for a greedy answer, and 0 leaves
-    exact match out. Returns JSON types. Raises `ConfigError` when a file or a setting is wrong or
-    the adapter has no effect.
+    The text is the held-out part of `data`, made with `whole_file`, or the questions of `choices`,
+    or both; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out. Return
+    JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
     """
     if data is None and choices is None:
         raise ConfigError(NOTHING_TO_MEASURE)
@@ -106,7 +107,7 @@ def evaluate_adapter(
 
 
 def _change(weights: Named, bench: ModelPool) -> Named:
-    """Return what tuned `weights` add to the base of `bench`."""
+    """Return the change from the base's weights to the tuned `weights`."""
     return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
 
 
@@ -141,10 +142,9 @@ def evaluate_model(
 
 
 def _without_copies(adapter: AdapterFolder, bench: ModelPool) -> Named:
-    """Return the factors of `adapter` without copies of the base's matrices, which PEFT saves with
-    an adapted head.
+    """Return the factors of `adapter` without copies of the base's matrices.
 
-    Raises `ConfigError` if such a matrix is another than the base's.
+    PEFT saves such copies with an adapted head. Raises `ConfigError` if one is not the base's.
     """
     with bench.model(bench.base_state()) as model:
         base = {
@@ -164,8 +164,7 @@ def _without_copies(adapter: AdapterFolder, bench: ModelPool) -> Named:
 
 
 def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
-    """Raise `ConfigError` unless the adapter has the model's factors, all of them, in the model's
-    shapes."""
+    """Raise `ConfigError` unless the adapter has exactly the model's factors, in its shapes."""
     wanted = dict(layout.shapes)
     found = dict(Layout.of(adapter.tensors).shapes)
     wrong = sorted(
@@ -175,8 +174,10 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
     if wrong:
         name = wrong[0]
         raise ConfigError(
-            f"{adapter.path} does not fit {base!r}: {name} has shape {found.get(name, 'none')}, the model needs "
-            f"{wanted.get(name, 'none')} ({len(wrong)} tensors differ); is model.name_or_path what it was trained on?"
+            f"{adapter.path} does not fit {base!r}: {name} has shape {found.get(name, 'none')}, "
+            "the model needs "
+            f"{wanted.get(name, 'none')} ({len(wrong)} tensors differ); is model.name_or_path what "
+            "it was trained on?"
         )
 
 
@@ -186,7 +187,7 @@ def _texts(data: DataConfig, bench: ModelPool) -> Whole:
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
-    """The questions, and those that examples are taken from."""
+    """Return the questions, and the records that examples are taken from."""
     paths = [choices.path, *([choices.shots_path] if choices.shots_path else [])]
     asked, *examples = (read_choices(path, choices.subject_field) for path in paths)
     return asked, examples[0] if examples else []
@@ -248,7 +249,8 @@ def _measures(sums: Heldout, name: str) -> dict[str, Any]:
     numbers."""
     if not math.isfinite(sums.loss):
         raise ConfigError(
-            f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too large for "
+            f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too "
+            "large for "
             "model.dtype: choose --set 'model.dtype=\"float32\"'"
         )
 

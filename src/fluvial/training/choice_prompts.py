@@ -26,17 +26,17 @@ Language = Literal["en", "zh"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question as tokens: what all choices begin with, and how each goes on."""
+    """A question as tokens: the common beginning, and the ending of each choice."""
 
     prefix: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
-    """What a choice's log-probability is divided by: 1 for a letter, UTF-8 bytes for a text."""
+    """Divisor of each choice's log-probability: 1 for a letter, UTF-8 bytes for a text."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """All questions as tokens, with what did not fit into the model's context."""
+    """All questions as tokens, with counts of what did not fit into the model's context."""
 
     questions: tuple[Choice, ...]
     prompts: tuple[Prompt, ...]
@@ -50,13 +50,15 @@ class Sheet:
 
 
 def language_of(question: str) -> Language:
-    """Chinese if there is a Chinese character (none in MMLU, one at least in every question of
-    C-Eval and CMMLU)."""
+    """Return Chinese if there is a Chinese character.
+
+    MMLU has none, and every question of C-Eval and CMMLU has at least one.
+    """
     return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
 
 
 def render(choice: Choice, shots: Sequence[Choice], scoring: Scoring, language: Language) -> str:
-    """The prompt up to the answer, which follows as `ending` gives it."""
+    """Return the prompt up to the answer, which follows as `ending` gives it."""
     solved = (
         _ask(shot, scoring, language) + ending(shot, shot.answer, scoring, language) + "\n\n"
         for shot in shots
@@ -65,7 +67,7 @@ def render(choice: Choice, shots: Sequence[Choice], scoring: Scoring, language: 
 
 
 def ending(choice: Choice, index: int, scoring: Scoring, language: Language) -> str:
-    """What follows the prompt for the choice `index`."""
+    """Return the text that follows the prompt for the choice `index`."""
     text = LETTERS[index] if scoring == "letter" else choice.choices[index]
     return f" {text}" if language == "en" else text
 
@@ -103,7 +105,7 @@ def prepare(
     examples: Sequence[Choice] = (),
     language: Literal["auto"] | Language = "auto",
 ) -> Sheet:
-    """Tokens of `questions`, each after the first `shots` of `examples` of its subject.
+    """Return the tokens of `questions`, each after the first `shots` of `examples` of its subject.
 
     A prompt longer than `context` (tokens; None for any length) loses its last examples first, then
     its beginning. Raises `ConfigError` naming a record of which a choice alone is too long.
@@ -156,8 +158,8 @@ def prepare(
 def _tokens(
     choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language
 ) -> Prompt:
-    """Prompt and choice are tokenised together, as they would stand in a text; they part where the
-    tokens do.
+    """Return prompt and choices, tokenised together as in a text, and split where the tokens
+    differ.
 
     Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between
     prompt and choice.
@@ -175,7 +177,8 @@ def _tokens(
     endings = tuple(tuple(row[common:]) for row in rows[1:])
     if common == 0 or not all(endings):
         raise ConfigError(
-            f"{choice.name}: the tokenizer gives the same tokens with and without a choice, so it cannot be scored; "
+            f"{choice.name}: the tokenizer gives the same tokens with and without a choice, so it "
+            "cannot be scored; "
             "remove the record"
         )
 
@@ -188,13 +191,14 @@ def _length(prompt: Prompt) -> int:
 
 
 def _cut_left(choice: Choice, prompt: Prompt, surplus: int, encoder: Encoder) -> Prompt:
-    """Without `surplus` tokens after the special ones that the tokenizer puts first, such as
-    BOS."""
+    """Return the prompt without `surplus` tokens after its first special ones, such as BOS."""
     first = len(encoder.prefix) if prompt.prefix[: len(encoder.prefix)] == encoder.prefix else 0
     if len(prompt.prefix) - surplus < first + 1:
         raise ConfigError(
-            f"{choice.name}: its longest choice has {max(len(ending) for ending in prompt.endings)} tokens, which "
-            "leaves no room for the question in the model's context; remove the record, or score by letter"
+            f"{choice.name}: its longest choice has "
+            f"{max(len(ending) for ending in prompt.endings)} tokens, which "
+            "leaves no room for the question in the model's context; remove the record, or score "
+            "by letter"
         )
 
     return Prompt(

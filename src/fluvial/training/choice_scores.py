@@ -38,7 +38,8 @@ class Interval:
 
 @torch.no_grad()
 def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[float]]:
-    """log P(choice | prompt) of every question's choices, nats, divided by `Prompt.sizes`."""
+    """Return log P(choice | prompt) of every question's choices, nats, divided by
+    `Prompt.sizes`."""
     # Choices that differ in their last token only, as letters do, share one row: its last position
     # scores them all.
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
@@ -70,7 +71,8 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
 
                 if math.isnan(scores[number][index]):
                     raise ConfigError(
-                        f"{sheet.questions[number].name}: the model's logits are not numbers; its weights may be "
+                        f"{sheet.questions[number].name}: the model's logits are not numbers; its "
+                        "weights may be "
                         "damaged, or too large for model.dtype: choose 'float32'"
                     )
 
@@ -83,8 +85,10 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
 
 
 def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive `rows`, sorted by length, within the bounds of one forward pass; one row always
-    fits."""
+    """Yield consecutive `rows`, sorted by length, within the bounds of one forward pass.
+
+    One row always fits.
+    """
     batch: list[tuple[int, ...]] = []
     for row in rows:
         if batch and (len(batch) == BATCH_ROWS or (len(batch) + 1) * len(row) > BATCH_TOKENS):
@@ -99,14 +103,14 @@ def _batches(rows: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
 
 @dataclass(frozen=True)
 class Marks:
-    """Which questions a model got right, in the order of the sheet."""
+    """The right answers of a model, in the order of the sheet."""
 
     right: tuple[bool, ...]
     subjects: tuple[str | None, ...]
 
     @classmethod
     def of(cls, sheet: Sheet, scores: Sequence[Sequence[float]]) -> "Marks":
-        """The highest score is the model's answer; of equal ones the first."""
+        """Mark the choice with the highest score as the model's answer, the first of equal ones."""
         picked = [row.index(max(row)) for row in map(list, scores)]
         right = tuple(
             index == question.answer
@@ -122,12 +126,14 @@ class Marks:
 
     @property
     def standard_error(self) -> float:
-        """sqrt(p (1 - p) / n)."""
+        """Standard error of the accuracy: sqrt(p (1 - p) / n)."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.right))
 
     def interval(self, seed: int) -> Interval:
-        """The accuracy with its bootstrap interval, or the exact (Clopper-Pearson) one where all
-        answers are alike."""
+        """Return the accuracy with its bootstrap interval.
+
+        Where all answers are alike, the interval is the exact one (Clopper-Pearson).
+        """
         found = bootstrap(self.right, seed)
         if found is None:
             from scipy.stats import binomtest
@@ -138,7 +144,8 @@ class Marks:
         return found
 
     def by_subject(self) -> dict[str, tuple[int, int]]:
-        """Right answers and questions of each subject, in alphabetical order; "" is no subject."""
+        """Return right answers and questions of each subject, in alphabetical order; "" is no
+        subject."""
         table: dict[str, tuple[int, int]] = {}
         pairs = zip(self.subjects, self.right, strict=True)
 
@@ -150,8 +157,10 @@ class Marks:
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
-    """Mean of `values` with its 95 % BCa interval over questions (Efron 1987); None where all
-    values are equal."""
+    """Return the mean of `values` with its 95 % BCa interval over questions (Efron 1987).
+
+    Return None where all values are equal.
+    """
     if len(set(values)) < 2:
         return None
 

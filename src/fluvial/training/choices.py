@@ -21,23 +21,22 @@ class Choice:
     """A question with four choices, one of which is right."""
 
     name: str
-    """Where it stands, for messages: file, line and id."""
+    """Place of the record for messages: file, line and id."""
     question: str
     choices: tuple[str, str, str, str]
     answer: int
-    """0 for A to 3 for D."""
+    """Number of the right choice: 0 for A to 3 for D."""
     subject: str | None = None
     subject_zh: str | None = None
-    """The subject as a Chinese prompt names it (C-Eval)."""
+    """The subject in Chinese, for a Chinese prompt (C-Eval)."""
 
 
 def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
-    """The records of a JSON-lines file `{"question", "choices": [4], "answer": "A".."D"}`, optional
-    `subject`, `id`.
+    """Read records `{"question", "choices": [4], "answer": "A".."D"}`, one a line, from a file.
 
-    `subject_field` names the field that stands for `subject`. A file with the suffix .json holds a
-    list of records. Raises `DataError` naming line and id of every record that is not of this form,
-    without its text.
+    `subject` and `id` are optional fields; `subject_field` names another field for `subject`. A
+    file with the suffix .json holds a list of records. Raises `DataError` naming line and id of
+    every record that is not of this form, without its text.
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {str(path)!r} with questions")
@@ -105,8 +104,8 @@ def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
 
 
 def _answer(name: str, answer: Any) -> int:
-    """Return the number of the right choice, which is written as a letter or, in the hub's copies
-    of MMLU, a number."""
+    """Return the number of the right choice, written as a letter, or a number as the hub's MMLU has
+    it."""
     if isinstance(answer, Number) and answer.text in ("0", "1", "2", "3"):
         return int(answer.text)
     if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:

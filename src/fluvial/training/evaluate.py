@@ -1,5 +1,4 @@
-"""How good a model is: held-out loss and accuracy, exact match of greedy answers, whether an
-adapter does anything."""
+"""Measures of a model: held-out loss and accuracy, exact match, and the effect of an adapter."""
 
 import logging
 import math
@@ -30,7 +29,7 @@ class Heldout:
 
     @classmethod
     def sum(cls, parts: Sequence["Heldout"]) -> "Heldout":
-        """All parts together."""
+        """Return the sums over all parts."""
         return cls(
             math.fsum(part.loss_sum for part in parts),
             sum(part.hits for part in parts),
@@ -44,7 +43,7 @@ class Heldout:
 
     @property
     def perplexity(self) -> float:
-        """exp of the loss; infinite where that is no number of 64 bits."""
+        """Exponential of the loss; infinite beyond 64-bit floats."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -60,8 +59,10 @@ class Heldout:
 def heldout(
     model: nn.Module, examples: Sequence[Example], *, pad_token_id: int, batch_size: int = 16
 ) -> Heldout:
-    """Loss and next-token accuracy of `model` on `examples`; sequences of like length share a
-    batch."""
+    """Return loss and next-token accuracy of `model` on `examples`.
+
+    Sequences of like length share a batch.
+    """
     assert examples, "no examples"
     device = next(model.parameters()).device
 
@@ -90,7 +91,7 @@ def heldout(
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
-    """Return how many answers equal what was expected, white space at both ends aside.
+    """Return the number of answers equal to the expected ones, white space at both ends aside.
 
     Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
     """
@@ -111,8 +112,7 @@ def on_public_text(bench: ModelPool, adapter: Named, examples: Sequence[Example]
 
 
 def check_effect(bench: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
-    """Raise `ConfigError` if `adapter` gives the base's logits: it was not trained, or did not
-    reach the model."""
+    """Raise `ConfigError` if `adapter` gives the base's logits, and so has no effect."""
     tokens = torch.tensor([list(input_ids)], device=bench.device)
     logits = []
 
@@ -123,5 +123,6 @@ def check_effect(bench: ModelPool, adapter: Named, input_ids: Sequence[int]) -> 
 
     if torch.equal(*logits):
         raise ConfigError(
-            "what was tuned gives exactly the base model's logits: it was not trained, or does not belong to this model"
+            "what was tuned gives exactly the base model's logits: it was not trained, or does not "
+            "belong to this model"
         )

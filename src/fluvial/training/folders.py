@@ -1,5 +1,4 @@
-"""The folders that `fluvial evaluate` reads: a PEFT adapter, or a model of which all weights were
-tuned."""
+"""The folders that `fluvial evaluate` reads: a PEFT adapter, or a model with tuned weights."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,29 +45,27 @@ _READ = {
         "layers_pattern",
     ),
 }
-"""Settings of PEFT that say where two factors lie and how they are scaled, or nothing about them.
-Any other one must have the value that PEFT gives it by default, because it may change what the
-factors mean."""
+"""Settings of PEFT that describe two factors and their scale, or nothing about them. Any other
+setting must have PEFT's default, because it may change the meaning of the factors."""
 _INITS = (True, False, "gaussian")
-"""Values of `init_lora_weights` that leave the base as it is."""
+"""Values of `init_lora_weights` that do not change the base."""
 
 NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A LoRA adapter or a tuned model on disk, and what its folder tells about its base model and
-    its run."""
+    """A LoRA adapter or a tuned model on disk, with its folder's notes on the base and the run."""
 
     path: Path
     base: str
-    """Hub id, folder, or "embedded"."""
+    """The base model: hub id, folder, or "embedded"."""
     lora: SavedLora | None
-    """None for the folder of a model of which all weights were tuned."""
+    """The adapter's configuration; None for a model of which all weights were tuned."""
     tensors: Named
     """The factors, or all weights, fp32, by our names."""
     run: dict[str, Any] = field(default_factory=dict)
-    """Settings of the run that wrote it, see `exported.read`; empty where there is none."""
+    """Settings of the run that wrote it (see `exported.read`); empty without a run."""
 
     def settings(self, records: Path | None = None) -> dict[str, Any]:
         """Return what a configuration needs, as tables: the base, and how the run measured, for a
@@ -93,18 +90,18 @@ Kind = Literal["adapter", "tuned", "model"]
 
 
 def kind_of(name: str) -> Kind:
-    """Return what `name` is: a PEFT adapter, a tuned model beside its run, or any other causal
-    language model.
+    """Return the kind of `name`: a PEFT adapter, a tuned model beside its run, or another model.
 
-    The last is "embedded", a model folder, or the hub id of one. Raises `ConfigError` where it is
-    none of them.
+    The last is "embedded", a folder of a causal language model, or the hub id of one. Raises
+    `ConfigError` where it is none of them.
     """
     folder = Path(name).expanduser()
     if not folder.exists():
         if name == EMBEDDED or (HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
             return "model"
         raise ConfigError(
-            f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's folder"
+            f"there is no folder {name!r}, and it is no hub id; give RUN/adapter or a model's "
+            "folder"
         )
 
     if read_object(folder / "adapter_config.json") is not None:
@@ -127,9 +124,9 @@ def _hint(folder: Path) -> str:
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
-    """The adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
+    """Read the adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
 
-    Raises `ConfigError` where it is neither, or none that a `ModelPool` can hold.
+    Raises `ConfigError` where it is neither, or where `ModelPool` cannot hold it.
     """
     config = read_object(folder / "adapter_config.json")
     if config is None and "architectures" in (read_object(folder / "config.json") or {}):
@@ -169,7 +166,8 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
         config.get("lora_alpha"), int | float
     ):
         raise ConfigError(
-            f"{path}: r and lora_alpha must be numbers, found {config.get('r')!r}, {config.get('lora_alpha')!r}"
+            f"{path}: r and lora_alpha must be numbers, found {config.get('r')!r}, "
+            f"{config.get('lora_alpha')!r}"
         )
 
     if not config.get("target_modules") and not config.get("target_parameters"):
@@ -185,7 +183,7 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
 
 
 def _model_folder(folder: Path) -> AdapterFolder:
-    """A model whose base its run names."""
+    """Read a model whose base its run names."""
     run = exported.read(folder)
     base = run.get("model", {}).get("name_or_path")
 
@@ -203,7 +201,7 @@ def _model_folder(folder: Path) -> AdapterFolder:
 
 
 def _factors(folder: Path) -> Named:
-    """The tensors by our names, fp32."""
+    """Return the tensors by our names, fp32."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -211,7 +209,8 @@ def _factors(folder: Path) -> Named:
 
     if not path.exists():
         raise ConfigError(
-            f"{folder} has no adapter_model.safetensors; save the adapter with safe_serialization=True"
+            f"{folder} has no adapter_model.safetensors; save the adapter with "
+            "safe_serialization=True"
         )
 
     try:
@@ -240,8 +239,8 @@ def _finite(tensors: Named, path: Path) -> Named:
 def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
     """Return the base that `adapter_config.json` names, or the one that the run names.
 
-    The run's counts where the other folder is gone, and where it is the package's own, whose path
-    differs between machines.
+    The run's name counts where the other folder is gone, and where it is the package's own, whose
+    path differs between machines.
     """
     base = config.get("base_model_name_or_path")
     ours = run.get("model", {}).get("name_or_path")

@@ -25,13 +25,13 @@ class Benchmark:
 
     name: str
     mean: Mean
-    """The mean that the benchmark's own code reports: over questions, or over subjects."""
+    """Mean of the benchmark's own code: over questions, or over subjects."""
     source: str
     """The file that assigns subjects to groups."""
     groups: Mapping[str, frozenset[str]]
-    """Groups that no two share a subject of."""
+    """Disjoint groups of subjects."""
     extra: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Subjects that are reported once more under another name."""
+    """Groups whose subjects are reported a second time, under another name."""
 
     @property
     def subjects(self) -> frozenset[str]:

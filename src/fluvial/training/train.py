@@ -30,20 +30,20 @@ class TrainConfig(Settings):
     """Local training of one site in one round; names as in Hugging Face's `TrainingArguments`."""
 
     learning_rate: float = Field(1.5e-4, ge=1e-30, le=100)
-    """CG-FedLLM's value for LLaMA-7B with Dolly."""
+    """Peak learning rate; the default is CG-FedLLM's value for LLaMA-7B with Dolly."""
     per_device_train_batch_size: int = Field(8, ge=1, le=10**6)
     """Sequences of one forward pass (micro-batch)."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
     """Micro-batches of one optimizer step; their product is the logical batch."""
     num_train_epochs: float = Field(1.0, ge=1e-6, le=10**6)
-    """Passes over the site's data in one round; used when `max_steps` is not set."""
+    """Passes over the site's data in one round; without effect if `max_steps` is set."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
-    """Optimizer steps in one round; overrides `num_train_epochs`."""
+    """Optimizer steps of one round; overrides `num_train_epochs`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, le=10)
     max_grad_norm: float = Field(1.0, ge=0, le=1e9)
-    """Clip threshold of the global norm; 0 switches clipping off."""
+    """Clipping threshold of the global gradient norm; 0 switches clipping off."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -58,8 +58,10 @@ class TrainConfig(Settings):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     def steps(self, num_examples: int) -> int:
-        """Optimizer steps of one round on `num_examples` sequences; the last, smaller batch of an
-        epoch counts."""
+        """Return the optimizer steps of one round on `num_examples` sequences.
+
+        The last, smaller batch of an epoch counts.
+        """
         if self.max_steps is not None:
             return self.max_steps
         return max(1, round(self.num_train_epochs * math.ceil(num_examples / self.logical_batch)))
@@ -67,7 +69,7 @@ class TrainConfig(Settings):
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What one call of `train` did."""
+    """The result of one call of `train`."""
 
     steps: int
     label_tokens: int
@@ -76,12 +78,14 @@ class TrainReport:
     grad_norm: float
     """Mean global gradient norm before clipping."""
     weights: Named = field(default_factory=dict, compare=False, repr=False)
-    """What was trained, by the names of `models.tuned_parameters`, fp32, on the CPU."""
+    """The trained parameters, by the names of `tuned_parameters`, fp32, on the CPU."""
 
 
 def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (batch * (seq - 1), vocabulary), fp32, and labels (batch * (seq - 1),) of the next
-    tokens of `batch`."""
+    """Return logits (batch * (seq - 1), vocabulary), fp32, and the labels (batch * (seq - 1),).
+
+    Position by position, the label is the next token of `batch`.
+    """
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits
@@ -89,15 +93,14 @@ def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX` (see
-    `predictions`)."""
+    """Return the cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX`."""
     return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def collate(
     examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Right-padded tensors `input_ids`, `attention_mask`, `labels`, each (batch, longest sequence),
+    """Return right-padded `input_ids`, `attention_mask`, `labels`, (batch, longest sequence),
     int64."""
     longest = max(len(example.input_ids) for example in examples)
     rows = len(examples)
@@ -119,8 +122,10 @@ def collate(
 def shuffled_batches(
     examples: Sequence[Example], size: int, generator: torch.Generator
 ) -> Iterator[list[Example]]:
-    """Batches of `size` without end: each epoch is a fresh permutation, its last batch may be
-    smaller."""
+    """Yield batches of `size` without end.
+
+    Each epoch is a fresh permutation, and its last batch may be smaller.
+    """
     while True:
         order = torch.randperm(len(examples), generator=generator).tolist()
         for start in range(0, len(order), size):
@@ -128,8 +133,10 @@ def shuffled_batches(
 
 
 def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at `step` (0-based) of `steps`: warm-up, then decay towards
-    0."""
+    """Return the share of the peak learning rate at `step` (0-based) of `steps`.
+
+    It rises in the warm-up, then decays towards 0.
+    """
     warmup = math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -211,7 +218,7 @@ def train(
 
 
 def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:
-    """What the optimizer steps on: a parameter in fp32 itself, else a copy in fp32."""
+    """Return the optimizer's parameters: those in fp32 themselves, else copies in fp32."""
     return {
         name: parameter
         if parameter.dtype == torch.float32
@@ -228,8 +235,7 @@ def _step(
     trained: dict[str, nn.Parameter],
     masters: dict[str, nn.Parameter],
 ) -> None:
-    """One step on the masters with the parameters' gradients, which are dropped; parameters follow
-    their masters."""
+    """Step on the masters with the parameters' gradients, drop these, and copy the masters back."""
     copies = [
         (parameter, masters[name])
         for name, parameter in trained.items()
@@ -273,8 +279,7 @@ def _backward(
 
 
 AT_ONCE = 2**24
-"""AdamW steps all tensors at once below so many values; from there on its 4 further bytes for each
-count."""
+"""Parameters below which AdamW updates all tensors at once, with 4 more bytes for each."""
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
