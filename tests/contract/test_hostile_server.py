@@ -18,11 +18,11 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import site_of, tasks_of
-from fluvial.site_process.station import HELLO, Station
+from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.wire.payload import Payload, frame_payload
 from tests.contract.test_hostile_site import TABLES, with_values
 from tests.support.replay import record
-from tests.unit.site_process.test_station import header, site_file
+from tests.unit.site_process.test_process import header, site_file
 
 WRONG: list[Any] = [
     None,
@@ -129,17 +129,17 @@ def bench(table: dict[str, Any]) -> ModelPool:
     return ModelPool(config.model, config.adapter)
 
 
-def greeted(table: dict[str, Any], tmp_path: Path) -> Station:
-    station = Station(site_file(tmp_path))
-    station.answer(header(task=HELLO, round=0), Payload(values={"config": table}).to_bytes())
-    return station
+def joined(table: dict[str, Any], tmp_path: Path) -> SiteProcess:
+    process = SiteProcess(site_file(tmp_path))
+    process.answer(header(task=JOIN, round=0), Payload(values={"config": table}).to_bytes())
+    return process
 
 
 @pytest.mark.parametrize("change", ["nan", "shape", "names", "huge", "empty", "type"])
 def test_an_adapter_that_does_not_fit_is_refused(
     change: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = greeted(table, tmp_path)
+    process = joined(table, tmp_path)
     adapter = initial_state(bench.layout, 1)
     name = next(iter(adapter))
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
         wire = Payload({"f": torch.zeros(4, dtype=torch.int64)}, {"round": 1}).to_bytes()
 
     with pytest.raises(WireError):
-        station.answer(header(), wire)
+        process.answer(header(), wire)
     assert not list((tmp_path / "site").rglob("residual-*"))
 
 
@@ -178,15 +178,15 @@ def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
             Header.read(header(run=name).values())
         return
 
-    station = Station(site_file(tmp_path))
-    station.answer(
-        header(task=HELLO, round=0, run=name), Payload(values={"config": table}).to_bytes()
+    process = SiteProcess(site_file(tmp_path))
+    process.answer(
+        header(task=JOIN, round=0, run=name), Payload(values={"config": table}).to_bytes()
     )
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert all((tmp_path / "site") in path.parents for path in before)
 
     with pytest.raises(WireError, match="unknown task"):
-        station.answer(
+        process.answer(
             header(run=name, task=name),
             adapter_message(initial_state(bench.layout, 1), round=1).to_bytes(),
         )
@@ -195,12 +195,12 @@ def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
 def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = greeted(table, tmp_path)
+    process = joined(table, tmp_path)
     wire = adapter_message(initial_state(bench.layout, 1), round=1).to_bytes()
-    station.answer(header(seq=1), wire)
+    process.answer(header(seq=1), wire)
 
     for ack, session in ((-1, "first"), (2**70, "first"), (7, "other")):
-        station.answer(header(seq=2, ack=ack, session=session), wire)
+        process.answer(header(seq=2, ack=ack, session=session), wire)
         assert not list((tmp_path / "site").rglob("residual-*"))
 
 
@@ -208,7 +208,7 @@ def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
 def test_a_site_does_not_generate_without_end(
     tokens: int, table: dict[str, Any], tmp_path: Path
 ) -> None:
-    station = greeted(table, tmp_path)
+    process = joined(table, tmp_path)
     message = Payload(values={"which": "base", "generate": tokens}).to_bytes()
     with pytest.raises((WireError, RefusalError)):
-        station.answer(header(task="evaluate"), message)
+        process.answer(header(task="evaluate"), message)

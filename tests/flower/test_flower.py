@@ -51,8 +51,8 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
+from fluvial.site_process.process import JOIN, UNKNOWN_RUN, SiteProcess
 from fluvial.site_process.site_file import Allowed, SiteFile
-from fluvial.site_process.station import HELLO, UNKNOWN, Station
 from fluvial.wire.payload import Limits, Payload, frame_payload
 from tests.conftest import saved_model
 from tests.contract.test_methods import SETTINGS
@@ -113,9 +113,9 @@ class FakeGrid:
 
             given.append(number)
             found: RecordDict | Error | None
-            if read.task == HELLO and self.greet is not None:
+            if read.task == JOIN and self.greet is not None:
                 found = self.greet(node)
-            elif read.task == HELLO and not self.whole:
+            elif read.task == JOIN and not self.whole:
                 found = self.hello(self.nodes[node])
             else:
                 found = self.answer(self.nodes[node], read, wire)
@@ -237,7 +237,7 @@ def test_every_site_is_met_and_answers(stand: Stand) -> None:
     assert sorted(str(each.content.values["site"]) for each in found) == list(NAMES)
     assert {each.bytes_down for each in found} == {len(MESSAGE.to_bytes())}
     headers = [header for _, header, _ in grid.seen]
-    assert [header.task for header in headers] == [HELLO] * 3 + ["train"] * 3
+    assert [header.task for header in headers] == [JOIN] * 3 + ["train"] * 3
     assert [header.seq for header in headers] == list(range(1, 7))
     assert {header.session for header in headers} == {headers[0].session}
     ask(fleet)
@@ -324,19 +324,19 @@ def test_a_site_that_refuses_says_why(stand: Stand) -> None:
 def test_a_run_that_is_unknown_is_told_again(stand: Stand) -> None:
     first = itertools.count()
     fleet, grid = stand(
-        at("north", lambda: content(UNKNOWN) if not next(first) else content(Payload()))
+        at("north", lambda: content(UNKNOWN_RUN) if not next(first) else content(Payload()))
     )
     assert len(ask(met(fleet))) == 3
     assert [header.task for node, header, _ in grid.seen if node == 1] == [
-        HELLO,
+        JOIN,
         "train",
-        HELLO,
+        JOIN,
         "train",
     ]
 
 
 def test_a_site_that_does_not_know_the_run_twice_has_failed(stand: Stand) -> None:
-    fleet, _ = stand(at("north", lambda: content(UNKNOWN)), **SKIP)
+    fleet, _ = stand(at("north", lambda: content(UNKNOWN_RUN)), **SKIP)
     found = ask(met(fleet), read=lambda _, reply: reply.value("site", str))
     assert sorted(each.site for each in found) == ["south", "west"]
     assert [each.site for each in fleet.failures] == ["north"]
@@ -461,7 +461,7 @@ def test_a_site_may_come_back_as_another_node(stand: Stand) -> None:
     met(fleet)
     grid.nodes = {1: "north", 3: "west", 9: "south"}
     assert sorted(each.site for each in ask(fleet)) == list(NAMES)
-    assert [node for node, header, _ in grid.seen if header.task == HELLO] == [1, 2, 3, 9]
+    assert [node for node, header, _ in grid.seen if header.task == JOIN] == [1, 2, 3, 9]
 
 
 def test_a_site_that_came_back_within_a_round_is_asked_again_there(stand: Stand) -> None:
@@ -1014,7 +1014,7 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
     def answer(site: str, header: Header, wire: bytes) -> RecordDict:
         allow = Allowed(run_paths=("*",))
         own = SiteFile(name=site, folder=tmp_path / "sites" / site, device="cpu", allow=allow)
-        found = Station(own).answer(header, wire)
+        found = SiteProcess(own).answer(header, wire)
         return pack(found.data, {"error": "", "kept": found.kept})
 
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
@@ -1137,7 +1137,7 @@ def test_deployed_equals_in_process(
     run = [
         entry
         for entry in logged
-        if entry["run"].startswith(f"{out.name} ") and entry["task"] != HELLO
+        if entry["run"].startswith(f"{out.name} ") and entry["task"] != JOIN
     ]
     assert sum(entry["bytes"] for entry in run) == sum(
         size for kind, size in own["bytes"]["by_kind"].items() if kind.startswith("up ")

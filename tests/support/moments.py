@@ -59,9 +59,9 @@ def _here(what: str) -> str:
     return moment(f"{_answering[0]} {_answering[1]} {what}")
 
 
-def _station(module: ModuleType) -> None:
-    answer = module.Station.answer
-    hello = module.Station._hello
+def _site_process(module: ModuleType) -> None:
+    answer = module.SiteProcess.answer
+    join = module.SiteProcess._join
 
     def answered(self: Any, header: Any, wire: bytes) -> Any:
         _answering[:] = [self.site.name, header.round if header.task == "train" else 0]
@@ -75,10 +75,10 @@ def _station(module: ModuleType) -> None:
 
     def joined(self: Any, header: Any, message: Any) -> Any:
         moment(f"{self.site.name} joining")
-        return hello(self, header, message)
+        return join(self, header, message)
 
-    module.Station.answer = answered
-    module.Station._hello = joined
+    module.SiteProcess.answer = answered
+    module.SiteProcess._join = joined
 
 
 def _journal(module: ModuleType) -> None:
@@ -230,7 +230,7 @@ def _full(full: bool) -> Iterator[None]:
 
 
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
-    "fluvial.site_process.station": _station,
+    "fluvial.site_process.process": _site_process,
     "fluvial.site_process.journal": _journal,
     "fluvial.training.train": _train,
     "fluvial.federation.fleet": _fleet,

@@ -39,7 +39,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 from fluvial.errors import ClientError, RefusalError
 from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack
-from fluvial.flower.site import respond, station
+from fluvial.flower.site import respond, site_process
 from fluvial.site_process.site_file import SiteFile
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, residen
 
 def _prepare(site: SiteFile) -> None:
     try:
-        station(site).prepare()
+        site_process(site).prepare()
     except Exception as error:
         # The fork raises the same error, and its answer to the server holds the reason.
         logger.warning("site %s: %s", site.name, error)
@@ -317,7 +317,7 @@ def _collect(
     if late:
         text = f"no answer within {timeout_s:g} s, ended"
 
-    return b"", {"error": station(site).refusal(None, RefusalError(text))}
+    return b"", {"error": site_process(site).refusal(None, RefusalError(text))}
 
 
 def _client(runtime_api: str, component: str, *, token: str | None) -> RuntimeHttpClient:

@@ -20,7 +20,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
-from fluvial.site_process.station import HELLO, UNKNOWN
+from fluvial.site_process.process import JOIN, UNKNOWN_RUN
 from fluvial.wire.payload import Limits, Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class FlowerFleet(Policy):
             known |= {node for node, (_, again) in self._refused.items() if now < again}
 
             for node in sorted(present - known):
-                if number := self._push(node, HELLO, self._hello, round=0, ack=0):
+                if number := self._push(node, JOIN, self._hello, round=0, ack=0):
                     self._greeted[number] = node, now
 
         for number, (node, since) in list(self._greeted.items()):
@@ -264,7 +264,7 @@ class FlowerFleet(Policy):
                 if reply is not None:
                     try:
                         answer, size, kept = self._open(reply, max_bytes=self._limits.max_bytes)
-                        if answer.values == UNKNOWN.values and not turn.told:
+                        if answer.values == UNKNOWN_RUN.values and not turn.told:
                             self._tell_again(turn)
                             waiting.append(turn)
                             continue
@@ -357,7 +357,7 @@ class FlowerFleet(Policy):
             dst_node_id=node,
             message_type="train",
             ttl=_SPARE_S
-            + (self._join_timeout_s if task == HELLO else self.config.deadline_s or _FINISHED),
+            + (self._join_timeout_s if task == JOIN else self.config.deadline_s or _FINISHED),
         )
         (number,) = self._grid.push_messages([message])
 

@@ -70,7 +70,10 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         name = names[int(context.node_config["partition-id"])]
         allow = Allowed(run_paths=("*",))  # one machine, and whoever starts the run owns its files
         return SiteFile(
-            name=name, folder=folder / "stations" / name, device=config.model.device, allow=allow
+            name=name,
+            folder=folder / "site_processes" / name,
+            device=config.model.device,
+            allow=allow,
         )
 
     workers = config.fleet.workers if config.fleet.workers != "auto" else (os.cpu_count() or 1)

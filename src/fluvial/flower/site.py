@@ -1,4 +1,4 @@
-"""The site's half of a deployment, which turns Flower's messages into those of a `Station`."""
+"""The site's half of a deployment, which turns Flower's messages into those of a `SiteProcess`."""
 
 import logging
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 
 from fluvial.flower.envelope import pack, unpack
 from fluvial.site_process.journal import Header
+from fluvial.site_process.process import SiteProcess
 from fluvial.site_process.site_file import SiteFile, read_site_file
-from fluvial.site_process.station import Station
 from fluvial.wire.payload import Limits
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def answer(site: SiteFile, message: Message) -> Message:
 
 def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     """Return payload and header of the reply to one message; the header holds an error, if any."""
-    here = station(site)
+    here = site_process(site)
     header = None
 
     try:
@@ -59,14 +59,14 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     return answer.data, {"error": "", "kept": answer.kept}
 
 
-def station(site: SiteFile) -> Station:
-    """Return the station of a site, one for each process; a new one gives the same answers."""
-    return _station(site.model_dump_json())
+def site_process(site: SiteFile) -> SiteProcess:
+    """Return the process of a site, one for each system process; a new one gives the same answers."""
+    return _site_process(site.model_dump_json())
 
 
 @cache
-def _station(site: str) -> Station:
-    return Station(SiteFile.model_validate_json(site))
+def _site_process(site: str) -> SiteProcess:
+    return SiteProcess(SiteFile.model_validate_json(site))
 
 
 def _own(context: Context) -> SiteFile:

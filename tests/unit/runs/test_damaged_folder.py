@@ -14,7 +14,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.site_process.journal import Journal
 from tests.unit.site_process.test_private_site import at
-from tests.unit.site_process.test_station import header, kept
+from tests.unit.site_process.test_process import header, kept
 
 LEDGER = "sites/north/private/releases.json"
 

@@ -10,10 +10,10 @@ from fluvial.data import DataConfig
 from fluvial.errors import RefusalError
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
+from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
-from fluvial.site_process.station import HELLO, Station
 from fluvial.wire.payload import Payload
-from tests.unit.site_process.test_station import header
+from tests.unit.site_process.test_process import header
 
 WORDS = "south' does not read what a run names as"
 
@@ -165,16 +165,16 @@ def test_the_base_model_is_the_sites_or_no_place_on_its_disk(
 
 
 def test_a_run_that_names_a_file_gets_no_records_and_no_reason(tmp_path: Path) -> None:
-    """Over the station: what leaves, for a file that is there and one that is not."""
+    """Over the process: what leaves, for a file that is there and one that is not."""
     present = records(tmp_path / "present.jsonl")
-    station = Station(site(tmp_path))
+    process = SiteProcess(site(tmp_path))
     told = []
 
     for name in (present, str(tmp_path / "absent.jsonl")):
         wire = Payload(values={"config": {"data": {"source": name, "form": "text"}}}).to_bytes()
         with pytest.raises(RefusalError) as raised:
-            station.answer(header(task=HELLO, round=0), wire)
-        told.append(station.refusal(header(task=HELLO), raised.value))
+            process.answer(header(task=JOIN, round=0), wire)
+        told.append(process.refusal(header(task=JOIN), raised.value))
 
     assert told[0] == told[1]
     assert "present" not in told[0]

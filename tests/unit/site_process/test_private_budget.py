@@ -11,8 +11,8 @@ from fluvial.errors import CheckpointError
 from fluvial.federation.sites import adapter_message
 from fluvial.models.states import initial_state
 from fluvial.site_process.journal import Header
+from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.site_process.site_file import Allowed, SiteFile
-from fluvial.site_process.station import HELLO, Station
 from fluvial.wire.payload import Payload, payload_frame
 from tests.unit.site_process.test_private_site import at
 
@@ -24,18 +24,18 @@ ORACLES: dict[str, dict[str, Any]] = {
 """Settings of [data] that a server may choose, and whose failure would tell of the records."""
 
 
-def station(folder: Path, most: float | None = 8.0) -> Station:
+def process(folder: Path, most: float | None = 8.0) -> SiteProcess:
     allow = Allowed(max_epsilon=most, run_paths=("*",))
-    return Station(SiteFile(name="north", folder=folder, device="cpu", allow=allow))
+    return SiteProcess(SiteFile(name="north", folder=folder, device="cpu", allow=allow))
 
 
 def header(task: str, run: str = "one", round: int = 1) -> Header:
     return Header(run=run, task=task, round=round, session="s", seq=1, ack=0, base=-1)
 
 
-def hello(site: Station, table: dict[str, Any], run: str = "one") -> Payload:
+def join(site: SiteProcess, table: dict[str, Any], run: str = "one") -> Payload:
     message = Payload(values={"config": table}).to_bytes()
-    return Payload.from_bytes(site.answer(header(HELLO, run, 0), message).data)
+    return Payload.from_bytes(site.answer(header(JOIN, run, 0), message).data)
 
 
 def private(run_config: dict[str, Any], epsilon: float) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def test_settings_that_fail_on_some_records_tell_nothing_of_them(
     table = private(run_config, 0.5)
     for share, records in (("fits", None), ("fails", ORACLES[what])):
         asked = table | {"data": table["data"] | (records or {})}
-        site = station(tmp_path / share)
-        greeting = hello(site, asked)
-        assert greeting.values["site"] == "north"
+        site = process(tmp_path / share)
+        joined = join(site, asked)
+        assert joined.values["site"] == "north"
         bench = next(iter(site._benches.values()))
         start = initial_state(bench.layout, 1)
         sent = adapter_message(start, round=1).to_bytes()
@@ -70,7 +70,7 @@ def test_the_same_failure_is_told_where_nothing_is_promised(
 ) -> None:
     asked = run_config | {"data": run_config["data"] | ORACLES["another form"]}
     with pytest.raises(Exception, match="form"):
-        hello(station(tmp_path, most=None), asked)
+        join(process(tmp_path, most=None), asked)
 
 
 @pytest.mark.parametrize("change", ["epsilon", "seed", "cut", "bit"])
@@ -79,7 +79,7 @@ def test_a_damaged_configuration_of_a_run_is_refused(
 ) -> None:
     """It says what the site trains and what the run counts; with another epsilon, other runs would
     get more."""
-    hello(station(tmp_path), private(run_config, 4.0))
+    join(process(tmp_path), private(run_config, 4.0))
     [path] = tmp_path.glob("runs/*/config.json")
     data = path.read_bytes()
 
@@ -97,6 +97,6 @@ def test_a_damaged_configuration_of_a_run_is_refused(
         path.write_text(json.dumps(stored))
 
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
-        hello(station(tmp_path), private(run_config, 2.0), run="two")
+        join(process(tmp_path), private(run_config, 2.0), run="two")
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
-        station(tmp_path).answer(header("train"), Payload().to_bytes())
+        process(tmp_path).answer(header("train"), Payload().to_bytes())

@@ -27,8 +27,8 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import site_of, tasks_of
 from fluvial.seeds import generator
 from fluvial.site_process.journal import Header
+from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.site_process.site_file import Allowed, SiteFile
-from fluvial.site_process.station import HELLO, Station
 from fluvial.training.train import TrainReport
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, scale
@@ -260,11 +260,11 @@ def test_an_installed_codec_that_tells_of_the_update_is_refused(
 # -- a site's own file ---------------------------------------------------------------------------
 
 
-def hello(
+def join(
     run_config: dict[str, Any], folder: Path, *, run: str, most: float = 8.0, **changes: Any
 ) -> None:
     """A run greets a site whose file allows epsilon `most` in all."""
-    station = Station(
+    process = SiteProcess(
         SiteFile(
             name="north",
             folder=folder,
@@ -274,8 +274,8 @@ def hello(
     )
     table = run_config | {"method": cgfedllm_table(), "codec": {"name": "identity"}} | changes
     message = Payload(values={"config": table})
-    header = Header(run=run, task=HELLO, round=0, session="one", seq=1, ack=0, base=-1)
-    station.answer(header, message.to_bytes())
+    header = Header(run=run, task=JOIN, round=0, session="one", seq=1, ack=0, base=-1)
+    process.answer(header, message.to_bytes())
 
 
 def at(epsilon: float, placement: str = "update", **others: Any) -> dict[str, Any]:
@@ -297,29 +297,29 @@ def test_a_site_that_bounds_epsilon_refuses_runs_beyond_it(
     method: dict[str, Any], text: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(PrivacyError, match=text):
-        hello(run_config, tmp_path, run="one", method=method)
+        join(run_config, tmp_path, run="one", method=method)
 
 
 def test_the_runs_of_a_site_share_its_epsilon(run_config: dict[str, Any], tmp_path: Path) -> None:
     """A server that begins one run after another, or greets one again with more, gets no more in
     all."""
-    hello(run_config, tmp_path, run="one", method=at(5.0))
-    hello(run_config, tmp_path, run="one", method=at(5.0))
+    join(run_config, tmp_path, run="one", method=at(5.0))
+    join(run_config, tmp_path, run="one", method=at(5.0))
 
     with pytest.raises(PrivacyError, match="more than this site has left"):
-        hello(run_config, tmp_path, run="two", method=at(4.0))
-    hello(run_config, tmp_path, run="two", method=at(2.5))
+        join(run_config, tmp_path, run="two", method=at(4.0))
+    join(run_config, tmp_path, run="two", method=at(2.5))
     with pytest.raises(PrivacyError, match="more than this site has left"):
-        hello(run_config, tmp_path, run="one", method=at(6.0))
+        join(run_config, tmp_path, run="one", method=at(6.0))
 
 
 def test_a_run_cannot_hide_what_it_spent_behind_a_smaller_promise(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     """A server greets a run that released with a smaller epsilon, to make room for another run."""
-    hello(run_config, tmp_path / "site", run="one", method=at(8.0))
+    join(run_config, tmp_path / "site", run="one", method=at(8.0))
     start = bed(run_config, tmp_path / "bed").start
-    station = Station(
+    process = SiteProcess(
         SiteFile(
             name="north",
             folder=tmp_path / "site",
@@ -328,17 +328,17 @@ def test_a_run_cannot_hide_what_it_spent_behind_a_smaller_promise(
         )
     )
     header = Header(run="one", task="train", round=1, session="one", seq=2, ack=0, base=-1)
-    hello(run_config, tmp_path / "site", run="one", method=at(7.0))  # nothing left the site yet
-    station.answer(header, adapter_message(start, round=1).to_bytes())
+    join(run_config, tmp_path / "site", run="one", method=at(7.0))  # nothing left the site yet
+    process.answer(header, adapter_message(start, round=1).to_bytes())
 
     with pytest.raises(
         PrivacyError, match="this run made releases under epsilon 7 .*; begin a new"
     ):
-        hello(run_config, tmp_path / "site", run="one", method=at(0.1))
+        join(run_config, tmp_path / "site", run="one", method=at(0.1))
 
     with pytest.raises(PrivacyError, match="more than this site has left"):
-        hello(run_config, tmp_path / "site", run="two", method=at(2.0))
-    hello(run_config, tmp_path / "site", run="one", method=at(7.0))
+        join(run_config, tmp_path / "site", run="two", method=at(2.0))
+    join(run_config, tmp_path / "site", run="one", method=at(7.0))
 
 
 def test_the_server_reads_no_value_beside_a_private_frame(
@@ -377,7 +377,7 @@ def test_a_site_of_its_own_counts_through_new_sessions(
     start = bed(run_config, tmp_path / "bed").start
 
     def ask(task: str, message: Payload, session: str) -> bytes:
-        station = Station(
+        process = SiteProcess(
             SiteFile(
                 name="north",
                 folder=tmp_path / "north",
@@ -386,11 +386,11 @@ def test_a_site_of_its_own_counts_through_new_sessions(
             )
         )
         header = Header(run="one", task=task, round=1, session=session, seq=1, ack=0, base=-1)
-        return station.answer(header, message.to_bytes()).data
+        return process.answer(header, message.to_bytes()).data
 
     frames = set()
     for session in ("first", "second", "third"):
-        ask(HELLO, Payload(values={"config": table}), session)
+        ask(JOIN, Payload(values={"config": table}), session)
         frames.add(ask("train", adapter_message(start, round=1), session))
 
     assert len(frames) == 1
@@ -399,7 +399,7 @@ def test_a_site_of_its_own_counts_through_new_sessions(
         ask("train", adapter_message(scale(start, 1.002), round=1), "fifth")
 
     longer = table | {"rounds": 1000}
-    ask(HELLO, Payload(values={"config": longer}), "sixth")
+    ask(JOIN, Payload(values={"config": longer}), "sixth")
     with pytest.raises(PrivacyError, match="epsilon cannot count both"):
         ask("train", adapter_message(scale(start, 1.002), round=1), "sixth")
     with pytest.raises(WireError, match="unknown task 'snapshot'"):

@@ -24,8 +24,8 @@ from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
+from fluvial.site_process.process import JOIN, UNKNOWN_RUN, SiteProcess
 from fluvial.site_process.site_file import SiteFile, read_site_file
-from fluvial.site_process.station import HELLO, UNKNOWN, Station
 from fluvial.wire.payload import Limits, Payload
 
 SITE = "south"
@@ -308,9 +308,9 @@ def site_file(tmp_path: Path, **settings: Any) -> SiteFile:
     )
 
 
-def hello(station: Station, table: dict[str, Any], **changes: Any) -> Payload:
+def join(process: SiteProcess, table: dict[str, Any], **changes: Any) -> Payload:
     wire = Payload(values={"config": table}).to_bytes()
-    return Payload.from_bytes(station.answer(header(task=HELLO, round=0, **changes), wire).data)
+    return Payload.from_bytes(process.answer(header(task=JOIN, round=0, **changes), wire).data)
 
 
 def training(bench: ModelPool, round: int = 1) -> bytes:
@@ -320,11 +320,11 @@ def training(bench: ModelPool, round: int = 1) -> bytes:
 
 
 def answers(
-    open_station: Callable[[], Station], table: dict[str, Any], bench: ModelPool
+    open_process: Callable[[], SiteProcess], table: dict[str, Any], bench: ModelPool
 ) -> list[bytes]:
-    hello(open_station(), table)
+    join(open_process(), table)
     return [
-        open_station().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data
+        open_process().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data
         for n in range(1, 4)
     ]
 
@@ -333,28 +333,28 @@ def test_cold_and_warm_answers_are_the_same(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     """A new process for every message, or one for all: what a site keeps is on its disk."""
-    warm = Station(site_file(tmp_path / "warm"))
+    warm = SiteProcess(site_file(tmp_path / "warm"))
     found = answers(lambda: warm, table, bench)
-    assert found == answers(lambda: Station(site_file(tmp_path / "cold")), table, bench)
+    assert found == answers(lambda: SiteProcess(site_file(tmp_path / "cold")), table, bench)
     assert len(set(found)) == 3
-    prepared = Station(site_file(tmp_path / "warm"))
+    prepared = SiteProcess(site_file(tmp_path / "warm"))
     prepared.prepare()
     last = header(round=4, seq=4, ack=3)
-    cold = Station(site_file(tmp_path / "cold"))
+    cold = SiteProcess(site_file(tmp_path / "cold"))
     assert prepared.answer(last, training(bench, 4)) == cold.answer(last, training(bench, 4))
 
 
 def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path))
-    hello(station, table)
-    first = station.answer(header(seq=1), training(bench))
-    assert station.answer(header(seq=2), training(bench)) == first
-    second = station.answer(header(round=2, seq=3, ack=2), training(bench, 2))
-    station.answer(header(round=3, seq=4, ack=3), training(bench, 3))
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
+    first = process.answer(header(seq=1), training(bench))
+    assert process.answer(header(seq=2), training(bench)) == first
+    second = process.answer(header(round=2, seq=3, ack=2), training(bench, 2))
+    process.answer(header(round=3, seq=4, ack=3), training(bench, 3))
     assert (
-        station.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2))
+        process.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2))
         == second
     )
 
@@ -362,39 +362,40 @@ def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
 def test_a_run_that_was_not_met_is_unknown(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path))
-    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
+    process = SiteProcess(site_file(tmp_path))
+    assert Payload.from_bytes(process.answer(header(), training(bench)).data) == UNKNOWN_RUN
     assert [(line["task"], line["values"]) for line in log_of(tmp_path)] == [("train", ["unknown"])]
-    hello(station, table)
-    assert Payload.from_bytes(station.answer(header(), training(bench)).data) != UNKNOWN
+    join(process, table)
+    assert Payload.from_bytes(process.answer(header(), training(bench)).data) != UNKNOWN_RUN
     assert (
-        Payload.from_bytes(station.answer(header(run="another"), training(bench)).data) == UNKNOWN
+        Payload.from_bytes(process.answer(header(run="another"), training(bench)).data)
+        == UNKNOWN_RUN
     )
 
 
 def test_a_task_that_there_is_not_is_refused(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path))
-    hello(station, table)
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
     with pytest.raises(WireError, match="unknown task 'os.system'"):
-        station.answer(header(task="os.system"), training(bench))
+        process.answer(header(task="os.system"), training(bench))
 
 
 def test_garbled_messages_are_refused_and_nothing_worse(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     """Bytes of a message, changed anywhere: a reason, or an answer where only a number changed."""
-    station = Station(site_file(tmp_path))
-    hello(station, table)
-    wires = {HELLO: Payload(values={"config": table}).to_bytes(), "train": training(bench)}
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
+    wires = {JOIN: Payload(values={"config": table}).to_bytes(), "train": training(bench)}
     chance = random.Random(3)
     refused = 0
 
     for number in range(400):
-        task = HELLO if number % 2 else "train"
+        task = JOIN if number % 2 else "train"
         data = bytearray(wires[task])
-        place = chance.randrange(200 if task == HELLO or chance.random() < 0.8 else len(data))
+        place = chance.randrange(200 if task == JOIN or chance.random() < 0.8 else len(data))
 
         if number % 3:
             data[place] ^= 1 << chance.randrange(8)
@@ -402,15 +403,17 @@ def test_garbled_messages_are_refused_and_nothing_worse(
             data = data[:place]
 
         try:
-            station.answer(
-                header(task=task, run=f"{number}" if task == HELLO else "a run"), bytes(data)
+            process.answer(
+                header(task=task, run=f"{number}" if task == JOIN else "a run"), bytes(data)
             )
         except FluvialError:
             refused += 1
 
     assert refused > 200
     with pytest.raises(WireError, match="exceeds the limit"):
-        Station(site_file(tmp_path), limits=Limits(max_bytes=100)).answer(header(), training(bench))
+        SiteProcess(site_file(tmp_path), limits=Limits(max_bytes=100)).answer(
+            header(), training(bench)
+        )
 
 
 # -- what a site takes part in -------------------------------------------------------------------
@@ -427,10 +430,10 @@ def test_garbled_messages_are_refused_and_nothing_worse(
 def test_a_site_takes_no_part_in_what_its_file_does_not_name(
     allow: dict[str, Any], said: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path, allow=allow))
+    process = SiteProcess(site_file(tmp_path, allow=allow))
     with pytest.raises(ConfigError, match=f"site 'south' {said}"):
-        hello(station, table)
-    assert Payload.from_bytes(station.answer(header(), training(bench)).data) == UNKNOWN
+        join(process, table)
+    assert Payload.from_bytes(process.answer(header(), training(bench)).data) == UNKNOWN_RUN
 
 
 def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_path: Path) -> None:
@@ -439,42 +442,42 @@ def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_pat
         "models": [table["model"]["name_or_path"]],
         "tensors": ["*.lora_[AB].*"],
     }
-    assert hello(Station(site_file(tmp_path, allow=allow)), table).values["site"] == SITE
+    assert join(SiteProcess(site_file(tmp_path, allow=allow)), table).values["site"] == SITE
 
 
 def test_no_more_leaves_in_a_round_than_the_file_says(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    free = Station(site_file(tmp_path / "free"))
-    hello(free, table)
+    free = SiteProcess(site_file(tmp_path / "free"))
+    join(free, table)
     size = len(free.answer(header(), training(bench)).data)
-    station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
-    hello(station, table)
-    station.answer(header(), training(bench))
+    process = SiteProcess(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
+    join(process, table)
+    process.answer(header(), training(bench))
 
     with pytest.raises(
         ConfigError,
         match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it",
     ):
-        station.answer(header(seq=2), training(bench))
+        process.answer(header(seq=2), training(bench))
 
-    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
-    station.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
+    assert [line["task"] for line in log_of(tmp_path)] == ["join", "train"]
+    process.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
 
 
 def test_the_limit_holds_after_a_line_that_was_cut_off(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
-    hello(station, table)
-    station.answer(header(), training(bench))
+    process = SiteProcess(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
+    join(process, table)
+    process.answer(header(), training(bench))
     log = tmp_path / "site" / "outgoing.jsonl"
 
     with log.open("a") as file:
         file.write('{"run": "a run", "ro')  # killed, or the disk was full
-    station.answer(header(seq=2), training(bench))
+    process.answer(header(seq=2), training(bench))
     lines = log.read_text().splitlines()
-    assert len(lines) == 4  # the greeting, an answer, half a line, an answer
+    assert len(lines) == 4  # the joined, an answer, half a line, an answer
     assert json.loads(lines[3])["bytes"] > 0
 
 
@@ -488,14 +491,14 @@ def log_of(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def test_what_leaves_is_logged(table: dict[str, Any], bench: ModelPool, tmp_path: Path) -> None:
-    station = Station(site_file(tmp_path))
-    hello(station, table)
-    first = station.answer(header(seq=1), training(bench)).data
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
+    first = process.answer(header(seq=1), training(bench)).data
     before = (tmp_path / "site" / "outgoing.jsonl").read_bytes()
-    second = station.answer(header(round=2, seq=2, ack=1), training(bench, 2)).data
+    second = process.answer(header(round=2, seq=2, ack=1), training(bench, 2)).data
     assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
-    greeting, *lines = log_of(tmp_path)
-    assert (greeting["task"], greeting["values"]) == ("hello", ["known", "prints", "site"])
+    joined, *lines = log_of(tmp_path)
+    assert (joined["task"], joined["values"]) == ("join", ["known", "prints", "site"])
 
     for line, answer, round in zip(lines, (first, second), (1, 2), strict=True):
         sent = Payload.from_bytes(answer)
@@ -513,25 +516,25 @@ def test_what_leaves_is_logged(table: dict[str, Any], bench: ModelPool, tmp_path
 def test_it_is_logged_before_it_leaves(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    station = Station(site_file(tmp_path))
-    hello(station, table)
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
 
     def killed(*_: Any) -> None:
         raise Killed
 
     monkeypatch.setattr(Journal, "post", killed)
     with pytest.raises(Killed):
-        station.answer(header(), training(bench))
-    assert [line["task"] for line in log_of(tmp_path)] == ["hello", "train"]
+        process.answer(header(), training(bench))
+    assert [line["task"] for line in log_of(tmp_path)] == ["join", "train"]
 
 
 def test_a_refusal_is_logged_and_quotes_no_error_that_was_not_made_for_it(tmp_path: Path) -> None:
-    station = Station(site_file(tmp_path))
+    process = SiteProcess(site_file(tmp_path))
 
     def told(error: Exception, header: Header | None = None) -> str:
         with pytest.raises(type(error)) as raised:
             raise error
-        return station.refusal(header, raised.value)
+        return process.refusal(header, raised.value)
 
     text = told(KeyError("patient 17"), header())
     assert text.startswith("KeyError at ")
@@ -574,7 +577,7 @@ def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
 def test_equal_ends_have_equal_prints(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    found = hello(Station(site_file(tmp_path)), table)
+    found = join(SiteProcess(site_file(tmp_path)), table)
     assert found.values["prints"] == fingerprints(bench)
 
 
@@ -582,7 +585,7 @@ def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
     shutil.copytree(table["model"]["name_or_path"], tmp_path / "copy")
-    found = hello(Station(site_file(tmp_path, model=str(tmp_path / "copy"))), table)
+    found = join(SiteProcess(site_file(tmp_path, model=str(tmp_path / "copy"))), table)
     assert found.values["prints"] == fingerprints(bench)
 
 
@@ -643,30 +646,30 @@ def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
         alone = SiteTexts(data, bench.tokenizer, seed=config.seed, owner=name)
         assert alone.names == (name,)
         assert alone.load(name) == common.load(name)
-        stations = [
-            Station(site_file(tmp_path / kind / name, name=name, **given))
+        processes = [
+            SiteProcess(site_file(tmp_path / kind / name, name=name, **given))
             for kind, given in (("own", {"data": {"source": str(own)}}), ("common", {}))
         ]
 
-        for station in stations:
-            hello(station, table)
-        first, second = (station.answer(header(), training(bench)) for station in stations)
+        for process in processes:
+            join(process, table)
+        first, second = (process.answer(header(), training(bench)) for process in processes)
         assert first == second
 
 
 def test_a_site_that_has_no_records_says_so_at_the_start(
     table: dict[str, Any], tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path, data={"source": str(tmp_path / "none.jsonl")}))
+    process = SiteProcess(site_file(tmp_path, data={"source": str(tmp_path / "none.jsonl")}))
     with pytest.raises(ConfigError, match=r"none\.jsonl"):
-        hello(station, table)
+        join(process, table)
 
 
 def test_threads_are_those_of_the_run(
     table: dict[str, Any], bench: ModelPool, tmp_path: Path
 ) -> None:
-    station = Station(site_file(tmp_path))
-    hello(station, table)
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
     torch.set_num_threads(2)
-    station.answer(header(), training(bench))
+    process.answer(header(), training(bench))
     assert torch.get_num_threads() == 1

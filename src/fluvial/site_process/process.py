@@ -1,0 +1,263 @@
+"""The site's end of a deployment: one message in, one answer out, and no state lost in between.
+
+The process may be new for every message. State that an answer changes lies in pending files until
+the next message says that the server accepted the answer. So the state of a site is that of its
+last accepted answer, even if either process is killed. When a site joins a run, both ends compare
+what must be equal, and the site's own file decides whether it takes part.
+"""
+
+import fnmatch
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fluvial.data import POOLED, SiteTexts
+from fluvial.errors import ConfigError, RefusalError, WireError
+from fluvial.federation.boundary import ERRORS, kind, outward
+from fluvial.models.pool import ModelPool
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Records, site_of, tasks_of, texts_of
+from fluvial.site_process.budget import check_budget, check_same_promise
+from fluvial.site_process.fingerprints import fingerprints
+from fluvial.site_process.journal import Header, Journal
+from fluvial.site_process.local_config import at_site, refusal
+from fluvial.site_process.outgoing import OutgoingLog, labels_of
+from fluvial.site_process.run_configs import NAME, other_runs, read_config, write_config
+from fluvial.site_process.site_file import SiteFile
+from fluvial.wire.payload import Limits, Payload
+
+logger = logging.getLogger(__name__)
+
+JOIN = "join"
+"""Task that brings the configuration of a run to a site."""
+UNKNOWN_RUN = Payload(values={"unknown": True})
+"""Answer of a site that has not joined the run; the server sends `JOIN` again."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer that leaves a site."""
+
+    data: bytes
+    """Bytes of the answer's payload."""
+    kept: bool
+    """True if the site keeps state that a later message of the run needs."""
+
+
+class SiteProcess:
+    """Process that answers the messages for one site; its attributes are a cache only."""
+
+    def __init__(self, site: SiteFile, *, limits: Limits | None = None) -> None:
+        self.site = site
+        self.limits = limits or Limits()
+        self._outgoing = OutgoingLog(site.folder)
+        self._benches: dict[str, ModelPool] = {}
+        self._texts: dict[str, SiteTexts] = {}
+
+    def prepare(self) -> None:
+        """Load the base model of the newest run, so that processes forked from this one have it."""
+        paths = sorted(
+            self.site.folder.glob(f"runs/*/{NAME}"), key=lambda path: path.stat().st_mtime
+        )
+        sent = read_config(paths[-1].parent) if paths else None
+
+        if sent is not None:
+            config = at_site(sent, self.site)
+            self._records(config, self._bench(config))
+
+    def answer(self, header: Header, wire: bytes) -> Answer:
+        """Return the answer to one message; raise what the task raises."""
+        message = Payload.from_bytes(wire, self.limits)
+        if header.task == JOIN:
+            return self._release(header, self._join(header, message))
+
+        config = self._config(header.run)
+        if config is None:
+            return self._release(header, UNKNOWN_RUN)
+
+        tasks = tasks_of(config)
+        if header.task not in tasks:
+            raise WireError(f"unknown task {header.task!r:.40}")
+
+        torch.set_num_threads(config.fleet.threads)
+        journal = Journal(self._run_folder(header.run), self._name(config))
+        journal.settle(header)
+        bench = self._bench(config)
+        site = site_of(
+            config, self._name(config), bench, self._records(config, bench), journal.store
+        )
+        site.accept_assignment(message)
+        answer = self._release(
+            header, tasks[header.task](site, message), config, kept=bool(site.kept)
+        )
+        journal.post(header, site.kept)
+
+        return answer
+
+    def refusal(self, header: Header | None, problem: Exception) -> str:
+        """Log a problem and return the text of it that may leave the site (see `boundary`)."""
+        errors = self.site.folder / ERRORS
+        text = outward(problem, errors, site=self.site.name, **labels_of(header))
+
+        try:
+            self._outgoing.write_error(header, text)
+        except OSError as full:
+            return f"the site cannot write its log ({kind(full)})"
+
+        return text
+
+    # -- a run ------------------------------------------------------------------------------------
+
+    def _join(self, header: Header, message: Payload) -> Payload:
+        """Join a run and return the site's fingerprints, or raise `ConfigError` with the reason."""
+        config = parse(message.value("config", dict), "the run's configuration")
+        local = at_site(config, self.site)
+        folder = self._run_folder(header.run)
+        self._check_allowed(config, folder)
+
+        try:
+            bench = self._bench(local)
+        except ConfigError:
+            if self.site.model is not None:
+                raise
+            raise refusal("model.name_or_path", self.site) from None
+
+        patterns = self.site.allow.tensors
+        refused = [name for name in bench.layout.names if not _matches(name, patterns)]
+        if refused:
+            raise RefusalError(
+                f"site {self.site.name!r} does not let {refused[0]!r} leave "
+                f"(nor {len(refused) - 1} more)"
+            )
+
+        name = self._name(config)
+        texts = self._records(local, bench)
+        if not _is_private_at_site(config):
+            _ = texts.pooled() if config.entry.pooled else texts.load(name)
+        for note in texts.notes:
+            logger.warning("%s", note)
+
+        known = Journal(folder, name).begun
+        write_config(folder, message.values["config"])
+        return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
+
+    def _check_allowed(self, config: RunConfig, folder: Path) -> None:
+        """Raise `RefusalError` or `PrivacyError` unless the site's file allows the run."""
+        allowed = self.site.allow
+        for setting, value, values in (
+            ("method.name", config.method.name, allowed.methods),
+            ("model.name_or_path", config.model.name_or_path, allowed.models),
+        ):
+            if values and value not in values:
+                raise RefusalError(
+                    f"site {self.site.name!r} takes no part in runs with this {setting}"
+                )
+
+        if allowed.max_epsilon is not None:
+            check_budget(
+                config,
+                other_runs(folder),
+                max_epsilon=allowed.max_epsilon,
+                max_delta=allowed.max_delta,
+            )
+            ledger = Journal(folder, self._name(config)).store.private(self._name(config))
+            check_same_promise(config, read_config(folder), ledger)
+
+    def _config(self, run: str) -> RunConfig | None:
+        """Return the configuration of `run` as it holds at this site, None before it has joined.
+
+        Raises `RefusalError` if the run names a path that the site's file does not allow.
+        """
+        sent = read_config(self._run_folder(run))
+        return None if sent is None else at_site(sent, self.site)
+
+    def _name(self, config: RunConfig) -> str:
+        return POOLED if config.entry.pooled else self.site.name
+
+    def _bench(self, config: RunConfig) -> ModelPool:
+        key = f"{config.model!r} {config.adapter!r}"
+        if key not in self._benches:
+            bench = ModelPool(config.model, config.adapter)
+            bench.load()
+            self._benches = {key: bench}  # one base at a time
+        return self._benches[key]
+
+    def _records(self, config: RunConfig, bench: ModelPool) -> Records:
+        """Return the site's records.
+
+        Under privacy at the site, a fault of the records is raised when they are loaded.
+        """
+        try:
+            return self._data(config, bench)
+        except Exception as problem:
+            if not _is_private_at_site(config):
+                raise
+            return _UnreadableRecords(self._name(config), problem)
+
+    def _data(self, config: RunConfig, bench: ModelPool) -> SiteTexts:
+        key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
+        if key not in self._texts:
+            owner = None if self.site.data is None else self.site.name
+            self._texts = {key: texts_of(config, bench, owner)}
+
+        return self._texts[key]
+
+    def _run_folder(self, run: str) -> Path:
+        return self.site.folder / "runs" / hashlib.sha256(run.encode()).hexdigest()[:24]
+
+    # -- answers ----------------------------------------------------------------------------------
+
+    def _release(
+        self,
+        header: Header,
+        answer: Payload,
+        config: RunConfig | None = None,
+        *,
+        kept: bool = False,
+    ) -> Answer:
+        """Log an answer before it leaves; raise `RefusalError` if it exceeds the site's bound."""
+        data = answer.to_bytes()
+        bound = self.site.allow.max_bytes_up_per_round
+
+        if bound is not None and len(data) + self._outgoing.bytes_of_round(header) > bound:
+            raise RefusalError(
+                f"site {self.site.name!r} lets {bound} bytes leave in a round; this answer of "
+                f"{len(data)} exceeds it"
+            )
+
+        labels = {}
+        if config is not None:
+            labels = {"method": config.method.name, "codec": config.coding.name}
+        self._outgoing.write_answer(header, answer, data, labels)
+
+        return Answer(data, kept)
+
+
+class _UnreadableRecords:
+    """Records that cannot be read, in a run whose refusal must disclose nothing of them."""
+
+    def __init__(self, name: str, problem: Exception) -> None:
+        self.names = (name,)
+        self.notes = [f"its records cannot be read: {problem}"]
+        self._problem = problem
+
+    def load(self, name: str) -> NoReturn:  # noqa: ARG002
+        """Raise the error of reading the records."""
+        raise self._problem
+
+    def pooled(self) -> NoReturn:
+        """Raise the error of reading the records."""
+        raise self._problem
+
+
+def _is_private_at_site(config: RunConfig) -> bool:
+    """Return True if epsilon counts all that the site sends, so refusals may not depend on data."""
+    return config.promise is not None and config.promise.at_site
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
