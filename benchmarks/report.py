@@ -1,5 +1,4 @@
-"""What every benchmark hands in: the machine, the settings, rows, and claims that hold or do
-not."""
+"""The report of a benchmark: machine, settings, rows, and claims that hold or do not."""
 
 import json
 import os
@@ -28,7 +27,7 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Whether the figure is on the right side of its bar."""
+        """Return True where the figure is on the right side of its bar."""
         if self.value is None:
             return False
         if self.side == "at least":
@@ -45,7 +44,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
-    """What was not measured on this machine, and why."""
+    """One line for everything that was not measured on this machine, with the reason."""
 
     def skip(self, line: str) -> None:
         """Say on the screen and in the file that something was left out."""

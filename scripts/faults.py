@@ -28,20 +28,26 @@ TESTS = "tests/flower/test_faults.py"
 SETTINGS = (sys.executable, "-m", "pytest", TESTS, "-m", "faults")
 INTRODUCTION = """# What happens when something breaks
 
-Made by `make faults`; nothing here is written by hand. Every fault is put to real processes on loopback: a SuperLink
-with TLS and node keys, and three sites, which tune a tiny model for three rounds with error feedback, so that anything
-lost or counted twice would show in the adapter. A process is stopped at the named moment and killed there with
-SIGKILL. "Same adapter" is equality of the file's SHA-256 with that of an undisturbed run in one process with the same
-participants. Seconds run from the fault until the server, or whoever is meant, noticed; the deadline is
-`fleet.deadline_s = 30`. tests/flower/test_faults.py is the whole procedure.
+`make faults` writes this page. Do not edit it by hand.
+
+Every fault hits real processes on loopback: a SuperLink with TLS and node keys, and three sites.
+The sites tune a tiny model for three rounds with error feedback, so anything that is lost or
+counted twice shows in the adapter. A process is stopped at the named moment and killed there with
+SIGKILL. "Same adapter" means that the file's SHA-256 equals that of an undisturbed run in one
+process with the same participants. Seconds run from the fault until the server, or the process in
+question, noticed it. The deadline is `fleet.deadline_s = 30`. The whole procedure is in
+tests/flower/test_faults.py.
 """
 
 NOT_TESTED = {
-    "a file system that is really full": "a limit on the size of files stands for it; mounting one needs root",
-    "a computer whose own clock is wrong": "one process's clock and the certificate's days are moved instead",
+    "a file system that is really full": "a limit on the size of files stands for it; mounting "
+    "one needs root",
+    "a computer whose own clock is wrong": "one process's clock and the certificate's days are "
+    "moved instead",
     "a power cut": "files are synced before they are renamed, but nothing here cuts the power",
     "the faults over a wide-area link": "all processes are on loopback",
-    "a run stopped while its message comes down": "tried by hand only, over 5 Mbit/s: in 2 of 6 attempts the site was "
+    "a run stopped while its message comes down": "tried by hand only, over 5 Mbit/s: in 2 of 6 "
+    "attempts the site was "
     "one reply behind, its SuperNode was started again, and all later runs went on",
 }
 

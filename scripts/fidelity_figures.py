@@ -41,7 +41,8 @@ def autoencoder() -> str:
     cosine = max(row["cosine"] for row in found)
 
     return (
-        f"relative squared error {min(errors):.3f} to {max(errors):.3f} in {len(found)} fits, where sending nothing "
+        f"relative squared error {min(errors):.3f} to {max(errors):.3f} in {len(found)} fits, "
+        "where sending nothing "
         f"has 1; innovation cosine at most {cosine:.3f}"
     )
 
@@ -62,7 +63,8 @@ def transfer() -> str:
     quick = json.loads((RESULTS / "cgfedllm_transfer.json").read_text())["settings"]["quick"]
     corpora = len({row["corpus"] for row in found})
     return (
-        f"fitted on public text, relative squared error on {corpora} corpora{' (--quick)' if quick else ''}: "
+        f"fitted on public text, relative squared error on {corpora} "
+        f"corpora{' (--quick)' if quick else ''}: "
         f"{', '.join(words)}"
     )
 
@@ -110,8 +112,10 @@ def losses_verdict() -> str:
     shares = [found[OURS]["up_share"] for found in table.values()]
 
     return (
-        f"not: within 1 % of Fed-full on {len(near)} of {len(table)} tasks, at worst {100 * worst:.1f} % behind it, "
-        f"at 1/{1 / max(shares):.0f} to 1/{1 / min(shares):.0f} of its upload; ahead of LoRA at equal bytes on "
+        f"not: within 1 % of Fed-full on {len(near)} of {len(table)} tasks, at worst "
+        f"{100 * worst:.1f} % behind it, "
+        f"at 1/{1 / max(shares):.0f} to 1/{1 / min(shares):.0f} of its upload; ahead of LoRA at "
+        "equal bytes on "
         f"{len(lora)} of {len(table)}, of central tuning on {len(central)}"
     )
 
@@ -156,7 +160,7 @@ def downloads() -> str:
 
 
 def half() -> str:
-    """What half of the updated blocks costs in loss and gradient."""
+    """Return the cost of half of the updated blocks in loss and gradient."""
     found = _downloads()
     stale = found["stale subset 0.5"]
     proxy = found["proxy, kept 0.5"]
@@ -164,7 +168,8 @@ def half() -> str:
 
     return (
         f"`stale-subset` {stale['loss']:.3f} against {full['loss']:.3f} whole, gradient cosine "
-        f"{stale['cosine_tuned']:.2f}; the proxy that keeps 0.5 ends at {proxy['loss']:.3f}, cosine "
+        f"{stale['cosine_tuned']:.2f}; the proxy that keeps 0.5 ends at {proxy['loss']:.3f}, "
+        "cosine "
         f"{proxy['cosine_base']:.2f} at the base"
     )
 
@@ -176,7 +181,8 @@ def memory() -> str:
     block, disk = (found[f"block, float32, {hold}"] for hold in ("memory", "disk"))
 
     return (
-        f"{shape['layers']} blocks of {block['trained'] / 1e6:.1f} M values, fp32, training: {block['share']:.2f} of "
+        f"{shape['layers']} blocks of {block['trained'] / 1e6:.1f} M values, fp32, training: "
+        f"{block['share']:.2f} of "
         f"full tuning with the rest in memory, {disk['share']:.2f} with it on disk"
     )
 
@@ -193,14 +199,15 @@ def compute() -> str:
     shares, counted = ([row[key] for row in found] for key in ("share", "predicted"))
 
     return (
-        f"{shares[0]:.2f} of full tuning's step at the first of {len(found)} blocks, {shares[-1]:.2f} at the last, "
+        f"{shares[0]:.2f} of full tuning's step at the first of {len(found)} blocks, "
+        f"{shares[-1]:.2f} at the last, "
         f"mean {fmean(shares):.2f} (medians, {found[0]['model']}, CPU); "
         f"by count {counted[0]:.2f} to {counted[-1]:.2f}, mean {fmean(counted):.2f}"
     )
 
 
 def compute_verdict() -> str:
-    """Whether measured and counted time agree."""
+    """Return the verdict on measured and counted time."""
     found = _steps()
     off = fmean(row["share"] for row in found) / fmean(row["predicted"] for row in found) - 1
     return f"reproduced: {abs(100 * off):.0f} % {'less' if off < 0 else 'more'} than by count"

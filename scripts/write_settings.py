@@ -21,11 +21,14 @@ from fluvial.site_process.site_file import SiteFile
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Every setting
 
-Written by `python scripts/write_settings.py` from the classes that read the files; nothing here is written by hand.
-`fluvial check CONFIG` names an unknown key and the nearest known one. `--set 'method.fraction = 0.5'` replaces one
-setting of a run. A relative path in a file is relative to the folder of that file, and one in `--set` to the working
-directory; what `fluvial submit` sends to sites keeps its paths as they are written.
-Where no default stands, a setting must be given; what "unset" means, its text says.
+`python scripts/write_settings.py` writes this page from the classes that read the files. Do not
+edit it by hand.
+
+`fluvial check CONFIG` names an unknown key and the nearest known one. `--set 'method.fraction =
+0.5'` replaces one setting of a run. A relative path in a file is relative to the folder of that
+file; a relative path in `--set` is relative to the working directory. `fluvial submit` sends paths
+to sites as they are written. A setting without a default must be given. Its text says what "unset"
+means.
 """
 FILES: tuple[tuple[str, str, type[Settings]], ...] = (
     (
@@ -132,12 +135,13 @@ class Page:
                 for key, field in each["properties"].items()
                 if "const" in field
             )
-            yield f"#### `[{place}]` with `{tag} = {json.dumps(value)}`\n\n{_sentence(each)}".rstrip()
+            heading = f"#### `[{place}]` with `{tag} = {json.dumps(value)}`"
+            yield f"{heading}\n\n{_sentence(each)}".rstrip()
             same = {key for key, field in usual.items() if each["properties"][key] == field}
             yield from self._table(each, place, frozenset({*same, tag}))
 
     def _tables(self, field: dict[str, Any]) -> list[dict[str, Any]]:
-        """What a field may hold if that is a table."""
+        """Return the tables that a field may hold."""
         options = [
             each
             for each in field.get("anyOf", field.get("oneOf", [field]))
@@ -189,7 +193,7 @@ def _short(number: float) -> str:
 
 
 def _most(found: list[Any]) -> Any:
-    """What is there most often, the first of several."""
+    """Return the most frequent value, the first of several."""
     return max(found, key=found.count)
 
 

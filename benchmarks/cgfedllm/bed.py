@@ -51,7 +51,7 @@ class Corpus:
 
     @property
     def present(self) -> bool:
-        """Whether this checkout has what the corpus needs."""
+        """Return True where this checkout has the files of the corpus."""
         return self.folder is None or (SHARED / "data" / self.folder).is_dir()
 
     def tables(self) -> Table:
@@ -137,7 +137,7 @@ def config(
 
 @dataclass(frozen=True)
 class Ensemble:
-    """What TGAP collected, split by time."""
+    """Snapshots that TGAP collected, split by time."""
 
     layout: Layout
     training: list[Snapshot]

@@ -1,6 +1,7 @@
-"""What CG-FedLLM's codecs carry: the gate on held-out snapshots, and held-out loss against bytes.
+"""CG-FedLLM's codecs: the gate on held-out snapshots, and held-out loss against bytes.
 
-    python -m benchmarks.cgfedllm [--quick] [--part NAME ...] [--corpus NAME ...] [--iterations N] [--out FILE.json]
+    python -m benchmarks.cgfedllm [--quick] [--part NAME ...] [--corpus NAME ...]
+                                  [--iterations N] [--out FILE.json]
 
 Without `--part`: gate and loss. The paper's autoencoder is `resnet`, on the canvas "grouped"
 because keys and values are narrower in some of the models; how long it was trained stands in its
@@ -34,7 +35,7 @@ from benchmarks.report import Claim, Report, Row, show
 FULL = Size(rounds=6, steps=4, tgap_rounds=8, heldout=16, iterations=1500, seeds=3)
 QUICK = Size(rounds=2, steps=2, tgap_rounds=3, heldout=4, iterations=300, seeds=1)
 LOSS_ITERATIONS = 200
-"""Of the autoencoder where it is fitted again for every run; the gate shows it at both budgets."""
+"""Iterations of an autoencoder that is fitted for every run; the gate shows both budgets."""
 FEDAVG = "fedavg, uncompressed"
 HALF = 0.45
 """Share of the signs whose frame is within 1/64."""

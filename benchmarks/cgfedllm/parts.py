@@ -51,7 +51,12 @@ def _gates(
     return [row for each in waiting for row in each.result()]
 
 
-def rates(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Found:  # noqa: ARG001 - as all parts
+def rates(
+    pool: Executor,
+    corpora: Sequence[str],
+    size: Size,
+    skip: Skip,  # noqa: ARG001 - as all parts
+) -> Found:
     """Compression rates 1/4 to 1/256 and ranks 4 to 16, gate metrics; and the loss that each rate
     ends at."""
     klt: list[Table] = [{"name": "klt", "rate": rate} for rate in (8, 16, 64, 256)]
@@ -100,7 +105,12 @@ def rates(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Fou
     ], []
 
 
-def normalise(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Found:  # noqa: ARG001
+def normalise(
+    pool: Executor,
+    corpora: Sequence[str],
+    size: Size,
+    skip: Skip,  # noqa: ARG001 - as all parts
+) -> Found:
     """The paper's autoencoder under four normalisations, coding updates or whole adapters (table
     f.3)."""
     jobs: list[tuple[str, dict[str, Any], list[Table]]] = [
@@ -320,4 +330,4 @@ PARTS: dict[str, Callable[[Executor, Sequence[str], Size, Skip], Found]] = {
     "normalise": normalise,
     "tgap": tgap,
 }
-"""By the name that `--part` takes."""
+"""Functions by the name that `--part` takes."""

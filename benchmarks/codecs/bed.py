@@ -1,225 +1,37 @@
-"""What the benchmarks of codecs share: cells, contenders, one run of a contender, and the file that
-remembers runs.
+"""Cells and contenders of the benchmarks of codecs, and one run of a contender.
 
 A cell is a corpus with a model. A contender is a codec, a scheme or a pair of codecs for both ways,
 at one rate. Runs are kept in a file of JSON lines under the hash of their resolved configuration,
 so that an interrupted benchmark goes on where it was and several processes share the work.
 """
 
-import fcntl
-import hashlib
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
-import fluvial
-from benchmarks.cgfedllm.bed import CORPORA, Table
+from benchmarks.codecs.cache import SOURCE, Cache
+from benchmarks.codecs.contenders import Bed, Contender, grid, resolve
 from benchmarks.report import Row
-from fluvial.codecs import must_learn
 from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
-from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
+from fluvial.errors import ClientError, DivergenceError, GateError
 from fluvial.exchange import tgap
 from fluvial.federation.meter import Metered
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
-from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.config import RunConfig
 from fluvial.runs.run import MEASURING, Run, check_settings
 
-SMALL = ("fairytales", "shakespeare", "mini_ops", "babi")
-"""Corpora on stories260k, d 64."""
-LARGE = tuple(f"{name}, babyllama105" for name in SMALL)
-"""The same on babyllama105, d 128."""
-CELLS = (*SMALL, *LARGE, "stdlib")
-"""The last is the embedded model, d 128, with Python's standard library."""
 MEMORY = Path("/dev/shm")
 """Runs write their folders here where it exists: on a disk, half of a small round is waiting for
 it."""
-
-Role = Literal["reference", "ours", "published", "assembled"]
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What competes, as tables of a configuration; everything else is the same for all."""
-
-    name: str
-    role: Role
-    """"published" is a scheme as its authors ship it, both ways; "assembled" is another's codec in
-    our FedAvg, with error feedback where it is biased, which is stronger than it was published."""
-    codec: Table | None = None
-    downlink: Table | None = None
-    method: Table = field(default_factory=lambda: {"name": "fedavg"})
-    tier: int = 1
-    """Contenders of tier 1 come first."""
-    rate: float | None = None
-    """The rate under which claims compare it."""
-
-
-def _coded(
-    codec: str,
-    rate: float,
-    *,
-    role: Role,
-    tier: int = 1,
-    feedback: bool = True,
-    down: Table | None = None,
-    **more: Any,
-) -> Contender:
-    """A codec with a rate in FedAvg."""
-    table = {"name": codec, "rate": rate, **more} | ({"error_feedback": True} if feedback else {})
-    both = "" if down is None else f", down {down['name']} 1/{down['rate']:g}"
-    name = f"{codec} 1/{rate:g}{' + EF' if feedback else ''}{both}"
-    return Contender(name, role, table, down, tier=tier, rate=rate)
-
-
-def _judged(codec: str, rate: float) -> Contender:
-    """A learned codec that the gate may refuse: measured all the same."""
-    method = {"name": "cgfedllm", "gate": "report"}
-    table = {"name": codec, "rate": rate, "error_feedback": True}
-
-    return Contender(
-        f"{codec} 1/{rate:g} + EF", "assembled", table, method=method, tier=2, rate=rate
-    )
-
-
-DOWN: Table = {"name": "trellis", "rate": 32}
-"""The downlink of contenders that are ours."""
-ASSEMBLED_DOWN: Table = {"name": "hadamard", "rate": 32}
-"""And of those that are assembled."""
-REFERENCE = "uncompressed"
-CONTENDERS = (
-    Contender(REFERENCE, "reference", {"name": "identity"}),
-    _coded("trellis", 64, role="ours"),
-    _coded("klt", 64, role="ours"),
-    _coded("hadamard", 64, role="assembled"),
-    _coded("klt_trellis", 64, role="ours"),
-    _coded("eden", 64, role="assembled", feedback=False),
-    _coded("dct_top_k", 64, role="assembled"),
-    _coded("top_k", 64, role="assembled", value_bits="best"),
-    _coded("powersgd", 64, role="assembled"),
-    Contender("auto", "ours", {"name": "auto"}, rate=64),
-    _coded("trellis", 128, role="ours"),
-    _coded("klt", 128, role="ours"),
-    _coded("klt_trellis", 128, role="ours"),
-    _coded("hadamard", 128, role="assembled"),
-    Contender("nf4, both ways", "published", {"name": "nf4"}, {"name": "nf4"}),
-    Contender("int8, both ways", "published", {"name": "int8"}, {"name": "int8"}),
-    Contender("flasc", "published", method={"name": "flasc"}),
-    Contender("ecolora", "published", method={"name": "ecolora"}),
-    Contender(
-        "powersgd 1/64 + EF, both ways",
-        "published",
-        {"name": "powersgd", "rate": 64, "error_feedback": True},
-        {"name": "powersgd", "rate": 64},
-    ),
-    _coded("trellis", 64, role="ours", down=DOWN),
-    _coded("trellis", 64, role="ours", down={"name": "trellis", "rate": 64}),
-    _coded("hadamard", 64, role="assembled", down=ASSEMBLED_DOWN),
-    _coded("trellis", 32, role="ours", tier=2),
-    _coded("trellis", 16, role="ours", tier=2),
-    _coded("hadamard", 32, role="assembled", tier=2),
-    _coded("trellis", 256, role="ours", tier=2),
-    _coded("klt_trellis", 256, role="ours", tier=2),
-    _coded("hadamard", 256, role="assembled", tier=2),
-    Contender("auto, down trellis 1/32", "ours", {"name": "auto"}, DOWN, tier=2, rate=64),
-    _coded("trellis", 128, role="ours", down=DOWN, tier=2),
-    _coded("hadamard", 128, role="assembled", down=ASSEMBLED_DOWN, tier=2),
-    _coded("eden", 128, role="assembled", feedback=False, tier=2),
-    _coded("klt", 32, role="ours", tier=2),
-    _coded("klt", 16, role="ours", tier=2),
-    _judged("vq", 64),
-    _judged("cnn", 64),
-)
-"""In the order of their importance."""
-
-
-@dataclass(frozen=True)
-class Bed:
-    """How much is run of every contender."""
-
-    rounds: int
-    steps: int
-    batch: int
-    tgap_rounds: int
-    heldout: int
-    """Held-out sequences of each site."""
-    seeds: int
-    learning_rates: tuple[float, ...]
-    """The grid, the same for every contender (see `grid`); the best of seed 0 is used for all
-    seeds."""
-    target: int
-    """The round whose uncompressed loss is the target."""
-
-
-def grid(cell: str, bed: Bed) -> tuple[float, ...]:
-    """The learning rates of one cell; stories260k learns best at about twice the rate of the other
-    models."""
-    times = 2 if CORPORA[cell].model == "stories260k" else 1
-    return tuple(times * rate for rate in bed.learning_rates)
-
-
-def resolve(
-    cell: str, contender: Contender, bed: Bed, *, learning_rate: float, seed: int
-) -> RunConfig:
-    """The configuration of one run; raises `ConfigError` where the package lacks what the contender
-    needs."""
-    tables = CORPORA[cell].tables()
-    table: Table = {
-        **tables,
-        "data": tables["data"] | {"max_length": 128, "max_heldout": bed.heldout},
-        "seed": seed,
-        "rounds": bed.rounds,
-        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
-        "train": {
-            "learning_rate": learning_rate,
-            "per_device_train_batch_size": bed.batch,
-            "max_steps": bed.steps,
-        },
-        "method": contender.method,
-        "evaluate": {"every": 1, "sample_tokens": 1},
-        "fleet": {"workers": 1},
-    }
-    table |= {"codec": contender.codec} if contender.codec is not None else {}
-    table |= {"downlink": contender.downlink} if contender.downlink is not None else {}
-    where = f"{cell}, {contender.name}"
-    config = parse(table, where)
-
-    if must_learn(config.coding):
-        table["method"] = {
-            **contender.method,
-            "tgap": {"source": "public", "rounds": bed.tgap_rounds},
-        }
-        config = parse(table, where)
-
-    return config
-
-
-def possible(
-    contenders: Sequence[Contender], skip: Callable[[str], None], bed: Bed
-) -> list[Contender]:
-    """The contenders that the package can be configured for; each of the others is told to
-    `skip`."""
-    found = []
-    for contender in contenders:
-        try:
-            resolve("stdlib", contender, bed, learning_rate=bed.learning_rates[0], seed=0)
-        except ConfigError as error:
-            skip(str(error).splitlines()[0].split(";")[0])
-        else:
-            found.append(contender)
-
-    return found
 
 
 # -- one run -------------------------------------------------------------------------------------
@@ -327,73 +139,6 @@ class shared_snapshots:  # noqa: N801 - used like a function
         tgap.collect = _collect
 
 
-# -- what was run before -------------------------------------------------------------------------
-
-
-def _source_digest() -> str:
-    root = Path(fluvial.__file__).parent
-    state = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        state.update(f"{path.relative_to(root)};".encode() + path.read_bytes())
-    return state.hexdigest()[:8]
-
-
-SOURCE = _source_digest()
-"""Eight digits that change with any line of the package's code, as it was when this process
-began."""
-
-
-class Cache:
-    """Results by the hash of what was asked, in a file of JSON lines that several processes append
-    to."""
-
-    def __init__(self, path: Path | None) -> None:
-        """`path=None` remembers in memory."""
-        self.path = path
-        self.rows: dict[str, Row] = {}
-        self._read = 0
-
-    @staticmethod
-    def key(config: RunConfig) -> str:
-        """Of a resolved configuration; how many sites work at a time does not count."""
-        table = config.resolved()
-        del table["fleet"]["workers"]
-        return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
-
-    def find(self, key: str, *, fresh: bool = False) -> Row | None:
-        """The newest result, or None; with `fresh` only one of this very state of the package."""
-        self._catch_up()
-        row = self.rows.get(key)
-        return None if row is None or (fresh and row["source"] != SOURCE) else row
-
-    def add(self, key: str, row: Row) -> Row:
-        """Write a result down, with the state of the package it comes from; returns that."""
-        row = {"key": key, "source": SOURCE, **row}
-        self.rows[key] = row
-
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(row) + "\n")
-
-        return row
-
-    def _catch_up(self) -> None:
-        """Read the lines that others have added."""
-        if self.path is None or not self.path.exists():
-            return
-
-        with self.path.open("rb") as file:
-            file.seek(self._read)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._read += len(line)
-                row = json.loads(line)
-                self.rows[row["key"]] = row
-
-
 @dataclass(frozen=True)
 class Job:
     """One contender in one cell: every learning rate on seed 0, then the best of them on the other
@@ -411,14 +156,14 @@ class Job:
 
 @dataclass
 class Found:
-    """What a job measured."""
+    """Measurements of a job."""
 
     cell: str
     contender: Contender
     tuning: dict[float, Row]
-    """By learning rate, seed 0."""
+    """Runs with seed 0 by learning rate."""
     runs: list[Row]
-    """By seed, at the best learning rate; fewer than asked where the time was over."""
+    """Runs at the best learning rate by seed; fewer than asked where the time was over."""
     complete: bool
 
     @property
@@ -477,38 +222,6 @@ def _one(job: Job, learning_rate: float, seed: int) -> Row | None:
     return cache.add(key, {**described, **traced(config)})
 
 
-# -- figures -------------------------------------------------------------------------------------
-
-
-def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of a mean, by Student's t; None for a single value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
-def first_round(losses: Sequence[float], target: float) -> int | None:
-    """The first round, from 1, whose loss is at most `target`."""
-    return next((number for number, loss in enumerate(losses, start=1) if loss <= target), None)
-
-
-def bytes_until(run: Row, round: int) -> dict[str, float]:
-    """Bytes of one site, on average, up to and with `round`: `up`, `down`, `setup`, and `all` of
-    them."""
-    sites = run["sites"]
-    parts = {way: sum(run[way][:round]) / sites for way in ("up", "down")}
-    parts["setup"] = sum(run["setup"][: round + 1]) / sites
-
-    return {**parts, "all": sum(parts.values())}
-
-
-def average(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means, key by key."""
-    return {key: mean(row[key] for row in rows) for key in rows[0]}
-
-
 def settings(bed: Bed) -> dict[str, Any]:
-    """For the report."""
+    """Return the settings for the report."""
     return {**asdict(bed), "sites": 8, "max_length": 128, "source": SOURCE, "cores": os.cpu_count()}

@@ -1,7 +1,7 @@
-"""Bytes that a site sends and receives until the model is as good as uncompressed training makes
-it.
+"""Bytes of a site until the model is as good as uncompressed training makes it.
 
-    python -m benchmarks.codecs bytes_to_target [--quick] [--part free] [--cell NAME ...] [--contender TEXT ...]
+    python -m benchmarks.codecs bytes_to_target [--quick] [--part free] [--cell NAME ...]
+        [--contender TEXT ...]
         [--minutes M] [--cache FILE.jsonl] [--again TEXT ...] [--processes N] [--out FILE.json]
 
 Every contender trains the same sites with the same steps and batches. Its local learning rate is
@@ -14,10 +14,9 @@ where it is compared, which favours it. Part "free" lets the local steps of a ro
 """
 
 import argparse
-import itertools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -27,24 +26,19 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.cgfedllm.bed import CORPORA, workers
-from benchmarks.codecs.bed import (
+from benchmarks.codecs.bed import Found, Job, compete, settings
+from benchmarks.codecs.cache import SOURCE
+from benchmarks.codecs.contenders import (
     CELLS,
     CONTENDERS,
     REFERENCE,
-    SOURCE,
     Bed,
     Contender,
-    Found,
-    Job,
-    average,
-    bytes_until,
-    compete,
-    first_round,
     grid,
-    half_width,
     possible,
-    settings,
 )
+from benchmarks.codecs.figures import average, bytes_until, first_round, half_width
+from benchmarks.codecs.target_claims import _reached, claims
 from benchmarks.report import Claim, Report, Row, show
 
 FULL = Bed(
@@ -129,7 +123,8 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
         state = "" if each.complete else ", time is over"
         stopped = next((f", {row['stopped']}" for row in rows if "stopped" in row), "")
         console.print(
-            f"{len(found)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {each.cell}: {each.contender.name}, "
+            f"{len(found)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {each.cell}: "
+            f"{each.contender.name}, "
             f"{len(each.tuning)} rates, {len(each.runs)} seeds{state}{stopped}"[:240],
             markup=False,
             soft_wrap=True,
@@ -139,7 +134,8 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
     for each in results:
         if not each.complete:
             report.skip(
-                f"{each.cell}, {each.contender.name}: time was over after {len(each.tuning)} learning rates and "
+                f"{each.cell}, {each.contender.name}: time was over after {len(each.tuning)} "
+                "learning rates and "
                 f"{len(each.runs)} seeds"
             )
 
@@ -218,144 +214,6 @@ def _row(each: Found, references: Sequence[Row], bed: Bed) -> Row:
     }
 
     return row
-
-
-def _reached(row: Row) -> bool:
-    """Whether the target was reached in every seed, and every seed was run."""
-    return bool(row["seeds"]) and row["complete"] and row["reached"] == row["seeds"]
-
-
-def _fewest(rows: Sequence[Row], key: str) -> float | None:
-    """The fewest bytes among those that reached the target."""
-    return min((row[key] for row in rows if _reached(row)), default=None)
-
-
-def _least(rows: Sequence[Row], key: str) -> float | None:
-    """The fewest bytes with which an opponent reached the target; if none did, the fewest spent, a
-    lower bound."""
-    done = _fewest(rows, key)
-    return (
-        done if done is not None else min((row[key] for row in rows if row["seeds"]), default=None)
-    )
-
-
-def _is(key: str, *values: str) -> Callable[[Row], bool]:
-    return lambda row: row[key] in values
-
-
-def _ratios(
-    rows: Sequence[Row], ours: Callable[[Row], bool], theirs: Callable[[Row], bool], key: str
-) -> dict[str, float | None]:
-    """By cell: the fewest bytes of ours over theirs; None where no choice of ours reached the
-    target.
-
-    Cells where one side was not run are left out.
-    """
-    found: dict[str, float | None] = {}
-    for cell in dict.fromkeys(row["cell"] for row in rows):
-        here = [row for row in rows if row["cell"] == cell]
-        choices = [row for row in here if ours(row) and row["seeds"]]
-        other = _least(list(filter(theirs, here)), key)
-
-        if choices and other is not None:
-            best = _fewest(choices, key)
-            found[cell] = None if best is None else best / other
-
-    return found
-
-
-def _worst(values: Sequence[float | None]) -> float | None:
-    """The largest; None if there is none, or one is missing."""
-    present = [value for value in values if value is not None]
-    return max(present) if present and len(present) == len(values) else None
-
-
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """The four kinds of claims, each over the cells that were run.
-
-    Claim 1 sets the best that can be configured here, whoever invented the codec, against schemes
-    as published; claim 4 sets what is new here, trellis, klt and auto, against the best that can be
-    assembled from the rest.
-    """
-    found = []
-    for name in dict.fromkeys(row["contender"] for row in rows if row["role"] == "published"):
-        ratios = _ratios(
-            rows, _is("role", "ours", "assembled"), _is("contender", name), "bytes_all"
-        )
-        worst = _worst(list(ratios.values()))
-        title = f"1: the best choice's amortised bytes over those of {name}, worst of {len(ratios)} cells"
-        found.append(Claim(title, worst, 0.25, "at most"))
-
-    losing, compared = _auto(rows)
-    if compared:
-        name = f"2: cells of {len(compared)} in which auto ends worse than the best at its rate, beyond the interval"
-        found.append(Claim(name, float(len(losing)), 0, "at most"))
-
-    found += _losses(rows)
-    for key, what in (("bytes_up", "up"), ("bytes_all", "amortised")):
-        ratios = _ratios(rows, _is("role", "ours"), _is("role", "assembled"), key)
-        if ratios:
-            share = mean(ratio is not None and ratio <= 0.6 for ratio in ratios.values())
-            name = f"4: share of {len(ratios)} cells where our bytes {what} are 0.6 of the best assembled opponent's"
-            found.append(Claim(name, share, 0.5, "at least"))
-
-    return found
-
-
-def _auto(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Cells in which auto loses, and all in which it was compared: mean difference against its
-    paired interval."""
-    losing = []
-    compared = []
-
-    for row in rows:
-        if row["contender"] != "auto" or not row["seeds"]:
-            continue
-
-        others = [
-            other
-            for other in rows
-            if other["seeds"] == row["seeds"]
-            and all(other[key] == row[key] for key in ("cell", "rate", "both_ways"))
-        ]
-        best = min(others, key=lambda other: other["loss"])
-        differences = [
-            own - other for own, other in zip(row["losses"], best["losses"], strict=True)
-        ]
-        compared.append(row["cell"])
-
-        if mean(differences) > (half_width(differences) or 0.0):
-            losing.append(row["cell"])
-
-    return losing, compared
-
-
-def _losses(rows: Sequence[Row]) -> list[Claim]:
-    """Claim 3, of our codecs with error feedback."""
-    found = []
-    for codec, rate in itertools.product(("trellis", "klt", "klt_trellis"), (16, 32, 64, 128)):
-        ours = [row for row in rows if row["contender"] == f"{codec} 1/{rate} + EF"]
-        if not ours:
-            continue
-        if rate <= 32:
-            beyond = [
-                row["excess"] - row["excess_half"]
-                if row["seeds"] and row["excess_half"] is not None
-                else None
-                for row in ours
-            ]
-            name = f"3: {codec} 1/{rate}: loss over uncompressed less its interval, nats, worst of {len(ours)} cells"
-            found.append(Claim(name, _worst(beyond), 0.0, "at most"))
-        else:
-            name = (
-                f"3: {codec} 1/{rate}: loss over uncompressed, less 1, worst of {len(ours)} cells"
-            )
-            bar = 0.005 if rate == 64 else 0.015
-            found.append(
-                Claim(name, _worst([row.get("excess_relative") for row in ours]), bar, "at most")
-            )
-
-    return found
 
 
 COLUMNS = {
@@ -466,8 +324,10 @@ def _print(cell: str, rows: Sequence[Row], bed: Bed) -> None:
             shown.append({**row, "why": why})
 
     show(
-        f"{cell}: loss after {bed.rounds} rounds and excess over uncompressed, nats; rounds and bytes of one site to "
-        f"the uncompressed loss of round {bed.target} (all its bytes where not every seed reached it)",
+        f"{cell}: loss after {bed.rounds} rounds and excess over uncompressed, nats; rounds and "
+        "bytes of one site to "
+        f"the uncompressed loss of round {bed.target} (all its bytes where not every seed reached "
+        "it)",
         COLUMNS,
         shown,
     )
@@ -518,5 +378,8 @@ def free(
         )
         if ours and theirs:
             ratio = min(row["bytes_up"] for row in ours) / min(row["bytes_up"] for row in theirs)
-            name = f"free: {cell}: bytes up of the best of {', '.join(FREE[:2])} over the best of {', '.join(FREE[2:])}"
+            name = (
+                f"free: {cell}: bytes up of the best of {', '.join(FREE[:2])} over the best of "
+                f"{', '.join(FREE[2:])}"
+            )
             report.claims.append(Claim(name, ratio, 1.0, "below"))

@@ -1,6 +1,7 @@
-"""What every codec loses of the updates that sites send, at four rates, on frames as they are sent.
+"""Errors of every codec on updates that sites send, at four rates, on frames as they are sent.
 
-    python -m benchmarks.codecs rate_distortion [--quick] [--cell NAME ...] [--seeds N] [--processes N] [--out FILE.json]
+    python -m benchmarks.codecs rate_distortion [--quick] [--cell NAME ...] [--seeds N]
+        [--processes N] [--out FILE.json]
 
 Updates are those of TGAP: eight sites train together for some rounds, and the last rounds are held
 out. A codec that learns is fitted to the earlier updates of the sites themselves, as in the paper
@@ -30,7 +31,8 @@ from benchmarks.cgfedllm.bed import (
     fitted,
     workers,
 )
-from benchmarks.codecs.bed import CELLS, half_width
+from benchmarks.codecs.contenders import CELLS
+from benchmarks.codecs.figures import half_width
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
@@ -235,7 +237,10 @@ def claims(gained: Sequence[Row]) -> list[Claim]:
                 and (row["width"] >= WIDE) == wide
             ]
             what = f"d {WIDE} and more" if wide else f"d below {WIDE}"
-            name = f"{codec} at 1/64, fitted on {source}, {what}: dB over the best opponent, worst of {len(at_64)}"
+            name = (
+                f"{codec} at 1/64, fitted on {source}, {what}: dB over the best opponent, worst "
+                f"of {len(at_64)}"
+            )
 
             if at_64:
                 found.append(Claim(name, min(at_64), bar, "at least"))

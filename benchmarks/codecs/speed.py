@@ -1,6 +1,7 @@
 """How fast codecs are: encode and decode, in megabytes of fp32 update a second, on one thread.
 
-    python -m benchmarks.codecs speed [--quick] [--layout NAME ...] [--codec NAME ...] [--out FILE.json]
+    python -m benchmarks.codecs speed [--quick] [--layout NAME ...] [--codec NAME ...]
+        [--out FILE.json]
 
 Updates are synthetic: Gaussian with a falling spectrum along the feature axis of every module, in a
 basis that all updates share, so that learned codecs have something to learn and entropy coders
@@ -29,7 +30,7 @@ from fluvial.wire.tensors import Layout, Named, factor, relative_error
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK = 8
 BAR_MB_S = 100.0
-"""Of klt, encode and decode together: bytes of the update over the seconds of both."""
+"""Bar for klt, encode and decode together: bytes of the update over the seconds of both."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Size:
     layers: int
     width: int
     narrow: int
-    """Of keys and values."""
+    """Width of keys and values."""
     fit: bool = True
-    """Whether codecs that learn are fitted here; the encode-only layout has them fitted nowhere."""
+    """True where codecs that learn are fitted; the layout that only encodes fits none."""
     decode: bool = True
 
     def layout(self) -> Layout:

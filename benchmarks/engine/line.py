@@ -33,7 +33,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Setting:
-    """What the process between the namespaces does to packets."""
+    """Properties of a line: rate, delay and loss of the process between the namespaces."""
 
     mbit_s: float
     delay_ms: float
@@ -109,7 +109,7 @@ def _enter(namespace: int) -> None:
 
 @contextmanager
 def inside(namespace: int) -> Iterator[None]:
-    """What this thread opens and starts belongs to that network namespace."""
+    """Put all that this thread opens and starts into that network namespace."""
     home = _own_namespace()
     _enter(namespace)
 

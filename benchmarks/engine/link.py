@@ -2,8 +2,8 @@
 
 `fluvial check` predicts from bytes and the line, with the engine's own times as they are in the
 package. Beside it is the same formula with times that are measured in the same run, on the same
-deployment, without the lines of `benchmarks.engine.line`. So nothing of what is predicted was fitted to a
-line.
+deployment, without the lines of `benchmarks.engine.line`. So nothing that is predicted was fitted
+to a line.
 """
 
 import statistics
@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.engine.fleets import MARK, Cell, Watch, environment_of, marked, names_of, table_of
+from benchmarks.engine.cells import Cell, names_of, table_of
+from benchmarks.engine.fleets import MARK, Watch, environment_of, marked
 from benchmarks.engine.line import SERVER, Lines, Setting, inside
 from benchmarks.report import Row
 from fluvial.federation.line import FLOWER, Engine, Line, round_s

@@ -23,7 +23,7 @@ _STAMPS = "stamps.jsonl"
 
 
 def client(folder: Path) -> None:
-    """What a site does."""
+    """Answer as a site until the run ends."""
     import nvflare.client as flare  # type: ignore[import-not-found]
 
     flare.init()
@@ -53,12 +53,12 @@ def client(folder: Path) -> None:
 def simulate(sites: int, rounds: int, payload: int, folder: Path) -> dict[str, object]:
     """Seconds of each round, and from the start to the end of the first one."""
     began = float(os.environ.get("ENGINE_BEGAN", time.time()))
-    from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe  # type: ignore[import-not-found]
+    from nvflare.app_common.np.recipes import fedavg  # type: ignore[import-not-found]
     from nvflare.recipe.sim_env import SimEnv  # type: ignore[import-not-found]
 
     start = folder / "start.npy"
     np.save(start, np.random.default_rng(0).standard_normal(payload // 4, dtype=np.float32))
-    recipe = NumpyFedAvgRecipe(
+    recipe = fedavg.NumpyFedAvgRecipe(
         name="engine",
         initial_ckpt=str(
             start.resolve()

@@ -1,31 +1,34 @@
-"""What a round costs apart from training on five engines, and over a slow line: time, start-up,
-memory, bytes.
+"""Rounds on five engines apart from training: time, start-up, memory and bytes, also over a line.
 
-    python -m benchmarks.engine [--part rounds|link] [--quick] [--fleet NAME ...] [--payload MB ...] [--sites N ...]
-                                [--nvflare-python PATH] [--minutes M] [--out FILE.json]
+    python -m benchmarks.engine [--part rounds|link] [--quick] [--fleet NAME ...]
+        [--payload MB ...] [--sites N ...] [--nvflare-python PATH] [--minutes M]
+        [--out FILE.json]
 
-rounds  The same run in process, over Flower's Ray simulation, and deployed with TLS and node keys by warm clients and
-        by Flower's stock execution; beside them NVFlare 2.9's simulator with clients that only answer. All payloads
-        with 2 sites, all numbers of sites with 10 MB: the whole grid would take hours on deployed fleets. A payload is
-        the fp32 values of the adapter, which a site is sent and answers with; other ones at every site, because Flower
-        sends equal chunks once. Columns:
+rounds  The same run in process, over Flower's Ray simulation, and deployed with TLS and node keys
+        by warm clients and by Flower's stock execution; beside them NVFlare 2.9's simulator with
+        clients that only answer. All payloads run with 2 sites, and all numbers of sites with
+        10 MB: the whole grid would take hours on deployed fleets. A payload is the fp32 values of
+        the adapter, which a site receives and answers with. Values differ at every site, because
+        Flower sends equal chunks once. Columns:
 
-        apart s    seconds of a round, as the server counts them, in which no site trains (the clock of
-                   `benchmarks.engine.clock`); median and worst of the rounds after the first
+        apart s    seconds of a round, as the server counts them, in which no site trains (the
+                   clock of `benchmarks.engine.clock`); median and worst of the rounds after the
+                   first
         start s    from the command, deployed from `fluvial submit`, to the end of the first round
         join s     deployed: from the start of the sites until the server sees them all
         peak MB    most of the sum of PSS (shared pages count once) over all processes, sampled
-        server MB  most resident memory of the server's own processes: Ray's driver; SuperLink and ServerApp, added;
-                   NVFlare's server. Flat in the number of sites means: 8 sites within a tenth of 2
+        server MB  most resident memory of the server's own processes: Ray's driver; SuperLink and
+                   ServerApp, added; NVFlare's server. It counts as flat in the number of sites
+                   where 8 sites take at most a tenth more than 2
         meter      bytes that Flower's own meter saw, over the payloads that the run must move
 
-        Stock clients with more than 2 sites come last and are the first that `--minutes` cuts: every message imports
-        torch anew at every site.
+        Stock clients with more than 2 sites come last and are the first that `--minutes` cuts:
+        every message imports torch anew at every site.
 
-link    Warm rounds over a line of 20 Mbit/s each way and 100 ms there and back, without loss and with 0.1 %, a line
-        for each site, and at the end one line for all: as `fluvial check` predicts them (which leaves training out; it
-        is added as measured), as the same formula does with the engine's own times of this very run, and measured.
-        Needs Linux, root, and /dev/net/tun.
+link    Warm rounds over a line of 20 Mbit/s each way and 100 ms there and back, without loss and
+        with 0.1 %, a line for each site, and at the end one line for all. Times are those that
+        `fluvial check` predicts (training is added as measured), those of the same formula with
+        the engine's own times of this run, and measured ones. Needs Linux, root, and /dev/net/tun.
 
 NVFlare takes its place if `--nvflare-python` has it (`pip install nvflare==2.9.*` in an environment
 of its own).
@@ -42,7 +45,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.engine import line, link
-from benchmarks.engine.fleets import FLEETS, NAMES, Cell, measure
+from benchmarks.engine.cells import FLEETS, NAMES, Cell
+from benchmarks.engine.fleets import measure
 from benchmarks.engine.line import Setting
 from benchmarks.report import Claim, Report, Row, show
 
@@ -100,7 +104,7 @@ def grid(
 
 
 def has_nvflare(python: str) -> bool:
-    """Whether that Python can run NVFlare."""
+    """Return True where that Python can run NVFlare."""
     try:
         return not subprocess.run(
             [python, "-c", "import nvflare"], capture_output=True, check=False
@@ -216,7 +220,8 @@ def round_claims(rows: list[Row]) -> list[Claim]:
     )
     claims += [
         Claim(
-            f"bytes beyond the payloads by Flower's meter, {row['payload_mb']:g} MB, {row['sites']} sites",
+            f"bytes beyond the payloads by Flower's meter, {row['payload_mb']:g} MB, "
+            f"{row['sites']} sites",
             abs(row["metered_ratio"] - 1),
             0.01,
             "at most",
@@ -232,7 +237,10 @@ def round_claims(rows: list[Row]) -> list[Claim]:
         many, last = by_sites[-1]
         base = found.get((warm, last["payload_mb"], few))
         grown = last["server_mb"] / base["server_mb"] - 1 if base else None
-        name = f"warm deployed: server's memory, {many} sites over {few}, {last['payload_mb']:g} MB, relative change"
+        name = (
+            f"warm deployed: server's memory, {many} sites over {few}, {last['payload_mb']:g} MB, "
+            "relative change"
+        )
         claims.append(Claim(name, grown, 0.10, "at most"))
 
     return claims

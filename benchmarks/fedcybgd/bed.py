@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from benchmarks.cgfedllm.bed import CORPORA, Table
-from benchmarks.codecs.bed import MEMORY, Cache
+from benchmarks.codecs.bed import MEMORY
+from benchmarks.codecs.cache import Cache
+from benchmarks.fedcybgd.contenders import LINEAR, Bed, Cell, Contender, Match, contender
 from benchmarks.fedcybgd.memory import largest_beside
 from benchmarks.report import Row
 from fluvial.codecs import CodecSettings, build
@@ -39,192 +41,6 @@ from fluvial.runs.run import Run, check_settings
 from fluvial.seeds import generator
 from fluvial.training.evaluate import heldout
 from fluvial.wire.tensors import Layout
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model, its sites' text and how it is trained."""
-
-    name: str
-    corpus: str
-    """Name of a corpus in `benchmarks.cgfedllm.bed.CORPORA`."""
-    length: int
-    """Tokens of a sequence."""
-    batch: int
-    heldout: int
-    """Sequences of a site."""
-    rate: float
-    """Centre of the learning rates of Fed-full; found in single runs with seed 0, as are the next
-    and each `pace`."""
-    lora_rate: float
-    """And of LoRA."""
-    layers_per_pair: int
-    """Layers in a block of FedBAvg, so that eight sites are at least two to a block."""
-
-    @property
-    def present(self) -> bool:
-        """Whether this checkout has what the cell needs."""
-        return CORPORA[self.corpus].present
-
-
-_STORIES: Any = {
-    "length": 128,
-    "batch": 4,
-    "heldout": 24,
-    "rate": 2e-3,
-    "lora_rate": 8e-3,
-    "layers_per_pair": 2,
-}
-_BABY: Any = _STORIES | {"rate": 2e-4, "lora_rate": 4e-3}
-CELLS = {
-    cell.name: cell
-    for cell in (
-        Cell("embedded", "stdlib", 64, 8, 48, rate=1e-3, lora_rate=5e-3, layers_per_pair=1),
-        Cell("fairytales", "fairytales", **_STORIES),
-        Cell("shakespeare", "shakespeare", **_STORIES),
-        Cell("fairytales, babyllama105", "fairytales, babyllama105", **_BABY),
-        Cell("shakespeare, babyllama105", "shakespeare, babyllama105", **_BABY),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Bed:
-    """How much is run of every contender."""
-
-    rounds: int
-    steps: int
-    """Of a site in a round."""
-    heldout: int | None
-    """Sequences of a site; the cell's own where None, as of `length`."""
-    length: int | None
-    seeds: int
-    paces: tuple[float, ...]
-    """The grid of learning rates, in units of a contender's centre: the same for all, rising by
-    factors of 2."""
-    further: int
-    """Rates that are tried beyond the grid at most, one by one, where the best lies at its edge."""
-
-
-@dataclass(frozen=True)
-class Match:
-    """Bytes up that a contender is to have in common with another."""
-
-    name: str
-    """Of the other contender."""
-    by: Literal["rank", "rate", "rounds"]
-    """The largest rank, or the least rate, whose frame is no larger; or as many rounds as come to
-    the same bytes."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """What competes, as tables of a configuration."""
-
-    name: str
-    method: Table
-    tune: Literal["full", "lora"] = "full"
-    codec: Table | None = None
-    match: Match | None = None
-    pace: float = 1.0
-    """Centre of its learning rates, in units of the cell's."""
-    tier: int = 1
-    """Contenders of tier 1 come first."""
-
-
-REFERENCE = "fed-full"
-INT8 = "fedcybgd int8"
-OURS = "fedcybgd hadamard 1/16"
-LORA = "lora r 8, equal passes"
-FEDBAVG = "fedbavg int8"
-CYCLIC = "central cyclic"
-CENTRAL = "central"
-EMBEDDINGS = f"{OURS}, embeddings too"
-WIDE = f"{OURS}, embeddings too, two layers a block"
-LATIN: Table = {"name": "fedcybgd", "order": "latin"}
-GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
-"""As configs/fedcybgd.toml, with the rest of the model on disk."""
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def _hadamard(rate: float, **more: Any) -> Table:
-    return {"name": "hadamard", "rate": rate, **more}
-
-
-CONTENDERS = (
-    Contender(REFERENCE, {"name": "fedavg"}, codec={"name": "identity"}),
-    Contender(INT8, LATIN, codec={"name": "int8"}, pace=0.5),
-    Contender(OURS, GROUPED, codec=_hadamard(16)),
-    Contender(FEDBAVG, {"name": "fedcybgd", "order": "pairs"}, codec={"name": "int8"}, pace=0.5),
-    Contender(LORA, {"name": "fedavg"}, "lora", {"name": "identity"}),
-    Contender(
-        "lora int8, bytes of fedcybgd int8",
-        {"name": "fedavg"},
-        "lora",
-        {"name": "int8"},
-        Match(INT8, "rank"),
-    ),
-    Contender(
-        "lora r 8 hadamard + EF, bytes of fedcybgd hadamard 1/16",
-        {"name": "fedavg"},
-        "lora",
-        _hadamard(1, error_feedback=True),
-        Match(OURS, "rate"),
-    ),
-    Contender(CYCLIC, {"name": "central_cyclic"}, pace=0.5),
-    Contender(CENTRAL, {"name": "central"}, pace=0.5),
-    Contender(
-        "fedcybgd int8, parallel 2",
-        LATIN | {"parallel": 2},
-        codec={"name": "int8"},
-        pace=0.5,
-        tier=2,
-    ),
-    Contender(
-        "fedcybgd int8, parallel 4",
-        LATIN | {"parallel": 4},
-        codec={"name": "int8"},
-        pace=0.5,
-        tier=2,
-    ),
-    Contender("fedcybgd int8, cosine", LATIN | {"decay": "cosine"}, codec={"name": "int8"}, tier=2),
-    Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
-    Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
-    Contender(
-        "fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2
-    ),
-    Contender(EMBEDDINGS, GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
-    Contender(
-        WIDE,
-        GROUPED | {"extra": ["embeddings"], "layers_per_block": 2},
-        codec=_hadamard(16),
-        tier=2,
-    ),
-    Contender(
-        "lora r 8 int8, more rounds to bytes of fedcybgd int8",
-        {"name": "fedavg"},
-        "lora",
-        {"name": "int8"},
-        Match(INT8, "rounds"),
-        tier=2,
-    ),
-    Contender(
-        "fed-full hadamard + EF, bytes of fedcybgd int8",
-        {"name": "fedavg"},
-        codec=_hadamard(1, error_feedback=True),
-        match=Match(INT8, "rate"),
-        tier=2,
-    ),
-)
-"""In the order of their importance. Of FedCyBGD, the first is the default and the second what
-configs/fedcybgd.toml recommends. Decay over the rounds is a setting that FedAvg does not have
-here."""
-QUICK_NAMES = (REFERENCE, INT8, OURS, LORA, CONTENDERS[5].name)
-
-
-def contender(name: str) -> Contender:
-    """By its name."""
-    return next(each for each in CONTENDERS if each.name == name)
 
 
 def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -> RunConfig:
@@ -273,7 +89,8 @@ def _matched(table: Table, config: RunConfig, match: Match, wanted: int) -> Tabl
         rounds = round(config.rounds * wanted / found)
         if rounds <= config.rounds:
             raise ConfigError(
-                f"a frame has {found} bytes and the other's {wanted}: no more rounds for the same bytes"
+                f"a frame has {found} bytes and the other's {wanted}: no more rounds for the same "
+                "bytes"
             )
 
         return table | {"rounds": rounds}
@@ -292,7 +109,7 @@ def _matched(table: Table, config: RunConfig, match: Match, wanted: int) -> Tabl
 
 
 def layout(config: RunConfig) -> Layout:
-    """What is tuned."""
+    """Return the layout of all tensors that are tuned."""
     return _layout(config.model, config.adapter)
 
 
@@ -422,8 +239,9 @@ def _loss(bench: ModelPool, texts: SiteTexts, state: Any) -> float:
 
 
 def cosines(exact: RunConfig, forms: Sequence[RunConfig], draws: int) -> list[Row]:
-    """For every form of download, the cosine of each block's gradient to the exact one, at the base
-    and after `exact`.
+    """Return, for each form of download, the cosine of each block's gradient to the exact one.
+
+    Gradients are taken at the base and after `exact`.
 
     `exact` is run to its end, and each form's server is put into its state, whatever codec the
     form's own run has: what a site sees follows from the state and the form. A stale subset is
@@ -471,16 +289,16 @@ class Job:
 
 @dataclass
 class Found:
-    """What a job measured."""
+    """Measurements of a job."""
 
     job: Job
     tuning: dict[float, Row] = field(default_factory=dict)
-    """By learning rate, seed 0."""
+    """Runs with seed 0 by learning rate."""
     runs: list[Row] = field(default_factory=list)
-    """By seed, at the best learning rate."""
+    """Runs at the best learning rate by seed."""
     config: RunConfig | None = None
     memory_bytes: int | None = None
-    """Of a client, by formula."""
+    """Memory of a client by formula."""
     complete: bool = False
 
     @property

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median
 from typing import Any
 
-from benchmarks.fedcybgd.memory import LLAMA_3_8B, Shape, llama
+from benchmarks.fedcybgd.memory import LLAMA_3_8B
+from benchmarks.fedcybgd.shapes import Shape, llama
 from benchmarks.report import Claim, Report, Row, show
 
 WITHIN = 0.10
@@ -36,12 +37,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Load:
-    """What is timed."""
+    """Model and batch that are timed."""
 
     batch: int
     length: int
     steps: int
-    """Of one call of the training loop."""
+    """Steps of one call of the training loop."""
     turns: int
 
 

@@ -1,72 +1,59 @@
 """FedCyBGD against full tuning and LoRA: held-out loss, bytes, client memory and compute.
 
-    python -m benchmarks.fedcybgd [--part losses|download|memory|compute ...] [--quick] [--cell NAME ...]
-        [--contender TEXT ...] [--seeds N] [--minutes M] [--cache FILE.jsonl] [--processes N] [--device cuda]
-        [--out FILE.json]
+    python -m benchmarks.fedcybgd [--part losses|download|memory|compute ...] [--quick]
+        [--cell NAME ...] [--contender TEXT ...] [--seeds N] [--minutes M]
+        [--cache FILE.jsonl] [--processes N] [--device cuda] [--out FILE.json]
 
-losses    every contender makes the same passes over the same data, unless its name says otherwise. Its learning rate
-          is the best of three on seed 0, by the held-out loss after the last round, and of up to two more where the
-          best is at the edge; then all seeds run at it. Losses are means over the sites, bytes those of one site's
-          serialised messages over the whole run, and memory is by formula.
-download  the forms of download at one setting and learning rate: bytes down of a visit, final loss, and the cosine of a
-          block's gradient through the download to the exact one, at the base and at the end of a run.
-memory    peak of one visit in a process of its own; see `benchmarks.fedcybgd.memory`.
-compute   time of a step by block; see `benchmarks.fedcybgd.compute`.
+losses    Every contender makes the same passes over the same data, unless its name says otherwise.
+          Its learning rate is the best of three on seed 0, by the held-out loss after the last
+          round, and of up to two more where the best is at the edge; then all seeds run at it.
+          Losses are means over the sites, bytes are those of one site's serialised messages over
+          the whole run, and memory is by formula.
+download  The forms of download at one setting and learning rate: bytes down of a visit, final
+          loss, and the cosine of a block's gradient through the download to the exact one, at the
+          base and at the end of a run.
+memory    Peak of one visit in a process of its own; see `benchmarks.fedcybgd.memory`.
+compute   Time of a step by block; see `benchmarks.fedcybgd.compute`.
 """
 
 import argparse
-import hashlib
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, replace
+from concurrent.futures import Executor
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from rich.console import Console
-
-from benchmarks.cgfedllm.bed import Table, workers
-from benchmarks.codecs.bed import SOURCE, Cache, half_width
-from benchmarks.fedcybgd.bed import (
+from benchmarks.cgfedllm.bed import workers
+from benchmarks.codecs.cache import SOURCE
+from benchmarks.codecs.figures import half_width
+from benchmarks.fedcybgd.bed import Found, Job
+from benchmarks.fedcybgd.compute import compute_part
+from benchmarks.fedcybgd.contenders import (
     CELLS,
     CONTENDERS,
     EMBEDDINGS,
     FEDBAVG,
     INT8,
-    LATIN,
     LORA,
     OURS,
     QUICK_NAMES,
     REFERENCE,
     WIDE,
-    Bed,
     Cell,
-    Contender,
-    Found,
-    Job,
-    compete,
-    cosines,
-    resolve,
 )
-from benchmarks.fedcybgd.compute import compute_part
+from benchmarks.fedcybgd.download import download_part
+from benchmarks.fedcybgd.jobs import bed_of, run_all
 from benchmarks.fedcybgd.memory import memory_part
 from benchmarks.report import Claim, Report, Row, show
 
 PARTS = ("losses", "download", "memory", "compute")
-FULL = Bed(rounds=8, steps=4, heldout=None, length=None, seeds=3, paces=(0.5, 1.0, 2.0), further=2)
-QUICK = Bed(rounds=2, steps=1, heldout=2, length=16, seeds=1, paces=(1.0,), further=0)
-DRAWS = 4
-"""Of a stale subset, for its cosine."""
 UPLOAD = 0.1
 MEMORY = 1 / 3
 LOSS = 0.01
 """Shares of Fed-full's upload and client memory, and of its loss beyond it, that FedCyBGD may
 take."""
-EQUAL = 0.005
-"""Losses this close, relatively, count as equal."""
-FEWER = 4.0
-"""Times fewer bytes down that the cache is to take."""
 
 
 # -- losses --------------------------------------------------------------------------------------
@@ -76,7 +63,7 @@ def losses_part(
     pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace
 ) -> None:
     """Figure 1."""
-    bed = _bed(options)
+    bed = bed_of(options)
     named = (
         [each for each in CONTENDERS if each.name in QUICK_NAMES]
         if options.quick
@@ -99,7 +86,10 @@ def losses_part(
     ]
 
     for cell in cells:
-        title = f"{cell.name}: {bed.rounds} rounds of {bed.steps} steps; bytes of one site, memory by formula"
+        title = (
+            f"{cell.name}: {bed.rounds} rounds of {bed.steps} steps; bytes of one site, memory by "
+            "formula"
+        )
         show(title, COLUMNS, [row for row in rows if row["cell"] == cell.name])
 
     report.rows += [{"part": "losses", **row} for row in rows]
@@ -123,42 +113,6 @@ COLUMNS = {
     "cpu_s": "CPU s",
     "why": "",
 }
-
-
-def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
-    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
-    report."""
-    console = Console()
-    since = time.perf_counter()
-    futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
-    done: dict[int, Found] = {}
-
-    for future in as_completed(futures):
-        number = futures[future]
-        job = waiting[number]
-        name = f"{job.cell.name}, {job.contender.name}"
-
-        try:
-            each = future.result()
-        except Exception as error:  # a fault of one contender must not cost the hours of all others
-            report.skip(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-            each = Found(job, complete=True)
-
-        done[number] = each
-        if not each.complete:
-            report.skip(
-                f"{name}: time was over after {len(each.tuning)} learning rates and {len(each.runs)} seeds"
-            )
-
-        losses = ", ".join(f"{row['loss']:.4f}" for row in each.runs if "loss" in row)
-        line = f"{len(done)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {name}: {losses}"
-        console.print(line, markup=False, soft_wrap=True)
-
-    old = {row["key"] for each in done.values() for row in each.runs if row["source"] != SOURCE}
-    if old:
-        report.skip(f"{len(old)} runs are from the cache and of another state of the package")
-
-    return [done[number] for number in sorted(done)]
 
 
 def table(found: Sequence[Found]) -> list[Row]:
@@ -292,7 +246,7 @@ def _against_lora(cell: str, here: dict[str, Row], report: Report) -> list[Claim
 
 
 def _among_themselves(cell: str, here: dict[str, Row]) -> list[Claim]:
-    """What Jacobi groups lose, and the paper's order of FedCyBGD and FedBAvg."""
+    """Return claims on Jacobi groups, and on the paper's order of FedCyBGD and FedBAvg."""
     if INT8 not in here:
         return []
 
@@ -312,184 +266,6 @@ def _among_themselves(cell: str, here: dict[str, Row]) -> list[Claim]:
         found.append(Claim(name, alone - here[FEDBAVG]["loss"], 0.0, "at most"))
 
     return found
-
-
-# -- download ------------------------------------------------------------------------------------
-
-
-def _form(name: str, download: Table, codec: Table | None = None) -> Contender:
-    """One form, as lossy as it is: the gate refuses nothing."""
-    lossy = download["form"] in ("proxy", "stale-subset", "low-bit")
-    method = (
-        LATIN
-        | {"decay": "cosine", "download": download}
-        | ({"gate": {"threshold": 0}} if lossy else {})
-    )
-
-    return Contender(name, method, codec=codec or {"name": "int8"})
-
-
-THIN: Table = {"form": "proxy", "kept": 0.25, "prune": "neurons and heads"}
-"""Without heads, attention alone is more than a quarter."""
-EXACT = "cache, int8"
-FORMS = (
-    _form("full", {"form": "full"}),
-    _form("proxy, kept 1", {"form": "proxy", "kept": 1.0, "drop": 0.0}),
-    _form("proxy, kept 0.75", {"form": "proxy", "kept": 0.75}),
-    _form("proxy, kept 0.5", {"form": "proxy", "kept": 0.5}),
-    _form("proxy, kept 0.25", THIN),
-    _form("stale subset 0.5", {"form": "stale-subset", "share": 0.5}),
-    _form("stale subset 1", {"form": "stale-subset", "share": 1.0}),
-    _form("low-bit int8", {"form": "low-bit", "codec": {"name": "int8"}}),
-    _form("low-bit nf4", {"form": "low-bit", "codec": {"name": "nf4"}}),
-    _form(EXACT, {"form": "cache"}),
-    _form("cache, hadamard 1/16", {"form": "cache"}, {"name": "hadamard", "rate": 16}),
-    _form("cache, hadamard 1/32", {"form": "cache"}, {"name": "hadamard", "rate": 32}),
-)
-"""Of the cache, with the codec of the upload: that is what it replays. All others upload int8."""
-QUICK_FORMS = ("proxy, kept 0.5", "stale subset 0.5", EXACT, "cache, hadamard 1/16")
-DOWN_COLUMNS = {
-    "form": "form",
-    "seeds": "seeds",
-    "down": "down per visit",
-    "down_first": "first cycle",
-    "down_last": "last cycle",
-    "loss": "loss",
-    "loss_half": "+-",
-    "cosine_base": "cosine, base",
-    "cosine_base_least": "least",
-    "cosine_tuned": "cosine, tuned",
-    "cosine_tuned_least": "least",
-    "why": "",
-}
-
-
-def download_part(
-    pool: Executor, cells: Sequence[Cell], report: Report, options: argparse.Namespace
-) -> None:
-    """Figure 3."""
-    bed = replace(_bed(options), paces=(1.0,), further=0)
-    forms = [each for each in FORMS if not options.quick or each.name in QUICK_FORMS]
-
-    for cell in cells:
-        found = run_all(
-            pool, [Job(cell, form, bed, options.cache, options.deadline) for form in forms], report
-        )
-        measured = [each for each in found if each.runs and "stopped" not in each.runs[0]]
-        seen = [
-            pool.submit(
-                _cosines, cell, [each.job.contender for each in measured], bed, seed, options
-            )
-            for seed in range(bed.seeds)
-        ]
-        gradients = [each.result() for each in seen]
-        rows = [_down_row(each) for each in found]
-
-        for place, each in enumerate(measured):
-            row = next(row for row in rows if row["form"] == each.job.contender.name)
-            row |= _gradients([table[place] for table in gradients if table])
-
-        title = f"{cell.name}: bytes down of a visit, final loss, gradient cosine through the download (mean, least block)"
-        show(title, DOWN_COLUMNS, rows)
-        report.rows += [{"part": "download", **row} for row in rows]
-        report.claims += down_claims(cell.name, rows)
-
-
-def _cosines(
-    cell: Cell, forms: Sequence[Contender], bed: Bed, seed: int, options: argparse.Namespace
-) -> list[Row] | None:
-    """Of all forms in the state that an exact run ends in, remembered like a run."""
-    exact = next(form for form in FORMS if form.name == EXACT)
-    configs = [resolve(cell, form, bed, pace=1.0, seed=seed) for form in (exact, *forms)]
-    cache = Cache(options.cache)
-    key = hashlib.sha256(
-        f"{DRAWS}{[Cache.key(config) for config in configs]}".encode()
-    ).hexdigest()[:16]
-    known = cache.find(key)
-
-    if known is None:
-        if time.time() >= options.deadline:
-            return None
-        known = cache.add(
-            key, {"cell": cell.name, "seed": seed, "forms": cosines(configs[0], configs[1:], DRAWS)}
-        )
-
-    found: list[Row] = known["forms"]
-    return found
-
-
-def _gradients(tables: Sequence[Row]) -> Row:
-    """Over the blocks and the seeds."""
-    if not tables:
-        return {}
-
-    row: Row = {}
-    for key in ("cosine_base", "cosine_tuned"):
-        values = [value for each in tables for value in each[key]]
-        row |= {key: mean(values), f"{key}_least": min(values)}
-        row[f"{key}_by_block"] = [
-            mean(values) for values in zip(*(each[key] for each in tables), strict=True)
-        ]
-
-    return row
-
-
-def _down_row(each: Found) -> Row:
-    runs = [run for run in each.runs if "stopped" not in run]
-    row: Row = {"cell": each.job.cell.name, "form": each.job.contender.name, "seeds": len(runs)}
-    stopped = next((run["stopped"] for run in each.runs if "stopped" in run), None)
-    row |= {"stopped": stopped, "why": "stopped" if stopped else "", "learning_rate": each.best}
-
-    if runs:
-        row |= {
-            "loss": mean(run["loss"] for run in runs),
-            "loss_half": half_width([run["loss"] for run in runs]),
-            "losses": [run["loss"] for run in runs],
-            "down": mean(sum(run["down"]) / sum(run["visits"]) for run in runs),
-            "down_first": mean(run["down"][0] / run["visits"][0] for run in runs),
-            "down_last": mean(run["down"][-1] / run["visits"][-1] for run in runs),
-            "up": mean(sum(run["up"]) / sum(run["visits"]) for run in runs),
-        }
-
-    return row
-
-
-def down_claims(cell: str, rows: Sequence[Row]) -> list[Claim]:
-    """The cache against the paper's design, at equal final loss.
-
-    The proxy that is compared is the cheapest one that ends within 0.5 % of the cache; where none
-    does, the cheapest of all, which favours the proxy.
-    """
-    run = {row["form"]: row for row in rows if row["seeds"]}
-    proxies = [row for name, row in run.items() if name.startswith("proxy")]
-    found = []
-
-    for name in ("cache, int8", "cache, hadamard 1/16", "cache, hadamard 1/32"):
-        if name not in run or not proxies:
-            continue
-
-        cache = run[name]
-        equal = [row for row in proxies if row["loss"] <= cache["loss"] * (1 + EQUAL)]
-        other = min(equal or proxies, key=lambda row: row["down"])
-        word = "equal in loss" if equal else "worse in loss"
-        title = f"{cell}: bytes down of {other['form']} ({word}) over those of {name}"
-        found.append(Claim(title, other["down"] / cache["down"], FEWER, "at least"))
-
-        if EXACT in run and name != EXACT:
-            over = cache["loss"] / run[EXACT]["loss"] - 1
-            found.append(
-                Claim(f"{cell}: loss of {name} over {EXACT}, less 1", over, EQUAL, "at most")
-            )
-
-    return found
-
-
-# -- the command ---------------------------------------------------------------------------------
-
-
-def _bed(options: argparse.Namespace) -> Bed:
-    bed = QUICK if options.quick else FULL
-    return bed if options.seeds is None else replace(bed, seeds=options.seeds)
 
 
 def main() -> None:
@@ -527,7 +303,7 @@ def main() -> None:
     cells = _cells(options, report)
 
     if {"losses", "download"} & set(parts):
-        report.settings |= {**asdict(_bed(options)), "cells": [asdict(cell) for cell in cells]}
+        report.settings |= {**asdict(bed_of(options)), "cells": [asdict(cell) for cell in cells]}
         with workers(options.processes) as pool:
             if "losses" in parts:
                 losses_part(pool, cells, report, options)

@@ -1,7 +1,9 @@
 """Part "memory" of `benchmarks.fedcybgd`: the peak of one visit in a process of its own, against
 the formula.
 
-    python -m benchmarks.fedcybgd.memory LARGE SMALL TUNES HOLD      one visit to each model; prints one JSON object
+    python -m benchmarks.fedcybgd.memory LARGE SMALL TUNES HOLD
+
+makes one visit to each model and prints one JSON object.
 
 The process does a visit by the package's own task: it receives a message, trains, and codes the
 change. The base is a folder of files that it has never held. What counts is the growth over what it
@@ -23,15 +25,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from benchmarks.fedcybgd.shapes import FULL, QUICK, SMALL, Shape, layout_of, write_model
 from benchmarks.report import Claim, Report, Row, show
 
 if TYPE_CHECKING:
     from fluvial.wire.tensors import Layout
+
 
 Tunes = Literal["full", "block"]
 Hold = Literal["memory", "disk"]
@@ -46,29 +49,7 @@ ALLOCATOR = {
 WITHIN = 0.10
 """How far a measured peak may be from the formula."""
 TOKENS = 32
-"""Of the one sequence that is trained on."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A Llama."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    vocabulary: int
-    tied: bool = True
-
-
-SMALL = Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=2, vocabulary=64)
-FULL = Shape(
-    hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=8000
-)
-QUICK = replace(
-    FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2000
-)
+"""Tokens of the one sequence that is trained on."""
 LLAMA_2_7B = Shape(4096, 11008, 32, 32, 32, 32000, tied=False)
 LLAMA_3_8B = Shape(4096, 14336, 32, 32, 8, 128256, tied=False)
 CASES: tuple[Case, ...] = (
@@ -81,7 +62,7 @@ CASES: tuple[Case, ...] = (
 )
 QUICK_CASES: tuple[Case, ...] = (CASES[0], CASES[2], CASES[4])
 BITS = {"int8": 8.25, "hadamard 1/16": 2.0, "hadamard 1/32": 1.0}
-"""Of a coded change, by value."""
+"""Bits of a coded change by value."""
 COLUMNS = {
     "case": "tunes, type, rest in",
     "formula_mb": "formula MB",
@@ -108,59 +89,6 @@ SHAPE_COLUMNS = {
     "full_memory": "full tuning",
     "badam": "2M + 16M/D",
 }
-
-
-def llama(shape: Shape, **more: Any) -> Any:
-    """The configuration of a model."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=shape.tied,
-        **more,
-    )
-
-
-def layout_of(shape: Shape) -> "Layout":
-    """All parameters, by way of the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from fluvial.models.tuning import tuned_layout
-
-    with torch.device("meta"):
-        return tuned_layout(AutoModelForCausalLM.from_config(llama(shape)), None)
-
-
-# -- a visit, in a process of its own ------------------------------------------------------------
-
-
-def write_model(folder: Path, shape: Shape, dtype: str) -> None:
-    """A random model, one file for a tensor, so that it is never held; with the embedded model's
-    tokenizer."""
-    import torch
-    from safetensors.torch import save_file
-
-    llama(shape, dtype=dtype).save_pretrained(folder)
-
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        with resources.as_file(resources.files("fluvial") / "assets" / "tiny" / name) as path:
-            shutil.copy(path, folder / name)
-
-    draw = torch.Generator().manual_seed(0)
-    files = {}
-    for name, size in layout_of(shape).shapes:
-        files[name] = f"{name}.safetensors"
-        values = 0.02 * torch.randn(size, generator=draw) if len(size) > 1 else torch.ones(size)
-        save_file({name: values.to(getattr(torch, dtype))}, folder / files[name])
-
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], Any]) -> None:
@@ -239,8 +167,10 @@ def status(key: str) -> int:
 
 
 def probe(large: Path, small: Path, tunes: Tunes, hold: Hold) -> dict[str, int]:
-    """What a visit adds to a process that has made a small one: the most before, in and after
-    training, bytes."""
+    """Return the bytes that a visit adds to a process that has made a small one.
+
+    The figures are the peaks before, in and after training.
+    """
     import torch
 
     torch.set_num_threads(1)

@@ -1,5 +1,4 @@
-"""What the machinery around training costs: start-up, time and memory for each site and round, and
-Flower beside it.
+"""Overhead of a round without training: start-up, time and memory, with Flower beside it.
 
     python -m benchmarks.overhead [--quick] [--out FILE.json] [--flower-python PATH]
 
@@ -21,7 +20,7 @@ from typing import Any
 from benchmarks.report import Claim, Report, Row, show
 
 VALUES = 32_768
-"""Of the embedded model's adapter: 131,072 bytes."""
+"""Values of the embedded model's adapter: 131,072 bytes."""
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -42,8 +41,10 @@ COLUMNS = {
 
 
 def probe(module: str, *arguments: object, python: str = sys.executable) -> dict[str, Any]:
-    """What a measuring process printed last; raises `RuntimeError` with the end of what it
-    complained about."""
+    """Return the JSON object that a measuring process printed last.
+
+    Raises `RuntimeError` with the end of the error output of a process that failed.
+    """
     command = [python, "-m", f"benchmarks.overhead.{module}", *map(str, arguments)]
     done = subprocess.run(
         command,
@@ -62,7 +63,7 @@ def probe(module: str, *arguments: object, python: str = sys.executable) -> dict
 
 
 def has_flower(python: str) -> bool:
-    """Whether that Python can run Flower's simulation."""
+    """Return True where that Python can run Flower's simulation."""
     try:
         return not subprocess.run(
             [python, "-c", "import flwr, ray"],

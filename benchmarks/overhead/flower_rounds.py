@@ -102,7 +102,8 @@ def measure(sites: int, number: int, values: int) -> dict[str, Any]:
                 replies = list(grid.pull_messages(waiting))
                 for reply in replies:
                     waiting.discard(reply.metadata.reply_to_message_id)
-                    samples = int(reply.content.metric_records["values"]["n"])  # type: ignore[arg-type, unused-ignore]
+                    counts: Any = reply.content.metric_records["values"]
+                    samples = int(counts["n"])
                     total += samples * reply.content.array_records["update"]["packed"].numpy()
                     weight += samples
 

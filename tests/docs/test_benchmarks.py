@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.codecs import bed as codecs_bed
-from benchmarks.codecs import bytes_to_target, rate_distortion, speed
-from benchmarks.codecs.bed import Bed, Cache, Contender, Found
+from benchmarks.codecs import bytes_to_target, rate_distortion, speed, target_claims
+from benchmarks.codecs.bed import Found
+from benchmarks.codecs.cache import SOURCE, Cache
+from benchmarks.codecs.contenders import CONTENDERS, Bed, Contender, Role, resolve
 from benchmarks.fedcybgd import bed as fedcybgd_bed
-from benchmarks.fedcybgd import compute, losses, memory
+from benchmarks.fedcybgd import compute, contenders, download, jobs, losses
+from benchmarks.fedcybgd.shapes import Shape
 from benchmarks.report import Claim, Report, Row
 from tests.support import ROOT
 
@@ -104,9 +106,9 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
     options = ("--part", "losses", "--cache", str(tmp_path / "runs.jsonl"))
     content = _quick("fedcybgd", tmp_path / "losses.json", *options)
     rows = {row["contender"]: row for row in content["rows"]}
-    assert set(rows) == set(fedcybgd_bed.QUICK_NAMES)
-    full = rows[fedcybgd_bed.REFERENCE]
-    ours = rows[fedcybgd_bed.OURS]
+    assert set(rows) == set(contenders.QUICK_NAMES)
+    full = rows[contenders.REFERENCE]
+    ours = rows[contenders.OURS]
     assert full["ratio"] == full["up_share"] == full["memory_share"] == 1
     assert ours["up_share"] < 0.02
     assert ours["memory_share"] < 0.25
@@ -121,11 +123,11 @@ def test_fedcybgd_download(tmp_path: Path) -> None:
     small."""
     content = _quick("fedcybgd", tmp_path / "download.json", "--part", "download")
     rows = {row["form"]: row for row in content["rows"]}
-    assert set(rows) == set(losses.QUICK_FORMS)
-    assert rows[losses.EXACT]["cosine_tuned_least"] == pytest.approx(1)
+    assert set(rows) == set(download.QUICK_FORMS)
+    assert rows[download.EXACT]["cosine_tuned_least"] == pytest.approx(1)
     assert rows["stale subset 0.5"]["cosine_tuned"] < 1
     assert rows["proxy, kept 0.5"]["cosine_base"] < 0.9
-    assert rows["cache, hadamard 1/16"]["down"] < 0.3 * rows[losses.EXACT]["down"]
+    assert rows["cache, hadamard 1/16"]["down"] < 0.3 * rows[download.EXACT]["down"]
 
 
 @pytest.mark.slow
@@ -161,7 +163,7 @@ def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
     ours = Cache(path)
     theirs = Cache(path)
     ours.add("a", {"loss": [1.0]})
-    assert theirs.find("a") == {"key": "a", "source": codecs_bed.SOURCE, "loss": [1.0]}
+    assert theirs.find("a") == {"key": "a", "source": SOURCE, "loss": [1.0]}
     assert theirs.find("b") is None
 
     with path.open("a") as file:
@@ -174,12 +176,10 @@ def test_a_cache_is_shared_and_outlives_its_process(tmp_path: Path) -> None:
 
 def test_the_key_of_a_run_is_its_configuration() -> None:
     """Another seed, rate or contender is another run; how many sites work at a time is not."""
-    first = codecs_bed.CONTENDERS[0]
+    first = CONTENDERS[0]
     second = Contender("top_k", "assembled", {"name": "top_k", "rate": 64})
     configs = [
-        codecs_bed.resolve(
-            "stdlib", contender, bytes_to_target.QUICK, learning_rate=rate, seed=seed
-        )
+        resolve("stdlib", contender, bytes_to_target.QUICK, learning_rate=rate, seed=seed)
         for contender, rate, seed in (
             (first, 1e-3, 0),
             (first, 2e-3, 0),
@@ -209,7 +209,7 @@ BED = Bed(
 def _run(loss: list[float], up: int, setup: int = 0) -> Row:
     return {
         "key": str(loss),
-        "source": codecs_bed.SOURCE,
+        "source": SOURCE,
         "loss": loss,
         "up": [2 * up] * 3,
         "down": [200] * 3,
@@ -220,7 +220,7 @@ def _run(loss: list[float], up: int, setup: int = 0) -> Row:
     }
 
 
-def _found(name: str, role: codecs_bed.Role, *runs: Row, rate: float | None = None) -> Found:
+def _found(name: str, role: Role, *runs: Row, rate: float | None = None) -> Found:
     return Found(
         "stdlib", Contender(name, role, rate=rate), {2.0: runs[0]}, list(runs), complete=True
     )
@@ -253,7 +253,7 @@ def test_bytes_to_target_by_hand() -> None:
     assert rows["int8, both ways"]["reached"] == 1
     assert rows["uncompressed"]["bytes_all"] == 2200
 
-    values = [claim.value for claim in bytes_to_target.claims(list(rows.values()))]
+    values = [claim.value for claim in target_claims.claims(list(rows.values()))]
     assert 325 / 500 in values, (
         "int8 is credited with the bytes of all three rounds in the seed that never got there"
     )
@@ -268,9 +268,9 @@ def test_what_did_not_reach_the_target_wins_nothing() -> None:
     ours = _found("klt 1/64 + EF", "ours", _run([6, 5, 4], 1), _run([6, 5, 4.5], 1), rate=64)
     other = _found("int8, both ways", "published", _run([6, 5, 3], 40), _run([6, 4, 3.1], 40))
     rows = bytes_to_target.table([reference, ours, other], BED)
-    assert [
-        claim.value for claim in bytes_to_target.claims(rows) if claim.name.startswith("1")
-    ] == [None]
+    assert [claim.value for claim in target_claims.claims(rows) if claim.name.startswith("1")] == [
+        None
+    ]
 
 
 def test_gains_in_decibels() -> None:
@@ -343,19 +343,19 @@ def test_a_claim_that_does_not_hold_stays(tmp_path: Path) -> None:
     assert [claim["value"] for claim in found] == [6.0, 5.0, "inf", None]
 
 
-CELL = fedcybgd_bed.CELLS["embedded"]
+CELL = contenders.CELLS["embedded"]
 
 
 @pytest.mark.parametrize(
-    "which", [each for each in fedcybgd_bed.CONTENDERS if each.match], ids=lambda each: each.name
+    "which", [each for each in contenders.CONTENDERS if each.match], ids=lambda each: each.name
 )
-def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: fedcybgd_bed.Contender) -> None:
+def test_contenders_of_fedcybgd_have_the_bytes_that_they_say(which: contenders.Contender) -> None:
     """Of rank and rate, no more bytes in a frame than the other and not much fewer; of rounds, in
     all of them."""
     assert which.match is not None
     mine, other = (
-        fedcybgd_bed.resolve(CELL, each, losses.FULL, pace=1.0, seed=0)
-        for each in (which, fedcybgd_bed.contender(which.match.name))
+        fedcybgd_bed.resolve(CELL, each, jobs.FULL, pace=1.0, seed=0)
+        for each in (which, contenders.contender(which.match.name))
     )
     spent, wanted = (fedcybgd_bed.frame_bytes(each) * each.rounds for each in (mine, other))
 
@@ -381,13 +381,13 @@ def test_memory_of_clients_by_formula() -> None:
     embeddings = 2048 * 128
     found = {
         name: fedcybgd_bed.memory_bytes(
-            fedcybgd_bed.resolve(CELL, fedcybgd_bed.contender(name), losses.FULL, pace=1.0, seed=0)
+            fedcybgd_bed.resolve(CELL, contenders.contender(name), jobs.FULL, pace=1.0, seed=0)
         )
         for name in (
-            fedcybgd_bed.REFERENCE,
-            fedcybgd_bed.INT8,
-            fedcybgd_bed.OURS,
-            fedcybgd_bed.LORA,
+            contenders.REFERENCE,
+            contenders.INT8,
+            contenders.OURS,
+            contenders.LORA,
         )
     }
     assert list(found.values()) == [
@@ -406,14 +406,12 @@ def _lost(contender: str, loss: float, *, up: float = 1.0) -> Row:
 def test_claims_of_fedcybgd_by_hand() -> None:
     """Within 1 % of Fed-full, and against LoRA only where Fed-full beats it."""
     matched = next(
-        each
-        for each in fedcybgd_bed.CONTENDERS
-        if each.match and each.match.name == fedcybgd_bed.OURS
+        each for each in contenders.CONTENDERS if each.match and each.match.name == contenders.OURS
     )
     rows = [
-        _lost(fedcybgd_bed.REFERENCE, 2.0),
-        _lost(fedcybgd_bed.OURS, 2.01, up=0.05),
-        _lost(fedcybgd_bed.LORA, 2.1),
+        _lost(contenders.REFERENCE, 2.0),
+        _lost(contenders.OURS, 2.01, up=0.05),
+        _lost(contenders.LORA, 2.1),
         _lost(matched.name, 2.05),
     ]
     report = Report("none", {})
@@ -433,14 +431,14 @@ def test_the_cache_is_compared_with_the_cheapest_proxy_of_equal_loss() -> None:
         {"form": "cache, hadamard 1/16", "seeds": 1, "loss": 2.0, "down": 8.0},
         {"form": "stopped", "seeds": 0},
     ]
-    assert [claim.value for claim in losses.down_claims("c", rows)] == [10.0]
+    assert [claim.value for claim in download.down_claims("c", rows)] == [10.0]
     rows[2]["loss"] = 1.9
-    assert [claim.value for claim in losses.down_claims("c", rows)] == [5.0]
+    assert [claim.value for claim in download.down_claims("c", rows)] == [5.0]
 
 
 def test_work_of_a_step_by_block() -> None:
     """Without a head, full tuning of two layers is 6; the upper block costs 2 + 1 + 1, the lower
     one 2 + 2 + 1."""
-    shape = memory.Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
+    shape = Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
     assert compute.predicted(shape, 1) == pytest.approx(4 / 6)
     assert compute.predicted(shape, 0) == pytest.approx(5 / 6)

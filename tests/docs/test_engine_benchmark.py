@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine import rounds
+from benchmarks.engine.cells import Cell, bytes_of_a_rank, table_of
 from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_clock
-from benchmarks.engine.fleets import ROOT, Cell, bytes_of_a_rank, table_of
+from benchmarks.engine.fleets import ROOT
 from benchmarks.engine.link import fitted
 from fluvial.federation.line import Line, round_s
 from fluvial.models.loading import meta_base

@@ -1,0 +1,310 @@
+"""Tables of the benchmarks of codecs."""
+
+from table_parts import claims, read, table
+
+from fluvial.formatting import human_ratio
+
+
+def gate() -> str:
+    """Return the errors of codecs on held-out updates at 1/64."""
+    found = read("cgfedllm.json")
+    rows = [
+        [
+            "codec, at 1/64",
+            "corpus",
+            "bytes",
+            "error A",
+            "error B",
+            "error, mean",
+            "cosine",
+            "SNR, dB",
+            "gate",
+        ]
+    ]
+
+    for row in found["rows"]:
+        if row["part"] == "gate" and "1/64" in row["codec"]:
+            figures = [
+                f"{row[key]:.3f}" for key in ("error_a", "error_b", "error_aggregate", "cosine")
+            ]
+            verdict = "passes" if row["passes"] else "**refused**"
+            rows.append(
+                [
+                    row["codec"],
+                    row["corpus"],
+                    f"{row['bytes']:.0f}",
+                    *figures,
+                    f"{row['snr_db']:.2f}",
+                    verdict,
+                ]
+            )
+
+    machine = found["machine"]
+    settings = found["settings"]
+    return "\n\n".join(
+        [
+            f"Held-out snapshots of {settings['tgap_rounds']} TGAP rounds x 8 sites; squared "
+            "errors "
+            f"relative to the update (1 is sending nothing), frames as sent. {machine['cores']} "
+            "cores, torch "
+            f"{machine['torch']}. `stdlib` is the embedded model and text; `fairytales` and "
+            "`mini_ops` are tales "
+            "(FairytaleQA) and an arithmetic set with a 260 k parameter Llama trained on "
+            "TinyStories, whose k and v "
+            "are half as wide: there the paper's autoencoder needs padding and so more bytes.",
+            table(rows),
+        ]
+    )
+
+
+def loss() -> str:
+    """Held-out loss against what was sent."""
+    found = read("cgfedllm.json")
+    rows = [
+        [
+            "method and codec",
+            "corpus",
+            "seeds",
+            "held-out loss",
+            "range",
+            "gain kept",
+            "up per round",
+            "ratio",
+            "amortised",
+        ]
+    ]
+
+    for row in found["rows"]:
+        if row["part"] != "loss":
+            continue
+        if row["stopped"]:
+            rows.append([row["codec"], row["corpus"], "0", "refused", *["-"] * 5])
+            continue
+
+        kept = f"{100 * row['gain_kept']:.1f} %"
+        span = f"{row['lowest']:.4f} to {row['highest']:.4f}" if row["seeds"] > 1 else "-"
+        ratios = [human_ratio(row["round_ratio"]), human_ratio(row["amortised_ratio"])]
+        sent = f"{row['bytes_up']:,.0f} B"
+        rows.append(
+            [
+                row["codec"],
+                row["corpus"],
+                str(row["seeds"]),
+                f"{row['loss']:.4f}",
+                span,
+                kept,
+                sent,
+                *ratios,
+            ]
+        )
+
+    rounds = found["settings"]["rounds"]
+    steps = found["settings"]["steps"]
+    return "\n\n".join(
+        [
+            f"{rounds} rounds of {steps} steps on 8 sites. *Gain kept* is the share of the "
+            "uncompressed run's fall of "
+            "loss. *Ratio* is of the frames of a round, *amortised* of all bytes both ways with "
+            "set-up. The learning "
+            "rate is the same for all and tuned for none.",
+            table(rows),
+            "Claims of the benchmark:",
+            claims("cgfedllm.json"),
+        ]
+    )
+
+
+def parts() -> str:
+    """Transfer, normalisations, rates and ranks, TGAP's sources: short runs."""
+    columns = {"a": "error_a", "b": "error_b", "cosine": "cosine"}
+    transfer = [["codec", "fitted on", "measured on", "error A", "error B", "cosine", "gate"]]
+
+    for row in read("cgfedllm_transfer.json")["rows"]:
+        figures = [f"{row[key]:.3f}" for key in columns.values()]
+        transfer.append(
+            [
+                row["codec"],
+                row["fitted"],
+                row["corpus"],
+                *figures,
+                "passes" if row["passes"] else "refused",
+            ]
+        )
+
+    normalise = [
+        ["codec, normalisation", "representation", "error A", "error B", "cosine", "B norm ratio"]
+    ]
+    for row in read("cgfedllm_normalise.json")["rows"]:
+        figures = [f"{row[key]:.3f}" for key in (*columns.values(), "b_norm_ratio")]
+        normalise.append([row["codec"], row["representation"], *figures])
+
+    rates = [["codec", "rank", "bytes", "ratio", "error", "cosine", "gate"]]
+    for row in read("cgfedllm_rates.json")["rows"]:
+        if "cosine" in row:
+            figures = [
+                f"{row['bytes']:.0f}",
+                f"1/{row['ratio']:.1f}",
+                f"{row['error']:.3f}",
+                f"{row['cosine']:.3f}",
+            ]
+            verdict = "passes" if row["passes"] else "refused"
+            rates.append([row["codec"], str(row["rank"]), *figures, verdict])
+
+    sources = [
+        ["source", "reading", "gate error", "held-out loss", "amortised uplink", "amortised"]
+    ]
+    for row in read("cgfedllm_tgap.json")["rows"]:
+        ratios = [f"{row['amortised_uplink_ratio']:.3f}", f"{row['amortised_ratio']:.3f}"]
+        loss = [f"{row['gate_error']:.3f}", f"{row['loss']:.4f}"]
+        sources.append([row["source"], row["reading"], *loss, *ratios])
+
+    settings = read("cgfedllm_transfer.json")["settings"]
+    return "\n\n".join(
+        [
+            f"Embedded model, one seed, {settings['tgap_rounds']} TGAP rounds of "
+            f"{settings['steps']} steps, "
+            f"{settings['iterations']} iterations of the paper's autoencoder (`--quick`): enough "
+            "to rank them, "
+            "not to quote.",
+            "Transfer to other data:",
+            table(transfer),
+            "The four normalisations, errors of the innovation:",
+            table(normalise),
+            "Rates and ranks:",
+            table(rates),
+            "Where TGAP's updates come from, linear at 1/64 with error feedback:",
+            table(sources),
+        ]
+    )
+
+
+def distortion() -> str:
+    """Error of held-out updates at every rate, real frames."""
+    found = read("rate_distortion.json")
+    rated = [
+        row
+        for row in found["rows"]
+        if "part" not in row and row["rate"] is not None and row["seeds"]
+    ]
+    tables = []
+
+    for cell in dict.fromkeys(row["cell"] for row in rated):
+        here = [row for row in rated if row["cell"] == cell]
+        rates = sorted({row["rate"] for row in here})
+        kinds = list(dict.fromkeys((row["codec"], row["source"]) for row in here))
+        by = {(row["codec"], row["source"], row["rate"]): row for row in here}
+        order = sorted(kinds, key=lambda kind: by[*kind, 64]["error"] if (*kind, 64) in by else 9.0)
+        rows = [
+            [
+                "codec",
+                "fitted on",
+                *(f"1/{rate:g}" for rate in rates),
+                "cosine at 1/64",
+                "of the mean",
+            ]
+        ]
+
+        for kind in order:
+            errors = [
+                f"{by[*kind, rate]['error']:.3f}" if (*kind, rate) in by else "-" for rate in rates
+            ]
+            at_64 = by.get((*kind, 64), {})
+            cosines = [f"{at_64[key]:.3f}" if at_64 else "-" for key in ("cosine", "cosine_mean")]
+            rows.append([*kind, *errors, *cosines])
+
+        width = max(row["width"] for row in here)
+        tables += [f"`{cell}` (widest factor {width}):", table(rows)]
+
+    settings = found["settings"]
+    return "\n\n".join(
+        [
+            "Relative squared error of held-out updates (1 is sending nothing): "
+            f"{settings['tgap_rounds']} rounds of "
+            f"{settings['steps']} steps on 8 sites, {settings['seeds']} seeds, every byte of the "
+            "frames counted. `sites` and `public` say what a codec was fitted on.",
+            *tables,
+            "Claims of `python -m benchmarks.codecs rate_distortion`:",
+            claims("rate_distortion.json"),
+        ]
+    )
+
+
+def target() -> str:
+    """Loss and bytes to the uncompressed loss."""
+    found = read("bytes_to_target.json")
+    heading = ["contender", "seeds", "local rate", "excess loss", "+-", "reached", "rounds"]
+    heading += ["up", "down", "set-up", "amortised"]
+    tables = []
+
+    for cell in dict.fromkeys(row["cell"] for row in found["rows"]):
+        rows = [heading]
+        for row in found["rows"]:
+            if row["cell"] != cell or not row["seeds"]:
+                continue
+
+            half = row["excess_half"]
+            parts = [f"{row[f'bytes_{key}'] / 1000:.1f}" for key in ("up", "down", "setup", "all")]
+            reached = f"{row['reached']} of {row['seeds']}"
+            rounds = f"{row['rounds']:.1f}"
+            excess = [f"{row['excess']:+.4f}", "-" if half is None else f"{half:.4f}"]
+            rows.append(
+                [
+                    row["contender"],
+                    str(row["seeds"]),
+                    f"{row['learning_rate']:g}",
+                    *excess,
+                    reached,
+                    rounds,
+                    *parts,
+                ]
+            )
+
+        tables += [f"`{cell}`:", table(rows)]
+
+    settings = found["settings"]
+    return "\n\n".join(
+        [
+            f"{settings['rounds']} rounds of {settings['steps']} steps on 8 sites; local learning "
+            "rate of every "
+            "contender, the uncompressed run included, is the best of three on seed 0. *Excess "
+            "loss* is over the "
+            "uncompressed run, in nats, with a 95 % interval over seeds. *Rounds* and kB of one "
+            "site until the loss of "
+            f"uncompressed round {settings['target']}; who did not reach it in every seed is "
+            "shown with all its bytes.",
+            *tables,
+            "Claims of `python -m benchmarks.codecs bytes_to_target`:",
+            claims("bytes_to_target.json"),
+        ]
+    )
+
+
+def speed() -> str:
+    """Megabytes of fp32 update a second."""
+    found = read("codec_speed.json")
+    rows = [["layout", "codec", "encode", "decode", "both", "both, share of a memory copy"]]
+
+    for row in found["rows"]:
+        if row.get("stopped") or row.get("encode_mb_s") is None:
+            continue
+
+        both = row.get("both_mb_s")
+        figures = [
+            f"{row['encode_mb_s']:.1f}",
+            "-" if row.get("decode_mb_s") is None else f"{row['decode_mb_s']:.1f}",
+        ]
+        share = None if both is None else both / row["copy_mb_s"]
+        last = [
+            "-" if both is None else f"{both:.1f}",
+            "-" if share is None else f"{100 * share:.2f} %",
+        ]
+        rows.append([row["layout"], row["codec"], *figures, *last])
+
+    return "\n\n".join(
+        [
+            "Megabytes of fp32 update per second on one thread, synthetic updates.",
+            table(rows),
+            "Claims of `python -m benchmarks.codecs speed`:",
+            claims("codec_speed.json"),
+        ]
+    )
