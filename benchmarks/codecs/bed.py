@@ -21,7 +21,6 @@ from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, DivergenceError, GateError
 from fluvial.exchange import tgap
-from fluvial.federation.meter import Metered
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
@@ -121,7 +120,7 @@ class shared_snapshots:  # noqa: N801 - used like a function
         """Take the place of `tgap.collect`."""
 
         def collect(settings: Any, fleet: Any, *rest: Any, **named: Any) -> list[Snapshot]:
-            if isinstance(fleet, Metered):
+            if set(fleet.transport.tasks) != {"snapshot"}:
                 return _collect(settings, fleet, *rest, **named)
 
             key = self.key + settings.model_dump_json()

@@ -103,7 +103,7 @@ def start_up(times: int) -> tuple[list[Row], float]:
 
 
 def fluvial_row(sites: int, rounds: int) -> Row:
-    """Rounds over `LocalFleet` with FedAvg's server half."""
+    """Rounds in one process with FedAvg's server half."""
     found = probe("probe", "rounds", sites, rounds, VALUES)
     grown = found["peak_rss_bytes"] - found["rss_before_bytes"]
 

@@ -73,8 +73,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     import torch
 
     from fluvial.codecs.quantise import Identity, IdentitySettings
-    from fluvial.federation.local_fleet import LocalFleet
-    from fluvial.federation.meter import Metered
+    from fluvial.federation.in_process import local_fleet
     from fluvial.federation.sites import Site, code, read_adapter_message
     from fluvial.federation.store import StateStore
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
@@ -129,7 +128,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         public=dict,
     )
     server = FedAvgServer(FedAvgConfig(), context)
-    fleet = Metered(LocalFleet([f"{name}" for name in range(sites)], open_site, {"train": answer}))
+    fleet = local_fleet([f"{name}" for name in range(sites)], open_site, {"train": answer})
     before = peak_rss_bytes()
     seconds = []
     saving = []

@@ -12,8 +12,10 @@ import torch
 
 from fluvial.data import SiteTexts
 from fluvial.errors import FluvialError, RefusalError, WireError
+from fluvial.federation.in_process import InProcess
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
+from fluvial.federation.transport import Request
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
@@ -45,16 +47,14 @@ PATHS = ["../../x", "/etc/passwd", "a\0b", "x" * 10_000, "\x1b[2J"]
 def messages_of(table: dict[str, Any], folder: Path) -> tuple[RunConfig, dict[str, bytes]]:
     """The first message of each task of an honest round, as bytes."""
     seen: dict[str, bytes] = {}
-    import fluvial.federation.local_fleet as fleet
+    send = InProcess.send
 
-    work = fleet.LocalFleet._work
-
-    def noted(self: Any, number: int, job: Any, task: str, round: int, done: Any) -> None:
-        seen.setdefault(task, job.wire)
-        work(self, number, job, task, round, done)
+    def noted(self: InProcess, request: Request) -> None:
+        seen.setdefault(request.task, request.data)
+        send(self, request)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet.LocalFleet, "_work", noted)
+        patch.setattr(InProcess, "send", noted)
         played = record(table, folder)
 
     return played.config, seen

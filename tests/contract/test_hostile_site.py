@@ -15,7 +15,7 @@ import torch
 from fluvial.errors import ClientError
 from fluvial.federation.bounds import Cohort
 from fluvial.federation.fleet import FleetConfig
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
 from fluvial.wire.payload import Payload, frame_payload
 from fluvial.wire.tensors import Named
@@ -336,7 +336,7 @@ def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> No
     seen = set()
 
     for order in permutations(lengths):
-        fleet = LocalFleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
+        fleet = local_fleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
         folded: dict[str, int] = {}
         cohort = Cohort(fleet, "train", 1, asked=5)
 

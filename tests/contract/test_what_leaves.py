@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fluvial.codecs import CODECS
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import InProcess
 from fluvial.federation.sites import Site
 from fluvial.methods import METHODS
 from fluvial.models.pool import ModelPool
@@ -111,9 +112,10 @@ class Recorder:
     seen: list[tuple[str, str, str, bytes]] = field(default_factory=list)
     """Method, site, task, answer."""
 
-    def assemble(self, config: RunConfig, folder: Any, bench: ModelPool, texts: Any) -> LocalFleet:
+    def assemble(self, config: RunConfig, folder: Any, bench: ModelPool, texts: Any) -> Fleet:
         fleet = in_process(config, folder, bench, texts)
-        assert isinstance(fleet, LocalFleet)
+        transport = fleet.transport
+        assert isinstance(transport, InProcess)
 
         def recorded(name: str, task: Any) -> Any:
             def answer(site: Site, message: Payload) -> Payload:
@@ -123,7 +125,7 @@ class Recorder:
 
             return answer
 
-        fleet._tasks = {name: recorded(name, task) for name, task in fleet._tasks.items()}
+        transport.tasks = {name: recorded(name, task) for name, task in transport.tasks.items()}
         return fleet
 
 

@@ -26,8 +26,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fluvial.federation.fleet import Failure
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Failure, Fleet
 from fluvial.flower import certificates
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute, site_of, tasks_of
@@ -115,7 +114,7 @@ class Undisturbed:
         return self._known[key]
 
 
-class _Absent(LocalFleet):
+class _Absent(Fleet):
     def __init__(
         self, names: Any, open_site: Any, tasks: Any, config: Any, missing: Mapping[int, str]
     ) -> None:

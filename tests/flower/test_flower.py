@@ -31,20 +31,20 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, pull_objects
 from flwr.supercore.task_identity import TaskIdentity
 
-import fluvial.flower.fleet
 import fluvial.flower.inbox
+import fluvial.flower.nodes
 from fluvial.codecs import build, read_settings
 from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError, WireError
-from fluvial.federation.fleet import Reply
+from fluvial.federation.fleet import Fleet, Reply
+from fluvial.federation.in_process import local_fleet
 from fluvial.federation.line import FLOWER
-from fluvial.federation.local_fleet import LocalFleet
 from fluvial.federation.replies import read_update
 from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
 from fluvial.flower.executor import OutOfStepError
-from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
+from fluvial.flower.transport import flower_fleet
 from fluvial.methods import METHODS
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import parse
@@ -191,10 +191,10 @@ class Stand:
         names: tuple[str, ...] = NAMES,
         registered: Callable[[], dict[int, str]] = dict,
         **policy: Any,
-    ) -> tuple[FlowerFleet, FakeGrid]:
+    ) -> tuple[Fleet, FakeGrid]:
         grid = FakeGrid(answer, fingerprints(self.bench))
         config = parse(self.table | {"fleet": policy}, "test")
-        made = FlowerFleet(
+        made = flower_fleet(
             cast(Grid, grid),
             config,
             "run",
@@ -221,12 +221,12 @@ SKIP: dict[str, Any] = {"on_failure": "skip", "quorum": 0.3}
 MESSAGE = Payload({"x": torch.arange(3.0)})
 
 
-def ask(fleet: FlowerFleet, names: Iterable[str] = NAMES, **changes: Any) -> list[Reply[Payload]]:
+def ask(fleet: Fleet, names: Iterable[str] = NAMES, **changes: Any) -> list[Reply[Payload]]:
     settings: dict[str, Any] = {"round": 1, "read": lambda _, reply: reply, **changes}
     return list(fleet.ask("train", dict.fromkeys(names, MESSAGE), **settings))
 
 
-def met(fleet: FlowerFleet) -> FlowerFleet:
+def met(fleet: Fleet) -> Fleet:
     fleet.restore({}, -1)
     return fleet
 
@@ -368,7 +368,7 @@ def test_a_run_goes_on_under_its_name_and_never_with_other_sites(stand: Stand) -
     with pytest.raises(ConfigError, match="begun with other sites.*resume it by --fleet flower"):
         later.restore(fleet.state() | {"simulated": True}, 1)
     with pytest.raises(ConfigError, match="begun over Flower"):
-        LocalFleet(NAMES, cast(Any, None), {}).restore(fleet.state(), 1)
+        local_fleet(NAMES, cast(Any, None), {}).restore(fleet.state(), 1)
     fresh, third = stand(echo)
     ask(met(fresh))
     assert third.seen[0][1].run != grid.seen[0][1].run
@@ -386,7 +386,7 @@ def test_a_name_belongs_to_its_key(stand: Stand) -> None:
 def test_who_was_refused_may_come_when_it_is_mended(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fluvial.flower.fleet, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(fluvial.flower.nodes, "_AGAIN_S", 0.05)
     tries = itertools.count()
     fleet, grid = stand(echo)
     grid.greet = lambda node: (
@@ -1019,9 +1019,9 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
 
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
 
-    def assemble(each: Any, _: object, bench: ModelPool, texts: Any) -> FlowerFleet:
+    def assemble(each: Any, _: object, bench: ModelPool, texts: Any) -> Fleet:
         names = (POOLED,) if each.entry.pooled else texts.names
-        return FlowerFleet(
+        return flower_fleet(
             cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001
         )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluvial.data import SiteTexts
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import read_weights
@@ -154,14 +154,14 @@ def test_the_order_of_arrival_does_not_matter(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [run_table(run_config, tmp_path / "sorted")]
-    ask = LocalFleet.ask
+    ask = Fleet.ask
 
     def reversed_ask(
-        self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any
+        self: Fleet, task: str, messages: Mapping[str, Payload], **rest: Any
     ) -> Iterator[Any]:
         return iter(list(ask(self, task, messages, **rest))[::-1])
 
-    monkeypatch.setattr(LocalFleet, "ask", reversed_ask)
+    monkeypatch.setattr(Fleet, "ask", reversed_ask)
     results.append(run_table(run_config, tmp_path / "reversed"))
     assert results[0]["adapter_sha256"] == results[1]["adapter_sha256"]
 

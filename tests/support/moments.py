@@ -192,7 +192,7 @@ def _server(module: ModuleType) -> None:
 
 
 def _fleet(module: ModuleType) -> None:
-    failed = module.Policy.failed
+    failed = module.Fleet.failed
 
     def noted(self: Any, failure: Any, attempt: int) -> bool:
         entry = {
@@ -206,7 +206,7 @@ def _fleet(module: ModuleType) -> None:
         again: bool = failed(self, failure, attempt)
         return again
 
-    module.Policy.failed = noted
+    module.Fleet.failed = noted
 
 
 def _date(module: ModuleType) -> None:

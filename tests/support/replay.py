@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data import SiteTexts
-from fluvial.federation.fleet import FleetConfig
-from fluvial.federation.local_fleet import LocalFleet
-from fluvial.federation.meter import Metered
+from fluvial.federation.fleet import Fleet, FleetConfig
+from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site, Task
 from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Server
@@ -66,13 +65,13 @@ class Round:
     setup: dict[tuple[str, str, int], bytes] = field(default_factory=dict)
     """The same of the set-up."""
 
-    def again(self, change: Change, **policy: Any) -> tuple[Server, Metered, dict[str, Any]]:
+    def again(self, change: Change, **policy: Any) -> tuple[Server, Fleet, dict[str, Any]]:
         """Server, fleet and record after the round with changed replies."""
         return self._play(
             change, self.replies, lambda server, fleet: server.round(1, fleet), policy, setup=False
         )
 
-    def set_up(self, change: Change, **policy: Any) -> tuple[Server, Metered, dict[str, Any]]:
+    def set_up(self, change: Change, **policy: Any) -> tuple[Server, Fleet, dict[str, Any]]:
         """The same for the set-up."""
         return self._play(
             change, self.setup, lambda server, fleet: server.setup(fleet), policy, setup=True
@@ -82,11 +81,11 @@ class Round:
         self,
         change: Change,
         replies: Mapping[tuple[str, str, int], bytes],
-        act: Callable[[Server, Metered], dict[str, Any]],
+        act: Callable[[Server, Fleet], dict[str, Any]],
         policy: dict[str, Any],
         *,
         setup: bool,
-    ) -> tuple[Server, Metered, dict[str, Any]]:
+    ) -> tuple[Server, Fleet, dict[str, Any]]:
         calls: dict[tuple[str, str], int] = {}
 
         def task(name: str) -> Task:
@@ -104,13 +103,11 @@ class Round:
         assert isinstance(texts, SiteTexts)
         store = StateStore(None)
         settings = {"on_failure": "skip", "quorum": 0.3, "workers": 1} | policy
-        fleet = Metered(
-            LocalFleet(
-                self.run.fleet.sites,
-                lambda name: site_of(self.config, name, bench, texts, store),
-                {name: task(name) for name in tasks_of(self.config)},
-                FleetConfig.model_validate(settings),
-            )
+        fleet = local_fleet(
+            self.run.fleet.sites,
+            lambda name: site_of(self.config, name, bench, texts, store),
+            {name: task(name) for name in tasks_of(self.config)},
+            FleetConfig.model_validate(settings),
         )
         server = self.config.entry.server(self.config.method, self.run.context)
 
@@ -130,13 +127,11 @@ def record(table: dict[str, Any], folder: Path) -> Round:
         seen[task, site, number] = data
         return data
 
-    def assemble(
-        each: RunConfig, run_folder: RunFolder, bench: ModelPool, texts: Any
-    ) -> LocalFleet:
+    def assemble(each: RunConfig, run_folder: RunFolder, bench: ModelPool, texts: Any) -> Fleet:
         def open_site(name: str) -> Site:
             return site_of(each, name, bench, texts, run_folder.store)
 
-        return LocalFleet(texts.names, open_site, forging(tasks_of(each), note), each.fleet)
+        return local_fleet(texts.names, open_site, forging(tasks_of(each), note), each.fleet)
 
     with RunFolder(folder) as opened:
         texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)

@@ -26,8 +26,8 @@ from fluvial.errors import ConfigError, WireError
 from fluvial.exchange import gate
 from fluvial.federation.bounds import Cohort
 from fluvial.federation.context import Context
-from fluvial.federation.fleet import Fleet, FleetConfig
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import local_fleet
 from fluvial.federation.replies import nothing, read_update
 from fluvial.federation.sites import (
     Factors,
@@ -315,7 +315,7 @@ def _num_heldout(rounds: int, holdout: float) -> int:
     return min(rounds - 1, max(1, round(holdout * rounds)))
 
 
-def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> LocalFleet:
+def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> Fleet:
     """Sites that the server plays itself, on public text."""
     parts = context.public()
     names = sorted(parts)[: config.simulated_sites]
@@ -342,4 +342,4 @@ def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> L
             rounds=config.rounds,
         )
 
-    return LocalFleet(names, open_site, {"snapshot": snapshot}, FleetConfig())
+    return local_fleet(names, open_site, {"snapshot": snapshot})

@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fluvial.errors import WireError
+from fluvial.errors import ClientError, WireError
 
 STYPE = "fluvial.wire.payload.2"
 SMALL = 2**18
@@ -58,3 +58,22 @@ def _array(message: Message) -> bytes:
         raise WireError(f"message: an array of type {array.stype!r:.40}, expected {STYPE!r}")
 
     return bytes(array.data)
+
+
+def open_reply(reply: Message, *, max_bytes: int) -> tuple[bytes, bool]:
+    """Return the payload of a reply, serialised, and whether the site keeps something that a later
+    message needs.
+
+    Raises `ClientError` with the site's own text, or Flower's, if the site failed, and `WireError`.
+    """
+    if reply.has_error():
+        raise ClientError(f"Flower's error {reply.error.code}: {reply.error.reason}")
+
+    data, header = unpack(reply, max_bytes=max_bytes)
+    error = header.get("error")
+    if not isinstance(error, str):
+        raise WireError(f"header: error={error!r:.40}, expected text")
+    if error:
+        raise ClientError(error[:4000])
+
+    return data, header.get("kept") is True

@@ -16,9 +16,10 @@ from flwr.superlink.grid import http_grid
 
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.federation.fleet import Fleet
 from fluvial.flower import names
-from fluvial.flower.fleet import FlowerFleet
 from fluvial.flower.inbox import pull_complete
+from fluvial.flower.transport import flower_fleet
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.report.round_lines import round_line, setup_lines
@@ -51,8 +52,8 @@ def main(grid: Grid, context: Context) -> None:
             if number.isdigit()
         }
 
-    def assemble(each: RunConfig, _: object, bench: ModelPool, texts: Any) -> FlowerFleet:
-        return FlowerFleet(grid, each, folder.name, texts.names, bench, registered=registered)
+    def assemble(each: RunConfig, _: object, bench: ModelPool, texts: Any) -> Fleet:
+        return flower_fleet(grid, each, folder.name, texts.names, bench, registered=registered)
 
     def texts(config: RunConfig, bench: ModelPool) -> ServerTexts:
         return ServerTexts(config, bench)

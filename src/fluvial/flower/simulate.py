@@ -10,6 +10,7 @@ from typing import Any
 
 from fluvial.data import POOLED
 from fluvial.errors import ConfigError
+from fluvial.federation.fleet import Fleet
 from fluvial.flower import QUIET
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event, execute
@@ -36,8 +37,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     for name in ("flwr", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    from fluvial.flower.fleet import FlowerFleet
     from fluvial.flower.site import client_app
+    from fluvial.flower.transport import flower_fleet
     from fluvial.site_process.site_file import Allowed, SiteFile
 
     names = _site_names(config)
@@ -49,10 +50,10 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
-        def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> FlowerFleet:
+        def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> Fleet:
             names = (POOLED,) if each.entry.pooled else texts.names
             # Every site is there; the first answer takes as long as the libraries take to load.
-            return FlowerFleet(
+            return flower_fleet(
                 grid, each, folder.name, names, bench, simulated=True, join_timeout_s=600.0
             )
 

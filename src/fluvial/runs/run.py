@@ -22,8 +22,8 @@ from fluvial.data import POOLED, Example, SiteData, SiteTexts, with_template
 from fluvial.data.config import STDLIB
 from fluvial.errors import CheckpointError, GateError
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.local_fleet import LocalFleet
-from fluvial.federation.meter import Kind, Metered
+from fluvial.federation.in_process import local_fleet
+from fluvial.federation.meter import Kind
 from fluvial.federation.releases import secret_of
 from fluvial.federation.replies import measured
 from fluvial.federation.sites import COMMON_TASKS, Site, Task, state_message
@@ -156,7 +156,7 @@ def in_process(config: RunConfig, folder: RunFolder, bench: ModelPool, texts: Te
     assert isinstance(texts, SiteTexts), "the data of all sites is here"
     names = (POOLED,) if config.entry.pooled else texts.names
     open_site = partial(site_of, config, bench=bench, texts=texts, store=folder.store)
-    return LocalFleet(names, open_site, tasks_of(config), config.fleet)
+    return local_fleet(names, open_site, tasks_of(config), config.fleet)
 
 
 def execute(
@@ -282,7 +282,7 @@ class Run:
             public=self.texts.public,
         )
         self.server = method.server(config.method, self.context)
-        self.fleet = Metered(assemble(config, folder, bench, texts))
+        self.fleet = assemble(config, folder, bench, texts)
         self.trained = 0
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}

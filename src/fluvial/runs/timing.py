@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fluvial.data import Example
-from fluvial.federation.local_fleet import concurrency
+from fluvial.federation.in_process import concurrency
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig

@@ -24,7 +24,7 @@ from fluvial.errors import ConfigError, GateError, WireError
 from fluvial.exchange import gate, tgap
 from fluvial.exchange.tgap import TgapConfig
 from fluvial.exchange.uplink import check_codec
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
 from fluvial.report import round_lines
 from fluvial.report.page import write_page
 from fluvial.report.run_folder import read_run
@@ -338,10 +338,10 @@ class Ups:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[tuple[str, Payload]] = []
-        ask = LocalFleet.ask
+        ask = Fleet.ask
 
         def recorded(
-            fleet: LocalFleet,
+            fleet: Fleet,
             task: str,
             messages: Mapping[str, Payload],
             *,
@@ -354,7 +354,7 @@ class Ups:
 
             return ask(fleet, task, messages, read=reading, **options)
 
-        monkeypatch.setattr(LocalFleet, "ask", recorded)
+        monkeypatch.setattr(Fleet, "ask", recorded)
 
 
 @pytest.mark.parametrize(
@@ -456,17 +456,17 @@ def test_resume_is_a_straight_run(
     straight = run_table(table, tmp_path / "straight")
     config = parse(table, "test")
     folder = tmp_path / "stopped"
-    ask = LocalFleet.ask
+    ask = Fleet.ask
     asked = []
 
-    def failing(fleet: LocalFleet, task: str, messages: Mapping[str, Payload], **named: Any) -> Any:
+    def failing(fleet: Fleet, task: str, messages: Mapping[str, Payload], **named: Any) -> Any:
         asked.append(task)
         if asked.count("snapshot") == 3:
             raise KeyboardInterrupt
         return ask(fleet, task, messages, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFleet, "ask", failing)
+        patch.setattr(Fleet, "ask", failing)
         with pytest.raises(KeyboardInterrupt):
             list(execute(config, folder))
 
@@ -486,12 +486,12 @@ def test_the_order_of_replies_changes_nothing(
 ) -> None:
     table = run_config | {"rounds": 1, "method": {"name": "fedavg", "tgap": QUIET}, "codec": KLT}
     first = run_table(table, tmp_path / "sorted")
-    ask = LocalFleet.ask
+    ask = Fleet.ask
 
-    def backwards(self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any) -> Any:
+    def backwards(self: Fleet, task: str, messages: Mapping[str, Payload], **rest: Any) -> Any:
         return iter(list(ask(self, task, messages, **rest))[::-1])
 
-    monkeypatch.setattr(LocalFleet, "ask", backwards)
+    monkeypatch.setattr(Fleet, "ask", backwards)
     second = run_table(table, tmp_path / "reversed")
     assert first["adapter_sha256"] == second["adapter_sha256"]
     assert first["setup"] == second["setup"]

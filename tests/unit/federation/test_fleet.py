@@ -11,9 +11,8 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import CheckpointError, ClientError
-from fluvial.federation.fleet import Failure, FleetConfig, sample
-from fluvial.federation.local_fleet import LocalFleet
-from fluvial.federation.meter import Metered
+from fluvial.federation.fleet import Failure, Fleet, FleetConfig, sample
+from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.models.pool import ModelPool
@@ -27,7 +26,7 @@ def fleet(
     task: Callable[[Site, Payload], Payload],
     config: FleetConfig | None = None,
     store: StateStore | None = None,
-) -> LocalFleet:
+) -> Fleet:
     """Sites that have nothing but a name and a store."""
     kept = store or StateStore(None)
 
@@ -45,10 +44,10 @@ def fleet(
             rounds=1,
         )
 
-    return LocalFleet(NAMES, open_site, {"work": task}, config or FleetConfig(workers=2))
+    return local_fleet(NAMES, open_site, {"work": task}, config or FleetConfig(workers=2))
 
 
-def ask(found: LocalFleet | Metered, message: Payload | None = None) -> dict[str, Payload]:
+def ask(found: Fleet, message: Payload | None = None) -> dict[str, Payload]:
     messages = dict.fromkeys(NAMES, message or Payload())
     return {
         r.site: r.content for r in found.ask("work", messages, round=1, read=lambda _, reply: reply)
@@ -193,7 +192,7 @@ def test_a_reply_that_cannot_be_read_is_a_failure_of_that_site() -> None:
 
 def test_bytes_are_those_of_the_messages() -> None:
     message = Payload({"x": torch.randn(100)})
-    metered = Metered(fleet(echo))
+    metered = fleet(echo)
     replies = ask(metered, message)
     down = len(message.to_bytes())
     up = {name: len(reply.to_bytes()) for name, reply in replies.items()}
@@ -206,7 +205,7 @@ def test_bytes_are_those_of_the_messages() -> None:
 
 
 def test_messages_to_failed_sites_are_counted_too() -> None:
-    metered = Metered(fleet(fail_at("b"), FleetConfig(on_failure="skip", quorum=0.5)))
+    metered = fleet(fail_at("b"), FleetConfig(on_failure="skip", quorum=0.5))
     ask(metered)
     assert metered.meter.totals["down", "work"] == 4 * len(Payload().to_bytes())
 

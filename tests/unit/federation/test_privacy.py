@@ -20,7 +20,8 @@ from scipy.special import log_ndtr
 
 from fluvial.errors import CheckpointError, ConfigError, DivergenceError, PrivacyError
 from fluvial.federation import noise, releases
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import InProcess
 from fluvial.federation.releases import Mechanism, claim, count_releases, secret_of
 from fluvial.formatting import privacy_words
 from fluvial.methods import cgfedllm
@@ -466,10 +467,11 @@ def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
 
     lost: set[tuple[str, int]] = set()
 
-    def assemble(*given: Any) -> LocalFleet:
+    def assemble(*given: Any) -> Fleet:
         fleet = in_process(*given)
-        assert isinstance(fleet, LocalFleet)
-        train = fleet._tasks["train"]
+        transport = fleet.transport
+        assert isinstance(transport, InProcess)
+        train = transport.tasks["train"]
 
         def loses(site: Any, message: Any) -> Any:
             answer = train(site, message)
@@ -480,7 +482,7 @@ def test_an_answer_that_is_lost_on_the_way_is_sent_again_and_counts_once(
 
             return answer
 
-        fleet._tasks = {**fleet._tasks, "train": loses}
+        transport.tasks = {**transport.tasks, "train": loses}
         return fleet
 
     *_, again = execute(config, tmp_path / "again", assemble=assemble)

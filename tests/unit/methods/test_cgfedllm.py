@@ -20,7 +20,7 @@ from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, GateError
 from fluvial.exchange import gate, tgap
 from fluvial.federation import noise
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.pretrained import load_tokenizer
 from fluvial.report import run_folder, show
@@ -196,10 +196,10 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[tuple[str, str, Payload]] = []
-        ask = LocalFleet.ask
+        ask = Fleet.ask
 
         def recorded(
-            fleet: LocalFleet,
+            fleet: Fleet,
             task: str,
             messages: Mapping[str, Payload],
             *,
@@ -214,7 +214,7 @@ class Recorder:
 
             return ask(fleet, task, messages, read=reading, **options)
 
-        monkeypatch.setattr(LocalFleet, "ask", recorded)
+        monkeypatch.setattr(Fleet, "ask", recorded)
 
 
 SMALL_RESNET = {

@@ -11,7 +11,7 @@ import torch
 
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.methods import Context
@@ -81,7 +81,7 @@ class _Sites:
         self.started: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
         self.updates: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
         self.sent: list[tuple[str, int, Payload]] = []
-        self.fleet = LocalFleet(
+        self.fleet = local_fleet(
             [f"s{number}" for number in range(count)], self._open, {"train": self._train}
         )
         monkeypatch.setattr(module, "train_locally", self._tune)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fluvial.federation.local_fleet import LocalFleet
+from fluvial.federation.fleet import Fleet
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import norm
 from tests.support.fedcybgd import FORMS, LAYERS, ONCE, Stage, differ, sent
@@ -17,13 +17,13 @@ def test_an_answer_that_comes_twice_counts_once(
     methods: list[dict[str, Any]] = [{}, {"order": "pairs", "parallel": 2}]
     tables = [stage.table(5, method, codec={"name": "int8"}, train=ONCE) for method in methods]
     undisturbed = [stage.play(table) for table in tables]
-    ask = LocalFleet.ask
+    ask = Fleet.ask
 
-    def twice(self: LocalFleet, *args: Any, **rest: Any) -> Iterator[Any]:
+    def twice(self: Fleet, *args: Any, **rest: Any) -> Iterator[Any]:
         replies = list(ask(self, *args, **rest))
         return iter([*replies, *replies[::-1]])
 
-    monkeypatch.setattr(LocalFleet, "ask", twice)
+    monkeypatch.setattr(Fleet, "ask", twice)
     for table, once in zip(tables, undisturbed, strict=True):
         again = stage.play(table)
         assert not differ(again.state, once.state)
@@ -55,12 +55,10 @@ def test_a_run_that_was_killed_within_a_cycle_goes_on_as_if_nothing_had_been(
     table = stage.table(4, {"order": "latin", **FORMS[form]}, codec=codec, train=ONCE)
     straight = stage.play(table)
     folder = stage.folder()
-    ask = LocalFleet.ask
+    ask = Fleet.ask
     answers = 0
 
-    def dies(
-        self: LocalFleet, task: str, messages: Mapping[str, Payload], **rest: Any
-    ) -> Iterator[Any]:
+    def dies(self: Fleet, task: str, messages: Mapping[str, Payload], **rest: Any) -> Iterator[Any]:
         nonlocal answers
         if answers == 4 + 3 and committed:
             raise Killed
@@ -71,7 +69,7 @@ def test_a_run_that_was_killed_within_a_cycle_goes_on_as_if_nothing_had_been(
                 raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFleet, "ask", dies)
+        patch.setattr(Fleet, "ask", dies)
         with pytest.raises(Killed):
             stage.play(table, folder)
 

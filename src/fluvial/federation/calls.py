@@ -1,0 +1,197 @@
+"""One call to many sites: exchanges of messages, each to its reply or its failure.
+
+An exchange is one attempt at one site: a message down and its answer up, or several such turns
+where the task talks.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+from fluvial.federation.dispatch import Dispatcher
+from fluvial.federation.failures import Failure, unreadable
+from fluvial.federation.meter import Meter
+from fluvial.federation.transport import Arrival, Request
+from fluvial.federation.turns import Idle, Reply, Turn
+from fluvial.wire.payload import Limits, Payload
+
+logger = logging.getLogger(__name__)
+
+H = TypeVar("H")
+T = TypeVar("T")
+
+
+class Wires:
+    """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first
+    sent."""
+
+    def __init__(self, messages: Mapping[str, Payload]) -> None:
+        self._messages = messages
+        self._made: dict[int, bytes] = {}
+
+    def __getitem__(self, site: str) -> bytes:
+        message = self._messages[site]
+        if id(message) not in self._made:
+            self._made[id(message)] = message.to_bytes()
+        return self._made[id(message)]
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """One attempt at one site."""
+
+    request: Request
+    """Last message."""
+    attempt: int
+    began_s: float | None = None
+    """Time at which the first message left."""
+    bytes_down: int = 0
+    """Bytes of the messages to the site so far."""
+    bytes_up: int = 0
+    """Bytes of its answers so far."""
+
+
+class Call(Generic[H, T]):
+    """One call of `Fleet.converse`."""
+
+    def __init__(
+        self,
+        task: str,
+        messages: Mapping[str, Payload],
+        *,
+        round: int,
+        hear: Callable[[str, Payload], H],
+        read: Callable[[str, Payload], T],
+        dispatcher: Dispatcher,
+        failed: Callable[[Failure, int], bool],
+        meter: Meter,
+        limits: Limits,
+    ) -> None:
+        """`failed` takes a failure and the number of the attempt, and returns whether to retry."""
+        self.num_answered = 0
+        self._task = task
+        self._round = round
+        self._hear = hear
+        self._read = read
+        self._dispatcher = dispatcher
+        self._failed = failed
+        self._meter = meter
+        self._limits = limits
+        self._wires = Wires(messages)
+        self._num_asked = len(messages)
+        self._to_begin = deque((site, 1) for site in messages)
+        self._to_answer: deque[_Exchange] = deque()
+        """Exchanges whose next message is ready."""
+        self._at_sites: dict[int, _Exchange] = {}
+        self._at_server: dict[int, _Exchange] = {}
+        """Exchanges whose last turn was not answered yet."""
+
+    def events(self) -> Iterator[Turn[H] | Reply[T] | Idle]:
+        """Yield turns and replies; drop what is open when the caller leaves early."""
+        try:
+            while True:
+                self._send()
+                if self._at_sites:
+                    event = self._take(self._dispatcher.next(self._at_sites.keys()))
+                    if event is not None:
+                        yield event
+                        del event  # so that no reply is held here while the next is waited for
+                elif self._at_server:
+                    sites = tuple(sorted(each.request.site for each in self._at_server.values()))
+                    yield Idle(sites)
+                    assert self._to_answer, f"sites {sites} wait, and no turn was answered"
+                else:
+                    return
+        finally:
+            for exchange in (*self._at_sites.values(), *self._at_server.values(), *self._to_answer):
+                self._dispatcher.drop(exchange.request)
+
+    def _send(self) -> None:
+        """Send what is ready while slots are free, answers before new beginnings."""
+        slots = self._dispatcher.transport.slots
+        while len(self._at_sites) < slots and (self._to_answer or self._to_begin):
+            if self._to_answer:
+                exchange = self._to_answer.popleft()
+            else:
+                exchange = self._begin(*self._to_begin.popleft())
+
+            self._at_sites[exchange.request.number] = exchange
+            self._dispatcher.send(exchange.request)
+
+    def _begin(self, site: str, attempt: int) -> _Exchange:
+        number = self._dispatcher.number()
+        data = self._wires[site]
+        return _Exchange(Request(number, 0, site, self._task, self._round, data), attempt)
+
+    def _take(self, arrival: Arrival) -> Turn[H] | Reply[T] | None:
+        """Count and read what arrived; return None where the site has failed."""
+        exchange = self._at_sites.pop(arrival.number)
+        request = exchange.request
+        site = request.site
+        self._count(exchange, len(request.data), len(arrival.data))
+        reason = arrival.problem
+
+        if not reason:
+            try:
+                payload = Payload.from_bytes(arrival.data, self._limits)
+                if not arrival.final:
+                    return self._turn(exchange, self._hear(site, payload))
+
+                content = self._read(site, payload)
+            except Exception as problem:
+                reason = unreadable(problem)
+
+        if reason:
+            self._dispatcher.drop(request)
+            failure = Failure(
+                site, self._round, self._task, reason, len(request.data), len(arrival.data)
+            )
+            if self._failed(failure, exchange.attempt):
+                self._to_begin.append((site, exchange.attempt + 1))
+            return None
+
+        self._dispatcher.transport.accept(arrival)
+        self.num_answered += 1
+        logger.info(
+            "round %d, %s: %s answered (%d of %d)",
+            self._round,
+            self._task,
+            site,
+            self.num_answered,
+            self._num_asked,
+        )
+        assert exchange.began_s is not None
+        seconds = self._dispatcher.clock() - exchange.began_s
+
+        return Reply(site, content, exchange.bytes_down, exchange.bytes_up, seconds)
+
+    def _count(self, exchange: _Exchange, bytes_down: int, bytes_up: int) -> None:
+        """Count one message down and what came back."""
+        if exchange.began_s is None:
+            exchange.began_s = exchange.request.sent_s
+
+        exchange.bytes_down += bytes_down
+        exchange.bytes_up += bytes_up
+        self._meter.count(exchange.request.site, ("down", self._task), bytes_down)
+        if bytes_up:
+            self._meter.count(exchange.request.site, ("up", self._task), bytes_up)
+
+    def _turn(self, exchange: _Exchange, content: H) -> Turn[H]:
+        self._at_server[exchange.request.number] = exchange
+        return Turn(exchange.request.site, content, partial(self._answer, exchange))
+
+    def _answer(self, exchange: _Exchange, payload: Payload) -> None:
+        """Make the next message of an exchange ready."""
+        last = exchange.request
+        there = self._at_server.pop(last.number, None)
+        assert there is exchange, (
+            f"the turn of site {last.site!r} is answered, or its call has ended"
+        )
+
+        exchange.request = Request(
+            last.number, last.turn + 1, last.site, last.task, last.round, payload.to_bytes()
+        )
+        self._to_answer.append(exchange)

@@ -1,0 +1,52 @@
+"""Settings of the fleet: how sites are asked, and what happens when one does not answer."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fluvial.data.site_names import fault_of
+from fluvial.federation.line import Line
+from fluvial.settings import Settings
+
+
+class FleetConfig(Settings):
+    """How sites are asked, and what happens when one does not answer."""
+
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Sites that work at the same time; "auto" is one for each core on a CPU and one on a GPU."""
+    threads: int = Field(1, ge=1, le=256)
+    """Threads for the tensor operations of one site, and of the server; fixed, so that results do
+    not depend on `workers`."""
+    sites: tuple[str, ...] = ()
+    """Names of the sites that a deployed run waits for; where this is empty, those of data that all
+    sites can read."""
+    join_timeout_s: float = Field(120.0, ge=0.01, le=10**7)
+    """Seconds that a deployed run waits for its sites to join."""
+    line: Line | None = None
+    """Line between a site and the server, from which `fluvial check` predicts the time of a round;
+    a run does not use it."""
+    deadline_s: float | None = Field(None, ge=0.001, le=10**7)
+    """Seconds after which a site that was asked and has not answered has failed."""
+    on_failure: Literal["stop", "skip", "retry"] = "stop"
+    """What to do when a site fails: stop the run, skip the site for this round, or retry it."""
+    retries: int = Field(2, ge=1, le=100)
+    """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
+    quorum: float = Field(0.5, gt=0, le=1)
+    """Share of the asked sites that must have answered, or the run stops."""
+    max_update_growth: float = Field(10.0, gt=1, le=10**9)
+    """Length of an update over the median of its round, of three replies or more, from which on it
+    is the site's failure. (Ours: 1.03 among quickstart's eight sites.)"""
+    max_weight_share: float = Field(0.9, ge=0.5, le=1)
+    """Share of a round's weight that one site counts with at most; the round's record names a site
+    that has more. (Ours: 1 believes every site's own count of its records.)"""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        fields = type(self).model_fields
+        yield from (f"sites: {fault}" for fault in map(fault_of, self.sites) if fault is not None)
+
+        if self.on_failure == "stop" and self.quorum != fields["quorum"].default:
+            yield "quorum: without effect under on_failure='stop'; set on_failure='skip' or 'retry'"
+        if self.on_failure != "retry" and self.retries != fields["retries"].default:
+            yield "retries: without effect unless on_failure='retry'"

@@ -1,0 +1,75 @@
+"""Requests on their way: their numbers, when each left, and which of them is past its deadline."""
+
+import math
+from collections.abc import Callable, Collection
+from itertools import count
+
+from fluvial.federation.transport import Arrival, Request, Transport
+
+
+class Dispatcher:
+    """The transport of a fleet as its calls use it, several of which may be open at a time."""
+
+    def __init__(
+        self, transport: Transport, clock: Callable[[], float], deadline_s: float | None
+    ) -> None:
+        """`clock` gives seconds; a request is late `deadline_s` seconds after it was sent."""
+        self.transport = transport
+        self.clock = clock
+        self._deadline_s = deadline_s
+        self._numbers = count(1)
+        self._awaited: dict[int, Request] = {}
+        """Requests that a site works on, by number."""
+        self._early: dict[int, Arrival] = {}
+        """Arrivals that came while another call waited."""
+
+    def number(self) -> int:
+        """Return the number of a new exchange."""
+        return next(self._numbers)
+
+    def send(self, request: Request) -> None:
+        """Send a request; its deadline counts from now."""
+        request.sent_s = self.clock()
+        self._awaited[request.number] = request
+        self.transport.send(request)
+
+    def next(self, numbers: Collection[int]) -> Arrival:
+        """Return what arrives next of the exchanges `numbers`, or the failure of the first of them
+        that is late."""
+        while True:
+            oldest = min((self._awaited[number] for number in numbers), key=_sent)
+            left_s = math.inf
+            if self._deadline_s is not None:
+                left_s = max(oldest.sent_s + self._deadline_s - self.clock(), 0)
+
+            arrival = self._arrival(numbers, left_s)
+            if arrival is None and left_s <= 0:
+                reason = f"no answer within fleet.deadline_s={self._deadline_s:g}"
+                arrival = Arrival(oldest.number, b"", reason)
+
+            if arrival is not None:
+                del self._awaited[arrival.number]
+                return arrival
+
+    def drop(self, request: Request) -> None:
+        """End an exchange that does not count."""
+        self._awaited.pop(request.number, None)
+        self._early.pop(request.number, None)
+        self.transport.drop(request)
+
+    def _arrival(self, numbers: Collection[int], timeout_s: float) -> Arrival | None:
+        """Return what is there or comes in time; keep what another call waits for."""
+        for number in self._early.keys() & numbers:
+            return self._early.pop(number)
+
+        arrival = self.transport.next(None if timeout_s == math.inf else timeout_s)
+        if arrival is None or arrival.number in numbers:
+            return arrival
+
+        if arrival.number in self._awaited:
+            self._early[arrival.number] = arrival
+        return None  # else it came too late, and nothing of it counts
+
+
+def _sent(request: Request) -> float:
+    return request.sent_s

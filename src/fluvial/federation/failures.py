@@ -1,0 +1,35 @@
+"""A site's failure, and the texts about it, which come from outside."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A site that raised, stayed silent or sent what cannot be used."""
+
+    site: str
+    round: int
+    task: str
+    reason: str
+    bytes_down: int
+    """Bytes of the message that was in vain."""
+    bytes_up: int = 0
+    """Bytes of the text with which the site reported its error, or of the answer that was
+    refused."""
+
+    def __post_init__(self) -> None:
+        """Replace a reason without any words, as a site may send it."""
+        if not self.reason.strip():
+            object.__setattr__(self, "reason", "it gave no reason")
+
+
+def unreadable(problem: Exception) -> str:
+    """Return one line about an answer that could not be read, without control characters."""
+    return printable(f"{type(problem).__name__}: {problem}")
+
+
+def printable(text: str) -> str:
+    """Return a text from outside in one line of at most 1000 characters, none of which could drive
+    a terminal."""
+    line = " ".join(text.split())
+    return "".join(character if character.isprintable() else "\ufffd" for character in line)[:1000]

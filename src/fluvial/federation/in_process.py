@@ -1,0 +1,183 @@
+"""Transport within one process: each step of a site in a thread of its own.
+
+Everything goes through the real bytes, and a site gets nothing that a message or its own store did
+not bring, so a method that works here works over a network. Between two turns of a conversation no
+thread waits.
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluvial.errors import ConfigError
+from fluvial.federation.boundary import outward
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.sites import Site, Task
+from fluvial.federation.talk import Running
+from fluvial.federation.transport import Arrival, Request
+from fluvial.wire.payload import Limits, Payload, Value
+
+logger = logging.getLogger(__name__)
+
+
+def concurrency(config: FleetConfig) -> int:
+    """Return how many sites of one process work at a time."""
+    if config.workers != "auto":
+        return config.workers
+    return 1 if torch.cuda.is_available() else (os.cpu_count() or 1)
+
+
+def local_fleet(
+    names: Sequence[str],
+    open_site: Callable[[str], Site],
+    tasks: Mapping[str, Task],
+    config: FleetConfig | None = None,
+    *,
+    limits: Limits | None = None,
+) -> Fleet:
+    """Return the fleet of sites that all live in this process."""
+    config = config or FleetConfig()
+    transport = InProcess(
+        names, open_site, tasks, slots=concurrency(config), threads=config.threads, limits=limits
+    )
+
+    return Fleet(transport, config, limits=limits)
+
+
+class _Visit:
+    """A site while it works on one exchange."""
+
+    def __init__(self, site: Site, task: Task, round: int) -> None:
+        self.site = site
+        self.round = round
+        self.running = Running(partial(task, site))
+        self.lock = threading.Lock()
+        self.busy = False
+        self.dropped = False
+
+    def drop(self) -> None:
+        """End the exchange: at once between two steps, else when the step that runs has ended."""
+        with self.lock:
+            self.dropped = True
+            if self.busy:
+                return
+
+        self.close()
+
+    def leave(self) -> bool:
+        """Return at the end of a step whether the exchange was dropped while it ran."""
+        with self.lock:
+            self.busy = False
+            return self.dropped
+
+    def close(self) -> None:
+        """Close the task's generator; what it raises changes nothing any more, and is logged."""
+        try:
+            self.running.close()
+        except BaseException:
+            logger.exception("site %s: a dropped conversation did not end cleanly", self.site.name)
+
+
+class InProcess:
+    """Sites of one process; see `Transport`."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        open_site: Callable[[str], Site],
+        tasks: Mapping[str, Task],
+        *,
+        slots: int,
+        threads: int = 1,
+        limits: Limits | None = None,
+    ) -> None:
+        """`threads` are those of one site's tensor operations."""
+        self.sites = tuple(names)
+        self.slots = slots
+        self.tasks = tasks
+        self._open = open_site
+        self._threads = threads
+        self._limits = limits or Limits()
+        self._visits: dict[int, _Visit] = {}
+        self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+
+    def send(self, request: Request) -> None:
+        """Begin a thread in which the site answers."""
+        if request.turn == 0:
+            assert request.task in self.tasks, f"unknown task {request.task!r}"
+            self._visits[request.number] = _Visit(
+                self._open(request.site), self.tasks[request.task], request.round
+            )
+
+        visit = self._visits[request.number]
+        visit.busy = True
+        threading.Thread(
+            target=self._work,
+            args=(visit, request),
+            daemon=True,
+            name=f"{request.task}:{request.site}",
+        ).start()
+
+    def next(self, timeout_s: float | None) -> Arrival | None:
+        """See `Transport`."""
+        try:
+            return self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+    def accept(self, arrival: Arrival) -> None:
+        """See `Transport`."""
+        visit = self._visits.pop(arrival.number)
+        for slot, payload in visit.site.kept.items():
+            visit.site.store.write(visit.site.name, slot, payload, visit.round)
+
+    def drop(self, request: Request) -> None:
+        """See `Transport`."""
+        visit = self._visits.pop(request.number, None)
+        if visit is not None:
+            visit.drop()
+
+    def error_log(self, site: str) -> Path | None:
+        """See `Transport`."""
+        return self._open(site).store.errors(site)
+
+    def state(self) -> dict[str, Value]:
+        """Return nothing: what the sites keep lies in the run's own folder."""
+        return {}
+
+    def restore(self, state: dict[str, Any], round: int) -> None:  # noqa: ARG002
+        """See `Transport`; raises `ConfigError` where sites elsewhere keep what they need."""
+        if state:
+            raise ConfigError(
+                "this run was begun over Flower, and its sites keep there what they need to go on; "
+                "resume it as it was begun: by submit --resume, or a simulation with --fleet flower"
+            )
+
+    def _work(self, visit: _Visit, request: Request) -> None:
+        """Make one step as the site; of an error only what may leave a site goes back."""
+        site = visit.site
+        torch.set_num_threads(self._threads)
+
+        try:
+            message = Payload.from_bytes(request.data, self._limits)
+            if request.turn == 0:
+                site.accept_assignment(message)
+            answer, final = visit.running.step(message)
+            arrival = Arrival(request.number, answer.to_bytes(), final=final)
+        except BaseException as problem:
+            log = site.store.errors(site.name)
+            text = outward(problem, log, site=site.name, round=request.round, task=request.task)
+            arrival = Arrival(request.number, text.encode(errors="replace"), problem=text)
+
+        if visit.leave():
+            visit.close()
+        else:
+            self._arrived.put(arrival)

@@ -1,0 +1,103 @@
+"""Transport for tests: sites that answer by a function, on a clock that does not wait."""
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from fluvial.federation.talk import Running, Talk
+from fluvial.federation.transport import Arrival, Request
+from fluvial.wire.payload import Payload, Value
+
+
+class Mock:
+    """Sites whose answers are `answer(site, task, payload)`; see `Transport`.
+
+    An answer is a payload, or bytes that stand for one and need not be one; None stays silent, a
+    generator talks, and what `answer` raises is the site's failure. An answer takes `delays_s`
+    seconds, of its site, on `clock`.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        answer: Callable[[str, str, Payload], Payload | bytes | Talk | None],
+        *,
+        delays_s: Mapping[str, float] | None = None,
+        slots: int | None = None,
+    ) -> None:
+        self.sites = tuple(sites)
+        self.slots = slots or len(self.sites)
+        self.accepted: list[str] = []
+        """Sites whose answers counted, in order."""
+        self.dropped: list[str] = []
+        """Sites of exchanges that did not count, in order."""
+        self.now_s = 0.0
+        self._answer = answer
+        self._delays_s = delays_s or {}
+        self._running: dict[int, Running] = {}
+        self._sites: dict[int, str] = {}
+        self._coming: list[tuple[float, int, Arrival]] = []
+        self._order = count()
+
+    def clock(self) -> float:
+        """Return the seconds since the mock was made; `next` moves them on."""
+        return self.now_s
+
+    def send(self, request: Request) -> None:
+        """See `Transport`."""
+        if request.turn == 0:
+            answer: Any = partial(self._answer, request.site, request.task)
+            self._running[request.number] = Running(answer)
+            self._sites[request.number] = request.site
+
+        arrival = self._step(request)
+        if arrival is not None:
+            due_s = self.now_s + self._delays_s.get(request.site, 0.0)
+            heapq.heappush(self._coming, (due_s, next(self._order), arrival))
+
+    def next(self, timeout_s: float | None) -> Arrival | None:
+        """See `Transport`; raises `AssertionError` where all sites are silent for ever."""
+        if self._coming and (timeout_s is None or self._coming[0][0] <= self.now_s + timeout_s):
+            due_s, _, arrival = heapq.heappop(self._coming)
+            self.now_s = max(self.now_s, due_s)
+            return arrival
+
+        assert timeout_s is not None, "every site is silent, and no deadline is set"
+        self.now_s += timeout_s
+        return None
+
+    def accept(self, arrival: Arrival) -> None:
+        """See `Transport`."""
+        self.accepted.append(self._sites[arrival.number])
+
+    def drop(self, request: Request) -> None:
+        """See `Transport`."""
+        self.dropped.append(request.site)
+        self._running[request.number].close()
+
+    def error_log(self, site: str) -> Path | None:  # noqa: ARG002
+        """Return None: a mock writes no file."""
+        return None
+
+    def state(self) -> dict[str, Value]:
+        """Return nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Any], round: int) -> None:
+        """See `Transport`; nothing is restored."""
+
+    def _step(self, request: Request) -> Arrival | None:
+        try:
+            answer: Any
+            answer, final = self._running[request.number].step(Payload.from_bytes(request.data))
+        except Exception as problem:
+            text = f"{type(problem).__name__}: {problem}"
+            return Arrival(request.number, text.encode(), problem=text)
+
+        if answer is None:
+            return None
+        data = answer if isinstance(answer, bytes) else answer.to_bytes()
+        return Arrival(request.number, data, final=final)

@@ -1,0 +1,61 @@
+"""A task at a site, turn by turn: one answer, or a generator that talks with the server.
+
+    def train(site, message):
+        hidden = front(message)
+        gradient = yield Payload({"hidden": hidden})    # a turn: the server half answers
+        ...
+        return Payload({"update": update})              # the reply
+
+Locals live on between two turns. What the site keeps counts with the return.
+"""
+
+from collections.abc import Callable, Generator
+
+import torch
+
+from fluvial.wire.payload import Payload
+
+Talk = Generator[Payload, Payload, Payload]
+"""Body of a task that talks: yields payloads to the server half, receives its answers, and returns
+the reply."""
+
+
+class Running:
+    """A task that was begun; one step for each message, each of which may be in another thread."""
+
+    def __init__(self, begin: Callable[[Payload], Payload | Talk]) -> None:
+        self._begin = begin
+        self._talk: Talk | None = None
+        self._grad = True
+
+    def step(self, message: Payload) -> tuple[Payload, bool]:
+        """Return the answer to a message, and whether it is the last; raises what the task
+        raises."""
+        # PyTorch's gradient mode belongs to a thread, and a task may yield under `no_grad`.
+        torch.set_grad_enabled(self._grad)
+        try:
+            return self._step(message)
+        finally:
+            self._grad = torch.is_grad_enabled()
+
+    def _step(self, message: Payload) -> tuple[Payload, bool]:
+        first = self._talk is None
+        if self._talk is None:
+            answer = self._begin(message)
+            if not isinstance(answer, Generator):
+                return answer, True
+
+            self._talk = answer
+
+        try:
+            return (next(self._talk) if first else self._talk.send(message)), False
+        except StopIteration as end:
+            reply = end.value
+
+        assert isinstance(reply, Payload), "a task that talks returns a payload at its end"
+        return reply, True
+
+    def close(self) -> None:
+        """End a task between two steps, so that its `finally` blocks run."""
+        if self._talk is not None:
+            self._talk.close()

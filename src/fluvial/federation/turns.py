@@ -1,0 +1,42 @@
+"""What a fleet hands to a server half: turns in the middle of a task, replies at its end."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fluvial.wire.payload import Payload
+
+H = TypeVar("H")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reply(Generic[T]):
+    """The last answer of one site, read and checked."""
+
+    site: str
+    content: T
+    bytes_down: int
+    """Bytes of the messages to the site in this attempt."""
+    bytes_up: int
+    """Bytes of its answers."""
+    seconds: float
+    """Seconds from the first message to the last answer."""
+
+
+@dataclass(frozen=True)
+class Turn(Generic[H]):
+    """What a site says in the middle of its task; it waits for an answer."""
+
+    site: str
+    content: H
+    answer: Callable[[Payload], None]
+    """Sends the site its answer, once; it is serialised in this call."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """All sites that are left wait for answers to their turns."""
+
+    sites: tuple[str, ...]
+    """Sites that wait."""

@@ -1,0 +1,179 @@
+"""Which Flower node is which site: greetings, their answers, and the reasons of refusals."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fluvial.errors import ClientError, WireError
+from fluvial.federation.failures import printable
+from fluvial.flower.envelope import open_reply
+from fluvial.wire.payload import Limits, Payload
+
+logger = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
+"""Seconds between two looks at which nodes are connected, while a site is missing."""
+_AGAIN_S = 10.0
+"""Seconds after which a node that was refused is greeted again, because its operator may have
+mended the cause."""
+_MAX_BYTES = 2**20
+"""Bytes of the largest answer to a greeting."""
+
+
+class Nodes:
+    """The nodes of a Flower run by the names of their sites."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        names: Sequence[str],
+        fingerprints: Mapping[str, str],
+        *,
+        greet: Callable[[int], str],
+        forget: Callable[[str], None],
+        registered: Callable[[], Mapping[int, str]],
+        join_timeout_s: float,
+        look_s: float,
+        limits: Limits,
+    ) -> None:
+        """`greet` sends a greeting to a node and returns the message's number, `forget` stops
+        waiting for the reply to one.
+
+        `fingerprints` are those of what server and sites must have alike. `registered` gives the
+        name under which a node's key was registered.
+        """
+        self.keepers: set[str] = set()
+        """Sites that keep something without which the run cannot go on."""
+        self._grid = grid
+        self._names = names
+        self._fingerprints = fingerprints
+        self._greet = greet
+        self._forget = forget
+        self._registered = registered
+        self._join_timeout_s = join_timeout_s
+        self._look_s = min(_LOOK_S, look_s)
+        self._limits = limits
+        self._nodes: dict[str, int] = {}
+        self._greeted: dict[str, tuple[int, float]] = {}
+        """By message: the node that has not answered yet, and the time of the greeting."""
+        self._refused: dict[int, tuple[str, float]] = {}
+        """By node: the reason, and the time from which on it is greeted again."""
+        self._looked_s = float("-inf")
+
+    @property
+    def missing(self) -> list[str]:
+        """Return the names of sites that have not joined, sorted."""
+        return sorted(set(self._names) - self._nodes.keys())
+
+    @property
+    def answers_are_due(self) -> bool:
+        """Return whether a node was greeted and has not answered yet."""
+        return bool(self._greeted)
+
+    @property
+    def reasons(self) -> str:
+        """Return why nodes that are connected do not take part, each after a semicolon."""
+        return "".join(f"; {reason}" for reason, _ in self._refused.values())
+
+    def node(self, site: str) -> int | None:
+        """Return the node of a site, None where it is not connected."""
+        return self._nodes.get(site)
+
+    def look_soon(self) -> None:
+        """Make the next `look` a real one, however short ago the last was."""
+        self._looked_s = float("-inf")
+
+    def look(self) -> None:
+        """Greet nodes that are new, forget those that left, and refuse those that stay silent."""
+        now = time.monotonic()
+        if now - self._looked_s >= self._look_s:
+            self._looked_s = now
+            present = set(self._grid.get_node_ids())
+            self._forget_absent(present)
+            busy = {*self._nodes.values(), *(node for node, _ in self._greeted.values())}
+            busy |= {node for node, (_, again_s) in self._refused.items() if now < again_s}
+
+            for node in sorted(present - busy):
+                if number := self._greet(node):
+                    self._greeted[number] = node, now
+
+        for number, (node, since_s) in list(self._greeted.items()):
+            if now - since_s > self._join_timeout_s:
+                del self._greeted[number]
+                self._forget(number)
+                self._refuse(
+                    node, f"a site did not say who it is within {self._join_timeout_s:g} s"
+                )
+
+    def hear(self, reply: Message) -> None:
+        """Take a reply to a greeting, and ignore any other; after an error of Flower's own the node
+        is greeted again."""
+        number = reply.metadata.reply_to_message_id
+        if number in self._greeted:
+            node, _ = self._greeted.pop(number)
+            if not reply.has_error():
+                self._join(node, reply)
+
+    def greet_again(self, site: str) -> None:
+        """Greet a site again that does not know the run."""
+        self._nodes.pop(site, None)
+        self.look_soon()
+
+    def _forget_absent(self, present: set[int]) -> None:
+        self._nodes = {name: node for name, node in self._nodes.items() if node in present}
+        self._greeted = {
+            number: entry for number, entry in self._greeted.items() if entry[0] in present
+        }
+        self._refused = {node: entry for node, entry in self._refused.items() if node in present}
+
+    def _join(self, node: int, reply: Message) -> None:
+        try:
+            name = self._name(node, reply)
+        except (ClientError, WireError) as problem:
+            self._refuse(node, printable(str(problem)))
+            return
+
+        other = self._nodes.get(name, node)
+        if other != node:
+            reason = f"two nodes say that they are site {name!r}; the one that came later counts"
+            self._refuse(other, reason, for_good=True)
+
+        self._nodes[name] = node
+        self._refused.pop(node, None)
+
+    def _name(self, node: int, reply: Message) -> str:
+        """Return the name that a node gives; raises `ClientError` for one that may not take
+        part."""
+        data, _ = open_reply(reply, max_bytes=_MAX_BYTES)
+        answer = Payload.from_bytes(data, self._limits)
+        name: str = answer.value("site", str)
+        prints = answer.value("prints", dict)
+        key = self._registered().get(node, name)
+
+        if key != name and name in self._names:
+            raise ClientError(
+                f"a site says that it is {name!r:.70}, and its key was registered for {key!r}"
+            )
+
+        for what, ours in self._fingerprints.items():
+            if prints.get(what) != ours:
+                raise ClientError(
+                    f"site {name!r} has another {what} ({prints.get(what)!r:.40}, here {ours!r}); "
+                    "give both the same"
+                )
+
+        if name in self.keepers and not answer.value("known", bool):
+            raise ClientError(
+                f"site {name!r} has lost what it kept for this run; restore its folder, or begin a "
+                "new run"
+            )
+
+        return name
+
+    def _refuse(self, node: int, reason: str, *, for_good: bool = False) -> None:
+        if self._refused.get(node, ("",))[0] != reason:
+            logger.warning("node %d does not take part: %s", node, reason)
+        self._refused[node] = reason, float("inf") if for_good else time.monotonic() + _AGAIN_S

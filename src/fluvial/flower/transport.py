@@ -1,0 +1,347 @@
+"""Transport over a Flower grid: one message for each request, and our own polling.
+
+A deployment and a simulation by Ray use the same; the grid is Flower's.
+"""
+
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fluvial.errors import ClientError, ConfigError
+from fluvial.federation.failures import printable, unreadable
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.transport import Arrival, Request
+from fluvial.flower.envelope import open_reply, pack
+from fluvial.flower.inbox import Inbox
+from fluvial.flower.nodes import Nodes
+from fluvial.models.pool import ModelPool
+from fluvial.runs.config import RunConfig
+from fluvial.site_process.fingerprints import fingerprints
+from fluvial.site_process.journal import Header
+from fluvial.site_process.process import JOIN, UNKNOWN_RUN
+from fluvial.wire.payload import Limits, Payload, Value
+
+logger = logging.getLogger(__name__)
+
+_FINISHED_S = 12 * 3600.0
+"""Seconds for which Flower keeps a message where there is no deadline."""
+_SPARE_S = 5.0
+"""Seconds that Flower keeps a message longer than the fleet waits, so that the fleet's deadline
+passes first."""
+_LOOK_POLLS = 20
+"""Polls between two looks at which nodes are connected."""
+
+
+def flower_fleet(
+    grid: Grid,
+    config: RunConfig,
+    label: str,
+    names: Sequence[str],
+    bench: ModelPool,
+    *,
+    simulated: bool = False,
+    registered: Callable[[], Mapping[int, str]] = dict,
+    join_timeout_s: float | None = None,
+    poll_s: float = 0.05,
+    limits: Limits | None = None,
+) -> Fleet:
+    """Return the fleet of the sites of a Flower run; see `FlowerTransport`."""
+    transport = FlowerTransport(
+        grid,
+        config,
+        label,
+        names,
+        bench,
+        simulated=simulated,
+        registered=registered,
+        join_timeout_s=join_timeout_s,
+        poll_s=poll_s,
+        limits=limits or Limits(),
+    )
+
+    return Fleet(transport, config.fleet, limits=limits)
+
+
+@dataclass(eq=False)
+class _Letter:
+    """A request on its way over Flower."""
+
+    request: Request
+    since_s: float
+    """Time at which it was sent, and until then when it was to be."""
+    number: str = ""
+    """Flower's number of the message that was sent last."""
+    seq: int = 0
+    """Our number of that message."""
+    greeted_again: bool = False
+    """True once the site was greeted again because it did not know the run."""
+    kept: bool = False
+    """True where the site keeps something with its answer."""
+
+
+class FlowerTransport:
+    """The sites of a Flower run, by name; see `Transport`."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        label: str,
+        names: Sequence[str],
+        bench: ModelPool,
+        *,
+        simulated: bool,
+        registered: Callable[[], Mapping[int, str]],
+        join_timeout_s: float | None,
+        poll_s: float,
+        limits: Limits,
+    ) -> None:
+        """`label` names the run in the sites' logs, beside its method; no site is sent anything
+        before `restore`.
+
+        A run that was begun with sites on this machine, `simulated`, does not go on with others,
+        nor the reverse.
+
+        `registered` gives, by number of a Flower node, the name that its key was registered under:
+        under another name a node is refused. `join_timeout_s` replaces the configuration's.
+        """
+        self.sites = tuple(names)
+        self.slots = max(len(self.sites), 1)
+        self._config = config.fleet
+        self._join_timeout_s = join_timeout_s or config.fleet.join_timeout_s
+        self._grid = grid
+        self._limits = limits
+        self._poll_s = poll_s
+        self._inbox = Inbox(grid, poll_s=poll_s)
+        self._joining = Payload(
+            values={"config": config.model_dump(mode="json", exclude_unset=True)}
+        ).to_bytes()
+        self._nodes = Nodes(
+            grid,
+            self.sites,
+            fingerprints(bench),
+            greet=self._greet,
+            forget=self._inbox.forget,
+            registered=registered,
+            join_timeout_s=self._join_timeout_s,
+            look_s=_LOOK_POLLS * poll_s,
+            limits=limits,
+        )
+        self._simulated = simulated
+        self._run = f"{label[-150:]} {config.method.name} {secrets.token_hex(8)}"
+        self._session = secrets.token_hex(8)
+        self._seq = 0
+        self._base = -1
+        self._acks: dict[str, int] = {}
+        """Numbers of the sites' last answers that count."""
+        self._letters: dict[int, _Letter] = {}
+        """Open exchanges, by number."""
+        self._held: list[_Letter] = []
+        """Letters that wait for their site to be connected."""
+        self._sent: dict[str, _Letter] = {}
+        """Letters that were sent, by Flower's number of the message."""
+        self._ready: deque[Arrival] = deque()
+
+    def send(self, request: Request) -> None:
+        """See `Transport`; a site that is not connected is waited for under on_failure="retry", and
+        else has failed."""
+        assert request.turn == 0, "no task talks over Flower: `SiteProcess` refuses it"
+        if not self._letters:
+            self._nodes.look_soon()  # a site may have gone, or come back as another node
+
+        letter = _Letter(request, time.monotonic())
+        self._letters[request.number] = letter
+        self._hold(letter)
+
+    def next(self, timeout_s: float | None) -> Arrival | None:
+        """See `Transport`."""
+        until_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            left = self._send_held()
+            if self._ready:
+                return self._ready.popleft()
+            if left:
+                return None
+
+            wait_s = min(self._poll_s, until_s - time.monotonic())
+            reply = self._inbox.next(max(wait_s, 0))
+            arrival = None if reply is None else self._hear(reply)
+            if arrival is not None:
+                return arrival
+            if reply is None and wait_s <= 0:
+                return None
+
+    def accept(self, arrival: Arrival) -> None:
+        """See `Transport`; the site learns it with its next message."""
+        letter = self._letters.pop(arrival.number)
+        self._acks[letter.request.site] = letter.seq
+        if letter.kept:
+            self._nodes.keepers.add(letter.request.site)
+
+    def drop(self, request: Request) -> None:
+        """See `Transport`."""
+        letter = self._letters.pop(request.number, None)
+        if letter is not None:
+            self._held = [other for other in self._held if other is not letter]
+            if self._sent.pop(letter.number, None) is not None:
+                self._inbox.forget(letter.number)
+
+    def error_log(self, site: str) -> Path | None:  # noqa: ARG002
+        """Return None: a site's errors are in its own folder."""
+        return None
+
+    def meet(self) -> None:
+        """Wait until every site has joined.
+
+        Raises `ClientError` naming those that have not, and refusals, under on_failure="stop".
+        """
+        until_s = time.monotonic() + self._join_timeout_s
+        while missing := self._nodes.missing:
+            if time.monotonic() > until_s:
+                text = (
+                    f"sites {', '.join(missing)} have not joined within {self._join_timeout_s:g} s"
+                    f"{self._nodes.reasons}"
+                )
+                if self._config.on_failure == "stop":
+                    raise ClientError(f"{text}. fleet.join_timeout_s sets how long a run waits")
+                logger.warning("%s", text)
+                return
+
+            self._nodes.look()
+            reply = self._inbox.next(self._poll_s)
+            while reply is not None:
+                self._nodes.hear(reply)
+                reply = self._inbox.next(0)
+
+    def _hold(self, letter: _Letter) -> None:
+        """Keep a letter until its site is there; its deadline does not count before."""
+        letter.request.sent_s = float("inf")
+        self._held.append(letter)
+
+    def _send_held(self) -> bool:
+        """Send the letters whose sites are connected; return whether there were any."""
+        if not self._held:
+            return False
+
+        self._nodes.look()
+        letters = self._held
+        self._held = []
+
+        for letter in letters:
+            request = letter.request
+            node = self._nodes.node(request.site)
+            letter.number = self._push(node, request) if node else ""
+
+            if letter.number:
+                letter.seq = self._seq
+                letter.since_s = request.sent_s = time.monotonic()
+                self._sent[letter.number] = letter
+            elif self._may_come(letter):
+                self._held.append(letter)
+            else:
+                reason = f"is not connected{self._nodes.reasons}"
+                self._ready.append(Arrival(request.number, b"", reason))
+
+        return len(self._held) < len(letters)
+
+    def _may_come(self, letter: _Letter) -> bool:
+        """Return whether a site that is not connected is worth waiting for: it was greeted, or will
+        be asked again anyway."""
+        patience_s = min(self._join_timeout_s, self._config.deadline_s or self._join_timeout_s)
+        waits = self._nodes.answers_are_due or self._config.on_failure == "retry"
+        return waits and time.monotonic() - letter.since_s < patience_s
+
+    def _hear(self, reply: Message) -> Arrival | None:
+        """Return what a reply brings; None for a greeting, for the second of two, and for one that
+        came too late."""
+        letter = self._sent.pop(reply.metadata.reply_to_message_id, None)
+        if letter is None:
+            self._nodes.hear(reply)
+            return None
+
+        number = letter.request.number
+        try:
+            data, letter.kept = open_reply(reply, max_bytes=self._limits.max_bytes)
+        except ClientError as words:
+            text = str(words)
+            reason = printable(text) or "it gave no reason"
+            return Arrival(number, text.encode(errors="replace"), reason)
+        except Exception as problem:
+            return Arrival(number, b"", unreadable(problem))
+
+        if data == UNKNOWN_RUN.to_bytes() and not letter.greeted_again:
+            letter.greeted_again = True
+            self._nodes.greet_again(letter.request.site)
+            self._hold(letter)
+            return None
+
+        return Arrival(number, data)
+
+    def _greet(self, node: int) -> str:
+        ttl_s = _SPARE_S + self._join_timeout_s
+        return self._push_message(node, JOIN, self._joining, round=0, ack=0, ttl_s=ttl_s)
+
+    def _push(self, node: int, request: Request) -> str:
+        ack = self._acks.get(request.site, 0)
+        ttl_s = _SPARE_S + (self._config.deadline_s or _FINISHED_S)
+        return self._push_message(
+            node, request.task, request.data, round=request.round, ack=ack, ttl_s=ttl_s
+        )
+
+    def _push_message(
+        self, node: int, task: str, data: bytes, *, round: int, ack: int, ttl_s: float
+    ) -> str:
+        """Return Flower's number of the message, "" where Flower did not take it."""
+        self._seq += 1
+        header = Header(self._run, task, round, self._session, self._seq, ack, self._base)
+        message = Message(
+            pack(data, header.values()), dst_node_id=node, message_type="train", ttl=ttl_s
+        )
+        (number,) = self._grid.push_messages([message])
+
+        if number:
+            self._inbox.watch(str(number))
+
+        return str(number or "")
+
+    def state(self) -> dict[str, Value]:
+        """Return the run's name for the sites, which of their answers count, so that they keep what
+        these wanted to keep, and whose keep something."""
+        return {
+            "run": self._run,
+            "simulated": self._simulated,
+            "seq": self._seq,
+            "acks": {**self._acks},
+            "keepers": [*sorted(self._nodes.keepers)],
+        }
+
+    def restore(self, state: dict[str, Any], round: int) -> None:
+        """See `Transport`; raises `ConfigError` where a run was begun with other sites than
+        Flower's."""
+        if round >= 0 and "run" not in state:
+            raise ConfigError(
+                "this run was begun in one process, and its sites keep in its folder what they "
+                "need to go on; resume it with --fleet process"
+            )
+
+        if round >= 0 and state.get("simulated") != self._simulated:
+            how = "--fleet flower" if state.get("simulated") else "submit --resume"
+            raise ConfigError(
+                "this run was begun with other sites, which keep what they need to go on; resume "
+                f"it by {how}"
+            )
+
+        self._base = round
+        self._run = state.get("run", self._run)
+        self._seq = state.get("seq", 0)
+        self._acks = dict(state.get("acks", {}))
+        self._nodes.keepers = set(state.get("keepers", []))
+        self.meet()
