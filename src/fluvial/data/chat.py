@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 
 from fluvial.data.examples import IGNORE_INDEX, Example
 from fluvial.data.records import Message
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 TODAY = datetime(2024, 7, 26)
 """Date in every chat template, so that tokens do not depend on the day of the run."""
@@ -18,7 +18,7 @@ _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
 def encode_chat(
-    place: object, messages: Sequence[Message], tokenizer: Any, loss_on: str
+    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, loss_on: str
 ) -> Example:
     """Return the tokens of a conversation by the tokenizer's template, labels on assistant turns.
 
@@ -53,7 +53,7 @@ def encode_chat(
 
 
 def _spans(
-    place: object, messages: Sequence[Message], tokenizer: Any, rendered: str
+    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
 ) -> list[tuple[int, int]]:
     """Return where the assistant's turns stand in `rendered`, in characters."""
     spans = []
@@ -83,7 +83,7 @@ def _spans(
 
 
 def _tokens(
-    place: object, rendered: str, tokenizer: Any
+    place: object, rendered: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Return token ids and their places in `rendered`; the template has put BOS where it
     belongs."""
@@ -107,14 +107,14 @@ def _tokens(
     return ids, offsets
 
 
-def _header(place: object, message: Message, tokenizer: Any) -> str:
+def _header(place: object, message: Message, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what the template writes before the content of a first turn."""
     marked = _render(place, [message | {"content": _MARK}], tokenizer)
     return marked[: max(0, marked.find(_MARK))]
 
 
 def _refuse_omissions(
-    place: object, messages: Sequence[Message], tokenizer: Any, rendered: str
+    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
 ) -> None:
     """Raise `ConfigError` for a turn whose content the template leaves out or changes.
 
@@ -141,7 +141,7 @@ def _omitted(place: object, number: int, message: Message) -> ConfigError:
 def _render(
     place: object,
     messages: Sequence[Message],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     add_generation_prompt: bool = False,
 ) -> str:

@@ -130,18 +130,14 @@ class DataConfig(Settings):
             )
 
     def _touched(self) -> set[str]:
-        default = type(self).model_fields
-        return {
-            name
-            for name in default
-            if getattr(self, name) != default[name].get_default(call_default_factory=True)
-        }
+        default = dict(type(self).model_construct())
+        return {name for name, value in self if value != default[name]}
 
     def reading(self, own: SourceSettings | None = None) -> "ReadingSettings":
         """Return how a source is read: by its own settings, where those are unset by these."""
         given = {} if own is None else own.model_dump(exclude_none=True)
         return ReadingSettings(
-            **({name: getattr(self, name) for name in READING} | given),
+            **(self.model_dump(include=set(READING)) | given),
             numbers=self.numbers,
             own=frozenset(given),
         )

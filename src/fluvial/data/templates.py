@@ -6,10 +6,10 @@ tokenizer's EOS token, so that a model learns to stop where its generation stops
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 _EOS = "{% if m.role == 'assistant' and not '@'.endswith(eos_token) %}{{ eos_token }}{% endif %}"
 """EOS after an assistant's turn whose own mark `@` is not EOS."""
@@ -137,7 +137,9 @@ def inlined_template(chosen: str, folder: Path) -> str:
     return text
 
 
-def with_template(tokenizer: Any, chosen: str | None) -> Any:
+def with_template(
+    tokenizer: PreTrainedTokenizerBase, chosen: str | None
+) -> PreTrainedTokenizerBase:
     """Return `tokenizer`, or a copy of it that has the chosen chat template."""
     if chosen is None:
         return tokenizer

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 from fluvial.data import stdlib
 from fluvial.data.config import STDLIB, DataConfig
@@ -17,6 +16,7 @@ from fluvial.data.site_records import SiteRecords
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.seeds import derive
 
 CACHED_SITES = 32
@@ -66,7 +66,7 @@ class SiteTexts:
     def __init__(
         self,
         config: DataConfig,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         seed: int,
         owner: str | None = None,

@@ -18,6 +18,7 @@ from fluvial.data.forms import Form
 from fluvial.data.records import Chat, Record, RecordReader, Text
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Tokenized:
 class Tokenizing:
     """Settings that make sequences of records."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     max_length: int
     packing: bool = False
     loss_on: Literal["answer", "all"] = "answer"
@@ -203,7 +204,7 @@ def refusal(
 def tokenize(
     records: Iterable[tuple[str, Mapping[str, Any]]],
     form: Form,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
     packing: bool = False,

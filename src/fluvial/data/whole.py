@@ -1,7 +1,6 @@
 """All records of one source as sequences to measure, without sites and without training."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
@@ -10,6 +9,7 @@ from fluvial.data.sources import Source, read_source
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenizing, refusal
 from fluvial.formatting import safe_line
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Whole:
     """Remarks on the files."""
 
 
-def read_whole(config: DataConfig, tokenizer: Any, where: str) -> Whole:
+def read_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> Whole:
     """Return the records of `config.source`; `where` names it in messages.
 
     Raise `DataError` with all faults of its files, or `ConfigError` for a setting that does not fit

@@ -9,7 +9,6 @@ transformers would load.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluvial.errors import ConfigError
 from fluvial.interrupt import temporary_folder
+from fluvial.models.hf import PreTrainedModel
 from fluvial.models.weight_sources import FolderSource, Source, tensor_files
 
 
@@ -55,7 +55,7 @@ def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) 
     )
 
 
-def keep_types(model: Any, dtype: torch.dtype) -> None:
+def keep_types(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give fp32 to those weights of `model` that transformers never holds in `dtype`."""
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     if not plan:
@@ -66,7 +66,7 @@ def keep_types(model: Any, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
-def compute_buffers(model: Any) -> None:
+def compute_buffers(model: PreTrainedModel) -> None:
     """Compute anew the buffers that no folder stores, as `from_pretrained` does after it made a
     model.
 
@@ -82,7 +82,7 @@ def compute_buffers(model: Any) -> None:
         model.initialize_weights()
 
 
-def check_constant(model: Any) -> None:
+def check_constant(model: PreTrainedModel) -> None:
     """Raise `ConfigError` if `model` changes weights or buffers of its own while it reads text."""
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
@@ -108,7 +108,9 @@ class _Converted(FolderSource):
         super().__init__(path, list(dtypes), dtypes)
 
 
-def _places(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, str] | None:
+def _places(
+    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]
+) -> dict[str, str] | None:
     """Return the stored name of each of `tensors`, or None where some are not stored as they are in
     the model."""
     try:
@@ -139,7 +141,7 @@ def _places(folder: Path, model: Any, tensors: dict[str, Tensor]) -> dict[str, s
     return places if same else None
 
 
-def _renamed(model: Any, stored: dict[str, Path]) -> dict[str, str] | None:
+def _renamed(model: PreTrainedModel, stored: dict[str, Path]) -> dict[str, str] | None:
     """Return the stored name by the model's name, or None if some tensor is converted and not only
     renamed."""
     try:

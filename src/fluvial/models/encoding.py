@@ -8,7 +8,8 @@ here. Training, held-out loss, multiple choice and generation all encode a promp
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 PROBES = ("a b", "The", "1")
 """Texts from which the special tokens of a tokenizer are read."""
@@ -18,12 +19,12 @@ PROBES = ("a b", "The", "1")
 class Encoder:
     """A tokenizer, with the special tokens that it puts before a text."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prefix: tuple[int, ...]
     """Special tokens before a text, such as BOS; empty for a tokenizer that adds none."""
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Encoder":
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Encoder":
         """Return the encoder of a tokenizer of transformers, fast or slow."""
         return cls(tokenizer, _prefix(tokenizer))
 
@@ -61,13 +62,13 @@ class Encoder:
         return eos if bos is None else bos
 
 
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     # verbose=False: a text longer than the model's context is cut into windows later, so its
     # warning is no news.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _prefix(tokenizer: Any) -> tuple[int, ...]:
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return the special tokens before a text: those that precede its own tokens in the whole."""
     for probe in chain(PROBES, islice(_words(tokenizer), 8)):
         plain = _ids(tokenizer, probe, special=False)
@@ -81,7 +82,7 @@ def _prefix(tokenizer: Any) -> tuple[int, ...]:
     return (bos,) if bos is not None and whole[:1] == [bos] else ()
 
 
-def _words(tokenizer: Any) -> Iterator[str]:
+def _words(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield tokens that are words. The vocabulary, which is slow to get, is read only when asked
     for."""
     yield from (token for token in tokenizer.get_vocab() if token.isalnum())

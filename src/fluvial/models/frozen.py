@@ -84,8 +84,14 @@ def check_streams(model: nn.Module) -> None:
             )
 
 
-_saved = threading.local()
-"""`known` is the dictionary of weights that this thread has loaded in its present forward pass."""
+class _Forward(threading.local):
+    """The forward pass that a thread is in."""
+
+    known: "_Known | None" = None
+    """The weights that it has loaded."""
+
+
+_forward = _Forward()
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class _Weight:
     def load(self) -> Tensor:
         """Return the weight in the layer's type, on the layer's device."""
         weight = self.source.get(self.name).to(self.device, self.dtype)
-        known: _Known | None = getattr(_saved, "known", None)
+        known = _forward.known
 
         if known is not None:
             storage = weight.untyped_storage()
@@ -208,12 +214,12 @@ def _save_no_weights(model: Any) -> None:
     @wraps(inside)
     def forward(*args: Any, **options: Any) -> Any:
         known: _Known = {}
-        _saved.known = known
+        _forward.known = known
         try:
             with torch.autograd.graph.saved_tensors_hooks(partial(_pack, known), _unpack):
                 return inside(*args, **options)
         finally:
-            del _saved.known
+            _forward.known = None
 
     model.forward = forward
 

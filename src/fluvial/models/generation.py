@@ -1,16 +1,20 @@
 """Greedy continuations of prompts."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
 from fluvial.models.encoding import Encoder
+from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
 def continuations(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
 ) -> Iterator[str]:
     """Yield a greedy continuation of each prompt, without the prompt and special tokens."""
     encoder = Encoder.of(tokenizer)

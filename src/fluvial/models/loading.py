@@ -5,13 +5,13 @@ transformers is imported where a model is loaded, so that other commands answer 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import compute_buffers, keep_types
+from fluvial.models.hf import PreTrainedModel
 from fluvial.models.pretrained import (
     ModelConfig,
     dtype_of,
@@ -93,7 +93,7 @@ def skeleton(config: ModelConfig) -> nn.Module:
     kind = dtype_of(config)
 
     with init_empty_weights(include_buffers=False):
-        model: Any = from_settings(AutoModelForCausalLM.from_config, config)
+        model: PreTrainedModel = from_settings(AutoModelForCausalLM.from_config, config)
     model.tie_weights()  # moving parameters to the meta device untied them
     keep_types(model, kind)
     compute_buffers(model)

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import continuations
+from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import weights_folder
 from fluvial.models.outline import Outline
 from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
@@ -88,7 +88,7 @@ class ModelPool:
     # -- loaded when used --------------------------------------------------------------------------
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer; raises `ConfigError` where it does not belong to the base."""
         tokenizer = load_tokenizer(self.config)
         check_tokenizer(tokenizer, self.outline.base, self.config.name_or_path)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.network import reachable_hub
 from fluvial.models.stored import FLOATS, first_line, stored_tensors
 from fluvial.settings import Settings
@@ -110,7 +111,7 @@ def from_settings(make: Any, config: ModelConfig) -> Any:
         ) from error
 
 
-def read_config(config: ModelConfig) -> Any:
+def read_config(config: ModelConfig) -> PretrainedConfig:
     """Return the base's own configuration, from its folder.
 
     Raises `ConfigError` unless it is a causal language model with float weights that transformers
@@ -185,7 +186,7 @@ _ENCODERS = (
 """Model types that are causal only where their configuration says `is_decoder`."""
 
 
-def _refuse_config(config: ModelConfig, found: Any) -> None:
+def _refuse_config(config: ModelConfig, found: PretrainedConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     where = f"model.name_or_path={config.name_or_path!r}"
@@ -232,6 +233,13 @@ def _refuse_config(config: ModelConfig, found: Any) -> None:
         )
 
 
+_PRECISIONS = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
 def dtype_of(config: ModelConfig) -> torch.dtype:
     """Return the float type of the base: the one that is set, else the folder's own.
 
@@ -239,7 +247,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
     that names none has float32.
     """
     if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+        return _PRECISIONS[config.dtype]
 
     found = read_config(config)
     told = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
@@ -251,7 +259,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
         )
 
     kind = getattr(torch, told) if isinstance(told, str) else told
-    if kind not in (torch.float32, torch.bfloat16, torch.float16):
+    if kind not in _PRECISIONS.values():
         raise ConfigError(
             f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'"
         )
@@ -259,7 +267,7 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
     return kind
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
     from transformers import AutoTokenizer
 
@@ -305,7 +313,7 @@ def _refuse_without_tokenizer(config: ModelConfig) -> None:
     )
 
 
-def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
     """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no
     row for."""
     rows = num_embeddings(model)
@@ -332,7 +340,7 @@ def check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
             )
 
 
-def num_embeddings(model: Any) -> int:
+def num_embeddings(model: PreTrainedModel) -> int:
     """Return the rows of the input embedding of `model`, which may be without weights."""
     rows: int = model.get_input_embeddings().weight.shape[0]
     return rows
@@ -341,7 +349,7 @@ def num_embeddings(model: Any) -> int:
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
-def context_length(model: Any) -> int | None:
+def context_length(model: PreTrainedModel) -> int | None:
     """Return the tokens that `model` reads at most, None without a limit; it may be without
     weights."""
     config = model.config.get_text_config()

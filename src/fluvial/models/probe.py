@@ -1,11 +1,10 @@
 """Checks of a base model on a few tokens, before any measurement."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedModel
 from fluvial.models.stored import first_line
 
 LENGTH = 8
@@ -74,7 +73,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
         )
 
 
-def _plain_logits(model: Any, tokens: Tensor) -> Tensor | None:
+def _plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
     """Return the logits of a call with the model's own cache, None where it cannot make one."""
     try:
         logits: Tensor = model(input_ids=tokens).logits
@@ -84,7 +83,7 @@ def _plain_logits(model: Any, tokens: Tensor) -> Tensor | None:
     return logits
 
 
-def _logits(model: Any, tokens: Tensor, padding: int = 0) -> Tensor:
+def _logits(model: PreTrainedModel, tokens: Tensor, padding: int = 0) -> Tensor:
     """Return the logits of `tokens`, the last `padding` of which the attention mask leaves out."""
     mask = torch.ones_like(tokens)
     mask[:, tokens.shape[1] - padding :] = 0
@@ -97,7 +96,7 @@ def _tolerance(model: nn.Module) -> float:
     return 1e-4 if next(model.parameters()).dtype == torch.float32 else 0.05
 
 
-def _tokens(model: Any) -> list[int]:
+def _tokens(model: PreTrainedModel) -> list[int]:
     """Return token ids that stand for text: none with a meaning of its own, such as an image's."""
     rows = model.get_input_embeddings().weight.shape[0]
     named = {value for value in model.config.to_dict().values() if isinstance(value, int)}

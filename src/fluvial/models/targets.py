@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 from torch import nn
 
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedModel
 from fluvial.settings import Settings
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -36,7 +37,7 @@ class LoraSettings(Settings):
         return value
 
 
-def target_names(base: Any, lora: LoraSettings) -> list[str]:
+def target_names(base: PreTrainedModel, lora: LoraSettings) -> list[str]:
     """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted.
 
     They are the last parts of the modules' names (`q_proj`) where these are exact, else whole
@@ -68,7 +69,7 @@ def target_names(base: Any, lora: LoraSettings) -> list[str]:
     return short if _matching(short, everything) == chosen.keys() else sorted(chosen)
 
 
-def linear_modules(base: Any) -> dict[str, Any]:
+def linear_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return the linear layers (and GPT-2's Conv1D) that read text, by name."""
     from transformers.pytorch_utils import Conv1D
 
@@ -83,7 +84,7 @@ def linear_modules(base: Any) -> dict[str, Any]:
     }
 
 
-def text_modules(base: Any) -> set[int] | None:
+def text_modules(base: PreTrainedModel) -> set[int] | None:
     """Return the ids of the modules that read text in a multimodal `base`, None for a text
     model."""
     if base.config.get_text_config() is base.config:
@@ -96,7 +97,7 @@ _ROUTER = re.compile(r"(^|\.)(\w+_)?(router|routers|gate|gating|gate_weight|expe
 _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 
 
-def _is_special(name: str, module: Any, base: Any) -> bool:
+def _is_special(name: str, module: nn.Linear, base: PreTrainedModel) -> bool:
     """Return whether a linear module is adapted only where it is named.
 
     Such a module is a head, a router, or one that PEFT mistakes for another.
@@ -116,14 +117,14 @@ def _is_special(name: str, module: Any, base: Any) -> bool:
     return _leaf(name) in _EXPERTS and _has_fused_experts(base)
 
 
-def _has_fused_experts(base: Any) -> bool:
+def _has_fused_experts(base: PreTrainedModel) -> bool:
     return any(p.dim() == 3 and ".experts." in name for name, p in base.named_parameters())
 
 
 def _explicit(
-    given: Iterable[str], linear: dict[str, Any], proposed: dict[str, Any]
-) -> dict[str, Any]:
-    chosen: dict[str, Any] = {}
+    given: Iterable[str], linear: dict[str, nn.Linear], proposed: dict[str, nn.Linear]
+) -> dict[str, nn.Linear]:
+    chosen: dict[str, nn.Linear] = {}
     for target in given:
         found = _matching([target], linear)
         if not found:
@@ -138,7 +139,7 @@ def _explicit(
     return chosen
 
 
-def _default(base: Any, fit: dict[str, Any]) -> dict[str, Any]:
+def _default(base: PreTrainedModel, fit: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     """Return the paper's four projections, else PEFT's choice for the architecture, else all."""
     leaves = {_leaf(name) for name in fit}
     if leaves.issuperset(PAPER_TARGETS):
@@ -171,7 +172,7 @@ def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
     }
 
 
-def _check_rank(rank: int, chosen: dict[str, Any]) -> None:
+def _check_rank(rank: int, chosen: dict[str, nn.Linear]) -> None:
     for name, module in chosen.items():
         smallest = min(module.weight.shape)
         if rank > smallest:

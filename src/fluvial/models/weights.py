@@ -118,7 +118,7 @@ def check_finite(model: nn.Module, name: str) -> None:
             )
 
 
-def _compare(base: Any, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:
+def _compare(base: nn.Module, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:
     """Return transformers' report on loading: names that are missing, misshapen or unused."""
     from transformers.modeling_utils import PreTrainedModel
 

@@ -77,20 +77,20 @@ def evaluate_adapter(
 
     questions = None if choices is None else _questions(choices)
     logger.info("loading the base model")
-    bench = ModelPool(model, adapter.lora)
+    pool = ModelPool(model, adapter.lora)
 
     if adapter.lora:
-        adapter = replace(adapter, tensors=_without_copies(adapter, bench))
+        adapter = replace(adapter, tensors=_without_copies(adapter, pool))
 
-    _check_fit(adapter, bench.layout, model.name_or_path)
-    state = adapter.tensors if adapter.lora else _change(adapter.tensors, bench)
+    _check_fit(adapter, pool.layout, model.name_or_path)
+    state = adapter.tensors if adapter.lora else _change(adapter.tensors, pool)
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, bench)
-    sheet = _sheet(choices, questions, bench) if choices and questions else None
+    texts = None if data is None else _texts(data, pool)
+    sheet = _sheet(choices, questions, pool) if choices and questions else None
     probes = [texts.examples[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
-    check_effect(bench, state, probes[0])
-    models = ({"base": bench.base_state()} if base else {}) | {"adapter": state}
+    check_effect(pool, state, probes[0])
+    models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
     found: dict[str, Any] = {
         "fluvial": __version__,
         "adapter": str(adapter.path),
@@ -99,16 +99,16 @@ def evaluate_adapter(
     }
 
     if data is not None and texts is not None:
-        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+        found["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and sheet is not None:
-        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+        found["choices"] = _choice_result(choices, sheet, pool, models, seed)
 
     return found
 
 
-def _change(weights: Named, bench: ModelPool) -> Named:
+def _change(weights: Named, pool: ModelPool) -> Named:
     """Return the change from the base's weights to the tuned `weights`."""
-    return {name: tensor - bench.base.get(name).float() for name, tensor in weights.items()}
+    return {name: tensor - pool.base.get(name).float() for name, tensor in weights.items()}
 
 
 def evaluate_model(
@@ -125,28 +125,28 @@ def evaluate_model(
 
     questions = None if choices is None else _questions(choices)
     logger.info("loading the model")
-    bench = ModelPool(model, None)
-    bench.check_behaviour()
+    pool = ModelPool(model, None)
+    pool.check_behaviour()
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, bench)
+    texts = None if data is None else _texts(data, pool)
     models: dict[str, Named] = {"model": {}}
     found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
     if data is not None and texts is not None:
-        found["data"] = _data_result(data, texts, bench, models, max_new_tokens)
+        found["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and questions:
-        sheet = _sheet(choices, questions, bench)
-        found["choices"] = _choice_result(choices, sheet, bench, models, seed)
+        sheet = _sheet(choices, questions, pool)
+        found["choices"] = _choice_result(choices, sheet, pool, models, seed)
 
     return found
 
 
-def _without_copies(adapter: AdapterFolder, bench: ModelPool) -> Named:
+def _without_copies(adapter: AdapterFolder, pool: ModelPool) -> Named:
     """Return the factors of `adapter` without copies of the base's matrices.
 
     PEFT saves such copies with an adapted head. Raises `ConfigError` if one is not the base's.
     """
-    with bench.model(bench.base_state()) as model:
+    with pool.model(pool.base_state()) as model:
         base = {
             name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
             for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -181,9 +181,9 @@ def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
         )
 
 
-def _texts(data: DataConfig, bench: ModelPool) -> Whole:
-    check_length(bench.outline.context, data.max_length)
-    return read_whole(data, bench.tokenizer, "--data")
+def _texts(data: DataConfig, pool: ModelPool) -> Whole:
+    check_length(pool.outline.context, data.max_length)
+    return read_whole(data, pool.tokenizer, "--data")
 
 
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
@@ -194,13 +194,13 @@ def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
 
 
 def _sheet(
-    choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], bench: ModelPool
+    choices: ChoiceConfig, questions: tuple[list[Choice], list[Choice]], pool: ModelPool
 ) -> Sheet:
     asked, examples = questions
     return prepare(
         asked,
-        bench.tokenizer,
-        context=bench.outline.context,
+        pool.tokenizer,
+        context=pool.outline.context,
         scoring=choices.scoring,
         shots=choices.shots,
         examples=examples,
@@ -209,12 +209,12 @@ def _sheet(
 
 
 def _data_result(
-    data: DataConfig, texts: Whole, bench: ModelPool, models: dict[str, Named], max_new_tokens: int
+    data: DataConfig, texts: Whole, pool: ModelPool, models: dict[str, Named], max_new_tokens: int
 ) -> dict[str, Any]:
     questions = texts.questions if max_new_tokens else []
-    longest = bench.outline.context
+    longest = pool.outline.context
     room = None if longest is None else longest - max_new_tokens
-    encoder = Encoder.of(bench.tokenizer)
+    encoder = Encoder.of(pool.tokenizer)
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
     table: dict[str, Any] = {
         "source": data.source,
@@ -233,11 +233,11 @@ def _data_result(
     }
 
     for name, adapter in models.items():
-        with bench.model(adapter) as model:
-            sums = heldout(model, texts.examples, pad_token_id=bench.tokenizer.pad_token_id)
+        with pool.model(adapter) as model:
+            sums = heldout(model, texts.examples, pad_token_id=pool.tokenizer.pad_token_id)
         table[name] = _measures(sums, name)
         if questions:
-            table[name]["exact_match"] = _greedy_matches(bench, adapter, fit, max_new_tokens) / len(
+            table[name]["exact_match"] = _greedy_matches(pool, adapter, fit, max_new_tokens) / len(
                 questions
             )
 
@@ -259,12 +259,12 @@ def _measures(sums: Heldout, name: str) -> dict[str, Any]:
 
 
 def _greedy_matches(
-    bench: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
+    pool: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
 ) -> int:
     right = 0
     told = time.monotonic()
     prompts = [question.prompt for question in questions]
-    answers = bench.answers(adapter, prompts, max_new_tokens=max_new_tokens)
+    answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
 
     for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
         right += exact_match([answer], [question.answer])
@@ -276,7 +276,7 @@ def _greedy_matches(
 
 
 def _choice_result(
-    choices: ChoiceConfig, sheet: Sheet, bench: ModelPool, models: dict[str, Named], seed: int
+    choices: ChoiceConfig, sheet: Sheet, pool: ModelPool, models: dict[str, Named], seed: int
 ) -> dict[str, Any]:
     table: dict[str, Any] = {
         "source": str(choices.path),
@@ -293,9 +293,9 @@ def _choice_result(
     }
     marks = {}
     for name, adapter in models.items():
-        with bench.model(adapter) as model:
+        with pool.model(adapter) as model:
             marks[name] = Marks.of(
-                sheet, score(model, sheet, pad_token_id=bench.tokenizer.pad_token_id)
+                sheet, score(model, sheet, pad_token_id=pool.tokenizer.pad_token_id)
             )
 
         interval = marks[name].interval(seed)

@@ -10,10 +10,11 @@ a letter stands for.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
+from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.training.choices import LETTERS, Choice
 
 MAX_SHOTS = 5
@@ -97,7 +98,7 @@ def _ask(choice: Choice, scoring: Scoring, language: Language) -> str:
 
 def prepare(
     questions: Sequence[Choice],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     context: int | None,
     scoring: Scoring = "letter",

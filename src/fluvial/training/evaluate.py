@@ -100,25 +100,25 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
     )
 
 
-def on_public_text(bench: ModelPool, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
+def on_public_text(pool: ModelPool, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
     """Return loss and accuracy of the base and of `adapter` on text that belongs to no site."""
     found: dict[str, Any] = {"sequences": len(examples)}
-    for name, state in (("base", bench.base_state()), ("final", adapter)):
-        with bench.model(state) as model:
-            sums = heldout(model, examples, pad_token_id=bench.tokenizer.pad_token_id)
+    for name, state in (("base", pool.base_state()), ("final", adapter)):
+        with pool.model(state) as model:
+            sums = heldout(model, examples, pad_token_id=pool.tokenizer.pad_token_id)
         found[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
 
     return found
 
 
-def check_effect(bench: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
+def check_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
     """Raise `ConfigError` if `adapter` gives the base's logits, and so has no effect."""
-    tokens = torch.tensor([list(input_ids)], device=bench.device)
+    tokens = torch.tensor([list(input_ids)], device=pool.device)
     logits = []
 
     with torch.no_grad():
-        for each in (bench.base_state(), adapter):
-            with bench.model(each) as model:
+        for each in (pool.base_state(), adapter):
+            with pool.model(each) as model:
                 logits.append(model(input_ids=tokens).logits)
 
     if torch.equal(*logits):
