@@ -18,6 +18,7 @@ class Natural(Settings):
 
     by: Literal["column"] = "column"
     column: str
+    """The column with the name of a record's site."""
     largest: int | None = Field(None, ge=1, le=10**6)
     """Keep only this many sites, those with the most records."""
 
@@ -27,6 +28,7 @@ class Iid(Settings):
 
     by: Literal["iid"] = "iid"
     sites: int = Field(8, ge=1, le=10**6)
+    """Number of sites."""
 
 
 class Dirichlet(Settings):
@@ -37,7 +39,9 @@ class Dirichlet(Settings):
     column: str
     """The class of a record."""
     sites: int = Field(8, ge=1, le=10**6)
+    """Number of sites."""
     alpha: float = Field(0.5, ge=1e-6, le=1e6)
+    """Concentration of the distribution; a smaller one gives more skew."""
     min_records: int = Field(10, ge=1, le=10**9)
     """Least records of a site; the draw is repeated until every site has them."""
 
@@ -49,7 +53,9 @@ class Shards(Settings):
     column: str
     """The class of a record."""
     sites: int = Field(8, ge=1, le=10**6)
+    """Number of sites."""
     shards_per_site: int = Field(2, ge=1, le=10**6)
+    """Shards of each site."""
 
 
 class Files(Settings):

@@ -20,8 +20,11 @@ class LoraSettings(Settings):
     """The LoRA adapter: names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
 
     r: int = Field(8, ge=1, le=4096)
+    """Rank of the adapter's factors."""
     lora_alpha: float = Field(16, ge=1e-6, le=1e6)
+    """Numerator of the adapter's scale, alpha / r."""
     lora_dropout: float = Field(0.05, ge=0, le=0.99)
+    """Share of the adapter's inputs that training sets to zero."""
     target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
     """Names of linear modules, or "all-linear" for all without heads and routers. By default
     `q_proj`, `k_proj`, `v_proj`, `o_proj` where the model has all four, else PEFT's choice for its

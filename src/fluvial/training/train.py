@@ -40,15 +40,23 @@ class TrainConfig(Settings):
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Optimizer steps of one round; overrides `num_train_epochs`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0, le=10)
+    """Decoupled weight decay (AdamW), or L2 penalty (SGD)."""
     max_grad_norm: float = Field(1.0, ge=0, le=1e9)
     """Clipping threshold of the global gradient norm; 0 switches clipping off."""
     optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    """Optimizer, made anew in each round."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
     adam_epsilon: float = Field(1e-8, ge=1e-30, le=1)
+    """Term that AdamW adds to the denominator."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
     bf16: bool = False
     """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""
 
