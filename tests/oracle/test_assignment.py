@@ -10,8 +10,17 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import IGNORE_INDEX, Example, SiteData
-from fluvial.errors import ConfigError, WireError
-from fluvial.federation.sites import Site, evaluate, state_message, train_locally
+from fluvial.errors import ClientError, ConfigError, WireError
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.in_process import local_fleet
+from fluvial.federation.sites import (
+    Site,
+    adapter_message,
+    evaluate,
+    read_adapter_message,
+    state_message,
+    train_locally,
+)
 from fluvial.federation.store import StateStore
 from fluvial.models import base as base_module
 from fluvial.models import pool as pool_module
@@ -200,10 +209,13 @@ def test_the_base_is_held_once_for_all_layouts(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    load_base = base_module.load_base
-    monkeypatch.setattr(
-        base_module, "load_base", lambda config: loads.append(config.dtype) or load_base(config)
-    )
+    load_base = vars(base_module)["load_base"]
+
+    def counted(config: ModelConfig) -> Any:
+        loads.append(config.dtype)
+        return load_base(config)
+
+    monkeypatch.setattr(base_module, "load_base", counted)
     pool = pool_of(tiny_model)
     narrow, wide = (pool.assignment(1).with_ranks(rank) for rank in (2, 4))
 
@@ -264,7 +276,7 @@ def test_models_of_many_layouts_do_not_pile_up(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
-    plain = pool_module.adapt
+    plain = vars(pool_module)["adapt"]
 
     def counted(base: Any, lora: Any, ranks: Mapping[str, int] | None = None) -> Any:
         made.append(max(ranks.values()) if ranks else LORA.r)
@@ -347,6 +359,45 @@ def test_a_site_measures_the_layout_that_it_is_given(pool: ModelPool) -> None:
     own = site(pool_of(Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2})), "north")
     plain = state_message(state, own.layout, which="sent", generate=0)
     assert sent == evaluate(own, plain).value("loss_sum", float)
+
+
+def test_a_fleet_of_two_layouts_is_two_fleets(pool: ModelPool) -> None:
+    """The sites of each layout send what they would send in a run of their own rank."""
+    run = pool.assignment(TRAIN.per_device_train_batch_size)
+    narrow = run.with_ranks(2)
+    wanted = {"east": run, "north": narrow, "south": run, "west": narrow}
+    messages = {
+        name: adapter_message(start(assignment), **assignment.to_values(run))
+        for name, assignment in wanted.items()
+    }
+    fleet = local_fleet(
+        tuple(wanted), lambda name: site(pool, name), {"work": _work}, FleetConfig(workers=2)
+    )
+
+    def read(name: str, payload: Payload) -> Named:
+        return read_adapter_message(payload, wanted[name].layout)
+
+    replies = {r.site: r.content for r in fleet.ask("work", messages, round=1, read=read)}
+    assert [name for names in by_layout(wanted).values() for name in names] == [
+        *("east", "south"),
+        *("north", "west"),
+    ]
+    small = pool_of(Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2}))
+    for name, assignment in wanted.items():
+        own = small if assignment == narrow else pool
+        assert equal(replies[name], train_as(site(own, name), start(assignment))), name
+
+
+def _work(site: Site, message: Payload) -> Payload:
+    received = read_adapter_message(message, site.layout)
+    return adapter_message(train_as(site, received))
+
+
+def test_a_malformed_assignment_is_the_sites_failure(pool: ModelPool) -> None:
+    fleet = local_fleet(("north",), lambda name: site(pool, name), {"work": _work})
+    message = Payload(values={KEY: {"ranks": 99}})
+    with pytest.raises(ClientError, match="assignment"):
+        list(fleet.ask("work", {"north": message}, round=1, read=lambda _, payload: payload))
 
 
 def test_sites_are_grouped_by_layout(pool: ModelPool) -> None:
