@@ -76,18 +76,21 @@ NOT_MEASURED = "not measured"
 
 def figure(value: float | None, form: str = ".4f") -> str:
     """Return `value` in `form`, or "not measured" where it is unknown or not finite."""
-    known = isinstance(value, int | float) and math.isfinite(value)
-    return format(value, form) if known else NOT_MEASURED
+    return NOT_MEASURED if value is None or not _is_number(value) else format(value, form)
 
 
 def percent(share: float | None) -> str:
     """Return a share in per cent with two decimals, or "not measured" where it is unknown."""
-    known = isinstance(share, int | float) and math.isfinite(share)
-    return f"{100 * share:.2f} %" if share is not None and known else NOT_MEASURED
+    return NOT_MEASURED if share is None or not _is_number(share) else f"{100 * share:.2f} %"
+
+
+def _is_number(value: object) -> bool:
+    """Return True for a finite number; a file that was changed by hand may hold other values."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def privacy_words(report: Mapping[str, Any]) -> str:
-    """Return epsilon, delta and releases of a run as one line, with what lies outside epsilon."""
+    """Return epsilon, delta and releases of a run as one line, and what epsilon does not count."""
     where = "by the server" if report["placement"] == "aggregate" else "at the site"
     counted = (
         f"epsilon {report['epsilon']:.3g} at delta {report['delta']:g} after "

@@ -31,13 +31,13 @@ def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
     """Return payload and header of a message from outside; raise `WireError`."""
     record = message.content.get("header")
     if not isinstance(record, ConfigRecord):
-        raise WireError("message: expected a header; is the other side a Fluvial of this version?")
+        raise WireError("message: expected a header; is the sender a Fluvial of this version?")
 
     header = dict(record)
     data = _array(message) if _PAYLOAD in message.content else header.pop(_PAYLOAD, None)
     if not isinstance(data, bytes):
         raise WireError(
-            "message: expected a payload of bytes; is the other side a Fluvial of this version?"
+            "message: expected a payload of bytes; is the sender a Fluvial of this version?"
         )
 
     if len(data) > max_bytes:
@@ -49,9 +49,7 @@ def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
 def _array(message: Message) -> bytes:
     arrays = message.content[_PAYLOAD]
     if not isinstance(arrays, ArrayRecord) or set(arrays) != {"p"}:
-        raise WireError(
-            "message: expected one array 'p'; is the other side a Fluvial of this version?"
-        )
+        raise WireError("message: expected one array 'p'; is the sender a Fluvial of this version?")
 
     array = arrays["p"]
     if array.stype != STYPE or array.dtype != "uint8":

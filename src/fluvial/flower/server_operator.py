@@ -57,7 +57,7 @@ class ServerFile(Settings):
     insecure: bool = False
     """Operation without TLS and keys, for trials on one machine; any process can be a site."""
     certificate: FilePath = Path("server.crt")
-    """Certificate of the server. Relative paths, as in `key` and `ca`, are relative to server.toml."""
+    """Certificate of the server. A relative path, as in `key` and `ca`, starts at server.toml."""
     key: FilePath = Path("server.key")
     """Private key of the certificate."""
     ca: FilePath = Path("ca.crt")

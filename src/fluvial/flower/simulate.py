@@ -42,7 +42,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     from fluvial.site_process.site_file import Allowed, SiteFile
 
     names = _site_names(config)
-    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
     left = threading.Event()
     """Set when the caller has closed this generator; the run then ends with its round, because the
     process ends only after its threads."""
@@ -59,17 +59,17 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
         try:
             for event in execute(config, folder, resume=resume, assemble=assemble):
-                told.put(event)
+                events.put(event)
                 if left.is_set():
                     break
         except BaseException as error:
-            told.put(error)
+            events.put(error)
 
-        told.put(None)
+        events.put(None)
 
     def find(context: Context) -> SiteFile:
         name = names[int(context.node_config["partition-id"])]
-        allow = Allowed(run_paths=("*",))  # one machine, and whoever starts the run owns its files
+        allow = Allowed(run_paths=("*",))  # one machine, whose user owns all its files
         return SiteFile(
             name=name,
             folder=folder / "site_processes" / name,
@@ -97,7 +97,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     try:
         while True:
             try:
-                found = told.get(timeout=1.0)
+                event = events.get(timeout=1.0)
             except queue.Empty:
                 if not runner.is_alive():
                     raise ConfigError(
@@ -106,13 +106,13 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
                 continue
 
-            if found is None:
+            if event is None:
                 break
-            if isinstance(found, BaseException):
+            if isinstance(event, BaseException):
                 runner.join(timeout=30)
-                raise found
+                raise event
 
-            yield found
+            yield event
     finally:
         left.set()
 

@@ -74,38 +74,43 @@ def _record_table(data: dict[str, Any], headings: dict[str, str]) -> Table:
     return _measures(data["source"], ["", *(headings[model] for model in models)], rows, notes)
 
 
-def _choice_tables(asked: dict[str, Any], headings: dict[str, str]) -> list[Table]:
-    models = _models(asked)
-    macro = [f"{asked[model]['macro_accuracy']:.4f}" for model in models]
-    spans = {model: asked[model]["interval"] for model in models}
+def _choice_tables(choices: dict[str, Any], headings: dict[str, str]) -> list[Table]:
+    models = _models(choices)
+    macro = [f"{choices[model]['macro_accuracy']:.4f}" for model in models]
+    spans = {model: choices[model]["interval"] for model in models}
     rows = [
-        ["accuracy", *(f"{asked[model]['accuracy']:.4f}" for model in models)],
-        *([["accuracy, mean over subjects", *macro]] if len(asked["by_subject"]) > 1 else []),
+        ["accuracy", *(f"{choices[model]['accuracy']:.4f}" for model in models)],
+        *([["accuracy, mean over subjects", *macro]] if len(choices["by_subject"]) > 1 else []),
         ["95 % interval", *(f"{low:.4f} to {high:.4f}" for low, high in spans.values())],
-        ["standard error", *(f"{asked[model]['standard_error']:.4f}" for model in models)],
+        ["standard error", *(f"{choices[model]['standard_error']:.4f}" for model in models)],
     ]
-    notes = [f"{asked['questions']} questions by {asked['scoring']}", f"{asked['shots']} shots"]
-    notes += [f"chance {asked['chance']:.2f}"]
+    notes = [
+        f"{choices['questions']} questions by {choices['scoring']}",
+        f"{choices['shots']} shots",
+    ]
+    notes += [f"chance {choices['chance']:.2f}"]
 
-    if "difference" in asked:
-        span = asked["difference"]["interval"]
-        known = f"95 %: {span[0]:+.4f} to {span[1]:+.4f}" if span else "the same for every question"
-        notes += [f"difference {asked['difference']['accuracy']:+.4f} ({known})"]
+    if "difference" in choices:
+        span = choices["difference"]["interval"]
+        interval = (
+            f"95 %: {span[0]:+.4f} to {span[1]:+.4f}" if span else "the same for every question"
+        )
+        notes += [f"difference {choices['difference']['accuracy']:+.4f} ({interval})"]
 
     losses = {
         "short_of_shots": "questions with fewer examples than asked for",
         "dropped_shots": "examples dropped to fit the context",
         "cut_questions": "prompts cut on the left to fit the context",
     }
-    notes += [f"{asked[key]} {what}" for key, what in losses.items() if asked[key]]
+    notes += [f"{choices[key]} {loss}" for key, loss in losses.items() if choices[key]]
     subjects = [
         [subject or "-", str(row["questions"]), *(f"{row[model]:.4f}" for model in models)]
-        for subject, row in asked["by_subject"].items()
+        for subject, row in choices["by_subject"].items()
     ]
 
     return [
-        _measures(asked["source"], ["", *(headings[model] for model in models)], rows, notes),
-        *_group_tables(asked.get("groups"), models, headings),
+        _measures(choices["source"], ["", *(headings[model] for model in models)], rows, notes),
+        *_group_tables(choices.get("groups"), models, headings),
         _measures(
             "By subject",
             ["subject", "questions", *(headings[model] for model in models)],

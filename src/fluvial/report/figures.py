@@ -213,7 +213,7 @@ def gate_errors(gate: dict[str, Any]) -> Markup:
 
     for number, (name, errors) in enumerate(series.items()):
         at = [index + (number - (len(series) - 1) / 2) * thick for index in range(3)]
-        values = [errors[part] for part in ("a", "b", "aggregate")]
+        values = [errors[factor] for factor in ("a", "b", "aggregate")]
         bars = axes.bar(
             at,
             [min(v, HIGHEST) for v in values],

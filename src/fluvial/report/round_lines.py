@@ -42,16 +42,16 @@ def round_line(record: dict[str, Any]) -> str:
         [f"gradient cosine {record['gradient_cosine']:.3f}"] if "gradient_cosine" in record else []
     )
     refused = [
-        f"{each['site']} ({each['block']})"
-        for each in record.get("visits", [])
-        if each["share"] == 0
+        f"{visit['site']} ({visit['block']})"
+        for visit in record.get("visits", [])
+        if visit["share"] == 0
     ]
     parts += [
         f"[yellow]{word} {_some(names)}[/]"
         for word, names in (("refused", refused), ("missing", missing))
         if names
     ]
-    clipped = [each["site"] for each in record.get("clipped", [])]
+    clipped = [reply["site"] for reply in record.get("clipped", [])]
     parts += [f"[yellow]weight lowered {_some(clipped)}[/]"] if clipped else []
 
     return "  ".join(parts)

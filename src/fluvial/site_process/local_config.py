@@ -64,27 +64,27 @@ def refusal(setting: str, site: SiteFile) -> RefusalError:
     )
 
 
-def _data(asked: dict[str, Any], site: SiteFile) -> dict[str, Any]:
+def _data(settings: dict[str, Any], site: SiteFile) -> dict[str, Any]:
     """Return the run's [data] with the site's records."""
     if site.data is not None:
-        settings = {name: value for name, value in asked.items() if name in INDEPENDENT}
+        own = {name: value for name, value in settings.items() if name in INDEPENDENT}
         if site.data.heldout_source is not None:
-            settings.pop("heldout_share", None)
-        return {**settings, **site.data.model_dump(exclude_none=True)}
+            own.pop("heldout_share", None)
+        return {**own, **site.data.model_dump(exclude_none=True)}
 
     for name in SOURCES:
-        named = asked.get(name)
+        named = settings.get(name)
         if named not in (None, STDLIB) and not _allowed(named, site):
             raise refusal(f"data.{name}", site)
 
     public = ("public_source", "public")
-    settings = {name: value for name, value in asked.items() if name not in public}
-    if asked.get("source", STDLIB) == STDLIB:
+    local = {name: value for name, value in settings.items() if name not in public}
+    if settings.get("source", STDLIB) == STDLIB:
         # The run sets these for its public text.
         for name in ("encoding", "delimiter", "numbers"):
-            settings.pop(name, None)
+            local.pop(name, None)
 
-    return settings
+    return local
 
 
 def _may_load(name: str, site: SiteFile) -> bool:
