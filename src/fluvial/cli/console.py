@@ -5,10 +5,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console, RenderableType
+
+from fluvial.report import JsonObject
 
 if TYPE_CHECKING:
     from fluvial.runs.config import RunConfig
@@ -50,7 +52,7 @@ def load_config(
 
 
 def print_content(
-    content: dict[str, Any], format: str, table: Callable[[dict[str, Any]], RenderableType]
+    content: JsonObject, format: str, table: Callable[[JsonObject], RenderableType]
 ) -> None:
     """Print `content` as JSON, or as the `table` that is made of it."""
     if format == "json":
@@ -59,7 +61,7 @@ def print_content(
         out.print(table(content))
 
 
-def print_json(content: dict[str, Any]) -> None:
+def print_json(content: JsonObject) -> None:
     """Print JSON values to standard output, indented by two."""
     print(json.dumps(content, indent=2))  # noqa: T201 - this is the output
 

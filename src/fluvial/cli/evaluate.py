@@ -1,7 +1,8 @@
 """`fluvial evaluate`: measure an adapter or a model on records and multiple-choice questions."""
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -93,16 +94,16 @@ def evaluate(
             recorded, run = run_settings(adapter, data)
 
         settings = evaluation_settings(recorded, data, overrides or [])
-        options: dict[str, Any] = {
-            "data": settings.data if data else None,
-            "choices": questions,
-            "max_new_tokens": settings.evaluate.max_new_tokens,
-            "seed": settings.seed,
-        }
-        if weights is None:
-            measured = evaluate_model(settings.model, **options)
-        else:
-            measured = evaluate_adapter(weights, settings.model, **options, base=base)
+        measure = evaluate_model
+        if weights is not None:
+            measure = partial(evaluate_adapter, weights, base=base)
+        measured = measure(
+            settings.model,
+            data=settings.data if data else None,
+            choices=questions,
+            max_new_tokens=settings.evaluate.max_new_tokens,
+            seed=settings.seed,
+        )
 
         if data is not None:
             measured["records"] = how_records_are_read(

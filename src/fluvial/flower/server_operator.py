@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -16,6 +15,7 @@ from fluvial.data.site_names import check_plain
 from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
+from fluvial.report import JsonObject
 from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
@@ -230,7 +230,7 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     return int(answer["run-id"])
 
 
-def status(folder: Path) -> dict[str, Any]:
+def status(folder: Path) -> JsonObject:
     """Return the runs and sites that Flower's server lists, with their names."""
     nodes = _flwr_json(folder, "supernode", "list", _CONNECTION).get("nodes", [])
     runs = _flwr_json(folder, "list", _CONNECTION).get("runs", [])
@@ -325,11 +325,11 @@ def _flwr(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def _flwr_json(folder: Path, *arguments: str) -> dict[str, Any]:
+def _flwr_json(folder: Path, *arguments: str) -> JsonObject:
     """Return the JSON that Flower's command prints; raise `ConfigError` with the reason else."""
     text = _flwr(folder, *arguments, "--format", "json")
     start = text.find("{")
-    answer: dict[str, Any] = json.loads(text[start:]) if start >= 0 else {}
+    answer: JsonObject = json.loads(text[start:]) if start >= 0 else {}
 
     if not answer.get("success"):
         reason = " ".join(str(answer.get("error-message") or text).split())

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fluvial.formatting import safe_text
+from fluvial.report import JsonObject
 
 
-def failures(metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def failures(metrics: Sequence[JsonObject]) -> list[JsonObject]:
     """Return the missing replies of a run with their round."""
     return [
         {"round": record["round"], **failure}
@@ -30,7 +30,7 @@ class Excerpt:
     """Summary of the whole table, and what is not shown."""
 
 
-def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int) -> Excerpt | None:
+def block_schedule(metrics: Sequence[JsonObject], *, cycles: int, sites: int) -> Excerpt | None:
     """Return the blocks of the first `sites` in the last `cycles`; None without visits."""
     records = [record for record in metrics if "visits" in record]
     if not records:
@@ -62,7 +62,7 @@ def block_schedule(metrics: Sequence[dict[str, Any]], *, cycles: int, sites: int
     )
 
 
-def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
+def _trained(visits: Sequence[JsonObject], site: str) -> str:
     """Return the blocks that a site trained in a cycle, "-" for none.
 
     A site that holds all data trains many; the list of these is shortened.
@@ -71,7 +71,7 @@ def _trained(visits: Sequence[dict[str, Any]], site: str) -> str:
     return ", ".join(cells if len(cells) < 5 else [*cells[:2], "...", cells[-1]]) or "-"
 
 
-def _cell(visit: dict[str, Any]) -> str:
+def _cell(visit: JsonObject) -> str:
     """Return a block in short, `3` or `4-7`, and the share of the step where it is not 1."""
     block = re.sub(r"^layers? ", "", safe_text(visit["block"])).replace(" to ", "-")
     share = visit["share"]
@@ -81,7 +81,7 @@ def _cell(visit: dict[str, Any]) -> str:
     return f"{block} refused" if share == 0 else f"{block} (1/{1 / share:g})"
 
 
-def conflict_log(metrics: Sequence[dict[str, Any]], *, last: int) -> Excerpt | None:
+def conflict_log(metrics: Sequence[JsonObject], *, last: int) -> Excerpt | None:
     """Return the `last` pairs of sites that trained one block in one cycle; None without any."""
     conflicts = [
         {"cycle": record["round"], **conflict}

@@ -1,16 +1,15 @@
 """Tables that `fluvial evaluate` prints: records, questions and their subjects."""
 
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
+from fluvial.report import JsonObject
 from fluvial.report.tables import table
 
 
-def evaluation_tables(measured: dict[str, Any]) -> Group:
+def evaluation_tables(measured: JsonObject) -> Group:
     """Return a table of the records, of the questions and of the questions by subject."""
     title = (
         measured["model"]
@@ -29,7 +28,7 @@ def evaluation_tables(measured: dict[str, Any]) -> Group:
     return Group(*content)
 
 
-def _headings(measured: dict[str, Any]) -> dict[str, str]:
+def _headings(measured: JsonObject) -> dict[str, str]:
     """Return the heading of each column."""
     tuned = "tuned model" if measured.get("tuned") == "full" else "adapter"
     return {"base": "base", "adapter": tuned, "model": "model"}
@@ -40,12 +39,12 @@ def _figure(value: float | None) -> str:
     return "over 1e308" if value is None else f"{value:.4f}"
 
 
-def _models(measures: dict[str, Any]) -> list[str]:
+def _models(measures: JsonObject) -> list[str]:
     """Return the measured models in the order of the columns."""
     return [name for name in ("base", "adapter", "model") if name in measures]
 
 
-def _record_table(data: dict[str, Any], headings: dict[str, str]) -> Table:
+def _record_table(data: JsonObject, headings: dict[str, str]) -> Table:
     models = _models(data)
     labels = {
         "loss": "loss, nats per token",
@@ -74,7 +73,7 @@ def _record_table(data: dict[str, Any], headings: dict[str, str]) -> Table:
     return _measures(data["source"], ["", *(headings[model] for model in models)], rows, notes)
 
 
-def _choice_tables(choices: dict[str, Any], headings: dict[str, str]) -> list[Table]:
+def _choice_tables(choices: JsonObject, headings: dict[str, str]) -> list[Table]:
     models = _models(choices)
     macro = [f"{choices[model]['macro_accuracy']:.4f}" for model in models]
     spans = {model: choices[model]["interval"] for model in models}
@@ -121,7 +120,7 @@ def _choice_tables(choices: dict[str, Any], headings: dict[str, str]) -> list[Ta
 
 
 def _group_tables(
-    groups: dict[str, Any] | None, models: list[str], headings: dict[str, str]
+    groups: JsonObject | None, models: list[str], headings: dict[str, str]
 ) -> list[Table]:
     """Return the groups of subjects by both means; nothing for subjects of no known benchmark."""
     if groups is None:

@@ -3,13 +3,14 @@
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fluvial.formatting import human_bytes, safe_text
+from fluvial.report import JsonObject
 from fluvial.runs.verdict import loss_of, losses
 
 COLOURS = {
@@ -46,7 +47,7 @@ HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
 
-def _svg(figure: Any) -> Markup:
+def _svg(figure: Figure) -> Markup:
     """Return the figure as an SVG element with the page's colours; matplotlib escapes its texts."""
     buffer = io.StringIO()
     figure.savefig(
@@ -62,7 +63,7 @@ def _svg(figure: Any) -> Markup:
     return Markup(text)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
@@ -77,7 +78,10 @@ def _or_gap(loss: float | None) -> float:
 
 
 def _draw_losses(
-    axes: Any, runs: Mapping[str, Any], method: str, place: Callable[[Any], list[float]]
+    axes: Axes,
+    runs: Mapping[str, JsonObject],
+    method: str,
+    place: Callable[[JsonObject], list[float]],
 ) -> None:
     """Draw training losses as lines and held-out losses as points.
 
@@ -118,19 +122,21 @@ def _draw_losses(
     axes.figure.legend(loc="outside upper left", ncols=len(runs))
 
 
-def loss_by_round(runs: Mapping[str, Any], method: str) -> Markup:
+def loss_by_round(runs: Mapping[str, JsonObject], method: str) -> Markup:
     """Draw training and held-out loss of all `runs` by round."""
     figure, axes = _axes(5.4, 3.3)
     _draw_losses(
         axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])]
     )
     axes.set_xlabel("round")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
     return _svg(figure)
 
 
-def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -> Markup | None:
+def loss_by_bytes(
+    runs: Mapping[str, JsonObject], method: str, ways: tuple[str, ...]
+) -> Markup | None:
     """Draw losses by the bytes sent so far in these `ways`; None where no run sends updates."""
     runs = {name: run for name, run in runs.items() if name not in UNSENT}
     if not runs:
@@ -138,7 +144,7 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
 
     figure, axes = _axes(5.4, 3.3)
 
-    def place(run: dict[str, Any]) -> list[float]:
+    def place(run: JsonObject) -> list[float]:
         """Return cumulative bytes; those of set-up, known at the end, come before round 1."""
         sums = [
             float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"])
@@ -163,7 +169,7 @@ def loss_by_bytes(runs: Mapping[str, Any], method: str, ways: tuple[str, ...]) -
     return _svg(figure)
 
 
-def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
+def bytes_by_kind(runs: Mapping[str, JsonObject], method: str) -> Markup | None:
     """Draw the bytes of each kind of message; None where no finished run sends updates."""
     tables = {
         name: run["result"]["bytes"]["by_kind"]
@@ -204,7 +210,7 @@ def bytes_by_kind(runs: Mapping[str, Any], method: str) -> Markup | None:
     return _svg(figure)
 
 
-def gate_errors(gate: dict[str, Any]) -> Markup:
+def gate_errors(gate: JsonObject) -> Markup:
     """Draw the errors of codec and predictors at the gate, for A, B and the aggregate."""
     figure, axes = _axes(5.4, 3.3)
     series = {"codec": gate["errors"], **gate["predictors"]}
@@ -234,26 +240,27 @@ def gate_errors(gate: dict[str, Any]) -> Markup:
     return _svg(figure)
 
 
-def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Markup | None:
+def heldout_by_site(result: JsonObject, local: JsonObject | None) -> Markup | None:
     """Draw the losses of every measured site before and after; None without any."""
-    rows = {
-        site: (loss_of(row.get("base")), loss_of(row.get("final")))
-        for site, row in result["heldout_by_site"].items()
-    }
-    table = {site: pair for site, pair in reversed(rows.items()) if None not in pair}
+    before = losses(result, "base")
+    after = losses(result, "final")
+    sites = [
+        site for site in reversed(result["heldout_by_site"]) if site in before and site in after
+    ]
 
-    if not table:
+    if not sites:
         return None
 
-    figure, axes = _axes(5.4, 0.9 + 0.26 * len(table))
-    base, final = ([pair[which] for pair in table.values()] for which in (0, 1))
-    at = range(len(table))
+    figure, axes = _axes(5.4, 0.9 + 0.26 * len(sites))
+    base = [before[site] for site in sites]
+    final = [after[site] for site in sites]
+    at = range(len(sites))
     axes.hlines(at, base, final, color=COLOURS["line"], linewidth=3)
     axes.plot(base, at, "o", color=COLOURS["ink"], markerfacecolor="none", label="base model")
 
     if local and local is not result:
-        theirs = losses(local, "final")
-        alone = [theirs.get(site, float("nan")) for site in table]
+        local_losses = losses(local, "final")
+        alone = [local_losses.get(site, float("nan")) for site in sites]
         axes.plot(
             alone,
             at,
@@ -265,8 +272,8 @@ def heldout_by_site(result: dict[str, Any], local: dict[str, Any] | None) -> Mar
         )
 
     axes.plot(final, at, "o", color=COLOURS["own"], label="final")
-    axes.set_yticks(at, [safe_text(site) for site in table])
-    axes.set_ylim(-0.6, len(table) - 0.4)
+    axes.set_yticks(at, [safe_text(site) for site in sites])
+    axes.set_ylim(-0.6, len(sites) - 0.4)
     axes.set_xlabel("held-out loss, nats per token")
     figure.legend(loc="outside upper left", ncols=3)
 

@@ -6,13 +6,13 @@ The page loads nothing. Its template is page.html in this folder.
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.report import JsonObject
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.figures import (
     STYLE,
@@ -52,7 +52,7 @@ TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=T
 )
 
 
-def write_page(run: dict[str, Any], path: Path) -> None:
+def write_page(run: JsonObject, path: Path) -> None:
     """Write the page of a run, which `read_run` has read; raise `ConfigError` if it cannot be."""
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # The browser has the glyphs that DejaVu lacks.
@@ -73,7 +73,7 @@ def write_page(run: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def _content(run: dict[str, Any]) -> dict[str, Any]:
+def _content(run: JsonObject) -> JsonObject:
     """Return the values that the template names."""
     result = run["result"]
     config = run["config"]
@@ -138,7 +138,7 @@ def _content(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
+def _headline(run: JsonObject) -> list[dict[str, str]]:
     """Return the tiles at the top of the page: what, value, note, and a mark for its colour."""
     result = run["result"]
     verdict = verdict_of(run)
@@ -185,7 +185,7 @@ def _headline(run: dict[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
-def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
+def _verdicts(gate: JsonObject) -> list[JsonObject]:
     """Return the criteria of the gate and those of the reproduction, with their verdicts.
 
     A run records only the failed criteria of the gate by name.
@@ -205,7 +205,7 @@ def _verdicts(gate: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _blocks(setup: dict[str, Any]) -> Excerpt | None:
+def _blocks(setup: JsonObject) -> Excerpt | None:
     """Return the blocks of the model, with their gradient cosines where these were measured."""
     if "blocks" not in setup:
         return None

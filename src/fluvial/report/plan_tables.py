@@ -1,15 +1,14 @@
 """Tables that `fluvial check` and `fluvial preview` print."""
 
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fluvial.formatting import safe_text
+from fluvial.report import JsonObject
 from fluvial.report.tables import table
 
 
-def plan_table(planned: dict[str, Any]) -> Group:
+def plan_table(planned: JsonObject) -> Group:
     """Return the figures, sites and notes of a planned run."""
     model = planned["model"]
     title = f"{model['name']}: {model['parameters']:,} parameters, {model['trainable']:,} trainable"
@@ -33,7 +32,7 @@ def plan_table(planned: dict[str, Any]) -> Group:
     return Group(*content, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
 
 
-def preview_text(preview: dict[str, Any], *, marks: bool = False) -> Group:
+def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:
     """Return the tokens of some sequences, with colours for those that carry loss.
 
     With `marks` these stand in «» too, for outputs without colours.

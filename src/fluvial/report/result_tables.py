@@ -1,7 +1,6 @@
 """Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -9,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, human_ratio, percent, privacy_words, safe_text
+from fluvial.report import JsonObject
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 
@@ -23,7 +23,7 @@ CENTRAL = ("central", "central_cyclic")
 """Runs with all data at one place, which have no value for each site."""
 
 
-def run_name(result: dict[str, Any]) -> str:
+def run_name(result: JsonObject) -> str:
     """Return method and codec in a few words."""
     method = str(result["method"])
     codec = result.get("codec")
@@ -36,14 +36,14 @@ def run_name(result: dict[str, Any]) -> str:
     return f"federated, {method}" + (f" + {codec}" if codec else "")
 
 
-def result_rows(result: dict[str, Any]) -> list[list[str]]:
+def result_rows(result: JsonObject) -> list[list[str]]:
     """Return the headings, then a row for the base model, each baseline and the run itself."""
     heldout = result["heldout"]
     compared = result.get("compare", {})
     pooled = result.get("heldout_pooled") or {}
     names = [name for name in BASELINES if name != result["method"]]
     names = [name for name in names if heldout.get(name) is not None or name in compared]
-    runs: list[tuple[str, str, Any]] = [("base model, untuned", "base", {})]
+    runs: list[tuple[str, str, JsonObject]] = [("base model, untuned", "base", {})]
     runs += [(BASELINES[name], name, compared.get(name) or {}) for name in names]
     runs.append((run_name(result), "final", result))
     centrally = [name for name in CENTRAL if name in names or name == result["method"]]
@@ -85,7 +85,7 @@ RESULT_CAPTION = (
 """Meaning of the columns, below each table of results."""
 
 
-def result_table(result: dict[str, Any], more: str = "") -> Table:
+def result_table(result: JsonObject, more: str = "") -> Table:
     """Return the run beside the base model and its baselines, with `more` in the caption."""
     headings, *rows = result_rows(result)
     # Two lines for a heading, so that 80 columns hold the labels in one line.
@@ -93,7 +93,7 @@ def result_table(result: dict[str, Any], more: str = "") -> Table:
     return table(headings, rows, "Result", caption=RESULT_CAPTION + more)
 
 
-def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") -> RenderableType:
+def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> RenderableType:
     """Return the path of the adapter or model, how to load it, and samples before and after."""
     lines: list[RenderableType] = []
     if result.get("adapter_sha256"):
@@ -149,7 +149,7 @@ def closing_words(result: dict[str, Any], path: Path, command: str = "fluvial") 
     )
 
 
-def cut_words(config: dict[str, Any]) -> str:
+def cut_words(config: JsonObject) -> str:
     """Return a sentence on cut held-out sets, "" where the configuration does not cut them."""
     most = config.get("data", {}).get("max_heldout")
     return (
@@ -159,20 +159,20 @@ def cut_words(config: dict[str, Any]) -> str:
     )
 
 
-def verdict_of(run: dict[str, Any]) -> Verdict:
+def verdict_of(run: JsonObject) -> Verdict:
     """Return the verdict on a finished run, from its result and those of its baselines."""
     compared = {name: baseline["result"] for name, baseline in run["compare"].items()}
     return judge(run["result"], compared)
 
 
-def verdict_line(run: dict[str, Any]) -> Text:
+def verdict_line(run: JsonObject) -> Text:
     """Return the verdict of a finished run in one line."""
     verdict = verdict_of(run)
     colour = {"yes": "green", "no": "red"}.get(verdict.helped, "yellow")
     return Text(safe_text(verdict.line()), style=f"bold {colour}")
 
 
-def with_compared(run: dict[str, Any]) -> dict[str, Any]:
+def with_compared(run: JsonObject) -> JsonObject:
     """Return the result with the traffic of its baselines, read from theirs where it is missing."""
     finished = {
         name: baseline["result"] for name, baseline in run["compare"].items() if baseline["result"]

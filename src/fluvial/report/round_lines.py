@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
 
 from rich.markup import escape
 
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.report import JsonObject
 
 
 def round_header(method: str) -> str:
@@ -15,7 +15,7 @@ def round_header(method: str) -> str:
     return f"[bold]{escape(method)}[/], bytes of all sites\n[dim]{headings}[/]"
 
 
-def round_line(record: dict[str, Any]) -> str:
+def round_line(record: JsonObject) -> str:
     """Return a round as one line with rich markup: the columns, then further measures by name."""
     missing = [failure["site"] for failure in record.get("missing", [])]
     sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
@@ -63,12 +63,12 @@ def _some(names: Sequence[str]) -> str:
     return escape(safe_text(", ".join(names[:5]))) + more
 
 
-def setup_lines(values: dict[str, Any]) -> list[str]:
+def setup_lines(values: JsonObject) -> list[str]:
     """Return the lines about a set-up, none for a method without one."""
     return [*_block_lines(values), *_gate_lines(values)]
 
 
-def _block_lines(values: dict[str, Any]) -> list[str]:
+def _block_lines(values: JsonObject) -> list[str]:
     """Return the blocks, those of equal size together, and the cosines of their gradients."""
     if "blocks" not in values:
         return []
@@ -89,7 +89,7 @@ def _block_lines(values: dict[str, Any]) -> list[str]:
     )
 
 
-def _gate_lines(values: dict[str, Any]) -> list[str]:
+def _gate_lines(values: JsonObject) -> list[str]:
     """Return the verdict of the gate on a codec."""
     if "gate" not in values:
         return []
@@ -120,7 +120,7 @@ def _gate_lines(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def best_predictor(gate: dict[str, Any]) -> str:
+def best_predictor(gate: JsonObject) -> str:
     """Return the predictor, a guess without a message, whose error is least."""
     errors: dict[str, dict[str, float]] = gate["predictors"]
     return min(errors, key=lambda name: errors[name]["all"])

@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from fluvial.errors import CheckpointError
 from fluvial.federation.boundary import place
+from fluvial.report import JsonObject
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+def read_run(folder: Path) -> JsonObject:
     """Return the content of a run's folder as plain JSON values.
 
     The keys are folder, config, refused, metrics, result, and compare with the baselines by name.
@@ -36,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
+def _read_results(folder: Path) -> JsonObject:
     """Return the metrics and the result of one method's run."""
     path = folder / "metrics.jsonl"
     records = []
@@ -59,7 +59,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
     return {"metrics": records, "result": _read_json(folder / "result.json")}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> JsonObject | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

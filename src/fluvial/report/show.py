@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, percent, safe_text
+from fluvial.report import JsonObject
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
 from fluvial.report.result_tables import (
     closing_words,
@@ -29,7 +30,7 @@ CONFLICTS = 10
 """Number of entries of a conflict log on the terminal: the last ones."""
 
 
-def run_tables(run: dict[str, Any]) -> Group:
+def run_tables(run: JsonObject) -> Group:
     """Return all tables of a run, finished or not."""
     run = _safe_values(run)
     result = run["result"]
@@ -66,7 +67,7 @@ def run_tables(run: dict[str, Any]) -> Group:
     return Group(*content)
 
 
-def _outcome(run: dict[str, Any], method: str) -> list[RenderableType]:
+def _outcome(run: JsonObject, method: str) -> list[RenderableType]:
     """Return the result tables of a finished run, else one line on its state."""
     if refused := run.get("refused"):
         return [Text(f"Refused by the gate: {safe_text(refused['why'])}", style="red")]
@@ -91,7 +92,7 @@ def _outcome(run: dict[str, Any], method: str) -> list[RenderableType]:
     ]
 
 
-def _missing_table(missing: Sequence[dict[str, Any]]) -> Table:
+def _missing_table(missing: Sequence[JsonObject]) -> Table:
     rows = [
         [str(reply["round"]), safe_text(reply["site"]), reply["task"], safe_text(reply["reason"])]
         for reply in missing
@@ -99,7 +100,7 @@ def _missing_table(missing: Sequence[dict[str, Any]]) -> Table:
     return table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)
 
 
-def _site_table(run: dict[str, Any]) -> Table:
+def _site_table(run: JsonObject) -> Table:
     local = (run["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
     rows = []
     for site, row in run["result"]["heldout_by_site"].items():
@@ -130,7 +131,7 @@ def _site_table(run: dict[str, Any]) -> Table:
     return table(headings, rows, "Held-out, by site")
 
 
-def _bytes_table(result: dict[str, Any]) -> Table:
+def _bytes_table(result: JsonObject) -> Table:
     rows = [
         [kind, human_bytes(size), f"{size:,}"] for kind, size in result["bytes"]["by_kind"].items()
     ]

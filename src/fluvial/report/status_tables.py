@@ -1,15 +1,14 @@
 """Tables of a server's runs and sites."""
 
-from typing import Any
-
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fluvial.formatting import human_bytes, human_seconds, safe_text
+from fluvial.report import JsonObject
 from fluvial.report.tables import table
 
 
-def status_tables(status: dict[str, Any]) -> Group:
+def status_tables(status: JsonObject) -> Group:
     """Return tables of the runs, newest first, and sites that `server_operator.status` lists."""
     content: list[RenderableType] = []
     if status["runs"]:
@@ -37,7 +36,7 @@ def status_tables(status: dict[str, Any]) -> Group:
     return Group(*content)
 
 
-def _run_row(run: dict[str, Any]) -> list[str]:
+def _run_row(run: JsonObject) -> list[str]:
     """Return the row of a run; bytes are Flower's count: in from the sites, out to them."""
     traffic = run["network-traffic"]
     status = safe_text(run["status"]).removeprefix("finished:")
@@ -52,7 +51,7 @@ def _run_row(run: dict[str, Any]) -> list[str]:
     ]
 
 
-def _site_row(site: dict[str, Any]) -> list[str]:
+def _site_row(site: JsonObject) -> list[str]:
     """Return the row of a site by its registered name; without a key it has Flower's number."""
     status = safe_text(site["status"])
     since = {"online": site["online-at"], "offline": site["offline-at"]}.get(
