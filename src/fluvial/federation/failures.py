@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fluvial.formatting import safe_line
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -25,11 +27,9 @@ class Failure:
 
 def unreadable(problem: Exception) -> str:
     """Return one line about an answer that could not be read, without control characters."""
-    return printable(f"{type(problem).__name__}: {problem}")
+    return reason_of(f"{type(problem).__name__}: {problem}")
 
 
-def printable(text: str) -> str:
-    """Return a text from outside in one line of at most 1000 characters, none of which could drive
-    a terminal."""
-    line = " ".join(text.split())
-    return "".join(character if character.isprintable() else "\ufffd" for character in line)[:1000]
+def reason_of(text: str) -> str:
+    """Return a text from outside in one safe line of at most 1000 characters."""
+    return safe_line(" ".join(text.split()))[:1000]

@@ -8,7 +8,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fluvial.errors import ClientError, WireError
-from fluvial.federation.failures import printable
+from fluvial.federation.failures import reason_of
 from fluvial.flower.envelope import open_reply
 from fluvial.wire.payload import Limits, Payload
 
@@ -133,7 +133,7 @@ class Nodes:
         try:
             name = self._name(node, reply)
         except (ClientError, WireError) as problem:
-            self._refuse(node, printable(str(problem)))
+            self._refuse(node, reason_of(str(problem)))
             return
 
         other = self._nodes.get(name, node)

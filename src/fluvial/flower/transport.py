@@ -16,7 +16,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fluvial.errors import ClientError, ConfigError
-from fluvial.federation.failures import printable, unreadable
+from fluvial.federation.failures import reason_of, unreadable
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.transport import Arrival, Request
 from fluvial.flower.envelope import open_reply, pack
@@ -272,7 +272,7 @@ class FlowerTransport:
             data, letter.kept = open_reply(reply, max_bytes=self._limits.max_bytes)
         except ClientError as words:
             text = str(words)
-            reason = printable(text) or "it gave no reason"
+            reason = reason_of(text) or "it gave no reason"
             return Arrival(number, text.encode(errors="replace"), reason)
         except Exception as problem:
             return Arrival(number, b"", unreadable(problem))

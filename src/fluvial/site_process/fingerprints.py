@@ -37,7 +37,8 @@ def _hash_of(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+# Time and size are keys of the cache, so that a changed file is read again.
 @cache
-def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001 - the arguments are the key of the cache
+def _hash_of_file(path: Path, changed: int, size: int) -> bytes:  # noqa: ARG001
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
