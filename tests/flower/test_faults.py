@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fluvial.federation.fleet import Failure, Fleet
+from fluvial.federation.in_process import InProcess, concurrency
 from fluvial.flower import certificates
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute, site_of, tasks_of
@@ -118,7 +119,9 @@ class _Absent(Fleet):
     def __init__(
         self, names: Any, open_site: Any, tasks: Any, config: Any, missing: Mapping[int, str]
     ) -> None:
-        super().__init__(names, open_site, tasks, config)
+        slots = concurrency(config)
+        transport = InProcess(names, open_site, tasks, slots=slots, threads=config.threads)
+        super().__init__(transport, config)
         self._missing = missing
 
     def ask(self, task: str, messages: Any, *, round: int, read: Any, alone: bool = True) -> Any:

@@ -10,6 +10,7 @@ from fluvial.federation.fleet import Fleet, FleetConfig
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site, Task
 from fluvial.federation.store import StateStore
+from fluvial.federation.talk import only_answer
 from fluvial.methods.interface import Server
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
@@ -42,7 +43,7 @@ def forging(tasks: Mapping[str, Task], change: Change) -> dict[str, Task]:
     def one(name: str, task: Task) -> Task:
         def done(site: Site, message: Payload) -> Payload:
             number = calls[name, site.name] = calls.get((name, site.name), 0) + 1
-            data = change(name, site.name, number, task(site, message).to_bytes())
+            data = change(name, site.name, number, only_answer(task(site, message)).to_bytes())
             if data is None:
                 raise RuntimeError("silent")
             return forged(data)

@@ -12,6 +12,7 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
+from fluvial.federation.talk import Talk
 from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
@@ -91,7 +92,9 @@ def round_of(site: Site, message: Payload) -> int:
     return message.whole("round", 1, site.rounds)
 
 
-Task = Callable[[Site, Payload], Payload]
+Task = Callable[[Site, Payload], Payload | Talk]
+"""Work of a site: a message in, its answer out; a generator function where it talks with the server
+(see `talk`)."""
 
 
 def state_message(state: Named, layout: Layout, **values: Any) -> Payload:

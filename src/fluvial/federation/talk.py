@@ -13,11 +13,26 @@ from collections.abc import Callable, Generator
 
 import torch
 
+from fluvial.errors import RefusalError
 from fluvial.wire.payload import Payload
 
 Talk = Generator[Payload, Payload, Payload]
 """Body of a task that talks: yields payloads to the server half, receives its answers, and returns
 the reply."""
+
+
+def only_answer(answer: Payload | Talk) -> Payload:
+    """Return the answer of a task that does not talk.
+
+    Raises `RefusalError` for one that does, where messages do not go to and fro.
+    """
+    if isinstance(answer, Generator):
+        raise RefusalError(
+            "this task talks with the server in the middle of its work, which a site over Flower "
+            "does not do yet; run it in one process, with --fleet process"
+        )
+
+    return answer
 
 
 class Running:

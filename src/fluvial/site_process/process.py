@@ -18,6 +18,7 @@ import torch
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
+from fluvial.federation.talk import only_answer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Records, site_of, tasks_of, texts_of
@@ -92,7 +93,7 @@ class SiteProcess:
         )
         site.accept_assignment(message)
         answer = self._release(
-            header, tasks[header.task](site, message), config, kept=bool(site.kept)
+            header, only_answer(tasks[header.task](site, message)), config, kept=bool(site.kept)
         )
         journal.post(header, site.kept)
 

@@ -19,6 +19,7 @@ from fluvial.federation import noise
 from fluvial.federation.releases import count_releases
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
+from fluvial.federation.talk import only_answer
 from fluvial.methods import Context, cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.pool import ModelPool
@@ -60,7 +61,7 @@ class Bed:
     def ask(self, name: str = "north", *, round: int = 1, start: Named | None = None) -> bytes:
         """The frame that leaves; it must be all that leaves."""
         message = adapter_message(start or self.start, round=round)
-        answer = tasks_of(self.config)["train"](self.site(name), message)
+        answer = only_answer(tasks_of(self.config)["train"](self.site(name), message))
         assert set(answer.tensors) == {"f"}
         assert answer.values == {}
 

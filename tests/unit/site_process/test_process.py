@@ -15,10 +15,12 @@ import torch
 import fluvial.federation.store
 import fluvial.site_process.fingerprints
 import fluvial.site_process.journal
+import fluvial.site_process.process
 import fluvial.storage.files
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, FluvialError, RefusalError, WireError
-from fluvial.federation.sites import adapter_message
+from fluvial.federation.sites import Site, adapter_message
+from fluvial.federation.talk import Talk
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
@@ -380,6 +382,22 @@ def test_a_task_that_there_is_not_is_refused(
     join(process, table)
     with pytest.raises(WireError, match="unknown task 'os.system'"):
         process.answer(header(task="os.system"), training(bench))
+
+
+def test_a_task_that_talks_is_refused_with_the_remedy(
+    table: dict[str, Any], bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talking(site: Site, message: Payload) -> Talk:
+        site.keep("slot", message)
+        yield Payload()
+        return Payload()
+
+    process = SiteProcess(site_file(tmp_path))
+    join(process, table)
+    monkeypatch.setattr(fluvial.site_process.process, "tasks_of", lambda _: {"train": talking})
+    with pytest.raises(RefusalError, match="talks with the server.*--fleet process") as refused:
+        process.answer(header(), training(bench))
+    assert process.refusal(header(), refused.value) == f"RefusalError: {refused.value}"
 
 
 def test_garbled_messages_are_refused_and_nothing_worse(
