@@ -84,7 +84,7 @@ def machine(started: Sequence[float]) -> dict[str, Any]:
 
 
 def show(title: str, columns: Mapping[str, str], rows: Sequence[Row]) -> None:
-    """A table of `rows` on the screen; `columns` is key to heading."""
+    """Print a table of `rows`; `columns` is key to heading."""
     console = Console()
     if not console.is_terminal:
         console.width = 240

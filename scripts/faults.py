@@ -105,7 +105,7 @@ def names() -> list[str]:
 
 
 def read() -> dict[str, Any]:
-    """The rows that are known."""
+    """Return the rows that are known."""
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     return found
 

@@ -28,7 +28,7 @@ EQUAL_BYTES = "lora int8, bytes of fedcybgd int8"
 
 
 def rows(name: str, part: str) -> list[Row]:
-    """The rows of one part of a benchmark; raises `AssertionError` where there is none."""
+    """Return the rows of one part of a benchmark; raises `AssertionError` where there is none."""
     found = [row for row in json.loads((RESULTS / name).read_text())["rows"] if row["part"] == part]
     assert found, f"{name} has no part {part!r}"
     return found
@@ -77,7 +77,7 @@ def _losses() -> dict[str, dict[str, Row]]:
 
 
 def losses() -> str:
-    """Final loss of FedCyBGD beside its rivals on every task."""
+    """Return the final loss of FedCyBGD beside its rivals on every task."""
     names = {
         OURS: "FedCyBGD int8",
         FULL: "Fed-full",

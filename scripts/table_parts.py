@@ -10,7 +10,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def read(name: str) -> Any:
-    """A file of results."""
+    """Return a file of results."""
     return json.loads((RESULTS / name).read_text())
 
 
@@ -22,7 +22,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def claims(name: str) -> str:
-    """The claims of a benchmark, those that do not hold included."""
+    """Return the claims of a benchmark, those that do not hold included."""
     rows = [["claim", "value", "bar", "holds"]]
     for claim in read(name)["claims"]:
         value = claim["value"]
@@ -44,7 +44,7 @@ def claims(name: str) -> str:
 
 
 def cell(value: Any) -> str:
-    """A figure with five digits, a large one whole; what was not measured is a dash."""
+    """Return a figure with five digits, a large one whole; what was not measured is a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -53,7 +53,7 @@ def cell(value: Any) -> str:
 
 
 def listing(name: str, part: str, columns: dict[str, str], words: str) -> str:
-    """The rows of one part of a benchmark, what it skipped, and its claims."""
+    """Return the rows of one part of a benchmark, what it skipped, and its claims."""
     found = read(name)
     rows = [row for row in found["rows"] if row["part"] == part]
     lines = [list(columns.values()), *([cell(row.get(key)) for key in columns] for row in rows)]

@@ -71,7 +71,7 @@ class Page:
         self.told = set[str]()
 
     def sections(self) -> Iterator[str]:
-        """The top level, then every table below it."""
+        """Yield the top level, then every table below it."""
         yield from self._table(self.schema, "")
 
     def _places(
@@ -89,7 +89,7 @@ class Page:
     def _table(
         self, schema: dict[str, Any], place: str, but: frozenset[str] = frozenset()
     ) -> Iterator[str]:
-        """A table's own keys as rows, then its tables; `but` were told of before."""
+        """Yield a table's own keys as rows, then its tables; `but` were told of before."""
         fields = {
             key: field for key, field in schema.get("properties", {}).items() if key not in but
         }
@@ -122,7 +122,8 @@ class Page:
                 )
 
     def _union(self, found: list[dict[str, Any]], place: str) -> Iterator[str]:
-        """A table of several kinds: what all of them have, as most of them have it, then each."""
+        """Yield a table of several kinds: what all of them have, as most of them have it, then
+        each."""
         kinds = [each["properties"] for each in found]
         everywhere = [key for key in kinds[0] if all(key in each for each in kinds)]
         usual = {key: _most([each[key] for each in kinds]) for key in everywhere}
@@ -198,12 +199,12 @@ def _most(found: list[Any]) -> Any:
 
 
 def _sentence(schema: dict[str, Any]) -> str:
-    """A description on one line."""
+    """Return a description on one line."""
     return " ".join(schema.get("description", "").split())
 
 
 def page() -> str:
-    """The whole document."""
+    """Return the whole document."""
     parts = [HEAD.strip()]
     for title, words, root in FILES:
         parts += [f"## {title}\n\n{words}", *Page(root).sections()]

@@ -70,7 +70,7 @@ def overhead() -> str:
 
 
 def engine_rounds() -> str:
-    """Rounds on five engines."""
+    """Return the table of rounds on five engines."""
     columns = {
         "what": "engine",
         "payload_mb": "payload, MB",
@@ -92,7 +92,7 @@ def engine_rounds() -> str:
 
 
 def engine_line() -> str:
-    """Rounds over a slow line, predicted and measured."""
+    """Return the table of rounds over a slow line, predicted and measured."""
     columns = {
         "link": "line",
         "payload_mb": "payload, MB each way",
@@ -157,7 +157,8 @@ def main() -> None:
 
 
 def _write(path: Path, before: str, after: str, check: bool) -> list[str]:
-    """The page's name where `after` is another text, which is written unless this is a `check`."""
+    """Return the page's name where `after` is another text, which is written unless this is a
+    `check`."""
     if after == before:
         return []
     if not check:

@@ -55,7 +55,7 @@ class Corpus:
         return self.folder is None or (SHARED / "data" / self.folder).is_dir()
 
     def tables(self) -> Table:
-        """The `model` and `data` tables of a configuration."""
+        """Return the `model` and `data` tables of a configuration."""
         if self.folder is None:
             return {"model": {"name_or_path": self.model, "dtype": "float32"}, "data": {}}
 
@@ -114,8 +114,8 @@ def config(
     rank: int = 8,
     **fleet: Any,
 ) -> RunConfig:
-    """The configuration of one run on `corpus`; alpha is twice the rank, so that every rank has the
-    same scale."""
+    """Return the configuration of one run on `corpus`; alpha is twice the rank, so that every rank
+    has the same scale."""
     tables = CORPORA[corpus].tables()
     tables["data"] |= {"max_length": 128, "max_heldout": size.heldout}
     table: Table = {
@@ -189,7 +189,7 @@ def fitted(
     training: Sequence[Snapshot],
     representation: Representation = "delta",
 ) -> Codec:
-    """The codec of a `[codec]` table, fitted to `training` if it learns."""
+    """Return the codec of a `[codec]` table, fitted to `training` if it learns."""
     kind = CODECS[table["name"]]
     settings = parse({"method": {"name": "cgfedllm"}, "codec": table}, "benchmark").coding
 
@@ -204,7 +204,7 @@ def fitted(
 
 
 def gate_row(report: GateReport) -> Row:
-    """The figures of a gate report, by short names."""
+    """Return the figures of a gate report, by short names."""
     return {
         "bytes": report.bytes_per_update,
         "ratio": report.raw_bytes / report.bytes_per_update,
@@ -246,7 +246,8 @@ GATE_COLUMNS = {
 
 
 def outcome(resolved: RunConfig) -> Row:
-    """The result of one run, in figures; a run that the package refused or stopped says why."""
+    """Return the result of one run, in figures; a run that the package refused or stopped says
+    why."""
     since = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -312,7 +313,7 @@ def gate_rows(
 
 
 def label(table: Table) -> str:
-    """A codec's settings in a few characters."""
+    """Return a codec's settings in a few characters."""
     name: str = table["name"]
     if name == "resnet":
         name += f", 1/{2 ** table.get('stages', 6)}, {table['iterations']} it."
@@ -327,7 +328,7 @@ def label(table: Table) -> str:
 
 @contextmanager
 def workers(processes: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread, as many as there are cores unless told.
+    """Yield processes of one thread, as many as there are cores unless told.
 
     Two sites in threads of one process share its interpreter, which small models keep busier than
     the tensors.

@@ -74,7 +74,7 @@ LOSS_ONCE: tuple[Table, ...] = (
 
 
 def resnet(iterations: int, **settings: Any) -> Table:
-    """The paper's autoencoder."""
+    """Return the paper's autoencoder."""
     return {"name": "resnet", "canvas": "grouped", "iterations": iterations, **settings}
 
 

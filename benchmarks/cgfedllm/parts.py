@@ -111,8 +111,8 @@ def normalise(
     size: Size,
     skip: Skip,  # noqa: ARG001 - as all parts
 ) -> Found:
-    """The paper's autoencoder under four normalisations, coding updates or whole adapters (table
-    f.3)."""
+    """Return the paper's autoencoder under four normalisations, coding updates or whole adapters
+    (table f.3)."""
     jobs: list[tuple[str, dict[str, Any], list[Table]]] = [
         (corpus, {"representation": representation}, [_resnet(size, normalise=mode)])
         for corpus in corpora
@@ -189,7 +189,7 @@ def _transferred(home: str, away: str, size: Size) -> list[Row]:
 
 
 def noise(pool: Executor, corpora: Sequence[str], size: Size, skip: Skip) -> Found:  # noqa: ARG001
-    """The paper's noise table, and runs with differential privacy at three places and three
+    """Return the paper's noise table, and runs with differential privacy at three places and three
     budgets."""
     waiting = [pool.submit(_noised, corpus, size) for corpus in corpora]
     tables = [each.result() for each in waiting]

@@ -155,7 +155,8 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
 
 
 def table(found: Sequence[Found], bed: Bed) -> list[Row]:
-    """A row for every contender of every cell that has an uncompressed run to be compared with."""
+    """Return a row for every contender of every cell that has an uncompressed run to be compared
+    with."""
     references = {each.cell: each for each in found if each.contender.role == "reference"}
     return [
         _row(each, references[each.cell].runs, bed)
@@ -342,7 +343,7 @@ def free(
     deadline: float,
     report: Report,
 ) -> None:
-    """The same with one, two and four times the local steps; the target stays that of the
+    """Print the same with one, two and four times the local steps; the target stays that of the
     uncompressed run at one."""
     chosen = [each for each in contenders if each.role == "reference" or each.name in FREE]
     waiting = [

@@ -43,7 +43,8 @@ class Cache:
         return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, key: str, *, fresh: bool = False) -> Row | None:
-        """The newest result, or None; with `fresh` only one of this very state of the package."""
+        """Return the newest result, or None; with `fresh` only one of this very state of the
+        package."""
         self._catch_up()
         row = self.rows.get(key)
         return None if row is None or (fresh and row["source"] != SOURCE) else row

@@ -45,7 +45,7 @@ def _coded(
     down: Table | None = None,
     **more: Any,
 ) -> Contender:
-    """A codec with a rate in FedAvg."""
+    """Return a codec with a rate in FedAvg."""
     table = {"name": codec, "rate": rate, **more} | ({"error_feedback": True} if feedback else {})
     both = "" if down is None else f", down {down['name']} 1/{down['rate']:g}"
     name = f"{codec} 1/{rate:g}{' + EF' if feedback else ''}{both}"
@@ -53,7 +53,7 @@ def _coded(
 
 
 def _judged(codec: str, rate: float) -> Contender:
-    """A learned codec that the gate may refuse: measured all the same."""
+    """Return a learned codec that the gate may refuse: measured all the same."""
     method = {"name": "cgfedllm", "gate": "report"}
     table = {"name": codec, "rate": rate, "error_feedback": True}
 
@@ -132,8 +132,8 @@ class Bed:
 
 
 def grid(cell: str, bed: Bed) -> tuple[float, ...]:
-    """The learning rates of one cell; stories260k learns best at about twice the rate of the other
-    models."""
+    """Return the learning rates of one cell; stories260k learns best at about twice the rate of the
+    other models."""
     times = 2 if CORPORA[cell].model == "stories260k" else 1
     return tuple(times * rate for rate in bed.learning_rates)
 
@@ -141,8 +141,8 @@ def grid(cell: str, bed: Bed) -> tuple[float, ...]:
 def resolve(
     cell: str, contender: Contender, bed: Bed, *, learning_rate: float, seed: int
 ) -> RunConfig:
-    """The configuration of one run; raises `ConfigError` where the package lacks what the contender
-    needs."""
+    """Return the configuration of one run; raises `ConfigError` where the package lacks what the
+    contender needs."""
     tables = CORPORA[cell].tables()
     table: Table = {
         **tables,
@@ -177,7 +177,7 @@ def resolve(
 def possible(
     contenders: Sequence[Contender], skip: Callable[[str], None], bed: Bed
 ) -> list[Contender]:
-    """The contenders that the package can be configured for; each of the others is told to
+    """Return the contenders that the package can be configured for; each of the others is told to
     `skip`."""
     found = []
     for contender in contenders:

@@ -19,7 +19,7 @@ def half_width(values: Sequence[float]) -> float | None:
 
 
 def first_round(losses: Sequence[float], target: float) -> int | None:
-    """The first round, from 1, whose loss is at most `target`."""
+    """Return the first round, from 1, whose loss is at most `target`."""
     return next((number for number, loss in enumerate(losses, start=1) if loss <= target), None)
 
 

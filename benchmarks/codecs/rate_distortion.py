@@ -226,7 +226,7 @@ def _by_seed(
 
 
 def claims(gained: Sequence[Row]) -> list[Claim]:
-    """The gain of our learned codecs at 1/64 in the worst cell, by width and source."""
+    """Return the gain of our learned codecs at 1/64 in the worst cell, by width and source."""
     found = []
     for codec, source in itertools.product(LEARNED, ("sites", "public")):
         for wide, bar in ((True, BAR_LARGE), (False, BAR_SMALL)):
@@ -249,7 +249,7 @@ def claims(gained: Sequence[Row]) -> list[Claim]:
 
 
 def available(report: Report) -> tuple[dict[str, Table], list[Table]]:
-    """The codecs that the package has; each of the others is told to the report."""
+    """Return the codecs that the package has; each of the others is told to the report."""
     rated = {name: table for name, table in RATED.items() if table["name"] in CODECS}
     fixed = [table for table in FIXED if table["name"] in CODECS]
     missing = {table["name"] for table in (*RATED.values(), *FIXED)} - set(CODECS)

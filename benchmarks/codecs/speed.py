@@ -125,7 +125,7 @@ def updates(layout: Layout, count: int) -> list[Named]:
 
 
 def _cosines(rows: torch.Tensor) -> torch.Tensor:
-    """The orthonormal cosine transform of every row (rows, width)."""
+    """Return the orthonormal cosine transform of every row (rows, width)."""
     from scipy.fft import dct
 
     return torch.from_numpy(dct(rows.numpy(), norm="ortho")).float()
@@ -207,7 +207,7 @@ def rows_of(name: str, wanted: list[str] | None, seconds: float, report: Report)
 
 
 def fitted_on(table: Table, layout: Layout, training: list[Named]) -> Codec:
-    """The codec, fitted to `training` if it learns."""
+    """Return the codec, fitted to `training` if it learns."""
     from fluvial.codecs.base import Snapshot
 
     snapshots = [Snapshot("site", number, {}, update) for number, update in enumerate(training)]

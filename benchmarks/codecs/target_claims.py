@@ -14,13 +14,13 @@ def _reached(row: Row) -> bool:
 
 
 def _fewest(rows: Sequence[Row], key: str) -> float | None:
-    """The fewest bytes among those that reached the target."""
+    """Return the fewest bytes among those that reached the target."""
     return min((row[key] for row in rows if _reached(row)), default=None)
 
 
 def _least(rows: Sequence[Row], key: str) -> float | None:
-    """The fewest bytes with which an opponent reached the target; if none did, the fewest spent, a
-    lower bound."""
+    """Return the fewest bytes with which an opponent reached the target; if none did, the fewest
+    spent, a lower bound."""
     done = _fewest(rows, key)
     return (
         done if done is not None else min((row[key] for row in rows if row["seeds"]), default=None)
@@ -54,13 +54,13 @@ def _ratios(
 
 
 def _worst(values: Sequence[float | None]) -> float | None:
-    """The largest; None if there is none, or one is missing."""
+    """Return the largest; None if there is none, or one is missing."""
     present = [value for value in values if value is not None]
     return max(present) if present and len(present) == len(values) else None
 
 
 def claims(rows: Sequence[Row]) -> list[Claim]:
-    """The four kinds of claims, each over the cells that were run.
+    """Return the four kinds of claims, each over the cells that were run.
 
     Claim 1 sets the best that can be configured here, whoever invented the codec, against schemes
     as published; claim 4 sets what is new here, trellis, klt and auto, against the best that can be

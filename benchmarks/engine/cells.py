@@ -66,7 +66,7 @@ def names_of(sites: int) -> list[str]:
 
 
 def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
-    """The configuration of a cell; writes the sites' text into `folder`."""
+    """Return the configuration of a cell; writes the sites' text into `folder`."""
     text = folder / "text"
     text.mkdir(parents=True, exist_ok=True)
 
@@ -101,7 +101,7 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def _model(shape: tuple[int, int], folder: Path) -> Path:
-    """A Llama with random weights and the package's tokenizer, made once for a folder."""
+    """Return a Llama with random weights and the package's tokenizer, made once for a folder."""
     layers, hidden = shape
     path = folder.resolve() / f"model-{hidden}"
 

@@ -23,7 +23,7 @@ _MODULE = "fluvial.training.train"
 
 
 def folder_of_clock(folder: Path) -> Path:
-    """A folder whose presence on PYTHONPATH starts the clock."""
+    """Return a folder whose presence on PYTHONPATH starts the clock."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sitecustomize.py").write_text(
         "import benchmarks.engine.clock as clock\n\nclock.install()\n"

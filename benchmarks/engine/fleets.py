@@ -127,7 +127,7 @@ class Watch:
 
 
 def head(cell: Cell) -> Row:
-    """The columns that name a row."""
+    """Return the columns that name a row."""
     return {
         "part": "rounds",
         "what": NAMES[cell.fleet],
@@ -176,7 +176,7 @@ def _drives(cell: Cell) -> Callable[[list[str]], bool]:
 
 
 def deployed(cells: Sequence[Cell], folder: Path) -> Iterator[Row]:
-    """Runs one after the other on one server and its sites, processes with TLS and node keys.
+    """Yield runs one after the other on one server and its sites, processes with TLS and node keys.
 
     `start_s` is from the submission on, `join_s` from the start of the sites until the server sees
     all. A run is waited for to its end, so that Flower's meter has seen what was counted: the
@@ -263,7 +263,8 @@ def nvflare(cell: Cell, folder: Path, python: str) -> Row:
 def running(
     command: list[str], environment: Mapping[str, str], log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A program and all that it starts, ended at the end by the mark in their environment."""
+    """Start a program; at the end, kill it and all that it started, by a mark in their
+    environment."""
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -324,7 +325,7 @@ def _forget_peak(pid: int) -> None:
 
 
 def _kilobytes(pid: int, file: str, key: str) -> int:
-    """A line of /proc in kB, as bytes; 0 where the process is gone."""
+    """Return a line of /proc in kB, as bytes; 0 where the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
@@ -336,7 +337,8 @@ def _kilobytes(pid: int, file: str, key: str) -> int:
 def measure(
     cells: Sequence[Cell], folder: Path, *, nvflare_python: str = sys.executable
 ) -> Generator[Row, None, None]:
-    """The rows of cells of one engine; those of a deployment share it. Raises what went wrong."""
+    """Yield the rows of cells of one engine; those of a deployment share it. Raises what went
+    wrong."""
     fleet = cells[0].fleet
     if fleet in ("warm", "stock"):
         yield from deployed(cells, folder)

@@ -121,7 +121,7 @@ def inside(namespace: int) -> Iterator[None]:
 
 
 def new_namespace() -> int:
-    """A network namespace that lasts as long as this file descriptor, or a process in it."""
+    """Return a network namespace that lasts as long as this file descriptor, or a process in it."""
     home = _own_namespace()
     if _LIBC.unshare(_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare: a network namespace needs CAP_SYS_ADMIN")
@@ -144,7 +144,7 @@ def _ip(*commands: str) -> None:
 
 
 def _tun(name: str) -> int:
-    """A TUN device of this namespace, as the file whose packets it carries."""
+    """Return a TUN device of this namespace, as the file whose packets it carries."""
     device = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(
         device, 0x400454CA, struct.pack("16sH22x", name.encode(), 0x0001 | 0x1000)

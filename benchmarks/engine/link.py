@@ -32,8 +32,8 @@ def rows(
     folder: Path,
     ends: float,
 ) -> Iterator[Row | str]:
-    """Rounds without the line, then over each line; a prediction uses of the measured only what has
-    no line.
+    """Yield rounds without the line, then over each line; a prediction uses of the measured only
+    what has no line.
 
     What is not reached before `ends` (of `time.monotonic`) is told as a sentence.
     """
@@ -111,7 +111,7 @@ def _table(
 
 
 def line_of(setting: Setting) -> Line:
-    """A line as the prediction wants it."""
+    """Return a line as the prediction wants it."""
     return Line(
         up_mbit_s=setting.mbit_s,
         down_mbit_s=setting.mbit_s,
@@ -148,8 +148,8 @@ def _measured(lab: flower_lab.Deployment, cell: Cell, setting: Setting | None, f
 
 
 def fitted(straight: Sequence[Row]) -> Engine:
-    """The engine's own times, from rounds without a line: a straight line through the smallest and
-    the largest."""
+    """Return the engine's own times, from rounds without a line: a straight line through the
+    smallest and the largest."""
     small = straight[0]
     large = straight[-1]
     moved = [(row["bytes_down"] + row["bytes_up"]) / 1e6 for row in (small, large)]

@@ -153,7 +153,7 @@ def rounds_part(
 
 
 def link_part(report: Report, *, quick: bool, ends: float) -> list[Row]:
-    """The table of the slow line."""
+    """Return the table of the slow line."""
     why = line.possible()
     if why is not None:
         report.skip(f"link: {why}")
@@ -187,7 +187,7 @@ def link_part(report: Report, *, quick: bool, ends: float) -> list[Row]:
 
 
 def round_claims(rows: list[Row]) -> list[Claim]:
-    """The bars of part `rounds`."""
+    """Return the bars of part `rounds`."""
     found = {(row["what"], row["payload_mb"], row["sites"]): row for row in rows}
     warm = NAMES["warm"]
     stock = NAMES["stock"]
@@ -247,7 +247,7 @@ def round_claims(rows: list[Row]) -> list[Claim]:
 
 
 def link_claims(rows: list[Row]) -> list[Claim]:
-    """The bar of part `link`."""
+    """Return the bar of part `link`."""
     off = [abs(row["off"]) for row in rows if "off" in row]
     return [
         Claim(

@@ -44,8 +44,8 @@ from fluvial.wire.tensors import Layout
 
 
 def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -> RunConfig:
-    """The configuration of one run; raises `ConfigError` where no setting matches the bytes that
-    are to be matched."""
+    """Return the configuration of one run; raises `ConfigError` where no setting matches the bytes
+    that are to be matched."""
     centre = cell.lora_rate if which.tune == "lora" else cell.rate
     tables = CORPORA[cell.corpus].tables()
     method = which.method
@@ -130,7 +130,7 @@ def _frame_bytes(codec: CodecSettings, sent: Layout) -> int:
 
 
 def memory_bytes(config: RunConfig) -> int:
-    """The most that a client holds, by formula and without activations.
+    """Return the most that a client holds, by formula and without activations.
 
     Under an adapter lies the whole base. Of what is read from disk the largest weight counts, which
     is in use at times.
@@ -350,14 +350,14 @@ def compete(job: Job) -> Found:
 
 
 def beyond(paces: Sequence[float], best: float) -> list[float]:
-    """The pace that continues a grid where the best lies at its edge, or none."""
+    """Return the pace that continues a grid where the best lies at its edge, or none."""
     if best == max(paces):
         return [2 * best]
     return [best / 2] if best == min(paces) else []
 
 
 def remembered(job: Job, config: RunConfig) -> Row | None:
-    """The row of a run from the cache, or made now; None where the time is over."""
+    """Return the row of a run from the cache, or made now; None where the time is over."""
     cache = _cache(job.cache)
     key = Cache.key(config)
     known = cache.find(key)

@@ -96,7 +96,8 @@ GPU = (
 
 
 def compute_part(report: Report, *, quick: bool, device: str) -> None:
-    """Times by block; with `device` "cuda" on the large models, or a line that there is no GPU."""
+    """Measure times by block; with `device` "cuda" on the large models, or a line that there is no
+    GPU."""
     import torch
 
     settings: Sequence[Setting] = (QUICK,) if quick else (CPU,)
@@ -120,7 +121,7 @@ def compute_part(report: Report, *, quick: bool, device: str) -> None:
 
 
 def measured(setting: Setting, device: str) -> list[Row]:
-    """A row for full tuning, where it fits, and one for each block."""
+    """Return a row for full tuning, where it fits, and one for each block."""
     import torch
 
     model = random_model(setting, device)
@@ -154,7 +155,7 @@ def measured(setting: Setting, device: str) -> list[Row]:
 
 
 def random_model(setting: Setting, device: str) -> Any:
-    """A model that has learnt nothing, made where it is used."""
+    """Return a model that has learnt nothing, made where it is used."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -226,7 +227,8 @@ def predicted(shape: Shape, block: int) -> float:
 
 
 def by_specification(shape: Shape) -> float:
-    """The mean over the blocks as the method's description counts it: (1 + 1/2 + 1/D) / 3."""
+    """Return the mean over the blocks as the method's description counts it: (1 + 1/2 + 1/D) /
+    3."""
     return (1.5 + 1 / shape.layers) / 3
 
 
@@ -266,8 +268,8 @@ def _row(
 
 
 def claims(setting: Setting, rows: Sequence[Row]) -> list[Claim]:
-    """The mean share against both counts, and that a lower block is never cheaper than the last
-    one."""
+    """Return the mean share against both counts, and that a lower block is never cheaper than the
+    last one."""
     mine = [row for row in rows if row["model"] == setting.name and row["trains"] != "full"]
     if any("share" not in row for row in mine):
         return []

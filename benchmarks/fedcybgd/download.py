@@ -169,7 +169,7 @@ def _down_row(each: Found) -> Row:
 
 
 def down_claims(cell: str, rows: Sequence[Row]) -> list[Claim]:
-    """The cache against the paper's design, at equal final loss.
+    """Return the cache against the paper's design, at equal final loss.
 
     The proxy that is compared is the cheapest one that ends within 0.5 % of the cache; where none
     does, the cheapest of all, which favours the proxy.

@@ -116,7 +116,7 @@ COLUMNS = {
 
 
 def table(found: Sequence[Found]) -> list[Row]:
-    """A row for every contender of one cell, beside Fed-full's runs with the same seeds."""
+    """Return a row for every contender of one cell, beside Fed-full's runs with the same seeds."""
     reference = next((each for each in found if each.job.contender.name == REFERENCE), None)
     theirs = [run for run in reference.runs if "stopped" not in run] if reference else []
     rows = [_row(each, theirs) for each in found if each.tuning]

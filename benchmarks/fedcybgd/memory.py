@@ -92,8 +92,8 @@ SHAPE_COLUMNS = {
 
 
 def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], Any]) -> None:
-    """A site's first visit with the model in `folder`; `meter` wraps the training loop, just before
-    the visit."""
+    """Make a site's first visit with the model in `folder`; `meter` wraps the training loop, just
+    before the visit."""
     from fluvial.codecs.quantise import Int8, Int8Settings
     from fluvial.data import Example, SiteData
     from fluvial.federation.sites import Site
@@ -161,7 +161,7 @@ def trained_block(blocks: int) -> int:
 
 
 def status(key: str) -> int:
-    """A figure of this process in bytes: VmRSS, or VmHWM, the most since it was reset."""
+    """Return a figure of this process in bytes: VmRSS, or VmHWM, the most since it was reset."""
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
@@ -218,7 +218,7 @@ def memory_part(report: Report, *, quick: bool) -> None:
 
 
 def measured(shape: Shape, cases: Sequence[Case]) -> list[Row]:
-    """A row for every case, each in a fresh process."""
+    """Return a row for every case, each in a fresh process."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         for dtype in dict.fromkeys(dtype for _, dtype, _ in cases):
@@ -294,8 +294,8 @@ def largest_beside(layout: "Layout", block: "Layout") -> int:
 
 
 def tables() -> list[Row]:
-    """The formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and by
-    codec of the upload."""
+    """Return the formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and
+    by codec of the upload."""
     from fluvial.methods.fedcybgd.memory import shape_table
 
     layouts = {"LLaMA-2-7B": layout_of(LLAMA_2_7B), "Llama-3-8B": layout_of(LLAMA_3_8B)}

@@ -34,7 +34,7 @@ QUICK = replace(
 
 
 def llama(shape: Shape, **more: Any) -> Any:
-    """The configuration of a model."""
+    """Return the configuration of a model."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -65,8 +65,8 @@ def layout_of(shape: Shape) -> "Layout":
 
 
 def write_model(folder: Path, shape: Shape, dtype: str) -> None:
-    """A random model, one file for a tensor, so that it is never held; with the embedded model's
-    tokenizer."""
+    """Write a random model, one file for a tensor, so that it is never held; with the embedded
+    model's tokenizer."""
     import torch
     from safetensors.torch import save_file
 

@@ -103,7 +103,7 @@ def start_up(times: int) -> tuple[list[Row], float]:
 
 
 def fluvial_row(sites: int, rounds: int) -> Row:
-    """Rounds in one process with FedAvg's server half."""
+    """Measure rounds in one process with FedAvg's server half."""
     found = probe("probe", "rounds", sites, rounds, VALUES)
     grown = found["peak_rss_bytes"] - found["rss_before_bytes"]
 
@@ -121,7 +121,7 @@ def fluvial_row(sites: int, rounds: int) -> Row:
 
 
 def flower_row(sites: int, rounds: int, python: str) -> Row:
-    """The same rounds in Flower's Ray simulation."""
+    """Return the same rounds in Flower's Ray simulation."""
     try:
         found = probe("flower_rounds", sites, rounds, VALUES, python=python)
     except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -153,7 +153,7 @@ def add_growth(rows: list[Row]) -> None:
 
 
 def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Claim]:
-    """The bars of this benchmark."""
+    """Return the bars of this benchmark."""
     ours = {row["sites"]: row for row in rows if row["what"] == "fluvial"}
     theirs = {
         row["sites"]: row for row in rows if row["what"].startswith("Flower") and "site_ms" in row

@@ -68,8 +68,8 @@ def imports() -> dict[str, float]:
 
 
 def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
-    """Rounds of FedAvg's server half over sites whose only work is to read the adapter and send an
-    update."""
+    """Measure rounds of FedAvg's server half over sites whose only work is to read the adapter and
+    send an update."""
     import torch
 
     from fluvial.codecs.quantise import Identity, IdentitySettings
