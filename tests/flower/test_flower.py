@@ -44,6 +44,7 @@ from fluvial.flower.certificates import make_authority
 from fluvial.flower.envelope import SMALL, STYPE, pack, unpack
 from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.inbox import pull_complete
+from fluvial.flower.site import site_process
 from fluvial.flower.transport import flower_fleet
 from fluvial.methods import METHODS
 from fluvial.models.pool import ModelPool
@@ -641,6 +642,13 @@ def test_ten_thousand_garbled_answers_are_failures_and_nothing_worse(
     assert len(fleet.failures) > 0.5 * len(heard)
     kinds = {failure.reason.split(":")[0] for failure in fleet.failures}
     assert kinds <= {"WireError", "ClientError"}, kinds
+
+
+def test_a_site_is_the_same_in_its_process_as_in_its_file(tmp_path: Path) -> None:
+    """Defaults that were not given do not come back as given."""
+    allow = Allowed(run_paths=("*",))
+    site = SiteFile(name="north", folder=tmp_path, device="cpu", allow=allow)
+    assert site_process(site).site == site
 
 
 # -- Flower's inside -----------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
 
 def site_process(site: SiteFile) -> SiteProcess:
     """Return the site's process, made once in this system process; a new one answers the same."""
-    return _site_process(site.model_dump_json())
+    return _site_process(site.model_dump_json(exclude_unset=True))
 
 
 @cache
