@@ -31,7 +31,7 @@ from fluvial.wire.tensors import norm, subtract
 from tests.contract import test_codecs
 from tests.support import ROOT
 
-PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")] if path.exists())
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMAND_BLOCKS = ("", "sh", "bash", "console")
 
 
