@@ -37,7 +37,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import Run, check_settings
+from fluvial.runs.run import Run, check_settings, given
 from fluvial.seeds import generator
 from fluvial.training.evaluate import heldout
 from fluvial.wire.tensors import Layout
@@ -120,7 +120,8 @@ def _layout(model: ModelConfig, lora: LoraSettings | None) -> Layout:
 
 def frame_bytes(config: RunConfig) -> int:
     """Bytes of one update, of the largest block where there are some."""
-    return _frame_bytes(config.coding, config.entry.sent(config.method, layout(config)))
+    facts = given(config, layout(config), meta_base(config.model), sites=1)
+    return _frame_bytes(config.coding, config.entry.plan(config.method, facts).sent)
 
 
 @lru_cache(64)

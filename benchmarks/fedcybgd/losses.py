@@ -156,7 +156,7 @@ def _row(each: Found, theirs: Sequence[Row]) -> Row:
         return row
 
     config = each.config
-    sends = each.config.entry.sends == "codec"
+    sends = each.config.entry.traits.sends == "codec"
     row |= {
         "rounds": config.rounds,
         "rank": config.lora.r if config.adapter else None,

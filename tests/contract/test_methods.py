@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(
-    params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes]
+    params=[f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].traits.tunes]
 )
 def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[str, Any]:
     """A configuration for each method and all that it can tune."""
@@ -107,4 +107,4 @@ def test_an_entry_is_complete(name: str) -> None:
         assert (task.__doc__ or "").startswith("Task: ")
 
     page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.exists() or "baseline" in method.paper
+    assert page.exists() or method.traits.baseline

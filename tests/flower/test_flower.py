@@ -1003,7 +1003,7 @@ def tables(run_config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-CASES = [f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].tunes]
+CASES = [f"{name} {tune}" for name in sorted(METHODS) for tune in METHODS[name].traits.tunes]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -1028,7 +1028,7 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
 
     def assemble(each: Any, _: object, bench: ModelPool, texts: Any) -> Fleet:
-        names = (POOLED,) if each.entry.pooled else texts.names
+        names = (POOLED,) if each.entry.traits.pooled else texts.names
         return flower_fleet(
             cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001
         )

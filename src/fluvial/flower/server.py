@@ -93,7 +93,7 @@ class ServerTexts:
     def __init__(self, config: RunConfig, bench: ModelPool) -> None:
         self.config = config
         self.bench = bench
-        if config.entry.pooled or "central" in config.compare:
+        if config.entry.traits.pooled or "central" in config.compare:
             raise ConfigError(
                 "the central baseline needs all data at one place; remove it from compare"
             )

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fluvial.codecs import CodecSettings
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
 from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import ConfigError, WireError
@@ -29,14 +28,22 @@ from fluvial.federation.bounds import Cohort, rms
 from fluvial.federation.fleet import Failure, Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
-from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.interface import (
+    Context,
+    Given,
+    Method,
+    Metrics,
+    Plan,
+    SampledSettings,
+    Traits,
+)
+from fluvial.methods.planning import uncoded
 from fluvial.models.states import initial_state
-from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, factor
 
 
-class EcoLoraConfig(Settings):
+class EcoLoraConfig(SampledSettings):
     """EcoLoRA; with one segment, nothing left out, fp32 and no mixing it is FedAvg."""
 
     name: Literal["ecolora"] = "ecolora"
@@ -377,22 +384,25 @@ def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
     return number, shares
 
 
-def check(config: EcoLoraConfig, codec: CodecSettings, layout: Layout) -> None:  # noqa: ARG001 - it has its own code
-    """Every segment has at least one value."""
-    if config.segments > layout.numel:
+def plan(config: EcoLoraConfig, given: Given) -> Plan:
+    """Refuse more segments than there are values."""
+    if config.segments > given.layout.numel:
         raise ConfigError(
-            f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; choose fewer"
+            f"ecolora: method.segments={config.segments} exceeds the {given.layout.numel} values; "
+            "choose fewer"
         )
+
+    absent = "the method's own code: known when it runs"
+    return Plan(given.layout, partial(uncoded, given, given.layout, absent))
 
 
 METHOD = Method(
     EcoLoraConfig,
     EcoLoraServer,
     {"train": train},
-    paper="Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, EcoLoRA: Communication-Efficient Federated "
-    "Fine-Tuning of Large Language Models, EMNLP 2025, https://arxiv.org/abs/2506.02001",
-    sends="own code",
-    check=check,
+    paper="Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, EcoLoRA: "
+    "Communication-Efficient Federated Fine-Tuning of Large Language Models, EMNLP 2025, "
+    "https://arxiv.org/abs/2506.02001",
+    plan=plan,
+    traits=Traits("EcoLoRA", sends="own code", receives="own code"),
 )
-"""`coded` is False because the method has its own code; a codec in the configuration is an
-error."""

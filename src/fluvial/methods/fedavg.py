@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from fluvial.codecs import CodecSettings, must_learn
+from fluvial.codecs import must_learn
 from fluvial.errors import ConfigError
 from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, open_link
 from fluvial.exchange.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
@@ -24,14 +24,23 @@ from fluvial.federation.bounds import Cohort, check_update
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Factors, Site, part, round_of, train_locally
-from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.interface import (
+    Context,
+    Given,
+    Method,
+    MethodSettings,
+    Metrics,
+    Plan,
+    SampledSettings,
+    Traits,
+)
+from fluvial.methods.planning import coded, uncoded
 from fluvial.models.states import initial_state
-from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, join, split
 from fluvial.wire.tensors import Layout, Named, WeightedMean, moved, norm, scale
 
 
-class FedAvgConfig(Settings):
+class FedAvgConfig(SampledSettings):
     """FedIT; FFA-LoRA with `factors = "B"`."""
 
     name: Literal["fedavg"] = "fedavg"
@@ -46,7 +55,7 @@ class FedAvgConfig(Settings):
     """How a codec that learns is pre-trained; without effect for the others."""
 
 
-class CentralConfig(Settings):
+class CentralConfig(MethodSettings):
     """All data at one place: what federated training would be without its constraint.
 
     `train.max_steps`, if set, is multiplied by the number of sites, so that as many sequences are
@@ -177,46 +186,62 @@ def train(site: Site, message: Payload) -> Payload:
     return coded_reply(site, codec, update, message, n=len(examples), loss=report.loss)
 
 
-def check(config: FedAvgConfig, codec: CodecSettings, layout: Layout) -> None:
+def plan(config: FedAvgConfig, given: Given) -> Plan:
     """Refuse a codec that cannot code this layout, and a pre-training that no codec needs."""
-    if config.tgap != FedAvgConfig().tgap and not must_learn(codec):
-        name: str = codec.name
+    learns = must_learn(given.codec)
+    if config.tgap != FedAvgConfig().tgap and not learns:
+        name: str = given.codec.name
         raise ConfigError(
             f"method.tgap: without effect, because codec {name!r} learns nothing; remove it"
         )
 
-    check_factors(config, codec, layout)
-    check_codec(codec, config.tgap, part(layout, config.factors))
+    sent = _sent(config, given.layout)
+    check_codec(given.codec, config.tgap, sent)
+    return Plan(
+        sent,
+        partial(coded, config, given, sent),
+        reads_public=learns and config.tgap.source == "public",
+    )
 
 
-def check_factors(
-    config: FedAvgConfig | CentralConfig, _codec: CodecSettings, layout: Layout
-) -> None:
-    """Refuse the factor B of weights that have no factors."""
-    if not part(layout, config.factors).shapes:
+def plan_central(config: CentralConfig, given: Given) -> Plan:
+    """Nothing is sent."""
+    sent = _sent(config, given.layout)
+    return Plan(sent, partial(uncoded, given, sent, "none"))
+
+
+def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:
+    """Return the layout of the tuned factors; raises `ConfigError` where weights have none."""
+    sent = part(layout, config.factors)
+    if not sent.shapes:
         raise ConfigError(
-            f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; remove it"
+            f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; "
+            "remove it"
         )
+
+    return sent
 
 
 METHOD = Method(
     FedAvgConfig,
     FedAvgServer,
     {"train": train, **TASKS},
-    paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, https://arxiv.org/abs/2305.05644",
-    tunes=("lora", "full"),
-    check=check,
-    reads_public=lambda config, codec: must_learn(codec) and config.tgap.source == "public",
-    receives="downlink",
-    weights=True,
+    paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, "
+    "https://arxiv.org/abs/2305.05644",
+    plan=plan,
+    traits=Traits("FedAvg", tunes=("lora", "full"), receives="downlink", weighted=True),
 )
 CENTRAL = Method(
     CentralConfig,
     FedAvgServer,
     {"train": train},
     paper="The centralised baseline: the same steps on the union of the data",
-    sends="nothing",
-    tunes=("lora", "full"),
-    pooled=True,
-    check=check_factors,
+    plan=plan_central,
+    traits=Traits(
+        "central, all data at one place",
+        tunes=("lora", "full"),
+        sends="nothing",
+        pooled=True,
+        baseline=True,
+    ),
 )

@@ -23,14 +23,22 @@ from fluvial.federation.bounds import Cohort, check_update
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
-from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.interface import (
+    Context,
+    Given,
+    Method,
+    Metrics,
+    Plan,
+    SampledSettings,
+    Traits,
+)
+from fluvial.methods.planning import uncoded
 from fluvial.models.states import initial_state
-from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
 
 
-class FlascConfig(Settings):
+class FlascConfig(SampledSettings):
     """FLASC; with both densities 1, download = "weights", fp32 and fedavg it is FedAvg."""
 
     name: Literal["flasc"] = "flasc"
@@ -217,13 +225,18 @@ def train(site: Site, message: Payload) -> Payload:
     )
 
 
+def plan(config: FlascConfig, given: Given) -> Plan:  # noqa: ARG001 - any settings fit
+    """Nothing to refuse beside what the settings refuse themselves."""
+    absent = "the method's own code: known when it runs"
+    return Plan(given.layout, partial(uncoded, given, given.layout, absent))
+
+
 METHOD = Method(
     FlascConfig,
     FlascServer,
     {"train": train},
     paper="Kuo, Raje, Rajesh, Smith, Federated LoRA with Sparse Communication (FLASC), 2024, "
     "https://arxiv.org/abs/2406.05233",
-    sends="own code",
+    plan=plan,
+    traits=Traits("FLASC", sends="own code", receives="own code"),
 )
-"""`coded` is False because the method has its own code; a codec in the configuration is an
-error."""

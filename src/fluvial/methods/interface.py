@@ -1,39 +1,44 @@
-"""What a method is: a config, a server half, and tasks that sites do."""
+"""Interface of a method: its config, its server half, its tasks at the sites, and its plan."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from pydantic import Field
 from torch import nn
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.federation.context import Context, Metrics
-from fluvial.federation.fleet import Fleet
+from fluvial.federation.fleet import Fleet, cohort_size
 from fluvial.federation.line import Line
-from fluvial.federation.sites import Task, part
+from fluvial.federation.sites import Task
 from fluvial.settings import Settings
+from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
+Tune = Literal["lora", "full"]
+"""A LoRA adapter, or all weights."""
+
 
 class Server(Protocol):
-    """The server half. Everything it must not forget is in `state`."""
+    """The server half of a method. `state` holds everything that it must not forget."""
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """Once, before round 1; what it reports goes into the result."""
+        """Prepare the sites before round 1; return metrics for the result."""
         ...
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """One round, from 1: ask, fold the replies as they come, change the model at the end."""
+        """Run round `number`, counted from 1: ask sites, aggregate replies, change the model."""
         ...
 
     def model(self) -> Named | None:
-        """The global adapter; None where each site keeps its own."""
+        """Return the global adapter; None where each site has its own."""
         ...
 
     def state(self) -> Payload:
-        """All that `restore` needs to go on after the last finished round."""
+        """Return all that `restore` needs to go on after the last finished round."""
         ...
 
     def restore(self, state: Payload) -> None:
@@ -42,81 +47,154 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What is known of a run before it begins."""
-
-    frame: int
-    """Bytes of one coded update."""
-    width: int
-    """Bytes of a value of the base."""
-    sites: int
-    rounds: int
-    line: Line | None
-    """Of a site to the server, if the configuration knows it."""
-
-
-@dataclass(frozen=True)
 class Promise:
-    """Differential privacy that a configured method promises, as the rest of a run must respect
-    it."""
+    """The differential privacy that a configured method promises for a whole run."""
 
     at_site: bool
     """True where the sites add the noise, so that the server need not be trusted."""
     tasks: frozenset[str]
-    """Tasks that a site answers; through others something would leave that epsilon does not
-    count."""
+    """Tasks that a site answers; a reply to any other would not be counted by epsilon."""
     measures: bool
     """True where exact sums of held-out text leave the sites, outside epsilon."""
     report: Callable[[int, int], dict[str, Any]]
-    """The entry of result.json after so many rounds of a run of so many."""
+    """The entry of result.json after a number of rounds (first) of a run (second)."""
 
 
-__all__ = ["Context", "Forecast", "Method", "Metrics", "Promise", "Server", "Tune"]
+class MethodSettings(Settings):
+    """Base class of the `[method]` table of every method."""
 
-Tune = Literal["lora", "full"]
-"""What is tuned: a LoRA adapter, or all weights."""
+    name: str
+
+    @property
+    def cohort_share(self) -> float:
+        """Return the share of the sites that take part in a round."""
+        return 1.0
+
+    def cohort(self, sites: int) -> int:
+        """Return the number of sites in a round, of all `sites`."""
+        return cohort_size(self.cohort_share, sites)
+
+    def promise(self) -> Promise | None:
+        """Return the differential privacy that these settings promise; None without any."""
+        return None
+
+
+class SampledSettings(MethodSettings):
+    """Base class of the tables of methods that draw a cohort in each round."""
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort."""
+
+    @property
+    def cohort_share(self) -> float:
+        """Return `fraction`."""
+        return self.fraction
+
+
+@dataclass(frozen=True)
+class Given:
+    """The facts about a run that are known before it begins."""
+
+    layout: Layout
+    """The layout of everything that is tuned."""
+    base: nn.Module
+    """The base model, which may be without weights."""
+    width_bytes: int
+    """Bytes of one value of the base."""
+    codec: CodecSettings
+    downlink: CodecSettings | None
+    train: TrainConfig
+    sites: int
+    """Number of sites; 1 where all data is pooled."""
+    rounds: int
+    line: Line | None
+    """The line between a site and the server, where the configuration describes one."""
+
+
+Row = tuple[str, str]
+"""A row of `fluvial check`: subject and value."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sizes of a run, predicted without training."""
+
+    frame: int
+    """Bytes of one coded update; 0 where no codec of the configuration carries updates."""
+    down: int
+    """Bytes of one coded download; 0 where the method has a code of its own."""
+    rows: Sequence[Row] = ()
+    """Rows of `fluvial check`: bytes, memory, and time over the line."""
+    round_over_line_s: float | None = None
+    """Seconds of a round over the line, without training; None where they are not predicted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A method's plan for one run, made before anything is trained."""
+
+    sent: Layout
+    """The layout of the largest update that a site trains and sends in a round."""
+    forecast: Callable[[], Forecast]
+    """Predicts sizes. It is called only where they are shown, since it codes an update."""
+    notes: Sequence[str] = ()
+    """Lines of `fluvial check` about decisions that are taken only when the run starts."""
+    reads_public: bool = False
+    """True where the method reads public text."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Properties of a method that the rest of the package asks for, whatever its settings are."""
+
+    label: str
+    """The method in a few words, as tables and pages show it."""
+    tunes: tuple[Tune, ...] = ("lora",)
+    """Everything that the method can tune, its default first."""
+    codec: CodecSettings = field(default_factory=IdentitySettings)
+    """The codec where the configuration names none."""
+    sends: Literal["codec", "own code", "nothing"] = "codec"
+    """Carrier of updates: the configuration's codec, a code of the method's own, or none, because
+    each site keeps its update. For the last two a `[codec]` is refused."""
+    receives: Literal["exact", "downlink", "own code"] = "exact"
+    """Carrier of the model to the sites: one exact message, the configuration's downlink, or a code
+    of the method's own. Without "downlink" a `[downlink]` is refused."""
+    weighted: bool = False
+    """True where both ends can scale factors by their partners; else `codec.weighted` is
+    refused."""
+    pooled: bool = False
+    """True where all data lies at one place."""
+    baseline: bool = False
+    """True for a run that others are compared with, without a page of its own in the docs."""
 
 
 @dataclass(frozen=True)
 class Method:
     """An entry of `METHODS`."""
 
-    config: type[Settings]
+    config: type[MethodSettings]
     server: Callable[[Any, Context], Server]
     tasks: Mapping[str, Task]
     paper: str
     """Authors, title, venue, year, link."""
-    codec: CodecSettings = field(default_factory=IdentitySettings)
-    """The codec when the configuration names none."""
-    sends: Literal["codec", "own code", "nothing"] = "codec"
-    """What carries updates: the codec of the configuration, a code that is part of the method, or
-    nothing, where a site keeps what it learned. For the last two a codec in the configuration is an
-    error."""
-    receives: Literal["as it is", "downlink", "own code"] = "as it is"
-    """Carrier of the model to the sites: one exact message, which is what a method of its own
-    makes; the configuration's downlink, where both ends speak through `methods.link`; or a code of
-    the method's. A `[downlink]` that nothing honours is an error."""
-    weights: bool = False
-    """True where both ends code factors scaled by their partners, if `codec.weighted` asks for it,
-    as `methods.link` does. A `weighted` that nothing honours is an error."""
-    sent: Callable[[Any, Layout], Layout] = lambda config, layout: part(
-        layout, getattr(config, "factors", "A and B")
-    )
-    """The layout of what a site trains and sends in a round, at most."""
-    forecast: Callable[[Any, Layout, Forecast], list[tuple[str, str]]] | None = None
-    """Rows of `fluvial check` about the way down and the memory of a site, where these are the
-    method's own."""
-    notes: Callable[[Any], Sequence[str]] = lambda _config: ()
-    """What `fluvial check` adds: what is decided only when the run starts."""
-    tunes: tuple[Tune, ...] = ("lora",)
-    """What the method can tune, its default first."""
-    pooled: bool = False
-    """Whether all data lies at one place (the centralised baseline)."""
-    reads_public: Callable[[Any, CodecSettings], bool] = lambda _config, _codec: False
-    """Whether the method, so configured and with this codec, reads public text."""
-    privacy: Callable[[Any], Promise | None] = lambda _config: None
-    """Differential privacy that the method, so configured, promises; None without any."""
-    check: Callable[[Any, CodecSettings, Layout], None] | None = None
-    """Raises `ConfigError` for settings that cannot work together, before anything is trained."""
-    check_model: Callable[[Any, nn.Module], None] | None = None
-    """The same for settings that do not fit the base model, which may be without weights."""
+    plan: Callable[[Any, Given], Plan]
+    """Return the plan of a run; raises `ConfigError` for settings that cannot work together, or
+    that have no effect."""
+    traits: Traits
+
+
+__all__ = [
+    "Context",
+    "Forecast",
+    "Given",
+    "Method",
+    "MethodSettings",
+    "Metrics",
+    "Plan",
+    "Promise",
+    "Row",
+    "SampledSettings",
+    "Server",
+    "Traits",
+    "Tune",
+]

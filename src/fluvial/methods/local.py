@@ -4,20 +4,29 @@ federation must beat.
 Each site keeps its own adapter between rounds; nothing but the loss is sent.
 """
 
+from functools import partial
 from typing import Literal
 
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.fedavg import WeightedLoss
-from fluvial.methods.interface import Context, Method, Metrics
+from fluvial.methods.interface import (
+    Context,
+    Given,
+    Method,
+    MethodSettings,
+    Metrics,
+    Plan,
+    Traits,
+)
+from fluvial.methods.planning import uncoded
 from fluvial.models.states import initial_state
-from fluvial.settings import Settings
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import add
 
 
-class LocalConfig(Settings):
+class LocalConfig(MethodSettings):
     """No settings of its own."""
 
     name: Literal["local"] = "local"
@@ -74,11 +83,16 @@ def train(site: Site, message: Payload) -> Payload:
     return Payload(values={"n": len(examples), "loss": report.loss})
 
 
+def plan(config: LocalConfig, given: Given) -> Plan:  # noqa: ARG001 - no settings
+    """Nothing is sent."""
+    return Plan(given.layout, partial(uncoded, given, given.layout, "none"))
+
+
 METHOD = Method(
     LocalConfig,
     LocalServer,
     {"train": train},
     paper="The local baseline: every site alone",
-    sends="nothing",
-    tunes=("lora", "full"),
+    plan=plan,
+    traits=Traits("local only", tunes=("lora", "full"), sends="nothing", baseline=True),
 )

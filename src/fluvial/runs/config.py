@@ -12,7 +12,7 @@ from pydantic import Field
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
-from fluvial.federation.fleet import FleetConfig, cohort_size
+from fluvial.federation.fleet import FleetConfig
 from fluvial.methods import METHODS, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
@@ -71,26 +71,22 @@ class RunConfig(Settings):
     @property
     def coding(self) -> CodecSettings:
         """The codec's settings, the method's default filled in."""
-        return self.codec or self.entry.codec
+        return self.codec or self.entry.traits.codec
 
     @property
     def tuned(self) -> Tune:
         """What is tuned, the method's default filled in."""
-        return self.tune or self.entry.tunes[0]
+        return self.tune or self.entry.traits.tunes[0]
 
     @property
     def adapter(self) -> LoraSettings | None:
         """The adapter's settings; None where all weights are tuned."""
         return self.lora if self.tuned == "lora" else None
 
-    def cohort(self, sites: int) -> int:
-        """Return the number of sites in a round; a method without `fraction` asks all."""
-        return cohort_size(getattr(self.method, "fraction", 1.0), sites)
-
     @property
     def promise(self) -> Promise | None:
         """Return the differential privacy that the method promises, if any."""
-        return self.entry.privacy(self.method)
+        return self.method.promise()
 
     def conflicts(self) -> Iterator[str]:
         """Yield what does not fit together among the tables."""
@@ -123,8 +119,8 @@ class RunConfig(Settings):
                 )
 
     def _unfit_for_what_is_tuned(self) -> Iterator[str]:
-        if self.tuned not in self.entry.tunes:
-            known = " or ".join(self.entry.tunes)
+        if self.tuned not in self.entry.traits.tunes:
+            known = " or ".join(self.entry.traits.tunes)
             yield f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it"
 
         if self.tuned == "full" and "lora" in self.model_fields_set:
@@ -144,7 +140,7 @@ class RunConfig(Settings):
 
     def _without_effect(self) -> Iterator[str]:
         why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(
-            self.entry.sends
+            self.entry.traits.sends
         )
         for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
             if settings is not None and why is not None:
@@ -154,7 +150,7 @@ class RunConfig(Settings):
             self.codec is not None
             and self.codec.weighted
             and why is None
-            and not self.entry.weights
+            and not self.entry.traits.weighted
         ):
             yield (
                 f"codec.weighted: without effect, because method {self.method.name!r} codes its "
@@ -162,13 +158,14 @@ class RunConfig(Settings):
             )
 
     def _downlink_conflicts(self) -> Iterator[str]:
-        if self.downlink is None or self.entry.sends != "codec":
+        if self.downlink is None or self.entry.traits.sends != "codec":
             return
 
-        if self.entry.receives == "own code":
-            yield f"downlink: without effect, because method {self.method.name!r} has a way down of its own; remove it"
-        if self.entry.receives == "as it is":
-            yield f"downlink: without effect, because method {self.method.name!r} sends adapters as they are; remove it"
+        why = {"own code": "has a way down of its own", "exact": "sends adapters as they are"}.get(
+            self.entry.traits.receives
+        )
+        if why is not None:
+            yield f"downlink: without effect, because method {self.method.name!r} {why}; remove it"
         if must_learn(self.downlink):
             yield (
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "

@@ -6,15 +6,11 @@ from typing import Any
 
 from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
-from fluvial.codecs.forecast import frame_size
-from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
-from fluvial.federation.line import round_s
 from fluvial.formatting import privacy_words
-from fluvial.methods.interface import Forecast
 from fluvial.models.loading import meta_base, resolve_device
-from fluvial.models.pretrained import check_tokenizer, dtype_of, load_tokenizer, num_embeddings
+from fluvial.models.pretrained import check_tokenizer, load_tokenizer, num_embeddings
 from fluvial.models.targets import target_names
 from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
@@ -23,8 +19,6 @@ from fluvial.runs.run import check_settings
 
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""
-OPTIMIZER_BYTES = 16
-"""Per trained value: fp32 weight, gradient and two moments of AdamW."""
 
 
 def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
@@ -42,13 +36,13 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in base.parameters())
     layout = tuned_layout(meta_base(config.model), config.adapter)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
-    check_settings(config, layout, base, texts)
+    planned = check_settings(config, layout, base, texts)
     remarks = texts.check()
     sites = []
     steps = 0
 
-    for name in (POOLED,) if config.entry.pooled else texts.names:
-        data = texts.pooled() if config.entry.pooled else texts.load(name)
+    for name in (POOLED,) if config.entry.traits.pooled else texts.names:
+        data = texts.pooled() if config.entry.traits.pooled else texts.load(name)
         steps = max(steps, config.train.steps(len(data.train)))
         sites.append(
             {
@@ -61,77 +55,35 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
             }
         )
 
-    trained = config.entry.sent(config.method, layout)
-    frame = frame_size(config.coding, trained) if config.entry.sends == "codec" else 0
-    down = frame_size(config.downlink or IdentitySettings(), layout)
-    cohort = config.cohort(len(sites))
-    width = dtype_of(config.model).itemsize
-    absent = (
-        "the method's own code: known when it runs" if config.entry.sends == "own code" else "none"
-    )
+    forecast = planned.forecast()
+    trained = planned.sent.numel
     rows = [
         ("base parameters", f"{parameters:,}"),
-        ("trained parameters", f"{trained.numel:,} ({trained.numel / parameters:.2%})"),
-        ("sites in a round", f"{cohort} of {len(sites)}"),
+        ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
+        ("sites in a round", f"{config.method.cohort(len(sites))} of {len(sites)}"),
         (
             "optimizer steps of a site in a round",
             f"{steps}, {config.train.logical_batch} sequences each",
         ),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
-        (
-            "frame of an update",
-            f"{frame:,} B, 1/{layout.raw_bytes / frame:.1f}" if frame else absent,
-        ),
-        (
-            "up, whole run",
-            f"{frame * cohort * config.rounds:,} B from all sites" if frame else absent,
-        ),
+        *forecast.rows,
     ]
-    downloads = config.rounds - (
-        config.downlink is not None
-    )  # every site makes the first adapter from the seed
-    forecast = config.entry.forecast
-
-    if forecast is not None:
-        rows += forecast(
-            config.method,
-            layout,
-            Forecast(frame, width, len(sites), config.rounds, config.fleet.line),
-        )
-    else:
-        rows += [
-            (
-                "down, whole run",
-                f"{down * cohort * downloads:,} B to all sites" if frame else absent,
-            ),
-            ("base in memory", f"{parameters * width:,} B"),
-            ("what is tuned and optimizer in memory", f"{trained.numel * OPTIMIZER_BYTES:,} B"),
-        ]
-
     promise = config.promise
     if promise is not None:
         rows.append(("privacy", privacy_words(promise.report(config.rounds, config.rounds))))
-
-    line = config.fleet.line
-    over_line = None
-    if line is not None and frame and forecast is None:
-        over_line = round_s(down, frame, sites=cohort, line=line)
-        rows.append(
-            ("a round over fleet.line, over Flower", f"{over_line:.1f} s and the time of training")
-        )
 
     return {
         "model": {
             "name": config.model.name_or_path,
             "parameters": parameters,
-            "trainable": trained.numel,
+            "trainable": trained,
             "targets": target_names(base, config.adapter) if config.adapter else ["all weights"],
         },
-        "bytes": {"raw": layout.raw_bytes, "frame": frame, "down": down},
-        "round_over_line_s": over_line,
+        "bytes": {"raw": layout.raw_bytes, "frame": forecast.frame, "down": forecast.down},
+        "round_over_line_s": forecast.round_over_line_s,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
-        "notes": [*_notes(config, remarks), *weights],
+        "notes": [*_notes(config, [*planned.notes, *remarks]), *weights],
     }
 
 
@@ -175,7 +127,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
-    notes = [f"method: {config.entry.paper}", *config.entry.notes(config.method), *remarks]
+    notes = [f"method: {config.entry.paper}", *remarks]
     if isinstance(config.coding, AutoSettings):
         notes.append(
             "the codec is chosen when the run starts, by measurement; the frame is what its rate allows"
@@ -185,7 +137,7 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
             "the codec is learned: its gate is measured when the run starts, and may refuse it"
         )
 
-    if config.fleet.line is not None and config.entry.sends != "codec":
+    if config.fleet.line is not None and config.entry.traits.sends != "codec":
         notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
 
     iterations = getattr(config.coding, "iterations", None)

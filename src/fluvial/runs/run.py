@@ -29,10 +29,10 @@ from fluvial.federation.replies import measured
 from fluvial.federation.sites import COMMON_TASKS, Site, Task, state_message
 from fluvial.federation.store import StateStore
 from fluvial.formatting import privacy_words
-from fluvial.methods import Context
+from fluvial.methods.interface import Context, Given, Plan
 from fluvial.models.base_weights import check_constant
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import check_length, context_length
+from fluvial.models.pretrained import check_length, context_length, dtype_of
 from fluvial.models.states import changed
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
@@ -124,7 +124,7 @@ def site_of(
         name=name,
         seed=config.seed,
         pool=bench,
-        load=texts.pooled if config.entry.pooled else partial(texts.load, name),
+        load=texts.pooled if config.entry.traits.pooled else partial(texts.load, name),
         train=_train_config(config, len(texts.names)),
         codec=config.coding,
         method=config.method,
@@ -136,7 +136,7 @@ def site_of(
 
 def _train_config(config: RunConfig, sites: int) -> TrainConfig:
     """The centralised baseline takes as many steps as all sites together."""
-    if not config.entry.pooled or config.train.max_steps is None:
+    if not config.entry.traits.pooled or config.train.max_steps is None:
         return config.train
     return config.train.model_copy(update={"max_steps": config.train.max_steps * sites})
 
@@ -154,7 +154,7 @@ def tasks_of(config: RunConfig) -> dict[str, Task]:
 def in_process(config: RunConfig, folder: RunFolder, bench: ModelPool, texts: Texts) -> Fleet:
     """All sites in this process."""
     assert isinstance(texts, SiteTexts), "the data of all sites is here"
-    names = (POOLED,) if config.entry.pooled else texts.names
+    names = (POOLED,) if config.entry.traits.pooled else texts.names
     open_site = partial(site_of, config, bench=bench, texts=texts, store=folder.store)
     return local_fleet(names, open_site, tasks_of(config), config.fleet)
 
@@ -201,23 +201,37 @@ def execute(
                 yield from Run(each, baseline, bench, known, assemble).events()
 
 
-def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Texts) -> None:
-    """Refuse settings that cannot work together, or a method that lacks public text; raises
-    `ConfigError`.
+def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Texts) -> Plan:
+    """Return the method's plan, once everything is known to fit together.
 
-    `base` may be without weights.
+    `base` may be without weights. Raises `ConfigError` for settings that cannot work together, and
+    for a method that lacks public text.
     """
-    if config.entry.check is not None:
-        config.entry.check(config.method, config.coding, layout)
-    if config.entry.check_model is not None:
-        config.entry.check_model(config.method, base)
+    planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names)))
     if config.promise is not None:
         config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
 
     check_constant(base)
     check_length(context_length(base), config.data.max_length)
-    if config.entry.reads_public(config.method, config.coding):
+    if planned.reads_public:
         texts.public()
+
+    return planned
+
+
+def given(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> Given:
+    """Return the facts about a run of `config` with `sites` that a plan is made from."""
+    return Given(
+        layout=layout,
+        base=base,
+        width_bytes=dtype_of(config.model).itemsize,
+        codec=config.coding,
+        downlink=config.downlink,
+        train=config.train,
+        sites=1 if config.entry.traits.pooled else sites,
+        rounds=config.rounds,
+        line=config.fleet.line,
+    )
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
@@ -467,7 +481,7 @@ class Run:
         result = {
             "fluvial": __version__,
             "method": self.config.method.name,
-            "codec": self.config.coding.name if self.config.entry.sends == "codec" else None,
+            "codec": self.config.coding.name if self.config.entry.traits.sends == "codec" else None,
             "rounds": rounds,
             "sites": len(self.fleet.sites),
             "heldout": {
@@ -514,7 +528,7 @@ class Run:
         setup_up, setup_down = (_directed(self.setup_bytes, way) for way in ("up", "down"))
         up = _directed(totals, "up") - setup_up
         down = _directed(totals, "down") - setup_down
-        sends = self.config.entry.sends != "nothing"
+        sends = self.config.entry.traits.sends != "nothing"
 
         return {
             "bytes": {

@@ -129,7 +129,9 @@ def timed(
     found, work = measure(config, clock)
     line_s = planned["round_over_line_s"] or 0.0
     ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every, line_s=line_s)
-    bound = "" if config.entry.sends == "codec" or config.entry.pooled else ", at most"
+    bound = (
+        "" if config.entry.traits.sends == "codec" or config.entry.traits.pooled else ", at most"
+    )
     rows = [
         ("loading model and data, measured", f"{found.load_s:.1f} s"),
         (f"one optimizer step at {found.site}, measured", f"{found.step_s:.3g} s"),
@@ -208,13 +210,13 @@ def _work(
     config: RunConfig, train_sequences: Sequence[int], heldout_sequences: Sequence[int]
 ) -> Work:
     count = len(train_sequences)
-    if config.entry.pooled:
+    if config.entry.traits.pooled:
         steps = [
             config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)
         ]
         return Work(steps, [sum(heldout_sequences)], 1, 1)
 
-    cohort = config.cohort(count)
+    cohort = config.method.cohort(count)
     # Sites that are named are each on a machine of its own.
     workers = count if config.fleet.sites else concurrency(config.fleet)
     steps = [config.train.steps(sequences) for sequences in train_sequences]

@@ -138,7 +138,7 @@ class SiteProcess:
         name = self._name(config)
         texts = self._records(local, bench)
         if not _is_private_at_site(config):
-            _ = texts.pooled() if config.entry.pooled else texts.load(name)
+            _ = texts.pooled() if config.entry.traits.pooled else texts.load(name)
         for note in texts.notes:
             logger.warning("%s", note)
 
@@ -177,7 +177,7 @@ class SiteProcess:
         return None if sent is None else at_site(sent, self.site)
 
     def _name(self, config: RunConfig) -> str:
-        return POOLED if config.entry.pooled else self.site.name
+        return POOLED if config.entry.traits.pooled else self.site.name
 
     def _bench(self, config: RunConfig) -> ModelPool:
         key = f"{config.model!r} {config.adapter!r}"

@@ -33,17 +33,26 @@ from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.fedavg import WeightedLoss, step
-from fluvial.methods.interface import Context, Method, Metrics, Promise
+from fluvial.methods.interface import (
+    Context,
+    Given,
+    Method,
+    Metrics,
+    Plan,
+    Promise,
+    SampledSettings,
+    Traits,
+)
+from fluvial.methods.planning import coded
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
-from fluvial.settings import Settings
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split
 from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
 
 logger = logging.getLogger(__name__)
 
 
-class CgFedLlmConfig(Settings):
+class CgFedLlmConfig(SampledSettings):
     """Defaults are the paper's where it gives them."""
 
     name: Literal["cgfedllm"] = "cgfedllm"
@@ -64,6 +73,10 @@ class CgFedLlmConfig(Settings):
     max_growth: float = Field(10.0, gt=1, le=1e9)
     """Stop when an aggregate update is this many times longer than the longest before it (spec
     g.12)."""
+
+    def promise(self) -> Promise | None:
+        """Return the promise of `privacy`, if it is set."""
+        return None if self.privacy is None else self.privacy.promise()
 
 
 class CgFedLlmServer:
@@ -268,8 +281,19 @@ def _train_in_private(
     return frame_payload(codec.seal(codec.pack(latent), round=round))
 
 
-def check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
-    """Refuse settings that cannot work together."""
+def plan(config: CgFedLlmConfig, given: Given) -> Plan:
+    """Refuse settings that cannot work together; note what epsilon leaves out."""
+    _check(config, given.codec, given.layout)
+    exact = config.privacy is not None and config.privacy.heldout == "exact"
+    return Plan(
+        given.layout,
+        partial(coded, config, given, given.layout),
+        notes=[f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else [],
+        reads_public=config.tgap.source == "public",
+    )
+
+
+def _check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
     check_codec(codec, config.tgap, layout)
     if config.representation == "state" and codec.error_feedback:
         raise ConfigError(
@@ -345,28 +369,12 @@ def _check_latent(codec: CodecSettings, layout: Layout) -> None:
         )
 
 
-def promise(config: CgFedLlmConfig) -> Promise | None:
-    """Return what `method.privacy` promises, if it is set."""
-    return None if config.privacy is None else config.privacy.promise()
-
-
-def notes(config: CgFedLlmConfig) -> list[str]:
-    """Return what `fluvial check` says about what epsilon leaves out."""
-    exact = config.privacy is not None and config.privacy.heldout == "exact"
-    return [f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else []
-
-
 METHOD = Method(
     CgFedLlmConfig,
     CgFedLlmServer,
     {"train": train, **TASKS},
-    paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, ECAI 2025, "
-    "https://arxiv.org/abs/2405.13746",
-    codec=ResNetSettings(),
-    reads_public=lambda config, _codec: config.tgap.source == "public",
-    privacy=promise,
-    notes=notes,
-    check=check,
-    receives="downlink",
-    weights=True,
+    paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, "
+    "ECAI 2025, https://arxiv.org/abs/2405.13746",
+    plan=plan,
+    traits=Traits("CG-FedLLM", codec=ResNetSettings(), receives="downlink", weighted=True),
 )

@@ -11,13 +11,13 @@ from fluvial.methods.fedcybgd.blocks import partition as partition_layout
 from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, DownloadConfig, ProxyDownload
 from fluvial.methods.fedcybgd.guards import AcceptConfig, GateConfig
 from fluvial.methods.fedcybgd.schedule import Order
-from fluvial.settings import Settings
+from fluvial.methods.interface import MethodSettings
 from fluvial.wire.tensors import Layout
 
 Merge = Literal["sequential", "average", "overwrite"]
 
 
-class FedCyBgdConfig(Settings):
+class FedCyBgdConfig(MethodSettings):
     """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in
     FedAvg."""
 
@@ -86,7 +86,7 @@ class FedCyBgdConfig(Settings):
             yield f"gate: without effect, because form={self.download.form!r} is exact; remove it"
 
 
-class CentralCyclicConfig(Settings):
+class CentralCyclicConfig(MethodSettings):
     """All data at one place, one block at a time: in every round each block gets its share of the
     steps."""
 

@@ -1,0 +1,68 @@
+"""Forecasts of bytes and memory for methods whose sites send one update in a round."""
+
+from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.federation.line import round_s
+from fluvial.methods.interface import Forecast, Given, MethodSettings, Row
+from fluvial.wire.tensors import Layout
+
+OPTIMIZER_BYTES = 16
+"""Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""
+NOT_CODED = {
+    "own code": "the method's own code: known when it runs",
+    "nothing": "none",
+}
+"""Rows about frames where no codec of the configuration carries updates."""
+
+
+def coded(config: MethodSettings, given: Given, sent: Layout) -> Forecast:
+    """Return the forecast of a method that sends `sent` by the codec and receives the adapter."""
+    frame = frame_size(given.codec, sent)
+    down = frame_size(given.downlink or IdentitySettings(), given.layout)
+    cohort = config.cohort(given.sites)
+    # With a coded way down every site makes the first adapter from the seed.
+    downloads = given.rounds - (given.downlink is not None)
+    rows = [
+        *frame_rows(config, given, frame),
+        ("down, whole run", f"{down * cohort * downloads:,} B to all sites"),
+        *memory_rows(given, sent),
+    ]
+    if given.line is None:
+        return Forecast(frame, down, rows)
+
+    seconds = round_s(down, frame, sites=cohort, line=given.line)
+    rows.append(
+        ("a round over fleet.line, over Flower", f"{seconds:.1f} s and the time of training")
+    )
+    return Forecast(frame, down, rows, seconds)
+
+
+def uncoded(given: Given, sent: Layout, absent: str) -> Forecast:
+    """Return the forecast of a method without the configuration's codec; `absent` says why."""
+    down = frame_size(IdentitySettings(), given.layout)
+    return Forecast(
+        0, down, [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)]
+    )
+
+
+def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[Row]:
+    """Return the rows about updates of `frame` bytes."""
+    total = frame * config.cohort(given.sites) * given.rounds
+    return [
+        ("frame of an update", f"{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"),
+        ("up, whole run", f"{total:,} B from all sites"),
+    ]
+
+
+def absent_rows(absent: str) -> list[Row]:
+    """Return the same rows where no codec of the configuration carries updates."""
+    return [("frame of an update", absent), ("up, whole run", absent)]
+
+
+def memory_rows(given: Given, sent: Layout) -> list[Row]:
+    """Return the rows about the memory of a site that holds the base and tunes `sent`."""
+    parameters = sum(parameter.numel() for parameter in given.base.parameters())
+    return [
+        ("base in memory", f"{parameters * given.width_bytes:,} B"),
+        ("what is tuned and optimizer in memory", f"{sent.numel * OPTIMIZER_BYTES:,} B"),
+    ]
