@@ -745,7 +745,7 @@ def test_a_reply_is_fetched_when_its_last_part_is_there() -> None:
 def test_replies_whose_last_part_overtook_another_hold_up_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fluvial.flower.inbox, "_PART_S", 0.2)
+    monkeypatch.setattr(fluvial.flower.inbox, "_OBJECT_S", 0.2)
     dead = threading.Event()
 
     def half(part: str) -> bytes:

@@ -1,10 +1,9 @@
-"""Replies of a Flower grid as they arrive, so that one which is still being uploaded holds up
-nobody else.
+"""Replies of a Flower grid as they arrive, so that a reply in upload does not delay the others.
 
-Flower shows a reply as soon as its upload begins, hands it out once, and then waits for the rest of
-it: as long as a thin link takes, and for minutes where the site died. So the waiting is done in
-threads, and where all of them wait, another goes on asking. To whoever asks second for the same
-reply Flower says that there is no such message.
+Flower lists a reply as soon as its upload begins, returns it once, and then blocks until the upload
+is complete: as long as a thin link takes, and for minutes if the site was killed. So threads wait
+for uploads, and when all of them wait, another is started. Flower answers a second request for the
+same reply with the error that there is no such message.
 """
 
 import queue
@@ -20,31 +19,31 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 
 _THREADS = 32
-"""At most; as many uploads can be waited for at the same time."""
+"""Most threads, and so the most uploads that are waited for at the same time."""
 _STUCK_S = 1.0
-"""A thread that has asked for this long waits for an upload."""
+"""Seconds after which a request of a thread counts as waiting for an upload."""
 _GROUPS = 16
-"""Questions in which all messages are asked for; a reply that is being uploaded holds up what came
-in one answer."""
+"""Requests over which all messages are divided; a reply in upload delays those of its request."""
 _LATER = 0.1
-"""A reply is noticed later by at most this share of the time since the last one, or since the last
-was watched for: a question costs the SuperLink 20 ms, and answers to a long training are no more
-urgent than to a short one."""
+"""Delay of a reply as a share of the time since the last reply or the last `watch`.
+
+A request costs the SuperLink 20 ms, and after a long training a longer delay does no harm."""
 _LATEST_S = 5.0
-"""And by at most so much."""
+"""Upper bound on that delay."""
 _AHEAD = 2
-"""Replies that are held for whoever calls `next`, so that memory does not grow with the number of
+"""Replies that are held for callers of `next`, so that memory does not grow with the number of
 sites."""
-_ASK_S = {"initial_backoff": 0.1, "backoff_cap": 0.5}
-"""When the rest of a reply that is being uploaded is asked for. Flower asks after 1, 3, 7, 15 s and
-so on, so that an upload of eight seconds is noticed in the fifteenth."""
-_PART_S = 5.0
-"""For which a reply with a missing part may hold up the others."""
+_BACKOFF_S = {"initial_backoff": 0.1, "backoff_cap": 0.5}
+"""Times of the requests for the rest of a reply in upload. Flower's own are after 1, 3, 7, 15 s and
+so on, which would notice an upload of eight seconds only after fifteen."""
+_OBJECT_S = 5.0
+"""Seconds for which a reply with a missing object may delay the others."""
 _fetching = threading.Semaphore(2)
+"""Right to hold the objects of a reply, for two threads at a time."""
 
 
 class Inbox:
-    """Asks for the replies to the messages that are watched."""
+    """Queue of the replies to watched messages, filled by threads."""
 
     def __init__(self, grid: Grid, *, poll_s: float) -> None:
         self._grid = grid
@@ -53,30 +52,31 @@ class Inbox:
         self._changed = threading.Condition()
         self._turn = count()
         self._moved = time.monotonic()
-        """When a message was last watched for, or a reply came."""
+        """Time of the last `watch` or reply."""
         self._asking: dict[int, tuple[float, frozenset[str]]] = {}
-        """By thread, since when it has been waiting for an answer of the grid, and what it asked
-        for."""
+        """Time and message numbers of each thread's open request to the grid, by thread."""
         self._held: set[str] = set()
-        """Messages whose replies a thread has that is still waiting for the rest."""
+        """Messages whose replies are in upload, for which a thread waits."""
         self._threads = 0
         self._found: queue.Queue[Message | Exception] = queue.Queue(_AHEAD)
 
     def watch(self, number: str) -> None:
-        """Ask for the reply to this message until it is there."""
+        """Request the reply to a message until it arrives."""
         with self._changed:
             self._watched[number] = None
             self._moved = time.monotonic()
             self._changed.notify_all()
 
     def forget(self, number: str) -> None:
-        """Ask no more."""
+        """Request the reply to a message no longer."""
         with self._changed:
             self._watched.pop(number, None)
 
     def next(self, timeout: float) -> Message | None:
-        """A reply, of which there may be two to one message; None if none came in time. Raises what
-        the grid raised."""
+        """Return the next reply, None if there is none within `timeout` seconds.
+
+        Two replies to one message are possible. Raises the errors of the grid.
+        """
         self._keep_asking()
         try:
             found = self._found.get(timeout=timeout) if timeout > 0 else self._found.get_nowait()
@@ -89,7 +89,7 @@ class Inbox:
         return found
 
     def _keep_asking(self) -> None:
-        """Start a thread where none asks: at first, and when all wait for uploads."""
+        """Start a thread if there is none, or if all threads wait for uploads."""
         now = time.monotonic()
         with self._changed:
             waiting = sum(now - since > _STUCK_S for since, _ in self._asking.values())
@@ -122,7 +122,7 @@ class Inbox:
                 del self._asking[own]
                 self._held.difference_update(mine)
                 found = [
-                    each for each in found if isinstance(each, Exception) or self._counts(each)
+                    reply for reply in found if isinstance(reply, Exception) or self._counts(reply)
                 ]
                 self._changed.notify_all()
 
@@ -135,10 +135,10 @@ class Inbox:
                 time.sleep(max(self._poll_s, later / groups))
 
             while found:
-                self._found.put(found.pop(0))  # and not held here while the next is waited for
+                self._found.put(found.pop(0))  # this thread holds no reply while it waits
 
     def _counts(self, reply: Message) -> bool:
-        """Whether this is the reply to a message, and not the news that another thread has it."""
+        """Return True for a reply, False for the error that another thread has received it."""
         number = reply.metadata.reply_to_message_id
         if reply.has_error() and reply.error.code == ErrorCode.MESSAGE_UNAVAILABLE:
             if number not in self._watched:
@@ -154,18 +154,18 @@ class Inbox:
 def pull_complete(
     object_ids: list[str], pull_object_fn: Callable[[str], bytes]
 ) -> dict[str, bytes]:
-    """The parts of a reply once it has been uploaded, and of two replies at a time.
+    """Return the objects of a reply after its upload, for at most two replies at a time.
 
-    Flower's own `pull_objects`, whose place this takes, holds the parts of all replies that are on
-    their way. A site uploads the last part last, and it is small. Raises `ObjectPullError` if a
-    part does not come.
+    This replaces Flower's `pull_objects`, which holds the objects of all replies in upload. A site
+    uploads the last object last, and it is small. Raises `ObjectPullError` if an object does not
+    arrive.
     """
-    *parts, last = object_ids
-    found: dict[str, bytes] = pull_objects([last], pull_object_fn, **_ASK_S)
+    *first, last = object_ids
+    contents: dict[str, bytes] = pull_objects([last], pull_object_fn, **_BACKOFF_S)
 
-    with _fetching, suppress(ObjectPullError):  # one part is late, or will never come
-        found |= pull_objects(parts, pull_object_fn, max_time=_PART_S, **_ASK_S)
-        return found
+    with _fetching, suppress(ObjectPullError):  # an object is late, or will never arrive
+        contents |= pull_objects(first, pull_object_fn, max_time=_OBJECT_S, **_BACKOFF_S)
+        return contents
 
-    found |= pull_objects(parts, pull_object_fn, **_ASK_S)
-    return found
+    contents |= pull_objects(first, pull_object_fn, **_BACKOFF_S)
+    return contents

@@ -1,4 +1,4 @@
-"""Which Flower node is which site: greetings, their answers, and the reasons of refusals."""
+"""Flower nodes by the names of their sites: invitations, answers and reasons of refusals."""
 
 import logging
 import time
@@ -17,14 +17,14 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
 """Seconds between two looks at which nodes are connected, while a site is missing."""
 _AGAIN_S = 10.0
-"""Seconds after which a node that was refused is greeted again, because its operator may have
-mended the cause."""
+"""Seconds after which a refused node is invited again, because its operator may have removed the
+cause."""
 _MAX_BYTES = 2**20
-"""Bytes of the largest answer to a greeting."""
+"""Largest answer to an invitation, in bytes."""
 
 
 class Nodes:
-    """The nodes of a Flower run by the names of their sites."""
+    """Nodes of a Flower run by the names of their sites."""
 
     def __init__(
         self,
@@ -39,14 +39,14 @@ class Nodes:
         look_s: float,
         limits: Limits,
     ) -> None:
-        """`greet` sends a greeting to a node and returns the message's number, `forget` stops
-        waiting for the reply to one.
+        """Begin without nodes.
 
-        `fingerprints` are those of what server and sites must have alike. `registered` gives the
-        name under which a node's key was registered.
+        `greet` sends an invitation to a node and returns the message's number; `forget` stops
+        waiting for the reply to a message. `fingerprints` are the server's, which sites must share.
+        `registered` returns the name under which the key of a node was registered.
         """
         self.keepers: set[str] = set()
-        """Sites that keep something without which the run cannot go on."""
+        """Sites that keep state without which the run cannot continue."""
         self._grid = grid
         self._names = names
         self._fingerprints = fingerprints
@@ -58,9 +58,9 @@ class Nodes:
         self._limits = limits
         self._nodes: dict[str, int] = {}
         self._greeted: dict[str, tuple[int, float]] = {}
-        """By message: the node that has not answered yet, and the time of the greeting."""
+        """Node and time of each invitation without an answer, by number of the message."""
         self._refused: dict[int, tuple[str, float]] = {}
-        """By node: the reason, and the time from which on it is greeted again."""
+        """Reason of each refusal and time of the next invitation, by node."""
         self._looked_s = float("-inf")
 
     @property
@@ -70,12 +70,12 @@ class Nodes:
 
     @property
     def answers_are_due(self) -> bool:
-        """Return whether a node was greeted and has not answered yet."""
+        """True if a node was invited and has not answered yet."""
         return bool(self._greeted)
 
     @property
     def reasons(self) -> str:
-        """Return why nodes that are connected do not take part, each after a semicolon."""
+        """Reasons why connected nodes do not take part, each after a semicolon."""
         return "".join(f"; {reason}" for reason, _ in self._refused.values())
 
     def node(self, site: str) -> int | None:
@@ -83,11 +83,11 @@ class Nodes:
         return self._nodes.get(site)
 
     def look_soon(self) -> None:
-        """Make the next `look` a real one, however short ago the last was."""
+        """Make the next `look` ask Flower for its nodes, even shortly after the last."""
         self._looked_s = float("-inf")
 
     def look(self) -> None:
-        """Greet nodes that are new, forget those that left, and refuse those that stay silent."""
+        """Invite new nodes, forget those that have left, and refuse those that stay silent."""
         now = time.monotonic()
         if now - self._looked_s >= self._look_s:
             self._looked_s = now
@@ -109,8 +109,10 @@ class Nodes:
                 )
 
     def hear(self, reply: Message) -> None:
-        """Take a reply to a greeting, and ignore any other; after an error of Flower's own the node
-        is greeted again."""
+        """Handle the reply to an invitation, and ignore others.
+
+        After an error of Flower's own, the node is invited again.
+        """
         number = reply.metadata.reply_to_message_id
         if number in self._greeted:
             node, _ = self._greeted.pop(number)
@@ -118,7 +120,7 @@ class Nodes:
                 self._join(node, reply)
 
     def greet_again(self, site: str) -> None:
-        """Greet a site again that does not know the run."""
+        """Invite a site again that has not joined the run."""
         self._nodes.pop(site, None)
         self.look_soon()
 
@@ -145,8 +147,7 @@ class Nodes:
         self._refused.pop(node, None)
 
     def _name(self, node: int, reply: Message) -> str:
-        """Return the name that a node gives; raises `ClientError` for one that may not take
-        part."""
+        """Return the name of a node's site; raise `ClientError` if it may not take part."""
         data, _ = open_reply(reply, max_bytes=_MAX_BYTES)
         answer = Payload.from_bytes(data, self._limits)
         name: str = answer.value("site", str)
@@ -158,10 +159,10 @@ class Nodes:
                 f"a site says that it is {name!r:.70}, and its key was registered for {key!r}"
             )
 
-        for what, ours in self._fingerprints.items():
-            if prints.get(what) != ours:
+        for kind, own in self._fingerprints.items():
+            if prints.get(kind) != own:
                 raise ClientError(
-                    f"site {name!r} has another {what} ({prints.get(what)!r:.40}, here {ours!r}); "
+                    f"site {name!r} has another {kind} ({prints.get(kind)!r:.40}, here {own!r}); "
                     "give both the same"
                 )
 

@@ -26,7 +26,7 @@ from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 
-logger = logging.getLogger("fluvial")
+logger = logging.getLogger(__name__)
 
 app = ServerApp()
 """Server app that the SuperLink runs."""
