@@ -61,13 +61,13 @@ def read_delimited(path: Path, reading: Reading) -> Table:
 def _other_delimiter(text: str, reading: Reading) -> str:
     """Return a hint for a header of quoted names with another delimiter between them."""
     first = LINE_END.split(text.lstrip(), maxsplit=1)[0]
-    found = [other for other in DELIMITERS if f'"{other}"' in first]
+    others = [other for other in DELIMITERS if f'"{other}"' in first]
 
-    if reading.delimiter is not None or not found:
+    if reading.delimiter is not None or not others:
         return ""
     return (
-        f"; if {_spoken(found[0])} separates the columns, set data.delimiter = "
-        f"{json.dumps(found[0])}"
+        f"; if {_spoken(others[0])} separates the columns, set data.delimiter = "
+        f"{json.dumps(others[0])}"
     )
 
 

@@ -146,14 +146,14 @@ def _decoded(data: bytes, codec: str, encoding: str, name: str) -> str:
 def _proposal(data: bytes, codec: str) -> str:
     """Return the remedy for bytes that are no text of `codec`."""
     fitting = [
-        found
-        for found in _candidates(data)
-        if codecs.lookup(found).name != codec and _fits(data, found)
+        candidate
+        for candidate in _candidates(data)
+        if codecs.lookup(candidate).name != codec and _fits(data, candidate)
     ]
     if not fitting:
         return "the file is damaged, or no text; save it anew as UTF-8"
 
-    quoted = [f'"{found}"' for found in fitting]
+    quoted = [f'"{candidate}"' for candidate in fitting]
     others = f" (or {', '.join(quoted[1:])})" if quoted[1:] else ""
     return (
         f"set data.encoding, for instance to {quoted[0]}{others}, and look at it with `fluvial "

@@ -11,13 +11,13 @@ from fluvial.data.rows import Number
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"has the field {shown(twice)} twice in one object; keep one of the two")
 
-    return found
+    return fields
 
 
 DECODER = json.JSONDecoder(

@@ -90,7 +90,7 @@ def read_document(path: Path, reading: Reading) -> Table:
     name = safe_line(str(path))
 
     try:
-        found = list(document(text))
+        fields = list(document(text))
     except JSONDecodeError as error:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _json_lines(path, text)
@@ -100,9 +100,9 @@ def read_document(path: Path, reading: Reading) -> Table:
     except ValueError as error:
         raise DataError([f"{name}, {error}"]) from None
 
-    lists = {key: items for key, items in found if items is not None}
+    lists = {key: items for key, items in fields if items is not None}
     if len(lists) != 1:
-        raise DataError([f"{name}: {_no_list(lists, [key for key, _ in found])}"])
+        raise DataError([f"{name}: {_no_list(lists, [key for key, _ in fields])}"])
 
     (items,) = lists.values()
     return _table_of_items(path, items)

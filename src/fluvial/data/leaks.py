@@ -23,21 +23,21 @@ class Leaks:
         """Return the held-out sequences of each site, token by token equal to one that any site
         trains on."""
         counts = {
-            name: sum(each in self._trained for each in found)
-            for name, found in self._heldout.items()
+            name: sum(each in self._trained for each in digests)
+            for name, digests in self._heldout.items()
         }
         return {name: count for name, count in counts.items() if count}
 
     def remarks(self) -> list[str]:
         """Return a remark on what leaks, or none."""
-        found = self.by_site()
-        if not found:
+        leaked = self.by_site()
+        if not leaked:
             return []
 
         total = sum(map(len, self._heldout.values()))
         return [
-            f"{sum(found.values())} of {total} held-out sequences are also trained on, token by "
-            f"token: held-out measures are too good ({_listed(found)})"
+            f"{sum(leaked.values())} of {total} held-out sequences are also trained on, token by "
+            f"token: held-out measures are too good ({_listed(leaked)})"
         ]
 
 

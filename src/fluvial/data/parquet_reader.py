@@ -36,9 +36,10 @@ def read_parquet(path: Path, _: Reading) -> Table:
         raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
 
     columns = [_values(name, each, table.column(each)) for each in names]
-    found = (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True))
+    records = (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True))
     rows = [
-        Row(record, Place(str(path), "row", number)) for number, record in enumerate(found, start=1)
+        Row(record, Place(str(path), "row", number))
+        for number, record in enumerate(records, start=1)
     ]
 
     return Table(str(path), ".parquet", rows, tuple(names))

@@ -146,10 +146,10 @@ class RecordReader:
 
         turns = fields[self._column(field)]
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
-            found = "an empty list" if isinstance(turns, list) else described(turns)
+            held = "an empty list" if isinstance(turns, list) else described(turns)
             raise ConfigError(
                 f"{place}: {self._name(field)}: the conversation must be a list of turns, and is "
-                f"{found}; write a list of objects, or remove the record"
+                f"{held}; write a list of objects, or remove the record"
             )
 
         if fields.get("tools"):
@@ -183,10 +183,10 @@ class RecordReader:
                 )
 
         role = turn[who]
-        known = SHAREGPT_ROLES if self.form == "sharegpt" else ROLES
-        if not isinstance(role, str) or role not in known:
+        roles = SHAREGPT_ROLES if self.form == "sharegpt" else ROLES
+        if not isinstance(role, str) or role not in roles:
             raise ConfigError(
-                f"{place}: {who!r} is none of the known roles {', '.join(known)}; rename it"
+                f"{place}: {who!r} is none of the known roles {', '.join(roles)}; rename it"
             )
 
         message = {

@@ -66,11 +66,11 @@ class SiteRecords:
         assert self.config.public_source is not None, "there is a public source"
         source = self._source("data.public_source", self.config.public_source, self.config.split)
         faults = Faults()
-        found = read_source(source, faults)
+        records = read_source(source, faults)
         faults.raise_any()
-        self.notes += found.notes
+        self.notes += records.notes
 
-        return [entry.record for entry in found.entries]
+        return [entry.record for entry in records.entries]
 
     def _source(self, where: str, name: str, wanted: str) -> Source:
         own = {

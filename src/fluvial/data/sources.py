@@ -101,12 +101,12 @@ def read_source(source: Source, faults: Faults) -> Found:
 
 def read_each(source: Source, faults: Faults) -> dict[str, Found]:
     """Return the records of each file of a folder, by the file's name without its suffix."""
-    found: dict[str, Found] = {}
+    by_file: dict[str, Found] = {}
     files = _files(source, one_kind=False)
     reading = _reading(source, files)
 
     for path in files:
-        if path.stem in found:
+        if path.stem in by_file:
             raise ConfigError(
                 f"{source.where}: {source.name!r} holds two files for site {shown(path.stem)}; "
                 "rename one or join them"
@@ -118,9 +118,9 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
             faults.include(error)
             tables = []
 
-        found[path.stem] = _joined(_records(table, source, faults) for table in tables)
+        by_file[path.stem] = _joined(_records(table, source, faults) for table in tables)
 
-    return found
+    return by_file
 
 
 def _joined(parts: Iterable[Found]) -> Found:

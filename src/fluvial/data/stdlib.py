@@ -115,13 +115,13 @@ def pretraining_documents() -> list[Document]:
 
 
 def _enough(what: str, files: dict[str, str]) -> dict[str, str]:
-    found = sum(len(text) for text in files.values())
-    if found < MIN_CHARS:
+    characters = sum(len(text) for text in files.values())
+    if characters < MIN_CHARS:
         raise ConfigError(
             f"data.source='stdlib': {what} needs the library sources of this Python "
-            f"({sys.version.split()[0]}, {_library()}), but only {found} of {MIN_CHARS} characters "
-            "are there. Install them (Debian: libpython3-stdlib; embedded builds often ship only "
-            "compiled files), or set data.source to your own files."
+            f"({sys.version.split()[0]}, {_library()}), but only {characters} of {MIN_CHARS} "
+            "characters are there. Install them (Debian: libpython3-stdlib; embedded builds often "
+            "ship only compiled files), or set data.source to your own files."
         )
 
     return files

@@ -90,7 +90,7 @@ class SiteTexts:
         self._parts = None if config.source == STDLIB else records.read(faults)
 
         if faults.count and owner is None and config.public_source is not None:
-            self._try_public(faults)  # so that its faults are told with the others
+            self._try_public(faults)  # so that one message has its faults too
 
         faults.raise_any()
         self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
@@ -243,11 +243,11 @@ class SiteTexts:
 
     def _own_faults(self, name: str, tokens: _Tokens, faults: Faults) -> None:
         """Add the faults of one site, apart from records that do not fit."""
-        for part, what in ((tokens.train, "to train on"), (tokens.heldout, "held out")):
-            if part.faults.count:
-                faults.include_all(part.faults)
-            elif not part.examples and not part.surplus.refused:
-                dropped = part.surplus.dropped
+        for tokenized, what in ((tokens.train, "to train on"), (tokens.heldout, "held out")):
+            if tokenized.faults.count:
+                faults.include_all(tokenized.faults)
+            elif not tokenized.examples and not tokenized.surplus.refused:
+                dropped = tokenized.surplus.dropped
                 lost = (
                     f" ({dropped} are longer than data.max_length and were dropped)"
                     if dropped
@@ -258,7 +258,7 @@ class SiteTexts:
                     "the site out"
                 )
 
-            self._check_ids(part.examples, f"data, site {shown(name)}", faults)
+            self._check_ids(tokenized.examples, f"data, site {shown(name)}", faults)
 
     def _check_ids(self, examples: Sequence[Example], where: str, faults: Faults) -> None:
         largest = max((max(example.input_ids) for example in examples), default=0)
@@ -307,15 +307,15 @@ class SiteTexts:
             None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32
         )
         tokens = {
-            name: self._tokenizing([records[number] for number in part])
-            for name, part in parts.items()
+            name: self._tokenizing([records[number] for number in numbers])
+            for name, numbers in parts.items()
         }
         faults = Faults()
         surplus = Surplus()
 
-        for part in tokens.values():
-            faults.include_all(part.faults)
-            surplus += part.surplus
+        for tokenized in tokens.values():
+            faults.include_all(tokenized.faults)
+            surplus += tokenized.surplus
 
         if surplus.refused:
             faults.add(
@@ -323,7 +323,7 @@ class SiteTexts:
             )
 
         faults.raise_any()
-        return {name: part.examples for name, part in tokens.items()}
+        return {name: tokenized.examples for name, tokenized in tokens.items()}
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:

@@ -218,16 +218,16 @@ def tokenize(
     """
     reader = RecordReader(form, {})
     faults = Faults()
-    found = []
+    checked = []
 
     for name, fields in records:
         try:
-            found.append(reader.read(name, fields))
+            checked.append(reader.read(name, fields))
         except ConfigError as error:
             faults.include(error)
 
     tokenizing = Tokenizing(tokenizer, max_length, packing, loss_on, overlong)
-    result = tokenizing(found)
+    result = tokenizing(checked)
     if result.faults.count:
         faults.include(DataError(result.faults.first, result.faults.count))
     if result.surplus.refused:

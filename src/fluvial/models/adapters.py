@@ -46,8 +46,8 @@ class SeededDropout(nn.Module):
         if not self.training or self.p == 0:
             return hidden
         generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
-        kept = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
-        return hidden * kept / (1 - self.p)
+        mask = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
+        return hidden * mask / (1 - self.p)
 
 
 def adapt(

@@ -120,8 +120,8 @@ def _places(
             raise
         return None  # of another format, which `load` reads or refuses
 
-    found = _renamed(model, stored)
-    if found is None:
+    renamed = _renamed(model, stored)
+    if renamed is None:
         return None
 
     shared: dict[int, list[str]] = {}
@@ -129,12 +129,12 @@ def _places(
         shared.setdefault(id(parameter), []).append(name)
     places = {}
     for name, tensor in tensors.items():
-        there = [alias for alias in shared.get(id(tensor), [name]) if alias in found]
-        if not there:
+        aliases = [alias for alias in shared.get(id(tensor), [name]) if alias in renamed]
+        if not aliases:
             return None
-        if len(there) > 1:
-            _check_equal(folder, [found[alias] for alias in there])
-        places[name] = found[there[0]]
+        if len(aliases) > 1:
+            _check_equal(folder, [renamed[alias] for alias in aliases])
+        places[name] = renamed[aliases[0]]
 
     source = FolderSource(folder, places)
     same = all(source.shape(name) == tuple(tensor.shape) for name, tensor in tensors.items())
@@ -160,21 +160,21 @@ def _renamed(model: PreTrainedModel, stored: dict[str, Path]) -> dict[str, str] 
         return {name if name in state else prefix + name: name for name in stored}
 
     mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     state = model.state_dict()
     prefix = model.base_model_prefix
-    found = {}
+    names = {}
 
     for key in sorted(stored, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, converted = rename_source_key(key, [], [], prefix, state)
-        if name in state and (converted is not None or name in found):
+        if name in state and (converted is not None or name in names):
             return None
-        found[name] = key
+        names[name] = key
 
-    return found
+    return names
 
 
 def _check_equal(folder: Path, names: list[str]) -> None:

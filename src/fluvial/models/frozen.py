@@ -87,7 +87,7 @@ def check_streams(model: nn.Module) -> None:
 class _Forward(threading.local):
     """The forward pass that a thread is in."""
 
-    known: "_Known | None" = None
+    loaded: "_Loaded | None" = None
     """The weights that it has loaded."""
 
 
@@ -106,11 +106,11 @@ class _Weight:
     def load(self) -> Tensor:
         """Return the weight in the layer's type, on the layer's device."""
         weight = self.source.get(self.name).to(self.device, self.dtype)
-        known = _forward.known
+        loaded = _forward.loaded
 
-        if known is not None:
+        if loaded is not None:
             storage = weight.untyped_storage()
-            known[id(storage)] = weakref.ref(storage), self
+            loaded[id(storage)] = weakref.ref(storage), self
 
         return weight
 
@@ -119,7 +119,7 @@ class _Weight:
         return self.source.rows(self.name, index.cpu()).to(self.device, self.dtype)
 
 
-_Known = dict[int, tuple["weakref.ref[torch.UntypedStorage]", _Weight]]
+_Loaded = dict[int, tuple["weakref.ref[torch.UntypedStorage]", _Weight]]
 """Weights by the identity of their memory, while that memory lives."""
 
 
@@ -213,13 +213,13 @@ def _save_no_weights(model: Any) -> None:
 
     @wraps(inside)
     def forward(*args: Any, **options: Any) -> Any:
-        known: _Known = {}
-        _forward.known = known
+        loaded: _Loaded = {}
+        _forward.loaded = loaded
         try:
-            with torch.autograd.graph.saved_tensors_hooks(partial(_pack, known), _unpack):
+            with torch.autograd.graph.saved_tensors_hooks(partial(_pack, loaded), _unpack):
                 return inside(*args, **options)
         finally:
-            _forward.known = None
+            _forward.loaded = None
 
     model.forward = forward
 
@@ -234,9 +234,9 @@ class _View:
     offset: int
 
 
-def _pack(known: _Known, tensor: Tensor) -> Tensor | _View:
+def _pack(loaded: _Loaded, tensor: Tensor) -> Tensor | _View:
     storage = tensor.untyped_storage()
-    memory, weight = known.get(id(storage), (None, None))
+    memory, weight = loaded.get(id(storage), (None, None))
     if memory is None or weight is None or memory() is not storage or tensor.dtype != weight.dtype:
         return tensor
     return _View(weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))

@@ -120,16 +120,16 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     from transformers import AutoConfig
 
     _refuse_folder(config)
-    found = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
-    _refuse_config(config, found)
+    base_config = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
+    _refuse_config(config, base_config)
 
-    for settings in (found, found.get_text_config()):
+    for settings in (base_config, base_config.get_text_config()):
         # What a forward pass returns beside logits is no part of a model.
         settings.return_dict = True
         settings.output_attentions = False
         settings.output_hidden_states = False
 
-    return found
+    return base_config
 
 
 def _refuse_folder(config: ModelConfig) -> None:
@@ -186,19 +186,19 @@ _ENCODERS = (
 """Model types that are causal only where their configuration says `is_decoder`."""
 
 
-def _refuse_config(config: ModelConfig, found: PretrainedConfig) -> None:
+def _refuse_config(config: ModelConfig, base_config: PretrainedConfig) -> None:
     from transformers import AutoModelForCausalLM
 
     where = f"model.name_or_path={config.name_or_path!r}"
-    kind = found.model_type
+    kind = base_config.model_type
 
-    if getattr(found, "is_encoder_decoder", False):
+    if getattr(base_config, "is_encoder_decoder", False):
         raise ConfigError(
             f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models "
             "are tuned"
         )
 
-    if type(found) not in AutoModelForCausalLM._model_mapping:
+    if type(base_config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"{where}: transformers has no causal language model of the type {kind!r}"
         )
@@ -215,13 +215,13 @@ def _refuse_config(config: ModelConfig, found: PretrainedConfig) -> None:
             "it"
         )
 
-    if kind in _ENCODERS and not found.is_decoder:
+    if kind in _ENCODERS and not base_config.is_decoder:
         raise ConfigError(
             f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = "
             "false; set it to true for a causal language model"
         )
 
-    quantised = getattr(found, "quantization_config", None)
+    quantised = getattr(base_config, "quantization_config", None)
     if quantised is not None:
         method = (
             quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
@@ -249,16 +249,18 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
     if config.dtype != "auto":
         return _PRECISIONS[config.dtype]
 
-    found = read_config(config)
-    told = getattr(found, "dtype", None) or getattr(found.get_text_config(), "dtype", None)
-    if told is None:
+    base_config = read_config(config)
+    named = getattr(base_config, "dtype", None) or getattr(
+        base_config.get_text_config(), "dtype", None
+    )
+    if named is None:
         folder = local_folder(config)
         stored = stored_tensors(folder) if folder is not None else {}
-        told = next(
+        named = next(
             (tensor.dtype for tensor in stored.values() if tensor.dtype in FLOATS), torch.float32
         )
 
-    kind = getattr(torch, told) if isinstance(told, str) else told
+    kind = getattr(torch, named) if isinstance(named, str) else named
     if kind not in _PRECISIONS.values():
         raise ConfigError(
             f"model.dtype: the folder's own type is {kind}; set 'float32', 'bfloat16' or 'float16'"
@@ -353,8 +355,8 @@ def context_length(model: PreTrainedModel) -> int | None:
     """Return the tokens that `model` reads at most, None without a limit; it may be without
     weights."""
     config = model.config.get_text_config()
-    told = [getattr(config, name, None) for name in _LENGTHS]
-    limits = [length for length in told if isinstance(length, int) and length > 0]
+    lengths = [getattr(config, name, None) for name in _LENGTHS]
+    limits = [length for length in lengths if isinstance(length, int) and length > 0]
 
     for name, module in model.named_modules():
         # RoBERTa and its kin count positions from the row after the padding's.

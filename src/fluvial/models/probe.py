@@ -26,7 +26,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     state = _random_state(device)
 
     try:
-        logits = [_logits(model, each) for each in (tokens, changed)]
+        logits = [_logits(model, rows) for rows in (tokens, changed)]
         padded = _logits(model, torch.nn.functional.pad(tokens, (0, LENGTH)), LENGTH)
     except Exception as error:
         raise ConfigError(
@@ -47,7 +47,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
             "has another type, set model.dtype to it, else copy the folder again"
         )
 
-    first, second = (each[:, :-1].float() for each in logits)
+    first, second = (rows[:, :-1].float() for rows in logits)
     if float((first - second).norm()) > _tolerance(model) * float(first.norm()):
         raise ConfigError(
             f"{where}: {type(model).__name__} attends to later tokens, so predicting the next one "

@@ -73,7 +73,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
             f"{index}: has no 'weight_map' of tensors and files: {error!r:.200}; copy it again"
         ) from error
 
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (folder / file).is_file():
             raise ConfigError(
@@ -90,9 +90,9 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
                 "both again"
             )
 
-        found |= tensors
+        stored |= tensors
 
-    return found
+    return stored
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -122,22 +122,22 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
             length = int.from_bytes(opened.read(8), "little")
             if length > _LONGEST:
                 raise ValueError(f"a header of {length} bytes")
-            table = json.loads(opened.read(length))
+            entries = json.loads(opened.read(length))
 
-        table.pop("__metadata__", None)
-        found = {
+        entries.pop("__metadata__", None)
+        tensors = {
             str(name): torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
-            for name, entry in table.items()
+            for name, entry in entries.items()
         }
         sizes = {
             name: entry["data_offsets"][1] - entry["data_offsets"][0]
-            for name, entry in table.items()
+            for name, entry in entries.items()
         }
-        wrong = [name for name, tensor in found.items() if tensor.nbytes != sizes[name]]
+        wrong = [name for name, tensor in tensors.items() if tensor.nbytes != sizes[name]]
 
         if wrong:
             raise ValueError(
-                f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {found[wrong[0]].nbytes}"
+                f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {tensors[wrong[0]].nbytes}"
             )
 
         if 8 + length + sum(sizes.values()) != file.stat().st_size:
@@ -157,15 +157,15 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
             f"{file}: is damaged or cut short; copy it again ({first_line(error):.120})"
         ) from error
 
-    return found
+    return tensors
 
 
 def first_line(error: Exception) -> str:
     """Return an error's text in one line of at most 300 characters, with its kind where that
     helps."""
     text = " ".join(str(error).split())
-    known = isinstance(error, OSError | ValueError | ImportError)
-    return (text if text and known else f"{type(error).__name__}: {text}".rstrip(": "))[:300]
+    plain = isinstance(error, OSError | ValueError | ImportError)
+    return (text if text and plain else f"{type(error).__name__}: {text}".rstrip(": "))[:300]
 
 
 def some(names: list[str]) -> str:

@@ -92,8 +92,13 @@ def text_modules(base: PreTrainedModel) -> set[int] | None:
     model."""
     if base.config.get_text_config() is base.config:
         return None
-    parts = [base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()]
-    return {id(module) for part in parts if part is not None for module in part.modules()}
+    submodels = [base.get_decoder(), base.get_output_embeddings(), base.get_input_embeddings()]
+    return {
+        id(module)
+        for submodel in submodels
+        if submodel is not None
+        for module in submodel.modules()
+    }
 
 
 _ROUTER = re.compile(r"(^|\.)(\w+_)?(router|routers|gate|gating|gate_weight|expert_gate)(\.|$)")
@@ -129,15 +134,15 @@ def _explicit(
 ) -> dict[str, nn.Linear]:
     chosen: dict[str, nn.Linear] = {}
     for target in given:
-        found = _matching([target], linear)
-        if not found:
-            known = sorted({_leaf(name) for name in proposed})
+        names = _matching([target], linear)
+        if not names:
+            leaves = sorted({_leaf(name) for name in proposed})
             raise ConfigError(
                 f"lora.target_modules: the model has no linear module {target!r}; it has "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(leaves) or 'none'}"
             )
 
-        chosen |= {name: linear[name] for name in found}
+        chosen |= {name: linear[name] for name in names}
 
     return chosen
 
@@ -155,13 +160,13 @@ def _default(base: PreTrainedModel, fit: dict[str, nn.Linear]) -> dict[str, nn.L
         or TABLE.get(base.config.model_type)
         or []
     )
-    found = (
+    names = (
         _matching(usual, fit)
         if isinstance(usual, list)
         else {name for name in fit if re.fullmatch(usual, name)}
     )
 
-    return {name: fit[name] for name in found} or fit
+    return {name: fit[name] for name in names} or fit
 
 
 def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -171,7 +176,7 @@ def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
     return {
         name
         for name in names
-        if name in wanted or name.endswith(tuple(f".{each}" for each in wanted))
+        if name in wanted or name.endswith(tuple(f".{target}" for target in wanted))
     }
 
 

@@ -91,9 +91,11 @@ def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
     if info.get("error_msgs"):
         raise ConfigError(f"{where}: {info['error_msgs'][0]:.300}")
 
-    known = {_numbered(key) for key in model.state_dict()}
+    own_names = {_numbered(key) for key in model.state_dict()}
     beyond = sorted(
-        key for key in info["unexpected_keys"] if re.search(r"\d", key) and _numbered(key) in known
+        key
+        for key in info["unexpected_keys"]
+        if re.search(r"\d", key) and _numbered(key) in own_names
     )
     if beyond:
         raise ConfigError(

@@ -91,7 +91,7 @@ def evaluate_adapter(
     probes += [sheet.prompts[0].prefix] if sheet else []
     check_effect(pool, state, probes[0])
     models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "fluvial": __version__,
         "adapter": str(adapter.path),
         "tuned": "lora" if adapter.lora else "full",
@@ -99,11 +99,11 @@ def evaluate_adapter(
     }
 
     if data is not None and texts is not None:
-        found["data"] = _data_result(data, texts, pool, models, max_new_tokens)
+        result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and sheet is not None:
-        found["choices"] = _choice_result(choices, sheet, pool, models, seed)
+        result["choices"] = _choice_result(choices, sheet, pool, models, seed)
 
-    return found
+    return result
 
 
 def _change(weights: Named, pool: ModelPool) -> Named:
@@ -130,15 +130,15 @@ def evaluate_model(
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
     models: dict[str, Named] = {"model": {}}
-    found: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
+    result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
     if data is not None and texts is not None:
-        found["data"] = _data_result(data, texts, pool, models, max_new_tokens)
+        result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and questions:
         sheet = _sheet(choices, questions, pool)
-        found["choices"] = _choice_result(choices, sheet, pool, models, seed)
+        result["choices"] = _choice_result(choices, sheet, pool, models, seed)
 
-    return found
+    return result
 
 
 def _without_copies(adapter: AdapterFolder, pool: ModelPool) -> Named:
@@ -216,7 +216,7 @@ def _data_result(
     room = None if longest is None else longest - max_new_tokens
     encoder = Encoder.of(pool.tokenizer)
     fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
-    table: dict[str, Any] = {
+    result: dict[str, Any] = {
         "source": data.source,
         "form": ", ".join(texts.forms),
         "notes": texts.notes,
@@ -235,13 +235,13 @@ def _data_result(
     for name, adapter in models.items():
         with pool.model(adapter) as model:
             sums = heldout(model, texts.examples, pad_token_id=pool.tokenizer.pad_token_id)
-        table[name] = _measures(sums, name)
+        result[name] = _measures(sums, name)
         if questions:
-            table[name]["exact_match"] = _greedy_matches(pool, adapter, fit, max_new_tokens) / len(
+            result[name]["exact_match"] = _greedy_matches(pool, adapter, fit, max_new_tokens) / len(
                 questions
             )
 
-    return table
+    return result
 
 
 def _measures(sums: Heldout, name: str) -> dict[str, Any]:
@@ -262,14 +262,14 @@ def _greedy_matches(
     pool: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
 ) -> int:
     right = 0
-    told = time.monotonic()
+    logged_s = time.monotonic()
     prompts = [question.prompt for question in questions]
     answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
 
     for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
         right += exact_match([answer], [question.answer])
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
+        if time.monotonic() - logged_s > 1:
+            logged_s = time.monotonic()
             logger.info("exact match: %d of %d answers written", number, len(questions))
 
     return right
@@ -278,7 +278,7 @@ def _greedy_matches(
 def _choice_result(
     choices: ChoiceConfig, sheet: Sheet, pool: ModelPool, models: dict[str, Named], seed: int
 ) -> dict[str, Any]:
-    table: dict[str, Any] = {
+    result: dict[str, Any] = {
         "source": str(choices.path),
         "scoring": choices.scoring,
         "shots": choices.shots,
@@ -299,7 +299,7 @@ def _choice_result(
             )
 
         interval = marks[name].interval(seed)
-        table[name] = {
+        result[name] = {
             "accuracy": interval.mean,
             "macro_accuracy": _macro(marks[name]),
             "standard_error": marks[name].standard_error,
@@ -310,21 +310,21 @@ def _choice_result(
         pairs = zip(marks["adapter"].right, marks["base"].right, strict=True)
         gains = [after - before for after, before in pairs]
         gain = bootstrap(gains, seed)
-        table["difference"] = {
+        result["difference"] = {
             "accuracy": sum(gains) / len(gains),
             "interval": None if gain is None else [gain.low, gain.high],
         }
 
-    by_subject = {name: found.by_subject() for name, found in marks.items()}
-    table["by_subject"] = {
+    by_subject = {name: model_marks.by_subject() for name, model_marks in marks.items()}
+    result["by_subject"] = {
         subject: {"questions": asked}
         | {name: rows[subject][0] / asked for name, rows in by_subject.items()}
         for subject, (_, asked) in next(iter(by_subject.values())).items()
     }
     benchmark = _benchmark(choices, sheet)
-    table["groups"] = None if benchmark is None else grouped(benchmark, by_subject)
+    result["groups"] = None if benchmark is None else grouped(benchmark, by_subject)
 
-    return table
+    return result
 
 
 def _macro(marks: Marks) -> float:

@@ -137,14 +137,14 @@ def prepare(
         ]
         own = own[:shots]
         short += len(own) < shots
-        kept = len(own)
+        num_shots = len(own)
         prompt = _tokens(choice, own, encoder, scoring, wording)
 
-        while context is not None and kept and _length(prompt) > context:
-            kept -= 1
-            prompt = _tokens(choice, own[:kept], encoder, scoring, wording)
+        while context is not None and num_shots and _length(prompt) > context:
+            num_shots -= 1
+            prompt = _tokens(choice, own[:num_shots], encoder, scoring, wording)
 
-        dropped += len(own) - kept
+        dropped += len(own) - num_shots
         surplus = 0 if context is None else _length(prompt) - context
         if surplus > 0:
             cut = cut + 1

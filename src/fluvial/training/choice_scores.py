@@ -51,14 +51,14 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
     scores = [[math.nan] * len(prompt.endings) for prompt in sheet.prompts]
     model.eval()
     done = 0
-    told = time.monotonic()
+    logged_s = time.monotonic()
 
-    for part in _batches(sorted(rows, key=len)):
-        batch = collate([Example(row, row) for row in part], pad_token_id, device)
+    for batch_rows in _batches(sorted(rows, key=len)):
+        batch = collate([Example(row, row) for row in batch_rows], pad_token_id, device)
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
-        for place, row in enumerate(part):
+        for place, row in enumerate(batch_rows):
             longest = max(len(sheet.prompts[number].endings[index]) for number, index in rows[row])
             since = len(row) - longest
             likely = logits[place, since : len(row)].float().log_softmax(-1)
@@ -66,8 +66,8 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
             for number, index in rows[row]:
                 prompt = sheet.prompts[number]
                 targets = torch.tensor(prompt.endings[index], device=device)
-                each = likely[longest - len(targets) :].gather(1, targets[:, None])
-                scores[number][index] = float(each.sum()) / prompt.sizes[index]
+                terms = likely[longest - len(targets) :].gather(1, targets[:, None])
+                scores[number][index] = float(terms.sum()) / prompt.sizes[index]
 
                 if math.isnan(scores[number][index]):
                     raise ConfigError(
@@ -76,9 +76,9 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
                         "damaged, or too large for model.dtype: choose 'float32'"
                     )
 
-        done += len(part)
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
+        done += len(batch_rows)
+        if time.monotonic() - logged_s > 1:
+            logged_s = time.monotonic()
             logger.info("multiple choice: %d of %d sequences", done, len(rows))
 
     return scores
@@ -146,14 +146,14 @@ class Marks:
     def by_subject(self) -> dict[str, tuple[int, int]]:
         """Return right answers and questions of each subject, in alphabetical order; "" is no
         subject."""
-        table: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         pairs = zip(self.subjects, self.right, strict=True)
 
         for subject, right in sorted((subject or "", right) for subject, right in pairs):
-            known, asked = table.get(subject, (0, 0))
-            table[subject] = (known + right, asked + 1)
+            hits, asked = counts.get(subject, (0, 0))
+            counts[subject] = (hits + right, asked + 1)
 
-        return table
+        return counts
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval | None:

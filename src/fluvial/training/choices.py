@@ -41,16 +41,16 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     if not path.is_file():
         raise ConfigError(f"there is no file {str(path)!r} with questions")
 
-    found = []
+    choices = []
     faults = Faults()
     for row in read_json(path).rows:
         try:
-            found.append(_choice(f"{row.place}", row.fields, subject_field))
+            choices.append(_choice(f"{row.place}", row.fields, subject_field))
         except ConfigError as error:
             faults.include(error)
 
     faults.raise_any()
-    return found
+    return choices
 
 
 def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:

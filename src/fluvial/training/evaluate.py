@@ -31,9 +31,9 @@ class Heldout:
     def sum(cls, parts: Sequence["Heldout"]) -> "Heldout":
         """Return the sums over all parts."""
         return cls(
-            math.fsum(part.loss_sum for part in parts),
-            sum(part.hits for part in parts),
-            sum(part.label_tokens for part in parts),
+            math.fsum(sums.loss_sum for sums in parts),
+            sum(sums.hits for sums in parts),
+            sum(sums.label_tokens for sums in parts),
         )
 
     @property
@@ -71,7 +71,7 @@ def heldout(
 
     loss_sum = 0.0
     hits = 0
-    told = time.monotonic()
+    logged_s = time.monotonic()
     order = sorted(examples, key=lambda example: len(example.input_ids))
 
     for start in range(0, len(order), batch_size):
@@ -81,8 +81,8 @@ def heldout(
         loss_sum = loss_sum + float(summed_loss(logits, labels))
         hits = hits + int((logits.argmax(-1) == labels).sum())
 
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
+        if time.monotonic() - logged_s > 1:
+            logged_s = time.monotonic()
             logger.info(
                 "held-out loss: %d of %d sequences", min(start + batch_size, len(order)), len(order)
             )
@@ -102,13 +102,13 @@ def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
 
 def on_public_text(pool: ModelPool, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:
     """Return loss and accuracy of the base and of `adapter` on text that belongs to no site."""
-    found: dict[str, Any] = {"sequences": len(examples)}
+    result: dict[str, Any] = {"sequences": len(examples)}
     for name, state in (("base", pool.base_state()), ("final", adapter)):
         with pool.model(state) as model:
             sums = heldout(model, examples, pad_token_id=pool.tokenizer.pad_token_id)
-        found[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
+        result[name] = {"loss": sums.loss, "accuracy": sums.accuracy}
 
-    return found
+    return result
 
 
 def check_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
@@ -117,8 +117,8 @@ def check_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> N
     logits = []
 
     with torch.no_grad():
-        for each in (pool.base_state(), adapter):
-            with pool.model(each) as model:
+        for state in (pool.base_state(), adapter):
+            with pool.model(state) as model:
                 logits.append(model(input_ids=tokens).logits)
 
     if torch.equal(*logits):

@@ -221,12 +221,14 @@ def grouped(
     count in no mean here.
     """
     first = next(iter(marks.values()))
-    known = [subject for subject in first if plain_subject(subject) in benchmark.subjects]
+    grouped_subjects = [
+        subject for subject in first if plain_subject(subject) in benchmark.subjects
+    ]
     groups = {**benchmark.groups, AVERAGE: benchmark.subjects, **benchmark.extra}
     table: dict[str, Any] = {}
 
     for name, members in groups.items():
-        inside = [subject for subject in known if plain_subject(subject) in members]
+        inside = [subject for subject in grouped_subjects if plain_subject(subject) in members]
         if not inside:
             continue
 
@@ -235,8 +237,8 @@ def grouped(
             "of_subjects": len(members),
             "questions": sum(first[subject][1] for subject in inside),
             **{
-                model: _means([found[subject] for subject in inside])
-                for model, found in marks.items()
+                model: _means([counts[subject] for subject in inside])
+                for model, counts in marks.items()
             },
         }
 
@@ -245,7 +247,7 @@ def grouped(
         "mapping": benchmark.source,
         "reported_mean": benchmark.mean,
         "table": table,
-        "without_group": [subject for subject in first if subject not in known],
+        "without_group": [subject for subject in first if subject not in grouped_subjects],
     }
 
 
