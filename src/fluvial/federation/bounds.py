@@ -1,4 +1,4 @@
-"""Bounds on what one site can do to a round: how long its update, and how heavy its word.
+"""Bounds on the effect of one site on a round: on the length of its update, and on its weight.
 
 A site says itself how many records it has and how far its weights moved, so both are bounded where
 replies meet. An update that is `fleet.max_update_growth` times longer than the median of its round
@@ -22,17 +22,19 @@ from fluvial.wire.tensors import Named, WeightedMean, energy
 logger = logging.getLogger(__name__)
 
 _FEW = 3
-"""Fewer replies do not say which of them is the strange one."""
+"""Least number of replies among which one can be called too long."""
 _SPARE = 100.0
-"""Times that a decoded update may exceed what training can reach: codecs and error feedback make
-updates longer."""
+"""Factor by which a decoded update may exceed what training can reach: codecs and error feedback
+make updates longer."""
 _ADAM = 4.0
-"""Times the learning rate that Adam moves a weight in one step, at most: (1 - beta_1) / sqrt(1 -
+"""Upper bound on Adam's change of a weight in one step, in learning rates: (1 - beta_1) / sqrt(1 -
 beta_2) is 3.2."""
 
 
 @dataclass(frozen=True)
 class _Held:
+    """A reply that waits for the others of its round."""
+
     site: str
     length: float
     weight: int
@@ -40,7 +42,7 @@ class _Held:
 
 
 class Cohort:
-    """The replies of one round, folded as they come, except the heaviest and the longest so far.
+    """Replies of one round, folded as they come, except the heaviest and the longest so far.
 
     These two wait until all have come, because only then is it known whether they are too heavy or
     too long. So memory is that of two further updates, whatever the number of sites, and the order
@@ -62,32 +64,35 @@ class Cohort:
         self._lengths.append(length)
         self._weights[site] = weight
         self._held.append(_Held(site, length, weight, fold))
-        kept = {id(self._heaviest()), id(self._longest())}
+        waiting = {id(self._heaviest()), id(self._longest())}
 
-        for each in self._held:
-            if id(each) not in kept:
-                each.fold(each.weight)
+        for reply in self._held:
+            if id(reply) not in waiting:
+                reply.fold(reply.weight)
 
-        self._held = [each for each in self._held if id(each) in kept]
+        self._held = [reply for reply in self._held if id(reply) in waiting]
 
     def close(self) -> dict[str, Any]:
-        """Fold the rest; returns what the round's record is to say. Raises `ClientError` as
-        `Fleet.ask` does."""
+        """Fold the rest and return what the round's record must name.
+
+        Raises `ClientError` as `Fleet.ask` does.
+        """
         self._refuse_too_long()
         clipped = self._too_heavy()
 
-        for each in self._held:
-            each.fold(self._weights[each.site])
+        for reply in self._held:
+            reply.fold(self._weights[reply.site])
+
         self._fleet.require_quorum(
             self._task, self._round, answered=len(self._weights), asked=self._asked
         )
         return {"clipped": clipped} if clipped else {}
 
     def _heaviest(self) -> _Held:
-        return max(self._held, key=lambda each: (each.weight, each.site))
+        return max(self._held, key=lambda reply: (reply.weight, reply.site))
 
     def _longest(self) -> _Held:
-        return max(self._held, key=lambda each: (each.length, each.site))
+        return max(self._held, key=lambda reply: (reply.length, reply.site))
 
     def _refuse_too_long(self) -> None:
         growth = self._fleet.config.max_update_growth
@@ -104,8 +109,7 @@ class Cohort:
         self._fleet.reject(Failure(longest.site, self._round, self._task, reason, 0))
 
     def _too_heavy(self) -> list[dict[str, Any]]:
-        """Lower the weight of a site that has more than its share; returns whose, from what, to
-        what."""
+        """Lower the weight of a site above its share; return its name and both weights."""
         share = self._fleet.config.max_weight_share
         if share >= 1 or not self._held:
             return []
@@ -119,7 +123,8 @@ class Cohort:
 
         self._weights[heaviest.site] = most
         logger.warning(
-            "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; it counts with %d",
+            "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; "
+            "it counts with %d",
             self._round,
             heaviest.site,
             heaviest.weight,
@@ -161,11 +166,11 @@ def check_update(update: Named, weight: int, train: TrainConfig) -> None:
     site can make."""
     WeightedMean.check(update, weight)
     far = reach(train, weight)
-    found = rms(update)
+    size = rms(update)
 
-    if found > far:
+    if size > far:
         raise WireError(
-            f"update: its values are {found:.4g} (root mean square), and training with these "
+            f"update: its values are {size:.4g} (root mean square), and training with these "
             f"settings reaches no {far:.4g}"
         )
 

@@ -1,4 +1,4 @@
-"""What a server half may use of a run."""
+"""View of a run for a server half."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ from fluvial.wire.tensors import Layout
 
 @dataclass(frozen=True)
 class Context:
-    """What a server half may use; it sees no site's data."""
+    """Values of a run that a server half may use; no data of a site is among them."""
 
     seed: int
     rounds: int
     layout: Layout
     codec: CodecSettings
     downlink: CodecSettings | None
-    """How the adapter goes down; None sends it as it is."""
+    """Codec of the adapter on its way down; None sends it as it is."""
     train: TrainConfig
     open_bench: Callable[[], ModelPool]
-    """The base model, for a method that simulates sites on public text."""
+    """Opener of the base model, for a method that simulates sites on public text."""
     secret: Callable[[], bytes]
-    """The server's own 32 secret bytes for this run; the same after it is resumed."""
+    """Reader of the server's 32 secret bytes for this run, the same after it is resumed."""
     public: Callable[[], dict[str, list[Example]]]
-    """Public text; raises `ConfigError` if there is none."""
+    """Reader of the public text; raises `ConfigError` if there is none."""
 
 
 Metrics = dict[str, Any]

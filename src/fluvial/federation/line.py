@@ -1,5 +1,4 @@
-"""How long a round takes over a slow line, from bytes and the line alone: what `fluvial check`
-predicts.
+"""Prediction of a round's time over a slow line, from bytes and the line alone.
 
 The engine's own constants were measured on Flower 1.41 without a line (`python -m benchmarks.engine
 --part link`).
@@ -14,39 +13,42 @@ from fluvial.settings import Settings
 
 
 class Line(Settings):
-    """The line between a site and the server; what `fluvial check` predicts a round's time from."""
+    """Line between a site and the server, from which `fluvial check` predicts a round's time."""
 
     up_mbit_s: float = Field(ge=1e-6, le=1e9)
-    """From the site, in 10^6 bits a second."""
+    """Rate from the site to the server, in 10^6 bits a second."""
     down_mbit_s: float = Field(ge=1e-6, le=1e9)
+    """Rate from the server to the site, in 10^6 bits a second."""
     rtt_ms: float = Field(ge=0, le=1e6)
-    """There and back."""
+    """Round-trip time, in milliseconds."""
     loss: float = Field(0.0, ge=0, lt=0.5)
     """Share of the packets that do not arrive, in each direction."""
     shared: bool = False
-    """One line for all sites, as when it is the server's own; else each has its own."""
+    """True where all sites share the line, as when it is the server's; false where each site has a
+    line of its own."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What a round costs where the line is none, and how Flower 1.41 uses a line."""
+    """Cost of a round without a line, and the way Flower 1.41 uses a line."""
 
     fixed_s: float = 3.9
-    """A round of a small payload without training: the node's sleep of 3 s, its steps of 0.5 s, one
-    fork."""
+    """Seconds of a round of a small payload without training: the node's sleep of 3 s, its steps of
+    0.5 s, one fork."""
     s_per_mb: float = 0.06
-    """Packing, hashing and copying at both ends, for each MB of one site, up and down together."""
+    """Seconds of packing, hashing and copying at both ends, for each MB of one site, up and down
+    together."""
     exchanges: int = 4
     """Requests of one round and site that wait for each other: poll, receipt, announcement of the
     answer, and a poll in vain before the sleep; what moves objects comes on top."""
     small_objects: int = 5
-    """Requests for what surrounds the chunks of a message: Flower sends each part of it by a
+    """Requests for what surrounds the chunks of a message: Flower sends each of these objects by a
     request of its own."""
     inline: int = 2**18
     """Bytes of a payload that travels within the header, so that only two other objects surround
     it."""
     kept_s: float = 5.0
-    """A connection that was idle for longer is opened anew: two round trips."""
+    """Seconds after which an idle connection is opened anew, which costs two round trips."""
     connections: int = 2
     """Objects in flight at a time."""
     chunk: int = 5 * 1024 * 1024
@@ -67,8 +69,7 @@ FLOWER = Engine()
 def round_s(
     down: int, up: int, *, sites: int, line: Line, engine: Engine = FLOWER, train_s: float = 0.0
 ) -> float:
-    """Seconds of a round in which each of `sites` is sent `down` bytes and answers with `up`, after
-    training `train_s`.
+    """Return the seconds of a round of `down` and `up` bytes for each of `sites`, and `train_s`.
 
     Sites are alike and work side by side, so the round is that of one site, with its share of a
     line that is shared:
@@ -90,7 +91,7 @@ def round_s(
 
 
 def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
-    """Seconds in which all objects of a message pass, `connections` at a time.
+    """Return the seconds in which all objects of a message pass, `connections` at a time.
 
     While one chunk passes, the small objects pass on the other connection; after several chunks
     they are still to come.
@@ -107,7 +108,7 @@ def objects_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
 
 
 def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
-    """Seconds beyond one round trip in which `size` bytes arrive over a line of `mbit_s`.
+    """Return the seconds beyond one round trip in which `size` bytes arrive over `mbit_s`.
 
     The window doubles until the line is full (Cardwell, Savage and Anderson, "Modeling TCP
     Latency", INFOCOM 2000) or, with loss, until it has the mean that Mathis et al. (1997) give for
@@ -118,19 +119,18 @@ def transfer_s(size: int, mbit_s: float, line: Line, engine: Engine) -> float:
     streams = max(1, min(engine.connections, math.ceil(size / engine.chunk)))
     rtt_s = line.rtt_ms / 1e3
     packets = math.ceil(size / MSS / streams)
-    rate = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
-    """Packets a second of one stream."""
+    packets_per_s = mbit_s * 1e6 / 8 / (MSS * WIRE) / streams
 
     if line.loss and rtt_s:
-        rate = min(rate, math.sqrt(1.5 / line.loss) / rtt_s)
+        packets_per_s = min(packets_per_s, math.sqrt(1.5 / line.loss) / rtt_s)
 
     seconds = 0.0
     sent = 0.0
     window = float(FIRST_WINDOW)
 
-    while sent + window < packets and window < rate * rtt_s:
-        seconds = seconds + rtt_s
-        sent = sent + window
-        window = 2 * window
+    while sent + window < packets and window < packets_per_s * rtt_s:
+        seconds += rtt_s
+        sent += window
+        window *= 2
 
-    return seconds + (packets - sent) / rate
+    return seconds + (packets - sent) / packets_per_s

@@ -44,10 +44,10 @@ def derive_key(secret: bytes, purpose: str, *parts: bytes) -> bytes:
 
 def gaussian(key: bytes, count: int) -> NDArray[np.float64]:
     """Return `count` independent standard Gaussian values (count,), a function of `key` alone."""
-    found = np.empty(count)
+    values = np.empty(count)
     for start, block in _blocks(key, count):
-        found[start : start + len(block)] = block
-    return found
+        values[start : start + len(block)] = block
+    return values
 
 
 def _blocks(key: bytes, count: int) -> Iterator[tuple[int, NDArray[np.float64]]]:

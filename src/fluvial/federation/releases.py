@@ -133,7 +133,8 @@ def _read(folder: Path) -> dict[str, Any]:
         book = unsealed("ledger", text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged: {error}. Without it this site cannot know what it has released; begin a new run"
+            f"{path} is damaged: {error}. Without it this site cannot know what it has released; "
+            "begin a new run"
         ) from None
 
     return dict(book)

@@ -15,11 +15,12 @@ from fluvial.wire.payload import Payload, payload_frame
 from fluvial.wire.tensors import Named, WeightedMean
 
 MOST_LOSS = 1e4
-"""Nats per label token; a model that is sure of one token, and wrong, is far below."""
+"""Upper bound on a loss, nats per label token; a model that is sure of a wrong token is far
+below."""
 MOST_SAMPLES = 2**31
-"""Records of one site."""
+"""Upper bound on the records of one site."""
 MOST_TOKENS = 2**53
-"""Label tokens of one site: the whole numbers that a float can hold."""
+"""Upper bound on the label tokens of one site: the whole numbers that a float can hold."""
 
 
 def fields(
@@ -34,15 +35,15 @@ def fields(
         ("values", reply.values, values, optional),
         ("tensors", reply.tensors, tensors, ()),
     )
-    for kind, found, wanted, more in expected:
-        missing = sorted(set(wanted) - set(found))
-        extra = sorted(set(found) - set(wanted) - set(more))
+    for kind, present, wanted, more in expected:
+        missing = sorted(set(wanted) - set(present))
+        extra = sorted(set(present) - set(wanted) - set(more))
         if missing or extra:
             raise WireError(f"message {kind}: missing {missing!r:.80}, not expected {extra!r:.80}")
 
 
 FRAME = (payload.FRAME,)
-"""The tensors of a reply that carries a frame."""
+"""Tensors of a reply that carries a frame."""
 
 
 def nothing(_site: str, reply: Payload) -> None:
@@ -68,8 +69,10 @@ def heldout_of(reply: Payload) -> Heldout:
 
 
 def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
-    """Return sums, right answers and questions of a reply of `sites.evaluate`; `answers` says that
-    these were asked."""
+    """Return sums, right answers and questions in a reply of `sites.evaluate`.
+
+    The last two are 0 unless `answers` were asked for.
+    """
     counts = ("right", "questions")
     asked = answers and any(name in reply.values for name in counts)
     fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))

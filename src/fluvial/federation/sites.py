@@ -1,4 +1,4 @@
-"""A site: who takes part, with its data, what it keeps, and what every method lets it do."""
+"""A site: its data and settings, its state between rounds, and the tasks of every method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +27,7 @@ Factors = Literal["A and B", "B"]
 
 @dataclass
 class Site:
-    """One site while it answers one message; nothing survives in it but what `keep` puts into the
-    store."""
+    """One site during one exchange; nothing survives in it but what `keep` puts into the store."""
 
     name: str
     seed: int
@@ -37,25 +36,25 @@ class Site:
     train: TrainConfig
     codec: CodecSettings
     method: Any
-    """The method's config."""
+    """Config of the method."""
     downlink: CodecSettings | None
-    """How the adapter comes down; None where it comes as it is."""
+    """Codec of the adapter on its way down; None where it comes as it is."""
     store: StateStore
     rounds: int
-    """Of the whole run; what a privacy budget is spread over."""
+    """Rounds of the whole run, over which a privacy budget is spread."""
     kept: dict[str, Payload | Path] = field(default_factory=dict)
-    """What this answer wants to keep, or the draft of it; stored when the answer is accepted."""
+    """State by slot that is stored when the answer counts: a payload, or the file of a draft."""
     assigned: Assignment | None = None
-    """The assignment that a message brought; None for the run's own."""
+    """Assignment that a message brought; None for the run's own."""
 
     @property
     def assignment(self) -> Assignment:
-        """What this site trains: the run's own assignment, unless a message brought another."""
+        """Return the assignment that a message brought, or else the run's own."""
         return self.assigned or self.pool.assignment(self.train.per_device_train_batch_size)
 
     @property
     def layout(self) -> Layout:
-        """The layout of the adapter, or of all weights, that this site trains."""
+        """Return the layout of the adapter, or of all weights, that this site trains."""
         return self.pool.layout if self.assigned is None else self.assigned.layout
 
     def accept_assignment(self, message: Payload) -> None:
@@ -68,23 +67,22 @@ class Site:
             self.assigned = Assignment.from_values(message.values, run)
 
     def recall(self, slot: str) -> Payload:
-        """What the site kept under `slot`, or an empty payload."""
-        kept = self.kept.get(slot)
-        if isinstance(kept, Path):
-            return Payload.from_bytes(kept.read_bytes(), OWN_FILES)
-        return self.store.read(self.name, slot) if kept is None else kept
+        """Return the state that the site kept under `slot`, or an empty payload."""
+        draft = self.kept.get(slot)
+        if isinstance(draft, Path):
+            return Payload.from_bytes(draft.read_bytes(), OWN_FILES)
+        return self.store.read(self.name, slot) if draft is None else draft
 
     def keep(self, slot: str, payload: Payload, *, draft: bool = False) -> None:
-        """Keep `payload` under `slot` once this answer is accepted; a `draft` lies in a file until
-        then."""
+        """Keep `payload` under `slot` once this answer counts; until then a `draft` is a file."""
         self.kept[slot] = (
             self.store.draft(self.name, slot, payload) if draft and self.store.folder else payload
         )
 
     def file(self, slot: str) -> Path | None:
-        """The file with what the site kept under `slot`, where there is one."""
-        kept = self.kept.get(slot)
-        return kept if isinstance(kept, Path) else self.store.file(self.name, slot)
+        """Return the file of the state under `slot`, None where there is none."""
+        draft = self.kept.get(slot)
+        return draft if isinstance(draft, Path) else self.store.file(self.name, slot)
 
 
 def round_of(site: Site, message: Payload) -> int:
@@ -98,7 +96,7 @@ Task = Callable[[Site, Payload], Payload | Talk]
 
 
 def state_message(state: Named, layout: Layout, **values: Any) -> Payload:
-    """An exact state on the wire, which may have only the weights of `layout` that changed."""
+    """Return a message with an exact state, which may lack unchanged weights of `layout`."""
     return (
         adapter_message(state, **values)
         if state.keys() == set(layout.names)
@@ -107,7 +105,7 @@ def state_message(state: Named, layout: Layout, **values: Any) -> Payload:
 
 
 def read_state_message(message: Payload, layout: Layout) -> Named:
-    """Inverse of `state_message`; raises `WireError` for another layout."""
+    """Return the state of a `state_message`; raise `WireError` for another layout."""
     if message.tensors.keys() == {FRAME}:
         return read_adapter_message(message, layout)
     wanted = Layout(tuple(entry for entry in layout.shapes if entry[0] in message.tensors))
@@ -116,18 +114,18 @@ def read_state_message(message: Payload, layout: Layout) -> Named:
 
 
 def adapter_message(adapter: Named, **values: Any) -> Payload:
-    """An exact adapter on the wire: one packed frame, because every named tensor would cost a
+    """Return a message with an exact adapter as one frame, because each named tensor costs a
     header."""
     return frame_payload(Identity.of(Layout.of(adapter)).encode(adapter), **values)
 
 
 def read_adapter_message(message: Payload, layout: Layout) -> Named:
-    """Inverse of `adapter_message`; raises `WireError` for another layout."""
+    """Return the adapter of an `adapter_message`; raise `WireError` for another layout."""
     return Identity.of(layout).decode(payload_frame(message))
 
 
 def part(layout: Layout, factors: Factors) -> Layout:
-    """The layout of what is trained and sent."""
+    """Return the layout of what is trained and sent."""
     return (
         layout
         if factors == "A and B"
@@ -172,7 +170,7 @@ def train_locally(
 
 
 def site_codec(site: Site, layout: Layout) -> Codec:
-    """The codec of this run: built from its settings, or as it was installed."""
+    """Return the codec of this run: built from its settings, or as the server installed it."""
     if not must_learn(site.codec):
         return build(site.codec, layout)
 
@@ -191,7 +189,7 @@ def site_codec(site: Site, layout: Layout) -> Codec:
 
 
 def install_codec(site: Site, message: Payload) -> Payload:
-    """Task: keep the codec that the server learned or chose."""
+    """Keep the codec that the server learned or chose; a task."""
     site.keep("codec", message)
     return Payload()
 
@@ -205,8 +203,8 @@ def code(
     step: float | None = None,
     slot: str = "residual",
 ) -> bytes:
-    """The frame for `update`. With error feedback the residual is added first, and what the codec
-    lost is kept.
+    """Return the frame for `update`; with error feedback, add the residual first and keep what the
+    codec lost.
 
     u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014)
     and Karimireddy et al. (2019). `missed` counts the rounds since the residual was made in which
@@ -222,11 +220,11 @@ def code(
     if not codec.settings.error_feedback:
         return encode(update)
 
-    kept = site.recall(slot)
-    if kept.tensors:
-        codec.layout.check(kept.tensors, "residual")
-        missed = max(0, round - kept.value("round", int) - 1)
-        update = add(update, scale(kept.tensors, codec.settings.feedback_decay**missed))
+    last = site.recall(slot)
+    if last.tensors:
+        codec.layout.check(last.tensors, "residual")
+        missed = max(0, round - last.value("round", int) - 1)
+        update = add(update, scale(last.tensors, codec.settings.feedback_decay**missed))
 
     frame = encode(update)
     residual = subtract(update, codec.decode(frame))
@@ -237,7 +235,7 @@ def code(
 
 
 def evaluate(site: Site, message: Payload) -> Payload:
-    """Task: held-out sums of the adapter that was sent, of the site's own, or of the base.
+    """Measure the adapter that was sent, the site's own or the base on held-out text; a task.
 
     Values in: `which` is "sent", "own" or "base"; `generate` is the number of tokens for exact
     match, or 0. Values out: `loss_sum`, `hits`, `tokens`, and with `generate` on data with answers
@@ -280,8 +278,8 @@ def refuse_learned(settings: CodecSettings, method: str) -> None:
     name: str = settings.name
     if must_learn(settings):
         raise ConfigError(
-            f"codec.name={name!r} learns from updates, which method {method!r} does not collect; use 'fedavg' or "
-            "'cgfedllm'"
+            f"codec.name={name!r} learns from updates, which method {method!r} does not collect; "
+            "use 'fedavg' or 'cgfedllm'"
         )
 
 

@@ -164,7 +164,8 @@ class StateStore:
                     raise CheckpointError(f"{where} is missing; {_REMEDY}")
                 if there[name] != wanted.get(name):
                     raise CheckpointError(
-                        f"{where}: another file is in its place, of another round or site; {_REMEDY}"
+                        f"{where}: another file is in its place, of another round or site; "
+                        f"{_REMEDY}"
                     )
 
                 _check(where, digest_of_file(where))

@@ -104,8 +104,9 @@ class FlowerTransport:
         poll_s: float,
         limits: Limits,
     ) -> None:
-        """`label` names the run in the sites' logs, beside its method; no site is sent anything
-        before `restore`.
+        """Send nothing to any site before `restore`.
+
+        `label` names the run in the sites' logs, beside its method.
 
         A run that was begun with sites on this machine, `simulated`, does not go on with others,
         nor the reverse.
@@ -151,8 +152,10 @@ class FlowerTransport:
         self._ready: deque[Arrival] = deque()
 
     def send(self, request: Request) -> None:
-        """See `Transport`; a site that is not connected is waited for under on_failure="retry", and
-        else has failed."""
+        """See `Transport`.
+
+        A site that is not connected is waited for under on_failure="retry", and else has failed.
+        """
         assert request.turn == 0, "no task talks over Flower: `SiteProcess` refuses it"
         if not self._letters:
             self._nodes.look_soon()  # a site may have gone, or come back as another node
@@ -253,15 +256,19 @@ class FlowerTransport:
         return len(self._held) < len(letters)
 
     def _may_come(self, letter: _Letter) -> bool:
-        """Return whether a site that is not connected is worth waiting for: it was greeted, or will
-        be asked again anyway."""
+        """Return whether to wait for a site that is not connected.
+
+        It was greeted, or would be asked again anyway.
+        """
         patience_s = min(self._join_timeout_s, self._config.deadline_s or self._join_timeout_s)
         waits = self._nodes.answers_are_due or self._config.on_failure == "retry"
         return waits and time.monotonic() - letter.since_s < patience_s
 
     def _hear(self, reply: Message) -> Arrival | None:
-        """Return what a reply brings; None for a greeting, for the second of two, and for one that
-        came too late."""
+        """Return what a reply brings.
+
+        None is for a greeting, for the second of two replies, and for one that came too late.
+        """
         letter = self._sent.pop(reply.metadata.reply_to_message_id, None)
         if letter is None:
             self._nodes.hear(reply)
@@ -313,8 +320,7 @@ class FlowerTransport:
         return str(number or "")
 
     def state(self) -> dict[str, Value]:
-        """Return the run's name for the sites, which of their answers count, so that they keep what
-        these wanted to keep, and whose keep something."""
+        """Return the name of the run, the answers that count, and the sites that keep state."""
         return {
             "run": self._run,
             "simulated": self._simulated,
@@ -324,8 +330,7 @@ class FlowerTransport:
         }
 
     def restore(self, state: dict[str, Any], round: int) -> None:
-        """See `Transport`; raises `ConfigError` where a run was begun with other sites than
-        Flower's."""
+        """See `Transport`; raise `ConfigError` for a run that was begun with other sites."""
         if round >= 0 and "run" not in state:
             raise ConfigError(
                 "this run was begun in one process, and its sites keep in its folder what they "
