@@ -17,7 +17,8 @@ os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 CONTEXT = 128

@@ -244,7 +244,8 @@ def product() -> Iterator[Case]:
             with_feedback = table | {"error_feedback": feedback}
             for method in ({"name": "fedavg"}, cgfedllm_table(tgap=PUBLIC)):
                 if method["name"] == "fedavg" and codec == "resnet":
-                    continue  # it carries nothing of so small a model, and fedavg's gate cannot only report
+                    # The codec carries nothing of so small a model, and fedavg's gate refuses it.
+                    continue
                 if method["name"] == "fedavg" and learned:
                     method = method | {"tgap": PUBLIC}
 

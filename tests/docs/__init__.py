@@ -1,1 +1,1 @@
-"""Tests of documents, examples, benchmarks and the lock file: what they state, and the code in them."""
+"""Tests of documents, examples, benchmarks and the lock file: their statements and their code."""

@@ -66,8 +66,8 @@ def test_figures_by_hand() -> None:
         row for row in stored("fedcybgd_compute.json") if row["trains"] in ("block 0", "block 7")
     )
     assert (
-        f"{first['share']:.2f} of full tuning's step at the first of 8 blocks, {last['share']:.2f} at the last"
-        in page
+        f"{first['share']:.2f} of full tuning's step at the first of 8 blocks, "
+        f"{last['share']:.2f} at the last" in page
     )
     losses = {
         (row["cell"], row["contender"]): row["loss"] for row in stored("fedcybgd_losses.json")

@@ -183,7 +183,8 @@ def newcomer(tmp_path: Path) -> Iterator[Newcomer]:
 
 
 @pytest.mark.flower
-@pytest.mark.slow  # ten minutes at a load of ten on two cores, of which 3.6 minutes are processor time
+# Ten minutes at a load of ten on two cores, of which 3.6 minutes are processor time.
+@pytest.mark.slow
 def test_the_page_leads_from_the_laptop_to_three_sites(newcomer: Newcomer) -> None:
     here = newcomer.folder
     for settings in blocks("toml"):

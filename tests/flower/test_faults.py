@@ -603,7 +603,10 @@ def test_replayed_message(guarded: Deployment, row: Row) -> None:
         b"\x16",
     )  # nothing, an alert, or a handshake that then fails
     assert len(answer) < 5000
-    observed = f"the server ended the TLS handshake; none of the {len(sent)} recorded bytes became a request"
+    observed = (
+        f"the server ended the TLS handshake; none of the {len(sent)} recorded bytes "
+        "became a request"
+    )
     row("a recorded connection is replayed", "refused", observed, seen)
 
 

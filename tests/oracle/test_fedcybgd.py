@@ -1,4 +1,4 @@
-"""FedCyBGD equals plain loops over whole models: full tuning, FedAvg, and cyclic descent on all data."""
+"""FedCyBGD equals plain loops over whole models: full tuning, FedAvg, cyclic descent."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The paper's download: the slim model equals the whole one with the same layers and units silent."""
+"""The paper's download: the slim model equals the whole one with these layers and units silent."""
 
 import copy
 from collections.abc import Callable

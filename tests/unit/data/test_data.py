@@ -99,7 +99,8 @@ def test_alpaca_with_and_without_input(tokenizer: Any) -> None:
 def test_every_assistant_turn_of_a_chat_is_learned_and_nothing_else(tokenizer: Any) -> None:
     example = one(tokenizer, "messages", {"messages": CHAT})
     assert whole(tokenizer, example) == (
-        "<s>system\nbe brief</s>\n<s>user\nhello</s>\n<s>assistant\ngood day</s>\n<s>user\nbye</s>\n"
+        "<s>system\nbe brief</s>\n<s>user\nhello</s>\n<s>assistant\n"
+        "good day</s>\n<s>user\nbye</s>\n"
         "<s>assistant\nfarewell</s>\n"
     )
     assert learned(tokenizer, example) == "good day</s>\nfarewell</s>\n"
@@ -302,7 +303,8 @@ class Speaking:
 
 
 FORGETFUL = (
-    "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<s>{{ m.role }}\n{{ m.content }}</s>{% endif %}"
+    "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<s>{{ m.role }}\n"
+    "{{ m.content }}</s>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
@@ -452,7 +454,8 @@ def test_a_missing_column_is_answered_with_the_columns(
     source = save("jsonl", tmp_path, table())
     with pytest.raises(
         ConfigError,
-        match=r"data.partition.column='ward': .*notes.jsonl' has the columns id, clinic, kind, text",
+        match=r"data.partition.column='ward': .*notes.jsonl' has the columns "
+        r"id, clinic, kind, text",
     ):
         texts(source, tokenizer, partition=wrong.model_dump())
 
@@ -579,7 +582,8 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path, tokenizer: Any) 
     for share, kept, cut in ((0.1, 4, 0), (0.9, 0, 4)):
         with pytest.raises(
             ConfigError,
-            match=f"site 'west' has 4 records; data.heldout_share={share} leaves {kept} to train on and {cut} held out",
+            match=f"site 'west' has 4 records; data.heldout_share={share} leaves {kept} to train "
+            f"on and {cut} held out",
         ):
             texts(
                 source,
@@ -644,7 +648,8 @@ def test_columns_are_renamed(tmp_path: Path, tokenizer: Any) -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"qa.json \(data.source\): data.columns: prompt = 'ask', but .* columns 'question', 'answer', 'id'",
+        match=r"qa.json \(data.source\): data.columns: prompt = 'ask', but .* columns "
+        r"'question', 'answer', 'id'",
     ):
         texts(tmp_path / "qa.json", tokenizer, columns={"prompt": "ask"})
 
@@ -662,10 +667,13 @@ def test_every_bad_record_is_named_by_file_and_line(tmp_path: Path, tokenizer: A
     name = tmp_path / "qa.jsonl"
     assert str(caught.value).splitlines() == [
         "3 faults in the data:",
-        f"{name}, line 5: field 'completion' must be text, and is null; write a text, or remove the record",
-        f"{name}, line 8: field 'completion' must be text, and is a number; put it in quotes, or set data.numbers = "
+        f"{name}, line 5: field 'completion' must be text, and is null; write a text, or remove "
+        "the record",
+        f"{name}, line 8: field 'completion' must be text, and is a number; put it in quotes, or "
+        "set data.numbers = "
         '"text" to take it as it is written',
-        f"{name}, line 12: field 'completion' is missing; form 'prompt_completion' needs it; add it, or remove the "
+        f"{name}, line 12: field 'completion' is missing; form 'prompt_completion' needs it; add "
+        "it, or remove the "
         "record",
     ]
 
@@ -806,7 +814,10 @@ def test_a_python_without_sources_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     monkeypatch.setattr(stdlib, "_library", lambda: tmp_path)
-    message = "needs the library sources of this Python .* only 0 of 40000 characters are there. Install them"
+    message = (
+        "needs the library sources of this Python .* only 0 of 40000 characters are there. "
+        "Install them"
+    )
     for read, what in (
         (lambda: stdlib.site_text("xml"), "site 'xml'"),
         (stdlib.public_packages, "the public text"),

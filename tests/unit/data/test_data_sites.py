@@ -217,7 +217,8 @@ def test_a_fault_of_a_file_that_is_read_twice_is_told_once(tmp_path: Path, token
     with pytest.raises(DataError) as caught:
         texts(source, tokenizer, heldout_source=source, partition={"by": "file"})
     assert caught.value.faults == (
-        f"{source}, line 1: field 'text' must be text, and is null; write a text, or remove the record",
+        f"{source}, line 1: field 'text' must be text, and is null; write a text, or remove the "
+        "record",
     )
 
 
@@ -275,7 +276,8 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
         ),
         (
             {"form": "alpaca"},
-            r"a.jsonl .data.source.: form 'alpaca' needs the field 'instruction'; found 'site', 'prompt'",
+            r"a.jsonl .data.source.: form 'alpaca' needs the field 'instruction'; found 'site', "
+            r"'prompt'",
         ),
         (
             {"chat_template": "nosuch"},
@@ -323,7 +325,8 @@ def test_records_without_an_answer_left_are_counted_over_all_sites(tmp_path: Pat
     told = str(caught.value)
     # Train and held-out records are the same file here, so each record counts twice.
     assert told.startswith(
-        "8 of 16 records are longer than data.max_length=64, and of their answer no token is left (by site: 'a' 4, "
+        "8 of 16 records are longer than data.max_length=64, and of their answer no token is "
+        "left (by site: 'a' 4, "
         f"'b' 4): {source}, line 1 (74 tokens), {source}, line 2 (74 tokens), "
     )
     assert 'set data.overlong to "shorten_prompt"' in told
@@ -412,7 +415,8 @@ def test_a_source_that_does_not_fit_is_named(tmp_path: Path, tokenizer: Any) -> 
 
     with pytest.raises(
         ConfigError,
-        match=r"public.jsonl \(data.public_source\): data.columns: completion = 'label', .* set data.public = \{ col",
+        match=r"public.jsonl \(data.public_source\): data.columns: completion = 'label', .* set "
+        r"data.public = \{ col",
     ):
         sites.check()
 
@@ -448,11 +452,13 @@ WRITTEN_OUT = {
         "good day<|eot_id|></s>farewell<|eot_id|></s>",
     ),
     "zephyr": (
-        "<|user|>\nhello</s>\n<|assistant|>\ngood day</s>\n<|user|>\nbye</s>\n<|assistant|>\nfarewell</s>\n",
+        "<|user|>\nhello</s>\n<|assistant|>\n"
+        "good day</s>\n<|user|>\nbye</s>\n<|assistant|>\nfarewell</s>\n",
         "good day</s>\nfarewell</s>\n",
     ),
     "gemma": (
-        "<s><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\ngood day<end_of_turn></s>\n"
+        "<s><start_of_turn>user\nhello<end_of_turn>\n<start_of_turn>model\n"
+        "good day<end_of_turn></s>\n"
         "<start_of_turn>user\nbye<end_of_turn>\n<start_of_turn>model\nfarewell<end_of_turn></s>\n",
         "good day<end_of_turn></s>\nfarewell<end_of_turn></s>\n",
     ),
@@ -553,7 +559,8 @@ def test_a_template_of_a_file_is_carried_by_the_configuration(
     source = jsonl(tmp_path / "a.jsonl", {"messages": TURNS}, times=4)
     (tmp_path / "mine.jinja").write_text(NAMED["zephyr"][1])
     (tmp_path / "run.toml").write_text(
-        f'[model]\nname_or_path = "{tiny_model}"\n[data]\nsource = "{source}"\npartition = {{by = "iid", sites = 1}}\n'
+        f'[model]\nname_or_path = "{tiny_model}"\n[data]\nsource = "{source}"\n'
+        'partition = {by = "iid", sites = 1}\n'
         f'heldout_share = 0.5\nchat_template = "{tmp_path / "mine.jinja"}"\n'
     )
     config = load(tmp_path / "run.toml")

@@ -210,7 +210,8 @@ def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_pa
         (
             '{"t": "a"}\n{"t": "caf\u00e9"}\n'.encode("cp1252"),
             "utf-8",
-            r'a.jsonl, line 2: is no text of utf-8 \(byte 22 of the file is 0xe9: .*"cp1252" \(or "latin-1"\)',
+            r'a.jsonl, line 2: is no text of utf-8 \(byte 22 of the file is 0xe9: .*"cp1252" '
+            r'\(or "latin-1"\)',
         ),
         ('{"t": "\u4f60\u597d"}'.encode("gb18030"), "utf-8", '"gb18030" .or "shift_jis"'),
         (

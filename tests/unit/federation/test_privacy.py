@@ -329,7 +329,8 @@ def _secrets(folder: Path) -> Iterator[str]:
                 "method": {"tgap": {"source": "sites-covariance", "reading": "local"}},
                 "codec": {"name": "klt"},
             },
-            "tgap.source='sites-covariance': moments and measures of undisturbed updates would leave",
+            "tgap.source='sites-covariance': moments and measures of undisturbed updates would "
+            "leave",
         ),
         ({"method": {"representation": "state"}}, "clipping a whole adapter"),
         ({"codec": {"name": "int8", "error_feedback": True}}, "codec.error_feedback"),
@@ -421,7 +422,10 @@ def initial(run_config: dict[str, Any]) -> Named:
 def test_check_and_show_say_what_a_run_spends(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = private(run_config, heldout="exact")
     rows = {row["what"]: row["value"] for row in plan(parse(table, "test"))["rows"]}
-    said = f"epsilon {privacy.spent(1.0, 2, 1e-5):.3g} at delta 1e-05 after 2 releases of a site, noise added at the site"
+    said = (
+        f"epsilon {privacy.spent(1.0, 2, 1e-5):.3g} at delta 1e-05 after 2 releases of a "
+        "site, noise added at the site"
+    )
     assert rows["privacy"] == f"{said}; {privacy.OUTSIDE}"
     quiet = {row["what"] for row in plan(parse(run_config, "test"))["rows"]}
     assert "privacy" not in quiet

@@ -410,7 +410,8 @@ def test_generate_is_greedy_and_leaves_the_prompt_out(bench: ModelPool) -> None:
     [
         (
             LoraSettings(r=4, target_modules=("q_proj", "c_attn")),
-            r"lora.target_modules: the model has no linear module 'c_attn'; it has down_proj, gate_proj, k_proj",
+            r"lora.target_modules: the model has no linear module 'c_attn'; it has down_proj, "
+            r"gate_proj, k_proj",
         ),
         (LoraSettings(r=4, target_modules=("norm",)), "no linear module 'norm'"),
         (LoraSettings(r=4, target_modules=("embed_tokens",)), "no linear module 'embed_tokens'"),

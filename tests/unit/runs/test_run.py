@@ -320,7 +320,7 @@ def die(*_, **__):
 if where == "second checkpoint":
     from fluvial.runs.checkpoint import RunFolder
     save = RunFolder.save
-    RunFolder.save = lambda self, round, payload: die() if round == 2 else save(self, round, payload)
+    RunFolder.save = lambda run, round, state: die() if round == 2 else save(run, round, state)
 elif where == "half a file":
     import fluvial.federation.store
     fsync, calls = os.fsync, [0]

@@ -52,7 +52,8 @@ def test_a_run_that_helped_at_most_sites() -> None:
     [
         (
             [3.1] * 4,
-            "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats higher)",
+            "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats "
+            "higher)",
         ),
         (
             [3.0] * 4,

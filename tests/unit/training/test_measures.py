@@ -163,7 +163,8 @@ def test_leaks_are_counted_over_all_sites() -> None:
     leaks.add("b", [three], [one, three])
     assert leaks.by_site() == {"a": 1, "b": 2}
     assert leaks.remarks() == [
-        "3 of 4 held-out sequences are also trained on, token by token: held-out measures are too good ('b': 2, 'a': 1)"
+        "3 of 4 held-out sequences are also trained on, token by token: held-out measures are "
+        "too good ('b': 2, 'a': 1)"
     ]
     assert Leaks().remarks() == []
 

@@ -334,8 +334,9 @@ def test_a_foreign_layout_is_refused() -> None:
 
 def test_any_part_of_the_purpose_gives_another_stream() -> None:
     purposes: list[tuple[str | int, ...]] = [
-        (), ("train",), ("train", 1), ("train", "1"), ("train", 1, 1), (1, "train"), ("train", 11), ("train1",),
-        ("train", 1, "a"), ("train", 1, "b"), ("a", "b"), ("a/str:b",), ("a/", "b"), ("a", "/b"), ("",), ("", ""),
+        (), ("train",), ("train", 1), ("train", "1"), ("train", 1, 1), (1, "train"), ("train", 11),
+        ("train1",), ("train", 1, "a"), ("train", 1, "b"), ("a", "b"), ("a/str:b",), ("a/", "b"),
+        ("a", "/b"), ("",), ("", ""),
     ]  # fmt: skip
     derived = [seeds.derive(seed, *purpose) for seed in (0, 1, -1, 2**70) for purpose in purposes]
     assert len(set(derived)) == len(derived)

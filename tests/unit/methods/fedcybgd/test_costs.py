@@ -120,9 +120,7 @@ def test_download_by_form() -> None:
     assert rest(Cache(visits=0, blocks=32, coded=100)) == 0
 
 
-def test_the_trained_block_is_exact_in_fp32_or_in_the_models_type_and_in_a_cache_comes_with_the_rest() -> (
-    None
-):
+def test_the_trained_block_is_exact_and_in_a_cache_comes_with_the_rest() -> None:
     assert visit_bytes(SIZES, Proxy(0.5), width=2).block_down == 4000
     assert visit_bytes(SIZES, Proxy(0.5), width=2, block_width=2).block_down == 2000
     cached = visit_bytes(SIZES, Cache(64, 32, 100), width=2)

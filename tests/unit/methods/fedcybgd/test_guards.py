@@ -1,4 +1,4 @@
-"""Guards of FedCyBGD: steps that are shortened, updates that are refused, proxies that are too small."""
+"""Guards of FedCyBGD: steps that are shortened, refused updates, and proxies that are too small."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""FedCyBGD avoids the faults of the released code: optimizer, decay, rounding, schedules, writers."""
+"""FedCyBGD avoids faults of the released code: optimizer, decay, rounding, schedules, writers."""
 
 import math
 from types import SimpleNamespace
