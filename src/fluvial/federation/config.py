@@ -29,7 +29,7 @@ class FleetConfig(Settings):
     deadline_s: float | None = Field(None, ge=0.001, le=10**7)
     """Seconds after which a site that was asked and has not answered has failed."""
     on_failure: Literal["stop", "skip", "retry"] = "stop"
-    """What to do when a site fails: stop the run, skip the site for this round, or retry it."""
+    """Action when a site fails: stop the run, skip the site for this round, or retry it."""
     retries: int = Field(2, ge=1, le=100)
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""
     quorum: float = Field(0.5, gt=0, le=1)

@@ -33,7 +33,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """What came back for a request: an answer, or the reason why there is none."""
+    """Result of a request: an answer, or the reason why there is none."""
 
     number: int
     """Number of the exchange."""

@@ -1,4 +1,4 @@
-"""What a fleet hands to a server half: turns in the middle of a task, replies at its end."""
+"""Messages of sites to a server half: turns in the middle of a task, replies at its end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Reply(Generic[T]):
 
 @dataclass(frozen=True)
 class Turn(Generic[H]):
-    """What a site says in the middle of its task; it waits for an answer."""
+    """Message of a site in the middle of its task, for which it waits for an answer."""
 
     site: str
     content: H
