@@ -1,3 +1,74 @@
-"""Fluvial: fine-tune one language model over many sites whose data must stay where it is."""
+"""Fine-tune one language model over many sites whose data must stay where it is.
+
+The names of `__all__` are the public interface; docs/python.md explains them. Each is imported when
+it is first used, so that `import fluvial` loads no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluvial.api import Check, Result, check, load_config, load_result, run
+    from fluvial.codecs.base import Codec, CodecSettings
+    from fluvial.errors import ConfigError, FluvialError, WireError
+    from fluvial.federation.fleet import Fleet
+    from fluvial.federation.sites import Site
+    from fluvial.methods.interface import Context, Method, Server
+    from fluvial.runs.config import RunConfig
+    from fluvial.wire.frame import Reader
+    from fluvial.wire.payload import Payload
+    from fluvial.wire.tensors import Layout, WeightedMean
 
 __version__ = "0.1.0"
+__all__ = [
+    "Check",
+    "Codec",
+    "CodecSettings",
+    "ConfigError",
+    "Context",
+    "Fleet",
+    "FluvialError",
+    "Layout",
+    "Method",
+    "Payload",
+    "Reader",
+    "Result",
+    "RunConfig",
+    "Server",
+    "Site",
+    "WeightedMean",
+    "WireError",
+    "check",
+    "load_config",
+    "load_result",
+    "run",
+]
+_MODULES = {
+    "fluvial.api": ("Check", "Result", "check", "load_config", "load_result", "run"),
+    "fluvial.codecs.base": ("Codec", "CodecSettings"),
+    "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
+    "fluvial.federation.fleet": ("Fleet",),
+    "fluvial.federation.sites": ("Site",),
+    "fluvial.methods.interface": ("Context", "Method", "Server"),
+    "fluvial.runs.config": ("RunConfig",),
+    "fluvial.wire.frame": ("Reader",),
+    "fluvial.wire.payload": ("Payload",),
+    "fluvial.wire.tensors": ("Layout", "WeightedMean"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fluvial' has no attribute {name!r}")
+
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted([*__all__, "__version__"])

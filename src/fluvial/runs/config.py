@@ -189,7 +189,13 @@ class RunConfig(Settings):
         )
 
 
-def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False) -> RunConfig:
+def load(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    as_written: bool = False,
+    kind: type[RunConfig] | None = None,
+) -> RunConfig:
     """Read a TOML file and apply overrides, each a line of TOML such as `method.fraction = 0.5`.
 
     Relative paths in the file are relative to its folder, those of overrides to the working
@@ -204,7 +210,8 @@ def load(path: Path, overrides: Sequence[str] = (), *, as_written: bool = False)
         change = override(line)
         table = merge(table, change if as_written else paths.here(change))
 
-    return with_chat_template(parse(table, f"{path} with --set" if overrides else str(path)))
+    where = f"{path} with --set" if overrides else str(path)
+    return with_chat_template(parse(table, where, kind=kind))
 
 
 def with_chat_template(config: RunConfig) -> RunConfig:
@@ -217,9 +224,12 @@ def with_chat_template(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def parse(table: dict[str, Any], where: str) -> RunConfig:
-    """A configuration from a table; paths in it are relative to the working directory."""
-    return toml.read(RunConfig, table, where)
+def parse(table: dict[str, Any], where: str, *, kind: type[RunConfig] | None = None) -> RunConfig:
+    """Return the configuration of a table; its paths are relative to the working directory.
+
+    `kind` is a class that knows further methods or codecs.
+    """
+    return toml.read(kind or RunConfig, table, where)
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

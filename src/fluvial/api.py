@@ -1,0 +1,270 @@
+"""Runs from Python: check a configuration, run it, and read results that show as tables."""
+
+import html
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import Field, create_model
+from rich.console import Console
+
+from fluvial.codecs import CODECS, CodecConfig
+from fluvial.codecs.base import Codec, CodecSettings
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.methods import METHODS, MethodConfig
+from fluvial.methods.interface import Method
+from fluvial.report.plan_tables import plan_table
+from fluvial.report.result_tables import (
+    RESULT_CAPTION,
+    result_rows,
+    verdict_of,
+    with_compared,
+)
+from fluvial.report.round_lines import round_header, round_line, setup_lines
+from fluvial.report.run_folder import read_run
+from fluvial.report.tables import table
+from fluvial.runs.config import RunConfig, load, merge, override, parse
+from fluvial.settings import Settings
+
+if TYPE_CHECKING:
+    from fluvial.runs.run import Event
+
+Configuration = str | Path | Mapping[str, Any] | RunConfig
+"""A TOML file, a table with the same keys, or a loaded configuration."""
+COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a run, which shows as a table in a terminal and in a notebook."""
+
+    folder: Path
+    """Folder of the run."""
+    values: dict[str, Any] = field(repr=False)
+    """Content of result.json."""
+    config: dict[str, Any] = field(repr=False)
+    """The configuration with every default."""
+    rounds: list[dict[str, Any]] = field(repr=False)
+    """Lines of metrics.jsonl, one for each round."""
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """Return the table of the result as texts; the first row has the headings."""
+        return result_rows(self.values)
+
+    @property
+    def verdict(self) -> str:
+        """Return one line that says whether the run helped."""
+        return verdict_of(read_run(self.folder)).line()
+
+    @property
+    def weights(self) -> Path:
+        """Return the folder of the final weights: a PEFT adapter, or a model of transformers."""
+        found = [self.folder / name for name in ("adapter", "model")]
+        return next((path for path in found if path.is_dir()), found[0])
+
+    def __str__(self) -> str:
+        """Return the table and the verdict as text."""
+        headings, *rows = self.rows
+        return f"{_text(table(headings, rows, 'Result'))}\n{self.verdict}"
+
+    def _repr_html_(self) -> str:
+        """Return the table and the verdict as HTML, for a notebook."""
+        headings, *rows = self.rows
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headings)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        return (
+            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<p>{html.escape(self.verdict)}</p><p><small>{html.escape(RESULT_CAPTION)}</small></p>"
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """Sizes and notes about a configuration, predicted without training."""
+
+    values: dict[str, Any] = field(repr=False)
+    """The same content as `fluvial check --format json`."""
+
+    def __str__(self) -> str:
+        """Return the tables of `fluvial check` as text."""
+        return _text(plan_table(self.values))
+
+    def _repr_html_(self) -> str:
+        """Return the tables of `fluvial check` as HTML, for a notebook."""
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+
+def load_config(
+    config: Configuration,
+    overrides: Sequence[str] = (),
+    *,
+    methods: Iterable[Method] = (),
+    codecs: Iterable[type[Codec]] = (),
+) -> RunConfig:
+    """Return a checked configuration.
+
+    `overrides` are lines of TOML such as `method.fraction = 0.5`. `methods` and `codecs` of your
+    own are known under the default of their settings' `name`. Raises `ConfigError` with every fault
+    of the configuration.
+    """
+    kind = _with_own(tuple(methods), tuple(codecs))
+    if isinstance(config, RunConfig):
+        if overrides:
+            raise ConfigError(
+                "overrides: a loaded configuration takes none; give the file or table"
+            )
+        return config
+    if isinstance(config, str | Path):
+        return load(Path(config), overrides, kind=kind)
+
+    values = dict(config)
+    for line in overrides:
+        values = merge(values, override(line))
+
+    return parse(values, "the table", kind=kind)
+
+
+def check(config: Configuration, overrides: Sequence[str] = (), **own: Any) -> Check:
+    """Return the sizes of a run, predicted without training; raises `ConfigError`.
+
+    `overrides`, `methods` and `codecs` are those of `load_config`.
+    """
+    from fluvial.runs.plan import plan
+
+    return Check(plan(load_config(config, overrides, **own)))
+
+
+def run(
+    config: Configuration,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    fleet: Literal["process", "flower"] = "process",
+    progress: bool | Callable[["Event"], None] = True,
+    **own: Any,
+) -> Result:
+    """Run a configuration and return its result.
+
+    `out` is the folder of the run, by default runs/NAME for a file NAME.toml. `progress` prints a
+    line for each round on standard error, or is called with each `Event`. `methods` and `codecs`
+    are those of `load_config`. Raises `ConfigError` for settings that cannot work, and
+    `CheckpointError` for a folder that holds another run.
+    """
+    settings = load_config(config, overrides, **own)
+    if out is None and not isinstance(config, str | Path):
+        raise ConfigError("out: a configuration that is no file needs the folder of its run")
+
+    folder = Path(out) if out is not None else Path("runs") / Path(str(config)).stem
+    show = progress if callable(progress) else _Lines().show if progress else None
+
+    if fleet == "flower":
+        from fluvial.flower.simulate import simulate as execute
+    else:
+        from fluvial.runs.run import execute
+
+    for event in execute(settings, folder, resume=resume):
+        if show is not None:
+            show(event)
+
+    return load_result(folder)
+
+
+def load_result(folder: str | Path) -> Result:
+    """Return the result of the finished run in `folder`.
+
+    Raises `CheckpointError` for a folder without a run, or with a run that has not finished.
+    """
+    content = read_run(Path(folder))
+    if content["result"] is None:
+        raise CheckpointError(
+            f"{folder}: the run has not finished; continue it with fluvial.run(..., resume=True)"
+        )
+
+    return Result(Path(folder), with_compared(content), content["config"], content["metrics"])
+
+
+class _Lines:
+    """Lines about the rounds of a run, on standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, width=COLUMNS, highlight=False)
+        self._method = ""
+
+    def show(self, event: "Event") -> None:
+        """Print the lines of one event."""
+        if event.kind not in ("setup", "round"):
+            return
+        if event.method != self._method:
+            self._method = event.method
+            self._console.print(round_header(event.method))
+
+        lines = setup_lines(event.values) if event.kind == "setup" else [round_line(event.values)]
+        for line in lines:
+            self._console.print(line)
+
+
+def _text(content: Any) -> str:
+    console = Console(width=COLUMNS, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(content)
+
+    return captured.get().rstrip("\n")
+
+
+def _with_own(methods: Sequence[Method], codecs: Sequence[type[Codec]]) -> type[RunConfig]:
+    """Return the class of configurations that know `methods` and `codecs` too.
+
+    Both are entered into `METHODS` and `CODECS`, so sites of this process find them.
+    """
+    if not methods and not codecs:
+        return RunConfig
+
+    for entry in methods:
+        _enter(METHODS, _name(entry.config), entry)
+    for codec in codecs:
+        _enter(CODECS, _name(_settings_of(codec)), codec)
+
+    method = _widened(MethodConfig, [entry.config for entry in methods])
+    codec_tables = _widened(CodecConfig, [_settings_of(codec) for codec in codecs])
+    fields: dict[str, Any] = {
+        "method": (method, RunConfig.model_fields["method"].default),
+        "codec": (codec_tables | None, None),
+        "downlink": (codec_tables | None, None),
+    }
+
+    made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, **fields)
+    return made
+
+
+def _enter(entries: dict[str, Any], name: str, entry: Any) -> None:
+    if entries.setdefault(name, entry) is not entry:
+        raise ConfigError(f"{name!r} is the name of another method or codec; choose a new one")
+
+
+def _name(settings: type[Settings]) -> str:
+    name: str = settings.model_fields["name"].default
+    return name
+
+
+def _settings_of(codec: type[Codec]) -> type[CodecSettings]:
+    """Return the class of settings that the constructor of `codec` takes first."""
+    first = next(iter(inspect.signature(codec).parameters))
+    found: type[CodecSettings] = inspect.get_annotations(codec.__init__, eval_str=True)[first]
+    assert issubclass(found, CodecSettings)
+    return found
+
+
+def _widened(union: Any, settings: Sequence[type[Settings]]) -> Any:
+    """Return `union` with further classes of settings, told apart by their name."""
+    members = get_args(get_args(union)[0])
+    known = [each for each in settings if each not in members]
+    return Annotated[reduce(or_, [*members, *known]), Field(discriminator="name")]

@@ -1,0 +1,136 @@
+"""The public names of the package: exactly these, imported lazily, documented, and useful."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fluvial
+from tests.docs.test_docs import blocks
+from tests.support import ROOT
+
+PAGE = ROOT / "docs" / "python.md"
+NAMES = {
+    "Check",
+    "Codec",
+    "CodecSettings",
+    "ConfigError",
+    "Context",
+    "Fleet",
+    "FluvialError",
+    "Layout",
+    "Method",
+    "Payload",
+    "Reader",
+    "Result",
+    "RunConfig",
+    "Server",
+    "Site",
+    "WeightedMean",
+    "WireError",
+    "check",
+    "load_config",
+    "load_result",
+    "run",
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(fluvial.__all__) == NAMES
+    assert len(NAMES) <= 25
+    assert sorted(fluvial.__all__) == fluvial.__all__
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_name_has_a_docstring_and_stands_on_the_page(name: str) -> None:
+    assert getattr(fluvial, name).__doc__
+    assert f"`{name}`" in PAGE.read_text()
+
+
+def test_the_page_names_no_other() -> None:
+    table = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), flags=re.MULTILINE)
+    assert sorted(table) == sorted(NAMES)
+
+
+def test_another_name_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = fluvial.nothing
+
+
+def test_the_import_loads_nothing_heavy() -> None:
+    code = "import fluvial, sys; print(sorted({'torch', 'numpy', 'pydantic'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_examples_of_the_page_run(
+    run_config: dict[str, Any],
+    three_sites: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Every block in its order, in one namespace, on the tiny model of the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "my.toml").write_text(
+        f"""
+rounds = 2
+compare = ["local"]
+model = {{ name_or_path = "{tiny_model}" }}
+data = {{ source = "{three_sites}", max_length = 32, partition = {{ by = "column", column = "client" }} }}
+train = {{ max_steps = 2, per_device_train_batch_size = 4 }}
+evaluate = {{ sample_tokens = 2 }}
+"""
+    )
+    found = blocks(PAGE, "python")
+    assert len(found) >= 5
+    space: dict[str, Any] = {}
+    for block in found:
+        exec(compile(block, str(PAGE), "exec"), space)
+
+    printed = capsys.readouterr()
+    assert "held-out loss" in printed.out
+    assert "round" in printed.err
+
+
+def test_a_result_shows_in_a_terminal_and_in_a_notebook(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    events: list[str] = []
+    result = fluvial.run(
+        run_config | {"compare": ["local"]},
+        tmp_path / "<run>",
+        progress=lambda event: events.append(event.kind),
+    )
+    assert events.count("round") == 4
+    assert events[-1] == "result"
+    loss = f"{result.values['heldout']['final']['loss']:.4f}"
+    assert loss in str(result)
+    assert f"<td>{loss}</td>" in result._repr_html_()
+    assert "local only" in str(result)
+    assert result.verdict in result._repr_html_().replace("&#x27;", "'")
+    assert (result.weights / "adapter_model.safetensors").exists()
+    assert [record["round"] for record in result.rounds] == [1, 2]
+    assert str(fluvial.load_result(tmp_path / "<run>")) == str(result)
+
+
+def test_mistakes_are_errors_with_a_remedy(run_config: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(fluvial.ConfigError, match="needs the folder"):
+        fluvial.run(run_config)
+    with pytest.raises(fluvial.ConfigError, match="rounds"):
+        fluvial.check(run_config, ["rounds = 0"])
+    with pytest.raises(fluvial.ConfigError, match="takes none"):
+        fluvial.load_config(fluvial.load_config(run_config), ["rounds = 1"])
+    with pytest.raises(fluvial.FluvialError, match="holds no run"):
+        fluvial.load_result(tmp_path)
+
+
+def test_a_check_shows_what_the_command_shows(run_config: dict[str, Any]) -> None:
+    checked = fluvial.check(run_config)
+    assert f"{checked.values['model']['trainable']:,} trainable" in str(checked)
+    assert str(checked).splitlines()[0] in checked._repr_html_()
