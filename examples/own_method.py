@@ -58,7 +58,8 @@ class MomentumServer(FedAvgServer):
         self.velocity = parts["velocity"].tensors
 
 
-MOMENTUM = replace(METHOD, config=MomentumConfig, server=MomentumServer)
+TRAITS = replace(METHOD.traits, label="FedAvg with momentum")
+MOMENTUM = replace(METHOD, config=MomentumConfig, server=MomentumServer, traits=TRAITS)
 
 if __name__ == "__main__":
     table = {"rounds": 2, "method": {"name": "momentum", "momentum": 0.5}}

@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluvial.api import Check, Result, check, load_config, load_result, run
+    from fluvial.api import Result, check, load_config, load_result, run
     from fluvial.codecs.base import Codec, CodecSettings
     from fluvial.errors import ConfigError, FluvialError, WireError
     from fluvial.federation.fleet import Fleet
     from fluvial.federation.sites import Site
-    from fluvial.methods.interface import Context, Method, Server
+    from fluvial.methods.interface import Context, Method, MethodSettings, Plan, Server, Traits
     from fluvial.runs.config import RunConfig
     from fluvial.wire.frame import Reader
     from fluvial.wire.payload import Payload
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Check",
     "Codec",
     "CodecSettings",
     "ConfigError",
@@ -30,12 +29,15 @@ __all__ = [
     "FluvialError",
     "Layout",
     "Method",
+    "MethodSettings",
     "Payload",
+    "Plan",
     "Reader",
     "Result",
     "RunConfig",
     "Server",
     "Site",
+    "Traits",
     "WeightedMean",
     "WireError",
     "check",
@@ -44,12 +46,19 @@ __all__ = [
     "run",
 ]
 _MODULES = {
-    "fluvial.api": ("Check", "Result", "check", "load_config", "load_result", "run"),
+    "fluvial.api": ("Result", "check", "load_config", "load_result", "run"),
     "fluvial.codecs.base": ("Codec", "CodecSettings"),
     "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
     "fluvial.federation.fleet": ("Fleet",),
     "fluvial.federation.sites": ("Site",),
-    "fluvial.methods.interface": ("Context", "Method", "Server"),
+    "fluvial.methods.interface": (
+        "Context",
+        "Method",
+        "MethodSettings",
+        "Plan",
+        "Server",
+        "Traits",
+    ),
     "fluvial.runs.config": ("RunConfig",),
     "fluvial.wire.frame": ("Reader",),
     "fluvial.wire.payload": ("Payload",),

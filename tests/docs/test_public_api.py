@@ -14,7 +14,6 @@ from tests.support import ROOT
 
 PAGE = ROOT / "docs" / "python.md"
 NAMES = {
-    "Check",
     "Codec",
     "CodecSettings",
     "ConfigError",
@@ -23,12 +22,15 @@ NAMES = {
     "FluvialError",
     "Layout",
     "Method",
+    "MethodSettings",
     "Payload",
+    "Plan",
     "Reader",
     "Result",
     "RunConfig",
     "Server",
     "Site",
+    "Traits",
     "WeightedMean",
     "WireError",
     "check",
