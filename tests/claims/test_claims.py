@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fluvial.codecs.base import Snapshot
-from fluvial.codecs.klt.codec import Klt, KltSettings
+from fluvial.codecs.klt.codec import Klt
+from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
 from fluvial.data import SiteTexts
 from fluvial.exchange import gate, tgap

@@ -4,12 +4,12 @@ TGAP.
 The rules come from measurements on real updates (docs/methods/cgfedllm.md):
 
 - sites without state cannot repair what a biased codec loses, so they get an unbiased one;
-- at one bit per value and above, codecs with error feedback do not differ in the end, so the smallest measured error
-  wins and nothing is learned;
-- error feedback makes what is coded ever whiter, so what lasts is a good quantiser: among codecs that learn nothing the
-  trellis needs the fewest bytes;
-- below that, the learned transform wins where it is clearly better than the best codec that learns nothing, and where
-  the bytes it saves are worth the download of the transform.
+- at one bit per value and above, codecs with error feedback do not differ in the end, so the
+  smallest measured error wins and nothing is learned;
+- error feedback makes what is coded ever whiter, so what lasts is a good quantiser: among codecs
+  that learn nothing the trellis needs the fewest bytes;
+- below that, the learned transform wins where it is clearly better than the best codec that learns
+  nothing, and where the bytes that it saves are worth the download of the transform.
 """
 
 import math
@@ -28,8 +28,7 @@ the trellis and so itself 0.6 dB better than a scalar quantiser on rotated value
 LEARNED = "klt_trellis"
 """The learned transform for sites that keep state."""
 DOWNLINK_PRICE = 0.1
-"""What a byte down costs, against one up: links of sites are about ten times slower up than
-down."""
+"""Price of a byte down against one up: links of sites are about ten times slower up than down."""
 PATIENCE = 3
 """Rounds in a row after which a drift is believed."""
 
@@ -49,7 +48,7 @@ class AutoSettings(CodecSettings):
     that cannot."""
 
     def target(self, layout: Layout) -> float:
-        """The rate to aim at."""
+        """Return the rate to aim at."""
         if self.rate is not None:
             return self.rate
         if self.uplink_mbps is None:
@@ -60,7 +59,7 @@ class AutoSettings(CodecSettings):
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen and why, in one sentence."""
+    """The chosen codec, and the reason in one sentence."""
 
     codec: CodecSettings
     reason: str
@@ -75,13 +74,13 @@ class Measured:
     """Relative squared error of an update."""
     frame_bytes: float
     published_bytes: int
-    """What each site downloads once."""
+    """Bytes that each site downloads once."""
     aggregate_error: float
-    """Of the mean over the sites of a round."""
+    """Relative error of the mean over the sites of a round."""
 
 
 def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]]:
-    """The `[codec]` tables to measure at TGAP."""
+    """Return the `[codec]` tables to measure at TGAP."""
     rate = settings.target(layout)
     if not settings.error_feedback:
         return [
@@ -104,14 +103,15 @@ def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]
 def choose(
     settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int
 ) -> Choice:
-    """The best of the candidates that could be measured; `rounds` is how long the transform will be
-    used."""
+    """Return the best of the candidates that could be measured; `rounds` is how long the transform
+    will be used."""
     rate = settings.target(layout)
     if not settings.error_feedback:
         best = min(measured.values(), key=lambda each: each.aggregate_error)
         return Choice(
             best.codec,
-            f"sites keep no state, so the codec must be unbiased: {best.codec.name} at 1/{rate:g} has the smallest "
+            f"sites keep no state, so the codec must be unbiased: {best.codec.name} at 1/{rate:g} "
+            "has the smallest "
             f"error of the mean on held-out snapshots ({_listed(measured, 'aggregate_error')})",
         )
 
@@ -134,7 +134,8 @@ def choose(
     if gain < GAIN_DB:
         return Choice(
             best.codec,
-            f"the learned transform gains only {gain:.2f} dB on held-out snapshots, under {GAIN_DB:g} "
+            f"the learned transform gains only {gain:.2f} dB on held-out snapshots, under "
+            f"{GAIN_DB:g} "
             f"({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
         )
 
@@ -143,14 +144,18 @@ def choose(
     if saved < cost:
         return Choice(
             best.codec,
-            f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves {saved:,.0f} B up, less than a "
-            f"tenth of its download of {learned.published_bytes:,} B: {best.codec.name} + error feedback at 1/{rate:g}",
+            f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves "
+            f"{saved:,.0f} B up, less than a "
+            f"tenth of its download of {learned.published_bytes:,} B: {best.codec.name} + error "
+            f"feedback at 1/{rate:g}",
         )
 
     return Choice(
         learned.codec,
-        f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) and saves "
-        f"{saved:,.0f} B up over {rounds} rounds for a download of {learned.published_bytes:,} B: {LEARNED} + error "
+        f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) "
+        "and saves "
+        f"{saved:,.0f} B up over {rounds} rounds for a download of {learned.published_bytes:,} B: "
+        f"{LEARNED} + error "
         f"feedback at 1/{rate:g}",
     )
 
@@ -167,8 +172,8 @@ class Watch:
     lost: int = 0
 
     def see(self, error: float) -> Literal["keep", "plain", "int8"]:
-        """One round's mean error; "plain" after a learned codec was worse for some rounds, "int8"
-        near 1."""
+        """Return one round's mean error; "plain" after a learned codec was worse for some rounds,
+        "int8" near 1."""
         self.worse = self.worse + 1 if self.learned and error > self.expected else 0
         self.lost = self.lost + 1 if not error < 0.98 else 0
 
@@ -178,8 +183,8 @@ class Watch:
 
 
 def _bytes_for(plain: Measured, error: float) -> float:
-    """Frame bytes that a codec without a transform would need for `error`: bits fall as log(1 /
-    error)."""
+    """Return the frame bytes that a codec without a transform would need for `error`: bits fall as
+    log(1 / error)."""
     return (
         plain.frame_bytes
         * math.log(max(error, 1e-9))

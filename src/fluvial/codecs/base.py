@@ -23,10 +23,10 @@ from fluvial.wire.tensors import Layout, Named
 
 
 class CodecSettings(Settings):
-    """What all codecs share."""
+    """The settings that all codecs share."""
 
     name: str
-    """Which codec."""
+    """Name of the codec."""
     error_feedback: bool = False
     """Sites keep what the codec lost and add it to their next update."""
     feedback_decay: float = Field(0.9, ge=0, le=1)
@@ -38,8 +38,8 @@ class CodecSettings(Settings):
 
     @property
     def without_bias(self) -> bool:
-        """Whether the mean over seeds of what is decoded is the update; its error is repaid by the
-        mean over sites."""
+        """True where the mean over seeds of what is decoded is the update; the mean over sites then
+        repays its error."""
         return (
             getattr(self, "unbiased", "no") == "yes"
             or getattr(self, "mode", "biased") == "dithered"
@@ -54,8 +54,8 @@ class RateSettings(CodecSettings):
 
 
 def body_room(layout: Layout, rate: float, least: int) -> int:
-    """Bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that is under
-    `least`."""
+    """Return the bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that
+    is under `least`."""
     frame = int(layout.raw_bytes / rate)
     need = OVERHEAD + least
 
@@ -70,14 +70,14 @@ def body_room(layout: Layout, rate: float, least: int) -> int:
 
 
 def frame_room(layout: Layout, rate: float, least: int) -> int:
-    """Bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body has fewer
-    than `least`."""
+    """Return the bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body
+    has fewer than `least`."""
     return OVERHEAD + body_room(layout, rate, least)
 
 
 def is_finite(vector: Tensor) -> bool:
-    """Whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite, which
-    is quick to see."""
+    """Return whether no value of a vector (n,) is NaN or infinite; none is if its energy is finite,
+    which is quick to see."""
     return math.isfinite(float(vector @ vector)) or bool(torch.isfinite(vector).all())
 
 
@@ -107,27 +107,27 @@ class Codec(ABC):
 
     @property
     def fingerprint(self) -> int:
-        """What both ends must agree on, as 32 bits in every frame."""
+        """Everything that both ends must agree on, as 32 bits in every frame."""
         return self.layout.fingerprint
 
     def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
-        """The frame for `update`. `seed` drives whatever the codec draws; the same seed gives the
-        same bytes."""
+        """Return the frame for `update`. `seed` drives whatever the codec draws; the same seed
+        gives the same bytes."""
         return self.seal(self.body(self.flat(update), seed), round=round)
 
     def flat(self, update: Named) -> Tensor:
-        """The flattened update (numel,), fp32, which must be finite."""
+        """Return the flattened update (numel,), fp32, which must be finite."""
         vector = self.layout.flatten(update)
         assert is_finite(vector), "an update with NaN or Inf must not be sent"
         return vector
 
     def seal(self, body: bytes, *, round: int = 0) -> bytes:
-        """A frame of this codec around `body`."""
+        """Return a frame of this codec around `body`."""
         return seal(self.code, self.fingerprint, body, round=round)
 
     def decode(self, wire: bytes, *, round: int | None = None) -> Named:
-        """The update that `wire` carries, fp32; raises `WireError` for anything that `encode` did
-        not make.
+        """Return the update that `wire` carries, fp32; raises `WireError` for anything that
+        `encode` did not make.
 
         With `round`, a frame of another round is refused.
         """
@@ -146,8 +146,8 @@ class Codec(ABC):
 
     @abstractmethod
     def parse(self, reader: Reader) -> Tensor:
-        """Inverse of `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than a
-        few updates."""
+        """Invert `body`: a vector (numel,), fp32. Raises `WireError`; allocates no more than
+        a few updates."""
 
 
 class SteppedCodec(Codec):
@@ -155,15 +155,15 @@ class SteppedCodec(Codec):
 
     @abstractmethod
     def encode_at(self, update: Named, step: float, *, seed: int = 0, round: int = 0) -> bytes:
-        """The frame for `update` at `step` (in units of the update), whatever its length."""
+        """Return the frame for `update` at `step` (in units of the update), whatever its length."""
 
     @abstractmethod
     def step_of(self, wire: bytes) -> float:
-        """The step of a frame; raises `WireError`."""
+        """Return the step of a frame; raises `WireError`."""
 
     @abstractmethod
     def noise_of(self, wire: bytes) -> float:
-        """Expected squared error of the update in a frame; raises `WireError`."""
+        """Return the expected squared error of the update in a frame; raises `WireError`."""
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,19 @@ class LearnedCodec(Codec):
     def fit(
         cls, settings: CodecSettings, layout: Layout, updates: Sequence[Named], *, seed: int
     ) -> Self:
-        """A codec for updates like `updates` (each of `layout`); deterministic for a seed."""
+        """Return a codec for updates like `updates` (each of `layout`); deterministic for a
+        seed."""
 
     @classmethod
     @abstractmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Bytes of one frame, at most, known before any fit; raises `ConfigError` if the layout
-        cannot be coded."""
+        """Return the bytes of one frame, at most, known before any fit; raises `ConfigError` if the
+        layout cannot be coded."""
 
     @abstractmethod
     def published(self, *, decoder: bool) -> Payload:
-        """What a site downloads once: the encoder, and the decoder too if it must decode (error
-        feedback)."""
+        """Return what a site downloads once: the encoder, and the decoder too if it must decode
+        (error feedback)."""
 
     @classmethod
     @abstractmethod
@@ -212,8 +213,8 @@ class AdaptiveCodec(LearnedCodec):
 
     @abstractmethod
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """A codec for updates like those of the fit and `updates`, which count `weight` (0 to 1) of
-        the whole.
+        """Return a codec for updates like those of the fit and `updates`, which count `weight` (0
+        to 1) of the whole.
 
         Depends on what is published and on `updates` alone, so that both ends can refit without a
         message.
@@ -226,21 +227,23 @@ class LatentCodec(LearnedCodec):
 
     @abstractmethod
     def analyse(self, vector: Tensor) -> Tensor:
-        """The latent (any 1-D length) of a flattened update (numel,)."""
+        """Return the latent (any 1-D length) of a flattened update (numel,)."""
 
     @classmethod
     def side_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003 - most send none
-        """Bytes of `side` in every frame: what a frame says of the update beside its latent."""
+        """Return the bytes of `side` in every frame: what a frame says of the update beside its
+        latent."""
         return 0
 
     def side(self, vector: Tensor) -> bytes:  # noqa: ARG002 - most send none
-        """Side information of a flattened update (numel,), such as scales."""
+        """Return the side information of a flattened update (numel,), such as scales."""
         return b""
 
     @abstractmethod
     def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
-        """The body for `latent` (any 1-D length) and the `side` of its update, and of nothing
-        else."""
+        """Return the body for `latent` (any 1-D length) and the `side` of its update, and of
+        nothing else."""
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        """Code the flattened update (numel,); see `Codec.body`."""
         return self.pack(self.analyse(vector), self.side(vector))

@@ -16,7 +16,7 @@ from pydantic import Field
 from scipy import fft
 from torch import Tensor
 
-from fluvial.codecs.sparse import Largest, LargestSettings, ValueBits
+from fluvial.codecs.sparse.largest import Largest, LargestSettings, ValueBits
 from fluvial.wire.frame import Reader
 from fluvial.wire.tensors import Layout
 
@@ -26,10 +26,13 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class DctTopKSettings(LargestSettings):
-    """The largest coefficients of a chunked cosine transform."""
+    """The largest coefficients of a chunked cosine transform.
+
+    Bytes per value: 4 / rate. Lost: all but the largest coefficients, and bits of those.
+    """
 
     name: Literal["dct_top_k"] = "dct_top_k"
-    """Which codec."""
+    """Name of the codec."""
     chunk_size: int = Field(64, ge=1, le=4096)
     """Values, along each of two axes, that are transformed together; the last chunk of an axis may
     be shorter."""
@@ -61,14 +64,16 @@ class DctTopK(Largest):
         self._places = [torch.from_numpy(np.stack(alike)) for alike in places.values()]
 
     def body(self, vector: Tensor, seed: int) -> bytes:
+        """Code the flattened update (numel,); see `Codec.body`."""
         return super().body(self._transform(vector, fft.dct), seed)
 
     def parse(self, reader: Reader) -> Tensor:
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         return self._transform(super().parse(reader), fft.idct)
 
     def _transform(self, vector: Tensor, along: Callable[..., Doubles]) -> Tensor:
-        """The transform, or its inverse, of all tensors of one shape at a time; fp64 inside, kept
-        within fp32."""
+        """Return the transform, or its inverse, of all tensors of one shape at a time; fp64 inside,
+        kept within fp32."""
         result = torch.empty_like(vector)
         for where in self._places:
             x = vector[where].double().numpy()
@@ -79,7 +84,7 @@ class DctTopK(Largest):
         return result
 
     def _chunked(self, x: Doubles, along: Callable[..., Doubles]) -> Doubles:
-        """`along` the last axis in chunks."""
+        """Apply `along` to the last axis in chunks."""
         chunk = min(self.settings.chunk_size, x.shape[-1])
         whole = x.shape[-1] - x.shape[-1] % chunk
         chunks = x[..., :whole].reshape(*x.shape[:-1], -1, chunk)

@@ -22,8 +22,8 @@ UNIT = 1 << 16
 
 
 def frequencies(symbols: NDArray[np.integer], size: int) -> NDArray[np.uint16]:
-    """How often each of `size` symbols occurs, scaled to fit uint16; what occurs at all keeps at
-    least 1."""
+    """Return how often each of `size` symbols occurs, scaled to fit uint16; what occurs at all
+    keeps at least 1."""
     counts = np.bincount(symbols, minlength=size)
     assert len(counts) == size, "symbol outside the alphabet"
 
@@ -35,19 +35,19 @@ def frequencies(symbols: NDArray[np.integer], size: int) -> NDArray[np.uint16]:
 
 
 def densities(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> NDArray[np.uint16]:
-    """Frequency of ones, in 1 / 2^16, for masks of `sizes` values with `kept` ones; neither 0 nor
-    2^16."""
+    """Return the frequency of ones, in 1 / 2^16, for masks of `sizes` values with `kept` ones;
+    neither 0 nor 2^16."""
     return np.clip(np.rint(UNIT * kept / sizes), 1, UNIT - 1).astype(np.uint16)
 
 
 def mask_counts(ones: int) -> Counts:
-    """Frequencies of zero and one for one of `densities`, 1 to 2^16 - 1."""
+    """Return the frequencies of zero and one for one of `densities`, 1 to 2^16 - 1."""
     return np.array([UNIT - ones, ones])
 
 
 def mask_bits(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> float:
-    """Bits that masks of `sizes` with `kept` ones take; a mask without ones is not sent and takes
-    none."""
+    """Return the bits that masks of `sizes` with `kept` ones take; a mask without ones is not sent
+    and takes none."""
     used = kept > 0
     kept = kept[used]
     sizes = sizes[used]
@@ -57,15 +57,16 @@ def mask_bits(kept: NDArray[np.integer], sizes: NDArray[np.integer]) -> float:
 
 
 def encode(parts: Sequence[tuple[NDArray[np.integer], Counts]]) -> bytes:
-    """One stream of all parts (symbols, frequencies); whole 32-bit words, about 4 bytes above the
-    entropy."""
+    """Return one stream of all parts (symbols, frequencies); whole 32-bit words, about 4 bytes
+    above the entropy."""
     return encode_with(
         [(symbols, model(counts)) for symbols, counts in parts if len(symbols) and len(counts) > 1]
     )
 
 
 def encode_with(parts: Sequence[tuple[NDArray[np.integer], Any]]) -> bytes:
-    """The same with tables that `model` made; no part is empty."""
+    """Encode one stream of all parts (symbols, model) with tables that `model` made; no part is
+    empty."""
     coder = constriction.stream.stack.AnsCoder()
     for symbols, table in reversed(parts):
         coder.encode_reverse(np.ascontiguousarray(symbols, dtype=np.int32), table)
@@ -88,7 +89,7 @@ class Stream:
         self._coder = constriction.stream.stack.AnsCoder(words)
 
     def take(self, counts: Counts, number: int) -> NDArray[np.int32]:
-        """The next `number` symbols, coded with these frequencies; allocates O(number)."""
+        """Return the next `number` symbols, coded with these frequencies; allocates O(number)."""
         if number and not counts.any():
             raise WireError(f"frame: {number} symbols without frequencies")
         if number == 0 or len(counts) == 1:
@@ -96,7 +97,8 @@ class Stream:
         return self.take_with(model(counts), number)
 
     def take_with(self, table: Any, number: int) -> NDArray[np.int32]:
-        """The next `number` symbols, coded with a table that `model` made; allocates O(number)."""
+        """Return the next `number` symbols, coded with a table that `model` made; allocates
+        O(number)."""
         try:
             return np.asarray(self._coder.decode(table, number), dtype=np.int32)
         except BaseException as error:
@@ -112,8 +114,8 @@ class Stream:
 
 
 def model(counts: Counts) -> Any:
-    """The coder's table for at least two frequencies: symbol s has one share of 2^24, and its part
-    of the rest.
+    """Return the coder's table for at least two frequencies: symbol s has one share of 2^24, and
+    its part of the rest.
 
     With n frequencies of sum T it starts at s + floor((2^24 - n) / T * (sum of those before s)), in
     fp64 and in this order; sums of whole numbers are exact, so that every machine has the same

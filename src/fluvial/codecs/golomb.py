@@ -22,14 +22,15 @@ from fluvial.wire.tensors import Layout
 Indices = NDArray[np.int64]
 Bits = NDArray[np.uint8]
 Values = Literal["fp16", "bf16", "fp32"]
-"""How a value that is sent is written; fp16 ends at 65504 and is coarse below 6e-5."""
+"""Form in which a value is sent; fp16 ends at 65504 and is coarse below 6e-5."""
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 _FP32_MAX = float(np.finfo(np.float32).max)
 
 
 def parameter(count: int, total: int) -> int:
-    """The best Golomb parameter for `count` random positions of `total`, 1 <= count <= total.
+    """Return the best Golomb parameter for `count` random positions of `total`, 1 <= count <=
+    total.
 
     ceil(log(2 - p) / -log(1 - p)), to first order in p = count / total; both ends get the same
     number, because nothing but exact operations and one division is in it.
@@ -38,14 +39,14 @@ def parameter(count: int, total: int) -> int:
 
 
 def encode(groups: Sequence[tuple[Indices, int]]) -> bytes:
-    """Bytes for groups of (rising positions, total); of more than half of a total, the absent ones
-    are coded."""
+    """Return the bytes for groups of (rising positions, total); of more than half of a total, the
+    absent ones are coded."""
     bits = [piece for where, total in groups for piece in _write(where, total)]
     return np.packbits(np.concatenate([np.zeros(0, np.uint8), *bits])).tobytes()
 
 
 def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
-    """Inverse of `encode` for groups of (count, total), each count <= total; raises `WireError`.
+    """Invert `encode` for groups of (count, total), each count <= total; raises `WireError`.
 
     Allocates O(total) bytes for each group.
     """
@@ -69,7 +70,7 @@ def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
 
 
 def to_wire(values: NDArray[np.floating], kind: Values) -> bytes:
-    """`values` as `kind`, little endian, rounded to nearest; beyond the range the largest
+    """Write `values` as `kind`, little endian, rounded to nearest; beyond the range the largest
     number."""
     if kind == "bf16":
         return bf16(values).astype("<u2").tobytes()
@@ -79,13 +80,14 @@ def to_wire(values: NDArray[np.floating], kind: Values) -> bytes:
 
 
 def rounded(values: NDArray[np.floating], kind: Values) -> Floats:
-    """`values` as the other end will see them."""
+    """Return `values` as the other end will see them."""
     wire = to_wire(values, kind)
     return _from_wire(Reader(wire), len(values), kind)
 
 
 def largest(magnitudes: NDArray[np.floating], count: int) -> Indices:
-    """Positions of the `count` largest magnitudes, rising; those of magnitude 0 are left out."""
+    """Return the positions of the `count` largest magnitudes, rising; those of magnitude 0 are left
+    out."""
     count = min(count, int(np.count_nonzero(magnitudes)))
     if count == 0:
         return np.zeros(0, dtype=np.int64)
@@ -116,7 +118,8 @@ class SparseFrames:
         )
 
     def encode(self, vector: Floats, where: Indices, *, round: int) -> bytes:
-        """The frame with `vector[where]`; vector (stop - start,) is finite, the positions rise."""
+        """Return the frame with `vector[where]`; vector (stop - start,) is finite, the positions
+        rise."""
         assert bool(np.isfinite(vector).all()), "values that are NaN or Inf must not be sent"
         pieces = np.split(where, np.searchsorted(where, self._ends[1:-1]))
         counts = np.array([len(piece) for piece in pieces]).astype(f"<{self._counts}").tobytes()
@@ -131,7 +134,7 @@ class SparseFrames:
         )
 
     def decode(self, wire: bytes, *, round: int) -> tuple[Indices, Floats]:
-        """Positions and values of a frame of `round`; raises `WireError`."""
+        """Return the positions and values of a frame of `round`; raises `WireError`."""
         reader = unseal(wire, self.code, self._fingerprint, round=round)
         sizes = np.diff(self._ends)
         counts = reader.array(self._counts, len(sizes)).astype(np.int64)
@@ -150,7 +153,8 @@ class SparseFrames:
         ), values
 
     def decode_dense(self, wire: bytes, *, round: int) -> Floats:
-        """The whole slice (stop - start,), zero where nothing was sent; raises `WireError`."""
+        """Return the whole slice (stop - start,), zero where nothing was sent; raises
+        `WireError`."""
         where, values = self.decode(wire, round=round)
         vector = np.zeros(self.stop - self.start, dtype=np.float32)
         vector[where] = values
@@ -177,7 +181,7 @@ class _Bits:
         return self._bits[self._position - count : self._position]
 
     def unary(self, count: int, most: int) -> Indices:
-        """`count` runs of ones, each closed by a zero; all together at most `most` ones."""
+        """Return `count` runs of ones, each closed by a zero; all together at most `most` ones."""
         ahead = self._bits[self._position : self._position + count + most]
         zeros = np.flatnonzero(ahead == 0)[:count]
 
@@ -245,6 +249,6 @@ def _read(bits: _Bits, count: int, total: int) -> Indices:
 
 
 def _widths(m: int) -> tuple[int, int]:
-    """Bits of the longest remainder, and how many remainders take one bit less."""
+    """Return the bits of the longest remainder, and how many remainders take one bit less."""
     width = (m - 1).bit_length()
     return width, (1 << width) - m if width else 0

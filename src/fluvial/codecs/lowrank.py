@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.gaussian import COARSEST, FINEST, OCTAVE, Blocks, Doubles
 from fluvial.codecs.learned.canvas import target
-from fluvial.codecs.rotation import COARSEST, FINEST, OCTAVE, Blocks, Doubles
 from fluvial.errors import WireError
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout, factor
@@ -31,10 +31,13 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class PowerSgdSettings(RateSettings):
-    """Low rank, with quantised factors; ranks and bits follow from the rate and the message."""
+    """Low rank, with quantised factors; ranks and bits follow from the rate and the message.
+
+    Bytes per value: 4 / rate. Lost: all but the leading singular directions.
+    """
 
     name: Literal["powersgd"] = "powersgd"
-    """Which codec."""
+    """Name of the codec."""
 
 
 class PowerSgd(Codec):
@@ -68,13 +71,14 @@ class PowerSgd(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """At most 4 * values / rate."""
+        """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, PowerSgdSettings)
         sizes = zip(layout.shapes, layout.sizes, strict=True)
         stacks = {_stack(name, shape) for (name, shape), size in sizes if size}
         return frame_room(layout, settings.rate, least=2 * len(stacks) + Blocks.least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        """Code the flattened update (numel,); see `Codec.body`."""
         stacks = [vector[where].double() for where in self._stacks]
         rights = [_right_factors(x) for x in stacks]
         room = self._room - 2 * len(stacks)
@@ -123,6 +127,7 @@ class PowerSgd(Codec):
             stride = 2 * stride
 
     def parse(self, reader: Reader) -> Tensor:
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         ranks = reader.array("u2", len(self._stacks)).astype(np.int64).tolist()
         for rank, where in zip(ranks, self._stacks, strict=True):
             if rank > min(where.shape):
@@ -153,8 +158,8 @@ def _stack(name: str, shape: tuple[int, ...]) -> object:
 
 
 def _finest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """About the lowest step that `fits`, from one that does not, or is as fine as may be, to one
-    that does."""
+    """Return about the lowest step that `fits`, from one that does not, or is as fine as may be, to
+    one that does."""
     while high - low > _CLOSE:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
@@ -163,13 +168,13 @@ def _finest(fits: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _sizes(lengths: tuple[int, ...], ranks: list[int]) -> list[int]:
-    """Lengths of all columns."""
+    """Return the lengths of all columns."""
     return [length for length, rank in zip(lengths, ranks, strict=True) for _ in range(rank)]
 
 
 def _right_factors(x: Tensor) -> Tensor:
-    """Right singular vectors times singular values of x (rows, features): (features, min of both),
-    rising."""
+    """Return right singular vectors times singular values of x (rows, features): (features, min of
+    both), rising."""
     if x.shape[0] <= x.shape[1]:
         return x.T.matmul(torch.linalg.eigh(x @ x.T).eigenvectors)
     values, vectors = torch.linalg.eigh(x.T @ x)
@@ -177,7 +182,7 @@ def _right_factors(x: Tensor) -> Tensor:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Q of the QR of (features, rank)."""
+    """Return Q of the QR of (features, rank)."""
     basis: Tensor = torch.linalg.qr(columns).Q
     return basis
 
@@ -185,8 +190,8 @@ def _orthonormal(columns: Tensor) -> Tensor:
 def _factors(
     stacks: list[Tensor], rights: list[Tensor], step: int, audible: int
 ) -> tuple[list[int], Blocks, Doubles]:
-    """The rank of every stack, by step `audible`, and all columns: those of the right factors, then
-    those of Z."""
+    """Return the rank of every stack, by step `audible`, and all columns: those of the right
+    factors, then those of Z."""
     least = _AUDIBLE * 2.0 ** (audible / OCTAVE)
     kept = [right[:, right.square().mean(0).sqrt() >= least] for right in rights]
     ranks = [right.shape[1] for right in kept]

@@ -22,17 +22,17 @@ Normalisation = Literal["none", "global_rms", "factor_rms", "maxabs"]
 BYTES_PER_SCALE = 2
 _LARGEST = torch.finfo(torch.bfloat16).max
 _PEAK = 0.95
-"""What `maxabs` makes of the largest value: inside the range of the decoder's Tanh."""
+"""Value that `maxabs` gives to the largest one: inside the range of the decoder's Tanh."""
 
 
 def scale_count(layout: Layout, mode: Normalisation) -> int:
-    """How many scales a message carries: none, one, or one for every factor of every module and
-    layer."""
+    """Return how many scales a message carries: none, one, or one for every factor of every module
+    and layer."""
     return {"none": 0, "global_rms": 1, "factor_rms": len(layout.shapes), "maxabs": 1}[mode]
 
 
 def measure(vector: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
-    """Scales (count,) bf16 of a flattened update (numel,); 0 for a part that is zero."""
+    """Return the scales (count,) bf16 of a flattened update (numel,); 0 for a part that is zero."""
     if mode == "none":
         return torch.empty(0, dtype=torch.bfloat16)
 
@@ -48,7 +48,7 @@ def measure(vector: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
 
 
 def normalise(vector: Tensor, scales: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
-    """The update (numel,) divided by its scales; parts of scale 0 become 0."""
+    """Return the update (numel,) divided by its scales; parts of scale 0 become 0."""
     if mode == "none":
         return vector
     spread = _spread(scales, layout)
@@ -56,17 +56,17 @@ def normalise(vector: Tensor, scales: Tensor, layout: Layout, mode: Normalisatio
 
 
 def denormalise(values: Tensor, scales: Tensor, layout: Layout, mode: Normalisation) -> Tensor:
-    """Inverse of `normalise`, up to one fp32 rounding."""
+    """Invert `normalise`, up to one fp32 rounding."""
     return values if mode == "none" else values * _spread(scales, layout)
 
 
 def write_scales(scales: Tensor) -> bytes:
-    """bf16 scales, little endian."""
+    """Return bf16 scales, little endian."""
     return _bits(scales).astype("<u2").tobytes()
 
 
 def read_scales(reader: Reader, count: int) -> Tensor:
-    """Inverse of `write_scales`; raises `WireError` for a scale that is negative, NaN or
+    """Invert `write_scales`; raises `WireError` for a scale that is negative, NaN or
     infinite."""
     bits = reader.array("u2", count).astype(np.int32) << 16
     scales = torch.from_numpy(bits.view(np.float32)).bfloat16()
@@ -85,7 +85,7 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _spread(scales: Tensor, layout: Layout) -> Tensor:
-    """One fp32 scale for every value, or a single one for all."""
+    """Return one fp32 scale for every value, or a single one for all."""
     if len(scales) == 1:
         return scales.float()
     spread: Tensor = torch.repeat_interleave(scales.float(), torch.tensor(layout.sizes))

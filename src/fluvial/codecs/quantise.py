@@ -1,12 +1,5 @@
 """Codecs that send every value, with fewer bits: identity, bf16, int8, int4 and nf4.
 
-    name      bytes per value           what is lost
-    identity  4                         nothing
-    bf16      2                         relative error up to 2^-8
-    int8      1 + 2 / block_size        up to 1/254 of the largest value of the block
-    int4      1/2 + 2 / block_size      up to 1/14 of the largest value of the block
-    nf4       1/2 + 2 / block_size      up to 1/6 of it, less near zero: levels are quantiles of a Gaussian
-
 Scales are bf16 because updates of 1e-6 and below are usual and fp16 ends at 6e-8.
 """
 
@@ -37,8 +30,8 @@ _FP32 = (float(np.finfo(np.float32).min), float(np.finfo(np.float32).max))
 def bf16(
     values: NDArray[np.floating], *, rounding: Literal["nearest", "up"] = "nearest"
 ) -> NDArray[np.uint16]:
-    """bf16 bit patterns of finite `values`, rounded to nearest even or away from zero; never to
-    Inf."""
+    """Return bf16 bit patterns of finite `values`, rounded to nearest even or away from zero; never
+    to Inf."""
     bits = np.clip(values, *_FP32).astype(np.float32).view(np.uint32)
     magnitude = bits & 0x7FFFFFFF
     magnitude = magnitude + (0xFFFF if rounding == "up" else 0x7FFF + ((magnitude >> 16) & 1))
@@ -48,12 +41,12 @@ def bf16(
 
 
 def from_bf16(bits: NDArray[np.generic]) -> Floats:
-    """fp32 values of bf16 bit patterns, exact."""
+    """Return fp32 values of bf16 bit patterns, exact."""
     return cast(Floats, (bits.astype(np.uint32) << 16).view(np.float32))
 
 
 def read_scales(reader: Reader, count: int) -> Floats:
-    """`count` bf16 scales as fp32; raises `WireError` unless all are finite and >= 0."""
+    """Return `count` bf16 scales as fp32; raises `WireError` unless all are finite and >= 0."""
     scales = from_bf16(reader.array("u2", count))
     if not bool(np.all((scales >= 0) & np.isfinite(scales))):
         raise WireError("frame: a scale is negative, NaN or Inf")
@@ -61,7 +54,7 @@ def read_scales(reader: Reader, count: int) -> Floats:
 
 
 def steps(largest: NDArray[np.floating], levels: int) -> NDArray[np.uint16]:
-    """bf16 patterns of the step that codes magnitudes up to `largest` in `levels` steps.
+    """Return bf16 patterns of the step that codes magnitudes up to `largest` in `levels` steps.
 
     Rounded up, so that nothing is clipped, but no further than that `levels` steps are still an
     fp32 number.
@@ -71,21 +64,24 @@ def steps(largest: NDArray[np.floating], levels: int) -> NDArray[np.uint16]:
 
 
 def to_levels(values: NDArray[np.floating], step: Floats, levels: int) -> NDArray[np.int8]:
-    """`values` in whole steps, -levels to levels; a step of 0 gives level 0."""
+    """Return `values` in whole steps, -levels to levels; a step of 0 gives level 0."""
     scaled = np.divide(values, step, out=np.zeros(len(values), dtype=np.float64), where=step > 0)
     return cast(NDArray[np.int8], np.clip(np.rint(scaled), -levels, levels).astype(np.int8))
 
 
 def to_numpy(vector: Tensor) -> Floats:
-    """The flattened update as NumPy sees it (numel,), fp32."""
+    """Return the flattened update as NumPy sees it (numel,), fp32."""
     return cast(Floats, vector.detach().cpu().numpy())
 
 
 class IdentitySettings(CodecSettings):
-    """The update as it is."""
+    """The update as it is.
+
+    Bytes per value: 4. Lost: nothing.
+    """
 
     name: Literal["identity"] = "identity"
-    """Which codec."""
+    """Name of the codec."""
 
 
 class Identity(Codec):
@@ -96,28 +92,31 @@ class Identity(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
-        """Four bytes a value."""
+        """Return four bytes a value."""
         return OVERHEAD + 4 * layout.numel
 
     @classmethod
     def of(cls, layout: Layout) -> "Identity":
-        """The exact codec for `layout`: how adapters travel to the sites."""
+        """Return the exact codec for `layout`: how adapters travel to the sites."""
         return cls(IdentitySettings(), layout)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
-        """fp32, little endian."""
+        """Return fp32, little endian."""
         return to_numpy(vector).astype("<f4").tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
-        """Inverse of `body`."""
+        """Invert `body`."""
         return torch.from_numpy(reader.array("f4", self.layout.numel).astype(np.float32))
 
 
 class BFloat16Settings(CodecSettings):
-    """Values rounded to bf16."""
+    """Values rounded to bf16.
+
+    Bytes per value: 2. Lost: a relative error up to 2^-8.
+    """
 
     name: Literal["bf16"] = "bf16"
-    """Which codec."""
+    """Name of the codec."""
 
 
 class BFloat16(Codec):
@@ -128,41 +127,51 @@ class BFloat16(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
-        """Two bytes a value."""
+        """Return two bytes a value."""
         return OVERHEAD + 2 * layout.numel
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
-        """bf16, little endian."""
+        """Return bf16, little endian."""
         return bf16(to_numpy(vector)).astype("<u2").tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
-        """Inverse of `body`."""
+        """Invert `body`."""
         return torch.from_numpy(from_bf16(reader.array("u2", self.layout.numel)))
 
 
 class Int8Settings(CodecSettings):
-    """Whole numbers from -127 to 127 with a scale per block."""
+    """Whole numbers from -127 to 127 with a scale per block.
+
+    Bytes per value: 1 + 2 / block_size. Lost: up to 1/254 of the largest value of a block.
+    """
 
     name: Literal["int8"] = "int8"
-    """Which codec."""
+    """Name of the codec."""
     block_size: int = Field(64, ge=1, le=65536)
     """Values that share one bf16 scale; the last block of a tensor may be shorter."""
 
 
 class Int4Settings(CodecSettings):
-    """Whole numbers from -7 to 7 with a scale per block."""
+    """Whole numbers from -7 to 7 with a scale per block.
+
+    Bytes per value: 1/2 + 2 / block_size. Lost: up to 1/14 of the largest value of a block.
+    """
 
     name: Literal["int4"] = "int4"
-    """Which codec."""
+    """Name of the codec."""
     block_size: int = Field(64, ge=1, le=65536)
     """Values that share one bf16 scale; the last block of a tensor may be shorter."""
 
 
 class NF4Settings(CodecSettings):
-    """Sixteen levels at the quantiles of a Gaussian, with a scale per block."""
+    """Sixteen levels at the quantiles of a Gaussian, with a scale per block.
+
+    Bytes per value: 1/2 + 2 / block_size. Lost: up to 1/6 of the largest value of a block, less
+    near zero.
+    """
 
     name: Literal["nf4"] = "nf4"
-    """Which codec."""
+    """Name of the codec."""
     block_size: int = Field(64, ge=1, le=65536)
     """Values that share one bf16 scale; the last block of a tensor may be shorter."""
 
@@ -183,7 +192,7 @@ class _Blocks(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Two bytes a block, and the levels."""
+        """Return two bytes a block, and the levels."""
         assert isinstance(settings, Int8Settings | Int4Settings | NF4Settings)
         blocks = sum(-(-size // settings.block_size) for size in layout.sizes)
         return OVERHEAD + 2 * blocks + -(-layout.numel // cls.per_byte)
@@ -224,8 +233,8 @@ class _Blocks(Codec):
         return torch.from_numpy(values)
 
     def _pieces(self) -> Iterator[tuple[slice, slice]]:
-        """Runs of blocks and their values, so that what is computed for each value does not need
-        memory for all."""
+        """Yield the runs of blocks and their values, so that what is computed for each value does
+        not need memory for all."""
         for first in range(0, len(self._starts), _PIECE):
             blocks = slice(first, min(first + _PIECE, len(self._starts)))
             yield (
@@ -236,16 +245,16 @@ class _Blocks(Codec):
             )
 
     def _quantise(self, values: Floats, scales: Floats) -> NDArray[np.int8]:
-        """Levels of `values`, each with its scale."""
+        """Return the levels of `values`, each with its scale."""
         return to_levels(values, scales, self.levels)
 
     @abstractmethod
     def _pack(self, coded: NDArray[np.int8]) -> bytes:
-        """Levels as bytes."""
+        """Return the levels as bytes."""
 
     @abstractmethod
     def _unpack(self, reader: Reader) -> Floats:
-        """Inverse of `_pack`."""
+        """Invert `_pack`."""
 
 
 class Int8(_Blocks):
@@ -298,8 +307,8 @@ class NF4(_Blocks):
 
 
 def _normal_float() -> Floats:
-    """The 16 levels: 7 below zero, zero and 8 above at evenly spaced probabilities of N(0, 1), over
-    the largest.
+    """Return the 16 levels: 7 below zero, zero and 8 above at evenly spaced probabilities of N(0,
+    1), over the largest.
 
     The outermost probability is the mean of 1 - 1/32 and 1 - 1/30, as QLoRA has it, so that all
     levels are finite.
@@ -315,13 +324,13 @@ _NORMAL_FLOAT = _normal_float()
 
 
 def _pack_halves(halves: NDArray[np.uint8], *, fill: int) -> bytes:
-    """Two values of 0 to 15 per byte, the earlier one in the low half; an odd last one is paired
-    with `fill`."""
+    """Return two values of 0 to 15 per byte, the earlier one in the low half; an odd last one is
+    paired with `fill`."""
     halves = np.append(halves, np.uint8(fill)) if len(halves) % 2 else halves
     return (halves[0::2] | halves[1::2] << 4).tobytes()
 
 
 def _read_halves(reader: Reader, count: int) -> NDArray[np.uint8]:
-    """Inverse of `_pack_halves` for `count` values."""
+    """Invert `_pack_halves` for `count` values."""
     packed = reader.array("u1", (count + 1) // 2).astype(np.uint8)
     return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:count]

@@ -14,35 +14,39 @@ from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
 from fluvial.codecs.quantise import Floats, bf16, read_scales, to_numpy
-from fluvial.codecs.sparse import SEED, Indices, Masked, masked_least, slots
+from fluvial.codecs.sparse.masked import Masked, masked_least
+from fluvial.codecs.sparse.positions import SEED, Indices, slots
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout
 
 
 def mean_magnitudes(kept: Floats, tensors: Indices, number: int) -> NDArray[np.uint16]:
-    """bf16 patterns of mean |value| for each of `number` tensors; `tensors` says which a value is
-    of."""
+    """Return bf16 patterns of mean |value| for each of `number` tensors; `tensors` says which a
+    value is of."""
     sums = np.bincount(tensors, weights=np.abs(kept).astype(np.float64), minlength=number)
     return bf16(sums / np.maximum(np.bincount(tensors, minlength=number), 1))
 
 
 def pack_signs(values: Floats) -> bytes:
-    """One bit per value, 1 for values >= 0, lowest bit first."""
+    """Return one bit per value, 1 for values >= 0, lowest bit first."""
     return np.packbits(values >= 0, bitorder="little").tobytes()
 
 
 def read_signs(reader: Reader, scales: Floats) -> Floats:
-    """+-`scales`, one bit read for each."""
+    """Return +-`scales`, one bit read for each."""
     packed = reader.array("u1", (len(scales) + 7) // 8).astype(np.uint8)
     positive = np.unpackbits(packed, count=len(scales), bitorder="little").astype(bool)
     return np.where(positive, scales, -scales)
 
 
 class SignSettings(CodecSettings):
-    """The sign of every value."""
+    """The sign of every value.
+
+    Bytes per value: 1/8, and 2 bytes of scale per tensor. Lost: magnitudes.
+    """
 
     name: Literal["sign"] = "sign"
-    """Which codec."""
+    """Name of the codec."""
 
 
 class Sign(Codec):
@@ -54,26 +58,32 @@ class Sign(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003
-        """One bit a value, and two bytes a tensor."""
+        """Return one bit a value, and two bytes a tensor."""
         return OVERHEAD + 2 * len(layout.sizes) + -(-layout.numel // 8)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        """Code the flattened update (numel,); see `Codec.body`."""
         values = to_numpy(vector)
         sizes = self.layout.sizes
         scales = mean_magnitudes(values, np.repeat(np.arange(len(sizes)), sizes), len(sizes))
         return scales.astype("<u2").tobytes() + pack_signs(values)
 
     def parse(self, reader: Reader) -> Tensor:
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         sizes = self.layout.sizes
         scales = read_scales(reader, len(sizes))
         return torch.from_numpy(read_signs(reader, np.repeat(scales, sizes)))
 
 
 class HalfSignSettings(CodecSettings):
-    """The sign of a random part of the values."""
+    """The sign of a random share of the values.
+
+    Bytes per value: share / 8, with 2 bytes of scale per tensor and 8 of seed. Lost: magnitudes,
+    and all but values at random positions.
+    """
 
     name: Literal["half_sign"] = "half_sign"
-    """Which codec."""
+    """Name of the codec."""
     share: float = Field(0.5, ge=1e-6, le=1)
     """Part of the values whose sign is sent, at least one; bits per value but for header, seed and
     scales."""
@@ -95,11 +105,12 @@ class HalfSign(Codec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """The seed, two bytes a tensor, and one bit for each value that is sent."""
+        """Return the seed, two bytes a tensor, and one bit for each value that is sent."""
         assert isinstance(settings, HalfSignSettings)
         return OVERHEAD + SEED.size + 2 * len(layout.sizes) + -(-_kept(settings, layout) // 8)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
+        """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 64
         where, tensors = self._where(seed)
         values = to_numpy(vector)[where]
@@ -107,6 +118,7 @@ class HalfSign(Codec):
         return SEED.pack(seed) + scales.astype("<u2").tobytes() + pack_signs(values)
 
     def parse(self, reader: Reader) -> Tensor:
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         where, tensors = self._where(int(reader.number("Q")))
         scales = read_scales(reader, len(self.layout.sizes))
         vector = np.zeros(self.layout.numel, dtype=np.float32)
@@ -114,21 +126,24 @@ class HalfSign(Codec):
         return torch.from_numpy(vector)
 
     def _where(self, seed: int) -> tuple[Indices, Indices]:
-        """Positions whose sign is sent, and the tensor that each is of."""
+        """Return the positions whose sign is sent, and the tensor that each is of."""
         where = slots(seed, self.kept, self.layout.numel)
         return where, np.searchsorted(np.cumsum(self.layout.sizes), where, side="right")
 
 
 def _kept(settings: HalfSignSettings, layout: Layout) -> int:
-    """Values whose sign is sent."""
+    """Return the values whose sign is sent."""
     return min(max(round(settings.share * layout.numel), 1), layout.numel)
 
 
 class TernarySettings(RateSettings):
-    """+scale, 0 or -scale, entropy-coded."""
+    """+scale, 0 or -scale, entropy-coded.
+
+    Bytes per value: 4 / rate. Lost: magnitudes, and values in a dead zone.
+    """
 
     name: Literal["ternary"] = "ternary"
-    """Which codec."""
+    """Name of the codec."""
 
 
 class Ternary(Masked):
@@ -146,12 +161,12 @@ class Ternary(Masked):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """At most 4 * values / rate."""
+        """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, TernarySettings)
         return frame_room(layout, settings.rate, masked_least(layout, num_scales=len(layout.sizes)))
 
     def weights(self, values: Floats) -> NDArray[np.floating]:
-        """Magnitudes over the RMS of their tensor."""
+        """Return the magnitudes over the RMS of their tensor."""
         sizes = self.layout.sizes
         tensors = np.repeat(np.arange(len(sizes)), sizes)
         squares = np.bincount(tensors, weights=values.astype(np.float64) ** 2, minlength=len(sizes))
@@ -160,8 +175,8 @@ class Ternary(Masked):
         return np.divide(np.abs(values), rms, out=np.zeros(len(values)), where=rms > 0)
 
     def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:
-        """The part of what fits that captures most energy: with bits to spare, a dead zone still
-        helps."""
+        """Return the part of what fits that captures most energy: with bits to spare, a dead zone
+        still helps."""
 
         def captured(number: int) -> float:
             kept = np.bincount(tensors[:number])
@@ -171,13 +186,13 @@ class Ternary(Masked):
         return max((round(len(weights) * tenths / 10) for tenths in range(10, 0, -1)), key=captured)
 
     def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:
-        """Mean magnitude of the kept values."""
+        """Return the mean magnitude of the kept values."""
         return mean_magnitudes(kept, tensors, len(self.layout.sizes))
 
     def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
-        """1 for positive values."""
+        """Return 1 for positive values."""
         return (kept > 0).astype(np.int32)
 
     def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:
-        """+-scale of the tensor."""
+        """Return +-scale of the tensor."""
         return cast(Floats, np.where(symbols == 1, scales[tensors], -scales[tensors]))

@@ -29,35 +29,38 @@ class Weighted(Codec):
         self.codec, self.scales = codec, scales(received, codec.layout)
 
     def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
-        """The inner codec's frame of the scaled update."""
+        """Return the inner codec's frame of the scaled update."""
         return self.codec.encode(weigh(update, self.scales), seed=seed, round=round)
 
     def decode(self, wire: bytes, *, round: int | None = None) -> Named:
-        """Inverse of `encode`; raises `WireError`."""
+        """Invert `encode`; raises `WireError`."""
         decoded = self.codec.decode(wire, round=round)
         return {name: tensor / self.scales[name] for name, tensor in decoded.items()}
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002
+        """Code the flattened update (numel,); see `Codec.body`."""
         raise AssertionError("the inner codec makes the frame")
 
     def parse(self, reader: Reader) -> Tensor:  # noqa: ARG002
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         raise AssertionError("the inner codec reads the frame")
 
 
 def weighted(codec: Codec, received: Named) -> Codec:
-    """`codec`, on scaled factors where its settings say so."""
+    """Return `codec`, on scaled factors where its settings say so."""
     return Weighted(codec, received) if codec.settings.weighted else codec
 
 
 def scales(received: Named, layout: Layout) -> dict[str, float]:
-    """sqrt((|partner|^2 + 0.2 |factor|^2) / rank) for every factor of `layout`; `received` holds
-    both factors."""
+    """Return sqrt((|partner|^2 + 0.2 |factor|^2) / rank) for every factor of `layout`; `received`
+    holds both factors."""
     found = {}
     for name, shape in layout.shapes:
         kind = factor(name)
         if kind is None:
             raise ConfigError(
-                f"codec.weighted: {name!r} is no LoRA factor; only these have a partner to be weighed by"
+                f"codec.weighted: {name!r} is no LoRA factor; only these have a partner to be "
+                "weighed by"
             )
 
         partner = (
@@ -72,5 +75,5 @@ def scales(received: Named, layout: Layout) -> dict[str, float]:
 
 
 def weigh(update: Named, by: dict[str, float]) -> Named:
-    """Every factor times its scale."""
+    """Return every factor times its scale."""
     return {name: tensor * by[name] for name, tensor in update.items()}

@@ -18,8 +18,8 @@ import torch
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Measured, Watch, candidates, choose
 from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, Snapshot, SteppedCodec
-from fluvial.codecs.klt.codec import KltSettings
 from fluvial.codecs.klt.moments import MomentCodec, Moments, num_bytes
+from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.codecs.weighted import scales, weigh, weighted
 from fluvial.errors import ConfigError, GateError, WireError

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fluvial.codecs.learned.cnn import CNN, CNNSettings
+from fluvial.codecs.learned.cnn import CNN
+from fluvial.codecs.learned.cnn_signals import CNNSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import seal
 from fluvial.wire.payload import Payload

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fluvial.codecs.dct import DctTopK, DctTopKSettings
-from fluvial.codecs.sparse import TopK, TopKSettings
+from fluvial.codecs.sparse.largest import TopK, TopKSettings
 from fluvial.errors import WireError
 from fluvial.wire.frame import seal
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract

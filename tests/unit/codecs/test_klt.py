@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fluvial.codecs.klt import tables as klt_tables
-from fluvial.codecs.klt.codec import Klt, KltSettings
+from fluvial.codecs.klt.codec import Klt
+from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.klt.sum import KltSum, KltSumSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, seal
@@ -153,7 +154,7 @@ def test_ranks_may_differ_and_targets_share_what_they_read() -> None:
     layout = Layout(tuple(sorted(shapes.items())))
     seen = [layout.unflatten(torch.randn(layout.numel)) for _ in range(4)]
     codec = Klt.fit(KltSettings(rate=8), layout, seen, seed=0)
-    assert len({part.basis for part in codec.parts}) == 5
+    assert len({factor.basis for factor in codec.factors}) == 5
     vector = layout.flatten(seen[0])
     assert torch.allclose(codec.synthesise(codec.analyse(vector)), vector, atol=1e-5)
     assert relative_error(seen[0], codec.decode(codec.encode(seen[0]))) < 0.2

@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from fluvial.codecs.klt.trellis import KltTrellis, KltTrellisSettings
-from fluvial.codecs.trellis import Trellis, TrellisSettings
+from fluvial.codecs.rotated.trellis import Trellis, TrellisSettings
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, seal
 from fluvial.wire.payload import Payload

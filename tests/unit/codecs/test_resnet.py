@@ -7,12 +7,10 @@ import pytest
 import torch
 
 from fluvial.codecs.learned.canvas import Canvas
-from fluvial.codecs.learned.resnet import (
-    ResNet,
-    ResNetSettings,
+from fluvial.codecs.learned.resnet import ResNet, ResNetSettings, frame_bytes
+from fluvial.codecs.learned.resnet_networks import (
     build_decoder,
     build_encoder,
-    frame_bytes,
     multiply_accumulates,
 )
 from fluvial.errors import ConfigError, WireError

@@ -6,15 +6,10 @@ import torch
 from pydantic import ValidationError
 
 from fluvial.codecs.base import Codec
-from fluvial.codecs.rotation import (
-    Blocks,
-    Eden,
-    EdenSettings,
-    Hadamard,
-    HadamardSettings,
-    Rotation,
-    lloyd_max,
-)
+from fluvial.codecs.gaussian import Blocks
+from fluvial.codecs.rotated.eden import Eden, EdenSettings, lloyd_max
+from fluvial.codecs.rotated.hadamard import Hadamard, HadamardSettings
+from fluvial.codecs.rotated.rotation import Rotation
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import Reader, seal
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from fluvial.codecs import read_settings
 from fluvial.codecs.base import Snapshot
-from fluvial.codecs.klt.codec import Klt, KltSettings
+from fluvial.codecs.klt.codec import Klt
 from fluvial.codecs.klt.moments import Moments, MomentsSum, num_bytes
+from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import Identity
 from fluvial.errors import ConfigError, GateError, WireError
 from fluvial.exchange import gate, tgap

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs.base import CodecSettings, LearnedCodec
-from fluvial.codecs.klt.model import Model, learn_moments, parts_of
+from fluvial.codecs.klt.factors import factors_of
+from fluvial.codecs.klt.learn import learn_moments
+from fluvial.codecs.klt.model import Model
 from fluvial.errors import WireError
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, WeightedMean
@@ -31,21 +33,21 @@ class Shapes:
     """Sides of the symmetric matrices, and how many groups (target, factor) there are."""
 
     features: tuple[int, ...]
-    """Of every basis."""
+    """Features of every basis."""
     ranks: tuple[int, ...]
-    """Of every factor."""
+    """Rank of every factor."""
     groups: int
 
     @classmethod
     def of(cls, layout: Layout) -> "Shapes":
-        """Raises `ConfigError` for what is no LoRA factor."""
-        parts = parts_of(layout)
-        features = {part.basis: part.features for part in parts}
+        """Return the sizes for a layout; raises `ConfigError` for what is no LoRA factor."""
+        factors = factors_of(layout)
+        features = {factor.basis: factor.features for factor in factors}
 
         return cls(
             tuple(features.values()),
-            tuple(part.rank for part in parts),
-            1 + max(part.group for part in parts),
+            tuple(factor.rank for factor in factors),
+            1 + max(factor.group for factor in factors),
         )
 
     @property
@@ -70,8 +72,8 @@ class Moments:
 
     @classmethod
     def of(cls, layout: Layout, update: Named) -> "Moments":
-        """Of one update; raises `ConfigError` for what is no LoRA factor."""
-        parts = parts_of(layout)
+        """Return the moments of one update; raises `ConfigError` for what is no LoRA factor."""
+        factors = factors_of(layout)
         shapes = Shapes.of(layout)
         size = max(float(layout.flatten(update).double().norm()), 1e-30)
         grams = [
@@ -80,11 +82,11 @@ class Moments:
         rows = []
         energy = [0.0] * shapes.groups
 
-        for part in parts:
-            x = update[part.name].double()
-            energy[part.group] += float(x.square().sum())
-            x = (x.mT if part.transposed else x) / size
-            grams[part.basis] += x.mT @ x
+        for factor in factors:
+            x = update[factor.name].double()
+            energy[factor.group] += float(x.square().sum())
+            x = (x.mT if factor.transposed else x) / size
+            grams[factor.basis] += x.mT @ x
             rows.append(_upper(x @ x.mT))
 
         return cls(
@@ -95,7 +97,7 @@ class Moments:
         )
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Of both; of the same layout."""
+        """Return the moments of both, which have the same layout."""
         energy = tuple(
             mine + theirs for mine, theirs in zip(self.energy, other.energy, strict=True)
         )
@@ -104,13 +106,13 @@ class Moments:
         )
 
     def payload(self) -> Payload:
-        """On the wire and on a site's disk."""
+        """Return the moments as they are on the wire and on a site's disk."""
         return Payload(self._named(), {"energy": list(self.energy), "count": self.count})
 
     @classmethod
     def read(cls, layout: Layout, payload: Payload, *, most: int) -> "Moments":
-        """Inverse of `payload`, for at most `most` updates; raises `WireError` for what cannot be
-        moments."""
+        """Invert `payload`, for at most `most` updates; raises `WireError` for what cannot
+        be moments."""
         shapes = Shapes.of(layout)
         count = payload.value("count", int)
         energy = payload.value("energy", list)
@@ -126,7 +128,8 @@ class Moments:
 
         if set(payload.tensors) != set(shapes.sizes):
             raise WireError(
-                f"moments: expected tensors {sorted(shapes.sizes)}, found {sorted(payload.tensors)[:5]}"
+                f"moments: expected tensors {sorted(shapes.sizes)}, found "
+                f"{sorted(payload.tensors)[:5]}"
             )
 
         for name, sides in (("grams", shapes.features), ("rows", shapes.ranks)):
@@ -137,7 +140,7 @@ class Moments:
         return {"grams": self.grams, "rows": self.rows}
 
     def fit(self, layout: Layout, share: float) -> Model:
-        """The transform for updates of these moments; entropy tables stay generic."""
+        """Return the transform for updates of these moments; entropy tables stay generic."""
         shapes = Shapes.of(layout)
         rows = list(_squares(self.rows, shapes.ranks))
         energy = torch.tensor(self.energy, dtype=torch.float64)
@@ -154,13 +157,13 @@ class MomentsSum:
         self._mean, self._energies, self._count = WeightedMean(), list[tuple[float, ...]](), 0
 
     def add(self, moments: Moments) -> None:
-        """Those of one site, or of a sum of sites."""
+        """Add the moments of one site, or of a sum of sites."""
         self._mean.add(moments._named(), 1)
         self._energies.append(moments.energy)
         self._count += moments.count
 
     def total(self) -> Moments:
-        """Of all; at least one must have been added."""
+        """Return the sum of all; at least one must have been added."""
         sums = {name: tensor * self._mean.count for name, tensor in self._mean.mean().items()}
         energy = tuple(math.fsum(each) for each in zip(*self._energies, strict=True))
         return Moments(sums["grams"], sums["rows"], energy, self._count)
@@ -172,12 +175,12 @@ class MomentCodec(LearnedCodec):
     @classmethod
     @abstractmethod
     def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
-        """A codec for updates with these moments; deterministic."""
+        """Return a codec for updates with these moments; deterministic."""
 
 
 def num_bytes(layout: Layout) -> int:
-    """What the moments of a site take on the wire, about; raises `ConfigError` for what is no LoRA
-    factor."""
+    """Return what the moments of a site take on the wire, about; raises `ConfigError` for what is
+    no LoRA factor."""
     return 4 * sum(Shapes.of(layout).sizes.values())
 
 
@@ -187,7 +190,8 @@ def _check(found: Tensor, sides: Sequence[int], name: str, count: int) -> None:
     length = sum(map(_half, sides))
     if found.dtype != torch.float32 or found.shape != (length,):
         raise WireError(
-            f"moments: {name}: expected torch.float32 ({length},), found {found.dtype} {tuple(found.shape)}; both ends "
+            f"moments: {name}: expected torch.float32 ({length},), found {found.dtype} "
+            f"{tuple(found.shape)}; both ends "
             "need the same model and lora settings"
         )
 
@@ -202,7 +206,7 @@ def _check(found: Tensor, sides: Sequence[int], name: str, count: int) -> None:
 
 
 def _half(side: int) -> int:
-    """Values of an upper triangle."""
+    """Return the values of an upper triangle."""
     return side * (side + 1) // 2
 
 
@@ -212,7 +216,7 @@ def _upper(square: Tensor) -> Tensor:
 
 
 def _squares(triangles: Tensor, sides: Sequence[int]) -> Iterator[Tensor]:
-    """The symmetric matrices of upper triangles, one after another."""
+    """Yield the symmetric matrices of upper triangles, one after another."""
     for side, triangle in zip(
         sides, torch.split(triangles, [_half(side) for side in sides]), strict=True
     ):

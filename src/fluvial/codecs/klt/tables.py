@@ -49,16 +49,16 @@ real updates, flat around these. They set the thresholds, which are the encoder'
 generic centroids."""
 _LOW = {"biased": -5, "dithered": -5, "feedback": -24}
 FAINTEST = -40
-"""Of the classes that mode "dithered" distinguishes below the lowest it codes."""
+"""Faintest of the classes that mode "dithered" distinguishes below the lowest it codes."""
 
 
 def low(kind: Kind) -> int:
-    """The lowest class that is coded."""
+    """Return the lowest class that is coded."""
     return _LOW[kind]
 
 
 def levels(number: int) -> int:
-    """The largest magnitude that a class codes, in steps: some 8 sigma, and at least 15."""
+    """Return the largest magnitude that a class codes, in steps: some 8 sigma, and at least 15."""
     return int(min(max(2 ** math.ceil(math.log2(8 * _sigma(number))) - 1, 15), 16383))
 
 
@@ -73,7 +73,7 @@ class Table:
     counts: Codes
     """Frequencies of magnitudes; a nonzero magnitude's is that of each of its signs."""
     centroids: Doubles
-    """What a magnitude decodes to, in steps."""
+    """Values that magnitudes decode to, in steps."""
     noise: Doubles
     """Expected squared error of a magnitude, in squared steps."""
     zero_below: float
@@ -88,7 +88,7 @@ class Table:
 
     @cached_property
     def bits(self) -> Doubles:
-        """What the magnitudes cost."""
+        """Bits of the magnitudes."""
         bits: Doubles = -np.log2(self.counts / self.signed.sum())
         return bits
 
@@ -146,7 +146,7 @@ class Tables:
 
 @dataclass(frozen=True)
 class Learned:
-    """What is published of the lowest classes."""
+    """The published tables of the lowest classes."""
 
     counts: NDArray[np.int16]
     """(LEARNED, KNOWN), frequencies of magnitudes, each nonzero one counted for one sign; at least
@@ -156,7 +156,8 @@ class Learned:
 
     @classmethod
     def blend(cls, seen: Doubles, sums: Doubles, weight: float) -> "Learned":
-        """From how often magnitudes were seen, and their sums in steps, both (LEARNED, KNOWN).
+        """Blend the generic tables with counts of magnitudes and their sums in steps, both
+        (LEARNED, KNOWN).
 
         The generic table counts as `weight` coefficients.
         """
@@ -177,7 +178,7 @@ class Learned:
         )
 
     def refine(self, number: int, table: Table) -> Table:
-        """`table` with the learned frequencies and centroids."""
+        """Return `table` with the learned frequencies and centroids."""
         known = self.counts[number].astype(np.int32) * (TOTAL >> 15)
         counts = np.concatenate([known, np.ones(len(table.counts) - KNOWN, np.int32)])
         centroids = table.centroids.copy()
@@ -190,14 +191,14 @@ class Learned:
 
 @cache
 def generic(kind: Kind) -> tuple[Table, ...]:
-    """The tables before any learning, of the classes from `low`."""
+    """Return the tables before any learning, of the classes from `low`."""
     make = _dithered if kind == "dithered" else _quantiser
     return tuple(make(number) for number in range(low(kind), HIGH + 1))
 
 
 def _quantiser(number: int) -> Table:
-    """Entropy-constrained: thresholds lie where squared error and the worth of bits balance, found
-    by iteration."""
+    """Return the entropy-constrained: thresholds lie where squared error and the worth of bits
+    balance, found by iteration."""
     sigma = _sigma(number)
     top = levels(number)
     zero_below = 0.65
@@ -219,7 +220,7 @@ def _quantiser(number: int) -> Table:
 def _cells(
     zero_below: float, offset: float, sigma: float, top: int
 ) -> tuple[Doubles, Doubles, Doubles]:
-    """Mass, centroid and variance of each magnitude."""
+    """Return the mass, centroid and variance of each magnitude."""
     edges = torch.cat([torch.tensor([zero_below]), torch.arange(2, top + 1) - offset]).double()
     mass, first, second = _moments(edges, sigma)
     seen = mass > 1e-9
@@ -235,7 +236,7 @@ def _cells(
 
 
 def _thresholds(centroids: Doubles, bits: Doubles) -> tuple[float, float]:
-    """`zero_below` and `offset` for these centroids and costs."""
+    """Return `zero_below` and `offset` for these centroids and costs."""
 
     def edge(level: int, worth: float) -> float:
         low, high = centroids[level - 1 : level + 1]
@@ -248,15 +249,15 @@ def _thresholds(centroids: Doubles, bits: Doubles) -> tuple[float, float]:
 
 
 def drawn(classes: NDArray[np.integer]) -> Doubles:
-    """Share of the coefficients that are sent, of classes given relative to the lowest; scaled up,
-    they are of that."""
+    """Return the share of the coefficients that are sent, of classes given relative to the lowest;
+    scaled up, they are of that."""
     share: Doubles = np.exp2(np.minimum(classes, 0) * (CLASS / OCTAVE))
     return share
 
 
 def _dithered(number: int) -> Table:
-    """Levels of x + dither; the dither is subtracted again, which leaves an even error of one
-    step."""
+    """Return the levels of x + dither; the dither is subtracted again, which leaves an even error
+    of one step."""
     sigma = _sigma(number)
     top = levels(number)
     ramp = _ramp(torch.arange(-1, top + 2).double(), sigma)
@@ -278,7 +279,7 @@ def _counts(mass: Doubles) -> Codes:
 
 
 def _halves(mass: Doubles) -> Doubles:
-    """Mass of each magnitude with one of its signs."""
+    """Return the mass of each magnitude with one of its signs."""
     halves = mass.copy()
     halves[1:] /= 2
     return halves
@@ -292,7 +293,8 @@ def _mass(table: Table) -> Doubles:
 
 
 def _moments(edges: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass and first two moments of |x| in the cells that `edges` part, of the mixture."""
+    """Return the mass and first two moments of |x| in the cells that `edges` part, of the
+    mixture."""
     edges = torch.cat([torch.zeros(1).double(), edges])
     width = sigma / 2**0.5
     gauss = torch.exp(-((edges / sigma) ** 2) / 2) * sigma * (2 / math.pi) ** 0.5
@@ -313,7 +315,7 @@ def _moments(edges: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _ramp(edges: Tensor, sigma: float) -> Tensor:
-    """Mean of max(x - t, 0) for every t of `edges`, of the mixture."""
+    """Return the mean of max(x - t, 0) for every t of `edges`, of the mixture."""
     width = sigma / 2**0.5
     t = edges.abs()
     gauss = sigma / (2 * math.pi) ** 0.5 * torch.exp(-((t / sigma) ** 2) / 2)

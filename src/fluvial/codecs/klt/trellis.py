@@ -13,9 +13,10 @@ encoder takes the profile that leaves the least error. Bits and their order foll
 loudness, in whole numbers. A fixed rotation of every class (coefficients of one expected variance)
 makes it Gaussian, and the paths of `trellis` code all classes in one, the loudest first.
 
-    body     bytes   what
+    body     bytes   content
     profile  1       age and power
-    gain     1       of what is decoded, 1/128: least squares, so that an error never exceeds the update
+    gain     1       factor on what is decoded, 1/128: least squares, so that an error never
+                     exceeds the update
     floor    1       u8, how far below the loudest class the faintest that is sent lies, 1/8 octave
     top      2       i16, log2 of the RMS of the loudest group (target, factor), 1/8 octave
     lower    groups  u8, 1/8 octaves below it; 255: the group is zero
@@ -36,10 +37,24 @@ from pydantic import Field
 from torch import Tensor
 
 from fluvial.codecs.base import AdaptiveCodec, CodecSettings, RateSettings, body_room
-from fluvial.codecs.klt.model import Model, Transform, learn, parts_of, power, spreads
+from fluvial.codecs.klt.factors import factors_of
+from fluvial.codecs.klt.learn import learn
+from fluvial.codecs.klt.model import Model
 from fluvial.codecs.klt.moments import MomentCodec, Moments
-from fluvial.codecs.klt.tables import Doubles
-from fluvial.codecs.trellis import Plan, best_path, follow, rotate
+from fluvial.codecs.klt.transform import Transform, power, spreads
+from fluvial.codecs.klt.trellis_search import (
+    FAINT,
+    FAINTEST,
+    NOTHING,
+    OCTAVE,
+    SILENT,
+    best_layout,
+    loudness,
+    rotated,
+    water_level,
+    worth,
+)
+from fluvial.codecs.rotated.trellis import Plan, best_path, follow
 from fluvial.errors import ConfigError, WireError
 from fluvial.settings import EXACT
 from fluvial.wire.frame import OVERHEAD, Reader
@@ -50,25 +65,23 @@ Ints = NDArray[np.int64]
 
 _AGES = (0, 1, 2, 4, 8, 20)
 _POWERS = (1.0, 0.75, 0.5)
-_OCTAVE = 8
-_SILENT = 255
 _GAIN = 128
 _CODES = 254  # the largest sum of a row's and a column's logarithm
 _CELLS = 2 * _CODES + 1
 _BLOCK = 1024  # coefficients of one path
 _MOST = 8  # bits for one value
-_FAINT = 24  # values that a bit serves on average, at most
-_FAINTEST = 32  # the same where bits are fewest, before rounding
 _LONGEST = 64  # values for one step, as in `trellis`
-_NOTHING = -(1 << 20)  # class of what is not there
 _HEAD = struct.Struct("<BBBh")
 
 
 class KltTrellisSettings(RateSettings):
-    """Ours; the paper has no such codec."""
+    """The transform of klt, coded jointly by a trellis (ours; it needs a fit).
+
+    Bytes per value: 4 / rate. Lost: less than with klt; the variances follow error feedback.
+    """
 
     name: Literal["klt_trellis"] = "klt_trellis"
-    """Which codec."""
+    """Name of the codec."""
     rate: float = Field(64, ge=16, le=1024)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
     basis_share: float = Field(0.25, ge=1e-6, le=1)
@@ -80,8 +93,9 @@ class KltTrellisSettings(RateSettings):
 
 
 @dataclass(frozen=True)
-class Side:
-    """What of a frame says how its bits are laid out; see the table above."""
+class LayoutSide:
+    """Side information of a frame, from which the layout of its bits follows; see the table
+    above."""
 
     profile: int
     floor: int
@@ -101,14 +115,14 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         super().__init__(settings, layout)
         self.model = model
         self.epoch = epoch
-        parts = parts_of(layout)
-        self.num_groups = 1 + max(part.group for part in parts)
+        factors = factors_of(layout)
+        self.num_groups = 1 + max(factor.group for factor in factors)
         self.budget = self.frame_size(settings, layout)
-        self.transform = Transform(parts, settings.basis_share, model)
+        self.transform = Transform(factors, settings.basis_share, model)
         self._bits = 8 * (self.budget - OVERHEAD - _HEAD.size - self.num_groups)
         cells = (
-            np.repeat([part.group for part in parts], layout.sizes) * _CELLS
-            + spreads(parts, model)
+            np.repeat([factor.group for factor in factors], layout.sizes) * _CELLS
+            + spreads(factors, model)
             + _CODES
         )
         order = np.argsort(cells, kind="stable")
@@ -131,8 +145,8 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         self._fingerprint = zlib.crc32(b"".join([marks, *published]))
 
     def _foresee(self) -> Ints:
-        """Logarithms of standard deviations (profiles, groups, cells), 1/8 octave, of unit mean
-        power in a group."""
+        """Return the logarithms of standard deviations (profiles, groups, cells), 1/8 octave, of
+        unit mean power in a group."""
         groups = self.model.groups.numpy().astype(np.float64)
         update = (
             power(np.arange(-_CODES, _CODES + 1))
@@ -145,12 +159,12 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             for exponent in _POWERS if age in _AGES else ():
                 flattened = variance**exponent
                 mean = (flattened * self._counts).sum(1) / self._counts.sum(1)
-                found.append(np.rint(_OCTAVE / 2 * np.log2(flattened / mean[:, None])))
+                found.append(np.rint(OCTAVE / 2 * np.log2(flattened / mean[:, None])))
 
             bits = np.maximum(
-                np.log2(variance / _water_level(variance, self._counts, self._bits)) / 2, 0
+                np.log2(variance / water_level(variance, self._counts, self._bits)) / 2, 0
             )
-            variance = update + variance * 4.0 ** -_worth(bits)
+            variance = update + variance * 4.0 ** -worth(bits)
 
         return np.stack([*found, np.zeros_like(update)]).astype(np.int64)
 
@@ -169,7 +183,8 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         *,
         seed: int,  # noqa: ARG003
     ) -> Self:
-        """Principal directions and variances of `updates`; every update counts the same."""
+        """Return the principal directions and variances of `updates`; every update counts the
+        same."""
         assert isinstance(settings, KltTrellisSettings)
         if not updates:
             raise ConfigError(
@@ -181,14 +196,14 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
 
     @classmethod
     def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
-        """The same from moments of updates."""
+        """Return a codec for updates with these moments."""
         assert isinstance(settings, KltTrellisSettings)
         cls.frame_size(settings, layout)
         return cls(settings, layout, moments.fit(layout, settings.basis_share))
 
     def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """The codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1), this
-        codec's the rest."""
+        """Return the codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1),
+        this codec's the rest."""
         if not updates:
             raise ConfigError("codec: klt_trellis has no updates to refit to")
         model = learn(
@@ -198,20 +213,20 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Bytes of a frame, at most: 4 * values / rate."""
+        """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, KltTrellisSettings)
-        groups = 1 + max(part.group for part in parts_of(layout))
+        groups = 1 + max(factor.group for factor in factors_of(layout))
         return OVERHEAD + body_room(layout, settings.rate, least=_HEAD.size + groups + 1)
 
     def published(self, *, decoder: bool) -> Payload:  # noqa: ARG002 - the encoder is the decoder
-        """The model, mostly `basis_share` of every feature axis at one byte per value, and the
-        epoch."""
+        """Return the model, mostly `basis_share` of every feature axis at one byte per value, and
+        the epoch."""
         return Payload(self.model.named(), {"epoch": self.epoch})
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if something is missing, left over, or of another type,
-        length or range."""
+        """Rebuild the codec; raises `WireError` if something is missing, left over, or of another
+        type, length or range."""
         assert isinstance(settings, KltTrellisSettings)
         epoch = payload.value("epoch", int)
 
@@ -223,6 +238,7 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         )
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
+        """Code the flattened update (numel,); see `Codec.body`."""
         shift = math.frexp(float(vector.abs().max()))[1]  # squares end where fp32 ends
         latent = (
             self.transform.forward((vector.double() * 2.0**-shift).float())
@@ -232,9 +248,17 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         energies = np.bincount(self._cells, latent[self._place] ** 2, self._counts.size).reshape(
             self._counts.shape
         )
-        top, lower = _loudness(energies.sum(1) / self._counts.sum(1))
-        unit = 2.0 ** (top / _OCTAVE)
-        side = self._choose(energies / unit**2, lower)
+        top, lower = loudness(energies.sum(1) / self._counts.sum(1))
+        unit = 2.0 ** (top / OCTAVE)
+        profiles = (self._classes(profile, lower) for profile in range(len(self._profiles)))
+        profile, floor = best_layout(
+            profiles,
+            self._counts,
+            energies / unit**2,
+            room_bits=self._bits,
+            most_bits=self._most,
+        )
+        side = LayoutSide(profile, floor, lower)
         where, classes = self._sent(side)
         path = b""
         gain = 0
@@ -242,7 +266,7 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         if len(where):
             plan = self._plan(classes)
             padded = np.zeros(plan.size, dtype=np.float32)
-            padded[: len(where)] = _rotated(latent[where] / unit, classes)
+            padded[: len(where)] = rotated(latent[where] / unit, classes)
             rows = np.ascontiguousarray(padded.reshape(plan.length, plan.blocks).T)
             bits = best_path(rows, plan, self.settings.memory)
             decoded = follow(bits, plan, self.settings.memory).reshape(rows.shape)
@@ -251,18 +275,19 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
                 np.clip(np.rint(_GAIN * (rows * decoded).sum() / (decoded**2).sum()), 0, 255)
             )
 
-        head = _HEAD.pack(side.profile, gain, side.floor, top + shift * _OCTAVE)
+        head = _HEAD.pack(side.profile, gain, side.floor, top + shift * OCTAVE)
         return head + lower.astype(np.uint8).tobytes() + path
 
     def parse(self, reader: Reader) -> Tensor:
+        """Decode a body into a vector (numel,); see `Codec.parse`."""
         profile, gain, floor, top = (int(reader.number(form)) for form in "BBBh")
         if profile >= len(self._profiles):
             raise WireError(f"klt_trellis: profile {profile}, there are {len(self._profiles)}")
-        if top > _OCTAVE * 128:
+        if top > OCTAVE * 128:
             raise WireError(f"klt_trellis: loudness {top} is beyond fp32")
 
         where, classes = self._sent(
-            Side(profile, floor, reader.array("u1", self.num_groups).astype(np.int64))
+            LayoutSide(profile, floor, reader.array("u1", self.num_groups).astype(np.int64))
         )
         if not len(where):
             return torch.zeros(self.layout.numel)
@@ -279,40 +304,40 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         )
         leading = bool((where < self.transform.num_tops).all())
         latent = np.zeros(self.transform.num_tops if leading else self.layout.numel, np.float32)
-        latent[where] = _rotated(decoded[: len(where)], classes, back=True)
+        latent[where] = rotated(decoded[: len(where)], classes, back=True)
         vector = self.transform.inverse(torch.from_numpy(latent))
-        size = gain / _GAIN * 2.0 ** (top / _OCTAVE)
+        size = gain / _GAIN * 2.0 ** (top / OCTAVE)
         found: Tensor = (size * vector.double()).clamp(-3e38, 3e38).float()
 
         return found
 
     def _classes(self, profile: int, lower: Ints) -> Ints:
-        """log2 of every cell's expected standard deviation over the loudest group's RMS, 1/8
-        octave; or `_NOTHING`."""
+        """Return the log2 of every cell's expected standard deviation over the loudest group's RMS,
+        1/8 octave; or `NOTHING`."""
         codes = self._profiles[profile] - lower[:, None]
-        return np.where((lower[:, None] < _SILENT) & (self._counts > 0), codes, _NOTHING)
+        return np.where((lower[:, None] < SILENT) & (self._counts > 0), codes, NOTHING)
 
-    def _sent(self, side: Side) -> tuple[NDArray[np.intp], Ints]:
-        """What is sent, by falling class: the index of each among the coefficients of `Transform`,
-        and its class."""
+    def _sent(self, side: LayoutSide) -> tuple[NDArray[np.intp], Ints]:
+        """Return what is sent, by falling class: the index of each among the coefficients of
+        `Transform`, and its class."""
         codes = self._classes(side.profile, side.lower).ravel()
         loudest = int(codes.max())
 
-        if loudest == _NOTHING:
+        if loudest == NOTHING:
             return np.zeros(0, np.intp), np.zeros(0, np.int64)
 
-        cells = np.flatnonzero(codes >= max(loudest - side.floor, _NOTHING + 1))
+        cells = np.flatnonzero(codes >= max(loudest - side.floor, NOTHING + 1))
         cells = cells[np.argsort(-codes[cells], kind="stable")]
         counts = self._counts.ravel()[cells]
         starts = np.repeat(self._first.ravel()[cells] - np.cumsum(counts) + counts, counts)
-        most = _FAINT * self._bits
+        most = FAINT * self._bits
         where = self._place[(starts + np.arange(len(starts)))[:most]]
 
         return where, np.repeat(codes[cells], counts)[:most]
 
     def _plan(self, classes: Ints) -> Plan:
-        """How bits go to values of falling `classes`: each gets log2 of its standard deviation over
-        the water level.
+        """Return how bits go to values of falling `classes`: each gets log2 of its standard
+        deviation over the water level.
 
         Paths take values in turn, so that all are alike.
         """
@@ -320,92 +345,15 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         column = classes[::blocks]
         bits = self._bits // blocks
         length = len(column)
-        shares = length * column - int(column.sum()) + _OCTAVE * bits  # 1 / (8 length) bits
-        shares = np.maximum(shares, length * _OCTAVE // _FAINTEST + 1)
+        shares = length * column - int(column.sum()) + OCTAVE * bits  # 1 / (8 length) bits
+        shares = np.maximum(shares, length * OCTAVE // FAINTEST + 1)
         ends = bits * np.cumsum(shares) // int(shares.sum())
         each = np.minimum(np.diff(ends, prepend=0), self._most)
         last = np.flatnonzero(each)
         spans = np.diff(last, prepend=-1)
         first = last - spans + 1
-        variance = np.add.reduceat(4.0 ** (column / _OCTAVE), first) / spans
+        variance = np.add.reduceat(4.0 ** (column / OCTAVE), first) / spans
         rate = np.add.reduceat(shares, first) / spans * (bits / int(shares.sum()))
         scales = np.sqrt(variance * (1 - 4.0**-rate)).astype(np.float32)
 
         return Plan(blocks * length, blocks, length, each[last], spans, scales)
-
-    def _choose(self, energies: Doubles, lower: Ints) -> Side:
-        """Profile and floor that leave the least error, for `energies` (groups, cells)."""
-        best = 0.0
-        side = Side(0, 0, lower)
-
-        for profile in range(len(self._profiles)):
-            codes = self._classes(profile, lower)
-            if (loudest := int(codes.max())) == _NOTHING:
-                break
-
-            below = (
-                np.where(codes > _NOTHING, loudest - codes, _SILENT + 1)
-                .clip(max=_SILENT + 1)
-                .ravel()
-            )
-            every = np.bincount(below, self._counts.ravel(), _SILENT + 2)[: _SILENT + 1]
-            total = np.minimum(np.cumsum(every), _FAINT * self._bits)
-            used = np.flatnonzero(np.diff(total, prepend=0))
-            total = total[used]
-            count = np.diff(total, prepend=0)  # of every class, loudest first
-            energy = np.bincount(below, energies.ravel(), _SILENT + 2)[used] * count / every[used]
-            level = (np.cumsum(-used * count) - _OCTAVE * self._bits) / total  # for as many of them
-            rate = (-used - level[:, None]) / _OCTAVE  # (floors, classes)
-            sent = (np.arange(len(used)) <= np.arange(len(used))[:, None]) & (rate > 0)
-            square = np.where(sent, 1 - 4.0 ** -_worth(rate.clip(0, self._most)), 0)
-            foreseen = count * 4.0 ** ((loudest - used) / _OCTAVE)
-            won = (square @ np.sqrt(energy * foreseen)) ** 2 / np.maximum(square @ foreseen, 1e-30)
-            won[np.diagonal(rate) < 1 / _FAINTEST] = 0
-            choice = int(won.argmax())
-
-            if won[choice] > best:
-                best = float(won[choice])
-                side = Side(profile, int(used[choice]), lower)
-
-        return side
-
-
-def _worth(bits: Doubles) -> Doubles:
-    """What `bits` for a value are worth on the trellis; measured on Gaussian numbers, with a memory
-    of 10."""
-    found: Doubles = np.maximum(0.9 * bits - 0.008, 0)
-    return found
-
-
-def _rotated(values: Doubles, classes: Ints, *, back: bool = False) -> Doubles:
-    """`values` (n,) with those of every class behind one fixed rotation, so that none stands
-    out."""
-    pieces = np.split(values, np.flatnonzero(np.diff(classes)) + 1)
-    turned = [
-        rotate(torch.from_numpy(piece), number, back=back).numpy()
-        for number, piece in enumerate(pieces)
-    ]
-
-    return np.concatenate(turned)
-
-
-def _water_level(variance: Doubles, counts: NDArray[np.integer], bits: int) -> float:
-    """The error of every value that is worth bits, by reverse water-filling."""
-    order = np.argsort(-variance, axis=None)
-    order = order[counts.ravel()[order] > 0]
-    logs = np.log2(variance.ravel()[order])
-    number = counts.ravel()[order]
-    level = (np.cumsum(logs * number) - 2 * bits) / np.cumsum(number)
-
-    return float(2.0 ** level[np.flatnonzero(level < logs)[-1]])
-
-
-def _loudness(powers: Doubles) -> tuple[int, Ints]:
-    """Code of the loudest group's RMS, and how far below it each group is."""
-    if not powers.any():
-        return 0, np.full(len(powers), _SILENT, dtype=np.int64)
-    codes = _OCTAVE / 2 * np.log2(np.maximum(powers, 1e-300))
-    top = round(codes.max())
-    return top, np.where(powers > 0, np.rint(top - codes).clip(0, _SILENT), _SILENT).astype(
-        np.int64
-    )

@@ -19,7 +19,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one factor stands: the column block `column : column + rank` of canvas `group`."""
+    """The place of one factor: the column block `column : column + rank` of canvas `group`."""
 
     name: str
     group: int
@@ -33,7 +33,7 @@ class Slot:
 
 
 class Canvas:
-    """Where every factor stands. Raises `ConfigError` naming the tensor that does not fit.
+    """The places of all factors. Raises `ConfigError` naming the tensor that does not fit.
 
     Column order `layer_major_qkvo_AtB`: for each layer, for each target (q, k, v, o, then others by
     name), A^T then B. With M targets of rank r in every layer, layer l, target m, factor f (A 0, B
@@ -55,7 +55,8 @@ class Canvas:
         for name, shape in layout.shapes:
             if factor(name) is None or len(shape) != 2:
                 raise ConfigError(
-                    f"codec: {name!r} with shape {shape} is no LoRA factor; only A and B have a canvas"
+                    f"codec: {name!r} with shape {shape} is no LoRA factor; only A and B have a "
+                    "canvas"
                 )
 
         self.slots = self._place()
@@ -72,7 +73,7 @@ class Canvas:
         return sum(rows * cols for rows, cols in self.shapes)
 
     def pack(self, vector: Tensor) -> list[Tensor]:
-        """Canvases (rows, cols) of a flattened update (numel,)."""
+        """Return the canvases (rows, cols) of a flattened update (numel,)."""
         pieces = torch.split(vector, list(self.layout.sizes))
         canvases = [vector.new_zeros(shape) for shape in self.shapes]
 
@@ -88,7 +89,7 @@ class Canvas:
         return canvases
 
     def unpack(self, canvases: list[Tensor]) -> Tensor:
-        """Inverse of `pack`, bit for bit; what stands in the padding is dropped."""
+        """Invert `pack`, bit for bit; what stands in the padding is dropped."""
         pieces: list[Tensor] = [torch.empty(0)] * len(self.slots)
         for slot in self.slots:
             block = canvases[slot.group][: slot.rows, slot.column : slot.column + slot.rank]
@@ -144,30 +145,32 @@ class Canvas:
         for slot in self.slots:
             if slot.rows != first.rows:
                 raise ConfigError(
-                    f"codec: {slot.name!r} has {slot.rows} rows on the canvas where {first.name!r} has "
+                    f"codec: {slot.name!r} has {slot.rows} rows on the canvas where "
+                    f"{first.name!r} has "
                     f"{first.rows}; the paper's canvas needs square targets of one size: {remedy}"
                 )
 
         for what, size in (("rows", rows), ("columns", cols)):
             if size != self._padded(size):
                 raise ConfigError(
-                    f"codec: the canvas of {first.name!r} and the like has {size} {what}; {self.stages} stages "
+                    f"codec: the canvas of {first.name!r} and the like has {size} {what}; "
+                    f"{self.stages} stages "
                     f"need a multiple of {self._multiple}, at least {2 * self._multiple}: {remedy}"
                 )
 
 
 def target(name: str) -> str:
-    """The target module of a factor, such as "q_proj"."""
+    """Return the target module of a factor, such as "q_proj"."""
     return path(name).rsplit(".", 1)[-1]
 
 
 def path(name: str) -> str:
-    """The module path of a factor, without `.lora_A.` or `.lora_B.` and what follows."""
+    """Return the module path of a factor, without `.lora_A.` or `.lora_B.` and what follows."""
     return re.split(r"\.lora_[AB]\.", name, maxsplit=1)[0]
 
 
 def _key(name: str) -> tuple[int, int, str, str, str]:
-    """Layer (first number in the name), target, factor."""
+    """Return layer (first number in the name), target, factor."""
     found = _LAYER.search(name)
     module = target(name)
     place = _FIRST.index(module) if module in _FIRST else len(_FIRST)

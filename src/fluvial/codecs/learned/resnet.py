@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fluvial import seeds
 from fluvial.codecs.base import CodecSettings, LatentCodec
 from fluvial.codecs.learned.canvas import Canvas, Mode
+from fluvial.codecs.learned.resnet_networks import build_decoder, build_encoder
 from fluvial.codecs.normalise import (
     BYTES_PER_SCALE,
     Normalisation,
@@ -36,7 +37,6 @@ from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
-_RESBLOCKS = 3
 logger = logging.getLogger(__name__)
 
 _LATENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
@@ -46,7 +46,10 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ResNetSettings(CodecSettings):
-    """Defaults are the paper's, where it states one."""
+    """The autoencoder of CG-FedLLM (it needs a fit); defaults are the paper's, where it states one.
+
+    Bytes per value: 4 / 2^stages, and scales. Lost: what the autoencoder did not learn.
+    """
 
     name: Literal["resnet"] = "resnet"
     stages: Annotated[Literal[2, 4, 6, 8], EXACT] = 6
@@ -66,72 +69,6 @@ class ResNetSettings(CodecSettings):
     """Adam's decay rates of the first and second moment."""
 
 
-class Residual(nn.Module):
-    """x + BN(conv(ReLU(BN(conv(x))))), 3x3 under reflection padding, no bias."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *_reflected(channels, channels), nn.ReLU(), *_reflected(channels, channels)
-        )
-
-    def forward(self, values: Tensor) -> Tensor:
-        """values and result (batch, channels, height, width)."""
-        return values + self.body(values)  # type: ignore[no-any-return]
-
-
-def build_encoder(stages: int) -> nn.Sequential:
-    """(batch, 1, rows, cols) to (batch, 2^s, rows / 2^s, cols / 2^s); 246,785 parameters at s = 6
-    stages."""
-    layers: list[nn.Module] = [*_reflected(1, 1), nn.ReLU()]
-    for stage in range(stages):
-        inner = 2**stage
-        outer = 2 ** (stage + 1)
-        conv = nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False)
-        layers += [conv, nn.BatchNorm2d(outer), nn.ReLU()]
-
-    return nn.Sequential(*layers, *(Residual(2**stages) for _ in range(_RESBLOCKS)))
-
-
-def build_decoder(stages: int) -> nn.Sequential:
-    """The mirror of `build_encoder`, ending in a 7x7 convolution and Tanh; 246,698 parameters at 6
-    stages."""
-    layers: list[nn.Module] = [Residual(2**stages) for _ in range(_RESBLOCKS)]
-    for stage in reversed(range(stages)):
-        inner = 2 ** (stage + 1)
-        outer = 2**stage
-        conv = nn.ConvTranspose2d(
-            inner, outer, 3, stride=2, padding=1, output_padding=1, bias=False
-        )
-        layers += [conv, nn.BatchNorm2d(outer), nn.ReLU()]
-
-    return nn.Sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(1, 1, 7), nn.Tanh())
-
-
-@dataclass(frozen=True)
-class Macs:
-    """Multiply-accumulates of one canvas."""
-
-    encoder: int
-    decoder: int
-
-
-def multiply_accumulates(rows: int, cols: int, *, stages: int = 6) -> Macs:
-    """What coding one canvas costs, from the shapes of the convolutions alone.
-
-    A transposed convolution counts its kernel at every output cell, as the paper's 1.80 G for [1,
-    4096, 2048] must; without the zeros between the inputs the decoder needs 1.09 G.
-    """
-    cells = rows * cols
-    grid = cells // 4**stages
-    residual = _RESBLOCKS * 2 * 9 * 4**stages * grid
-    levels = [9 * 2 ** (2 * stage + 1) for stage in range(stages)]  # 9 * channels in * channels out
-    down = sum(level * cells // 4 ** (stage + 1) for stage, level in enumerate(levels))
-    up = sum(level * cells // 4**stage for stage, level in enumerate(levels))
-
-    return Macs(encoder=9 * cells + down + residual, decoder=residual + up + 49 * cells)
-
-
 @dataclass(frozen=True)
 class FrameBytes:
     """Bytes of every frame, whatever the update."""
@@ -142,12 +79,12 @@ class FrameBytes:
 
     @property
     def total(self) -> int:
-        """What `len(encode(...))` is."""
+        """Bytes of the whole frame, `len(encode(...))`."""
         return self.latent + self.scales + self.header
 
 
 def frame_bytes(settings: ResNetSettings, layout: Layout) -> FrameBytes:
-    """The size of a frame, from the layout alone; raises `ConfigError` if the layout has no
+    """Return the size of a frame, from the layout alone; raises `ConfigError` if the layout has no
     canvas."""
     cells = Canvas(layout, settings.canvas, settings.stages).numel // 2**settings.stages
     scales = scale_count(layout, settings.normalise) + (settings.latent_dtype == "int8")
@@ -240,12 +177,13 @@ class ResNet(LatentCodec):
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Bytes of every frame, exactly."""
+        """Return the bytes of every frame, exactly."""
         assert isinstance(settings, ResNetSettings)
         return frame_bytes(settings, layout).total
 
     def published(self, *, decoder: bool) -> Payload:
-        """Weights and running statistics, fp32: 0.94 MiB of encoder, as much of decoder."""
+        """Return the weights and running statistics, fp32: 0.94 MiB of encoder, as much of
+        decoder."""
         tensors = _weights("encoder", self.encoder)
         if decoder:
             assert self.decoder is not None, "a codec without decoder cannot publish one"
@@ -255,8 +193,8 @@ class ResNet(LatentCodec):
 
     @classmethod
     def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild; raises `WireError` if weights are missing, left over, of another shape, or not
-        finite."""
+        """Rebuild the codec; raises `WireError` if weights are missing, left over, of another
+        shape, or not finite."""
         assert isinstance(settings, ResNetSettings)
         left = dict(payload.tensors)
 
@@ -270,29 +208,30 @@ class ResNet(LatentCodec):
             _load("decoder", decoder, left)
         if left:
             raise WireError(
-                f"resnet: unexpected tensor {min(left)[:64]!r}; both ends need the same codec settings"
+                f"resnet: unexpected tensor {min(left)[:64]!r}; both ends need the same codec "
+                "settings"
             )
 
         return cls(settings, layout, encoder, decoder if has_decoder else None)
 
     def analyse(self, vector: Tensor) -> Tensor:
-        """The latent (canvas cells / 2^stages,) fp32, canvas after canvas."""
+        """Return the latent (canvas cells / 2^stages,) fp32, canvas after canvas."""
         canvases = self.canvas.pack(_normalised(vector, self.layout, self.settings))
         with torch.no_grad():
             return torch.cat([self.encoder(canvas[None, None]).reshape(-1) for canvas in canvases])
 
     @classmethod
     def side_size(cls, settings: CodecSettings, layout: Layout) -> int:
-        """Two bytes for every scale."""
+        """Return two bytes for every scale."""
         assert isinstance(settings, ResNetSettings)
         return BYTES_PER_SCALE * scale_count(layout, settings.normalise)
 
     def side(self, vector: Tensor) -> bytes:
-        """The scales by which `analyse` divides the update."""
+        """Return the scales by which `analyse` divides the update."""
         return write_scales(measure(vector, self.layout, self.settings.normalise))
 
     def pack(self, latent: Tensor, side: bytes = b"") -> bytes:
-        """`side`, then the latent in `latent_dtype`."""
+        """Return `side`, then the latent in `latent_dtype`."""
         kind = self.settings.latent_dtype
         if kind == "int8":
             step = (latent.abs().max() / 127).bfloat16()
@@ -312,7 +251,8 @@ class ResNet(LatentCodec):
         """Run the decoder; raises `ConfigError` on a site that did not download it."""
         if self.decoder is None:
             raise ConfigError(
-                "codec: this site holds only the encoder of resnet; decoding needs published(decoder=True)"
+                "codec: this site holds only the encoder of resnet; decoding needs "
+                "published(decoder=True)"
             )
 
         scales = read_scales(reader, scale_count(self.layout, self.settings.normalise))
@@ -353,10 +293,6 @@ class ResNet(LatentCodec):
         )
 
 
-def _reflected(inner: int, outer: int) -> tuple[nn.Module, ...]:
-    return nn.ReflectionPad2d(1), nn.Conv2d(inner, outer, 3, bias=False), nn.BatchNorm2d(outer)
-
-
 def _normalised(vector: Tensor, layout: Layout, settings: ResNetSettings) -> Tensor:
     return normalise(
         vector, measure(vector, layout, settings.normalise), layout, settings.normalise
@@ -364,7 +300,7 @@ def _normalised(vector: Tensor, layout: Layout, settings: ResNetSettings) -> Ten
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of at most `size` out of `count`; every update once in an epoch."""
+    """Yield endless batches of at most `size` out of `count`; every update once in an epoch."""
     while True:
         order = torch.randperm(count, generator=generator).tolist()
         for start in range(0, max(count - size, 0) + 1, size):

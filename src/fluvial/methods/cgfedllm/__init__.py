@@ -19,7 +19,7 @@ from pydantic import Field
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
-from fluvial.codecs.klt.codec import KltSettings
+from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link

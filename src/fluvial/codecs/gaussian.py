@@ -1,0 +1,291 @@
+"""Blocks of values that look Gaussian: one quantiser step for all, and tables of N(0, 1) for the
+entropy coder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, ClassVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from fluvial.codecs import entropy
+from fluvial.errors import WireError
+from fluvial.wire.frame import Reader
+
+Doubles = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+OCTAVE = 1500
+"""Codes of a step per factor of 2."""
+_CLASS = 4
+"""Classes of loudness (RMS over step) per factor of 2."""
+_UNIT = 12
+"""The class whose RMS is one step; class 0 is silent, class 1 almost so."""
+_CLASSES = _UNIT + 6 * _CLASS + 1
+_NUMBERS = np.arange(_CLASSES)
+_LEVELS = 255
+_TOTAL = 1 << 22
+COARSEST = (1 << 24) // _CLASSES // 2 - 1
+FINEST = -COARSEST
+
+
+@dataclass(frozen=True)
+class Table:
+    """The quantiser of values of one class of loudness; levels -limit to limit, in steps."""
+
+    limit: int
+    frequencies: entropy.Counts
+    """Frequencies of the levels (2 limit + 1,)."""
+    centroids: Doubles
+    """Values that the levels stand for (2 limit + 1,), in steps."""
+
+    @cached_property
+    def model(self) -> Any:
+        """The entropy coder's view of `frequencies`."""
+        return entropy.model(self.frequencies)
+
+
+@cache
+def tables() -> tuple[Table, ...]:
+    """Return the table of every class, for values of N(0, 1) rounded to whole steps; the silent
+    class has level 0 only."""
+    made = [Table(0, np.ones(1, dtype=np.int64), np.zeros(1))]
+    for number in range(1, _CLASSES):
+        sigma = 2.0 ** ((number - _UNIT) / _CLASS)
+        limit = min(_LEVELS, int(16 * sigma) + 2)
+        edges = np.append(np.arange(limit) + 0.5, np.inf) / sigma
+        mass = ndtr(-edges[:-1]) - ndtr(-edges[1:])
+        first = (
+            sigma
+            * (np.exp(-(edges[:-1] ** 2) / 2) - np.exp(-(edges[1:] ** 2) / 2))
+            / np.sqrt(2 * np.pi)
+        )
+        lowest = np.arange(limit) + 0.5
+        centres = np.divide(first, mass, out=lowest.copy(), where=mass > 1e-12).clip(
+            lowest, lowest + 0.5
+        )
+        frequencies = np.rint(
+            np.concatenate([mass[::-1], [1 - 2 * mass.sum()], mass]) * _TOTAL
+        ).astype(np.int64)
+        made.append(
+            Table(limit, frequencies.clip(1), np.concatenate([-centres[::-1], [0.0], centres]))
+        )
+
+    return tuple(made)
+
+
+@cache
+def _costs() -> Doubles:
+    """Return the bits of a magnitude, sign included (classes, 256)."""
+    costs = np.zeros((_CLASSES, _LEVELS + 1))
+    for row, table in zip(costs, tables(), strict=True):
+        row[: table.limit + 1] = -np.log2(
+            table.frequencies[table.limit :] / table.frequencies.sum()
+        )
+
+    return costs
+
+
+@cache
+def _rates() -> Doubles:
+    """Return the bits of a value of N(0, 1), by class (classes,)."""
+    rates = []
+    for table in tables():
+        share = table.frequencies / table.frequencies.sum()
+        rates.append(-float((share * np.log2(share)).sum()))
+
+    return np.array(rates)
+
+
+class Blocks:
+    """Codes blocks of zero-mean values that are about Gaussian, each of its own RMS, into a given
+    number of bytes.
+
+    Bytes: step (1/1500 octave) and the most usual class as one number (u24), and a stream: the
+    class of every block, then the levels of each block that is not silent. No value decodes to more
+    than twice itself, so coding contracts.
+    """
+
+    least: ClassVar[int] = 11
+    """Bytes that suffice for silence, and one more for each block."""
+    least_of_one: ClassVar[int] = 7
+    """Bytes that suffice for silence of one block."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Set the number of values of each block."""
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self._ends = np.cumsum(self.sizes)
+        self._spans = list(zip(self.sizes.tolist(), self._ends.tolist(), strict=True))
+
+    def encode(self, values: Doubles, room: int) -> bytes:
+        """Code `values` (sum of sizes,) into at most `room` bytes, with about the finest step that
+        fits."""
+        loudness = self.loudness(values)
+        step = self.expected_step(loudness, room)
+        excess = self.excess(values, step, room, loudness=loudness)
+
+        if excess < 0:
+            step += int(excess / self.slope(loudness, step))
+
+        stride = 1
+        while True:
+            step = min(max(step, self.finest(loudness)), COARSEST)
+            excess = self.excess(values, step, room, loudness=loudness)
+            if excess <= 0 or step == COARSEST:
+                data = self.encode_at(values, step, loudness=loudness)
+                if len(data) <= room:
+                    return data
+
+            assert step < COARSEST, "silence fits, as the constructor of the codec checked"
+            step += max(int(excess / self.slope(loudness, step)), stride)
+            stride *= 2
+
+    def encode_at(self, values: Doubles, step: int, *, loudness: Doubles | None = None) -> bytes:
+        """Code `values` with a given step, whatever bytes it takes; their `loudness` saves time."""
+        classes, levels = self._quantise(values, step, loudness)
+        centre = _centre(classes)
+        head = ((step - FINEST) * _CLASSES + centre).to_bytes(3, "little")
+        parts: list[tuple[NDArray[np.integer], Any]] = []
+
+        if len(classes):
+            parts.append((classes, entropy.model(_class_frequencies(centre))))
+
+        for number, start, end in self._runs(classes):
+            table = tables()[number]
+            parts.append((levels[start:end] + table.limit, table.model))
+
+        return head + entropy.encode_with(parts)
+
+    def decoded(self, values: Doubles, step: int) -> Doubles:
+        """Return the values that `decode` makes of `encode_at`."""
+        classes, levels = self._quantise(values, step, None)
+        result = np.zeros(len(values))
+
+        for number, start, end in self._runs(classes):
+            table = tables()[number]
+            result[start:end] = table.centroids.take(levels[start:end] + table.limit)
+
+        result *= 2.0 ** (step / OCTAVE)
+        return result
+
+    def _runs(self, classes: Ints) -> list[tuple[int, int, int]]:
+        """Return the class, start and end of all values that are not silent; neighbours of one
+        class are one run."""
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(classes)) + 1, [len(classes)]])
+        bounds = np.concatenate([[0], self._ends])[edges]
+        runs = zip(
+            classes[edges[:-1]] if len(classes) else [], bounds[:-1], bounds[1:], strict=False
+        )
+
+        return [
+            (int(number), int(start), int(end))
+            for number, start, end in runs
+            if number and end > start
+        ]
+
+    def excess(
+        self, values: Doubles, step: int, room: int, *, loudness: Doubles | None = None
+    ) -> float:
+        """Return the bits by which `encode_at` goes beyond `room` bytes."""
+        classes, levels = self._quantise(values, step, loudness)
+        cells = np.abs(levels)
+        cells += np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
+        counts = np.bincount(cells, minlength=_costs().size)
+        frequencies = _class_frequencies(_centre(classes))
+        side = -np.log2(frequencies[classes] / frequencies.sum()).sum()
+
+        return float(counts @ _costs().ravel() + side) - 8 * (room - self.least + 4)
+
+    def loudness(self, values: Doubles) -> Doubles:
+        """Return the log2 of the RMS of every block; -inf for silence."""
+        pieces = ((values[end - n : end], n) for n, end in self._spans)
+        power = np.array([float(piece @ piece) / n if n else 0.0 for piece, n in pieces])
+
+        with np.errstate(divide="ignore"):
+            return cast(Doubles, np.log2(power) / 2)
+
+    def expected_step(self, loudness: Doubles, room: int) -> int:
+        """Return the step at which Gaussian blocks take `room` bytes."""
+        low = self.finest(loudness)
+        high = COARSEST
+
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (middle, high)
+                if self._expected(loudness, middle) > 8 * (room - 7)
+                else (low, middle)
+            )
+
+        return high
+
+    def slope(self, loudness: Doubles, step: int) -> float:
+        """Return the bits that one code of the step is worth to Gaussian blocks."""
+        half = OCTAVE // 16
+        return max(
+            self._expected(loudness, step - half) - self._expected(loudness, step + half), 1.0
+        ) / (2 * half)
+
+    def decode(self, reader: Reader) -> Doubles:
+        """Return the values that `encode` coded, read to the end; raises `WireError`."""
+        step, centre = divmod(int.from_bytes(reader.take(3), "little"), _CLASSES)
+        step += FINEST
+
+        if step > COARSEST:
+            raise WireError(f"frame: step {step}; the coarsest is {COARSEST}")
+
+        stream = entropy.Stream(reader.take(reader.left))
+        classes = stream.take(_class_frequencies(centre), len(self.sizes))
+        values = np.zeros(int(self.sizes.sum()))
+
+        for number, start, end in self._runs(classes.astype(np.int64)):
+            table = tables()[number]
+            values[start:end] = table.centroids.take(stream.take_with(table.model, end - start))
+
+        stream.finish()
+        values *= 2.0 ** (step / OCTAVE)
+        return values
+
+    def _expected(self, loudness: Doubles, step: int) -> float:
+        """Return the bits of Gaussian blocks."""
+        rates = np.interp(_CLASS * (loudness - step / OCTAVE) + _UNIT, _NUMBERS, _rates())
+        return float(self.sizes @ rates) + 3 * len(self.sizes)
+
+    def finest(self, loudness: Doubles) -> int:
+        """Return the finest step: the loudest block just has a class."""
+        loudest = loudness.max(initial=-np.inf)
+        if not np.isfinite(loudest):
+            return COARSEST - 1
+        return int(np.clip(np.ceil((loudest - 6) * OCTAVE), FINEST, COARSEST - 1))
+
+    def _quantise(
+        self, values: Doubles, step: int, loudness: Doubles | None
+    ) -> tuple[Ints, NDArray[np.int32]]:
+        """Return the class of every block, level of every value."""
+        loudness = self.loudness(values) if loudness is None else loudness
+        position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
+        classes = np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
+        limits = np.repeat(_limits()[classes], self.sizes)
+        levels = values * 2.0 ** (-step / OCTAVE)
+        np.rint(levels, out=levels)
+        np.minimum(levels, limits, out=levels)
+        np.maximum(levels, np.negative(limits, out=limits), out=levels)
+
+        return classes, levels.astype(np.int32)
+
+
+@cache
+def _limits() -> Doubles:
+    """Return the largest level of every class."""
+    return np.array([table.limit for table in tables()], dtype=np.float64)
+
+
+def _centre(classes: Ints) -> int:
+    return int(np.bincount(classes, minlength=1).argmax())
+
+
+def _class_frequencies(centre: int) -> entropy.Counts:
+    """Return the frequencies of the classes: half as often with each class away from `centre`."""
+    return (1 << 12 >> np.abs(np.arange(_CLASSES) - centre).clip(max=12)) + 8

@@ -1,0 +1,72 @@
+"""Settings of `klt`, and the numbers of its frame."""
+
+import struct
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.codecs.base import (
+    RateSettings,
+)
+from fluvial.codecs.klt.tables import (
+    OCTAVE,
+    Mode,
+)
+from fluvial.wire.frame import OVERHEAD
+
+FINE = 256 // OCTAVE
+"""Units of the step's logarithm (1/256 octave) in one code (1/16 octave)."""
+QUIET = -96
+LOUD = 159
+"""Codes between which the loudest group stands above `fit` and the step."""
+SILENT = 15
+"""Gain of a group of which nothing is sent."""
+QUIETEST = 14
+"""The largest gain of a group that is sent."""
+MAX_STEP = 126 * 256
+"""Logarithm of the largest step, in 1/256 octave; beyond, fp32 ends."""
+CODES = 254
+"""The largest sum of a row's and a column's logarithm."""
+HEAD = struct.Struct("<Bh")
+SEED = struct.Struct("<I")
+
+
+class KltSettings(RateSettings):
+    """A learned linear transform (ours; it needs a fit).
+
+    Bytes per value: 4 / rate. Lost: what is small in the learned basis.
+    """
+
+    name: Literal["klt"] = "klt"
+    """Name of the codec."""
+    rate: float = Field(64, ge=4, le=4096)
+    """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
+    basis_share: float = Field(0.25, ge=1e-6, le=1)
+    """Feature directions that are published, as a share of the features; the others need no
+    bytes."""
+    mode: Mode = "biased"
+    """Least squared error, or no error on average over seeds."""
+    noise_ratio: float | None = Field(None, ge=1e-6, le=1e6)
+    """Set, the rate holds for the first round only; then the server sets the step so that the
+    codec's noise is this many times the variance between sites (SNR-driven rate)."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.mode == "dithered" and self.noise_ratio is not None:
+            yield "noise_ratio: needs mode='biased'"
+        if (
+            self.mode == "dithered" and self.error_feedback
+        ):  # feedback around a codec that enlarges diverges
+            yield "mode='dithered' diverges with error_feedback=true; choose one of the two"
+
+
+def overhead_bytes(num_groups: int, settings: KltSettings) -> int:
+    """Return the bytes of a frame before the stream."""
+    return (
+        OVERHEAD
+        + HEAD.size
+        + (SEED.size if settings.mode == "dithered" else 0)
+        + 1
+        + (num_groups + 1) // 2
+    )

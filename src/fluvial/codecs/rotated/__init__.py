@@ -1,0 +1,1 @@
+"""Codecs behind a random rotation, after which any update looks Gaussian."""

@@ -1,0 +1,81 @@
+"""Random rotations, after which any update looks Gaussian.
+
+A vector of n values is rotated by random signs and Hadamard matrices on its first and on its last
+2^k values, 2^k <= n < 2^(k + 1), so nothing is padded. Nothing here learns from data.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGEST_FP32 = float(np.finfo(np.float32).max)
+
+
+class Rotation:
+    """A random orthonormal map of each row of (rows, size), drawn from a seed."""
+
+    def __init__(self, seed: int, rows: int, size: int) -> None:
+        self._half, self._power = size // 2, 1 << size.bit_length() - 1
+        kinds = 1 if size == self._power else 2
+        words = np.random.PCG64(seed).random_raw(-(-kinds * rows * size // 64)).astype("<u8")
+        bits = np.unpackbits(words.view(np.uint8), count=kinds * rows * size).view(np.int8)
+        signs = torch.from_numpy(1 - 2 * bits).view(kinds, rows, size)
+        self._before = signs[0]
+        self._between = signs[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate x (rows, size), fp64 or fp32."""
+        x = self._butterfly(x * self._before)
+        first = torch.cat([_hadamard(x[:, : self._power]), x[:, self._power :]], dim=1)
+
+        if x.shape[1] == self._power:
+            return first
+
+        first = first * self._between
+        rest = x.shape[1] - self._power
+        return torch.cat([first[:, :rest], _hadamard(first[:, rest:])], dim=1)
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """Undo `forward`."""
+        rest = z.shape[1] - self._power
+        if rest:
+            z = torch.cat([z[:, :rest], _hadamard(z[:, rest:])], dim=1) * self._between
+        x = torch.cat([_hadamard(z[:, : self._power]), z[:, self._power :]], dim=1)
+        return self._butterfly(x).mul(self._before)
+
+    def _butterfly(self, x: Tensor) -> Tensor:
+        """Return the sums and differences of the halves, so that both have the same energy; its own
+        inverse."""
+        if x.shape[1] == self._power:
+            return x
+
+        left = x[:, : self._half]
+        middle = x[:, self._half : -self._half]
+        right = x[:, -self._half :]
+
+        return torch.cat([(left + right).div(2**0.5), middle, (left - right).div(2**0.5)], dim=1)
+
+
+@cache
+def _sylvester(size: int, dtype: torch.dtype) -> Tensor:
+    """Return the orthonormal Hadamard matrix (size, size); `size` is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix.div(size**0.5).to(dtype)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """Return every row of x (rows, size) times the orthonormal Hadamard matrix; `size` is a power
+    of two."""
+    rows, size = x.shape
+    left = size
+
+    while left > 1:
+        radix = min(left, 32)
+        x = x.reshape(rows, radix, size // radix).transpose(1, 2) @ _sylvester(radix, x.dtype)
+        left //= radix
+
+    return x.reshape(rows, size)

@@ -1,0 +1,1 @@
+"""Codecs that send some of the values: the largest ones, or those at random positions."""
