@@ -127,8 +127,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what a killed process left unfinished below `folder`; returns it. The caller holds the
-    folder's lock."""
+    """Remove what a killed process left unfinished below `folder`; returns it. The caller
+    holds the folder's lock."""
     found = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -141,7 +141,7 @@ def sweep(folder: Path) -> list[Path]:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """Let everything that this process writes meanwhile be its owner's only, also what libraries
+    """Make everything that this process writes meanwhile its owner's only, also what libraries
     write."""
     before = os.umask(0o077)
     try:
