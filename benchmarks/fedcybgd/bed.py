@@ -28,8 +28,9 @@ from fluvial.codecs import CodecSettings, build
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
 from fluvial.methods.fedcybgd.config import partition
-from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
+from fluvial.methods.fedcybgd.memory import client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.methods.fedcybgd.traffic import Full, OnDisk, Sizes
 from fluvial.models.loading import meta_base
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, dtype_of

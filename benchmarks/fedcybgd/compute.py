@@ -240,7 +240,8 @@ def _row(
     peak: int,
     trained: frozenset[str],
 ) -> Row:
-    from fluvial.methods.fedcybgd.memory import Full, Sizes, client_memory
+    from fluvial.methods.fedcybgd.memory import client_memory
+    from fluvial.methods.fedcybgd.traffic import Full, Sizes
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     own = sum(sizes[name] for name in trained)

@@ -99,7 +99,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     from fluvial.federation.sites import Site
     from fluvial.federation.store import StateStore
     from fluvial.methods.fedcybgd.config import FedCyBgdConfig, partition
-    from fluvial.methods.fedcybgd.download import Sender
+    from fluvial.methods.fedcybgd.download.send import Sender
     from fluvial.methods.fedcybgd.ledger import Ledger
     from fluvial.models.pool import ModelPool
     from fluvial.models.pretrained import ModelConfig
@@ -259,7 +259,8 @@ def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
 
 def _row(shape: Shape, case: Case, found: dict[str, int]) -> Row:
     from fluvial.methods.fedcybgd.blocks import partition
-    from fluvial.methods.fedcybgd.memory import Full, OnDisk, Sizes, client_memory
+    from fluvial.methods.fedcybgd.memory import client_memory
+    from fluvial.methods.fedcybgd.traffic import Full, OnDisk, Sizes
 
     tunes, dtype, hold = case
     layout = layout_of(shape)
@@ -296,7 +297,7 @@ def largest_beside(layout: "Layout", block: "Layout") -> int:
 def tables() -> list[Row]:
     """Return the formulas for LLaMA-2-7B and Llama-3-8B in half precision, by form of download and
     by codec of the upload."""
-    from fluvial.methods.fedcybgd.memory import shape_table
+    from fluvial.methods.fedcybgd.shape_table import shape_table
 
     layouts = {"LLaMA-2-7B": layout_of(LLAMA_2_7B), "Llama-3-8B": layout_of(LLAMA_3_8B)}
 

@@ -15,12 +15,10 @@ from fluvial.data import Example
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.methods.fedcybgd.blocks import Partition, partition
-from fluvial.methods.fedcybgd.download import (
-    DownloadConfig,
-    Received,
-    Sender,
-    receive,
-)
+from fluvial.methods.fedcybgd.download import DownloadConfig
+from fluvial.methods.fedcybgd.download.holder import Received
+from fluvial.methods.fedcybgd.download.receive import receive
+from fluvial.methods.fedcybgd.download.send import Sender
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, measure, plan_proxy
 from fluvial.models.pool import ModelPool

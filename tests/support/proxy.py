@@ -14,8 +14,8 @@ from fluvial.methods.fedcybgd.proxy import (
     Anatomy,
     Layer,
     Manifest,
-    Part,
     ProxySettings,
+    Prunable,
     Prune,
     Scores,
     cut,
@@ -164,8 +164,8 @@ def made_up(
 ) -> tuple[Anatomy, Scores]:
     """Layers of a shape, without a model, and random scores."""
     draw = torch.Generator().manual_seed(layers)
-    mlp = Part(neurons, 96, (), "")
-    attention = Part(groups, 1024, (), "")
+    mlp = Prunable(neurons, 96, (), "")
+    attention = Prunable(groups, 1024, (), "")
     size = 64 + neurons * 96 + groups * 1024
     anatomy = Anatomy(
         "model.layers", (Layer(size, mlp, attention if prune == BOTH else None),) * layers

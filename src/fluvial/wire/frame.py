@@ -22,14 +22,14 @@ _HEAD = struct.Struct("<BBHI")
 
 
 def seal(code: int, fingerprint: int, body: bytes, *, round: int = 0) -> bytes:
-    """A frame around `body`."""
+    """Return a frame around `body`."""
     head = _HEAD.pack(VERSION, code, round % _ROUNDS, fingerprint) + body
     return head + struct.pack("<I", zlib.crc32(head))
 
 
 def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None) -> "Reader":
-    """A reader of the body; raises `WireError` if the frame is damaged, or of another codec, layout
-    or round."""
+    """Return a reader of the body; raises `WireError` if the frame is damaged, or of another codec,
+    layout or round."""
     if len(wire) < OVERHEAD:
         raise WireError(
             f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header"
@@ -40,7 +40,8 @@ def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None
         raise WireError("frame: checksum does not match; it was damaged on the way")
     if version != VERSION:
         raise WireError(
-            f"frame: format version {version}, this build reads {VERSION}; use the same fluvial on both ends"
+            f"frame: format version {version}, this build reads {VERSION}; use the same fluvial "
+            "on both ends"
         )
 
     if found != code:
@@ -50,13 +51,15 @@ def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None
 
     if layout != fingerprint:
         raise WireError(
-            "frame: made for other tensor names or shapes, or with another published transform; both ends need the "
+            "frame: made for other tensor names or shapes, or with another published transform; "
+            "both ends need the "
             "same model, lora settings and codec"
         )
 
     if round is not None and sent != round % _ROUNDS:
         raise WireError(
-            f"frame: of round {sent}, expected round {round % _ROUNDS}; an old message was sent again"
+            f"frame: of round {sent}, expected round {round % _ROUNDS}; an old message was sent "
+            "again"
         )
 
     return Reader(wire[_HEAD.size : -4])
@@ -75,20 +78,20 @@ class Reader:
         return len(self._body) - self._position
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
+        """Return the next `count` bytes."""
         if not 0 <= count <= self.left:
             raise WireError(f"frame: {count} bytes wanted, {self.left} left")
         self._position += count
         return self._body[self._position - count : self._position]
 
     def number(self, form: str) -> int | float:
-        """One little-endian number in `struct` notation, such as "I" or "f"."""
+        """Return one little-endian number in `struct` notation, such as "I" or "f"."""
         (value,) = struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
         assert isinstance(value, int | float)
         return value
 
     def array(self, dtype: str, count: int) -> NDArray[np.generic]:
-        """`count` little-endian items of a NumPy `dtype` such as "u2"; a copy."""
+        """Return `count` little-endian items of a NumPy `dtype` such as "u2"; a copy."""
         kind = np.dtype("<" + dtype)
         if count < 0:
             raise WireError(f"frame: negative count {count}")

@@ -59,7 +59,7 @@ class Limits:
 
 
 OWN_FILES = Limits(max_bytes=2**40, max_header_bytes=2**26)
-"""For files that this installation wrote itself."""
+"""Limits for files that this installation wrote itself."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Payload:
     values: dict[str, Value] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """Serialise; equal payloads give equal bytes."""
+        """Encode the payload; equal payloads give equal bytes."""
         for name, tensor in self.tensors.items():
             assert tensor.dtype in _DTYPES.values(), f"{name}: {tensor.dtype} has no wire form"
         fault = _fault(self.values)
@@ -86,7 +86,7 @@ class Payload:
 
     @classmethod
     def from_bytes(cls, data: bytes, limits: Limits | None = None) -> "Payload":
-        """Parse untrusted bytes; raises `WireError` saying what is wrong and where."""
+        """Decode untrusted bytes; raises `WireError` saying what is wrong and where."""
         limits = limits or Limits()
         if data[:4] == _MAGIC and len(data) >= 8 and data[7] & 0x80:
             return _unpack(data, limits)
@@ -98,8 +98,8 @@ class Payload:
             raise WireError(f"payload: {error!s:.200}") from None
 
     def value(self, name: str, kind: type) -> Any:
-        """A plain value that must be there and of type `kind`; raises `WireError` (a bool is not an
-        int)."""
+        """Return a plain value that must be there and of type `kind`; raises `WireError` (a bool is
+        not an int)."""
         found = self.values.get(name)
         if type(found) is not kind:
             raise WireError(
@@ -109,7 +109,8 @@ class Payload:
         return found
 
     def whole(self, name: str, low: int, high: int) -> int:
-        """A whole number that must be there; raises `WireError` unless low <= number <= high."""
+        """Return a whole number that must be there; raises `WireError` unless low <= number <=
+        high."""
         found: int = self.value(name, int)
         if not low <= found <= high:
             shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
@@ -118,14 +119,14 @@ class Payload:
         return found
 
     def number(self, name: str, low: float, high: float) -> float:
-        """A float that must be there; raises `WireError` unless low <= number <= high."""
+        """Return a float that must be there; raises `WireError` unless low <= number <= high."""
         found: float = self.value(name, float)
         if not low <= found <= high:
             raise WireError(f"message value {name!r}: {found!r} is not from {low:g} to {high:g}")
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that must be there; raises `WireError`."""
+        """Return a tensor that must be there; raises `WireError`."""
         if name not in self.tensors:
             raise WireError(f"message tensor {name!r} is missing; found {sorted(self.tensors)[:5]}")
         return self.tensors[name]
@@ -150,8 +151,8 @@ def _apart(tensors: Named) -> Named:
 
 
 def read_values(path: Path) -> dict[str, Value]:
-    """The plain values of a payload in a file of this installation, without its tensors; raises
-    `WireError`."""
+    """Return the plain values of a payload in a file of this installation, without its tensors;
+    raises `WireError`."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > OWN_FILES.max_header_bytes:
@@ -162,25 +163,26 @@ def read_values(path: Path) -> dict[str, Value]:
 
 
 def frame_payload(frame: bytes, /, **values: Value) -> Payload:
-    """A payload that carries one codec frame, not empty; every byte beyond it is envelope, so names
-    are short."""
+    """Return a payload that carries one codec frame, not empty; every byte beyond it is envelope,
+    so names are short."""
     return Payload({FRAME: torch.frombuffer(bytearray(frame), dtype=torch.uint8)}, values)
 
 
 def payload_frame(payload: Payload) -> bytes:
-    """The codec frame of a `frame_payload`; raises `WireError` if there is none."""
+    """Return the codec frame of a `frame_payload`; raises `WireError` if there is none."""
     tensor = payload.tensor(FRAME)
     if not _is_frame(tensor):
         raise WireError(
-            f"frame: expected one-dimensional uint8, found {tensor.dtype} with shape {tuple(tensor.shape)}"
+            f"frame: expected one-dimensional uint8, found {tensor.dtype} with shape "
+            f"{tuple(tensor.shape)}"
         )
 
     return tensor.numpy().tobytes()
 
 
 def join(parts: dict[str, Payload]) -> Payload:
-    """One payload of several, as a checkpoint keeps them; names of tensors get the part's name in
-    front."""
+    """Return one payload of several, as a checkpoint keeps them; names of tensors get the part's
+    name in front."""
     tensors = {
         f"{part}/{name}": tensor
         for part, each in parts.items()
@@ -190,7 +192,7 @@ def join(parts: dict[str, Payload]) -> Payload:
 
 
 def split(payload: Payload, parts: tuple[str, ...]) -> dict[str, Payload]:
-    """Inverse of `join`; raises `WireError` when a part's values are missing."""
+    """Invert `join`; raises `WireError` when a part's values are missing."""
     found = {}
     for part in parts:
         start = f"{part}/"
@@ -209,13 +211,14 @@ def _is_frame(tensor: Tensor) -> bool:
 
 
 def _unpack(data: bytes, limits: Limits) -> Payload:
-    """A packed frame and its values."""
+    """Return a packed frame and its values."""
     _check_size(data, limits)
     end = 8 + (int.from_bytes(data[4:8], "little") ^ _TAG)
 
     if end - 8 > limits.max_header_bytes or end >= len(data):
         raise WireError(
-            f"packed frame: values of {end - 8} bytes exceed the limit or the payload of {len(data)} bytes"
+            f"packed frame: values of {end - 8} bytes exceed the limit or the payload of "
+            f"{len(data)} bytes"
         )
 
     return frame_payload(data[end:], **_plain_values(data[8:end] or "{}"))
@@ -227,7 +230,7 @@ def _check_size(data: bytes, limits: Limits) -> None:
 
 
 def _plain_values(text: bytes | str) -> dict[str, Value]:
-    """JSON values from outside, checked."""
+    """Return JSON values from outside, checked."""
     values = _json(text, "values")
     if not isinstance(values, dict):
         raise WireError("values are not a JSON object")
@@ -238,8 +241,8 @@ def _plain_values(text: bytes | str) -> dict[str, Value]:
 
 
 def _fault(value: object, depth: int = 0) -> str | None:
-    """Why `value` is not a plain value, after the place inside it where that is so; None when it is
-    one."""
+    """Return why `value` is not a plain value, after the place inside it where that is so; None
+    when it is one."""
     if depth > _MAX_DEPTH:
         return ": nested too deeply"
     if isinstance(value, dict | list):
@@ -306,7 +309,7 @@ def _validate(data: bytes, limits: Limits) -> dict[str, Value]:
 
 
 def _span(name: str, entry: object, limits: Limits) -> tuple[int, int]:
-    """Begin and end of a tensor's bytes, after its name, type and shape were checked."""
+    """Return the begin and end of a tensor's bytes, after its name, type and shape were checked."""
     shown = f"tensor {name[:64]!r}"
     if not 0 < len(name) <= limits.max_name or not name.isprintable():
         raise WireError(f"{shown}: names have 1 to {limits.max_name} printable characters")
@@ -341,7 +344,8 @@ def _whole_numbers(found: object) -> bool:
 
 
 def _json(text: bytes | str, what: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN, no nesting beyond the interpreter's stack."""
+    """Return strict JSON: UTF-8, no duplicate keys, no NaN, no nesting beyond the interpreter's
+    stack."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len({key for key, _ in pairs}) != len(pairs):

@@ -17,29 +17,29 @@ Named = dict[str, Tensor]
 
 
 def add(left: Named, right: Named) -> Named:
-    """left + right, name by name; both have the same names and shapes."""
+    """Add left + right, name by name; both have the same names and shapes."""
     return {name: tensor + right[name] for name, tensor in left.items()}
 
 
 def subtract(left: Named, right: Named) -> Named:
-    """left - right, name by name; both have the same names and shapes."""
+    """Return left - right, name by name; both have the same names and shapes."""
     return {name: tensor - right[name] for name, tensor in left.items()}
 
 
 def moved(state: Named, update: Named) -> Named:
-    """`state` + `update`, where the update may have only some of the names."""
+    """Return `state` + `update`, where the update may have only some of the names."""
     return {
         name: tensor + update[name] if name in update else tensor for name, tensor in state.items()
     }
 
 
 def scale(tensors: Named, factor: float) -> Named:
-    """factor * tensors."""
+    """Multiply all tensors by `factor`."""
     return {name: tensor * factor for name, tensor in tensors.items()}
 
 
 def zeros_like(tensors: Named) -> Named:
-    """The zero update of the same shapes."""
+    """Return the zero update of the same shapes."""
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
@@ -49,48 +49,48 @@ def energy(tensors: Named) -> float:
 
 
 def norm(tensors: Named) -> float:
-    """Global L2 norm."""
+    """Return the global L2 norm."""
     return math.sqrt(energy(tensors))
 
 
 def inner(left: Named, right: Named) -> float:
-    """Inner product over everything, in fp64."""
+    """Return the inner product over everything, in fp64."""
     return sum(
         float((tensor.double() * right[name].double()).sum()) for name, tensor in left.items()
     )
 
 
 def cosine(left: Named, right: Named) -> float:
-    """Cosine of the angle between two named vectors; 0 when either is zero."""
+    """Return the cosine of the angle between two named vectors; 0 when either is zero."""
     product = norm(left) * norm(right)
     return inner(left, right) / product if product > 0 else 0.0
 
 
 def relative_error(true: Named, decoded: Named) -> float:
-    """||true - decoded||^2 / ||true||^2; 1 is what sending nothing gives."""
+    """Return ||true - decoded||^2 / ||true||^2; 1 is what sending nothing gives."""
     reference = energy(true)
     return energy(subtract(true, decoded)) / reference if reference > 0 else 0.0
 
 
 def is_finite(tensors: Named) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def factor(name: str) -> Literal["A", "B"] | None:
-    """Which LoRA factor a tensor is, by PEFT's naming: A is (rank, in), B is (out, rank)."""
+    """Return which LoRA factor a tensor is, by PEFT's naming: A is (rank, in), B is (out, rank)."""
     if ".lora_A." in name:
         return "A"
     return "B" if ".lora_B." in name else None
 
 
 def only(tensors: Named, which: Literal["A", "B"]) -> Named:
-    """The A factors or the B factors."""
+    """Return the A factors or the B factors."""
     return {name: tensor for name, tensor in tensors.items() if factor(name) == which}
 
 
 def digest(tensors: Named) -> str:
-    """SHA-256 over names, types, shapes and bytes, in order of the names."""
+    """Return SHA-256 over names, types, shapes and bytes, in order of the names."""
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu()
@@ -111,7 +111,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Named) -> "Layout":
-        """The layout of `tensors`, in order of the names."""
+        """Return the layout of `tensors`, in order of the names."""
         return cls(tuple((name, tuple(tensors[name].shape)) for name in sorted(tensors)))
 
     @cached_property
@@ -144,8 +144,8 @@ class Layout:
         return zlib.crc32(repr(self.shapes).encode())
 
     def flatten(self, tensors: Named) -> Tensor:
-        """One fp32 vector (numel,) in layout order; asserts that names and shapes are those of the
-        layout."""
+        """Return one fp32 vector (numel,) in layout order; asserts that names and shapes are those
+        of the layout."""
         assert tensors.keys() == self._by_name.keys(), "tensors of another layout"
         assert all(tensors[name].shape == shape for name, shape in self.shapes), (
             "tensors of another layout"
@@ -154,7 +154,7 @@ class Layout:
         return torch.cat([tensors[name].reshape(-1) for name in self.names]).detach().float()
 
     def unflatten(self, vector: Tensor) -> Named:
-        """Inverse of `flatten`."""
+        """Invert `flatten`."""
         pieces = vector.split_with_sizes(self.sizes)
         return {
             name: piece.view(shape)
@@ -247,7 +247,7 @@ class WeightedMean:
         self.count += 1
 
     def mean(self) -> Named:
-        """The mean in fp32; at least one update must have been added."""
+        """Return the mean in fp32; at least one update must have been added."""
         assert self._layout is not None, "mean of nothing"
         sums = zip(
             torch.split(self._high, self._PIECE), torch.split(self._low, self._PIECE), strict=True

@@ -12,7 +12,8 @@ from fluvial.errors import WireError
 from fluvial.federation.sites import read_state_message, state_message
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
-from fluvial.methods.fedcybgd.memory import Cache, Sizes, client_memory, process_memory
+from fluvial.methods.fedcybgd.memory import client_memory, process_memory
+from fluvial.methods.fedcybgd.traffic import Cache, Sizes
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import changed, initial_state, no_change

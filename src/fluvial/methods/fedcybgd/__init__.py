@@ -25,7 +25,11 @@ from fluvial.methods.fedcybgd.download import (
     ProxyDownload,
     StaleDownload,
 )
-from fluvial.methods.fedcybgd.memory import (
+from fluvial.methods.fedcybgd.memory import client_memory, process_memory
+from fluvial.methods.fedcybgd.proxy import Anatomy
+from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
+from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.methods.fedcybgd.traffic import (
     Cache,
     Form,
     Full,
@@ -35,13 +39,8 @@ from fluvial.methods.fedcybgd.memory import (
     Sizes,
     StaleSubset,
     Width,
-    client_memory,
-    process_memory,
     visit_bytes,
 )
-from fluvial.methods.fedcybgd.proxy import Anatomy
-from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
-from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Given, Method, Plan, Row, Traits
 from fluvial.methods.planning import frame_rows, uncoded

@@ -17,8 +17,8 @@ from fluvial.errors import ConfigError
 from fluvial.wire.tensors import Layout
 
 Extra = Literal["embeddings", "norm", "head"]
-"""What stands outside the layers: token and position embeddings, the final norm, an output head
-that is not tied."""
+"""Parameters outside the layers: token and position embeddings, the final norm, an output head that
+is not tied."""
 
 _NUMBERED = re.compile(r"(.*?\.)(\d+)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|output_layer|embed_out|score|classifier)\.")
@@ -45,9 +45,9 @@ class Partition:
 
     blocks: tuple[Block, ...]
     fixed: Layout
-    """What no block has; never trained."""
+    """Parameters that no block has; they are never trained."""
     prefix: str
-    """What stands before a layer's number, as `model.layers.`."""
+    """Beginning of a name before the layer's number, as `model.layers.`."""
     num_layers: int
 
     def __len__(self) -> int:
@@ -64,7 +64,8 @@ class Partition:
 def partition(
     layout: Layout, *, extra: Sequence[Extra] = (), layers_per_block: int = 1, whole: bool = False
 ) -> Partition:
-    """Blocks of consecutive decoder layers, bottom up, then those `extra` ones that are asked for.
+    """Return the blocks of consecutive decoder layers, bottom up, then those `extra` ones that are
+    asked for.
 
     `whole` makes one block of everything. Raises `ConfigError` where there are no layers, or
     nothing of an extra kind.
@@ -101,7 +102,8 @@ def partition(
         if not names:
             there = ", ".join(sorted(set(outside.values()))) or "nothing but layers"
             raise ConfigError(
-                f"method.extra: there is no {kind!r} to train (a tied head is part of the embeddings); found {there}"
+                f"method.extra: there is no {kind!r} to train (a tied head is part of the "
+                f"embeddings); found {there}"
             )
 
         blocks.append(Block(kind, (), _part(layout, names)))
@@ -111,7 +113,7 @@ def partition(
 
 
 def _stack(layout: Layout) -> str:
-    """The prefix of the layers: of all numbered groups the one with the most values."""
+    """Return the prefix of the layers: of all numbered groups the one with the most values."""
     sizes: Counter[str] = Counter()
     for name, shape in layout.shapes:
         found = _NUMBERED.match(name)
@@ -120,7 +122,8 @@ def _stack(layout: Layout) -> str:
 
     if not sizes:
         raise ConfigError(
-            "the model has no numbered layers, such as 'model.layers.0.', that could be blocks; use order = 'full'"
+            "the model has no numbered layers, such as 'model.layers.0.', that could be blocks; "
+            "use order = 'full'"
         )
 
     return sizes.most_common(1)[0][0]

@@ -23,7 +23,7 @@ class FedCyBgdConfig(MethodSettings):
 
     name: Literal["fedcybgd"] = "fedcybgd"
     order: Order = "ascending"
-    """Which site trains which block (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands
+    """Assignment of blocks to sites (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands
     the model on."""
     extra: tuple[Extra, ...] = ()
     """Blocks beside the decoder layers; the paper trains none of them."""
@@ -35,27 +35,27 @@ class FedCyBgdConfig(MethodSettings):
     """Sites that share a block in a cycle: train it in turn, or together and "average" (the default
     of "pairs") or "overwrite", where the last one wins (the released code)."""
     weighting: Literal["samples", "equal"] = "samples"
-    """Of an average; the released code's is equal."""
+    """Weights of the visits in an average; the released code has equal ones."""
     damping: float = Field(1.0, gt=0, le=1)
     """The server moves a block by this share of what was sent."""
     decay: Literal["none", "cosine"] = "none"
-    """Of the learning rate over the cycles, beside the schedule of each visit."""
+    """Decay of the learning rate over the cycles, beside the schedule of each visit."""
     download: DownloadConfig = CacheDownload()
-    """How the blocks that are not trained come to a site."""
+    """Form in which a site receives the blocks that it does not train."""
     hold: Literal["memory", "disk"] = "memory"
-    """Where a site has them while it trains; from disk each is read when it is used, and costs no
-    memory."""
+    """Place of the blocks that are not trained during a visit; from disk each weight is read when
+    it is used, and costs no memory."""
     gate: GateConfig = GateConfig()
     accept: AcceptConfig = AcceptConfig()
 
     @property
     def merging(self) -> Merge:
-        """What happens to sites that share a block, the order's default filled in."""
+        """Treatment of sites that share a block, the order's default filled in."""
         return self.merge or ("average" if self.order == "pairs" else "sequential")
 
     @property
     def gated(self) -> bool:
-        """Whether the gradient through the download is measured, and the download may be
+        """True where the gradient through the download is measured, and the download may be
         refused."""
         return isinstance(self.download, LOSSY) and self.gate.threshold > 0
 
@@ -67,19 +67,28 @@ class FedCyBgdConfig(MethodSettings):
         if self.order == "full":
             for name in ("extra", "layers_per_block", "parallel", "merge"):
                 if name in given and getattr(self, name) != default[name].default:
-                    yield f"{name}: without effect under order='full', which has one block; remove it"
+                    yield (
+                        f"{name}: without effect under order='full', which has one block; remove it"
+                    )
 
             if isinstance(self.download, ProxyDownload):
-                yield "download.form='proxy': nothing is left to compress under order='full'; use 'cache'"
+                yield (
+                    "download.form='proxy': nothing is left to compress under order='full'; use "
+                    "'cache'"
+                )
 
         if self.hold == "disk" and self.download.form in ("full", "proxy"):
             yield (
-                f"hold='disk': form={self.download.form!r} brings the whole model in one message, and keeps nothing; "
+                f"hold='disk': form={self.download.form!r} brings the whole model in one message, "
+                "and keeps nothing; "
                 "choose form = 'cache' or 'low-bit'"
             )
 
         if self.order == "pairs" and self.merging == "sequential":
-            yield "merge='sequential': order='pairs' trains a block from one state; use order='ascending'"
+            yield (
+                "merge='sequential': order='pairs' trains a block from one state; use "
+                "order='ascending'"
+            )
         if self.weighting != "samples" and self.merging != "average":
             yield "weighting: without effect unless merge='average' or order='pairs'; remove it"
         if "gate" in given and not isinstance(self.download, LOSSY):
@@ -100,7 +109,7 @@ Config = FedCyBgdConfig | CentralCyclicConfig
 
 
 def partition(config: Config, layout: Layout) -> Partition:
-    """The blocks of a run; both ends find the same ones."""
+    """Return the blocks of a run; both ends find the same ones."""
     return partition_layout(
         layout,
         extra=config.extra,

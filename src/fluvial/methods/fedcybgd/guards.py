@@ -56,7 +56,7 @@ class AcceptConfig(Settings):
 def gradient(
     model: nn.Module, names: Sequence[str], examples: Sequence[Example], pad_token_id: int
 ) -> Named:
-    """d mean loss / d weights of `names`, fp32, on the CPU."""
+    """Return the gradient of the mean loss by the weights of `names`, fp32, on the CPU."""
     parameters = {name: tuned_parameters(model)[name].requires_grad_() for name in names}
     device = next(iter(parameters.values())).device
     loss = summed_loss(*predictions(model, collate(examples, pad_token_id, device)))
@@ -78,15 +78,15 @@ class Judge:
     examples: Sequence[Example]
 
     def loss(self, state: Named) -> float:
-        """Nats per label token on public text."""
+        """Return the loss on public text, in nats per label token."""
         with self.bench.model(state) as model:
             return heldout(
                 model, self.examples, pad_token_id=self.bench.tokenizer.pad_token_id
             ).loss
 
     def share(self, state: Named, moved: Callable[[float], Named]) -> tuple[float, float, float]:
-        """The largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss before
-        and after.
+        """Return the largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss
+        before and after.
 
         `moved(share)` is the block after that share of the step. A step to a loss that is not
         finite is refused, whatever the loss before: which weights overflow depends on the

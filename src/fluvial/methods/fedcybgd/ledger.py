@@ -35,7 +35,8 @@ class Commit:
         return sum(map(len, self.frames))
 
     def step(self, codec: Codec) -> Named:
-        """What is added to the block; raises `WireError` for frames that are damaged."""
+        """Return what a commit adds to the block; raises `WireError` for frames that are
+        damaged."""
         mean = WeightedMean()
         for frame, weight in zip(self.frames, self.weights, strict=True):
             update = codec.decode(frame)
@@ -63,7 +64,7 @@ class Ledger:
         self._round, self._seen = 0, set[str]()
 
     def block(self, index: int) -> Named:
-        """The state of a block."""
+        """Return the state of a block."""
         return {name: self.state[name] for name in self.parts.blocks[index].layout.names}
 
     def _names(self, index: int) -> tuple[str, ...]:
@@ -75,8 +76,8 @@ class Ledger:
         return [index for index, version in enumerate(self.versions) if version]
 
     def claim(self, visit: str, round: int) -> bool:
-        """Whether `visit` counts: False if it was counted before, or belongs to a round that is
-        over."""
+        """Return whether `visit` counts: False if it was counted before, or belongs to a round that
+        is over."""
         if round < self._round or visit in self._seen:
             return False
         if round > self._round:
@@ -85,7 +86,7 @@ class Ledger:
         return True
 
     def moved(self, index: int, commit: Commit) -> Named:
-        """The block as it would be after `commit`."""
+        """Return the block as it would be after `commit`."""
         return add(self.block(index), commit.step(self.codecs[index]))
 
     def commit(self, index: int, commit: Commit) -> None:
@@ -100,14 +101,14 @@ class Ledger:
             del log[self.oldest[index]]
 
     def since(self, index: int, version: int) -> list[Commit] | None:
-        """The commits that lead from `version` of a block to the newest; None if they are not all
-        there."""
+        """Return the commits that lead from `version` of a block to the newest; None if they are
+        not all there."""
         if version < self.oldest[index]:
             return None
         return [commit for made, commit in sorted(self.log[index].items()) if made > version]
 
     def save(self) -> Payload:
-        """All of it, but for the values of blocks that have not moved."""
+        """Return the whole ledger, without the values of blocks that have not moved."""
         tensors = {
             f"state/{name}": self.state[name]
             for index in self.changed
@@ -133,7 +134,7 @@ class Ledger:
         return Payload(tensors, values)
 
     def restore(self, saved: Payload) -> None:
-        """Inverse of `save`; raises `WireError` for a checkpoint of other blocks."""
+        """Invert `save`; raises `WireError` for a checkpoint of other blocks."""
         versions = saved.value("versions", list)
         if len(versions) != len(self.parts):
             raise WireError(f"checkpoint: {len(versions)} blocks, expected {len(self.parts)}")

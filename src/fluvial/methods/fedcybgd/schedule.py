@@ -16,7 +16,7 @@ Order = Literal["ascending", "descending", "random", "latin", "latin-random", "p
 
 
 def assignment(order: Order, *, clients: int, blocks: int, cycle: int, seed: int) -> list[int]:
-    """The block of every client in `cycle`.
+    """Return the block of every client in `cycle`.
 
     ascending c mod D, the same in every cycle (the paper's default) descending D - 1 - c mod D
     random each client draws its blocks without repetition; a cycle may leave blocks out, as in the
@@ -45,7 +45,7 @@ def assignment(order: Order, *, clients: int, blocks: int, cycle: int, seed: int
 
 
 def _draws(seed: int, client: int, turn: int, blocks: int) -> list[int]:
-    """The blocks of a client in order; once it has met all, the next turn begins."""
+    """Return the blocks of a client in order; once it has met all, the next turn begins."""
     drawn: list[int] = torch.randperm(
         blocks, generator=generator(seed, "order", client, turn)
     ).tolist()
@@ -53,7 +53,8 @@ def _draws(seed: int, client: int, turn: int, blocks: int) -> list[int]:
 
 
 def groups(assigned: Sequence[int], *, parallel: int, together: bool) -> list[list[int]]:
-    """Clients in the order of their visits; those of one group start from the same model.
+    """Return the clients in the order of their visits; those of one group start from the same
+    model.
 
     With `together` the clients of a block visit in the same group (FedBAvg), else no group has a
     block twice. A group has at most `parallel` blocks, which lie as far apart as can be.
@@ -84,13 +85,13 @@ def groups(assigned: Sequence[int], *, parallel: int, together: bool) -> list[li
 def wall_clock(
     groups: Sequence[Sequence[int]], seconds: Sequence[float], *, deadline_s: float = math.inf
 ) -> float:
-    """Seconds of a cycle in which client c takes `seconds[c]`: a group waits for its slowest, or
-    until the deadline."""
+    """Return the seconds of a cycle in which client c takes `seconds[c]`: a group waits for its
+    slowest, or until the deadline."""
     return sum(min(max(seconds[client] for client in group), deadline_s) for group in groups)
 
 
 def _sweeps(units: Sequence[list[int]], assigned: Sequence[int]) -> list[list[list[int]]]:
-    """Runs of units in order, as long as no block comes twice in one."""
+    """Return the runs of units in order, as long as no block comes twice in one."""
     sweeps: list[list[list[int]]] = []
     met: set[int] = set()
 

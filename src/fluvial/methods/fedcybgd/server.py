@@ -3,9 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 
@@ -18,12 +16,16 @@ from fluvial.federation.fleet import Failure, Fleet
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import FullDownload, Nobody, ProxyDownload, Sender, receive
+from fluvial.methods.fedcybgd.download import FullDownload, ProxyDownload
+from fluvial.methods.fedcybgd.download.holder import EmptyHolder
+from fluvial.methods.fedcybgd.download.receive import receive
+from fluvial.methods.fedcybgd.download.send import Sender
 from fluvial.methods.fedcybgd.guards import Judge, gradient
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.proxy import Anatomy, Manifest, Scores, measure, plan_proxy
 from fluvial.methods.fedcybgd.schedule import assignment, groups
 from fluvial.methods.fedcybgd.visit import borrow
+from fluvial.methods.fedcybgd.visits import Answer, Visit, conflicts, record
 from fluvial.methods.interface import Context, Metrics
 from fluvial.models.states import initial_state
 from fluvial.seeds import generator
@@ -36,27 +38,6 @@ REMEMBERED = 64
 """Updates that a further one is compared with, since most groups of visits have one site."""
 CALIBRATION = 32
 """Sequences of public text that layers and neurons are scored on."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """One site trains one block once."""
-
-    name: str
-    """Unique in a run; a visit is counted once, however often its answer comes."""
-    site: str
-    block: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a visit brought."""
-
-    visit: Visit
-    frame: bytes
-    update: Named
-    samples: int
-    loss: float
 
 
 def _difference(now: Named, before: Named) -> Named:
@@ -107,8 +88,10 @@ class FedCyBgdServer:
         )
         if not cosines[worst] >= self.config.gate.threshold:  # so that nan is refused
             raise GateError(
-                f"method.download.form={self.config.download.form!r}: through it the gradient of {worst!r} has cosine "
-                f"{cosines[worst]:.3f} to the exact one, method.gate.threshold is {self.config.gate.threshold:g}; send "
+                f"method.download.form={self.config.download.form!r}: through it the gradient of "
+                f"{worst!r} has cosine "
+                f"{cosines[worst]:.3f} to the exact one, method.gate.threshold is "
+                f"{self.config.gate.threshold:g}; send "
                 "more of the model, or form = 'cache'. All: "
                 + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()),
                 {},
@@ -131,7 +114,7 @@ class FedCyBgdServer:
         return [self._public[place] for place in places[:count]]
 
     def _cut(self, index: int, visit: str) -> Manifest:
-        """The proxy of a visit."""
+        """Return the proxy of a visit."""
         config = self.config.download
         assert isinstance(config, ProxyDownload)
         layers = self.parts.blocks[index].layers
@@ -153,7 +136,7 @@ class FedCyBgdServer:
 
     @cached_property
     def _scores(self) -> Scores:
-        """Of the base model on public text, so that a run that goes on finds the same."""
+        """Scores of the base model on public text, so that a resumed run computes the same."""
         bench = self.context.open_bench()
         with bench.model(bench.base_state()) as model:
             examples = self._sample("scores", CALIBRATION)
@@ -162,13 +145,13 @@ class FedCyBgdServer:
             )
 
     def _cosine(self, index: int, visit: str) -> float:
-        """Cosine of a block's gradient through the download to the exact one."""
+        """Return the cosine of a block's gradient through the download to the exact one."""
         bench = self.context.open_bench()
         examples = self._sample("gate", self.config.gate.examples)
         pad = bench.tokenizer.pad_token_id
         names = self.parts.blocks[index].layout.names
         message = self.sender.message("", index, visit, {})
-        nobody = Nobody(bench, self.context.seed)
+        nobody = EmptyHolder(bench, self.context.seed)
         received = receive(
             self.config.download, nobody, message, self.parts, codec=self.context.codec
         )
@@ -182,12 +165,12 @@ class FedCyBgdServer:
     # -- a cycle ----------------------------------------------------------------------------------
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """One cycle: group after group of visits, each block moved before the next group is
+        """Run one cycle: group after group of visits, each block moved before the next group is
         asked."""
         loss = WeightedLoss()
         start = self.ledger.state
-        visits: list[dict[str, Any]] = []
-        conflicts: list[dict[str, Any]] = []
+        visits: list[Metrics] = []
+        disputes: list[Metrics] = []
         last: dict[int, Answer] = {}
         metrics: Metrics = {}
         cycle = self._groups(number, fleet.sites)
@@ -203,14 +186,15 @@ class FedCyBgdServer:
                 if not mine:
                     continue
 
-                conflicts += self._conflicts(block, mine, last.get(block))
+                name = self.parts.blocks[block].name
+                disputes += conflicts(name, mine, last.get(block), merging=self.config.merging)
                 share = self._merge(block, mine)
                 last[block] = mine[-1]
 
                 for answer in mine:
                     loss.add(answer.loss, answer.samples)
                     overwritten = self.config.merging == "overwrite" and answer is not mine[-1]
-                    visits.append(self._record(answer, 0.0 if overwritten else share))
+                    visits.append(record(answer, name, 0.0 if overwritten else share))
 
         asked = sum(map(len, cycle))
         fleet.require_quorum("visit", number, answered=len(visits), asked=asked)
@@ -220,11 +204,11 @@ class FedCyBgdServer:
             "update_norm": norm(_difference(self.ledger.state, start)),
             **metrics,
             "visits": visits,
-            "conflicts": conflicts,
+            "conflicts": disputes,
         }
 
     def _groups(self, number: int, sites: Sequence[str]) -> list[list[Visit]]:
-        """The visits of a cycle, group by group."""
+        """Return the visits of a cycle, group by group."""
         blocks = len(self.parts)
         clients = blocks if self.pooled else len(sites)
         assigned = assignment(
@@ -241,8 +225,8 @@ class FedCyBgdServer:
         ]
 
     def _ask(self, number: int, fleet: Fleet, group: Sequence[Visit]) -> list[Answer]:
-        """The answers of a group in the order of its visits; a site that cannot follow is sent
-        everything, once."""
+        """Ask the sites of a group and return the answers in the order of its visits; a site
+        that cannot follow is sent everything, once."""
         waiting = list(group)
         answers = dict[str, Answer]()
         lengths = dict[str, float]()
@@ -298,8 +282,8 @@ class FedCyBgdServer:
         return found
 
     def _values(self, number: int) -> dict[str, Value]:
-        """What a visit must know beside the model: round, share of the learning rate, visits that
-        share the steps."""
+        """Return the values of a message beside the model: round, share of the learning rate,
+        visits that share the steps."""
         done = (number - 1) / self.context.rounds
         rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
@@ -353,52 +337,14 @@ class FedCyBgdServer:
 
         return share
 
-    def _conflicts(
-        self, block: int, answers: Sequence[Answer], before: Answer | None
-    ) -> list[dict[str, Any]]:
-        """Two sites that trained one block in one cycle, how far they agree, and what was made of
-        it."""
-        kinds = {
-            "sequential": "one after the other",
-            "average": "averaged",
-            "overwrite": "the last one wins",
-        }
-        pairs = zip(
-            [*([before] if before else []), *answers],
-            [*(answers if before else answers[1:])],
-            strict=False,
-        )
-
-        return [
-            {
-                "block": self.parts.blocks[block].name,
-                "sites": [first.visit.site, second.visit.site],
-                "cosine": cosine(first.update, second.update),
-                "resolved": kinds[self.config.merging],
-            }
-            for first, second in pairs
-        ]
-
-    def _record(self, answer: Answer, share: float) -> dict[str, Any]:
-        """The line of a visit in the report."""
-        return {
-            "visit": answer.visit.name,
-            "site": answer.visit.site,
-            "block": self.parts.blocks[answer.visit.block].name,
-            "loss": answer.loss,
-            "norm": norm(answer.update),
-            "bytes": len(answer.frame),
-            "share": share,
-        }
-
     # -- what it is and keeps ---------------------------------------------------------------------
 
     def model(self) -> Named:
-        """The server's own store, never what a site saw."""
+        """Return the server's own store, never what a site saw."""
         return self.ledger.state
 
     def state(self) -> Payload:
-        """Blocks, commits, and who holds what."""
+        """Return the blocks, commits, and who holds what."""
         lengths: dict[str, Value] = {"lengths": [*self.lengths]}
         return join(
             {

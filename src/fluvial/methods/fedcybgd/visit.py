@@ -10,7 +10,9 @@ from fluvial.codecs import build
 from fluvial.exchange import STALE
 from fluvial.federation.sites import Site, code, round_of
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
-from fluvial.methods.fedcybgd.download import FullDownload, Received, receive
+from fluvial.methods.fedcybgd.download import FullDownload
+from fluvial.methods.fedcybgd.download.holder import Received
+from fluvial.methods.fedcybgd.download.receive import receive
 from fluvial.methods.fedcybgd.proxy import slim
 from fluvial.models.frozen import stream
 from fluvial.models.loading import fill
@@ -30,7 +32,7 @@ def borrow(
     hold: Literal["memory", "disk"] = "memory",
     checkpointing: bool = False,
 ) -> Iterator[nn.Module]:
-    """The model that a site was sent; parameters named in `trainable` require gradients, and
+    """Yield the model that a site was sent; parameters named in `trainable` require gradients, and
     nothing else does."""
     # Copied, because it is trained in place.
     start = {
@@ -63,7 +65,7 @@ def borrow(
 
 
 def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
-    """Block, round, visits that share the steps, and share of the learning rate; raises
+    """Return the block, round, visits that share the steps, and share of the learning rate; raises
     `WireError`."""
     index = message.whole("block", 0, 2**31)
     visits = message.whole("visits", 1, 2**20)
@@ -71,7 +73,7 @@ def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
 
 
 def visit(site: Site, message: Payload) -> Payload:
-    """Task: train one block with the others frozen; its coded change goes back."""
+    """Train one block with the others frozen, and return its coded change."""
     config = site.method
     download = FullDownload() if isinstance(config, CentralCyclicConfig) else config.download
     parts = partition(config, site.layout)

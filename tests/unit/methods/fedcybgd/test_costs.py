@@ -16,20 +16,17 @@ from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.fedcybgd.download import ProxyDownload
 from fluvial.methods.fedcybgd.guards import GateConfig
-from fluvial.methods.fedcybgd.memory import (
+from fluvial.methods.fedcybgd.memory import badam_bytes, client_memory, mixed_adam_bytes
+from fluvial.methods.fedcybgd.shape_table import ShapeRow, shape_table
+from fluvial.methods.fedcybgd.traffic import (
     Cache,
     Full,
     LowBit,
     OnDisk,
     Proxy,
-    ShapeRow,
     Sizes,
     StaleSubset,
     Width,
-    badam_bytes,
-    client_memory,
-    mixed_adam_bytes,
-    shape_table,
     subset_size,
     visit_bytes,
 )

@@ -12,9 +12,7 @@ import torch
 
 from fluvial.errors import WireError
 from fluvial.federation.store import StateStore
-from fluvial.methods.fedcybgd.download import (
-    crc,
-)
+from fluvial.methods.fedcybgd.download.replay import crc
 from fluvial.methods.fedcybgd.proxy import cut
 from fluvial.wire.payload import Payload, payload_frame
 from tests.support.ledger import FORMS, Scene, commit_of, equal, shapes_of

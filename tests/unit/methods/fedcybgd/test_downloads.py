@@ -14,11 +14,8 @@ from hypothesis import settings as runs
 from hypothesis import strategies as st
 
 from fluvial.codecs import build
-from fluvial.methods.fedcybgd.download import (
-    Sender,
-    parts_of,
-    subset,
-)
+from fluvial.methods.fedcybgd.download.holder import layouts_of
+from fluvial.methods.fedcybgd.download.send import Sender, subset
 from fluvial.wire.payload import Payload, payload_frame
 from fluvial.wire.tensors import Layout
 from tests.support.ledger import EXACT, FORMS, SEED, Scene, equal, rest_of
@@ -235,7 +232,7 @@ def test_where_the_commits_are_longer_the_block_itself_is_sent(scene: Callable[.
 
 def test_low_bit_sends_again_only_what_moved(scene: Callable[..., Scene]) -> None:
     made = scene("low-bit")
-    layouts = parts_of(made.parts)
+    layouts = layouts_of(made.parts)
 
     def parts_in(message: Payload) -> set[int]:
         return {
