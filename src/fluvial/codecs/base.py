@@ -1,4 +1,4 @@
-"""What a codec is: two pure functions, and for a codec that learns, a fit that makes one.
+"""The interface of codecs: two pure functions, and for a codec that learns, a fit that makes one.
 
 `decode` needs nothing but the bytes, and what the codec was built from: its settings, the layout
 and, for a learned codec, what was published. Error feedback is state of a site around a codec and

@@ -137,7 +137,7 @@ def _kept(settings: HalfSignSettings, layout: Layout) -> int:
 
 
 class TernarySettings(RateSettings):
-    """+scale, 0 or -scale, entropy-coded.
+    """Three levels, +scale, 0 and -scale, entropy-coded.
 
     Bytes per value: 4 / rate. Lost: magnitudes, and values in a dead zone.
     """

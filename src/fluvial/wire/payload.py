@@ -1,5 +1,4 @@
-"""What crosses the wire, lies on a site's disk and stands in a checkpoint: named tensors and plain
-values.
+"""Payloads: named tensors and plain values, on the wire, on a site's disk and in a checkpoint.
 
 The bytes are a safetensors file; the plain values are JSON in its metadata. A payload of one codec
 frame and nothing else, which is what sites send round after round, is packed tighter: 8 bytes, the

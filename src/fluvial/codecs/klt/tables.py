@@ -1,4 +1,4 @@
-"""What the coefficients of `klt` are quantised and coded with: one table for every class of scale.
+"""Quantisers and frequencies of the coefficients of `klt`: one table for every class of scale.
 
 A class is a quarter octave of sigma / step, where sigma is the expected standard deviation of a
 coefficient. Codes are logarithms in 1/16 octave, so class = code // 4. Classes below `low` have no

@@ -1,4 +1,4 @@
-"""The shared ground of codecs that keep the heaviest values and entropy-code where they are."""
+"""The base of codecs that keep the heaviest values and entropy-code their positions."""
 
 import math
 import struct

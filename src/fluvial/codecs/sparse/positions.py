@@ -1,4 +1,4 @@
-"""Positions of values drawn from a seed, which is all that travels of them."""
+"""Positions drawn from a seed, which then need no bytes of their own."""
 
 import struct
 

@@ -1,5 +1,5 @@
-"""What keeps a bad download or a bad update out: gradients compared, and the true loss asked before
-a step is taken.
+"""Guards against a bad download or a bad update: gradients compared, and the true loss measured
+before a step is taken.
 
 Both need public text. The gradient of a block through a compressed model is biased
 (docs/methods/fedcybgd.md); its cosine to the gradient through the exact model says how much is

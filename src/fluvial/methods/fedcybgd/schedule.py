@@ -1,5 +1,5 @@
-"""Who trains which block when (Fig. 3 of the paper; C2 in the released `workflow.py`; Latin square
-and groups: ours).
+"""The assignment of blocks to clients, cycle by cycle (Fig. 3 of the paper; C2 in the released
+`workflow.py`; Latin square and groups: ours).
 
 Clients and blocks are counted from 0, cycles too. In a cycle every client makes one visit.
 """

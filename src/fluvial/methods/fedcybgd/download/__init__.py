@@ -1,4 +1,4 @@
-"""What a site is sent for a visit: the block it trains, exact, and the others in one of five forms.
+"""Forms of a download: the block that a site trains, exact, and the others in one of five forms.
 
     form          what the others are                         the site must hold
     full          exact                                       nothing

@@ -1,4 +1,4 @@
-"""What a site holds of a model between visits, and the sources of weights made of it."""
+"""Store of a site between visits, and the sources of weights made of it."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
