@@ -147,16 +147,16 @@ class Blocks:
         classes, levels = self._quantise(values, step, loudness)
         centre = _centre(classes)
         head = ((step - FINEST) * _CLASSES + centre).to_bytes(3, "little")
-        parts: list[tuple[NDArray[np.integer], Any]] = []
+        coded: list[tuple[NDArray[np.integer], Any]] = []
 
         if len(classes):
-            parts.append((classes, entropy.model(_class_frequencies(centre))))
+            coded.append((classes, entropy.model(_class_frequencies(centre))))
 
         for number, start, end in self._runs(classes):
             table = tables()[number]
-            parts.append((levels[start:end] + table.limit, table.model))
+            coded.append((levels[start:end] + table.limit, table.model))
 
-        return head + entropy.encode_with(parts)
+        return head + entropy.encode_with(coded)
 
     def decoded(self, values: Doubles, step: int) -> Doubles:
         """Return the values that `decode` makes of `encode_at`."""

@@ -54,7 +54,7 @@ def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
         raise WireError(f"frame: {len(data)} bytes of positions are more than there can be")
 
     bits = _Bits(np.unpackbits(np.frombuffer(data, dtype=np.uint8)))
-    found = []
+    groups_read = []
     for count, total in groups:
         coded = min(count, total - count)
         where = _read(bits, coded, total) if coded else np.zeros(0, dtype=np.int64)
@@ -63,10 +63,10 @@ def decode(data: bytes, groups: Sequence[tuple[int, int]]) -> list[Indices]:
             mask[where] = False
             where = np.flatnonzero(mask)
 
-        found.append(where)
+        groups_read.append(where)
 
     bits.finish()
-    return found
+    return groups_read
 
 
 def to_wire(values: NDArray[np.floating], kind: Values) -> bytes:

@@ -54,7 +54,7 @@ def weighted(codec: Codec, received: Named) -> Codec:
 def scales(received: Named, layout: Layout) -> dict[str, float]:
     """Return sqrt((|partner|^2 + 0.2 |factor|^2) / rank) for every factor of `layout`; `received`
     holds both factors."""
-    found = {}
+    scales = {}
     for name, shape in layout.shapes:
         kind = factor(name)
         if kind is None:
@@ -69,9 +69,9 @@ def scales(received: Named, layout: Layout) -> dict[str, float]:
             else name.replace(".lora_B.", ".lora_A.")
         )
         theirs, own = (float(received[each].double().square().sum()) for each in (partner, name))
-        found[name] = math.sqrt(max((theirs + _FLOOR * own) / min(shape), 1e-12))
+        scales[name] = math.sqrt(max((theirs + _FLOOR * own) / min(shape), 1e-12))
 
-    return found
+    return scales
 
 
 def weigh(update: Named, by: dict[str, float]) -> Named:

@@ -65,9 +65,9 @@ def read(folder: Path) -> dict[str, Any]:
 
     parents = folder.resolve().parents
     for parent in (*parents[:1], *parents[2:3]):
-        found = _tables(parent / "config.json")
-        if found is not None and "fluvial" in found:  # another config.json is a model's
-            return settings_of(found)
+        tables = _tables(parent / "config.json")
+        if tables is not None and "fluvial" in tables:  # another config.json is a model's
+            return settings_of(tables)
 
     return {}
 
@@ -80,14 +80,14 @@ def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
 
 
 def _tables(path: Path) -> dict[str, Any] | None:
-    found = read_object(path)
-    if found is None or "fluvial" not in found:
-        return found
+    tables = read_object(path)
+    if tables is None or "fluvial" not in tables:
+        return tables
 
     wrong = [
-        key for key in ("model", "data", "evaluate") if not isinstance(found.get(key, {}), dict)
+        key for key in ("model", "data", "evaluate") if not isinstance(tables.get(key, {}), dict)
     ]
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
 
-    return found
+    return tables

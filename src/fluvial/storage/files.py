@@ -77,18 +77,18 @@ def read_object(path: Path) -> dict[str, Any] | None:
     Raises `ConfigError` for a file that is damaged or holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
 
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise ConfigError(
-            f"{path}: must be a JSON object, found {type(found).__name__}; copy it again"
+            f"{path}: must be a JSON object, found {type(record).__name__}; copy it again"
         )
 
-    return found
+    return record
 
 
 def digest_of(data: bytes) -> str:
@@ -104,9 +104,9 @@ def sealed(name: str, content: Any) -> bytes:
 def unsealed(name: str, text: bytes) -> Any:
     """Return the content that `sealed` was given; raises `ValueError` where it is another one."""
     try:
-        found = json.loads(text)
-        content = found[name]
-        digest = found["sha256"]
+        record = json.loads(text)
+        content = record[name]
+        digest = record["sha256"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"it lacks {name!r} or its digest") from error
 
@@ -129,14 +129,14 @@ def digest_of_file(path: Path) -> str:
 def sweep(folder: Path) -> list[Path]:
     """Remove what a killed process left unfinished below `folder`; returns it. The caller
     holds the folder's lock."""
-    found = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
-    for path in found:
+    record = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
+    for path in record:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
-    return found
+    return record
 
 
 @contextmanager

@@ -99,30 +99,32 @@ class Payload:
     def value(self, name: str, kind: type) -> Any:
         """Return a plain value that must be there and of type `kind`; raises `WireError` (a bool is
         not an int)."""
-        found = self.values.get(name)
-        if type(found) is not kind:
+        plain = self.values.get(name)
+        if type(plain) is not kind:
             raise WireError(
-                f"message value {name!r}: expected {kind.__name__}, found {type(found).__name__}"
+                f"message value {name!r}: expected {kind.__name__}, found {type(plain).__name__}"
             )
 
-        return found
+        return plain
 
     def whole(self, name: str, low: int, high: int) -> int:
         """Return a whole number that must be there; raises `WireError` unless low <= number <=
         high."""
-        found: int = self.value(name, int)
-        if not low <= found <= high:
-            shown = str(found) if abs(found) < 2**64 else f"a number of {found.bit_length()} bits"
+        number: int = self.value(name, int)
+        if not low <= number <= high:
+            shown = (
+                str(number) if abs(number) < 2**64 else f"a number of {number.bit_length()} bits"
+            )
             raise WireError(f"message value {name!r}: {shown} is not from {low} to {high}")
 
-        return found
+        return number
 
     def number(self, name: str, low: float, high: float) -> float:
         """Return a float that must be there; raises `WireError` unless low <= number <= high."""
-        found: float = self.value(name, float)
-        if not low <= found <= high:
-            raise WireError(f"message value {name!r}: {found!r} is not from {low:g} to {high:g}")
-        return found
+        real: float = self.value(name, float)
+        if not low <= real <= high:
+            raise WireError(f"message value {name!r}: {real!r} is not from {low:g} to {high:g}")
+        return real
 
     def tensor(self, name: str) -> Tensor:
         """Return a tensor that must be there; raises `WireError`."""
@@ -192,7 +194,7 @@ def join(parts: dict[str, Payload]) -> Payload:
 
 def split(payload: Payload, parts: tuple[str, ...]) -> dict[str, Payload]:
     """Invert `join`; raises `WireError` when a part's values are missing."""
-    found = {}
+    payloads = {}
     for part in parts:
         start = f"{part}/"
         tensors = {
@@ -200,9 +202,9 @@ def split(payload: Payload, parts: tuple[str, ...]) -> dict[str, Payload]:
             for name, t in payload.tensors.items()
             if name.startswith(start)
         }
-        found[part] = Payload(tensors, payload.value(part, dict))
+        payloads[part] = Payload(tensors, payload.value(part, dict))
 
-    return found
+    return payloads
 
 
 def _is_frame(tensor: Tensor) -> bool:

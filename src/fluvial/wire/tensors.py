@@ -163,9 +163,9 @@ class Layout:
 
     def check(self, tensors: Named, what: str) -> None:
         """Raise `WireError` unless `tensors` have exactly this layout, in fp32 and finite."""
-        found = Layout.of(tensors)
-        if found != self:
-            difference = sorted(set(found.shapes) ^ set(self.shapes))[:2]
+        other = Layout.of(tensors)
+        if other != self:
+            difference = sorted(set(other.shapes) ^ set(self.shapes))[:2]
             raise WireError(f"{what}: tensors of another layout, first differences {difference}")
 
         for name, tensor in tensors.items():

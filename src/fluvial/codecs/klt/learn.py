@@ -35,23 +35,23 @@ def learn(
     With a `prior`, its own covariance counts 1 - weight and its tables are kept.
     """
     factors = factors_of(layout)
-    old = None if prior is None else PriorCovariance(factors, share, prior)
+    covariance_before = None if prior is None else PriorCovariance(factors, share, prior)
     norms = [max(float(layout.flatten(update).norm()), 1e-30) for update in updates]
     energy = np.zeros(1 + max(factor.group for factor in factors))
-    seen = []
+    by_factor = []
 
     for factor in factors:
         x = torch.stack([update[factor.name].float() for update in updates])
         energy[factor.group] += float(x.double().square().sum())
-        seen.append((x.mT if factor.transposed else x) / torch.tensor(norms)[:, None, None])
+        by_factor.append((x.mT if factor.transposed else x) / torch.tensor(norms)[:, None, None])
 
-    each = max(sum(float(x.double().square().sum()) for x in seen), 1e-60)
+    mean_energy = max(sum(float(x.double().square().sum()) for x in by_factor), 1e-60)
     grams: dict[int, Tensor] = {}
-    for index, (x, factor) in enumerate(zip(seen, factors, strict=True)):
+    for index, (x, factor) in enumerate(zip(by_factor, factors, strict=True)):
         rows = x.flatten(0, 1).double()
-        gram = rows.T @ rows * (weight / each)
-        if old is not None:
-            gram += (1 - weight) * old.columns(index)
+        gram = rows.T @ rows * (weight / mean_energy)
+        if covariance_before is not None:
+            gram += (1 - weight) * covariance_before.columns(index)
         grams[factor.basis] = grams[factor.basis] + gram if factor.basis in grams else gram
 
     tops = [
@@ -61,15 +61,15 @@ def learn(
     del grams
     rotations = []
 
-    for index, (x, factor) in enumerate(zip(seen, factors, strict=True)):
-        covariance = torch.einsum("urf,usf->rs", x.double(), x.double()) * (weight / each)
-        if old is not None:
-            covariance += (1 - weight) * old.rows(index)
+    for index, (x, factor) in enumerate(zip(by_factor, factors, strict=True)):
+        covariance = torch.einsum("urf,usf->rs", x.double(), x.double()) * (weight / mean_energy)
+        if covariance_before is not None:
+            covariance += (1 - weight) * covariance_before.rows(index)
         rotations.append(torch.round(127 * leading(covariance, factor.rank)).to(torch.int8))
 
     groups = _levels(torch.from_numpy(energy) / (group_sizes(factors) * len(updates)))
-    if old is not None:
-        groups = torch.round((1 - weight) * old.model.groups + weight * groups)
+    if covariance_before is not None:
+        groups = torch.round((1 - weight) * covariance_before.model.groups + weight * groups)
 
     blank = (
         _blank_tables() if prior is None else {"counts": prior.counts, "centroids": prior.centroids}
@@ -89,13 +89,15 @@ def learn(
 
     for number in range(len(updates)):
         latent = transform.forward(
-            torch.cat([flat(x[number], factor) for x, factor in zip(seen, factors, strict=True)])
+            torch.cat(
+                [flat(x[number], factor) for x, factor in zip(by_factor, factors, strict=True)]
+            )
         )
         total += latent.double().numpy()[transform.place] ** 2
 
-    mean = total * (weight / each)
-    if old is not None:
-        mean += (1 - weight) * old.variances(transform)
+    mean = total * (weight / mean_energy)
+    if covariance_before is not None:
+        mean += (1 - weight) * covariance_before.variances(transform)
 
     rows, cols = _separate(mean, factors)
     return Model(**shape, rows=rows, cols=cols)
@@ -121,13 +123,13 @@ def learn_moments(
     rotations = []
     along = []
 
-    for each in rows:
-        values, vectors = torch.linalg.eigh(each.double())
+    for moment in rows:
+        values, vectors = torch.linalg.eigh(moment.double())
         rotations.append(
-            torch.round(127 * leading_of(values, vectors, len(each), NOISE_FP32)).to(torch.int8)
+            torch.round(127 * leading_of(values, vectors, len(moment), NOISE_FP32)).to(torch.int8)
         )
         v = orthonormal(rotations[-1]).double()
-        along.append((v.T @ each.double() @ v).diagonal().clamp_min(0))
+        along.append((v.T @ moment.double() @ v).diagonal().clamp_min(0))
 
     tops = []
     columns = []
@@ -137,15 +139,19 @@ def learn_moments(
             to_int8(leading_of(values, vectors, num_published(len(gram), share), NOISE_FP32))
         )
         members = torch.cat(
-            [found for factor, found in zip(factors, along, strict=True) if factor.basis == basis]
+            [
+                along_rows
+                for factor, along_rows in zip(factors, along, strict=True)
+                if factor.basis == basis
+            ]
         )
         values = _shrunk(values.clamp_min(0), count * _spread_over(members))
         columns.append(_along(tops[-1], vectors * values.sqrt()))
 
     variances = []
-    for factor, found in zip(factors, along, strict=True):
+    for factor, along_rows in zip(factors, along, strict=True):
         cols = columns[factor.basis]
-        shrunk = _shrunk(found, count * _spread_over(cols))
+        shrunk = _shrunk(along_rows, count * _spread_over(cols))
         variances.append(torch.outer(shrunk, cols / cols.sum().clamp_min(1e-60)).reshape(-1))
 
     mean = torch.cat(variances)

@@ -71,11 +71,11 @@ class Model:
             )
 
         for name, (dtype, length) in expected.items():
-            found = payload.tensors[name]
-            if found.dtype != dtype or found.shape != (length,):
+            tensor = payload.tensors[name]
+            if tensor.dtype != dtype or tensor.shape != (length,):
                 raise WireError(
-                    f"klt: {name}: expected {dtype} ({length},), found {found.dtype} "
-                    f"{tuple(found.shape)}; both "
+                    f"klt: {name}: expected {dtype} ({length},), found {tensor.dtype} "
+                    f"{tuple(tensor.shape)}; both "
                     "ends need the same codec settings"
                 )
 

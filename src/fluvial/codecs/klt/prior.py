@@ -58,7 +58,7 @@ class PriorCovariance:
 
     def variances(self, transform: Transform) -> Doubles:
         """Return the variances in the coordinates of another transform, factor by factor."""
-        found = []
+        by_factor = []
         for index, factor in enumerate(self.factors):
             mine = self._bases(self.transform, index)
             others = self._bases(transform, index)
@@ -71,9 +71,11 @@ class PriorCovariance:
             top = tail + directions.T @ (variance.sum(0)[: mine[0].shape[1]] - tail)
             left = (variance.sum() - top.sum()).clamp_min(0) / max(factor.features - len(top), 1)
             cols = torch.cat([top, left.expand(factor.features - len(top))])
-            found.append((torch.outer(rows, cols) / variance.sum().clamp_min(1e-60)).reshape(-1))
+            by_factor.append(
+                (torch.outer(rows, cols) / variance.sum().clamp_min(1e-60)).reshape(-1)
+            )
 
-        variances: Doubles = torch.cat(found).numpy()
+        variances: Doubles = torch.cat(by_factor).numpy()
         return variances
 
 

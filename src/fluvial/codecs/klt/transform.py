@@ -240,17 +240,17 @@ def spreads(factors: Sequence[Factor], model: Model) -> Codes:
     layout order."""
     rows = torch.split(model.rows.int(), [factor.rank for factor in factors])
     cols = torch.split(model.cols.int(), [factor.features for factor in factors])
-    found: Codes = torch.cat(
+    logarithms: Codes = torch.cat(
         [(r[:, None] + c).reshape(-1) for r, c in zip(rows, cols, strict=True)]
     ).numpy()
 
-    return found
+    return logarithms
 
 
 def power(codes: NDArray[np.integer] | Doubles) -> Doubles:
     """Return the variance of a logarithm."""
-    found: Doubles = np.exp2(np.asarray(codes) / (OCTAVE / 2))
-    return found
+    variances: Doubles = np.exp2(np.asarray(codes) / (OCTAVE / 2))
+    return variances
 
 
 def _pairs(rotations: Tensor, factors: Sequence[Factor]) -> list[tuple[Tensor, Factor]]:

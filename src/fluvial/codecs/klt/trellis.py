@@ -153,20 +153,20 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             * power((groups - groups.max()).clip(-_CODES))[:, None]
         )
         variance = update
-        found = []
+        profiles = []
 
         for age in range(max(_AGES) + 1):
             for exponent in _POWERS if age in _AGES else ():
                 flattened = variance**exponent
                 mean = (flattened * self._counts).sum(1) / self._counts.sum(1)
-                found.append(np.rint(OCTAVE / 2 * np.log2(flattened / mean[:, None])))
+                profiles.append(np.rint(OCTAVE / 2 * np.log2(flattened / mean[:, None])))
 
             bits = np.maximum(
                 np.log2(variance / water_level(variance, self._counts, self._bits)) / 2, 0
             )
             variance = update + variance * 4.0 ** -worth(bits)
 
-        return np.stack([*found, np.zeros_like(update)]).astype(np.int64)
+        return np.stack([*profiles, np.zeros_like(update)]).astype(np.int64)
 
     @property
     def fingerprint(self) -> int:
@@ -307,9 +307,9 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         latent[where] = rotated(decoded[: len(where)], classes, back=True)
         vector = self.transform.inverse(torch.from_numpy(latent))
         size = gain / _GAIN * 2.0 ** (top / OCTAVE)
-        found: Tensor = (size * vector.double()).clamp(-3e38, 3e38).float()
+        vector_fp32: Tensor = (size * vector.double()).clamp(-3e38, 3e38).float()
 
-        return found
+        return vector_fp32
 
     def _classes(self, profile: int, lower: Ints) -> Ints:
         """Return the log2 of every cell's expected standard deviation over the loudest group's RMS,

@@ -75,8 +75,8 @@ def best_layout(
 def worth(bits: Doubles) -> Doubles:
     """Return what `bits` for a value are worth on the trellis; measured on Gaussian numbers, with a
     memory of 10."""
-    found: Doubles = np.maximum(0.9 * bits - 0.008, 0)
-    return found
+    effective: Doubles = np.maximum(0.9 * bits - 0.008, 0)
+    return effective
 
 
 def rotated(values: Doubles, classes: Ints, *, back: bool = False) -> Doubles:

@@ -280,18 +280,27 @@ class CNN(LatentCodec):
         )
 
 
-def _load(part: str, network: nn.Module, left: Named) -> None:
+def _load(network_name: str, network: nn.Module, left: Named) -> None:
     """Fill `network` from the tensors of `part`, which are taken out of `left`."""
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
-            found = left.pop(f"{part}.{name}", None)
-            if found is None or found.shape != tensor.shape or found.dtype != torch.float32:
-                shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            received = left.pop(f"{network_name}.{name}", None)
+            if (
+                received is None
+                or received.shape != tensor.shape
+                or received.dtype != torch.float32
+            ):
+                shown = (
+                    "nothing" if received is None else f"{received.dtype} {tuple(received.shape)}"
+                )
                 raise WireError(
-                    f"cnn: {part}.{name}: expected float32 {tuple(tensor.shape)}, found {shown}"
+                    f"cnn: {network_name}.{name}: expected float32 "
+                    f"{tuple(tensor.shape)}, found {shown}"
                 )
 
-            if not bool((found.abs() <= _LARGEST).all()):
-                raise WireError(f"cnn: {part}.{name}: a value is NaN or beyond {_LARGEST:g}")
+            if not bool((received.abs() <= _LARGEST).all()):
+                raise WireError(
+                    f"cnn: {network_name}.{name}: a value is NaN or beyond {_LARGEST:g}"
+                )
 
-            tensor.copy_(found)
+            tensor.copy_(received)

@@ -45,16 +45,16 @@ def is_b(name: str) -> bool:
 
 def signals_of(layout: Layout) -> list[tuple[int, int]]:
     """Return the rank and features of every factor."""
-    found = []
+    signals = []
     for name, shape in layout.shapes:
         if factor(name) is None or len(shape) != 2 or 0 in shape:
             raise ConfigError(
                 f"codec: {name!r} with shape {shape} is no LoRA factor; cnn codes only A and B"
             )
 
-        found.append((shape[1], shape[0]) if is_b(name) else (shape[0], shape[1]))
+        signals.append((shape[1], shape[0]) if is_b(name) else (shape[0], shape[1]))
 
-    return found
+    return signals
 
 
 def rank_of(layout: Layout) -> int:

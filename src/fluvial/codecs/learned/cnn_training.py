@@ -93,12 +93,12 @@ def train(settings: CNNSettings, layout: Layout, updates: Sequence[Named], *, se
 
 def _by_length(layout: Layout, settings: CNNSettings, updates: Sequence[Named]) -> list[Tensor]:
     """Return all signals (number, rank, features), those of one length together."""
-    found: dict[int, list[Tensor]] = {}
+    by_length: dict[int, list[Tensor]] = {}
     for update in updates:
         for x in to_signals(normalised(layout.flatten(update), layout, settings), layout):
-            found.setdefault(x.shape[1], []).append(padded(x))
+            by_length.setdefault(x.shape[1], []).append(padded(x))
 
-    return [torch.stack(signals) for _, signals in sorted(found.items())]
+    return [torch.stack(signals) for _, signals in sorted(by_length.items())]
 
 
 def _draw(signals: Tensor, draw: torch.Generator) -> Tensor:

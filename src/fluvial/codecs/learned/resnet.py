@@ -315,23 +315,30 @@ def _weights(part: str, network: nn.Module) -> Named:
     }
 
 
-def _load(part: str, network: nn.Module, left: Named) -> None:
+def _load(network_name: str, network: nn.Module, left: Named) -> None:
     """Fill `network` from the tensors of `part`, which are taken out of `left`."""
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             if not tensor.is_floating_point():
                 continue  # BatchNorm's count of batches, unused when coding
 
-            found = left.pop(f"{part}.{name}", None)
-            if found is None or found.shape != tensor.shape or found.dtype != torch.float32:
-                shown = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            received = left.pop(f"{network_name}.{name}", None)
+            if (
+                received is None
+                or received.shape != tensor.shape
+                or received.dtype != torch.float32
+            ):
+                shown = (
+                    "nothing" if received is None else f"{received.dtype} {tuple(received.shape)}"
+                )
                 raise WireError(
-                    f"resnet: {part}.{name}: expected float32 {tuple(tensor.shape)}, found {shown}"
+                    f"resnet: {network_name}.{name}: expected float32 "
+                    f"{tuple(tensor.shape)}, found {shown}"
                 )
 
-            if not bool(torch.isfinite(found).all()) or (
-                name.endswith("running_var") and bool((found < 0).any())
+            if not bool(torch.isfinite(received).all()) or (
+                name.endswith("running_var") and bool((received < 0).any())
             ):
-                raise WireError(f"resnet: {part}.{name}: NaN, Inf or a negative variance")
+                raise WireError(f"resnet: {network_name}.{name}: NaN, Inf or a negative variance")
 
-            tensor.copy_(found)
+            tensor.copy_(received)

@@ -171,11 +171,11 @@ class VQ(LearnedCodec):
             )
 
         for name, (dtype, shape) in expected.items():
-            found = payload.tensors[name]
-            if found.dtype != dtype or found.shape != shape:
+            tensor = payload.tensors[name]
+            if tensor.dtype != dtype or tensor.shape != shape:
                 raise WireError(
-                    f"vq: {name}: expected {dtype} {shape}, found {found.dtype} "
-                    f"{tuple(found.shape)}; both ends need "
+                    f"vq: {name}: expected {dtype} {shape}, found {tensor.dtype} "
+                    f"{tuple(tensor.shape)}; both ends need "
                     "the same codec settings"
                 )
 
@@ -252,7 +252,7 @@ class VQ(LearnedCodec):
     def _bits(self, indices: Sequence[Tensor | None]) -> float:
         pairs = zip(self._lengths, indices, strict=True)
         return sum(
-            float(lengths[found].double().sum()) for lengths, found in pairs if found is not None
+            float(lengths[chosen].double().sum()) for lengths, chosen in pairs if chosen is not None
         )
 
     def _write(
@@ -263,18 +263,18 @@ class VQ(LearnedCodec):
         inner = np.zeros(self._groups)
         power = np.zeros(self._groups)
 
-        for x, found, factor in zip(rows, indices, self._factors, strict=True):
-            if found is not None:
-                q = self._books[factor.kind][found].double()
+        for x, chosen, factor in zip(rows, indices, self._factors, strict=True):
+            if chosen is not None:
+                q = self._books[factor.kind][chosen].double()
                 inner[factor.group] += float((x.double() * q).sum())
                 power[factor.group] += float(q.square().sum())
 
         gains = np.divide(inner, power, out=np.zeros(self._groups), where=power > 0)
         bits = bf16(np.maximum(gains, 0) * scales)
         coded = [
-            (found.numpy(), table)
-            for found, factor, table in zip(indices, self._factors, self._tables, strict=True)
-            if found is not None and bits[factor.group]
+            (chosen.numpy(), table)
+            for chosen, factor, table in zip(indices, self._factors, self._tables, strict=True)
+            if chosen is not None and bits[factor.group]
         ]
 
         return bits.astype("<u2").tobytes() + entropy.encode(coded)

@@ -42,20 +42,20 @@ def samples_of(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return for every factor vectors (samples, width) of all updates and their weights
     (samples,)."""
-    found: list[list[Tensor]] = [[] for _ in factors]
+    vectors: list[list[Tensor]] = [[] for _ in factors]
     weights: list[list[Tensor]] = [[] for _ in factors]
 
     for update in updates:
         rows, scales = normalised(layout.flatten(update), layout, factors, sizes)
         weight = group_weights(scales, sizes)
         for index, (x, factor) in enumerate(zip(rows, factors, strict=True)):
-            kept = x if share >= 1 else x[torch.rand(len(x), generator=draw) < share]
-            found[index].append(kept)
+            sampled = x if share >= 1 else x[torch.rand(len(x), generator=draw) < share]
+            vectors[index].append(sampled)
             weights[index].append(
-                torch.full((len(kept),), weight[factor.group], dtype=torch.float32)
+                torch.full((len(sampled),), weight[factor.group], dtype=torch.float32)
             )
 
-    return [(torch.cat(x), torch.cat(w)) for x, w in zip(found, weights, strict=True)]
+    return [(torch.cat(x), torch.cat(w)) for x, w in zip(vectors, weights, strict=True)]
 
 
 def first_codewords(x: Tensor, number: int, draw: torch.Generator) -> Tensor:

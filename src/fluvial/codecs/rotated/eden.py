@@ -166,15 +166,15 @@ class Eden(Codec):
         """Return the stream of level numbers, and what they stand for in units of the RMS."""
         rms = float(np.sqrt(z @ z / len(z)))
         levels = np.zeros(len(z))
-        parts = []
+        coded = []
 
         for bits, where in self._shares(len(z), seed, room):
-            table = lloyd_max(bits)
-            numbers = np.searchsorted((table[1:] + table[:-1]) / 2, z[where] / rms)
-            levels[where] = table[numbers]
-            parts.append((numbers, np.ones(len(table), dtype=np.int64)))
+            levels_of = lloyd_max(bits)
+            numbers = np.searchsorted((levels_of[1:] + levels_of[:-1]) / 2, z[where] / rms)
+            levels[where] = levels_of[numbers]
+            coded.append((numbers, np.ones(len(levels_of), dtype=np.int64)))
 
-        return entropy.encode(parts), levels
+        return entropy.encode(coded), levels
 
     def _read_fixed(self, reader: Reader, count: int, seed: int, room: int) -> Doubles:
         """Invert `_fixed`."""
@@ -182,8 +182,10 @@ class Eden(Codec):
         levels = np.zeros(count)
 
         for bits, where in self._shares(count, seed, room):
-            table = lloyd_max(bits)
-            levels[where] = table[stream.take(np.ones(len(table), dtype=np.int64), len(where))]
+            levels_of = lloyd_max(bits)
+            levels[where] = levels_of[
+                stream.take(np.ones(len(levels_of), dtype=np.int64), len(where))
+            ]
 
         stream.finish()
         return levels

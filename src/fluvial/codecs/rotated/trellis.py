@@ -271,9 +271,9 @@ def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
     step = np.repeat(np.arange(len(plan.spans)), plan.spans)
     place = np.arange(plan.length) - np.repeat(np.cumsum(plan.spans) - plan.spans, plan.spans)
     decoded = codebook(memory)[place, states[:, step]] * plan.scales[step]
-    found: NDArray[np.float64] = decoded.reshape(-1)[: plan.size].astype(np.float64)
+    values: NDArray[np.float64] = decoded.reshape(-1)[: plan.size].astype(np.float64)
 
-    return found
+    return values
 
 
 def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:

@@ -98,15 +98,15 @@ class Masked(Codec):
 
         stream = entropy.Stream(reader.take(reader.left))
         classes = stream.take(_class_frequencies(centre), len(self._sizes))
-        kept = [np.zeros(0, dtype=np.int64)]
+        positions = [np.zeros(0, dtype=np.int64)]
 
         for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
             if number:
-                kept.append(
+                positions.append(
                     np.flatnonzero(stream.take(_mask_counts(int(number)), int(size))) + (end - size)
                 )
 
-        where = np.concatenate(kept)
+        where = np.concatenate(positions)
         symbols = stream.take(np.ones(self.alphabet, dtype=np.int64), len(where))
         stream.finish()
         vector = np.zeros(self.layout.numel, dtype=np.float32)
@@ -156,17 +156,17 @@ class Masked(Codec):
         mask = np.zeros(len(values), dtype=np.int32)
         mask[where] = 1
         centre = _usual(classes)
-        parts: list[tuple[NDArray[np.integer], entropy.Counts]] = [
+        coded: list[tuple[NDArray[np.integer], entropy.Counts]] = [
             (classes, _class_frequencies(centre))
         ]
 
         for size, end, number in zip(self._sizes, self._ends, classes, strict=True):
             if number:
-                parts.append((mask[end - size : end], _mask_counts(int(number))))
+                coded.append((mask[end - size : end], _mask_counts(int(number))))
 
         symbols = self.to_symbols(values[where], tensors, from_bf16(scales))
-        parts.append((symbols, np.ones(self.alphabet, dtype=np.int64)))
-        return scales.astype("<u2").tobytes() + struct.pack("<B", centre) + entropy.encode(parts)
+        coded.append((symbols, np.ones(self.alphabet, dtype=np.int64)))
+        return scales.astype("<u2").tobytes() + struct.pack("<B", centre) + entropy.encode(coded)
 
 
 _EVEN = 33

@@ -75,9 +75,9 @@ def partition(
     numbers: dict[str, int] = {}
 
     for name in layout.names:
-        found = _NUMBERED.match(name)
-        if found and found[1] == prefix:
-            numbers[name] = int(found[2])
+        match = _NUMBERED.match(name)
+        if match and match[1] == prefix:
+            numbers[name] = int(match[2])
 
     layers = sorted(set(numbers.values()))
     if whole:
@@ -98,7 +98,7 @@ def partition(
 
     outside = {name: _kind(name, shape) for name, shape in layout.shapes if name not in numbers}
     for kind in dict.fromkeys(extra):
-        names = {name for name, found in outside.items() if found == kind}
+        names = {name for name, match in outside.items() if match == kind}
         if not names:
             there = ", ".join(sorted(set(outside.values()))) or "nothing but layers"
             raise ConfigError(
@@ -116,9 +116,9 @@ def _stack(layout: Layout) -> str:
     """Return the prefix of the layers: of all numbered groups the one with the most values."""
     sizes: Counter[str] = Counter()
     for name, shape in layout.shapes:
-        found = _NUMBERED.match(name)
-        if found:
-            sizes[found[1]] += math.prod(shape)
+        match = _NUMBERED.match(name)
+        if match:
+            sizes[match[1]] += math.prod(shape)
 
     if not sizes:
         raise ConfigError(

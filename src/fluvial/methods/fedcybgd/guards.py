@@ -60,13 +60,13 @@ def gradient(
     parameters = {name: tuned_parameters(model)[name].requires_grad_() for name in names}
     device = next(iter(parameters.values())).device
     loss = summed_loss(*predictions(model, collate(examples, pad_token_id, device)))
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         loss / sum(each.label_tokens for each in examples), list(parameters.values())
     )
 
     for parameter in parameters.values():
         parameter.requires_grad_(False)
-    return {name: each.float().cpu() for name, each in zip(names, found, strict=True)}
+    return {name: each.float().cpu() for name, each in zip(names, gradients, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -74,14 +74,14 @@ class FedCyBgdServer:
         """Measure what a compressed download leaves of the gradients; raises `GateError` where that
         is too little."""
         report: Metrics = {
-            "blocks": [{"name": each.name, "values": each.numel} for each in self.parts.blocks]
+            "blocks": [{"name": block.name, "values": block.numel} for block in self.parts.blocks]
         }
         if not self.config.gated:
             return report
 
         cosines = {
-            each.name: self._cosine(index, "0/setup")
-            for index, each in enumerate(self.parts.blocks)
+            block.name: self._cosine(index, "0/setup")
+            for index, block in enumerate(self.parts.blocks)
         }
         worst = min(
             cosines, key=lambda name: cosines[name] if math.isfinite(cosines[name]) else -math.inf
@@ -182,18 +182,22 @@ class FedCyBgdServer:
         for group in cycle:
             answers = self._ask(number, fleet, group)
             for block in dict.fromkeys(visit.block for visit in group):
-                mine = [answer for answer in answers if answer.visit.block == block]
-                if not mine:
+                block_answers = [answer for answer in answers if answer.visit.block == block]
+                if not block_answers:
                     continue
 
                 name = self.parts.blocks[block].name
-                disputes += conflicts(name, mine, last.get(block), merging=self.config.merging)
-                share = self._merge(block, mine)
-                last[block] = mine[-1]
+                disputes += conflicts(
+                    name, block_answers, last.get(block), merging=self.config.merging
+                )
+                share = self._merge(block, block_answers)
+                last[block] = block_answers[-1]
 
-                for answer in mine:
+                for answer in block_answers:
                     loss.add(answer.loss, answer.samples)
-                    overwritten = self.config.merging == "overwrite" and answer is not mine[-1]
+                    overwritten = (
+                        self.config.merging == "overwrite" and answer is not block_answers[-1]
+                    )
                     visits.append(record(answer, name, 0.0 if overwritten else share))
 
         asked = sum(map(len, cycle))
@@ -275,11 +279,11 @@ class FedCyBgdServer:
             if not waiting:
                 break
 
-        found = [answers[visit.name] for visit in group if visit.name in answers]
-        self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in found)][
+        ordered = [answers[visit.name] for visit in group if visit.name in answers]
+        self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in ordered)][
             -REMEMBERED:
         ]
-        return found
+        return ordered
 
     def _values(self, number: int) -> dict[str, Value]:
         """Return the values of a message beside the model: round, share of the learning rate,

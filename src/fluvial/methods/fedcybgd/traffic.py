@@ -155,11 +155,11 @@ class Cache(Form):
 
     def sent(self, sizes: Sizes, width: Width) -> int:  # noqa: ARG002 - whatever the model's type
         """Return the bytes of the commits, or of blocks in fp32."""
-        each, more = divmod(self.visits, self.blocks)
+        visits_each, more = divmod(self.visits, self.blocks)
         whole = 4 * sizes.block
 
-        return (self.blocks - more) * min(each * self.coded, whole) + more * min(
-            (each + 1) * self.coded, whole
+        return (self.blocks - more) * min(visits_each * self.coded, whole) + more * min(
+            (visits_each + 1) * self.coded, whole
         )
 
 

@@ -86,7 +86,7 @@ class Overlay(Source):
 
     def __init__(self, below: Source, above: Iterable[Source]) -> None:
         self._places = dict.fromkeys(below.names, below) | {
-            name: each for each in above for name in each.names
+            name: source for source in above for name in source.names
         }
         self.names = frozenset(self._places)
 
@@ -104,21 +104,21 @@ class Overlay(Source):
 
 
 def check_tensors(
-    found: Named, expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]
+    tensors: Named, expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, torch.dtype]
 ) -> None:
     """Raise `WireError` unless `found` has the names, shapes and types expected, and is finite."""
-    if found.keys() != expected.keys():
+    if tensors.keys() != expected.keys():
         raise WireError(
             "visit: other tensors than expected, first "
-            f"{sorted(found.keys() ^ expected.keys())[:2]}"
+            f"{sorted(tensors.keys() ^ expected.keys())[:2]}"
         )
 
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name] or tensor.dtype != kinds[name]:
             what = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise WireError(f"visit: {name!r} is {what}, expected {kinds[name]} {expected[name]}")
 
-    if not is_finite(found):
+    if not is_finite(tensors):
         raise WireError("visit: NaN or Inf among the weights")
 
 
@@ -131,15 +131,15 @@ def held_weights(
     if file is not None:
         return read_values(file).get("version"), FileSource(file, decode)  # type: ignore[return-value]
 
-    kept = holder.recall(slot)
-    if not kept.tensors:
+    stored = holder.recall(slot)
+    if not stored.tensors:
         return None, None
 
     tensors = {
         name: decode(name, tensor.numpy().tobytes()) if tensor.dtype == torch.uint8 else tensor
-        for name, tensor in kept.tensors.items()
+        for name, tensor in stored.tensors.items()
     }
-    return kept.value("version", int), MemorySource(tensors)
+    return stored.value("version", int), MemorySource(tensors)
 
 
 def refuse_frame(name: str, _frame: bytes) -> Tensor:

@@ -42,7 +42,7 @@ def matrix_codec(settings: CodecSettings, name: str, shape: Iterable[int]) -> An
 def decode_others(
     config: LowBitDownload,
     holder: Holder,
-    came: Named,
+    tensors: Named,
     versions: list[Any],
     parts: Partition,
     index: int,
@@ -53,9 +53,9 @@ def decode_others(
     if len(versions) != len(layouts):
         raise WireError(f"visit: versions of {len(versions)} parts, expected {len(layouts)}")
 
-    strange = came.keys() - {name for layout in layouts for name in layout.names}
-    if strange:
-        raise WireError(f"visit: tensors of no block, first {sorted(strange)[:2]}")
+    unknown = tensors.keys() - {name for layout in layouts for name in layout.names}
+    if unknown:
+        raise WireError(f"visit: tensors of no block, first {sorted(unknown)[:2]}")
 
     kinds = holder.pool.outline.dtypes
     shapes = dict(holder.pool.layout.shapes)
@@ -66,30 +66,32 @@ def decode_others(
         )
         return weight
 
-    found: list[Source] = []
+    sources: list[Source] = []
     for number, layout in enumerate(layouts):
         if number == index or not layout.names:
             continue
 
-        here = {name: came[name] for name in layout.names if name in came}
-        if here:
+        received = {name: tensors[name] for name in layout.names if name in tensors}
+        if received:
             check_tensors(
                 {
                     name: _vector_or_frame(name, tensor, layout, decode)
-                    for name, tensor in here.items()
+                    for name, tensor in received.items()
                 },
                 dict(layout.shapes),
                 kinds,
             )
-            holder.keep(f"rest-{number}", Payload(here, {"version": versions[number]}), draft=True)
+            holder.keep(
+                f"rest-{number}", Payload(received, {"version": versions[number]}), draft=True
+            )
 
         version, rest = held_weights(holder, f"rest-{number}", decode)
         if rest is None or version != versions[number]:
             return None
 
-        found.append(rest)
+        sources.append(rest)
 
-    return Overlay(MemorySource({}), found)
+    return Overlay(MemorySource({}), sources)
 
 
 def _vector_or_frame(

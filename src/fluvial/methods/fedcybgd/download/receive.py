@@ -61,8 +61,10 @@ def receive(
         manifest = Manifest.from_values(
             message.value("manifest", dict), anatomy, parts.blocks[index].layers
         )
-        left = slim(blank, manifest).named_parameters()
-        expected = {name: tuple(each.shape) for name, each in left if name not in start}
+        slimmed = slim(blank, manifest).named_parameters()
+        expected = {
+            name: tuple(parameter.shape) for name, parameter in slimmed if name not in start
+        }
 
     if isinstance(config, StaleDownload):
         rest = Overlay(base_source(holder), [MemorySource(others)])

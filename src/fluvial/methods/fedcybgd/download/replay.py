@@ -73,10 +73,10 @@ def replay(
     for number, block in enumerate(parts.blocks):
         slot = f"block-{number}"
         if number in news:
-            now = brought_forward(holder, slot, block.layout, news[number], codec)
-            if now is None:
+            state = brought_forward(holder, slot, block.layout, news[number], codec)
+            if state is None:
                 return None
-            holder.keep(slot, Payload(now, {"version": news[number].version}), draft=True)
+            holder.keep(slot, Payload(state, {"version": news[number].version}), draft=True)
 
         version, source = held_weights(holder, slot, refuse_frame)
         if (version or 0) != versions[number]:
@@ -110,12 +110,12 @@ def brought_forward(
         return None
 
     source = source or MemorySource(initial_state(layout, holder.seed))
-    now = {name: source.get(name) for name in layout.names}
-    layout.check(now, f"{slot} as the site keeps it")
+    state = {name: source.get(name) for name in layout.names}
+    layout.check(state, f"{slot} as the site keeps it")
 
     for commit in news.commits:
-        now = add(now, commit.step(build(codec, layout)))
-    return now
+        state = add(state, commit.step(build(codec, layout)))
+    return state
 
 
 def read_news(entry: Any, reader: FrameReader, blocks: int) -> tuple[int, BlockNews]:
@@ -123,16 +123,16 @@ def read_news(entry: Any, reader: FrameReader, blocks: int) -> tuple[int, BlockN
     if (
         not isinstance(entry, list)
         or len(entry) != 4
-        or not all(type(each) is int for each in entry[:3])
+        or not all(type(number) is int for number in entry[:3])
     ):
         raise WireError(f"visit: {entry!r:.60} is no row of news")
 
-    block, base, version, table = entry
-    if not 0 <= block < blocks or not isinstance(table, list) or not table:
+    block, base, version, rows = entry
+    if not 0 <= block < blocks or not isinstance(rows, list) or not rows:
         raise WireError(f"visit: news of block {block} of {blocks}")
 
     commits = []
-    for row in table:
+    for row in rows:
         if (
             not isinstance(row, list)
             or len(row) != 3

@@ -147,14 +147,14 @@ class Sender:
                 )
                 continue
 
-            table: list[Value] = []
+            rows: list[Value] = []
             for commit in commits:
                 data += commit.frames
-                table.append(
+                rows.append(
                     [commit.factor, [len(frame) for frame in commit.frames], list(commit.weights)]
                 )
 
-            news.append([number, held[number], self.ledger.versions[number], table])
+            news.append([number, held[number], self.ledger.versions[number], rows])
 
         values = values | {
             "news": news,

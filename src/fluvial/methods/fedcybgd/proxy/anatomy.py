@@ -160,21 +160,21 @@ def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and list of the decoder layers."""
     config: Any = getattr(model, "config", None)
     count = getattr(config, "num_hidden_layers", None)
-    found = [
+    stacks = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and len(m) == count
     ]
 
-    if len(found) != 1:
+    if len(stacks) != 1:
         raise ConfigError(
-            f"method.download: {type(model).__name__} has {len(found)} module lists as long as "
+            f"method.download: {type(model).__name__} has {len(stacks)} module lists as long as "
             "its num_hidden_layers "
             f"({count}); one was looked for, such as 'model.layers' or 'transformer.h'. Choose "
             "another form"
         )
 
-    return found[0]
+    return stacks[0]
 
 
 def _mlp(layer: nn.Module, name: str) -> Prunable:

@@ -35,11 +35,11 @@ class Manifest:
         return {
             "dropped": list(self.dropped),
             "neurons": {
-                str(i): _pack_units(kept, layers[i].mlp.units) for i, kept in self.neurons.items()
+                str(i): _pack_units(stay, layers[i].mlp.units) for i, stay in self.neurons.items()
             },
             "groups": {
-                str(i): _pack_units(kept, heads_of(layers[i]).units)
-                for i, kept in self.groups.items()
+                str(i): _pack_units(stay, heads_of(layers[i]).units)
+                for i, stay in self.groups.items()
             },
             "gains": {str(i): gain for i, gain in self.gains.items()},
         }
@@ -121,27 +121,27 @@ def _read_units(text: object, units: int, what: str) -> tuple[int, ...]:
         )
 
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))
-    kept = tuple(np.flatnonzero(bits).tolist())
-    if not 0 < len(kept) < units or kept[-1] >= units:
+    stay = tuple(np.flatnonzero(bits).tolist())
+    if not 0 < len(stay) < units or stay[-1] >= units:
         raise WireError(
-            f"proxy manifest: {what}: {len(kept)} of {units} stay, or bits beyond these are set"
+            f"proxy manifest: {what}: {len(stay)} of {units} stay, or bits beyond these are set"
         )
 
-    return kept
+    return stay
 
 
 def by_layer(values: Mapping[str, Any], name: str, layers: Sequence[int]) -> dict[int, Any]:
     """Return an object whose keys are among `layers`, by number; raises `WireError`."""
-    found = values[name]
-    known = {str(index): index for index in layers}
+    entries = values[name]
+    numbers = {str(index): index for index in layers}
 
-    if type(found) is not dict or not found.keys() <= known.keys():
+    if type(entries) is not dict or not entries.keys() <= numbers.keys():
         raise WireError(
-            f"proxy manifest: {name}={found!r:.80}, expected an object with keys among layers "
+            f"proxy manifest: {name}={entries!r:.80}, expected an object with keys among layers "
             f"{layers}"
         )
 
-    return {index: found[key] for key, index in known.items() if key in found}
+    return {index: entries[key] for key, index in numbers.items() if key in entries}
 
 
 def kept_fraction(manifest: Manifest) -> float:
@@ -149,14 +149,14 @@ def kept_fraction(manifest: Manifest) -> float:
     keeps; 1 if all are trained."""
     anatomy = manifest.anatomy
     total = manifest.anatomy.size(manifest.trained)
-    gone = sum(anatomy.layers[index].size for index in manifest.dropped)
+    removed = sum(anatomy.layers[index].size for index in manifest.dropped)
 
-    for index, kept in manifest.neurons.items():
+    for index, stay in manifest.neurons.items():
         prunable = anatomy.layers[index].mlp
-        gone += (prunable.units - len(kept)) * prunable.cost
+        removed += (prunable.units - len(stay)) * prunable.cost
 
-    for index, kept in manifest.groups.items():
+    for index, stay in manifest.groups.items():
         prunable = heads_of(anatomy.layers[index])
-        gone += (prunable.units - len(kept)) * prunable.cost
+        removed += (prunable.units - len(stay)) * prunable.cost
 
-    return 1 - gone / total if total else 1.0
+    return 1 - removed / total if total else 1.0

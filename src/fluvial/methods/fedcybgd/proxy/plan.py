@@ -84,8 +84,8 @@ def plan_proxy(
 
 def highest(scores: Tensor, count: int) -> tuple[int, ...]:
     """Return the `count` units of the highest scores, in order."""
-    kept = scores.argsort(descending=True, stable=True)[:count]
-    return tuple(sorted(kept.tolist()))
+    chosen = scores.argsort(descending=True, stable=True)[:count]
+    return tuple(sorted(chosen.tolist()))
 
 
 def _fill(
@@ -98,7 +98,7 @@ def _fill(
     ones the most influential, until `goal` parameters are there.
     """
     counts = {index: min(step, prunable.units) for index, prunable in prunables.items()}
-    there = sum(prunables[index].cost * count for index, count in counts.items())
+    filled = sum(prunables[index].cost * count for index, count in counts.items())
     queue = [
         (count / prunables[index].units, -influence[index], index)
         for index, count in counts.items()
@@ -111,11 +111,11 @@ def _fill(
         count = min(counts[index] + step, prunables[index].units)
         more = (count - counts[index]) * prunable.cost
 
-        if there + more / 2 > goal:
+        if filled + more / 2 > goal:
             break
         if more:
             counts[index] = count
-            there = there + more
+            filled = filled + more
             heapq.heappush(queue, (count / prunable.units, least, index))
 
     return counts
@@ -141,11 +141,11 @@ def _drop(
 
     stay = chances([scores.influence[index] for index in layers], len(layers) - count)
     picked = _systematic(1 - stay, draw)
-    dropped = tuple(index for index, gone in zip(layers, picked, strict=True) if gone)
+    dropped = tuple(index for index, dropped_now in zip(layers, picked, strict=True) if dropped_now)
     gains = {
         i: 1 / p
-        for i, p, gone in zip(layers, stay.tolist(), picked, strict=True)
-        if not gone and p < 1
+        for i, p, dropped_now in zip(layers, stay.tolist(), picked, strict=True)
+        if not dropped_now and p < 1
     }
 
     return dropped, gains

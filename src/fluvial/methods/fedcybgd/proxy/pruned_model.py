@@ -17,13 +17,13 @@ def cut(state: Named, manifest: Manifest) -> Named:
     """Cut `state`, the weights by name, to what is sent: no dropped layer, and of pruned layers the
     units that stay."""
     dropped = tuple(f"{manifest.anatomy.path}.{index}." for index in manifest.dropped)
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
 
     for name, (axis, entries) in _entries(manifest).items():
-        if name in kept:
-            kept[name] = kept[name].index_select(axis, entries.to(kept[name].device))
+        if name in weights:
+            weights[name] = weights[name].index_select(axis, entries.to(weights[name].device))
 
-    return kept
+    return weights
 
 
 def _entries(manifest: Manifest) -> dict[str, tuple[int, Tensor]]:
@@ -65,12 +65,12 @@ def slim(skeleton: nn.Module, manifest: Manifest) -> nn.Module:
         if leaf == "weight":
             _resize(module, shape)
 
-    for index, kept in manifest.groups.items():
+    for index, stay in manifest.groups.items():
         attention: Any = skeleton.get_submodule(
             heads_of(manifest.anatomy.layers[index]).out.rpartition(".")[0]
         )
         if hasattr(attention, "split_size"):  # GPT-2's; the others count heads by what they compute
-            attention.num_heads, attention.split_size = len(kept), len(kept) * attention.head_dim
+            attention.num_heads, attention.split_size = len(stay), len(stay) * attention.head_dim
 
     for index, gain in manifest.gains.items():
         skeleton.get_submodule(f"{manifest.anatomy.path}.{index}").register_forward_hook(
