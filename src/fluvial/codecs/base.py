@@ -230,7 +230,11 @@ class LatentCodec(LearnedCodec):
         """Return the latent (any 1-D length) of a flattened update (numel,)."""
 
     @classmethod
-    def side_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003 - most send none
+    def side_size(
+        cls,
+        settings: CodecSettings,  # noqa: ARG003 - most send none
+        layout: Layout,  # noqa: ARG003 - most send none
+    ) -> int:
         """Return the bytes of `side` in every frame: what a frame says of the update beside its
         latent."""
         return 0

@@ -189,7 +189,12 @@ class Ternary(Masked):
         """Return the mean magnitude of the kept values."""
         return mean_magnitudes(kept, tensors, len(self.layout.sizes))
 
-    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
+    def to_symbols(
+        self,
+        kept: Floats,
+        tensors: Indices,  # noqa: ARG002
+        scales: Floats,  # noqa: ARG002
+    ) -> NDArray[np.integer]:
         """Return 1 for positive values."""
         return (kept > 0).astype(np.int32)
 

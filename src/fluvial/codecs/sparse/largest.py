@@ -28,13 +28,27 @@ class _Steps(Masked):
     def weights(self, values: Floats) -> NDArray[np.floating]:
         return np.abs(values)
 
-    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:  # noqa: ARG002 - one for all
+    def scales(
+        self,
+        kept: Floats,
+        tensors: Indices,  # noqa: ARG002 - one for all
+    ) -> NDArray[np.uint16]:
         return steps(np.abs(kept).max(initial=0, keepdims=True), 127)
 
-    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
+    def to_symbols(
+        self,
+        kept: Floats,
+        tensors: Indices,  # noqa: ARG002
+        scales: Floats,
+    ) -> NDArray[np.integer]:
         return to_levels(kept, np.broadcast_to(scales, kept.shape), 127).astype(np.int32) + 127
 
-    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:  # noqa: ARG002
+    def from_symbols(
+        self,
+        symbols: NDArray[np.int32],
+        tensors: Indices,  # noqa: ARG002
+        scales: Floats,
+    ) -> Floats:
         return cast(Floats, (symbols - 127).astype(np.float32) * scales)
 
 
@@ -49,7 +63,11 @@ class _Codebook(Masked):
     def weights(self, values: Floats) -> NDArray[np.floating]:
         return np.abs(values)
 
-    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - one for all
+    def best(
+        self,
+        weights: NDArray[np.floating],
+        tensors: Indices,  # noqa: ARG002 - one for all
+    ) -> int:
         """Return how many of the heaviest values to keep: k values of one magnitude capture (their
         sum)^2 / k, so more can be worse."""
         if self.num_scales > 1 or not len(weights):
@@ -57,7 +75,11 @@ class _Codebook(Masked):
         sums = np.cumsum(weights / weights[0], dtype=np.float64)
         return int(np.argmax(sums**2 / np.arange(1, len(sums) + 1))) + 1
 
-    def scales(self, kept: Floats, tensors: Indices) -> NDArray[np.uint16]:  # noqa: ARG002 - one for all
+    def scales(
+        self,
+        kept: Floats,
+        tensors: Indices,  # noqa: ARG002 - one for all
+    ) -> NDArray[np.uint16]:
         """Return the centroids, rising."""
         if not len(kept):
             return np.zeros(self.num_scales, dtype=np.uint16)
@@ -78,14 +100,24 @@ class _Codebook(Masked):
 
         return bf16(centroids)
 
-    def to_symbols(self, kept: Floats, tensors: Indices, scales: Floats) -> NDArray[np.integer]:  # noqa: ARG002
+    def to_symbols(
+        self,
+        kept: Floats,
+        tensors: Indices,  # noqa: ARG002
+        scales: Floats,
+    ) -> NDArray[np.integer]:
         """Return the nearest magnitude, plus `num_scales` for positive values."""
         wide = scales.astype(np.float64)
         return np.searchsorted((wide[1:] + wide[:-1]) / 2, np.abs(kept)) + self.num_scales * (
             kept > 0
         )
 
-    def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:  # noqa: ARG002
+    def from_symbols(
+        self,
+        symbols: NDArray[np.int32],
+        tensors: Indices,  # noqa: ARG002
+        scales: Floats,
+    ) -> Floats:
         return np.concatenate([-scales, scales])[symbols]
 
 

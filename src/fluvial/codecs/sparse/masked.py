@@ -71,7 +71,11 @@ class Masked(Codec):
     def from_symbols(self, symbols: NDArray[np.int32], tensors: Indices, scales: Floats) -> Floats:
         """Invert `to_symbols`, but for what is lost."""
 
-    def best(self, weights: NDArray[np.floating], tensors: Indices) -> int:  # noqa: ARG002 - for signs
+    def best(
+        self,
+        weights: NDArray[np.floating],
+        tensors: Indices,  # noqa: ARG002 - for signs
+    ) -> int:
         """Return how many of the heaviest values, sorted, to keep: for most codecs, all that
         fit."""
         return len(weights)

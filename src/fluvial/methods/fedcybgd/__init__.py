@@ -26,10 +26,21 @@ from fluvial.methods.fedcybgd.download import (
     StaleDownload,
 )
 from fluvial.methods.fedcybgd.memory import client_memory, process_memory
-from fluvial.methods.fedcybgd.traffic import Cache, Form, Full, LowBit, OnDisk, Proxy, Sizes, StaleSubset, Width, visit_bytes
 from fluvial.methods.fedcybgd.proxy import Anatomy
 from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.methods.fedcybgd.traffic import (
+    Cache,
+    Form,
+    Full,
+    LowBit,
+    OnDisk,
+    Proxy,
+    Sizes,
+    StaleSubset,
+    Width,
+    visit_bytes,
+)
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Given, Method, Plan, Row, Traits
 from fluvial.methods.planning import frame_rows, uncoded

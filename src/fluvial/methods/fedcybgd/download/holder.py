@@ -129,7 +129,9 @@ def held_weights(
     where there is a file."""
     file = holder.file(slot)
     if file is not None:
-        return read_values(file).get("version"), FileSource(file, decode)  # type: ignore[return-value]
+        version = read_values(file).get("version")
+        assert version is None or type(version) is int, "a site wrote its own file"
+        return version, FileSource(file, decode)
 
     stored = holder.recall(slot)
     if not stored.tensors:
