@@ -172,11 +172,7 @@ def ensemble(
         run = Run(
             resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed)
         )
-        fleet = (
-            run.fleet
-            if source == "sites"
-            else tgap.simulated_fleet(settings, run.context, resolved.method)
-        )
+        fleet = run.fleet if source == "sites" else tgap.simulated_fleet(settings, run.context)
         snapshots = tgap.collect(settings, fleet, bench.layout, seed)
 
     training, heldout = tgap.split_by_time(snapshots, settings.holdout)

@@ -74,7 +74,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
 
     from fluvial.codecs.quantise import Identity, IdentitySettings
     from fluvial.federation.in_process import local_fleet
-    from fluvial.federation.sites import Site, code, read_adapter_message
+    from fluvial.federation.sites import Site, read_adapter_message
     from fluvial.federation.store import StateStore
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
     from fluvial.methods.interface import Context
@@ -96,7 +96,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         received = read_adapter_message(message, site.layout)
         value = 1e-4 * (1 + site.seed)
         update = {name: torch.full_like(tensor, value) for name, tensor in received.items()}
-        frame = code(site, Identity.of(site.layout), update, message.value("round", int))
+        frame = Identity.of(site.layout).encode(update, round=message.value("round", int))
         return frame_payload(frame, n=1, loss=1.0)
 
     def load() -> Any:

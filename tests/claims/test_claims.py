@@ -49,9 +49,7 @@ def snapshots(
         texts.public,
     )
     chosen = tgap.TgapConfig.model_validate(settings)
-    found = tgap.collect(
-        chosen, tgap.simulated_fleet(chosen, context, config.method), bench.layout, config.seed
-    )
+    found = tgap.collect(chosen, tgap.simulated_fleet(chosen, context), bench.layout, config.seed)
 
     return (bench.layout, *tgap.split_by_time(found, 0.2))
 

@@ -94,6 +94,8 @@ class Codec(ABC):
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
         self.settings = settings
         self.layout = layout
+        self.loss_curve: list[tuple[int, float]] = []
+        """Iteration and loss of the fit, where the codec is trained by gradient descent."""
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:  # noqa: ARG003

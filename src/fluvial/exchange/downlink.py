@@ -13,11 +13,13 @@ import torch
 
 from fluvial.codecs import CodecSettings, build
 from fluvial.errors import WireError
+from fluvial.exchange.coding import Plain
+from fluvial.exchange.difference import REFERENCE, Difference
 from fluvial.federation.sites import Site, adapter_message, read_adapter_message
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_frame, split
-from fluvial.wire.tensors import Layout, Named, add, subtract
+from fluvial.wire.tensors import Layout, Named
 
 _SLOT = "received"
 
@@ -30,7 +32,8 @@ class Downlink:
         """`adapter` is version 0, which every site makes from the seed."""
         self.seed = seed
         self.layout = Layout.of(adapter)
-        self.codec = None if settings is None else build(settings, self.layout)
+        codec = None if settings is None else build(settings, self.layout)
+        self.coder = None if codec is None else Difference(Plain(codec))
         self.reference = adapter
         self.version = 0
         self.frames: dict[int, bytes] = {}
@@ -43,7 +46,7 @@ class Downlink:
     def advance(self, adapter: Named, round: int) -> None:
         """Make `adapter`, or its coded image, what sites of `round` receive."""
         self._messages = {}
-        if self.codec is None:
+        if self.coder is None:
             self.reference = adapter
             return
 
@@ -51,8 +54,9 @@ class Downlink:
             return
 
         seed = derive(self.seed, "downlink", round)
-        frame = self.codec.encode(subtract(adapter, self.reference), seed=seed, round=round)
-        self.reference = add(self.reference, self.codec.decode(frame))
+        state = {REFERENCE: Payload(self.reference)}
+        frame, after = self.coder.encode(adapter, state, seed=seed, round=round)
+        self.reference = after[REFERENCE].tensors
         self.version = round
         self.frames[round] = frame
 
@@ -63,7 +67,7 @@ class Downlink:
     def message(self, site: str, values: Mapping[str, Value]) -> Payload:
         """What `site` needs to hold the reference; sites that hold the same version share one
         message."""
-        if self.codec is None:
+        if self.coder is None:
             return self._shared(-1, lambda: adapter_message(self.reference, **values))
 
         base = self.holds.get(site, 0)
@@ -87,7 +91,7 @@ class Downlink:
 
     def acknowledge(self, site: str) -> None:
         """`site` has answered the last message."""
-        if self.codec is not None:
+        if self.coder is not None:
             self.holds[site] = self.version
 
     def forget(self, sites: Iterable[str]) -> None:
@@ -99,7 +103,7 @@ class Downlink:
     def state(self) -> Payload:
         """The reference, the frames, and who holds what; without a codec the adapter is the
         reference."""
-        if self.codec is None:
+        if self.coder is None:
             return Payload()
 
         frames = {
@@ -115,7 +119,7 @@ class Downlink:
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        if self.codec is None:
+        if self.coder is None:
             return
 
         parts = split(state, ("reference", "frames"))
@@ -143,9 +147,9 @@ def receive(site: Site, message: Payload) -> Named | None:
         if found is None:
             return None
         received = found
-        codec = build(site.downlink, site.layout)
+        coder = Difference(Plain(build(site.downlink, site.layout)))
         for frame in _split_frames(message):
-            received = add(received, codec.decode(frame))
+            received = coder.decode(frame, {REFERENCE: Payload(received)})
 
     site.keep(_SLOT, Payload(received, {"version": version}))
     return received

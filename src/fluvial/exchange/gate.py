@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from fluvial.codecs.base import Codec, Snapshot
-from fluvial.codecs.weighted import weighted
 from fluvial.errors import WireError
+from fluvial.exchange.weighting import weighted
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import (
     Layout,
@@ -129,9 +129,10 @@ def measure(
 
     for number, snapshot in enumerate(heldout):
         coded.append(coded_object(snapshot.received, snapshot.update, representation))
-        at_site = weighted(codec, snapshot.received)
-        frames.append(at_site.encode(coded[-1], seed=number))
-        decoded.append(at_site.decode(frames[-1]))
+        coder = weighted(codec, snapshot.received)
+        frame, _ = coder.encode(coded[-1], seed=number)
+        frames.append(frame)
+        decoded.append(coder.decode(frame))
 
     finite = all(is_finite(tensors) for tensors in decoded)
     guesses = [

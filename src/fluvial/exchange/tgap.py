@@ -24,7 +24,8 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.exchange import gate
-from fluvial.federation.bounds import Cohort
+from fluvial.exchange.gathering import Gathering, Readable, to_all
+from fluvial.exchange.versions import install_codec, site_codec
 from fluvial.federation.context import Context
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
@@ -32,10 +33,8 @@ from fluvial.federation.replies import nothing, read_update
 from fluvial.federation.sites import (
     Factors,
     Site,
-    Task,
     adapter_message,
     read_adapter_message,
-    site_codec,
     train_locally,
 )
 from fluvial.federation.store import StateStore
@@ -122,12 +121,18 @@ def after_tgap(examples: Sequence[Example], config: TgapConfig) -> Sequence[Exam
     return examples if config.source in ("public", "none") else second_part(examples, config.share)
 
 
-def snapshot(site: Site, message: Payload) -> Payload:
+def snapshot(
+    site: Site,
+    message: Payload,
+    *,
+    tgap: TgapConfig,
+    factors: Factors,
+    representation: gate.Representation,
+) -> Payload:
     """Task: train on D1 and send the raw update, or keep what is asked for later.
 
     With reading "local" the site goes on from its own adapter.
     """
-    tgap: TgapConfig = site.method.tgap
     round = message.whole("round", 1, tgap.rounds)
     received = read_adapter_message(message, site.layout)
 
@@ -136,7 +141,6 @@ def snapshot(site: Site, message: Payload) -> Payload:
 
     data = site.load().train
     examples = data if tgap.source == "public" else first_part(data, tgap.share)
-    factors: Factors = getattr(site.method, "factors", "A and B")
     update, report = train_locally(
         site, received, round, examples=examples, factors=factors, purpose="tgap"
     )
@@ -144,25 +148,24 @@ def snapshot(site: Site, message: Payload) -> Payload:
     if tgap.reading == "local":
         site.keep("tgap", Payload(moved(received, update)))
     if tgap.source == "sites-covariance":
-        _remember(site, Snapshot(site.name, round, received, update))
+        _remember(site, Snapshot(site.name, round, received, update), tgap, representation)
         return Payload()
 
     raw = Identity.of(Layout.of(update)).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
 
-def _remember(site: Site, seen: Snapshot) -> None:
+def _remember(
+    site: Site, seen: Snapshot, tgap: TgapConfig, representation: gate.Representation
+) -> None:
     """Keep the moments of a snapshot that the fit sees, or a held-out one as it is."""
-    tgap: TgapConfig = site.method.tgap
     if seen.round > tgap.training_rounds:
         kept = split_snapshots(site.recall("heldout"), site.name)
         site.keep("heldout", join_snapshots([*kept, seen]))
         return
 
     layout = Layout.of(seen.update)
-    moments = Moments.of(
-        layout, gate.coded_object(seen.received, seen.update, _representation(site))
-    )
+    moments = Moments.of(layout, gate.coded_object(seen.received, seen.update, representation))
     before = site.recall("moments")
 
     if before.values:
@@ -180,24 +183,17 @@ def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - not
     return moments
 
 
-def probe(site: Site, message: Payload) -> Payload:
+def probe(site: Site, message: Payload, *, representation: gate.Representation) -> Payload:
     """Task: install a codec, and measure it on the held-out snapshots, which stay here."""
     if must_learn(site.codec):
-        site.keep("codec", message)
+        install_codec(site, message)
+
     heldout = split_snapshots(site.recall("heldout"), site.name)
     if not heldout:
         raise WireError(f"site {site.name!r} holds no snapshots to measure a codec on")
+
     codec = site_codec(site, Layout.of(heldout[0].update))
-    return gate.Probe.of(codec, heldout, _representation(site)).payload()
-
-
-def _representation(site: Site) -> gate.Representation:
-    found: gate.Representation = getattr(site.method, "representation", "delta")
-    return found
-
-
-TASKS: dict[str, Task] = {"snapshot": snapshot, "moments": send_moments, "probe": probe}
-"""What a method's sites must be able to do for TGAP."""
+    return gate.Probe.of(codec, heldout, representation).payload()
 
 
 def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
@@ -235,21 +231,16 @@ def collect_moments(
         for _ in fleet.ask("snapshot", messages, round=0, read=nothing):
             pass
 
+    def read(_site: str, reply: Payload) -> Readable[Moments]:
+        moments = Moments.read(sent, reply, most=config.training_rounds)
+        length = math.sqrt(math.fsum(moments.energy) / moments.count)
+        return Readable(moments, length, 1)
+
     total = MomentsSum()
-    replies = Cohort(fleet, "moments", 0, asked=len(fleet.sites))
+    nothing_asked = partial(to_all, message=Payload())
+    for reply in Gathering(fleet, "moments", 0, nothing_asked, read).of(fleet.sites):
+        total.add(reply.content)
 
-    def fold(_: int, *, moments: Moments) -> None:
-        total.add(moments)
-
-    def read(_site: str, reply: Payload) -> Moments:
-        return Moments.read(sent, reply, most=config.training_rounds)
-
-    messages = dict.fromkeys(fleet.sites, Payload())
-    for reply in fleet.ask("moments", messages, round=0, read=read, alone=False):
-        length = math.sqrt(math.fsum(reply.content.energy) / reply.content.count)
-        replies.add(reply.site, length, 1, partial(fold, moments=reply.content))
-
-    replies.close()
     return total.total()
 
 
@@ -264,22 +255,27 @@ def collect(
     own = dict.fromkeys(fleet.sites, shared)
     codec = Identity.of(sent or layout)
 
-    snapshots: list[Snapshot] = []
+    def read(site: str, reply: Payload, *, number: int) -> Readable[Snapshot]:
+        update, weight = read_update(site, reply, codec=codec, round=number)
+        return Readable(Snapshot(site, number, own[site], update), norm(update), weight)
 
+    snapshots: list[Snapshot] = []
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
+        message = adapter_message(shared, round=number)
+        gathering = Gathering(
+            fleet,
+            "snapshot",
+            0,
+            partial(to_all, message=message),
+            partial(read, number=number),
+        )
         mean = WeightedMean()
-        replies = Cohort(fleet, "snapshot", 0, asked=len(fleet.sites))
-        messages = dict.fromkeys(fleet.sites, adapter_message(shared, round=number))
-        read = partial(read_update, codec=codec, round=number)
 
-        for reply in fleet.ask("snapshot", messages, round=0, read=read, alone=False):
-            update, weight = reply.content
-            seen = Snapshot(reply.site, number, own[reply.site], update)
-            then = partial(_fold, seen=seen, mean=mean, snapshots=snapshots)
-            replies.add(reply.site, norm(update), weight, then)
+        for reply in gathering.of(fleet.sites):
+            snapshots.append(reply.content)
+            mean.add(reply.content.update, reply.weight)
 
-        replies.close()
         if config.reading == "federated":
             shared = moved(shared, mean.mean())
             own = dict.fromkeys(fleet.sites, shared)
@@ -291,11 +287,6 @@ def collect(
             }
 
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
-
-
-def _fold(weight: int, *, seen: Snapshot, mean: WeightedMean, snapshots: list[Snapshot]) -> None:
-    snapshots.append(seen)
-    mean.add(seen.update, weight)
 
 
 def split_by_time(
@@ -315,7 +306,13 @@ def _num_heldout(rounds: int, holdout: float) -> int:
     return min(rounds - 1, max(1, round(holdout * rounds)))
 
 
-def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> Fleet:
+def simulated_fleet(
+    config: TgapConfig,
+    context: Context,
+    *,
+    factors: Factors = "A and B",
+    representation: gate.Representation = "delta",
+) -> Fleet:
     """Sites that the server plays itself, on public text."""
     parts = context.public()
     names = sorted(parts)[: config.simulated_sites]
@@ -336,10 +333,11 @@ def simulated_fleet(config: TgapConfig, context: Context, method: Settings) -> F
             load=lambda: SiteData(parts[name], parts[name], [], 0, 0, 0),
             train=context.train,
             codec=context.codec,
-            method=method,
+            method=None,
             downlink=None,
             store=store,
             rounds=config.rounds,
         )
 
-    return local_fleet(names, open_site, {"snapshot": snapshot})
+    task = partial(snapshot, tgap=config, factors=factors, representation=representation)
+    return local_fleet(names, open_site, {"snapshot": task})

@@ -10,9 +10,9 @@ would without them.
 import logging
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fluvial.errors import WireError
 from fluvial.federation.fleet import Failure, Fleet
@@ -20,6 +20,7 @@ from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Named, WeightedMean, energy
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _FEW = 3
 """Least number of replies among which one can be called too long."""
@@ -32,17 +33,27 @@ beta_2) is 3.2."""
 
 
 @dataclass(frozen=True)
-class _Held:
+class Counted(Generic[T]):
+    """A reply that counts."""
+
+    site: str
+    weight: int
+    """Samples that the site's update counts with; at most its share of the round."""
+    content: T
+
+
+@dataclass(frozen=True)
+class _Held(Generic[T]):
     """A reply that waits for the others of its round."""
 
     site: str
     length: float
     weight: int
-    fold: Callable[[int], None]
+    content: T
 
 
-class Cohort:
-    """Replies of one round, folded as they come, except the heaviest and the longest so far.
+class Cohort(Generic[T]):
+    """The replies of one round, counted as they come, except the heaviest and the longest so far.
 
     These two wait until all have come, because only then is it known whether they are too heavy or
     too long. So memory is that of two further updates, whatever the number of sites, and the order
@@ -54,45 +65,37 @@ class Cohort:
         self._task = task
         self._round = round
         self._asked = asked
-        self._held: list[_Held] = []
+        self._held: list[_Held[T]] = []
         self._lengths: list[float] = []
         self._weights: dict[str, int] = {}
+        self.clipped: list[dict[str, Any]] = []
+        """Sites whose weight was lowered, with both weights; complete after `close`."""
 
-    def add(self, site: str, length: float, weight: int, fold: Callable[[int], None]) -> None:
-        """Take one reply; `fold(weight)` is called once with the weight that it counts with, or
-        never."""
+    def add(self, site: str, length: float, weight: int, content: T) -> list[Counted[T]]:
+        """Take one reply; return those that count from now on, with the weight that they have."""
         self._lengths.append(length)
         self._weights[site] = weight
-        self._held.append(_Held(site, length, weight, fold))
+        self._held.append(_Held(site, length, weight, content))
         waiting = {id(self._heaviest()), id(self._longest())}
+        ready = [held for held in self._held if id(held) not in waiting]
+        self._held = [held for held in self._held if id(held) in waiting]
 
-        for reply in self._held:
-            if id(reply) not in waiting:
-                reply.fold(reply.weight)
+        return [Counted(held.site, held.weight, held.content) for held in ready]
 
-        self._held = [reply for reply in self._held if id(reply) in waiting]
-
-    def close(self) -> dict[str, Any]:
-        """Fold the rest and return what the round's record must name.
-
-        Raises `ClientError` as `Fleet.ask` does.
-        """
+    def close(self) -> list[Counted[T]]:
+        """Return the rest of those that count; raise `ClientError` as `Fleet.ask` does."""
         self._refuse_too_long()
-        clipped = self._too_heavy()
+        self.clipped = self._too_heavy()
+        answered = len(self._weights)
+        self._fleet.require_quorum(self._task, self._round, answered=answered, asked=self._asked)
 
-        for reply in self._held:
-            reply.fold(self._weights[reply.site])
+        return [Counted(held.site, self._weights[held.site], held.content) for held in self._held]
 
-        self._fleet.require_quorum(
-            self._task, self._round, answered=len(self._weights), asked=self._asked
-        )
-        return {"clipped": clipped} if clipped else {}
+    def _heaviest(self) -> _Held[T]:
+        return max(self._held, key=lambda each: (each.weight, each.site))
 
-    def _heaviest(self) -> _Held:
-        return max(self._held, key=lambda reply: (reply.weight, reply.site))
-
-    def _longest(self) -> _Held:
-        return max(self._held, key=lambda reply: (reply.length, reply.site))
+    def _longest(self) -> _Held[T]:
+        return max(self._held, key=lambda each: (each.length, each.site))
 
     def _refuse_too_long(self) -> None:
         growth = self._fleet.config.max_update_growth

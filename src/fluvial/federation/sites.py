@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
-from fluvial.codecs.base import Codec, LearnedCodec, SteppedCodec
+from fluvial.codecs import CodecSettings, must_learn
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
@@ -16,11 +14,11 @@ from fluvial.federation.talk import Talk
 from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
-from fluvial.seeds import derive, generator
+from fluvial.seeds import generator
 from fluvial.training.evaluate import exact_match, heldout
 from fluvial.training.train import TrainConfig, TrainReport, train
 from fluvial.wire.payload import FRAME, OWN_FILES, Payload, frame_payload, payload_frame
-from fluvial.wire.tensors import Layout, Named, add, energy, factor, scale, subtract
+from fluvial.wire.tensors import Layout, Named, factor, subtract
 
 Factors = Literal["A and B", "B"]
 
@@ -169,71 +167,6 @@ def train_locally(
     return subtract(report.weights, start), report
 
 
-def site_codec(site: Site, layout: Layout) -> Codec:
-    """Return the codec of this run: built from its settings, or as the server installed it."""
-    if not must_learn(site.codec):
-        return build(site.codec, layout)
-
-    installed = site.recall("codec")
-    if not installed.values:
-        raise WireError(f"site {site.name!r} was asked to train before its codec was installed")
-
-    settings = read_settings(installed.value("settings", dict))
-    kind = CODECS[settings.name]
-    if not issubclass(kind, LearnedCodec):
-        return build(settings, layout)
-
-    return kind.from_published(
-        settings, layout, Payload(installed.tensors, installed.value("learned", dict))
-    )
-
-
-def install_codec(site: Site, message: Payload) -> Payload:
-    """Keep the codec that the server learned or chose; a task."""
-    site.keep("codec", message)
-    return Payload()
-
-
-def code(
-    site: Site,
-    codec: Codec,
-    update: Named,
-    round: int,
-    *,
-    step: float | None = None,
-    slot: str = "residual",
-) -> bytes:
-    """Return the frame for `update`; with error feedback, add the residual first and keep what the
-    codec lost.
-
-    u = update + decay^missed * residual; sent Q(u); residual = u - Q(u), after Seide et al. (2014)
-    and Karimireddy et al. (2019). `missed` counts the rounds since the residual was made in which
-    the site did not take part. With `step`, the codec quantises by that instead of by its rate. The
-    residual is kept under `slot`.
-    """
-    encode: Callable[..., bytes] = codec.encode
-    if step is not None:
-        assert isinstance(codec, SteppedCodec), "the server sets a step for codecs that have one"
-        encode = partial(codec.encode_at, step=step)
-
-    encode = partial(encode, seed=derive(site.seed, "codec", round, site.name), round=round)
-    if not codec.settings.error_feedback:
-        return encode(update)
-
-    last = site.recall(slot)
-    if last.tensors:
-        codec.layout.check(last.tensors, "residual")
-        missed = max(0, round - last.value("round", int) - 1)
-        update = add(update, scale(last.tensors, codec.settings.feedback_decay**missed))
-
-    frame = encode(update)
-    residual = subtract(update, codec.decode(frame))
-    error = energy(residual) / max(energy(update), 1e-30)
-    site.keep(slot, Payload(residual, {"round": round, "error": error}))
-
-    return frame
-
-
 def evaluate(site: Site, message: Payload) -> Payload:
     """Measure the adapter that was sent, the site's own or the base on held-out text; a task.
 
@@ -285,4 +218,4 @@ def refuse_learned(settings: CodecSettings, method: str) -> None:
 
 MOST_NEW_TOKENS = 10**6
 """Tokens of one answer that a site generates at most, whatever is asked."""
-COMMON_TASKS: dict[str, Task] = {"evaluate": evaluate, "install": install_codec}
+COMMON_TASKS: dict[str, Task] = {"evaluate": evaluate}

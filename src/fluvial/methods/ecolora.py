@@ -8,10 +8,13 @@ averages each segment over the sites that sent it. Both ways only the largest ch
 fewer as the loss falls and fewer of B than of A; what is left out is kept and added the next time.
 A site starts from a mix of the global adapter and its own last one, so that the work on segments
 whose turn it was not is not lost.
+
+Each site sends another segment, so of the exchange it uses the gathering of replies: reading,
+bounds, failures, quorum, and sites that lost what they kept.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,8 +27,9 @@ from pydantic import Field
 from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
 from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import ConfigError, WireError
-from fluvial.federation.bounds import Cohort, rms
-from fluvial.federation.fleet import Failure, Fleet, sample
+from fluvial.exchange import STALE, Gathering, Readable
+from fluvial.federation.bounds import rms
+from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.interface import (
@@ -173,43 +177,47 @@ class EcoLoraServer:
         share_b = share(config.least_b, config.most, config.gamma_b, fallen)
         self._broadcast(number, share_a, share_b)
         cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
-        messages = self._messages(cohort, number, share_a, share_b)
+        asked = {site: turn(place, number, config.segments) for place, site in enumerate(cohort)}
+        gathering = Gathering(
+            fleet,
+            "train",
+            number,
+            messages=partial(self._messages, asked, number, [share_a, share_b]),
+            read=partial(self._read, asked, number),
+            answered=partial(self._acknowledge, number),
+            forget=self._forget,
+        )
         means = [WeightedMean() for _ in self.parts]
         loss = WeightedMean()
-        replies = Cohort(fleet, "train", number, asked=len(cohort))
 
-        def fold(weight: int, *, which: int, update: Named, site_loss: Named) -> None:
-            means[which].add(update, weight)
-            loss.add(site_loss, weight)
+        for reply in gathering.of(cohort):
+            update, site_loss = reply.content
+            means[asked[reply.site]].add(update, reply.weight)
+            loss.add(site_loss, reply.weight)
 
-        asked = {site: turn(place, number, config.segments) for place, site in enumerate(cohort)}
-        read = partial(self._read, round=number)
-        for reply in fleet.ask("train", messages, round=number, read=read, alone=False):
-            which, update, site_loss, weight = reply.content
-            self.answered[reply.site] = number
-            if which != asked[reply.site]:
-                reason = f"it sent segment {which} and was asked for {asked[reply.site]}"
-                fleet.reject(Failure(reply.site, number, "train", reason, 0))
-                continue
-
-            then = partial(fold, which=which, update=update, site_loss=site_loss)
-            replies.add(reply.site, rms(update), weight, then)
-
-        told = replies.close()
         for part, mean in zip(self.parts, means, strict=True):
             if mean.count:
                 self.adapter[part.start : part.stop] += to_numpy(mean.mean()["segment"])
 
         self.losses = [*self.losses[:1], float(loss.mean()["loss"])]
         covered = sum(mean.count > 0 for mean in means)
-        return {
+        metrics = {
             "loss": self.losses[-1],
             "sites": loss.count,
             "segments": covered,
             "share_a": share_a,
             "share_b": share_b,
-            **told,
         }
+        return metrics | ({"clipped": gathering.clipped} if gathering.clipped else {})
+
+    def _acknowledge(self, round: int, site: str) -> None:
+        """Note that `site` has the view of `round`."""
+        self.answered[site] = round
+
+    def _forget(self, sites: Sequence[str]) -> None:
+        """Note that these sites lost what they kept, and begin from the initial adapter."""
+        for site in sites:
+            self.answered.pop(site, None)
 
     def _broadcast(self, round: int, share_a: float, share_b: float) -> None:
         """Bring the largest differences into `view`; what is left out stays a difference, and so is
@@ -221,41 +229,39 @@ class EcoLoraServer:
         self.changed[where] = round
 
     def _messages(
-        self, cohort: list[str], round: int, share_a: float, share_b: float
+        self, asked: Mapping[str, int], round: int, shares: list[float], sites: Sequence[str]
     ) -> dict[str, Payload]:
+        """Return what `sites` receive: all places that changed since each of them answered."""
         frames: dict[int, bytes] = {}
         messages = {}
-        for place, site in enumerate(cohort):
+
+        for site in sites:
             since = self.answered.get(site, 0)
             if since not in frames:
-                frames[since] = self.frames.encode(
-                    self.view, np.flatnonzero(self.changed > since), round=round
-                )
-
+                places = np.flatnonzero(self.changed > since)
+                frames[since] = self.frames.encode(self.view, places, round=round)
             messages[site] = frame_payload(
-                frames[since],
-                round=round,
-                since=since,
-                segment=turn(place, round, self.config.segments),
-                share=[share_a, share_b],
+                frames[since], round=round, since=since, segment=asked[site], share=[*shares]
             )
 
         return messages
 
-    def _read(self, _site: str, reply: Payload, round: int) -> tuple[int, Named, Named, int]:
+    def _read(
+        self, asked: Mapping[str, int], round: int, site: str, reply: Payload
+    ) -> Readable[tuple[Named, Named]]:
         fields(reply, ("n", "loss", "segment"), FRAME)
-        which = reply.whole("segment", 0, len(self.parts) - 1)
-        weight = weight_of(reply)
-        update = {
-            "segment": torch.from_numpy(
-                self.uploads[which].decode_dense(payload_frame(reply), round=round)
-            )
-        }
+        number = reply.whole("segment", 0, len(self.parts) - 1)
+        if number != asked[site]:
+            raise WireError(f"it sent segment {number} and was asked for {asked[site]}")
+
+        vector = self.uploads[number].decode_dense(payload_frame(reply), round=round)
+        update = {"segment": torch.from_numpy(vector)}
         loss = {"loss": torch.tensor([loss_of(reply)])}
+        weight = weight_of(reply)
         WeightedMean.check(update, weight)
         WeightedMean.check(loss, weight)
 
-        return which, update, loss, weight
+        return Readable((update, loss), rms(update), weight)
 
     def model(self) -> Named:
         """The global adapter, as the server has it."""
@@ -304,8 +310,8 @@ class Kept:
     round: int
 
     @classmethod
-    def recall(cls, site: Site, since: int) -> "Kept":
-        """What was kept in round `since`; raises `WireError` if it was another round."""
+    def recall(cls, site: Site, since: int) -> "Kept | None":
+        """Return what was kept in round `since`; None if it was another round, or is lost."""
         layout = site.layout
         total = site.layout.numel
 
@@ -317,9 +323,7 @@ class Kept:
 
         stored = site.recall("ecolora")
         if not stored.tensors or stored.value("round", int) != since:
-            raise WireError(
-                f"site {site.name!r} has no adapter of round {since}, on which the message builds"
-            )
+            return None
 
         view, local, residual = (
             vector(stored, name, torch.float32, total) for name in ("view", "local", "residual")
@@ -345,6 +349,9 @@ def train(site: Site, message: Payload) -> Payload:
     since = message.whole("since", 0, site.rounds)
     number, (share_a, share_b) = _asked(message, config)
     old = Kept.recall(site, since)
+    if old is None:
+        return STALE
+
     view = old.view.copy()
     where, values = SparseFrames(layout, config.values).decode(payload_frame(message), round=round)
     view[where] = values

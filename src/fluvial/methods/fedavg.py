@@ -10,20 +10,27 @@ and B apart, which is not the mean of their products; FFA-LoRA freezes A at its 
 so that the mean is exact and half the bytes are sent.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 
-from fluvial.codecs import must_learn
+from fluvial.codecs import CodecSettings, must_learn
+from fluvial.data import Example
 from fluvial.errors import ConfigError
-from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, open_link
-from fluvial.exchange.tgap import NO_TGAP, TASKS, TgapConfig, after_tgap
-from fluvial.federation.bounds import Cohort, check_update
+from fluvial.exchange import (
+    Exchange,
+    LocalUpdate,
+    Terms,
+    TgapConfig,
+    check_codec,
+    shared,
+    shared_tasks,
+)
+from fluvial.federation.aggregate import Aggregate
+from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet, sample
-from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
-from fluvial.federation.sites import Factors, Site, part, round_of, train_locally
+from fluvial.federation.sites import Factors, Site, part, train_locally
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -37,7 +44,7 @@ from fluvial.methods.interface import (
 from fluvial.methods.planning import coded, uncoded
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, join, split
-from fluvial.wire.tensors import Layout, Named, WeightedMean, moved, norm, scale
+from fluvial.wire.tensors import Layout, Named, moved, scale
 
 
 class FedAvgConfig(SampledSettings):
@@ -66,13 +73,11 @@ class CentralConfig(MethodSettings):
     factors: Factors = "A and B"
 
 
-@dataclass(frozen=True)
-class Content:
-    """One reply of a site, read and checked."""
-
-    decoded: Decoded
-    weight: int
-    loss: float
+def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
+    """Return what server and sites agree on."""
+    if isinstance(config, FedAvgConfig) and must_learn(codec):
+        return Terms(config.tgap, config.factors)
+    return Terms(factors=config.factors)
 
 
 class FedAvgServer:
@@ -82,108 +87,54 @@ class FedAvgServer:
         self.config = config
         self.context = context
         self.adapter = initial_state(context.layout, context.seed)
-        self.layout = part(context.layout, config.factors)
-        tgap = (
-            config.tgap
-            if isinstance(config, FedAvgConfig) and must_learn(context.codec)
-            else NO_TGAP
-        )
-        self.link = Link(context, self.layout, self.adapter, tgap)
+        self.exchange = Exchange(context, self.adapter, terms(config, context.codec))
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """The initial adapter follows from the seed; a codec that learns is fitted and
-        installed."""
-        return self.link.setup(fleet, self.config) if must_learn(self.context.codec) else {}
+        """Fit and install a codec that learns; the initial adapter follows from the seed."""
+        return self.exchange.setup(fleet) if must_learn(self.context.codec) else {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Cohort, local training, weighted mean of the differences."""
-        fraction = self.config.fraction if isinstance(self.config, FedAvgConfig) else 1.0
-        cohort = sample(fleet.sites, fraction, seed=self.context.seed, round=number)
-        mean = WeightedMean()
-        loss = WeightedLoss()
-        replies = Cohort(fleet, "train", number, asked=len(cohort))
+        """Run one round: cohort, local training, weighted mean of the differences."""
+        cohort = sample(fleet.sites, self.config.cohort_share, seed=self.context.seed, round=number)
+        aggregate = Aggregate()
+        for update in self.exchange.updates(fleet, cohort, self.adapter, round=number):
+            aggregate.add(update)
 
-        def fold(weight: int, *, site: str, content: Content) -> None:
-            mean.add(content.decoded.update, weight)
-            loss.add(content.loss, weight)
-            self.link.uplink.fold(site, content.decoded)
+        mean = aggregate.mean()
+        self.adapter = moved(self.adapter, step(mean, self.learning_rate))
+        return {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
 
-        read = partial(self._read, round=number)
-        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
-            found = reply.content
-            then = partial(fold, site=reply.site, content=found)
-            replies.add(reply.site, norm(found.decoded.update), found.weight, then)
-
-        told = replies.close()
-        update = mean.mean()
-        self.adapter = moved(self.adapter, step(update, self.config))
-        metrics = {"loss": loss.mean(), "sites": mean.count, "update_norm": norm(update), **told}
-
-        return {**metrics, **self.link.uplink.close(update, number)}
-
-    def _read(self, _site: str, reply: Payload, round: int) -> "Content":
-        fields(reply, ("n", "loss"), FRAME, optional=("e",))
-        decoded = self.link.uplink.decode(reply, round)
-        weight = weight_of(reply)
-        check_update(decoded.update, weight, self.context.train)
-        return Content(decoded, weight, loss_of(reply))
+    @property
+    def learning_rate(self) -> float:
+        """Mean updates that the server moves by."""
+        return self.config.server_learning_rate if isinstance(self.config, FedAvgConfig) else 1.0
 
     def model(self) -> Named:
-        """The global adapter."""
+        """Return the global adapter."""
         return self.adapter
 
     def state(self) -> Payload:
-        """The adapter, and what both directions remember."""
-        return join({"adapter": Payload(self.adapter), "link": self.link.state()})
+        """Return the adapter, and what the exchange remembers."""
+        return join({"adapter": Payload(self.adapter), "exchange": self.exchange.state()})
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
-        parts = split(state, ("adapter", "link"))
-        self.context.layout.check(parts["adapter"].tensors, "checkpoint")
-        self.adapter = parts["adapter"].tensors
-        self.link.restore(parts["link"])
+        """Become the server whose `state` this was."""
+        halves = split(state, ("adapter", "exchange"))
+        self.context.layout.check(halves["adapter"].tensors, "checkpoint")
+        self.adapter = halves["adapter"].tensors
+        self.exchange.restore(halves["exchange"])
 
 
-def step(update: Named, config: Any) -> Named:
-    """What the server adds: the mean update, times the server's learning rate where the method has
-    one."""
-    rate: float = getattr(config, "server_learning_rate", 1.0)
-    return update if rate == 1 else scale(update, rate)
+def step(mean: Named, learning_rate: float) -> Named:
+    """Return what the server adds for the `mean` update."""
+    return mean if learning_rate == 1 else scale(mean, learning_rate)
 
 
-class WeightedLoss:
-    """Weighted mean of the sites' losses, the same in any order: terms are rounded to 2^-40 and
-    summed exactly."""
-
-    def __init__(self) -> None:
-        self._sum = 0
-        self._weight = 0
-
-    def add(self, loss: float, weight: int) -> None:
-        """Fold one site in."""
-        self._sum = self._sum + round(loss * 2**40) * weight
-        self._weight = self._weight + weight
-
-    def mean(self) -> float:
-        """Nats per label token."""
-        return self._sum / self._weight / 2**40
-
-
-def train(site: Site, message: Payload) -> Payload:
-    """Task: tune the received adapter on the site's data; the coded difference goes back."""
-    config: Any = site.method
-    opened = open_link(site, message, part(site.layout, config.factors))
-
-    if opened is None:
-        return STALE
-
-    received, codec = opened
-    data = site.load().train
-    round = round_of(site, message)
-    examples = after_tgap(data, config.tgap) if must_learn(site.codec) else data
+def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:
+    """Tune the received adapter on the site's data."""
+    config: FedAvgConfig | CentralConfig = site.method
     update, report = train_locally(site, received, round, examples=examples, factors=config.factors)
-
-    return coded_reply(site, codec, update, message, n=len(examples), loss=report.loss)
+    return LocalUpdate(update, len(examples), report.loss)
 
 
 def plan(config: FedAvgConfig, given: Given) -> Plan:
@@ -225,7 +176,7 @@ def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:
 METHOD = Method(
     FedAvgConfig,
     FedAvgServer,
-    {"train": train, **TASKS},
+    shared_tasks(shared(train, terms), terms),
     paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, "
     "https://arxiv.org/abs/2305.05644",
     plan=plan,
@@ -234,7 +185,7 @@ METHOD = Method(
 CENTRAL = Method(
     CentralConfig,
     FedAvgServer,
-    {"train": train},
+    {"train": shared(train, terms)},
     paper="The centralised baseline: the same steps on the union of the data",
     plan=plan_central,
     traits=Traits(

@@ -19,7 +19,8 @@ from torch import Tensor
 from fluvial.codecs.golomb import SparseFrames, Values, largest
 from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
-from fluvial.federation.bounds import Cohort, check_update
+from fluvial.exchange import Gathering, Readable, to_all
+from fluvial.federation.bounds import check_update
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
@@ -94,22 +95,21 @@ class FlascServer:
         optimizer."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         message = frame_payload(self._download(number), round=number)
+        gathering = Gathering(
+            fleet,
+            "train",
+            number,
+            messages=partial(to_all, message=message),
+            read=partial(self._read, number),
+        )
         mean = WeightedMean()
         loss = WeightedMean()
-        replies = Cohort(fleet, "train", number, asked=len(cohort))
 
-        def fold(weight: int, *, update: Named, site_loss: Named) -> None:
-            mean.add(update, weight)
-            loss.add(site_loss, weight)
+        for reply in gathering.of(cohort):
+            update, site_loss = reply.content
+            mean.add(update, reply.weight)
+            loss.add(site_loss, reply.weight)
 
-        messages = dict.fromkeys(cohort, message)
-        read = partial(self._read, round=number)
-        for reply in fleet.ask("train", messages, round=number, read=read, alone=False):
-            update, site_loss, weight = reply.content
-            then = partial(fold, update=update, site_loss=site_loss)
-            replies.add(reply.site, norm(update), weight, then)
-
-        told = replies.close()
         step = self._step(mean.mean())
         self.adapter = add(self.adapter, step)
         metrics = {
@@ -117,8 +117,7 @@ class FlascServer:
             "sites": mean.count,
             "update_norm": norm(step),
         }
-
-        return {**metrics, **told}
+        return metrics | ({"clipped": gathering.clipped} if gathering.clipped else {})
 
     def _download(self, round: int) -> bytes:
         """The frame of the largest weights, or changes."""
@@ -127,16 +126,16 @@ class FlascServer:
             news, largest(abs(news), kept(self.config.density_down, len(news))), round=round
         )
 
-    def _read(self, _site: str, reply: Payload, round: int) -> tuple[Named, Named, int]:
+    def _read(self, round: int, _site: str, reply: Payload) -> Readable[tuple[Named, Named]]:
         fields(reply, ("n", "loss"), FRAME)
         vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
         update = self.context.layout.unflatten(vector)
-        weight = weight_of(reply)
         loss = {"loss": torch.tensor([loss_of(reply)])}
+        weight = weight_of(reply)
         check_update(update, weight, self.context.train)
         WeightedMean.check(loss, weight)
 
-        return update, loss, weight
+        return Readable((update, loss), norm(update), weight)
 
     def _step(self, mean: Named) -> Named:
         """What to add to the adapter for the mean change: itself, or Adam's step with it as the

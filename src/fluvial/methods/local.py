@@ -7,10 +7,10 @@ Each site keeps its own adapter between rounds; nothing but the loss is sent.
 from functools import partial
 from typing import Literal
 
+from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
-from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.interface import (
     Context,
     Given,

@@ -22,9 +22,8 @@ from fluvial.codecs.klt.moments import Moments, MomentsSum, num_bytes
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import Identity
 from fluvial.errors import ConfigError, GateError, WireError
-from fluvial.exchange import gate, tgap
+from fluvial.exchange import check_codec, gate, tgap
 from fluvial.exchange.tgap import TgapConfig
-from fluvial.exchange.uplink import check_codec
 from fluvial.federation.fleet import Fleet
 from fluvial.report import round_lines
 from fluvial.report.page import write_page

@@ -313,8 +313,9 @@ def test_an_unbiased_codec_is_not_held_to_the_error_of_one_update(
 
 def test_weights_lower_the_error_of_the_weights(run_config: dict[str, Any], tmp_path: Path) -> None:
     """Scales are known at both ends and cost no byte; what is decoded is the update again."""
-    from fluvial.codecs import build
     from fluvial.codecs.weighted import Weighted, weighted
+
+    from fluvial.codecs import build
     from fluvial.wire.tensors import relative_error
 
     received = {

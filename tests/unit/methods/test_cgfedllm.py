@@ -362,7 +362,9 @@ def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(
     """What the server has decoded so far plus the residual is everything the site has wanted to
     send."""
     from fluvial.codecs.sign import HalfSign, HalfSignSettings
-    from fluvial.federation.sites import Site, code
+    from fluvial.exchange.at_site import encode
+    from fluvial.exchange.uplink import coder_of
+    from fluvial.federation.sites import Site
     from fluvial.federation.store import StateStore
     from fluvial.training.train import TrainConfig
 
@@ -373,7 +375,8 @@ def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(
     def answer(update: Named, round: int) -> Named:
         unused: Any = None
         site = Site("a", 0, unused, unused, TrainConfig(), settings, None, None, store, 9)
-        decoded = codec.decode(code(site, codec, update, round))
+        frame, _ = encode(site, coder_of(codec, {}), update, round)
+        decoded = codec.decode(frame)
 
         for slot, payload in site.kept.items():
             store.write("a", slot, payload, round)

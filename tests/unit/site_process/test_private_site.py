@@ -14,7 +14,7 @@ from fluvial.codecs.base import LearnedCodec
 from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
 from fluvial.data import SiteTexts
 from fluvial.errors import PrivacyError, WireError
-from fluvial.exchange.uplink import published
+from fluvial.exchange.versions import published
 from fluvial.federation import noise
 from fluvial.federation.releases import count_releases
 from fluvial.federation.sites import Site, adapter_message

@@ -22,17 +22,25 @@ from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
-from fluvial.exchange import STALE, Decoded, Link, check_codec, coded_reply, gate, open_link
+from fluvial.exchange import (
+    STALE,
+    Exchange,
+    LocalUpdate,
+    Rule,
+    Terms,
+    TgapConfig,
+    check_codec,
+    receive_exchange,
+    shared_tasks,
+)
 from fluvial.exchange.gate import Representation
-from fluvial.exchange.tgap import TASKS, TgapConfig, after_tgap
+from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
-from fluvial.federation.bounds import Cohort, check_update
 from fluvial.federation.fleet import Fleet, sample
-from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
-from fluvial.federation.sites import Site, round_of, train_locally
+from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
-from fluvial.methods.fedavg import WeightedLoss, step
+from fluvial.methods.fedavg import step
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -47,7 +55,7 @@ from fluvial.methods.planning import coded
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split
-from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
+from fluvial.wire.tensors import Layout, Named, add, norm
 
 logger = logging.getLogger(__name__)
 
@@ -79,115 +87,54 @@ class CgFedLlmConfig(SampledSettings):
         return None if self.privacy is None else self.privacy.promise()
 
 
+def terms(config: CgFedLlmConfig, codec: CodecSettings) -> Terms:  # noqa: ARG001 - for any codec
+    """Return what server and sites agree on."""
+    return Terms(config.tgap, representation=config.representation)
+
+
 class CgFedLlmServer:
-    """Keeps the global adapter; the decoder lies in the link's uplink."""
+    """Keeps the global adapter; the decoder lies in the exchange's uplink."""
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
         self.config = config
         self.context = context
         self.adapter = initial_state(context.layout, context.seed)
-        self.link = Link(
+        self.exchange = Exchange(
             context,
-            context.layout,
             self.adapter,
-            config.tgap,
-            representation=config.representation,
+            terms(config, context.codec),
             on_refusal=config.gate,
+            rule=rule(config.privacy),
         )
         self.longest = 0.0
         self.rounds_done = 0
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """TGAP: collect snapshots, fit the codec, pass it through the gate, send each site its
-        half."""
-        return self.link.setup(fleet, self.config)
+        """Run TGAP: collect snapshots, fit the codec, pass it through the gate, install it."""
+        return self.exchange.setup(fleet)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """FAF (C1): cohort, local training, encode; decode, weighted mean, new global adapter."""
-        cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
-        mean = WeightedMean()
-        loss = WeightedLoss()
-        weights = list[int]()
-        replies = Cohort(fleet, "train", number, asked=len(cohort))
+        """Run one round of FAF (C1): cohort, local training, encode; decode, weighted mean."""
+        config = self.config
+        cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
+        aggregate = Aggregate()
+        for update in self.exchange.updates(fleet, cohort, self.adapter, round=number):
+            aggregate.add(update)
 
-        def fold(
-            weight: int, *, site: str, decoded: Decoded, update: Named, site_loss: float | None
-        ) -> None:
-            mean.add(update, weight)
-            if site_loss is not None:
-                loss.add(site_loss, weight)
-            weights.append(weight)
-            self.link.uplink.fold(site, decoded)
-
-        read = partial(self._read, round=number)
-        for reply in self.link.ask(fleet, "train", cohort, self.adapter, round=number, read=read):
-            decoded, update, weight, site_loss = reply.content
-            then = partial(
-                fold, site=reply.site, decoded=decoded, update=update, site_loss=site_loss
-            )
-            replies.add(reply.site, self._length(update), weight, then)
-
-        told = replies.close()
-        update = self._private(mean.mean(), max(weights) / sum(weights), number)
-        self._guard(norm(update), number)
-        self.adapter = add(self.adapter, step(update, self.config))
+        largest_share = max(aggregate.weights) / sum(aggregate.weights)
+        mean = self._private(aggregate.mean(), largest_share, number)
+        self._guard(norm(mean), number)
+        self.adapter = add(self.adapter, step(mean, config.server_learning_rate))
         self.rounds_done += 1
-        shown = None if self._at_site else loss.mean()
-        metrics: Metrics = {"loss": shown, "sites": mean.count, "update_norm": norm(update), **told}
-        metrics |= self.link.uplink.close(update, number)
+        metrics = {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
 
-        if self.config.privacy:
-            multiplier = self.config.privacy.multiplier(self.context.rounds)
-            delta = self.config.privacy.delta
-            metrics |= {
-                "epsilon": privacy.spent(multiplier, self.rounds_done, delta),
-                "delta": delta,
-            }
+        if config.privacy:
+            multiplier = config.privacy.multiplier(self.context.rounds)
+            delta = config.privacy.delta
+            epsilon = privacy.spent(multiplier, self.rounds_done, delta)
+            metrics |= {"epsilon": epsilon, "delta": delta}
 
         return metrics
-
-    @property
-    def _at_site(self) -> bool:
-        """Return whether the sites add noise, and send a frame and nothing else."""
-        return self.config.privacy is not None and self.config.privacy.at_site
-
-    def _read(
-        self, _site: str, reply: Payload, round: int
-    ) -> tuple[Decoded, Named, int, float | None]:
-        if self._at_site and reply.values:
-            found = sorted(reply.values)[:5]
-            raise WireError(f"train: values {found} came, which epsilon does not count")
-
-        fields(
-            reply,
-            () if self._at_site else ("n", "loss"),
-            FRAME,
-            optional=() if self._at_site else ("e",),
-        )
-        weight = 1 if self._at_site else weight_of(reply)
-        decoded = self.link.uplink.decode(reply, round)
-        update = gate.innovation(self.link.sent, decoded.update, self.config.representation)
-
-        if self.config.privacy and self.config.privacy.placement == "aggregate":
-            update = privacy.clip(
-                update, self.config.privacy.clip_norm
-            )  # decoding may have made it longer
-
-        if self.config.privacy is None:  # noise is as long as it must be
-            check_update(update, weight, self.context.train)
-
-        WeightedMean.check(update, weight)
-        return decoded, update, weight, None if self._at_site else loss_of(reply)
-
-    def _length(self, update: Named) -> float:
-        """The length by which a site may fail; 0 for all where updates are clipped and not yet
-        disturbed.
-
-        There a site that fails because of another's length would move the mean by more than epsilon
-        counts.
-        """
-        clipped = self.config.privacy is not None and not self.config.privacy.at_site
-        return 0.0 if clipped else norm(update)
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
         config = self.config.privacy
@@ -215,11 +162,11 @@ class CgFedLlmServer:
     def state(self) -> Payload:
         """Adapter, codec and downlink, and what the guard and the accountant remember."""
         values: dict[str, Value] = {"longest": self.longest, "rounds_done": self.rounds_done}
-        return join({"adapter": Payload(self.adapter, values), "link": self.link.state()})
+        return join({"adapter": Payload(self.adapter, values), "exchange": self.exchange.state()})
 
     def restore(self, state: Payload) -> None:
         """See `state`."""
-        parts = split(state, ("adapter", "link"))
+        parts = split(state, ("adapter", "exchange"))
         adapter = parts["adapter"]
         self.context.layout.check(adapter.tensors, "checkpoint")
         self.adapter = adapter.tensors
@@ -227,29 +174,39 @@ class CgFedLlmServer:
             adapter.value("longest", float),
             adapter.value("rounds_done", int),
         )
-        self.link.restore(parts["link"])
+        self.exchange.restore(parts["exchange"])
+
+
+def rule(config: PrivacyConfig | None) -> Rule:
+    """Return how replies are read, so that nothing counts beyond what epsilon counts."""
+    if config is None:
+        return Rule()
+    if config.at_site:
+        return Rule(frame_only=True, bounded=False)
+
+    clip = None
+    if config.placement == "aggregate":  # decoding may have made an update longer
+        clip = partial(privacy.clip, clip_norm=config.clip_norm)
+    return Rule(clip=clip, bounded=False, compared=False)
 
 
 def train(site: Site, message: Payload) -> Payload:
     """Task: tune the received adapter on D2, encode the update (or the state), send the frame."""
     config: CgFedLlmConfig = site.method
-    opened = open_link(site, message, site.layout)
-
-    if opened is None:
+    received = receive_exchange(site, message, terms(config, site.codec))
+    if received is None:
         return STALE
-
-    received, codec = opened
-    round = round_of(site, message)
     if config.privacy and config.privacy.at_site:
-        return _train_in_private(site, config.privacy, round, received, codec)
+        return _train_in_private(
+            site, config.privacy, received.round, received.adapter, received.codec
+        )
 
-    examples = after_tgap(site.load().train, config.tgap)
-    update, report = train_locally(site, received, round, examples=examples)
+    examples = received.examples(site)
+    update, report = train_locally(site, received.adapter, received.round, examples=examples)
     if config.privacy:
         update = privacy.clip(update, config.privacy.clip_norm)
 
-    coded = gate.coded_object(received, update, config.representation)
-    return coded_reply(site, codec, coded, message, n=len(examples), loss=report.loss)
+    return received.reply(site, LocalUpdate(update, len(examples), report.loss))
 
 
 def _train_in_private(
@@ -372,7 +329,7 @@ def _check_latent(codec: CodecSettings, layout: Layout) -> None:
 METHOD = Method(
     CgFedLlmConfig,
     CgFedLlmServer,
-    {"train": train, **TASKS},
+    shared_tasks(train, terms),
     paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, "
     "ECAI 2025, https://arxiv.org/abs/2405.13746",
     plan=plan,

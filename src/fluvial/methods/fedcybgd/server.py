@@ -11,10 +11,10 @@ from fluvial.codecs import build
 from fluvial.data import Example
 from fluvial.errors import GateError, WireError
 from fluvial.exchange import is_stale
+from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.bounds import check_update, rms, too_long
 from fluvial.federation.fleet import Failure, Fleet
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
-from fluvial.methods.fedavg import WeightedLoss
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, ProxyDownload
 from fluvial.methods.fedcybgd.download.holder import EmptyHolder

@@ -8,7 +8,9 @@ from torch import nn
 
 from fluvial.codecs import build
 from fluvial.exchange import STALE
-from fluvial.federation.sites import Site, code, round_of
+from fluvial.exchange.at_site import encode
+from fluvial.exchange.uplink import coder_of
+from fluvial.federation.sites import Site, round_of
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload
 from fluvial.methods.fedcybgd.download.holder import Received
@@ -92,8 +94,8 @@ def visit(site: Site, message: Payload) -> Payload:
     for name, tensor in update.items():
         tensor -= received.start[name]
     del received  # a block is large, and coding it takes memory too
-    codec = build(site.codec, block.layout)
-    frame = code(site, codec, update, round, slot=f"residual-{index}")
+    coder = coder_of(build(site.codec, block.layout), {})
+    frame, _ = encode(site, coder, update, round, suffix=f"-{index}")
 
     return frame_payload(
         frame, n=len(examples), loss=report.loss, visit=message.value("visit", str)

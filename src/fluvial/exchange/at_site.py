@@ -1,0 +1,149 @@
+"""The site's half of the one road: receive an adapter, train, send the update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fluvial.codecs import CodecSettings
+from fluvial.codecs.base import Codec
+from fluvial.data import Example
+from fluvial.exchange import tgap
+from fluvial.exchange.coding import Coder
+from fluvial.exchange.downlink import receive
+from fluvial.exchange.feedback import RESIDUAL
+from fluvial.exchange.gate import coded_object
+from fluvial.exchange.gathering import STALE
+from fluvial.exchange.refit import follow
+from fluvial.exchange.terms import Terms
+from fluvial.exchange.uplink import coder_of
+from fluvial.exchange.versions import install_codec, site_codec
+from fluvial.federation.sites import Site, Task, round_of
+from fluvial.seeds import derive
+from fluvial.wire.payload import Payload, Value, frame_payload
+from fluvial.wire.tensors import Named
+
+
+@dataclass(frozen=True)
+class LocalUpdate:
+    """What a site's training brings."""
+
+    tensors: Named
+    """Difference to the adapter that it received, fp32."""
+    samples: int
+    """Sequences that it was trained on; the weight of the update."""
+    loss: float
+    """Mean training loss, nats per label token."""
+
+
+LocalTraining = Callable[[Site, Named, int, Sequence[Example]], LocalUpdate]
+"""Trains at a site: from an adapter, in a round, on examples."""
+MakeTerms = Callable[[Any, CodecSettings], Terms]
+"""Makes the terms of a method from its config and the run's codec; both ends call it."""
+
+
+def encode(
+    site: Site, coder: Coder, update: Named, round: int, *, suffix: str = ""
+) -> tuple[bytes, dict[str, Payload]]:
+    """Return the frame for `update`, and the coder's state, which the site keeps with its answer.
+
+    Slots are those of the coder with `suffix`, for a site with several layouts.
+    """
+    before = {slot: site.recall(slot + suffix) for slot in coder.slots}
+    seed = derive(site.seed, "codec", round, site.name)
+    frame, after = coder.encode(update, before, seed=seed, round=round)
+    for slot, payload in after.items():
+        site.keep(slot + suffix, payload)
+
+    return frame, after
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a message of the exchange brings to a site."""
+
+    adapter: Named
+    """The adapter to train, as the server knows that the site holds it."""
+    codec: Codec
+    """The codec to answer with, of what is sent."""
+    terms: Terms
+    round: int
+    step: float | None
+    """Step of the quantiser, where the server sets it."""
+
+    def examples(self, site: Site) -> Sequence[Example]:
+        """Return the sequences that a round trains on: all that TGAP does not take."""
+        return tgap.after_tgap(site.load().train, self.terms.tgap)
+
+    def reply(self, site: Site, update: LocalUpdate) -> Payload:
+        """Return the site's answer: the frame, sample count, loss, and under error feedback the
+        codec's relative squared error."""
+        coder = coder_of(self.codec, self.adapter, step=self.step)
+        coded = coded_object(self.adapter, update.tensors, self.terms.representation)
+        frame, after = encode(site, coder, coded, self.round)
+        values: dict[str, Value] = {"n": update.samples, "loss": float(f"{update.loss:.6g}")}
+        if RESIDUAL in after:
+            values["e"] = float(f"{after[RESIDUAL].value('error', float):.6g}")
+
+        return frame_payload(frame, **values)
+
+
+def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | None:
+    """Return what `message` brings; None where the site lacks what it builds on.
+
+    Then the answer is `STALE`. Raises `WireError` for a message that the server's half did not
+    make.
+    """
+    adapter = receive(site, message)
+    if adapter is None:
+        return None
+
+    codec = site_codec(site, terms.sent(site.layout))
+    followed = follow(site, codec, adapter, message, terms.pretraining(site.codec))
+    if followed is None:
+        return None
+
+    step = message.number("step", 2.0**-200, 2.0**200) if "step" in message.values else None
+    return Received(adapter, followed, terms, round_of(site, message), step)
+
+
+def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
+    """Return the task that receives an adapter, calls `train`, and sends the update."""
+
+    def task(site: Site, message: Payload) -> Payload:
+        received = receive_exchange(site, message, make_terms(site.method, site.codec))
+        if received is None:
+            return STALE
+
+        update = train(site, received.adapter, received.round, received.examples(site))
+        return received.reply(site, update)
+
+    return task
+
+
+def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
+    """Return all tasks of a method whose sites share one adapter.
+
+    Beside `train`, usually made by `shared`, they install a codec, and take part in TGAP.
+    """
+
+    def snapshot(site: Site, message: Payload) -> Payload:
+        terms = make_terms(site.method, site.codec)
+        return tgap.snapshot(
+            site,
+            message,
+            tgap=terms.tgap,
+            factors=terms.factors,
+            representation=terms.representation,
+        )
+
+    def probe(site: Site, message: Payload) -> Payload:
+        representation = make_terms(site.method, site.codec).representation
+        return tgap.probe(site, message, representation=representation)
+
+    return {
+        "train": train,
+        "install": install_codec,
+        "snapshot": snapshot,
+        "moments": tgap.send_moments,
+        "probe": probe,
+    }

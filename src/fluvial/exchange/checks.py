@@ -1,0 +1,90 @@
+"""Checks of a codec against the layout and the pre-training, before anything is trained."""
+
+import torch
+
+from fluvial.codecs import CODECS, CodecSettings, must_learn
+from fluvial.codecs.auto import AutoSettings
+from fluvial.codecs.klt.moments import MomentCodec, num_bytes
+from fluvial.codecs.klt.settings import KltSettings
+from fluvial.errors import ConfigError
+from fluvial.exchange.tgap import TgapConfig
+from fluvial.exchange.weighting import scales
+from fluvial.models.states import no_change
+from fluvial.wire.payload import Limits
+from fluvial.wire.tensors import Layout, Named
+
+
+def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> None:
+    """Raise `ConfigError` if the codec cannot code `layout`, or has nothing to learn from."""
+    name: str = codec.name
+    if codec.weighted:
+        if (
+            isinstance(codec, AutoSettings)
+            or config.refit != "no"
+            or config.source == "sites-covariance"
+        ):
+            raise ConfigError(
+                "codec.weighted: not with codec 'auto', a refit, or tgap.source='sites-covariance'"
+            )
+
+        if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
+            raise ConfigError(
+                "codec.weighted: noise_ratio compares with unweighted noise; set one of the two"
+            )
+
+        scales(
+            {each: no_change(shape) for each, shape in layout.shapes} | _partners(layout), layout
+        )
+
+    if must_learn(codec) and config.source == "none":
+        raise ConfigError(
+            f"method.tgap.source='none': codec {name!r} must be trained; choose 'public' or 'sites'"
+        )
+
+    if config.source == "sites-covariance":
+        _check_moments(codec, layout)
+    if isinstance(codec, AutoSettings):
+        return
+
+    CODECS[name].frame_size(codec, layout)
+
+
+def _check_moments(codec: CodecSettings, layout: Layout) -> None:
+    """Raise `ConfigError` if second moments cannot fit the codec, or are too many for a message."""
+    name: str = codec.name
+    if not must_learn(codec):
+        raise ConfigError(
+            f"method.tgap.source='sites-covariance': codec {name!r} learns nothing, so no moments are needed; choose "
+            "'none', or 'sites' to have it measured"
+        )
+
+    if not isinstance(codec, AutoSettings) and not issubclass(CODECS[name], MomentCodec):
+        raise ConfigError(needs_updates(codec))
+
+    need = num_bytes(layout)
+    most = Limits().max_bytes
+    if need > most:
+        raise ConfigError(
+            f"method.tgap.source='sites-covariance': the moments of one site take {need:,} bytes, over the {most:,} of "
+            "a message, because they grow with the square of the layers' width; choose fewer lora.target_modules, or "
+            "source 'public' or 'sites'"
+        )
+
+
+def needs_updates(codec: CodecSettings) -> str:
+    """Return why moments cannot fit a codec that learns from updates themselves."""
+    able = ", ".join(repr(name) for name, kind in CODECS.items() if issubclass(kind, MomentCodec))
+    return (
+        f"method.tgap.source='sites-covariance': codec {codec.name!r} learns from updates themselves, which no site "
+        f"sends; choose codec.name={able} or 'auto', or source 'public' or 'sites'"
+    )
+
+
+def _partners(layout: Layout) -> Named:
+    """Zeros for the factors that sites receive and do not send."""
+    swap = {".lora_A.": ".lora_B.", ".lora_B.": ".lora_A."}
+    names = [
+        name.replace(mark, swap[mark]) for name in layout.names for mark in swap if mark in name
+    ]
+
+    return {name: torch.zeros(1) for name in names if name not in layout.names}

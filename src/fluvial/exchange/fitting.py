@@ -1,0 +1,240 @@
+"""Fit of a codec before the first round: updates to fit it to, a choice, and the gate.
+
+Updates are collected at TGAP (`tgap`), at sites or from public text. A codec is fitted to the
+earlier ones and measured on the later ones; under `codec.name = "auto"` each candidate is.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fluvial.codecs import CODECS, CodecSettings, build, read_settings
+from fluvial.codecs.auto import AutoSettings, Measured, Watch, candidates, choose
+from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
+from fluvial.codecs.klt.moments import MomentCodec, Moments
+from fluvial.errors import ConfigError, GateError
+from fluvial.exchange import gate, tgap
+from fluvial.exchange.checks import needs_updates
+from fluvial.exchange.gate import GateReport, Representation
+from fluvial.exchange.terms import Terms
+from fluvial.exchange.versions import published
+from fluvial.exchange.weighting import scales, weigh
+from fluvial.federation.bounds import too_long
+from fluvial.federation.context import Context
+from fluvial.federation.fleet import Failure, Fleet, Reply
+from fluvial.seeds import derive
+from fluvial.wire.payload import Payload, Value
+from fluvial.wire.tensors import Layout
+
+logger = logging.getLogger(__name__)
+
+OnRefusal = Literal["refuse", "report"]
+"""What happens when a codec fails the gate: the run stops, or the report says so."""
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Updates at the server, by which codecs are fitted and measured."""
+
+    layout: Layout
+    representation: Representation
+    training: Sequence[Snapshot]
+    heldout: Sequence[Snapshot]
+    seed: int
+
+    @property
+    def count(self) -> int:
+        """Updates that a fit sees."""
+        return len(self.training)
+
+    def fit(self, settings: CodecSettings) -> Codec:
+        """A codec with these settings; raises `ConfigError` if it cannot code the layout."""
+        kind = CODECS[settings.name]
+        if not issubclass(kind, LearnedCodec):
+            return build(settings, self.layout)
+
+        objects = [
+            gate.coded_object(each.received, each.update, self.representation)
+            for each in self.training
+        ]
+        if settings.weighted:
+            pairs = zip(objects, self.training, strict=True)
+            objects = [weigh(update, scales(each.received, self.layout)) for update, each in pairs]
+
+        return kind.fit(settings, self.layout, objects, seed=self.seed)
+
+    def measure(self, codec: Codec) -> GateReport:
+        """What the codec does to held-out updates."""
+        return gate.measure(codec, self.training, self.heldout, self.representation)
+
+    def holders(self, settings: CodecSettings) -> Sequence[str]:  # noqa: ARG002 - nothing was sent
+        """Sites to which measuring has brought the codec with these settings."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The same where updates stay at the sites: moments to fit by, and sites that measure."""
+
+    layout: Layout
+    representation: Representation
+    moments: Moments
+    fleet: Fleet
+    num_heldout: int
+    """Snapshots that each site holds back."""
+    held: dict[str, CodecSettings] = field(default_factory=dict)
+    """Which codec each site was sent last."""
+
+    @property
+    def count(self) -> int:
+        """See `Snapshots`."""
+        return self.moments.count
+
+    def fit(self, settings: CodecSettings) -> Codec:
+        """See `Snapshots`."""
+        kind = CODECS[settings.name]
+        if not issubclass(kind, LearnedCodec):
+            return build(settings, self.layout)
+        if not issubclass(kind, MomentCodec):
+            raise ConfigError(needs_updates(settings))
+        return kind.fit_moments(settings, self.layout, self.moments)
+
+    def measure(self, codec: Codec) -> GateReport:
+        """See `Snapshots`; a site that decodes must hold the decoder."""
+        messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
+
+        def read(_site: str, reply: Payload) -> gate.Probe:
+            return gate.Probe.read(reply, most=self.num_heldout)
+
+        replies = list(self.fleet.ask("probe", messages, round=0, read=read, alone=False))
+        replies = self._plausible(replies)
+        self.fleet.require_quorum("probe", 0, answered=len(replies), asked=len(messages))
+        self.held.update((reply.site, codec.settings) for reply in replies)
+
+        return gate.fold([reply.content for reply in replies], self.layout, self.representation)
+
+    def _plausible(self, replies: list[Reply[gate.Probe]]) -> list[Reply[gate.Probe]]:
+        """Leave out sites whose sums are far beyond those of the others."""
+        sizes = {reply.site: reply.content.sizes for reply in replies}
+        growth = self.fleet.config.max_update_growth
+
+        for index in range(len(gate.Probe.SIZES)):
+            others = [each[index] for each in sizes.values()]
+            for site, found in sorted(sizes.items()):
+                if too_long(found[index], others, growth) is not None:
+                    reason = f"its {gate.Probe.SIZES[index]} is {found[index]:.4g}, far beyond the other sites'"
+                    self.fleet.reject(Failure(site, 0, "probe", reason, 0))
+                    del sizes[site]
+
+        return [reply for reply in replies if reply.site in sizes]
+
+    def holders(self, settings: CodecSettings) -> Sequence[str]:
+        """See `Snapshots`."""
+        return [site for site, held in self.held.items() if held == settings]
+
+
+def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
+    """Return what sites, or sites simulated on public text, have learned of their updates."""
+    config = terms.tgap
+    layout = terms.sent(context.layout)
+
+    if config.source == "sites-covariance":
+        moments = tgap.collect_moments(config, fleet, context.layout, context.seed, sent=layout)
+        num_heldout = config.rounds - config.training_rounds
+        return Sums(layout, terms.representation, moments, fleet, num_heldout)
+
+    ensemble = fleet
+    if config.source == "public":
+        ensemble = tgap.simulated_fleet(
+            config, context, factors=terms.factors, representation=terms.representation
+        )
+
+    snapshots = tgap.collect(config, ensemble, context.layout, context.seed, sent=layout)
+    training, heldout = tgap.split_by_time(snapshots, config.holdout)
+    seed = derive(context.seed, "codec fit")
+
+    return Snapshots(layout, terms.representation, training, heldout, seed)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `auto` chose."""
+
+    codec: Codec
+    report: GateReport
+    watch: Watch | None
+    """Guard of the choice during the run; only error feedback tells the error."""
+    values: dict[str, Value]
+    """The choice and its reason, for the result."""
+
+
+def choose_codec(
+    settings: AutoSettings, updates: Snapshots | Sums, layout: Layout, rounds: int
+) -> Chosen:
+    """Return the best of the candidates that can be fitted; raise `ConfigError` if none can."""
+    measured: dict[str, Measured] = {}
+    fitted: dict[str, tuple[Codec, GateReport]] = {}
+
+    for values in candidates(settings, layout):
+        try:
+            candidate: CodecSettings = read_settings(values)
+            codec = updates.fit(candidate)
+        except ConfigError as error:
+            logger.info("auto: %s is no candidate: %s", values["name"], error)
+            continue
+
+        report = updates.measure(codec)
+        fitted[candidate.name] = codec, report
+        measured[candidate.name] = _measured(codec, report)
+
+    if not measured:
+        rate = settings.target(layout)
+        raise ConfigError(f"codec: no codec reaches rate {rate:g} on this layout")
+
+    choice = choose(settings, measured, layout, rounds)
+    logger.info("auto: %s", choice.reason)
+    codec, report = fitted[choice.codec.name]
+    reason: dict[str, Value] = {
+        "codec": choice.codec.model_dump(mode="json"),
+        "why": choice.reason,
+    }
+    if not choice.codec.error_feedback:
+        return Chosen(codec, report, None, reason)
+
+    plain = [each.error for name, each in measured.items() if not CODECS[name].learned]
+    watch = Watch(min(plain, default=1.0), isinstance(codec, LearnedCodec))
+    return Chosen(codec, report, watch, reason)
+
+
+def judge(codec: CodecSettings, report: GateReport, on_refusal: OnRefusal) -> None:
+    """Raise `GateError` for a codec that does not carry held-out updates."""
+    name = codec.name
+    if codec.error_feedback and not report.contraction < 1:
+        raise GateError(
+            f"codec {name!r} with error feedback: the error is up to {report.contraction:.3f} of "
+            "the update's norm on held-out snapshots, so residuals would grow without bound; set "
+            "codec.error_feedback=false",
+            report.values(),
+        )
+
+    # An unbiased codec may enlarge an update: its error is repaid by the mean over sites, not by a
+    # smaller error.
+    if report.failed and on_refusal == "refuse" and not codec.without_bias:
+        raise GateError(gate.explain(report, name), report.values())
+
+
+def _measured(codec: Codec, report: GateReport) -> Measured:
+    """Return the errors of a candidate, and what it sends."""
+    published_bytes = 0
+    if isinstance(codec, LearnedCodec):
+        half = published(codec, 1, decoder=codec.settings.error_feedback)
+        published_bytes = len(half.to_bytes())
+
+    return Measured(
+        codec=codec.settings,
+        error=report.errors.all,
+        frame_bytes=report.bytes_per_update,
+        published_bytes=published_bytes,
+        aggregate_error=report.errors.aggregate,
+    )

@@ -1,0 +1,110 @@
+"""One ask of a cohort: replies are read, sites that lack something are asked again, outliers fail.
+
+Every method that folds one reply from each site gathers them here, whatever the replies carry.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from fluvial.errors import WireError
+from fluvial.federation.bounds import Cohort, Counted
+from fluvial.federation.fleet import Fleet
+from fluvial.wire.payload import Payload
+
+T = TypeVar("T")
+
+STALE = Payload(values={"stale": True})
+"""A site's answer when it lacks what the message builds on, and must be sent everything."""
+
+
+@dataclass(frozen=True)
+class Readable(Generic[T]):
+    """A reply that was read and checked."""
+
+    content: T
+    length: float
+    """Length of its update, which is compared with the others of the round."""
+    weight: int
+    """Samples of the site."""
+
+
+def is_stale(reply: Payload) -> bool:
+    """Return whether a reply is `STALE` and nothing else."""
+    return reply.values == STALE.values and not reply.tensors
+
+
+def to_all(sites: Sequence[str], message: Payload) -> dict[str, Payload]:
+    """Return the same message for each of `sites`."""
+    return dict.fromkeys(sites, message)
+
+
+def _ignore(_sites: Sequence[str]) -> None:
+    """Forget nothing."""
+
+
+def _note(_site: str) -> None:
+    """Note nothing."""
+
+
+@dataclass
+class Gathering(Generic[T]):
+    """The replies to one task of one round, as an iterable of those that count."""
+
+    fleet: Fleet
+    task: str
+    round: int
+    messages: Callable[[Sequence[str]], Mapping[str, Payload]]
+    """Makes the messages for some sites; it may leave out a site, which then has failed."""
+    read: Callable[[str, Payload], Readable[T]]
+    """Reads the reply of a site; what it raises is that site's failure."""
+    answered: Callable[[str], None] = _note
+    """Called for each site whose reply was read and accepted."""
+    forget: Callable[[Sequence[str]], None] = _ignore
+    """Called for sites that lack something, before they are asked again."""
+    clipped: list[dict[str, Any]] = field(default_factory=list)
+    """Sites whose weight was lowered, with both weights; complete after the last reply."""
+
+    def of(self, cohort: Sequence[str]) -> Iterator[Counted[T]]:
+        """Ask `cohort`, and yield the replies that count, as soon as it is known that they do.
+
+        A site that is still stale when it is asked again has failed. Raises `ClientError` where
+        the quorum is missed.
+        """
+        replies: Cohort[T] = Cohort(self.fleet, self.task, self.round, asked=len(cohort))
+        waiting = list(cohort)
+
+        for again in (False, True):
+            stale = []
+            for site, content in self._ask(waiting, again=again):
+                if content is None:
+                    stale.append(site)
+                    continue
+
+                self.answered(site)
+                yield from replies.add(site, content.length, content.weight, content.content)
+
+            if not stale:
+                break
+
+            waiting = sorted(stale)
+            self.forget(waiting)
+
+        yield from replies.close()
+        self.clipped = replies.clipped
+
+    def _ask(
+        self, sites: Sequence[str], *, again: bool
+    ) -> Iterator[tuple[str, Readable[T] | None]]:
+        """Yield each site with its reply, None for a stale one."""
+
+        def read(site: str, reply: Payload) -> Readable[T] | None:
+            if not is_stale(reply):
+                return self.read(site, reply)
+            if again:
+                raise WireError("the site cannot follow even after everything was sent again")
+            return None
+
+        messages = self.messages(sites)
+        for reply in self.fleet.ask(self.task, messages, round=self.round, read=read, alone=False):
+            yield reply.site, reply.content

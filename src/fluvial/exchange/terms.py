@@ -1,0 +1,29 @@
+"""Terms of an exchange: what server and sites agree on before the first message."""
+
+from dataclasses import dataclass
+
+from fluvial.codecs import CodecSettings, must_learn
+from fluvial.exchange.gate import Representation
+from fluvial.exchange.tgap import NO_TGAP, TgapConfig
+from fluvial.federation.sites import Factors, part
+from fluvial.wire.tensors import Layout
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A method makes its terms from its config; both ends make the same."""
+
+    tgap: TgapConfig = NO_TGAP
+    """Pre-training of a codec that learns; without effect for the others."""
+    factors: Factors = "A and B"
+    """Factors that are trained and sent."""
+    representation: Representation = "delta"
+    """Form of what is coded: the update, or the whole adapter."""
+
+    def sent(self, layout: Layout) -> Layout:
+        """Return the layout of what a site sends, for an adapter of `layout`."""
+        return part(layout, self.factors)
+
+    def pretraining(self, codec: CodecSettings) -> TgapConfig:
+        """Return the pre-training as it happens with `codec`: none for one that learns nothing."""
+        return self.tgap if must_learn(codec) else NO_TGAP
