@@ -110,6 +110,7 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
     """Return the task that receives an adapter, calls `train`, and sends the update."""
 
     def task(site: Site, message: Payload) -> Payload:
+        """Task: receive the adapter, train, and send the update."""
         received = receive_exchange(site, message, make_terms(site.method, site.codec))
         if received is None:
             return STALE
@@ -127,6 +128,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
     """
 
     def snapshot(site: Site, message: Payload) -> Payload:
+        """Task: train on D1, and send or keep the raw update."""
         terms = make_terms(site.method, site.codec)
         return tgap.snapshot(
             site,
@@ -137,6 +139,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
         )
 
     def probe(site: Site, message: Payload) -> Payload:
+        """Task: measure a codec on the held-out updates."""
         representation = make_terms(site.method, site.codec).representation
         return tgap.probe(site, message, representation=representation)
 

@@ -11,6 +11,7 @@ so that the mean is exact and half the bytes are sent.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -28,7 +29,6 @@ from fluvial.exchange import (
     shared_tasks,
 )
 from fluvial.federation.aggregate import Aggregate
-from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.sites import Factors, Site, part, train_locally
 from fluvial.methods.interface import (
