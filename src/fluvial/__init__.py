@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fluvial.api import Result, check, load_config, load_result, run
     from fluvial.codecs.base import Codec, CodecSettings
     from fluvial.errors import ConfigError, FluvialError, WireError
+    from fluvial.exchange import Exchange, LocalUpdate
     from fluvial.federation.fleet import Fleet
     from fluvial.federation.sites import Site
     from fluvial.methods.interface import Context, Method, MethodSettings, Plan, Server, Traits
@@ -25,9 +26,11 @@ __all__ = [
     "CodecSettings",
     "ConfigError",
     "Context",
+    "Exchange",
     "Fleet",
     "FluvialError",
     "Layout",
+    "LocalUpdate",
     "Method",
     "MethodSettings",
     "Payload",
@@ -49,6 +52,7 @@ _MODULES = {
     "fluvial.api": ("Result", "check", "load_config", "load_result", "run"),
     "fluvial.codecs.base": ("Codec", "CodecSettings"),
     "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
+    "fluvial.exchange": ("Exchange", "LocalUpdate"),
     "fluvial.federation.fleet": ("Fleet",),
     "fluvial.federation.sites": ("Site",),
     "fluvial.methods.interface": (
