@@ -40,10 +40,7 @@ class CodecSettings(Settings):
     def without_bias(self) -> bool:
         """True where the mean over seeds of what is decoded is the update; the mean over sites then
         repays its error."""
-        return (
-            getattr(self, "unbiased", "no") == "yes"
-            or getattr(self, "mode", "biased") == "dithered"
-        )
+        return False
 
 
 class RateSettings(CodecSettings):

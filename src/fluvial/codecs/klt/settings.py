@@ -51,6 +51,11 @@ class KltSettings(RateSettings):
     """Set, the rate holds for the first round only; then the server sets the step so that the
     codec's noise is this many times the variance between sites (SNR-driven rate)."""
 
+    @property
+    def without_bias(self) -> bool:
+        """See `CodecSettings.without_bias`."""
+        return self.mode == "dithered"
+
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         if self.mode == "dithered" and self.noise_ratio is not None:

@@ -46,6 +46,11 @@ class EdenSettings(RateSettings):
     """Entropy-coded whole steps, or the paper's Lloyd-Max levels of 1 to 8 bits with sampling under
     1 bit."""
 
+    @property
+    def without_bias(self) -> bool:
+        """See `CodecSettings.without_bias`."""
+        return self.unbiased == "yes"
+
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         if (

@@ -25,6 +25,11 @@ class RandomKSettings(RateSettings):
     unbiased: Literal["yes", "no"] = "no"
     """Scaling by numel / k, which makes the expectation over seeds the update."""
 
+    @property
+    def without_bias(self) -> bool:
+        """See `CodecSettings.without_bias`."""
+        return self.unbiased == "yes"
+
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         if (

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluvial.codecs import CodecSettings, build
+from fluvial.codecs import Codec, CodecSettings, build
 from fluvial.errors import WireError
 from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.download import LowBitDownload
@@ -35,7 +35,8 @@ def coded(weights: Named, settings: CodecSettings) -> Named:
     }
 
 
-def matrix_codec(settings: CodecSettings, name: str, shape: Iterable[int]) -> Any:
+def matrix_codec(settings: CodecSettings, name: str, shape: Iterable[int]) -> Codec:
+    """Return the codec of one matrix, which is a frame of its own."""
     return build(settings, Layout(((name, tuple(shape)),)))
 
 

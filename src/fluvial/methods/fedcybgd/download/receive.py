@@ -1,12 +1,11 @@
 """The site's half of a download: reads a message into the model that the site trains."""
 
-from typing import Any
-
 from fluvial.codecs import CodecSettings
 from fluvial.errors import WireError
 from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.download import (
     CacheDownload,
+    DownloadConfig,
     LowBitDownload,
     ProxyDownload,
     StaleDownload,
@@ -26,7 +25,12 @@ from fluvial.wire.payload import Payload
 
 
 def receive(
-    config: Any, holder: Holder, message: Payload, parts: Partition, *, codec: CodecSettings
+    config: DownloadConfig,
+    holder: Holder,
+    message: Payload,
+    parts: Partition,
+    *,
+    codec: CodecSettings,
 ) -> Received | None:
     """Return the model that `message` brings; None if it builds on something that the site does not
     hold.

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
+from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import Identity
 from fluvial.methods.fedcybgd.blocks import Partition
 from fluvial.methods.fedcybgd.download import (
     CacheDownload,
+    DownloadConfig,
     FullDownload,
     LowBitDownload,
     ProxyDownload,
@@ -36,7 +38,7 @@ class Sender:
 
     def __init__(
         self,
-        config: Any,
+        config: DownloadConfig,
         ledger: Ledger,
         seed: int,
         bench: Callable[[], ModelPool],
@@ -57,7 +59,8 @@ class Sender:
         values = {**values, "block": index, "visit": visit}
         self._sent[site] = [*self.ledger.versions, 0]
 
-        match self.config:
+        config = self.config
+        match config:
             case FullDownload():
                 return Payload(self._block(index) | self._others(index), values)
             case ProxyDownload():
@@ -67,13 +70,13 @@ class Sender:
                     self._block(index) | others, values | {"manifest": manifest.values()}
                 )
             case StaleDownload():
-                refreshed = subset(self.ledger.changed, self.config.share, self.seed, visit)
+                refreshed = subset(self.ledger.changed, config.share, self.seed, visit)
                 names = [
                     n for k in refreshed if k != index for n in self.parts.blocks[k].layout.names
                 ]
                 return Payload(self._block(index) | self._cast(self._weights(names)), values)
             case LowBitDownload():
-                return self._low_bit(site, index, values)
+                return self._low_bit(site, index, values, config.codec)
             case CacheDownload():
                 return self._replay(site, index, values)
 
@@ -114,7 +117,9 @@ class Sender:
         kinds = self.bench().outline.dtypes
         return {name: tensor.to(kinds[name]) for name, tensor in weights.items()}
 
-    def _low_bit(self, site: str, index: int, values: dict[str, Value]) -> Payload:
+    def _low_bit(
+        self, site: str, index: int, values: dict[str, Value], codec: CodecSettings
+    ) -> Payload:
         """Return the block, and of every other part that the site does not hold in this version the
         coded weights."""
         held = self.holds.get(site, [-1] * (len(self.parts) + 1))
@@ -123,7 +128,7 @@ class Sender:
 
         for number, layout in enumerate(layouts_of(self.parts)):
             if number != index and held[number] != versions[number]:
-                tensors |= coded(self._cast(self._weights(layout.names)), self.config.codec)
+                tensors |= coded(self._cast(self._weights(layout.names)), codec)
 
         self._sent[site][index] = held[index]  # it gets the block itself, not its coded image
         return Payload(tensors, values | {"versions": [*versions]})
