@@ -162,22 +162,26 @@ class InProcess:
             )
 
     def _work(self, visit: _Visit, request: Request) -> None:
-        """Make one step as the site; of an error only what may leave a site goes back."""
-        site = visit.site
+        """Make one step as the site, and hand in what comes of it unless it was dropped."""
         torch.set_num_threads(self._threads)
-
-        try:
-            message = Payload.from_bytes(request.data, self._limits)
-            if request.turn == 0:
-                site.accept_assignment(message)
-            answer, final = visit.running.step(message)
-            arrival = Arrival(request.number, answer.to_bytes(), final=final)
-        except BaseException as problem:
-            log = site.store.errors(site.name)
-            text = outward(problem, log, site=site.name, round=request.round, task=request.task)
-            arrival = Arrival(request.number, text.encode(errors="replace"), problem=text)
+        arrival = self._step(visit, request)
 
         if visit.leave():
             visit.close()
         else:
             self._arrived.put(arrival)
+
+    def _step(self, visit: _Visit, request: Request) -> Arrival:
+        """Return the site's answer; of an error only what may leave a site."""
+        site = visit.site
+        try:
+            message = Payload.from_bytes(request.data, self._limits)
+            if request.turn == 0:
+                site.accept_assignment(message)
+
+            answer, final = visit.running.step(message)
+            return Arrival(request.number, answer.to_bytes(), final=final)
+        except BaseException as problem:
+            log = site.store.errors(site.name)
+            text = outward(problem, log, site=site.name, round=request.round, task=request.task)
+            return Arrival(request.number, text.encode(errors="replace"), problem=text)

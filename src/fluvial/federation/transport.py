@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fluvial.wire.payload import Value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One message to one site."""
 
@@ -31,7 +31,7 @@ class Request:
     here. A transport that holds a message back sets it to infinity until then."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Arrival:
     """Result of a request: an answer, or the reason why there is none."""
 
