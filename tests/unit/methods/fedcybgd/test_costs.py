@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fluvial.codecs.quantise import Int8Settings
 from fluvial.data import Example
-from fluvial.methods.fedcybgd import notes
+from fluvial.methods.fedcybgd import plan
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.fedcybgd.download import ProxyDownload
@@ -30,6 +31,7 @@ from fluvial.methods.fedcybgd.traffic import (
     subset_size,
     visit_bytes,
 )
+from fluvial.methods.interface import Given
 from fluvial.models.tuning import tuned_layout
 from fluvial.training.train import TrainConfig, train
 from fluvial.wire.tensors import Layout
@@ -270,6 +272,22 @@ def test_the_formula_is_what_training_holds(width: Width, whole: bool) -> None:
 
 
 def test_a_gate_to_come_is_announced() -> None:
+    base = meta("LlamaConfig", TINY)
+    facts = Given(
+        layout=tuned_layout(base, None),
+        base=base,
+        width_bytes=4,
+        codec=Int8Settings(),
+        downlink=None,
+        train=TrainConfig(),
+        sites=2,
+        rounds=1,
+        line=None,
+    )
+
+    def notes(config: FedCyBgdConfig) -> list[str]:
+        return list(plan(config, facts).notes)
+
     (note,) = notes(FedCyBgdConfig(download=ProxyDownload()))
     assert (
         "may refuse the download: gradients through form='proxy' must keep a cosine of 0.7" in note
