@@ -46,7 +46,7 @@ def descend(layer: nn.Linear) -> None:
     with torch.no_grad():
         for parameter in layer.parameters():
             assert parameter.grad is not None
-            parameter -= RATE * parameter.grad
+            parameter.sub_(RATE * parameter.grad)
             parameter.grad = None
 
 

@@ -401,7 +401,7 @@ def test_a_task_that_talks_when_it_is_asked_fails_as_that_site() -> None:
 
 def test_no_thread_waits_between_two_turns() -> None:
     fleet = site_fleet(talk, workers=4)
-    turns = []
+    turns: list[Turn[float]] = []
     for event in converse(fleet):
         if isinstance(event, Idle):
             until = time.monotonic() + 5
@@ -426,7 +426,7 @@ def test_gradients_go_on_over_a_turn_as_in_one_thread() -> None:
             assert not torch.is_grad_enabled()
         assert torch.is_grad_enabled()
         answer = value(site.name, (yield number(0.0)))
-        (answer * hidden).backward()
+        (answer * hidden).backward()  # type: ignore[no-untyped-call]
         assert weight.grad is not None
         return number(weight.grad.sum().item())
 
