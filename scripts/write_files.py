@@ -47,7 +47,8 @@ def purpose(file: Path) -> str:
 def layers() -> str:
     """Return the table of layers, the highest one first; the last rows are one layer together."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    (contract,) = settings["tool"]["importlinter"]["contracts"]
+    contracts = settings["tool"]["importlinter"]["contracts"]
+    (contract,) = (contract for contract in contracts if contract["type"] == "layers")
     rows = ["| layer | purpose |", "| --- | --- |"]
 
     for layer in contract["layers"]:

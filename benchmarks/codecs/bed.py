@@ -21,12 +21,14 @@ from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, DivergenceError, GateError
 from fluvial.exchange import tgap
+from fluvial.methods.measuring import TASK as MEASURING
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
-from fluvial.runs.run import MEASURING, Run, check_settings
+from fluvial.runs.opening import check_settings
+from fluvial.runs.run import Run
 
 MEMORY = Path("/dev/shm")
 """Runs write their folders here where it exists: on a disk, half of a small round is waiting for

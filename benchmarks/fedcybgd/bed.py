@@ -31,6 +31,7 @@ from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
 from fluvial.methods.fedcybgd.traffic import Full, OnDisk, Sizes
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.loading import meta_base
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, dtype_of
@@ -38,7 +39,8 @@ from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import Run, check_settings, given
+from fluvial.runs.opening import check_settings, given
+from fluvial.runs.run import Run
 from fluvial.seeds import generator
 from fluvial.training.evaluate import heldout
 from fluvial.wire.tensors import Layout
@@ -212,9 +214,10 @@ def traced(config: RunConfig) -> Row:
     except (GateError, DivergenceError, ClientError) as error:
         return {"stopped": f"{type(error).__name__}: {error}"[-300:]}
 
-    state = done.run.server.model()
+    server = done.run.server
+    assert isinstance(server, SharedModelServer), "all of these have a global model"
+    state = server.model()
     bench = done.run.bench
-    assert state is not None, "all of these have a global model"
     taken = {"seconds": time.perf_counter() - since, "cpu_s": time.process_time() - busy}
 
     return {

@@ -20,7 +20,7 @@ from fluvial.federation.transport import Request
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import site_of, tasks_of
+from fluvial.runs.opening import site_of, tasks_of
 from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.wire.payload import Payload, frame_payload
 from tests.contract.test_hostile_site import TABLES, with_values

@@ -30,7 +30,8 @@ from fluvial.federation.fleet import Failure, Fleet
 from fluvial.federation.in_process import InProcess, concurrency
 from fluvial.flower import certificates
 from fluvial.runs.config import parse
-from fluvial.runs.run import execute, site_of, tasks_of
+from fluvial.runs.opening import site_of, tasks_of
+from fluvial.runs.run import execute
 from tests.support.flower_lab import SERVER, Deployment, RunEndedError, deployment
 from tests.support.moments import SKEW, Moments
 

@@ -18,6 +18,7 @@ from fluvial.federation.sites import Site, Task
 from fluvial.methods import METHODS
 from fluvial.methods.fedcybgd.blocks import Partition, partition
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import tuned_parameters
@@ -164,7 +165,7 @@ class Stage:
                 if event.kind != "round":
                     continue
                 rounds.append(event.values)
-                states.append(cast(Named, run.server.model()))
+                states.append(cast(SharedModelServer, run.server).model())
                 if event.values["round"] == config.rounds and to == "last round":
                     break
                 if after is not None:

@@ -15,7 +15,8 @@ from fluvial.methods.interface import Server
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import Run, site_of, tasks_of
+from fluvial.runs.opening import site_of, tasks_of
+from fluvial.runs.run import Run
 from fluvial.wire.payload import Payload
 
 Change = Callable[[str, str, int, bytes], bytes | None]

@@ -1,6 +1,6 @@
 """The methods. A file beside, and here its import, its entry and its config, make a new one."""
 
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -13,7 +13,16 @@ from fluvial.methods.flasc import FlascConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
 from fluvial.methods.local import LocalConfig
 
-__all__ = ["METHODS", "Context", "Method", "MethodConfig", "Metrics", "Server"]
+__all__ = [
+    "BASELINES",
+    "METHODS",
+    "Baseline",
+    "Context",
+    "Method",
+    "MethodConfig",
+    "Metrics",
+    "Server",
+]
 
 METHODS: dict[str, Method] = {
     "fedavg": fedavg.METHOD,
@@ -26,6 +35,10 @@ METHODS: dict[str, Method] = {
     "central_cyclic": fedcybgd.CENTRAL_CYCLIC,
 }
 """Every method by its name in a configuration."""
+
+Baseline = Literal["local", "fedavg", "central"]
+"""Methods whose uncompressed runs others are compared with."""
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 MethodConfig = Annotated[
     FedAvgConfig

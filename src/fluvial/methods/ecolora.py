@@ -42,6 +42,7 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import uncoded
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, factor
@@ -136,7 +137,7 @@ class Sparsifier:
         return np.sort(np.concatenate(chosen))
 
 
-class EcoLoraServer:
+class EcoLoraServer(SharedModelServer):
     """Keeps the global adapter, what the sites know of it, and when each site last answered.
 
     What the sites know is `view`: the same for all that are up to date. A site gets the present
@@ -393,14 +394,18 @@ def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
 
 def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
-    if config.segments > given.layout.numel:
-        raise ConfigError(
-            f"ecolora: method.segments={config.segments} exceeds the {given.layout.numel} values; "
-            "choose fewer"
-        )
-
+    check_segments(config, given.layout)
     absent = "the method's own code: known when it runs"
     return Plan(given.layout, partial(uncoded, given, given.layout, absent))
+
+
+def check_segments(config: EcoLoraConfig, layout: Layout) -> None:
+    """Raise `ConfigError` if a segment would be empty."""
+    if config.segments > layout.numel:
+        raise ConfigError(
+            f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; "
+            "choose fewer"
+        )
 
 
 METHOD = Method(

@@ -42,6 +42,7 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import coded, uncoded
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, join, split
 from fluvial.wire.tensors import Layout, Named, moved, scale
@@ -80,7 +81,7 @@ def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
     return Terms(factors=config.factors)
 
 
-class FedAvgServer:
+class FedAvgServer(SharedModelServer):
     """Keeps the global adapter."""
 
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:

@@ -34,6 +34,7 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import uncoded
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
@@ -74,7 +75,7 @@ class FlascConfig(SampledSettings):
                 yield f"{name}: without effect under server_optimizer='fedavg'; remove it"
 
 
-class FlascServer:
+class FlascServer(SharedModelServer):
     """Keeps the global adapter, all of it, and Adam's moments."""
 
     def __init__(self, config: FlascConfig, context: Context) -> None:

@@ -13,10 +13,12 @@ from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet, cohort_size
 from fluvial.federation.line import Line
 from fluvial.federation.sites import Task
+from fluvial.methods.exporting import Export, Reporting
+from fluvial.methods.measuring import Measures
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Layout
 
 Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
@@ -33,8 +35,14 @@ class Server(Protocol):
         """Run round `number`, counted from 1: ask sites, aggregate replies, change the model."""
         ...
 
-    def model(self) -> Named | None:
-        """Return the global adapter; None where each site has its own."""
+    def measure(
+        self, fleet: Fleet, reporting: Reporting, *, round: int, which: Literal["base", "final"]
+    ) -> Measures:
+        """Return measures of the base, or of the present model, on the sites' held-out text."""
+        ...
+
+    def export(self, reporting: Reporting, final: Measures) -> Export:
+        """Write the model that the run made; return what result.json says about it."""
         ...
 
     def state(self) -> Payload:
@@ -185,13 +193,16 @@ class Method:
 
 __all__ = [
     "Context",
+    "Export",
     "Forecast",
     "Given",
+    "Measures",
     "Method",
     "MethodSettings",
     "Metrics",
     "Plan",
     "Promise",
+    "Reporting",
     "Row",
     "SampledSettings",
     "Server",

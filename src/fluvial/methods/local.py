@@ -13,16 +13,20 @@ from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.interface import (
     Context,
+    Export,
     Given,
+    Measures,
     Method,
     MethodSettings,
     Metrics,
     Plan,
+    Reporting,
     Traits,
 )
+from fluvial.methods.measuring import ask_heldout
 from fluvial.methods.planning import uncoded
 from fluvial.models.states import initial_state
-from fluvial.wire.payload import Payload
+from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import add
 
 
@@ -56,8 +60,20 @@ class LocalServer:
 
         return {"loss": loss.mean(), "sites": count}
 
-    def model(self) -> None:
-        """There is no global model."""
+    def measure(
+        self, fleet: Fleet, reporting: Reporting, *, round: int, which: Literal["base", "final"]
+    ) -> Measures:
+        """Ask every site to measure the base, or its own adapter, on its held-out text."""
+        new_tokens = reporting.evaluate.max_new_tokens
+        values: dict[str, Value] = {
+            "which": "base" if which == "base" else "own",
+            "generate": new_tokens,
+        }
+        return ask_heldout(fleet, Payload(values=values), round=round)
+
+    def export(self, reporting: Reporting, final: Measures) -> Export:  # noqa: ARG002
+        """Write nothing: the sites keep their adapters."""
+        return Export()
 
     def state(self) -> Payload:
         """The sites keep everything."""

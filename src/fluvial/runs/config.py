@@ -5,7 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -13,29 +13,15 @@ from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
 from fluvial.federation.fleet import FleetConfig
-from fluvial.methods import METHODS, Method, MethodConfig
+from fluvial.methods import METHODS, Baseline, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
+from fluvial.methods.measuring import EvaluateConfig
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.storage import paths, toml
 from fluvial.training.train import TrainConfig
-
-Baseline = Literal["local", "fedavg", "central"]
-
-
-class EvaluateConfig(Settings):
-    """What is measured on the held-out part of every site, before and after."""
-
-    every: int = Field(0, ge=0, le=10**6)
-    """Measure the global model every so many rounds; 0 measures at the end only."""
-    max_new_tokens: int = Field(0, ge=0, le=10**6)
-    """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
-    sample_prompt: str | None = None
-    """Text that base and tuned model continue at the end; the first held-out question where there
-    are some."""
-    sample_tokens: int = Field(40, ge=1, le=10**6)
 
 
 class RunConfig(Settings):

@@ -15,7 +15,7 @@ from fluvial.models.targets import target_names
 from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
 from fluvial.runs.config import RunConfig
-from fluvial.runs.run import check_settings
+from fluvial.runs.opening import check_settings
 
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""

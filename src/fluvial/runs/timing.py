@@ -13,7 +13,7 @@ from fluvial.federation.in_process import concurrency
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig
-from fluvial.runs.run import texts_of
+from fluvial.runs.opening import texts_of
 from fluvial.seeds import generator
 from fluvial.training.evaluate import heldout
 from fluvial.training.train import train

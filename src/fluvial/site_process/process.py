@@ -21,7 +21,7 @@ from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.federation.talk import only_answer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import Records, site_of, tasks_of, texts_of
+from fluvial.runs.opening import Records, site_of, tasks_of, texts_of
 from fluvial.site_process.budget import check_budget, check_same_promise
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal

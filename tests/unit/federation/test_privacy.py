@@ -390,7 +390,7 @@ def test_what_epsilon_would_not_count_is_refused(
 def test_a_site_answers_no_task_that_epsilon_does_not_count(run_config: dict[str, Any]) -> None:
     """Whatever a server asks: raw snapshots, moments, measures and exact sums are not among its
     tasks."""
-    from fluvial.runs.run import tasks_of
+    from fluvial.runs.opening import tasks_of
 
     assert set(tasks_of(parse(private(run_config), "test"))) == {"train", "install"}
     exact = parse(private(run_config, heldout="exact"), "test")

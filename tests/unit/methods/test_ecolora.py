@@ -22,7 +22,7 @@ from fluvial.methods.ecolora import (
     EcoLoraServer,
     Slice,
     Sparsifier,
-    check,
+    check_segments,
     mix,
     segment,
     share,
@@ -54,7 +54,7 @@ def _context(**changes: Any) -> Context:
         "seed": 1,
         "rounds": 2,
         "layout": LAYOUT,
-        "codec": METHOD.codec,
+        "codec": METHOD.traits.codec,
         "downlink": None,
     }
     return Context(
@@ -93,7 +93,7 @@ class _Sites:
             pool=_Bench(),  # type: ignore[arg-type]
             load=lambda: SiteData([Example((1,), (1,))] * 2, [], [], 2, 0, 0),
             train=TrainConfig(),
-            codec=METHOD.codec,
+            codec=METHOD.traits.codec,
             downlink=None,
             method=self.config,
             store=self.store,
@@ -349,7 +349,7 @@ def test_impossible_settings_are_refused(run_config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="beta: without effect"):
         EcoLoraConfig(mixing="none", beta=2.0)
     with pytest.raises(ConfigError, match="choose fewer"):
-        check(EcoLoraConfig(segments=281), METHOD.codec, LAYOUT)
+        check_segments(EcoLoraConfig(segments=281), LAYOUT)
     with pytest.raises(ValueError, match="codec"):
         RunConfig.model_validate(
             run_config | {"method": {"name": "ecolora"}, "codec": {"name": "bf16"}}

@@ -37,7 +37,7 @@ def _context(**changes: Any) -> Context:
         "seed": 1,
         "rounds": 2,
         "layout": LAYOUT,
-        "codec": METHOD.codec,
+        "codec": METHOD.traits.codec,
         "downlink": None,
     }
     return Context(

@@ -13,7 +13,8 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import execute, in_process, texts_of
+from fluvial.runs.opening import texts_of
+from fluvial.runs.run import execute, in_process
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from fluvial.methods.cgfedllm import privacy
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import parse
-from fluvial.runs.run import site_of, tasks_of
+from fluvial.runs.opening import site_of, tasks_of
 from fluvial.seeds import generator
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import JOIN, SiteProcess

@@ -52,6 +52,7 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import coded
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split
@@ -92,7 +93,7 @@ def terms(config: CgFedLlmConfig, codec: CodecSettings) -> Terms:  # noqa: ARG00
     return Terms(config.tgap, representation=config.representation)
 
 
-class CgFedLlmServer:
+class CgFedLlmServer(SharedModelServer):
     """Keeps the global adapter; the decoder lies in the exchange's uplink."""
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:

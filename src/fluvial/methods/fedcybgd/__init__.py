@@ -51,33 +51,36 @@ from fluvial.wire.tensors import Layout, factor
 
 def plan(config: FedCyBgdConfig, given: Given) -> Plan:
     """Refuse a codec that cannot code every block, and a download that does not fit the model."""
-    _check_blocks(config, given.codec, given.layout)
+    check_blocks(config, given.codec, given.layout)
     _check_adapter(config, given.layout)
     _check_model(config, given.base)
     sent = largest_block(config, given.layout)
-    notes = []
-
-    if config.gated:
-        notes.append(
-            "the gate is measured when the run starts, and may refuse the download: gradients "
-            f"through form={config.download.form!r} must keep a cosine of "
-            f"{config.gate.threshold:g} (method.gate.threshold)"
-        )
-
     public = isinstance(config.download, ProxyDownload) or config.accept.on != "always"
     return Plan(
         sent,
         partial(forecast, config, given, sent),
-        notes=notes,
+        notes=notes(config),
         reads_public=config.gated or public,
     )
 
 
 def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
     """Nothing is sent; there must be as many layers as a block has."""
-    _check_blocks(config, given.codec, given.layout)
+    check_blocks(config, given.codec, given.layout)
     sent = largest_block(config, given.layout)
     return Plan(sent, partial(uncoded, given, sent, "none"))
+
+
+def notes(config: FedCyBgdConfig) -> list[str]:
+    """Return a line about the gate, where the download has one."""
+    if not config.gated:
+        return []
+
+    return [
+        "the gate is measured when the run starts, and may refuse the download: gradients "
+        f"through form={config.download.form!r} must keep a cosine of "
+        f"{config.gate.threshold:g} (method.gate.threshold)"
+    ]
 
 
 def largest_block(config: Config, layout: Layout) -> Layout:
@@ -86,7 +89,8 @@ def largest_block(config: Config, layout: Layout) -> Layout:
     return max((block.layout for block in blocks), key=lambda layout: layout.numel)
 
 
-def _check_blocks(config: Config, codec: CodecSettings, layout: Layout) -> None:
+def check_blocks(config: Config, codec: CodecSettings, layout: Layout) -> None:
+    """Raise `ConfigError` for blocks that are not there, or that the codec cannot code."""
     refuse_learned(codec, config.name)
     parts = partition(config, layout)
 

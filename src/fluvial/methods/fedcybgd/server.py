@@ -27,6 +27,7 @@ from fluvial.methods.fedcybgd.schedule import assignment, groups
 from fluvial.methods.fedcybgd.visit import borrow
 from fluvial.methods.fedcybgd.visits import Answer, Visit, conflicts, record
 from fluvial.methods.interface import Context, Metrics
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.seeds import generator
 from fluvial.wire.payload import Payload, Value, join, payload_frame, split
@@ -47,7 +48,7 @@ def _difference(now: Named, before: Named) -> Named:
     }
 
 
-class FedCyBgdServer:
+class FedCyBgdServer(SharedModelServer):
     """Keeps the blocks, and which site holds which version of them."""
 
     def __init__(self, config: Config, context: Context) -> None:

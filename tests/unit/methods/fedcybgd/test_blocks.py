@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
-from fluvial.methods.fedcybgd import check
+from fluvial.methods.fedcybgd import check_blocks
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.models.targets import LoraSettings
@@ -82,11 +82,11 @@ def test_consecutive_layers_share_a_block_and_the_last_takes_what_is_left(
 
 def test_more_layers_in_a_block_than_there_are_is_refused() -> None:
     layout = layout_of("llama")
-    check(FedCyBgdConfig(layers_per_block=12), Int8Settings(), layout)
+    check_blocks(FedCyBgdConfig(layers_per_block=12), Int8Settings(), layout)
     with pytest.raises(
         ConfigError, match="layers_per_block=13: the model has 12 layers; choose at most as many"
     ):
-        check(FedCyBgdConfig(layers_per_block=13), Int8Settings(), layout)
+        check_blocks(FedCyBgdConfig(layers_per_block=13), Int8Settings(), layout)
 
 
 @given(layers=st.integers(1, 130), layers_per_block=st.integers(1, 140))

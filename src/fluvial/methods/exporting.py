@@ -1,0 +1,151 @@
+"""Export of a model: the folder of PEFT or of the model, its card, and samples of its text."""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluvial import __version__
+from fluvial.data import with_template
+from fluvial.data.config import DataConfig
+from fluvial.formatting import privacy_words
+from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
+from fluvial.models.pool import ModelPool
+from fluvial.storage import exported
+from fluvial.training.evaluate import check_effect
+from fluvial.wire.tensors import Named, norm
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """Everything that a server half needs to measure its model and to write it."""
+
+    method: str
+    """The method's name in a configuration."""
+    paper: str
+    base: str
+    """Name or path of the base model."""
+    settings: dict[str, Any]
+    """All settings of the run as JSON types."""
+    rounds: int
+    sites: int
+    evaluate: EvaluateConfig
+    data: DataConfig
+    heldout: bool
+    """True where the sites measure models on their held-out text and send the sums."""
+    privacy: dict[str, Any] | None
+    """The report of the run's differential privacy; None without any."""
+    pool: ModelPool
+    texts: Texts
+    folder: Path
+    """Folder in which drafts are written."""
+    replace: Callable[[str, Path], None]
+    """Puts a finished draft in the place of the folder of this name."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Entries of result.json about the model that a run made."""
+
+    adapter_sha256: str | None = None
+    """SHA-256 over the weight files of the adapter; None where no adapter was written."""
+    model_sha256: str | None = None
+    """SHA-256 over the weight files of the model; None where no model was written."""
+    samples: list[dict[str, str]] = field(default_factory=list)
+    """Continuations of a prompt by the base and by the tuned model."""
+    public: dict[str, Any] | None = None
+    """Measures on public text; None where there are none."""
+
+
+def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
+    """Write the folder of PEFT, or of the model; return the SHA-256 over its weight files.
+
+    Raises `ExportError` where the weights have no effect on the model's output.
+    """
+    pool = reporting.pool
+    if pool.full and norm(state) == 0:
+        logger.warning("no step was taken in any round: the model is the base")
+    else:
+        check_effect(pool, state, list(reporting.texts.sample().heldout[0].input_ids))
+
+    name = "model" if pool.full else "adapter"
+    draft = reporting.folder / f".{name}.partial"
+    shutil.rmtree(draft, ignore_errors=True)
+    pool.save(state, draft)
+    template = reporting.data.chat_template
+
+    if template is not None and pool.exports_tokenizer():
+        with_template(pool.tokenizer, template).save_pretrained(str(draft))
+
+    exported.write(draft, __version__, reporting.settings)
+    (draft / "README.md").write_text(card(reporting, final))
+    digest = hashlib.sha256()
+
+    for path in sorted(draft.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+
+    reporting.replace(name, draft)
+    return digest.hexdigest()
+
+
+def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
+    """Return continuations of one prompt by the base and by the tuned model.
+
+    Without a configured prompt a site's own text is one, unless sites may not be measured.
+    """
+    settings = reporting.evaluate
+    texts = reporting.texts.sample()
+
+    if settings.sample_prompt is None and not reporting.heldout:
+        return []
+    if settings.sample_prompt is not None:
+        prompt = settings.sample_prompt
+    elif texts.questions:
+        prompt = texts.questions[0].prompt
+    else:
+        ids = texts.heldout[0].input_ids
+        prompt = reporting.pool.tokenizer.decode(
+            ids[: max(1, len(ids) // 4)], skip_special_tokens=True
+        )
+
+    before, after = (
+        reporting.pool.generate(weights, [prompt], max_new_tokens=settings.sample_tokens)[0]
+        for weights in (reporting.pool.base_state(), state)
+    )
+    return [{"prompt": prompt, "base": before, "final": after}]
+
+
+def card(reporting: Reporting, final: Measures) -> str:
+    """Return the text of the model's README.md."""
+    settings = json.dumps(reporting.settings, indent=2)
+    mean = final.mean()
+    measured = (
+        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy "
+        f"{mean['accuracy']:.4f} (means over the sites)."
+        if mean
+        else "Held-out measures were not taken."
+    )
+    if reporting.privacy is not None:
+        measured += f" Differential privacy: {privacy_words(reporting.privacy)}."
+
+    full = reporting.pool.full
+    kind = "Model, all weights tuned," if full else "LoRA adapter"
+    library, tag = ("transformers", "full-parameter-tuning") if full else ("peft", "lora")
+
+    return (
+        f"---\nbase_model: {reporting.base}\nlibrary_name: {library}\n"
+        f"tags: [federated-learning, {tag}]\n---\n\n"
+        f"# {kind} made by Fluvial {__version__}\n\n"
+        f"Method `{reporting.method}` ({reporting.paper}), {reporting.rounds} rounds over "
+        f"{reporting.sites} sites. "
+        f"{measured}\n\nThe sites' data is not in this folder. Settings:\n\n"
+        f"```json\n{settings}\n```\n"
+    )

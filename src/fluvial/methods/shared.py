@@ -1,0 +1,55 @@
+"""Base class of server halves with one model for all sites: how it is measured and written."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from fluvial.federation.context import Context
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.sites import state_message
+from fluvial.methods.exporting import Export, Reporting, export_weights, samples
+from fluvial.methods.measuring import Measures, ask_heldout, measure_public
+from fluvial.models.states import changed
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Named
+
+
+class SharedModelServer(ABC):
+    """Server half that has the model of all sites."""
+
+    context: Context
+
+    @abstractmethod
+    def model(self) -> Named:
+        """Return the global adapter, or the change of all weights."""
+
+    def measure(
+        self, fleet: Fleet, reporting: Reporting, *, round: int, which: Literal["base", "final"]
+    ) -> Measures:
+        """Send every site the model, and return its measures on the sites' held-out text."""
+        if not reporting.heldout:
+            return Measures()
+
+        new_tokens = reporting.evaluate.max_new_tokens
+        if which == "base":
+            message = Payload(values={"which": "base", "generate": new_tokens})
+        else:
+            message = state_message(
+                changed(self.model()), self.context.layout, which="sent", generate=new_tokens
+            )
+
+        return ask_heldout(fleet, message, round=round)
+
+    def export(self, reporting: Reporting, final: Measures) -> Export:
+        """Write the model and its card; return what result.json says about it."""
+        state = changed(self.model())
+        texts = samples(reporting, state)
+        sha256 = export_weights(reporting, state, final)
+        public = (
+            None
+            if reporting.heldout
+            else measure_public(reporting.pool, state, reporting.data, reporting.texts)
+        )
+
+        if reporting.pool.full:
+            return Export(model_sha256=sha256, samples=texts, public=public)
+        return Export(adapter_sha256=sha256, samples=texts, public=public)

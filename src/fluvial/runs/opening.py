@@ -1,0 +1,118 @@
+"""Opening of a run's sites: their data, their tasks, and whether all settings fit together."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from torch import nn
+
+from fluvial.data import SiteData, SiteTexts
+from fluvial.federation.sites import COMMON_TASKS, Site, Task
+from fluvial.federation.store import StateStore
+from fluvial.methods.interface import Given, Plan
+from fluvial.methods.measuring import Texts
+from fluvial.models.base_weights import check_constant
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import check_length, context_length, dtype_of
+from fluvial.runs.config import RunConfig
+from fluvial.training.train import TrainConfig
+from fluvial.wire.tensors import Layout
+
+
+class Records(Protocol):
+    """The records of one site, or of all sites of this process."""
+
+    notes: list[str]
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the sites."""
+        ...
+
+    @property
+    def load(self) -> Callable[[str], SiteData]:
+        """Return the data of the site of this name."""
+        ...
+
+    def pooled(self) -> SiteData:
+        """Return the data of all sites together."""
+        ...
+
+
+def texts_of(config: RunConfig, bench: ModelPool, owner: str | None = None) -> SiteTexts:
+    """Return the data of all sites, or of the one site `owner`, for the model of `bench`."""
+    return SiteTexts(
+        config.data,
+        bench.tokenizer,
+        seed=config.seed,
+        owner=owner,
+        num_embeddings=bench.outline.num_embeddings,
+    )
+
+
+def site_of(
+    config: RunConfig, name: str, bench: ModelPool, texts: Records, store: StateStore
+) -> Site:
+    """Return the site `name` for one message, with the data that `texts` has for it."""
+    return Site(
+        name=name,
+        seed=config.seed,
+        pool=bench,
+        load=texts.pooled if config.entry.traits.pooled else partial(texts.load, name),
+        train=_train_config(config, len(texts.names)),
+        codec=config.coding,
+        method=config.method,
+        downlink=config.downlink,
+        store=store,
+        rounds=config.rounds,
+    )
+
+
+def _train_config(config: RunConfig, sites: int) -> TrainConfig:
+    """Return [train]; where data is pooled, with as many steps as all sites together."""
+    if not config.entry.traits.pooled or config.train.max_steps is None:
+        return config.train
+    return config.train.model_copy(update={"max_steps": config.train.max_steps * sites})
+
+
+def tasks_of(config: RunConfig) -> dict[str, Task]:
+    """Return the tasks of this run by name; beside a promise of privacy only those it counts."""
+    tasks = {**COMMON_TASKS, **config.entry.tasks}
+    promise = config.promise
+
+    if promise is None:
+        return tasks
+    return {name: task for name, task in tasks.items() if name in promise.tasks}
+
+
+def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Texts) -> Plan:
+    """Return the method's plan, once everything is known to fit together.
+
+    `base` may be without weights. Raises `ConfigError` for settings that cannot work together, and
+    for a method that lacks public text.
+    """
+    planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names)))
+    if config.promise is not None:
+        config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
+
+    check_constant(base)
+    check_length(context_length(base), config.data.max_length)
+    if planned.reads_public:
+        texts.public()
+
+    return planned
+
+
+def given(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> Given:
+    """Return the facts about a run of `config` with `sites` that a plan is made from."""
+    return Given(
+        layout=layout,
+        base=base,
+        width_bytes=dtype_of(config.model).itemsize,
+        codec=config.coding,
+        downlink=config.downlink,
+        train=config.train,
+        sites=1 if config.entry.traits.pooled else sites,
+        rounds=config.rounds,
+        line=config.fleet.line,
+    )

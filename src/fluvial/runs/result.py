@@ -1,0 +1,138 @@
+"""The result of a run, as result.json holds it: measures, bytes, verdict, versions."""
+
+import platform
+import resource
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fluvial import __version__
+from fluvial.federation.meter import Kind
+from fluvial.methods import BASELINES
+from fluvial.methods.interface import Export, Measures
+from fluvial.methods.measuring import TASK as MEASURING
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig
+from fluvial.runs.verdict import judge
+
+Bytes = Mapping[Kind, int]
+"""Bytes by direction and task."""
+
+
+def result_of(
+    config: RunConfig,
+    folder: Path,
+    *,
+    sites: int,
+    base: Measures,
+    final: Measures,
+    export: Export,
+    traffic: dict[str, Any],
+    setup: dict[str, Any],
+    wall_s: float,
+) -> dict[str, Any]:
+    """Return everything that a run found, beside the results of its baselines in `folder`."""
+    baselines = {name: _stored(folder, name) for name in BASELINES}
+    traits = config.entry.traits
+    promise = config.promise
+    result: dict[str, Any] = {
+        "fluvial": __version__,
+        "method": config.method.name,
+        "label": traits.label,
+        "pooled": traits.pooled,
+        "codec": config.coding.name if traits.sends == "codec" else None,
+        "rounds": config.rounds,
+        "sites": sites,
+        "heldout": {
+            "base": base.mean(),
+            **{name: _final(stored, "heldout") for name, stored in baselines.items()},
+            "final": final.mean(),
+        },
+        "heldout_pooled": {
+            "base": base.pooled(),
+            **{name: _final(stored, "heldout_pooled") for name, stored in baselines.items()},
+            "final": final.pooled(),
+        },
+        "heldout_by_site": {
+            site: {"base": base.by_site[site], "final": row}
+            for site, row in final.by_site.items()
+            if site in base.by_site
+        },
+        **traffic,
+        "wall_s": wall_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "adapter_sha256": export.adapter_sha256,
+        "model_sha256": export.model_sha256,
+        "samples": export.samples,
+        "public": export.public,
+        "privacy": None if promise is None else promise.report(config.rounds, config.rounds),
+        "compare": {name: _compared(baselines[name] or {}) for name in config.compare},
+        "setup": setup,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "python": platform.python_version(),
+    }
+    name = config.method.name
+
+    if name in BASELINES and result["codec"] in (None, "identity"):
+        for means in ("heldout", "heldout_pooled"):
+            result[means][name] = result[means]["final"]
+
+    compared: dict[str, Any] = {name: _stored(folder, name) for name in config.compare}
+    result["verdict"] = judge(result, compared).to_json()
+    return result
+
+
+def traffic_of(totals: Bytes, setup: Bytes, raw: int | None) -> dict[str, Any]:
+    """Return the bytes of a run as they were sent, and their ratios to `raw`.
+
+    `raw` counts the bytes of the uncompressed updates of the same rounds and cohorts; None where
+    no update is sent.
+    """
+    setup_up = directed(setup, "up")
+    setup_down = directed(setup, "down")
+    up = directed(totals, "up") - setup_up
+    down = directed(totals, "down") - setup_down
+
+    return {
+        "bytes": {
+            "up": up,
+            "down": down,
+            "setup": setup_up + setup_down,
+            "setup_up": setup_up,
+            "up_raw": raw or 0,
+            "evaluate": sum(size for (_, task), size in totals.items() if task == MEASURING),
+            "by_kind": {f"{way} {task}": size for (way, task), size in sorted(totals.items())},
+        },
+        "round_ratio": up / raw if raw else None,
+        "amortised_ratio": (up + down + setup_up + setup_down) / (2 * raw) if raw else None,
+        "amortised_uplink_ratio": (up + setup_up) / raw if raw else None,
+    }
+
+
+def directed(sizes: Bytes, direction: str) -> int:
+    """Return the bytes of one direction, without those of measuring."""
+    return sum(
+        size for (way, task), size in sizes.items() if way == direction and task != MEASURING
+    )
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _stored(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the result of the baseline `name`; None where it was not run."""
+    stored = RunFolder(folder / "compare" / name).read_json("result.json")
+    return stored if isinstance(stored, dict) else None
+
+
+def _final(stored: dict[str, Any] | None, means: str) -> dict[str, Any] | None:
+    return None if stored is None else stored.get(means, {}).get("final")
+
+
+def _compared(stored: dict[str, Any]) -> dict[str, Any]:
+    keys = ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")
+    return {key: stored[key] for key in keys}
