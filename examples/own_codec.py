@@ -2,9 +2,9 @@
 
     python -m examples.own_codec
 
-Bernstein et al., "signSGD", ICML 2018, https://arxiv.org/abs/1802.04434. One bit for each value; the
-scale is the mean absolute value, so the error is never larger than the update and error feedback is
-safe. docs/adding-a-codec.md builds another codec as a part of the package.
+Bernstein et al., "signSGD", ICML 2018, https://arxiv.org/abs/1802.04434. One bit for each value;
+the scale is the mean absolute value, so the error is never larger than the update and error
+feedback is safe. docs/adding-a-codec.md builds another codec as a part of the package.
 """
 
 import math

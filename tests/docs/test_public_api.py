@@ -86,7 +86,9 @@ def test_the_examples_of_the_page_run(
 rounds = 2
 compare = ["local"]
 model = {{ name_or_path = "{tiny_model}" }}
-data = {{ source = "{three_sites}", max_length = 32, partition = {{ by = "column", column = "client" }} }}
+data.source = "{three_sites}"
+data.max_length = 32
+data.partition = {{ by = "column", column = "client" }}
 train = {{ max_steps = 2, per_device_train_batch_size = 4 }}
 evaluate = {{ sample_tokens = 2 }}
 """
