@@ -896,7 +896,7 @@ def test_a_message_that_nobody_waits_for_any_more_is_given_up(coming: Message) -
     coming.metadata.ttl = 0.05
     runtime = Runtime(coming, after=math.inf, asked={"message": math.inf})
 
-    with pytest.raises(ClientError, match="the SuperNode dropped a message"):
+    with pytest.raises(ClientError, match="the SuperNode dropped an incomplete message"):
         pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
 
 
