@@ -68,7 +68,7 @@ class ScoreMeter:
         self.moments = [torch.zeros((), dtype=torch.float64) for _ in layers]
 
     def attach(self, model: nn.Module) -> list[Any]:
-        """Hook into every layer."""
+        """Attach hooks to every layer."""
         handles = []
         for index, layer in enumerate(self.anatomy.layers):
             module = model.get_submodule(f"{self.anatomy.path}.{index}")
