@@ -101,7 +101,7 @@ class Exchange:
             self.task,
             round,
             messages=partial(self._messages, fleet, round),
-            read=partial(self._read, round),
+            read=partial(self.read, round),
             answered=self._acknowledge,
             forget=self._forget,
         )
@@ -126,9 +126,10 @@ class Exchange:
         values = {"round": round, **self.uplink.values()}
         return {site: self.downlink.message(site, values) for site in ready}
 
-    def _read(
+    def read(
         self, round: int, _site: str, reply: Payload
     ) -> Readable[tuple[Decoded, Named, float | None]]:
+        """Return what a reply of `round` carries; raise `WireError` for one that breaks a rule."""
         rule = self.rule
         if rule.frame_only and reply.values:
             names = sorted(reply.values)[:5]

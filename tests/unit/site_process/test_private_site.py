@@ -361,13 +361,14 @@ def test_the_server_reads_no_value_beside_a_private_frame(
     assert isinstance(found.config.method, cgfedllm.CgFedLlmConfig)
     server = cgfedllm.CgFedLlmServer(found.config.method, context)
     frame = found.ask()
-    _, _, weight, loss = server._read("a", frame_payload(frame), round=1)
-    assert (weight, loss) == (1, None)
+    readable = server.exchange.read(1, "a", frame_payload(frame))
+    _, _, loss = readable.content
+    assert (readable.weight, loss) == (1, None)
 
     with pytest.raises(
         WireError, match=r"values \['loss', 'n'\] came, which epsilon does not count"
     ):
-        server._read("a", frame_payload(frame, n=3, loss=1.0), round=1)
+        server.exchange.read(1, "a", frame_payload(frame, n=3, loss=1.0))
 
 
 def test_a_site_of_its_own_counts_through_new_sessions(
