@@ -2,6 +2,7 @@
 away, resume."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fluvial.methods.ecolora import (
     share,
     turn,
 )
-from fluvial.runs.config import RunConfig
+from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
@@ -145,6 +146,27 @@ def test_resume_is_a_straight_run(run_config: dict[str, Any], tmp_path: Path) ->
 
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
     assert event.values["bytes"] == straight["bytes"]
+
+
+def test_a_site_that_lost_its_store_is_sent_everything(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The folder of one site is deleted after every round; the site trains in every round."""
+    folder = tmp_path / "run"
+    table = run_config | {"rounds": 3, "method": {"name": "ecolora", "segments": 2}}
+    rounds = []
+
+    for event in execute(parse(table, "test"), folder):
+        if event.kind == "round":
+            rounds.append(event.values)
+            victim = sorted(path for path in (folder / "sites").iterdir() if path.is_dir())[0]
+            shutil.rmtree(victim)
+
+    assert [record["sites"] for record in rounds] == [3, 3, 3]
+    assert all(record["missing"] == [] for record in rounds)
+    # Asked twice, first with what changed since its last answer and then with all of it.
+    down = [row["down train"] for row in rounds[2]["bytes"].values()]
+    assert max(down) > 1.5 * min(down)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5, 7, 280])
