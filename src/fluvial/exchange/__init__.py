@@ -9,10 +9,11 @@ from fluvial.exchange.checks import check_codec
 from fluvial.exchange.exchange import Exchange, Rule, Update
 from fluvial.exchange.gathering import STALE, Gathering, Readable, is_stale, to_all
 from fluvial.exchange.terms import Terms
-from fluvial.exchange.tgap import NO_TGAP, TgapConfig
+from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
 
 __all__ = [
     "NO_TGAP",
+    "PUBLIC_TGAP",
     "STALE",
     "Exchange",
     "Gathering",

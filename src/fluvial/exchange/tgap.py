@@ -114,6 +114,7 @@ def second_part(examples: Sequence[Example], share: float) -> Sequence[Example]:
 
 
 NO_TGAP = TgapConfig(source="none")
+PUBLIC_TGAP = TgapConfig(source="public")
 
 
 def after_tgap(examples: Sequence[Example], config: TgapConfig) -> Sequence[Example]:

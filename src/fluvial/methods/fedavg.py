@@ -20,11 +20,11 @@ from fluvial.codecs import CodecSettings, must_learn
 from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.exchange import (
+    PUBLIC_TGAP,
     Exchange,
     LocalUpdate,
     Terms,
     TgapConfig,
-    check_codec,
     shared,
     shared_tasks,
 )
@@ -41,7 +41,7 @@ from fluvial.methods.interface import (
     SampledSettings,
     Traits,
 )
-from fluvial.methods.planning import coded, uncoded
+from fluvial.methods.planning import shared_plan, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, join, split
@@ -59,7 +59,7 @@ class FedAvgConfig(SampledSettings):
     server_learning_rate: float = Field(1.0, gt=0, le=4)
     """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs,
     and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
-    tgap: TgapConfig = TgapConfig(source="public")
+    tgap: TgapConfig = PUBLIC_TGAP
     """How a codec that learns is pre-trained; without effect for the others."""
 
 
@@ -140,20 +140,7 @@ def train(site: Site, received: Named, round: int, examples: Sequence[Example]) 
 
 def plan(config: FedAvgConfig, given: Given) -> Plan:
     """Refuse a codec that cannot code this layout, and a pre-training that no codec needs."""
-    learns = must_learn(given.codec)
-    if config.tgap != FedAvgConfig().tgap and not learns:
-        name: str = given.codec.name
-        raise ConfigError(
-            f"method.tgap: without effect, because codec {name!r} learns nothing; remove it"
-        )
-
-    sent = _sent(config, given.layout)
-    check_codec(given.codec, config.tgap, sent)
-    return Plan(
-        sent,
-        partial(coded, config, given, sent),
-        reads_public=learns and config.tgap.source == "public",
-    )
+    return shared_plan(config, given, _sent(config, given.layout), config.tgap)
 
 
 def plan_central(config: CentralConfig, given: Given) -> Plan:

@@ -1,9 +1,14 @@
-"""Forecasts of bytes and memory for methods whose sites send one update in a round."""
+"""Plans and forecasts of methods whose sites send one update in a round."""
 
+from functools import partial
+
+from fluvial.codecs import must_learn
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
+from fluvial.errors import ConfigError
+from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec
 from fluvial.federation.line import round_s
-from fluvial.methods.interface import Forecast, Given, MethodSettings, Row
+from fluvial.methods.interface import Forecast, Given, MethodSettings, Plan, Row
 from fluvial.wire.tensors import Layout
 
 OPTIMIZER_BYTES = 16
@@ -13,6 +18,24 @@ NOT_CODED = {
     "nothing": "none",
 }
 """Rows about frames where no codec of the configuration carries updates."""
+
+
+def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapConfig) -> Plan:
+    """Return the plan of a method that shares one adapter and pre-trains by default on public text.
+
+    `sent` is the layout of an update. Raises `ConfigError` for a codec that cannot code it, and for
+    a `tgap` that no codec needs.
+    """
+    learns = must_learn(given.codec)
+    if tgap != PUBLIC_TGAP and not learns:
+        name: str = given.codec.name
+        raise ConfigError(
+            f"method.tgap: without effect, because codec {name!r} learns nothing; remove it"
+        )
+
+    check_codec(given.codec, tgap, sent)
+    forecast = partial(coded, config, given, sent)
+    return Plan(sent, forecast, reads_public=learns and tgap.source == "public")
 
 
 def coded(config: MethodSettings, given: Given, sent: Layout) -> Forecast:
