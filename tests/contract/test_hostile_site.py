@@ -4,7 +4,6 @@ method."""
 import json
 import math
 from collections.abc import Iterator
-from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fluvial.federation.bounds import Cohort
 from fluvial.federation.fleet import FleetConfig
 from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
+from fluvial.methods.local import LocalServer
 from fluvial.wire.payload import Payload, frame_payload
 from fluvial.wire.tensors import Named
 from tests.support.replay import Round, record
@@ -168,13 +168,13 @@ def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
         yield "another reply", other
 
 
-def _model(server: Any) -> Any:
-    found = server.model()
-    return (
-        server.state().to_bytes()
-        if found is None
-        else b"".join(found[name].numpy().tobytes() for name in sorted(found))
-    )
+def _model(server: Any) -> bytes:
+    """Return the bytes of the shared model, or of the state where each site keeps its own."""
+    if isinstance(server, LocalServer):
+        return server.state().to_bytes()
+
+    model = server.model()
+    return b"".join(model[name].numpy().tobytes() for name in sorted(model))
 
 
 def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
@@ -338,12 +338,15 @@ def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> No
     for order in permutations(lengths):
         fleet = local_fleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
         folded: dict[str, int] = {}
-        cohort = Cohort(fleet, "train", 1, asked=5)
+        cohort: Cohort[None] = Cohort(fleet, "train", 1, asked=5)
 
         for site in order:
-            cohort.add(site, lengths[site], weights[site], partial(folded.__setitem__, site))
-        told = cohort.close()
-        seen.add(json.dumps([folded, told, [each.site for each in fleet.failures]], sort_keys=True))
+            counted = cohort.add(site, lengths[site], weights[site], None)
+            folded.update((reply.site, reply.weight) for reply in counted)
+
+        folded.update((reply.site, reply.weight) for reply in cohort.close())
+        failed = [failure.site for failure in fleet.failures]
+        seen.add(json.dumps([folded, cohort.clipped, failed], sort_keys=True))
 
     assert len(seen) == 1
     assert json.loads(seen.pop())[0] == {"a": 5, "b": 7, "e": 7, "c": 9 * 19}

@@ -12,6 +12,7 @@ import torch
 
 from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
+from fluvial.exchange import is_stale
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
@@ -328,9 +329,10 @@ def test_damaged_replies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     server = EcoLoraServer(config, _context())
     server.round(1, sites.fleet)
     _, _, reply = sites.sent[0]
-    server._read("a", reply, 1)
-    frame = payload_frame(reply)
     which = reply.value("segment", int)
+    asked = {"a": which}
+    server._read(asked, 1, "a", reply)
+    frame = payload_frame(reply)
     damaged = frame[:20] + bytes([frame[20] ^ 1]) + frame[21:]
     values: dict[str, Value] = {"n": 2, "loss": 1.0, "segment": which}
 
@@ -342,17 +344,16 @@ def test_damaged_replies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         frame_payload(damaged, **values),
     ):
         with pytest.raises(WireError):
-            server._read("a", wrong, 1)
+            server._read(asked, 1, "a", wrong)
 
 
 def test_a_site_refuses_what_it_cannot_build_on(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EcoLoraConfig()
     sites = _Sites(config, 5, monkeypatch)
     server = EcoLoraServer(config, _context())
-    good = server._messages(["s0"], 1, 0.9, 0.9)["s0"]
+    good = server._messages({"s0": 1}, 1, [0.9, 0.9], ["s0"])["s0"]
     module.train(sites._open("s0"), good)
     wrong: list[dict[str, Value]] = [
-        {"since": 1},
         {"segment": 5},
         {"segment": -1},
         {"share": [0.5]},
@@ -363,6 +364,9 @@ def test_a_site_refuses_what_it_cannot_build_on(monkeypatch: pytest.MonkeyPatch)
     for bad in wrong:
         with pytest.raises(WireError):
             module.train(sites._open("s0"), Payload(good.tensors, {**good.values, **bad}))
+
+    unknown = Payload(good.tensors, {**good.values, "since": 1})
+    assert is_stale(module.train(sites._open("s0"), unknown)), "it asks for everything"
 
 
 def test_impossible_settings_are_refused(run_config: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ def test_damaged_replies_are_refused() -> None:
     server = FlascServer(FlascConfig(), _context())
     change = np.random.default_rng(0).standard_normal(LAYOUT.numel).astype(np.float32)
     reply = frame_payload(server.frames.encode(change, np.arange(9), round=1), n=3, loss=1.0)
-    server._read("a", reply, 1)
+    server._read(1, "a", reply)
     frame = payload_frame(reply)
     damaged = frame[:20] + bytes([frame[20] ^ 1]) + frame[21:]
 
@@ -139,10 +139,10 @@ def test_damaged_replies_are_refused() -> None:
         frame_payload(damaged, n=3, loss=1.0),
     ):
         with pytest.raises(WireError):
-            server._read("a", wrong, 1)
+            server._read(1, "a", wrong)
 
     with pytest.raises(WireError, match="round"):
-        server._read("a", reply, 2)
+        server._read(2, "a", reply)
 
 
 @pytest.mark.parametrize("key", ["server_learning_rate", "beta_1", "beta_2", "epsilon"])

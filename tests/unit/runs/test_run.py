@@ -284,7 +284,7 @@ def test_a_site_that_fails_is_skipped_and_named_in_the_metrics(
     from fluvial.federation.sites import Site
     from fluvial.methods import fedavg
 
-    whole = fedavg.train
+    whole = fedavg.METHOD.tasks["train"]
 
     def flaky(site: Site, message: Payload) -> Payload:
         if site.name == "south" and message.values["round"] == 2:
