@@ -25,7 +25,7 @@ from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.wire.payload import Payload, frame_payload
 from tests.contract.test_hostile_site import TABLES, with_values
 from tests.support.replay import record
-from tests.unit.site_process.test_process import header, site_file
+from tests.support.site_process import header, site_file
 
 WRONG: list[Any] = [
     None,

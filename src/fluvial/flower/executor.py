@@ -5,7 +5,7 @@ This process runs beside a SuperNode with `--isolation process`, takes its tasks
 Runtime API, and answers with the installed Fluvial. The app that came with the run is neither
 installed nor executed, so a server cannot make a site run code.
 
-The imported names are internal to Flower 1.41; tests/flower/test_flower.py checks each of them.
+The imported names are internal to Flower 1.41; tests/flower/test_inside.py checks each of them.
 """
 
 import ctypes

@@ -17,7 +17,7 @@ from fluvial.runs.run import execute
 from fluvial.site_process.journal import Journal
 from fluvial.storage.files import sweep
 from fluvial.wire.payload import Payload
-from tests.unit.site_process.test_process import header, kept, play
+from tests.support.site_process import header, kept, play
 
 
 @pytest.fixture

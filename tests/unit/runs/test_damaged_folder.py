@@ -13,8 +13,8 @@ from fluvial.federation.releases import Mechanism, claim
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.site_process.journal import Journal
+from tests.support.site_process import header, kept
 from tests.unit.site_process.test_private_site import at
-from tests.unit.site_process.test_process import header, kept
 
 LEDGER = "sites/north/private/releases.json"
 

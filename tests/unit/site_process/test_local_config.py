@@ -13,7 +13,7 @@ from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
 from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
 from fluvial.wire.payload import Payload
-from tests.unit.site_process.test_process import header
+from tests.support.site_process import header
 
 WORDS = "south' does not read what a run names as"
 
