@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fluvial.codecs.quantise import Floats, bf16, from_bf16
 from fluvial.errors import WireError
-from fluvial.wire.frame import Reader, seal, unseal
+from fluvial.wire.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.wire.tensors import Layout
 
 Indices = NDArray[np.int64]
@@ -116,6 +116,18 @@ class SparseFrames:
         self._fingerprint = zlib.crc32(
             repr((layout.fingerprint, self.start, self.stop, kind)).encode()
         )
+
+    def sizes(self, fewest: int, most: int) -> tuple[int, int]:
+        """Return the least and the most bytes of a frame with `fewest` to `most` values.
+
+        The length of the positions depends on where the values are: 1.25 bits for each value of the
+        update at most, which Golomb codes reach with parameter 2.
+        """
+        sizes = np.diff(self._ends)
+        head = OVERHEAD + len(sizes) * np.dtype(self._counts).itemsize
+        width = 4 if self._kind == "fp32" else 2
+        positions = math.ceil(1.25 * int(sizes.sum()) / 8) if most else 0
+        return head + width * fewest, head + width * most + positions
 
     def encode(self, vector: Floats, where: Indices, *, round: int) -> bytes:
         """Return the frame with `vector[where]`; vector (stop - start,) is finite, the positions

@@ -43,6 +43,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.planning import uncoded
 from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, factor
@@ -135,6 +136,11 @@ class Sparsifier:
             chosen.append(places[largest(abs(change[places]), count)])
 
         return np.sort(np.concatenate(chosen))
+
+    def count(self, part: Slice, share_a: float, share_b: float) -> int:
+        """Return the number of values that `choose` returns where none of them is 0."""
+        is_b = self._is_b[part.start : part.stop]
+        return math.ceil(share_b * int(is_b.sum())) + math.ceil(share_a * int((~is_b).sum()))
 
 
 class EcoLoraServer(SharedModelServer):
@@ -395,8 +401,48 @@ def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
 def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
     check_segments(config, given.layout)
-    absent = "the method's own code: known when it runs"
-    return Plan(given.layout, partial(uncoded, given, given.layout, absent))
+    absent = "the method's own code: see the bytes of a site in a round"
+    traffic = partial(predict, config, given)
+    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, absent))
+
+
+def predict(config: EcoLoraConfig, given: Given, round: int) -> Traffic:
+    """Bound the bytes of a round by the least and the largest shares.
+
+    Values that did not change are left out, so a download may have fewer. A site that was away gets
+    all that changed, which may be everything.
+    """
+    layout = given.layout
+    sparsifier = Sparsifier(layout)
+    whole = Slice(0, layout.numel)
+    frames = SparseFrames(layout, config.values)
+    all_sites = config.cohort(given.sites) == given.sites
+    changed = (
+        0
+        if round == 1
+        else sparsifier.count(whole, config.most, config.most)
+        if all_sites
+        else layout.numel
+    )
+    long: list[Value] = [0.1234, 0.1234]
+    values: dict[str, Value] = {"round": round, "segment": 0, "share": [0.1, 0.1], "since": 0}
+    largest_values: dict[str, Value] = {
+        **values,
+        "segment": config.segments - 1,
+        "share": long,
+        "since": round,
+    }
+    uploads = []
+
+    for number in range(config.segments):
+        part = segment(number, config.segments, layout.numel)
+        coded = SparseFrames(layout, config.values, part.start, part.stop)
+        fewest = sparsifier.count(part, config.least_a, config.least_b)
+        most = sparsifier.count(part, config.most, config.most)
+        uploads.append(Bytes(*coded.sizes(fewest, most)) + answer(loss=FULL_LOSS, segment=number))
+
+    up = Bytes(min(each.least for each in uploads), max(each.most for each in uploads))
+    return Traffic(Bytes(*frames.sizes(0, changed)) + envelope(values, largest_values), up)
 
 
 def check_segments(config: EcoLoraConfig, layout: Layout) -> None:

@@ -41,7 +41,7 @@ from fluvial.methods.interface import (
     SampledSettings,
     Traits,
 )
-from fluvial.methods.planning import shared_plan, uncoded
+from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, join, split
@@ -146,7 +146,8 @@ def plan(config: FedAvgConfig, given: Given) -> Plan:
 def plan_central(config: CentralConfig, given: Given) -> Plan:
     """Nothing is sent."""
     sent = _sent(config, given.layout)
-    return Plan(sent, partial(uncoded, given, sent, "none"))
+    traffic = partial(shared_traffic, config, given, sent)
+    return Plan(sent, partial(uncoded, given, traffic, sent, "none"))
 
 
 def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:

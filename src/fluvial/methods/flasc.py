@@ -23,7 +23,7 @@ from fluvial.exchange import Gathering, Readable, to_all
 from fluvial.federation.bounds import check_update
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
-from fluvial.federation.sites import Site, round_of, train_locally
+from fluvial.federation.sites import Site, part, round_of, train_locally
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -35,6 +35,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.planning import uncoded
 from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
@@ -225,10 +226,27 @@ def train(site: Site, message: Payload) -> Payload:
     )
 
 
-def plan(config: FlascConfig, given: Given) -> Plan:  # noqa: ARG001 - any settings fit
+def plan(config: FlascConfig, given: Given) -> Plan:
     """Nothing to refuse beside what the settings refuse themselves."""
-    absent = "the method's own code: known when it runs"
-    return Plan(given.layout, partial(uncoded, given, given.layout, absent))
+    total = given.layout.numel
+    frames = SparseFrames(given.layout, config.values)
+
+    def traffic(round: int) -> Traffic:
+        # Values that are 0 are left out. No B differs from 0, and nothing has changed, before the
+        # sites send it.
+        sent = kept(config.density_up, total)
+        changed = 0 if round == 1 else sent
+        filled = changed if config.download == "change" else total - part(given.layout, "B").numel
+        most = kept(config.density_down, total)
+        if config.download == "change" and round == 1:
+            most = 0
+
+        down = Bytes(*frames.sizes(min(most, filled), most))
+        up = Bytes(*frames.sizes(sent, sent))
+        return Traffic(down + envelope({"round": round}), up + answer(loss=FULL_LOSS))
+
+    absent = "the method's own code: see the bytes of a site in a round"
+    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, absent))
 
 
 METHOD = Method(

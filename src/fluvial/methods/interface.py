@@ -15,6 +15,7 @@ from fluvial.federation.line import Line
 from fluvial.federation.sites import Task
 from fluvial.methods.exporting import Export, Reporting
 from fluvial.methods.measuring import Measures
+from fluvial.methods.traffic import Traffic
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
@@ -131,6 +132,8 @@ class Forecast:
     """Bytes of one coded update; 0 where no codec of the configuration carries updates."""
     down: int
     """Bytes of one coded download; 0 where the method has a code of its own."""
+    traffic: Callable[[int], Traffic]
+    """Predicts the bytes of a site that takes part in a round, from the round's number."""
     rows: Sequence[Row] = ()
     """Rows of `fluvial check`: bytes, memory, and time over the line."""
     round_over_line_s: float | None = None

@@ -1,5 +1,6 @@
 """Plans and forecasts of methods whose sites send one update in a round."""
 
+from collections.abc import Callable
 from functools import partial
 
 from fluvial.codecs import must_learn
@@ -9,15 +10,11 @@ from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec
 from fluvial.federation.line import round_s
 from fluvial.methods.interface import Forecast, Given, MethodSettings, Plan, Row
+from fluvial.methods.traffic import Traffic, shared_down, shared_up
 from fluvial.wire.tensors import Layout
 
 OPTIMIZER_BYTES = 16
 """Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""
-NOT_CODED = {
-    "own code": "the method's own code: known when it runs",
-    "nothing": "none",
-}
-"""Rows about frames where no codec of the configuration carries updates."""
 
 
 def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapConfig) -> Plan:
@@ -34,12 +31,25 @@ def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapCo
         )
 
     check_codec(given.codec, tgap, sent)
-    forecast = partial(coded, config, given, sent)
+    version = learns and tgap.refit == "broadcast"
+    forecast = partial(coded, config, given, sent, version=version)
     return Plan(sent, forecast, reads_public=learns and tgap.source == "public")
 
 
-def coded(config: MethodSettings, given: Given, sent: Layout) -> Forecast:
-    """Return the forecast of a method that sends `sent` by the codec and receives the adapter."""
+def coded(
+    config: MethodSettings,
+    given: Given,
+    sent: Layout,
+    *,
+    frame_only: bool = False,
+    version: bool = False,
+) -> Forecast:
+    """Return the forecast of a method that sends `sent` by the codec and receives the adapter.
+
+    `frame_only` says that a site sends a frame and no values, `version` that each message has the
+    version of the codec.
+    """
+    traffic = partial(shared_traffic, config, given, sent, frame_only=frame_only, version=version)
     frame = frame_size(given.codec, sent)
     down = frame_size(given.downlink or IdentitySettings(), given.layout)
     cohort = config.cohort(given.sites)
@@ -51,20 +61,23 @@ def coded(config: MethodSettings, given: Given, sent: Layout) -> Forecast:
         *memory_rows(given, sent),
     ]
     if given.line is None:
-        return Forecast(frame, down, rows)
+        return Forecast(frame, down, traffic, rows)
 
     seconds = round_s(down, frame, sites=cohort, line=given.line)
     rows.append(
         ("a round over fleet.line, over Flower", f"{seconds:.1f} s and the time of training")
     )
-    return Forecast(frame, down, rows, seconds)
+    return Forecast(frame, down, traffic, rows, seconds)
 
 
-def uncoded(given: Given, sent: Layout, absent: str) -> Forecast:
+def uncoded(given: Given, traffic: Callable[[int], Traffic], sent: Layout, absent: str) -> Forecast:
     """Return the forecast of a method without the configuration's codec; `absent` says why."""
     down = frame_size(IdentitySettings(), given.layout)
     return Forecast(
-        0, down, [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)]
+        0,
+        down,
+        traffic,
+        [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)],
     )
 
 
@@ -89,3 +102,20 @@ def memory_rows(given: Given, sent: Layout) -> list[Row]:
         ("base in memory", f"{parameters * given.width_bytes:,} B"),
         ("what is tuned and optimizer in memory", f"{sent.numel * OPTIMIZER_BYTES:,} B"),
     ]
+
+
+def shared_traffic(
+    config: MethodSettings,
+    given: Given,
+    sent: Layout,
+    round: int,
+    *,
+    frame_only: bool = False,
+    version: bool = False,
+) -> Traffic:
+    """Predict the bytes of a site in a round that goes through `fluvial.exchange`; see `coded`."""
+    all_sites = config.cohort(given.sites) == given.sites
+    return Traffic(
+        down=shared_down(given.downlink, given.layout, round, all_sites=all_sites, version=version),
+        up=shared_up(given.codec, sent, frame_only=frame_only),
+    )

@@ -1,7 +1,7 @@
 """What a run will take, told without training: parameters, bytes, memory, and whether everything
 fits together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fluvial.codecs import must_learn
@@ -9,6 +9,7 @@ from fluvial.codecs.auto import AutoSettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
+from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
 from fluvial.models.pretrained import check_tokenizer, load_tokenizer, num_embeddings
 from fluvial.models.targets import target_names
@@ -17,6 +18,8 @@ from fluvial.models.weights import check_weights
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import check_settings
 
+_ENVELOPE = 64
+"""Bytes by which rounds may differ through the digits of their numbers."""
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""
 
@@ -67,6 +70,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         ),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
         *forecast.rows,
+        *_traffic_rows(forecast.traffic, config.rounds),
     ]
     promise = config.promise
     if promise is not None:
@@ -85,6 +89,22 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": [*_notes(config, [*planned.notes, *remarks]), *weights],
     }
+
+
+def _traffic_rows(traffic: Callable[[int], Traffic], rounds: int) -> list[tuple[str, str]]:
+    """Return the bytes between the server and one site, in the last round and in a first that
+    differs."""
+    last = traffic(rounds)
+    first = traffic(1)
+    rows = []
+    for way in ("up", "down"):
+        now: Bytes = getattr(last, way)
+        before: Bytes = getattr(first, way)
+        apart = abs(now.most - before.most) > _ENVELOPE or now.unknown != before.unknown
+        words = f"{now.words}, {before.words} in round 1" if apart else now.words
+        rows.append((f"{way}, one site in a round, with headers", words))
+
+    return rows
 
 
 def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:

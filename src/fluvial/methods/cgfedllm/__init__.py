@@ -16,7 +16,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluvial.codecs import CODECS, CodecSettings
+from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.klt.settings import KltSettings
@@ -243,9 +243,18 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
     """Refuse settings that cannot work together; note what epsilon leaves out."""
     _check(config, given.codec, given.layout)
     exact = config.privacy is not None and config.privacy.heldout == "exact"
+
+    forecast = partial(
+        coded,
+        config,
+        given,
+        given.layout,
+        frame_only=config.privacy is not None and config.privacy.at_site,
+        version=must_learn(given.codec) and config.tgap.refit == "broadcast",
+    )
     return Plan(
         given.layout,
-        partial(coded, config, given, given.layout),
+        forecast,
         notes=[f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else [],
         reads_public=config.tgap.source == "public",
     )

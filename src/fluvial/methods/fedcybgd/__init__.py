@@ -44,9 +44,13 @@ from fluvial.methods.fedcybgd.traffic import (
 from fluvial.methods.fedcybgd.visit import visit
 from fluvial.methods.interface import Forecast, Given, Method, Plan, Row, Traits
 from fluvial.methods.planning import frame_rows, uncoded
+from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, coded_frame, unknown
 from fluvial.models.frozen import check_streams
 from fluvial.models.tuning import tuned_layout
 from fluvial.wire.tensors import Layout, factor
+
+_LONG_VISIT = 20
+"""Characters that the name of a visit may have beyond the shortest one's."""
 
 
 def plan(config: FedCyBgdConfig, given: Given) -> Plan:
@@ -68,7 +72,22 @@ def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
     """Nothing is sent; there must be as many layers as a block has."""
     check_blocks(config, given.codec, given.layout)
     sent = largest_block(config, given.layout)
-    return Plan(sent, partial(uncoded, given, sent, "none"))
+    traffic = partial(predict, config, given)
+    return Plan(sent, partial(uncoded, given, traffic, sent, "none"))
+
+
+def predict(config: Config, given: Given, round: int) -> Traffic:  # noqa: ARG001 - as in all rounds
+    """Predict the bytes up of one visit to any block; with pooled data, of visits to all."""
+    blocks = partition(config, given.layout).blocks
+    around = answer(loss=FULL_LOSS, visit="1.0") + Bytes(0, _LONG_VISIT)
+    updates = [coded_frame(given.codec, block.layout) + around for block in blocks]
+    down = unknown("a visit brings what changed since the site's last one, see the rows above")
+
+    if isinstance(config, CentralCyclicConfig):
+        return Traffic(down, sum(updates, start=Bytes()))
+
+    least = min(update.least for update in updates)
+    return Traffic(down, Bytes(least, max(update.most for update in updates)))
 
 
 def notes(config: FedCyBgdConfig) -> list[str]:
@@ -167,7 +186,8 @@ def forecast(config: FedCyBgdConfig, given: Given, sent: Layout) -> Forecast:
     if given.line is not None:
         rows.append(_over_line(config, given, frame, down, len(parts)))
 
-    return Forecast(frame, frame_size(IdentitySettings(), given.layout), rows)
+    down_size = frame_size(IdentitySettings(), given.layout)
+    return Forecast(frame, down_size, partial(predict, config, given), rows)
 
 
 def _over_line(config: FedCyBgdConfig, given: Given, frame: int, down: int, blocks: int) -> Row:

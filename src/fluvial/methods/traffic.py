@@ -1,0 +1,133 @@
+"""Predicted bytes of a site's messages in a round, with everything around their frames."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fluvial.codecs import CODECS, CodecSettings
+from fluvial.codecs.auto import AutoSettings
+from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.klt.settings import KltSettings
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.wire.payload import Payload, Value, frame_payload
+from fluvial.wire.tensors import Layout
+
+SHORT_LOSS = 1.5
+"""A loss of few digits; a message has six of them at most."""
+LONG_LOSS = 1.23456e-05
+FULL_LOSS = 1.2345678901234567e-05
+"""A loss of as many digits as a float can have."""
+MOST_SAMPLES = 10**7
+"""Sequences of a site up to which a prediction holds."""
+CODED = 0.01
+"""Share by which the frame of a random update may differ in length from that of a real one."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Predicted bytes of one message, or why there are none."""
+
+    least: int = 0
+    most: int = 0
+    unknown: str = ""
+    """Why nothing can be predicted; empty where it can."""
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        """Return the bytes of both together."""
+        return Bytes(
+            self.least + other.least, self.most + other.most, self.unknown or other.unknown
+        )
+
+    @property
+    def words(self) -> str:
+        """The prediction for people."""
+        if self.unknown:
+            return f"not predicted: {self.unknown}"
+        if self.least == self.most:
+            return f"{self.most:,} B"
+        return f"{self.least:,} to {self.most:,} B"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Predicted bytes between the server and one site in one round."""
+
+    down: Bytes
+    up: Bytes
+
+
+def exactly(size: int) -> Bytes:
+    """Return a prediction without doubt."""
+    return Bytes(size, size)
+
+
+def unknown(why: str) -> Bytes:
+    """Return the absence of a prediction."""
+    return Bytes(unknown=why)
+
+
+def coded_frame(settings: CodecSettings, layout: Layout) -> Bytes:
+    """Return the bytes of a coded update of `layout`: exact, or within `CODED`."""
+    if isinstance(settings, AutoSettings):
+        return unknown("codec 'auto' is chosen by measurement when the run starts")
+    if isinstance(settings, KltSettings) and settings.noise_ratio is not None:
+        return unknown("codec.noise_ratio sets the rate by the noise between the sites")
+
+    size = frame_size(settings, layout)
+    if CODECS[settings.name].exact:
+        return exactly(size)
+    return Bytes(int(size * (1 - CODED)), int(size * (1 + CODED)) + 1)
+
+
+def envelope(*values: Mapping[str, Value], frame: bool = True) -> Bytes:
+    """Return the bytes around a frame, where a message has one of these sets of `values`."""
+    sizes = [
+        len((frame_payload(b"0", **each) if frame else Payload(values={**each})).to_bytes()) - frame
+        for each in values
+    ]
+    return Bytes(min(sizes), max(sizes))
+
+
+def answer(*, error: bool = False, loss: float = LONG_LOSS, **values: Value) -> Bytes:
+    """Return the bytes around the frame of an update: sample count, loss, error of the codec."""
+    short: dict[str, Value] = {"n": 1, "loss": SHORT_LOSS}
+    long: dict[str, Value] = {"n": MOST_SAMPLES, "loss": loss}
+    if error:
+        short["e"] = 0.5
+        long["e"] = LONG_LOSS
+    return envelope({**values, **short}, {**values, **long})
+
+
+def shared_up(settings: CodecSettings, sent: Layout, *, frame_only: bool = False) -> Bytes:
+    """Return the bytes of an update that goes through `fluvial.exchange`."""
+    around = envelope({}) if frame_only else answer(error=settings.error_feedback)
+    return coded_frame(settings, sent) + around
+
+
+def shared_down(
+    settings: CodecSettings | None, layout: Layout, round: int, *, all_sites: bool, version: bool
+) -> Bytes:
+    """Return the bytes of an adapter that goes through `fluvial.exchange`.
+
+    `all_sites` says that each site takes part in each round, `version` that the message has the
+    version of a codec that is fitted again and again.
+    """
+    values: dict[str, Value] = {"round": round}
+    if version:
+        values["codec"] = round
+
+    if settings is None:
+        frame = exactly(frame_size(IdentitySettings(), layout))
+        return frame + envelope(values, values | ({"codec": 1} if version else {}))
+    if round == 1:
+        return envelope(values | {"base": 0, "version": 0, "sizes": []}, frame=False)
+    if not all_sites:
+        return unknown("a site that was away gets every frame that it missed")
+
+    frame = coded_frame(settings, layout)
+    base = 0 if round == 2 else round - 1
+    return frame + envelope(
+        *(
+            values | {"base": base, "version": round, "sizes": [size]}
+            for size in (frame.least, frame.most)
+        )
+    )

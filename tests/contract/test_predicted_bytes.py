@@ -1,0 +1,121 @@
+"""`fluvial check` predicts the bytes of every method: a run sends them, with all that is around."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.methods import METHODS
+from fluvial.methods.interface import Plan
+from fluvial.methods.traffic import Bytes, Traffic
+from fluvial.models.loading import meta_base
+from fluvial.models.tuning import tuned_layout
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.opening import given
+from fluvial.runs.plan import plan
+from tests.contract.test_methods import SETTINGS
+from tests.support.runs import run_table
+
+SITES = 3
+DIGITS = 60
+"""Bytes by which an exact message may vary: digits of loss and sample count."""
+
+FEDAVG: dict[str, dict[str, Any]] = {
+    "identity": {},
+    "int8": {"codec": {"name": "int8"}},
+    "int4 with feedback": {"codec": {"name": "int4", "error_feedback": True}},
+    "top_k": {"codec": {"name": "top_k"}},
+    "trellis": {"codec": {"name": "trellis"}},
+    "B alone": {"method": {"name": "fedavg", "factors": "B"}},
+    "int8 downlink": {"downlink": {"name": "int8"}},
+    "trellis downlink": {"downlink": {"name": "trellis"}},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "flasc": {"method": {"name": "flasc"}},
+    "flasc of weights": {
+        "method": {"name": "flasc", "download": "weights", "density_down": 1.0, "values": "fp32"}
+    },
+    "ecolora": {"method": {"name": "ecolora"}},
+    "ecolora, 2 segments": {"method": {"name": "ecolora", "segments": 2, "values": "bf16"}},
+    "fedcybgd": {"method": {"name": "fedcybgd"}, "tune": "lora"},
+    "fedcybgd, exact": {
+        "method": {"name": "fedcybgd"},
+        "tune": "lora",
+        "codec": {"name": "identity"},
+    },
+    "local": {"method": {"name": "local"}},
+    "central": {"method": {"name": "central"}},
+    "central_cyclic": {"method": {"name": "central_cyclic"}, "tune": "lora"},
+    "cgfedllm": SETTINGS["cgfedllm"],
+}
+CASES = FEDAVG | OTHERS
+
+
+def planned(config: RunConfig) -> Plan:
+    base = meta_base(config.model)
+    layout = tuned_layout(meta_base(config.model), config.adapter)
+    return config.entry.plan(config.method, given(config, layout, base, SITES))
+
+
+def rounds_of(result: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
+    """Bytes by site of each round."""
+    return [record["bytes"] for record in RunFolder(Path(result["folder"])).metrics()]
+
+
+def check_message(predicted: Bytes, sent: int) -> None:
+    assert predicted.unknown or predicted.least <= sent <= predicted.most
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_sends_what_was_predicted(
+    name: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    config = parse(run_config | CASES[name], "test")
+    predict = planned(config).forecast().traffic
+    rounds = rounds_of(run_table(run_config | CASES[name], tmp_path / "run"))
+    assert len(rounds) == config.rounds
+
+    for number, sites in enumerate(rounds, 1):
+        traffic = predict(number)
+        assert sites
+        for sent in sites.values():
+            for way, predicted in (("up", traffic.up), ("down", traffic.down)):
+                task = next(key for key in config.entry.tasks if key in ("train", "visit"))
+                check_message(predicted, sent[f"{way} {task}"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predictions_are_as_narrow_as_they_can_be(name: str, run_config: dict[str, Any]) -> None:
+    """To the byte where it can be known; but for digits of an exact answer; 1 % where coded."""
+    config = parse(run_config | CASES[name], "test")
+    traffic: Traffic = planned(config).forecast().traffic(2)
+
+    if name in ("identity", "B alone", "int8", "int4 with feedback", "top_k", "trellis", "central"):
+        assert traffic.down.least == traffic.down.most
+    if name in ("identity", "B alone", "int8", "central", "local"):
+        assert traffic.up.most - traffic.up.least <= DIGITS
+    if name in FEDAVG or name == "cgfedllm":
+        for predicted in (traffic.up, traffic.down):
+            middle = (predicted.least + predicted.most) / 2
+            assert predicted.most - middle <= 0.01 * middle + DIGITS
+
+
+def test_every_method_is_among_the_cases(run_config: dict[str, Any]) -> None:
+    covered = {parse(run_config | case, "test").method.name for case in CASES.values()}
+    assert covered == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, " B"),
+        ({"codec": {"name": "auto"}}, "not predicted: codec 'auto' is chosen by measurement"),
+    ],
+)
+def test_check_shows_predictions_or_why_there_are_none(
+    change: dict[str, Any], words: str, run_config: dict[str, Any]
+) -> None:
+    rows = {row["what"]: row["value"] for row in plan(parse(run_config | change, "test"))["rows"]}
+    assert words in rows["up, one site in a round, with headers"]
+    assert rows["down, one site in a round, with headers"].endswith(" B")
