@@ -18,8 +18,10 @@ from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
-from fluvial.exchange import gate, tgap
-from fluvial.exchange.gate import GateReport, Representation
+from fluvial.exchange import TgapConfig, collecting, gate
+from fluvial.exchange.report import GateReport
+from fluvial.exchange.representation import Representation, coded_object
+from fluvial.exchange.tgap import split_by_time
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -165,17 +167,19 @@ def ensemble(
         seed=seed,
         rank=rank,
     )
-    settings = tgap.TgapConfig.model_validate(wanted)
+    settings = TgapConfig.model_validate(wanted)
 
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:
         bench = ModelPool(resolved.model, resolved.lora)
         run = Run(
             resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed)
         )
-        fleet = run.fleet if source == "sites" else tgap.simulated_fleet(settings, run.context)
-        snapshots = tgap.collect(settings, fleet, bench.layout, seed)
+        fleet = (
+            run.fleet if source == "sites" else collecting.simulated_fleet(settings, run.context)
+        )
+        snapshots = collecting.collect(settings, fleet, bench.layout, seed)
 
-    training, heldout = tgap.split_by_time(snapshots, settings.holdout)
+    training, heldout = split_by_time(snapshots, settings.holdout)
     return Ensemble(bench.layout, training, heldout, time.perf_counter() - since)
 
 
@@ -193,8 +197,7 @@ def fitted(
         return build(settings, layout)
 
     objects = [
-        gate.coded_object(snapshot.received, snapshot.update, representation)
-        for snapshot in training
+        coded_object(snapshot.received, snapshot.update, representation) for snapshot in training
     ]
     return kind.fit(settings, layout, objects, seed=0)
 

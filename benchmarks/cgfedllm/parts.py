@@ -27,7 +27,7 @@ from benchmarks.cgfedllm.bed import (
 from benchmarks.report import Claim, Row, show
 from fluvial.codecs.normalise import Normalisation
 from fluvial.exchange import gate
-from fluvial.exchange.gate import Representation
+from fluvial.exchange.representation import Representation
 from fluvial.seeds import generator
 from fluvial.wire.tensors import energy, norm, subtract
 

@@ -20,7 +20,7 @@ from benchmarks.report import Row
 from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, DivergenceError, GateError
-from fluvial.exchange import tgap
+from fluvial.exchange import collecting
 from fluvial.methods.measuring import TASK as MEASURING
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
@@ -102,7 +102,7 @@ def _by_purpose(by_site: dict[str, dict[str, int]]) -> dict[str, int]:
 
 
 _snapshots: dict[str, list[Snapshot]] = {}
-_collect = tgap.collect
+_collect = collecting.collect
 
 
 class shared_snapshots:  # noqa: N801 - used like a function
@@ -119,7 +119,7 @@ class shared_snapshots:  # noqa: N801 - used like a function
         )
 
     def __enter__(self) -> None:
-        """Take the place of `tgap.collect`."""
+        """Take the place of `collecting.collect`."""
 
         def collect(settings: Any, fleet: Any, *rest: Any, **named: Any) -> list[Snapshot]:
             if set(fleet.transport.tasks) != {"snapshot"}:
@@ -133,11 +133,11 @@ class shared_snapshots:  # noqa: N801 - used like a function
 
             return _snapshots[key]
 
-        tgap.collect = collect  # type: ignore[assignment]
+        collecting.collect = collect  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
         """Give it back."""
-        tgap.collect = _collect
+        collecting.collect = _collect
 
 
 @dataclass(frozen=True)

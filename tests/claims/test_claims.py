@@ -13,7 +13,8 @@ from fluvial.codecs.klt.codec import Klt
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
 from fluvial.data import SiteTexts
-from fluvial.exchange import gate, tgap
+from fluvial.exchange import TgapConfig, collecting, gate
+from fluvial.exchange.tgap import split_by_time
 from fluvial.methods import Context
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import load, parse
@@ -48,10 +49,12 @@ def snapshots(
         lambda: bytes(32),
         texts.public,
     )
-    chosen = tgap.TgapConfig.model_validate(settings)
-    found = tgap.collect(chosen, tgap.simulated_fleet(chosen, context), bench.layout, config.seed)
+    chosen = TgapConfig.model_validate(settings)
+    found = collecting.collect(
+        chosen, collecting.simulated_fleet(chosen, context), bench.layout, config.seed
+    )
 
-    return (bench.layout, *tgap.split_by_time(found, 0.2))
+    return (bench.layout, *split_by_time(found, 0.2))
 
 
 @pytest.fixture(scope="module")

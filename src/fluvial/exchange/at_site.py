@@ -7,14 +7,15 @@ from typing import Any
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.base import Codec
 from fluvial.data import Example
-from fluvial.exchange import tgap
+from fluvial.exchange import tgap_tasks
 from fluvial.exchange.coding import Coder
 from fluvial.exchange.downlink import receive
 from fluvial.exchange.feedback import RESIDUAL
-from fluvial.exchange.gate import coded_object
 from fluvial.exchange.gathering import STALE
 from fluvial.exchange.refit import follow
+from fluvial.exchange.representation import coded_object
 from fluvial.exchange.terms import Terms
+from fluvial.exchange.tgap import after_tgap
 from fluvial.exchange.uplink import coder_of
 from fluvial.exchange.versions import install_codec, site_codec
 from fluvial.federation.sites import Site, Task, round_of
@@ -72,7 +73,7 @@ class Received:
 
     def examples(self, site: Site) -> Sequence[Example]:
         """Return the sequences that a round trains on: all that TGAP does not take."""
-        return tgap.after_tgap(site.load().train, self.terms.tgap)
+        return after_tgap(site.load().train, self.terms.tgap)
 
     def reply(self, site: Site, update: LocalUpdate) -> Payload:
         """Return the site's answer: the frame, sample count, loss, and under error feedback the
@@ -130,7 +131,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
     def snapshot(site: Site, message: Payload) -> Payload:
         """Task: train on D1, and send or keep the raw update."""
         terms = make_terms(site.method, site.codec)
-        return tgap.snapshot(
+        return tgap_tasks.snapshot(
             site,
             message,
             tgap=terms.tgap,
@@ -141,12 +142,12 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
     def probe(site: Site, message: Payload) -> Payload:
         """Task: measure a codec on the held-out updates."""
         representation = make_terms(site.method, site.codec).representation
-        return tgap.probe(site, message, representation=representation)
+        return tgap_tasks.probe(site, message, representation=representation)
 
     return {
         "train": train,
         "install": install_codec,
         "snapshot": snapshot,
-        "moments": tgap.send_moments,
+        "moments": tgap_tasks.send_moments,
         "probe": probe,
     }

@@ -7,8 +7,8 @@ from functools import partial
 from fluvial.errors import WireError
 from fluvial.exchange.downlink import Downlink
 from fluvial.exchange.fitting import OnRefusal
-from fluvial.exchange.gate import innovation
 from fluvial.exchange.gathering import Gathering, Readable
+from fluvial.exchange.representation import innovation
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.uplink import Decoded, Uplink
 from fluvial.federation.bounds import check_update

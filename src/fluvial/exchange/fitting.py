@@ -14,10 +14,13 @@ from fluvial.codecs.auto import AutoSettings, Measured, Watch, candidates, choos
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.codecs.klt.moments import MomentCodec, Moments
 from fluvial.errors import ConfigError, GateError
-from fluvial.exchange import gate, tgap
+from fluvial.exchange import collecting, gate
 from fluvial.exchange.checks import needs_updates
-from fluvial.exchange.gate import GateReport, Representation
+from fluvial.exchange.probe import Probe, fold
+from fluvial.exchange.report import GateReport, explain
+from fluvial.exchange.representation import Representation, coded_object
 from fluvial.exchange.terms import Terms
+from fluvial.exchange.tgap import split_by_time
 from fluvial.exchange.versions import published
 from fluvial.exchange.weighting import scales, weigh
 from fluvial.federation.bounds import too_long
@@ -55,8 +58,7 @@ class Snapshots:
             return build(settings, self.layout)
 
         objects = [
-            gate.coded_object(each.received, each.update, self.representation)
-            for each in self.training
+            coded_object(each.received, each.update, self.representation) for each in self.training
         ]
         if settings.weighted:
             pairs = zip(objects, self.training, strict=True)
@@ -104,26 +106,26 @@ class Sums:
         """See `Snapshots`; a site that decodes must hold the decoder."""
         messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
 
-        def read(_site: str, reply: Payload) -> gate.Probe:
-            return gate.Probe.read(reply, most=self.num_heldout)
+        def read(_site: str, reply: Payload) -> Probe:
+            return Probe.read(reply, most=self.num_heldout)
 
         replies = list(self.fleet.ask("probe", messages, round=0, read=read, alone=False))
         replies = self._plausible(replies)
         self.fleet.require_quorum("probe", 0, answered=len(replies), asked=len(messages))
         self.held.update((reply.site, codec.settings) for reply in replies)
 
-        return gate.fold([reply.content for reply in replies], self.layout, self.representation)
+        return fold([reply.content for reply in replies], self.layout, self.representation)
 
-    def _plausible(self, replies: list[Reply[gate.Probe]]) -> list[Reply[gate.Probe]]:
+    def _plausible(self, replies: list[Reply[Probe]]) -> list[Reply[Probe]]:
         """Leave out sites whose sums are far beyond those of the others."""
         sizes = {reply.site: reply.content.sizes for reply in replies}
         growth = self.fleet.config.max_update_growth
 
-        for index in range(len(gate.Probe.SIZES)):
+        for index in range(len(Probe.SIZES)):
             others = [each[index] for each in sizes.values()]
             for site, found in sorted(sizes.items()):
                 if too_long(found[index], others, growth) is not None:
-                    reason = f"its {gate.Probe.SIZES[index]} is {found[index]:.4g}, far beyond the other sites'"
+                    reason = f"its {Probe.SIZES[index]} is {found[index]:.4g}, far beyond the other sites'"
                     self.fleet.reject(Failure(site, 0, "probe", reason, 0))
                     del sizes[site]
 
@@ -140,18 +142,20 @@ def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
     layout = terms.sent(context.layout)
 
     if config.source == "sites-covariance":
-        moments = tgap.collect_moments(config, fleet, context.layout, context.seed, sent=layout)
+        moments = collecting.collect_moments(
+            config, fleet, context.layout, context.seed, sent=layout
+        )
         num_heldout = config.rounds - config.training_rounds
         return Sums(layout, terms.representation, moments, fleet, num_heldout)
 
     ensemble = fleet
     if config.source == "public":
-        ensemble = tgap.simulated_fleet(
+        ensemble = collecting.simulated_fleet(
             config, context, factors=terms.factors, representation=terms.representation
         )
 
-    snapshots = tgap.collect(config, ensemble, context.layout, context.seed, sent=layout)
-    training, heldout = tgap.split_by_time(snapshots, config.holdout)
+    snapshots = collecting.collect(config, ensemble, context.layout, context.seed, sent=layout)
+    training, heldout = split_by_time(snapshots, config.holdout)
     seed = derive(context.seed, "codec fit")
 
     return Snapshots(layout, terms.representation, training, heldout, seed)
@@ -221,7 +225,7 @@ def judge(codec: CodecSettings, report: GateReport, on_refusal: OnRefusal) -> No
     # An unbiased codec may enlarge an update: its error is repaid by the mean over sites, not by a
     # smaller error.
     if report.failed and on_refusal == "refuse" and not codec.without_bias:
-        raise GateError(gate.explain(report, name), report.values())
+        raise GateError(explain(report, name), report.values())
 
 
 def _measured(codec: Codec, report: GateReport) -> Measured:

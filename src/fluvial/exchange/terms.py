@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fluvial.codecs import CodecSettings, must_learn
-from fluvial.exchange.gate import Representation
+from fluvial.exchange.representation import Representation
 from fluvial.exchange.tgap import NO_TGAP, TgapConfig
 from fluvial.federation.sites import Factors, part
 from fluvial.wire.tensors import Layout

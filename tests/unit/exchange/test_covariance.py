@@ -22,8 +22,10 @@ from fluvial.codecs.klt.moments import Moments, MomentsSum, num_bytes
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import Identity
 from fluvial.errors import ConfigError, GateError, WireError
-from fluvial.exchange import check_codec, gate, tgap
-from fluvial.exchange.tgap import TgapConfig
+from fluvial.exchange import check_codec, collecting, gate, tgap_tasks
+from fluvial.exchange import report as gate_report
+from fluvial.exchange.probe import Probe, fold
+from fluvial.exchange.tgap import TgapConfig, split_by_time
 from fluvial.federation.fleet import Fleet
 from fluvial.report import round_lines
 from fluvial.report.page import write_page
@@ -211,13 +213,10 @@ def test_probes_fold_into_what_the_server_would_have_measured() -> None:
     ]
     direct = gate.measure(codec, [Snapshot("s0", 1, zero, SEEN[5])], heldout, "delta")
     probes = [
-        gate.Probe.of(codec, [s for s in heldout if s.site == site], "delta")
-        for site in ("s0", "s1")
+        Probe.of(codec, [s for s in heldout if s.site == site], "delta") for site in ("s0", "s1")
     ]
-    probes = [
-        gate.Probe.read(Payload.from_bytes(each.payload().to_bytes()), most=2) for each in probes
-    ]
-    folded = gate.fold(probes, LAYOUT, "delta")
+    probes = [Probe.read(Payload.from_bytes(each.payload().to_bytes()), most=2) for each in probes]
+    folded = fold(probes, LAYOUT, "delta")
 
     for name in ("a", "b", "all"):
         assert getattr(folded.errors, name) == pytest.approx(getattr(direct.errors, name))
@@ -246,8 +245,8 @@ def test_probes_fold_into_what_the_server_would_have_measured() -> None:
 
 
 def test_a_site_with_one_snapshot_cannot_shuffle() -> None:
-    probe = gate.Probe.of(Identity.of(LAYOUT), [Snapshot("a", 1, SEEN[0], SEEN[1])], "delta")
-    report = gate.fold([gate.Probe.read(probe.payload(), most=1)], LAYOUT, "delta")
+    probe = Probe.of(Identity.of(LAYOUT), [Snapshot("a", 1, SEEN[0], SEEN[1])], "delta")
+    report = fold([Probe.read(probe.payload(), most=1)], LAYOUT, "delta")
     assert report.shuffled_error is None
     assert "depends on the input" not in report.reproduction
     assert report.failed == []
@@ -268,24 +267,24 @@ def test_a_site_with_one_snapshot_cannot_shuffle() -> None:
 )
 def test_a_probe_that_cannot_be_is_refused(values: dict[str, Any], text: str) -> None:
     snapshots = [Snapshot("a", number, SEEN[0], SEEN[number]) for number in (1, 2)]
-    good = gate.Probe.of(Identity.of(LAYOUT), snapshots, "delta").payload()
-    assert gate.Probe.read(good, most=2).count == 2
+    good = Probe.of(Identity.of(LAYOUT), snapshots, "delta").payload()
+    assert Probe.read(good, most=2).count == 2
 
     with pytest.raises(WireError, match=text):
-        gate.Probe.read(Payload(values=good.values | values), most=2)
+        Probe.read(Payload(values=good.values | values), most=2)
 
 
 def test_snapshots_come_back_from_a_sites_disk() -> None:
     snapshots = [Snapshot("a", number, SEEN[0], SEEN[number]) for number in (9, 10, 11)]
-    kept = Payload.from_bytes(tgap.join_snapshots(snapshots).to_bytes())
-    found = tgap.split_snapshots(kept, "a")
+    kept = Payload.from_bytes(tgap_tasks.join_snapshots(snapshots).to_bytes())
+    found = tgap_tasks.split_snapshots(kept, "a")
     assert [each.round for each in found] == [9, 10, 11]
 
     for mine, theirs in zip(found, snapshots, strict=True):
         assert all(torch.equal(mine.update[name], theirs.update[name]) for name in LAYOUT.names)
         assert all(torch.equal(mine.received[name], theirs.received[name]) for name in LAYOUT.names)
 
-    assert tgap.split_snapshots(Payload(), "a") == []
+    assert tgap_tasks.split_snapshots(Payload(), "a") == []
 
 
 # -- whole runs ----------------------------------------------------------------------------------
@@ -297,8 +296,8 @@ def test_the_transform_is_that_of_the_same_snapshots(
     """Twice the same TGAP: once the updates come up, once only moments."""
     seen: list[Snapshot] = []
     found: list[Moments] = []
-    collect = tgap.collect
-    collect_moments = tgap.collect_moments
+    collect = collecting.collect
+    collect_moments = collecting.collect_moments
 
     def keep(*arguments: Any, **named: Any) -> list[Snapshot]:
         seen.extend(collect(*arguments, **named))
@@ -310,14 +309,14 @@ def test_the_transform_is_that_of_the_same_snapshots(
 
     results = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tgap, "collect", keep)
-        patch.setattr(tgap, "collect_moments", keep_moments)
+        patch.setattr(collecting, "collect", keep)
+        patch.setattr(collecting, "collect_moments", keep_moments)
         for source in ("sites", "sites-covariance"):
             method = {"name": "cgfedllm", "tgap": QUIET | {"source": source}}
             table = run_config | {"rounds": 1, "method": method, "codec": KLT}
             results[source] = run_table(table, tmp_path / source)
 
-    training, heldout = tgap.split_by_time(seen, 0.4)
+    training, heldout = split_by_time(seen, 0.4)
     layout = Layout.of(training[0].update)
     settings = KltSettings(rate=8)
     known = Klt.fit(settings, layout, [each.update for each in training], seed=0)
@@ -433,7 +432,7 @@ def test_a_codec_that_sites_cannot_use_is_refused(
 ) -> None:
     """Random updates: the gate still says so, from the sites' numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate, "MARGIN", 0.999)
+        patch.setattr(gate_report, "MARGIN", 0.999)
         method = {"name": "cgfedllm", "tgap": QUIET}
         with pytest.raises(GateError, match="codec 'klt' does not carry(.|\n)*of predictor 'zero'"):
             list(

@@ -18,7 +18,10 @@ from fluvial.codecs.quantise import Identity
 from fluvial.codecs.sign import TernarySettings
 from fluvial.data import SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, GateError
-from fluvial.exchange import gate, tgap
+from fluvial.exchange import collecting, gate
+from fluvial.exchange.report import GateReport
+from fluvial.exchange.representation import Representation
+from fluvial.exchange.tgap import d1_of, d2_of, split_by_time
 from fluvial.federation import noise
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.cgfedllm import privacy
@@ -87,8 +90,8 @@ def known(figure: float | None) -> float:
     return figure
 
 
-def measured(codec: Codec, representation: gate.Representation = "delta") -> gate.GateReport:
-    return gate.measure(codec, *tgap.split_by_time(ensemble(), 0.4), representation)
+def measured(codec: Codec, representation: Representation = "delta") -> GateReport:
+    return gate.measure(codec, *split_by_time(ensemble(), 0.4), representation)
 
 
 # -- the gate (8, 10) ----------------------------------------------------------------------------
@@ -113,7 +116,7 @@ def test_nothing_sent_fails() -> None:
 
 def test_the_training_mean_looks_good_as_a_state_and_is_refused() -> None:
     """The trap of f.2: a state error far below 1 % with an innovation cosine near zero."""
-    training, _ = tgap.split_by_time(ensemble(), 0.4)
+    training, _ = split_by_time(ensemble(), 0.4)
     states = [add(snapshot.received, snapshot.update) for snapshot in training]
     mean = scale(states[0], 0)
 
@@ -149,7 +152,7 @@ def test_both_signal_to_noise_ratios() -> None:
 
 
 def test_the_product_error_is_that_of_the_dense_change() -> None:
-    _, heldout = tgap.split_by_time(ensemble(), 0.4)
+    _, heldout = split_by_time(ensemble(), 0.4)
     codec = build(TernarySettings(rate=16), LAYOUT)
     guesses = [codec.decode(codec.encode(s.update, seed=n)) for n, s in enumerate(heldout)]
     lost = signal = 0.0
@@ -175,20 +178,20 @@ def test_the_product_error_is_that_of_the_dense_change() -> None:
 
 
 def test_the_holdout_is_the_last_rounds() -> None:
-    training, heldout = tgap.split_by_time(ensemble(rounds=5), 0.2)
+    training, heldout = split_by_time(ensemble(rounds=5), 0.2)
     assert {snapshot.round for snapshot in training} == {1, 2, 3, 4}
     assert {snapshot.round for snapshot in heldout} == {5}
-    both = tgap.split_by_time(ensemble(rounds=2), 0.99)
+    both = split_by_time(ensemble(rounds=2), 0.99)
     assert [len(part) for part in both] == [3, 3]
 
 
 def test_d1_and_d2_are_disjoint_and_cover() -> None:
     examples = list(range(10))
-    assert tgap.first_part(examples, 0.3) == [0, 1, 2]  # type: ignore[arg-type,comparison-overlap]
-    assert tgap.second_part(examples, 0.3) == [3, 4, 5, 6, 7, 8, 9]  # type: ignore[arg-type,comparison-overlap]
+    assert d1_of(examples, 0.3) == [0, 1, 2]  # type: ignore[arg-type,comparison-overlap]
+    assert d2_of(examples, 0.3) == [3, 4, 5, 6, 7, 8, 9]  # type: ignore[arg-type,comparison-overlap]
 
     with pytest.raises(ConfigError, match="cannot be split in two"):
-        tgap.second_part(examples[:1], 0.3)  # type: ignore[arg-type]
+        d2_of(examples[:1], 0.3)  # type: ignore[arg-type]
 
 
 class Recorder:
@@ -276,14 +279,14 @@ def test_local_reading_follows_each_sites_own_path(
 ) -> None:
     """The server's record of what a site started from is what the site had."""
     found: list[Snapshot] = []
-    collect = tgap.collect
+    collect = collecting.collect
 
     def keep(*arguments: Any, **named: Any) -> list[Snapshot]:
         found.extend(collect(*arguments, **named))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tgap, "collect", keep)
+        patch.setattr(collecting, "collect", keep)
         method = {"name": "cgfedllm", "gate": "report", "tgap": {"rounds": 3, "reading": "local"}}
         run_table(
             run_config | {"rounds": 1, "method": method, "codec": {"name": "int8"}},

@@ -33,7 +33,7 @@ from fluvial.exchange import (
     receive_exchange,
     shared_tasks,
 )
-from fluvial.exchange.gate import Representation
+from fluvial.exchange.representation import Representation
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
 from fluvial.federation.fleet import Fleet, sample

@@ -1,0 +1,137 @@
+"""Collection at TGAP: updates or their moments, over sites and rounds (the temporal ensemble)."""
+
+import logging
+import math
+from functools import partial
+
+from fluvial.codecs.base import Snapshot
+from fluvial.codecs.klt.moments import Moments, MomentsSum
+from fluvial.codecs.quantise import Identity
+from fluvial.data import SiteData
+from fluvial.errors import ConfigError
+from fluvial.exchange.gathering import Gathering, Readable, to_all
+from fluvial.exchange.representation import Representation
+from fluvial.exchange.tgap import TgapConfig
+from fluvial.exchange.tgap_tasks import snapshot
+from fluvial.federation.context import Context
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import local_fleet
+from fluvial.federation.replies import nothing, read_update
+from fluvial.federation.sites import Factors, Site, adapter_message
+from fluvial.federation.store import StateStore
+from fluvial.models.states import initial_state
+from fluvial.seeds import derive
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, WeightedMean, moved, norm
+
+logger = logging.getLogger(__name__)
+
+
+def collect_moments(
+    config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout
+) -> Moments:
+    """Second moments of the updates of all sites; held-out updates stay there, for `probe`.
+
+    `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter
+    as FAF and goes its own way.
+    """
+    start = initial_state(layout, seed)
+    for number in range(1, config.rounds + 1):
+        logger.info("TGAP round %d of %d", number, config.rounds)
+        messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
+        for _ in fleet.ask("snapshot", messages, round=0, read=nothing):
+            pass
+
+    def read(_site: str, reply: Payload) -> Readable[Moments]:
+        moments = Moments.read(sent, reply, most=config.training_rounds)
+        length = math.sqrt(math.fsum(moments.energy) / moments.count)
+        return Readable(moments, length, 1)
+
+    total = MomentsSum()
+    nothing_asked = partial(to_all, message=Payload())
+    for reply in Gathering(fleet, "moments", 0, nothing_asked, read).of(fleet.sites):
+        total.add(reply.content)
+
+    return total.total()
+
+
+def collect(
+    config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout | None = None
+) -> list[Snapshot]:
+    """Raw updates of all sites over `config.rounds` rounds, from the same initial adapter as FAF.
+
+    `layout` is the adapter's, `sent` the updates' where sites send only a part.
+    """
+    shared = initial_state(layout, seed)
+    own = dict.fromkeys(fleet.sites, shared)
+    codec = Identity.of(sent or layout)
+
+    def read(site: str, reply: Payload, *, number: int) -> Readable[Snapshot]:
+        update, weight = read_update(site, reply, codec=codec, round=number)
+        return Readable(Snapshot(site, number, own[site], update), norm(update), weight)
+
+    snapshots: list[Snapshot] = []
+    for number in range(1, config.rounds + 1):
+        logger.info("TGAP round %d of %d", number, config.rounds)
+        message = adapter_message(shared, round=number)
+        gathering = Gathering(
+            fleet,
+            "snapshot",
+            0,
+            partial(to_all, message=message),
+            partial(read, number=number),
+        )
+        mean = WeightedMean()
+
+        for reply in gathering.of(fleet.sites):
+            snapshots.append(reply.content)
+            mean.add(reply.content.update, reply.weight)
+
+        if config.reading == "federated":
+            shared = moved(shared, mean.mean())
+            own = dict.fromkeys(fleet.sites, shared)
+        else:
+            own |= {
+                each.site: moved(each.received, each.update)
+                for each in snapshots
+                if each.round == number
+            }
+
+    return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
+
+
+def simulated_fleet(
+    config: TgapConfig,
+    context: Context,
+    *,
+    factors: Factors = "A and B",
+    representation: Representation = "delta",
+) -> Fleet:
+    """Sites that the server plays itself, on public text."""
+    parts = context.public()
+    names = sorted(parts)[: config.simulated_sites]
+
+    if len(names) < 2:
+        raise ConfigError(
+            "data.public_source: at least two records are needed to simulate two sites"
+        )
+
+    bench = context.open_bench()
+    store = StateStore(None)
+
+    def open_site(name: str) -> Site:
+        return Site(
+            name=name,
+            seed=derive(context.seed, "tgap"),
+            pool=bench,
+            load=lambda: SiteData(parts[name], parts[name], [], 0, 0, 0),
+            train=context.train,
+            codec=context.codec,
+            method=None,
+            downlink=None,
+            store=store,
+            rounds=config.rounds,
+        )
+
+    task = partial(snapshot, tgap=config, factors=factors, representation=representation)
+    return local_fleet(names, open_site, {"snapshot": task})

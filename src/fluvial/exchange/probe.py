@@ -1,0 +1,198 @@
+"""Probe of a codec at the sites, where no update may leave them (`tgap.source = "sites-covariance"`).
+
+Each site measures on its own snapshots and sends a few sums; `fold` makes the report of them, with
+what they cannot tell left open.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from fluvial.codecs.base import Codec, Snapshot
+from fluvial.errors import WireError
+from fluvial.exchange.report import Errors, GateReport, shortcomings
+from fluvial.exchange.representation import Representation, coded_object, innovation
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, cosine, energy, norm, only, subtract
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one site measured on its own held-out snapshots: sums, from which no update can be
+    read."""
+
+    count: int
+    bytes: int
+    lost_a: float
+    """Squared error of the innovation, A factors."""
+    lost_b: float
+    energy_a: float
+    """Squared norm of the update, A factors."""
+    energy_b: float
+    cosine: float
+    """Sum over snapshots."""
+    contraction: float
+    """Largest ratio of the error's norm to the update's."""
+    shuffled: float | None
+    """Squared error when each snapshot is guessed by another's frame; None if there is only one."""
+
+    @classmethod
+    def of(
+        cls, codec: Codec, heldout: Sequence[Snapshot], representation: Representation
+    ) -> "Probe":
+        """Code and decode `heldout`, which must not be empty."""
+        assert heldout, "no held-out snapshots"
+        frames = [
+            codec.encode(coded_object(s.received, s.update, representation), seed=number)
+            for number, s in enumerate(heldout)
+        ]
+        decoded = [codec.decode(frame) for frame in frames]
+        pairs = [
+            (s.update, innovation(s.received, y, representation))
+            for s, y in zip(heldout, decoded, strict=True)
+        ]
+        lost = [subtract(update, guess) for update, guess in pairs]
+        shuffled = [
+            energy(subtract(s.update, innovation(s.received, decoded[index - 1], representation)))
+            for index, s in enumerate(heldout)
+        ]
+
+        return cls(
+            count=len(heldout),
+            bytes=sum(map(len, frames)),
+            lost_a=math.fsum(energy(only(each, "A")) for each in lost),
+            lost_b=math.fsum(energy(only(each, "B")) for each in lost),
+            energy_a=math.fsum(energy(only(update, "A")) for update, _ in pairs),
+            energy_b=math.fsum(energy(only(update, "B")) for update, _ in pairs),
+            cosine=math.fsum(cosine(update, guess) for update, guess in pairs),
+            contraction=max(
+                norm(x) / max(norm(s.update), 1e-30) for x, s in zip(lost, heldout, strict=True)
+            ),
+            shuffled=math.fsum(shuffled) if len(heldout) > 1 else None,
+        )
+
+    SIZES: ClassVar = ("mean length of an update", "contraction", "error with frames shuffled")
+
+    @property
+    def sizes(self) -> tuple[float, float, float]:
+        """Return the numbers that `SIZES` names, which cannot differ much between sites."""
+        length = math.sqrt((self.energy_a + self.energy_b) / self.count)
+        return length, self.contraction, math.sqrt((self.shuffled or 0.0) / self.count)
+
+    def payload(self) -> Payload:
+        """On the wire."""
+        return Payload(values=asdict(self))
+
+    @classmethod
+    def read(cls, payload: Payload, *, most: int) -> "Probe":
+        """Inverse of `payload`, for at most `most` snapshots; raises `WireError` for what cannot be
+        such sums."""
+        count = payload.value("count", int)
+        size = payload.value("bytes", int)
+
+        if not 1 <= count <= most or not 1 <= size < 2**53:
+            raise WireError(
+                f"probe: {count} snapshots in {size} bytes, expected 1 to {most}, and at least a byte"
+            )
+
+        sums = {
+            name: payload.value(name, float)
+            for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
+        }
+        known = {"count", "bytes", "cosine", "shuffled", *sums}
+        if payload.tensors or set(payload.values) - known:
+            raise WireError(
+                f"probe: more than its sums: {sorted(set(payload.values) - known)!r:.80}"
+            )
+
+        cosine = payload.value("cosine", float)
+        shuffled = (
+            None if payload.values.get("shuffled") is None else payload.value("shuffled", float)
+        )
+        if (shuffled is None) != (count == 1):
+            raise WireError(
+                f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is there"
+            )
+
+        # 1e100: the sum over sites must stay finite too.
+        if not all(0 <= each < 1e100 for each in (*sums.values(), shuffled or 0.0)):
+            raise WireError(f"probe: an energy below 0 or beyond 1e100 in {sums}")
+
+        lost = sums["lost_a"] + sums["lost_b"]
+        energy = sums["energy_a"] + sums["energy_b"]
+        if lost > 1.001 * sums["contraction"] ** 2 * energy + 1e-20:
+            raise WireError(
+                f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction allows"
+            )
+
+        if not abs(cosine) <= 1.001 * count:
+            raise WireError(f"probe: cosines of {count} snapshots add up to {cosine}")
+
+        return cls(count, size, **sums, cosine=cosine, shuffled=shuffled)
+
+
+def fold(probes: Sequence[Probe], layout: Layout, representation: Representation) -> GateReport:
+    """The report of what sites measured; at least one has.
+
+    The only predictor is zero, because the others need updates of all sites. The error of the
+    aggregate is not known; that of single updates stands in its place.
+    """
+    assert probes, "no site has measured"
+    count = sum(probe.count for probe in probes)
+    a = _Pair.sum([(probe.lost_a, probe.energy_a) for probe in probes])
+    b = _Pair.sum([(probe.lost_b, probe.energy_b) for probe in probes])
+    both = _Pair(a.lost + b.lost, a.energy + b.energy)
+    errors = Errors(a.error, b.error, both.error, both.error)
+    zero = Errors(*(float(pair.energy > 0) for pair in (a, b, both, both)))
+    shuffled = [
+        (each.shuffled, each.energy_a + each.energy_b)
+        for each in probes
+        if each.shuffled is not None
+    ]
+    mixed = _Pair.sum(shuffled).error if shuffled else None
+    contraction = max(probe.contraction for probe in probes)
+    mean_cosine = math.fsum(probe.cosine for probe in probes) / count
+    # Of the state's own error only the sites know the reference, the norm of the adapter.
+    known = representation == "delta"
+    snr = (both.energy / both.lost if both.lost > 0 else 1e30) if known else None
+    reproduction = {"finite": True, "innovation cosine >= 0.90": mean_cosine >= 0.90}
+
+    if known:
+        reproduction |= {"A error < 1": a.error < 1, "B error < 1": b.error < 1}
+    if mixed is not None:
+        reproduction["depends on the input"] = mixed > both.error
+
+    return GateReport(
+        snapshots=count,
+        bytes_per_update=sum(probe.bytes for probe in probes) / count,
+        raw_bytes=layout.raw_bytes,
+        errors=errors,
+        predictors={"zero": zero},
+        shuffled_error=mixed,
+        product_error=None,
+        coded_error_a=a.error if known else None,
+        coded_error_b=b.error if known else None,
+        cosine=mean_cosine,
+        aggregate_cosine=None,
+        b_norm_ratio=None,
+        snr=snr,
+        snr_printed=None if snr is None else snr * layout.numel if both.lost > 0 else 1e30,
+        contraction=contraction,
+        failed=shortcomings(True, contraction, errors, {"zero": zero}, mixed),
+        reproduction=reproduction,
+    )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    lost: float
+    energy: float
+
+    @property
+    def error(self) -> float:
+        return self.lost / self.energy if self.energy > 0 else 0.0
+
+    @classmethod
+    def sum(cls, pairs: Sequence[tuple[float, float]]) -> "_Pair":
+        return cls(math.fsum(lost for lost, _ in pairs), math.fsum(energy for _, energy in pairs))

@@ -1,0 +1,109 @@
+"""Tasks of a site at TGAP: train on D1, sum up its moments, measure a codec."""
+
+from collections.abc import Sequence
+
+from fluvial.codecs import must_learn
+from fluvial.codecs.base import Snapshot
+from fluvial.codecs.klt.moments import Moments
+from fluvial.codecs.quantise import Identity
+from fluvial.errors import WireError
+from fluvial.exchange.probe import Probe
+from fluvial.exchange.representation import Representation, coded_object
+from fluvial.exchange.tgap import TgapConfig, d1_of
+from fluvial.exchange.versions import install_codec, site_codec
+from fluvial.federation.sites import Factors, Site, read_adapter_message, train_locally
+from fluvial.wire.payload import Payload, frame_payload, join, split
+from fluvial.wire.tensors import Layout, moved
+
+
+def snapshot(
+    site: Site,
+    message: Payload,
+    *,
+    tgap: TgapConfig,
+    factors: Factors,
+    representation: Representation,
+) -> Payload:
+    """Task: train on D1 and send the raw update, or keep what is asked for later.
+
+    With reading "local" the site goes on from its own adapter.
+    """
+    round = message.whole("round", 1, tgap.rounds)
+    received = read_adapter_message(message, site.layout)
+
+    if tgap.reading == "local":
+        received = site.recall("tgap").tensors or received
+
+    data = site.load().train
+    examples = data if tgap.source == "public" else d1_of(data, tgap.share)
+    update, report = train_locally(
+        site, received, round, examples=examples, factors=factors, purpose="tgap"
+    )
+
+    if tgap.reading == "local":
+        site.keep("tgap", Payload(moved(received, update)))
+    if tgap.source == "sites-covariance":
+        _remember(site, Snapshot(site.name, round, received, update), tgap, representation)
+        return Payload()
+
+    raw = Identity.of(Layout.of(update)).encode(update, round=round)
+    return frame_payload(raw, n=len(examples), loss=report.loss)
+
+
+def _remember(site: Site, seen: Snapshot, tgap: TgapConfig, representation: Representation) -> None:
+    """Keep the moments of a snapshot that the fit sees, or a held-out one as it is."""
+    if seen.round > tgap.training_rounds:
+        kept = split_snapshots(site.recall("heldout"), site.name)
+        site.keep("heldout", join_snapshots([*kept, seen]))
+        return
+
+    layout = Layout.of(seen.update)
+    moments = Moments.of(layout, coded_object(seen.received, seen.update, representation))
+    before = site.recall("moments")
+
+    if before.values:
+        moments = Moments.read(layout, before, most=tgap.training_rounds) + moments
+
+    site.keep("moments", moments.payload())
+
+
+def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - nothing is asked but that
+    """Task: what was summed up over the rounds; the site need not keep it longer."""
+    moments = site.recall("moments")
+    if not moments.values:
+        raise WireError(f"site {site.name!r} has seen no update that it could sum up")
+    site.keep("moments", Payload())
+    return moments
+
+
+def probe(site: Site, message: Payload, *, representation: Representation) -> Payload:
+    """Task: install a codec, and measure it on the held-out snapshots, which stay here."""
+    if must_learn(site.codec):
+        install_codec(site, message)
+
+    heldout = split_snapshots(site.recall("heldout"), site.name)
+    if not heldout:
+        raise WireError(f"site {site.name!r} holds no snapshots to measure a codec on")
+
+    codec = site_codec(site, Layout.of(heldout[0].update))
+    return Probe.of(codec, heldout, representation).payload()
+
+
+def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
+    """Snapshots of one site, as it keeps them."""
+    rounds = {
+        str(each.round): join({"from": Payload(each.received), "by": Payload(each.update)})
+        for each in snapshots
+    }
+    return join(rounds)
+
+
+def split_snapshots(kept: Payload, site: str) -> list[Snapshot]:
+    """Inverse of `join_snapshots`, by round; tensors by name, because sums depend on the order."""
+    found = []
+    for number in sorted(map(int, kept.values)):
+        halves = split(split(kept, (str(number),))[str(number)], ("from", "by"))
+        received, update = (dict(sorted(halves[half].tensors.items())) for half in ("from", "by"))
+        found.append(Snapshot(site, number, received, update))
+
+    return found
