@@ -24,12 +24,12 @@ class Shape:
     tied: bool = True
 
 
-SMALL = Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=2, vocabulary=64)
+SMALL = Shape(hidden=32, intermediate=64, layers=2, heads=2, key_value_heads=2, vocabulary=2048)
 FULL = Shape(
     hidden=768, intermediate=2048, layers=12, heads=12, key_value_heads=12, vocabulary=8000
 )
 QUICK = replace(
-    FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2000
+    FULL, hidden=384, intermediate=1024, layers=6, heads=6, key_value_heads=6, vocabulary=2048
 )
 
 
