@@ -125,6 +125,15 @@ class RunConfig(Settings):
             )
 
     def _without_effect(self) -> Iterator[str]:
+        for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
+            if settings is None or settings.error_feedback:
+                continue
+            if settings.feedback_decay != CodecSettings.model_fields["feedback_decay"].default:
+                yield (
+                    f"{table}.feedback_decay: without effect, because error_feedback is false; "
+                    "remove it"
+                )
+
         why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(
             self.entry.traits.sends
         )

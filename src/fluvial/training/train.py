@@ -36,9 +36,9 @@ class TrainConfig(Settings):
     gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
     """Micro-batches of one optimizer step; their product is the logical batch."""
     num_train_epochs: float = Field(1.0, ge=1e-6, le=10**6)
-    """Passes over the site's data in one round; without effect if `max_steps` is set."""
+    """Passes over the site's data in one round; refused where `max_steps` is set."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
-    """Optimizer steps of one round; overrides `num_train_epochs`."""
+    """Optimizer steps of one round, instead of `num_train_epochs`."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after the warm-up."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
@@ -59,6 +59,16 @@ class TrainConfig(Settings):
     """Recompute activations in the backward pass: less memory, more time."""
     bf16: bool = False
     """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        fields = type(self).model_fields
+        if self.max_steps is not None and self.num_train_epochs != 1:
+            yield "num_train_epochs: without effect beside max_steps; remove one of the two"
+
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if self.optim == "sgd" and getattr(self, name) != fields[name].default:
+                yield f"{name}: without effect under optim='sgd'; remove it"
 
     @property
     def logical_batch(self) -> int:
