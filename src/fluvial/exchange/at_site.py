@@ -26,7 +26,7 @@ from fluvial.wire.tensors import Named
 
 @dataclass(frozen=True)
 class LocalUpdate:
-    """What a site's training brings."""
+    """Result of the training at a site."""
 
     tensors: Named
     """Difference to the adapter that it received, fp32."""
@@ -60,7 +60,7 @@ def encode(
 
 @dataclass(frozen=True)
 class Received:
-    """What a message of the exchange brings to a site."""
+    """Content of a message of the exchange, at a site."""
 
     adapter: Named
     """The adapter to train, as the server knows that the site holds it."""
@@ -111,7 +111,7 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
     """Return the task that receives an adapter, calls `train`, and sends the update."""
 
     def task(site: Site, message: Payload) -> Payload:
-        """Task: receive the adapter, train, and send the update."""
+        """Receive the adapter, train, and send the update."""
         received = receive_exchange(site, message, make_terms(site.method, site.codec))
         if received is None:
             return STALE
@@ -129,7 +129,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
     """
 
     def snapshot(site: Site, message: Payload) -> Payload:
-        """Task: train on D1, and send or keep the raw update."""
+        """Train on D1, and send or keep the raw update."""
         terms = make_terms(site.method, site.codec)
         return tgap_tasks.snapshot(
             site,
@@ -140,7 +140,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
         )
 
     def probe(site: Site, message: Payload) -> Payload:
-        """Task: measure a codec on the held-out updates."""
+        """Measure a codec on the held-out updates."""
         representation = make_terms(site.method, site.codec).representation
         return tgap_tasks.probe(site, message, representation=representation)
 

@@ -33,7 +33,8 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
             )
 
         scales(
-            {each: no_change(shape) for each, shape in layout.shapes} | _partners(layout), layout
+            {factor: no_change(shape) for factor, shape in layout.shapes} | _partners(layout),
+            layout,
         )
 
     if must_learn(codec) and config.source == "none":
@@ -54,8 +55,8 @@ def _check_moments(codec: CodecSettings, layout: Layout) -> None:
     name: str = codec.name
     if not must_learn(codec):
         raise ConfigError(
-            f"method.tgap.source='sites-covariance': codec {name!r} learns nothing, so no moments are needed; choose "
-            "'none', or 'sites' to have it measured"
+            f"method.tgap.source='sites-covariance': codec {name!r} learns nothing, so no moments "
+            "are needed; choose 'none', or 'sites' to have it measured"
         )
 
     if not isinstance(codec, AutoSettings) and not issubclass(CODECS[name], MomentCodec):
@@ -65,9 +66,9 @@ def _check_moments(codec: CodecSettings, layout: Layout) -> None:
     most = Limits().max_bytes
     if need > most:
         raise ConfigError(
-            f"method.tgap.source='sites-covariance': the moments of one site take {need:,} bytes, over the {most:,} of "
-            "a message, because they grow with the square of the layers' width; choose fewer lora.target_modules, or "
-            "source 'public' or 'sites'"
+            f"method.tgap.source='sites-covariance': the moments of one site take {need:,} bytes, "
+            f"over the {most:,} of a message, because they grow with the square of the layers' "
+            "width; choose fewer lora.target_modules, or source 'public' or 'sites'"
         )
 
 
@@ -75,13 +76,14 @@ def needs_updates(codec: CodecSettings) -> str:
     """Return why moments cannot fit a codec that learns from updates themselves."""
     able = ", ".join(repr(name) for name, kind in CODECS.items() if issubclass(kind, MomentCodec))
     return (
-        f"method.tgap.source='sites-covariance': codec {codec.name!r} learns from updates themselves, which no site "
-        f"sends; choose codec.name={able} or 'auto', or source 'public' or 'sites'"
+        f"method.tgap.source='sites-covariance': codec {codec.name!r} learns from updates "
+        f"themselves, which no site sends; choose codec.name={able} or 'auto', or source 'public' "
+        "or 'sites'"
     )
 
 
 def _partners(layout: Layout) -> Named:
-    """Zeros for the factors that sites receive and do not send."""
+    """Return zeros for the factors that sites receive and do not send."""
     swap = {".lora_A.": ".lora_B.", ".lora_B.": ".lora_A."}
     names = [
         name.replace(mark, swap[mark]) for name in layout.names for mark in swap if mark in name

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def collect_moments(
     config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout
 ) -> Moments:
-    """Second moments of the updates of all sites; held-out updates stay there, for `probe`.
+    """Return the second moments of the updates of all sites; held-out updates stay there.
 
     `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter
     as FAF and goes its own way.
@@ -58,9 +58,10 @@ def collect_moments(
 def collect(
     config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout | None = None
 ) -> list[Snapshot]:
-    """Raw updates of all sites over `config.rounds` rounds, from the same initial adapter as FAF.
+    """Return raw updates of all sites over `config.rounds` rounds.
 
-    `layout` is the adapter's, `sent` the updates' where sites send only a part.
+    All start from the same initial adapter as FAF. `layout` is the adapter's, `sent` the updates'
+    where sites send some factors only.
     """
     shared = initial_state(layout, seed)
     own = dict.fromkeys(fleet.sites, shared)
@@ -92,9 +93,9 @@ def collect(
             own = dict.fromkeys(fleet.sites, shared)
         else:
             own |= {
-                each.site: moved(each.received, each.update)
-                for each in snapshots
-                if each.round == number
+                taken.site: moved(taken.received, taken.update)
+                for taken in snapshots
+                if taken.round == number
             }
 
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
@@ -107,9 +108,12 @@ def simulated_fleet(
     factors: Factors = "A and B",
     representation: Representation = "delta",
 ) -> Fleet:
-    """Sites that the server plays itself, on public text."""
-    parts = context.public()
-    names = sorted(parts)[: config.simulated_sites]
+    """Return sites that the server simulates on public text.
+
+    Raises `ConfigError` where there are fewer than two records.
+    """
+    examples = context.public()
+    names = sorted(examples)[: config.simulated_sites]
 
     if len(names) < 2:
         raise ConfigError(
@@ -124,7 +128,7 @@ def simulated_fleet(
             name=name,
             seed=derive(context.seed, "tgap"),
             pool=bench,
-            load=lambda: SiteData(parts[name], parts[name], [], 0, 0, 0),
+            load=lambda: SiteData(examples[name], examples[name], [], 0, 0, 0),
             train=context.train,
             codec=context.codec,
             method=None,

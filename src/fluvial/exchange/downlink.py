@@ -1,4 +1,4 @@
-"""How the adapter goes down: exact, or as a coded difference to what a site already holds.
+"""The way down: the adapter as it is, or a coded difference to what a site already holds.
 
 With a codec the server keeps the adapter as sites have it, codes the difference to its own, and
 adds what it coded: what one round loses is in the next round's difference, so errors do not add up
@@ -22,14 +22,15 @@ from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_fr
 from fluvial.wire.tensors import Layout, Named
 
 _SLOT = "received"
+"""Slot of a site for the adapter that it received last."""
 
 
 class Downlink:
-    """The server's half: one reference for all sites, and the frames that lead from older versions
-    to it."""
+    """Server half: one reference for all sites, and the frames that lead to it from older
+    versions."""
 
     def __init__(self, settings: CodecSettings | None, seed: int, adapter: Named) -> None:
-        """`adapter` is version 0, which every site makes from the seed."""
+        """Begin with `adapter`, version 0, which every site makes from the seed."""
         self.seed = seed
         self.layout = Layout.of(adapter)
         codec = None if settings is None else build(settings, self.layout)
@@ -38,9 +39,9 @@ class Downlink:
         self.version = 0
         self.frames: dict[int, bytes] = {}
         self.oldest = 0
-        """The frames lead from this version on."""
+        """Oldest version from which the frames lead to the reference."""
         self.holds: dict[str, int] = {}
-        """The version that each site has acknowledged; 0 for a site not listed."""
+        """Version that each site has acknowledged; 0 for a site not listed."""
         self._messages: dict[int, Payload] = {}
 
     def advance(self, adapter: Named, round: int) -> None:
@@ -65,8 +66,10 @@ class Downlink:
             del self.frames[self.oldest]
 
     def message(self, site: str, values: Mapping[str, Value]) -> Payload:
-        """What `site` needs to hold the reference; sites that hold the same version share one
-        message."""
+        """Return what `site` needs to hold the reference.
+
+        Sites that hold the same version share one message.
+        """
         if self.coder is None:
             return self._shared(-1, lambda: adapter_message(self.reference, **values))
 
@@ -90,19 +93,21 @@ class Downlink:
         return self._messages[key]
 
     def acknowledge(self, site: str) -> None:
-        """`site` has answered the last message."""
+        """Note that `site` has answered the last message."""
         if self.coder is not None:
             self.holds[site] = self.version
 
     def forget(self, sites: Iterable[str]) -> None:
-        """These sites hold nothing: the next message brings them the exact adapter."""
+        """Note that these sites hold nothing; the next message brings them the exact adapter."""
         self._messages = {}
         for site in sites:
             self.holds[site] = -1
 
     def state(self) -> Payload:
-        """The reference, the frames, and who holds what; without a codec the adapter is the
-        reference."""
+        """Return the reference, the frames, and the version that each site holds.
+
+        Without a codec it is empty, because the adapter is the reference.
+        """
         if self.coder is None:
             return Payload()
 
@@ -118,24 +123,28 @@ class Downlink:
         return join({"reference": Payload(self.reference), "frames": Payload(frames, values)})
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
+        """Become the downlink whose `state` this was."""
         if self.coder is None:
             return
 
-        parts = split(state, ("reference", "frames"))
-        self.layout.check(parts["reference"].tensors, "checkpoint")
-        self.reference = parts["reference"].tensors
-        frames = parts["frames"]
+        halves = split(state, ("reference", "frames"))
+        self.layout.check(halves["reference"].tensors, "checkpoint")
+        self.reference = halves["reference"].tensors
+
+        frames = halves["frames"]
         self.frames = {
             int(version): tensor.numpy().tobytes() for version, tensor in frames.tensors.items()
         }
-        self.version, self.oldest = frames.value("version", int), frames.value("oldest", int)
+        self.version = frames.value("version", int)
+        self.oldest = frames.value("oldest", int)
         self.holds = frames.value("holds", dict)
 
 
 def receive(site: Site, message: Payload) -> Named | None:
-    """The site's half: the adapter that `message` brings; None if it builds on a version that the
-    site lacks."""
+    """Return, at a site, the adapter that `message` brings, and keep it.
+
+    Return None if it builds on a version that the site lacks.
+    """
     if site.downlink is None:
         return read_adapter_message(message, site.layout)
 
@@ -143,10 +152,11 @@ def receive(site: Site, message: Payload) -> Named | None:
     if "base" not in message.values:
         received = read_adapter_message(message, site.layout)
     else:
-        found = _held(site, message.whole("base", 0, site.rounds))
-        if found is None:
+        held = _held(site, message.whole("base", 0, site.rounds))
+        if held is None:
             return None
-        received = found
+
+        received = held
         coder = Difference(Plain(build(site.downlink, site.layout)))
         for frame in _split_frames(message):
             received = coder.decode(frame, {REFERENCE: Payload(received)})
@@ -156,13 +166,16 @@ def receive(site: Site, message: Payload) -> Named | None:
 
 
 def _held(site: Site, version: int) -> Named | None:
+    """Return the adapter of `version`, None where the site holds another or none."""
     if version == 0:
         return initial_state(site.layout, site.seed)
-    kept = site.recall(_SLOT)
-    if not kept.tensors or kept.value("version", int) != version:
+
+    stored = site.recall(_SLOT)
+    if not stored.tensors or stored.value("version", int) != version:
         return None
-    site.layout.check(kept.tensors, "the adapter that the site keeps")
-    return kept.tensors
+
+    site.layout.check(stored.tensors, "the adapter that the site keeps")
+    return stored.tensors
 
 
 def _frames_payload(frames: list[bytes], values: dict[str, Value]) -> Payload:

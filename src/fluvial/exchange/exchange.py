@@ -21,7 +21,7 @@ from fluvial.wire.tensors import Named, WeightedMean, norm
 
 @dataclass(frozen=True)
 class Update:
-    """What one site changed in a round."""
+    """Change of the adapter by one site in a round."""
 
     site: str
     tensors: Named
@@ -34,7 +34,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a reply becomes an update, beside its decoding; the defaults suit most methods."""
+    """Checks by which a reply becomes an update, beside its decoding; the defaults suit most
+    methods."""
 
     frame_only: bool = False
     """True where the sites add noise and send a frame and nothing else; each counts with 1."""

@@ -33,7 +33,7 @@ from fluvial.wire.tensors import Layout
 logger = logging.getLogger(__name__)
 
 OnRefusal = Literal["refuse", "report"]
-"""What happens when a codec fails the gate: the run stops, or the report says so."""
+"""Action when a codec fails the gate: stop the run, or say so in the report."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,39 @@ class Snapshots:
 
     @property
     def count(self) -> int:
-        """Updates that a fit sees."""
+        """Return the number of updates that a fit sees."""
         return len(self.training)
 
     def fit(self, settings: CodecSettings) -> Codec:
-        """A codec with these settings; raises `ConfigError` if it cannot code the layout."""
+        """Return a codec with these settings; raises `ConfigError` if it cannot code the layout."""
         kind = CODECS[settings.name]
         if not issubclass(kind, LearnedCodec):
             return build(settings, self.layout)
 
         objects = [
-            coded_object(each.received, each.update, self.representation) for each in self.training
+            coded_object(taken.received, taken.update, self.representation)
+            for taken in self.training
         ]
         if settings.weighted:
             pairs = zip(objects, self.training, strict=True)
-            objects = [weigh(update, scales(each.received, self.layout)) for update, each in pairs]
+            objects = [
+                weigh(update, scales(taken.received, self.layout)) for update, taken in pairs
+            ]
 
         return kind.fit(settings, self.layout, objects, seed=self.seed)
 
     def measure(self, codec: Codec) -> GateReport:
-        """What the codec does to held-out updates."""
+        """Return what the codec does to held-out updates."""
         return gate.measure(codec, self.training, self.heldout, self.representation)
 
     def holders(self, settings: CodecSettings) -> Sequence[str]:  # noqa: ARG002 - nothing was sent
-        """Sites to which measuring has brought the codec with these settings."""
+        """Return the sites to which measuring has brought the codec with these settings."""
         return ()
 
 
 @dataclass(frozen=True)
 class Sums:
-    """The same where updates stay at the sites: moments to fit by, and sites that measure."""
+    """Moments to fit codecs by, and sites that measure them, where updates stay at the sites."""
 
     layout: Layout
     representation: Representation
@@ -86,7 +89,7 @@ class Sums:
     num_heldout: int
     """Snapshots that each site holds back."""
     held: dict[str, CodecSettings] = field(default_factory=dict)
-    """Which codec each site was sent last."""
+    """Settings of the codec that each site was sent last."""
 
     @property
     def count(self) -> int:
@@ -118,18 +121,21 @@ class Sums:
 
     def _plausible(self, replies: list[Reply[Probe]]) -> list[Reply[Probe]]:
         """Leave out sites whose sums are far beyond those of the others."""
-        sizes = {reply.site: reply.content.sizes for reply in replies}
+        sizes_of = {reply.site: reply.content.sizes for reply in replies}
         growth = self.fleet.config.max_update_growth
 
         for index in range(len(Probe.SIZES)):
-            others = [each[index] for each in sizes.values()]
-            for site, found in sorted(sizes.items()):
-                if too_long(found[index], others, growth) is not None:
-                    reason = f"its {Probe.SIZES[index]} is {found[index]:.4g}, far beyond the other sites'"
+            others = [sizes[index] for sizes in sizes_of.values()]
+            for site, sizes in sorted(sizes_of.items()):
+                if too_long(sizes[index], others, growth) is not None:
+                    reason = (
+                        f"its {Probe.SIZES[index]} is {sizes[index]:.4g}, far beyond the other "
+                        "sites'"
+                    )
                     self.fleet.reject(Failure(site, 0, "probe", reason, 0))
-                    del sizes[site]
+                    del sizes_of[site]
 
-        return [reply for reply in replies if reply.site in sizes]
+        return [reply for reply in replies if reply.site in sizes_of]
 
     def holders(self, settings: CodecSettings) -> Sequence[str]:
         """See `Snapshots`."""
@@ -163,7 +169,7 @@ def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What `auto` chose."""
+    """Codec that `auto` chose, and why."""
 
     codec: Codec
     report: GateReport
@@ -206,7 +212,7 @@ def choose_codec(
     if not choice.codec.error_feedback:
         return Chosen(codec, report, None, reason)
 
-    plain = [each.error for name, each in measured.items() if not CODECS[name].learned]
+    plain = [result.error for name, result in measured.items() if not CODECS[name].learned]
     watch = Watch(min(plain, default=1.0), isinstance(codec, LearnedCodec))
     return Chosen(codec, report, watch, reason)
 

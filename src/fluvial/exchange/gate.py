@@ -34,8 +34,10 @@ def measure(
     heldout: Sequence[Snapshot],
     representation: Representation,
 ) -> GateReport:
-    """Code every held-out snapshot and compare; `training` gives the predictors. Both must not be
-    empty."""
+    """Code every held-out snapshot and compare; `training` gives the predictors.
+
+    Both must not be empty.
+    """
     assert training, "no training snapshots"
     assert heldout, "no held-out snapshots"
     frames = []
@@ -114,7 +116,7 @@ def measure(
 def _predictors(
     training: Sequence[Snapshot], heldout: Sequence[Snapshot], representation: Representation
 ) -> dict[str, Callable[[Snapshot], Named]]:
-    """Guesses that need no message."""
+    """Return guesses that need no message, by name."""
     average = _mean(
         [coded_object(snapshot.received, snapshot.update, representation) for snapshot in training]
     )
@@ -138,8 +140,9 @@ def _predictors(
 
 def _mean(tensors: Sequence[Named]) -> Named:
     mean = WeightedMean()
-    for each in tensors:
-        mean.add(each, 1)
+    for named in tensors:
+        mean.add(named, 1)
+
     return mean.mean()
 
 
@@ -168,22 +171,24 @@ def _pooled(
 def aggregate(
     heldout: Sequence[Snapshot], guesses: Sequence[Named], measure: Callable[[Named, Named], float]
 ) -> float:
-    """Mean over held-out rounds of a measure between the true and the guessed mean update."""
-    found = []
+    """Return the mean over held-out rounds of `measure` between true and guessed mean update."""
+    measures = []
     for round in sorted({snapshot.round for snapshot in heldout}):
         members = [index for index, snapshot in enumerate(heldout) if snapshot.round == round]
-        found.append(
+        measures.append(
             measure(
                 _mean([heldout[i].update for i in members]), _mean([guesses[i] for i in members])
             )
         )
 
-    return sum(found) / len(found)
+    return sum(measures) / len(measures)
 
 
 def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> float:
-    """Relative squared error of dM = dB A + (B + dB) dA, by Gram matrices of its 2r columns, never
-    as d x d."""
+    """Return the relative squared error of dM = dB A + (B + dB) dA.
+
+    It is computed by Gram matrices of the 2r columns, never as d x d.
+    """
     lost = signal = 0.0
     for snapshot, guess in zip(heldout, guesses, strict=True):
         for name_a in only(snapshot.received, "A"):

@@ -1,7 +1,7 @@
-"""Probe of a codec at the sites, where no update may leave them (`tgap.source = "sites-covariance"`).
+"""Probe of a codec at the sites, where no update may leave them.
 
-Each site measures on its own snapshots and sends a few sums; `fold` makes the report of them, with
-what they cannot tell left open.
+Under `tgap.source = "sites-covariance"` each site measures on its own snapshots and sends a few
+sums; `fold` makes the report of them, with what they cannot tell left open.
 """
 
 import math
@@ -19,19 +19,22 @@ from fluvial.wire.tensors import Layout, cosine, energy, norm, only, subtract
 
 @dataclass(frozen=True)
 class Probe:
-    """What one site measured on its own held-out snapshots: sums, from which no update can be
-    read."""
+    """Measures of one site on its own held-out snapshots: sums that give away no update."""
 
     count: int
+    """Number of held-out snapshots."""
     bytes: int
+    """Bytes of all their frames."""
     lost_a: float
     """Squared error of the innovation, A factors."""
     lost_b: float
+    """The same, B factors."""
     energy_a: float
     """Squared norm of the update, A factors."""
     energy_b: float
+    """The same, B factors."""
     cosine: float
-    """Sum over snapshots."""
+    """Sum of the innovation cosines."""
     contraction: float
     """Largest ratio of the error's norm to the update's."""
     shuffled: float | None
@@ -61,8 +64,8 @@ class Probe:
         return cls(
             count=len(heldout),
             bytes=sum(map(len, frames)),
-            lost_a=math.fsum(energy(only(each, "A")) for each in lost),
-            lost_b=math.fsum(energy(only(each, "B")) for each in lost),
+            lost_a=math.fsum(energy(only(error, "A")) for error in lost),
+            lost_b=math.fsum(energy(only(error, "B")) for error in lost),
             energy_a=math.fsum(energy(only(update, "A")) for update, _ in pairs),
             energy_b=math.fsum(energy(only(update, "B")) for update, _ in pairs),
             cosine=math.fsum(cosine(update, guess) for update, guess in pairs),
@@ -81,30 +84,31 @@ class Probe:
         return length, self.contraction, math.sqrt((self.shuffled or 0.0) / self.count)
 
     def payload(self) -> Payload:
-        """On the wire."""
+        """Return the sums as a message."""
         return Payload(values=asdict(self))
 
     @classmethod
     def read(cls, payload: Payload, *, most: int) -> "Probe":
-        """Inverse of `payload`, for at most `most` snapshots; raises `WireError` for what cannot be
-        such sums."""
+        """Return what `payload` made, for at most `most` snapshots.
+
+        Raises `WireError` for values that cannot be such sums.
+        """
         count = payload.value("count", int)
         size = payload.value("bytes", int)
 
         if not 1 <= count <= most or not 1 <= size < 2**53:
             raise WireError(
-                f"probe: {count} snapshots in {size} bytes, expected 1 to {most}, and at least a byte"
+                f"probe: {count} snapshots in {size} bytes, expected 1 to {most}, and at least a "
+                "byte"
             )
 
         sums = {
             name: payload.value(name, float)
             for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
         }
-        known = {"count", "bytes", "cosine", "shuffled", *sums}
-        if payload.tensors or set(payload.values) - known:
-            raise WireError(
-                f"probe: more than its sums: {sorted(set(payload.values) - known)!r:.80}"
-            )
+        excess = set(payload.values) - {"count", "bytes", "cosine", "shuffled", *sums}
+        if payload.tensors or excess:
+            raise WireError(f"probe: more than its sums: {sorted(excess)!r:.80}")
 
         cosine = payload.value("cosine", float)
         shuffled = (
@@ -112,18 +116,20 @@ class Probe:
         )
         if (shuffled is None) != (count == 1):
             raise WireError(
-                f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is there"
+                f"probe: shuffled={shuffled!r} with {count} snapshots; it needs two, and then is "
+                "there"
             )
 
         # 1e100: the sum over sites must stay finite too.
-        if not all(0 <= each < 1e100 for each in (*sums.values(), shuffled or 0.0)):
+        if not all(0 <= value < 1e100 for value in (*sums.values(), shuffled or 0.0)):
             raise WireError(f"probe: an energy below 0 or beyond 1e100 in {sums}")
 
         lost = sums["lost_a"] + sums["lost_b"]
         energy = sums["energy_a"] + sums["energy_b"]
         if lost > 1.001 * sums["contraction"] ** 2 * energy + 1e-20:
             raise WireError(
-                f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction allows"
+                f"probe: the codec lost {lost:.4g} of {energy:.4g}, more than its contraction "
+                "allows"
             )
 
         if not abs(cosine) <= 1.001 * count:
@@ -133,7 +139,7 @@ class Probe:
 
 
 def fold(probes: Sequence[Probe], layout: Layout, representation: Representation) -> GateReport:
-    """The report of what sites measured; at least one has.
+    """Return the report of what sites measured; at least one has.
 
     The only predictor is zero, because the others need updates of all sites. The error of the
     aggregate is not known; that of single updates stands in its place.
@@ -146,19 +152,19 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
     errors = Errors(a.error, b.error, both.error, both.error)
     zero = Errors(*(float(pair.energy > 0) for pair in (a, b, both, both)))
     shuffled = [
-        (each.shuffled, each.energy_a + each.energy_b)
-        for each in probes
-        if each.shuffled is not None
+        (probe.shuffled, probe.energy_a + probe.energy_b)
+        for probe in probes
+        if probe.shuffled is not None
     ]
     mixed = _Pair.sum(shuffled).error if shuffled else None
     contraction = max(probe.contraction for probe in probes)
     mean_cosine = math.fsum(probe.cosine for probe in probes) / count
     # Of the state's own error only the sites know the reference, the norm of the adapter.
-    known = representation == "delta"
-    snr = (both.energy / both.lost if both.lost > 0 else 1e30) if known else None
+    is_delta = representation == "delta"
+    snr = (both.energy / both.lost if both.lost > 0 else 1e30) if is_delta else None
     reproduction = {"finite": True, "innovation cosine >= 0.90": mean_cosine >= 0.90}
 
-    if known:
+    if is_delta:
         reproduction |= {"A error < 1": a.error < 1, "B error < 1": b.error < 1}
     if mixed is not None:
         reproduction["depends on the input"] = mixed > both.error
@@ -171,8 +177,8 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
         predictors={"zero": zero},
         shuffled_error=mixed,
         product_error=None,
-        coded_error_a=a.error if known else None,
-        coded_error_b=b.error if known else None,
+        coded_error_a=a.error if is_delta else None,
+        coded_error_b=b.error if is_delta else None,
         cosine=mean_cosine,
         aggregate_cosine=None,
         b_norm_ratio=None,
@@ -186,6 +192,8 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
 
 @dataclass(frozen=True)
 class _Pair:
+    """Squared error, and squared norm of what it is an error of."""
+
     lost: float
     energy: float
 

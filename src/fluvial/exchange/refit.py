@@ -22,7 +22,7 @@ SEEN = "seen"
 
 @dataclass
 class Refits:
-    """The server half: which updates the next refit is made from, and when it is due."""
+    """Server half: updates that the next refit is made from, and when it is due."""
 
     config: TgapConfig
     layout: Layout

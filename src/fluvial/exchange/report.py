@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MARGIN = 0.05
-"""A codec's squared error must be at most 1 - MARGIN of the best predictor's (ours)."""
+"""Share of the best predictor's squared error by which a codec must be better (ours)."""
 SHUFFLE_MARGIN = 0.01
-"""Decoding another site's frame must be worse by more than this share (spec g.8)."""
+"""Share by which decoding another site's frame must be worse (spec g.8)."""
 
 
 @dataclass(frozen=True)
@@ -21,54 +21,69 @@ class Errors:
     """Relative squared errors; 1 is what sending nothing gives."""
 
     a: float
+    """Error of all A factors."""
     b: float
+    """Error of all B factors."""
     all: float
+    """Error of single updates."""
     aggregate: float
-    """Of the mean over the sites of a round. Where that is not known, `all` stands here: the error
-    of single updates. The two differ, most of all for an unbiased codec, whose error falls with the
-    number of sites."""
+    """Error of the mean over the sites of a round. Where that is not known, it is `all`. The two
+    differ, most of all for an unbiased codec, whose error falls with the number of sites."""
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """What was measured, and the two verdicts; None is what sites that keep their updates cannot
-    tell."""
+    """Figures of a codec on held-out snapshots, and the two verdicts.
+
+    A figure is None where it needs updates of all sites and these stay at the sites.
+    """
 
     snapshots: int
+    """Number of held-out snapshots."""
     bytes_per_update: float
+    """Mean bytes of a frame."""
     raw_bytes: int
+    """Bytes of an update in fp32."""
     errors: Errors
+    """Errors of the innovation with this codec."""
     predictors: dict[str, Errors]
+    """Errors of guesses that need no message, by name."""
     shuffled_error: float | None
-    """With frames of other updates decoded; None if no site has two held-out snapshots of its
+    """Error with frames of other updates decoded; None if no site has two held-out snapshots of its
     own."""
     product_error: float | None
     """Relative squared error of the change of the weights, s((B + dB)(A + dA) - BA)."""
     coded_error_a: float | None
-    """Of what is coded: the state's own error under `state`, the same as `errors` under `delta`."""
+    """Error of the A factors as they are coded: the state's own under `state`, the same as in
+    `errors` under `delta`."""
     coded_error_b: float | None
+    """The same of the B factors."""
     cosine: float
     """Innovation cosine, mean over held-out snapshots."""
     aggregate_cosine: float | None
+    """Cosine of the mean update of a round, mean over held-out rounds."""
     b_norm_ratio: float | None
+    """Norm of the decoded B factors over that of the true ones."""
     snr: float | None
-    """sum G^2 / sum (G - G~)^2 of what is coded."""
+    """Signal to noise of what is coded, sum G^2 / sum (G - G~)^2."""
     snr_printed: float | None
-    """The paper's figure: sum G^2 / mean (G - G~)^2, larger by the number of values."""
+    """Figure of the paper: sum G^2 / mean (G - G~)^2, larger by the number of values."""
     contraction: float
     """Largest ||u - D(E(u))|| / ||u|| over held-out snapshots; a contraction is below 1."""
     failed: list[str]
+    """Reasons why the codec does not carry updates, by our criteria; empty where it does."""
     reproduction: dict[str, bool]
+    """Criteria of the reproduction, and whether each is met."""
 
     @property
     def snr_db(self) -> float | None:
-        """10 log10 of `snr`."""
+        """Return 10 log10 of `snr`."""
         if self.snr is None:
             return None
         return 10 * math.log10(self.snr) if self.snr > 0 else -math.inf
 
     def values(self) -> dict[str, Any]:
-        """Plain values for messages and files."""
+        """Return plain values for messages and files."""
         return {**asdict(self), "snr_db": self.snr_db, "passed": not self.failed}
 
 
@@ -79,6 +94,7 @@ def shortcomings(
     predictors: dict[str, Errors],
     shuffled: float | None,
 ) -> list[str]:
+    """Return the reasons why a codec does not carry updates, by our criteria."""
     failed = [] if finite else ["the output is not finite"]
     if not contraction < 1:
         failed.append(
@@ -87,31 +103,39 @@ def shortcomings(
 
     if shuffled is not None and not shuffled > (1 + SHUFFLE_MARGIN) * errors.all:
         failed.append(
-            f"the output does not depend on the input (error {errors.all:.4f}, with frames shuffled {shuffled:.4f})"
+            f"the output does not depend on the input (error {errors.all:.4f}, with frames "
+            f"shuffled {shuffled:.4f})"
         )
 
-    for part in ("a", "b", "aggregate"):
-        best = min(predictors, key=lambda name: float(getattr(predictors[name], part)))
-        found = getattr(errors, part)
-        bar = (1 - MARGIN) * getattr(predictors[best], part)
+    by_predictor = {name: _decisive(guess) for name, guess in predictors.items()}
+    for label, error in _decisive(errors).items():
+        best = min(by_predictor, key=lambda name: by_predictor[name][label])
+        bar = (1 - MARGIN) * by_predictor[best][label]
 
-        if not found <= bar:
-            label = {"a": "A", "b": "B", "aggregate": "the aggregate"}[part]
+        if not error <= bar:
             failed.append(
-                f"for {label} its error {found:.3f} is not below {bar:.3f}, {1 - MARGIN:g} of predictor {best!r}"
+                f"for {label} its error {error:.3f} is not below {bar:.3f}, {1 - MARGIN:g} of "
+                f"predictor {best!r}"
             )
 
     return failed
 
 
+def _decisive(errors: Errors) -> dict[str, float]:
+    """Return the errors that decide, by what they are of."""
+    return {"A": errors.a, "B": errors.b, "the aggregate": errors.aggregate}
+
+
 def explain(report: GateReport, codec: str) -> str:
-    """Why a codec was refused and what to do, in a few lines."""
+    """Return why a codec was refused and what to do, in a few lines."""
     other = "a richer codec.rate" if codec == "klt" else "codec.name='klt' or 'auto'"
     return (
-        f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out snapshots "
+        f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out "
+        "snapshots "
         + "; ".join(report.failed)
-        + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where sending nothing "
-        f"gives 1.) Choose {other}, method.name='fedavg' with a codec that needs no fit such as 'int4', or set "
-        "method.gate='report' to go on anyway; --resume with the changed setting keeps the baselines that are done. "
-        "Few or very similar records can make a simple predictor hard to beat."
+        + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where "
+        f"sending nothing gives 1.) Choose {other}, method.name='fedavg' with a codec that needs "
+        "no fit such as 'int4', or set method.gate='report' to go on anyway; --resume with the "
+        "changed setting keeps the baselines that are done. Few or very similar records can make a "
+        "simple predictor hard to beat."
     )

@@ -5,13 +5,14 @@ from typing import Literal
 from fluvial.wire.tensors import Named, add, subtract
 
 Representation = Literal["delta", "state"]
+"""Form of what is coded: the update, or the whole adapter."""
 
 
-def coded_object(snapshot_received: Named, update: Named, representation: Representation) -> Named:
-    """What a site codes: its update, or its whole adapter."""
-    return update if representation == "delta" else add(snapshot_received, update)
+def coded_object(received: Named, update: Named, representation: Representation) -> Named:
+    """Return the object that a site codes: its update, or its whole adapter."""
+    return update if representation == "delta" else add(received, update)
 
 
 def innovation(received: Named, decoded: Named, representation: Representation) -> Named:
-    """What a decoded object says about the difference to the received adapter."""
+    """Return the difference to the received adapter, from a decoded object."""
     return decoded if representation == "delta" else subtract(decoded, received)

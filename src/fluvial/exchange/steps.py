@@ -15,7 +15,7 @@ _STEP_OFF = 1 / 64
 
 
 class AtStep(Plain):
-    """The site half: a codec that quantises by the server's step instead of by its rate."""
+    """Site half: a codec that quantises by the server's step instead of by its rate."""
 
     def __init__(self, codec: Codec, step: float) -> None:
         assert isinstance(codec, SteppedCodec), "the server sets a step for codecs that have one"
@@ -47,7 +47,7 @@ class Noise:
 
 @dataclass
 class StepControl:
-    """The server half: codec noise stays `ratio` times the sampling noise between sites."""
+    """Server half: codec noise stays `ratio` times the sampling noise between sites."""
 
     ratio: float
     step: float | None = None
@@ -84,10 +84,10 @@ class StepControl:
             return {}
 
         mean_energy = energy(mean)
-        noise = math.fsum(each.error for each, _ in seen) / count
+        noise = math.fsum(quantiser.error for quantiser, _ in seen) / count
         total = math.fsum(length for _, length in seen)
         within = max((total - count * mean_energy) / (count - 1), 1e-30)
-        step = math.exp(math.fsum(math.log(each.step) for each, _ in seen) / count)
+        step = math.exp(math.fsum(math.log(quantiser.step) for quantiser, _ in seen) / count)
         change = math.sqrt(self.ratio * within / max(noise, 1e-30))
         self.step = step * min(max(change, 2**-0.5), 2**0.5)
         signal = max(0.0, mean_energy - within / count)

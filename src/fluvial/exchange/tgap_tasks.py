@@ -24,7 +24,7 @@ def snapshot(
     factors: Factors,
     representation: Representation,
 ) -> Payload:
-    """Task: train on D1 and send the raw update, or keep what is asked for later.
+    """Train on D1 and send the raw update, or keep what is asked for later.
 
     With reading "local" the site goes on from its own adapter.
     """
@@ -50,15 +50,15 @@ def snapshot(
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
 
-def _remember(site: Site, seen: Snapshot, tgap: TgapConfig, representation: Representation) -> None:
+def _remember(site: Site, new: Snapshot, tgap: TgapConfig, representation: Representation) -> None:
     """Keep the moments of a snapshot that the fit sees, or a held-out one as it is."""
-    if seen.round > tgap.training_rounds:
-        kept = split_snapshots(site.recall("heldout"), site.name)
-        site.keep("heldout", join_snapshots([*kept, seen]))
+    if new.round > tgap.training_rounds:
+        earlier = split_snapshots(site.recall("heldout"), site.name)
+        site.keep("heldout", join_snapshots([*earlier, new]))
         return
 
-    layout = Layout.of(seen.update)
-    moments = Moments.of(layout, coded_object(seen.received, seen.update, representation))
+    layout = Layout.of(new.update)
+    moments = Moments.of(layout, coded_object(new.received, new.update, representation))
     before = site.recall("moments")
 
     if before.values:
@@ -67,8 +67,8 @@ def _remember(site: Site, seen: Snapshot, tgap: TgapConfig, representation: Repr
     site.keep("moments", moments.payload())
 
 
-def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - nothing is asked but that
-    """Task: what was summed up over the rounds; the site need not keep it longer."""
+def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - it is empty
+    """Send the moments summed up over the rounds, and drop them."""
     moments = site.recall("moments")
     if not moments.values:
         raise WireError(f"site {site.name!r} has seen no update that it could sum up")
@@ -77,7 +77,7 @@ def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - not
 
 
 def probe(site: Site, message: Payload, *, representation: Representation) -> Payload:
-    """Task: install a codec, and measure it on the held-out snapshots, which stay here."""
+    """Install a codec, and measure it on the held-out snapshots, which stay here."""
     if must_learn(site.codec):
         install_codec(site, message)
 
@@ -90,20 +90,23 @@ def probe(site: Site, message: Payload, *, representation: Representation) -> Pa
 
 
 def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
-    """Snapshots of one site, as it keeps them."""
+    """Return the snapshots of one site, as it stores them."""
     rounds = {
-        str(each.round): join({"from": Payload(each.received), "by": Payload(each.update)})
-        for each in snapshots
+        str(taken.round): join({"from": Payload(taken.received), "by": Payload(taken.update)})
+        for taken in snapshots
     }
     return join(rounds)
 
 
-def split_snapshots(kept: Payload, site: str) -> list[Snapshot]:
-    """Inverse of `join_snapshots`, by round; tensors by name, because sums depend on the order."""
-    found = []
-    for number in sorted(map(int, kept.values)):
-        halves = split(split(kept, (str(number),))[str(number)], ("from", "by"))
-        received, update = (dict(sorted(halves[half].tensors.items())) for half in ("from", "by"))
-        found.append(Snapshot(site, number, received, update))
+def split_snapshots(stored: Payload, site: str) -> list[Snapshot]:
+    """Return what `join_snapshots` joined, by round.
 
-    return found
+    Tensors are sorted by name, because sums depend on the order.
+    """
+    snapshots = []
+    for number in sorted(map(int, stored.values)):
+        halves = split(split(stored, (str(number),))[str(number)], ("from", "by"))
+        received, update = (dict(sorted(halves[half].tensors.items())) for half in ("from", "by"))
+        snapshots.append(Snapshot(site, number, received, update))
+
+    return snapshots

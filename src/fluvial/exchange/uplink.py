@@ -51,10 +51,10 @@ def coder_of(codec: Codec, received: Named, *, step: float | None = None) -> Cod
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the frame of one site carries."""
+    """Content of the frame of one site."""
 
     update: Named
-    """What was coded: an update, or a whole adapter under representation "state"."""
+    """Object that was coded: an update, or a whole adapter under representation "state"."""
     error: float | None
     """Relative squared error of the codec, as the site reports it under error feedback."""
     noise: Noise | None
@@ -62,7 +62,7 @@ class Decoded:
 
 
 class Uplink:
-    """The server's half."""
+    """Server half of the way up."""
 
     def __init__(self, context: Context, terms: Terms, *, on_refusal: OnRefusal = "refuse") -> None:
         self.context = context
@@ -138,7 +138,7 @@ class Uplink:
         return self.versions.install(fleet, sites, self.codec, round=round, can_follow=can_follow)
 
     def values(self) -> dict[str, Value]:
-        """Return what goes with a round's message: the codec's version and the step, where needed."""
+        """Return what goes with a round's message: codec version and step, where needed."""
         values: dict[str, Value] = {}
         if self.versions.needed and self.terms.tgap.refit == "broadcast":
             values["codec"] = self.versions.current
@@ -212,7 +212,7 @@ class Uplink:
         if verdict == "plain":
             assert isinstance(self.context.codec, AutoSettings), "only auto watches"
             settings = candidates(self.context.codec, self.layout)
-            plain = next(each for each in settings if not CODECS[str(each["name"])].learned)
+            plain = next(one for one in settings if not CODECS[str(one["name"])].learned)
             self.settings = read_settings(plain)
             name = self.settings.name
             why = (

@@ -1,4 +1,4 @@
-"""Versions of a learned codec: what a site downloads, and which version each site holds."""
+"""Versions of a learned codec: the half that a site downloads, and who holds which."""
 
 from collections.abc import Iterable, Sequence
 
@@ -44,7 +44,7 @@ def site_codec(site: Site, layout: Layout) -> Codec:
 
 
 def install_codec(site: Site, message: Payload) -> Payload:
-    """Task: keep the codec that the server learned or chose."""
+    """Keep the codec that the server learned or chose."""
     site.keep(SLOT, message)
     return Payload()
 

@@ -56,69 +56,74 @@ class EcoLoraConfig(SampledSettings):
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
     segments: int = Field(5, ge=1, le=10**6)
-    """N_s; the cohort should have at least as many sites, or a segment is missing in some
-    rounds."""
+    """Number N_s of segments; the cohort should have at least as many sites, or a segment is missing
+    in some rounds."""
     most: float = Field(0.95, ge=1e-4, le=1)
-    """k_max, the share of the values that is sent in round 1."""
+    """Share k_max of the values that is sent in round 1."""
     least_a: float = Field(0.6, ge=1e-4, le=1)
-    """k_min of A, the share that is approached as the loss falls."""
+    """Share k_min of A, which is approached as the loss falls."""
     least_b: float = Field(0.5, ge=1e-4, le=1)
-    """k_min of B, whose changes are concentrated in fewer values."""
+    """Share k_min of B, whose changes are concentrated in fewer values."""
     gamma_a: float = Field(1.0, ge=0, le=1e6)
-    """How fast the share of A falls, per nat of training loss (ours: see the method's page)."""
+    """Rate at which the share of A falls, per nat of training loss (ours; see the method's
+    page)."""
     gamma_b: float = Field(2.0, ge=0, le=1e6)
     """The same for B (ours)."""
     mixing: Literal["staleness", "none"] = "staleness"
-    """What a site starts from: the global adapter mixed with its own last one, or the global one
-    alone."""
+    """Start of a site: the global adapter mixed with its own last one, or the global one alone."""
     beta: float = Field(1.0, ge=1e-6, le=1e6)
-    """The site's own adapter, of s rounds ago, weighs exp(-beta * s) (ours)."""
+    """Rate at which the weight of the site's own adapter, of s rounds ago, falls: exp(-beta * s)
+    (ours)."""
     values: Values = "fp16"
-    """How a value is sent."""
+    """Form of a value on the wire."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         if self.most < max(self.least_a, self.least_b):
-            yield f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; raise it"
+            yield (
+                f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; "
+                "raise it"
+            )
         if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
             yield "beta: without effect under mixing='none'; remove it"
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Values `start` to `stop` of the flattened adapter."""
+    """Range `start` to `stop` of the values of the flattened adapter."""
 
     start: int
     stop: int
 
 
 def segment(number: int, segments: int, total: int) -> Slice:
-    """Segment `number` of `segments` of nearly equal size."""
+    """Return segment `number` of `segments` of nearly equal size."""
     return Slice(number * total // segments, (number + 1) * total // segments)
 
 
 def turn(place: int, round: int, segments: int) -> int:
-    """The segment that is sent in `round` by the site at `place` in the cohort: (place + round) mod
-    N_s."""
+    """Return the segment that the site at `place` in the cohort sends in `round`.
+
+    It is (place + round) mod N_s.
+    """
     return (place + round) % segments
 
 
 def share(least: float, most: float, gamma: float, fallen: float) -> float:
-    """k = k_min + (k_max - k_min) exp(-gamma * fallen), after the loss has fallen by that many
-    nats; at most k_max.
+    """Return k = k_min + (k_max - k_min) exp(-gamma * fallen), at most k_max.
 
-    Rounded to four places, which is how it travels.
+    The loss has fallen by `fallen` nats. k is rounded to four places, as it is sent.
     """
     return round(least + (most - least) * math.exp(-gamma * max(fallen, 0.0)), 4)
 
 
 def mix(ours: Floats, others: Floats, weight: float) -> Floats:
-    """(1 - weight) * others + weight * ours; exactly `others` at weight 0."""
+    """Return (1 - weight) * others + weight * ours; exactly `others` at weight 0."""
     return others + np.float32(weight) * (ours - others)
 
 
 class Sparsifier:
-    """Chooses what is sent: the largest values of A and the largest of B, a share of each."""
+    """Choice of the values that are sent: the largest of A and of B, a share of each."""
 
     def __init__(self, layout: Layout) -> None:
         kinds = [
@@ -127,26 +132,26 @@ class Sparsifier:
         ]
         self._is_b: NDArray[np.bool_] = np.concatenate(kinds)
 
-    def choose(self, change: Floats, part: Slice, share_a: float, share_b: float) -> Indices:
-        """Positions within `part`, rising; change (part.stop - part.start,)."""
+    def choose(self, change: Floats, span: Slice, share_a: float, share_b: float) -> Indices:
+        """Return positions within `span`, rising; change (span.stop - span.start,)."""
         chosen = []
-        for wanted, kept in ((False, share_a), (True, share_b)):
-            places = np.flatnonzero(self._is_b[part.start : part.stop] == wanted)
-            count = math.ceil(kept * len(places))
+        for is_b, fraction in ((False, share_a), (True, share_b)):
+            places = np.flatnonzero(self._is_b[span.start : span.stop] == is_b)
+            count = math.ceil(fraction * len(places))
             chosen.append(places[largest(abs(change[places]), count)])
 
         return np.sort(np.concatenate(chosen))
 
-    def count(self, part: Slice, share_a: float, share_b: float) -> int:
+    def count(self, span: Slice, share_a: float, share_b: float) -> int:
         """Return the number of values that `choose` returns where none of them is 0."""
-        is_b = self._is_b[part.start : part.stop]
+        is_b = self._is_b[span.start : span.stop]
         return math.ceil(share_b * int(is_b.sum())) + math.ceil(share_a * int((~is_b).sum()))
 
 
 class EcoLoraServer(SharedModelServer):
-    """Keeps the global adapter, what the sites know of it, and when each site last answered.
+    """Server half: the global adapter, the sites' view of it, and when each site last answered.
 
-    What the sites know is `view`: the same for all that are up to date. A site gets the present
+    `view` is the same for all sites that are up to date. A site gets the present
     values of all places that changed since it last answered, so that one that was away loses
     nothing, and nothing drifts apart.
     """
@@ -157,27 +162,27 @@ class EcoLoraServer(SharedModelServer):
         layout = context.layout
         self.frames = SparseFrames(layout, config.values)
         self.sparsifier = Sparsifier(layout)
-        self.parts = [
+        self.spans = [
             segment(number, config.segments, layout.numel) for number in range(config.segments)
         ]
         self.uploads = [
-            SparseFrames(layout, config.values, part.start, part.stop) for part in self.parts
+            SparseFrames(layout, config.values, span.start, span.stop) for span in self.spans
         ]
         self.adapter = to_numpy(layout.flatten(initial_state(layout, context.seed)))
         self.view = rounded(self.adapter, config.values)
         self.changed = np.zeros(layout.numel, dtype=np.int32)
-        """The round in which a place of `view` last changed; 0 for never."""
+        """Round in which a place of `view` last changed; 0 for never."""
         self.answered: dict[str, int] = {}
-        """The round whose `view` a site has."""
+        """Round whose `view` a site has."""
         self.losses: list[float] = []
         """Mean training losses of the first and of the last round."""
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
-        """Nothing: the initial adapter follows from the seed."""
+        """Return nothing: the initial adapter follows from the seed."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Sparse download, local training, one segment from each site, a mean for every segment."""
+        """Run one round: sparse download, local training, a segment from each site, their means."""
         config = self.config
         fallen = self.losses[0] - self.losses[-1] if self.losses else 0.0
         share_a = share(config.least_a, config.most, config.gamma_a, fallen)
@@ -194,7 +199,7 @@ class EcoLoraServer(SharedModelServer):
             answered=partial(self._acknowledge, number),
             forget=self._forget,
         )
-        means = [WeightedMean() for _ in self.parts]
+        means = [WeightedMean() for _ in self.spans]
         loss = WeightedMean()
 
         for reply in gathering.of(cohort):
@@ -202,9 +207,9 @@ class EcoLoraServer(SharedModelServer):
             means[asked[reply.site]].add(update, reply.weight)
             loss.add(site_loss, reply.weight)
 
-        for part, mean in zip(self.parts, means, strict=True):
+        for span, mean in zip(self.spans, means, strict=True):
             if mean.count:
-                self.adapter[part.start : part.stop] += to_numpy(mean.mean()["segment"])
+                self.adapter[span.start : span.stop] += to_numpy(mean.mean()["segment"])
 
         self.losses = [*self.losses[:1], float(loss.mean()["loss"])]
         covered = sum(mean.count > 0 for mean in means)
@@ -227,8 +232,10 @@ class EcoLoraServer(SharedModelServer):
             self.answered.pop(site, None)
 
     def _broadcast(self, round: int, share_a: float, share_b: float) -> None:
-        """Bring the largest differences into `view`; what is left out stays a difference, and so is
-        fed back."""
+        """Bring the largest differences into `view`.
+
+        What is left out stays a difference, and so is fed back.
+        """
         present = rounded(self.adapter, self.config.values)
         whole = Slice(0, len(present))
         where = self.sparsifier.choose(present - self.view, whole, share_a, share_b)
@@ -257,7 +264,7 @@ class EcoLoraServer(SharedModelServer):
         self, asked: Mapping[str, int], round: int, site: str, reply: Payload
     ) -> Readable[tuple[Named, Named]]:
         fields(reply, ("n", "loss", "segment"), FRAME)
-        number = reply.whole("segment", 0, len(self.parts) - 1)
+        number = reply.whole("segment", 0, len(self.spans) - 1)
         if number != asked[site]:
             raise WireError(f"it sent segment {number} and was asked for {asked[site]}")
 
@@ -271,11 +278,11 @@ class EcoLoraServer(SharedModelServer):
         return Readable((update, loss), rms(update), weight)
 
     def model(self) -> Named:
-        """The global adapter, as the server has it."""
+        """Return the global adapter, as the server has it."""
         return self.context.layout.unflatten(torch.from_numpy(self.adapter.copy()))
 
     def state(self) -> Payload:
-        """Vectors of all values in layout order, the sites' rounds, the losses."""
+        """Return vectors of all values in layout order, the sites' rounds, the losses."""
         tensors = {"adapter": self.adapter, "view": self.view, "changed": self.changed}
         values: dict[str, Value] = {"answered": {**self.answered}, "losses": [*self.losses]}
 
@@ -284,48 +291,47 @@ class EcoLoraServer(SharedModelServer):
         )
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
+        """Become the server whose `state` this was."""
         total = len(self.adapter)
         self.adapter = vector(state, "adapter", torch.float32, total)
         self.view = vector(state, "view", torch.float32, total)
         self.changed = vector(state, "changed", torch.int32, total)
-        self.answered, self.losses = state.value("answered", dict), state.value("losses", list)
+        self.answered = state.value("answered", dict)
+        self.losses = state.value("losses", list)
 
 
-def vector(kept: Payload, name: str, dtype: torch.dtype, total: int) -> NDArray[Any]:
-    """A copy of a kept vector; raises `WireError` unless it has `total` values of `dtype`."""
-    found = kept.tensor(name)
-    if found.dtype != dtype or found.shape != (total,):
+def vector(stored: Payload, name: str, dtype: torch.dtype, total: int) -> NDArray[Any]:
+    """Return a copy of a vector; raises `WireError` unless it has `total` values of `dtype`."""
+    tensor = stored.tensor(name)
+    if tensor.dtype != dtype or tensor.shape != (total,):
         raise WireError(
-            f"{name}: expected {dtype} ({total},), found {found.dtype} {tuple(found.shape)}"
+            f"{name}: expected {dtype} ({total},), found {tensor.dtype} {tuple(tensor.shape)}"
         )
 
-    return found.numpy().copy()
+    return tensor.numpy().copy()
 
 
 @dataclass
-class Kept:
-    """What a site keeps, vectors of all values in layout order: after round `round`, or at the
-    start for round 0."""
+class SiteState:
+    """State of a site after round `round`, 0 for the start; vectors are in layout order."""
 
     view: Floats
-    """The global adapter as far as it was sent."""
+    """Global adapter, as far as it was sent."""
     local: Floats
-    """The site's own adapter after its last training."""
+    """Adapter of the site after its last training."""
     residual: Floats
-    """What the site has not sent of the segments that it did send."""
+    """Changes that the site left out of the segments that it sent."""
     round: int
 
     @classmethod
-    def recall(cls, site: Site, since: int) -> "Kept | None":
-        """Return what was kept in round `since`; None if it was another round, or is lost."""
+    def recall(cls, site: Site, since: int) -> "SiteState | None":
+        """Return the state after round `since`; None if it is of another round, or is lost."""
         layout = site.layout
         total = site.layout.numel
 
         if since == 0:
-            start = rounded(
-                to_numpy(layout.flatten(initial_state(layout, site.seed))), site.method.values
-            )
+            initial = to_numpy(layout.flatten(initial_state(layout, site.seed)))
+            start = rounded(initial, site.method.values)
             return cls(start, start, np.zeros(total, dtype=np.float32), 0)
 
         stored = site.recall("ecolora")
@@ -338,7 +344,7 @@ class Kept:
         return cls(view, local, residual, since)
 
     def keep(self, site: Site) -> None:
-        """Inverse of `recall`."""
+        """Keep this state at `site`."""
         tensors = {"view": self.view, "local": self.local, "residual": self.residual}
         payload = Payload(
             {name: torch.from_numpy(array) for name, array in tensors.items()},
@@ -348,14 +354,13 @@ class Kept:
 
 
 def train(site: Site, message: Payload) -> Payload:
-    """Task: tune a mix of the global and the own adapter, and send the largest changes of one
-    segment."""
+    """Tune a mix of the global and the own adapter; send the largest changes of one segment."""
     config: EcoLoraConfig = site.method
     layout = site.layout
     round = round_of(site, message)
     since = message.whole("since", 0, site.rounds)
     number, (share_a, share_b) = _asked(message, config)
-    old = Kept.recall(site, since)
+    old = SiteState.recall(site, since)
     if old is None:
         return STALE
 
@@ -371,14 +376,14 @@ def train(site: Site, message: Payload) -> Payload:
         site, layout.unflatten(torch.from_numpy(start)), round, examples=examples
     )
     change = (start - view) + to_numpy(layout.flatten(update))
-    part = segment(number, config.segments, layout.numel)
-    due = change[part.start : part.stop] + old.residual[part.start : part.stop]
-    chosen = Sparsifier(layout).choose(due, part, share_a, share_b)
+    span = segment(number, config.segments, layout.numel)
+    due = change[span.start : span.stop] + old.residual[span.start : span.stop]
+    chosen = Sparsifier(layout).choose(due, span, share_a, share_b)
     residual = old.residual.copy()
-    residual[part.start : part.stop] = due
-    residual[part.start + chosen] -= rounded(due[chosen], config.values)
-    Kept(view, view + change, residual, round).keep(site)
-    frame = SparseFrames(layout, config.values, part.start, part.stop).encode(
+    residual[span.start : span.stop] = due
+    residual[span.start + chosen] -= rounded(due[chosen], config.values)
+    SiteState(view, view + change, residual, round).keep(site)
+    frame = SparseFrames(layout, config.values, span.start, span.stop).encode(
         due, chosen, round=round
     )
 
@@ -386,13 +391,15 @@ def train(site: Site, message: Payload) -> Payload:
 
 
 def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
-    """The segment and the two shares that the server asks for; raises `WireError`."""
+    """Return the segment and the two shares that the server asks for; raises `WireError`."""
     number = message.value("segment", int)
     shares = message.value("share", list)
 
     if not 0 <= number < config.segments:
         raise WireError(f"segment {number} of {config.segments}")
-    if len(shares) != 2 or not all(isinstance(kept, float) and 0 < kept <= 1 for kept in shares):
+    if len(shares) != 2 or not all(
+        isinstance(fraction, float) and 0 < fraction <= 1 for fraction in shares
+    ):
         raise WireError(f"share={shares!r:.40}, expected two numbers above 0 and at most 1")
 
     return number, shares
@@ -435,13 +442,13 @@ def predict(config: EcoLoraConfig, given: Given, round: int) -> Traffic:
     uploads = []
 
     for number in range(config.segments):
-        part = segment(number, config.segments, layout.numel)
-        coded = SparseFrames(layout, config.values, part.start, part.stop)
-        fewest = sparsifier.count(part, config.least_a, config.least_b)
-        most = sparsifier.count(part, config.most, config.most)
+        span = segment(number, config.segments, layout.numel)
+        coded = SparseFrames(layout, config.values, span.start, span.stop)
+        fewest = sparsifier.count(span, config.least_a, config.least_b)
+        most = sparsifier.count(span, config.most, config.most)
         uploads.append(Bytes(*coded.sizes(fewest, most)) + answer(loss=FULL_LOSS, segment=number))
 
-    up = Bytes(min(each.least for each in uploads), max(each.most for each in uploads))
+    up = Bytes(min(size.least for size in uploads), max(size.most for size in uploads))
     return Traffic(Bytes(*frames.sizes(0, changed)) + envelope(values, largest_values), up)
 
 

@@ -55,12 +55,12 @@ class FedAvgConfig(SampledSettings):
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; FedIT uses 0.05 of 100."""
     factors: Factors = "A and B"
-    """What is tuned and sent: both factors (FedIT), or B with A frozen (FFA-LoRA)."""
+    """Factors that are tuned and sent: both (FedIT), or B with A frozen (FFA-LoRA)."""
     server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs,
+    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
     and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     tgap: TgapConfig = PUBLIC_TGAP
-    """How a codec that learns is pre-trained; without effect for the others."""
+    """Pre-training of a codec that learns; without effect for the others."""
 
 
 class CentralConfig(MethodSettings):
@@ -72,6 +72,7 @@ class CentralConfig(MethodSettings):
 
     name: Literal["central"] = "central"
     factors: Factors = "A and B"
+    """Factors that are tuned: both, or B with A frozen."""
 
 
 def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
@@ -82,7 +83,7 @@ def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
 
 
 class FedAvgServer(SharedModelServer):
-    """Keeps the global adapter."""
+    """Server half: the global adapter."""
 
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
         self.config = config

@@ -52,21 +52,21 @@ class FlascConfig(SampledSettings):
     density_up: float = Field(0.25, ge=1e-6, le=1)
     """Share of its change that a site sends; 1/4 is among the paper's."""
     download: Literal["change", "weights"] = "change"
-    """What the largest values are taken of: the change since the start, which every site knows
+    """Vector whose largest values are sent down: the change since the start, which every site has
     (ours), or the weights (the paper's). Among weights the random A hides B, which starts at zero,
     for the first tens of rounds."""
     values: Values = "fp16"
-    """How a value is sent; the paper counts values, not bytes."""
+    """Form of a value on the wire; the paper counts values, not bytes."""
     server_optimizer: Literal["fedavg", "fedadam"] = "fedadam"
-    """What the server does with the mean change: add it, or take it for a gradient of Adam."""
+    """Use of the mean change at the server: add it, or take it for a gradient of Adam."""
     server_learning_rate: float = Field(5e-3, ge=1e-12, le=100)
-    """Of FedAdam; the value in the authors' code."""
+    """Learning rate of FedAdam; the value in the authors' code."""
     beta_1: float = Field(0.9, ge=0, lt=1)
-    """Of FedAdam's first moment; the authors use PyTorch's default."""
+    """Decay of FedAdam's first moment; the authors use PyTorch's default."""
     beta_2: float = Field(0.999, ge=0, lt=1)
-    """Of FedAdam's second moment; the authors use PyTorch's default."""
+    """Decay of FedAdam's second moment; the authors use PyTorch's default."""
     epsilon: float = Field(1e-8, ge=1e-30, le=1)
-    """Of FedAdam; the authors use PyTorch's default."""
+    """Constant in the denominator of FedAdam; the authors use PyTorch's default."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -77,24 +77,24 @@ class FlascConfig(SampledSettings):
 
 
 class FlascServer(SharedModelServer):
-    """Keeps the global adapter, all of it, and Adam's moments."""
+    """Server half: the global adapter, all of it, and Adam's moments."""
 
     def __init__(self, config: FlascConfig, context: Context) -> None:
         self.config = config
         self.context = context
         self.frames = SparseFrames(context.layout, config.values)
         self.adapter = initial_state(context.layout, context.seed)
-        self.known = known(config, context.layout, context.seed)
-        self.first, self.second = (torch.zeros(context.layout.numel) for _ in range(2))
+        self.base = base_of(config, context.layout, context.seed)
+        self.first = torch.zeros(context.layout.numel)
+        self.second = torch.zeros(context.layout.numel)
         self.steps = 0
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
-        """Nothing: every download is complete in itself."""
+        """Return nothing: every download is complete in itself."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Sparse download, local training, mean of the sparse changes, a step of the server's
-        optimizer."""
+        """Run one round: sparse download, local training, mean change, step of the optimizer."""
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         message = frame_payload(self._download(number), round=number)
         gathering = Gathering(
@@ -122,11 +122,10 @@ class FlascServer(SharedModelServer):
         return metrics | ({"clipped": gathering.clipped} if gathering.clipped else {})
 
     def _download(self, round: int) -> bytes:
-        """The frame of the largest weights, or changes."""
-        news = to_numpy(self.context.layout.flatten(self.adapter) - self.known)
-        return self.frames.encode(
-            news, largest(abs(news), kept(self.config.density_down, len(news))), round=round
-        )
+        """Return the frame of the largest weights, or changes."""
+        change = to_numpy(self.context.layout.flatten(self.adapter) - self.base)
+        count = count_of(self.config.density_down, len(change))
+        return self.frames.encode(change, largest(abs(change), count), round=round)
 
     def _read(self, round: int, _site: str, reply: Payload) -> Readable[tuple[Named, Named]]:
         fields(reply, ("n", "loss"), FRAME)
@@ -140,8 +139,10 @@ class FlascServer(SharedModelServer):
         return Readable((update, loss), norm(update), weight)
 
     def _step(self, mean: Named) -> Named:
-        """What to add to the adapter for the mean change: itself, or Adam's step with it as the
-        negative gradient."""
+        """Return what to add to the adapter for the mean change.
+
+        It is the change itself, or Adam's step with it as the negative gradient.
+        """
         if self.config.server_optimizer == "fedavg":
             return mean
 
@@ -157,69 +158,70 @@ class FlascServer(SharedModelServer):
         return self.context.layout.unflatten(self.config.server_learning_rate * direction / size)
 
     def model(self) -> Named:
-        """What a site would receive now, as the authors measure it, and not what the server alone
-        holds."""
-        return self.context.layout.unflatten(
-            received(self.frames, self.known, self._download(0), 0)
-        )
+        """Return what a site would receive now, as the authors measure it.
+
+        It is not what the server alone holds.
+        """
+        return self.context.layout.unflatten(received(self.frames, self.base, self._download(0), 0))
 
     def state(self) -> Payload:
-        """Adapter, moments and the number of steps."""
+        """Return adapter, moments and the number of steps."""
         moments = {"first": self.first, "second": self.second}
         adapter = {f"adapter/{name}": tensor for name, tensor in self.adapter.items()}
         return Payload(moments | adapter, {"steps": self.steps})
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
-        self.first, self.second = (
-            _moment(state, name, like=self.first) for name in ("first", "second")
-        )
-        kept = {
-            name: tensor for name, tensor in state.tensors.items() if name.startswith("adapter/")
+        """Become the server whose `state` this was."""
+        self.first = _moment(state, "first", like=self.first)
+        self.second = _moment(state, "second", like=self.second)
+        self.adapter = {
+            name.removeprefix("adapter/"): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith("adapter/")
         }
-        self.adapter = {name.removeprefix("adapter/"): tensor for name, tensor in kept.items()}
         self.context.layout.check(self.adapter, "checkpoint")
         self.steps = state.value("steps", int)
 
 
-def kept(share: float, total: int) -> int:
-    """How many values a share of `total` is; at least one."""
+def count_of(share: float, total: int) -> int:
+    """Return the number of values in a share of `total`; at least one."""
     return max(int(share * total), 1)
 
 
-def known(config: FlascConfig, layout: Layout, seed: int) -> Tensor:
-    """What a download is added to (numel,): nothing, or the initial adapter."""
+def base_of(config: FlascConfig, layout: Layout, seed: int) -> Tensor:
+    """Return what a download is added to (numel,): nothing, or the initial adapter."""
     if config.download == "weights":
         return torch.zeros(layout.numel)
     return layout.flatten(initial_state(layout, seed))
 
 
-def received(frames: SparseFrames, known: Tensor, frame: bytes, round: int) -> Tensor:
-    """The adapter that a site starts from (numel,); raises `WireError`."""
-    return known + torch.from_numpy(frames.decode_dense(frame, round=round))
+def received(frames: SparseFrames, base: Tensor, frame: bytes, round: int) -> Tensor:
+    """Return the adapter that a site starts from (numel,); raises `WireError`."""
+    return base + torch.from_numpy(frames.decode_dense(frame, round=round))
 
 
 def _moment(state: Payload, name: str, *, like: Tensor) -> Tensor:
-    found = state.tensor(name)
-    if found.dtype != like.dtype or found.shape != like.shape:
+    moment = state.tensor(name)
+    if moment.dtype != like.dtype or moment.shape != like.shape:
         raise WireError(
-            f"checkpoint, {name}: expected {like.dtype} {tuple(like.shape)}, found {tuple(found.shape)}"
+            f"checkpoint, {name}: expected {like.dtype} {tuple(like.shape)}, found "
+            f"{tuple(moment.shape)}"
         )
 
-    return found
+    return moment
 
 
 def train(site: Site, message: Payload) -> Payload:
-    """Task: tune the sparse adapter, all values of it, and send the largest changes."""
+    """Tune the sparse adapter, all values of it, and send the largest changes."""
     config: FlascConfig = site.method
     round = round_of(site, message)
     layout = site.layout
     frames = SparseFrames(layout, config.values)
-    start = received(frames, known(config, layout, site.seed), payload_frame(message), round)
+    start = received(frames, base_of(config, layout, site.seed), payload_frame(message), round)
     examples = site.load().train
     update, report = train_locally(site, layout.unflatten(start), round, examples=examples)
     change = to_numpy(layout.flatten(update))
-    where = largest(abs(change), kept(config.density_up, len(change)))
+    where = largest(abs(change), count_of(config.density_up, len(change)))
 
     return frame_payload(
         frames.encode(change, where, round=round), n=len(examples), loss=report.loss
@@ -227,17 +229,17 @@ def train(site: Site, message: Payload) -> Payload:
 
 
 def plan(config: FlascConfig, given: Given) -> Plan:
-    """Nothing to refuse beside what the settings refuse themselves."""
+    """Predict bytes; there is nothing to refuse beside what the settings refuse themselves."""
     total = given.layout.numel
     frames = SparseFrames(given.layout, config.values)
 
     def traffic(round: int) -> Traffic:
         # Values that are 0 are left out. No B differs from 0, and nothing has changed, before the
         # sites send it.
-        sent = kept(config.density_up, total)
+        sent = count_of(config.density_up, total)
         changed = 0 if round == 1 else sent
         filled = changed if config.download == "change" else total - part(given.layout, "B").numel
-        most = kept(config.density_down, total)
+        most = count_of(config.density_down, total)
         if config.download == "change" and round == 1:
             most = 0
 

@@ -1,7 +1,7 @@
-"""Local training: every site alone, with the same data, steps and code. The baseline that
-federation must beat.
+"""Local training, the baseline that federation must beat: every site alone.
 
-Each site keeps its own adapter between rounds; nothing but the loss is sent.
+Data, steps and code are the same. Each site keeps its own adapter between rounds; nothing but the
+loss is sent.
 """
 
 from functools import partial
@@ -32,23 +32,23 @@ from fluvial.wire.tensors import add
 
 
 class LocalConfig(MethodSettings):
-    """No settings of its own."""
+    """Local training, which has no settings of its own."""
 
     name: Literal["local"] = "local"
 
 
 class LocalServer:
-    """Keeps time and nothing else."""
+    """Server half: it counts rounds, and the sites hold the rest."""
 
     def __init__(self, config: LocalConfig, context: Context) -> None:
         pass
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
-        """Nothing."""
+        """Return nothing: there is nothing to agree on."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Every site trains from its own adapter."""
+        """Run one round: every site trains from its own adapter."""
         loss = WeightedLoss()
         count = 0
         message = Payload(values={"round": number})
@@ -77,11 +77,11 @@ class LocalServer:
         return Export()
 
     def state(self) -> Payload:
-        """The sites keep everything."""
+        """Return nothing: the sites keep everything."""
         return Payload()
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
+        """Restore nothing."""
 
 
 def _read(_site: str, reply: Payload) -> tuple[float, int]:
@@ -90,7 +90,7 @@ def _read(_site: str, reply: Payload) -> tuple[float, int]:
 
 
 def train(site: Site, message: Payload) -> Payload:
-    """Task: one more round on the site's own adapter."""
+    """Train one more round from the site's own adapter."""
     round = round_of(site, message)
     adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     examples = site.load().train

@@ -106,7 +106,7 @@ def test_the_state_is_all() -> None:
 
 def test_a_site_receives_the_largest_weights() -> None:
     server = FlascServer(FlascConfig(density_down=0.1, download="weights"), _context())
-    found = received(server.frames, server.known, server._download(1), 1).numpy()
+    found = received(server.frames, server.base, server._download(1), 1).numpy()
     weights = LAYOUT.flatten(server.adapter).numpy()
     assert np.count_nonzero(found) == LAYOUT.numel // 10
     assert np.allclose(found, np.where(found != 0, weights, 0), rtol=1e-3)
@@ -115,13 +115,13 @@ def test_a_site_receives_the_largest_weights() -> None:
 
 def test_a_site_receives_the_largest_changes_on_top_of_the_initial_adapter() -> None:
     server = FlascServer(FlascConfig(density_down=0.1), _context())
-    assert torch.equal(received(server.frames, server.known, server._download(1), 1), server.known)
+    assert torch.equal(received(server.frames, server.base, server._download(1), 1), server.base)
     change = torch.zeros(LAYOUT.numel)
     change[::7] = 1
-    server.adapter = LAYOUT.unflatten(server.known + change)
-    found = received(server.frames, server.known, server._download(1), 1) - server.known
+    server.adapter = LAYOUT.unflatten(server.base + change)
+    found = received(server.frames, server.base, server._download(1), 1) - server.base
     assert int(torch.count_nonzero(found)) == LAYOUT.numel // 10
-    assert torch.equal(LAYOUT.flatten(server.model()), found + server.known)
+    assert torch.equal(LAYOUT.flatten(server.model()), found + server.base)
 
 
 def test_damaged_replies_are_refused() -> None:

@@ -62,26 +62,29 @@ logger = logging.getLogger(__name__)
 
 
 class CgFedLlmConfig(SampledSettings):
-    """Defaults are the paper's where it gives them."""
+    """CG-FedLLM; defaults are the paper's where it gives them."""
 
     name: Literal["cgfedllm"] = "cgfedllm"
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; 0.05 of 100 with Dolly, 1 of 3 with C-Eval and
     MMLU."""
     server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """The server moves by so many mean updates; 1 is FedAvg. Error feedback delays what it repairs,
+    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
     and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     representation: Representation = "delta"
-    """What is coded: the update, or the whole adapter ("state", the letter of Algorithm 1). Ours:
-    delta, because the update is 0.04 % of the state's energy and drowns in the codec's error."""
+    """Form of what is coded: the update, or the whole adapter ("state", the letter of Algorithm 1).
+    Ours: delta, because the update is 0.04 % of the state's energy and drowns in the codec's
+    error."""
     tgap: TgapConfig = TgapConfig()
+    """Pre-training of the codec, and the updates of the gate."""
     gate: Literal["refuse", "report"] = "refuse"
-    """What happens when the codec fails the gate: stop before the first round, or write it down and
-    go on."""
+    """Action when the codec fails the gate: stop before the first round, or write it down and go
+    on."""
     privacy: PrivacyConfig | None = None
+    """Differential privacy of what a site releases; none where this is absent."""
     max_growth: float = Field(10.0, gt=1, le=1e9)
-    """Stop when an aggregate update is this many times longer than the longest before it (spec
-    g.12)."""
+    """Times by which an aggregate update may be longer than the longest before it; beyond that the
+    run stops (spec g.12)."""
 
     def promise(self) -> Promise | None:
         """Return the promise of `privacy`, if it is set."""
@@ -94,7 +97,7 @@ def terms(config: CgFedLlmConfig, codec: CodecSettings) -> Terms:  # noqa: ARG00
 
 
 class CgFedLlmServer(SharedModelServer):
-    """Keeps the global adapter; the decoder lies in the exchange's uplink."""
+    """Server half: the global adapter, a guard against divergence, and the accountant."""
 
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
         self.config = config
@@ -138,6 +141,7 @@ class CgFedLlmServer(SharedModelServer):
         return metrics
 
     def _private(self, update: Named, largest_share: float, number: int) -> Named:
+        """Return the mean update, with noise where the server adds it."""
         config = self.config.privacy
         if config is None or config.placement != "aggregate":
             return update
@@ -145,37 +149,36 @@ class CgFedLlmServer(SharedModelServer):
         return privacy.disturb_mean(update, std, self.context.secret(), number)
 
     def _guard(self, length: float, number: int) -> None:
-        if not math.isfinite(length) or (
-            self.longest > 0 and length > self.config.max_growth * self.longest
-        ):
+        """Raise `DivergenceError` for an aggregate update that is far longer than those before."""
+        most = self.config.max_growth * self.longest
+        if not math.isfinite(length) or (self.longest > 0 and length > most):
             raise DivergenceError(
-                f"round {number}: the aggregate update has norm {length:.4g}, over method.max_growth="
-                f"{self.config.max_growth:g} times the longest before ({self.longest:.4g}); the codec or the learning "
-                "rate makes training diverge. The last checkpoint is intact"
+                f"round {number}: the aggregate update has norm {length:.4g}, over "
+                f"method.max_growth={self.config.max_growth:g} times the longest before "
+                f"({self.longest:.4g}); the codec or the learning rate makes training diverge. The "
+                "last checkpoint is intact"
             )
 
         self.longest = max(self.longest, length)
 
     def model(self) -> Named:
-        """The global adapter."""
+        """Return the global adapter."""
         return self.adapter
 
     def state(self) -> Payload:
-        """Adapter, codec and downlink, and what the guard and the accountant remember."""
+        """Return the adapter, and what exchange, guard and accountant remember."""
         values: dict[str, Value] = {"longest": self.longest, "rounds_done": self.rounds_done}
         return join({"adapter": Payload(self.adapter, values), "exchange": self.exchange.state()})
 
     def restore(self, state: Payload) -> None:
-        """See `state`."""
-        parts = split(state, ("adapter", "exchange"))
-        adapter = parts["adapter"]
+        """Become the server whose `state` this was."""
+        halves = split(state, ("adapter", "exchange"))
+        adapter = halves["adapter"]
         self.context.layout.check(adapter.tensors, "checkpoint")
         self.adapter = adapter.tensors
-        self.longest, self.rounds_done = (
-            adapter.value("longest", float),
-            adapter.value("rounds_done", int),
-        )
-        self.exchange.restore(parts["exchange"])
+        self.longest = adapter.value("longest", float)
+        self.rounds_done = adapter.value("rounds_done", int)
+        self.exchange.restore(halves["exchange"])
 
 
 def rule(config: PrivacyConfig | None) -> Rule:
@@ -192,7 +195,7 @@ def rule(config: PrivacyConfig | None) -> Rule:
 
 
 def train(site: Site, message: Payload) -> Payload:
-    """Task: tune the received adapter on D2, encode the update (or the state), send the frame."""
+    """Tune the received adapter on D2, encode the update (or the state), send the frame."""
     config: CgFedLlmConfig = site.method
     received = receive_exchange(site, message, terms(config, site.codec))
     if received is None:
@@ -261,10 +264,12 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
 
 
 def _check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:
+    """Raise `ConfigError` for settings that cannot work together."""
     check_codec(codec, config.tgap, layout)
     if config.representation == "state" and codec.error_feedback:
         raise ConfigError(
-            "codec.error_feedback: the residual of a whole adapter means nothing; use representation='delta'"
+            "codec.error_feedback: the residual of a whole adapter means nothing; use "
+            "representation='delta'"
         )
 
     if codec.weighted and (config.privacy or config.representation == "state"):
@@ -285,7 +290,8 @@ def _check_privacy(
     """Refuse whatever would let something leave that epsilon does not count."""
     if codec.error_feedback:
         raise ConfigError(
-            "codec.error_feedback: it would send later what clipping and noise took away; switch one off"
+            "codec.error_feedback: it would send later what clipping and noise took away; switch "
+            "one off"
         )
 
     if config.representation == "state":
@@ -324,7 +330,8 @@ def _check_latent(codec: CodecSettings, layout: Layout) -> None:
 
     if kind is None or not issubclass(kind, LatentCodec):
         raise ConfigError(
-            f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or 'klt'"
+            f"method.privacy.placement='latent': codec {name!r} has no latent; use 'resnet' or "
+            "'klt'"
         )
 
     if kind.side_size(codec, layout):

@@ -1,5 +1,4 @@
-"""Differential privacy in CG-FedLLM: clip, Gaussian noise at three placements, and an accountant
-(section C6).
+"""Differential privacy in CG-FedLLM (section C6): clipping, Gaussian noise, an accountant.
 
 The paper gives epsilon in {0.25, 2, 8} and a sensitivity of 1, but neither delta, clip norm nor
 placement; its text puts the noise before compression, its formula on the latent. All three readings
@@ -44,15 +43,16 @@ class PrivacyConfig(Settings):
     """Gaussian mechanism on what a site releases in one round."""
 
     placement: Literal["update", "latent", "aggregate"]
-    """What is clipped and noised: the site's update, its code (the paper), or the server's mean."""
+    """Object that is clipped and noised: the site's update, its code (the paper), or the server's
+    mean."""
     clip_norm: float = Field(ge=1e-9, le=1e9)
     """L2 bound C; the median norm of undisturbed updates is a good start."""
     noise_multiplier: float | None = Field(None, ge=1e-3, le=1e6)
     """Standard deviation of the noise in units of C."""
     epsilon: float | None = Field(None, ge=1e-3, le=1e3)
-    """Instead of `noise_multiplier`: the budget of the whole run, from which it is computed."""
+    """Budget of the whole run, from which the noise multiplier is computed; set one of the two."""
     delta: float = Field(1e-5, ge=1e-15, lt=1)
-    """Ours: the paper gives no value."""
+    """Delta of the promise (ours: the paper gives no value)."""
     heldout: Literal["none", "exact"] = "none"
     """Measures on the sites' held-out text: "none", or "exact", whose sums leave the sites and are
     outside epsilon."""
@@ -68,8 +68,7 @@ class PrivacyConfig(Settings):
         return self.placement != "aggregate"
 
     def multiplier(self, rounds: int) -> float:
-        """The noise multiplier, computed from epsilon for `rounds` releases where that is what was
-        set."""
+        """Return the noise multiplier; where epsilon is set, that for `rounds` releases."""
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None
@@ -106,9 +105,9 @@ def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
     from dp_accounting import mechanism_calibration, rdp
 
     try:
-        found: float = dp_accounting.calibrate_dp_mechanism(
+        multiplier: float = dp_accounting.calibrate_dp_mechanism(
             rdp.RdpAccountant,
-            lambda multiplier: _event(multiplier, rounds),
+            lambda candidate: _event(candidate, rounds),
             epsilon,
             delta,
         )
@@ -118,9 +117,10 @@ def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
             f"delta={delta:g}; choose a larger epsilon or delta, or set noise_multiplier"
         ) from None
 
-    while spent(found, rounds, delta) > epsilon:  # the search ends on either side of it
-        found *= 1 + 1e-6
-    return found
+    while spent(multiplier, rounds, delta) > epsilon:  # the search ends on either side of it
+        multiplier *= 1 + 1e-6
+
+    return multiplier
 
 
 def _event(multiplier: float, rounds: int) -> object:
@@ -170,8 +170,8 @@ def release(
     std = mechanism.clip_norm * mechanism.noise_multiplier
     steps = noise.on_grid(vector, std, clip_norm=mechanism.clip_norm)
     asked = Payload(received, {"round": round, "placement": config.placement}).to_bytes()
-    parts = (asked, codec.to_bytes(), steps.tobytes())
-    digests = (hashlib.sha256(part).digest() for part in parts)
+    inputs = (asked, codec.to_bytes(), steps.tobytes())
+    digests = (hashlib.sha256(data).digest() for data in inputs)
     key = claim(site.store.private(site.name), mechanism, *digests)
 
     return noise.disturb(steps, std, key)
@@ -188,8 +188,10 @@ def disturb_mean(mean: Named, std: float, secret: bytes, round: int) -> Named:
 
 
 def noise_std(config: PrivacyConfig, multiplier: float, largest_share: float = 1.0) -> float:
-    """Standard deviation per value; in the mean of a round, one site weighs at most
-    `largest_share`."""
+    """Return the standard deviation per value.
+
+    In the mean of a round, one site weighs at most `largest_share`.
+    """
     assert 0 < largest_share <= 1
     std = config.clip_norm * multiplier * largest_share
     assert math.isfinite(std)
