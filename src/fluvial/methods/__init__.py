@@ -6,7 +6,7 @@ from pydantic import Field
 
 from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, flasc, local
 from fluvial.methods.cgfedllm import CgFedLlmConfig
-from fluvial.methods.ecolora import EcoLoraConfig
+from fluvial.methods.ecolora.config import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
 from fluvial.methods.flasc import FlascConfig

@@ -18,18 +18,9 @@ from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.methods import Context
 from fluvial.methods import ecolora as module
-from fluvial.methods.ecolora import (
-    METHOD,
-    EcoLoraConfig,
-    EcoLoraServer,
-    Slice,
-    Sparsifier,
-    check_segments,
-    mix,
-    segment,
-    share,
-    turn,
-)
+from fluvial.methods.ecolora import METHOD, EcoLoraServer
+from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments
+from fluvial.methods.ecolora.segments import Slice, Sparsifier, mix, segment, share, turn
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 from fluvial.training.train import TrainConfig

@@ -14,138 +14,39 @@ bounds, failures, quorum, and sites that lost what they kept.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
-from fluvial.codecs.golomb import Indices, SparseFrames, Values, largest, rounded
+from fluvial.codecs.golomb import SparseFrames, rounded
 from fluvial.codecs.quantise import Floats, to_numpy
-from fluvial.errors import ConfigError, WireError
+from fluvial.errors import WireError
 from fluvial.exchange import STALE, Gathering, Readable
 from fluvial.federation.bounds import rms
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
+from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments
+from fluvial.methods.ecolora.forecast import predict
+from fluvial.methods.ecolora.segments import Slice, Sparsifier, mix, segment, share, turn
 from fluvial.methods.interface import (
     Context,
     Given,
     Method,
     Metrics,
     Plan,
-    SampledSettings,
     Traits,
 )
 from fluvial.methods.planning import uncoded
 from fluvial.methods.shared import SharedModelServer
-from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
-from fluvial.wire.tensors import Layout, Named, WeightedMean, factor
-
-
-class EcoLoraConfig(SampledSettings):
-    """EcoLoRA; with one segment, nothing left out, fp32 and no mixing it is FedAvg."""
-
-    name: Literal["ecolora"] = "ecolora"
-    fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
-    segments: int = Field(5, ge=1, le=10**6)
-    """Number N_s of segments; the cohort should have at least as many sites, or a segment is missing
-    in some rounds."""
-    most: float = Field(0.95, ge=1e-4, le=1)
-    """Share k_max of the values that is sent in round 1."""
-    least_a: float = Field(0.6, ge=1e-4, le=1)
-    """Share k_min of A, which is approached as the loss falls."""
-    least_b: float = Field(0.5, ge=1e-4, le=1)
-    """Share k_min of B, whose changes are concentrated in fewer values."""
-    gamma_a: float = Field(1.0, ge=0, le=1e6)
-    """Rate at which the share of A falls, per nat of training loss (ours; see the method's
-    page)."""
-    gamma_b: float = Field(2.0, ge=0, le=1e6)
-    """The same for B (ours)."""
-    mixing: Literal["staleness", "none"] = "staleness"
-    """Start of a site: the global adapter mixed with its own last one, or the global one alone."""
-    beta: float = Field(1.0, ge=1e-6, le=1e6)
-    """Rate at which the weight of the site's own adapter, of s rounds ago, falls: exp(-beta * s)
-    (ours)."""
-    values: Values = "fp16"
-    """Form of a value on the wire."""
-
-    def conflicts(self) -> Iterator[str]:
-        """See `Settings`."""
-        if self.most < max(self.least_a, self.least_b):
-            yield (
-                f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; "
-                "raise it"
-            )
-        if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
-            yield "beta: without effect under mixing='none'; remove it"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Range `start` to `stop` of the values of the flattened adapter."""
-
-    start: int
-    stop: int
-
-
-def segment(number: int, segments: int, total: int) -> Slice:
-    """Return segment `number` of `segments` of nearly equal size."""
-    return Slice(number * total // segments, (number + 1) * total // segments)
-
-
-def turn(place: int, round: int, segments: int) -> int:
-    """Return the segment that the site at `place` in the cohort sends in `round`.
-
-    It is (place + round) mod N_s.
-    """
-    return (place + round) % segments
-
-
-def share(least: float, most: float, gamma: float, fallen: float) -> float:
-    """Return k = k_min + (k_max - k_min) exp(-gamma * fallen), at most k_max.
-
-    The loss has fallen by `fallen` nats. k is rounded to four places, as it is sent.
-    """
-    return round(least + (most - least) * math.exp(-gamma * max(fallen, 0.0)), 4)
-
-
-def mix(ours: Floats, others: Floats, weight: float) -> Floats:
-    """Return (1 - weight) * others + weight * ours; exactly `others` at weight 0."""
-    return others + np.float32(weight) * (ours - others)
-
-
-class Sparsifier:
-    """Choice of the values that are sent: the largest of A and of B, a share of each."""
-
-    def __init__(self, layout: Layout) -> None:
-        kinds = [
-            np.full(size, factor(name) == "B")
-            for name, size in zip(layout.names, layout.sizes, strict=True)
-        ]
-        self._is_b: NDArray[np.bool_] = np.concatenate(kinds)
-
-    def choose(self, change: Floats, span: Slice, share_a: float, share_b: float) -> Indices:
-        """Return positions within `span`, rising; change (span.stop - span.start,)."""
-        chosen = []
-        for is_b, fraction in ((False, share_a), (True, share_b)):
-            places = np.flatnonzero(self._is_b[span.start : span.stop] == is_b)
-            count = math.ceil(fraction * len(places))
-            chosen.append(places[largest(abs(change[places]), count)])
-
-        return np.sort(np.concatenate(chosen))
-
-    def count(self, span: Slice, share_a: float, share_b: float) -> int:
-        """Return the number of values that `choose` returns where none of them is 0."""
-        is_b = self._is_b[span.start : span.stop]
-        return math.ceil(share_b * int(is_b.sum())) + math.ceil(share_a * int((~is_b).sum()))
+from fluvial.wire.tensors import Named, WeightedMean
 
 
 class EcoLoraServer(SharedModelServer):
@@ -411,54 +312,6 @@ def plan(config: EcoLoraConfig, given: Given) -> Plan:
     absent = "the method's own code: see the bytes of a site in a round"
     traffic = partial(predict, config, given)
     return Plan(given.layout, partial(uncoded, given, traffic, given.layout, absent))
-
-
-def predict(config: EcoLoraConfig, given: Given, round: int) -> Traffic:
-    """Bound the bytes of a round by the least and the largest shares.
-
-    Values that did not change are left out, so a download may have fewer. A site that was away gets
-    all that changed, which may be everything.
-    """
-    layout = given.layout
-    sparsifier = Sparsifier(layout)
-    whole = Slice(0, layout.numel)
-    frames = SparseFrames(layout, config.values)
-    all_sites = config.cohort(given.sites) == given.sites
-    changed = (
-        0
-        if round == 1
-        else sparsifier.count(whole, config.most, config.most)
-        if all_sites
-        else layout.numel
-    )
-    long: list[Value] = [0.1234, 0.1234]
-    values: dict[str, Value] = {"round": round, "segment": 0, "share": [0.1, 0.1], "since": 0}
-    largest_values: dict[str, Value] = {
-        **values,
-        "segment": config.segments - 1,
-        "share": long,
-        "since": round,
-    }
-    uploads = []
-
-    for number in range(config.segments):
-        span = segment(number, config.segments, layout.numel)
-        coded = SparseFrames(layout, config.values, span.start, span.stop)
-        fewest = sparsifier.count(span, config.least_a, config.least_b)
-        most = sparsifier.count(span, config.most, config.most)
-        uploads.append(Bytes(*coded.sizes(fewest, most)) + answer(loss=FULL_LOSS, segment=number))
-
-    up = Bytes(min(size.least for size in uploads), max(size.most for size in uploads))
-    return Traffic(Bytes(*frames.sizes(0, changed)) + envelope(values, largest_values), up)
-
-
-def check_segments(config: EcoLoraConfig, layout: Layout) -> None:
-    """Raise `ConfigError` if a segment would be empty."""
-    if config.segments > layout.numel:
-        raise ConfigError(
-            f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; "
-            "choose fewer"
-        )
 
 
 METHOD = Method(

@@ -1,0 +1,59 @@
+"""Settings of EcoLoRA."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.codecs.golomb import Values
+from fluvial.errors import ConfigError
+from fluvial.methods.interface import SampledSettings
+from fluvial.wire.tensors import Layout
+
+
+class EcoLoraConfig(SampledSettings):
+    """EcoLoRA; with one segment, nothing left out, fp32 and no mixing it is FedAvg."""
+
+    name: Literal["ecolora"] = "ecolora"
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort; 0.1 of 100 in the paper."""
+    segments: int = Field(5, ge=1, le=10**6)
+    """Number N_s of segments; the cohort should have at least as many sites, or a segment is
+    missing in some rounds."""
+    most: float = Field(0.95, ge=1e-4, le=1)
+    """Share k_max of the values that is sent in round 1."""
+    least_a: float = Field(0.6, ge=1e-4, le=1)
+    """Share k_min of A, which is approached as the loss falls."""
+    least_b: float = Field(0.5, ge=1e-4, le=1)
+    """Share k_min of B, whose changes are concentrated in fewer values."""
+    gamma_a: float = Field(1.0, ge=0, le=1e6)
+    """Rate at which the share of A falls, per nat of training loss (ours; see the method's
+    page)."""
+    gamma_b: float = Field(2.0, ge=0, le=1e6)
+    """The same for B (ours)."""
+    mixing: Literal["staleness", "none"] = "staleness"
+    """Start of a site: the global adapter mixed with its own last one, or the global one alone."""
+    beta: float = Field(1.0, ge=1e-6, le=1e6)
+    """Rate at which the weight of the site's own adapter, of s rounds ago, falls: exp(-beta * s)
+    (ours)."""
+    values: Values = "fp16"
+    """Form of a value on the wire."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.most < max(self.least_a, self.least_b):
+            yield (
+                f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; "
+                "raise it"
+            )
+        if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
+            yield "beta: without effect under mixing='none'; remove it"
+
+
+def check_segments(config: EcoLoraConfig, layout: Layout) -> None:
+    """Raise `ConfigError` if a segment would be empty."""
+    if config.segments > layout.numel:
+        raise ConfigError(
+            f"ecolora: method.segments={config.segments} exceeds the {layout.numel} values; "
+            "choose fewer"
+        )
