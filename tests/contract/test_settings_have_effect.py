@@ -198,6 +198,12 @@ def fields_of(kind: type[Settings]) -> set[str]:
     return set(kind.model_fields) - {"name"}
 
 
+TABLES: list[type[Settings]] = [
+    *(method.config for method in METHODS.values()),
+    TgapConfig,
+    TrainConfig,
+    LoraSettings,
+]
 UNFITTED = sorted(
     f"{kind.__name__}.{name}"
     for kind in codecs()
@@ -205,16 +211,7 @@ UNFITTED = sorted(
     for name in fields_of(kind) - SHARED
 )
 WANTED = (
-    {
-        f"{kind.__name__}.{name}"
-        for kind in (
-            *(method.config for method in METHODS.values()),
-            TgapConfig,
-            TrainConfig,
-            LoraSettings,
-        )
-        for name in fields_of(kind)
-    }
+    {f"{kind.__name__}.{name}" for kind in TABLES for name in fields_of(kind)}
     | {f"CodecSettings.{name}" for name in SHARED - {"name"}}
     | set(UNFITTED)
 )

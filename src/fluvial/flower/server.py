@@ -20,6 +20,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.flower import names
 from fluvial.flower.inbox import pull_complete
 from fluvial.flower.transport import flower_fleet
+from fluvial.methods import METHODS
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.report.round_lines import round_line, setup_lines
@@ -93,7 +94,8 @@ class ServerTexts:
     def __init__(self, config: RunConfig, bench: ModelPool) -> None:
         self.config = config
         self.bench = bench
-        if config.entry.traits.pooled or "central" in config.compare:
+        methods = (config.method.name, *config.compare)
+        if any(METHODS[name].traits.pooled for name in methods):
             raise ConfigError(
                 "the central baseline needs all data at one place; remove it from compare"
             )
