@@ -2,7 +2,7 @@
 
     config.json                 the resolved configuration
     metrics.jsonl               one JSON object per round
-    checkpoints/round-N         server state after round N, a payload, and its SHA-256; the newest two are kept
+    checkpoints/round-N         server state after round N and its SHA-256; the newest two are kept
     sites/NAME/SLOT-N-DIGEST    what sites keep (see `store.StateStore`)
     sites/NAME/errors.log       errors of a site, whole
     adapter/                    the result, as PEFT writes it
@@ -73,7 +73,8 @@ class RunFolder:
             if self._lock:
                 self._lock.close()
             raise CheckpointError(
-                f"{self.path} is in use by another run; wait for it, or choose another folder with --out"
+                f"{self.path} is in use by another run; wait for it, or choose "
+                "another folder with --out"
             ) from None
         except OSError as error:
             raise CheckpointError(
@@ -95,7 +96,7 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether a run was begun here."""
+        """Return True where a run was begun here."""
         parts = ("config.json", "result.json", "checkpoints")
         return any((self.path / name).exists() for name in parts)
 
@@ -156,7 +157,8 @@ class RunFolder:
             append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; free some space and use --resume"
+                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; "
+                "free some space and use --resume"
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ class RunConfig(Settings):
     """Everything that defines a run."""
 
     seed: int = Field(0, ge=0, le=2**31 - 1)
-    """Of everything that is drawn."""
+    """Seed of every random stream of the run."""
     rounds: int = Field(20, ge=1, le=10**6)
     """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
     compare: tuple[Baseline, ...] = ()
@@ -61,7 +61,7 @@ class RunConfig(Settings):
 
     @property
     def tuned(self) -> Tune:
-        """What is tuned, the method's default filled in."""
+        """Return what is tuned, the method's default filled in."""
         return self.tune or self.entry.traits.tunes[0]
 
     @property
@@ -110,7 +110,10 @@ class RunConfig(Settings):
             yield f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it"
 
         if self.tuned == "full" and "lora" in self.model_fields_set:
-            yield "lora: without effect, because all weights are tuned; remove it, or set tune = 'lora'"
+            yield (
+                "lora: without effect, because all weights are tuned; remove it, or "
+                "set tune = 'lora'"
+            )
 
         if (
             self.tuned == "full"
@@ -139,7 +142,9 @@ class RunConfig(Settings):
         )
         for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
             if settings is not None and why is not None:
-                yield f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
+                yield (
+                    f"{table}: without effect, because method {self.method.name!r} {why}; remove it"
+                )
 
         if (
             self.codec is not None
@@ -163,7 +168,8 @@ class RunConfig(Settings):
             yield f"downlink: without effect, because method {self.method.name!r} {why}; remove it"
         if must_learn(self.downlink):
             yield (
-                f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for the way "
+                f"downlink.name={self.downlink.name!r} must be learned, and "
+                "nothing is learned for the way "
                 "down; choose a codec that learns nothing, such as 'trellis'"
             )
 

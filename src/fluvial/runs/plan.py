@@ -1,5 +1,4 @@
-"""What a run will take, told without training: parameters, bytes, memory, and whether everything
-fits together."""
+"""Plan of a run, made without training: parameters, bytes, memory, and whether everything fits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -150,7 +149,8 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
     notes = [f"method: {config.entry.paper}", *remarks]
     if isinstance(config.coding, AutoSettings):
         notes.append(
-            "the codec is chosen when the run starts, by measurement; the frame is what its rate allows"
+            "the codec is chosen when the run starts, by measurement; the frame "
+            "is what its rate allows"
         )
     elif must_learn(config.coding):
         notes.append(
@@ -163,7 +163,8 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
     iterations = getattr(config.coding, "iterations", None)
     if iterations:
         notes.append(
-            f"the codec is trained for {iterations} iterations before the first round: minutes, on a CPU"
+            f"the codec is trained for {iterations} iterations before the first "
+            "round: minutes, on a CPU"
         )
 
     return notes

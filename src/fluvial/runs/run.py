@@ -105,13 +105,15 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 
     if not resume:
         raise CheckpointError(
-            f"{folder.path} already holds a run; use --resume to go on with it, --out for another folder, or remove it"
+            f"{folder.path} already holds a run; use --resume to go on with it, "
+            "--out for another folder, or remove it"
         )
 
     stored = folder.read_json("config.json")
     if stored is None:
         raise CheckpointError(
-            f"{folder.path / 'config.json'} is missing, and the folder holds a run; restore it from a copy, or start "
+            f"{folder.path / 'config.json'} is missing, and the folder holds a "
+            "run; restore it from a copy, or start "
             "again in another folder with --out"
         )
 
@@ -124,7 +126,8 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 
     if other:
         raise CheckpointError(
-            f"{folder.path} was started with another configuration (differs in {', '.join(other[:5])}); "
+            f"{folder.path} was started with another configuration (differs in "
+            f"{', '.join(other[:5])}); "
             "resume with the same one, or choose another --out"
         )
 
