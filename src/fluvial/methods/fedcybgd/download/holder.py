@@ -145,4 +145,5 @@ def held_weights(
 
 
 def refuse_frame(name: str, _frame: bytes) -> Tensor:
+    """Raise `WireError`, because a site stores changes as they are and not as frames."""
     raise WireError(f"{name!r}: a site keeps changes as they are, and here is a frame")

@@ -59,6 +59,7 @@ class BlockNews:
 def replay(
     holder: Holder, message: Payload, parts: Partition, index: int, codec: CodecSettings
 ) -> Received | None:
+    """Return the model that `message` leads to; None where the site lacks what it builds on."""
     reader = FrameReader(payload_frame(message) if message.tensors else b"")
     news = dict(read_news(entry, reader, len(parts)) for entry in message.value("news", list))
     if reader.place != len(reader.data):

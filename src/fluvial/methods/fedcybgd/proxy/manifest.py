@@ -102,6 +102,7 @@ class Manifest:
 
 
 def heads_of(layer: Layer) -> Prunable:
+    """Return the attention heads of `layer`, whose anatomy must be known."""
     assert layer.attention is not None, "heads of this anatomy are not pruned"
     return layer.attention
 
