@@ -29,6 +29,23 @@ LAYOUT = Layout(
         for which in ("A", "B")
     )
 )
+
+
+def update_of(number: int) -> Named:
+    """Return an update whose tensors differ in size."""
+    random = generator(0, "coders", number)
+    return {
+        name: 1e-3 * (1 + index) * torch.randn(shape, generator=random)
+        for index, (name, shape) in enumerate(LAYOUT.shapes)
+    }
+
+
+@cache
+def received() -> Named:
+    """Return the adapter that both ends hold."""
+    return add(initial_state(LAYOUT, 0), scale(update_of(99), 10))
+
+
 RATES = {"klt_trellis": 16}
 """Rates of codecs that refuse 4."""
 STEP = 2.0**-12
@@ -57,21 +74,6 @@ CASES = [
     for name in NAMES
     if "at step" not in chain or issubclass(CODECS[name], SteppedCodec)
 ]
-
-
-def update_of(number: int) -> Named:
-    """Return an update whose tensors differ in size."""
-    random = generator(0, "coders", number)
-    return {
-        name: 1e-3 * (1 + index) * torch.randn(shape, generator=random)
-        for index, (name, shape) in enumerate(LAYOUT.shapes)
-    }
-
-
-@cache
-def received() -> Named:
-    """Return the adapter that both ends hold."""
-    return add(initial_state(LAYOUT, 0), scale(update_of(99), 10))
 
 
 @cache
