@@ -13,6 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import http_grid
+from rich.text import Text
 
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
 from fluvial.errors import ConfigError
@@ -63,10 +64,10 @@ def main(grid: Grid, context: Context) -> None:
         config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
     ):
         if event.kind == "round":
-            logger.info("%s", round_line(event.values))
+            logger.info("%s", _plain(round_line(event.values)))
         elif event.kind == "setup":
             for line in setup_lines(event.values):
-                logger.info("%s", line)
+                logger.info("%s", _plain(line))
         else:
             logger.info("%s: %s", event.method, event.values["verdict"]["line"])
 
@@ -121,3 +122,8 @@ class ServerTexts:
         ids = Encoder.of(self.bench.tokenizer).prompt(prompt)
         example = Example(ids, [IGNORE_INDEX, *ids[1:]])
         return SiteData([example], [example], [], 1, 0, 0)
+
+
+def _plain(line: str) -> str:
+    """Return a line with rich markup as it reads in a log."""
+    return Text.from_markup(line).plain
