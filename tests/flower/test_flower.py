@@ -30,9 +30,11 @@ from fluvial.federation.fleet import Fleet, Reply
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.replies import read_update
 from fluvial.flower.envelope import STYPE, pack, unpack
+from fluvial.flower.server import _plain
 from fluvial.flower.site import site_process
 from fluvial.flower.transport import flower_fleet
 from fluvial.models.pool import ModelPool
+from fluvial.report.round_lines import round_line
 from fluvial.runs.config import parse
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
@@ -236,6 +238,13 @@ def test_flowers_own_error_is_told(stand: Stand) -> None:
     fleet, _ = stand(at("south", lambda: Error(8, "ClientApp stopped responding")), **SKIP)
     assert len(ask(met(fleet))) == 2
     assert "Flower's error 8: ClientApp stopped responding" in fleet.failures[0].reason
+    assert fleet.failures[0].bytes_up == 0, "Flower's text is not the site's"
+
+
+def test_the_log_of_a_run_has_no_markup() -> None:
+    record = {"round": 3, "loss": 1.5, "seconds": 2.0, "sites": 2, "bytes_up": 9, "bytes_down": 9}
+    line = _plain(round_line(record | {"missing": [{"site": "north"}]}))
+    assert line.endswith("missing north")
 
 
 def test_a_silent_site_is_missed_after_the_deadline(stand: Stand) -> None:

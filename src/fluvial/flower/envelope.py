@@ -12,6 +12,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fluvial.errors import ClientError, WireError
+from fluvial.federation.failures import reason_of
 
 STYPE = "fluvial.wire.payload.2"
 SMALL = 2**18
@@ -65,7 +66,7 @@ def open_reply(reply: Message, *, max_bytes: int) -> tuple[bytes, bool]:
     Raises `ClientError` with the site's own text, or Flower's, if the site failed, and `WireError`.
     """
     if reply.has_error():
-        raise ClientError(f"Flower's error {reply.error.code}: {reply.error.reason}")
+        raise ClientError(flower_error(reply))
 
     data, header = unpack(reply, max_bytes=max_bytes)
     error = header.get("error")
@@ -75,3 +76,8 @@ def open_reply(reply: Message, *, max_bytes: int) -> tuple[bytes, bool]:
         raise ClientError(error[:4000])
 
     return data, header.get("kept") is True
+
+
+def flower_error(reply: Message) -> str:
+    """Return the reason that Flower gives in place of a site's reply, in one line."""
+    return reason_of(f"Flower's error {reply.error.code}: {reply.error.reason}")

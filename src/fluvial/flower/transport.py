@@ -19,7 +19,7 @@ from fluvial.errors import ClientError, ConfigError
 from fluvial.federation.failures import reason_of, unreadable
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.transport import Arrival, Request
-from fluvial.flower.envelope import open_reply, pack
+from fluvial.flower.envelope import flower_error, open_reply, pack
 from fluvial.flower.inbox import Inbox
 from fluvial.flower.nodes import Nodes
 from fluvial.models.pool import ModelPool
@@ -275,6 +275,9 @@ class FlowerTransport:
             return None
 
         number = letter.request.number
+        if reply.has_error():  # Flower's own text, of which no byte left the site
+            return Arrival(number, b"", flower_error(reply))
+
         try:
             data, letter.kept = open_reply(reply, max_bytes=self._limits.max_bytes)
         except ClientError as words:
