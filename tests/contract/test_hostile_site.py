@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fluvial.errors import ClientError
-from fluvial.federation.bounds import Cohort
+from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.fleet import FleetConfig
 from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
@@ -338,7 +338,7 @@ def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> No
     for order in permutations(lengths):
         fleet = local_fleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
         folded: dict[str, int] = {}
-        cohort: Cohort[None] = Cohort(fleet, "train", 1, asked=5)
+        cohort: BoundedReplies[None] = BoundedReplies(fleet, "train", 1, asked=5)
 
         for site in order:
             counted = cohort.add(site, lengths[site], weights[site], None)

@@ -4,12 +4,13 @@ At the server a method iterates over `Exchange.updates`; at a site it writes a f
 which `shared` makes a task of. It sees no payload, frame or codec.
 """
 
-from fluvial.exchange.at_site import LocalUpdate, receive_exchange, shared, shared_tasks
+from fluvial.exchange.at_site import LocalUpdate, encode, receive_exchange, shared, shared_tasks
 from fluvial.exchange.checks import check_codec
 from fluvial.exchange.exchange import Exchange, Rule, Update
 from fluvial.exchange.gathering import STALE, Gathering, Readable, is_stale, to_all
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
+from fluvial.exchange.uplink import coder_of
 
 __all__ = [
     "NO_TGAP",
@@ -24,6 +25,8 @@ __all__ = [
     "TgapConfig",
     "Update",
     "check_codec",
+    "coder_of",
+    "encode",
     "is_stale",
     "receive_exchange",
     "shared",

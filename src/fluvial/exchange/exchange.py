@@ -73,7 +73,7 @@ class Exchange:
         self.task = task
         self.uplink = Uplink(context, terms, on_refusal=on_refusal)
         self.downlink = Downlink(context.downlink, context.seed, adapter)
-        self._clipped: list[dict[str, object]] = []
+        self._gathered: Metrics = {}
 
     def setup(self, fleet: Fleet) -> Metrics:
         """Fit or choose a codec that learns, measure it, and install it; return the report.
@@ -112,12 +112,11 @@ class Exchange:
             self.uplink.fold(reply.site, decoded)
             yield Update(reply.site, update, reply.weight, loss)
 
-        self._clipped = gathering.clipped
+        self._gathered = gathering.metrics()
 
     def close(self, mean: Named, round: int) -> Metrics:
         """End a round; `mean` is the mean of its updates. Return what was seen of the codec."""
-        clipped = {"clipped": self._clipped} if self._clipped else {}
-        return {**clipped, **self.uplink.close(mean, round)}
+        return {**self._gathered, **self.uplink.close(mean, round)}
 
     # -- one ask ----------------------------------------------------------------------------------
 
@@ -146,7 +145,8 @@ class Exchange:
             update = rule.clip(update)
         if rule.bounded:
             check_update(update, weight, self.context.train)
-        WeightedMean.check(update, weight)
+        else:
+            WeightedMean.check(update, weight)
 
         loss = None if rule.frame_only else loss_of(reply)
         length = norm(update) if rule.compared else 0.0

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fluvial.errors import WireError
-from fluvial.federation.bounds import Cohort, Counted
+from fluvial.federation.bounds import BoundedReplies, Counted
+from fluvial.federation.context import Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.wire.payload import Payload
 
@@ -31,7 +32,11 @@ class Readable(Generic[T]):
 
 def is_stale(reply: Payload) -> bool:
     """Return whether a reply is `STALE` and nothing else."""
-    return reply.values == STALE.values and not reply.tensors
+    return (
+        reply.values.keys() == STALE.values.keys()
+        and reply.values["stale"] is True
+        and not reply.tensors
+    )
 
 
 def to_all(sites: Sequence[str], message: Payload) -> dict[str, Payload]:
@@ -71,7 +76,9 @@ class Gathering(Generic[T]):
         A site that is still stale when it is asked again has failed. Raises `ClientError` where
         the quorum is missed.
         """
-        replies: Cohort[T] = Cohort(self.fleet, self.task, self.round, asked=len(cohort))
+        replies: BoundedReplies[T] = BoundedReplies(
+            self.fleet, self.task, self.round, asked=len(cohort)
+        )
         waiting = list(cohort)
 
         for again in (False, True):
@@ -92,6 +99,10 @@ class Gathering(Generic[T]):
 
         yield from replies.close()
         self.clipped = replies.clipped
+
+    def metrics(self) -> Metrics:
+        """Return the sites whose weight was lowered, where there are any; after the last reply."""
+        return {"clipped": self.clipped} if self.clipped else {}
 
     def _ask(
         self, sites: Sequence[str], *, again: bool

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.exchange.representation import Representation
 from fluvial.exchange.tgap import NO_TGAP, TgapConfig
-from fluvial.federation.sites import Factors, part
+from fluvial.federation.sites import Factors, factor_layout
 from fluvial.wire.tensors import Layout
 
 
@@ -22,7 +22,7 @@ class Terms:
 
     def sent(self, layout: Layout) -> Layout:
         """Return the layout of what a site sends, for an adapter of `layout`."""
-        return part(layout, self.factors)
+        return factor_layout(layout, self.factors)
 
     def pretraining(self, codec: CodecSettings) -> TgapConfig:
         """Return the pre-training as it happens with `codec`: none for one that learns nothing."""

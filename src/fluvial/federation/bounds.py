@@ -52,7 +52,7 @@ class _Held(Generic[T]):
     content: T
 
 
-class Cohort(Generic[T]):
+class BoundedReplies(Generic[T]):
     """The replies of one round, counted as they come, except the heaviest and the longest so far.
 
     These two wait until all have come, because only then is it known whether they are too heavy or

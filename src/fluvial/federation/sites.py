@@ -122,7 +122,7 @@ def read_adapter_message(message: Payload, layout: Layout) -> Named:
     return Identity.of(layout).decode(payload_frame(message))
 
 
-def part(layout: Layout, factors: Factors) -> Layout:
+def factor_layout(layout: Layout, factors: Factors) -> Layout:
     """Return the layout of what is trained and sent."""
     return (
         layout

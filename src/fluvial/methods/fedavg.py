@@ -30,7 +30,7 @@ from fluvial.exchange import (
 )
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.fleet import Fleet, sample
-from fluvial.federation.sites import Factors, Site, part, train_locally
+from fluvial.federation.sites import Factors, Site, factor_layout, train_locally
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -42,10 +42,10 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
-from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.shared import SharedModelServer, move
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, join, split
-from fluvial.wire.tensors import Layout, Named, moved, scale
+from fluvial.wire.tensors import Layout, Named
 
 
 class FedAvgConfig(SampledSettings):
@@ -103,7 +103,7 @@ class FedAvgServer(SharedModelServer):
             aggregate.add(update)
 
         mean = aggregate.mean()
-        self.adapter = moved(self.adapter, step(mean, self.learning_rate))
+        self.adapter = move(self.adapter, mean, self.learning_rate)
         return {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
 
     @property
@@ -127,11 +127,6 @@ class FedAvgServer(SharedModelServer):
         self.exchange.restore(halves["exchange"])
 
 
-def step(mean: Named, learning_rate: float) -> Named:
-    """Return what the server adds for the `mean` update."""
-    return mean if learning_rate == 1 else scale(mean, learning_rate)
-
-
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:
     """Tune the received adapter on the site's data."""
     config: FedAvgConfig | CentralConfig = site.method
@@ -153,7 +148,7 @@ def plan_central(config: CentralConfig, given: Given) -> Plan:
 
 def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:
     """Return the layout of the tuned factors; raises `ConfigError` where weights have none."""
-    sent = part(layout, config.factors)
+    sent = factor_layout(layout, config.factors)
     if not sent.shapes:
         raise ConfigError(
             f"method.factors={config.factors!r}: all weights are tuned, and none is a factor; "

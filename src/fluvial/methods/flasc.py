@@ -23,7 +23,7 @@ from fluvial.exchange import Gathering, Readable, to_all
 from fluvial.federation.bounds import check_update
 from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
-from fluvial.federation.sites import Site, part, round_of, train_locally
+from fluvial.federation.sites import Site, factor_layout, round_of, train_locally
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -33,7 +33,7 @@ from fluvial.methods.interface import (
     SampledSettings,
     Traits,
 )
-from fluvial.methods.planning import uncoded
+from fluvial.methods.planning import OWN_CODE, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
 from fluvial.models.states import initial_state
@@ -119,7 +119,7 @@ class FlascServer(SharedModelServer):
             "sites": mean.count,
             "update_norm": norm(step),
         }
-        return metrics | ({"clipped": gathering.clipped} if gathering.clipped else {})
+        return {**metrics, **gathering.metrics()}
 
     def _download(self, round: int) -> bytes:
         """Return the frame of the largest weights, or changes."""
@@ -238,7 +238,11 @@ def plan(config: FlascConfig, given: Given) -> Plan:
         # sites send it.
         sent = count_of(config.density_up, total)
         changed = 0 if round == 1 else sent
-        filled = changed if config.download == "change" else total - part(given.layout, "B").numel
+        filled = (
+            changed
+            if config.download == "change"
+            else total - factor_layout(given.layout, "B").numel
+        )
         most = count_of(config.density_down, total)
         if config.download == "change" and round == 1:
             most = 0
@@ -247,8 +251,7 @@ def plan(config: FlascConfig, given: Given) -> Plan:
         up = Bytes(*frames.sizes(sent, sent))
         return Traffic(down + envelope({"round": round}), up + answer(loss=FULL_LOSS))
 
-    absent = "the method's own code: see the bytes of a site in a round"
-    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, absent))
+    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, OWN_CODE))
 
 
 METHOD = Method(

@@ -15,6 +15,8 @@ from fluvial.wire.tensors import Layout
 
 OPTIMIZER_BYTES = 16
 """Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""
+OWN_CODE = "the method's own code: see the bytes of a site in a round"
+"""Words of `fluvial check` in the place of a frame size that no codec determines."""
 
 
 def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapConfig) -> Plan:

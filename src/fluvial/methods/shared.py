@@ -10,7 +10,7 @@ from fluvial.methods.exporting import Export, Reporting, export_weights, samples
 from fluvial.methods.measuring import Measures, ask_heldout, measure_public
 from fluvial.models.states import changed
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Named, moved, scale
 
 
 class SharedModelServer(ABC):
@@ -53,3 +53,11 @@ class SharedModelServer(ABC):
         if reporting.pool.full:
             return Export(model_sha256=sha256, samples=texts, public=public)
         return Export(adapter_sha256=sha256, samples=texts, public=public)
+
+
+def move(adapter: Named, mean: Named, learning_rate: float) -> Named:
+    """Return the adapter moved by `learning_rate` times the `mean` update.
+
+    Factors that the update does not have stay as they are.
+    """
+    return moved(adapter, mean if learning_rate == 1 else scale(mean, learning_rate))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fluvial.errors import ClientError, WireError
-from fluvial.exchange import STALE, Gathering, Readable, to_all
+from fluvial.exchange import STALE, Gathering, Readable, is_stale, to_all
 from fluvial.federation.fleet import Fleet, FleetConfig
 from fluvial.federation.mock import Mock
 from fluvial.wire.payload import Payload
@@ -53,6 +53,13 @@ class Server:
 
     def gather(self) -> dict[str, int]:
         return {reply.content: reply.weight for reply in self.gathering().of(SITES)}
+
+
+@pytest.mark.parametrize("value", [1, 1.0, False, "true", None])
+def test_only_the_exact_answer_is_stale(value: Any) -> None:
+    assert is_stale(STALE)
+    assert not is_stale(Payload(values={"stale": value}))
+    assert not is_stale(Payload(values={"stale": True, "n": 1}))
 
 
 def test_a_stale_site_is_asked_again_and_counts() -> None:

@@ -7,6 +7,10 @@ Two stages. TGAP trains an autoencoder on updates collected over sites and round
 LoRA with the frozen autoencoder in the uplink: a site sends Enc(update), the server decodes,
 averages, and broadcasts the adapter. Any codec can take the autoencoder's place; a gate measures on
 held-out snapshots whether it carries updates at all.
+
+Its task `train` sees `STALE` and the codec, which `exchange.shared` hides for other methods: under
+differential privacy the noise is put on the latent, between the codec's analysis and its packing,
+and the site then sends a frame and nothing else.
 """
 
 import logging
@@ -40,7 +44,6 @@ from fluvial.federation.fleet import Fleet, sample
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
-from fluvial.methods.fedavg import step
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -52,11 +55,11 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import coded
-from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.shared import SharedModelServer, move
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split
-from fluvial.wire.tensors import Layout, Named, add, norm
+from fluvial.wire.tensors import Layout, Named, norm
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +131,7 @@ class CgFedLlmServer(SharedModelServer):
         largest_share = max(aggregate.weights) / sum(aggregate.weights)
         mean = self._private(aggregate.mean(), largest_share, number)
         self._guard(norm(mean), number)
-        self.adapter = add(self.adapter, step(mean, config.server_learning_rate))
+        self.adapter = move(self.adapter, mean, config.server_learning_rate)
         self.rounds_done += 1
         metrics = {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
 

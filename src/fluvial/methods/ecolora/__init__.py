@@ -42,7 +42,7 @@ from fluvial.methods.interface import (
     Plan,
     Traits,
 )
-from fluvial.methods.planning import uncoded
+from fluvial.methods.planning import OWN_CODE, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
@@ -121,7 +121,7 @@ class EcoLoraServer(SharedModelServer):
             "share_a": share_a,
             "share_b": share_b,
         }
-        return metrics | ({"clipped": gathering.clipped} if gathering.clipped else {})
+        return {**metrics, **gathering.metrics()}
 
     def _acknowledge(self, round: int, site: str) -> None:
         """Note that `site` has the view of `round`."""
@@ -309,9 +309,8 @@ def _asked(message: Payload, config: EcoLoraConfig) -> tuple[int, list[float]]:
 def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
     check_segments(config, given.layout)
-    absent = "the method's own code: see the bytes of a site in a round"
     traffic = partial(predict, config, given)
-    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, absent))
+    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, OWN_CODE))
 
 
 METHOD = Method(

@@ -7,9 +7,7 @@ from typing import Literal
 from torch import nn
 
 from fluvial.codecs import build
-from fluvial.exchange import STALE
-from fluvial.exchange.at_site import encode
-from fluvial.exchange.uplink import coder_of
+from fluvial.exchange import STALE, coder_of, encode
 from fluvial.federation.sites import Site, round_of
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload
