@@ -4,12 +4,15 @@ A reader raises `WireError` for what no honest site can send, and then the site 
 had not answered.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from fluvial.codecs.base import Codec
 from fluvial.errors import WireError
+from fluvial.federation.bounds import check_update
 from fluvial.training.evaluate import Heldout
+from fluvial.training.train import TrainConfig
 from fluvial.wire import payload
 from fluvial.wire.payload import Payload, payload_frame
 from fluvial.wire.tensors import Named, WeightedMean
@@ -84,13 +87,33 @@ def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, int
     return heldout_of(reply), reply.whole("right", 0, questions), questions
 
 
+def read_counted(
+    reply: Payload,
+    decode: Callable[[bytes], Named],
+    train: TrainConfig | None,
+    *,
+    extra: Collection[str] = (),
+) -> tuple[Named, int, float]:
+    """Return the update in a reply, its weight, and the loss; raise `WireError` beyond a bound.
+
+    `extra` names the values beside sample count and loss, which the caller reads. Without `train`
+    the update is not held to what training can reach.
+    """
+    fields(reply, ("n", "loss", *extra), FRAME)
+    loss = loss_of(reply)
+    weight = weight_of(reply)
+    update = decode(payload_frame(reply))
+
+    if train is None:
+        WeightedMean.check(update, weight)
+    else:
+        check_update(update, weight, train)
+
+    return update, weight, loss
+
+
 def read_update(_site: str, reply: Payload, codec: Codec, round: int) -> tuple[Named, int]:
     """Return the decoded update of `round` in a reply and its weight, checked for the mean; raises
     `WireError`."""
-    fields(reply, ("n", "loss"), FRAME)
-    loss_of(reply)
-    update = codec.decode(payload_frame(reply), round=round)
-    weight = weight_of(reply)
-    WeightedMean.check(update, weight)
-
+    update, weight, _ = read_counted(reply, partial(codec.decode, round=round), None)
     return update, weight

@@ -20,9 +20,8 @@ from fluvial.codecs.golomb import SparseFrames, Values, largest
 from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
 from fluvial.exchange import Gathering, Readable, to_all
-from fluvial.federation.bounds import check_update
 from fluvial.federation.fleet import Fleet, sample
-from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.replies import read_counted
 from fluvial.federation.sites import Site, factor_layout, round_of, train_locally
 from fluvial.methods.interface import (
     Context,
@@ -128,12 +127,12 @@ class FlascServer(SharedModelServer):
         return self.frames.encode(change, largest(abs(change), count), round=round)
 
     def _read(self, round: int, _site: str, reply: Payload) -> Readable[tuple[Named, Named]]:
-        fields(reply, ("n", "loss"), FRAME)
-        vector = torch.from_numpy(self.frames.decode_dense(payload_frame(reply), round=round))
-        update = self.context.layout.unflatten(vector)
-        loss = {"loss": torch.tensor([loss_of(reply)])}
-        weight = weight_of(reply)
-        check_update(update, weight, self.context.train)
+        def decode(frame: bytes) -> Named:
+            vector = torch.from_numpy(self.frames.decode_dense(frame, round=round))
+            return self.context.layout.unflatten(vector)
+
+        update, weight, site_loss = read_counted(reply, decode, self.context.train)
+        loss = {"loss": torch.tensor([site_loss])}
         WeightedMean.check(loss, weight)
 
         return Readable((update, loss), norm(update), weight)

@@ -29,7 +29,7 @@ from fluvial.errors import WireError
 from fluvial.exchange import STALE, Gathering, Readable
 from fluvial.federation.bounds import rms
 from fluvial.federation.fleet import Fleet, sample
-from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.replies import read_counted
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments
 from fluvial.methods.ecolora.forecast import predict
@@ -164,16 +164,17 @@ class EcoLoraServer(SharedModelServer):
     def _read(
         self, asked: Mapping[str, int], round: int, site: str, reply: Payload
     ) -> Readable[tuple[Named, Named]]:
-        fields(reply, ("n", "loss", "segment"), FRAME)
         number = reply.whole("segment", 0, len(self.spans) - 1)
         if number != asked[site]:
             raise WireError(f"it sent segment {number} and was asked for {asked[site]}")
 
-        vector = self.uploads[number].decode_dense(payload_frame(reply), round=round)
-        update = {"segment": torch.from_numpy(vector)}
-        loss = {"loss": torch.tensor([loss_of(reply)])}
-        weight = weight_of(reply)
-        WeightedMean.check(update, weight)
+        def decode(frame: bytes) -> Named:
+            vector = self.uploads[number].decode_dense(frame, round=round)
+            return {"segment": torch.from_numpy(vector)}
+
+        train = self.context.train
+        update, weight, site_loss = read_counted(reply, decode, train, extra=("segment",))
+        loss = {"loss": torch.tensor([site_loss])}
         WeightedMean.check(loss, weight)
 
         return Readable((update, loss), rms(update), weight)

@@ -12,9 +12,9 @@ from fluvial.data import Example
 from fluvial.errors import GateError, WireError
 from fluvial.exchange import is_stale
 from fluvial.federation.aggregate import WeightedLoss
-from fluvial.federation.bounds import check_update, rms, too_long
+from fluvial.federation.bounds import rms, too_long
 from fluvial.federation.fleet import Failure, Fleet
-from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.federation.replies import read_counted
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import FullDownload, ProxyDownload
 from fluvial.methods.fedcybgd.download.holder import EmptyHolder
@@ -308,14 +308,11 @@ class FedCyBgdServer(SharedModelServer):
         if name not in expected:
             raise WireError(f"visit: answer to {name!r:.40}, which was not asked")
 
-        fields(reply, ("n", "loss", "visit"), FRAME)
         visit = expected[name]
-        frame = payload_frame(reply)
-        update = self.codecs[visit.block].decode(frame, round=number)
-        samples = weight_of(reply)
-        check_update(update, samples, self.context.train)
+        decode = partial(self.codecs[visit.block].decode, round=number)
+        update, samples, loss = read_counted(reply, decode, self.context.train, extra=("visit",))
 
-        return Answer(visit, frame, update, samples, loss_of(reply))
+        return Answer(visit, payload_frame(reply), update, samples, loss)
 
     def _merge(self, block: int, answers: Sequence[Answer]) -> float:
         """Move a block by what was sent for it; returns the share of the step that was taken, 0 if
