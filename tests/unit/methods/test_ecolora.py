@@ -29,6 +29,8 @@ from fluvial.wire.tensors import Layout, Named
 from tests.support.runs import run_table
 
 LAYOUT = Layout.of({"m.lora_A.weight": torch.zeros(4, 40), "m.lora_B.weight": torch.zeros(30, 4)})
+TRAIN = TrainConfig(learning_rate=1e-2)
+"""Settings with which training can reach the noise of `_Sites`, of standard deviation 1."""
 PLAIN = {
     "name": "ecolora",
     "segments": 1,
@@ -51,7 +53,7 @@ def _context(**changes: Any) -> Context:
         "downlink": None,
     }
     return Context(
-        **settings | changes, train=TrainConfig(), open_bench=refuse, secret=refuse, public=refuse
+        **settings | changes, train=TRAIN, open_bench=refuse, secret=refuse, public=refuse
     )
 
 
@@ -85,7 +87,7 @@ class _Sites:
             seed=1,
             pool=_Bench(),  # type: ignore[arg-type]
             load=lambda: SiteData([Example((1,), (1,))] * 2, [], [], 2, 0, 0),
-            train=TrainConfig(),
+            train=TRAIN,
             codec=METHOD.traits.codec,
             downlink=None,
             method=self.config,
@@ -336,6 +338,15 @@ def test_damaged_replies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(WireError):
             server._read(asked, 1, "a", wrong)
+
+
+def test_an_update_that_no_training_can_make_is_refused() -> None:
+    server = EcoLoraServer(EcoLoraConfig(segments=1, values="fp32"), _context())
+    far = np.full(LAYOUT.numel, 1e3, dtype=np.float32)
+    frame = server.uploads[0].encode(far, np.arange(len(far)), round=1)
+    reply = frame_payload(frame, n=2, loss=1.0, segment=0)
+    with pytest.raises(WireError, match="training with these settings reaches no"):
+        server._read({"a": 0}, 1, "a", reply)
 
 
 def test_a_site_refuses_what_it_cannot_build_on(monkeypatch: pytest.MonkeyPatch) -> None:
