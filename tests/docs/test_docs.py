@@ -25,7 +25,9 @@ from fluvial.codecs import CODECS, CodecConfig
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.runs import config
+from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
+from fluvial.site_process.site_file import SiteFile
 from fluvial.wire.payload import frame_payload
 from fluvial.wire.tensors import norm, subtract
 from tests.contract import test_codecs
@@ -215,6 +217,42 @@ def test_every_setting_is_on_its_page() -> None:
     pytest.importorskip("flwr", reason="needs the extra 'flower'")
     script = [sys.executable, str(ROOT / "scripts" / "write_settings.py"), "--check"]
     assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_settings.py"
+
+
+def undescribed(root: type[Settings]) -> list[str]:
+    """Return the settings without a description.
+
+    A table may have its class's docstring instead, and the key that chooses between tables needs
+    none.
+    """
+    schema = root.model_json_schema()
+    tables = {root.__name__: schema, **schema.get("$defs", {})}
+
+    return [
+        f"{name}.{key}"
+        for name, table in tables.items()
+        for key, field in table.get("properties", {}).items()
+        if "const" not in field
+        and not field.get("description")
+        and not ("$ref" in field and tables[field["$ref"].rpartition("/")[2]].get("description"))
+    ]
+
+
+def test_every_setting_has_a_description() -> None:
+    pytest.importorskip("flwr", reason="needs the extra 'flower'")
+    from fluvial.flower.server_operator import ServerFile
+
+    missing = [name for root in (RunConfig, SiteFile, ServerFile) for name in undescribed(root)]
+    assert not missing, "write a docstring below each of these fields"
+
+
+def test_a_setting_without_a_description_is_found() -> None:
+    class Silent(Settings):
+        described: int = 0
+        """Number of sites."""
+        bare: int = 0
+
+    assert undescribed(Silent) == ["Silent.bare"]
 
 
 def test_tables_of_files_and_layers_are_up_to_date() -> None:

@@ -38,14 +38,15 @@ class AutoSettings(CodecSettings):
 
     name: Literal["auto"] = "auto"
     rate: float | None = Field(None, ge=2, le=1024)
-    """Times smaller than fp32; unset, it follows from the link, or is 64."""
+    """Times smaller than fp32; unset, it follows from `uplink_mbps` and `upload_s`, or is 64
+    without `uplink_mbps`."""
     uplink_mbps: float | None = Field(None, ge=1e-6, le=1e6)
-    """The thinnest uplink among the sites, in megabits per second."""
+    """Slowest uplink among the sites, in megabits per second."""
     upload_s: float = Field(10.0, ge=1e-3, le=1e6)
-    """Seconds that one update may take on that uplink."""
+    """Longest upload of one update at `uplink_mbps`, in seconds."""
     error_feedback: bool = True
-    """Sites keep state between rounds, so they can repair later what a codec lost. False for sites
-    that cannot."""
+    """Error feedback: sites keep what the codec lost, and add it to their next update; false for
+    sites that cannot keep state between rounds."""
 
     def target(self, layout: Layout) -> float:
         """Return the rate to aim at."""

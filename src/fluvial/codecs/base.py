@@ -28,13 +28,12 @@ class CodecSettings(Settings):
     name: str
     """Name of the codec."""
     error_feedback: bool = False
-    """Sites keep what the codec lost and add it to their next update."""
+    """Error feedback: sites keep what the codec lost, and add it to their next update."""
     feedback_decay: float = Field(0.9, ge=0, le=1)
-    """Factor on the kept residual for every round a site missed (an older residual refers to an
-    older adapter)."""
-
+    """Factor on the residual of error feedback for every round that a site missed, because an older
+    residual refers to an older adapter."""
     weighted: bool = False
-    """Factors are scaled by their partners before they are coded, at no byte (see `weighted`)."""
+    """Scaling of each LoRA factor by its partner before it is coded; it costs no byte."""
 
     @property
     def without_bias(self) -> bool:

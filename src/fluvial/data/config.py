@@ -78,7 +78,7 @@ class DataConfig(Settings):
     of the answer would stay), "shorten_prompt" (the beginning of the prompt is cut, and the end
     only if that is not enough), "drop", or "refuse". Plain text is cut into windows instead."""
     packing: bool = False
-    """Join sequences before cutting them to `max_length`; attention crosses the EOS between
+    """Joining of sequences before they are cut to `max_length`; attention crosses the EOS between
     them."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens of a conversation with loss; plain text always has loss on all."""

@@ -20,7 +20,7 @@ class Natural(Settings):
     column: str
     """The column with the name of a record's site."""
     largest: int | None = Field(None, ge=1, le=10**6)
-    """Keep only this many sites, those with the most records."""
+    """Number of sites that are kept, those with the most records; unset, all."""
 
 
 class Iid(Settings):

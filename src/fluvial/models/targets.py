@@ -30,7 +30,7 @@ class LoraSettings(Settings):
     `q_proj`, `k_proj`, `v_proj`, `o_proj` where the model has all four, else PEFT's choice for its
     architecture, else "all-linear". In a multimodal model only text modules are adapted."""
     use_rslora: bool = False
-    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    """Adapter scale alpha / sqrt(r) instead of alpha / r."""
 
     @field_validator("target_modules")
     @classmethod

@@ -30,22 +30,23 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """Seed of every random stream of the run."""
     rounds: int = Field(20, ge=1, le=10**6)
-    """CG-FedLLM: 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
+    """Number of rounds; CG-FedLLM has 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
     compare: tuple[Baseline, ...] = ()
     """Baselines that are run first with the same data, steps and code."""
     model: ModelConfig = ModelConfig()
     tune: Tune | None = None
-    """A LoRA adapter, or all weights ("full"); the method's own default where it is not set."""
+    """Weights that are tuned: a LoRA adapter ("lora"), or all ("full"); unset, the method's
+    default."""
     lora: LoraSettings = LoraSettings()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     method: MethodConfig = FedAvgConfig()
-    """Which method, and its settings."""
+    """Method of the run, and its settings."""
     codec: CodecConfig | None = None
-    """How updates are coded; the method's own default where it is not set."""
+    """Codec of the updates; unset, the method's default."""
     downlink: CodecConfig | None = None
-    """How the adapter goes down: coded against what a site already holds; as it is where not
-    set."""
+    """Codec of the adapter on its way to the sites, against what a site already holds; unset, the
+    adapter is sent exactly."""
     fleet: FleetConfig = FleetConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 

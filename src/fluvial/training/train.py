@@ -56,7 +56,7 @@ class TrainConfig(Settings):
     adam_epsilon: float = Field(1e-8, ge=1e-30, le=1)
     """Term that AdamW adds to the denominator."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recomputation of activations in the backward pass: less memory, more time."""
     bf16: bool = False
     """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""
 
@@ -182,8 +182,8 @@ def train(
     Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a
     step is smaller than what half precision resolves (Micikevicius et al., ICLR 2018,
     https://arxiv.org/abs/1710.03740); the masters begin at `start`, by the names of
-    `models.tuned_parameters`, or else at the parameters. Raises `DivergenceError` when a loss or a
-    gradient norm is not finite; the step is then not taken.
+    `models.tuning.tuned_parameters`, or else at the parameters. Raises `DivergenceError` when a
+    loss or a gradient norm is not finite; the step is then not taken.
     """
     trained = {
         name: parameter

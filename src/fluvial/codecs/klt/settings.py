@@ -46,10 +46,11 @@ class KltSettings(RateSettings):
     """Feature directions that are published, as a share of the features; the others need no
     bytes."""
     mode: Mode = "biased"
-    """Least squared error, or no error on average over seeds."""
+    """Quantisation: "biased" has the least squared error, "dithered" no error on average over
+    seeds."""
     noise_ratio: float | None = Field(None, ge=1e-6, le=1e6)
-    """Set, the rate holds for the first round only; then the server sets the step so that the
-    codec's noise is this many times the variance between sites (SNR-driven rate)."""
+    """Ratio of the codec's noise to the variance between sites (SNR-driven rate), to which the
+    server sets the step after round 1; unset, `rate` holds in every round."""
 
     @property
     def without_bias(self) -> bool:

@@ -31,11 +31,12 @@ class CNNSettings(RateSettings):
     hidden: int = Field(32, ge=1, le=512)
     """Channels of the residual path."""
     normalise: Literal["global_rms", "factor_rms"] = "global_rms"
-    """One scale for all values, or one for every factor of every module and layer."""
+    """Scales by which an update is divided before the encoder: one for all values, or one for every
+    factor of every module and layer."""
     iterations: int = Field(400, ge=1, le=10**6)
-    """Adam steps of `fit`."""
+    """Number of Adam steps of the fit."""
     learning_rate: float = Field(1e-2, ge=1e-12, le=1)
-    """At the start; falls to 0 along half a cosine."""
+    """Adam's learning rate at the start of the fit; it falls to 0 along half a cosine."""
 
 
 def is_b(name: str) -> bool:

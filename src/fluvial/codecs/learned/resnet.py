@@ -53,18 +53,22 @@ class ResNetSettings(CodecSettings):
 
     name: Literal["resnet"] = "resnet"
     stages: Annotated[Literal[2, 4, 6, 8], EXACT] = 6
-    """Halvings of each side; the latent is 1/4, 1/16, 1/64 (the paper) or 1/256 of the canvas."""
+    """Halvings of the canvas; the latent is 1/4, 1/16, 1/64 (the paper) or 1/256 of the canvas."""
     canvas: Mode = "square"
     """"square" is the paper's; "grouped" (ours) pads, so it takes grouped-query attention and any
     size."""
     normalise: Normalisation = "factor_rms"
-    """Ours: the paper states none."""
+    """Scales by which an update is divided before the encoder: "none", one for all values (by their
+    RMS, or "maxabs" by the largest magnitude), or one for every factor of every module and layer.
+    Ours: the paper states none."""
     latent_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    """Type of the latent's values on the wire."""
     iterations: int = Field(3000, ge=1, le=10**6)
-    """Adam steps of `fit`; ours, after the reproduction."""
+    """Number of Adam steps of the fit; ours, after the reproduction."""
     batch_size: int = Field(4, ge=1, le=10**6)
-    """Updates in a step; ours, after the reproduction."""
+    """Number of updates in a step of the fit; ours, after the reproduction."""
     learning_rate: float = Field(2e-4, ge=1e-12, le=1)
+    """Adam's learning rate in the fit."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
 

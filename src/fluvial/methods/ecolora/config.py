@@ -30,7 +30,8 @@ class EcoLoraConfig(SampledSettings):
     """Rate at which the share of A falls, per nat of training loss (ours; see the method's
     page)."""
     gamma_b: float = Field(2.0, ge=0, le=1e6)
-    """The same for B (ours)."""
+    """Rate at which the share of B falls, per nat of training loss (ours; see the method's
+    page)."""
     mixing: Literal["staleness", "none"] = "staleness"
     """Start of a site: the global adapter mixed with its own last one, or the global one alone."""
     beta: float = Field(1.0, ge=1e-6, le=1e6)

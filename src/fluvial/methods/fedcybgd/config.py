@@ -23,11 +23,14 @@ class FedCyBgdConfig(MethodSettings):
 
     name: Literal["fedcybgd"] = "fedcybgd"
     order: Order = "ascending"
-    """Assignment of blocks to sites (see `schedule.assignment`); "pairs" is FedBAvg, "full" hands
-    the model on."""
+    """Assignment of blocks to sites in a cycle: "ascending" (the paper's default) and "descending"
+    by number, "random", by a Latin square ("latin", or "latin-random" with sites and blocks
+    shuffled), "pairs" where the sites of a block start from one state (FedBAvg), or "full", one
+    block of all weights that goes from site to site."""
     extra: tuple[Extra, ...] = ()
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
+    """Number of decoder layers in a block."""
     parallel: int = Field(1, ge=1, le=10**6)
     """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one
     after another."""
@@ -37,7 +40,7 @@ class FedCyBgdConfig(MethodSettings):
     weighting: Literal["samples", "equal"] = "samples"
     """Weights of the visits in an average; the released code has equal ones."""
     damping: float = Field(1.0, gt=0, le=1)
-    """The server moves a block by this share of what was sent."""
+    """Share of a block's update that the server applies."""
     decay: Literal["none", "cosine"] = "none"
     """Decay of the learning rate over the cycles, beside the schedule of each visit."""
     download: DownloadConfig = CacheDownload()
@@ -46,7 +49,9 @@ class FedCyBgdConfig(MethodSettings):
     """Place of the blocks that are not trained during a visit; from disk each weight is read when
     it is used, and costs no memory."""
     gate: GateConfig = GateConfig()
+    """Least quality of a compressed download, measured before round 1."""
     accept: AcceptConfig = AcceptConfig()
+    """Condition under which the server takes a step."""
 
     @property
     def merging(self) -> Merge:
@@ -101,8 +106,11 @@ class CentralCyclicConfig(MethodSettings):
 
     name: Literal["central_cyclic"] = "central_cyclic"
     order: Literal["ascending", "descending", "latin-random"] = "ascending"
+    """Order of the blocks in a round."""
     extra: tuple[Extra, ...] = ()
+    """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
+    """Number of decoder layers in a block."""
 
 
 Config = FedCyBgdConfig | CentralCyclicConfig

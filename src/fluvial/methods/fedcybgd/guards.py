@@ -25,26 +25,27 @@ from fluvial.wire.tensors import Named
 
 
 class GateConfig(Settings):
-    """When a compressed download is good enough to train through."""
+    """Measure of a compressed download before it is used: gradients on public text."""
 
     threshold: float = Field(0.7, ge=0, lt=1)
     """Least cosine between a block's gradient through the download and the exact one; 0 measures
     nothing."""
     examples: int = Field(16, ge=1, le=10**6)
-    """Sequences of public text."""
+    """Number of sequences of public text on which gradients are compared."""
 
 
 class AcceptConfig(Settings):
-    """When the server takes a step."""
+    """Test of a step by its loss on public text."""
 
     on: Literal["always", "public loss"] = "always"
-    """Every step (the paper), or one that does not raise the loss on public text."""
+    """Steps that the server takes: all (the paper), or those that do not raise the loss on public
+    text."""
     slack: float = Field(0.0, ge=0, le=1e6)
-    """Nats by which a step may raise it all the same."""
+    """Rise of the public loss that is accepted, in nats per label token."""
     halvings: int = Field(2, ge=0, le=8)
-    """A refused step is tried again at 1/2, 1/4, ...; then it is dropped."""
+    """Number of times that a refused step is halved and tried again before it is dropped."""
     examples: int = Field(32, ge=1, le=10**6)
-    """Sequences of public text."""
+    """Number of sequences of public text on which a step is measured."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

@@ -42,8 +42,8 @@ class StaleDownload(Settings):
 
     form: Literal["stale-subset"] = "stale-subset"
     share: float = Field(0.5, gt=0, le=1)
-    """ceil(share * moved blocks) are sent, and the trained block in any case; the code's default of
-    -1 crashes."""
+    """Share of the moved blocks that is sent, rounded up to whole blocks; the trained block is sent
+    in any case. Ours: the released code's default of -1 crashes."""
 
 
 class LowBitDownload(Settings):

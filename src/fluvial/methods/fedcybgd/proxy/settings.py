@@ -26,11 +26,12 @@ class ProxySettings(Settings):
     """Units that are pruned in the layers that stay. Heads are pruned by about the same share as
     neurons."""
     multiple: int = Field(64, ge=1, le=10**6)
-    """Neurons that stay in a pruned layer are a multiple of this; of its half, quarter and so on
+    """Divisor of the number of neurons that stay in a pruned layer; it is halved, and halved again,
     where `kept` cannot be met otherwise."""
     randomised: bool = False
-    """Draw the dropped layers anew in every visit. What a layer that stays adds to the stream is
-    divided by its chance to stay, so that the expectation is what the whole model adds."""
+    """Random choice of the dropped layers in every visit. What a layer that stays adds to the
+    stream is divided by its chance to stay, so that the expectation is what the whole model
+    adds."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
