@@ -120,7 +120,7 @@ class StateStore:
         return {path.parent.name: path for path in found}
 
     def holds(self, site: str, slot: str, round: int, digest: str) -> bool:
-        """Return whether this version is there."""
+        """Return whether the store has the version of `round` with this digest in the slot."""
         path = self._versions(site, slot).get(round)
         return path is not None and path.stem.endswith(f"-{digest[:_DIGITS]}")
 

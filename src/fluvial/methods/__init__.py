@@ -1,4 +1,8 @@
-"""The methods. A file beside, and here its import, its entry and its config, make a new one."""
+"""The methods of Fluvial, and the configuration of each.
+
+A new method is a file in this folder, with its import, its entry in `METHODS` and its config in
+`MethodConfig` below.
+"""
 
 from typing import Annotated, Literal, get_args
 

@@ -140,7 +140,7 @@ def plan(config: FedAvgConfig, given: Given) -> Plan:
 
 
 def plan_central(config: CentralConfig, given: Given) -> Plan:
-    """Nothing is sent."""
+    """Return the plan of a run whose pooled data trains at one place; no update is sent."""
     sent = _sent(config, given.layout)
     traffic = partial(shared_traffic, config, given, sent)
     return Plan(sent, partial(uncoded, given, traffic, sent, "none"))

@@ -89,7 +89,7 @@ class FlascServer(SharedModelServer):
         self.steps = 0
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
-        """Return nothing: every download is complete in itself."""
+        """Return no metrics: every download is complete, so sites need no preparation."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:

@@ -44,7 +44,7 @@ class LocalServer:
         pass
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
-        """Return nothing: there is nothing to agree on."""
+        """Return no metrics: sites and server agree on nothing before round 1."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
@@ -101,7 +101,7 @@ def train(site: Site, message: Payload) -> Payload:
 
 
 def plan(config: LocalConfig, given: Given) -> Plan:  # noqa: ARG001 - no settings
-    """Nothing is sent."""
+    """Return the plan of a run in which sites keep their updates and send counts and losses."""
 
     def traffic(round: int) -> Traffic:
         values: dict[str, dict[str, Value]] = {

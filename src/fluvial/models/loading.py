@@ -97,7 +97,7 @@ def skeleton(config: ModelConfig) -> nn.Module:
     model.tie_weights()  # moving parameters to the meta device untied them
     keep_types(model, kind)
     compute_buffers(model)
-    model.generation_config = GenerationConfig()  # see `Base.model`
+    model.generation_config = GenerationConfig()  # see `Base._model`
     whole: nn.Module = model.requires_grad_(False).eval()
 
     return whole

@@ -50,7 +50,7 @@ class Fault:
         return ".".join(map(str, self.path))
 
     def holds(self, other: "Fault") -> bool:
-        """Return whether the other problem is one of an item here."""
+        """Return whether the place of `other` lies inside the place of this fault."""
         return len(other.path) > len(self.path) and other.path[: len(self.path)] == self.path
 
     def aside(self) -> list[str]:

@@ -174,8 +174,11 @@ class CoefficientOrder:
         return [int(count) for count in np.minimum(reached, most)]
 
     def needs_rest(self, side: ClassSide) -> bool:
-        """Return whether more is coded along directions that are not published than is worth the
-        time: sent as zeros."""
+        """Return whether the directions that are not published must be coded.
+
+        They are sent as zeros where they hold at most the share `_FEW` of the coded values; a
+        dithered frame codes them always.
+        """
         if self.dithered:
             return True
 

@@ -79,7 +79,7 @@ class EcoLoraServer(SharedModelServer):
         """Mean training losses of the first and of the last round."""
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002 - nothing to agree on
-        """Return nothing: the initial adapter follows from the seed."""
+        """Return no metrics: the initial adapter follows from the seed."""
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:

@@ -69,7 +69,8 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
 
 
 def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
-    """Nothing is sent; there must be as many layers as a block has."""
+    """Return the plan of a run whose pooled data trains block by block; raises `ConfigError` for
+    blocks larger than the model."""
     check_blocks(config, given.codec, given.layout)
     sent = largest_block(config, given.layout)
     traffic = partial(predict, config, given)

@@ -284,8 +284,10 @@ def _prunable(
 
 
 def _only_per_head(owner: nn.Module, name: str, prunable: Prunable, width: int) -> bool:
-    """Return whether what is not cut, but for the output's bias, is per head, such as the norms of
-    queries and keys."""
+    """Return whether every parameter of `owner` that pruning leaves whole has shape (width,).
+
+    Such are the norms of queries and keys, which all heads share. The output's bias is left out.
+    """
     known = {lies.name for lies in prunable.axes} | {f"{prunable.out}.bias"}
     rest = [
         parameter for leaf, parameter in owner.named_parameters() if f"{name}.{leaf}" not in known
