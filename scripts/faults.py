@@ -45,7 +45,7 @@ NOT_TESTED = {
     "a computer whose own clock is wrong": "one process's clock and the certificate's days are "
     "moved instead",
     "a power cut": "files are synced before they are renamed, but nothing here cuts the power",
-    "the faults over a wide-area link": "all processes are on loopback",
+    "the faults over a wide-area line": "all processes are on loopback",
     "a run stopped while its message comes down": "tried by hand only, over 5 Mbit/s: in 2 of 6 "
     "attempts the site was "
     "one reply behind, its SuperNode was started again, and all later runs went on",
