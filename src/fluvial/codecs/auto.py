@@ -112,8 +112,8 @@ def choose(
         return Choice(
             best.codec,
             f"sites keep no state, so the codec must be unbiased: {best.codec.name} at 1/{rate:g} "
-            "has the smallest "
-            f"error of the mean on held-out snapshots ({_listed(measured, 'aggregate_error')})",
+            "has the smallest error of the mean on held-out snapshots "
+            f"({_listed(measured, 'aggregate_error')})",
         )
 
     plain = {name: each for name, each in measured.items() if name != LEARNED}
@@ -136,8 +136,7 @@ def choose(
         return Choice(
             best.codec,
             f"the learned transform gains only {gain:.2f} dB on held-out snapshots, under "
-            f"{GAIN_DB:g} "
-            f"({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
+            f"{GAIN_DB:g} ({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
         )
 
     saved = (_bytes_for(best, learned.error) - learned.frame_bytes) * rounds
@@ -146,18 +145,15 @@ def choose(
         return Choice(
             best.codec,
             f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves "
-            f"{saved:,.0f} B up, less than a "
-            f"tenth of its download of {learned.published_bytes:,} B: {best.codec.name} + error "
-            f"feedback at 1/{rate:g}",
+            f"{saved:,.0f} B up, less than a tenth of its download of "
+            f"{learned.published_bytes:,} B: {best.codec.name} + error feedback at 1/{rate:g}",
         )
 
     return Choice(
         learned.codec,
         f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) "
-        "and saves "
-        f"{saved:,.0f} B up over {rounds} rounds for a download of {learned.published_bytes:,} B: "
-        f"{LEARNED} + error "
-        f"feedback at 1/{rate:g}",
+        f"and saves {saved:,.0f} B up over {rounds} rounds for a download of "
+        f"{learned.published_bytes:,} B: {LEARNED} + error feedback at 1/{rate:g}",
     )
 
 

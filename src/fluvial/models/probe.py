@@ -43,8 +43,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     if not bool(logits[0].isfinite().all()):
         raise ConfigError(
             f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if "
-            "the folder "
-            "has another type, set model.dtype to it, else copy the folder again"
+            "the folder has another type, set model.dtype to it, else copy the folder again"
         )
 
     first, second = (rows[:, :-1].float() for rows in logits)
@@ -59,8 +58,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     if float((without - behind).norm()) > _tolerance(model) * float(without.norm()):
         raise ConfigError(
             f"{where}: {type(model).__name__} gives other values for a text that padding follows, "
-            "so that sequences of "
-            "unequal length cannot be trained or measured together"
+            "so that sequences of unequal length cannot be trained or measured together"
         )
 
     if cached is not None and float((without - cached.float()).norm()) > _tolerance(model) * float(
@@ -68,8 +66,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     ):
         raise ConfigError(
             f"{where}: {type(model).__name__} gives other values with its cache than without, so "
-            "that what is trained "
-            "and measured would not be what it generates"
+            "that what is trained and measured would not be what it generates"
         )
 
 

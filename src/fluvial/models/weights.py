@@ -34,9 +34,8 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     if not stored and local_folder(config) is not None:
         raise MissingWeightsError(
             f"model.name_or_path={config.name_or_path!r}: the folder holds no weights; `fluvial "
-            "check` tells sizes "
-            "without them, a run needs them: copy them (model.safetensors, or its shards and their "
-            "index)"
+            "check` tells sizes without them, a run needs them: copy them (model.safetensors, or "
+            "its shards and their index)"
         )
 
     if not stored:

@@ -124,8 +124,8 @@ class RunConfig(Settings):
             does = "learns" if must_learn(self.codec) else "scales by partners"
             yield (
                 f"codec: {self.codec.name!r} {does} among LoRA factors, and here all weights are "
-                "tuned; choose a "
-                "codec that learns nothing, such as 'int8' or 'hadamard', without 'weighted'"
+                "tuned; choose a codec that learns nothing, such as 'int8' or 'hadamard', "
+                "without 'weighted'"
             )
 
     def _without_effect(self) -> Iterator[str]:
@@ -169,9 +169,8 @@ class RunConfig(Settings):
             yield f"downlink: without effect, because method {self.method.name!r} {why}; remove it"
         if must_learn(self.downlink):
             yield (
-                f"downlink.name={self.downlink.name!r} must be learned, and "
-                "nothing is learned for the way "
-                "down; choose a codec that learns nothing, such as 'trellis'"
+                f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for "
+                "the way down; choose a codec that learns nothing, such as 'trellis'"
             )
 
         if self.downlink.error_feedback:

@@ -85,8 +85,7 @@ class FedCyBgdConfig(MethodSettings):
         if self.hold == "disk" and self.download.form in ("full", "proxy"):
             yield (
                 f"hold='disk': form={self.download.form!r} brings the whole model in one message, "
-                "and keeps nothing; "
-                "choose form = 'cache' or 'low-bit'"
+                "and keeps nothing; choose form = 'cache' or 'low-bit'"
             )
 
         if self.order == "pairs" and self.merging == "sequential":

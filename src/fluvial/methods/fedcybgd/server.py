@@ -90,10 +90,9 @@ class FedCyBgdServer(SharedModelServer):
         if not cosines[worst] >= self.config.gate.threshold:  # so that nan is refused
             raise GateError(
                 f"method.download.form={self.config.download.form!r}: through it the gradient of "
-                f"{worst!r} has cosine "
-                f"{cosines[worst]:.3f} to the exact one, method.gate.threshold is "
-                f"{self.config.gate.threshold:g}; send "
-                "more of the model, or form = 'cache'. All: "
+                f"{worst!r} has cosine {cosines[worst]:.3f} to the exact one, "
+                f"method.gate.threshold is {self.config.gate.threshold:g}; send more of the model, "
+                "or form = 'cache'. All: "
                 + ", ".join(f"{name} {value:.3f}" for name, value in cosines.items()),
                 {},
             )
