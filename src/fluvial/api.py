@@ -159,6 +159,11 @@ def run(
     are those of `load_config`. Raises `ConfigError` for settings that cannot work, and
     `CheckpointError` for a folder that holds another run.
     """
+    if fleet not in ("process", "flower"):
+        raise ConfigError(f"fleet={fleet!r}: choose 'process' or 'flower'")
+    if not isinstance(progress, bool) and not callable(progress):
+        raise ConfigError(f"progress={progress!r}: expected True, False or a function of an event")
+
     settings = load_config(config, overrides, **own)
     if out is None and not isinstance(config, str | Path):
         raise ConfigError("out: a configuration that is no file needs the folder of its run")
@@ -229,9 +234,9 @@ def _with_own(methods: Sequence[Method], codecs: Sequence[type[Codec]]) -> type[
         return RunConfig
 
     for entry in methods:
-        _enter(METHODS, _name(entry.config), entry)
+        _enter(METHODS, _OWN_METHODS, _name(entry.config), entry)
     for codec in codecs:
-        _enter(CODECS, _name(_settings_of(codec)), codec)
+        _enter(CODECS, _OWN_CODECS, _name(_settings_of(codec)), codec)
 
     method = _widened(MethodConfig, [entry.config for entry in methods])
     codec_tables = _widened(CodecConfig, [_settings_of(codec) for codec in codecs])
@@ -245,9 +250,19 @@ def _with_own(methods: Sequence[Method], codecs: Sequence[type[Codec]]) -> type[
     return made
 
 
-def _enter(entries: dict[str, Any], name: str, entry: Any) -> None:
-    if entries.setdefault(name, entry) is not entry:
+_OWN_METHODS: set[str] = set()
+"""Names of methods that callers entered; they may be entered again, as in a notebook's cell."""
+_OWN_CODECS: set[str] = set()
+"""Names of codecs that callers entered."""
+
+
+def _enter(entries: dict[str, Any], own: set[str], name: str, entry: Any) -> None:
+    """Enter a method or codec; raise `ConfigError` for the name of one of the package's."""
+    if name in entries and name not in own:
         raise ConfigError(f"{name!r} is the name of another method or codec; choose a new one")
+
+    entries[name] = entry
+    own.add(name)
 
 
 def _name(settings: type[Settings]) -> str:

@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fluvial
+from examples.own_method import MOMENTUM
+from fluvial.methods import METHODS
 from tests.docs.test_docs import blocks
 from tests.support import ROOT
 
@@ -140,3 +143,25 @@ def test_a_check_shows_what_the_command_shows(run_config: dict[str, Any]) -> Non
     checked = fluvial.check(run_config)
     assert f"{checked.values['model']['trainable']:,} trainable" in str(checked)
     assert str(checked).splitlines()[0] in checked._repr_html_()
+
+
+def test_a_method_can_be_defined_again_but_no_method_of_the_package() -> None:
+    values = {"rounds": 2, "method": {"name": "momentum"}}
+    fluvial.load_config(values, methods=[MOMENTUM])
+    again = replace(MOMENTUM)
+    fluvial.load_config(values, methods=[again])
+    assert METHODS["momentum"] is again
+
+    with pytest.raises(fluvial.ConfigError, match="'fedavg' is the name of another method"):
+        fluvial.load_config(values, methods=[replace(METHODS["fedavg"])])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"fleet": "ray"}, "choose 'process' or 'flower'"), ({"progress": "yes"}, "progress='yes'")],
+)
+def test_a_wrong_argument_of_run_is_refused(
+    wrong: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(fluvial.ConfigError, match=message):
+        fluvial.run({"rounds": 1}, tmp_path / "run", **wrong)
