@@ -170,17 +170,17 @@ def ensemble(
     settings = TgapConfig.model_validate(wanted)
 
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder)) as place:
-        bench = ModelPool(resolved.model, resolved.lora)
+        pool = ModelPool(resolved.model, resolved.lora)
         run = Run(
-            resolved, place, bench, SiteTexts(resolved.data, bench.tokenizer, seed=resolved.seed)
+            resolved, place, pool, SiteTexts(resolved.data, pool.tokenizer, seed=resolved.seed)
         )
         fleet = (
             run.fleet if source == "sites" else collecting.simulated_fleet(settings, run.context)
         )
-        snapshots = collecting.collect(settings, fleet, bench.layout, seed)
+        snapshots = collecting.collect(settings, fleet, pool.layout, seed)
 
     training, heldout = split_by_time(snapshots, settings.holdout)
-    return Ensemble(bench.layout, training, heldout, time.perf_counter() - since)
+    return Ensemble(pool.layout, training, heldout, time.perf_counter() - since)
 
 
 def fitted(

@@ -39,13 +39,13 @@ it."""
 
 
 @lru_cache(2)
-def _bench(model: ModelConfig, lora: LoraSettings) -> ModelPool:
+def _pool(model: ModelConfig, lora: LoraSettings) -> ModelPool:
     return ModelPool(model, lora)
 
 
 @lru_cache(6)
-def _texts(data: str, bench: ModelPool, seed: int) -> SiteTexts:
-    return SiteTexts(DataConfig.model_validate_json(data), bench.tokenizer, seed=seed)
+def _texts(data: str, pool: ModelPool, seed: int) -> SiteTexts:
+    return SiteTexts(DataConfig.model_validate_json(data), pool.tokenizer, seed=seed)
 
 
 def traced(config: RunConfig) -> Row:
@@ -57,17 +57,17 @@ def traced(config: RunConfig) -> Row:
     """
     since = time.perf_counter()
     busy = time.process_time()
-    bench = _bench(config.model, config.lora)
-    texts = _texts(config.data.model_dump_json(), bench, config.seed)
+    pool = _pool(config.model, config.lora)
+    texts = _texts(config.data.model_dump_json(), pool, config.seed)
 
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
         RunFolder(Path(folder)) as place,
     ):
         try:
-            check_settings(config, bench.layout, bench.blank(), texts)
+            check_settings(config, pool.layout, pool.blank(), texts)
             with shared_snapshots(config):
-                run = Run(config, place, bench, texts)
+                run = Run(config, place, pool, texts)
                 for event in run.events():  # the rounds, and not what a run does at its end
                     if event.kind == "round" and event.values["round"] == config.rounds:
                         break

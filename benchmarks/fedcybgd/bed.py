@@ -163,13 +163,13 @@ def memory_bytes(config: RunConfig) -> int:
 
 
 @lru_cache(2)
-def _bench(model: ModelConfig, lora: LoraSettings | None) -> ModelPool:
+def _pool(model: ModelConfig, lora: LoraSettings | None) -> ModelPool:
     return ModelPool(model, lora)
 
 
 @lru_cache(6)
-def _texts(data: str, bench: ModelPool, seed: int) -> SiteTexts:
-    return SiteTexts(DataConfig.model_validate_json(data), bench.tokenizer, seed=seed)
+def _texts(data: str, pool: ModelPool, seed: int) -> SiteTexts:
+    return SiteTexts(DataConfig.model_validate_json(data), pool.tokenizer, seed=seed)
 
 
 @dataclass
@@ -184,15 +184,15 @@ class Finished:
 
 def finish(config: RunConfig) -> Finished:
     """All rounds of a run, and not what a run does at its end."""
-    bench = _bench(config.model, config.adapter)
-    texts = _texts(config.data.model_dump_json(), bench, config.seed)
+    pool = _pool(config.model, config.adapter)
+    texts = _texts(config.data.model_dump_json(), pool, config.seed)
 
     with (
         tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder,
         RunFolder(Path(folder)) as place,
     ):
-        check_settings(config, bench.layout, bench.blank(), texts)
-        run = Run(config, place, bench, texts)
+        check_settings(config, pool.layout, pool.blank(), texts)
+        run = Run(config, place, pool, texts)
         for event in run.events():
             if event.kind == "round" and event.values["round"] == config.rounds:
                 break
@@ -217,12 +217,12 @@ def traced(config: RunConfig) -> Row:
     server = done.run.server
     assert isinstance(server, SharedModelServer), "all of these have a global model"
     state = server.model()
-    bench = done.run.bench
+    pool = done.run.pool
     taken = {"seconds": time.perf_counter() - since, "cpu_s": time.process_time() - busy}
 
     return {
-        "base_loss": _loss(bench, done.texts, bench.base_state()),
-        "loss": _loss(bench, done.texts, state),
+        "base_loss": _loss(pool, done.texts, pool.base_state()),
+        "loss": _loss(pool, done.texts, state),
         "up": [record["bytes_up"] for record in done.records],
         "down": [record["bytes_down"] for record in done.records],
         "visits": [len(record.get("visits", done.texts.names)) for record in done.records],
@@ -232,9 +232,9 @@ def traced(config: RunConfig) -> Row:
     }
 
 
-def _loss(bench: ModelPool, texts: SiteTexts, state: Any) -> float:
-    pad = bench.tokenizer.pad_token_id
-    with bench.model(state) as model:
+def _loss(pool: ModelPool, texts: SiteTexts, state: Any) -> float:
+    pad = pool.tokenizer.pad_token_id
+    with pool.model(state) as model:
         return mean(
             heldout(model, texts.load(name).heldout, pad_token_id=pad).loss for name in texts.names
         )

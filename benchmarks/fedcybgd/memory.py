@@ -114,15 +114,15 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     model = ModelConfig.model_validate(
         {"name_or_path": str(folder), "dtype": dtype, "device": "cpu"}
     )
-    bench = ModelPool(model, None)
+    pool = ModelPool(model, None)
     config = FedCyBgdConfig(order="full" if tunes == "full" else "ascending", hold=hold)
-    parts = partition(config, bench.layout)
+    parts = partition(config, pool.layout)
     ledger = Ledger(
         parts,
         [Int8(Int8Settings(), each.layout) for each in parts.blocks],
-        initial_state(bench.layout, 0),
+        initial_state(pool.layout, 0),
     )
-    sender = Sender(config.download, ledger, 0, lambda: bench, _no_proxy)
+    sender = Sender(config.download, ledger, 0, lambda: pool, _no_proxy)
     values: Any = {"round": 1, "rate": 1.0, "visits": 1}
     message = sender.message("site", trained_block(len(parts)), "1/0", values).to_bytes()
     del ledger, sender
@@ -131,7 +131,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     site = Site(
         name="site",
         seed=0,
-        pool=bench,
+        pool=pool,
         load=lambda: data,
         train=TrainConfig(learning_rate=1e-5, max_steps=2, per_device_train_batch_size=1),
         codec=Int8Settings(),

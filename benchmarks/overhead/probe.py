@@ -86,7 +86,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     from fluvial.wire.tensors import Layout
 
     layout = embedded_layout(values)
-    bench = cast(ModelPool, SimpleNamespace(layout=layout))
+    pool = cast(ModelPool, SimpleNamespace(layout=layout))
     store = StateStore(None)
     identity = IdentitySettings()
 
@@ -106,7 +106,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         return Site(
             name=name,
             seed=int(name),
-            pool=bench,
+            pool=pool,
             load=load,
             train=TrainConfig(),
             codec=identity,
@@ -123,7 +123,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
         codec=identity,
         downlink=None,
         train=TrainConfig(),
-        open_bench=lambda: bench,
+        open_pool=lambda: pool,
         secret=lambda: bytes(32),
         public=dict,
     )

@@ -36,25 +36,25 @@ def snapshots(
         table | {"method": {"name": "cgfedllm", "tgap": settings}, "codec": {"name": "klt"}},
         "claims",
     )
-    bench = ModelPool(config.model, config.lora)
-    texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    pool = ModelPool(config.model, config.lora)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
     context = Context(
         0,
         1,
-        bench.layout,
+        pool.layout,
         config.coding,
         None,
         config.train,
-        lambda: bench,
+        lambda: pool,
         lambda: bytes(32),
         texts.public,
     )
     chosen = TgapConfig.model_validate(settings)
     found = collecting.collect(
-        chosen, collecting.simulated_fleet(chosen, context), bench.layout, config.seed
+        chosen, collecting.simulated_fleet(chosen, context), pool.layout, config.seed
     )
 
-    return (bench.layout, *split_by_time(found, 0.2))
+    return (pool.layout, *split_by_time(found, 0.2))
 
 
 @pytest.fixture(scope="module")

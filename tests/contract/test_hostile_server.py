@@ -72,8 +72,8 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
         table.pop("lora")
 
     config, seen = messages_of(table, tmp_path / "run")
-    bench = ModelPool(config.model, config.adapter)
-    texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    pool = ModelPool(config.model, config.adapter)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
 
     class TrainedError(Exception):
         """The message was taken."""
@@ -86,7 +86,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
     store = StateStore(tmp_path / "sites")
 
     def tried(task: str, wire: bytes) -> Site | None:
-        site = site_of(config, "north", bench, texts, store)
+        site = site_of(config, "north", pool, texts, store)
         started = time.monotonic()
         try:
             answer = only_answer(tasks_of(config)[task](site, Payload.from_bytes(wire)))
@@ -125,7 +125,7 @@ def table(run_config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def bench(table: dict[str, Any]) -> ModelPool:
+def pool(table: dict[str, Any]) -> ModelPool:
     config = parse(table, "test")
     return ModelPool(config.model, config.adapter)
 
@@ -138,10 +138,10 @@ def joined(table: dict[str, Any], tmp_path: Path) -> SiteProcess:
 
 @pytest.mark.parametrize("change", ["nan", "shape", "names", "huge", "empty", "type"])
 def test_an_adapter_that_does_not_fit_is_refused(
-    change: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    change: str, table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = joined(table, tmp_path)
-    adapter = initial_state(bench.layout, 1)
+    adapter = initial_state(pool.layout, 1)
     name = next(iter(adapter))
 
     if change == "shape":
@@ -170,7 +170,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
-    name: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    name: str, table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     from fluvial.site_process.journal import Header
 
@@ -189,15 +189,15 @@ def test_a_path_in_the_name_of_a_run_or_task_stays_a_name(
     with pytest.raises(WireError, match="unknown task"):
         process.answer(
             header(run=name, task=name),
-            adapter_message(initial_state(bench.layout, 1), round=1).to_bytes(),
+            adapter_message(initial_state(pool.layout, 1), round=1).to_bytes(),
         )
 
 
 def test_a_forged_acknowledgement_makes_a_site_keep_nothing(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = joined(table, tmp_path)
-    wire = adapter_message(initial_state(bench.layout, 1), round=1).to_bytes()
+    wire = adapter_message(initial_state(pool.layout, 1), round=1).to_bytes()
     process.answer(header(seq=1), wire)
 
     for ack, session in ((-1, "first"), (2**70, "first"), (7, "other")):

@@ -53,9 +53,9 @@ def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None
 
 def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> None:
     config = parse(table, "test")
-    bench = ModelPool(config.model, config.lora)
+    pool = ModelPool(config.model, config.lora)
     with RunFolder(tmp_path / "a") as folder:
-        run = Run(config, folder, bench, SiteTexts(config.data, bench.tokenizer, seed=config.seed))
+        run = Run(config, folder, pool, SiteTexts(config.data, pool.tokenizer, seed=config.seed))
         for event in run.events():
             if event.kind == "round":
                 break

@@ -111,8 +111,8 @@ class Recorder:
     seen: list[tuple[str, str, str, bytes]] = field(default_factory=list)
     """Method, site, task, answer."""
 
-    def assemble(self, config: RunConfig, folder: Any, bench: ModelPool, texts: Any) -> Fleet:
-        fleet = in_process(config, folder, bench, texts)
+    def assemble(self, config: RunConfig, folder: Any, pool: ModelPool, texts: Any) -> Fleet:
+        fleet = in_process(config, folder, pool, texts)
         transport = fleet.transport
         assert isinstance(transport, InProcess)
 

@@ -88,10 +88,10 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
 
     grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
 
-    def assemble(each: Any, _: object, bench: ModelPool, texts: Any) -> Fleet:
+    def assemble(each: Any, _: object, pool: ModelPool, texts: Any) -> Fleet:
         names = (POOLED,) if each.entry.traits.pooled else texts.names
         return flower_fleet(
-            cast(Grid, grid), each, name, names, bench, join_timeout_s=30, poll_s=0.001
+            cast(Grid, grid), each, name, names, pool, join_timeout_s=30, poll_s=0.001
         )
 
     config = parse(table, "test")

@@ -104,9 +104,9 @@ class Undisturbed:
         if key not in self._known:
             config = parse(policy(self._table, on_failure="skip"), "test")
 
-            def assemble(each: Any, place: Any, bench: Any, texts: Any) -> Any:
+            def assemble(each: Any, place: Any, pool: Any, texts: Any) -> Any:
                 def open_site(name: str) -> Any:
-                    return site_of(each, name, bench, texts, place.store)
+                    return site_of(each, name, pool, texts, place.store)
 
                 return _Absent(texts.names, open_site, tasks_of(each), each.fleet, missing)
 

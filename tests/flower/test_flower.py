@@ -163,7 +163,7 @@ def at(
 class Stand:
     """Makes a fleet on a fake grid."""
 
-    bench: ModelPool
+    pool: ModelPool
     table: dict[str, Any]
 
     def __call__(
@@ -174,14 +174,14 @@ class Stand:
         registered: Callable[[], dict[int, str]] = dict,
         **policy: Any,
     ) -> tuple[Fleet, FakeGrid]:
-        grid = FakeGrid(answer, fingerprints(self.bench))
+        grid = FakeGrid(answer, fingerprints(self.pool))
         config = parse(self.table | {"fleet": policy}, "test")
         made = flower_fleet(
             cast(Grid, grid),
             config,
             "run",
             names,
-            self.bench,
+            self.pool,
             registered=registered,
             join_timeout_s=0.5,
             poll_s=0.001,
@@ -501,8 +501,8 @@ def test_an_announced_size_is_not_believed(stand: Stand) -> None:
 
 
 def update_of(stand: Stand, round: int, value: float = 0.1) -> tuple[Any, Payload]:
-    codec = build(read_settings({"name": "int8"}), stand.bench.layout)
-    update = {name: torch.full(shape, value) for name, shape in stand.bench.layout.shapes}
+    codec = build(read_settings({"name": "int8"}), stand.pool.layout)
+    update = {name: torch.full(shape, value) for name, shape in stand.pool.layout.shapes}
     return codec, frame_payload(codec.encode(update, seed=1, round=round), n=3, loss=1.0)
 
 
@@ -517,8 +517,8 @@ def test_the_update_of_another_round_is_refused(stand: Stand) -> None:
 
 def test_an_update_that_is_not_finite_is_refused(stand: Stand) -> None:
     """A frame of raw values, the last of which was made NaN on the way."""
-    codec = build(read_settings({"name": "identity"}), stand.bench.layout)
-    update = {name: torch.full(shape, 0.1) for name, shape in stand.bench.layout.shapes}
+    codec = build(read_settings({"name": "identity"}), stand.pool.layout)
+    update = {name: torch.full(shape, 0.1) for name, shape in stand.pool.layout.shapes}
     frame = codec.encode(update, seed=1, round=1)
     good = content(frame_payload(frame, n=3, loss=1.0))
     bad = content(frame_payload(frame[:-4] + struct.pack("<f", math.nan), n=3, loss=1.0))

@@ -25,21 +25,21 @@ from tests.unit.training.test_evaluate import LORA, WATER
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> ModelPool:
+def pool(tiny_model: Path) -> ModelPool:
     return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
 
 
 @pytest.fixture(scope="module")
-def changed(bench: ModelPool) -> Named:
+def changed(pool: ModelPool) -> Named:
     """An adapter that moves the logits a good deal."""
-    start = initial_state(bench.layout, 0)
+    start = initial_state(pool.layout, 0)
     return {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
 
 
-def test_heldout_loss_is_that_of_transformers(bench: ModelPool) -> None:
-    ids = list(bench.tokenizer("The river carries the water of many small streams.")["input_ids"])
+def test_heldout_loss_is_that_of_transformers(pool: ModelPool) -> None:
+    ids = list(pool.tokenizer("The river carries the water of many small streams.")["input_ids"])
     labels = [IGNORE_INDEX] * 5 + ids[5:]
-    with bench.model(bench.base_state()) as model, torch.no_grad():
+    with pool.model(pool.base_state()) as model, torch.no_grad():
         ours = heldout(model, [Example(ids, labels)], pad_token_id=0)
         theirs = float(model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss)
 
@@ -50,19 +50,19 @@ def test_heldout_loss_is_that_of_transformers(bench: ModelPool) -> None:
 
 @pytest.mark.parametrize("scoring", ["letter", "text"])
 def test_scores_equal_one_question_at_a_time(
-    bench: ModelPool, changed: Named, scoring: Scoring
+    pool: ModelPool, changed: Named, scoring: Scoring
 ) -> None:
     endings = {
         "letter": [(f" {letter}", 1) for letter in "ABCD"],
         "text": [(f" {text}", len(text)) for text in WATER.choices],
     }[scoring]
     others = [Choice(f"{n}", "Why? " * n, ("1", "22", "333", "4444"), 0) for n in range(1, 5)]
-    with bench.model(changed) as model, torch.no_grad():
-        sheet = prepare([*others, WATER], bench.tokenizer, context=None, scoring=scoring)
+    with pool.model(changed) as model, torch.no_grad():
+        sheet = prepare([*others, WATER], pool.tokenizer, context=None, scoring=scoring)
         together = score(model, sheet, pad_token_id=0)
         for (ending, size), found in zip(endings, together[-1], strict=True):
-            before = bench.tokenizer(render(WATER, [], scoring, "en"))["input_ids"]
-            ids = bench.tokenizer(render(WATER, [], scoring, "en") + ending)["input_ids"]
+            before = pool.tokenizer(render(WATER, [], scoring, "en"))["input_ids"]
+            ids = pool.tokenizer(render(WATER, [], scoring, "en") + ending)["input_ids"]
             likely = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             alone = (
                 sum(float(likely[at - 1, ids[at]]) for at in range(len(before), len(ids))) / size

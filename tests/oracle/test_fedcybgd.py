@@ -86,7 +86,7 @@ def test_the_centralised_twin_is_block_after_block_on_the_union(stage: Stage) ->
 
     for cycle in (1, 2):
         for block in range(LAYERS):
-            with oracle.bench.model(state, trainable=oracle.names(block)) as model:
+            with oracle.pool.model(state, trainable=oracle.names(block)) as model:
                 train(
                     model,
                     oracle.texts.pooled().train,
@@ -97,7 +97,7 @@ def test_the_centralised_twin_is_block_after_block_on_the_union(stage: Stage) ->
                 )
                 trained = read_weights(model)
 
-            start = oracle.bench.weights({name: state[name] for name in oracle.names(block)})
+            start = oracle.pool.weights({name: state[name] for name in oracle.names(block)})
             state = moved(state, subtract({name: trained[name] for name in start}, start))
 
     assert not differ(stage.play(table).state, state)

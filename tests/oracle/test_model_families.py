@@ -156,11 +156,11 @@ def test_rank_and_alpha_patterns_of_a_foreign_adapter_are_honoured(tmp_path: Pat
         tmp_path / "adapter"
     )
     found = read_adapter_folder(tmp_path / "adapter")
-    bench = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), found.lora)
+    pool = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), found.lora)
     tokens = torch.arange(3, 13)[None]
     plain = plain_peft(tmp_path / "adapter")
 
-    with bench.model(found.tensors) as model, torch.no_grad():
+    with pool.model(found.tensors) as model, torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
 
 
@@ -254,7 +254,7 @@ def test_a_base_whose_cache_changes_its_values_is_refused(tiny_model: Path) -> N
 
 
 def test_a_bench_of_another_type_still_tunes_in_fp32(tiny_model: Path) -> None:
-    bench = ModelPool(
+    pool = ModelPool(
         ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="bfloat16"), LoraSettings(r=2)
     )
-    assert {tensor.dtype for tensor in bench.base_state().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in pool.base_state().values()} == {torch.float32}

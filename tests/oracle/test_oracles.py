@@ -60,17 +60,17 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     """Three rounds of FedAvg with one site are three calls of the training loop, whose difference
     travels in fp32."""
     config = parse(one_site | {"rounds": 3}, "test")
-    bench = ModelPool(config.model, config.lora)
-    texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
-    adapter = initial_state(bench.layout, config.seed)
+    pool = ModelPool(config.model, config.lora)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
+    adapter = initial_state(pool.layout, config.seed)
 
     for number in (1, 2, 3):
-        with bench.model(adapter, trainable="A and B") as model:
+        with pool.model(adapter, trainable="A and B") as model:
             train(
                 model,
                 texts.load(texts.names[0]).train,
                 config.train,
-                pad_token_id=bench.tokenizer.pad_token_id,
+                pad_token_id=pool.tokenizer.pad_token_id,
                 generator=generator(config.seed, "train", number, texts.names[0]),
             )
             trained = read_weights(model)

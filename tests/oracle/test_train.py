@@ -57,23 +57,23 @@ def settings(**changes: Any) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> ModelPool:
+def pool(tiny_model: Path) -> ModelPool:
     return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
 
 
 @pytest.fixture(scope="module")
-def dropout_bench(tiny_model: Path) -> ModelPool:
+def dropout_pool(tiny_model: Path) -> ModelPool:
     return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), DROPOUT)
 
 
-def start(bench: ModelPool) -> Named:
+def start(pool: ModelPool) -> Named:
     """A random adapter with both factors away from zero, so that both have gradients."""
     draw = torch.Generator().manual_seed(4)
-    return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in bench.layout.shapes}
+    return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in pool.layout.shapes}
 
 
 def tuned(
-    bench: ModelPool,
+    pool: ModelPool,
     config: TrainConfig,
     *,
     seed: int = 0,
@@ -81,8 +81,8 @@ def tuned(
     examples: list[Example] = EXAMPLES,
 ) -> tuple[Named, TrainReport]:
     """The adapter after one call of `train`, and its report."""
-    with bench.model(
-        start(bench), trainable="A and B", checkpointing=config.gradient_checkpointing
+    with pool.model(
+        start(pool), trainable="A and B", checkpointing=config.gradient_checkpointing
     ) as model:
         report = train(
             model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps
@@ -96,16 +96,16 @@ def equal(left: Named, right: Named) -> bool:
     )
 
 
-def gradient(bench: ModelPool, config: TrainConfig) -> Named:
+def gradient(pool: ModelPool, config: TrainConfig) -> Named:
     """What one SGD step at learning rate 0.01 without clipping moved, divided by -0.01: the
     gradient."""
-    return scale(subtract(tuned(bench, config)[0], start(bench)), -100)
+    return scale(subtract(tuned(pool, config)[0], start(pool)), -100)
 
 
-def reference(bench: ModelPool) -> Named:
+def reference(pool: ModelPool) -> Named:
     """The gradient of summed loss / label tokens over all examples at once, straight from
     autograd."""
-    with bench.model(start(bench), trainable="A and B") as model:
+    with pool.model(start(pool), trainable="A and B") as model:
         loss = summed_loss(*predictions(model, collate(EXAMPLES, 0)))
         (loss / sum(item.label_tokens for item in EXAMPLES)).backward()  # type: ignore[no-untyped-call]
         return {
@@ -120,11 +120,11 @@ CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 @pytest.mark.parametrize(("size", "accumulated"), CUTS)
 def test_gradient_does_not_depend_on_the_micro_batches(
-    bench: ModelPool, size: int, accumulated: int
+    pool: ModelPool, size: int, accumulated: int
 ) -> None:
     config = settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
-    found = gradient(bench, config)
-    true = reference(bench)
+    found = gradient(pool, config)
+    true = reference(pool)
     assert found.keys() == true.keys()
     # Relative squared error: the step is read from fp32 weights of size 0.1, which leaves (6e-9 *
     # 100)^2 a value.
@@ -132,10 +132,10 @@ def test_gradient_does_not_depend_on_the_micro_batches(
     assert cosine(true, found) > 1 - 1e-6
 
 
-def test_loss_does_not_depend_on_the_micro_batches(bench: ModelPool) -> None:
+def test_loss_does_not_depend_on_the_micro_batches(pool: ModelPool) -> None:
     reports = [
         tuned(
-            bench,
+            pool,
             settings(per_device_train_batch_size=size, gradient_accumulation_steps=accumulated),
         )[1]
         for size, accumulated in CUTS
@@ -148,8 +148,8 @@ def test_loss_does_not_depend_on_the_micro_batches(bench: ModelPool) -> None:
         assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=1e-5)
 
 
-def test_averaging_each_micro_batch_would_give_another_gradient(bench: ModelPool) -> None:
-    with bench.model(start(bench), trainable="A and B") as model:
+def test_averaging_each_micro_batch_would_give_another_gradient(pool: ModelPool) -> None:
+    with pool.model(start(pool), trainable="A and B") as model:
         for item in EXAMPLES:
             loss = summed_loss(*predictions(model, collate([item], 0)))
             (loss / item.label_tokens / len(EXAMPLES)).backward()  # type: ignore[no-untyped-call]
@@ -160,12 +160,12 @@ def test_averaging_each_micro_batch_would_give_another_gradient(bench: ModelPool
             if p.grad is not None
         }
 
-    assert cosine(reference(bench), averaged) < 0.95
-    assert relative_error(reference(bench), averaged) > 0.1
+    assert cosine(reference(pool), averaged) < 0.95
+    assert relative_error(reference(pool), averaged) > 0.1
 
 
-def test_the_loss_is_the_cross_entropy_of_the_labels(bench: ModelPool) -> None:
-    with bench.model(start(bench)) as model, torch.no_grad():
+def test_the_loss_is_the_cross_entropy_of_the_labels(pool: ModelPool) -> None:
+    with pool.model(start(pool)) as model, torch.no_grad():
         found, labels = predictions(model, collate(EXAMPLES, 0))
         loss = summed_loss(found, labels)
         expected = 0.0
@@ -234,21 +234,21 @@ def test_learning_rate_schedule(kind: Any, warmup: float, expected: list[float])
     assert [learning_rate_share(step, 4, config) for step in range(4)] == pytest.approx(expected)
 
 
-def test_the_schedule_reaches_the_optimizer(bench: ModelPool) -> None:
-    full = subtract(tuned(bench, settings())[0], start(bench))
-    warming = subtract(tuned(bench, settings(warmup_ratio=0.99), steps=2)[0], start(bench))
+def test_the_schedule_reaches_the_optimizer(pool: ModelPool) -> None:
+    full = subtract(tuned(pool, settings())[0], start(pool))
+    warming = subtract(tuned(pool, settings(warmup_ratio=0.99), steps=2)[0], start(pool))
     assert norm(warming) > norm(full)  # steps at 1/2 and 1
     once = subtract(
-        tuned(bench, settings(max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant"))[0],
-        start(bench),
+        tuned(pool, settings(max_steps=1, warmup_ratio=0.0, lr_scheduler_type="constant"))[0],
+        start(pool),
     )
     assert equal(once, full)
 
 
-def test_sgd_is_a_step_along_the_gradient_with_decay(bench: ModelPool) -> None:
-    before = start(bench)
-    true = reference(bench)
-    after = tuned(bench, settings(weight_decay=0.5))[0]
+def test_sgd_is_a_step_along_the_gradient_with_decay(pool: ModelPool) -> None:
+    before = start(pool)
+    true = reference(pool)
+    after = tuned(pool, settings(weight_decay=0.5))[0]
 
     for name in before:
         expected = before[name] - 0.01 * (true[name] + 0.5 * before[name])
@@ -257,42 +257,40 @@ def test_sgd_is_a_step_along_the_gradient_with_decay(bench: ModelPool) -> None:
         )  # two roundings of values near 0.3
 
 
-def test_adamw_first_step_has_the_size_of_the_learning_rate(bench: ModelPool) -> None:
-    moved = subtract(
-        tuned(bench, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(bench)
-    )
+def test_adamw_first_step_has_the_size_of_the_learning_rate(pool: ModelPool) -> None:
+    moved = subtract(tuned(pool, settings(optim="adamw_torch", adam_epsilon=1e-12))[0], start(pool))
     sizes = torch.cat([tensor.flatten().abs() for tensor in moved.values()])
     torch.testing.assert_close(sizes, torch.full_like(sizes, 0.01), rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradient_is_clipped_to_the_norm(bench: ModelPool) -> None:
-    free, report = tuned(bench, settings())
+def test_the_gradient_is_clipped_to_the_norm(pool: ModelPool) -> None:
+    free, report = tuned(pool, settings())
     threshold = report.grad_norm / 4
-    clipped, same = tuned(bench, settings(max_grad_norm=threshold))
-    moved = subtract(free, start(bench))
-    less = subtract(clipped, start(bench))
+    clipped, same = tuned(pool, settings(max_grad_norm=threshold))
+    moved = subtract(free, start(pool))
+    less = subtract(clipped, start(pool))
     assert same.grad_norm == report.grad_norm, "the norm before clipping is reported"
     assert norm(moved) == pytest.approx(0.01 * report.grad_norm, rel=1e-3)
     assert norm(less) == pytest.approx(0.01 * threshold, rel=1e-3)
     assert cosine(moved, less) > 0.9999
-    assert equal(tuned(bench, settings(max_grad_norm=report.grad_norm * 2))[0], free)
+    assert equal(tuned(pool, settings(max_grad_norm=report.grad_norm * 2))[0], free)
 
 
-def test_training_learns_and_reports(bench: ModelPool) -> None:
+def test_training_learns_and_reports(pool: ModelPool) -> None:
     config = settings(
         optim="adamw_torch", learning_rate=0.02, per_device_train_batch_size=8, max_steps=30
     )
-    _, report = tuned(bench, config)
-    _, first = tuned(bench, config, steps=1)
+    _, report = tuned(pool, config)
+    _, first = tuned(pool, config, steps=1)
     assert (report.steps, first.steps) == (30, 1)
     assert report.label_tokens == 30 * first.label_tokens
     assert first.loss == pytest.approx(math.log(300), rel=0.05)
     assert report.loss < first.loss - 0.05
 
 
-def test_only_what_is_trainable_moves(bench: ModelPool) -> None:
-    before = start(bench)
-    with bench.model(before, trainable="B") as model:
+def test_only_what_is_trainable_moves(pool: ModelPool) -> None:
+    before = start(pool)
+    with pool.model(before, trainable="B") as model:
         base = {name: p.clone() for name, p in model.named_parameters() if ".lora_" not in name}
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
         after = read_weights(model)
@@ -306,50 +304,50 @@ def test_only_what_is_trainable_moves(bench: ModelPool) -> None:
     }
 
 
-def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_bench: ModelPool) -> None:
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(dropout_pool: ModelPool) -> None:
     config = settings(
         optim="adamw_torch",
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         max_steps=4,
     )
-    first, report = tuned(dropout_bench, config, seed=1)
+    first, report = tuned(dropout_pool, config, seed=1)
     torch.manual_seed(99)
-    again, same = tuned(dropout_bench, config, seed=1)
+    again, same = tuned(dropout_pool, config, seed=1)
     assert equal(first, again)
     assert report == same
-    assert not equal(first, tuned(dropout_bench, config, seed=2)[0])
+    assert not equal(first, tuned(dropout_pool, config, seed=2)[0])
 
 
 def test_all_tensors_at_once_step_as_one_by_one(
-    bench: ModelPool, monkeypatch: pytest.MonkeyPatch
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(optim="adamw_torch", weight_decay=0.1, max_steps=4)
-    at_once, report = tuned(bench, config)
+    at_once, report = tuned(pool, config)
     plain = torch.optim.AdamW
     monkeypatch.setattr(
         torch.optim, "AdamW", lambda *args, **named: plain(*args, **named | {"foreach": False})
     )
-    one_by_one, same = tuned(bench, config)
+    one_by_one, same = tuned(pool, config)
     assert equal(at_once, one_by_one)
     assert report == same
 
 
-def test_gradient_checkpointing_changes_nothing(dropout_bench: ModelPool) -> None:
+def test_gradient_checkpointing_changes_nothing(dropout_pool: ModelPool) -> None:
     """The repeated forward pass must draw the very same dropout masks."""
     config = settings(optim="adamw_torch", per_device_train_batch_size=4, max_steps=3)
-    plain = tuned(dropout_bench, config)
-    saving = tuned(dropout_bench, config.model_copy(update={"gradient_checkpointing": True}))
+    plain = tuned(dropout_pool, config)
+    saving = tuned(dropout_pool, config.model_copy(update={"gradient_checkpointing": True}))
     assert equal(plain[0], saving[0])
     assert plain[1] == saving[1]
 
 
-def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: ModelPool) -> None:
+def test_gradient_checkpointing_repeats_forward_passes(dropout_pool: ModelPool) -> None:
     """Otherwise the test above would compare a thing with itself."""
     calls = {True: 0, False: 0}
     for checkpointing in calls:
-        with dropout_bench.model(
-            start(dropout_bench), trainable="A and B", checkpointing=checkpointing
+        with dropout_pool.model(
+            start(dropout_pool), trainable="A and B", checkpointing=checkpointing
         ) as model:
             hooks = [
                 module.register_forward_hook(
@@ -366,27 +364,27 @@ def test_gradient_checkpointing_repeats_forward_passes(dropout_bench: ModelPool)
 
 
 def test_dropout_and_its_masks_change_from_step_to_step(
-    dropout_bench: ModelPool, bench: ModelPool
+    dropout_pool: ModelPool, pool: ModelPool
 ) -> None:
     same = EXAMPLES[:1]
     config = settings(learning_rate=1e-30, max_steps=1)
-    _, one = tuned(dropout_bench, config, examples=same)
-    _, three = tuned(dropout_bench, config, examples=same, steps=3)
-    _, without = tuned(bench, config, examples=same)
+    _, one = tuned(dropout_pool, config, examples=same)
+    _, three = tuned(dropout_pool, config, examples=same, steps=3)
+    _, without = tuned(pool, config, examples=same)
     assert one.loss != without.loss
     assert one.loss != three.loss, "three steps with one mask would have one loss"
 
 
-def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: ModelPool) -> None:
+def test_training_does_not_depend_on_what_other_threads_do(dropout_pool: ModelPool) -> None:
     config = settings(optim="adamw_torch", per_device_train_batch_size=2, max_steps=4)
-    alone = {seed: tuned(dropout_bench, config, seed=seed)[0] for seed in range(3)}
+    alone = {seed: tuned(dropout_pool, config, seed=seed)[0] for seed in range(3)}
     beside: dict[int, Named] = {}
     ready = threading.Barrier(3)
 
     def site(seed: int) -> None:
         ready.wait()
         torch.rand(1000)
-        beside[seed] = tuned(dropout_bench, config, seed=seed)[0]
+        beside[seed] = tuned(dropout_pool, config, seed=seed)[0]
 
     threads = [threading.Thread(target=site, args=(seed,)) for seed in alone]
     for thread in threads:
@@ -396,10 +394,10 @@ def test_training_does_not_depend_on_what_other_threads_do(dropout_bench: ModelP
     assert all(equal(beside[seed], alone[seed]) for seed in alone)
 
 
-def test_bf16_runs_near_fp32_with_fp32_weights(bench: ModelPool) -> None:
+def test_bf16_runs_near_fp32_with_fp32_weights(pool: ModelPool) -> None:
     config = settings(optim="adamw_torch", learning_rate=0.02, max_steps=5)
     seen: list[torch.dtype] = []
-    with bench.model(start(bench), trainable="A and B") as model:
+    with pool.model(start(pool), trainable="A and B") as model:
         hook = model.get_submodule(
             "base_model.model.model.layers.0.mlp.up_proj"
         ).register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
@@ -413,13 +411,13 @@ def test_bf16_runs_near_fp32_with_fp32_weights(bench: ModelPool) -> None:
         hook.remove()
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
-    full = tuned(bench, config)[1]
+    full = tuned(pool, config)[1]
     assert set(seen) == {torch.bfloat16}
     assert half.loss != full.loss
     assert half.loss == pytest.approx(full.loss, rel=0.02)  # bf16 has 8 bits
 
 
-def test_divergence_is_an_error_that_names_the_settings(bench: ModelPool) -> None:
+def test_divergence_is_an_error_that_names_the_settings(pool: ModelPool) -> None:
     config = settings(lr_scheduler_type="constant", max_steps=20)
     config = config.model_copy(
         update={"learning_rate": 1e30}
@@ -428,18 +426,18 @@ def test_divergence_is_an_error_that_names_the_settings(bench: ModelPool) -> Non
         DivergenceError,
         match=r"step \d+ of 20: the loss .*lower train.learning_rate \(now 1e\+30\)",
     ):
-        tuned(bench, config)
+        tuned(pool, config)
 
 
-def test_a_step_that_is_not_finite_is_not_taken(bench: ModelPool) -> None:
-    broken = {name: torch.full_like(tensor, 3e38) for name, tensor in start(bench).items()}
-    with bench.model(broken, trainable="A and B") as model:
+def test_a_step_that_is_not_finite_is_not_taken(pool: ModelPool) -> None:
+    broken = {name: torch.full_like(tensor, 3e38) for name, tensor in start(pool).items()}
+    with pool.model(broken, trainable="A and B") as model:
         with pytest.raises(DivergenceError, match="step 1 of 1"):
             train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
         assert equal(read_weights(model), broken)
 
 
-def test_training_needs_labels_examples_and_parameters(bench: ModelPool) -> None:
+def test_training_needs_labels_examples_and_parameters(pool: ModelPool) -> None:
     mute = Example([5, 6, 7], [5, IGNORE_INDEX, IGNORE_INDEX])
     assert mute.label_tokens == 0
     for trainable, examples, message in (
@@ -449,14 +447,14 @@ def test_training_needs_labels_examples_and_parameters(bench: ModelPool) -> None
     ):
         with (
             pytest.raises(AssertionError, match=message),
-            bench.model(start(bench), trainable=trainable) as model,
+            pool.model(start(pool), trainable=trainable) as model,
         ):
             train(model, examples, settings(), pad_token_id=0, generator=generator(0))
 
 
-def test_the_initial_adapter_moves_only_b_at_first(bench: ModelPool) -> None:
+def test_the_initial_adapter_moves_only_b_at_first(pool: ModelPool) -> None:
     """B is zero, so the gradient of A is too."""
-    with bench.model(initial_state(bench.layout, 0), trainable="A and B") as model:
+    with pool.model(initial_state(pool.layout, 0), trainable="A and B") as model:
         before = read_weights(model)
         train(model, EXAMPLES, settings(), pad_token_id=0, generator=generator(0))
         moved = subtract(read_weights(model), before)

@@ -93,7 +93,7 @@ class Stage:
     model: Path
     text: Path
     root: Path
-    benches: dict[Any, ModelPool] = field(default_factory=dict)
+    pools: dict[Any, ModelPool] = field(default_factory=dict)
     read: dict[Any, SiteTexts] = field(default_factory=dict)
     played: int = 0
 
@@ -128,16 +128,16 @@ class Stage:
 
         return base | changes
 
-    def bench(self, config: RunConfig) -> ModelPool:
+    def pool(self, config: RunConfig) -> ModelPool:
         key = (config.model.model_dump_json(), config.tuned)
-        if key not in self.benches:
-            self.benches[key] = ModelPool(config.model, config.adapter)
-        return self.benches[key]
+        if key not in self.pools:
+            self.pools[key] = ModelPool(config.model, config.adapter)
+        return self.pools[key]
 
     def texts(self, config: RunConfig) -> SiteTexts:
         key = (config.data.model_dump_json(), config.seed)
         if key not in self.read:
-            self.read[key] = SiteTexts(config.data, self.bench(config).tokenizer, seed=config.seed)
+            self.read[key] = SiteTexts(config.data, self.pool(config).tokenizer, seed=config.seed)
         return self.read[key]
 
     def folder(self) -> Path:
@@ -160,7 +160,7 @@ class Stage:
         folder = folder or self.folder()
 
         with RunFolder(folder) as opened:
-            run = Run(config, opened, self.bench(config), self.texts(config))
+            run = Run(config, opened, self.pool(config), self.texts(config))
             for event in run.events():
                 if event.kind != "round":
                     continue
@@ -176,18 +176,18 @@ class Stage:
     def opened(self, table: dict[str, Any]) -> Run:
         """A run that has not begun."""
         config = parse(table, "test")
-        return Run(config, RunFolder(self.folder()), self.bench(config), self.texts(config))
+        return Run(config, RunFolder(self.folder()), self.pool(config), self.texts(config))
 
     def oracle(self, table: dict[str, Any]) -> "Oracle":
         config = parse(table, "test")
-        return Oracle(config, self.bench(config), self.texts(config))
+        return Oracle(config, self.pool(config), self.texts(config))
 
     def loss(self, table: dict[str, Any], state: Named) -> float:
         """Held-out loss over all sites."""
         oracle = self.oracle(table)
         examples = [each for site in oracle.sites for each in oracle.texts.load(site).heldout]
 
-        with oracle.bench.model(state) as model:
+        with oracle.pool.model(state) as model:
             return heldout(model, examples, pad_token_id=0).loss
 
 
@@ -197,7 +197,7 @@ class Oracle:
     the names."""
 
     config: RunConfig
-    bench: ModelPool
+    pool: ModelPool
     texts: SiteTexts
 
     @property
@@ -206,13 +206,11 @@ class Oracle:
 
     @property
     def start(self) -> Named:
-        return initial_state(self.bench.layout, self.config.seed)
+        return initial_state(self.pool.layout, self.config.seed)
 
     def names(self, block: int) -> list[str]:
         """The tensors of a layer, or with -1 all."""
-        return [
-            name for name in self.bench.layout.names if block < 0 or f".layers.{block}." in name
-        ]
+        return [name for name in self.pool.layout.names if block < 0 or f".layers.{block}." in name]
 
     def samples(self, site: str) -> int:
         return len(self.texts.load(site).train)
@@ -224,9 +222,9 @@ class Oracle:
         difference."""
         names = self.names(block)
         settings = self.config.train
-        start = self.bench.weights({name: state[name] for name in names})
+        start = self.pool.weights({name: state[name] for name in names})
 
-        with self.bench.model(state, trainable=names) as model:
+        with self.pool.model(state, trainable=names) as model:
             report = train(
                 model,
                 self.texts.load(site).train,

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def benches(folder: Path) -> Callable[[str], ModelPool]:
+def pools(folder: Path) -> Callable[[str], ModelPool]:
     """Models by what is tuned, "full" or "lora", or by the type of all weights."""
     made: dict[str, ModelPool] = {}
 
@@ -73,7 +73,7 @@ def benches(folder: Path) -> Callable[[str], ModelPool]:
 class Scene:
     """A server whose blocks have moved, and its sites."""
 
-    bench: ModelPool
+    pool: ModelPool
     download: Any
     codec: CodecSettings
     store: StateStore
@@ -83,15 +83,15 @@ class Scene:
     visits: int = 0
 
     def __post_init__(self) -> None:
-        self.parts = partition(self.bench.layout)
+        self.parts = partition(self.pool.layout)
         codecs = [build(self.codec, block.layout) for block in self.parts.blocks]
-        self.ledger = Ledger(self.parts, codecs, initial_state(self.bench.layout, SEED))
-        self.sender = Sender(self.download, self.ledger, SEED, lambda: self.bench, self.plan)
+        self.ledger = Ledger(self.parts, codecs, initial_state(self.pool.layout, SEED))
+        self.sender = Sender(self.download, self.ledger, SEED, lambda: self.pool, self.plan)
 
     def plan(self, index: int, visit: str) -> Manifest:
-        anatomy = Anatomy.of(self.bench.blank(), self.download.prune)
+        anatomy = Anatomy.of(self.pool.blank(), self.download.prune)
         examples = [Example(ids, ids) for ids in ([1, 5, 9, 12, 7], [1, 44, 3, 80])]
-        with self.bench.model(self.bench.base_state()) as model:
+        with self.pool.model(self.pool.base_state()) as model:
             scores = measure(model, anatomy, examples, pad_token_id=0)
         layers = self.parts.blocks[index].layers
         return plan_proxy(
@@ -108,7 +108,7 @@ class Scene:
         return Site(
             name=name,
             seed=SEED,
-            pool=self.bench,
+            pool=self.pool,
             load=data,
             train=TrainConfig(),
             codec=self.codec,
@@ -146,7 +146,7 @@ class Scene:
     @property
     def weights(self) -> Named:
         """What the server holds, absolute."""
-        return self.bench.weights(self.ledger.state)
+        return self.pool.weights(self.ledger.state)
 
 
 def commit_of(
@@ -170,7 +170,7 @@ def commit_of(
 
 
 @pytest.fixture
-def scene(benches: Callable[[str], ModelPool]) -> Callable[..., Scene]:
+def scene(pools: Callable[[str], ModelPool]) -> Callable[..., Scene]:
     """Make a scene: the name of a form or its settings, what is tuned, how updates are coded, where
     sites keep."""
 
@@ -182,7 +182,7 @@ def scene(benches: Callable[[str], ModelPool]) -> Callable[..., Scene]:
     ) -> Scene:
         settings = FORMS[form] if isinstance(form, str) else form
         download: Any = TypeAdapter(DownloadConfig).validate_python(settings)
-        return Scene(benches(kind), download, codec or Int8Settings(), StateStore(folder))
+        return Scene(pools(kind), download, codec or Int8Settings(), StateStore(folder))
 
     return make
 

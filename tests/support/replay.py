@@ -101,13 +101,13 @@ class Round:
             return answer
 
         texts = self.run.texts
-        bench = self.run.bench
+        pool = self.run.pool
         assert isinstance(texts, SiteTexts)
         store = StateStore(None)
         settings = {"on_failure": "skip", "quorum": 0.3, "workers": 1} | policy
         fleet = local_fleet(
             self.run.fleet.sites,
-            lambda name: site_of(self.config, name, bench, texts, store),
+            lambda name: site_of(self.config, name, pool, texts, store),
             {name: task(name) for name in tasks_of(self.config)},
             FleetConfig.model_validate(settings),
         )
@@ -122,22 +122,22 @@ class Round:
 def record(table: dict[str, Any], folder: Path) -> Round:
     """Run the set-up and the first round honestly, and keep every reply."""
     config = parse(table, "test")
-    bench = ModelPool(config.model, config.adapter)
+    pool = ModelPool(config.model, config.adapter)
     seen: dict[tuple[str, str, int], bytes] = {}
 
     def note(task: str, site: str, number: int, data: bytes) -> bytes:
         seen[task, site, number] = data
         return data
 
-    def assemble(each: RunConfig, run_folder: RunFolder, bench: ModelPool, texts: Any) -> Fleet:
+    def assemble(each: RunConfig, run_folder: RunFolder, pool: ModelPool, texts: Any) -> Fleet:
         def open_site(name: str) -> Site:
-            return site_of(each, name, bench, texts, run_folder.store)
+            return site_of(each, name, pool, texts, run_folder.store)
 
         return local_fleet(texts.names, open_site, forging(tasks_of(each), note), each.fleet)
 
     with RunFolder(folder) as opened:
-        texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
-        run = Run(config, opened, bench, texts, assemble)
+        texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
+        run = Run(config, opened, pool, texts, assemble)
         run.server.setup(run.fleet)
         setup = dict(seen)
         state = run.server.state().to_bytes()

@@ -120,14 +120,14 @@ def simulated_fleet(
             "data.public_source: at least two records are needed to simulate two sites"
         )
 
-    bench = context.open_bench()
+    pool = context.open_pool()
     store = StateStore(None)
 
     def open_site(name: str) -> Site:
         return Site(
             name=name,
             seed=derive(context.seed, "tgap"),
-            pool=bench,
+            pool=pool,
             load=lambda: SiteData(examples[name], examples[name], [], 0, 0, 0),
             train=context.train,
             codec=context.codec,

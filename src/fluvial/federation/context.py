@@ -22,7 +22,7 @@ class Context:
     downlink: CodecSettings | None
     """Codec of the adapter on its way down; None sends it as it is."""
     train: TrainConfig
-    open_bench: Callable[[], ModelPool]
+    open_pool: Callable[[], ModelPool]
     """Opener of the base model, for a method that simulates sites on public text."""
     secret: Callable[[], bytes]
     """Reader of the server's 32 secret bytes for this run, the same after it is resumed."""

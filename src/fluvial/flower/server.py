@@ -54,11 +54,11 @@ def main(grid: Grid, context: Context) -> None:
             if number.isdigit()
         }
 
-    def assemble(each: RunConfig, _: object, bench: ModelPool, texts: Any) -> Fleet:
-        return flower_fleet(grid, each, folder.name, texts.names, bench, registered=registered)
+    def assemble(each: RunConfig, _: object, pool: ModelPool, texts: Any) -> Fleet:
+        return flower_fleet(grid, each, folder.name, texts.names, pool, registered=registered)
 
-    def texts(config: RunConfig, bench: ModelPool) -> ServerTexts:
-        return ServerTexts(config, bench)
+    def texts(config: RunConfig, pool: ModelPool) -> ServerTexts:
+        return ServerTexts(config, pool)
 
     for event in execute(
         config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
@@ -92,9 +92,9 @@ def _end_with_parent() -> None:
 class ServerTexts:
     """Data as the server knows it: the names of its sites, public text, and a prompt."""
 
-    def __init__(self, config: RunConfig, bench: ModelPool) -> None:
+    def __init__(self, config: RunConfig, pool: ModelPool) -> None:
         self.config = config
-        self.bench = bench
+        self.pool = pool
         methods = (config.method.name, *config.compare)
         if any(METHODS[name].traits.pooled for name in methods):
             raise ConfigError(
@@ -110,7 +110,7 @@ class ServerTexts:
 
     @cached_property
     def _texts(self) -> SiteTexts:
-        return SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
+        return SiteTexts(self.config.data, self.pool.tokenizer, seed=self.config.seed)
 
     def public(self) -> dict[str, list[Example]]:
         """Return the public records; see `Texts`."""
@@ -119,7 +119,7 @@ class ServerTexts:
     def sample(self) -> SiteData:
         """Return the configured prompt as a sample, since the server holds no text of the sites."""
         prompt = self.config.evaluate.sample_prompt or "Once upon a time"
-        ids = Encoder.of(self.bench.tokenizer).prompt(prompt)
+        ids = Encoder.of(self.pool.tokenizer).prompt(prompt)
         example = Example(ids, [IGNORE_INDEX, *ids[1:]])
         return SiteData([example], [example], [], 1, 0, 0)
 

@@ -50,11 +50,11 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
-        def assemble(each: RunConfig, _: object, bench: Any, texts: Any) -> Fleet:
+        def assemble(each: RunConfig, _: object, pool: Any, texts: Any) -> Fleet:
             names = (POOLED,) if each.entry.traits.pooled else texts.names
             # Every site is there; the first answer takes as long as the libraries take to load.
             return flower_fleet(
-                grid, each, folder.name, names, bench, simulated=True, join_timeout_s=600.0
+                grid, each, folder.name, names, pool, simulated=True, join_timeout_s=600.0
             )
 
         try:

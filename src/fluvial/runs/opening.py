@@ -39,25 +39,25 @@ class Records(Protocol):
         ...
 
 
-def texts_of(config: RunConfig, bench: ModelPool, owner: str | None = None) -> SiteTexts:
-    """Return the data of all sites, or of the one site `owner`, for the model of `bench`."""
+def texts_of(config: RunConfig, pool: ModelPool, owner: str | None = None) -> SiteTexts:
+    """Return the data of all sites, or of the one site `owner`, for the model of `pool`."""
     return SiteTexts(
         config.data,
-        bench.tokenizer,
+        pool.tokenizer,
         seed=config.seed,
         owner=owner,
-        num_embeddings=bench.outline.num_embeddings,
+        num_embeddings=pool.outline.num_embeddings,
     )
 
 
 def site_of(
-    config: RunConfig, name: str, bench: ModelPool, texts: Records, store: StateStore
+    config: RunConfig, name: str, pool: ModelPool, texts: Records, store: StateStore
 ) -> Site:
     """Return the site `name` for one message, with the data that `texts` has for it."""
     return Site(
         name=name,
         seed=config.seed,
-        pool=bench,
+        pool=pool,
         load=texts.pooled if config.entry.traits.pooled else partial(texts.load, name),
         train=_train_config(config, len(texts.names)),
         codec=config.coding,

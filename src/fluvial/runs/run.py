@@ -44,11 +44,11 @@ Assemble = Callable[[RunConfig, RunFolder, ModelPool, Texts], Fleet]
 """Makes the fleet of one method's run."""
 
 
-def in_process(config: RunConfig, folder: RunFolder, bench: ModelPool, texts: Texts) -> Fleet:
+def in_process(config: RunConfig, folder: RunFolder, pool: ModelPool, texts: Texts) -> Fleet:
     """Return a fleet of all sites in this process."""
     assert isinstance(texts, SiteTexts), "the data of all sites is here"
     names = (POOLED,) if config.entry.traits.pooled else texts.names
-    open_site = partial(site_of, config, bench=bench, texts=texts, store=folder.store)
+    open_site = partial(site_of, config, pool=pool, texts=texts, store=folder.store)
     return local_fleet(names, open_site, tasks_of(config), config.fleet)
 
 
@@ -73,13 +73,13 @@ def execute(
     with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
-        bench = ModelPool(config.model, config.adapter)  # one for all of them
-        if texts is None or bench.full:  # else the sites are elsewhere, and check what they load
-            bench.check_behaviour()
-        known = texts(config, bench) if texts else texts_of(config, bench)
+        pool = ModelPool(config.model, config.adapter)  # one for all of them
+        if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
+            pool.check_behaviour()
+        known = texts(config, pool) if texts else texts_of(config, pool)
 
         for each, _ in runs:
-            check_settings(each, bench.layout, bench.outline.base, known)
+            check_settings(each, pool.layout, pool.outline.base, known)
         if isinstance(known, SiteTexts):
             for remark in known.check():
                 logger.warning("%s", remark)
@@ -88,11 +88,11 @@ def execute(
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, bench, known, assemble).events()
+                yield from Run(each, main, pool, known, assemble).events()
                 continue
 
             with RunFolder(path) as baseline:
-                yield from Run(each, baseline, bench, known, assemble).events()
+                yield from Run(each, baseline, pool, known, assemble).events()
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
@@ -139,28 +139,28 @@ class Run:
         self,
         config: RunConfig,
         folder: RunFolder,
-        bench: ModelPool,
+        pool: ModelPool,
         texts: Texts,
         assemble: Assemble = in_process,
     ) -> None:
         self.config = config
         self.folder = folder
-        self.bench = bench
+        self.pool = pool
         self.texts = texts
         method = config.entry
         self.context = Context(
             seed=config.seed,
             rounds=config.rounds,
-            layout=self.bench.layout,
+            layout=self.pool.layout,
             codec=config.coding,
             downlink=config.downlink,
             train=config.train,
-            open_bench=lambda: self.bench,
+            open_pool=lambda: self.pool,
             secret=partial(secret_of, folder.path / "private"),
             public=self.texts.public,
         )
         self.server = method.server(config.method, self.context)
-        self.fleet = assemble(config, folder, bench, texts)
+        self.fleet = assemble(config, folder, pool, texts)
         self.trained = 0
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
@@ -296,7 +296,7 @@ class Run:
         final = self.server.measure(self.fleet, reporting, round=rounds, which="final")
         export = self.server.export(reporting, final)
         sends = self.config.entry.traits.sends != "nothing"
-        raw = self.bench.layout.raw_bytes * self.trained if sends else None
+        raw = self.pool.layout.raw_bytes * self.trained if sends else None
 
         return result_of(
             self.config,
@@ -326,7 +326,7 @@ class Run:
             data=config.data,
             heldout=promise is None or promise.measures,
             privacy=report,
-            pool=self.bench,
+            pool=self.pool,
             texts=self.texts,
             folder=self.folder.path,
             replace=self.folder.replace_folder,

@@ -78,20 +78,20 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     """
     torch.set_num_threads(config.fleet.threads)
     started = clock()
-    bench = ModelPool(config.model, config.adapter)
-    bench.load()
-    texts = texts_of(config, bench)
+    pool = ModelPool(config.model, config.adapter)
+    pool.load()
+    texts = texts_of(config, pool)
     sites = {name: texts.load(name) for name in texts.names}
     largest = max(sites, key=lambda name: len(sites[name].train))
     data = sites[largest]
     loaded = clock()
 
-    step_s, call_s = _time_steps(config, bench, data.train, clock)
+    step_s, call_s = _time_steps(config, pool, data.train, clock)
     some = data.heldout[:HELDOUT_SEQUENCES]
 
-    with bench.model(_start(bench, config.seed)) as model:
+    with pool.model(_start(pool, config.seed)) as model:
         before = clock()
-        heldout(model, some, pad_token_id=bench.tokenizer.pad_token_id)
+        heldout(model, some, pad_token_id=pool.tokenizer.pad_token_id)
         heldout_s = (clock() - before) / len(some)
 
     found = Measured(largest, loaded - started, step_s, call_s, heldout_s)
@@ -171,28 +171,28 @@ def timed(
     }
 
 
-def _start(bench: ModelPool, seed: int) -> dict[str, torch.Tensor]:
-    return bench.base_state() if bench.full else initial_state(bench.layout, seed)
+def _start(pool: ModelPool, seed: int) -> dict[str, torch.Tensor]:
+    return pool.base_state() if pool.full else initial_state(pool.layout, seed)
 
 
 def _time_steps(
-    config: RunConfig, bench: ModelPool, examples: Sequence[Example], clock: Clock
+    config: RunConfig, pool: ModelPool, examples: Sequence[Example], clock: Clock
 ) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
-    state = _start(bench, config.seed)
+    state = _start(pool, config.seed)
 
     def call(steps: int) -> float:
         checkpointing = config.train.gradient_checkpointing
-        with bench.model(state, trainable="A and B", checkpointing=checkpointing) as model:
+        with pool.model(state, trainable="A and B", checkpointing=checkpointing) as model:
             before = clock()
             train(
                 model,
                 examples,
                 config.train,
-                pad_token_id=bench.tokenizer.pad_token_id,
+                pad_token_id=pool.tokenizer.pad_token_id,
                 generator=generator(config.seed, "time"),
                 steps=steps,
-                start=bench.weights(state),
+                start=pool.weights(state),
             )
             return clock() - before
 

@@ -11,19 +11,19 @@ from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 
 
-def fingerprints(bench: ModelPool) -> dict[str, str]:
+def fingerprints(pool: ModelPool) -> dict[str, str]:
     """Return digests of package versions, base model, tokenizer, chat template and layout."""
-    tokenizer = bench.tokenizer
+    tokenizer = pool.tokenizer
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
 
     return {
         "fluvial": __version__,
         "transformers": version("transformers"),
         "peft": version("peft"),
-        "base": _hash_of(weights_folder(bench.config)),
+        "base": _hash_of(weights_folder(pool.config)),
         "tokenizer": hashlib.sha256(vocabulary).hexdigest()[:32],
         "template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:32],
-        "layout": f"{bench.layout.fingerprint:08x}",
+        "layout": f"{pool.layout.fingerprint:08x}",
     }
 
 

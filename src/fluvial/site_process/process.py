@@ -56,7 +56,7 @@ class SiteProcess:
         self.site = site
         self.limits = limits or Limits()
         self._outgoing = OutgoingLog(site.folder)
-        self._benches: dict[str, ModelPool] = {}
+        self._pools: dict[str, ModelPool] = {}
         self._texts: dict[str, SiteTexts] = {}
 
     def prepare(self) -> None:
@@ -68,7 +68,7 @@ class SiteProcess:
 
         if sent is not None:
             config = at_site(sent, self.site)
-            self._records(config, self._bench(config))
+            self._records(config, self._pool(config))
 
     def answer(self, header: Header, wire: bytes) -> Answer:
         """Return the answer to one message; raise what the task raises."""
@@ -87,10 +87,8 @@ class SiteProcess:
         torch.set_num_threads(config.fleet.threads)
         journal = Journal(self._run_folder(header.run), self._name(config))
         journal.settle(header)
-        bench = self._bench(config)
-        site = site_of(
-            config, self._name(config), bench, self._records(config, bench), journal.store
-        )
+        pool = self._pool(config)
+        site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
         site.accept_assignment(message)
         answer = self._release(
             header, only_answer(tasks[header.task](site, message)), config, kept=bool(site.kept)
@@ -121,14 +119,14 @@ class SiteProcess:
         self._check_allowed(config, folder)
 
         try:
-            bench = self._bench(local)
+            pool = self._pool(local)
         except ConfigError:
             if self.site.model is not None:
                 raise
             raise refusal("model.name_or_path", self.site) from None
 
         patterns = self.site.allow.tensors
-        refused = [name for name in bench.layout.names if not _matches(name, patterns)]
+        refused = [name for name in pool.layout.names if not _matches(name, patterns)]
         if refused:
             raise RefusalError(
                 f"site {self.site.name!r} does not let {refused[0]!r} leave "
@@ -136,7 +134,7 @@ class SiteProcess:
             )
 
         name = self._name(config)
-        texts = self._records(local, bench)
+        texts = self._records(local, pool)
         if not _is_private_at_site(config):
             _ = texts.pooled() if config.entry.traits.pooled else texts.load(name)
         for note in texts.notes:
@@ -144,7 +142,7 @@ class SiteProcess:
 
         known = Journal(folder, name).begun
         write_config(folder, message.values["config"])
-        return Payload(values={"site": name, "prints": {**fingerprints(bench)}, "known": known})
+        return Payload(values={"site": name, "prints": {**fingerprints(pool)}, "known": known})
 
     def _check_allowed(self, config: RunConfig, folder: Path) -> None:
         """Raise `RefusalError` or `PrivacyError` unless the site's file allows the run."""
@@ -179,31 +177,31 @@ class SiteProcess:
     def _name(self, config: RunConfig) -> str:
         return POOLED if config.entry.traits.pooled else self.site.name
 
-    def _bench(self, config: RunConfig) -> ModelPool:
+    def _pool(self, config: RunConfig) -> ModelPool:
         key = f"{config.model!r} {config.adapter!r}"
-        if key not in self._benches:
-            bench = ModelPool(config.model, config.adapter)
-            bench.load()
-            self._benches = {key: bench}  # one base at a time
-        return self._benches[key]
+        if key not in self._pools:
+            pool = ModelPool(config.model, config.adapter)
+            pool.load()
+            self._pools = {key: pool}  # one base at a time
+        return self._pools[key]
 
-    def _records(self, config: RunConfig, bench: ModelPool) -> Records:
+    def _records(self, config: RunConfig, pool: ModelPool) -> Records:
         """Return the site's records.
 
         Under privacy at the site, a fault of the records is raised when they are loaded.
         """
         try:
-            return self._data(config, bench)
+            return self._data(config, pool)
         except Exception as problem:
             if not _is_private_at_site(config):
                 raise
             return _UnreadableRecords(self._name(config), problem)
 
-    def _data(self, config: RunConfig, bench: ModelPool) -> SiteTexts:
+    def _data(self, config: RunConfig, pool: ModelPool) -> SiteTexts:
         key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
         if key not in self._texts:
             owner = None if self.site.data is None else self.site.name
-            self._texts = {key: texts_of(config, bench, owner)}
+            self._texts = {key: texts_of(config, pool, owner)}
 
         return self._texts[key]
 

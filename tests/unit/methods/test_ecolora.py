@@ -53,11 +53,11 @@ def _context(**changes: Any) -> Context:
         "downlink": None,
     }
     return Context(
-        **settings | changes, train=TRAIN, open_bench=refuse, secret=refuse, public=refuse
+        **settings | changes, train=TRAIN, open_pool=refuse, secret=refuse, public=refuse
     )
 
 
-class _Bench:
+class _Pool:
     """Stands for a pool of models where nothing is trained."""
 
     layout = LAYOUT
@@ -85,7 +85,7 @@ class _Sites:
         return Site(
             name=name,
             seed=1,
-            pool=_Bench(),  # type: ignore[arg-type]
+            pool=_Pool(),  # type: ignore[arg-type]
             load=lambda: SiteData([Example((1,), (1,))] * 2, [], [], 2, 0, 0),
             train=TRAIN,
             codec=METHOD.traits.codec,

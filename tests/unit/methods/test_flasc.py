@@ -43,7 +43,7 @@ def _context(**changes: Any) -> Context:
     return Context(
         **settings | changes,
         train=TrainConfig(learning_rate=0.1),
-        open_bench=refuse,
+        open_pool=refuse,
         secret=refuse,
         public=refuse,
     )

@@ -160,13 +160,13 @@ def test_generation_goes_on_from_the_prompt_and_not_from_an_eos(
     finally:
         tokenizer.backend_tokenizer.post_processor = opening
 
-    benches = [
+    pools = [
         ModelPool(ModelConfig(name_or_path=str(path)), LoraSettings())
         for path in (tiny_model, folder)
     ]
-    assert benches[1].tokenizer("a")["input_ids"][-1] == 2
+    assert pools[1].tokenizer("a")["input_ids"][-1] == 2
     prompts = ["The river", "def mean"]
-    answers = [bench.generate(bench.base_state(), prompts, max_new_tokens=6) for bench in benches]
+    answers = [pool.generate(pool.base_state(), prompts, max_new_tokens=6) for pool in pools]
     assert answers[0] == answers[1]
 
 

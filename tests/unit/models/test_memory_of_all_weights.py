@@ -22,14 +22,14 @@ from fluvial.wire.tensors import Layout, Named, WeightedMean
 
 
 @pytest.fixture
-def bench(tiny_model: Path) -> ModelPool:
+def pool(tiny_model: Path) -> ModelPool:
     return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu", dtype="float32"), None)
 
 
-def one_layer(bench: ModelPool) -> Named:
+def one_layer(pool: ModelPool) -> Named:
     """A change of layer 1, and none of anything else."""
     draw = torch.Generator().manual_seed(3)
-    state = bench.base_state()
+    state = pool.base_state()
 
     for name in state:
         if ".layers.1." in name:
@@ -38,44 +38,44 @@ def one_layer(bench: ModelPool) -> Named:
     return state
 
 
-def test_models_that_are_measured_at_a_time_share_the_base(bench: ModelPool) -> None:
-    state = one_layer(bench)
-    with bench.model(state) as first, bench.model(bench.base_state()) as second:
+def test_models_that_are_measured_at_a_time_share_the_base(pool: ModelPool) -> None:
+    state = one_layer(pool)
+    with pool.model(state) as first, pool.model(pool.base_state()) as second:
         left = dict(first.named_parameters())
         right = dict(second.named_parameters())
         assert {name for name in left if left[name] is not right[name]} == changed(state).keys()
 
         for name, parameter in left.items():
-            expected = bench.base.get(name).float() + state[name]
+            expected = pool.base.get(name).float() + state[name]
             assert torch.equal(parameter, expected.to(parameter.dtype)), name
 
-    with bench.model(state, trainable="A and B") as third:
+    with pool.model(state, trainable="A and B") as third:
         assert not any(parameter is left[name] for name, parameter in third.named_parameters())
 
 
-def test_no_change_takes_no_memory_and_is_not_sent(bench: ModelPool) -> None:
-    state = one_layer(bench)
+def test_no_change_takes_no_memory_and_is_not_sent(pool: ModelPool) -> None:
+    state = one_layer(pool)
     assert no_change((1000, 1000)).untyped_storage().nbytes() == 4
     assert all(
-        tensor.untyped_storage().nbytes() == 4 for tensor in initial_state(bench.layout, 0).values()
+        tensor.untyped_storage().nbytes() == 4 for tensor in initial_state(pool.layout, 0).values()
     )
     message = Payload.from_bytes(
-        state_message(changed(state), bench.layout, which="sent").to_bytes()
+        state_message(changed(state), pool.layout, which="sent").to_bytes()
     )
     assert message.tensors.keys() == {name for name in state if ".layers.1." in name}
-    assert read_state_message(message, bench.layout).keys() == message.tensors.keys()
-    nothing = Payload.from_bytes(state_message({}, bench.layout).to_bytes())
-    assert read_state_message(nothing, bench.layout) == {}
-    whole = {name: torch.ones(shape) for name, shape in bench.layout.shapes}
+    assert read_state_message(message, pool.layout).keys() == message.tensors.keys()
+    nothing = Payload.from_bytes(state_message({}, pool.layout).to_bytes())
+    assert read_state_message(nothing, pool.layout) == {}
+    whole = {name: torch.ones(shape) for name, shape in pool.layout.shapes}
     again = read_state_message(
-        Payload.from_bytes(state_message(whole, bench.layout).to_bytes()), bench.layout
+        Payload.from_bytes(state_message(whole, pool.layout).to_bytes()), pool.layout
     )
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
-def test_a_state_that_does_not_fit_is_refused(bench: ModelPool) -> None:
-    name = bench.layout.names[0]
-    shape = dict(bench.layout.shapes)[name]
+def test_a_state_that_does_not_fit_is_refused(pool: ModelPool) -> None:
+    name = pool.layout.names[0]
+    shape = dict(pool.layout.shapes)[name]
     for tensors in (
         {"model.other.weight": torch.zeros(2)},
         {name: torch.zeros(3)},
@@ -83,18 +83,18 @@ def test_a_state_that_does_not_fit_is_refused(bench: ModelPool) -> None:
         {name: torch.full(shape, math.nan)},
     ):
         with pytest.raises(WireError, match="state: "):
-            read_state_message(Payload(tensors), bench.layout)
+            read_state_message(Payload(tensors), pool.layout)
 
 
-def test_a_checkpoint_has_only_what_moved(bench: ModelPool) -> None:
-    parts = partition(bench.layout)
+def test_a_checkpoint_has_only_what_moved(pool: ModelPool) -> None:
+    parts = partition(pool.layout)
     codecs = [Identity.of(block.layout) for block in parts.blocks]
-    ledger = Ledger(parts, codecs, initial_state(bench.layout, 0))
+    ledger = Ledger(parts, codecs, initial_state(pool.layout, 0))
     step = {name: torch.ones(shape) for name, shape in parts.blocks[1].layout.shapes}
     ledger.commit(1, Commit(1.0, (codecs[1].encode(step),), (5,)))
     saved = Payload.from_bytes(ledger.save().to_bytes())
     assert {n for n in saved.tensors if n.startswith("state/")} == {f"state/{n}" for n in step}
-    restored = Ledger(parts, codecs, initial_state(bench.layout, 0))
+    restored = Ledger(parts, codecs, initial_state(pool.layout, 0))
     restored.restore(saved)
     assert restored.versions == [0, 1]
 

@@ -48,12 +48,12 @@ def logits(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> ModelPool:
+def pool(tiny_model: Path) -> ModelPool:
     return ModelPool(config(tiny_model), LORA)
 
 
 def test_adapter_tensors_are_named_by_layer_module_and_factor(
-    bench: ModelPool, tiny_model: Path
+    pool: ModelPool, tiny_model: Path
 ) -> None:
     expected = {
         f"model.layers.{layer}.self_attn.{module}.lora_{which}.weight": (4, 32)
@@ -63,9 +63,9 @@ def test_adapter_tensors_are_named_by_layer_module_and_factor(
         for module in ("q_proj", "v_proj")
         for which in "AB"
     }
-    assert dict(bench.layout.shapes) == expected
+    assert dict(pool.layout.shapes) == expected
     loaded = {name: p.shape for name, p in load_base(config(tiny_model)).named_parameters()}
-    assert {name: p.shape for name, p in bench.outline.base.named_parameters()} == loaded
+    assert {name: p.shape for name, p in pool.outline.base.named_parameters()} == loaded
 
 
 def test_grouped_queries_make_narrower_values(tiny_gqa_model: Path) -> None:
@@ -75,9 +75,9 @@ def test_grouped_queries_make_narrower_values(tiny_gqa_model: Path) -> None:
     assert shapes["model.layers.0.self_attn.q_proj.lora_B.weight"] == (32, 4)
 
 
-def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: ModelPool) -> None:
-    adapter = trained(bench.layout)
-    with bench.model(adapter) as one, bench.model(adapter) as two:
+def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(pool: ModelPool) -> None:
+    adapter = trained(pool.layout)
+    with pool.model(adapter) as one, pool.model(adapter) as two:
         assert one is not two
         ones = dict(one.named_parameters())
         twos = dict(two.named_parameters())
@@ -87,12 +87,12 @@ def test_borrowed_models_share_the_base_and_nothing_of_the_adapter(bench: ModelP
             assert (ones[name].data_ptr() == twos[name].data_ptr()) == (factor(name) is None), name
 
 
-def test_two_borrowed_models_do_not_disturb_each_other(bench: ModelPool) -> None:
-    first = trained(bench.layout, 1)
-    second = trained(bench.layout, 2)
-    with bench.model(first) as model:
+def test_two_borrowed_models_do_not_disturb_each_other(pool: ModelPool) -> None:
+    first = trained(pool.layout, 1)
+    second = trained(pool.layout, 2)
+    with pool.model(first) as model:
         alone = logits(model)
-    with bench.model(first) as one, bench.model(second, trainable="A and B") as two:
+    with pool.model(first) as one, pool.model(second, trainable="A and B") as two:
         two.train()
         two(input_ids=TOKENS).logits.square().sum().backward()
         with torch.no_grad():
@@ -104,17 +104,17 @@ def test_two_borrowed_models_do_not_disturb_each_other(bench: ModelPool) -> None
         assert not one.training
         assert all(torch.equal(read_weights(one)[name], first[name]) for name in first)
 
-    with bench.model(first) as again:
+    with pool.model(first) as again:
         assert torch.equal(logits(again), alone)
 
 
 def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> None:
-    bench = ModelPool(config(tiny_model), LORA)
-    with bench.model(trained(bench.layout), trainable="A and B", checkpointing=True) as used:
+    pool = ModelPool(config(tiny_model), LORA)
+    with pool.model(trained(pool.layout), trainable="A and B", checkpointing=True) as used:
         used.train()
         used(input_ids=TOKENS).logits.sum().backward()
 
-    with bench.model(bench.base_state()) as model:
+    with pool.model(pool.base_state()) as model:
         assert model is used
         assert not model.training
         assert not any(
@@ -127,8 +127,8 @@ def test_a_model_is_reused_and_forgets_its_last_borrower(tiny_model: Path) -> No
 
 
 def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
-    bench = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": 0.5}))
-    with bench.model(trained(bench.layout)) as model:
+    pool = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": 0.5}))
+    with pool.model(trained(pool.layout)) as model:
         assert not any(module.training for module in model.modules())
         assert torch.equal(logits(model), logits(model))
 
@@ -138,15 +138,15 @@ def test_a_known_model_is_not_walked_over(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     """In a small model a walk over its modules costs as much as a layer."""
-    bench = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
-    one = trained(bench.layout, 1)
-    other = trained(bench.layout, 2)
+    pool = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
+    one = trained(pool.layout, 1)
+    other = trained(pool.layout, 2)
 
-    with bench.model(one) as model:
+    with pool.model(one) as model:
         reseed_dropout(model, 1)
     for walk in ("named_modules", "children"):
         monkeypatch.setattr(nn.Module, walk, lambda *_, **__: pytest.fail("walked over"))
-    with bench.model(other, trainable="B") as again:
+    with pool.model(other, trainable="B") as again:
         assert again is model
         reseed_dropout(model, 2)
         found = read_weights(model)
@@ -155,42 +155,40 @@ def test_a_known_model_is_not_walked_over(
 
 
 def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
-    bench = ModelPool(config(tiny_model), LORA)
-    with bench.model(bench.base_state()) as model:
+    pool = ModelPool(config(tiny_model), LORA)
+    with pool.model(pool.base_state()) as model:
         held = weakref.ref(model)
-    del bench, model
+    del pool, model
     gc.collect()
     assert held() is None
 
 
 def test_a_model_comes_back_after_an_error(tiny_model: Path) -> None:
-    bench = ModelPool(config(tiny_model), LORA)
-    with pytest.raises(ZeroDivisionError), bench.model(bench.base_state()) as borrowed:
+    pool = ModelPool(config(tiny_model), LORA)
+    with pytest.raises(ZeroDivisionError), pool.model(pool.base_state()) as borrowed:
         raise ZeroDivisionError
-    with bench.model(bench.base_state()) as model:
+    with pool.model(pool.base_state()) as model:
         assert model is borrowed
 
 
-def test_what_is_written_is_read(bench: ModelPool) -> None:
-    adapter = trained(bench.layout, 3)
-    with bench.model(adapter) as model:
+def test_what_is_written_is_read(pool: ModelPool) -> None:
+    adapter = trained(pool.layout, 3)
+    with pool.model(adapter) as model:
         found = read_weights(model)
         assert found.keys() == adapter.keys()
         assert all(torch.equal(found[name], adapter[name]) for name in adapter)
-        name = bench.layout.names[0]
+        name = pool.layout.names[0]
         write_weights(model, {name: torch.zeros_like(adapter[name])})
         assert read_weights(model)[name].count_nonzero() == 0
-        assert torch.equal(
-            read_weights(model)[bench.layout.names[1]], adapter[bench.layout.names[1]]
-        )
+        assert torch.equal(read_weights(model)[pool.layout.names[1]], adapter[pool.layout.names[1]])
         assert torch.equal(found[name], adapter[name]), "a read adapter is a copy"
 
 
 @pytest.mark.parametrize(("trainable", "factors"), [("none", ""), ("A and B", "AB"), ("B", "B")])
 def test_only_the_named_factors_get_gradients(
-    bench: ModelPool, trainable: Literal["none", "A and B", "B"], factors: str
+    pool: ModelPool, trainable: Literal["none", "A and B", "B"], factors: str
 ) -> None:
-    with bench.model(trained(bench.layout), trainable=trainable) as model:
+    with pool.model(trained(pool.layout), trainable=trainable) as model:
         if factors:
             logits_with_grad: Tensor = model(input_ids=TOKENS).logits
             logits_with_grad.square().sum().backward()  # type: ignore[no-untyped-call]
@@ -205,8 +203,8 @@ def test_the_base_has_no_dropout_of_its_own(tiny_model: Path, tiny_gpt2_model: P
     assert json.loads((tiny_model / "config.json").read_text())["attention_dropout"] == 0.1
     assert json.loads((tiny_gpt2_model / "config.json").read_text())["resid_pdrop"] == 0.1
     for folder, target in ((tiny_model, "q_proj"), (tiny_gpt2_model, "c_attn")):
-        bench = ModelPool(config(folder), LoraSettings(r=4, target_modules=(target,)))
-        with bench.model(trained(bench.layout), trainable="A and B") as model:
+        pool = ModelPool(config(folder), LoraSettings(r=4, target_modules=(target,)))
+        with pool.model(trained(pool.layout), trainable="A and B") as model:
             still = logits(model)
             switch_dropout(model, active=True)  # as `train` does
             reseed_dropout(model, 1)
@@ -252,25 +250,25 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
 
 
 def test_gpt2_is_adapted_at_its_fused_projection(tiny_gpt2_model: Path) -> None:
-    bench = ModelPool(config(tiny_gpt2_model), LoraSettings(r=4, target_modules=("c_attn",)))
-    assert dict(bench.layout.shapes) == {
+    pool = ModelPool(config(tiny_gpt2_model), LoraSettings(r=4, target_modules=("c_attn",)))
+    assert dict(pool.layout.shapes) == {
         f"transformer.h.{layer}.attn.c_attn.lora_{which}.weight": shape
         for layer in range(2)
         for which, shape in (("A", (4, 32)), ("B", (96, 4)))
     }
     base = logits(load_base(config(tiny_gpt2_model)).eval())
 
-    with bench.model(initial_state(bench.layout, 0)) as model:
+    with pool.model(initial_state(pool.layout, 0)) as model:
         assert torch.equal(logits(model), base)
-    with bench.model(trained(bench.layout)) as model:
+    with pool.model(trained(pool.layout)) as model:
         assert not torch.allclose(logits(model), base, atol=1e-3)
 
 
-def test_the_initial_adapter_is_published_by_its_seed(bench: ModelPool) -> None:
-    adapter = initial_state(bench.layout, 5)
-    assert Layout.of(adapter) == bench.layout
-    again = initial_state(bench.layout, 5)
-    other = initial_state(bench.layout, 6)
+def test_the_initial_adapter_is_published_by_its_seed(pool: ModelPool) -> None:
+    adapter = initial_state(pool.layout, 5)
+    assert Layout.of(adapter) == pool.layout
+    again = initial_state(pool.layout, 5)
+    other = initial_state(pool.layout, 6)
 
     for name, tensor in adapter.items():
         assert torch.equal(tensor, again[name])
@@ -292,13 +290,13 @@ def test_the_initial_adapter_is_published_by_its_seed(bench: ModelPool) -> None:
     )
 
 
-def test_the_initial_adapter_changes_nothing(bench: ModelPool, tiny_model: Path) -> None:
+def test_the_initial_adapter_changes_nothing(pool: ModelPool, tiny_model: Path) -> None:
     base = logits(load_base(config(tiny_model)).eval())
-    for adapter in (initial_state(bench.layout, 5), bench.base_state()):
-        with bench.model(adapter) as model:
+    for adapter in (initial_state(pool.layout, 5), pool.base_state()):
+        with pool.model(adapter) as model:
             assert torch.equal(logits(model), base)
 
-    assert bench.base_state().keys() == zeros_like(adapter).keys()
+    assert pool.base_state().keys() == zeros_like(adapter).keys()
 
 
 def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
@@ -306,10 +304,10 @@ def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
     found = {}
     for alpha, rslora in ((4.0, False), (2.0, True), (8.0, False)):
         settings = LORA.model_copy(update={"lora_alpha": alpha, "use_rslora": rslora})
-        bench = ModelPool(config(tiny_model), settings)
-        adapter = adapter or trained(bench.layout)
+        pool = ModelPool(config(tiny_model), settings)
+        adapter = adapter or trained(pool.layout)
 
-        with bench.model(adapter) as model:
+        with pool.model(adapter) as model:
             found[alpha] = logits(model)
 
     assert torch.equal(found[4.0], found[2.0]), "4 / 4 = 2 / sqrt(4)"
@@ -317,26 +315,26 @@ def test_scaling_follows_alpha_and_rank(tiny_model: Path) -> None:
 
 
 def test_a_saved_adapter_is_a_peft_folder(
-    bench: ModelPool, tiny_model: Path, tmp_path: Path
+    pool: ModelPool, tiny_model: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = trained(bench.layout, 9)
-    bench.save(adapter, tmp_path)
+    adapter = trained(pool.layout, 9)
+    pool.save(adapter, tmp_path)
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         f.name for f in tmp_path.iterdir()
     }
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
 
-    with bench.model(adapter) as model:
+    with pool.model(adapter) as model:
         assert torch.equal(logits(loaded), logits(model))
     difference = subtract(read_weights(loaded), adapter)
     assert all(tensor.count_nonzero() == 0 for tensor in difference.values())
     assert (
         AutoTokenizer.from_pretrained(tmp_path)("stream")["input_ids"]
-        == bench.tokenizer("stream")["input_ids"]
+        == pool.tokenizer("stream")["input_ids"]
     )
 
 
@@ -345,18 +343,18 @@ def test_a_tokenizer_larger_than_the_model_does_not_change_the_saved_adapter(
 ) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    bench = ModelPool(config(tiny_model), LoraSettings())
-    bench.tokenizer.add_special_tokens({"unk_token": "[UNKNOWN]"})
-    adapter = trained(bench.layout, 9)
-    bench.save(adapter, tmp_path)
+    pool = ModelPool(config(tiny_model), LoraSettings())
+    pool.tokenizer.add_special_tokens({"unk_token": "[UNKNOWN]"})
+    adapter = trained(pool.layout, 9)
+    pool.save(adapter, tmp_path)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
 
-    with bench.model(adapter) as model:
+    with pool.model(adapter) as model:
         assert torch.equal(logits(loaded), logits(model)), "no row was added"
-    assert not bench.exports_tokenizer()
+    assert not pool.exports_tokenizer()
 
 
-def test_meta_base_has_names_but_no_memory(bench: ModelPool, tiny_model: Path) -> None:
+def test_meta_base_has_names_but_no_memory(pool: ModelPool, tiny_model: Path) -> None:
     base = meta_base(config(tiny_model))
     assert {parameter.device.type for parameter in base.parameters()} == {"meta"}
     assert {n: p.shape for n, p in base.named_parameters()} == {
@@ -364,13 +362,13 @@ def test_meta_base_has_names_but_no_memory(bench: ModelPool, tiny_model: Path) -
     }
     adapted = adapt(base, LORA)
     assert {n: tuple(p.shape) for n, p in tuned_parameters(adapted).items()} == dict(
-        bench.layout.shapes
+        pool.layout.shapes
     )
 
 
 def test_the_base_is_held_in_the_wanted_type_and_the_adapter_in_fp32(tiny_model: Path) -> None:
-    bench = ModelPool(config(tiny_model, dtype="bfloat16"), LORA)
-    with bench.model(trained(bench.layout)) as model:
+    pool = ModelPool(config(tiny_model, dtype="bfloat16"), LORA)
+    with pool.model(trained(pool.layout)) as model:
         for name, parameter in model.named_parameters():
             assert parameter.dtype == (torch.bfloat16 if factor(name) is None else torch.float32), (
                 name
@@ -386,23 +384,23 @@ def test_the_tokenizer_pads_on_the_right_with_something(tiny_model: Path, tmp_pa
     assert load_tokenizer(config(tmp_path)).pad_token == "</s>"
 
 
-def test_generate_is_greedy_and_leaves_the_prompt_out(bench: ModelPool) -> None:
-    adapter = trained(bench.layout)
+def test_generate_is_greedy_and_leaves_the_prompt_out(pool: ModelPool) -> None:
+    adapter = trained(pool.layout)
     prompts = ["The river", "def mean(values):"]
-    answers = bench.generate(adapter, prompts, max_new_tokens=5)
-    assert answers == bench.generate(adapter, prompts, max_new_tokens=5)
-    tokens = bench.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
+    answers = pool.generate(adapter, prompts, max_new_tokens=5)
+    assert answers == pool.generate(adapter, prompts, max_new_tokens=5)
+    tokens = pool.tokenizer(prompts[0], return_tensors="pt")["input_ids"]
     expected = []
 
-    with bench.model(adapter) as model, torch.no_grad():
+    with pool.model(adapter) as model, torch.no_grad():
         for _ in range(5):
             following = model(input_ids=tokens).logits[:, -1:].argmax(-1)
             expected.append(int(following))
-            if expected[-1] == bench.tokenizer.eos_token_id:
+            if expected[-1] == pool.tokenizer.eos_token_id:
                 break
             tokens = torch.cat([tokens, following], dim=1)
 
-    assert answers[0] == bench.tokenizer.decode(expected, skip_special_tokens=True)
+    assert answers[0] == pool.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(

@@ -277,9 +277,9 @@ def test_the_type_is_the_folder_s_own(kind: str, told: str, base: Path, tmp_path
     )
     assert dtype_of(config(base)) == dtype
     assert dtype_of(config(base, dtype="float32")) == torch.float32
-    bench = ModelPool(config(base), LoraSettings(r=2))
+    pool = ModelPool(config(base), LoraSettings(r=2))
 
-    with bench.model(bench.base_state()) as model:
+    with pool.model(pool.base_state()) as model:
         types = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert {types[name] for name in types if ".lora_" in name} == {torch.float32}
     assert {types[name] for name in types if ".lora_" not in name} == {dtype}
@@ -307,8 +307,8 @@ def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(
     (base / "generation_config.json").write_text(json.dumps(odd))
 
     for lora in (None, LoraSettings(r=2)):
-        bench = ModelPool(config(base), lora)
-        assert bench.generate(bench.base_state(), ["The river"], max_new_tokens=8) == expected
+        pool = ModelPool(config(base), lora)
+        assert pool.generate(pool.base_state(), ["The river"], max_new_tokens=8) == expected
 
     whole = ModelPool(config(base), None)
     whole.save(whole.base_state(), tmp_path / "out")

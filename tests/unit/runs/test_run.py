@@ -89,12 +89,12 @@ def test_the_adapter_loads_with_peft_and_gives_the_measured_loss(
 
     result = run_table(run_config, tmp_path / "run")
     config = parse(run_config, "test")
-    bench = ModelPool(config.model, config.lora)
-    texts = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    pool = ModelPool(config.model, config.lora)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
     model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "run" / "adapter"))
 
     for site, row in result["heldout_by_site"].items():
-        found = heldout(model, texts.load(site).heldout, pad_token_id=bench.tokenizer.pad_token_id)
+        found = heldout(model, texts.load(site).heldout, pad_token_id=pool.tokenizer.pad_token_id)
         assert found.loss == pytest.approx(row["final"]["loss"], rel=1e-6)  # threads may differ
 
 

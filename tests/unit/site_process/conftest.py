@@ -23,5 +23,5 @@ def config(table: dict[str, Any]) -> RunConfig:
 
 
 @pytest.fixture
-def bench(config: RunConfig) -> ModelPool:
+def pool(config: RunConfig) -> ModelPool:
     return ModelPool(config.model, config.adapter)

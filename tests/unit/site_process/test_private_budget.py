@@ -54,8 +54,8 @@ def test_settings_that_fail_on_some_records_tell_nothing_of_them(
         site = process(tmp_path / share)
         joined = join(site, asked)
         assert joined.values["site"] == "north"
-        bench = next(iter(site._benches.values()))
-        start = initial_state(bench.layout, 1)
+        pool = next(iter(site._pools.values()))
+        start = initial_state(pool.layout, 1)
         sent = adapter_message(start, round=1).to_bytes()
         answer = Payload.from_bytes(site.answer(header("train"), sent).data)
         assert (sorted(answer.tensors), answer.values) == (["f"], {})

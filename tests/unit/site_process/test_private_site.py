@@ -50,13 +50,13 @@ class Bed:
 
     def __init__(self, table: dict[str, Any], folder: Path) -> None:
         self.config = parse(table, "test")
-        self.bench = ModelPool(self.config.model, self.config.adapter)
-        self.texts = SiteTexts(self.config.data, self.bench.tokenizer, seed=self.config.seed)
+        self.pool = ModelPool(self.config.model, self.config.adapter)
+        self.texts = SiteTexts(self.config.data, self.pool.tokenizer, seed=self.config.seed)
         self.store = StateStore(folder)
-        self.start = initial_state(self.bench.layout, self.config.seed)
+        self.start = initial_state(self.pool.layout, self.config.seed)
 
     def site(self, name: str = "north") -> Site:
-        return site_of(self.config, name, self.bench, self.texts, self.store)
+        return site_of(self.config, name, self.pool, self.texts, self.store)
 
     def ask(self, name: str = "north", *, round: int = 1, start: Named | None = None) -> bytes:
         """The frame that leaves; it must be all that leaves."""
@@ -68,8 +68,8 @@ class Bed:
         return payload_frame(answer)
 
     def released(self, frame: bytes) -> Tensor:
-        codec = build(self.config.coding, self.bench.layout)
-        return self.bench.layout.flatten(codec.decode(frame))
+        codec = build(self.config.coding, self.pool.layout)
+        return self.pool.layout.flatten(codec.decode(frame))
 
 
 def bed(
@@ -99,7 +99,7 @@ def test_what_left_minus_the_update_is_gaussian_and_not_the_seeds_noise(
     assert stats.kstest(drawn.numpy(), "norm").pvalue > 1e-4
     assert float(clipped[0].norm()) <= 0.05
 
-    layout = found.bench.layout
+    layout = found.pool.layout
     random = generator(found.config.seed, "privacy", 1, "north")
     shapes = dict(layout.shapes)
     of_seed = {name: torch.randn(shapes[name], generator=random) for name in sorted(shapes)}
@@ -156,14 +156,14 @@ def constant(found: Bed, size: float = 1.0) -> Named:
     random = torch.Generator().manual_seed(3)
     return {
         name: size * torch.randn(shape, generator=random)
-        for name, shape in found.bench.layout.shapes
+        for name, shape in found.pool.layout.shapes
     }
 
 
 def installed(found: Bed, *sites: str) -> None:
     """Give these sites the codec of the run, fitted if it learns."""
     settings = found.config.coding
-    layout = found.bench.layout
+    layout = found.pool.layout
     kind = CODECS[settings.name]
 
     if issubclass(kind, LearnedCodec):
@@ -248,7 +248,7 @@ def test_an_installed_codec_that_tells_of_the_update_is_refused(
     update."""
     method = cgfedllm_table(promised("latent"), tgap=PUBLIC)
     found = Bed(run_config | {"method": method, "codec": KLT}, tmp_path)
-    layout = found.bench.layout
+    layout = found.pool.layout
     settings = ResNetSettings(**CODEC_TABLES["resnet"])
     codec = ResNet.fit(settings, layout, [constant(found)], seed=0)
     found.store.write("north", "codec", published(codec, 1, decoder=False), 0)
@@ -350,11 +350,11 @@ def test_the_server_reads_no_value_beside_a_private_frame(
     context = Context(
         seed=found.config.seed,
         rounds=2,
-        layout=found.bench.layout,
+        layout=found.pool.layout,
         codec=found.config.coding,
         downlink=None,
         train=found.config.train,
-        open_bench=lambda: found.bench,
+        open_pool=lambda: found.pool,
         secret=lambda: KEY,
         public=dict,
     )

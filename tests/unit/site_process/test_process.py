@@ -110,77 +110,77 @@ def join(process: SiteProcess, table: dict[str, Any], **changes: Any) -> Payload
     return Payload.from_bytes(process.answer(header(task=JOIN, round=0, **changes), wire).data)
 
 
-def training(bench: ModelPool, round: int = 1) -> bytes:
+def training(pool: ModelPool, round: int = 1) -> bytes:
     """What the server of FedAvg sends."""
-    adapter = initial_state(bench.layout, 1)
+    adapter = initial_state(pool.layout, 1)
     return adapter_message(adapter, round=round).to_bytes()
 
 
 def answers(
-    open_process: Callable[[], SiteProcess], table: dict[str, Any], bench: ModelPool
+    open_process: Callable[[], SiteProcess], table: dict[str, Any], pool: ModelPool
 ) -> list[bytes]:
     join(open_process(), table)
     return [
-        open_process().answer(header(round=n, seq=n, ack=n - 1), training(bench, n)).data
+        open_process().answer(header(round=n, seq=n, ack=n - 1), training(pool, n)).data
         for n in range(1, 4)
     ]
 
 
 def test_cold_and_warm_answers_are_the_same(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     """A new process for every message, or one for all: what a site keeps is on its disk."""
     warm = SiteProcess(site_file(tmp_path / "warm"))
-    found = answers(lambda: warm, table, bench)
-    assert found == answers(lambda: SiteProcess(site_file(tmp_path / "cold")), table, bench)
+    found = answers(lambda: warm, table, pool)
+    assert found == answers(lambda: SiteProcess(site_file(tmp_path / "cold")), table, pool)
     assert len(set(found)) == 3
     prepared = SiteProcess(site_file(tmp_path / "warm"))
     prepared.prepare()
     last = header(round=4, seq=4, ack=3)
     cold = SiteProcess(site_file(tmp_path / "cold"))
-    assert prepared.answer(last, training(bench, 4)) == cold.answer(last, training(bench, 4))
+    assert prepared.answer(last, training(pool, 4)) == cold.answer(last, training(pool, 4))
 
 
 def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
-    first = process.answer(header(seq=1), training(bench))
-    assert process.answer(header(seq=2), training(bench)) == first
-    second = process.answer(header(round=2, seq=3, ack=2), training(bench, 2))
-    process.answer(header(round=3, seq=4, ack=3), training(bench, 3))
+    first = process.answer(header(seq=1), training(pool))
+    assert process.answer(header(seq=2), training(pool)) == first
+    second = process.answer(header(round=2, seq=3, ack=2), training(pool, 2))
+    process.answer(header(round=3, seq=4, ack=3), training(pool, 3))
     assert (
-        process.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(bench, 2))
+        process.answer(header(session="other", round=2, seq=3, ack=2, base=1), training(pool, 2))
         == second
     )
 
 
 def test_a_run_that_was_not_met_is_unknown(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path))
-    assert Payload.from_bytes(process.answer(header(), training(bench)).data) == UNKNOWN_RUN
+    assert Payload.from_bytes(process.answer(header(), training(pool)).data) == UNKNOWN_RUN
     assert [(line["task"], line["values"]) for line in log_of(tmp_path)] == [("train", ["unknown"])]
     join(process, table)
-    assert Payload.from_bytes(process.answer(header(), training(bench)).data) != UNKNOWN_RUN
+    assert Payload.from_bytes(process.answer(header(), training(pool)).data) != UNKNOWN_RUN
     assert (
-        Payload.from_bytes(process.answer(header(run="another"), training(bench)).data)
+        Payload.from_bytes(process.answer(header(run="another"), training(pool)).data)
         == UNKNOWN_RUN
     )
 
 
 def test_a_task_that_there_is_not_is_refused(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
     with pytest.raises(WireError, match="unknown task 'os.system'"):
-        process.answer(header(task="os.system"), training(bench))
+        process.answer(header(task="os.system"), training(pool))
 
 
 def test_a_task_that_talks_is_refused_with_the_remedy(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def talking(site: Site, message: Payload) -> Talk:
         site.keep("slot", message)
@@ -191,17 +191,17 @@ def test_a_task_that_talks_is_refused_with_the_remedy(
     join(process, table)
     monkeypatch.setattr(fluvial.site_process.process, "tasks_of", lambda _: {"train": talking})
     with pytest.raises(RefusalError, match="talks with the server.*--fleet process") as refused:
-        process.answer(header(), training(bench))
+        process.answer(header(), training(pool))
     assert process.refusal(header(), refused.value) == f"RefusalError: {refused.value}"
 
 
 def test_garbled_messages_are_refused_and_nothing_worse(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     """Bytes of a message, changed anywhere: a reason, or an answer where only a number changed."""
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
-    wires = {JOIN: Payload(values={"config": table}).to_bytes(), "train": training(bench)}
+    wires = {JOIN: Payload(values={"config": table}).to_bytes(), "train": training(pool)}
     chance = random.Random(3)
     refused = 0
 
@@ -225,7 +225,7 @@ def test_garbled_messages_are_refused_and_nothing_worse(
     assert refused > 200
     with pytest.raises(WireError, match="exceeds the limit"):
         SiteProcess(site_file(tmp_path), limits=Limits(max_bytes=100)).answer(
-            header(), training(bench)
+            header(), training(pool)
         )
 
 
@@ -241,12 +241,12 @@ def test_garbled_messages_are_refused_and_nothing_worse(
     ],
 )
 def test_a_site_takes_no_part_in_what_its_file_does_not_name(
-    allow: dict[str, Any], said: str, table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    allow: dict[str, Any], said: str, table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path, allow=allow))
     with pytest.raises(ConfigError, match=f"site 'south' {said}"):
         join(process, table)
-    assert Payload.from_bytes(process.answer(header(), training(bench)).data) == UNKNOWN_RUN
+    assert Payload.from_bytes(process.answer(header(), training(pool)).data) == UNKNOWN_RUN
 
 
 def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_path: Path) -> None:
@@ -259,36 +259,36 @@ def test_a_site_takes_part_in_what_its_file_names(table: dict[str, Any], tmp_pat
 
 
 def test_no_more_leaves_in_a_round_than_the_file_says(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     free = SiteProcess(site_file(tmp_path / "free"))
     join(free, table)
-    size = len(free.answer(header(), training(bench)).data)
+    size = len(free.answer(header(), training(pool)).data)
     process = SiteProcess(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
     join(process, table)
-    process.answer(header(), training(bench))
+    process.answer(header(), training(pool))
 
     with pytest.raises(
         ConfigError,
         match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it",
     ):
-        process.answer(header(seq=2), training(bench))
+        process.answer(header(seq=2), training(pool))
 
     assert [line["task"] for line in log_of(tmp_path)] == ["join", "train"]
-    process.answer(header(round=2, seq=3), training(bench, 2))  # the next round has its own
+    process.answer(header(round=2, seq=3), training(pool, 2))  # the next round has its own
 
 
 def test_the_limit_holds_after_a_line_that_was_cut_off(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path, allow={"max_bytes_up_per_round": 10**6}))
     join(process, table)
-    process.answer(header(), training(bench))
+    process.answer(header(), training(pool))
     log = tmp_path / "site" / "outgoing.jsonl"
 
     with log.open("a") as file:
         file.write('{"run": "a run", "ro')  # killed, or the disk was full
-    process.answer(header(seq=2), training(bench))
+    process.answer(header(seq=2), training(pool))
     lines = log.read_text().splitlines()
     assert len(lines) == 4  # the joined, an answer, half a line, an answer
     assert json.loads(lines[3])["bytes"] > 0
@@ -303,12 +303,12 @@ def log_of(tmp_path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_what_leaves_is_logged(table: dict[str, Any], bench: ModelPool, tmp_path: Path) -> None:
+def test_what_leaves_is_logged(table: dict[str, Any], pool: ModelPool, tmp_path: Path) -> None:
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
-    first = process.answer(header(seq=1), training(bench)).data
+    first = process.answer(header(seq=1), training(pool)).data
     before = (tmp_path / "site" / "outgoing.jsonl").read_bytes()
-    second = process.answer(header(round=2, seq=2, ack=1), training(bench, 2)).data
+    second = process.answer(header(round=2, seq=2, ack=1), training(pool, 2)).data
     assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
     joined, *lines = log_of(tmp_path)
     assert (joined["task"], joined["values"]) == ("join", ["known", "prints", "site"])
@@ -327,7 +327,7 @@ def test_what_leaves_is_logged(table: dict[str, Any], bench: ModelPool, tmp_path
 
 
 def test_it_is_logged_before_it_leaves(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
@@ -337,7 +337,7 @@ def test_it_is_logged_before_it_leaves(
 
     monkeypatch.setattr(Journal, "post", killed)
     with pytest.raises(Killed):
-        process.answer(header(), training(bench))
+        process.answer(header(), training(pool))
     assert [line["task"] for line in log_of(tmp_path)] == ["join", "train"]
 
 
@@ -388,27 +388,27 @@ def test_paths_of_the_site_file_are_beside_it(tmp_path: Path) -> None:
 
 
 def test_equal_ends_have_equal_prints(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     found = join(SiteProcess(site_file(tmp_path)), table)
-    assert found.values["prints"] == fingerprints(bench)
+    assert found.values["prints"] == fingerprints(pool)
 
 
 def test_a_copy_of_the_model_at_the_site_has_the_same_prints(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     shutil.copytree(table["model"]["name_or_path"], tmp_path / "copy")
     found = join(SiteProcess(site_file(tmp_path, model=str(tmp_path / "copy"))), table)
-    assert found.values["prints"] == fingerprints(bench)
+    assert found.values["prints"] == fingerprints(pool)
 
 
 @pytest.mark.parametrize(
     "what", ["base", "tokenizer", "template", "layout", "fluvial", "transformers"]
 )
 def test_what_differs_has_another_print(
-    what: str, config: RunConfig, bench: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, config: RunConfig, pool: ModelPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = fingerprints(bench)
+    ours = fingerprints(pool)
     folder = tmp_path / "other"
     shutil.copytree(str(config.model.name_or_path), folder)
     adapter = config.adapter
@@ -444,19 +444,19 @@ def test_what_differs_has_another_print(
 
 
 def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
-    table: dict[str, Any], config: RunConfig, bench: ModelPool, three_sites: Path, tmp_path: Path
+    table: dict[str, Any], config: RunConfig, pool: ModelPool, three_sites: Path, tmp_path: Path
 ) -> None:
     """Three sites that each have only their own records are the run over one file that was split by
     column."""
     records = [json.loads(line) for line in three_sites.read_text().splitlines()]
-    common = SiteTexts(config.data, bench.tokenizer, seed=config.seed)
+    common = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
 
     for name in common.names:
         own = tmp_path / f"{name}.jsonl"
         mine = [record for record in records if record["client"] == name]
         own.write_text("".join(json.dumps({"text": record["text"]}) + "\n" for record in mine))
         data = config.data.model_copy(update={"source": str(own)})
-        alone = SiteTexts(data, bench.tokenizer, seed=config.seed, owner=name)
+        alone = SiteTexts(data, pool.tokenizer, seed=config.seed, owner=name)
         assert alone.names == (name,)
         assert alone.load(name) == common.load(name)
         processes = [
@@ -466,7 +466,7 @@ def test_a_file_of_the_sites_own_gives_the_split_of_the_common_file(
 
         for process in processes:
             join(process, table)
-        first, second = (process.answer(header(), training(bench)) for process in processes)
+        first, second = (process.answer(header(), training(pool)) for process in processes)
         assert first == second
 
 
@@ -479,10 +479,10 @@ def test_a_site_that_has_no_records_says_so_at_the_start(
 
 
 def test_threads_are_those_of_the_run(
-    table: dict[str, Any], bench: ModelPool, tmp_path: Path
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
     torch.set_num_threads(2)
-    process.answer(header(), training(bench))
+    process.answer(header(), training(pool))
     assert torch.get_num_threads() == 1

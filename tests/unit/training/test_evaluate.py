@@ -37,14 +37,14 @@ LETTERS_ONLY = "What is water?\nA. Wet\nB. Dry\nC. A stone\nD. A bird in the sky
 
 
 @pytest.fixture(scope="module")
-def bench(tiny_model: Path) -> ModelPool:
+def pool(tiny_model: Path) -> ModelPool:
     return ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), LORA)
 
 
 @pytest.fixture(scope="module")
-def changed(bench: ModelPool) -> Named:
+def changed(pool: ModelPool) -> Named:
     """An adapter that moves the logits a good deal."""
-    start = initial_state(bench.layout, 0)
+    start = initial_state(pool.layout, 0)
     return {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
 
 
@@ -75,10 +75,10 @@ def test_exact_match_ignores_white_space_at_both_ends_only() -> None:
     assert exact_match([" Paris\n", "paris", "Pa ris", ""], ["Paris", "Paris", "Paris", " "]) == 2
 
 
-def test_check_effect(bench: ModelPool, changed: Named) -> None:
+def test_check_effect(pool: ModelPool, changed: Named) -> None:
     with pytest.raises(ConfigError, match="exactly the base"):
-        check_effect(bench, initial_state(bench.layout, 3), [1, 20, 30])  # B is zero
-    check_effect(bench, changed, [1, 20, 30])
+        check_effect(pool, initial_state(pool.layout, 3), [1, 20, 30])  # B is zero
+    check_effect(pool, changed, [1, 20, 30])
 
 
 # -- questions -----------------------------------------------------------------------------------
@@ -169,9 +169,9 @@ class _Fond(torch.nn.Module):
         return type("Output", (), {"logits": logits})()
 
 
-def test_known_preference(bench: ModelPool) -> None:
-    sheet = prepare([WATER, RIVER], bench.tokenizer, context=None)
-    likes_b = _Fond(bench.tokenizer("B", add_special_tokens=False)["input_ids"][0])
+def test_known_preference(pool: ModelPool) -> None:
+    sheet = prepare([WATER, RIVER], pool.tokenizer, context=None)
+    likes_b = _Fond(pool.tokenizer("B", add_special_tokens=False)["input_ids"][0])
     marks = Marks.of(sheet, score(likes_b, sheet, pad_token_id=0))
     assert marks.right == (False, True)
     assert marks.accuracy == 0.5
@@ -179,11 +179,11 @@ def test_known_preference(bench: ModelPool) -> None:
     assert marks.by_subject() == {"small_streams": (1, 2)}
 
 
-def test_logits_that_are_no_numbers_are_refused(bench: ModelPool) -> None:
-    sheet = prepare([WATER], bench.tokenizer, context=None)
-    broken = {name: torch.full(shape, math.nan) for name, shape in bench.layout.shapes}
+def test_logits_that_are_no_numbers_are_refused(pool: ModelPool) -> None:
+    sheet = prepare([WATER], pool.tokenizer, context=None)
+    broken = {name: torch.full(shape, math.nan) for name, shape in pool.layout.shapes}
     with (
-        bench.model(broken) as model,
+        pool.model(broken) as model,
         pytest.raises(ConfigError, match="w: the model's logits are not numbers"),
     ):
         score(model, sheet, pad_token_id=0)
@@ -203,8 +203,8 @@ def _prepare(tokenizer: Any, context: int | None, **options: Any) -> Sheet:
     )
 
 
-def test_examples_go_first_and_then_the_beginning_of_the_question(bench: ModelPool) -> None:
-    tokenizer = bench.tokenizer
+def test_examples_go_first_and_then_the_beginning_of_the_question(pool: ModelPool) -> None:
+    tokenizer = pool.tokenizer
     length = {
         n: len(tokenizer(render(WATER, [RIVER] * n, "letter", "en") + " A")["input_ids"])
         for n in range(3)
@@ -224,16 +224,16 @@ def test_examples_go_first_and_then_the_beginning_of_the_question(bench: ModelPo
         _prepare(tokenizer, 4, scoring="text")
 
 
-def test_a_question_is_never_its_own_example(bench: ModelPool) -> None:
-    sheet = prepare([WATER, RIVER], bench.tokenizer, context=None, shots=1, examples=[WATER])
+def test_a_question_is_never_its_own_example(pool: ModelPool) -> None:
+    sheet = prepare([WATER, RIVER], pool.tokenizer, context=None, shots=1, examples=[WATER])
     assert sheet.short_of_shots == 1
-    assert _text_of(sheet.prompts[0].prefix, bench.tokenizer).count("What is water?") == 1
+    assert _text_of(sheet.prompts[0].prefix, pool.tokenizer).count("What is water?") == 1
 
     with pytest.raises(ConfigError, match="choose 0 to 5"):
-        prepare([WATER], bench.tokenizer, context=None, shots=6, examples=[RIVER])
+        prepare([WATER], pool.tokenizer, context=None, shots=6, examples=[RIVER])
     for shots, examples in ((1, []), (0, [RIVER])):
         with pytest.raises(ConfigError, match="solved examples need --shots and --shots-from"):
-            prepare([WATER], bench.tokenizer, context=None, shots=shots, examples=examples)
+            prepare([WATER], pool.tokenizer, context=None, shots=shots, examples=examples)
 
 
 # -- intervals -----------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_equal_answers_have_the_exact_interval() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, bench: ModelPool, changed: Named) -> Path:
+def folder(tmp_path: Path, pool: ModelPool, changed: Named) -> Path:
     """A run's adapter."""
     run = {
         "fluvial": "0",
@@ -278,7 +278,7 @@ def folder(tmp_path: Path, bench: ModelPool, changed: Named) -> Path:
     }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
-    bench.save(changed, tmp_path / "run" / "adapter")
+    pool.save(changed, tmp_path / "run" / "adapter")
 
     return tmp_path / "run" / "adapter"
 
@@ -290,7 +290,7 @@ def _evaluate(*arguments: Any) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(result.stdout))
 
 
-def test_command(folder: Path, bench: ModelPool, changed: Named, tmp_path: Path) -> None:
+def test_command(folder: Path, pool: ModelPool, changed: Named, tmp_path: Path) -> None:
     data = _write(
         tmp_path / "d.jsonl", [{"prompt": f"What is {n}? ", "completion": f"{n}"} for n in range(9)]
     )
@@ -310,18 +310,18 @@ def test_command(folder: Path, bench: ModelPool, changed: Named, tmp_path: Path)
         records["max_new_tokens"],
     ) == (9, 9, 64, 3)
 
-    for name, adapter in (("base", bench.base_state()), ("adapter", changed)):
+    for name, adapter in (("base", pool.base_state()), ("adapter", changed)):
         tokens = [
             (
-                bench.tokenizer(f"What is {n}? ")["input_ids"],
-                bench.tokenizer(f"{n}</s>")["input_ids"][1:],
+                pool.tokenizer(f"What is {n}? ")["input_ids"],
+                pool.tokenizer(f"{n}</s>")["input_ids"][1:],
             )
             for n in range(9)
         ]
         examples = [
             Example([*before, *after], [-100] * len(before) + after) for before, after in tokens
         ]
-        with bench.model(adapter) as model:
+        with pool.model(adapter) as model:
             assert records[name]["loss"] == pytest.approx(
                 heldout(model, examples, pad_token_id=0).loss
             )
@@ -345,12 +345,12 @@ def test_command(folder: Path, bench: ModelPool, changed: Named, tmp_path: Path)
 
 
 def test_exit_code_of_an_adapter_without_effect(
-    bench: ModelPool,
+    pool: ModelPool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
+    pool.save(initial_state(pool.layout, 0), tmp_path / "zero")
     choices = _write(tmp_path / "q.jsonl", [_record()])
     monkeypatch.setattr(
         "sys.argv", ["fluvial", "evaluate", str(tmp_path / "zero"), "--choices", str(choices)]
@@ -362,7 +362,7 @@ def test_exit_code_of_an_adapter_without_effect(
     assert "ConfigError" in capsys.readouterr().err
 
 
-def test_command_refuses(folder: Path, bench: ModelPool, tmp_path: Path) -> None:
+def test_command_refuses(folder: Path, pool: ModelPool, tmp_path: Path) -> None:
     data = _write(tmp_path / "d.jsonl", [{"text": "The river carries the water."}])
     with pytest.raises(ConfigError, match="nothing to measure"):
         _evaluate(folder)
@@ -384,7 +384,7 @@ def test_command_refuses(folder: Path, bench: ModelPool, tmp_path: Path) -> None
 
     with pytest.raises(ConfigError, match="reads at most 128"):
         _evaluate(folder, "--data", data, "--set", "data.max_length=129")
-    bench.save(initial_state(bench.layout, 0), tmp_path / "zero")
+    pool.save(initial_state(pool.layout, 0), tmp_path / "zero")
     with pytest.raises(ConfigError, match="exactly the base"):
         _evaluate(tmp_path / "zero", "--data", data)
 
@@ -431,17 +431,17 @@ def test_adapter_of_another_model(folder: Path, tiny_gqa_model: Path, tmp_path: 
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside this checkout")
 @pytest.mark.parametrize(("name", "dev"), [("mmlu/test", "mmlu/dev"), ("ceval/val", "ceval/dev")])
-def test_shared_questions(bench: ModelPool, changed: Named, name: str, dev: str) -> None:
+def test_shared_questions(pool: ModelPool, changed: Named, name: str, dev: str) -> None:
     questions = read_choices(SHARED / f"{name}.jsonl")[:8]
     examples = read_choices(SHARED / f"{dev}.jsonl")
-    sheet = prepare(questions, bench.tokenizer, context=128, shots=2, examples=examples)
+    sheet = prepare(questions, pool.tokenizer, context=128, shots=2, examples=examples)
     assert sheet.short_of_shots == 0
     assert sheet.dropped_shots > 0
     assert {language_of(question.question) for question in questions} == {
         "zh" if "ceval" in name else "en"
     }
 
-    with bench.model(changed) as model:
+    with pool.model(changed) as model:
         marks = Marks.of(sheet, score(model, sheet, pad_token_id=0))
     assert len(marks.right) == 8
 

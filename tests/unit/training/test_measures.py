@@ -57,8 +57,8 @@ def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_pat
     (folder / "generation_config.json").write_text(json.dumps(settings))
     prompts = [f"The river {n} carries" for n in range(3)]
     wanted = [_greedy(tiny_model, prompt, 5) for prompt in prompts]
-    bench = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None)
-    assert bench.generate({}, prompts, max_new_tokens=5) == wanted
+    pool = ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None)
+    assert pool.generate({}, prompts, max_new_tokens=5) == wanted
     rows = [
         {"prompt": p, "completion": answer}
         for p, answer in zip(prompts, wanted, strict=True)
@@ -73,11 +73,11 @@ def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_pat
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_padding_and_batches_do_not_change_the_loss(tiny_gpt2_model: Path, batch_size: int) -> None:
-    bench = ModelPool(ModelConfig(name_or_path=str(tiny_gpt2_model), device="cpu"), None)
+    pool = ModelPool(ModelConfig(name_or_path=str(tiny_gpt2_model), device="cpu"), None)
     ids = [[1, *range(10, 10 + n)] for n in (2, 30, 7, 1, 18)]
     examples = [Example(row, [IGNORE_INDEX, *row[1:]]) for row in ids]
 
-    with bench.model({}) as model, torch.no_grad():
+    with pool.model({}) as model, torch.no_grad():
         found = heldout(model, examples, pad_token_id=0, batch_size=batch_size)
         sums = [
             float(model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss)

@@ -75,15 +75,13 @@ class Judge:
     """The public loss, and what it makes of a step."""
 
     config: AcceptConfig
-    bench: ModelPool
+    pool: ModelPool
     examples: Sequence[Example]
 
     def loss(self, state: Named) -> float:
         """Return the loss on public text, in nats per label token."""
-        with self.bench.model(state) as model:
-            return heldout(
-                model, self.examples, pad_token_id=self.bench.tokenizer.pad_token_id
-            ).loss
+        with self.pool.model(state) as model:
+            return heldout(model, self.examples, pad_token_id=self.pool.tokenizer.pad_token_id).loss
 
     def share(self, state: Named, moved: Callable[[float], Named]) -> tuple[float, float, float]:
         """Return the largest of 1, 1/2, 1/4, ... of a step that may be taken, or 0, and the loss

@@ -66,7 +66,7 @@ class FedCyBgdServer(SharedModelServer):
         self.lengths: list[float] = []
         """Root mean squares of the newest updates that counted, in the order of their visits."""
         self.sender = Sender(
-            self.config.download, self.ledger, context.seed, context.open_bench, self._cut
+            self.config.download, self.ledger, context.seed, context.open_pool, self._cut
         )
 
     # -- set-up -----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class FedCyBgdServer(SharedModelServer):
     @cached_property
     def _judge(self) -> Judge:
         accept = self.config.accept
-        return Judge(accept, self.context.open_bench(), self._sample("accept", accept.examples))
+        return Judge(accept, self.context.open_pool(), self._sample("accept", accept.examples))
 
     def _sample(self, purpose: str, count: int) -> list[Example]:
         order = generator(self.context.seed, "public", purpose)
@@ -132,34 +132,32 @@ class FedCyBgdServer(SharedModelServer):
     def _anatomy(self) -> Anatomy:
         config = self.config.download
         assert isinstance(config, ProxyDownload)
-        return Anatomy.of(self.context.open_bench().blank(), config.prune)
+        return Anatomy.of(self.context.open_pool().blank(), config.prune)
 
     @cached_property
     def _scores(self) -> Scores:
         """Scores of the base model on public text, so that a resumed run computes the same."""
-        bench = self.context.open_bench()
-        with bench.model(bench.base_state()) as model:
+        pool = self.context.open_pool()
+        with pool.model(pool.base_state()) as model:
             examples = self._sample("scores", CALIBRATION)
-            return measure(
-                model, self._anatomy, examples, pad_token_id=bench.tokenizer.pad_token_id
-            )
+            return measure(model, self._anatomy, examples, pad_token_id=pool.tokenizer.pad_token_id)
 
     def _cosine(self, index: int, visit: str) -> float:
         """Return the cosine of a block's gradient through the download to the exact one."""
-        bench = self.context.open_bench()
+        pool = self.context.open_pool()
         examples = self._sample("gate", self.config.gate.examples)
-        pad = bench.tokenizer.pad_token_id
+        pad = pool.tokenizer.pad_token_id
         names = self.parts.blocks[index].layout.names
         message = self.sender.message("", index, visit, {})
-        nobody = EmptyHolder(bench, self.context.seed)
+        nobody = EmptyHolder(pool, self.context.seed)
         received = receive(
             self.config.download, nobody, message, self.parts, codec=self.context.codec
         )
         assert received is not None, "everything was sent"
 
-        with bench.model(self.ledger.state) as model:
+        with pool.model(self.ledger.state) as model:
             exact = gradient(model, names, examples, pad)
-        with borrow(bench, received) as model:
+        with borrow(pool, received) as model:
             return cosine(exact, gradient(model, names, examples, pad))
 
     # -- a cycle ----------------------------------------------------------------------------------

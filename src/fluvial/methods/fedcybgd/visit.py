@@ -25,7 +25,7 @@ from fluvial.wire.payload import Payload, frame_payload
 
 @contextmanager
 def borrow(
-    bench: ModelPool,
+    pool: ModelPool,
     received: Received,
     *,
     trainable: Collection[str] = (),
@@ -36,25 +36,25 @@ def borrow(
     nothing else does."""
     # Copied, because it is trained in place.
     start = {
-        name: tensor.to(bench.outline.dtypes[name], copy=True)
+        name: tensor.to(pool.outline.dtypes[name], copy=True)
         for name, tensor in received.start.items()
     }
     frozen = received.rest.names - start.keys()
 
-    if not bench.full:
+    if not pool.full:
         rest = {name: received.rest.get(name) for name in frozen}
-        with bench.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
+        with pool.model(start | rest, trainable=trainable, checkpointing=checkpointing) as model:
             yield model
         return
 
-    model = bench.blank()
+    model = pool.blank()
     if received.manifest is not None:
         model = slim(model, received.manifest)
     if hold == "disk":
-        model = stream(model, received.rest, start, bench.device)
+        model = stream(model, received.rest, start, pool.device)
     else:
         fill(model, lambda name, _: start[name] if name in start else received.rest.get(name))
-        model.to(bench.device)
+        model.to(pool.device)
 
     for name, parameter in tuned_parameters(model).items():
         parameter.requires_grad_(name in trainable)
@@ -110,17 +110,17 @@ def _tuned(
     names: Sequence[str],
 ) -> TrainReport:
     """Train the parameters `names` of the received model, which is gone when this returns."""
-    bench = site.pool
+    pool = site.pool
     examples = site.load().train
     hold: Literal["memory", "disk"] = getattr(site.method, "hold", "memory")
     checkpointing = settings.gradient_checkpointing
 
-    with borrow(bench, received, trainable=names, hold=hold, checkpointing=checkpointing) as model:
+    with borrow(pool, received, trainable=names, hold=hold, checkpointing=checkpointing) as model:
         return train(
             model,
             examples,
             settings,
-            pad_token_id=bench.tokenizer.pad_token_id,
+            pad_token_id=pool.tokenizer.pad_token_id,
             generator=generator(
                 site.seed, *(("train", index) if visits > 1 else ("train",)), round, site.name
             ),

@@ -172,7 +172,7 @@ def test_mutated_messages_are_refused_or_bring_a_model(
     made.visit(1)
     made.move(0, 0, 0, 0, 2, 2, 3)
     made.ledger.commit(2, commit_of(made.ledger, 2, factor=0.5, weights=(3, 4)))
-    whole = dict(made.bench.layout.shapes)
+    whole = dict(made.pool.layout.shapes)
     message = made.send(2)
     draw = np.random.default_rng(len(form))
     outcomes = Counter[str]()

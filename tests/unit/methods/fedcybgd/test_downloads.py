@@ -40,7 +40,7 @@ def test_a_site_has_the_block_exactly_and_of_an_exact_form_the_rest_too(
         weights = made.weights
         block = made.parts.blocks[visited].layout
         assert equal(received.start, {name: weights[name] for name in block.names})
-        others = [name for name in made.bench.layout.names if name not in block.names]
+        others = [name for name in made.pool.layout.names if name not in block.names]
 
         if form in EXACT:
             assert equal(
@@ -63,7 +63,7 @@ def test_the_low_bit_rest_is_the_coded_matrices_and_the_exact_vectors(
     weights = made.weights
     sizes = 0
 
-    for name in made.bench.layout.names:
+    for name in made.pool.layout.names:
         if name in received.start:
             continue
 
@@ -96,7 +96,7 @@ def test_a_stale_subset_refreshes_the_share_that_was_asked_for_and_leaves_the_ba
             message = made.send(3)
             received = made.read(message, made.site())
             assert received is not None
-            base = made.bench.weights(made.bench.base_state())
+            base = made.pool.weights(made.pool.base_state())
             weights = made.weights
             fresh = []
 
@@ -162,7 +162,7 @@ def test_a_full_subset_is_the_full_download(scene: Callable[..., Scene]) -> None
         made.move(0, 2, 2)
     ours = stale.visit(1)
     theirs = full.visit(1)
-    names = [name for name in full.bench.layout.names if name not in theirs.start]
+    names = [name for name in full.pool.layout.names if name not in theirs.start]
     assert equal(ours.start, theirs.start)
     assert equal(rest_of(ours, names), rest_of(theirs, names))
 
@@ -175,9 +175,9 @@ def test_the_full_download_is_the_whole_model(scene: Callable[..., Scene]) -> No
     for kind, width in (("full", 4), ("bfloat16", 2)):
         made = scene("full", kind)
         block = made.parts.blocks[0].layout.numel
-        whole = made.bench.layout.numel
+        whole = made.pool.layout.numel
         values = 4 * block + width * (whole - block)
-        assert values < size(made.send(0)) < values + 200 * len(made.bench.layout.names)
+        assert values < size(made.send(0)) < values + 200 * len(made.pool.layout.names)
 
 
 def test_a_site_that_is_up_to_date_is_sent_no_weights_from_its_cache(
@@ -260,7 +260,7 @@ def test_who_holds_what_survives_a_restart(form: str, scene: Callable[..., Scene
     first = scene(form)
     first.move(0, 1)
     first.visit(1)
-    again = Sender(first.download, first.ledger, SEED, lambda: first.bench, first.plan)
+    again = Sender(first.download, first.ledger, SEED, lambda: first.pool, first.plan)
     again.restore(json.loads(json.dumps(first.sender.save())))
     first.move(0)
 

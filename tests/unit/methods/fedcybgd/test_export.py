@@ -42,7 +42,7 @@ def test_what_is_exported_and_measured_is_the_servers_store(
     played = stage.play(stage.table(4, FORMS[form]), to="result")
     model = AutoModelForCausalLM.from_pretrained(played.folder / "model")
     exported = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    assert not differ(exported, played.run.bench.weights(played.state))
+    assert not differ(exported, played.run.pool.weights(played.state))
     last = {name: tensor for name, tensor in watch[-1].before.items() if name in exported}
     others = last.keys() - watch[-1].trained
     assert any(

@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_is_never_accepted(
         def loss(self, state: Named) -> float:
             return after if state else before
 
-    judge = Told(AcceptConfig(on="public loss"), bench=None, examples=())  # type: ignore[arg-type]
+    judge = Told(AcceptConfig(on="public loss"), pool=None, examples=())  # type: ignore[arg-type]
     found, _, _ = judge.share({}, lambda _share: {"moved": torch.zeros(1)})
     assert found == share
 

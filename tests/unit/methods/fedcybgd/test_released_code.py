@@ -141,11 +141,11 @@ def test_a_visit_to_a_half_precision_model_sends_what_fp32_knows(stage: Stage) -
         rounds=1, model={"dtype": "bfloat16"}, train={"learning_rate": 1e-6, "max_steps": 10}
     )
     played = stage.play(table)
-    bench = played.run.bench
+    pool = played.run.pool
     names = [name for block in played.parts.blocks for name in block.layout.names]
     change = torch.cat([played.state[name].flatten() for name in names])
-    weights = bench.weights({name: played.state[name] for name in names})
-    base = bench.weights({name: torch.zeros_like(played.state[name]) for name in names})
+    weights = pool.weights({name: played.state[name] for name in names})
+    base = pool.weights({name: torch.zeros_like(played.state[name]) for name in names})
     absolute = torch.cat([(weights[n].bfloat16() != base[n].bfloat16()).flatten() for n in names])
     assert float((change != 0).float().mean()) > 0.99
     assert float(absolute.float().mean()) < 0.05

@@ -77,8 +77,8 @@ def layouts_of(parts: Partition) -> list[Layout]:
 def base_source(holder: Holder) -> Source:
     """Return the weights that a site has from the start: the base's files, or an adapter's initial
     factors."""
-    bench = holder.pool
-    return bench.base if bench.full else MemorySource(initial_state(bench.layout, holder.seed))
+    pool = holder.pool
+    return pool.base if pool.full else MemorySource(initial_state(pool.layout, holder.seed))
 
 
 class Overlay(Source):

@@ -41,14 +41,14 @@ class Sender:
         config: DownloadConfig,
         ledger: Ledger,
         seed: int,
-        bench: Callable[[], ModelPool],
+        open_pool: Callable[[], ModelPool],
         plan: Callable[[int, str], Manifest],
     ) -> None:
         """Take `plan(block, visit)`, which returns the manifest of a proxy."""
         self.config = config
         self.ledger = ledger
         self.seed = seed
-        self.bench = bench
+        self.open_pool = open_pool
         self.plan = plan
         self.parts: Partition = ledger.parts
         self.holds: dict[str, list[int]] = {}
@@ -102,7 +102,7 @@ class Sender:
         return self.parts.blocks[index].layout.names
 
     def _weights(self, names: Iterable[str]) -> Named:
-        return self.bench().weights({name: self.ledger.state[name] for name in names})
+        return self.open_pool().weights({name: self.ledger.state[name] for name in names})
 
     def _block(self, index: int) -> Named:
         return self._weights(self._names(index))
@@ -114,7 +114,7 @@ class Sender:
         )
 
     def _cast(self, weights: Named) -> Named:
-        kinds = self.bench().outline.dtypes
+        kinds = self.open_pool().outline.dtypes
         return {name: tensor.to(kinds[name]) for name, tensor in weights.items()}
 
     def _low_bit(
