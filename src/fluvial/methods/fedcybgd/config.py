@@ -8,7 +8,13 @@ from pydantic import Field
 
 from fluvial.methods.fedcybgd.blocks import Extra, Partition
 from fluvial.methods.fedcybgd.blocks import partition as partition_layout
-from fluvial.methods.fedcybgd.download import LOSSY, CacheDownload, DownloadConfig, ProxyDownload
+from fluvial.methods.fedcybgd.download import (
+    LOSSY,
+    CacheDownload,
+    DownloadConfig,
+    FullDownload,
+    ProxyDownload,
+)
 from fluvial.methods.fedcybgd.guards import AcceptConfig, GateConfig
 from fluvial.methods.fedcybgd.schedule import Order
 from fluvial.methods.interface import MethodSettings
@@ -110,6 +116,16 @@ class CentralCyclicConfig(MethodSettings):
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
     """Number of decoder layers in a block."""
+
+    @property
+    def download(self) -> FullDownload:
+        """Return the form of a download at the place of all data: everything, exact."""
+        return FullDownload()
+
+    @property
+    def hold(self) -> Literal["memory"]:
+        """Return the place of the blocks that are not trained."""
+        return "memory"
 
 
 Config = FedCyBgdConfig | CentralCyclicConfig

@@ -16,7 +16,7 @@ from fluvial.federation.bounds import rms, too_long
 from fluvial.federation.fleet import Failure, Fleet
 from fluvial.federation.replies import read_counted
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
-from fluvial.methods.fedcybgd.download import FullDownload, ProxyDownload
+from fluvial.methods.fedcybgd.download import ProxyDownload
 from fluvial.methods.fedcybgd.download.holder import EmptyHolder
 from fluvial.methods.fedcybgd.download.receive import receive
 from fluvial.methods.fedcybgd.download.send import Sender
@@ -56,7 +56,7 @@ class FedCyBgdServer(SharedModelServer):
         self.config = (
             config
             if isinstance(config, FedCyBgdConfig)
-            else FedCyBgdConfig(download=FullDownload())
+            else FedCyBgdConfig(download=config.download)
         )
         self.context = context
         self.order = config.order

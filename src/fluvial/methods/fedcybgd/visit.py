@@ -9,8 +9,7 @@ from torch import nn
 from fluvial.codecs import build
 from fluvial.exchange import STALE, coder_of, encode
 from fluvial.federation.sites import Site, round_of
-from fluvial.methods.fedcybgd.config import CentralCyclicConfig, partition
-from fluvial.methods.fedcybgd.download import FullDownload
+from fluvial.methods.fedcybgd.config import Config, partition
 from fluvial.methods.fedcybgd.download.holder import Received
 from fluvial.methods.fedcybgd.download.receive import receive
 from fluvial.methods.fedcybgd.proxy import slim
@@ -74,11 +73,10 @@ def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
 
 def visit(site: Site, message: Payload) -> Payload:
     """Train one block with the others frozen, and return its coded change."""
-    config = site.method
-    download = FullDownload() if isinstance(config, CentralCyclicConfig) else config.download
+    config: Config = site.method
     parts = partition(config, site.layout)
     index, round, visits, rate = _orders(site, message)
-    received = receive(download, site, message, parts, codec=site.codec)
+    received = receive(config.download, site, message, parts, codec=site.codec)
 
     if received is None:
         return STALE
@@ -86,7 +84,9 @@ def visit(site: Site, message: Payload) -> Payload:
     block = parts.blocks[index]
     examples = site.load().train
     settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * rate})
-    report = _tuned(site, received, settings, index, round, visits, block.layout.names)
+    report = _tuned(
+        site, received, settings, index, round, visits, block.layout.names, hold=config.hold
+    )
     update = report.weights
 
     for name, tensor in update.items():
@@ -108,11 +108,12 @@ def _tuned(
     round: int,
     visits: int,
     names: Sequence[str],
+    *,
+    hold: Literal["memory", "disk"],
 ) -> TrainReport:
     """Train the parameters `names` of the received model, which is gone when this returns."""
     pool = site.pool
     examples = site.load().train
-    hold: Literal["memory", "disk"] = getattr(site.method, "hold", "memory")
     checkpointing = settings.gradient_checkpointing
 
     with borrow(pool, received, trainable=names, hold=hold, checkpointing=checkpointing) as model:
