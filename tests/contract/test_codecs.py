@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from fluvial.codecs import CODECS, Codec, CodecConfig, build, entropy
+from fluvial.codecs import CODECS, Codec, CodecConfig, build, entropy, read_settings
 from fluvial.codecs.quantise import bf16, from_bf16
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, VERSION, seal
@@ -170,6 +170,12 @@ def test_empty_tensors_and_extreme_values(name: str) -> None:
     }
     codec = make(name, update, **({"rate": 2} if name in RATED else {}))
     codec.layout.check(codec.decode(codec.encode(update)), name)
+
+
+@pytest.mark.parametrize("name", [*CODECS, "auto"])
+def test_settings_say_how_long_a_fit_is(name: str) -> None:
+    codec = read_settings({"name": name})
+    assert codec.fit_iterations == codec.model_dump().get("iterations")
 
 
 def test_identity_is_exact_to_the_bit() -> None:

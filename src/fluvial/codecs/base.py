@@ -36,6 +36,11 @@ class CodecSettings(Settings):
     """Scaling of each LoRA factor by its partner before it is coded; it costs no byte."""
 
     @property
+    def fit_iterations(self) -> int | None:
+        """Number of iterations of the fit before round 1; None for a codec without any."""
+        return None
+
+    @property
     def without_bias(self) -> bool:
         """True where the mean over seeds of what is decoded is the update; the mean over sites then
         repays its error."""

@@ -160,8 +160,8 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
     if config.fleet.line is not None and config.entry.traits.sends != "codec":
         notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
 
-    iterations = getattr(config.coding, "iterations", None)
-    if iterations:
+    iterations = config.coding.fit_iterations
+    if iterations is not None:
         notes.append(
             f"the codec is trained for {iterations} iterations before the first "
             "round: minutes, on a CPU"

@@ -38,6 +38,11 @@ class CNNSettings(RateSettings):
     learning_rate: float = Field(1e-2, ge=1e-12, le=1)
     """Adam's learning rate at the start of the fit; it falls to 0 along half a cosine."""
 
+    @property
+    def fit_iterations(self) -> int:
+        """Return `iterations`."""
+        return self.iterations
+
 
 def is_b(name: str) -> bool:
     """Return whether a tensor is a B factor."""

@@ -72,6 +72,11 @@ class ResNetSettings(CodecSettings):
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
 
+    @property
+    def fit_iterations(self) -> int:
+        """Return `iterations`."""
+        return self.iterations
+
 
 @dataclass(frozen=True)
 class FrameBytes:

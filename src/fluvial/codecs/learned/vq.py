@@ -71,6 +71,11 @@ class VQSettings(RateSettings):
     """Lloyd steps of `fit`."""
 
     @property
+    def fit_iterations(self) -> int:
+        """Return `iterations`."""
+        return self.iterations
+
+    @property
     def width(self) -> int:
         """Values in a vector, whether it was set or not."""
         if self.dimension is not None:
