@@ -7,7 +7,9 @@ below zero.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
+
+from torch import Tensor
 
 from fluvial.codecs.base import Codec, Snapshot
 from fluvial.exchange.report import Errors, GateReport, shortcomings
@@ -26,6 +28,9 @@ from fluvial.wire.tensors import (
     subtract,
     zeros_like,
 )
+
+RankFactors = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Columns and rows of a change of rank 2r: (dB, B + dB), and (A, dA)."""
 
 
 def measure(
@@ -197,15 +202,19 @@ def _product_error(heldout: Sequence[Snapshot], guesses: Sequence[Named]) -> flo
             b = snapshot.received[name_b].double()
 
             def change(
-                update: Named, a: Any = a, b: Any = b, name_a: str = name_a, name_b: str = name_b
-            ) -> Any:
+                update: Named,
+                a: Tensor = a,
+                b: Tensor = b,
+                name_a: str = name_a,
+                name_b: str = name_b,
+            ) -> RankFactors:
                 d_b = update[name_b].double()
                 d_a = (
                     update[name_a].double() if name_a in update else a.new_zeros(a.shape)
                 )  # FFA freezes A
                 return (d_b, b + d_b), (a, d_a)
 
-            def product(left: Any, right: Any) -> float:
+            def product(left: RankFactors, right: RankFactors) -> float:
                 return float(
                     sum(
                         ((p.T @ q) * (x @ y.T)).sum()

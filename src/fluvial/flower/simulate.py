@@ -6,12 +6,14 @@ import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from fluvial.data import POOLED
 from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import concurrency
 from fluvial.flower import QUIET
+from fluvial.methods.measuring import Texts
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event, execute
 
@@ -50,7 +52,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:  # noqa: ARG001
-        def assemble(each: RunConfig, _: object, pool: Any, texts: Any) -> Fleet:
+        def assemble(each: RunConfig, _: object, pool: ModelPool, texts: Texts) -> Fleet:
             names = (POOLED,) if each.entry.traits.pooled else texts.names
             # Every site is there; the first answer takes as long as the libraries take to load.
             return flower_fleet(
@@ -77,9 +79,12 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
             allow=allow,
         )
 
-    workers = config.fleet.workers if config.fleet.workers != "auto" else (os.cpu_count() or 1)
-    backend: Any = {
-        "init_args": {"num_cpus": workers, "log_to_driver": False, "include_dashboard": False},
+    backend: dict[str, dict[str, float]] = {
+        "init_args": {
+            "num_cpus": concurrency(config.fleet),
+            "log_to_driver": False,
+            "include_dashboard": False,
+        },
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
     }
     runner = threading.Thread(
