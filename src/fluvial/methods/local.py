@@ -25,7 +25,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.measuring import ask_heldout
 from fluvial.methods.planning import uncoded
-from fluvial.methods.traffic import FULL_LOSS, MOST_SAMPLES, SHORT_LOSS, Traffic, envelope
+from fluvial.methods.traffic import FULL_LOSS, PREDICTED_SAMPLES, SHORT_LOSS, Traffic, envelope
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import add
@@ -107,7 +107,7 @@ def plan(config: LocalConfig, given: Given) -> Plan:  # noqa: ARG001 - no settin
         values: dict[str, dict[str, Value]] = {
             "down": {"round": round},
             "short": {"n": 1, "loss": SHORT_LOSS},
-            "long": {"n": MOST_SAMPLES, "loss": FULL_LOSS},
+            "long": {"n": PREDICTED_SAMPLES, "loss": FULL_LOSS},
         }
         return Traffic(
             down=envelope(values["down"], frame=False),

@@ -16,7 +16,7 @@ SHORT_LOSS = 1.5
 LONG_LOSS = 1.23456e-05
 FULL_LOSS = 1.2345678901234567e-05
 """A loss of as many digits as a float can have."""
-MOST_SAMPLES = 10**7
+PREDICTED_SAMPLES = 10**7
 """Sequences of a site up to which a prediction holds."""
 CODED = 0.01
 """Share by which the frame of a random update may differ in length from that of a real one."""
@@ -90,7 +90,7 @@ def envelope(*values: Mapping[str, Value], frame: bool = True) -> Bytes:
 def answer(*, error: bool = False, loss: float = LONG_LOSS, **values: Value) -> Bytes:
     """Return the bytes around the frame of an update: sample count, loss, error of the codec."""
     short: dict[str, Value] = {"n": 1, "loss": SHORT_LOSS}
-    long: dict[str, Value] = {"n": MOST_SAMPLES, "loss": loss}
+    long: dict[str, Value] = {"n": PREDICTED_SAMPLES, "loss": loss}
     if error:
         short["e"] = 0.5
         long["e"] = LONG_LOSS
