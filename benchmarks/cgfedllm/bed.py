@@ -18,7 +18,7 @@ from fluvial.codecs import CODECS, build
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.data import SiteTexts
 from fluvial.errors import DivergenceError, FluvialError, GateError
-from fluvial.exchange import TgapConfig, collecting, gate
+from fluvial.exchange import Terms, TgapConfig, collecting, gate
 from fluvial.exchange.report import GateReport
 from fluvial.exchange.representation import Representation, coded_object
 from fluvial.exchange.tgap import split_by_time
@@ -175,7 +175,9 @@ def ensemble(
             resolved, place, pool, SiteTexts(resolved.data, pool.tokenizer, seed=resolved.seed)
         )
         fleet = (
-            run.fleet if source == "sites" else collecting.simulated_fleet(settings, run.context)
+            run.fleet
+            if source == "sites"
+            else collecting.simulated_fleet(Terms(settings), run.context)
         )
         snapshots = collecting.collect(settings, fleet, pool.layout, seed)
 

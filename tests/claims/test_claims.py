@@ -13,7 +13,7 @@ from fluvial.codecs.klt.codec import Klt
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNet, ResNetSettings
 from fluvial.data import SiteTexts
-from fluvial.exchange import TgapConfig, collecting, gate
+from fluvial.exchange import Terms, TgapConfig, collecting, gate
 from fluvial.exchange.tgap import split_by_time
 from fluvial.methods import Context
 from fluvial.models.pool import ModelPool
@@ -51,7 +51,7 @@ def snapshots(
     )
     chosen = TgapConfig.model_validate(settings)
     found = collecting.collect(
-        chosen, collecting.simulated_fleet(chosen, context), pool.layout, config.seed
+        chosen, collecting.simulated_fleet(Terms(chosen), context), pool.layout, config.seed
     )
 
     return (pool.layout, *split_by_time(found, 0.2))

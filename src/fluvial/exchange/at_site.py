@@ -130,19 +130,11 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
 
     def snapshot(site: Site, message: Payload) -> Payload:
         """Train on D1, and send or keep the raw update."""
-        terms = make_terms(site.method, site.codec)
-        return tgap_tasks.snapshot(
-            site,
-            message,
-            tgap=terms.tgap,
-            factors=terms.factors,
-            representation=terms.representation,
-        )
+        return tgap_tasks.snapshot(site, message, make_terms(site.method, site.codec))
 
     def probe(site: Site, message: Payload) -> Payload:
         """Measure a codec on the held-out updates."""
-        representation = make_terms(site.method, site.codec).representation
-        return tgap_tasks.probe(site, message, representation=representation)
+        return tgap_tasks.probe(site, message, make_terms(site.method, site.codec))
 
     return {
         "train": train,

@@ -10,14 +10,14 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import SiteData
 from fluvial.errors import ConfigError
 from fluvial.exchange.gathering import Gathering, Readable, to_all
-from fluvial.exchange.representation import Representation
+from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import TgapConfig
 from fluvial.exchange.tgap_tasks import snapshot
 from fluvial.federation.context import Context
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.replies import nothing, read_update
-from fluvial.federation.sites import Factors, Site, adapter_message
+from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
@@ -101,17 +101,12 @@ def collect(
     return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
 
 
-def simulated_fleet(
-    config: TgapConfig,
-    context: Context,
-    *,
-    factors: Factors = "A and B",
-    representation: Representation = "delta",
-) -> Fleet:
+def simulated_fleet(terms: Terms, context: Context) -> Fleet:
     """Return sites that the server simulates on public text.
 
     Raises `ConfigError` where there are fewer than two records.
     """
+    config = terms.tgap
     examples = context.public()
     names = sorted(examples)[: config.simulated_sites]
 
@@ -137,5 +132,5 @@ def simulated_fleet(
             rounds=config.rounds,
         )
 
-    task = partial(snapshot, tgap=config, factors=factors, representation=representation)
+    task = partial(snapshot, terms=terms)
     return local_fleet(names, open_site, {"snapshot": task})

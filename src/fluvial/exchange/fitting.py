@@ -156,9 +156,7 @@ def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
 
     ensemble = fleet
     if config.source == "public":
-        ensemble = collecting.simulated_fleet(
-            config, context, factors=terms.factors, representation=terms.representation
-        )
+        ensemble = collecting.simulated_fleet(terms, context)
 
     snapshots = collecting.collect(config, ensemble, context.layout, context.seed, sent=layout)
     training, heldout = split_by_time(snapshots, config.holdout)

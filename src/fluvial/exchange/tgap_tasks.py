@@ -8,26 +8,21 @@ from fluvial.codecs.klt.moments import Moments
 from fluvial.codecs.quantise import Identity
 from fluvial.errors import WireError
 from fluvial.exchange.probe import Probe
-from fluvial.exchange.representation import Representation, coded_object
-from fluvial.exchange.tgap import TgapConfig, d1_of
+from fluvial.exchange.representation import coded_object
+from fluvial.exchange.terms import Terms
+from fluvial.exchange.tgap import d1_of
 from fluvial.exchange.versions import install_codec, site_codec
-from fluvial.federation.sites import Factors, Site, read_adapter_message, train_locally
+from fluvial.federation.sites import Site, read_adapter_message, train_locally
 from fluvial.wire.payload import Payload, frame_payload, join, split
 from fluvial.wire.tensors import Layout, moved
 
 
-def snapshot(
-    site: Site,
-    message: Payload,
-    *,
-    tgap: TgapConfig,
-    factors: Factors,
-    representation: Representation,
-) -> Payload:
+def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
     """Train on D1 and send the raw update, or keep what is asked for later.
 
     With reading "local" the site goes on from its own adapter.
     """
+    tgap = terms.tgap
     round = message.whole("round", 1, tgap.rounds)
     received = read_adapter_message(message, site.layout)
 
@@ -37,32 +32,33 @@ def snapshot(
     data = site.load().train
     examples = data if tgap.source == "public" else d1_of(data, tgap.share)
     update, report = train_locally(
-        site, received, round, examples=examples, factors=factors, purpose="tgap"
+        site, received, round, examples=examples, factors=terms.factors, purpose="tgap"
     )
 
     if tgap.reading == "local":
         site.keep("tgap", Payload(moved(received, update)))
     if tgap.source == "sites-covariance":
-        _remember(site, Snapshot(site.name, round, received, update), tgap, representation)
+        _remember(site, Snapshot(site.name, round, received, update), terms)
         return Payload()
 
     raw = Identity.of(Layout.of(update)).encode(update, round=round)
     return frame_payload(raw, n=len(examples), loss=report.loss)
 
 
-def _remember(site: Site, new: Snapshot, tgap: TgapConfig, representation: Representation) -> None:
+def _remember(site: Site, new: Snapshot, terms: Terms) -> None:
     """Keep the moments of a snapshot that the fit sees, or a held-out one as it is."""
-    if new.round > tgap.training_rounds:
+    training_rounds = terms.tgap.training_rounds
+    if new.round > training_rounds:
         earlier = split_snapshots(site.recall("heldout"), site.name)
         site.keep("heldout", join_snapshots([*earlier, new]))
         return
 
     layout = Layout.of(new.update)
-    moments = Moments.of(layout, coded_object(new.received, new.update, representation))
+    moments = Moments.of(layout, coded_object(new.received, new.update, terms.representation))
     before = site.recall("moments")
 
     if before.values:
-        moments = Moments.read(layout, before, most=tgap.training_rounds) + moments
+        moments = Moments.read(layout, before, most=training_rounds) + moments
 
     site.keep("moments", moments.payload())
 
@@ -76,7 +72,7 @@ def send_moments(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - it 
     return moments
 
 
-def probe(site: Site, message: Payload, *, representation: Representation) -> Payload:
+def probe(site: Site, message: Payload, terms: Terms) -> Payload:
     """Install a codec, and measure it on the held-out snapshots, which stay here."""
     if must_learn(site.codec):
         install_codec(site, message)
@@ -86,7 +82,7 @@ def probe(site: Site, message: Payload, *, representation: Representation) -> Pa
         raise WireError(f"site {site.name!r} holds no snapshots to measure a codec on")
 
     codec = site_codec(site, Layout.of(heldout[0].update))
-    return Probe.of(codec, heldout, representation).payload()
+    return Probe.of(codec, heldout, terms.representation).payload()
 
 
 def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:
