@@ -7,7 +7,14 @@ which `shared` makes a task of. It sees no payload, frame or codec.
 from fluvial.exchange.at_site import LocalUpdate, encode, receive_exchange, shared, shared_tasks
 from fluvial.exchange.checks import check_codec
 from fluvial.exchange.exchange import Exchange, Rule, Update
-from fluvial.exchange.gathering import STALE, Gathering, Readable, is_stale, to_all
+from fluvial.exchange.gathering import (
+    STALE,
+    Gathering,
+    Readable,
+    ask_stale_again,
+    is_stale,
+    to_all,
+)
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
 from fluvial.exchange.uplink import coder_of
@@ -24,6 +31,7 @@ __all__ = [
     "Terms",
     "TgapConfig",
     "Update",
+    "ask_stale_again",
     "check_codec",
     "coder_of",
     "encode",

@@ -5,6 +5,7 @@ Every method that folds one reply from each site gathers them here, whatever the
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from fluvial.errors import WireError
@@ -44,6 +45,55 @@ def to_all(sites: Sequence[str], message: Payload) -> dict[str, Payload]:
     return dict.fromkeys(sites, message)
 
 
+def ask_stale_again(
+    fleet: Fleet,
+    task: str,
+    sites: Sequence[str],
+    *,
+    round: int,
+    messages: Callable[[Sequence[str]], Mapping[str, Payload]],
+    read: Callable[[str, Payload], T],
+    forget: Callable[[Sequence[str]], None],
+) -> Iterator[tuple[str, T]]:
+    """Ask `sites`, and yield each that answered, with what `read` made of its reply.
+
+    Those that are stale are given to `forget` and asked once more; one that still is has failed.
+    The quorum is the caller's.
+    """
+    waiting = list(sites)
+
+    for again in (False, True):
+        stale = []
+        for reply in fleet.ask(
+            task,
+            messages(waiting),
+            round=round,
+            read=partial(_read_unless_stale, read, again),
+            alone=False,
+        ):
+            if reply.content is None:
+                stale.append(reply.site)
+            else:
+                yield reply.site, reply.content
+
+        if not stale:
+            return
+
+        waiting = sorted(stale)
+        forget(waiting)
+
+
+def _read_unless_stale(
+    read: Callable[[str, Payload], T], again: bool, site: str, reply: Payload
+) -> T | None:
+    """Return what `read` makes of a reply, None for a stale one the first time."""
+    if not is_stale(reply):
+        return read(site, reply)
+    if again:
+        raise WireError("the site cannot follow even after everything was sent again")
+    return None
+
+
 def _ignore(_sites: Sequence[str]) -> None:
     """Forget nothing."""
 
@@ -79,23 +129,17 @@ class Gathering(Generic[T]):
         replies: BoundedReplies[T] = BoundedReplies(
             self.fleet, self.task, self.round, asked=len(cohort)
         )
-        waiting = list(cohort)
-
-        for again in (False, True):
-            stale = []
-            for site, content in self._ask(waiting, again=again):
-                if content is None:
-                    stale.append(site)
-                    continue
-
-                self.answered(site)
-                yield from replies.add(site, content.length, content.weight, content.content)
-
-            if not stale:
-                break
-
-            waiting = sorted(stale)
-            self.forget(waiting)
+        for site, reply in ask_stale_again(
+            self.fleet,
+            self.task,
+            cohort,
+            round=self.round,
+            messages=self.messages,
+            read=self.read,
+            forget=self.forget,
+        ):
+            self.answered(site)
+            yield from replies.add(site, reply.length, reply.weight, reply.content)
 
         yield from replies.close()
         self.clipped = replies.clipped
@@ -103,19 +147,3 @@ class Gathering(Generic[T]):
     def metrics(self) -> Metrics:
         """Return the sites whose weight was lowered, where there are any; after the last reply."""
         return {"clipped": self.clipped} if self.clipped else {}
-
-    def _ask(
-        self, sites: Sequence[str], *, again: bool
-    ) -> Iterator[tuple[str, Readable[T] | None]]:
-        """Yield each site with its reply, None for a stale one."""
-
-        def read(site: str, reply: Payload) -> Readable[T] | None:
-            if not is_stale(reply):
-                return self.read(site, reply)
-            if again:
-                raise WireError("the site cannot follow even after everything was sent again")
-            return None
-
-        messages = self.messages(sites)
-        for reply in self.fleet.ask(self.task, messages, round=self.round, read=read, alone=False):
-            yield reply.site, reply.content

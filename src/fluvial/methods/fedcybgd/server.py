@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -10,7 +10,7 @@ import torch
 from fluvial.codecs import build
 from fluvial.data import Example
 from fluvial.errors import GateError, WireError
-from fluvial.exchange import is_stale
+from fluvial.exchange import ask_stale_again
 from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.bounds import rms, too_long
 from fluvial.federation.fleet import Failure, Fleet
@@ -229,53 +229,48 @@ class FedCyBgdServer(SharedModelServer):
     def _ask(self, number: int, fleet: Fleet, group: Sequence[Visit]) -> list[Answer]:
         """Ask the sites of a group and return the answers in the order of its visits; a site
         that cannot follow is sent everything, once."""
-        waiting = list(group)
+        asked: dict[str, Visit] = {}
         answers = dict[str, Answer]()
         lengths = dict[str, float]()
 
-        for attempt in ("first", "again"):
-            messages = {
-                visit.site: self.sender.message(
-                    visit.site, visit.block, visit.name, self._values(number)
-                )
-                for visit in waiting
+        def messages(sites: Sequence[str]) -> dict[str, Payload]:
+            asked.clear()
+            asked.update((visit.name, visit) for visit in group if visit.site in sites)
+            values = self._values(number)
+            return {
+                visit.site: self.sender.message(visit.site, visit.block, visit.name, values)
+                for visit in asked.values()
             }
-            read = partial(
-                self._read,
-                number,
-                {visit.name: visit for visit in waiting},
-                again=attempt == "again",
-            )
-            stale = set()
 
-            for reply in fleet.ask("visit", messages, round=number, read=read, alone=False):
-                if reply.content is None:
-                    stale.add(reply.site)
-                    self.sender.forget(reply.site)
-                    continue
+        def forget(sites: Sequence[str]) -> None:
+            for site in sites:
+                self.sender.forget(site)
 
-                if reply.content.visit.site != reply.site:
-                    logger.warning(
-                        "site %s answered for %s; dropped", reply.site, reply.content.visit.site
-                    )
-                    self.sender.forget(reply.site)
-                    continue
+        for site, answer in ask_stale_again(
+            fleet,
+            "visit",
+            [visit.site for visit in group],
+            round=number,
+            messages=messages,
+            read=partial(self._read, number, asked),
+            forget=forget,
+        ):
+            if answer.visit.site != site:
+                logger.warning("site %s answered for %s; dropped", site, answer.visit.site)
+                self.sender.forget(site)
+                continue
 
-                length = rms(reply.content.update)
-                reason = too_long(length, self.lengths, fleet.config.max_update_growth)
-                if reason is not None:
-                    fleet.reject(Failure(reply.site, number, "visit", reason, 0))
-                    self.sender.forget(reply.site)
-                    continue
+            length = rms(answer.update)
+            reason = too_long(length, self.lengths, fleet.config.max_update_growth)
+            if reason is not None:
+                fleet.reject(Failure(site, number, "visit", reason, 0))
+                self.sender.forget(site)
+                continue
 
-                self.sender.acknowledge(reply.site)
-                if self.ledger.claim(reply.content.visit.name, number):
-                    answers[reply.content.visit.name] = reply.content
-                    lengths[reply.content.visit.name] = length
-
-            waiting = [visit for visit in waiting if visit.site in stale]
-            if not waiting:
-                break
+            self.sender.acknowledge(site)
+            if self.ledger.claim(answer.visit.name, number):
+                answers[answer.visit.name] = answer
+                lengths[answer.visit.name] = length
 
         ordered = [answers[visit.name] for visit in group if visit.name in answers]
         self.lengths = [*self.lengths, *(lengths[answer.visit.name] for answer in ordered)][
@@ -290,22 +285,12 @@ class FedCyBgdServer(SharedModelServer):
         rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
         return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
 
-    def _read(
-        self, number: int, expected: dict[str, Visit], _site: str, reply: Payload, *, again: bool
-    ) -> Answer | None:
-        if is_stale(reply):
-            if again:
-                raise WireError(
-                    "visit: the site cannot follow even after everything was sent again"
-                )
-
-            return None
-
+    def _read(self, number: int, asked: Mapping[str, Visit], _site: str, reply: Payload) -> Answer:
         name = reply.value("visit", str)
-        if name not in expected:
+        if name not in asked:
             raise WireError(f"visit: answer to {name!r:.40}, which was not asked")
 
-        visit = expected[name]
+        visit = asked[name]
         decode = partial(self.codecs[visit.block].decode, round=number)
         update, samples, loss = read_counted(reply, decode, self.context.train, extra=("visit",))
 
