@@ -104,8 +104,8 @@ def loss() -> str:
         [
             f"{rounds} rounds of {steps} steps on 8 sites. *Gain kept* is the share of the "
             "uncompressed run's fall of "
-            "loss. *Ratio* is of the frames of a round, *amortised* of all bytes both ways with "
-            "set-up. The learning "
+            "loss. *Ratio* is of the frames of a round, *amortised* of all bytes, up and down, "
+            "with set-up. The learning "
             "rate is the same for all and tuned for none.",
             table(rows),
             "Claims of the benchmark:",

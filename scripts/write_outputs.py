@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 96
-LONGEST = 46
-"""Lines that are shown of one command; the rest is counted."""
+LONGEST = 34
+"""Largest number of lines of one command; further lines are only counted."""
 COMMANDS = (
     ("check", "configs/quickstart.toml"),
     ("preview", "configs/quickstart.toml", "--site", "email", "--count", "1"),

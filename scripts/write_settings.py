@@ -59,8 +59,8 @@ class Page:
         self.schema = root.model_json_schema()
         self.definitions = self.schema.get("$defs", {})
         self.home: dict[str, str] = {}
-        """The place at which a table is told of that may stand at several: that of the fewest
-        names."""
+        """The place that describes a table which stands at several places: the one with the
+        fewest names."""
 
         for place, found in self._places(self.schema, ""):
             what = json.dumps(found)
@@ -68,7 +68,7 @@ class Page:
                 self.home.get(what, place), place, key=lambda each: each.count(".")
             )
 
-        self.told = set[str]()
+        self.described = set[str]()
 
     def sections(self) -> Iterator[str]:
         """Yield the top level, then every table below it."""
@@ -89,7 +89,7 @@ class Page:
     def _table(
         self, schema: dict[str, Any], place: str, but: frozenset[str] = frozenset()
     ) -> Iterator[str]:
-        """Yield a table's own keys as rows, then its tables; `but` were told of before."""
+        """Yield a table's own keys as rows, then its tables; `but` were described before."""
         fields = {
             key: field for key, field in schema.get("properties", {}).items() if key not in but
         }
@@ -109,14 +109,14 @@ class Page:
             words = _sentence(fields[key]) or (_sentence(found[0]) if len(found) == 1 else "")
             what = json.dumps(found)
             home = self.home[what]
-            here = home == inner and what not in self.told
+            here = home == inner and what not in self.described
 
             if not here:
                 words = f"{words} See `[{home}]`.".lstrip()
 
             yield f"### `[{inner}]`\n\n{words}".rstrip()
             if here:
-                self.told.add(what)
+                self.described.add(what)
                 yield from (
                     self._table(found[0], inner) if len(found) == 1 else self._union(found, inner)
                 )

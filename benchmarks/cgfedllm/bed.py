@@ -46,8 +46,8 @@ class Corpus:
     folder: str | None = None
     """Below `SHARED`, with train.jsonl; None is Python's standard library."""
     public: str | None = "tinystories"
-    """Below `SHARED`: what nobody owns, for TGAP on public text; the standard library brings its
-    own."""
+    """Below `SHARED`: text that no site owns, for TGAP on public text; the standard library
+    has its own."""
     data: Table = field(default_factory=dict)
     """Further settings of the `data` table."""
 
@@ -329,7 +329,7 @@ def label(table: Table) -> str:
 
 @contextmanager
 def workers(processes: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Yield processes of one thread, as many as there are cores unless told.
+    """Yield processes of one thread, as many as there are cores unless a number is given.
 
     Two sites in threads of one process share its interpreter, which small models keep busier than
     the tensors.

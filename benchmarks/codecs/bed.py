@@ -1,8 +1,9 @@
 """Cells and contenders of the benchmarks of codecs, and one run of a contender.
 
-A cell is a corpus with a model. A contender is a codec, a scheme or a pair of codecs for both ways,
-at one rate. Runs are kept in a file of JSON lines under the hash of their resolved configuration,
-so that an interrupted benchmark goes on where it was and several processes share the work.
+A cell is a corpus with a model. A contender is a codec, a scheme or a pair of codecs for both
+directions, at one rate. Runs are kept in a file of JSON lines under the hash of their resolved
+configuration, so that an interrupted benchmark continues where it was and several processes share
+the work.
 """
 
 import json

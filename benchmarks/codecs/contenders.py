@@ -24,8 +24,9 @@ class Contender:
 
     name: str
     role: Role
-    """"published" is a scheme as its authors ship it, both ways; "assembled" is another's codec in
-    our FedAvg, with error feedback where it is biased, which is stronger than it was published."""
+    """"published" is a scheme as its authors ship it, in both directions; "assembled" is
+    another's codec in our FedAvg, with error feedback where it is biased, which is stronger than
+    it was published."""
     codec: Table | None = None
     downlink: Table | None = None
     method: Table = field(default_factory=lambda: {"name": "fedavg"})
@@ -177,7 +178,7 @@ def resolve(
 def possible(
     contenders: Sequence[Contender], skip: Callable[[str], None], bed: Bed
 ) -> list[Contender]:
-    """Return the contenders that the package can be configured for; each of the others is told to
+    """Return the contenders that the package can be configured for; each other one is given to
     `skip`."""
     found = []
     for contender in contenders:

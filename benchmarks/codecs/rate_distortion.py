@@ -249,7 +249,7 @@ def claims(gained: Sequence[Row]) -> list[Claim]:
 
 
 def available(report: Report) -> tuple[dict[str, Table], list[Table]]:
-    """Return the codecs that the package has; each of the others is told to the report."""
+    """Return the codecs that the package has; each of the others is written to the report."""
     rated = {name: table for name, table in RATED.items() if table["name"] in CODECS}
     fixed = [table for table in FIXED if table["name"] in CODECS]
     missing = {table["name"] for table in (*RATED.values(), *FIXED)} - set(CODECS)

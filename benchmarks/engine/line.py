@@ -1,6 +1,6 @@
 """A slow line between a server and its sites, on one machine.
 
-Server and sites live in network namespaces of their own, joined by TUN devices; a process between
+Server and sites run in network namespaces of their own, joined by TUN devices; a process between
 them holds every IP packet back as a line of that rate and delay would, and drops some. So the
 kernel's TCP at both ends sees the line, with its own windows, retransmissions and acknowledgements.
 This stands in for `tc netem`, which not every kernel has (it needs CONFIG_NET_SCH_NETEM); queue and

@@ -35,7 +35,7 @@ def rows(
     """Yield rounds without the line, then over each line; a prediction uses of the measured only
     what has no line.
 
-    What is not reached before `ends` (of `time.monotonic`) is told as a sentence.
+    What is not reached before `ends` (of `time.monotonic`) is reported as a sentence.
     """
     environment = environment_of(folder)
     names = names_of(sites)

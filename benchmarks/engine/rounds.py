@@ -116,7 +116,7 @@ def has_nvflare(python: str) -> bool:
 def rounds_part(
     groups: list[list[Cell]], report: Report, *, python: str, ends: float
 ) -> Iterator[Row]:
-    """Rows as they are measured; what is not reached, or fails, is told."""
+    """Rows as they are measured; what is not reached, or fails, is reported."""
     for number, cells in enumerate(groups):
         left = list(cells)
         with tempfile.TemporaryDirectory(

@@ -1,4 +1,4 @@
-"""What one site can do to everybody's run: nothing but fail, whatever it answers, in every
+"""What one site can do to a run of all sites: nothing but fail, whatever it answers, in every
 method."""
 
 import json
@@ -178,7 +178,7 @@ def _model(server: Any) -> bytes:
 
 
 def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
-    """Each value and each tensor of each reply is forged in every way; the run goes on as if the
+    """Each value and each tensor of each reply is forged in every way; the run continues as if the
     site were silent."""
     silent: dict[tuple[str, int], Any] = {}
     tried = 0

@@ -103,7 +103,7 @@ def _refusal(kind: type[Settings], name: str, found: Any) -> str | None:
     return None
 
 
-def test_all_faults_of_a_file_are_told_at_once() -> None:
+def test_all_faults_of_a_file_are_reported_at_once() -> None:
     table = {
         "ronds": 3,
         "rounds": "2",
@@ -135,8 +135,8 @@ def test_all_faults_of_a_file_are_told_at_once() -> None:
         "train.bf16 = 1: must be true or false",
         "codec.rate = 0.5: must be a number from 1 to",
         "downlink.name='klt' must be learned",
-        "downlink.error_feedback: the way down",
-        "downlink.weighted: both ends",
+        "downlink.error_feedback: the downlink always",
+        "downlink.weighted: only the uplink",
         'fleet.workers = 0: must be an integer from 1 to 1024 or "auto"',
         "fleet.quorum: without effect under on_failure='stop'",
         "fleet.retries: without effect",

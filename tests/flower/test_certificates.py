@@ -1,5 +1,5 @@
-"""Certificates of a deployment: the company's own, those made here, and what an operator is told of
-them."""
+"""Certificates of a deployment: the company's own, those made here, and what an operator reads
+about them."""
 
 import email.utils
 import fcntl
@@ -118,7 +118,7 @@ def test_a_renewed_certificate_holds_for_the_sites_as_they_are(tmp_path: Path) -
         server_operator.renew(tmp_path / "open")
 
 
-def test_flowers_programs_call_nobody_and_keep_few_arenas(
+def test_flowers_programs_open_no_other_connection_and_keep_few_arenas(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "1")

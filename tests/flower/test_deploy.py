@@ -55,7 +55,7 @@ def first_column(text: str) -> set[str]:
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
 
 
-# -- the walk ------------------------------------------------------------------------------------
+# -- the steps of docs/deploy.md -----------------------------------------------------------------
 
 
 @dataclass
@@ -380,7 +380,7 @@ def test_the_image_is_built_from_a_pinned_base_by_known_instructions() -> None:
     )
 
 
-def test_the_image_runs_as_nobody_in_particular() -> None:
+def test_the_image_runs_as_any_user() -> None:
     names = [name for name, _ in _instructions()]
     users = [words for name, words in _instructions() if name == "USER"]
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", users[-1])
@@ -433,7 +433,7 @@ def test_services_of_the_compose_file_are_locked_down() -> None:
         assert service["command"][2] in {volume.split("/")[-1] for volume in service["volumes"]}
         _command_exists(service["command"])
 
-    assert "ports" not in composed["services"]["site"], "nobody connects to a site"
+    assert "ports" not in composed["services"]["site"], "no process connects to a site"
     built = re.search(r"docker build .* -t fluvial:(\S+)", (DEPLOY / "Dockerfile").read_text())
     assert built is not None
     assert built[1] == __version__

@@ -150,7 +150,7 @@ class Lab:
         self._died: dict[str, float] = {}
 
     def mend(self) -> None:
-        """Everybody is there again, and nothing is armed."""
+        """Every process runs again, and no fault is armed."""
         self.moments.clear()
         whole = True
 
@@ -330,7 +330,7 @@ def test_supernode_killed_and_the_quorum_goes_on(
 def test_server_app_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The process of the run itself; its folder goes on with `submit --resume`."""
+    """The process of the run itself; its folder continues with `submit --resume`."""
     lab.moments.arm(SERVER_MOMENTS[when])
     out = tmp_path / f"serverapp-{when}"
     run = lab.deployed.submit(table, out)

@@ -72,7 +72,7 @@ class FakeGrid:
     """A site whose reply is shown before it is there; whoever asks for it waits."""
     there: threading.Event = field(default_factory=threading.Event)
     whole: bool = False
-    """Whether `answer` hears greetings too."""
+    """Whether `answer` receives greetings too."""
     known: bool = True
     """Whether sites say that they answered before."""
 
@@ -397,7 +397,7 @@ def test_retry_waits_for_a_site_that_went(stand: Stand) -> None:
     assert {each.reason for each in fleet.failures} == {"is not connected"}
 
 
-def test_replies_nobody_waits_for_change_nothing(stand: Stand) -> None:
+def test_replies_that_are_not_awaited_change_nothing(stand: Stand) -> None:
     fleet, grid = stand(echo)
     met(fleet)
     kept: list[Message] = []
@@ -427,7 +427,7 @@ def test_a_node_that_flower_takes_nothing_for_is_a_failure_of_its_site(stand: St
     assert fleet.failures[0].site == "south"
 
 
-def test_a_reply_that_is_being_uploaded_holds_up_nobody_else(
+def test_a_reply_that_is_being_uploaded_delays_no_other_site(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fluvial.flower.inbox, "_STUCK_S", 0.05)

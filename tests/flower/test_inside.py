@@ -115,7 +115,7 @@ def test_a_reply_is_fetched_when_its_last_part_is_there() -> None:
     assert sorted(asked[3:]) == ["a", "b"]
 
 
-def test_replies_whose_last_part_overtook_another_hold_up_nobody(
+def test_replies_whose_last_part_overtook_another_delay_no_site(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fluvial.flower.inbox, "_OBJECT_S", 0.2)
@@ -263,7 +263,7 @@ def test_a_message_that_the_supernode_dropped_gives_way_to_the_next(coming: Mess
     assert tasks.next() == "the next"
 
 
-def test_a_message_that_nobody_waits_for_any_more_is_given_up(coming: Message) -> None:
+def test_a_message_that_is_not_awaited_any_more_is_given_up(coming: Message) -> None:
     from fluvial.flower.executor import Tasks, pull
 
     coming.metadata.ttl = 0.05

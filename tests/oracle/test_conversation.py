@@ -1,4 +1,4 @@
-"""A task that talks gives bitwise what the same computation gives in one task."""
+"""A conversation gives, to the bit, the result of the same computation in one task."""
 
 from typing import Any, cast
 

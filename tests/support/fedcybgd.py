@@ -100,7 +100,7 @@ class Stage:
     def table(
         self, sites: int = LAYERS, method: Mapping[str, Any] | None = None, **changes: Any
     ) -> dict[str, Any]:
-        """A configuration: `sites` of them, one step after another, nothing lost on the way up."""
+        """A configuration: `sites` of them, one step after another, nothing lost in the uplink."""
         base: dict[str, Any] = {
             "seed": 1,
             "rounds": 2,

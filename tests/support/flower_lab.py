@@ -317,7 +317,7 @@ def _processes(mark: str) -> dict[int, tuple[int, list[str]]]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A port of loopback without a listener."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return cast(int, found.getsockname()[1])

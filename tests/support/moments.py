@@ -324,7 +324,7 @@ class Moments:
             time.sleep(0.02)
 
     def free(self) -> None:
-        """Nothing more happens, and who is held goes on."""
+        """Nothing more happens, and what is held continues."""
         for state in ("armed", "reached"):
             for path in self.folder.glob(f"*.{state}"):
                 path.unlink()

@@ -97,7 +97,7 @@ class Identity(Codec):
 
     @classmethod
     def of(cls, layout: Layout) -> "Identity":
-        """Return the exact codec for `layout`: how adapters travel to the sites."""
+        """Return the exact codec for `layout`: the codec of adapters in the downlink."""
         return cls(IdentitySettings(), layout)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn

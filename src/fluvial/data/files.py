@@ -185,7 +185,7 @@ def _fits(data: bytes, encoding: str) -> bool:
 
 
 def _wide(data: bytes) -> str | None:
-    """Return the UTF-16 that every second byte being NUL speaks for."""
+    """Return the form of UTF-16 if every second byte is NUL."""
     sample = data[:SAMPLE]
     even = sample[::2].count(0)
     odd = sample[1::2].count(0)

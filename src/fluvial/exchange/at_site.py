@@ -1,4 +1,4 @@
-"""The site's half of the one road: receive an adapter, train, send the update."""
+"""The site's half of the exchange: receive an adapter, train, send the update."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""The way down: the adapter as it is, or a coded difference to what a site already holds.
+"""The downlink: the exact adapter, or a coded difference to the adapter that a site holds.
 
-With a codec the server keeps the adapter as sites have it, codes the difference to its own, and
-adds what it coded: what one round loses is in the next round's difference, so errors do not add up
-(error feedback at the server; EF21-P of Gruntkowska et al., ICML 2023, with a server that never
-forgets). A site that was away gets the frames it missed, or the exact adapter where that is
-shorter.
+With a codec, the server keeps the adapter that the sites hold, codes its difference to the global
+adapter, and adds the decoded difference to it. The loss of one round is part of the next round's
+difference, so errors do not accumulate (error feedback at the server; EF21-P of Gruntkowska et al.,
+ICML 2023, whose server keeps all its state). A site that was absent receives the frames that it
+missed, or the exact adapter if that is shorter.
 """
 
 from collections.abc import Callable, Iterable, Mapping

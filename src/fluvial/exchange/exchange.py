@@ -1,4 +1,4 @@
-"""The server's half of the one road: an adapter goes to a cohort, updates come back."""
+"""The server's half of the exchange: send an adapter to a cohort, receive its updates."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -20,7 +20,7 @@ from fluvial.wire.tensors import Layout, moved
 def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
     """Train on D1 and send the raw update, or keep what is asked for later.
 
-    With reading "local" the site goes on from its own adapter.
+    With reading "local" the site continues from its own adapter.
     """
     tgap = terms.tgap
     round = message.whole("round", 1, tgap.rounds)

@@ -1,4 +1,4 @@
-"""The way up: which codec carries updates, how it was learned, and whether it still does.
+"""The uplink: choice, training, gate and later changes of the codec that sends updates.
 
 Before the first round a codec that learns is fitted to updates collected at TGAP, measured on later
 ones (the gate) and installed at the sites. Later it may be fitted again, its step may follow the
@@ -62,7 +62,7 @@ class Decoded:
 
 
 class Uplink:
-    """Server half of the way up."""
+    """Server half of the uplink."""
 
     def __init__(self, context: Context, terms: Terms, *, on_refusal: OnRefusal = "refuse") -> None:
         self.context = context

@@ -30,7 +30,7 @@ _MOST_LOG = 2**24
 
 
 def outward(problem: BaseException, log: Path | None, **about: object) -> str:
-    """Return what the other side is told of `problem`, after the whole of it was written to `log`.
+    """Return the text about `problem` for the other end, after all of it was written to `log`.
 
     `about` says in the log what was done: the site, the run, the round, the task. Without a log the
     whole text goes to this process's logging.

@@ -1,7 +1,7 @@
 """One call to many sites: exchanges of messages, each to its reply or its failure.
 
 An exchange is one attempt at one site: a message down and its answer up, or several such turns
-where the task talks.
+where the task converses.
 """
 
 import logging

@@ -20,7 +20,7 @@ class Context:
     layout: Layout
     codec: CodecSettings
     downlink: CodecSettings | None
-    """Codec of the adapter on its way down; None sends it as it is."""
+    """Codec of the adapter in the downlink; None sends the adapter exactly."""
     train: TrainConfig
     open_pool: Callable[[], ModelPool]
     """Opener of the base model, for a method that simulates sites on public text."""

@@ -1,8 +1,8 @@
 """The fleet: what the server asks of the sites, and what happens when one does not answer.
 
 Retry, deadline, quorum, the count of bytes and the reading of answers are here, once for every
-transport. `ask` sends messages and yields the replies; `converse` does the same for tasks that talk
-with the server more than once.
+transport. `ask` sends messages and yields the replies; `converse` does the same for tasks that
+exchange more than one message with the server.
 """
 
 import logging
@@ -149,7 +149,7 @@ class Fleet:
 def _hear(_site: str, _payload: Payload) -> Never:
     """Refuse a turn of a task that was asked for one answer."""
     raise WireError(
-        "the task talks with the server, and was asked for one answer; `Fleet.converse` hears it"
+        "the task sends a turn, but was asked for one answer only; use `Fleet.converse` for it"
     )
 
 

@@ -43,7 +43,7 @@ def local_fleet(
     *,
     limits: Limits | None = None,
 ) -> Fleet:
-    """Return the fleet of sites that all live in this process."""
+    """Return the fleet of sites that all run in this process."""
     config = config or FleetConfig()
     transport = InProcess(
         names, open_site, tasks, slots=concurrency(config), threads=config.threads, limits=limits

@@ -31,7 +31,7 @@ _BITS = 2.0**-53
 
 
 def derive_key(secret: bytes, purpose: str, *parts: bytes) -> bytes:
-    """Return 32 bytes for `purpose` and `parts`, which nobody without `secret` can compute."""
+    """Return 32 bytes for `purpose` and `parts`, which cannot be computed without `secret`."""
     assert len(secret) == SECRET_BYTES, "a secret has 32 bytes"
     digest = hmac.new(secret, digestmod=hashlib.sha256)
 

@@ -92,8 +92,8 @@ def stand_of(folder: Path) -> list[str | int]:
 
 
 def check_stand(folder: Path, before: Sequence[str | int]) -> None:
-    """Raise `CheckpointError` unless the ledger in `folder` goes on from where it stood
-    `before`."""
+    """Raise `CheckpointError` unless the ledger in `folder` continues the ledger that
+    stood at `before`."""
     if not before:
         return
 

@@ -36,7 +36,7 @@ class Site:
     method: Any
     """Config of the method."""
     downlink: CodecSettings | None
-    """Codec of the adapter on its way down; None where it comes as it is."""
+    """Codec of the adapter in the downlink; None if the adapter is sent exactly."""
     store: StateStore
     rounds: int
     """Rounds of the whole run, over which a privacy budget is spread."""
@@ -89,8 +89,8 @@ def round_of(site: Site, message: Payload) -> int:
 
 
 Task = Callable[[Site, Payload], Payload | Talk]
-"""Work of a site: a message in, its answer out; a generator function where it talks with the server
-(see `talk`)."""
+"""Work of a site: a message in, its answer out; a generator function if it converses with the
+server (see `talk`)."""
 
 
 def state_message(state: Named, layout: Layout, **values: Any) -> Payload:

@@ -1,4 +1,4 @@
-"""A task at a site, turn by turn: one answer, or a generator that talks with the server.
+"""A task at a site, turn by turn: one answer, or a generator that exchanges turns with the server.
 
     def train(site, message):
         hidden = front(message)
@@ -17,18 +17,18 @@ from fluvial.errors import RefusalError
 from fluvial.wire.payload import Payload
 
 Talk = Generator[Payload, Payload, Payload]
-"""Body of a task that talks: yields payloads to the server half, receives its answers, and returns
+"""Body of a conversation: it yields payloads to the server half, receives answers, and returns
 the reply."""
 
 
 def only_answer(answer: Payload | Talk) -> Payload:
-    """Return the answer of a task that does not talk.
+    """Return the answer of a task that is not a conversation.
 
-    Raises `RefusalError` for one that does, where messages do not go to and fro.
+    Raises `RefusalError` for a conversation, where the transport carries one message each way only.
     """
     if isinstance(answer, Generator):
         raise RefusalError(
-            "this task talks with the server in the middle of its work, which a site over Flower "
+            "this task converses with the server during its work, which a site over Flower "
             "does not do yet; run it in one process, with --fleet process"
         )
 
@@ -67,7 +67,7 @@ class Running:
         except StopIteration as end:
             reply = end.value
 
-        assert isinstance(reply, Payload), "a task that talks returns a payload at its end"
+        assert isinstance(reply, Payload), "a conversation returns a payload at its end"
         return reply, True
 
     def close(self) -> None:

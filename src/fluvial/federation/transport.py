@@ -1,7 +1,7 @@
-"""The narrow seam under `Fleet`: a transport carries requests to sites and brings back what came.
+"""The interface below `Fleet`: a transport sends requests to sites and returns their answers.
 
-A transport knows nothing of deadlines, retries, quorums or bytes counted; these are the fleet's.
-What it carries is bytes, so that a site sees only what a message or its own store brought.
+Deadlines, retries, quorums and counts of bytes belong to the fleet, not to a transport. A transport
+carries bytes only, so a site sees nothing but the content of its messages and of its own store.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Replies of a Flower grid as they arrive, so that a reply in upload does not delay the others.
 
 Flower lists a reply as soon as its upload begins, returns it once, and then blocks until the upload
-is complete: as long as a thin link takes, and for minutes if the site was killed. So threads wait
+is complete: as long as a slow link takes, and for minutes if the site was killed. So threads wait
 for uploads, and when all of them wait, another is started. Flower answers a second request for the
 same reply with the error that there is no such message.
 """

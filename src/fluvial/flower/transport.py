@@ -156,7 +156,7 @@ class FlowerTransport:
 
         A site that is not connected is waited for under on_failure="retry", and else has failed.
         """
-        assert request.turn == 0, "no task talks over Flower: `SiteProcess` refuses it"
+        assert request.turn == 0, "no task converses over Flower: `SiteProcess` refuses it"
         if not self._letters:
             self._nodes.look_soon()  # a site may have gone, or come back as another node
 

@@ -1,4 +1,4 @@
-"""FLASC: dense local tuning, sparse messages both ways.
+"""FLASC: dense local tuning, sparse messages in both directions.
 
 Kuo, Raje, Rajesh, Smith, "Federated LoRA with Sparse Communication", 2024,
 https://arxiv.org/abs/2406.05233.
@@ -51,9 +51,9 @@ class FlascConfig(SampledSettings):
     density_up: float = Field(0.25, ge=1e-6, le=1)
     """Share of its change that a site sends; 1/4 is among the paper's."""
     download: Literal["change", "weights"] = "change"
-    """Vector whose largest values are sent down: the change since the start, which every site has
-    (ours), or the weights (the paper's). Among weights the random A hides B, which starts at zero,
-    for the first tens of rounds."""
+    """Vector whose largest values the server sends: the change since the start, which every site
+    has (ours), or the weights (the paper's). Among weights the random A hides B, which starts at
+    zero, for the first tens of rounds."""
     values: Values = "fp16"
     """Form of a value on the wire; the paper counts values, not bytes."""
     server_optimizer: Literal["fedavg", "fedadam"] = "fedadam"

@@ -55,7 +55,7 @@ def coded(
     frame = frame_size(given.codec, sent)
     down = frame_size(given.downlink or IdentitySettings(), given.layout)
     cohort = config.cohort(given.sites)
-    # With a coded way down every site makes the first adapter from the seed.
+    # With a coded downlink, every site makes the first adapter from the seed.
     downloads = given.rounds - (given.downlink is not None)
     rows = [
         *frame_rows(config, given, frame),

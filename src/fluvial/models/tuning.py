@@ -31,7 +31,7 @@ _cache: WeakKeyDictionary[nn.Module, _Tuned] = WeakKeyDictionary()
 
 
 def _tuned(model: nn.Module) -> _Tuned:
-    """Return the tuned parts of `model`, from one walk: a model keeps its structure after
+    """Return the tuned parts of `model`, from one traversal: a model keeps its structure after
     `adapt`."""
     tuned = _cache.get(model)
     if tuned is None:

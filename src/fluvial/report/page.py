@@ -171,7 +171,7 @@ def _headline(run: JsonObject) -> list[dict[str, str]]:
             {
                 "what": "amortised, of uncompressed",
                 "value": human_ratio(result["amortised_ratio"]),
-                "note": "all bytes both ways, set-up included",
+                "note": "all bytes in both directions, set-up included",
             },
         ]
 

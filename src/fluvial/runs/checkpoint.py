@@ -13,7 +13,7 @@
 All of it is its owner's only. Every file is replaced atomically, and what another process left
 unfinished is removed when the folder is opened. The line of a round is written before its
 checkpoint, so a checkpoint always has its lines, and a line without its checkpoint is dropped when
-the run goes on. A checkpoint knows the digests of the sites' state and of the metrics, so that a
+the run continues. A checkpoint knows the digests of the sites' state and of the metrics, so that a
 file that is damaged, cut, missing or another one is noticed.
 """
 

@@ -162,7 +162,7 @@ class RunConfig(Settings):
         if self.downlink is None or self.entry.traits.sends != "codec":
             return
 
-        why = {"own code": "has a way down of its own", "exact": "sends adapters as they are"}.get(
+        why = {"own code": "has a downlink of its own", "exact": "sends exact adapters"}.get(
             self.entry.traits.receives
         )
         if why is not None:
@@ -170,13 +170,13 @@ class RunConfig(Settings):
         if must_learn(self.downlink):
             yield (
                 f"downlink.name={self.downlink.name!r} must be learned, and nothing is learned for "
-                "the way down; choose a codec that learns nothing, such as 'trellis'"
+                "the downlink; choose a codec that learns nothing, such as 'trellis'"
             )
 
         if self.downlink.error_feedback:
-            yield "downlink.error_feedback: the way down always repairs what it lost; remove it"
+            yield "downlink.error_feedback: the downlink always has error feedback; remove it"
         if self.downlink.weighted:
-            yield "downlink.weighted: both ends know no partner on the way down; remove it"
+            yield "downlink.weighted: only the uplink can be weighted; remove it"
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """The same run with another method, uncompressed and without further baselines."""

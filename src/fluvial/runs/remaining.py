@@ -58,7 +58,7 @@ class Remaining:
             return
 
         pace = (self._clock() - self._first[1]) / (number - self._first[0])
-        # A round is told of when it begins, an iteration when it is done.
+        # A round is reported when it begins, an iteration when it is done.
         self._stage_left_s = pace * (total - number + (found[1] == "round"))
 
     def left_s(self) -> float | None:

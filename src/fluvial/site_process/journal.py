@@ -1,6 +1,6 @@
 """Journal of one site: the state of its last answer, pending until the server accepts the answer.
 
-Also the header that travels beside each message.
+Also the header of each message.
 """
 
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ from fluvial.wire.payload import Payload
 
 @dataclass(frozen=True)
 class Header:
-    """Values that travel beside the payload of a message."""
+    """Values that are sent beside the payload of a message."""
 
     run: str
     """Name of the run of one method, the same when it is resumed."""

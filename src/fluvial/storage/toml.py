@@ -46,7 +46,7 @@ def read(root: type[T], table: dict[str, Any], where: str) -> T:
 
     A fault hides what is checked after it, such as values that cannot stand together. So what is at
     fault is set aside and the rest read again, until nothing new is found; a later fault that
-    speaks of what was set aside is left out.
+    mentions what was set aside is left out.
     """
     lines = dict[str, None]()
     aside = set[str]()
@@ -75,7 +75,7 @@ def read(root: type[T], table: dict[str, Any], where: str) -> T:
 
 
 def _mentions(line: str, keys: set[str]) -> bool:
-    """Return whether a line speaks of one of these keys.
+    """Return whether a line mentions one of these keys.
 
     A key that is an English word counts where a sign follows it.
     """

@@ -1,4 +1,4 @@
-"""Named tensors: the one form in which weights, adapters and updates move through the house."""
+"""Named tensors: the one form of weights, adapters and updates in the whole package."""
 
 import hashlib
 import math

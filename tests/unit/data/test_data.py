@@ -707,7 +707,7 @@ def test_sources_that_cannot_be_read_are_refused(tmp_path: Path, tokenizer: Any)
         texts("nobody/no-such-data", tokenizer)
 
 
-def test_pooled_is_one_site_with_everybodys_data(tmp_path: Path, tokenizer: Any) -> None:
+def test_pooled_is_one_site_with_the_data_of_all(tmp_path: Path, tokenizer: Any) -> None:
     source = save("jsonl", tmp_path, table())
     sites = texts(source, tokenizer)
     pooled = sites.pooled()

@@ -18,7 +18,7 @@ SKIP: dict[str, Any] = {"on_failure": "skip", "quorum": 0.6}
 
 
 class Server:
-    """The server half of a test: it sends everything to sites that it was told to forget."""
+    """The server half of a test: it sends everything to each site in `forgotten`."""
 
     def __init__(self, lost: Sequence[str], always: bool = False, **settings: Any) -> None:
         self.lost = lost

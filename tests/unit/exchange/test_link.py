@@ -137,7 +137,7 @@ def test_an_identity_downlink_changes_nothing(run_config: dict[str, Any], tmp_pa
 def test_a_site_that_lost_its_state_is_sent_everything(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The folder of one site is emptied between rounds; the run goes on, and the site trains in
+    """The folder of one site is emptied between rounds; the run continues, and the site trains in
     every round."""
     import shutil
 
@@ -243,7 +243,7 @@ def test_a_refit_follows_the_run(refit: str, run_config: dict[str, Any], tmp_pat
 def test_a_site_that_missed_a_refit_is_installed_anew(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With two of three sites in a cohort nobody sees every adapter: a refit without bytes is not
+    """With two of three sites in a cohort, no site sees every adapter: a refit without bytes is not
     always possible."""
     method = {
         "name": "fedavg",

@@ -395,7 +395,7 @@ def test_a_task_that_talks_when_it_is_asked_fails_as_that_site() -> None:
     fleet = site_fleet(some_talk, **SKIP)
     replies = fleet.ask("work", dict.fromkeys(NAMES, number(1.0)), round=1, read=value)
     assert sorted(reply.site for reply in replies) == ["a", "c", "d"]
-    assert "the task talks with the server" in fleet.failures[0].reason
+    assert "the task sends a turn" in fleet.failures[0].reason
     assert closed == ["b"]
 
 

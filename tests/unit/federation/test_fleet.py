@@ -254,6 +254,6 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("reason", ["", "\n\n", " \u2028"])
 def test_a_failure_has_a_reason_whatever_the_site_told(reason: str) -> None:
-    """A round's record holds its last line, and a reason without lines ended everybody's run."""
+    """A round's record holds its last line, and a reason without lines ended the whole run."""
     failure = Failure("west", 1, "train", reason, 0)
     assert failure.reason.strip().splitlines()[-1] == "it gave no reason"

@@ -76,7 +76,7 @@ def test_noise_is_a_function_of_its_key_alone() -> None:
 
 
 def test_keys_of_different_parts_differ() -> None:
-    """Parts are told apart by their lengths, so that none can pass for two."""
+    """Parts are separated by their lengths, so that none can pass for two."""
     keys = {noise.derive_key(KEY, "a", *parts) for parts in ((b"bc",), (b"b", b"c"), (b"", b"bc"))}
     keys |= {noise.derive_key(KEY, "ab", b"c"), noise.derive_key(bytes(32), "a", b"bc")}
     assert len(keys) == 5

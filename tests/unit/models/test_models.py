@@ -137,7 +137,7 @@ def test_a_fresh_model_is_not_in_training(tiny_model: Path) -> None:
 def test_a_known_model_is_not_walked_over(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
-    """In a small model a walk over its modules costs as much as a layer."""
+    """In a small model a traversal of its modules costs as much as a layer."""
     pool = ModelPool(config(tiny_model), LORA.model_copy(update={"lora_dropout": dropout}))
     one = trained(pool.layout, 1)
     other = trained(pool.layout, 2)
@@ -154,7 +154,7 @@ def test_a_known_model_is_not_walked_over(
     assert all(torch.equal(found[name], other[name]) for name in other)
 
 
-def test_a_model_that_nobody_holds_is_forgotten(tiny_model: Path) -> None:
+def test_a_model_without_references_is_dropped(tiny_model: Path) -> None:
     pool = ModelPool(config(tiny_model), LORA)
     with pool.model(pool.base_state()) as model:
         held = weakref.ref(model)

@@ -1,4 +1,4 @@
-"""Run folders in which a file is gone, of another kind or of another run: told by name, and never
+"""Run folders in which a file is gone, of another kind or of another run: reported by name, never
 another result."""
 
 import shutil

@@ -1,5 +1,5 @@
-"""Ctrl-C and SIGTERM, sent to real processes: the exit code, one line, and a run that goes on from
-there."""
+"""Ctrl-C and SIGTERM, sent to real processes: the exit code, one line, and a run that continues
+from there."""
 
 import json
 import os

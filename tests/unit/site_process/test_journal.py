@@ -55,7 +55,7 @@ def test_a_new_session_forgets_what_came_after_its_checkpoint(tmp_path: Path) ->
 
 
 def test_a_new_session_keeps_what_its_checkpoint_accepted(tmp_path: Path) -> None:
-    """The server had saved round 2 and was killed before the site could hear that its answer
+    """The server had saved round 2 and was killed before the site could learn that its answer
     counted."""
     journal = play(tmp_path, (header(round=1, seq=1), 1), (header(round=2, seq=2, ack=1), 2))
     assert held(journal) == (1, 1)

@@ -245,7 +245,7 @@ class CNN(LatentCodec):
     def _quantise(
         self, values: NDArray[np.float64], octaves: float
     ) -> tuple[float, NDArray[np.int64], NDArray[np.int64]]:
-        """Return the step as it travels, levels of the latent, class of every group of channels."""
+        """Return the step as it is sent, levels of the latent, class of every group of channels."""
         step = float(torch.tensor(2.0**octaves).bfloat16())
         power = np.bincount(self._groups, values**2, 2 * self._channels)
         number = np.maximum(np.bincount(self._groups, minlength=2 * self._channels), 1)

@@ -39,7 +39,7 @@ class RandomKSettings(RateSettings):
 
 
 class RandomK(Codec):
-    """k values at positions that the seed in the frame gives; only seed and values travel.
+    """k values at positions that the seed in the frame gives; only seed and values are sent.
 
     Body: seed u64, then k values in bf16, in order of position.
     """

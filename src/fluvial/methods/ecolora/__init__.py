@@ -4,8 +4,9 @@ Liu, Wen, Nair, Liu, Lou, Zhang, Yeoh, Vorobeychik, Zhang, "EcoLoRA: Communicati
 Federated Fine-Tuning of Large Language Models", EMNLP 2025, https://arxiv.org/abs/2506.02001.
 
 Every site sends one of N_s segments of the adapter, another one in every round, and the server
-averages each segment over the sites that sent it. Both ways only the largest changes are sent,
-fewer as the loss falls and fewer of B than of A; what is left out is kept and added the next time.
+averages each segment over the sites that sent it. In both directions only the largest changes are
+sent, fewer as the loss falls and fewer of B than of A; what is left out is kept and added the next
+time.
 A site starts from a mix of the global adapter and its own last one, so that the work on segments
 whose turn it was not is not lost.
 

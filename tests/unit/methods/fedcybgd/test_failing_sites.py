@@ -141,7 +141,7 @@ def test_an_answer_that_lies_is_a_failure_of_its_site(
     assert played.server.ledger.versions == [1, 1, 0, 1]
 
 
-def test_nobody_answers_for_another_site(stage: Stage, task: Callable[[Task], None]) -> None:
+def test_no_site_answers_for_another_site(stage: Stage, task: Callable[[Task], None]) -> None:
     """Two sites of one block are asked together, and the first sends its update under the second's
     visit."""
     table = stage.table(8, {"order": "pairs"}, rounds=1, train=ONCE)
@@ -191,7 +191,7 @@ def test_a_site_takes_no_nonsense(wrong: dict[str, Any], stage: Stage) -> None:
 def test_a_dead_site_is_named_and_the_cycle_goes_on(
     stage: Stage, task: Callable[[Task], None]
 ) -> None:
-    """A cache goes on too: the blocks that others train in between reach everybody who lives."""
+    """A cache continues too: the blocks that others train reach every site that still runs."""
     table = stage.table(
         4, rounds=3, codec={"name": "int8"}, train=ONCE, fleet={"workers": 1, "on_failure": "skip"}
     )
@@ -228,7 +228,7 @@ def dying(when: Callable[[str, int], bool]) -> Task:
 def test_the_quorum_is_of_the_cycle_and_not_of_a_group(
     quorum: float, stage: Stage, task: Callable[[Task], None]
 ) -> None:
-    """Each group is one visit, and the group of the dead site has nobody."""
+    """Each group is one visit, and the group of the dead site is empty."""
     fleet = {"workers": 1, "on_failure": "skip", "quorum": quorum}
     table = stage.table(4, rounds=1, fleet=fleet)
     dead = stage.oracle(table).sites[0]
@@ -252,7 +252,7 @@ def test_without_a_policy_a_dead_site_stops_the_run(
     assert "out of power" in log.read_text()
 
 
-def test_nobody_answers(stage: Stage, task: Callable[[Task], None]) -> None:
+def test_no_site_answers(stage: Stage, task: Callable[[Task], None]) -> None:
     task(dying(lambda _name, _round: True))
     with pytest.raises(ClientError, match="0 of 4 sites answered"):
         stage.play(stage.table(4, fleet={"workers": 1, "on_failure": "skip"}))
