@@ -1,21 +1,16 @@
 """Runs from Python: check a configuration, run it, and read results that show as tables."""
 
 import html
-import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, create_model
 from rich.console import Console
 
-from fluvial.codecs import CODECS, CodecConfig
-from fluvial.codecs.base import Codec, CodecSettings
+from fluvial.codecs.base import Codec
 from fluvial.errors import CheckpointError, ConfigError
-from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.interface import Method
 from fluvial.report.plan_tables import plan_table
 from fluvial.report.result_tables import (
@@ -28,7 +23,7 @@ from fluvial.report.round_lines import round_header, round_line, setup_lines
 from fluvial.report.run_folder import read_run
 from fluvial.report.tables import table
 from fluvial.runs.config import RunConfig, load, merge, override, parse
-from fluvial.settings import Settings
+from fluvial.runs.own import listed, with_own, wrong_argument
 
 if TYPE_CHECKING:
     from fluvial.runs.run import Event
@@ -115,18 +110,25 @@ def load_config(
     own are known under the default of their settings' `name`. Raises `ConfigError` with every fault
     of the configuration.
     """
-    kind = _with_own(tuple(methods), tuple(codecs))
+    lines = listed("overrides", overrides, "a list of lines of TOML, each a str")
+    for number, line in enumerate(lines):
+        if not isinstance(line, str):
+            raise wrong_argument(f"overrides[{number}]", line, "a line of TOML as a str")
+
+    kind = with_own(methods, codecs)
     if isinstance(config, RunConfig):
-        if overrides:
+        if lines:
             raise ConfigError(
                 "overrides: a loaded configuration takes none; give the file or table"
             )
         return config
     if isinstance(config, str | Path):
-        return load(Path(config), overrides, kind=kind)
+        return load(Path(config), lines, kind=kind)
+    if not isinstance(config, Mapping):
+        raise wrong_argument("config", config, "a TOML file, a table, or a RunConfig")
 
     values = dict(config)
-    for line in overrides:
+    for line in lines:
         values = merge(values, override(line))
 
     return parse(values, "the table", kind=kind)
@@ -159,10 +161,14 @@ def run(
     are those of `load_config`. Raises `ConfigError` for settings that cannot work, and
     `CheckpointError` for a folder that holds another run.
     """
+    if not isinstance(resume, bool):
+        raise wrong_argument("resume", resume, "True or False")
+    if out is not None:
+        _folder("out", out)
     if fleet not in ("process", "flower"):
         raise ConfigError(f"fleet={fleet!r}: choose 'process' or 'flower'")
     if not isinstance(progress, bool) and not callable(progress):
-        raise ConfigError(f"progress={progress!r}: expected True, False or a function of an event")
+        raise wrong_argument("progress", progress, "True, False or a function of an event")
 
     settings = load_config(config, overrides, **own)
     if out is None and not isinstance(config, str | Path):
@@ -188,13 +194,21 @@ def load_result(folder: str | Path) -> Result:
 
     Raises `CheckpointError` for a folder without a run, or with a run that has not finished.
     """
-    content = read_run(Path(folder))
+    content = read_run(_folder("folder", folder))
     if content["result"] is None:
         raise CheckpointError(
             f"{folder}: the run has not finished; continue it with fluvial.run(..., resume=True)"
         )
 
     return Result(Path(folder), with_compared(content), content["config"], content["metrics"])
+
+
+def _folder(name: str, value: object) -> Path:
+    """Return the path of an argument; raises `ConfigError` for what is none."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise wrong_argument(name, value, "a path as a str or pathlib.Path")
+
+    return Path(value)
 
 
 class _Lines:
@@ -223,63 +237,3 @@ def _text(content: Any) -> str:
         console.print(content)
 
     return captured.get().rstrip("\n")
-
-
-def _with_own(methods: Sequence[Method], codecs: Sequence[type[Codec]]) -> type[RunConfig]:
-    """Return the class of configurations that know `methods` and `codecs` too.
-
-    Both are entered into `METHODS` and `CODECS`, so sites of this process find them.
-    """
-    if not methods and not codecs:
-        return RunConfig
-
-    for entry in methods:
-        _enter(METHODS, _OWN_METHODS, _name(entry.config), entry)
-    for codec in codecs:
-        _enter(CODECS, _OWN_CODECS, _name(_settings_of(codec)), codec)
-
-    method = _widened(MethodConfig, [entry.config for entry in methods])
-    codec_tables = _widened(CodecConfig, [_settings_of(codec) for codec in codecs])
-    fields: dict[str, Any] = {
-        "method": (method, RunConfig.model_fields["method"].default),
-        "codec": (codec_tables | None, None),
-        "downlink": (codec_tables | None, None),
-    }
-
-    made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, **fields)
-    return made
-
-
-_OWN_METHODS: set[str] = set()
-"""Names of methods that callers entered; they may be entered again, as in a notebook's cell."""
-_OWN_CODECS: set[str] = set()
-"""Names of codecs that callers entered."""
-
-
-def _enter(entries: dict[str, Any], own: set[str], name: str, entry: Any) -> None:
-    """Enter a method or codec; raise `ConfigError` for the name of one of the package's."""
-    if name in entries and name not in own:
-        raise ConfigError(f"{name!r} is the name of another method or codec; choose a new one")
-
-    entries[name] = entry
-    own.add(name)
-
-
-def _name(settings: type[Settings]) -> str:
-    name: str = settings.model_fields["name"].default
-    return name
-
-
-def _settings_of(codec: type[Codec]) -> type[CodecSettings]:
-    """Return the class of settings that the constructor of `codec` takes first."""
-    first = next(iter(inspect.signature(codec).parameters))
-    found: type[CodecSettings] = inspect.get_annotations(codec.__init__, eval_str=True)[first]
-    assert issubclass(found, CodecSettings)
-    return found
-
-
-def _widened(union: Any, settings: Sequence[type[Settings]]) -> Any:
-    """Return `union` with further classes of settings, told apart by their name."""
-    members = get_args(get_args(union)[0])
-    known = [each for each in settings if each not in members]
-    return Annotated[reduce(or_, [*members, *known]), Field(discriminator="name")]

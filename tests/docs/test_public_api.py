@@ -5,13 +5,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 import fluvial
+from examples.own_codec import OneScale, OneScaleSettings
 from examples.own_method import MOMENTUM
+from fluvial.codecs import CODECS
 from fluvial.methods import METHODS
+from fluvial.runs import own
 from tests.docs.test_docs import blocks
 from tests.support import ROOT
 
@@ -43,6 +46,11 @@ NAMES = {
     "load_result",
     "run",
 }
+
+
+def wrong_method(**fields: Any) -> fluvial.Method:
+    """Return MOMENTUM with fields of other types."""
+    return replace(MOMENTUM, **fields)
 
 
 def test_the_public_names_are_these() -> None:
@@ -158,10 +166,69 @@ def test_a_method_can_be_defined_again_but_no_method_of_the_package() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"fleet": "ray"}, "choose 'process' or 'flower'"), ({"progress": "yes"}, "progress='yes'")],
+    [
+        ({"fleet": "ray"}, "choose 'process' or 'flower'"),
+        ({"progress": "yes"}, "progress: got 'yes'"),
+    ],
 )
 def test_a_wrong_argument_of_run_is_refused(
     wrong: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(fluvial.ConfigError, match=message):
         fluvial.run({"rounds": 1}, tmp_path / "run", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"config": 3}, "config: got 3 of type int; expected a TOML file"),
+        ({"overrides": "rounds = 1"}, "overrides: got .* of type str; expected a list"),
+        ({"overrides": [1]}, r"overrides\[0\]: got 1 of type int"),
+        ({"overrides": None}, "overrides: got None"),
+        ({"methods": MOMENTUM}, "methods: got .* of type Method; expected a list"),
+        ({"methods": ["momentum"]}, r"methods\[0\]: got 'momentum' of type str"),
+        ({"methods": [wrong_method(config=int)]}, r"methods\[0\].config: got"),
+        ({"methods": [wrong_method(server=None)]}, r"methods\[0\].server: got None"),
+        ({"methods": [wrong_method(tasks={"a": 1})]}, r"tasks\['a'\]: got 1"),
+        ({"codecs": OneScale}, "codecs: got .*; expected a list"),
+        ({"codecs": [OneScaleSettings]}, r"codecs\[0\]: got .*; expected a class derived"),
+        ({"codecs": [fluvial.Codec]}, r"codecs\[0\]: Codec lacks body, parse"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(fluvial.ConfigError, match=message):
+        fluvial.load_config(**({"config": {"rounds": 1}} | wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"out": 3}, {"out": b"run"}, {"resume": "yes"}])
+def test_a_path_or_flag_of_another_type_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    (name,) = wrong
+    with pytest.raises(fluvial.ConfigError, match=f"{name}: got .* expected"):
+        fluvial.run(**(dict[str, Any](config={"rounds": 1}, out=tmp_path / "run") | wrong))
+    with pytest.raises(fluvial.ConfigError, match="folder: got 3"):
+        fluvial.load_result(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("code", [1, 63, 256, -1, "65", True])
+def test_a_codec_outside_the_free_numbers_is_refused(code: object) -> None:
+    wrong = type("Wrong", (OneScale,), {"code": code})
+    with pytest.raises(fluvial.ConfigError, match="from 64 to 255"):
+        fluvial.load_config({"rounds": 1}, codecs=[wrong])
+
+
+def test_two_codecs_with_one_number_are_refused() -> None:
+    class OtherSettings(fluvial.CodecSettings):
+        name: Literal["other_scale"] = "other_scale"
+
+    class Other(OneScale):
+        def __init__(self, settings: OtherSettings, layout: fluvial.Layout) -> None:
+            super().__init__(settings, layout)  # type: ignore[arg-type]
+
+    with pytest.raises(fluvial.ConfigError, match="choose another number"):
+        fluvial.load_config({"rounds": 1}, codecs=[OneScale, Other])
+
+
+def test_the_package_leaves_the_free_numbers_alone() -> None:
+    taken = {codec.code for name, codec in CODECS.items() if name not in own._OWN_CODECS}
+    assert not taken & set(own.OWN_CODES)
+    assert "64 to 255" in (ROOT / "docs" / "adding-a-codec.md").read_text()

@@ -9,6 +9,7 @@ site's own log, under the same reference.
 import logging
 import os
 import secrets
+import sysconfig
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +24,10 @@ ERRORS = "errors.log"
 MADE_TO_LEAVE = (RefusalError, DivergenceError, PrivacyError)
 """Errors whose texts are made of constants, names of settings and numbers."""
 _PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = tuple(
+    Path(sysconfig.get_path(kind)) for kind in ("stdlib", "platstdlib", "purelib", "platlib")
+)
+"""Folders of Python and of installed packages."""
 _MOST_TEXT = 2**16
 """Characters of one error that the site's log keeps."""
 _MOST_LOG = 2**24
@@ -69,14 +74,31 @@ def kind(problem: BaseException) -> str:
 
 
 def place(problem: BaseException) -> str:
-    """Return file and line of the last frame of an error that is in Fluvial's own code."""
+    """Return file and line of the last frame of an error that is in code of the user's own, or else
+    in Fluvial's.
+
+    Libraries are neither. A file of the user's own is given by its name alone, because its folders
+    may name a person or a customer.
+    """
     frames = traceback.extract_tb(problem.__traceback__)
+    for frame in reversed(frames):
+        path = Path(frame.filename)
+        if not path.is_relative_to(_PACKAGE) and not _of_library(frame.filename):
+            return f"{path.name}:{frame.lineno}"
+
     for frame in reversed(frames):
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE):
             return f"{path.relative_to(_PACKAGE.parent)}:{frame.lineno}"
 
     return "a place outside Fluvial"
+
+
+def _of_library(filename: str) -> bool:
+    """Return whether a file belongs to Python or to an installed package."""
+    if filename.startswith("<frozen "):
+        return True
+    return any(Path(filename).is_relative_to(folder) for folder in _LIBRARIES)
 
 
 def _short(problem: BaseException) -> str:
