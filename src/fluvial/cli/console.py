@@ -71,6 +71,9 @@ def print_line(text: str) -> None:
     out.print(text, markup=False, soft_wrap=True)
 
 
-def program_name() -> str:
-    """Return the name or path by which this program can be called again."""
-    return "fluvial" if shutil.which("fluvial") else sys.argv[0]
+def program_name() -> list[str]:
+    """Return the words with which this program was called, to call it again."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return [sys.executable, "-m", "fluvial.cli"]
+    return [called.name if shutil.which(called.name) else str(called)]

@@ -67,12 +67,12 @@ def run(
     out.print(result_table(event.values, cut_words(finished["config"])))
     out.print(verdict_line(finished))
     out.print()
-    out.print(closing_words(event.values, path, program_name()))
+    out.print(closing_words(event.values, path, shlex.join(program_name())))
 
 
 def _resume_advice(folder: Path) -> str:
     """Return the line that is printed after a signal has stopped the run in `folder`."""
-    command = [program_name(), *sys.argv[1:]]
+    command = [*program_name(), *sys.argv[1:]]
     if not (folder / "config.json").exists():
         return f"interrupted before anything was written; start again with:  {shlex.join(command)}"
 

@@ -1,5 +1,6 @@
 """`fluvial submit`, `status`, `logs` and `stop`: runs on a server of a deployment."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def submit(
     path = folder or server / "runs" / config.stem
     number = server_operator.submit(settings, server, out=path, resume=resume)
     print_line(f"run {number} in {path}")
-    print_line(f"follow it:  {program_name()} logs {server} {number}")
+    print_line(f"follow it:  {shlex.join(program_name())} logs {server} {number}")
 
 
 def status(server: ServerFolder, format: Format = "table") -> None:

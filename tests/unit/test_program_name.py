@@ -1,0 +1,26 @@
+"""The name of the program in the commands that it prints."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluvial.cli import console
+
+
+@pytest.mark.parametrize(
+    ("called", "installed", "expected"),
+    [
+        ("/site/fluvial/cli/__main__.py", True, [sys.executable, "-m", "fluvial.cli"]),
+        ("/opt/bin/fluvial", True, ["fluvial"]),
+        ("/opt/bin/fluvial", False, ["/opt/bin/fluvial"]),
+    ],
+)
+def test_a_printed_command_has_the_name_of_the_call(
+    called: str, installed: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called, "run"])
+    monkeypatch.setattr(
+        console.shutil, "which", lambda name: str(Path(name)) if installed else None
+    )
+    assert console.program_name() == expected
