@@ -246,7 +246,7 @@ def test_without_a_policy_a_dead_site_stops_the_run(
 ) -> None:
     table = stage.table(4)
     task(dying(lambda name, _round: name == stage.oracle(table).sites[3]))
-    with pytest.raises(ClientError, match="RuntimeError at fluvial/") as caught:
+    with pytest.raises(ClientError, match="RuntimeError at test_failing_sites.py:") as caught:
         stage.play(table)
     log = Path(str(caught.value).rpartition(" is in ")[2])
     assert "out of power" in log.read_text()
