@@ -320,8 +320,8 @@ def test_supernode_killed_and_the_quorum_goes_on(
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed({2: "north", 3: "north"})
     row(
         "kill -9 of a SuperNode while a site trains, on_failure='skip'",
-        "goes on with the quorum",
-        f"{told(failure)}; went on with two: same adapter as a run of these",
+        "continues with the quorum",
+        f"{told(failure)}; continued with two: same adapter as a run of these",
         failure["time"] - killed,
     )
 
@@ -355,7 +355,7 @@ def test_server_app_killed(
 def test_superlink_killed(
     when: str, lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """The server's own process; its unit starts it again, the sites come back, the run goes on or
+    """The server's own process; its unit starts it again, the sites come back, the run continues or
     is resumed."""
     lab.moments.arm(SERVER_MOMENTS[when])
     out = tmp_path / f"superlink-{when}"
@@ -382,7 +382,7 @@ def test_superlink_killed(
     assert result["adapter_sha256"] == undisturbed()
     fault = f"kill -9 of the SuperLink {WHEN[when]}"
     observed = f"SuperLink started again, sites came back; {how}: same adapter"
-    row(fault, "goes on, or resumed: same adapter", observed, seen)
+    row(fault, "continues, or resumed: same adapter", observed, seen)
 
 
 LIES = {
@@ -420,7 +420,7 @@ def test_a_false_answer(
     )
     row(
         fault,
-        "left out of the round, which goes on with the quorum",
+        "left out of the round, which continues with the quorum",
         observed,
         failure["time"] - reached,
     )
@@ -449,7 +449,7 @@ def test_disk_full_at_a_site(
 def test_disk_full_at_the_server(
     lab: Lab, table: dict[str, Any], undisturbed: Undisturbed, tmp_path: Path, row: Row
 ) -> None:
-    """A checkpoint cannot be written: the run stops with the reason, and goes on from the one
+    """A checkpoint cannot be written: the run stops with the reason, and continues from the one
     before."""
     lab.moments.arm("server 2 saving", "full")
     out = tmp_path / "full-server"
