@@ -59,7 +59,11 @@ class Plain(Coder):
         round: int = 0,
     ) -> tuple[bytes, dict[str, Payload]]:
         """See `Coder`."""
-        return self.codec.encode(update, seed=seed, round=round), {}
+        return self.frame(update, seed=seed, round=round), {}
+
+    def frame(self, update: Named, *, seed: int, round: int) -> bytes:
+        """Return the codec's frame for `update`."""
+        return self.codec.encode(update, seed=seed, round=round)
 
     def decode(
         self,

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from fluvial.codecs.base import Codec, SteppedCodec
 from fluvial.errors import WireError
-from fluvial.exchange.coding import NOTHING, Plain, State
+from fluvial.exchange.coding import Plain
 from fluvial.federation.context import Metrics
-from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, energy
 
 _STEP_OFF = 1 / 64
@@ -23,16 +22,9 @@ class AtStep(Plain):
         self.stepped: SteppedCodec = codec
         self.step = step
 
-    def encode(
-        self,
-        update: Named,
-        state: State = NOTHING,  # noqa: ARG002 - it has none
-        *,
-        seed: int = 0,
-        round: int = 0,
-    ) -> tuple[bytes, dict[str, Payload]]:
-        """See `Coder`."""
-        return self.stepped.encode_at(update, self.step, seed=seed, round=round), {}
+    def frame(self, update: Named, *, seed: int, round: int) -> bytes:
+        """Return the codec's frame for `update` at the server's step."""
+        return self.stepped.encode_at(update, self.step, seed=seed, round=round)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class Uplink:
         self.refits = Refits(terms.tgap, self.layout, context.rounds)
         self.control: StepControl | None = None
         self.watch: Watch | None = None
-        self._received: Named = {}
+        self._coder: Coder | None = None
+        """Chain that decodes the updates of this round."""
         self._errors: list[float] = []
         self._control_step()
 
@@ -127,9 +128,10 @@ class Uplink:
 
     def begin(self, received: Named, round: int) -> None:
         """Begin a round in which sites receive the adapter `received`."""
-        self._received = received
         self._errors = []
         self._take(self.refits.begin(self.codec, received, round))
+        assert self.codec is not None, "setup comes first"
+        self._coder = coder_of(self.codec, received)
 
     def install(self, fleet: Fleet, sites: Sequence[str], round: int) -> list[str]:
         """Send the codec to those of `sites` that lack it; return those that hold it then."""
@@ -157,7 +159,7 @@ class Uplink:
 
     def decode(self, reply: Payload, round: int) -> Decoded:
         """Return what a site coded in `round`; raise `WireError`."""
-        assert self.codec is not None, "setup comes first"
+        assert self._coder is not None, "the round was begun"
         frame = payload_frame(reply)
         noise = None
         if self.control is not None and isinstance(self.codec, SteppedCodec):
@@ -167,7 +169,7 @@ class Uplink:
         if self.settings.error_feedback:
             error = reply.number("e", 0.0, _MOST_ERROR)
 
-        update = coder_of(self.codec, self._received).decode(frame, round=round)
+        update = self._coder.decode(frame, round=round)
         return Decoded(update, error, noise)
 
     def fold(self, site: str, decoded: Decoded) -> None:
