@@ -13,7 +13,7 @@ import torch
 
 from fluvial.errors import ClientError
 from fluvial.federation.bounds import BoundedReplies
-from fluvial.federation.fleet import FleetConfig
+from fluvial.federation.config import FleetConfig
 from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
 from fluvial.methods.local import LocalServer

@@ -26,7 +26,7 @@ import yaml  # type: ignore[import-untyped]
 
 from fluvial import __version__
 from fluvial.cli import app
-from fluvial.federation.fleet import FleetConfig
+from fluvial.federation.config import FleetConfig
 from fluvial.report.status_tables import status_tables
 from fluvial.settings import Settings
 from fluvial.site_process.site_file import Allowed, SiteData, SiteFile

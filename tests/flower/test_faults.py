@@ -26,7 +26,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fluvial.federation.fleet import Failure, Fleet
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import InProcess, concurrency
 from fluvial.flower import certificates
 from fluvial.runs.config import parse

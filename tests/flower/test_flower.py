@@ -26,9 +26,10 @@ import fluvial.flower.inbox
 import fluvial.flower.nodes
 from fluvial.codecs import build, read_settings
 from fluvial.errors import ClientError, ConfigError
-from fluvial.federation.fleet import Fleet, Reply
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.replies import read_update
+from fluvial.federation.turns import Reply
 from fluvial.flower.envelope import STYPE, pack, unpack
 from fluvial.flower.server import _plain
 from fluvial.flower.site import site_process

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.codecs.quantise import IdentitySettings
-from fluvial.federation.fleet import Idle, Turn
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
+from fluvial.federation.turns import Idle, Turn
 from fluvial.models.pool import ModelPool
 from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data import SiteTexts
-from fluvial.federation.fleet import Fleet, FleetConfig
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site, Task
 from fluvial.federation.store import StateStore

@@ -25,7 +25,9 @@ from fluvial.exchange.versions import published
 from fluvial.exchange.weighting import scales, weigh
 from fluvial.federation.bounds import too_long
 from fluvial.federation.context import Context
-from fluvial.federation.fleet import Failure, Fleet, Reply
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.turns import Reply
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Layout

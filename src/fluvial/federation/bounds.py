@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fluvial.errors import WireError
-from fluvial.federation.fleet import Failure, Fleet
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
 from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Named, WeightedMean, energy
 

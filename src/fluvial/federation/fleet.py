@@ -12,7 +12,6 @@ from typing import Any, Never, TypeVar, cast
 
 from fluvial.errors import ClientError, WireError
 from fluvial.federation.calls import Call
-from fluvial.federation.cohort import cohort_size, sample
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.dispatch import Dispatcher
 from fluvial.federation.failures import Failure
@@ -151,6 +150,3 @@ def _hear(_site: str, _payload: Payload) -> Never:
     raise WireError(
         "the task sends a turn, but was asked for one answer only; use `Fleet.converse` for it"
     )
-
-
-__all__ = ["Failure", "Fleet", "FleetConfig", "Idle", "Reply", "Turn", "cohort_size", "sample"]

@@ -29,7 +29,8 @@ from fluvial.exchange import (
     shared_tasks,
 )
 from fluvial.federation.aggregate import Aggregate
-from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.cohort import sample
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Factors, Site, factor_layout, train_locally
 from fluvial.methods.interface import (
     Context,

@@ -20,7 +20,8 @@ from fluvial.codecs.golomb import SparseFrames, Values, largest
 from fluvial.codecs.quantise import to_numpy
 from fluvial.errors import WireError
 from fluvial.exchange import Gathering, Readable, to_all
-from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.cohort import sample
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import read_counted
 from fluvial.federation.sites import Site, factor_layout, round_of, train_locally
 from fluvial.methods.interface import (

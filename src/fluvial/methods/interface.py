@@ -9,8 +9,9 @@ from torch import nn
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
+from fluvial.federation.cohort import cohort_size
 from fluvial.federation.context import Context, Metrics
-from fluvial.federation.fleet import Fleet, cohort_size
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.line import Line
 from fluvial.federation.sites import Task
 from fluvial.methods.exporting import Export, Reporting

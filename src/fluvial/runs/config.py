@@ -12,7 +12,7 @@ from pydantic import Field
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
-from fluvial.federation.fleet import FleetConfig
+from fluvial.federation.config import FleetConfig
 from fluvial.methods import METHODS, Baseline, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune

@@ -7,7 +7,8 @@ import pytest
 
 from fluvial.errors import ClientError, WireError
 from fluvial.exchange import STALE, Gathering, Readable, is_stale, to_all
-from fluvial.federation.fleet import Fleet, FleetConfig
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.mock import Mock
 from fluvial.wire.payload import Payload
 

@@ -10,12 +10,14 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ClientError
-from fluvial.federation.fleet import Fleet, FleetConfig, Idle, Reply, Turn
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.mock import Mock
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
+from fluvial.federation.turns import Idle, Reply, Turn
 from fluvial.models.pool import ModelPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Limits, Payload

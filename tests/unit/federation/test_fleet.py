@@ -11,7 +11,10 @@ import torch
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import CheckpointError, ClientError
-from fluvial.federation.fleet import Failure, Fleet, FleetConfig, sample
+from fluvial.federation.cohort import sample
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 
 from fluvial.errors import ClientError
-from fluvial.federation.fleet import Fleet, FleetConfig, Reply
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.mock import Mock
+from fluvial.federation.turns import Reply
 from fluvial.wire.payload import Limits, Payload
 
 NAMES = ("a", "b", "c", "d")

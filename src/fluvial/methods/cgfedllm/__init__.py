@@ -40,7 +40,8 @@ from fluvial.exchange import (
 from fluvial.exchange.representation import Representation
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
-from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.cohort import sample
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.cgfedllm import privacy
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig

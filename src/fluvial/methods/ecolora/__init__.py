@@ -29,7 +29,8 @@ from fluvial.codecs.quantise import Floats, to_numpy
 from fluvial.errors import WireError
 from fluvial.exchange import STALE, Gathering, Readable
 from fluvial.federation.bounds import rms
-from fluvial.federation.fleet import Fleet, sample
+from fluvial.federation.cohort import sample
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import read_counted
 from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments

@@ -13,7 +13,8 @@ from fluvial.errors import GateError, WireError
 from fluvial.exchange import ask_stale_again
 from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.bounds import rms, too_long
-from fluvial.federation.fleet import Failure, Fleet
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import read_counted
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import ProxyDownload
