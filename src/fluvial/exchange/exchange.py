@@ -78,6 +78,7 @@ class Exchange:
     def setup(self, fleet: Fleet) -> Metrics:
         """Fit or choose a codec that learns, measure it, and install it; return the report.
 
+        The report is empty where the terms have no pre-training, so that nothing is measured.
         Raises `GateError` for a codec that does not carry updates.
         """
         return self.uplink.setup(fleet)

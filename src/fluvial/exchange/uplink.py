@@ -88,9 +88,12 @@ class Uplink:
     # -- before the first round --------------------------------------------------------------------
 
     def setup(self, fleet: Fleet) -> Metrics:
-        """Collect updates, fit or choose the codec, pass it through the gate, install it."""
+        """Collect updates, fit or choose the codec, pass it through the gate, install it.
+
+        Return no metrics where the terms have no pre-training, so that nothing is measured.
+        """
         if self.terms.tgap.source == "none":
-            return {"gate": None}
+            return {}
 
         updates = fitting.collect(self.context, self.terms, fleet)
         metrics: Metrics = {}

@@ -94,7 +94,7 @@ class FedAvgServer(SharedModelServer):
 
     def setup(self, fleet: Fleet) -> Metrics:
         """Fit and install a codec that learns; the initial adapter follows from the seed."""
-        return self.exchange.setup(fleet) if must_learn(self.context.codec) else {}
+        return self.exchange.setup(fleet)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Run one round: cohort, local training, weighted mean of the differences."""

@@ -304,6 +304,17 @@ def test_a_site_that_fails_is_skipped_and_named_in_the_metrics(
     assert "power cut" in (tmp_path / "run" / "sites" / "south" / "errors.log").read_text()
 
 
+@pytest.mark.parametrize("name", ["fedavg", "cgfedllm"])
+def test_a_set_up_that_measures_nothing_reports_nothing(
+    name: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    method = {"name": name} | ({"tgap": {"source": "none"}} if name == "cgfedllm" else {})
+    table = run_config | {"method": method, "codec": {"name": "identity"}}
+    first = next(iter(execute(parse(table, "test"), tmp_path / "run")))
+    assert (first.kind, first.values) == ("setup", {})
+    assert setup_lines(first.values) == []
+
+
 # -- kill -9 -------------------------------------------------------------------------------------
 
 CHILD = """
