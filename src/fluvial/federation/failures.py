@@ -18,6 +18,8 @@ class Failure:
     bytes_up: int = 0
     """Bytes of the text with which the site reported its error, or of the answer that was
     refused."""
+    asked_again: bool = False
+    """True where the site was asked again, so that it may have answered after all."""
 
     def __post_init__(self) -> None:
         """Replace a reason without any words, as a site may send it."""

@@ -8,6 +8,7 @@ exchange more than one message with the server.
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Never, TypeVar, cast
 
 from fluvial.errors import ClientError, WireError
@@ -103,7 +104,8 @@ class Fleet:
 
         Raises `ClientError` under on_failure="stop".
         """
-        self.failures.append(failure)
+        again = self.config.on_failure == "retry" and attempt <= self.config.retries
+        self.failures.append(replace(failure, asked_again=again))
         where = (
             f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
         )
@@ -113,7 +115,6 @@ class Fleet:
             there = log is not None and log.exists()
             raise ClientError(f"{where}; the whole of its errors is in {log}" if there else where)
 
-        again = self.config.on_failure == "retry" and attempt <= self.config.retries
         logger.warning("%s (%s)", where, "asked again" if again else "skipped")
         return again
 
@@ -128,7 +129,13 @@ class Fleet:
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """Raise `ClientError` if fewer sites answered than the policy asks for."""
         if answered < self.config.quorum * asked and self.config.on_failure != "stop":
-            missing = sorted({failure.site for failure in self.failures if failure.round == round})
+            missing = sorted(
+                {
+                    failure.site
+                    for failure in self.failures
+                    if failure.round == round and not failure.asked_again
+                }
+            )
             raise ClientError(
                 f"round {round}, {task}: {answered} of {asked} sites answered, fleet.quorum="
                 f"{self.config.quorum} needs {self.config.quorum * asked:g}; missing: "

@@ -1,11 +1,12 @@
 """Lines that a run prints while it works: a header for each method, a line for each round."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.markup import escape
 
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.methods.measuring import TASK as MEASURING
 from fluvial.report import JsonObject
 
 
@@ -17,8 +18,14 @@ def round_header(method: str) -> str:
 
 def round_line(record: JsonObject) -> str:
     """Return a round as one line with rich markup: the columns, then further measures by name."""
-    missing = [failure["site"] for failure in record.get("missing", [])]
-    sites = str(record["sites"]) + (f"/{record['sites'] + len(missing)}" if missing else "")
+    failures = record.get("missing", [])
+    missing = _sites(failure for failure in failures if failure.get("task") != MEASURING)
+    unmeasured = _sites(failure for failure in failures if failure.get("task") == MEASURING)
+    lost = {*missing, *unmeasured}
+    asked_again = [site for site in _sites(record.get("asked_again", [])) if site not in lost]
+    visited = {visit["site"] for visit in record.get("visits", [])}
+    absent = [site for site in missing if site not in visited]
+    sites = str(record["sites"]) + (f"/{record['sites'] + len(absent)}" if absent else "")
     loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"  # may not leave a site
     parts = [
         f"{record['round']:>5}  {loss:>8}  {human_bytes(record['bytes_up']):>8}  "
@@ -48,13 +55,23 @@ def round_line(record: JsonObject) -> str:
     ]
     parts += [
         f"[yellow]{word} {_some(names)}[/]"
-        for word, names in (("refused", refused), ("missing", missing))
+        for word, names in (
+            ("refused", refused),
+            ("missing", missing),
+            ("asked again", asked_again),
+            ("not measured", unmeasured),
+        )
         if names
     ]
     clipped = [reply["site"] for reply in record.get("clipped", [])]
     parts += [f"[yellow]weight lowered {_some(clipped)}[/]"] if clipped else []
 
     return "  ".join(parts)
+
+
+def _sites(failures: Iterable[JsonObject]) -> list[str]:
+    """Return the sites of some failures, each once, in the order of the first."""
+    return list(dict.fromkeys(failure["site"] for failure in failures))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from fluvial import __version__
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import CheckpointError, GateError
+from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.meter import Kind
@@ -210,6 +211,7 @@ class Run:
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
             metrics |= self._heldout_of_round(number)
 
+        failures = self.fleet.failures[known:]
         by_site = self.fleet.meter.close_round()
         record = {
             "round": number,
@@ -221,14 +223,8 @@ class Run:
                 site: {f"{way} {task}": n for (way, task), n in row.items()}
                 for site, row in by_site.items()
             },
-            "missing": [
-                {
-                    "site": failure.site,
-                    "task": failure.task,
-                    "reason": failure.reason.strip().splitlines()[-1],
-                }
-                for failure in self.fleet.failures[known:]
-            ],
+            "missing": [_row(failure) for failure in failures if not failure.asked_again],
+            "asked_again": [_row(failure) for failure in failures if failure.asked_again],
         }
         self.folder.append_metrics(record)
         self._save(number)
@@ -331,6 +327,15 @@ class Run:
             folder=self.folder.path,
             replace=self.folder.replace_folder,
         )
+
+
+def _row(failure: Failure) -> dict[str, str]:
+    """Return a failure as a round's record has it."""
+    return {
+        "site": failure.site,
+        "task": failure.task,
+        "reason": failure.reason.strip().splitlines()[-1],
+    }
 
 
 def _listed(sizes: Mapping[Kind, int]) -> list[Value]:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fluvial import cli
 from fluvial.errors import CheckpointError, ClientError, ConfigError, DivergenceError, FluvialError
 from fluvial.models.pool import ModelPool
+from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
@@ -302,6 +303,45 @@ def test_a_site_that_fails_is_skipped_and_named_in_the_metrics(
     assert (missing["site"], missing["task"]) == ("south", "train")
     assert missing["reason"].startswith("RuntimeError at ")
     assert "power cut" in (tmp_path / "run" / "sites" / "south" / "errors.log").read_text()
+
+
+def test_a_site_that_answers_when_it_is_asked_again_is_not_missing(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fluvial.federation.sites import Site
+    from fluvial.methods import fedavg
+
+    whole = fedavg.METHOD.tasks["train"]
+    attempts = {"north": 0, "south": 0}
+
+    def flaky(site: Site, message: Payload) -> Any:
+        if site.name in attempts:
+            attempts[site.name] += 1
+            if site.name == "south" or attempts[site.name] == 1:
+                raise RuntimeError("power cut")
+        return whole(site, message)
+
+    monkeypatch.setitem(fedavg.METHOD.tasks, "train", flaky)
+    policy = {"on_failure": "retry", "retries": 2, "quorum": 0.6}
+    run_table(run_config | {"rounds": 1, "fleet": policy}, tmp_path / "run")
+    (record,) = RunFolder(tmp_path / "run").metrics()
+    assert attempts == {"north": 2, "south": 3}
+    assert record["sites"] == 2
+    assert [row["site"] for row in record["missing"]] == ["south"]
+    again = [row["site"] for row in record["asked_again"]]
+    assert sorted(again) == ["north", "south", "south"]
+    line = round_line(record)
+    assert "  2/3  " in line
+    assert "missing south[/]  [yellow]asked again north[/]" in line
+
+
+def test_a_site_that_was_not_measured_took_part_in_the_round() -> None:
+    record = {"round": 3, "loss": 1.5, "seconds": 2.0, "sites": 3, "bytes_up": 9, "bytes_down": 9}
+    failure = {"site": "north", "task": "evaluate", "reason": "late"}
+    line = round_line(record | {"missing": [failure]})
+    assert "3/4" not in line
+    assert "missing" not in line
+    assert "not measured north" in line
 
 
 @pytest.mark.parametrize("name", ["fedavg", "cgfedllm"])
