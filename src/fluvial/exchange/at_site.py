@@ -17,7 +17,7 @@ from fluvial.exchange.representation import coded_object
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import after_tgap
 from fluvial.exchange.uplink import coder_of
-from fluvial.exchange.versions import install_codec, site_codec
+from fluvial.exchange.versions import INSTALL, install_codec, site_codec
 from fluvial.federation.sites import Site, Task, round_of
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload
@@ -138,7 +138,7 @@ def shared_tasks(train: Task, make_terms: MakeTerms) -> dict[str, Task]:
 
     return {
         "train": train,
-        "install": install_codec,
+        INSTALL: install_codec,
         "snapshot": snapshot,
         "moments": tgap_tasks.send_moments,
         "probe": probe,

@@ -73,6 +73,7 @@ def ask_stale_again(
         ):
             if reply.content is None:
                 stale.append(reply.site)
+                fleet.meter.answered.discard((reply.site, task))  # it carried nothing
             else:
                 yield reply.site, reply.content
 

@@ -23,7 +23,7 @@ from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.refit import Refits
 from fluvial.exchange.steps import AtStep, Noise, StepControl
 from fluvial.exchange.terms import Terms
-from fluvial.exchange.versions import Versions
+from fluvial.exchange.versions import INSTALL, Versions
 from fluvial.exchange.weighting import weighted
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
@@ -117,7 +117,7 @@ class Uplink:
             self.versions.current = 1
             self.versions.held = dict.fromkeys(updates.holders(self.settings), 1)
             ready = self.versions.install(fleet, fleet.sites, self.codec, round=0)
-            fleet.require_quorum("install", 0, answered=len(ready), asked=len(fleet.sites))
+            fleet.require_quorum(INSTALL, 0, answered=len(ready), asked=len(fleet.sites))
 
         return {**metrics, "gate": report.values()}
 

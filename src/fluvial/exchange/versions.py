@@ -14,6 +14,9 @@ from fluvial.wire.tensors import Layout
 SLOT = "codec"
 """Slot of a site for the published half of its codec."""
 
+INSTALL = "install"
+"""Task by which a site receives its codec; the answer carries nothing."""
+
 
 def published(codec: Codec, version: int, *, decoder: bool) -> Payload:
     """Return what a site keeps of its codec: settings, version, and what a learned one learned."""
@@ -81,7 +84,7 @@ class Versions:
         if lacking:
             half = published(codec, self.current, decoder=codec.settings.error_feedback)
             messages = dict.fromkeys(lacking, half)
-            for reply in fleet.ask("install", messages, round=round, read=nothing, alone=False):
+            for reply in fleet.ask(INSTALL, messages, round=round, read=nothing, alone=False):
                 self.held[reply.site] = self.current
 
         return [site for site in sites if self.held.get(site, 0) in accepted]

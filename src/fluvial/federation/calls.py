@@ -154,6 +154,7 @@ class Call(Generic[H, T]):
             return None
 
         self._dispatcher.transport.accept(arrival)
+        self._meter.answered.add((site, self._task))
         self.num_answered += 1
         logger.info(
             "round %d, %s: %s answered (%d of %d)",

@@ -86,8 +86,8 @@ def result_of(
 def traffic_of(totals: Bytes, setup: Bytes, raw: int | None) -> dict[str, Any]:
     """Return the bytes of a run as they were sent, and their ratios to `raw`.
 
-    `raw` counts the bytes of the uncompressed updates of the same rounds and cohorts; None where
-    no update is sent.
+    `raw` counts the bytes of the uncompressed updates of the same rounds and sites, also of those
+    that the method dropped; None where no update is sent.
     """
     setup_up = directed(setup, "up")
     setup_down = directed(setup, "down")

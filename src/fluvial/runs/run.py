@@ -13,6 +13,7 @@ import torch
 from fluvial import __version__
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import CheckpointError, GateError
+from fluvial.exchange.versions import INSTALL
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
@@ -163,6 +164,7 @@ class Run:
         self.server = method.server(config.method, self.context)
         self.fleet = assemble(config, folder, pool, texts)
         self.trained = 0
+        """Updates that sites have sent so far, those that a method dropped among them."""
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
         self._wall_s, self._since = 0.0, time.perf_counter()
@@ -206,7 +208,8 @@ class Run:
         started = time.perf_counter()
         known = len(self.fleet.failures)
         metrics = self.server.round(number, self.fleet)
-        self.trained += int(metrics["sites"])
+        # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
+        self.trained += self.fleet.meter.num_answered(beside=(INSTALL,))
 
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
             metrics |= self._heldout_of_round(number)

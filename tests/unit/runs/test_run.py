@@ -335,6 +335,18 @@ def test_a_site_that_answers_when_it_is_asked_again_is_not_missing(
     assert "missing south[/]  [yellow]asked again north[/]" in line
 
 
+def test_ratios_count_updates_that_were_sent_and_dropped(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    fleet = {"on_failure": "skip", "quorum": 0.6, "max_update_growth": 1.0001}
+    result = run_table(run_config | {"fleet": fleet}, tmp_path / "run")
+    records = RunFolder(tmp_path / "run").metrics()
+    assert [record["sites"] for record in records] == [2, 2]
+    assert result["bytes"]["up_raw"] % 6 == 0
+    assert result["bytes"]["up"] > result["bytes"]["up_raw"]  # three sites, each with an envelope
+    assert 1 < result["round_ratio"] < 1.1
+
+
 def test_a_site_that_was_not_measured_took_part_in_the_round() -> None:
     record = {"round": 3, "loss": 1.5, "seconds": 2.0, "sites": 3, "bytes_up": 9, "bytes_down": 9}
     failure = {"site": "north", "task": "evaluate", "reason": "late"}
