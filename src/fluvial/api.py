@@ -20,10 +20,10 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.round_lines import round_header, round_line, setup_lines
-from fluvial.report.run_folder import read_run
 from fluvial.report.tables import table
 from fluvial.runs.config import RunConfig, load, merge, override, parse
 from fluvial.runs.own import listed, with_own, wrong_argument
+from fluvial.storage.run_files import read_run
 
 if TYPE_CHECKING:
     from fluvial.runs.run import Event

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console, RenderableType
 
-from fluvial.report import JsonObject
+from fluvial.storage.run_files import JsonObject
 
 if TYPE_CHECKING:
     from fluvial.runs.config import RunConfig

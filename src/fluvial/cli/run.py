@@ -20,6 +20,7 @@ from fluvial.cli.console import (
     program_name,
 )
 from fluvial.cli.progress import run_progress
+from fluvial.storage.run_files import CONFIG
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
         result_table,
         verdict_line,
     )
-    from fluvial.report.run_folder import read_run
+    from fluvial.storage.run_files import read_run
 
     finished = read_run(path)
     out.print(result_table(event.values, cut_words(finished["config"])))
@@ -73,7 +74,7 @@ def run(
 def _resume_advice(folder: Path) -> str:
     """Return the line that is printed after a signal has stopped the run in `folder`."""
     command = [*program_name(), *sys.argv[1:]]
-    if not (folder / "config.json").exists():
+    if not (folder / CONFIG).exists():
         return f"interrupted before anything was written; start again with:  {shlex.join(command)}"
 
     command += [] if "--resume" in command else ["--resume"]

@@ -16,8 +16,9 @@ def show(
     format: Format = "table",
 ) -> None:
     """Print a run: its rounds, result and bytes."""
-    from fluvial.report.run_folder import damage_reported, read_run
+    from fluvial.report.damage import damage_reported
     from fluvial.report.show import run_tables
+    from fluvial.storage.run_files import read_run
 
     content = read_run(folder)
     with damage_reported(folder):

@@ -15,11 +15,11 @@ from fluvial.data.site_names import check_plain
 from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, names
 from fluvial.flower.programs import environment, program, split_address, warn
-from fluvial.report import JsonObject
 from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
 from fluvial.storage.files import make_folder
+from fluvial.storage.run_files import CONFIG, JsonObject
 
 WARN_DAYS = 30
 """Days before the end of a certificate from which the server warns when it starts."""
@@ -203,7 +203,7 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
     Raises `ConfigError` if `out` holds a run and `resume` is False, or if the server refuses it.
     """
     read_server_file(folder)
-    if (out / "config.json").exists() and not resume:
+    if (out / CONFIG).exists() and not resume:
         raise ConfigError(
             f"{out} already holds a run; continue it with --resume, or choose another folder with "
             "--out"

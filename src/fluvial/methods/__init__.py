@@ -40,8 +40,8 @@ METHODS: dict[str, Method] = {
 }
 """Every method by its name in a configuration."""
 
-Baseline = Literal["local", "fedavg", "central"]
-"""Methods whose uncompressed runs others are compared with."""
+Baseline = Literal["local", "central", "fedavg"]
+"""Methods whose uncompressed runs others are compared with, in the order of tables."""
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 
 MethodConfig = Annotated[

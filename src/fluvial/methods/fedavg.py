@@ -166,7 +166,13 @@ METHOD = Method(
     paper="Zhang et al., Towards Building the Federated GPT (FedIT), ICASSP 2024, "
     "https://arxiv.org/abs/2305.05644",
     plan=plan,
-    traits=Traits("FedAvg", tunes=("lora", "full"), receives="downlink", weighted=True),
+    traits=Traits(
+        "FedAvg",
+        tunes=("lora", "full"),
+        receives="downlink",
+        weighted=True,
+        uncompressed="federated, uncompressed",
+    ),
 )
 CENTRAL = Method(
     CentralConfig,

@@ -178,6 +178,9 @@ class Traits:
     """True where all data lies at one place."""
     baseline: bool = False
     """True for a run that others are compared with, without a page of its own in the docs."""
+    uncompressed: str | None = None
+    """The label of its uncompressed run, where that is a baseline of others; None where it is
+    none."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluvial.formatting import safe_text
-from fluvial.report import JsonObject
+from fluvial.storage.run_files import JsonObject
 
 
 def failures(metrics: Sequence[JsonObject]) -> list[JsonObject]:

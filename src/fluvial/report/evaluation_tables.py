@@ -5,8 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
-from fluvial.report import JsonObject
 from fluvial.report.tables import table
+from fluvial.storage.run_files import JsonObject
 
 
 def evaluation_tables(measured: JsonObject) -> Group:

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fluvial.formatting import human_bytes, safe_text
-from fluvial.report import JsonObject
 from fluvial.runs.verdict import loss_of, losses
+from fluvial.storage.run_files import JsonObject
 
 COLOURS = {
     name: f"#0101{number:02x}"
@@ -41,8 +41,6 @@ STYLE = {
     "legend.frameon": False,
     "figure.facecolor": "none",
 }
-UNSENT = ("local", "central", "central_cyclic")
-"""Runs that send no updates and are not drawn by bytes."""
 HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
@@ -70,6 +68,12 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _colour(name: str, method: str) -> str:
     return COLOURS["own"] if name == method else COLOURS.get(name, COLOURS["ink"])
+
+
+def _sends_updates(run: JsonObject) -> bool:
+    """Return whether a run sends updates, as its description says; False where it has none yet, as
+    a baseline before its end."""
+    return bool((run["result"] or run.get("description") or {}).get("sends_updates"))
 
 
 def _or_gap(loss: float | None) -> float:
@@ -138,7 +142,7 @@ def loss_by_bytes(
     runs: Mapping[str, JsonObject], method: str, ways: tuple[str, ...]
 ) -> Markup | None:
     """Draw losses by the bytes sent so far in these `ways`; None where no run sends updates."""
-    runs = {name: run for name, run in runs.items() if name not in UNSENT}
+    runs = {name: run for name, run in runs.items() if _sends_updates(run)}
     if not runs:
         return None
 
@@ -174,7 +178,7 @@ def bytes_by_kind(runs: Mapping[str, JsonObject], method: str) -> Markup | None:
     tables = {
         name: run["result"]["bytes"]["by_kind"]
         for name, run in runs.items()
-        if run["result"] and name not in UNSENT
+        if run["result"] and _sends_updates(run)
     }
     kinds = sorted({kind for table in tables.values() for kind in table}, reverse=True)
 

@@ -12,7 +12,6 @@ from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
-from fluvial.report import JsonObject
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.figures import (
     STYLE,
@@ -31,6 +30,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.runs.verdict import NAMES, loss_of
+from fluvial.storage.run_files import JsonObject
 
 CYCLES = 48
 """Number of cycles of a block schedule on the page: the last ones."""
@@ -82,7 +82,11 @@ def _content(run: JsonObject) -> JsonObject:
     method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
 
     if metrics:
-        runs[method] = {"metrics": metrics, "result": result}
+        runs[method] = {
+            "metrics": metrics,
+            "result": result,
+            "description": run["description"],
+        }
 
     setup = (result or {}).get("setup", {})
     refused = run.get("refused") or {}

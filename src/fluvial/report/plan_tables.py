@@ -4,8 +4,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from fluvial.formatting import safe_text
-from fluvial.report import JsonObject
 from fluvial.report.tables import table
+from fluvial.storage.run_files import JsonObject
 
 
 def plan_table(planned: JsonObject) -> Group:

@@ -8,31 +8,21 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, human_ratio, percent, privacy_words, safe_text
-from fluvial.report import JsonObject
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
-
-BASELINES = {
-    "local": "local only",
-    "central": "central, all data at one place",
-    "central_cyclic": "central, block after block",
-    "fedavg": "federated, uncompressed",
-}
-"""Runs that others are compared with, in the order of the result table."""
-CENTRAL = ("central", "central_cyclic")
-"""Runs with all data at one place, which have no value for each site."""
+from fluvial.storage.run_files import JsonObject
 
 
 def run_name(result: JsonObject) -> str:
     """Return method and codec in a few words."""
+    if result["baseline"] is not None:
+        return str(result["label"])
+
     method = str(result["method"])
     codec = result.get("codec")
 
     if codec == "auto" and result.get("setup", {}).get("choice"):
         codec = f"auto ({result['setup']['choice']['codec']['name']})"
-    if method in BASELINES and codec in (None, "identity"):
-        return BASELINES[method]
-
     return f"federated, {method}" + (f" + {codec}" if codec else "")
 
 
@@ -41,12 +31,12 @@ def result_rows(result: JsonObject) -> list[list[str]]:
     heldout = result["heldout"]
     compared = result.get("compare", {})
     pooled = result.get("heldout_pooled") or {}
-    names = [name for name in BASELINES if name != result["method"]]
-    names = [name for name in names if heldout.get(name) is not None or name in compared]
+    names = [name for name in heldout if name in compared and name != result["method"]]
+    names += [name for name in compared if name not in (*heldout, result["method"])]
     runs: list[tuple[str, str, JsonObject]] = [("base model, untuned", "base", {})]
-    runs += [(BASELINES[name], name, compared.get(name) or {}) for name in names]
+    runs += [(compared[name]["label"], name, compared[name]) for name in names]
     runs.append((run_name(result), "final", result))
-    centrally = [name for name in CENTRAL if name in names or name == result["method"]]
+    centrally = any(traffic.get("pooled", False) for _, _, traffic in runs)
 
     exact = any("exact_match" in (heldout.get(key) or {}) for _, key, _ in runs)
     headings = ["", "held-out loss", *(["pooled loss"] if centrally else []), "next-token accuracy"]
@@ -56,7 +46,7 @@ def result_rows(result: JsonObject) -> list[list[str]]:
     for label, key, traffic in runs:
         values = heldout.get(key) or {}
         total = pooled.get(key) or {}
-        at_one_place = key in CENTRAL or (key == "final" and result["method"] in CENTRAL)
+        at_one_place = traffic.get("pooled", False)  # which has no value for each site
         traffic = {} if at_one_place else traffic
         row = [label, "-" if at_one_place else figure(values.get("loss"))]
         row += (

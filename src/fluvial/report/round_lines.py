@@ -7,7 +7,7 @@ from rich.markup import escape
 
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
 from fluvial.methods.measuring import TASK as MEASURING
-from fluvial.report import JsonObject
+from fluvial.storage.run_files import JsonObject
 
 
 def round_header(method: str) -> str:

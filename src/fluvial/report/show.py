@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, percent, safe_text
-from fluvial.report import JsonObject
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
 from fluvial.report.result_tables import (
     closing_words,
@@ -21,6 +20,7 @@ from fluvial.report.result_tables import (
 from fluvial.report.round_lines import round_header, round_line, setup_lines
 from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
+from fluvial.storage.run_files import JsonObject
 
 CYCLES = 12
 """Number of cycles of a block schedule on the terminal: the last ones."""

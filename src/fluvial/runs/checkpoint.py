@@ -20,6 +20,7 @@ file that is damaged, cut, missing or another one is noticed.
 import fcntl
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,12 +35,22 @@ from fluvial.storage.files import (
     sweep,
     write_atomically,
 )
+from fluvial.storage.run_files import (
+    ANEW,
+    CHECKPOINTS,
+    CONFIG,
+    DIGESTS,
+    EXPORTS,
+    METRICS,
+    RESULT,
+    SITES,
+    read_file,
+    read_metrics,
+)
 from fluvial.wire.payload import OWN_FILES, Payload
 
 KEPT = 2
-_FINISHED = ("config.json", "metrics.jsonl")
-_EXPORTS = ("adapter", "model")
-_ANEW = "restore it from a copy, or start again in another folder with --out"
+_FINISHED = (CONFIG, METRICS)
 
 
 def _sidecar(path: Path, data: bytes) -> bytes:
@@ -56,7 +67,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.store = StateStore(path / "sites")
+        self.store = StateStore(path / SITES)
         self._lock: IO[str] | None = None
         self._made = False
 
@@ -97,7 +108,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Return True where a run was begun here."""
-        parts = ("config.json", "result.json", "checkpoints")
+        parts = (CONFIG, RESULT, CHECKPOINTS)
         return any((self.path / name).exists() for name in parts)
 
     def write_json(self, name: str, content: Any) -> None:
@@ -106,81 +117,55 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, after the digests of all that a finished run consists of."""
-        listed = {"result.json": digest_of(_readable(result))}
+        listed = {RESULT: digest_of(_readable(result))}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
-            if path.is_file() and (str(name) in _FINISHED or name.parts[0] in _EXPORTS):
+            if path.is_file() and (str(name) in _FINISHED or name.parts[0] in EXPORTS):
                 listed[str(name)] = digest_of_file(path)
 
-        self.write_json("digests.json", listed)
-        self.write_json("result.json", result)
+        self.write_json(DIGESTS, listed)
+        self.write_json(RESULT, result)
 
     def verify_finished(self) -> None:
         """Raise `CheckpointError` unless the files of a finished run are those that were
         written."""
-        listed = self.read_json("digests.json")
+        listed = self.read_json(DIGESTS)
         if listed is None:
-            raise CheckpointError(f"{self.path / 'digests.json'} is missing; {_ANEW}")
-        if not {"result.json", "metrics.jsonl"} <= listed.keys():
+            raise CheckpointError(f"{self.path / DIGESTS} is missing; {ANEW}")
+        if not {RESULT, METRICS} <= listed.keys():
             raise CheckpointError(
-                f"{self.path / 'digests.json'} is damaged: it names too few files; {_ANEW}"
+                f"{self.path / DIGESTS} is damaged: it names too few files; {ANEW}"
             )
 
         for name, digest in listed.items():
             path = self.path / name
             if not path.exists():
-                raise CheckpointError(f"{path} is missing; {_ANEW}")
+                raise CheckpointError(f"{path} is missing; {ANEW}")
             if digest_of_file(path) != digest:
                 raise CheckpointError(
-                    f"{path} is damaged: its bytes are not those that were written; {_ANEW}"
+                    f"{path} is damaged: its bytes are not those that were written; {ANEW}"
                 )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """The object in `name`, or None if there is no such file; raises `CheckpointError` if it is
+        """Return the object in `name`, None without such a file; raises `CheckpointError` if it is
         damaged."""
-        path = self.path / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValueError, RecursionError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}; {_ANEW}") from error
-
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{path} is damaged: it holds no JSON object; {_ANEW}")
-
-        return found
+        return read_file(self.path / name)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add the line of a round."""
         try:
-            append(self.path / "metrics.jsonl", json.dumps(record, allow_nan=False) + "\n")
+            append(self.path / METRICS, json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}; "
+                f"cannot write {self.path / METRICS}: {error.strerror}; "
                 "free some space and use --resume"
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All lines; a last line that a crash cut off is left out."""
-        path = self.path / "metrics.jsonl"
-        try:
-            lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_ANEW}") from error
-
-        records = []
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-
-            if not isinstance(record, dict) or type(record.get("round")) is not int:
-                break
-            records.append(record)
-
-        return records
+        """Return all lines of rounds; a last line that a crash cut off is left out."""
+        return list(
+            takewhile(lambda record: type(record.get("round")) is int, read_metrics(self.path))
+        )
 
     def save(self, round: int, checkpoint: Payload) -> None:
         """Write the checkpoint of `round`, then drop those before the one before it.
@@ -235,8 +220,8 @@ class RunFolder:
 
         if kept["lines"] != self._lines(round):
             raise CheckpointError(
-                f"{self.path / 'metrics.jsonl'} is damaged: its lines up to round {round} are not "
-                f"those that were written; {_ANEW}"
+                f"{self.path / METRICS} is damaged: its lines up to round {round} are not "
+                f"those that were written; {ANEW}"
             )
 
         self.store.verify(kept["sites"], round)
@@ -246,7 +231,7 @@ class RunFolder:
 
     def go_back_to(self, round: int) -> None:
         """Forget lines and site states after `round`; -1 forgets all."""
-        write_atomically(self.path / "metrics.jsonl", self._metrics_until(round))
+        write_atomically(self.path / METRICS, self._metrics_until(round))
         self.store.rollback(round)
 
     def _metrics_until(self, round: int) -> bytes:
@@ -263,7 +248,7 @@ class RunFolder:
         return {**({"": own} if own.exists() else {}), **self.store.private_folders()}
 
     def _ledger(self, name: str) -> Path:
-        return self.path.joinpath(*(("sites", name) if name else ()), "private")
+        return self.path.joinpath(*((SITES, name) if name else ()), "private")
 
     def replace_folder(self, name: str, made: Path) -> None:
         """Put the folder `made` (a sibling) in the place of `name`."""
@@ -281,9 +266,9 @@ class RunFolder:
             ) from error
 
     def _checkpoint(self, round: int) -> Path:
-        return self.path / "checkpoints" / f"round-{round:06d}.safetensors"
+        return self.path / CHECKPOINTS / f"round-{round:06d}.safetensors"
 
     def _checkpoints(self) -> list[int]:
-        folder = self.path / "checkpoints"
+        folder = self.path / CHECKPOINTS
         stems = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
         return [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]

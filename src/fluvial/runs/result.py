@@ -10,13 +10,13 @@ from typing import Any
 from fluvial import __version__
 from fluvial.federation.meter import Kind
 from fluvial.methods import BASELINES
-from fluvial.methods.interface import Export, Measures
+from fluvial.methods.interface import Export, Measures, Traits
 from fluvial.methods.measuring import TASK as MEASURING
-from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
+from fluvial.storage.run_files import COMPARE, DESCRIBED, read_result
 
-Bytes = Mapping[Kind, int]
+BytesByKind = Mapping[Kind, int]
 """Bytes by direction and task."""
 
 
@@ -34,14 +34,12 @@ def result_of(
 ) -> dict[str, Any]:
     """Return everything that a run found, beside the results of its baselines in `folder`."""
     baselines = {name: _stored(folder, name) for name in BASELINES}
-    traits = config.entry.traits
     promise = config.promise
     result: dict[str, Any] = {
         "fluvial": __version__,
         "method": config.method.name,
-        "label": traits.label,
-        "pooled": traits.pooled,
-        "codec": config.coding.name if traits.sends == "codec" else None,
+        **description_of(config),
+        "codec": coding_of(config),
         "rounds": config.rounds,
         "sites": sites,
         "heldout": {
@@ -72,18 +70,40 @@ def result_of(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
         "python": platform.python_version(),
     }
-    name = config.method.name
 
-    if name in BASELINES and result["codec"] in (None, "identity"):
+    if result["baseline"] in BASELINES:
         for means in ("heldout", "heldout_pooled"):
-            result[means][name] = result[means]["final"]
+            result[means][result["baseline"]] = result[means]["final"]
 
     compared: dict[str, Any] = {name: _stored(folder, name) for name in config.compare}
     result["verdict"] = judge(result, compared).to_json()
     return result
 
 
-def traffic_of(totals: Bytes, setup: Bytes, raw: int | None) -> dict[str, Any]:
+def coding_of(config: RunConfig) -> str | None:
+    """Return the name of the codec of `[codec]`; None where it carries no update."""
+    return config.coding.name if config.entry.traits.sends == "codec" else None
+
+
+def description_of(config: RunConfig) -> dict[str, Any]:
+    """Return the label of a run, and the properties of its method that readers of results need."""
+    return described(config.method.name, config.entry.traits, coding_of(config))
+
+
+def described(method: str, traits: Traits, codec: str | None) -> dict[str, Any]:
+    """Return the description of a run: its label, True where its data is pooled, the baseline that
+    it is itself or None, and True where sites send updates to a server."""
+    itself = codec in (None, "identity") and (traits.baseline or traits.uncompressed is not None)
+    label = traits.uncompressed if itself and traits.uncompressed else traits.label
+    return {
+        "label": label,
+        "pooled": traits.pooled,
+        "baseline": method if itself else None,
+        "sends_updates": traits.sends != "nothing" and not traits.pooled,
+    }
+
+
+def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict[str, Any]:
     """Return the bytes of a run as they were sent, and their ratios to `raw`.
 
     `raw` counts the bytes of the uncompressed updates of the same rounds and sites, also of those
@@ -110,7 +130,7 @@ def traffic_of(totals: Bytes, setup: Bytes, raw: int | None) -> dict[str, Any]:
     }
 
 
-def directed(sizes: Bytes, direction: str) -> int:
+def directed(sizes: BytesByKind, direction: str) -> int:
     """Return the bytes of one direction, without those of measuring."""
     return sum(
         size for (way, task), size in sizes.items() if way == direction and task != MEASURING
@@ -125,8 +145,7 @@ def peak_rss_bytes() -> int:
 
 def _stored(folder: Path, name: str) -> dict[str, Any] | None:
     """Return the result of the baseline `name`; None where it was not run."""
-    stored = RunFolder(folder / "compare" / name).read_json("result.json")
-    return stored if isinstance(stored, dict) else None
+    return read_result(folder / COMPARE / name)
 
 
 def _final(stored: dict[str, Any] | None, means: str) -> dict[str, Any] | None:
@@ -134,5 +153,5 @@ def _final(stored: dict[str, Any] | None, means: str) -> dict[str, Any] | None:
 
 
 def _compared(stored: dict[str, Any]) -> dict[str, Any]:
-    keys = ("sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")
+    keys = (*DESCRIBED, "sites", "bytes", "round_ratio", "amortised_ratio", "wall_s")
     return {key: stored[key] for key in keys}

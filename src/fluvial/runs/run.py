@@ -25,8 +25,9 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.runs.opening import check_settings, site_of, tasks_of, texts_of
-from fluvial.runs.result import directed, result_of, traffic_of
+from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
+from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
     """
-    runs = [(config.baseline(name), folder / "compare" / name) for name in config.compare] + [
+    runs = [(config.baseline(name), folder / COMPARE / name) for name in config.compare] + [
         (config, folder)
     ]
     with private(), RunFolder(folder) as main:
@@ -86,7 +87,10 @@ def execute(
             for remark in known.check():
                 logger.warning("%s", remark)
 
-        main.write_json("config.json", {"fluvial": __version__, **config.resolved()})
+        description = description_of(config)
+        main.write_json(
+            CONFIG, {"fluvial": __version__, DESCRIPTION: description, **config.resolved()}
+        )
         for number, (each, path) in enumerate(runs):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
@@ -111,15 +115,16 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
             "--out for another folder, or remove it"
         )
 
-    stored = folder.read_json("config.json")
+    stored = folder.read_json(CONFIG)
     if stored is None:
         raise CheckpointError(
-            f"{folder.path / 'config.json'} is missing, and the folder holds a "
+            f"{folder.path / CONFIG} is missing, and the folder holds a "
             "run; restore it from a copy, or start "
             "again in another folder with --out"
         )
 
-    stored.pop("fluvial", None)
+    for key in ("fluvial", DESCRIPTION):
+        stored.pop(key, None)
     # How many sites work at a time changes nothing in the result. And as long as the method itself
     # has not got through its set-up, another method or codec only keeps the baselines, which do not
     # depend on them.
@@ -172,7 +177,7 @@ class Run:
     def events(self) -> Iterator[Event]:
         """Run from where the folder stands to the result."""
         name = self.config.method.name
-        finished = self.folder.read_json("result.json")
+        finished = read_result(self.folder.path)
 
         if finished is not None:
             self.folder.verify_finished()
@@ -184,12 +189,10 @@ class Run:
             try:
                 self.setup = self.server.setup(self.fleet)
             except GateError as refusal:
-                self.folder.write_json(
-                    "refused.json", {"why": str(refusal), "gate": refusal.report}
-                )
+                self.folder.write_json(REFUSED, {"why": str(refusal), "gate": refusal.report})
                 raise
 
-            (self.folder.path / "refused.json").unlink(missing_ok=True)
+            (self.folder.path / REFUSED).unlink(missing_ok=True)
             self.setup_bytes = dict(self.fleet.meter.totals)
             self.fleet.meter.close_round()
             self._save(0)

@@ -92,7 +92,7 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
     Values that were not measured may be absent, None or not finite; they count nowhere.
     """
     final = losses(result, "final")
-    itself = _itself(result)
+    itself = next((name for name in NAMES if name == result.get("baseline")), None)
     tables: dict[Reference, dict[str, float]] = {"base": losses(result, "base")}
 
     for name in ("local", "fedavg"):
@@ -119,14 +119,6 @@ def loss_of(measures: Mapping[str, Any] | None) -> float | None:
     """Return the loss in a table of measures, or None where there is no finite one."""
     loss = (measures or {}).get("loss")
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def _itself(result: Mapping[str, Any]) -> Reference | None:
-    method = result.get("method")
-    codec = result.get("codec")
-    if method == "local":
-        return "local"
-    return "fedavg" if method == "fedavg" and codec in (None, "identity") else None
 
 
 def _compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Comparison | None:

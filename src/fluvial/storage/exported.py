@@ -11,6 +11,7 @@ from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.storage.files import read_object
+from fluvial.storage.run_files import CONFIG
 
 FILE = "fluvial.json"
 PLACES = frozenset(
@@ -65,7 +66,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     parents = folder.resolve().parents
     for parent in (*parents[:1], *parents[2:3]):
-        tables = _tables(parent / "config.json")
+        tables = _tables(parent / CONFIG)
         if tables is not None and "fluvial" in tables:  # another config.json is a model's
             return settings_of(tables)
 

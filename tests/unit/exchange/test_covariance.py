@@ -29,9 +29,9 @@ from fluvial.exchange.tgap import TgapConfig, split_by_time
 from fluvial.federation.fleet import Fleet
 from fluvial.report import round_lines
 from fluvial.report.page import write_page
-from fluvial.report.run_folder import read_run
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
+from fluvial.storage.run_files import read_run
 from fluvial.wire.payload import Limits, Payload
 from fluvial.wire.tensors import Layout, Named, only, relative_error, scale
 from tests.support.runs import run_table

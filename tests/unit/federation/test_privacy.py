@@ -28,11 +28,11 @@ from fluvial.methods import cgfedllm
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
-from fluvial.report.run_folder import read_run
 from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.run import execute, in_process
+from fluvial.storage.run_files import read_run
 from fluvial.training.train import TrainReport
 from fluvial.wire.tensors import Named, norm, subtract
 from tests.support.runs import adapter_of, run_table

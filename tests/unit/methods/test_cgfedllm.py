@@ -26,9 +26,10 @@ from fluvial.federation import noise
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.pretrained import load_tokenizer
-from fluvial.report import run_folder, show
+from fluvial.report import show
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
+from fluvial.storage.run_files import read_run
 from fluvial.wire.frame import Reader
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, add, cosine, energy, norm, scale, subtract
@@ -426,7 +427,7 @@ def test_a_refused_codec_explains_itself(run_config: dict[str, Any], tmp_path: P
 
     assert not (tmp_path / "run" / "result.json").exists()
     text = Console(record=True, width=200, file=io.StringIO())
-    text.print(show.run_tables(run_folder.read_run(tmp_path / "run")))
+    text.print(show.run_tables(read_run(tmp_path / "run")))
     assert "Refused by the gate: codec 'resnet' does not carry" in text.export_text()
 
 

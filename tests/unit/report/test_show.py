@@ -13,9 +13,13 @@ from rich.console import Console, RenderableType
 
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.formatting import human_bytes, human_ratio
-from fluvial.report import block_tables, result_tables, round_lines, run_folder, show
+from fluvial.methods import METHODS
+from fluvial.report import block_tables, result_tables, round_lines, show
+from fluvial.report.damage import damage_reported
 from fluvial.report.page import write_page
 from fluvial.report.plan_tables import plan_table, preview_text
+from fluvial.runs.result import described
+from fluvial.storage.run_files import DESCRIPTION, read_run
 
 SITES = ("asyncio", "email", "[red]xml[/]")
 RAW = 131072
@@ -88,6 +92,7 @@ def result(
     return {
         "fluvial": "0.1.0",
         "method": method,
+        **described(method, METHODS[method].traits, codec),
         "codec": codec,
         "rounds": 4,
         "sites": 3,
@@ -141,7 +146,12 @@ def write(folder: Path, metrics: list[dict[str, Any]], result: dict[str, Any] | 
 
 def config(folder: Path, method: str) -> None:
     folder.mkdir()
-    content = {"rounds": 4, "method": {"name": method}, "model": {"name_or_path": "embedded"}}
+    content = {
+        "rounds": 4,
+        "method": {"name": method},
+        "model": {"name_or_path": "embedded"},
+        DESCRIPTION: described(method, METHODS[method].traits, None),
+    }
     (folder / "config.json").write_text(json.dumps(content))
 
 
@@ -199,17 +209,17 @@ def text_of(*content: RenderableType) -> str:
 def test_reading_is_plain_json_and_needs_a_run(
     finished: Path, unfinished: Path, tmp_path: Path
 ) -> None:
-    found = run_folder.read_run(finished)
+    found = read_run(finished)
     assert json.loads(json.dumps(found)) == found
     assert len(found["metrics"]) == 4
     assert sorted(found["compare"]) == ["fedavg", "local"]
-    assert len(run_folder.read_run(unfinished)["metrics"]) == 1
+    assert len(read_run(unfinished)["metrics"]) == 1
 
     with pytest.raises(CheckpointError, match="holds no run"):
-        run_folder.read_run(tmp_path / "nowhere")
+        read_run(tmp_path / "nowhere")
     (unfinished / "result.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"cannot read .*result\.json"):
-        run_folder.read_run(unfinished)
+    with pytest.raises(CheckpointError, match=r"result\.json is damaged"):
+        read_run(unfinished)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +249,7 @@ def test_ratios_are_fractions_where_something_is_saved() -> None:
 
 def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
     _, headings = text_of(round_lines.round_header("cgfedllm")).splitlines()
-    metrics = run_folder.read_run(finished)["metrics"]
+    metrics = read_run(finished)["metrics"]
     lines = [text_of(round_lines.round_line(record)).rstrip("\n") for record in metrics]
 
     for heading, value in (
@@ -277,7 +287,7 @@ def test_setup_lines_tell_both_verdicts() -> None:
 
 
 def test_tables_of_a_finished_run(finished: Path) -> None:
-    words = text_of(show.run_tables(run_folder.read_run(finished)))
+    words = text_of(show.run_tables(read_run(finished)))
     rows = {
         line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
     }
@@ -311,19 +321,21 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
 
 
 def test_tables_of_an_unfinished_run(unfinished: Path) -> None:
-    words = text_of(show.run_tables(run_folder.read_run(unfinished)))
+    words = text_of(show.run_tables(read_run(unfinished)))
     assert "Not finished: 1 of 4 rounds of fedavg" in words
     assert "3.2000" in words
 
 
 def test_tables_of_sites_alone(local: Path) -> None:
-    words = text_of(show.run_tables(run_folder.read_run(local)))
+    words = text_of(show.run_tables(read_run(local)))
     assert "no global model" in words
     assert words.count("local only") == 1
 
 
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:
-    rows = result_tables.result_rows(result("fedavg", "ternary", 3.25, 8000, 131200))
+    compare = {"local": described("local", METHODS["local"].traits, None)}
+    ours = result("fedavg", "ternary", 3.25, 8000, 131200, compare=compare)
+    rows = result_tables.result_rows(ours)
     assert [row[0] for row in rows[1:]] == [
         "base model, untuned",
         "local only",
@@ -364,7 +376,7 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
     first = tmp_path / "first.html"
     second = tmp_path / "second.html"
     for path in (first, second):
-        write_page(run_folder.read_run(finished), path)
+        write_page(read_run(finished), path)
     page = first.read_text()
     assert first.read_bytes() == second.read_bytes()
     assert not re.search(
@@ -395,13 +407,13 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
 
 def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    write_page(run_folder.read_run(unfinished), page)
+    write_page(read_run(unfinished), page)
     assert "not finished: 1 of 4 rounds" in page.read_text()
-    write_page(run_folder.read_run(local), page)
+    write_page(read_run(local), page)
     assert "local only" in page.read_text()
 
     with pytest.raises(ConfigError, match="cannot write"):
-        write_page(run_folder.read_run(local), tmp_path / "nowhere" / "page.html")
+        write_page(read_run(local), tmp_path / "nowhere" / "page.html")
 
 
 # -- blocks --------------------------------------------------------------------------------------
@@ -477,9 +489,7 @@ def cyclic(tmp_path: Path) -> Path:
 
 
 def test_a_cycle_names_what_was_refused_and_what_the_download_leaves(cyclic: Path) -> None:
-    lines = [
-        text_of(round_lines.round_line(record)) for record in run_folder.read_run(cyclic)["metrics"]
-    ]
+    lines = [text_of(round_lines.round_line(record)) for record in read_run(cyclic)["metrics"]]
     first, second, *_ = (line.replace("\n", "") for line in lines)
     assert "gradient cosine 0.877" in first
     assert "refused" not in first
@@ -532,7 +542,7 @@ def test_a_place_with_all_data_trains_many_blocks_in_a_cycle() -> None:
     assert schedule is not None
     assert schedule.rows == [["pooled", "0, 1, 2, 3", "0, 1, ..., 31"]]
     assert (
-        result_tables.run_name({"method": "central_cyclic", "codec": None})
+        result_tables.run_name(result("central_cyclic", None, 3.2, 0, 0))
         == "central, block after block"
     )
 
@@ -551,7 +561,7 @@ def test_the_conflict_log_has_the_last_pairs_and_the_mean_of_all() -> None:
 
 
 def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
-    words = text_of(show.run_tables(run_folder.read_run(cyclic)))
+    words = text_of(show.run_tables(read_run(cyclic)))
     rows = {
         line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
     }
@@ -564,7 +574,7 @@ def test_tables_of_a_run_by_blocks(cyclic: Path) -> None:
 
 
 def test_page_of_a_run_by_blocks(cyclic: Path, tmp_path: Path) -> None:
-    write_page(run_folder.read_run(cyclic), tmp_path / "page.html")
+    write_page(read_run(cyclic), tmp_path / "page.html")
     page = tmp_path.joinpath("page.html").read_text()
     for heading in ("Blocks", "Block schedule, by cycle", "Conflict log", "Missing replies"):
         assert page.count(f"<h2>{heading}</h2>") == 1
@@ -598,9 +608,30 @@ def test_a_damaged_folder_is_told_without_a_traceback(
     else:
         (folder / name).write_text(content)
 
-    told = f"cannot read .*{name}|run is damaged"
-    with pytest.raises(CheckpointError, match=told), run_folder.damage_reported(folder):
-        text_of(show.run_tables(run_folder.read_run(folder)))
+    told = f"{name} (is damaged|cannot be read)|run is damaged"
+    with pytest.raises(CheckpointError, match=told), damage_reported(folder):
+        text_of(show.run_tables(read_run(folder)))
+
+
+@pytest.mark.parametrize("place", [".", "compare/local"])
+def test_a_result_of_an_older_version_is_said_to_be_one(place: str, finished: Path) -> None:
+    path = finished / place / "result.json"
+    content = json.loads(path.read_text())
+    del content["baseline"]
+    path.write_text(json.dumps(content))
+    words = r"result\.json was written by an older version of Fluvial, .* no 'baseline'"
+    with pytest.raises(CheckpointError, match=words):
+        read_run(finished)
+
+
+@pytest.mark.parametrize(("method", "drawn"), [("fedavg", True), ("local", False)])
+def test_an_unfinished_run_is_drawn_by_bytes_if_it_sends_updates(
+    method: str, drawn: bool, tmp_path: Path
+) -> None:
+    config(tmp_path / "run", method)
+    write(tmp_path / "run", records(131300, 131200, start=3.3)[:2], None)
+    write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
+    assert ("bytes so far" in (tmp_path / "page.html").read_text()) == drawn
 
 
 def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path) -> None:
@@ -611,7 +642,7 @@ def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path)
     first = json.loads(lines[0]) | {"missing": [{"site": evil, "task": evil, "reason": evil}]}
     (folder / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]))
     console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    console.print(show.run_tables(run_folder.read_run(folder)))
+    console.print(show.run_tables(read_run(folder)))
     written = cast(io.StringIO, console.file).getvalue()
     assert "[2J" in written
     assert "\x1b[2J" not in written
@@ -620,4 +651,4 @@ def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path)
 
 def test_a_page_is_not_written_over_a_folder(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder; choose another --html"):
-        write_page(run_folder.read_run(finished), tmp_path)
+        write_page(read_run(finished), tmp_path)

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from fluvial.report import result_tables, run_folder, show
+from fluvial.methods import METHODS
+from fluvial.report import result_tables, show
 from fluvial.report.page import write_page
+from fluvial.runs.result import described
 from fluvial.runs.verdict import judge, losses
+from fluvial.storage.run_files import read_run
 from tests.support.runs import run_table
 from tests.unit.report.test_show import config, gate, records, result, text_of, write
 
@@ -26,6 +29,7 @@ def made(final: list[float | None], base: float | None = 3.0, **more: Any) -> di
     return {
         "method": "cgfedllm",
         "codec": "int8",
+        "baseline": None,
         "sites": len(rows),
         "heldout_by_site": rows,
         **more,
@@ -106,9 +110,32 @@ def test_a_site_without_a_finite_loss_counts_nowhere(missing: float | None) -> N
     ("method", "codec", "name"), [("local", None, "local"), ("fedavg", "identity", "fedavg")]
 )
 def test_a_baseline_is_not_compared_with_itself(method: str, codec: str | None, name: str) -> None:
-    verdict = judge(made([2.9], method=method, codec=codec), {name: made([2.0])})
+    ours = made([2.9], codec=codec, **described(method, METHODS[method].traits, codec))
+    verdict = judge(ours, {name: made([2.0])})
+    assert verdict.itself == name
     assert getattr(verdict, name) is None
     assert {"local": "local training", "fedavg": "uncompressed"}[name] not in verdict.line()
+
+
+@pytest.mark.parametrize(
+    ("method", "codec", "name", "label"),
+    [
+        ("local", None, "local", "local only"),
+        ("central", None, "central", "central, all data at one place"),
+        ("central_cyclic", None, "central_cyclic", "central, block after block"),
+        ("fedavg", "identity", "fedavg", "federated, uncompressed"),
+        ("fedavg", "int8", None, "FedAvg"),
+        ("cgfedllm", "identity", None, "CG-FedLLM"),
+        ("flasc", None, None, "FLASC"),
+    ],
+)
+def test_a_run_says_which_baseline_it_is(
+    method: str, codec: str | None, name: str | None, label: str
+) -> None:
+    words = described(method, METHODS[method].traits, codec)
+    assert (words["baseline"], words["label"]) == (name, label)
+    assert words["pooled"] == method.startswith("central")
+    assert words["sends_updates"] == (method != "local" and not words["pooled"])
 
 
 def test_a_run_writes_its_verdict(run_config: dict[str, Any], tmp_path: Path) -> None:
@@ -123,7 +150,7 @@ def test_a_run_writes_its_verdict(run_config: dict[str, Any], tmp_path: Path) ->
     assert verdict["local"]["better"] == sum(gain < 0 for gain in gains)
     assert verdict["local"]["difference"] == pytest.approx(sum(gains) / 3)
     assert verdict["fedavg"] is None
-    shown = result_tables.verdict_line(run_folder.read_run(tmp_path / "run")).plain
+    shown = result_tables.verdict_line(read_run(tmp_path / "run")).plain
     assert shown == verdict["line"]
     # Means over the sites and over all label tokens are two numbers, each under its name.
     means = [sum(rows[s][which]["loss"] for s in rows) / 3 for which in ("base", "final")]
@@ -145,7 +172,7 @@ def unmeasured(folder: Path) -> Path:
 
 
 def test_a_run_without_measures_is_shown_as_such(tmp_path: Path) -> None:
-    found = run_folder.read_run(unmeasured(tmp_path / "run"))
+    found = read_run(unmeasured(tmp_path / "run"))
     words = text_of(show.run_tables(found))
     assert "Not measured: no site sent held-out measures" in words
     assert words.count("not measured") >= 2 + 3 * 3
@@ -164,7 +191,7 @@ def test_the_first_tile_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     write(
         folder / "compare" / "local", records(9, 110, start=3.2), result("local", None, 3.2, 9, 110)
     )
-    write_page(run_folder.read_run(folder), tmp_path / "page.html")
+    write_page(read_run(folder), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     first = page[page.index('<div class="cards">') :][:400]
     assert "helped against local training" in first

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fluvial.report.run_folder import read_run
+from fluvial.storage.run_files import read_run
 from fluvial.training.evaluate import heldout
 from tests.support.fedcybgd import (
     FORMS,

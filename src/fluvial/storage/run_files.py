@@ -1,0 +1,136 @@
+"""Names of the files in a run's folder, and their reading as plain JSON values, without torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fluvial.errors import CheckpointError
+
+CONFIG = "config.json"
+"""The resolved configuration, and a description of the run."""
+METRICS = "metrics.jsonl"
+"""One JSON object for each round."""
+RESULT = "result.json"
+"""The result, written last; a folder that has it is finished."""
+REFUSED = "refused.json"
+"""The gate's reasons to refuse the codec, where it did."""
+DIGESTS = "digests.json"
+"""SHA-256 of the files of a finished run."""
+CHECKPOINTS = "checkpoints"
+"""Folder of the server's state after a round."""
+SITES = "sites"
+"""Folder of what the sites keep."""
+COMPARE = "compare"
+"""Folder of the baselines, each a folder of a run under its name."""
+EXPORTS = ("adapter", "model")
+"""Folders of the final weights, as PEFT or transformers writes them."""
+DESCRIPTION = "run"
+"""Key of the configuration's file that holds the description of the run."""
+DESCRIBED = ("label", "pooled", "baseline", "sends_updates")
+"""Keys of a description, which are those of the result as well."""
+ANEW = "restore it from a copy, or start again in another folder with --out"
+"""Remedy for a damaged file of a run."""
+
+JsonObject = dict[str, Any]
+"""JSON object in a file of a run, whose keys and types are not checked yet."""
+
+
+def read_file(path: Path) -> JsonObject | None:
+    """Return the object in a JSON file of a run, None where there is no such file.
+
+    Raises `CheckpointError` if it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {ANEW}") from error
+
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object; {ANEW}")
+
+    return content
+
+
+def read_result(folder: Path) -> JsonObject | None:
+    """Return the result of the run in `folder`, None where it has not finished.
+
+    Raises `CheckpointError` if the file is damaged, or was written by an older version, whose
+    results do not describe the run.
+    """
+    result = read_file(folder / RESULT)
+    if result is None:
+        return None
+
+    missing = [key for key in DESCRIBED if key not in result]
+    if missing and "fluvial" in result:
+        raise CheckpointError(
+            f"{folder / RESULT} was written by an older version of Fluvial, whose results have no "
+            f"{missing[0]!r}; read it with that version, or start again in another folder with "
+            "--out"
+        )
+
+    return result
+
+
+def read_metrics(folder: Path) -> list[JsonObject]:
+    """Return the lines of the rounds, up to one that is cut off or holds no JSON object.
+
+    A run that is being written, or was killed, may end in half a line. Raises `CheckpointError`
+    if the file cannot be read.
+    """
+    path = folder / METRICS
+    try:
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {ANEW}") from error
+
+    records: list[JsonObject] = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+
+        if not isinstance(record, dict):
+            break
+
+        records.append(record)
+
+    return records
+
+
+def read_run(folder: Path) -> JsonObject:
+    """Return the content of a run's folder as plain JSON values.
+
+    The keys are folder, config, description (None where the configuration's file has none),
+    refused, metrics, result, and compare with the baselines by name. Raises `CheckpointError` if
+    the folder holds no run, or a damaged one.
+    """
+    config = read_file(folder / CONFIG)
+    run = _outcome(folder)
+
+    if config is None and not run["metrics"] and run["result"] is None:
+        raise CheckpointError(
+            f"{folder} holds no run: it has no {CONFIG}; give the folder that `fluvial run` "
+            "wrote, by default runs/NAME"
+        )
+
+    config = config or {}
+    description = config.pop(DESCRIPTION, None)
+    compared = sorted(path for path in folder.glob(f"{COMPARE}/*") if path.is_dir())
+
+    return {
+        "folder": str(folder),
+        "config": config,
+        "description": description,
+        "refused": read_file(folder / REFUSED),
+        **run,
+        "compare": {path.name: _outcome(path) for path in compared},
+    }
+
+
+def _outcome(folder: Path) -> JsonObject:
+    """Return the metrics and the result of one method's run."""
+    return {"metrics": read_metrics(folder), "result": read_result(folder)}
