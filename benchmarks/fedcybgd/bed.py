@@ -30,7 +30,7 @@ from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
 from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.methods.fedcybgd.traffic import Full, OnDisk, Sizes
+from fluvial.methods.fedcybgd.visit_sizes import Full, OnDisk, Sizes
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.loading import meta_base
 from fluvial.models.pool import ModelPool

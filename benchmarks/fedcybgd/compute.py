@@ -241,7 +241,7 @@ def _row(
     trained: frozenset[str],
 ) -> Row:
     from fluvial.methods.fedcybgd.memory import client_memory
-    from fluvial.methods.fedcybgd.traffic import Full, Sizes
+    from fluvial.methods.fedcybgd.visit_sizes import Full, Sizes
 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     own = sum(sizes[name] for name in trained)

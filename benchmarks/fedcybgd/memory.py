@@ -260,7 +260,7 @@ def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
 def _row(shape: Shape, case: Case, found: dict[str, int]) -> Row:
     from fluvial.methods.fedcybgd.blocks import partition
     from fluvial.methods.fedcybgd.memory import client_memory
-    from fluvial.methods.fedcybgd.traffic import Full, OnDisk, Sizes
+    from fluvial.methods.fedcybgd.visit_sizes import Full, OnDisk, Sizes
 
     tunes, dtype, hold = case
     layout = layout_of(shape)

@@ -29,7 +29,7 @@ from fluvial.cli import app
 from fluvial.federation.config import FleetConfig
 from fluvial.report.status_tables import status_tables
 from fluvial.settings import Settings
-from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
+from fluvial.site_process.site_file import Allowed, SiteDataSettings, SiteFile
 from tests.support import ROOT
 
 PAGE = ROOT / "docs" / "deploy.md"
@@ -271,7 +271,7 @@ def _control_without_any_credential(port: int) -> int:
 
 
 def test_every_key_of_a_site_file_is_explained() -> None:
-    tables: dict[str, type[Settings]] = {"data": SiteData, "allow": Allowed}
+    tables: dict[str, type[Settings]] = {"data": SiteDataSettings, "allow": Allowed}
     keys = set(SiteFile.model_fields) - set(tables)
     keys |= {f"{name}.{key}" for name, table in tables.items() for key in table.model_fields}
     assert first_column(section("The site file")) == keys

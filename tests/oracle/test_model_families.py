@@ -12,10 +12,10 @@ from torch import nn
 
 from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
+from fluvial.models.behaviour import check_behaviour
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, load_tokenizer
-from fluvial.models.probe import check_behaviour
 from fluvial.models.targets import LoraSettings
 from fluvial.training.assess import evaluate_adapter, whole_file
 from fluvial.training.folders import read_adapter_folder

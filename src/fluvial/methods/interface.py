@@ -121,7 +121,7 @@ class Given:
     """The line between a site and the server, where the configuration describes one."""
 
 
-Row = tuple[str, str]
+CheckRow = tuple[str, str]
 """A row of `fluvial check`: subject and value."""
 
 
@@ -135,7 +135,7 @@ class Forecast:
     """Bytes of one coded download; 0 where the method has a code of its own."""
     traffic: Callable[[int], Traffic]
     """Predicts the bytes of a site that takes part in a round, from the round's number."""
-    rows: Sequence[Row] = ()
+    rows: Sequence[CheckRow] = ()
     """Rows of `fluvial check`: bytes, memory, and time over the line."""
     round_over_line_s: float | None = None
     """Seconds of a round over the line, without training; None where they are not predicted."""
@@ -199,6 +199,7 @@ class Method:
 
 
 __all__ = [
+    "CheckRow",
     "Context",
     "Export",
     "Forecast",
@@ -210,7 +211,6 @@ __all__ = [
     "Plan",
     "Promise",
     "Reporting",
-    "Row",
     "SampledSettings",
     "Server",
     "Traits",

@@ -22,7 +22,7 @@ PUBLIC_SEQUENCES = 256
 TASK = "evaluate"
 """The task of measuring. Its bytes are counted apart, since they are no part of the method."""
 
-Row = dict[str, float]
+SiteMeasures = dict[str, float]
 """Measures of one site, by name: loss, accuracy, and exact_match where it was asked for."""
 
 
@@ -64,9 +64,9 @@ class Measures:
 
     total: Heldout | None = None
     """Sums over all sites that were measured; None without any."""
-    by_site: dict[str, Row] = field(default_factory=dict)
+    by_site: dict[str, SiteMeasures] = field(default_factory=dict)
 
-    def mean(self) -> Row | None:
+    def mean(self) -> SiteMeasures | None:
         """Return the mean over the sites, each counting the same; None without any."""
         rows = list(self.by_site.values())
         if not rows:
@@ -75,7 +75,7 @@ class Measures:
         keys = sorted(set.intersection(*(set(row) for row in rows)))
         return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
-    def pooled(self) -> Row | None:
+    def pooled(self) -> SiteMeasures | None:
         """Return the means over the label tokens of all sites together; None without any."""
         if self.total is None:
             return None
@@ -90,7 +90,7 @@ def ask_heldout(fleet: Fleet, message: Payload, *, round: int) -> Measures:
     read = partial(measured, answers=message.value("generate", int) > 0)
     messages = dict.fromkeys(fleet.sites, message)
     sums = []
-    rows: dict[str, Row] = {}
+    rows: dict[str, SiteMeasures] = {}
 
     for reply in fleet.ask(TASK, messages, round=round, read=read):
         heldout, right, questions = reply.content

@@ -9,7 +9,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec
 from fluvial.federation.line import round_s
-from fluvial.methods.interface import Forecast, Given, MethodSettings, Plan, Row
+from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
 from fluvial.wire.tensors import Layout
 
@@ -83,7 +83,7 @@ def uncoded(given: Given, traffic: Callable[[int], Traffic], sent: Layout, absen
     )
 
 
-def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[Row]:
+def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:
     """Return the rows about updates of `frame` bytes."""
     total = frame * config.cohort(given.sites) * given.rounds
     return [
@@ -92,12 +92,12 @@ def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[Row]:
     ]
 
 
-def absent_rows(absent: str) -> list[Row]:
+def absent_rows(absent: str) -> list[CheckRow]:
     """Return the same rows where no codec of the configuration carries updates."""
     return [("frame of an update", absent), ("up, whole run", absent)]
 
 
-def memory_rows(given: Given, sent: Layout) -> list[Row]:
+def memory_rows(given: Given, sent: Layout) -> list[CheckRow]:
     """Return the rows about the memory of a site that holds the base and tunes `sent`."""
     parameters = sum(parameter.numel() for parameter in given.base.parameters())
     return [

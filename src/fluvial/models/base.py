@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.models.base_weights import open_weights, persistent_buffers
+from fluvial.models.behaviour import check_behaviour
 from fluvial.models.loading import fill, load_base, resolve_device, skeleton, weights_folder
 from fluvial.models.pretrained import ModelConfig
-from fluvial.models.probe import check_behaviour
 from fluvial.models.states import changed
 from fluvial.models.weight_sources import Source
 from fluvial.wire.tensors import Named

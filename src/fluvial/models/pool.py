@@ -18,13 +18,13 @@ from torch import nn
 from fluvial.models.adapters import SavedLora, adapt
 from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
+from fluvial.models.behaviour import check_behaviour
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import weights_folder
 from fluvial.models.outline import Outline
 from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
-from fluvial.models.probe import check_behaviour
 from fluvial.models.states import base_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import (

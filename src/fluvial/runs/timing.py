@@ -27,7 +27,7 @@ HELDOUT_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTimes:
     """Seconds as measured on this machine, alone, with `fleet.threads` threads."""
 
     site: str
@@ -70,7 +70,7 @@ class Predicted:
     """All rounds and held-out measures of the method; set-up and baselines apart."""
 
 
-def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measured, Work]:
+def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[MeasuredTimes, Work]:
     """Load the model, train some steps on records of the largest site, and measure some held-out
     text.
 
@@ -94,7 +94,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
         heldout(model, some, pad_token_id=pool.tokenizer.pad_token_id)
         heldout_s = (clock() - before) / len(some)
 
-    found = Measured(largest, loaded - started, step_s, call_s, heldout_s)
+    found = MeasuredTimes(largest, loaded - started, step_s, call_s, heldout_s)
     return found, _work(
         config,
         [len(site.train) for site in sites.values()],
@@ -103,7 +103,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
 
 
 def predict(
-    found: Measured, work: Work, *, rounds: int, every: int, line_s: float = 0.0
+    found: MeasuredTimes, work: Work, *, rounds: int, every: int, line_s: float = 0.0
 ) -> Predicted:
     """Return the times of a run whose sites do `work` in each of `rounds`, measured every `every`
     rounds.

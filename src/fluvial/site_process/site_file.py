@@ -43,7 +43,7 @@ class Allowed(Settings):
             )
 
 
-class SiteData(SourceSettings):
+class SiteDataSettings(SourceSettings):
     """Records of the site, which replace the run's; the settings are those of the run's [data]."""
 
     source: str
@@ -67,7 +67,7 @@ class SiteFile(Settings):
     """Local folder of the base model, which replaces the run's; its content must be the same."""
     device: str = "auto"
     """Device of this site, as in the run's [model]; it replaces the run's."""
-    data: SiteData | None = None
+    data: SiteDataSettings | None = None
     """Records of the site, which replace the run's sources; unset, the site reads those of the run
     that allow.run_paths covers."""
     allow: Allowed = Allowed()

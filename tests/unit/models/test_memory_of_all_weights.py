@@ -13,7 +13,7 @@ from fluvial.federation.sites import read_state_message, state_message
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.ledger import Commit, Ledger
 from fluvial.methods.fedcybgd.memory import client_memory, process_memory
-from fluvial.methods.fedcybgd.traffic import Cache, Sizes
+from fluvial.methods.fedcybgd.visit_sizes import Cache, Sizes
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import changed, initial_state, no_change

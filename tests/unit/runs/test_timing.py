@@ -15,11 +15,11 @@ from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Remaining
-from fluvial.runs.timing import Measured, Work, measure, predict, timed
+from fluvial.runs.timing import MeasuredTimes, Work, measure, predict, timed
 from tests.unit.report.test_show import text_of
 from tests.unit.runs.test_interrupt import toml
 
-FOUND = Measured(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout_s=0.1)
+FOUND = MeasuredTimes(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout_s=0.1)
 
 
 def test_a_round_by_hand() -> None:

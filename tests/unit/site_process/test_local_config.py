@@ -11,7 +11,7 @@ from fluvial.errors import RefusalError
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
 from fluvial.site_process.process import JOIN, SiteProcess
-from fluvial.site_process.site_file import Allowed, SiteData, SiteFile
+from fluvial.site_process.site_file import Allowed, SiteDataSettings, SiteFile
 from fluvial.wire.payload import Payload
 from tests.support.site_process import header
 
@@ -46,7 +46,7 @@ def test_the_sites_own_data_take_the_place_of_all_sources_of_the_run(tmp_path: P
     own = records(tmp_path / "own.jsonl")
     foreign = records(tmp_path / "foreign.jsonl")
     config = asked(source=foreign, heldout_source=foreign, public_source=foreign, max_length=64)
-    found = at_site(config, site(tmp_path, data=SiteData(source=own)))
+    found = at_site(config, site(tmp_path, data=SiteDataSettings(source=own)))
     assert (found.data.source, found.data.heldout_source, found.data.public_source) == (
         own,
         None,

@@ -29,7 +29,8 @@ from fluvial.methods.fedcybgd.memory import client_memory, process_memory
 from fluvial.methods.fedcybgd.proxy import Anatomy
 from fluvial.methods.fedcybgd.schedule import assignment, groups, wall_clock
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
-from fluvial.methods.fedcybgd.traffic import (
+from fluvial.methods.fedcybgd.visit import visit
+from fluvial.methods.fedcybgd.visit_sizes import (
     Cache,
     Form,
     Full,
@@ -41,8 +42,7 @@ from fluvial.methods.fedcybgd.traffic import (
     Width,
     visit_bytes,
 )
-from fluvial.methods.fedcybgd.visit import visit
-from fluvial.methods.interface import Forecast, Given, Method, Plan, Row, Traits
+from fluvial.methods.interface import CheckRow, Forecast, Given, Method, Plan, Traits
 from fluvial.methods.planning import frame_rows, uncoded
 from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, coded_frame, unknown
 from fluvial.models.frozen import check_streams
@@ -191,7 +191,9 @@ def forecast(config: FedCyBgdConfig, given: Given, sent: Layout) -> Forecast:
     return Forecast(frame, down_size, partial(predict, config, given), rows)
 
 
-def _over_line(config: FedCyBgdConfig, given: Given, frame: int, down: int, blocks: int) -> Row:
+def _over_line(
+    config: FedCyBgdConfig, given: Given, frame: int, down: int, blocks: int
+) -> CheckRow:
     assert given.line is not None
     assigned = assignment(config.order, clients=given.sites, blocks=blocks, cycle=0, seed=0)
     visits = groups(assigned, parallel=config.parallel, together=config.merging != "sequential")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fluvial.methods.fedcybgd.traffic import Form, Sizes, Width
+from fluvial.methods.fedcybgd.visit_sizes import Form, Sizes, Width
 from fluvial.training.train import AT_ONCE
 
 

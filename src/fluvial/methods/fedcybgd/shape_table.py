@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.memory import badam_bytes, client_memory
-from fluvial.methods.fedcybgd.traffic import (
+from fluvial.methods.fedcybgd.visit_sizes import (
     Cache,
     Form,
     Full,

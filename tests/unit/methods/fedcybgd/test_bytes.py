@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fluvial.methods.fedcybgd.traffic import Cache, Full, LowBit, Proxy, Sizes, visit_bytes
+from fluvial.methods.fedcybgd.visit_sizes import Cache, Full, LowBit, Proxy, Sizes, visit_bytes
 from tests.support.fedcybgd import FORMS, LAYERS, VALUES, Stage, sent
 
 

@@ -19,7 +19,7 @@ from fluvial.methods.fedcybgd.download import ProxyDownload
 from fluvial.methods.fedcybgd.guards import GateConfig
 from fluvial.methods.fedcybgd.memory import badam_bytes, client_memory, mixed_adam_bytes
 from fluvial.methods.fedcybgd.shape_table import ShapeRow, shape_table
-from fluvial.methods.fedcybgd.traffic import (
+from fluvial.methods.fedcybgd.visit_sizes import (
     Cache,
     Full,
     LowBit,

@@ -21,7 +21,7 @@ from fluvial.methods.fedcybgd.download.low_bit import coded
 from fluvial.methods.fedcybgd.download.replay import crc
 from fluvial.methods.fedcybgd.ledger import Ledger
 from fluvial.methods.fedcybgd.proxy import Manifest, cut
-from fluvial.methods.fedcybgd.traffic import subset_size
+from fluvial.methods.fedcybgd.visit_sizes import subset_size
 from fluvial.models.pool import ModelPool
 from fluvial.seeds import generator
 from fluvial.wire.payload import Payload, Value, frame_payload
