@@ -7,7 +7,6 @@ import pytest
 
 from fluvial.data import POOLED
 from fluvial.models.loading import load_base
-from fluvial.models.tuning import read_weights
 from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.tensors import moved, scale, subtract
@@ -24,6 +23,7 @@ from tests.support.fedcybgd import (
     latin,
     whole,
 )
+from tests.support.weights import read_weights
 
 
 @pytest.mark.parametrize("form", ["full", "cache"])

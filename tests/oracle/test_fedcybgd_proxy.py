@@ -17,7 +17,6 @@ from fluvial.methods.fedcybgd.proxy import (
     Prune,
     Rescale,
     cut,
-    kept_fraction,
     slim,
 )
 from fluvial.models.loading import load_base
@@ -32,6 +31,7 @@ from tests.support.proxy import (
     WHOLE,
     Tiny,
     filled,
+    kept_fraction,
     logits,
     make,
     stack,

@@ -11,7 +11,6 @@ from fluvial.data import SiteTexts
 from fluvial.federation.fleet import Fleet
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
-from fluvial.models.tuning import read_weights
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 from fluvial.seeds import generator
@@ -19,6 +18,7 @@ from fluvial.training.train import train
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, digest, norm, relative_error, subtract
 from tests.support.runs import adapter_of, run_table
+from tests.support.weights import read_weights
 
 
 def test_identity_codec_is_fedavg(run_config: dict[str, Any], tmp_path: Path) -> None:

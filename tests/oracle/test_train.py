@@ -19,7 +19,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
-from fluvial.models.tuning import read_weights, tuned_parameters
+from fluvial.models.tuning import tuned_parameters
 from fluvial.seeds import generator
 from fluvial.training.train import (
     TrainConfig,
@@ -32,6 +32,7 @@ from fluvial.training.train import (
     train,
 )
 from fluvial.wire.tensors import Named, cosine, energy, norm, relative_error, scale, subtract
+from tests.support.weights import read_weights
 
 LORA = LoraSettings(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj"))
 DROPOUT = LORA.model_copy(update={"lora_dropout": 0.3})

@@ -91,6 +91,11 @@ def stack(prefix: str, layers: int) -> Layout:
     return Layout(tuple(sorted([*names, ("beside.weight", (5,))])))
 
 
+def block_of(parts: Partition) -> dict[str, int]:
+    """Return the block of every parameter that has one."""
+    return {name: index for index, block in enumerate(parts.blocks) for name in block.layout.names}
+
+
 def assert_parts(parts: Partition, layout: Layout) -> None:
     """Disjoint, covering, in the layout's order, and `block_of` says the same."""
     found = [entry for block in parts.blocks for entry in block.layout.shapes] + list(
@@ -102,7 +107,7 @@ def assert_parts(parts: Partition, layout: Layout) -> None:
         assert block.numel == block.layout.numel > 0
         assert list(block.layout.names) == sorted(block.layout.names)
 
-    assert {name: parts.blocks[index].name for name, index in parts.block_of.items()} == {
+    assert {name: parts.blocks[index].name for name, index in block_of(parts).items()} == {
         name: block.name for block in parts.blocks for name in block.layout.names
     }
     assert sum(block.numel for block in parts.blocks) + parts.fixed.numel == layout.numel

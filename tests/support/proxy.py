@@ -23,6 +23,7 @@ from fluvial.methods.fedcybgd.proxy import (
     plan_proxy,
     slim,
 )
+from fluvial.methods.fedcybgd.proxy.manifest import heads_of
 from fluvial.models.loading import load_base, skeleton
 from fluvial.models.pretrained import ModelConfig
 from fluvial.wire.tensors import Named
@@ -176,3 +177,21 @@ def made_up(
     return anatomy, Scores(
         tuple(torch.rand(layers, generator=draw).tolist()), tuple(rows), tuple(heads)
     )
+
+
+def kept_fraction(manifest: Manifest) -> float:
+    """Return the share of the parameters of the layers that are not trained that the manifest
+    keeps; 1 if all are trained."""
+    anatomy = manifest.anatomy
+    total = manifest.anatomy.size(manifest.trained)
+    removed = sum(anatomy.layers[index].size for index in manifest.dropped)
+
+    for index, stay in manifest.neurons.items():
+        prunable = anatomy.layers[index].mlp
+        removed += (prunable.units - len(stay)) * prunable.cost
+
+    for index, stay in manifest.groups.items():
+        prunable = heads_of(anatomy.layers[index])
+        removed += (prunable.units - len(stay)) * prunable.cost
+
+    return 1 - removed / total if total else 1.0

@@ -69,14 +69,6 @@ def read_shapes(model: nn.Module) -> Layout:
     )
 
 
-def read_weights(model: nn.Module) -> Named:
-    """Return a copy of the tuned parameters, fp32, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", torch.float32, copy=True)
-        for name, parameter in tuned_parameters(model).items()
-    }
-
-
 @torch.no_grad()
 def write_weights(model: nn.Module, weights: Named) -> None:
     """Copy `weights`, all or some of the tuned parameters, into the model, in its own types."""

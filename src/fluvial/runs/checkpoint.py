@@ -1,6 +1,6 @@
 """A run's folder: who may write into it, what lies in it, and how it survives a crash.
 
-    config.json                 the resolved configuration
+    config.json                 the resolved configuration and a description of the run
     metrics.jsonl               one JSON object per round
     checkpoints/round-N         server state after round N and its SHA-256; the newest two are kept
     sites/NAME/SLOT-N-DIGEST    what sites keep (see `store.StateStore`)

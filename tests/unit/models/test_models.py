@@ -19,13 +19,13 @@ from fluvial.models.pretrained import ModelConfig, load_tokenizer
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import (
-    read_weights,
     reseed_dropout,
     switch_dropout,
     tuned_parameters,
     write_weights,
 )
 from fluvial.wire.tensors import Layout, Named, factor, subtract, zeros_like
+from tests.support.weights import read_weights
 
 LORA = LoraSettings(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj"))
 TOKENS = torch.arange(3, 43).reshape(2, 20)

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from fluvial.errors import ConfigError
@@ -52,13 +51,6 @@ class Partition:
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    @cached_property
-    def block_of(self) -> dict[str, int]:
-        """The block of every parameter that has one."""
-        return {
-            name: index for index, block in enumerate(self.blocks) for name in block.layout.names
-        }
 
 
 def partition(

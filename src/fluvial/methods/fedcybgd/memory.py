@@ -131,8 +131,3 @@ def badam_bytes(parameters: int, blocks: int) -> float:
     https://arxiv.org/abs/2404.02827), as if the D blocks were the whole model;
     `ClientMemory.states` has the block's own size in place of M / D."""
     return 2 * parameters + 16 * parameters / blocks
-
-
-def mixed_adam_bytes(parameters: int) -> int:
-    """Return 18M: BAdam's estimate for full tuning with Adam in mixed precision."""
-    return 18 * parameters

@@ -17,7 +17,7 @@ from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.fedcybgd.download import ProxyDownload
 from fluvial.methods.fedcybgd.guards import GateConfig
-from fluvial.methods.fedcybgd.memory import badam_bytes, client_memory, mixed_adam_bytes
+from fluvial.methods.fedcybgd.memory import badam_bytes, client_memory
 from fluvial.methods.fedcybgd.shape_table import ShapeRow, shape_table
 from fluvial.methods.fedcybgd.visit_sizes import (
     Cache,
@@ -193,7 +193,8 @@ def test_memory_of_the_7b_and_8b_shapes_against_badam(
     small = table["LLaMA-2-7B", "full"]
     large = table["Llama-3-8B", "full"]
     assert small.memory == 2 * 6_738_415_616 + 16 * 202_383_360
-    assert small.full_memory == mixed_adam_bytes(6_738_415_616)
+    # BAdam's estimate for full tuning with Adam in mixed precision: 18M.
+    assert small.full_memory == 18 * 6_738_415_616
     assert small.badam == badam_bytes(6_738_415_616, 32)
     assert (round(small.badam / 1e9, 1), round(small.full_memory / 1e9, 1)) == (16.8, 121.3)
     assert round(small.memory / 1e9, 1) == 16.7  # the blocks leave 262 M parameters out

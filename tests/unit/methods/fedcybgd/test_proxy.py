@@ -22,7 +22,6 @@ from fluvial.methods.fedcybgd.proxy import (
     Scores,
     chances,
     cut,
-    kept_fraction,
     plan_proxy,
 )
 from fluvial.models.tuning import checkpoint_layers
@@ -31,6 +30,7 @@ from tests.support.proxy import (
     BOTH,
     EXAMPLES,
     Tiny,
+    kept_fraction,
     made_up,
     make,
 )

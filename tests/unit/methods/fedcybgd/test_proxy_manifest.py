@@ -16,7 +16,6 @@ from fluvial.methods.fedcybgd.proxy import (
     Anatomy,
     Manifest,
     ProxySettings,
-    kept_fraction,
     plan_proxy,
 )
 from tests.support.proxy import (
@@ -24,6 +23,7 @@ from tests.support.proxy import (
     LAYERS,
     WHOLE,
     Tiny,
+    kept_fraction,
     made_up,
 )
 

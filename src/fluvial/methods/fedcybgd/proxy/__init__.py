@@ -13,7 +13,7 @@ pruned together.
 """
 
 from fluvial.methods.fedcybgd.proxy.anatomy import Anatomy, Layer, Prunable
-from fluvial.methods.fedcybgd.proxy.manifest import Manifest, kept_fraction
+from fluvial.methods.fedcybgd.proxy.manifest import Manifest
 from fluvial.methods.fedcybgd.proxy.plan import chances, plan_proxy
 from fluvial.methods.fedcybgd.proxy.pruned_model import Rescale, cut, slim
 from fluvial.methods.fedcybgd.proxy.scores import Scores, measure
@@ -30,7 +30,6 @@ __all__ = [
     "Scores",
     "chances",
     "cut",
-    "kept_fraction",
     "measure",
     "plan_proxy",
     "slim",

@@ -143,21 +143,3 @@ def by_layer(values: Mapping[str, Any], name: str, layers: Sequence[int]) -> dic
         )
 
     return {index: entries[key] for key, index in numbers.items() if key in entries}
-
-
-def kept_fraction(manifest: Manifest) -> float:
-    """Return the share of the parameters of the layers that are not trained that the manifest
-    keeps; 1 if all are trained."""
-    anatomy = manifest.anatomy
-    total = manifest.anatomy.size(manifest.trained)
-    removed = sum(anatomy.layers[index].size for index in manifest.dropped)
-
-    for index, stay in manifest.neurons.items():
-        prunable = anatomy.layers[index].mlp
-        removed += (prunable.units - len(stay)) * prunable.cost
-
-    for index, stay in manifest.groups.items():
-        prunable = heads_of(anatomy.layers[index])
-        removed += (prunable.units - len(stay)) * prunable.cost
-
-    return 1 - removed / total if total else 1.0
