@@ -22,7 +22,7 @@ from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, DivergenceError, GateError
 from fluvial.exchange import collecting
-from fluvial.methods.measuring import TASK as MEASURING
+from fluvial.federation.meter import MEASURING
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings

@@ -7,6 +7,8 @@ from typing import Literal
 
 Kind = tuple[Literal["up", "down"], str]
 """Direction and task of a message."""
+MEASURING = "evaluate"
+"""The task of measuring. Its bytes are counted apart, since they are no part of a method."""
 
 
 @dataclass

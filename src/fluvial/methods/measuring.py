@@ -10,6 +10,7 @@ from pydantic import Field
 from fluvial.data import Example, SiteData
 from fluvial.data.config import STDLIB, DataConfig
 from fluvial.federation.fleet import Fleet
+from fluvial.federation.meter import MEASURING
 from fluvial.federation.replies import measured
 from fluvial.models.pool import ModelPool
 from fluvial.settings import Settings
@@ -19,8 +20,6 @@ from fluvial.wire.tensors import Named
 
 PUBLIC_SEQUENCES = 256
 """Public sequences that the server measures on, where `data.max_heldout` says nothing else."""
-TASK = "evaluate"
-"""The task of measuring. Its bytes are counted apart, since they are no part of the method."""
 
 SiteMeasures = dict[str, float]
 """Measures of one site, by name: loss, accuracy, and exact_match where it was asked for."""
@@ -92,7 +91,7 @@ def ask_heldout(fleet: Fleet, message: Payload, *, round: int) -> Measures:
     sums = []
     rows: dict[str, SiteMeasures] = {}
 
-    for reply in fleet.ask(TASK, messages, round=round, read=read):
+    for reply in fleet.ask(MEASURING, messages, round=round, read=read):
         heldout, right, questions = reply.content
         sums.append(heldout)
         row = {"loss": heldout.loss, "accuracy": heldout.accuracy}

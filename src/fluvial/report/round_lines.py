@@ -5,8 +5,8 @@ from itertools import groupby
 
 from rich.markup import escape
 
+from fluvial.federation.meter import MEASURING
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
-from fluvial.methods.measuring import TASK as MEASURING
 from fluvial.storage.run_files import JsonObject
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fluvial import __version__
-from fluvial.federation.meter import Kind
+from fluvial.federation.meter import MEASURING, Kind
 from fluvial.methods import BASELINES
 from fluvial.methods.interface import Export, Measures, Traits
-from fluvial.methods.measuring import TASK as MEASURING
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
 from fluvial.storage.run_files import COMPARE, DESCRIBED, read_result

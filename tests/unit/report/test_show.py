@@ -5,6 +5,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -632,6 +634,15 @@ def test_an_unfinished_run_is_drawn_by_bytes_if_it_sends_updates(
     write(tmp_path / "run", records(131300, 131200, start=3.3)[:2], None)
     write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
     assert ("bytes so far" in (tmp_path / "page.html").read_text()) == drawn
+
+
+def test_a_run_is_shown_without_torch() -> None:
+    code = (
+        "import fluvial.report.show, fluvial.report.page, fluvial.storage.run_files, sys; "
+        "print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
 
 
 def test_no_text_of_a_folder_drives_the_terminal(finished: Path, tmp_path: Path) -> None:
