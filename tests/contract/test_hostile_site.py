@@ -28,7 +28,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "fedavg": {},
     "fedavg full": {"tune": "full"},
     "error feedback": {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}},
-    "local": {"method": {"name": "local"}},
+    "local": {"method": {"name": "local"}, "evaluate": {}},
     "flasc": {"method": {"name": "flasc"}},
     "ecolora": {"method": {"name": "ecolora", "segments": 2}},
     "fedcybgd": {"method": {"name": "fedcybgd"}},

@@ -24,7 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cgfedllm": {
         "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
         "codec": {"name": "klt", "rate": 8, "error_feedback": True},
-    }
+    },
+    # It writes no model, so it refuses settings of a sample.
+    "local": {"method": {"name": "local"}, "evaluate": {}},
 }
 
 

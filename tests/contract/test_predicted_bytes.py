@@ -44,7 +44,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "tune": "lora",
         "codec": {"name": "identity"},
     },
-    "local": {"method": {"name": "local"}},
+    "local": SETTINGS["local"],
     "central": {"method": {"name": "central"}},
     "central_cyclic": {"method": {"name": "central_cyclic"}, "tune": "lora"},
     "cgfedllm": SETTINGS["cgfedllm"],

@@ -6,17 +6,21 @@ predicted rows must differ. Codecs that learn, and methods whose runs are long, 
 """
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 
 from fluvial.codecs import CODECS, CodecConfig, build, read_settings
 from fluvial.codecs.base import CodecSettings
-from fluvial.errors import ConfigError
+from fluvial.data import POOLED
+from fluvial.errors import ClientError, ConfigError
 from fluvial.exchange import TgapConfig
+from fluvial.federation.sites import Site, Task
 from fluvial.methods import METHODS
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
@@ -24,6 +28,7 @@ from fluvial.runs.config import merge, parse
 from fluvial.runs.plan import plan
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
+from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 from tests.support.runs import run_table
 
@@ -238,7 +243,7 @@ def outcome(table: Table, folder: Path) -> str:
         {key: value for key, value in record.items() if key != "seconds"}
         for record in RunFolder(folder).metrics()
     ]
-    kept = ("adapter_sha256", "model_sha256", "bytes", "heldout", "setup")
+    kept = ("adapter_sha256", "model_sha256", "bytes", "heldout", "setup", "samples")
     rows = plan(parse(table, "test"))["rows"]
     return json.dumps([{key: result[key] for key in kept}, records, rows], sort_keys=True)
 
@@ -300,6 +305,24 @@ REFUSED: dict[str, tuple[Table, str]] = {
         {"codec": {"name": "int4", "feedback_decay": 0.5}},
         "codec.feedback_decay: without effect, because error_feedback is false",
     ),
+    "weights of what loses nothing": (
+        {"codec": {"name": "identity", "weighted": True}},
+        "codec.weighted: without effect, because codec 'identity' loses nothing",
+    ),
+    "measures after the last round": (
+        {"evaluate": {"every": 3}},
+        "evaluate.every=3: without effect, because the run has 2 rounds",
+    ),
+    "weights that privacy makes equal": (
+        {
+            "method": {
+                "name": "cgfedllm",
+                "privacy": {"placement": "update", "clip_norm": 1.0, "epsilon": 8.0},
+            },
+            "fleet": {"max_weight_share": 0.5},
+        },
+        "fleet.max_weight_share: without effect, because method 'cgfedllm'",
+    ),
 }
 
 
@@ -308,3 +331,170 @@ def test_a_setting_without_effect_is_refused(name: str, run_config: Table) -> No
     change, text = REFUSED[name]
     with pytest.raises(ConfigError, match=text):
         parse(merge(run_config, change), "test")
+
+
+@pytest.mark.parametrize("refit", ["decoded", "broadcast"])
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            {"rounds": 2},
+            "refit_every=2: refits the codec in no round, because the run has 2 rounds",
+        ),
+        ({"rounds": 3}, ""),
+        ({"codec": {"name": "vq", "rate": 16}}, "codec 'vq' cannot be refitted"),
+    ],
+)
+def test_a_refit_that_never_happens_is_refused(
+    change: Table, text: str, refit: str, run_config: Table
+) -> None:
+    for name in ("fedavg", "cgfedllm"):
+        tgap = {"rounds": 2, "source": "public", "refit": refit, "refit_every": 2}
+        table = run_config | {"rounds": 3, "method": {"name": name, "tgap": tgap}, "codec": KLT}
+        if not text:
+            plan(parse(table | change, "test"))
+            continue
+        with pytest.raises(ConfigError, match=text):
+            plan(parse(table | change, "test"))
+
+
+# -- [downlink], [fleet] and [evaluate] under every method ----------------------------------------
+
+LINE = {"up_mbit_s": 0.01, "down_mbit_s": 0.01, "rtt_ms": 100.0}
+TWO_SITES = {"partition": {"by": "column", "column": "client", "largest": 2}}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A setting that every method accepts with an effect, or refuses."""
+
+    change: Table
+    refusing: frozenset[str] = frozenset()
+    """Methods that refuse it."""
+    base: Table = field(default_factory=dict)
+    """Further settings of both runs."""
+    failing: int = 0
+    """Attempts of round 1 that fail at one site."""
+
+
+POOLING = frozenset(name for name, method in METHODS.items() if method.traits.pooled)
+PLAIN_METHODS: dict[str, Table] = {
+    **{name: {"method": {"name": name}, "tune": "lora"} for name in METHODS},
+    "cgfedllm": {
+        "method": {"name": "cgfedllm", "tgap": {"source": "none"}},
+        "codec": {"name": "identity"},
+    },
+    "local": {"method": {"name": "local"}, "evaluate": {}},
+}
+SHARED_SETTINGS: dict[str, Shared] = {
+    "downlink.name": Shared(
+        {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm"}
+    ),
+    "downlink.feedback_decay": Shared(
+        {"downlink": {"feedback_decay": 0.5}},
+        frozenset(METHODS),
+        base={"downlink": {"name": "int8"}},
+    ),
+    "fleet.max_update_growth": Shared(
+        {"fleet": {"max_update_growth": 1.0001}},
+        frozenset({"local", "central"}),
+        base={"fleet": {"on_failure": "skip"}},
+    ),
+    "fleet.max_weight_share": Shared(
+        {"fleet": {"max_weight_share": 0.5}},
+        frozenset({"local", "central", "central_cyclic", "fedcybgd"}),
+        base={"data": TWO_SITES},
+    ),
+    "fleet.line": Shared({"fleet": {"line": LINE}}, POOLING),
+    "fleet.on_failure": Shared({"fleet": {"on_failure": "skip"}}, failing=1),
+    "fleet.quorum": Shared(
+        {"fleet": {"quorum": 1.0}}, POOLING, base={"fleet": {"on_failure": "skip"}}, failing=1
+    ),
+    "fleet.retries": Shared(
+        {"fleet": {"retries": 1}}, base={"fleet": {"on_failure": "retry"}}, failing=2
+    ),
+    "evaluate.every": Shared({"evaluate": {"every": 1}}),
+    "evaluate.sample_prompt": Shared(
+        {"evaluate": {"sample_prompt": "the river"}}, frozenset({"local"})
+    ),
+    "evaluate.sample_tokens": Shared({"evaluate": {"sample_tokens": 3}}, frozenset({"local"})),
+}
+"""Settings of tables that all methods share. Those about machines and time (deadline_s,
+join_timeout_s, sites, threads, workers) are measured in tests/unit/federation and tests/flower."""
+
+
+def fail_in_round_1(name: str, attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first attempts of one site fail in round 1 of the next run."""
+    tasks = METHODS[name].tasks
+    task = next(key for key in tasks if key in ("train", "visit"))
+    whole = tasks[task]
+    left = [attempts]
+
+    def flaky(site: Site, message: Payload) -> Any:
+        if site.name in ("north", POOLED) and message.values["round"] == 1 and left[0]:
+            left[0] -= 1
+            raise RuntimeError("power cut")
+        return whole(site, message)
+
+    monkeypatch.setitem(cast(dict[str, Task], tasks), task, flaky)
+
+
+@pytest.mark.parametrize("setting", SHARED_SETTINGS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_shared_setting_has_an_effect_or_is_refused(
+    name: str, setting: str, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = SHARED_SETTINGS[setting]
+    base = merge(run_config | PLAIN_METHODS[name], case.base)
+    table, _ = setting.split(".")
+    changed = base | {table: base.get(table, {}) | case.change[table]}
+
+    if name in case.refusing:
+        refusal = f"{table}.*without effect" if table == "downlink" else f"{setting}.*{name!r}"
+        with pytest.raises(ConfigError, match=refusal):
+            parse(changed, "test")
+        return
+
+    outcomes = []
+    for number, each in enumerate((base, changed)):
+        with monkeypatch.context() as patch:
+            if case.failing:
+                fail_in_round_1(name, case.failing, patch)
+            try:
+                text = outcome(each, tmp_path / str(number))
+            except ClientError as error:
+                text = str(error).replace(str(tmp_path / str(number)), "")
+            outcomes.append(re.sub(r"reference [0-9a-f]{8}", "", text))
+
+    assert outcomes[0] != outcomes[1]
+
+
+def test_visits_that_are_averaged_are_bounded_in_weight(run_config: Table, tmp_path: Path) -> None:
+    method = {"name": "fedcybgd", "order": "pairs", "layers_per_block": 2}
+    base = merge(run_config, {"method": method, "tune": "lora", "data": TWO_SITES})
+    free = run_table(base, tmp_path / "free")
+    bounded = run_table(base | {"fleet": {"max_weight_share": 0.5}}, tmp_path / "bounded")
+    equal = merge(base, {"method": {"weighting": "equal"}})
+
+    clipped = [record["clipped"] for record in RunFolder(tmp_path / "bounded").metrics()]
+    assert [[row["site"] for row in rows] for rows in clipped] == [["west"], ["west"]]
+    assert all(row["counted"] < row["weight"] for rows in clipped for row in rows)
+    assert not any("clipped" in record for record in RunFolder(tmp_path / "free").metrics())
+    assert bounded["adapter_sha256"] != free["adapter_sha256"]
+    # Half of the weight of two sites each is the equal mean.
+    assert bounded["adapter_sha256"] == run_table(equal, tmp_path / "equal")["adapter_sha256"]
+
+    with pytest.raises(ConfigError, match=r"fleet\.max_weight_share: without effect"):
+        parse(equal | {"fleet": {"max_weight_share": 0.5}}, "test")
+
+
+def test_baselines_are_without_the_settings_that_they_refuse(run_config: Table) -> None:
+    fleet = {"max_weight_share": 0.5, "max_update_growth": 5.0, "line": LINE, "deadline_s": 60.0}
+    evaluate = {"sample_prompt": "the river", "every": 1}
+    config = parse(run_config | {"fleet": fleet, "evaluate": evaluate}, "test")
+    local = config.baseline("local")
+    assert (local.fleet.max_weight_share, local.fleet.deadline_s) == (0.9, 60.0)
+    assert (local.evaluate.sample_prompt, local.evaluate.every) == (None, 1)
+    assert local.fleet.line is not None
+    central = config.baseline("central")
+    assert (central.fleet.line, central.evaluate.sample_prompt) == (None, "the river")

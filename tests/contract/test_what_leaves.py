@@ -199,7 +199,14 @@ EVERYDAY = [
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
-    case("baselines", {"name": "local"}, "plain", MEASURES, compare=["fedavg", "central"]),
+    case(
+        "baselines",
+        {"name": "local"},
+        "plain",
+        MEASURES,
+        compare=["fedavg", "central"],
+        evaluate={},
+    ),
     case("central_cyclic", {"name": "central_cyclic"}, "plain", MEASURES, tune="lora"),
     case(
         "tgap at sites",

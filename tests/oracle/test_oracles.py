@@ -87,7 +87,7 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
 def test_one_site_is_the_local_baseline(one_site: dict[str, Any], tmp_path: Path) -> None:
     """FedAvg with one site and the method `local` measure the same."""
     fed = run_table(one_site, tmp_path / "a")
-    alone = run_table(one_site | {"method": {"name": "local"}}, tmp_path / "b")
+    alone = run_table(one_site | {"method": {"name": "local"}, "evaluate": {}}, tmp_path / "b")
     assert fed["heldout"]["final"] == alone["heldout"]["final"]
 
 

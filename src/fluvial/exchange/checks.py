@@ -4,6 +4,7 @@ import torch
 
 from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
+from fluvial.codecs.base import AdaptiveCodec
 from fluvial.codecs.klt.moments import MomentCodec, num_bytes
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.errors import ConfigError
@@ -48,6 +49,25 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
         return
 
     CODECS[name].frame_size(codec, layout)
+
+
+def check_refit(codec: CodecSettings, config: TgapConfig, rounds: int) -> None:
+    """Raise `ConfigError` for a refit that never happens in a run of `rounds`."""
+    if config.refit == "no":
+        return
+
+    name: str = codec.name
+    if not isinstance(codec, AutoSettings) and not issubclass(CODECS[name], AdaptiveCodec):
+        raise ConfigError(
+            f"method.tgap.refit: without effect, because codec {name!r} cannot be refitted; remove "
+            "it, or choose codec.name='klt'"
+        )
+
+    if config.refit_every >= rounds:
+        raise ConfigError(
+            f"method.tgap.refit_every={config.refit_every}: refits the codec in no round, because "
+            f"the run has {rounds} rounds; set a smaller number, or remove method.tgap.refit"
+        )
 
 
 def _check_moments(codec: CodecSettings, layout: Layout) -> None:

@@ -113,29 +113,37 @@ class BoundedReplies(Generic[T]):
         self._fleet.reject(Failure(longest.site, self._round, self._task, reason, 0))
 
     def _too_heavy(self) -> list[dict[str, Any]]:
-        """Lower the weight of a site above its share; return its name and both weights."""
+        """Lower the weight of a site above its share; see `lower_heaviest`."""
+        if not self._held:
+            return []
         share = self._fleet.config.max_weight_share
-        if share >= 1 or not self._held:
-            return []
+        return lower_heaviest(self._weights, share, self._round)
 
-        heaviest = self._heaviest()
-        others = sum(self._weights.values()) - heaviest.weight
-        most = max(1, math.floor(share / (1 - share) * others))
 
-        if others == 0 or heaviest.weight <= most:
-            return []
+def lower_heaviest(weights: dict[str, int], share: float, round: int) -> list[dict[str, Any]]:
+    """Lower, in `weights`, that of a site above its `share` of all; return its name and both
+    weights, nothing where no site is above."""
+    if share >= 1 or len(weights) < 2:
+        return []
 
-        self._weights[heaviest.site] = most
-        logger.warning(
-            "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; "
-            "it counts with %d",
-            self._round,
-            heaviest.site,
-            heaviest.weight,
-            share,
-            most,
-        )
-        return [{"site": heaviest.site, "weight": heaviest.weight, "counted": most}]
+    heaviest = max(weights, key=lambda site: (weights[site], site))
+    weight = weights[heaviest]
+    others = sum(weights.values()) - weight
+    most = max(1, math.floor(share / (1 - share) * others))
+    if weight <= most:
+        return []
+
+    weights[heaviest] = most
+    logger.warning(
+        "round %d: site %r says it has %d records, more than fleet.max_weight_share=%g of all; "
+        "it counts with %d",
+        round,
+        heaviest,
+        weight,
+        share,
+        most,
+    )
+    return [{"site": heaviest, "weight": weight, "counted": most}]
 
 
 def too_long(length: float, lengths: Sequence[float], growth: float) -> str | None:

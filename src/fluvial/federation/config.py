@@ -1,13 +1,17 @@
 """Settings of the fleet: how sites are asked, and what happens when one does not answer."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from fluvial.data.site_names import fault_of
 from fluvial.federation.line import Line
 from fluvial.settings import Settings
+
+Bound = Literal["max_update_growth", "max_weight_share"]
+"""Bound on the effect of one site on a round, by its setting."""
+BOUNDS: frozenset[Bound] = frozenset(get_args(Bound))
 
 
 class FleetConfig(Settings):
@@ -36,10 +40,12 @@ class FleetConfig(Settings):
     """Share of the asked sites that must have answered, or the run stops."""
     max_update_growth: float = Field(10.0, gt=1, le=10**9)
     """Length of an update over the median of its round, of three replies or more, from which on it
-    is the site's failure. (Ours: 1.03 among quickstart's eight sites.)"""
+    is the site's failure; refused for a method that compares no updates. (Ours: 1.03 among
+    quickstart's eight sites.)"""
     max_weight_share: float = Field(0.9, ge=0.5, le=1)
     """Share of a round's weight that one site counts with at most; the round's record names a site
-    that has more. (Ours: 1 believes every site's own count of its records.)"""
+    that has more. Refused for a method that weighs no updates by their samples. (Ours: 1 believes
+    every site's own count of its records.)"""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

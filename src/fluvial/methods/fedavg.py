@@ -30,6 +30,7 @@ from fluvial.exchange import (
 )
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.cohort import sample
+from fluvial.federation.config import Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Factors, Site, factor_layout, train_locally
 from fluvial.methods.interface import (
@@ -74,6 +75,11 @@ class CentralConfig(MethodSettings):
     name: Literal["central"] = "central"
     factors: Factors = "A and B"
     """Factors that are tuned: both, or B with A frozen."""
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return nothing: a round has one update."""
+        return frozenset()
 
 
 def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
@@ -144,7 +150,7 @@ def plan_central(config: CentralConfig, given: Given) -> Plan:
     """Return the plan of a run whose pooled data trains at one place; no update is sent."""
     sent = _sent(config, given.layout)
     traffic = partial(shared_traffic, config, given, sent)
-    return Plan(sent, partial(uncoded, given, traffic, sent, "none"))
+    return Plan(sent, partial(uncoded, config, given, traffic, sent, "none"))
 
 
 def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:

@@ -251,7 +251,7 @@ def plan(config: FlascConfig, given: Given) -> Plan:
         up = Bytes(*frames.sizes(sent, sent))
         return Traffic(down + envelope({"round": round}), up + answer(loss=FULL_LOSS))
 
-    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, OWN_CODE))
+    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, OWN_CODE))
 
 
 METHOD = Method(

@@ -10,6 +10,7 @@ from torch import nn
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.federation.cohort import cohort_size
+from fluvial.federation.config import BOUNDS, Bound
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.line import Line
@@ -83,6 +84,11 @@ class MethodSettings(Settings):
     def cohort(self, sites: int) -> int:
         """Return the number of sites in a round, of all `sites`."""
         return cohort_size(self.cohort_share, sites)
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return the bounds of `[fleet]` that the server half applies; the others are refused."""
+        return BOUNDS
 
     def promise(self) -> Promise | None:
         """Return the differential privacy that these settings promise; None without any."""
@@ -176,6 +182,9 @@ class Traits:
     refused."""
     pooled: bool = False
     """True where all data lies at one place."""
+    exports: bool = True
+    """True where a run writes a model and a sample of its text; else the settings of that sample
+    in `[evaluate]` are refused."""
     baseline: bool = False
     """True for a run that others are compared with, without a page of its own in the docs."""
     uncompressed: str | None = None

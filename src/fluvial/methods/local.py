@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 from fluvial.federation.aggregate import WeightedLoss
+from fluvial.federation.config import Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.sites import Site, round_of, train_locally
@@ -35,6 +36,11 @@ class LocalConfig(MethodSettings):
     """Local training, which has no settings of its own."""
 
     name: Literal["local"] = "local"
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return nothing: no update reaches the server."""
+        return frozenset()
 
 
 class LocalServer:
@@ -100,7 +106,7 @@ def train(site: Site, message: Payload) -> Payload:
     return Payload(values={"n": len(examples), "loss": report.loss})
 
 
-def plan(config: LocalConfig, given: Given) -> Plan:  # noqa: ARG001 - no settings
+def plan(config: LocalConfig, given: Given) -> Plan:
     """Return the plan of a run in which sites keep their updates and send counts and losses."""
 
     def traffic(round: int) -> Traffic:
@@ -114,7 +120,7 @@ def plan(config: LocalConfig, given: Given) -> Plan:  # noqa: ARG001 - no settin
             up=envelope(values["short"], values["long"], frame=False),
         )
 
-    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, "none"))
+    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, "none"))
 
 
 METHOD = Method(
@@ -123,5 +129,7 @@ METHOD = Method(
     {"train": train},
     paper="The local baseline: every site alone",
     plan=plan,
-    traits=Traits("local only", tunes=("lora", "full"), sends="nothing", baseline=True),
+    traits=Traits(
+        "local only", tunes=("lora", "full"), sends="nothing", exports=False, baseline=True
+    ),
 )

@@ -7,7 +7,7 @@ from fluvial.codecs import must_learn
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
-from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec
+from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
 from fluvial.federation.line import round_s
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
@@ -33,6 +33,7 @@ def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapCo
         )
 
     check_codec(given.codec, tgap, sent)
+    check_refit(given.codec, tgap, given.rounds)
     version = learns and tgap.refit == "broadcast"
     forecast = partial(coded, config, given, sent, version=version)
     return Plan(sent, forecast, reads_public=learns and tgap.source == "public")
@@ -66,21 +67,34 @@ def coded(
         return Forecast(frame, down, traffic, rows)
 
     seconds = round_s(down, frame, sites=cohort, line=given.line)
-    rows.append(
-        ("a round over fleet.line, over Flower", f"{seconds:.1f} s and the time of training")
-    )
+    rows.append(line_row(seconds))
     return Forecast(frame, down, traffic, rows, seconds)
 
 
-def uncoded(given: Given, traffic: Callable[[int], Traffic], sent: Layout, absent: str) -> Forecast:
+def uncoded(
+    config: MethodSettings,
+    given: Given,
+    traffic: Callable[[int], Traffic],
+    sent: Layout,
+    absent: str,
+) -> Forecast:
     """Return the forecast of a method without the configuration's codec; `absent` says why."""
     down = frame_size(IdentitySettings(), given.layout)
-    return Forecast(
-        0,
-        down,
-        traffic,
-        [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)],
+    rows = [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)]
+    usual = traffic(given.rounds)
+    if given.line is None or usual.down.unknown or usual.up.unknown:
+        return Forecast(0, down, traffic, rows)
+
+    seconds = round_s(
+        usual.down.most, usual.up.most, sites=config.cohort(given.sites), line=given.line
     )
+    rows.append(line_row(seconds))
+    return Forecast(0, down, traffic, rows, seconds)
+
+
+def line_row(seconds: float) -> CheckRow:
+    """Return the row about a round over the line."""
+    return ("a round over fleet.line, over Flower", f"{seconds:.1f} s and the time of training")
 
 
 def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:

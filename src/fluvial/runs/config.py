@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
+from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
 from fluvial.federation.config import FleetConfig
@@ -19,6 +20,7 @@ from fluvial.methods.interface import Promise, Tune
 from fluvial.methods.measuring import EvaluateConfig
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
+from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
 from fluvial.storage import paths, toml
 from fluvial.training.train import TrainConfig
@@ -157,6 +159,27 @@ class RunConfig(Settings):
                 f"codec.weighted: without effect, because method {self.method.name!r} codes its "
                 "updates as they are; remove it"
             )
+        elif isinstance(self.codec, IdentitySettings) and self.codec.weighted:
+            yield (
+                "codec.weighted: without effect, because codec 'identity' loses nothing; remove it"
+            )
+
+        yield from self._useless_to_the_method()
+        if self.evaluate.every > self.rounds:
+            yield (
+                f"evaluate.every={self.evaluate.every}: without effect, because the run has "
+                f"{self.rounds} rounds; choose at most as many, or remove it"
+            )
+
+    def _useless_to_the_method(self) -> Iterator[str]:
+        """Yield what is set in `[fleet]` and `[evaluate]` and changes nothing under the method."""
+        tables: dict[str, Settings] = {"fleet": self.fleet, "evaluate": self.evaluate}
+        for setting in useless(self.method, self.entry.traits):
+            if getattr(tables[setting.table], setting.name) != setting.default:
+                yield (
+                    f"{setting.table}.{setting.name}: without effect, because method "
+                    f"{self.method.name!r} {setting.why} with these settings; remove it"
+                )
 
     def _downlink_conflicts(self) -> Iterator[str]:
         if self.downlink is None or self.entry.traits.sends != "codec":
@@ -179,8 +202,13 @@ class RunConfig(Settings):
             yield "downlink.weighted: only the uplink can be weighted; remove it"
 
     def baseline(self, name: Baseline) -> "RunConfig":
-        """The same run with another method, uncompressed and without further baselines."""
+        """Return the same run with another method, uncompressed, without further baselines and
+        without the settings that the other method has no use for."""
         table = self.model_dump(exclude={"codec", "downlink", "compare"}, exclude_unset=True)
+        entry = METHODS[name]
+        for setting in useless(entry.config.model_validate({"name": name}), entry.traits):
+            table.get(setting.table, {}).pop(setting.name, None)
+
         return RunConfig.model_validate({**table, "method": {"name": name}, "tune": self.tuned})
 
     def resolved(self) -> dict[str, Any]:

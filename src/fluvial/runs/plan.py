@@ -8,6 +8,7 @@ from fluvial.codecs.auto import AutoSettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
+from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
 from fluvial.models.pretrained import check_tokenizer, load_tokenizer, num_embeddings
@@ -86,7 +87,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "round_over_line_s": forecast.round_over_line_s,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
-        "notes": [*_notes(config, [*planned.notes, *remarks]), *weights],
+        "notes": [*_notes(config, forecast, [*planned.notes, *remarks]), *weights],
     }
 
 
@@ -145,7 +146,7 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
-def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
+def _notes(config: RunConfig, forecast: Forecast, remarks: Sequence[str]) -> list[str]:
     notes = [f"method: {config.entry.paper}", *remarks]
     if isinstance(config.coding, AutoSettings):
         notes.append(
@@ -157,8 +158,11 @@ def _notes(config: RunConfig, remarks: Sequence[str]) -> list[str]:
             "the codec is learned: its gate is measured when the run starts, and may refuse it"
         )
 
-    if config.fleet.line is not None and config.entry.traits.sends != "codec":
-        notes.append(f"fleet.line: no time is predicted for method {config.method.name!r}")
+    if config.fleet.line is not None and not any("fleet.line" in what for what, _ in forecast.rows):
+        notes.append(
+            f"fleet.line: no time is predicted, because method {config.method.name!r} does not "
+            "predict its bytes"
+        )
 
     iterations = config.coding.fit_iterations
     if iterations is not None:

@@ -93,13 +93,22 @@ def test_visits_that_wait_for_each_other_take_their_time_one_after_another(
     assert seconds[0] > seconds[1]
 
 
-def test_a_method_whose_bytes_are_its_own_gets_no_time(run_config: dict[str, Any]) -> None:
-    table = run_config | {"method": {"name": "ecolora"}}
-    table["fleet"] = {"line": {"up_mbit_s": 1, "down_mbit_s": 20, "rtt_ms": 100}}
-    table.pop("codec", None)
-    found = plan(parse(table, "test"))
-    assert found["round_over_line_s"] is None
-    assert "fleet.line: no time is predicted for method 'ecolora'" in found["notes"]
+@pytest.mark.parametrize("name", ["ecolora", "flasc", "local"])
+def test_a_method_with_a_code_of_its_own_has_a_time_too(
+    name: str, run_config: dict[str, Any]
+) -> None:
+    usual = {key: value for key, value in run_config.items() if key not in ("codec", "evaluate")}
+    seconds = []
+    for rate in (0.01, 0.02):
+        line = {"up_mbit_s": rate, "down_mbit_s": rate, "rtt_ms": 100}
+        table = usual | {"method": {"name": name}, "fleet": {"line": line}}
+        found = plan(parse(table, "test"))
+        seconds.append(found["round_over_line_s"])
+        row = next(row for row in found["rows"] if "fleet.line" in row["what"])
+        assert row["value"].startswith(f"{seconds[-1]:.1f} s")
+        assert not any("fleet.line" in note for note in found["notes"])
+
+    assert seconds[0] > seconds[1]
 
 
 @pytest.mark.parametrize("line", [{"up_mbit_s": 0}, {"rtt_ms": -1}, {"loss": 0.5}, {"speed": 3}])

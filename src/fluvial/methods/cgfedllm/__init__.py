@@ -34,6 +34,7 @@ from fluvial.exchange import (
     Terms,
     TgapConfig,
     check_codec,
+    check_refit,
     receive_exchange,
     shared_tasks,
 )
@@ -41,6 +42,7 @@ from fluvial.exchange.representation import Representation
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
 from fluvial.federation.cohort import sample
+from fluvial.federation.config import BOUNDS, Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.cgfedllm import privacy
@@ -89,6 +91,14 @@ class CgFedLlmConfig(SampledSettings):
     max_growth: float = Field(10.0, gt=1, le=1e9)
     """Times by which an aggregate update may be longer than the longest before it; beyond that the
     run stops (spec g.12)."""
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return both bounds; with privacy only the one that counts of records or lengths of
+        updates are there for (see `rule`)."""
+        if self.privacy is None:
+            return BOUNDS
+        return frozenset({"max_update_growth" if self.privacy.at_site else "max_weight_share"})
 
     def promise(self) -> Promise | None:
         """Return the promise of `privacy`, if it is set."""
@@ -249,6 +259,7 @@ def _train_in_private(
 def plan(config: CgFedLlmConfig, given: Given) -> Plan:
     """Refuse settings that cannot work together; note what epsilon leaves out."""
     _check(config, given.codec, given.layout)
+    check_refit(given.codec, config.tgap, given.rounds)
     exact = config.privacy is not None and config.privacy.heldout == "exact"
 
     forecast = partial(

@@ -313,7 +313,7 @@ def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
     check_segments(config, given.layout)
     traffic = partial(predict, config, given)
-    return Plan(given.layout, partial(uncoded, given, traffic, given.layout, OWN_CODE))
+    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, OWN_CODE))
 
 
 METHOD = Method(

@@ -74,7 +74,7 @@ def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
     check_blocks(config, given.codec, given.layout)
     sent = largest_block(config, given.layout)
     traffic = partial(predict, config, given)
-    return Plan(sent, partial(uncoded, given, traffic, sent, "none"))
+    return Plan(sent, partial(uncoded, config, given, traffic, sent, "none"))
 
 
 def predict(config: Config, given: Given, round: int) -> Traffic:  # noqa: ARG001 - as in all rounds

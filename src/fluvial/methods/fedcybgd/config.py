@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fluvial.federation.config import BOUNDS, Bound
 from fluvial.methods.fedcybgd.blocks import Extra, Partition
 from fluvial.methods.fedcybgd.blocks import partition as partition_layout
 from fluvial.methods.fedcybgd.download import (
@@ -70,6 +71,13 @@ class FedCyBgdConfig(MethodSettings):
         refused."""
         return isinstance(self.download, LOSSY) and self.gate.threshold > 0
 
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return the bound on lengths, and that on weights where visits are averaged by samples."""
+        if self.merging == "average" and self.weighting == "samples":
+            return BOUNDS
+        return frozenset({"max_update_growth"})
+
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         default = type(self).model_fields
@@ -116,6 +124,11 @@ class CentralCyclicConfig(MethodSettings):
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
     """Number of decoder layers in a block."""
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return the bound on lengths: visits are compared, and none is averaged."""
+        return frozenset({"max_update_growth"})
 
     @property
     def download(self) -> FullDownload:

@@ -12,7 +12,7 @@ from fluvial.data import Example
 from fluvial.errors import GateError, WireError
 from fluvial.exchange import ask_stale_again
 from fluvial.federation.aggregate import WeightedLoss
-from fluvial.federation.bounds import rms, too_long
+from fluvial.federation.bounds import lower_heaviest, rms, too_long
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import read_counted
@@ -170,6 +170,7 @@ class FedCyBgdServer(SharedModelServer):
         start = self.ledger.state
         visits: list[Metrics] = []
         disputes: list[Metrics] = []
+        clipped: list[Metrics] = []
         last: dict[int, Answer] = {}
         metrics: Metrics = {}
         cycle = self._groups(number, fleet.sites)
@@ -189,11 +190,16 @@ class FedCyBgdServer(SharedModelServer):
                 disputes += conflicts(
                     name, block_answers, last.get(block), merging=self.config.merging
                 )
-                share = self._merge(block, block_answers)
+                weights = {answer.visit.site: answer.samples for answer in block_answers}
+                if "max_weight_share" in self.config.bounds:
+                    most = fleet.config.max_weight_share
+                    clipped += lower_heaviest(weights, most, number)
+
+                share = self._merge(block, block_answers, weights)
                 last[block] = block_answers[-1]
 
                 for answer in block_answers:
-                    loss.add(answer.loss, answer.samples)
+                    loss.add(answer.loss, weights[answer.visit.site])
                     overwritten = (
                         self.config.merging == "overwrite" and answer is not block_answers[-1]
                     )
@@ -208,6 +214,7 @@ class FedCyBgdServer(SharedModelServer):
             **metrics,
             "visits": visits,
             "conflicts": disputes,
+            **({"clipped": clipped} if clipped else {}),
         }
 
     def _groups(self, number: int, sites: Sequence[str]) -> list[list[Visit]]:
@@ -297,15 +304,16 @@ class FedCyBgdServer(SharedModelServer):
 
         return Answer(visit, payload_frame(reply), update, samples, loss)
 
-    def _merge(self, block: int, answers: Sequence[Answer]) -> float:
-        """Move a block by what was sent for it; returns the share of the step that was taken, 0 if
-        none."""
+    def _merge(self, block: int, answers: Sequence[Answer], weight_of: Mapping[str, int]) -> float:
+        """Move a block by what was sent for it, with the weight of each site; return the share of
+        the step that was taken, 0 if none."""
         if self.config.merging == "overwrite":
             answers = answers[-1:]
 
         frames = tuple(answer.frame for answer in answers)
         weights = tuple(
-            answer.samples if self.config.weighting == "samples" else 1 for answer in answers
+            weight_of[answer.visit.site] if self.config.weighting == "samples" else 1
+            for answer in answers
         )
 
         def step(share: float) -> Commit:
