@@ -1,5 +1,6 @@
 """The name of the program in the commands that it prints."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,7 +21,5 @@ def test_a_printed_command_has_the_name_of_the_call(
     called: str, installed: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", [called, "run"])
-    monkeypatch.setattr(
-        console.shutil, "which", lambda name: str(Path(name)) if installed else None
-    )
+    monkeypatch.setattr(shutil, "which", lambda name: str(Path(name)) if installed else None)
     assert console.program_name() == expected
