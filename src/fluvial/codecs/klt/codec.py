@@ -38,18 +38,12 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import (
-    AdaptiveCodec,
-    CodecSettings,
-    LatentCodec,
-    SteppedCodec,
-    is_finite,
-)
+from fluvial.codecs.base import CodecSettings, LatentCodec, SteppedCodec, is_finite
+from fluvial.codecs.klt.base import AdaptiveTransformCodec
 from fluvial.codecs.klt.encoder import Encoder
 from fluvial.codecs.klt.factors import factors_of
 from fluvial.codecs.klt.learn import learn
 from fluvial.codecs.klt.model import Model
-from fluvial.codecs.klt.moments import MomentCodec, Moments
 from fluvial.codecs.klt.order import ClassSide, CoefficientOrder, Floats, Runs, draw_runs
 from fluvial.codecs.klt.search import best_body, finest_step
 from fluvial.codecs.klt.settings import CODES, MAX_STEP, QUIET, SILENT, KltSettings, overhead_bytes
@@ -63,10 +57,9 @@ from fluvial.codecs.klt.tables import (
     Tables,
     drawn,
 )
-from fluvial.codecs.klt.transform import Transform, power
+from fluvial.codecs.klt.transform import power
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import OVERHEAD, Reader, unseal
-from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
 _START = 12
@@ -75,7 +68,7 @@ _PRIOR = 2000.0
 """Coefficients that the generic tables count as, against those that `fit` sees."""
 
 
-class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
+class Klt(AdaptiveTransformCodec, LatentCodec, SteppedCodec):
     """Tied encoder and decoder: whoever can encode can decode."""
 
     code = 12
@@ -85,16 +78,11 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
         self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0
     ) -> None:
         assert isinstance(settings, KltSettings)
-        super().__init__(settings, layout)
-        self.model = model
-        self.epoch = epoch
-        self.factors = factors_of(layout)
-        self.num_groups = 1 + max(factor.group for factor in self.factors)
+        super().__init__(settings, layout, model, epoch=epoch)
         self.budget = self.frame_size(settings, layout)
         self.tables = Tables(
             "feedback" if settings.error_feedback else settings.mode, model.learned
         )
-        self.transform = Transform(self.factors, settings.basis_share, model)
         self._dithered = settings.mode == "dithered"
         self._order = CoefficientOrder(
             self.factors, model, self.transform, self.tables, dithered=self._dithered
@@ -109,9 +97,8 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
         )
         """The group of every piece of the flattened update."""
 
-        published = [tensor.numpy().tobytes() for _, tensor in sorted(model.named().items())]
         marks = struct.pack("<IIB", layout.fingerprint, self.tables.digest, epoch)
-        self._fingerprint = zlib.crc32(b"".join([marks, *published]))
+        self._fingerprint = self.checksum(marks)
 
     @property
     def fingerprint(self) -> int:
@@ -150,29 +137,6 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
         return cls(settings, layout, Model(**{**codec.model.named(), **tables}))
 
     @classmethod
-    def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
-        """Return the principal directions and variances alone; tables stay generic, because moments
-        hold no histogram."""
-        assert isinstance(settings, KltSettings)
-        cls.frame_size(settings, layout)
-        return cls(settings, layout, moments.fit(layout, settings.basis_share))
-
-    def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """Return the codec of the next epoch, for updates like `updates`, such as decoded ones or
-        broadcast means.
-
-        Their covariance counts `weight` (0 to 1), this codec's own the rest; entropy tables stay. A
-        function of what is published and of `updates` alone, so that both ends can compute it.
-        """
-        if not updates:
-            raise ConfigError("codec: klt has no updates to refit to")
-
-        model = learn(
-            self.layout, self.settings.basis_share, updates, prior=self.model, weight=weight
-        )
-        return type(self)(self.settings, self.layout, model, epoch=(self.epoch + 1) % 256)
-
-    @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, KltSettings)
@@ -188,25 +152,6 @@ class Klt(LatentCodec, AdaptiveCodec, SteppedCodec, MomentCodec):
             )
 
         return budget
-
-    def published(self, *, decoder: bool) -> Payload:  # noqa: ARG002 - the encoder is the decoder
-        """Return the model, mostly `basis_share` of every feature axis at one byte per value, and
-        the epoch."""
-        return Payload(self.model.named(), {"epoch": self.epoch})
-
-    @classmethod
-    def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild the codec; raises `WireError` if something is missing, left over, or of another
-        type, length or range."""
-        assert isinstance(settings, KltSettings)
-        epoch = payload.value("epoch", int)
-
-        if not 0 <= epoch < 256:
-            raise WireError(f"klt: epoch {epoch} is not within 0 and 255")
-
-        return cls(
-            settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
-        )
 
     def analyse(self, vector: Tensor) -> Tensor:
         """Return the coefficients (numel,); norms are kept."""

@@ -6,9 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluvial.codecs.base import (
-    RateSettings,
-)
+from fluvial.codecs.klt.base import TransformSettings
 from fluvial.codecs.klt.tables import (
     OCTAVE,
     Mode,
@@ -32,7 +30,7 @@ HEAD = struct.Struct("<Bh")
 SEED = struct.Struct("<I")
 
 
-class KltSettings(RateSettings):
+class KltSettings(TransformSettings):
     """A learned linear transform (ours; it needs a fit).
 
     Bytes per value: 4 / rate. Lost: what is small in the learned basis.
@@ -42,9 +40,6 @@ class KltSettings(RateSettings):
     """Name of the codec."""
     rate: float = Field(64, ge=4, le=4096)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, ge=1e-6, le=1)
-    """Feature directions that are published, as a share of the features; the others need no
-    bytes."""
     mode: Mode = "biased"
     """Quantisation: "biased" has the least squared error, "dithered" no error on average over
     seeds."""

@@ -14,9 +14,8 @@ site alone knows, and a masked integer has no entropy to save.
 
 import math
 import struct
-import zlib
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,15 +23,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.base import CodecSettings, LearnedCodec, RateSettings, body_room
+from fluvial.codecs.base import CodecSettings, body_room
+from fluvial.codecs.klt.base import TransformCodec, TransformSettings
 from fluvial.codecs.klt.factors import factors_of
-from fluvial.codecs.klt.learn import learn
 from fluvial.codecs.klt.model import Model
 from fluvial.codecs.klt.tables import OCTAVE
-from fluvial.codecs.klt.transform import Transform, spreads
+from fluvial.codecs.klt.transform import spreads
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import Reader, unseal
-from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
 Integers = NDArray[np.int64]
@@ -41,7 +39,7 @@ _CLIP = 3.0
 """Standard deviations at which a coefficient is clipped."""
 
 
-class KltSumSettings(RateSettings):
+class KltSumSettings(TransformSettings):
     """The transform of klt, with frames that can be added up unread (ours; it needs a fit).
 
     Bytes per value: 4 / rate. Lost: more than with klt.
@@ -51,9 +49,6 @@ class KltSumSettings(RateSettings):
     """Name of the codec."""
     rate: float = Field(64, ge=2, le=4096)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, ge=1e-6, le=1)
-    """Feature directions that are published, as a share of the features; the others need no
-    bytes."""
     max_sites: int = Field(64, ge=1, le=65536)
     """Frames that can be added before the integers overflow."""
     levels: int = Field(7, ge=1, le=1023)
@@ -65,8 +60,8 @@ class KltSumSettings(RateSettings):
         return (2 * self.levels * self.max_sites).bit_length()
 
 
-class KltSum(LearnedCodec):
-    """Sums of updates from sums of frames."""
+class KltSum(TransformCodec):
+    """Sums of updates from sums of frames; updates should be about as large as those of the fit."""
 
     code = 21
     settings: KltSumSettings
@@ -75,46 +70,21 @@ class KltSum(LearnedCodec):
         self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0
     ) -> None:
         assert isinstance(settings, KltSumSettings)
-        super().__init__(settings, layout)
-        self.model = model
-        self.epoch = epoch
-        factors = factors_of(layout)
+        super().__init__(settings, layout, model, epoch=epoch)
         self.kept = _kept(settings, layout)
-        self.transform = Transform(factors, settings.basis_share, model)
-        groups = model.groups.numpy().astype(np.int32)[[factor.group for factor in factors]]
-        spread = spreads(factors, model) + np.repeat(groups, layout.sizes)
+        groups = model.groups.numpy().astype(np.int32)[[factor.group for factor in self.factors]]
+        spread = spreads(self.factors, model) + np.repeat(groups, layout.sizes)
         chosen = np.argsort(-spread, kind="stable")[: self.kept]
         self._where = self.transform.place[chosen]
         self._rest = bool((self._where >= self.transform.num_tops).any())
         self._steps = np.exp2(spread[chosen] / OCTAVE) * (_CLIP / settings.levels)
-        published = [tensor.numpy().tobytes() for _, tensor in sorted(model.named().items())]
         marks = struct.pack("<IHIB", layout.fingerprint, settings.levels, settings.max_sites, epoch)
-        self._fingerprint = zlib.crc32(b"".join([marks, *published]))
+        self._fingerprint = self.checksum(marks)
 
     @property
     def fingerprint(self) -> int:
         """CRC-32 of the layout, the epoch, the size of the integers and all that is published."""
         return self._fingerprint
-
-    @classmethod
-    def fit(
-        cls,
-        settings: CodecSettings,
-        layout: Layout,
-        updates: Sequence[Named],
-        *,
-        seed: int,  # noqa: ARG003
-    ) -> Self:
-        """Return the principal directions and variances of `updates`; later updates should be about
-        as large."""
-        assert isinstance(settings, KltSumSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: klt_sum has no updates to learn from; TGAP must collect at least one"
-            )
-
-        cls.frame_size(settings, layout)
-        return cls(settings, layout, learn(layout, settings.basis_share, updates))
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
@@ -123,24 +93,6 @@ class KltSum(LearnedCodec):
         factors_of(layout)
         _kept(settings, layout)
         return int(layout.raw_bytes / settings.rate)
-
-    def published(self, *, decoder: bool) -> Payload:  # noqa: ARG002 - the encoder is the decoder
-        """Return the model and the epoch, as for `klt`."""
-        return Payload(self.model.named(), {"epoch": self.epoch})
-
-    @classmethod
-    def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild the codec; raises `WireError` if something is missing, left over, or of another
-        type, length or range."""
-        assert isinstance(settings, KltSumSettings)
-        epoch = payload.value("epoch", int)
-
-        if not 0 <= epoch < 256:
-            raise WireError(f"klt_sum: epoch {epoch} is not within 0 and 255")
-
-        return cls(
-            settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
-        )
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Return the epoch and the integers of one site."""

@@ -26,9 +26,8 @@ makes it Gaussian, and the paths of `trellis` code all classes in one, the loude
 import math
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -36,12 +35,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.base import AdaptiveCodec, CodecSettings, RateSettings, body_room
+from fluvial.codecs.base import CodecSettings, body_room
+from fluvial.codecs.klt.base import AdaptiveTransformCodec, TransformSettings
 from fluvial.codecs.klt.factors import factors_of
-from fluvial.codecs.klt.learn import learn
 from fluvial.codecs.klt.model import Model
-from fluvial.codecs.klt.moments import MomentCodec, Moments
-from fluvial.codecs.klt.transform import Transform, power, spreads
+from fluvial.codecs.klt.transform import power, spreads
 from fluvial.codecs.klt.trellis_search import (
     FAINT,
     FAINTEST,
@@ -55,11 +53,10 @@ from fluvial.codecs.klt.trellis_search import (
     worth,
 )
 from fluvial.codecs.rotated.trellis import Plan, best_path, follow
-from fluvial.errors import ConfigError, WireError
+from fluvial.errors import WireError
 from fluvial.settings import EXACT
 from fluvial.wire.frame import OVERHEAD, Reader
-from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Layout
 
 Ints = NDArray[np.int64]
 
@@ -74,7 +71,7 @@ _LONGEST = 64  # values for one step, as in `trellis`
 _HEAD = struct.Struct("<BBBh")
 
 
-class KltTrellisSettings(RateSettings):
+class KltTrellisSettings(TransformSettings):
     """The transform of klt, coded jointly by a trellis (ours; it needs a fit).
 
     Bytes per value: 4 / rate. Lost: less than with klt; the variances follow error feedback.
@@ -84,9 +81,6 @@ class KltTrellisSettings(RateSettings):
     """Name of the codec."""
     rate: float = Field(64, ge=16, le=1024)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
-    basis_share: float = Field(0.25, ge=1e-6, le=1)
-    """Feature directions that are published, as a share of the features; the others need no
-    bytes."""
     memory: Annotated[Literal[6, 8, 10, 12], EXACT] = 10
     """Bits of the trellis's state. Two more take four times as long to encode, as long to decode,
     and come nearer to the bound."""
@@ -102,7 +96,7 @@ class LayoutSide:
     lower: Ints
 
 
-class KltTrellis(AdaptiveCodec, MomentCodec):
+class KltTrellis(AdaptiveTransformCodec):
     """Contracts, whatever the update. Whoever can encode can decode."""
 
     code = 23
@@ -112,17 +106,12 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         self, settings: CodecSettings, layout: Layout, model: Model, *, epoch: int = 0
     ) -> None:
         assert isinstance(settings, KltTrellisSettings)
-        super().__init__(settings, layout)
-        self.model = model
-        self.epoch = epoch
-        factors = factors_of(layout)
-        self.num_groups = 1 + max(factor.group for factor in factors)
+        super().__init__(settings, layout, model, epoch=epoch)
         self.budget = self.frame_size(settings, layout)
-        self.transform = Transform(factors, settings.basis_share, model)
         self._bits = 8 * (self.budget - OVERHEAD - _HEAD.size - self.num_groups)
         cells = (
-            np.repeat([factor.group for factor in factors], layout.sizes) * _CELLS
-            + spreads(factors, model)
+            np.repeat([factor.group for factor in self.factors], layout.sizes) * _CELLS
+            + spreads(self.factors, model)
             + _CODES
         )
         order = np.argsort(cells, kind="stable")
@@ -134,7 +123,6 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         )
         self._first = (np.cumsum(self._counts) - self._counts.ravel()).reshape(self._counts.shape)
         self._profiles = self._foresee()
-        published = [tensor.numpy().tobytes() for _, tensor in sorted(model.named().items())]
         marks = struct.pack(
             "<IIBB",
             layout.fingerprint,
@@ -142,7 +130,7 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
             settings.memory,
             epoch,
         )
-        self._fingerprint = zlib.crc32(b"".join([marks, *published]))
+        self._fingerprint = self.checksum(marks)
 
     def _foresee(self) -> Ints:
         """Return the logarithms of standard deviations (profiles, groups, cells), 1/8 octave, of
@@ -175,67 +163,11 @@ class KltTrellis(AdaptiveCodec, MomentCodec):
         return self._fingerprint
 
     @classmethod
-    def fit(
-        cls,
-        settings: CodecSettings,
-        layout: Layout,
-        updates: Sequence[Named],
-        *,
-        seed: int,  # noqa: ARG003
-    ) -> Self:
-        """Return the principal directions and variances of `updates`; every update counts the
-        same."""
-        assert isinstance(settings, KltTrellisSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: klt_trellis has no updates to learn from; TGAP must collect at least one"
-            )
-
-        cls.frame_size(settings, layout)
-        return cls(settings, layout, learn(layout, settings.basis_share, updates))
-
-    @classmethod
-    def fit_moments(cls, settings: CodecSettings, layout: Layout, moments: Moments) -> Self:
-        """Return a codec for updates with these moments."""
-        assert isinstance(settings, KltTrellisSettings)
-        cls.frame_size(settings, layout)
-        return cls(settings, layout, moments.fit(layout, settings.basis_share))
-
-    def refit(self, updates: Sequence[Named], *, weight: float) -> Self:
-        """Return the codec of the next epoch; the covariance of `updates` counts `weight` (0 to 1),
-        this codec's the rest."""
-        if not updates:
-            raise ConfigError("codec: klt_trellis has no updates to refit to")
-        model = learn(
-            self.layout, self.settings.basis_share, updates, prior=self.model, weight=weight
-        )
-        return type(self)(self.settings, self.layout, model, epoch=(self.epoch + 1) % 256)
-
-    @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, KltTrellisSettings)
         groups = 1 + max(factor.group for factor in factors_of(layout))
         return OVERHEAD + body_room(layout, settings.rate, least=_HEAD.size + groups + 1)
-
-    def published(self, *, decoder: bool) -> Payload:  # noqa: ARG002 - the encoder is the decoder
-        """Return the model, mostly `basis_share` of every feature axis at one byte per value, and
-        the epoch."""
-        return Payload(self.model.named(), {"epoch": self.epoch})
-
-    @classmethod
-    def from_published(cls, settings: CodecSettings, layout: Layout, payload: Payload) -> Self:
-        """Rebuild the codec; raises `WireError` if something is missing, left over, or of another
-        type, length or range."""
-        assert isinstance(settings, KltTrellisSettings)
-        epoch = payload.value("epoch", int)
-
-        if not 0 <= epoch < 256:
-            raise WireError(f"klt_trellis: epoch {epoch} is not within 0 and 255")
-
-        return cls(
-            settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
-        )
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Code the flattened update (numel,); see `Codec.body`."""
