@@ -211,6 +211,14 @@ class LearnedCodec(Codec):
         shapes are wrong."""
 
 
+def require_updates(settings: CodecSettings, updates: Sequence[Named]) -> None:
+    """Raise `ConfigError` if there is no update to fit a codec to."""
+    if not updates:
+        raise ConfigError(
+            f"codec: {settings.name} has no updates to learn from; TGAP must collect at least one"
+        )
+
+
 class AdaptiveCodec(LearnedCodec):
     """A learned codec that can follow the updates of a run."""
 

@@ -10,7 +10,13 @@ from typing import Self
 
 from pydantic import Field
 
-from fluvial.codecs.base import AdaptiveCodec, CodecSettings, LearnedCodec, RateSettings
+from fluvial.codecs.base import (
+    AdaptiveCodec,
+    CodecSettings,
+    LearnedCodec,
+    RateSettings,
+    require_updates,
+)
 from fluvial.codecs.klt.factors import factors_of
 from fluvial.codecs.klt.learn import learn
 from fluvial.codecs.klt.model import Model
@@ -62,12 +68,7 @@ class TransformCodec(LearnedCodec):
         """Return the principal directions and variances of `updates`; every update counts the
         same."""
         assert isinstance(settings, TransformSettings)
-        if not updates:
-            raise ConfigError(
-                f"codec: {settings.name} has no updates to learn from; TGAP must collect at least "
-                "one"
-            )
-
+        require_updates(settings, updates)
         cls.frame_size(settings, layout)
         return cls(settings, layout, learn(layout, settings.basis_share, updates))
 

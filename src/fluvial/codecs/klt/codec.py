@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import CodecSettings, LatentCodec, SteppedCodec, is_finite
+from fluvial.codecs.base import CodecSettings, LatentCodec, SteppedCodec, is_finite, require_updates
 from fluvial.codecs.klt.base import AdaptiveTransformCodec
 from fluvial.codecs.klt.encoder import Encoder
 from fluvial.codecs.klt.factors import factors_of
@@ -117,11 +117,7 @@ class Klt(AdaptiveTransformCodec, LatentCodec, SteppedCodec):
         """Return the principal directions, variances and tables of `updates`; every update counts
         the same."""
         assert isinstance(settings, KltSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: klt has no updates to learn from; TGAP must collect at least one"
-            )
-
+        require_updates(settings, updates)
         cls.frame_size(settings, layout)
         codec = cls(
             settings.model_copy(update={"mode": "biased", "error_feedback": False}),

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import CodecSettings, LatentCodec
+from fluvial.codecs.base import CodecSettings, LatentCodec, require_updates
 from fluvial.codecs.learned.cnn_networks import STRIDE, build_decoder, build_encoder
 from fluvial.codecs.learned.cnn_signals import (
     CNNSettings,
@@ -104,10 +104,7 @@ class CNN(LatentCodec):
     ) -> Self:
         """Train one autoencoder for all factors, on the CPU; every update counts the same."""
         assert isinstance(settings, CNNSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: cnn has no updates to learn from; TGAP must collect at least one"
-            )
+        require_updates(settings, updates)
 
         body_bytes(settings, layout)
         trained = train(settings, layout, updates, seed=seed)

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fluvial import seeds
-from fluvial.codecs.base import CodecSettings, LatentCodec
+from fluvial.codecs.base import CodecSettings, LatentCodec, require_updates
 from fluvial.codecs.learned.canvas import Canvas, Mode
 from fluvial.codecs.learned.resnet_networks import build_decoder, build_encoder
 from fluvial.codecs.normalise import (
@@ -132,10 +132,7 @@ class ResNet(LatentCodec):
         """Train one autoencoder for all clients and layers, on the GPU if there is one; coding is
         on the CPU."""
         assert isinstance(settings, ResNetSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: resnet has no updates to learn from; TGAP must collect at least one"
-            )
+        require_updates(settings, updates)
 
         canvas = Canvas(layout, settings.canvas, settings.stages)
         samples = [

@@ -26,7 +26,13 @@ from torch import Tensor
 
 from fluvial import seeds
 from fluvial.codecs import entropy
-from fluvial.codecs.base import CodecSettings, LearnedCodec, RateSettings, body_room
+from fluvial.codecs.base import (
+    CodecSettings,
+    LearnedCodec,
+    RateSettings,
+    body_room,
+    require_updates,
+)
 from fluvial.codecs.learned.vq_codebooks import (
     LARGEST_VALUE,
     codeword_bits,
@@ -43,7 +49,7 @@ from fluvial.codecs.learned.vq_vectors import (
     vector_factors,
 )
 from fluvial.codecs.quantise import bf16, read_scales
-from fluvial.errors import ConfigError, WireError
+from fluvial.errors import WireError
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
@@ -121,10 +127,7 @@ class VQ(LearnedCodec):
         """Train on `updates` (each counts the same) at the rate of the settings; `seed` chooses
         samples and start."""
         assert isinstance(settings, VQSettings)
-        if not updates:
-            raise ConfigError(
-                "codec: vq has no updates to learn from; TGAP must collect at least one"
-            )
+        require_updates(settings, updates)
 
         factors, sizes = vector_factors(layout, settings.width)
         vectors = sum(factor.count for factor in factors)
