@@ -1,6 +1,5 @@
 """The convolutional opponent: it meets its rate, learns an easy source, and trusts nothing."""
 
-import random
 from typing import Any
 
 import pytest
@@ -9,25 +8,15 @@ import torch
 from fluvial.codecs.learned.cnn import CNN
 from fluvial.codecs.learned.cnn_signals import CNNSettings
 from fluvial.errors import ConfigError, WireError
-from fluvial.wire.frame import seal
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, scale
+from tests.support.updates import attention_layout, count_refused_mutations
 
 QUICK: dict[str, Any] = {"iterations": 2, "hidden": 8}
 
 
-def layout_of(d: int = 96, kv: int = 50, rank: int = 4) -> Layout:
-    shapes = {}
-    for layer in range(2):
-        for module, out in (("q_proj", d), ("v_proj", kv)):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            shapes[f"{path}.lora_A.weight"] = (rank, d)
-            shapes[f"{path}.lora_B.weight"] = (out, rank)
-
-    return Layout(tuple(sorted(shapes.items())))
-
-
-LAYOUT = layout_of()
+MODULES = ("q_proj", "v_proj")
+LAYOUT = attention_layout(96, 50, rank=4, modules=MODULES)
 
 
 def smooth(count: int, seed: int) -> list[Named]:
@@ -130,34 +119,16 @@ def test_malformed_publications_are_refused(quick: CNN) -> None:
 
 
 def test_mutated_bodies_decode_or_are_refused(quick: CNN) -> None:
-    body = quick.body(LAYOUT.flatten(HELD_OUT[0]), 0)
-    draw = random.Random(0)
-    refused = 0
-
-    for _ in range(600):
-        mutated = bytearray(body)
-        for _ in range(draw.randint(1, 8)):
-            mutated[draw.randrange(len(mutated))] = draw.randrange(256)
-        if draw.random() < 0.2:
-            mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
-
-        try:
-            decoded = quick.decode(seal(quick.code, quick.fingerprint, bytes(mutated)))
-        except WireError:
-            refused += 1
-            continue
-
-        assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
-
-    assert refused > 200
+    assert count_refused_mutations(quick, HELD_OUT[0], 600) > 200
     with pytest.raises(WireError, match="checksum"):
         quick.decode(quick.encode(HELD_OUT[0])[:-1] + b"\0")
 
 
 def test_what_it_cannot_code_is_said() -> None:
-    mixed = Layout((*layout_of(rank=2).shapes[:1], *layout_of(rank=4).shapes[1:2]))
+    other = attention_layout(96, 50, rank=2, modules=MODULES)
+    mixed = Layout((*other.shapes[:1], *LAYOUT.shapes[1:2]))
     for layout, message in (
-        (layout_of(d=8, kv=8), "choose at most"),
+        (attention_layout(8, 8, rank=4, modules=MODULES), "choose at most"),
         (Layout((("lm_head.weight", (8, 8)),)), "'lm_head.weight' with shape"),
         (Layout(()), "one rank"),
         (mixed, "one rank"),

@@ -37,50 +37,16 @@ from fluvial.wire.tensors import (
     subtract,
 )
 from tests.support import GOLDEN, ROOT, reference_klt
+from tests.support.updates import attention_layout, subspace_updates
 
 FRAMES = GOLDEN / "klt.json"
 
 
-def layout_of(d: int = 64, kv: int = 32, layers: int = 2, rank: int = 8) -> Layout:
-    shapes = {}
-    for layer in range(layers):
-        for module, out in (("q_proj", d), ("k_proj", kv), ("v_proj", kv), ("o_proj", d)):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            shapes[f"{path}.lora_A.weight"] = (rank, d)
-            shapes[f"{path}.lora_B.weight"] = (out, rank)
-
-    return Layout(tuple(sorted(shapes.items())))
+LAYOUT = attention_layout()
 
 
-LAYOUT = layout_of()
-
-
-def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
-    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real
-    training do."""
-    found = []
-    draw = torch.Generator().manual_seed(seed)
-
-    for _ in range(count):
-        update = {}
-        for name, shape in layout.shapes:
-            features = max(shape)
-            shared = torch.Generator().manual_seed(features + ("lora_A" in name))
-            q = torch.linalg.qr(torch.randn(features, features, generator=shared)).Q
-            x = (
-                torch.randn(min(shape), features, generator=draw)
-                * (1 + torch.arange(features)) ** -1.0
-                @ q.T
-            )
-            update[name] = 1e-3 * (x if "lora_A" in name else x.T).contiguous()
-
-        found.append(update)
-
-    return found
-
-
-SEEN = updates_of(LAYOUT, 12, seed=1)
-HELD_OUT = updates_of(LAYOUT, 3, seed=2)
+SEEN = subspace_updates(LAYOUT, 12, seed=1, decay=1.0)
+HELD_OUT = subspace_updates(LAYOUT, 3, seed=2, decay=1.0)
 
 
 def white(seed: int = 0) -> Named:
@@ -203,7 +169,7 @@ def test_nothing_grows(fitted: Klt, kind: str, seed: int) -> None:
 
 def test_error_feedback_stays_bounded(fitted: Klt) -> None:
     residual = scale(SEEN[0], 0.0)
-    for update in updates_of(LAYOUT, 12, seed=5):
+    for update in subspace_updates(LAYOUT, 12, seed=5, decay=1.0):
         wanted = add(update, residual)
         residual = subtract(wanted, fitted.decode(fitted.encode(wanted)))
         assert norm(residual) < 2 * norm(update)
@@ -442,8 +408,8 @@ def test_tables() -> None:
 
 
 def test_the_reference_decodes_the_same() -> None:
-    layout = layout_of(d=32, kv=16, layers=1, rank=4)
-    seen = updates_of(layout, 8, seed=1)
+    layout = attention_layout(d=32, kv=16, layers=1, rank=4)
+    seen = subspace_updates(layout, 8, seed=1, decay=1.0)
     for rate in (8, 32):
         codec = Klt.fit(KltSettings(rate=rate), layout, seen[:6], seed=0)
         published = {
@@ -577,7 +543,7 @@ def test_integers_have_room_for_all_sites(sites: int, levels: int, bits: int) ->
 @pytest.mark.parametrize(
     ("layout", "rate", "message"),
     [
-        (layout_of(d=8, kv=8, layers=1), 400, "lower rate|at most"),
+        (attention_layout(d=8, kv=8, layers=1), 400, "lower rate|at most"),
         (Layout((("lm_head.weight", (8, 8)),)), 64, "'lm_head.weight' with shape"),
         (Layout((("q_proj.lora_A.weight", (0, 8)),)), 64, "with shape"),
         (Layout(()), 64, "no tensors"),

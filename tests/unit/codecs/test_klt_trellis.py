@@ -26,50 +26,15 @@ from fluvial.wire.tensors import (
     subtract,
     zeros_like,
 )
+from tests.support.updates import attention_layout, subspace_updates
 
-
-def layout_of(d: int = 64, kv: int = 32, layers: int = 2, rank: int = 8) -> Layout:
-    shapes = {}
-    for layer in range(layers):
-        for module, out in (("q_proj", d), ("k_proj", kv), ("v_proj", kv), ("o_proj", d)):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            shapes[f"{path}.lora_A.weight"] = (rank, d)
-            shapes[f"{path}.lora_B.weight"] = (out, rank)
-
-    return Layout(tuple(sorted(shapes.items())))
-
-
-LAYOUT = layout_of()
+LAYOUT = attention_layout()
 PROFILE = OVERHEAD - 4
 """Where a frame says which profile it uses; three of each age, then the flat one."""
 
 
-def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
-    """Updates whose rows lie near one fixed subspace for each feature axis, as those of real
-    training do."""
-    found = []
-    draw = torch.Generator().manual_seed(seed)
-
-    for _ in range(count):
-        update = {}
-        for name, shape in layout.shapes:
-            features = max(shape)
-            shared = torch.Generator().manual_seed(features + ("lora_A" in name))
-            q = torch.linalg.qr(torch.randn(features, features, generator=shared)).Q
-            x = (
-                torch.randn(min(shape), features, generator=draw)
-                * (1 + torch.arange(features)) ** -0.5
-                @ q.T
-            )
-            update[name] = 1e-3 * (x if "lora_A" in name else x.T).contiguous()
-
-        found.append(update)
-
-    return found
-
-
-SEEN = updates_of(LAYOUT, 12, seed=1)
-HELD_OUT = updates_of(LAYOUT, 3, seed=2)
+SEEN = subspace_updates(LAYOUT, 12, seed=1, decay=0.5)
+HELD_OUT = subspace_updates(LAYOUT, 3, seed=2, decay=0.5)
 
 
 def fit(**settings: Any) -> KltTrellis:
@@ -164,7 +129,7 @@ def residuals(codec: Any, updates: list[Named]) -> tuple[Named, list[int]]:
 
 
 def test_error_feedback_is_recognised_and_serves() -> None:
-    stream = updates_of(LAYOUT, 12, seed=5)
+    stream = subspace_updates(LAYOUT, 12, seed=5, decay=0.5)
     codec = fit(rate=128)
     residual, ages = residuals(codec, stream)
     assert ages[0] < 2
@@ -298,8 +263,8 @@ def test_damaged_frames_are_refused(fitted: KltTrellis) -> None:
     ("d", "kv", "rank", "rate"), [(8, 8, 1, 16), (16, 8, 2, 24), (33, 7, 3, 64), (64, 32, 8, 300)]
 )
 def test_tiny_layouts(d: int, kv: int, rank: int, rate: int) -> None:
-    layout = layout_of(d, kv, rank=rank)
-    seen = updates_of(layout, 4, seed=1)
+    layout = attention_layout(d, kv, rank=rank)
+    seen = subspace_updates(layout, 4, seed=1, decay=0.5)
     codec = KltTrellis.fit(KltTrellisSettings(rate=rate), layout, seen, seed=0)
     wire = codec.encode(seen[0])
     assert len(wire) <= codec.budget

@@ -1,6 +1,5 @@
 """The paper's autoencoder: its sizes, its wire, and what it refuses."""
 
-import random
 from typing import Any
 
 import pytest
@@ -14,22 +13,12 @@ from fluvial.codecs.learned.resnet_networks import (
     multiply_accumulates,
 )
 from fluvial.errors import ConfigError, WireError
-from fluvial.wire.frame import seal
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, relative_error
+from tests.support.updates import attention_layout, count_refused_mutations
 
 QUICK: dict[str, Any] = {"iterations": 2, "batch_size": 2}
-
-
-def layout_of(d: int = 128, kv: int = 128, layers: int = 8) -> Layout:
-    shapes = {}
-    for layer in range(layers):
-        for module, out in (("q_proj", d), ("k_proj", kv)):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            shapes[f"{path}.lora_A.weight"] = (4, d)
-            shapes[f"{path}.lora_B.weight"] = (out, 4)
-
-    return Layout(tuple(sorted(shapes.items())))
+ATTENTION: dict[str, Any] = {"rank": 4, "modules": ("q_proj", "k_proj")}
 
 
 def updates_of(layout: Layout, count: int, seed: int = 0) -> list[Named]:
@@ -39,7 +28,7 @@ def updates_of(layout: Layout, count: int, seed: int = 0) -> list[Named]:
     ]
 
 
-LAYOUT = layout_of()
+LAYOUT = attention_layout(128, 128, layers=8, **ATTENTION)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +107,7 @@ def test_narrow_latents_stay_near_float32(fitted: ResNet) -> None:
 
 
 def test_one_autoencoder_for_canvases_of_several_sizes() -> None:
-    layout = layout_of(kv=64, layers=4)
+    layout = attention_layout(128, 64, layers=4, **ATTENTION)
     settings = ResNetSettings(canvas="grouped", stages=4, **QUICK)
     codec = ResNet.fit(settings, layout, updates_of(layout, 2), seed=0)
     assert len(codec.canvas.shapes) == 2
@@ -128,7 +117,7 @@ def test_one_autoencoder_for_canvases_of_several_sizes() -> None:
 
 
 def test_fit_learns_and_depends_on_the_seed_alone() -> None:
-    layout = layout_of(d=32, kv=32, layers=2)
+    layout = attention_layout(32, 32, layers=2, **ATTENTION)
     settings = ResNetSettings(stages=2, iterations=60, batch_size=2, learning_rate=1e-2)
     updates = updates_of(layout, 1)
     torch.manual_seed(1)
@@ -186,25 +175,10 @@ def test_malformed_publications_are_refused(fitted: ResNet) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_mutated_bodies_decode_or_are_refused(dtype: Any) -> None:
-    layout = layout_of(d=16, kv=16, layers=1)
+    layout = attention_layout(16, 16, layers=1, **ATTENTION)
     settings = ResNetSettings(stages=2, latent_dtype=dtype, **QUICK)
     codec = ResNet.fit(settings, layout, updates_of(layout, 2), seed=0)
-    body = codec.body(layout.flatten(updates_of(layout, 1)[0]), 0)
-    draw = random.Random(0)
-
-    for _ in range(334):
-        mutated = bytearray(body)
-        for _ in range(draw.randint(1, 8)):
-            mutated[draw.randrange(len(mutated))] = draw.randrange(256)
-        if draw.random() < 0.2:
-            mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
-
-        try:
-            decoded = codec.decode(seal(codec.code, layout.fingerprint, bytes(mutated)))
-        except WireError:
-            continue
-
-        assert bool(torch.isfinite(layout.flatten(decoded)).all())
+    count_refused_mutations(codec, updates_of(layout, 1)[0], 334)
 
 
 def test_nothing_to_learn_from() -> None:

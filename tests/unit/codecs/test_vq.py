@@ -1,6 +1,5 @@
 """Vector quantisation: it meets its rate, learns what updates share, and trusts nothing."""
 
-import random
 from typing import Any
 
 import pytest
@@ -8,25 +7,15 @@ import torch
 
 from fluvial.codecs.learned.vq import VQ, VQSettings
 from fluvial.errors import ConfigError, WireError
-from fluvial.wire.frame import seal
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, scale
+from tests.support.updates import attention_layout, count_refused_mutations
 
 QUICK: dict[str, Any] = {"codebook": 128, "iterations": 8}
 
 
-def layout_of(d: int = 96, kv: int = 48, rank: int = 8) -> Layout:
-    shapes = {}
-    for layer in range(2):
-        for module, out in (("q_proj", d), ("v_proj", kv)):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            shapes[f"{path}.lora_A.weight"] = (rank, d)
-            shapes[f"{path}.lora_B.weight"] = (out, rank)
-
-    return Layout(tuple(sorted(shapes.items())))
-
-
-LAYOUT = layout_of()
+MODULES = ("q_proj", "v_proj")
+LAYOUT = attention_layout(96, 48, modules=MODULES)
 
 
 def updates_of(layout: Layout, count: int, seed: int) -> list[Named]:
@@ -116,7 +105,7 @@ def test_one_factor_alone(fitted: VQ) -> None:
 
 @pytest.mark.parametrize("rank", [1, 4, 6, 16])
 def test_ranks_that_no_vector_divides(rank: int) -> None:
-    layout = layout_of(d=50, kv=31, rank=rank)
+    layout = attention_layout(50, 31, rank=rank, modules=MODULES)
     codec = VQ.fit(
         VQSettings(rate=16, codebook=32, iterations=3),
         layout,
@@ -170,26 +159,7 @@ def test_malformed_publications_are_refused(fitted: VQ) -> None:
 
 
 def test_mutated_bodies_decode_or_are_refused(fitted: VQ) -> None:
-    body = fitted.body(LAYOUT.flatten(HELD_OUT[0]), 0)
-    draw = random.Random(0)
-    refused = 0
-
-    for _ in range(600):
-        mutated = bytearray(body)
-        for _ in range(draw.randint(1, 8)):
-            mutated[draw.randrange(len(mutated))] = draw.randrange(256)
-        if draw.random() < 0.2:
-            mutated = mutated[: draw.randrange(len(mutated))] + bytes(draw.randrange(3))
-
-        try:
-            decoded = fitted.decode(seal(fitted.code, fitted.fingerprint, bytes(mutated)))
-        except WireError:
-            refused += 1
-            continue
-
-        assert bool(torch.isfinite(LAYOUT.flatten(decoded)).all())
-
-    assert refused > 300
+    assert count_refused_mutations(fitted, HELD_OUT[0], 600) > 300
     wire = bytearray(fitted.encode(HELD_OUT[0]))
     wire[20] ^= 1
 
@@ -200,7 +170,7 @@ def test_mutated_bodies_decode_or_are_refused(fitted: VQ) -> None:
 @pytest.mark.parametrize(
     ("layout", "rate", "message"),
     [
-        (layout_of(d=8, kv=8), 512, "choose at most"),
+        (attention_layout(8, 8, modules=MODULES), 512, "choose at most"),
         (Layout((("lm_head.weight", (8, 8)),)), 4, "'lm_head.weight' with shape"),
         (Layout(()), 64, "no tensors"),
     ],

@@ -35,7 +35,8 @@ from fluvial.storage.run_files import read_run
 from fluvial.wire.payload import Limits, Payload
 from fluvial.wire.tensors import Layout, Named, only, relative_error, scale
 from tests.support.runs import run_table
-from tests.unit.codecs.test_klt import HELD_OUT, LAYOUT, SEEN, layout_of
+from tests.support.updates import attention_layout
+from tests.unit.codecs.test_klt import HELD_OUT, LAYOUT, SEEN
 
 QUIET = {"source": "sites-covariance", "reading": "local", "rounds": 5, "holdout": 0.4}
 KLT = {"name": "klt", "rate": 8}
@@ -529,7 +530,7 @@ def test_what_moments_cannot_fit_is_refused(codec: dict[str, Any], text: str) ->
 
 def test_moments_beyond_a_message_are_refused() -> None:
     """They grow with the square of the width: a model of 7 billion parameters is out of reach."""
-    wide = layout_of(d=4096, kv=4096, layers=32, rank=8)
+    wide = attention_layout(d=4096, kv=4096, layers=32, rank=8)
     assert num_bytes(wide) > 3 * Limits().max_bytes
 
     with pytest.raises(
