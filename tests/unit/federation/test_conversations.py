@@ -3,26 +3,22 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
-from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ClientError
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.in_process import local_fleet
 from fluvial.federation.mock import Mock
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
 from fluvial.federation.turns import Idle, Reply, Turn
-from fluvial.models.pool import ModelPool
-from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Limits, Payload
+from tests.support.bare_sites import NAMES, site_fleet
 
-NAMES = ("a", "b", "c", "d")
 SKIP: dict[str, Any] = {"on_failure": "skip", "quorum": 0.5}
 Event = Turn[float] | Reply[float] | Idle
 
@@ -68,33 +64,6 @@ def two_turns(site: str, _task: str, message: Payload) -> Talk:
 
 def mock_fleet(mock: Mock, limits: Limits | None = None, **settings: Any) -> Fleet:
     return Fleet(mock, FleetConfig.model_validate(settings), limits=limits, clock=mock.clock)
-
-
-def site_fleet(
-    task: Callable[[Site, Payload], Payload | Talk],
-    store: StateStore | None = None,
-    limits: Limits | None = None,
-    **settings: Any,
-) -> Fleet:
-    """Sites of this process that have nothing but a name and a store."""
-    kept = store or StateStore(None)
-
-    def open_site(name: str) -> Site:
-        return Site(
-            name=name,
-            seed=0,
-            pool=cast(ModelPool, None),
-            load=cast(Any, None),
-            train=TrainConfig(),
-            codec=IdentitySettings(),
-            method=None,
-            downlink=None,
-            store=kept,
-            rounds=1,
-        )
-
-    config = FleetConfig.model_validate({"workers": 2} | settings)
-    return local_fleet(NAMES, open_site, {"work": task}, config, limits=limits)
 
 
 def talk(site: Site, message: Payload) -> Talk:

@@ -4,50 +4,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
 
-from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import CheckpointError, ClientError
 from fluvial.federation.cohort import sample
-from fluvial.federation.config import FleetConfig
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
-from fluvial.models.pool import ModelPool
-from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-
-NAMES = ("a", "b", "c", "d")
-
-
-def fleet(
-    task: Callable[[Site, Payload], Payload],
-    config: FleetConfig | None = None,
-    store: StateStore | None = None,
-) -> Fleet:
-    """Sites that have nothing but a name and a store."""
-    kept = store or StateStore(None)
-
-    def open_site(name: str) -> Site:
-        return Site(
-            name=name,
-            seed=0,
-            pool=cast(ModelPool, None),
-            load=cast(Any, None),
-            train=TrainConfig(),
-            codec=IdentitySettings(),
-            method=None,
-            downlink=None,
-            store=kept,
-            rounds=1,
-        )
-
-    return local_fleet(NAMES, open_site, {"work": task}, config or FleetConfig(workers=2))
+from tests.support.bare_sites import NAMES, site_fleet
 
 
 def ask(found: Fleet, message: Payload | None = None) -> dict[str, Payload]:
@@ -63,7 +31,7 @@ def echo(site: Site, message: Payload) -> Payload:
 
 def test_every_site_answers_through_real_bytes() -> None:
     sent = torch.arange(3.0)
-    replies = ask(fleet(echo), Payload({"x": sent}))
+    replies = ask(site_fleet(echo), Payload({"x": sent}))
     assert {name: reply.values["site"] for name, reply in replies.items()} == {
         name: name for name in NAMES
     }
@@ -78,7 +46,7 @@ def test_replies_come_as_they_are_ready() -> None:
         time.sleep(0.3 if site.name == "a" else 0)
         return Payload()
 
-    found = fleet(slow_first, FleetConfig(workers=4))
+    found = site_fleet(slow_first, workers=4)
     order = [
         r.site
         for r in found.ask(
@@ -108,7 +76,7 @@ def test_no_more_sites_work_at_once_than_workers(workers: int) -> None:
             now[0] -= 1
         return Payload()
 
-    ask(fleet(count, FleetConfig(workers=workers)))
+    ask(site_fleet(count, workers=workers))
     assert most[0] == workers
 
 
@@ -125,7 +93,7 @@ def test_a_failing_site_stops_the_run_and_its_own_log_has_the_traceback(tmp_path
     with pytest.raises(
         ClientError, match="site 'b' failed: RuntimeError at .*the whole of its errors is in"
     ) as told:
-        ask(fleet(fail_at("b"), store=StateStore(tmp_path)))
+        ask(site_fleet(fail_at("b"), store=StateStore(tmp_path)))
 
     assert "on fire" not in str(told.value)
     log = Path(str(told.value).rpartition(" ")[2])
@@ -134,13 +102,13 @@ def test_a_failing_site_stops_the_run_and_its_own_log_has_the_traceback(tmp_path
 
 
 def test_skip_goes_on_with_the_quorum_and_names_the_missing() -> None:
-    found = fleet(fail_at("b"), FleetConfig(on_failure="skip", quorum=0.75))
+    found = site_fleet(fail_at("b"), on_failure="skip", quorum=0.75)
     assert sorted(ask(found)) == ["a", "c", "d"]
     assert [failure.site for failure in found.failures] == ["b"]
 
 
 def test_a_missed_quorum_stops_the_run() -> None:
-    found = fleet(fail_at("b", "c"), FleetConfig(on_failure="skip", quorum=0.75))
+    found = site_fleet(fail_at("b", "c"), on_failure="skip", quorum=0.75)
     with pytest.raises(ClientError, match=r"2 of 4 sites answered.*missing: b, c"):
         ask(found)
 
@@ -154,7 +122,7 @@ def test_retry_asks_again_and_then_skips() -> None:
             raise RuntimeError("not yet")
         return Payload()
 
-    found = fleet(flaky, FleetConfig(on_failure="retry", retries=2, quorum=0.5, workers=1))
+    found = site_fleet(flaky, on_failure="retry", retries=2, quorum=0.5, workers=1)
     assert sorted(ask(found)) == ["a", "b", "d"]
     assert calls == {"a": 1, "b": 3, "c": 3, "d": 1}
 
@@ -169,9 +137,7 @@ def test_a_silent_site_is_missed_after_the_deadline_and_its_late_answer_changes_
             release.wait(5)
         return Payload()
 
-    found = fleet(
-        hang, FleetConfig(on_failure="skip", quorum=0.5, deadline_s=0.3, workers=2), store
-    )
+    found = site_fleet(hang, store, on_failure="skip", quorum=0.5, deadline_s=0.3, workers=2)
     started = time.perf_counter()
     assert sorted(ask(found)) == ["a", "c", "d"]
     assert time.perf_counter() - started < 2
@@ -188,14 +154,14 @@ def test_a_reply_that_cannot_be_read_is_a_failure_of_that_site() -> None:
             raise ValueError("garbage")
         return str(reply.values["site"])
 
-    found = fleet(echo, FleetConfig(on_failure="skip", quorum=0.5))
+    found = site_fleet(echo, on_failure="skip", quorum=0.5)
     replies = found.ask("work", dict.fromkeys(NAMES, Payload()), round=1, read=read)
     assert sorted(reply.content for reply in replies) == ["a", "b", "d"]
 
 
 def test_bytes_are_those_of_the_messages() -> None:
     message = Payload({"x": torch.randn(100)})
-    metered = fleet(echo)
+    metered = site_fleet(echo)
     replies = ask(metered, message)
     down = len(message.to_bytes())
     up = {name: len(reply.to_bytes()) for name, reply in replies.items()}
@@ -208,7 +174,7 @@ def test_bytes_are_those_of_the_messages() -> None:
 
 
 def test_messages_to_failed_sites_are_counted_too() -> None:
-    metered = fleet(fail_at("b"), FleetConfig(on_failure="skip", quorum=0.5))
+    metered = site_fleet(fail_at("b"), on_failure="skip", quorum=0.5)
     ask(metered)
     assert metered.meter.totals["down", "work"] == 4 * len(Payload().to_bytes())
 

@@ -1,0 +1,44 @@
+"""Sites of this process that have nothing but a name and a store, for the tests of fleets."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.federation.config import FleetConfig
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import local_fleet
+from fluvial.federation.sites import Site
+from fluvial.federation.store import StateStore
+from fluvial.federation.talk import Talk
+from fluvial.models.pool import ModelPool
+from fluvial.training.train import TrainConfig
+from fluvial.wire.payload import Limits, Payload
+
+NAMES = ("a", "b", "c", "d")
+
+
+def site_fleet(
+    task: Callable[[Site, Payload], Payload | Talk],
+    store: StateStore | None = None,
+    limits: Limits | None = None,
+    **settings: Any,
+) -> Fleet:
+    """Return a fleet of `NAMES` that runs `task` as "work", by default with two workers."""
+    shared_store = store or StateStore(None)
+
+    def open_site(name: str) -> Site:
+        return Site(
+            name=name,
+            seed=0,
+            pool=cast(ModelPool, None),
+            load=cast(Any, None),
+            train=TrainConfig(),
+            codec=IdentitySettings(),
+            method=None,
+            downlink=None,
+            store=shared_store,
+            rounds=1,
+        )
+
+    config = FleetConfig.model_validate({"workers": 2} | settings)
+    return local_fleet(NAMES, open_site, {"work": task}, config, limits=limits)
