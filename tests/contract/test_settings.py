@@ -124,7 +124,7 @@ def test_all_faults_of_a_file_are_reported_at_once() -> None:
         "ronds: unknown key; did you mean 'rounds'?",
         'rounds = "2": must be an integer from 1 to 1000000; write 2 without quotes',
         "seed = an integer of 81 bits: must be an integer from 0 to 2147483647",
-        'compare = "local": must be an array of strings among "local", "fedavg", "central"; '
+        'compare = "local": must be an array of strings among "local", "central", "fedavg"; '
         'write ["local"]',
         'model.name_or_path = "": the string is empty',
         'lora.target_modules = ["q_proj", "q_proj"]: \'q_proj\' is listed twice',
