@@ -51,6 +51,14 @@ class CheckpointError(FluvialError):
     """A run folder cannot be written, locked or resumed."""
 
 
+def wrong_return(function: str, value: object, expected: str) -> str:
+    """Return the text of an error about a function of a method that returned another type.
+
+    The value itself is not in it, because the text may leave a site.
+    """
+    return f"{function} returned {type(value).__name__}; expected {expected}"
+
+
 class GateError(FluvialError):
     """A codec did not carry held-out updates; the message lists the failed criteria."""
 

@@ -11,9 +11,11 @@ import pytest
 
 import fluvial
 from examples.own_codec import OneScale, OneScaleSettings
-from examples.own_method import MOMENTUM
+from examples.own_method import MOMENTUM, MomentumServer
 from fluvial.codecs import CODECS
+from fluvial.exchange import shared
 from fluvial.methods import METHODS
+from fluvial.methods.fedavg import terms
 from fluvial.runs import own
 from tests.docs.test_docs import blocks
 from tests.support import ROOT
@@ -232,3 +234,71 @@ def test_the_package_leaves_the_free_numbers_alone() -> None:
     taken = {codec.code for name, codec in CODECS.items() if name not in own._OWN_CODECS}
     assert not taken & set(own.OWN_CODES)
     assert "64 to 255" in (ROOT / "docs" / "adding-a-codec.md").read_text()
+
+
+class WrongRound(MomentumServer):
+    """A server half whose round returns nothing."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return None."""
+        super().round(number, fleet)
+
+
+class WrongState(MomentumServer):
+    """A server half whose state is no payload."""
+
+    def state(self) -> Any:
+        """Return a table."""
+        return {}
+
+
+class WrongMetrics(MomentumServer):
+    """A server half whose metrics have no loss."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return the number of sites alone."""
+        return {"sites": super().round(number, fleet)["sites"]}
+
+
+def train_to_a_pair(*_: object) -> Any:
+    return {}, 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"server": WrongRound}, "round of method 'momentum' returned NoneType; expected a dict"),
+        ({"server": WrongState}, "state of method 'momentum' returned dict; expected a Payload"),
+        ({"server": WrongMetrics}, "round of method 'momentum': its metrics lack loss"),
+        ({"plan": lambda *_: None}, "plan of method 'momentum' returned NoneType; expected a Plan"),
+        (
+            {"tasks": {**MOMENTUM.tasks, "train": lambda *_: {}}},
+            "the method's task returned dict; expected a Payload",
+        ),
+        (
+            {"tasks": {**MOMENTUM.tasks, "train": shared(train_to_a_pair, terms)}},
+            "the method's train returned tuple; expected a LocalUpdate",
+        ),
+    ],
+)
+def test_a_method_that_returns_another_type_is_named(
+    wrong: dict[str, Any], message: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    table = run_config | {"method": {"name": "momentum"}}
+    with pytest.raises(fluvial.FluvialError, match=re.escape(message)):
+        fluvial.run(table, tmp_path / "run", methods=[wrong_method(**wrong)], progress=False)
+
+
+def test_a_run_that_its_watcher_stopped_continues_to_the_same_weights(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = fluvial.run(run_config, tmp_path / "whole", progress=False)
+
+    def stop(event: Any) -> None:
+        assert event.kind != "round"
+
+    with pytest.raises(AssertionError):
+        fluvial.run(run_config, tmp_path / "stopped", progress=stop)
+
+    resumed = fluvial.run(run_config, tmp_path / "stopped", resume=True, progress=False)
+    assert resumed.values["adapter_sha256"] == whole.values["adapter_sha256"]

@@ -7,6 +7,7 @@ from typing import Any
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.base import Codec
 from fluvial.data import Example
+from fluvial.errors import RefusalError, wrong_return
 from fluvial.exchange import tgap_tasks
 from fluvial.exchange.coding import Coder
 from fluvial.exchange.downlink import receive
@@ -116,7 +117,10 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
         if received is None:
             return STALE
 
-        update = train(site, received.adapter, received.round, received.examples(site))
+        update: object = train(site, received.adapter, received.round, received.examples(site))
+        if not isinstance(update, LocalUpdate):
+            raise RefusalError(wrong_return("the method's train", update, "a LocalUpdate"))
+
         return received.reply(site, update)
 
     return task

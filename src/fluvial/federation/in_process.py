@@ -21,7 +21,7 @@ from fluvial.federation.boundary import outward
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Site, Task
-from fluvial.federation.talk import Running
+from fluvial.federation.talk import Running, checked_answer
 from fluvial.federation.transport import Arrival, Request
 from fluvial.wire.payload import Limits, Payload, Value
 
@@ -180,7 +180,7 @@ class InProcess:
                 site.accept_assignment(message)
 
             answer, final = visit.running.step(message)
-            return Arrival(request.number, answer.to_bytes(), final=final)
+            return Arrival(request.number, checked_answer(answer).to_bytes(), final=final)
         except BaseException as problem:
             log = site.store.errors(site.name)
             text = outward(problem, log, site=site.name, round=request.round, task=request.task)

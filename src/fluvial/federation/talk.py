@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 
 import torch
 
-from fluvial.errors import RefusalError
+from fluvial.errors import RefusalError, wrong_return
 from fluvial.wire.payload import Payload
 
 Talk = Generator[Payload, Payload, Payload]
@@ -32,6 +32,13 @@ def only_answer(answer: Payload | Talk) -> Payload:
             "does not do yet; run it in one process, with --fleet process"
         )
 
+    return checked_answer(answer)
+
+
+def checked_answer(answer: object) -> Payload:
+    """Return what a task answered; raises `RefusalError` for what is no payload."""
+    if not isinstance(answer, Payload):
+        raise RefusalError(wrong_return("the method's task", answer, "a Payload"))
     return answer
 
 
@@ -63,12 +70,11 @@ class Running:
             self._talk = answer
 
         try:
-            return (next(self._talk) if first else self._talk.send(message)), False
+            turn = next(self._talk) if first else self._talk.send(message)
         except StopIteration as end:
-            reply = end.value
+            return end.value, True
 
-        assert isinstance(reply, Payload), "a conversation returns a payload at its end"
-        return reply, True
+        return turn, False
 
     def close(self) -> None:
         """End a task between two steps, so that its `finally` blocks run."""

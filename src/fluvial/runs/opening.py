@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from fluvial.data import SiteData, SiteTexts
+from fluvial.errors import ConfigError, wrong_return
 from fluvial.federation.sites import COMMON_TASKS, Site, Task
 from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Given, Plan
@@ -92,6 +93,8 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     for a method that lacks public text.
     """
     planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names)))
+    if not isinstance(planned, Plan):
+        raise ConfigError(wrong_return(f"plan of method {config.method.name!r}", planned, "a Plan"))
     if config.promise is not None:
         config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
 

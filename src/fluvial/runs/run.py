@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fluvial import __version__
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, GateError
+from fluvial.errors import CheckpointError, ConfigError, GateError, wrong_return
 from fluvial.exchange.versions import INSTALL
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -32,6 +32,8 @@ from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
 
+K = TypeVar("K")
+
 
 @dataclass(frozen=True)
 class Event:
@@ -39,7 +41,7 @@ class Event:
 
     method: str
     kind: str
-    """"setup", "round", "heldout" or "result"."""
+    """"setup", "round" or "result"."""
     values: dict[str, Any]
 
 
@@ -187,7 +189,7 @@ class Run:
         done = self._restore()
         if done < 0:
             try:
-                self.setup = self.server.setup(self.fleet)
+                self.setup = self._checked("setup", self.server.setup(self.fleet), dict)
             except GateError as refusal:
                 self.folder.write_json(REFUSED, {"why": str(refusal), "gate": refusal.report})
                 raise
@@ -210,7 +212,13 @@ class Run:
     def _round(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
         known = len(self.fleet.failures)
-        metrics = self.server.round(number, self.fleet)
+        metrics = self._checked("round", self.server.round(number, self.fleet), dict)
+        if lacking := {"loss", "sites"} - metrics.keys():
+            raise ConfigError(
+                f"round of method {self.config.method.name!r}: its metrics lack "
+                f"{' and '.join(sorted(lacking))}"
+            )
+
         # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
         self.trained += self.fleet.meter.num_answered(beside=(INSTALL,))
 
@@ -252,10 +260,18 @@ class Run:
             "heldout_loss_pooled": pooled["loss"],
         }
 
+    def _checked(self, function: str, value: object, kind: type[K]) -> K:
+        """Return what a function of the server half returned; raises `ConfigError` for another
+        type."""
+        if not isinstance(value, kind):
+            name = f"{function} of method {self.config.method.name!r}"
+            raise ConfigError(wrong_return(name, value, f"a {kind.__name__}"))
+        return value
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def _save(self, round: int) -> None:
-        state = self.server.state()
+        state = self._checked("state", self.server.state(), Payload)
         values: dict[str, Value] = {
             "server": state.values,
             "setup": self.setup,
