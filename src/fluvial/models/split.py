@@ -1,0 +1,262 @@
+"""A causal model cut between its decoder layers, for split learning: a process holds one part.
+
+The model's own code runs, from outside: in a part the layers of other parts are passed over, and
+the first layer of a span takes the hidden states that another part has computed. So masks, rotary
+positions and layer types are those of the whole model, and no modelling code is copied. Weights of
+other parts take no memory; they are NaN, so that a model that uses one of them is noticed.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.errors import ConfigError
+from fluvial.models.base_weights import persistent_buffers
+from fluvial.models.loading import fill
+from fluvial.models.weight_sources import Source
+from fluvial.wire.tensors import Named
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The decoder layers of the three parts of a model of `layers` layers.
+
+    A and C are a site's: A has the embedding and the layers from 0 to `front` - 1, C the layers
+    from `layers` - `back` on, with the final norm and the head. B is the server's: the layers
+    between them.
+    """
+
+    layers: int
+    front: int
+    back: int
+
+    def __post_init__(self) -> None:
+        if self.front < 1 or self.back < 1 or self.middle.start >= self.middle.stop:
+            raise ConfigError(
+                f"a model of {self.layers} layers cannot be cut after {self.front} and before the "
+                f"last {self.back}: each of the three parts has one layer at least"
+            )
+
+    @property
+    def first(self) -> range:
+        """The layers of A."""
+        return range(self.front)
+
+    @property
+    def middle(self) -> range:
+        """The layers of B."""
+        return range(self.front, self.layers - self.back)
+
+    @property
+    def last(self) -> range:
+        """The layers of C."""
+        return range(self.layers - self.back, self.layers)
+
+    def at_server(self, path: str, name: str) -> bool:
+        """Return whether a tensor is B's, from its name and the path of the list of layers."""
+        return name.startswith(tuple(f"{path}.{index}." for index in self.middle))
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the list of decoder layers and its path, as `model.layers`.
+
+    Raises `ConfigError` for a model without exactly one list of `num_hidden_layers` modules.
+    """
+    config: Any = model.config
+    wanted = getattr(config, "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    ]
+    inner = [(path, module) for path, module in lists if path.count(".") == lists[0][0].count(".")]
+
+    if len(inner) != 1:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(inner)} lists of its {wanted} decoder layers, and "
+            "one is needed to cut it; choose another model, or another method"
+        )
+
+    return inner[0]
+
+
+class Part:
+    """One process's part of a model: a site's, A and C together, or the server's, B."""
+
+    def __init__(self, model: nn.Module, cut: Cut) -> None:
+        """Let the layers of `model` run span by span; its whole forward pass works as before."""
+        self.model = model
+        self.cut = cut
+        path, layers = decoder_layers(model)
+        assert len(layers) == cut.layers, "a cut of another model"
+        self.path = path
+        self._span: range | None = None
+        self._received: Tensor | None = None
+        self._left: Tensor | None = None
+        self._entry: Any = None
+        """Input of the first layer in this pass."""
+        self._output: Any = None
+        """Output of the span's last layer in this pass, in the form of the model's code."""
+
+        for index, layer in enumerate(layers):
+            self._gate(index, layer)
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return A's hidden states (batch, tokens, hidden) of token ids (batch, tokens)."""
+        with self._running(self.cut.first, None):
+            self._inner()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+        return self._leave(self.cut.first)
+
+    def middle(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return B's hidden states of A's, both (batch, tokens, hidden)."""
+        with self._running(self.cut.middle, hidden):
+            self._inner()(
+                inputs_embeds=self._blank(hidden), attention_mask=attention_mask, use_cache=False
+            )
+
+        return self._leave(self.cut.middle)
+
+    def logits(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return C's logits (batch, tokens, vocabulary) of B's hidden states."""
+        with self._running(self.cut.last, hidden):
+            output = self.model(
+                inputs_embeds=self._blank(hidden), attention_mask=attention_mask, use_cache=False
+            )
+
+        self._leave(self.cut.last)
+        logits: Tensor = output.logits
+        return logits
+
+    def _inner(self) -> nn.Module:
+        """Return the model without its head."""
+        inner: nn.Module = self.model.base_model  # type: ignore[assignment]
+        return inner
+
+    def _blank(self, hidden: Tensor) -> Tensor:
+        """Return zeros in place of embeddings, for the shapes of masks and positions."""
+        width = self.model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        return hidden.new_zeros(*hidden.shape[:2], width)
+
+    @contextmanager
+    def _running(self, span: range, received: Tensor | None) -> Iterator[None]:
+        self._span = span
+        self._received = received
+        self._left = None
+        try:
+            yield
+        finally:
+            self._span = None
+            self._received = None
+            self._entry = None
+            self._output = None
+
+    def _leave(self, span: range) -> Tensor:
+        """Return the hidden states behind the last layer of a span."""
+        hidden = self._left
+        self._left = None
+        if hidden is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} did not run its layers {span.start} to "
+                f"{span.stop - 1} in order, so it cannot be cut"
+            )
+
+        return hidden
+
+    def _gate(self, index: int, layer: nn.Module) -> None:
+        """Let `layer` run inside the span only."""
+        inside = layer.forward
+        name = next(iter(inspect.signature(inside).parameters))
+
+        def forward(*args: Any, **options: Any) -> Any:
+            span = self._span
+            if span is None:
+                return inside(*args, **options)
+
+            given = args[0] if args else options[name]
+            if index == 0:
+                self._entry = given
+            if index not in span:
+                # What comes before the span has no use. Code that takes `[0]` of an output takes it
+                # of a tensor too, so each layer gives the same one.
+                return self._entry if index < span.start else self._output
+
+            if index == span.start and self._received is not None:
+                given = self._received
+            if args:
+                args = (given, *args[1:])
+            else:
+                options = {**options, name: given}
+
+            output = inside(*args, **options)
+            if index == span.stop - 1:
+                self._left = output[0] if isinstance(output, tuple) else output
+                self._output = output
+            return output
+
+        # An attribute of this one layer, which hides its class's `forward`.
+        layer.forward = forward
+
+
+def make_part(skeleton: nn.Module, source: Source, cut: Cut, *, server: bool) -> Part:
+    """Return the server's part, or a site's, of a model whose `skeleton` is on the meta device.
+
+    Only its weights are read from `source`; those of other parts take no memory. The skeleton is
+    filled in place. Raises `ConfigError` where the model cannot be cut (see `check_part`).
+    """
+    path, _ = decoder_layers(skeleton)
+
+    def weight(name: str, parameter: nn.Parameter) -> Tensor:
+        if cut.at_server(path, name) == server:
+            return source.get(name)
+        return torch.full((1,), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
+
+    fill(skeleton, weight)
+    for name, buffer in persistent_buffers(skeleton).items():
+        buffer.copy_(source.get(name))
+
+    part = Part(skeleton, cut)
+    check_part(part, server=server)
+    return part
+
+
+def own_weights(part: Part, *, server: bool) -> Named:
+    """Return the part's own parameters by name, tied ones once."""
+    return {
+        name: parameter.detach()
+        for name, parameter in part.model.named_parameters()
+        if part.cut.at_server(part.path, name) == server
+    }
+
+
+@torch.no_grad()
+def check_part(part: Part, *, server: bool) -> None:
+    """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    config: Any = part.model.config
+    width = config.hidden_size
+    kind = next(iter(own_weights(part, server=server).values())).dtype
+    hidden = torch.linspace(-1, 1, 6 * width).view(2, 3, width).to(kind)
+
+    try:
+        if server:
+            outputs = [part.middle(hidden, mask)]
+        else:
+            ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+            outputs = [part.embed(ids, mask), part.logits(hidden, mask)]
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{type(part.model).__name__} cannot be cut between its layers: {error!s:.200}"
+        ) from error
+
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ConfigError(
+            f"{type(part.model).__name__} cannot be cut: layers of one part use weights of another"
+        )
