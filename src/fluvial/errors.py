@@ -51,12 +51,18 @@ class CheckpointError(FluvialError):
     """A run folder cannot be written, locked or resumed."""
 
 
+def type_name(value: object) -> str | None:
+    """Return the name of a value's type, None for one that may hold more than a name."""
+    name = type(value).__name__
+    return name if name.isidentifier() and name.isascii() and len(name) <= 60 else None
+
+
 def wrong_return(function: str, value: object, expected: str) -> str:
     """Return the text of an error about a function of a method that returned another type.
 
     The value itself is not in it, because the text may leave a site.
     """
-    return f"{function} returned {type(value).__name__}; expected {expected}"
+    return f"{function} returned {type_name(value) or 'another type'}; expected {expected}"
 
 
 class GateError(FluvialError):

@@ -13,6 +13,7 @@ import fluvial
 from examples.own_codec import OneScale, OneScaleSettings
 from examples.own_method import MOMENTUM, MomentumServer
 from fluvial.codecs import CODECS
+from fluvial.errors import wrong_return
 from fluvial.exchange import shared
 from fluvial.methods import METHODS
 from fluvial.methods.fedavg import terms
@@ -287,6 +288,11 @@ def test_a_method_that_returns_another_type_is_named(
     table = run_config | {"method": {"name": "momentum"}}
     with pytest.raises(fluvial.FluvialError, match=re.escape(message)):
         fluvial.run(table, tmp_path / "run", methods=[wrong_method(**wrong)], progress=False)
+
+
+def test_a_type_whose_name_may_hold_records_is_not_named() -> None:
+    secret = type("patient 42", (), {})()
+    assert wrong_return("train", secret, "a dict") == "train returned another type; expected a dict"
 
 
 def test_a_run_that_its_watcher_stopped_continues_to_the_same_weights(

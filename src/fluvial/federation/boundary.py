@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from fluvial.errors import CheckpointError, DivergenceError, PrivacyError, RefusalError
+from fluvial.errors import CheckpointError, DivergenceError, PrivacyError, RefusalError, type_name
 from fluvial.storage.files import append
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,7 @@ def outward(problem: BaseException, log: Path | None, **about: object) -> str:
 def kind(problem: BaseException) -> str:
     """Return the name of an error's type, and for one of the operating system what its number
     means."""
-    name = type(problem).__name__
-    shown = name if name.isidentifier() and name.isascii() and len(name) <= 60 else "an error"
-
+    shown = type_name(problem) or "an error"
     if isinstance(problem, OSError) and isinstance(problem.errno, int):
         return f"{shown} ({os.strerror(problem.errno)})"
     return shown
