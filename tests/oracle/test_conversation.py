@@ -1,21 +1,19 @@
 """A conversation gives, to the bit, the result of the same computation in one task."""
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fluvial.codecs.quantise import IdentitySettings
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
 from fluvial.federation.turns import Idle, Turn
-from fluvial.models.pool import ModelPool
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
+from tests.support.bare_sites import bare_site
 
 pytestmark = pytest.mark.oracle
 
@@ -86,22 +84,7 @@ def gradient(hidden: Tensor) -> Payload:
 
 def play(task: Any, *, together: bool = False) -> dict[str, Payload]:
     """Return the replies of all sites; `together` answers turns only when all sites wait."""
-
-    def open_site(name: str) -> Site:
-        return Site(
-            name=name,
-            seed=0,
-            pool=cast(ModelPool, None),
-            load=cast(Any, None),
-            train=TrainConfig(),
-            codec=IdentitySettings(),
-            method=None,
-            downlink=None,
-            store=StateStore(None),
-            rounds=1,
-        )
-
-    fleet = local_fleet(SITES, open_site, {"train": task})
+    fleet = local_fleet(SITES, lambda name: bare_site(name, StateStore(None)), {"train": task})
     messages = dict.fromkeys(SITES, Payload())
     waiting: list[Turn[Tensor]] = []
     replies = {}

@@ -1,6 +1,7 @@
 """Sites of this process that have nothing but a name and a store, for the tests of fleets."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from fluvial.codecs.quantise import IdentitySettings
@@ -17,6 +18,22 @@ from fluvial.wire.payload import Limits, Payload
 NAMES = ("a", "b", "c", "d")
 
 
+def bare_site(name: str, store: StateStore) -> Site:
+    """Return a site without model and data, in a run of one round."""
+    return Site(
+        name=name,
+        seed=0,
+        pool=cast(ModelPool, None),
+        load=cast(Any, None),
+        train=TrainConfig(),
+        codec=IdentitySettings(),
+        method=None,
+        downlink=None,
+        store=store,
+        rounds=1,
+    )
+
+
 def site_fleet(
     task: Callable[[Site, Payload], Payload | Talk],
     store: StateStore | None = None,
@@ -24,21 +41,6 @@ def site_fleet(
     **settings: Any,
 ) -> Fleet:
     """Return a fleet of `NAMES` that runs `task` as "work", by default with two workers."""
-    shared_store = store or StateStore(None)
-
-    def open_site(name: str) -> Site:
-        return Site(
-            name=name,
-            seed=0,
-            pool=cast(ModelPool, None),
-            load=cast(Any, None),
-            train=TrainConfig(),
-            codec=IdentitySettings(),
-            method=None,
-            downlink=None,
-            store=shared_store,
-            rounds=1,
-        )
-
+    open_site = partial(bare_site, store=store or StateStore(None))
     config = FleetConfig.model_validate({"workers": 2} | settings)
     return local_fleet(NAMES, open_site, {"work": task}, config, limits=limits)
