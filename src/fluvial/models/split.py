@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import persistent_buffers
+from fluvial.models.layer_lists import layer_lists, num_layers
 from fluvial.models.loading import fill
 from fluvial.models.weight_sources import Source
 from fluvial.wire.tensors import Named
@@ -67,19 +68,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises `ConfigError` for a model without exactly one list of `num_hidden_layers` modules.
     """
-    config: Any = model.config
-    wanted = getattr(config, "num_hidden_layers", None)
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == wanted
-    ]
+    lists = layer_lists(model)
     inner = [(path, module) for path, module in lists if path.count(".") == lists[0][0].count(".")]
 
     if len(inner) != 1:
         raise ConfigError(
-            f"{type(model).__name__} has {len(inner)} lists of its {wanted} decoder layers, and "
-            "one is needed to cut it; choose another model, or another method"
+            f"{type(model).__name__} has {len(inner)} lists of its {num_layers(model)} decoder "
+            "layers, and one is needed to cut it; choose another model, or another method"
         )
 
     return inner[0]

@@ -9,6 +9,7 @@ from torch import nn
 
 from fluvial.errors import ConfigError
 from fluvial.methods.fedcybgd.proxy.settings import TOLERANCE, ProxySettings, Prune
+from fluvial.models.layer_lists import layer_lists, num_layers
 
 ATTENTION_NAMES = ("self_attn", "attn")
 _MLPS: tuple[tuple[dict[str, int], str], ...] = (
@@ -158,20 +159,12 @@ class Anatomy:
 
 def _stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the path and list of the decoder layers."""
-    config: Any = getattr(model, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == count
-    ]
-
+    stacks = layer_lists(model)
     if len(stacks) != 1:
         raise ConfigError(
             f"method.download: {type(model).__name__} has {len(stacks)} module lists as long as "
-            "its num_hidden_layers "
-            f"({count}); one was looked for, such as 'model.layers' or 'transformer.h'. Choose "
-            "another form"
+            f"its num_hidden_layers ({num_layers(model)}); one was looked for, such as "
+            "'model.layers' or 'transformer.h'. Choose another form"
         )
 
     return stacks[0]
