@@ -12,7 +12,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.base import Base
 from fluvial.models.loading import load_base
 from fluvial.models.pretrained import ModelConfig
-from fluvial.models.split import Cut, Part, decoder_layers, make_part, own_weights
+from fluvial.models.split import Cut, Part, decoder_layers, make_part
 from fluvial.training.train import summed_loss
 from tests.support.model_kinds import KINDS, save_kind
 
@@ -84,8 +84,8 @@ def test_the_logits_are_those_of_the_whole_model(
 def test_the_parts_are_the_model_once(tmp_path: Path) -> None:
     config = config_of("llama", tmp_path)
     site, server = parts_of(config, Cut(LAYERS, 2, 1))
-    theirs = own_weights(server, server=True)
-    ours = own_weights(site, server=False)
+    theirs = server.own_weights()
+    ours = site.own_weights()
     whole = dict(load_base(config).named_parameters())
 
     assert not theirs.keys() & ours.keys()
@@ -96,8 +96,8 @@ def test_the_parts_are_the_model_once(tmp_path: Path) -> None:
 
 def test_weights_of_another_part_take_no_memory(tmp_path: Path) -> None:
     site, server = parts_of(config_of("llama", tmp_path), Cut(LAYERS, 1, 1))
-    for part, at_server in ((site, False), (server, True)):
-        own = own_weights(part, server=at_server)
+    for part in (site, server):
+        own = part.own_weights()
         held = sum(p.untyped_storage().nbytes() for p in part.model.parameters())
         absent = sum(1 for _ in part.model.parameters()) - len(own)
         assert held <= sum(t.numel() * t.element_size() for t in own.values()) + 4 * absent
@@ -127,7 +127,7 @@ def test_weights_after_20_steps_of_adamw_with_one_clip_are_those_of_the_whole_mo
     site, server = parts_of(config, Cut(LAYERS, 2, 1))
     whole = load_base(config).requires_grad_(True)
     ids, mask, labels = batch()
-    names = own_weights(site, server=False).keys(), own_weights(server, server=True).keys()
+    names = site.own_weights().keys(), server.own_weights().keys()
     trained = {}
 
     for part, own in zip((site, server), names, strict=True):

@@ -7,8 +7,6 @@ other parts take no memory; they are NaN, so that a model that uses one of them 
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,16 +81,17 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 class Part:
     """One process's part of a model: a site's, A and C together, or the server's, B."""
 
-    def __init__(self, model: nn.Module, cut: Cut) -> None:
+    def __init__(self, model: nn.Module, cut: Cut, *, server: bool) -> None:
         """Let the layers of `model` run span by span; its whole forward pass works as before."""
         self.model = model
         self.cut = cut
+        self.server = server
         path, layers = decoder_layers(model)
         assert len(layers) == cut.layers, "a cut of another model"
         self.path = path
         self._span: range | None = None
         self._received: Tensor | None = None
-        self._left: Tensor | None = None
+        """Hidden states of another part, for the first layer of the span."""
         self._entry: Any = None
         """Input of the first layer in this pass."""
         self._output: Any = None
@@ -103,65 +102,62 @@ class Part:
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return A's hidden states (batch, tokens, hidden) of token ids (batch, tokens)."""
-        with self._running(self.cut.first, None):
-            self._inner()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-        return self._leave(self.cut.first)
+        return self._run(self._inner(), self.cut.first, attention_mask, input_ids=input_ids)[1]
 
     def middle(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Return B's hidden states of A's, both (batch, tokens, hidden)."""
-        with self._running(self.cut.middle, hidden):
-            self._inner()(
-                inputs_embeds=self._blank(hidden), attention_mask=attention_mask, use_cache=False
-            )
-
-        return self._leave(self.cut.middle)
+        return self._continue(self._inner(), self.cut.middle, hidden, attention_mask)[1]
 
     def logits(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Return C's logits (batch, tokens, vocabulary) of B's hidden states."""
-        with self._running(self.cut.last, hidden):
-            output = self.model(
-                inputs_embeds=self._blank(hidden), attention_mask=attention_mask, use_cache=False
-            )
-
-        self._leave(self.cut.last)
+        output, _ = self._continue(self.model, self.cut.last, hidden, attention_mask)
         logits: Tensor = output.logits
         return logits
+
+    def own_weights(self) -> Named:
+        """Return the part's own parameters by name, tied ones once."""
+        return {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if self.cut.at_server(self.path, name) == self.server
+        }
 
     def _inner(self) -> nn.Module:
         """Return the model without its head."""
         inner: nn.Module = self.model.base_model  # type: ignore[assignment]
         return inner
 
-    def _blank(self, hidden: Tensor) -> Tensor:
-        """Return zeros in place of embeddings, for the shapes of masks and positions."""
+    def _continue(
+        self, model: nn.Module, span: range, hidden: Tensor, attention_mask: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Run a span from another part's hidden states; see `_run`."""
         width = self.model.get_input_embeddings().embedding_dim  # type: ignore[operator]
-        return hidden.new_zeros(*hidden.shape[:2], width)
+        # In place of embeddings, for the shapes of masks and positions.
+        zeros = hidden.new_zeros(*hidden.shape[:2], width)
+        self._received = hidden
+        return self._run(model, span, attention_mask, inputs_embeds=zeros)
 
-    @contextmanager
-    def _running(self, span: range, received: Tensor | None) -> Iterator[None]:
+    def _run(
+        self, model: nn.Module, span: range, attention_mask: Tensor, **inputs: Tensor
+    ) -> tuple[Any, Tensor]:
+        """Return what `model` returns, and the hidden states behind the last layer of the span."""
         self._span = span
-        self._received = received
-        self._left = None
         try:
-            yield
+            result = model(**inputs, attention_mask=attention_mask, use_cache=False)
+            output = self._output
         finally:
             self._span = None
             self._received = None
             self._entry = None
             self._output = None
 
-    def _leave(self, span: range) -> Tensor:
-        """Return the hidden states behind the last layer of a span."""
-        hidden = self._left
-        self._left = None
-        if hidden is None:
+        if output is None:
             raise ConfigError(
                 f"{type(self.model).__name__} did not run its layers {span.start} to "
                 f"{span.stop - 1} in order, so it cannot be cut"
             )
 
-        return hidden
+        return result, output[0] if isinstance(output, tuple) else output
 
     def _gate(self, index: int, layer: nn.Module) -> None:
         """Let `layer` run inside the span only."""
@@ -190,7 +186,6 @@ class Part:
 
             output = inside(*args, **options)
             if index == span.stop - 1:
-                self._left = output[0] if isinstance(output, tuple) else output
                 self._output = output
             return output
 
@@ -215,31 +210,22 @@ def make_part(skeleton: nn.Module, source: Source, cut: Cut, *, server: bool) ->
     for name, buffer in persistent_buffers(skeleton).items():
         buffer.copy_(source.get(name))
 
-    part = Part(skeleton, cut)
-    check_part(part, server=server)
+    part = Part(skeleton, cut, server=server)
+    check_part(part)
     return part
 
 
-def own_weights(part: Part, *, server: bool) -> Named:
-    """Return the part's own parameters by name, tied ones once."""
-    return {
-        name: parameter.detach()
-        for name, parameter in part.model.named_parameters()
-        if part.cut.at_server(part.path, name) == server
-    }
-
-
 @torch.no_grad()
-def check_part(part: Part, *, server: bool) -> None:
+def check_part(part: Part) -> None:
     """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
     mask = torch.ones(2, 3, dtype=torch.int64)
     config: Any = part.model.config
     width = config.hidden_size
-    kind = next(iter(own_weights(part, server=server).values())).dtype
+    kind = next(iter(part.own_weights().values())).dtype
     hidden = torch.linspace(-1, 1, 6 * width).view(2, 3, width).to(kind)
 
     try:
-        if server:
+        if part.server:
             outputs = [part.middle(hidden, mask)]
         else:
             ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
