@@ -1,5 +1,6 @@
 """The public names of the package: exactly these, imported lazily, documented, and useful."""
 
+import math
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fluvial.exchange import shared
 from fluvial.methods import METHODS
 from fluvial.methods.fedavg import terms
 from fluvial.runs import own
+from fluvial.wire.tensors import Named, scale
 from tests.docs.test_docs import blocks
 from tests.support import ROOT
 
@@ -261,6 +263,24 @@ class WrongMetrics(MomentumServer):
         return {"sites": super().round(number, fleet)["sites"]}
 
 
+class WrongValue(MomentumServer):
+    """A server half with a metric that JSON cannot hold."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return a set among the metrics."""
+        return {**super().round(number, fleet), "seen": {1, 2}}
+
+
+def wrong_update(**fields: Any) -> Any:
+    """Return a training whose update has other fields."""
+
+    def train(_: fluvial.Site, received: Named, *_rest: object) -> fluvial.LocalUpdate:
+        good = fluvial.LocalUpdate(scale(received, 0.0), 1, 1.0)
+        return replace(good, **fields)
+
+    return {**MOMENTUM.tasks, "train": shared(train, terms)}
+
+
 def train_to_a_pair(*_: object) -> Any:
     return {}, 1
 
@@ -271,6 +291,15 @@ def train_to_a_pair(*_: object) -> Any:
         ({"server": WrongRound}, "round of method 'momentum' returned NoneType; expected a dict"),
         ({"server": WrongState}, "state of method 'momentum' returned dict; expected a Payload"),
         ({"server": WrongMetrics}, "round of method 'momentum': its metrics lack loss"),
+        ({"server": WrongValue}, "its metrics are not plain JSON values: Object of type set"),
+        ({"server": lambda *_: None}, "server of method 'momentum' returned NoneType; expected a"),
+        ({"traits": None}, "methods[0].traits: got None; expected a fluvial.Traits"),
+        ({"tasks": {}}, "the server half asks for the task 'train', and the sites of this method"),
+        ({"tasks": wrong_update(tensors=None)}, "LocalUpdate.tensors is not a dict from names"),
+        ({"tasks": wrong_update(tensors={"a": 1})}, "LocalUpdate.tensors is not a dict from names"),
+        ({"tasks": wrong_update(tensors={})}, "WireError at fluvial/"),
+        ({"tasks": wrong_update(loss=math.nan)}, "LocalUpdate.loss is not a finite number"),
+        ({"tasks": wrong_update(loss="low")}, "LocalUpdate.loss is not a finite number"),
         ({"plan": lambda *_: None}, "plan of method 'momentum' returned NoneType; expected a Plan"),
         (
             {"tasks": {**MOMENTUM.tasks, "train": lambda *_: {}}},

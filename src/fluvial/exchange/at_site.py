@@ -1,8 +1,11 @@
 """The site's half of the exchange: receive an adapter, train, send the update."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.base import Codec
@@ -22,7 +25,7 @@ from fluvial.exchange.versions import INSTALL, install_codec, site_codec
 from fluvial.federation.sites import Site, Task, round_of
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Layout, Named
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,27 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     return Received(adapter, followed, terms, round_of(site, message), step)
 
 
+def check_update(update: LocalUpdate, layout: Layout) -> None:
+    """Raise `RefusalError` or `WireError` unless an update has tensors of `layout` and a number as
+    its loss."""
+    tensors: object = update.tensors
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise RefusalError(
+            "the method's train: LocalUpdate.tensors is not a dict from names to torch tensors"
+        )
+
+    layout.check(tensors, "LocalUpdate.tensors of the method's train")
+    if not _is_finite_number(update.loss):
+        raise RefusalError("the method's train: LocalUpdate.loss is not a finite number")
+
+
+def _is_finite_number(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except TypeError:  # no number at all
+        return False
+
+
 def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
     """Return the task that receives an adapter, calls `train`, and sends the update."""
 
@@ -121,6 +145,7 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
         if not isinstance(update, LocalUpdate):
             raise RefusalError(wrong_return("the method's train", update, "a LocalUpdate"))
 
+        check_update(update, received.terms.sent(site.layout))
         return received.reply(site, update)
 
     return task

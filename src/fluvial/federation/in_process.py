@@ -112,7 +112,12 @@ class InProcess:
     def send(self, request: Request) -> None:
         """Begin a thread in which the site answers."""
         if request.turn == 0:
-            assert request.task in self.tasks, f"unknown task {request.task!r}"
+            if request.task not in self.tasks:
+                raise ConfigError(
+                    f"the server half asks for the task {request.task!r}, and the sites of this "
+                    f"method have {', '.join(sorted(self.tasks))}; add it to the method's tasks"
+                )
+
             self._visits[request.number] = _Visit(
                 self._open(request.site), self.tasks[request.task], request.round
             )

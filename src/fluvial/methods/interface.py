@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 from torch import nn
@@ -27,6 +27,7 @@ Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
 
 
+@runtime_checkable
 class Server(Protocol):
     """The server half of a method. `state` holds everything that it must not forget."""
 

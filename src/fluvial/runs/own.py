@@ -12,7 +12,7 @@ from fluvial.codecs import CODECS, CodecConfig
 from fluvial.codecs.base import Codec, CodecSettings
 from fluvial.errors import ConfigError
 from fluvial.methods import METHODS, MethodConfig
-from fluvial.methods.interface import Method, MethodSettings
+from fluvial.methods.interface import Method, MethodSettings, Traits
 from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
 
@@ -85,6 +85,9 @@ def _method_name(number: int, entry: object) -> str:
     for field, value in (("server", entry.server), ("plan", entry.plan)):
         if not callable(value):
             raise wrong_argument(f"{where}.{field}", value, "a function or class")
+
+    if not isinstance(entry.traits, Traits):
+        raise wrong_argument(f"{where}.traits", entry.traits, "a fluvial.Traits")
 
     tasks: object = entry.tasks
     if not isinstance(tasks, Mapping):

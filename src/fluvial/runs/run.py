@@ -19,7 +19,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.meter import Kind
 from fluvial.federation.releases import secret_of
-from fluvial.methods.interface import Context, Reporting
+from fluvial.methods.interface import Context, Reporting, Server
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
@@ -168,7 +168,12 @@ class Run:
             secret=partial(secret_of, folder.path / "private"),
             public=self.texts.public,
         )
-        self.server = method.server(config.method, self.context)
+        server: object = method.server(config.method, self.context)
+        if not isinstance(server, Server):
+            name = f"server of method {config.method.name!r}"
+            raise ConfigError(wrong_return(name, server, "a Server with all its functions"))
+
+        self.server = server
         self.fleet = assemble(config, folder, pool, texts)
         self.trained = 0
         """Updates that sites have sent so far, those that a method dropped among them."""
@@ -213,11 +218,9 @@ class Run:
         started = time.perf_counter()
         known = len(self.fleet.failures)
         metrics = self._checked("round", self.server.round(number, self.fleet), dict)
+        place = f"round of method {self.config.method.name!r}: its metrics"
         if lacking := {"loss", "sites"} - metrics.keys():
-            raise ConfigError(
-                f"round of method {self.config.method.name!r}: its metrics lack "
-                f"{' and '.join(sorted(lacking))}"
-            )
+            raise ConfigError(f"{place} lack {' and '.join(sorted(lacking))}")
 
         # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
         self.trained += self.fleet.meter.num_answered(beside=(INSTALL,))
@@ -240,7 +243,10 @@ class Run:
             "missing": [_row(failure) for failure in failures if not failure.asked_again],
             "asked_again": [_row(failure) for failure in failures if failure.asked_again],
         }
-        self.folder.append_metrics(record)
+        try:
+            self.folder.append_metrics(record)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{place} are not plain JSON values: {error}") from None
         self._save(number)
 
         return record
