@@ -5,14 +5,18 @@ not bring, so a method that works here works over a network. Between two turns o
 thread waits.
 """
 
+import atexit
+import ctypes
 import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -86,6 +90,31 @@ class _Visit:
             logger.exception("site %s: a dropped conversation did not end cleanly", self.site.name)
 
 
+_working: WeakSet[threading.Thread] = WeakSet()
+"""Threads of sites, some of which may work on after their run has ended: late ones, and the others
+when one has failed."""
+_EXIT_S = 30.0
+"""Time for which the end of this process waits for such a thread."""
+
+
+@atexit.register
+def _stop_working() -> None:
+    """Stop the threads of sites before the interpreter ends.
+
+    A thread that is inside PyTorch when the interpreter ends aborts the process, whatever its exit
+    code would have been. `SystemExit` is raised in each, where it runs Python next.
+    """
+    threads = [thread for thread in _working if thread.is_alive()]
+    for thread in threads:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
+        )
+
+    until_s = time.monotonic() + _EXIT_S
+    for thread in threads:
+        thread.join(max(0.0, until_s - time.monotonic()))
+
+
 class InProcess:
     """Sites of one process; see `Transport`."""
 
@@ -124,12 +153,14 @@ class InProcess:
 
         visit = self._visits[request.number]
         visit.busy = True
-        threading.Thread(
+        thread = threading.Thread(
             target=self._work,
             args=(visit, request),
             daemon=True,
             name=f"{request.task}:{request.site}",
-        ).start()
+        )
+        _working.add(thread)
+        thread.start()
 
     def next(self, timeout_s: float | None) -> Arrival | None:
         """See `Transport`."""
