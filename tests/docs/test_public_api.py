@@ -271,6 +271,30 @@ class WrongValue(MomentumServer):
         return {**super().round(number, fleet), "seen": {1, 2}}
 
 
+class WrongLoss(MomentumServer):
+    """A server half whose loss is text."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return a loss in words."""
+        return {**super().round(number, fleet), "loss": "low"}
+
+
+class WrongCount(MomentumServer):
+    """A server half whose number of sites is text."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return a number in words."""
+        return {**super().round(number, fleet), "sites": "three"}
+
+
+class HalfModel(MomentumServer):
+    """A server half whose model lacks tensors."""
+
+    def model(self) -> Named:
+        """Return the first tensor alone."""
+        return dict(list(super().model().items())[:1])
+
+
 def wrong_update(**fields: Any) -> Any:
     """Return a training whose update has other fields."""
 
@@ -292,6 +316,9 @@ def train_to_a_pair(*_: object) -> Any:
         ({"server": WrongState}, "state of method 'momentum' returned dict; expected a Payload"),
         ({"server": WrongMetrics}, "round of method 'momentum': its metrics lack loss"),
         ({"server": WrongValue}, "its metrics are not plain JSON values: Object of type set"),
+        ({"server": WrongLoss}, "its metrics have a loss that is no number"),
+        ({"server": WrongCount}, "its metrics have a number of sites that is no whole number"),
+        ({"server": HalfModel}, "model: tensors of another layout"),
         ({"server": lambda *_: None}, "server of method 'momentum' returned NoneType; expected a"),
         ({"traits": None}, "methods[0].traits: got None; expected a fluvial.Traits"),
         ({"tasks": {}}, "the server half asks for the task 'train', and the sites of this method"),

@@ -3,6 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import Literal
 
+from torch import Tensor
+
+from fluvial.errors import ConfigError, wrong_return
 from fluvial.federation.context import Context
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import state_message
@@ -10,7 +13,7 @@ from fluvial.methods.exporting import Export, Reporting, export_weights, samples
 from fluvial.methods.measuring import Measures, ask_heldout, measure_public
 from fluvial.models.states import changed
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named, moved, scale
+from fluvial.wire.tensors import Layout, Named, moved, scale
 
 
 class SharedModelServer(ABC):
@@ -21,6 +24,22 @@ class SharedModelServer(ABC):
     @abstractmethod
     def model(self) -> Named:
         """Return the global adapter, or the change of all weights."""
+
+    def _checked_model(self) -> Named:
+        """Return `model`; raises `ConfigError` for what has not the run's layout."""
+        model: object = self.model()
+        if not isinstance(model, dict) or not all(isinstance(t, Tensor) for t in model.values()):
+            raise ConfigError(wrong_return("the server half's model", model, "tensors by name"))
+
+        layout = self.context.layout
+        other = Layout.of(model)
+        if other != layout:
+            differing = sorted(set(other.shapes) ^ set(layout.shapes))[:2]
+            raise ConfigError(
+                f"the server half's model: tensors of another layout, first differences {differing}"
+            )
+
+        return model
 
     def measure(
         self, fleet: Fleet, reporting: Reporting, *, round: int, which: Literal["base", "final"]
@@ -34,14 +53,17 @@ class SharedModelServer(ABC):
             message = Payload(values={"which": "base", "generate": new_tokens})
         else:
             message = state_message(
-                changed(self.model()), self.context.layout, which="sent", generate=new_tokens
+                changed(self._checked_model()),
+                self.context.layout,
+                which="sent",
+                generate=new_tokens,
             )
 
         return ask_heldout(fleet, message, round=round)
 
     def export(self, reporting: Reporting, final: Measures) -> Export:
         """Write the model and its card; return what result.json says about it."""
-        state = changed(self.model())
+        state = changed(self._checked_model())
         texts = samples(reporting, state)
         sha256 = export_weights(reporting, state, final)
         public = (

@@ -221,6 +221,10 @@ class Run:
         place = f"round of method {self.config.method.name!r}: its metrics"
         if lacking := {"loss", "sites"} - metrics.keys():
             raise ConfigError(f"{place} lack {' and '.join(sorted(lacking))}")
+        if not isinstance(metrics["loss"], float | int | None):
+            raise ConfigError(f"{place} have a loss that is no number")
+        if not isinstance(metrics["sites"], int):
+            raise ConfigError(f"{place} have a number of sites that is no whole number")
 
         # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
         self.trained += self.fleet.meter.num_answered(beside=(INSTALL,))
@@ -231,8 +235,8 @@ class Run:
         failures = self.fleet.failures[known:]
         by_site = self.fleet.meter.close_round()
         record = {
-            "round": number,
             **metrics,
+            "round": number,
             "seconds": time.perf_counter() - started,
             "bytes_up": sum(directed(sizes, "up") for sizes in by_site.values()),
             "bytes_down": sum(directed(sizes, "down") for sizes in by_site.values()),
