@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from fluvial.codecs import CODECS, CodecConfig
 from fluvial.codecs.base import Codec, CodecSettings
@@ -22,6 +22,16 @@ _OWN_METHODS: set[str] = set()
 """Names of methods that callers entered; they may be entered again, as in a notebook's cell."""
 _OWN_CODECS: set[str] = set()
 """Names of codecs that callers entered."""
+
+
+class _WithOwn(RunConfig):
+    """A configuration whose further types are given by name, without docstrings in the source.
+
+    pydantic would parse the source of this module for them; while a site's thread formats a
+    traceback, Python 3.11 fails in that with a SystemError.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 def wrong_argument(name: str, value: object, expected: str) -> ConfigError:
@@ -68,7 +78,7 @@ def with_own(methods: object, codecs: object) -> type[RunConfig]:
         "downlink": (codec_tables | None, None),
     }
 
-    made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, **fields)
+    made: type[RunConfig] = create_model("RunConfig", __base__=_WithOwn, **fields)
     return made
 
 
