@@ -1,6 +1,5 @@
 """A model in three parts is the whole model: logits, gradients, and weights after 20 steps."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.models.base import Base
 from fluvial.models.loading import load_base
+from fluvial.models.parts import PartPool
 from fluvial.models.pretrained import ModelConfig
-from fluvial.models.split import Cut, Part, decoder_layers, make_part
+from fluvial.models.split import Cut, Part, check_part, decoder_layers
+from fluvial.models.states import base_state
 from fluvial.training.train import summed_loss
 from tests.support.model_kinds import KINDS, save_kind
 
@@ -41,11 +41,12 @@ def config_of(kind: str, tmp_path: Path) -> ModelConfig:
 
 
 def parts_of(config: ModelConfig, cut: Cut) -> tuple[Part, Part]:
-    """Return the site's part and the server's, each made by itself."""
+    """Return the site's part and the server's, each made by itself; all weights can be trained."""
     made = []
     for server in (False, True):
-        base = Base(config)
-        made.append(make_part(copy.deepcopy(base.skeleton), base.source, cut, server=server))
+        pool = PartPool(config, None, cut, server=server)
+        with pool.part(base_state(pool.layout), trainable=True) as part:
+            made.append(part)
 
     return made[0], made[1]
 
@@ -127,15 +128,7 @@ def test_weights_after_20_steps_of_adamw_with_one_clip_are_those_of_the_whole_mo
     site, server = parts_of(config, Cut(LAYERS, 2, 1))
     whole = load_base(config).requires_grad_(True)
     ids, mask, labels = batch()
-    names = site.own_weights().keys(), server.own_weights().keys()
-    trained = {}
-
-    for part, own in zip((site, server), names, strict=True):
-        for name, parameter in part.model.named_parameters():
-            parameter.requires_grad_(name in own)
-            if name in own:
-                trained[name] = parameter
-
+    trained = site.tuned() | server.tuned()
     ours = torch.optim.AdamW(trained.values(), lr=1e-3)
     plain = torch.optim.AdamW(whole.parameters(), lr=1e-3)
 
@@ -157,14 +150,12 @@ def test_weights_after_20_steps_of_adamw_with_one_clip_are_those_of_the_whole_mo
 
 
 def test_a_layer_that_uses_weights_of_another_part_is_refused(tmp_path: Path) -> None:
-    config = config_of("llama", tmp_path)
-    base = Base(config)
-    skeleton = copy.deepcopy(base.skeleton)
-    _, layers = decoder_layers(skeleton)
+    _, server = parts_of(config_of("llama", tmp_path), Cut(LAYERS, 1, 1))
+    _, layers = decoder_layers(server.model)
     layers[2].mlp = layers[0].mlp
 
     with pytest.raises(ConfigError, match="layers of one part use weights of another"):
-        make_part(skeleton, base.source, Cut(LAYERS, 1, 1), server=True)
+        check_part(server)
 
 
 @pytest.mark.parametrize(("front", "back"), [(0, 1), (1, 0), (2, 3), (5, 1)])

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections.abc import Callable
 from functools import cached_property, partial
 from weakref import WeakValueDictionary
 
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from fluvial.models.base_weights import open_weights, persistent_buffers
 from fluvial.models.behaviour import check_behaviour
-from fluvial.models.loading import fill, load_base, resolve_device, skeleton, weights_folder
+from fluvial.models.loading import (
+    absent,
+    fill,
+    load_base,
+    resolve_device,
+    skeleton,
+    weights_folder,
+)
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import changed
 from fluvial.models.weight_sources import Source
@@ -85,15 +93,21 @@ class Base:
             buffer.copy_(self.source.get(name))
         return self.skeleton
 
-    def make(self, state: Named, *, own: bool) -> nn.Module:
+    def make(
+        self, state: Named, *, own: bool, holds: Callable[[str], bool] | None = None
+    ) -> nn.Module:
         """Return a model with the base's weights plus the changes in `state`.
 
         Beside it, at most one weight is in memory. Weights without a change are its `own`, or
-        shared by all models that are made so and live at a time.
+        shared by all models that are made so and live at a time. Weights for which `holds` is false
+        are not read, and take no memory (see `absent`).
         """
         state = changed(state)
 
         def weight(name: str, parameter: nn.Parameter) -> Tensor:
+            if holds is not None and not holds(name):
+                return absent(parameter, self.device)
+
             change = state.get(name)
             if change is None and not own:
                 return self._share_weight(name)

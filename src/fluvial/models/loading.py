@@ -70,7 +70,7 @@ def load_base(config: ModelConfig) -> nn.Module:
         )
 
     check_info(info, model, config.name_or_path)
-    check_finite(model, config.name_or_path)
+    check_finite(dict(model.named_parameters()), config.name_or_path)
     base: nn.Module = model.requires_grad_(False).eval()
 
     return base.to(resolve_device(config.device))
@@ -132,3 +132,9 @@ def fill(model: nn.Module, weight: Callable[[str, nn.Parameter], Tensor]) -> Non
         for leaf, empty in module._parameters.items():
             if empty is not None:
                 module._parameters[leaf] = made[names[id(empty)]]
+
+
+def absent(parameter: nn.Parameter, device: torch.device) -> Tensor:
+    """Return what stands for a weight that is held elsewhere: NaN, one value of memory."""
+    nan = torch.full((1,), torch.nan, dtype=parameter.dtype, device=device)
+    return nan.expand(parameter.shape)

@@ -7,17 +7,24 @@ other parts take no memory; they are NaN, so that a model that uses one of them 
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
-from fluvial.models.base_weights import persistent_buffers
 from fluvial.models.layer_lists import layer_lists, num_layers
-from fluvial.models.loading import fill
-from fluvial.models.weight_sources import Source
+from fluvial.models.tuning import (
+    RECOMPUTED,
+    checkpointed_layers,
+    reseed_dropout,
+    switch_dropout,
+    tuned_parameters,
+)
 from fluvial.wire.tensors import Named
 
 
@@ -37,9 +44,20 @@ class Cut:
     def __post_init__(self) -> None:
         if self.front < 1 or self.back < 1 or self.middle.start >= self.middle.stop:
             raise ConfigError(
-                f"a model of {self.layers} layers cannot be cut after {self.front} and before the "
-                f"last {self.back}: each of the three parts has one layer at least"
+                f"method.front={self.front} and method.back={self.back}: the model has "
+                f"{self.layers} layers, and each of its three parts has one layer at least; set "
+                f"both from 1, with a sum of at most {self.layers - 1}"
             )
+
+    @classmethod
+    def of(cls, base: nn.Module, front: int = 1, back: int = 1) -> "Cut":
+        """Return the cut of a model that may be on the meta device; FL-GLM has one layer at each
+        end.
+
+        Raises `ConfigError` for a model that cannot be cut, or cannot be cut there.
+        """
+        _, layers = decoder_layers(base)
+        return cls(len(layers), front, back)
 
     @property
     def first(self) -> range:
@@ -96,6 +114,9 @@ class Part:
         """Input of the first layer in this pass."""
         self._output: Any = None
         """Output of the span's last layer in this pass, in the form of the model's code."""
+        self._inside: list[Callable[..., Any]] = [layer.forward for layer in layers]
+        """The forward passes of the layers, without gates."""
+        self._checkpointing = False
 
         for index, layer in enumerate(layers):
             self._gate(index, layer)
@@ -114,13 +135,39 @@ class Part:
         logits: Tensor = output.logits
         return logits
 
+    def holds(self, name: str) -> bool:
+        """Return whether a tensor of the model, or a LoRA factor, is this part's."""
+        return self.cut.at_server(self.path, name) == self.server
+
     def own_weights(self) -> Named:
         """Return the part's own parameters by name, tied ones once."""
         return {
             name: parameter.detach()
             for name, parameter in self.model.named_parameters()
-            if self.cut.at_server(self.path, name) == self.server
+            if self.holds(name)
         }
+
+    def tuned(self) -> dict[str, nn.Parameter]:
+        """Return the part's own LoRA factors, or all its parameters, as `tuned_parameters`."""
+        parameters = tuned_parameters(self.model)
+        return {name: parameter for name, parameter in parameters.items() if self.holds(name)}
+
+    def switch_dropout(self, active: bool) -> None:
+        """Switch the dropout of LoRA on, for training, or off."""
+        switch_dropout(self.model, active)
+
+    def reseed_dropout(self, seed: int) -> None:
+        """Give the part the masks that a whole model with this seed has."""
+        reseed_dropout(self.model, seed)
+
+    def switch_checkpointing(self, active: bool) -> None:
+        """Switch gradient checkpointing of the part's layers on or off.
+
+        Raises `ConfigError` where the architecture has no layers for it.
+        """
+        if active:
+            checkpointed_layers(self.model)
+        self._checkpointing = active
 
     def _inner(self) -> nn.Module:
         """Return the model without its head."""
@@ -161,7 +208,7 @@ class Part:
 
     def _gate(self, index: int, layer: nn.Module) -> None:
         """Let `layer` run inside the span only."""
-        inside = layer.forward
+        inside = self._inside[index]
         name = next(iter(inspect.signature(inside).parameters))
 
         def forward(*args: Any, **options: Any) -> Any:
@@ -184,7 +231,9 @@ class Part:
             else:
                 options = {**options, name: given}
 
-            output = inside(*args, **options)
+            # Inside the gate, because layers run again in the backward pass, outside any span.
+            run = partial(checkpoint, inside, **RECOMPUTED) if self._checkpointing else inside
+            output = run(*args, **options)
             if index == span.stop - 1:
                 self._output = output
             return output
@@ -193,42 +242,20 @@ class Part:
         layer.forward = forward
 
 
-def make_part(skeleton: nn.Module, source: Source, cut: Cut, *, server: bool) -> Part:
-    """Return the server's part, or a site's, of a model whose `skeleton` is on the meta device.
-
-    Only its weights are read from `source`; those of other parts take no memory. The skeleton is
-    filled in place. Raises `ConfigError` where the model cannot be cut (see `check_part`).
-    """
-    path, _ = decoder_layers(skeleton)
-
-    def weight(name: str, parameter: nn.Parameter) -> Tensor:
-        if cut.at_server(path, name) == server:
-            return source.get(name)
-        return torch.full((1,), torch.nan, dtype=parameter.dtype).expand(parameter.shape)
-
-    fill(skeleton, weight)
-    for name, buffer in persistent_buffers(skeleton).items():
-        buffer.copy_(source.get(name))
-
-    part = Part(skeleton, cut, server=server)
-    check_part(part)
-    return part
-
-
 @torch.no_grad()
 def check_part(part: Part) -> None:
     """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
-    mask = torch.ones(2, 3, dtype=torch.int64)
     config: Any = part.model.config
     width = config.hidden_size
-    kind = next(iter(part.own_weights().values())).dtype
-    hidden = torch.linspace(-1, 1, 6 * width).view(2, 3, width).to(kind)
+    weight = next(iter(part.own_weights().values()))
+    mask = torch.ones(2, 3, dtype=torch.int64, device=weight.device)
+    hidden = torch.linspace(-1, 1, 6 * width).view(2, 3, width).to(weight)
 
     try:
         if part.server:
             outputs = [part.middle(hidden, mask)]
         else:
-            ids = torch.tensor([[0, 1, 2], [2, 1, 0]])
+            ids = torch.tensor([[0, 1, 2], [2, 1, 0]], device=weight.device)
             outputs = [part.embed(ids, mask), part.logits(hidden, mask)]
     except ConfigError:
         raise

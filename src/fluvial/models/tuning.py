@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -101,6 +101,10 @@ def reseed_dropout(model: nn.Module, seed: int) -> None:
         module.seed = seed
 
 
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""Options of torch's `checkpoint`: nothing but seeded dropout is random in a forward pass."""
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Switch gradient checkpointing on; below the trained parameters still no graph is built.
 
@@ -108,6 +112,16 @@ def checkpoint_layers(model: nn.Module) -> None:
     `ConfigError` where the architecture has no layers for it.
     """
     from torch.utils.checkpoint import checkpoint
+
+    for layer in checkpointed_layers(model):
+        # An attribute of this one layer, which hides its class's `forward` until `whole_layers`
+        # removes it.
+        layer.forward = partial(checkpoint, layer.forward, **RECOMPUTED)
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that gradient checkpointing recomputes; raises `ConfigError` without
+    one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [
@@ -119,12 +133,7 @@ def checkpoint_layers(model: nn.Module) -> None:
             "train.gradient_checkpointing: transformers has none for this architecture; remove it"
         )
 
-    for layer in layers:
-        # An attribute of this one layer, which hides its class's `forward` until `whole_layers`
-        # removes it.
-        layer.forward = partial(
-            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-        )
+    return layers
 
 
 def whole_layers(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models.pretrained import ModelConfig, dtype_of, local_folder, source_of
 from fluvial.models.stored import FLOATS, first_line, some, stored_tensors
+from fluvial.wire.tensors import Named
 
 
 def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
@@ -106,15 +107,15 @@ def _numbered(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def check_finite(model: nn.Module, name: str) -> None:
-    """Raise `ConfigError` if a weight of `model` is not a finite number."""
-    for parameter_name, parameter in model.named_parameters():
-        if parameter.numel() and not all(
-            bool(extreme.isfinite()) for extreme in parameter.detach().aminmax()
+def check_finite(weights: Named, name: str) -> None:
+    """Raise `ConfigError` if a weight of the model `name` is not a finite number."""
+    for weight_name, weight in weights.items():
+        if weight.numel() and not all(
+            bool(extreme.isfinite()) for extreme in weight.detach().aminmax()
         ):
             raise ConfigError(
-                f"model.name_or_path={name!r}: {parameter_name} holds values that are not finite "
-                f"in {parameter.dtype}; if the folder has another type, set model.dtype to it, "
+                f"model.name_or_path={name!r}: {weight_name} holds values that are not finite "
+                f"in {weight.dtype}; if the folder has another type, set model.dtype to it, "
                 "else copy the folder again"
             )
 
