@@ -1,0 +1,98 @@
+"""Attack: read tokens from left to right, each by trying the whole vocabulary (exact search).
+
+The hidden state of token t depends on tokens up to t only. So, with the tokens before it read, all
+candidates for token t go through the public front, and the nearest to what was observed is the
+token: exact without noise. Under noise of known standard deviation the attacker keeps several
+prefixes (a beam) and weighs distance against the public model's own expectation of the text:
+
+    score(x) = sum_t |h_t - f_t(x)|^2 / (2 sigma^2) - prior * log p(x),
+
+whose minimum, with `prior` = 1, is the most probable text if p is right.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluvial.methods.flglm.leakage.nearest import NearestSettings, NearestToken
+from fluvial.methods.flglm.leakage.public_model import Prefixes, PublicModel
+
+
+@dataclass(frozen=True)
+class CausalSettings:
+    """Width of the search."""
+
+    beams: int = 1
+    """Prefixes that are continued."""
+    prior: float = 0.0
+    """Weight of the public model's expectation; without effect where there is no noise."""
+    shortlist: int | None = None
+    """Candidates at a position: those whose hidden state alone is nearest; None for all."""
+    batch: int = 1024
+    """Candidates of one pass."""
+    reuse: bool = True
+    """Keep keys and values of prefixes; off, each candidate is computed with its whole prefix."""
+
+
+class CausalSearch:
+    """The search with one public front."""
+
+    def __init__(self, public: PublicModel, settings: CausalSettings) -> None:
+        self.public = public
+        self.settings = settings
+        short = settings.shortlist is not None
+        self._nearest = NearestToken(public, NearestSettings()) if short else None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return token ids (tokens,) for what the server observed, `hidden` (tokens, width)."""
+        observed = hidden.cpu().double()
+        std = 0.0 if self.public.noise is None else self.public.noise.std
+        weight = 1 / (2 * std**2) if std else 1.0
+        prior = self.settings.prior if std else 0.0
+        prefixes = torch.zeros(1, 0, dtype=torch.int64)
+        scores = torch.zeros(1, dtype=torch.float64)
+        cache = Prefixes() if self.settings.reuse else None
+
+        for state, candidates in zip(observed, self._candidates(observed), strict=True):
+            new = weight * self._distances(state, candidates, prefixes, cache)
+            if prior:
+                new -= prior * self.public.prior(prefixes)[:, candidates]
+
+            totals = (scores[:, None] + new).flatten()
+            scores, best = totals.topk(min(self.settings.beams, len(totals)), largest=False)
+            parents = best // len(candidates)
+            tokens = candidates[best % len(candidates)][:, None]
+            prefixes = torch.cat([prefixes[parents], tokens], 1)
+
+            if cache is not None:
+                cache.select(parents)
+                self.public.hidden(tokens, cache)
+
+        return prefixes[0]
+
+    def _candidates(self, observed: Tensor) -> list[Tensor]:
+        """Return the candidates' ids (candidates,) of each position."""
+        if self._nearest is None:
+            return [torch.arange(self.public.vocabulary)] * len(observed)
+
+        count = min(self.settings.shortlist or 1, self.public.vocabulary)
+        return list(self._nearest.distances(observed).topk(count, largest=False).indices)
+
+    def _distances(
+        self, state: Tensor, candidates: Tensor, prefixes: Tensor, cache: Prefixes | None
+    ) -> Tensor:
+        """Return squared distances (prefixes, candidates) to the observed `state` (width,)."""
+        parts = []
+        for batch in torch.split(candidates, max(1, self.settings.batch // len(prefixes))):
+            tokens = batch.repeat(len(prefixes))[:, None]
+
+            if cache is None:
+                whole = torch.cat([prefixes.repeat_interleave(len(batch), 0), tokens], 1)
+                hidden = self.public.hidden(whole)[:, -1]
+            else:
+                hidden = self.public.hidden(tokens, cache.repeated(len(batch)))[:, -1]
+
+            parts.append((hidden - state).square().sum(-1).view(len(prefixes), len(batch)))
+
+        return torch.cat(parts, 1)

@@ -1,0 +1,117 @@
+"""The public base model in an attacker's hands: its front, with what a site is known to do to it.
+
+The whole model is used, stopped behind the last layer of the front, so that masks, positions and
+caches are those of the model's own code.
+"""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluvial.methods.flglm.leakage.noise import NoiseConfig, clip_rows
+from fluvial.models.split import decoder_layers
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass
+    """Carry the hidden states behind the front out of a forward pass."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.hidden: Tensor = output[0] if isinstance(output, tuple) else output
+
+
+def _stop(_layer: nn.Module, _arguments: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+class PublicModel:
+    """A public causal model, of which a site runs the first `front` layers.
+
+    `noise` is the site's mechanism: its settings are public, its noise is not.
+    """
+
+    def __init__(self, model: nn.Module, front: int, noise: NoiseConfig | None = None) -> None:
+        """Take the whole model, or a site's part of it for attacks that need no `prior`."""
+        _, layers = decoder_layers(model)
+        self.model = model
+        self.noise = noise
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.vocabulary: int = embeddings.num_embeddings
+        self.device: torch.device = embeddings.weight.device
+        self._last_layer = layers[front - 1]
+        names = inspect.signature(self._inner.forward).parameters
+        # transformers 5.24 renamed the argument.
+        self._cache_name = "cache" if "cache" in names else "past_key_values"
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor, cache: "Prefixes | None" = None) -> Tensor:
+        """Return what a site sends of `ids` (batch, tokens), without its noise.
+
+        The result (batch, tokens, width) is clipped as the site clips, fp64 on the CPU. With
+        `cache`, `ids` continue its prefixes, and are added to them.
+        """
+        past = cache.length if cache else 0
+        mask = torch.ones(len(ids), past + ids.shape[1], dtype=torch.int64, device=self.device)
+        options = (
+            {self._cache_name: cache.states, "use_cache": True} if cache else {"use_cache": False}
+        )
+        hook = self._last_layer.register_forward_hook(_stop)
+
+        try:
+            self._inner(input_ids=ids.to(self.device), attention_mask=mask, **options)
+            raise AssertionError("the model did not run its front")
+        except _Reached as reached:
+            hidden = reached.hidden.cpu().double()
+        finally:
+            hook.remove()
+
+        return hidden if self.noise is None else clip_rows(hidden, self.noise.clip)
+
+    @property
+    def _inner(self) -> nn.Module:
+        """Return the model without its head."""
+        inner: nn.Module = self.model.base_model  # type: ignore[assignment]
+        return inner
+
+    @torch.no_grad()
+    def prior(self, prefixes: Tensor) -> Tensor:
+        """Return log-probabilities (batch, vocabulary) of the token after `prefixes`, fp64.
+
+        They are those of the whole public model; after an empty prefix all tokens are alike.
+        """
+        if prefixes.shape[1] == 0:
+            return torch.zeros(len(prefixes), self.vocabulary, dtype=torch.float64)
+
+        ids = prefixes.to(self.device)
+        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits: Tensor = output.logits[:, -1, : self.vocabulary]
+        return logits.cpu().double().log_softmax(-1)
+
+
+class Prefixes:
+    """Keys and values of the front's layers for a batch of prefixes of equal length."""
+
+    def __init__(self) -> None:
+        from transformers import DynamicCache
+
+        self.states: Any = DynamicCache()
+
+    @property
+    def length(self) -> int:
+        """Return the tokens of each prefix."""
+        return int(self.states.get_seq_length())
+
+    def repeated(self, times: int) -> "Prefixes":
+        """Return a copy in which each prefix stands `times` times in a row."""
+        copied = copy.deepcopy(self)
+        if copied.length:
+            copied.states.batch_repeat_interleave(times)
+        return copied
+
+    def select(self, rows: Tensor) -> None:
+        """Replace the batch by its `rows` (batch,)."""
+        if self.length:
+            self.states.reorder_cache(rows)
