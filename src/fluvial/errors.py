@@ -6,6 +6,7 @@
     │   ├── RefusalError         a site refuses a request, in a text that may leave the site
     │   └── DataError            faults of data files, listed together (`data.faults`)
     ├── WireError                bytes from outside break the format or a limit
+    │   └── ChannelError         bytes of a secure channel are not authentic, in order or in time
     ├── ClientError              a site raised or stayed silent, or the quorum was missed
     ├── CheckpointError          a run folder cannot be written, locked or resumed
     ├── GateError                a codec did not carry held-out updates and is refused
@@ -41,6 +42,10 @@ class RefusalError(ConfigError):
 
 class WireError(FluvialError):
     """Bytes from outside break the format, a limit or the agreed layout."""
+
+
+class ChannelError(WireError):
+    """Bytes of a secure channel are not authentic, not in order, not complete or not in time."""
 
 
 class ClientError(FluvialError):

@@ -1,0 +1,1 @@
+"""Tests of the secure channel: its keys, its handshake and its frames."""
