@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from fluvial.runs.run import Event
 
 Configuration = str | Path | Mapping[str, Any] | RunConfig
-"""A TOML file, a table with the same keys, or a loaded configuration."""
+"""A TOML file, a table with the same keys, where a path may be a `Path`, or a loaded
+configuration."""
 COLUMNS = 100
 
 
@@ -127,7 +128,7 @@ def load_config(
     if not isinstance(config, Mapping):
         raise wrong_argument("config", config, "a TOML file, a table, or a RunConfig")
 
-    values = dict(config)
+    values = _plain(config)
     for line in lines:
         values = merge(values, override(line))
 
@@ -201,6 +202,16 @@ def load_result(folder: str | Path) -> Result:
         )
 
     return Result(Path(folder), with_compared(content), content["config"], content["metrics"])
+
+
+def _plain(value: Any) -> Any:
+    """Return a table with its paths as texts, as a TOML file has them."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _folder(name: str, value: object) -> Path:

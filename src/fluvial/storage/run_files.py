@@ -108,6 +108,9 @@ def read_run(folder: Path) -> JsonObject:
     refused, metrics, result, and compare with the baselines by name. Raises `CheckpointError` if
     the folder holds no run, or a damaged one.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the folder of a run, such as runs/NAME")
+
     config = read_file(folder / CONFIG)
     run = _outcome(folder)
 

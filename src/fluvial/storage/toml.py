@@ -83,14 +83,14 @@ def _mentions(line: str, keys: set[str]) -> bool:
     return any(re.search(rf"(?<![\w-]){re.escape(key)}{end}", line) for key, end in ends.items())
 
 
-def _without(table: Any, paths: Sequence[list[str]]) -> Any:
-    """Return the table without what lies at `paths`."""
+def _without(table: dict[Any, Any], paths: Sequence[list[str]]) -> dict[Any, Any]:
+    """Return the table without what lies at `paths`; keys of other types count as their text."""
     here = {path[0] for path in paths if len(path) == 1}
-    left = {}
+    left: dict[Any, Any] = {}
 
     for key, value in table.items():
-        deeper = [path[1:] for path in paths if len(path) > 1 and path[0] == key]
-        if key not in here:
+        deeper = [path[1:] for path in paths if len(path) > 1 and path[0] == str(key)]
+        if str(key) not in here:
             left[key] = _without(value, deeper) if deeper and isinstance(value, dict) else value
 
     return left

@@ -19,7 +19,11 @@ class Fault:
         self.path = list[str | int]()
         self.right = Expected((root,))
         loc = list(problem["loc"])
-        self.key = str(loc.pop()) if self.kind == "extra_forbidden" else ""
+        if loc[-1:] == ["[key]"] and loc[-2:-1] == [self.input]:  # a key of a dict, no value
+            loc.pop()
+            self.kind = "invalid_key"
+
+        self.key = str(loc.pop()) if self.kind in ("extra_forbidden", "invalid_key") else ""
 
         for part in loc:
             self._enter(part)
@@ -57,7 +61,7 @@ class Fault:
         """Return the keys to what must be set aside for the rest to be read; empty if that is
         everything."""
         keys = [str(part) for part in self.path if isinstance(part, str)]
-        if self.kind == "extra_forbidden":
+        if self.key:
             return [*keys, self.key]
         return keys[:-1] if self.kind == "missing" else keys
 
@@ -69,6 +73,9 @@ class Fault:
                 f"{_dotted(self.place, self.key)}: unknown key; "
                 f"{_nearest(self.key, known, 'known keys: ')}"
             )
+        elif self.kind == "invalid_key":
+            kind = type(self.input).__name__
+            yield f"{_dotted(self.place, self.key)}: the key is of type {kind}; write it as a str"
         elif self.kind == "missing":
             yield f"{self.place}: missing, and has no default; it must be {self.right.words()}"
         elif self.kind == "value_error":
