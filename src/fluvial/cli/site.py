@@ -16,12 +16,20 @@ def init(
     name: Annotated[str, typer.Option(help="The site's name in runs and reports.")],
     server: Annotated[str, typer.Option(help="HOST:PORT of the server.")] = "127.0.0.1:8000",
     ca: Annotated[Path | None, typer.Option(help="The server's ca.crt.")] = None,
+    channel_key: Annotated[
+        Path | None,
+        typer.Option(help="The server's channel.pub, for methods that talk over a secure channel."),
+    ] = None,
     insecure: Insecure = False,
 ) -> None:
     """Make a site's folder: key pair and settings."""
     from fluvial.flower import site_operator
 
-    for line in site_operator.site_init(folder, name=name, server=server, ca=ca, insecure=insecure):
+    next_steps = site_operator.site_init(
+        folder, name=name, server=server, ca=ca, channel_key=channel_key, insecure=insecure
+    )
+
+    for line in next_steps:
         print_line(line)
 
 

@@ -1,4 +1,5 @@
-"""Names of the runs and sites that Flower numbers, in names.json in the server's folder."""
+"""Names of the runs and sites that Flower numbers, and the sites' keys, in names.json in the
+server's folder."""
 
 import json
 from pathlib import Path
@@ -10,12 +11,14 @@ FILE = "names.json"
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the names by number: "runs" in the order of their submission, and "sites"."""
-    return {"runs": {}, "sites": {}, **(json.loads(path.read_text()) if path.exists() else {})}
+    """Return by number the names of "runs" and "sites" in the order in which they were added, and
+    the public "keys" of the sites."""
+    given = json.loads(path.read_text()) if path.exists() else {}
+    return {"runs": {}, "sites": {}, "keys": {}, **given}
 
 
 def add(path: Path, kind: str, number: str, name: str) -> None:
-    """Write the name of one of the "runs" or "sites"."""
+    """Write the name of one of the "runs" or "sites", or one of the "keys"."""
     names = read(path)
     names[kind][number] = name
     write_atomically(path, json.dumps(names, indent=2).encode())

@@ -1,7 +1,7 @@
 """Commands of the server's operator over Flower's own programs, by default with TLS and node keys.
 
-A server's folder holds server.toml, ca.crt, ca.key, server.crt, server.key, superlink.db,
-names.json, flower/ (home of Flower's programs) and runs/.
+A server's folder holds server.toml, ca.crt, ca.key, server.crt, server.key, channel.key,
+channel.pub, superlink.db, names.json, flower/ (home of Flower's programs) and runs/.
 """
 
 import json
@@ -13,13 +13,14 @@ from pydantic import Field
 
 from fluvial.data.site_names import check_plain
 from fluvial.errors import ClientError, ConfigError
-from fluvial.flower import certificates, names
+from fluvial.flower import certificates, channel_keys, names
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
 from fluvial.storage.files import make_folder
 from fluvial.storage.run_files import CONFIG, JsonObject
+from fluvial.wire.channel import PublicIdentity
 
 WARN_DAYS = 30
 """Days before the end of a certificate from which the server warns when it starts."""
@@ -110,15 +111,21 @@ def server_init(
         lines.append(
             "insecure = true       # no TLS, no node keys: for experiments on one machine only"
         )
-    elif not certificate:
-        certificates.make_authority(folder)
-        certificates.make_server_certificate(folder, _hosts(host))
+    else:
+        channel_keys.make_server_key(folder)
+        if not certificate:
+            certificates.make_authority(folder)
+            certificates.make_server_certificate(folder, _hosts(host))
 
     (folder / "server.toml").write_text("\n".join(lines) + "\n")
     _connection(folder, read_server_file(folder))
     return [
         f"server in {folder}; start it:  fluvial server start {folder}",
-        *([] if insecure else [f"give every site {ca or folder / 'ca.crt'}"]),
+        *(
+            []
+            if insecure
+            else [f"give every site {ca or folder / 'ca.crt'} and {folder / channel_keys.PUBLIC}"]
+        ),
     ]
 
 
@@ -169,6 +176,7 @@ def server_start(folder: Path) -> None:
         command += ["--insecure"]
     else:
         _watch_certificate(server)
+        channel_keys.make_server_key(folder)  # folders of an older version have none
         command += ["--ssl-certfile", str(server.certificate), "--ssl-keyfile", str(server.key)]
         command += ["--ssl-ca-certfile", str(server.ca), "--enable-supernode-auth"]
 
@@ -193,6 +201,8 @@ def register(folder: Path, public_key: Path) -> str:
     if not number.isdigit():
         raise ConfigError(f"{public_key} was not registered: {answer}")
 
+    public = PublicIdentity.parse(b" ".join(word.encode() for word in words[:2]))
+    names.add(folder / names.FILE, "keys", number, public.data.decode())
     names.add(folder / names.FILE, "sites", number, name)
     return f"site {name} may join (node {number})"
 

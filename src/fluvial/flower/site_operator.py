@@ -21,7 +21,7 @@ from typing import Any
 
 from fluvial.data.site_names import check_plain
 from fluvial.errors import ConfigError
-from fluvial.flower import OUT_OF_STEP, certificates
+from fluvial.flower import OUT_OF_STEP, certificates, channel_keys
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_process.site_file import SiteFile, read_site_file
 from fluvial.storage.files import make_folder, private, sweep
@@ -33,9 +33,18 @@ BEHIND_S = 305.0
 
 
 def site_init(
-    folder: Path, *, name: str, server: str, ca: Path | None, insecure: bool = False
+    folder: Path,
+    *,
+    name: str,
+    server: str,
+    ca: Path | None,
+    channel_key: Path | None = None,
+    insecure: bool = False,
 ) -> list[str]:
-    """Make a site's folder and return the next steps, one line each; raise `ConfigError`."""
+    """Make a site's folder and return the next steps, one line each; raise `ConfigError`.
+
+    `channel_key` is the server's channel.pub, whose fingerprint the site's file pins.
+    """
     host, port = split_address(server)
     if (folder / "site.toml").exists():
         raise ConfigError(f"{folder} holds a site already; start it, or choose another folder")
@@ -44,6 +53,10 @@ def site_init(
 
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
+    if channel_key is not None and insecure:
+        raise ConfigError("--channel-key is without effect with --insecure; give one of them")
+
+    pinned = channel_keys.read_public(channel_key) if channel_key else None
 
     check_plain(name, "--name")
     make_folder(folder)
@@ -53,6 +66,8 @@ def site_init(
         shutil.copy(ca, folder / "ca.crt")
         _, public = certificates.make_node_key(folder, name)
         lines += ['ca = "ca.crt"', f'key = "{name}.key"']
+        if pinned is not None:
+            lines.append(f'server_fingerprint = "{pinned.fingerprint}"')
 
     lines += [
         '# model = "/models/llama"          # a local copy of the base model that runs name',

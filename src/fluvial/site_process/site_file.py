@@ -78,6 +78,16 @@ class SiteFile(Settings):
     """Certificate of the authority that signed the server's certificate."""
     key: FilePath | None = None
     """Private key of the site."""
+    server_fingerprint: str | None = Field(None, pattern=r"^SHA256:[A-Za-z0-9+/]{43}$")
+    """Fingerprint of the server's channel.pub, as ssh-keygen prints it. A secure channel is opened
+    to the process that has this key, and to no other."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.server_fingerprint is not None and self.key is None:
+            yield (
+                "server_fingerprint: without effect, because key is not set; set it, or remove this"
+            )
 
 
 def read_site_file(path: Path) -> SiteFile:
