@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
 from fluvial.models.layer_lists import layer_lists, num_layers
+from fluvial.models.span_cache import SpanCache
 from fluvial.models.tuning import (
     RECOMPUTED,
     checkpointed_layers,
@@ -108,6 +109,7 @@ class Part:
         assert len(layers) == cut.layers, "a cut of another model"
         self.path = path
         self._span: range | None = None
+        self._cache: SpanCache | None = None
         self._received: Tensor | None = None
         """Hidden states of another part, for the first layer of the span."""
         self._entry: Any = None
@@ -117,23 +119,45 @@ class Part:
         self._inside: list[Callable[..., Any]] = [layer.forward for layer in layers]
         """The forward passes of the layers, without gates."""
         self._checkpointing = False
+        self.generates = False
+        """True once the cache of this part was checked (see `split_generation`)."""
 
         for index, layer in enumerate(layers):
             self._gate(index, layer)
 
-    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return A's hidden states (batch, tokens, hidden) of token ids (batch, tokens)."""
-        return self._run(self._inner(), self.cut.first, attention_mask, input_ids=input_ids)[1]
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: SpanCache | None = None
+    ) -> Tensor:
+        """Return A's hidden states (batch, tokens, hidden) of token ids (batch, tokens).
 
-    def middle(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        With a `cache`, here and below, the tokens continue those that it has, and the mask (batch,
+        all tokens) is that of both.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._run(self._inner(), self.cut.first, inputs, cache)[1]
+
+    def middle(
+        self, hidden: Tensor, attention_mask: Tensor, cache: SpanCache | None = None
+    ) -> Tensor:
         """Return B's hidden states of A's, both (batch, tokens, hidden)."""
-        return self._continue(self._inner(), self.cut.middle, hidden, attention_mask)[1]
+        return self._continue(self._inner(), self.cut.middle, hidden, attention_mask, cache)[1]
 
-    def logits(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return C's logits (batch, tokens, vocabulary) of B's hidden states."""
-        output, _ = self._continue(self.model, self.cut.last, hidden, attention_mask)
+    def logits(
+        self, hidden: Tensor, attention_mask: Tensor, cache: SpanCache | None = None
+    ) -> Tensor:
+        """Return C's logits (batch, tokens, vocabulary) of B's hidden states.
+
+        With a cache they are those of the last token alone (batch, 1, vocabulary), if the model can
+        compute them so.
+        """
+        output, _ = self._continue(self.model, self.cut.last, hidden, attention_mask, cache)
         logits: Tensor = output.logits
         return logits
+
+    def new_cache(self) -> SpanCache:
+        """Return an empty cache, for one span of this part; raises `ConfigError` where the model
+        has none."""
+        return SpanCache(self.model, self.cut.layers)
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model, or a LoRA factor, is this part's."""
@@ -175,25 +199,37 @@ class Part:
         return inner
 
     def _continue(
-        self, model: nn.Module, span: range, hidden: Tensor, attention_mask: Tensor
+        self,
+        model: nn.Module,
+        span: range,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        cache: SpanCache | None,
     ) -> tuple[Any, Tensor]:
         """Run a span from another part's hidden states; see `_run`."""
         width = self.model.get_input_embeddings().embedding_dim  # type: ignore[operator]
         # In place of embeddings, for the shapes of masks and positions.
         zeros = hidden.new_zeros(*hidden.shape[:2], width)
         self._received = hidden
-        return self._run(model, span, attention_mask, inputs_embeds=zeros)
+        inputs = {"inputs_embeds": zeros, "attention_mask": attention_mask}
+        return self._run(model, span, inputs, cache)
 
     def _run(
-        self, model: nn.Module, span: range, attention_mask: Tensor, **inputs: Tensor
+        self, model: nn.Module, span: range, inputs: dict[str, Tensor], cache: SpanCache | None
     ) -> tuple[Any, Tensor]:
         """Return what `model` returns, and the hidden states behind the last layer of the span."""
+        options: dict[str, Any] = {"use_cache": False}
+        if cache is not None:
+            options = _cache_options(model, cache)
+
         self._span = span
+        self._cache = cache
         try:
-            result = model(**inputs, attention_mask=attention_mask, use_cache=False)
+            result = model(**inputs, **options)
             output = self._output
         finally:
             self._span = None
+            self._cache = None
             self._received = None
             self._entry = None
             self._output = None
@@ -204,7 +240,11 @@ class Part:
                 f"{span.stop - 1} in order, so it cannot be cut"
             )
 
-        return result, output[0] if isinstance(output, tuple) else output
+        hidden = output[0] if isinstance(output, tuple) else output
+        if cache is not None:
+            cache.tokens += hidden.shape[1]
+
+        return result, hidden
 
     def _gate(self, index: int, layer: nn.Module) -> None:
         """Let `layer` run inside the span only."""
@@ -220,6 +260,9 @@ class Part:
             if index == 0:
                 self._entry = given
             if index not in span:
+                if self._cache is not None:
+                    batch, tokens = self._entry.shape[:2]
+                    self._cache.pass_over(index, batch, tokens, self._entry.device)
                 # What comes before the span has no use. Code that takes `[0]` of an output takes it
                 # of a tensor too, so each layer gives the same one.
                 return self._entry if index < span.start else self._output
@@ -240,6 +283,15 @@ class Part:
 
         # An attribute of this one layer, which hides its class's `forward`.
         layer.forward = forward
+
+
+def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
+    """Return the keywords with which `model` uses a cache."""
+    names = inspect.signature(model.forward).parameters
+    # The name until transformers 5.24; both are there for a while, the older one for callers.
+    name = "cache" if "cache" in names else "past_key_values"
+    options = {name: cache.cache, "use_cache": True}
+    return options | {"logits_to_keep": 1} if "logits_to_keep" in names else options
 
 
 @torch.no_grad()
