@@ -47,7 +47,7 @@ def test_kept_keys_and_values_change_no_distance(kind: str, tmp_path: Path) -> N
 
     for observed in (hidden, noisy):
         fast, plain = (
-            CausalSearch(public, CausalSettings(beams=3, batch=97, reuse=reuse))(observed)
+            CausalSearch(public, CausalSettings(beams=2, batch=150, reuse=reuse))(observed)
             for reuse in (True, False)
         )
         assert torch.equal(fast, plain)
@@ -102,7 +102,10 @@ def test_a_beam_and_the_models_expectation_read_more_under_noise() -> None:
     public = PublicModel(embedded(), 1, noise)
     right = []
 
-    for settings in (CausalSettings(), CausalSettings(beams=2, prior=1.0)):
+    for settings in (
+        CausalSettings(shortlist=256),
+        CausalSettings(beams=2, prior=1.0, shortlist=256),
+    ):
         search = CausalSearch(public, settings)
         right.append(0)
         for number, ids in enumerate(heldout(4, 16)):

@@ -34,6 +34,6 @@ def public(count: int, tokens: int) -> list[Tensor]:
 def encoded(texts: list[str], tokens: int) -> list[Tensor]:
     """Return the first `tokens` ids of each text, the begin-of-text token included."""
     tokenizer = AutoTokenizer.from_pretrained(source_of(CONFIG))
-    found = tokenizer([text[: 20 * tokens] for text in texts], return_tensors=None)["input_ids"]
+    found = tokenizer([text[: 10 * tokens] for text in texts], return_tensors=None)["input_ids"]
     assert all(len(ids) >= tokens and ids[0] == BOS for ids in found)
     return [Tensor(ids[:tokens]).long() for ids in found]

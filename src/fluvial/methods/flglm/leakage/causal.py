@@ -10,6 +10,7 @@ prefixes (a beam) and weighs distance against the public model's own expectation
 whose minimum, with `prior` = 1, is the most probable text if p is right.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,21 +29,31 @@ class CausalSettings:
     prior: float = 0.0
     """Weight of the public model's expectation; without effect where there is no noise."""
     shortlist: int | None = None
-    """Candidates at a position: those whose hidden state alone is nearest; None for all."""
+    """Candidates at a position, those of the best scores by a faster attack; None for all."""
     batch: int = 1024
     """Candidates of one pass."""
     reuse: bool = True
     """Keep keys and values of prefixes; off, each candidate is computed with its whole prefix."""
 
 
+Scores = Callable[[Tensor], Tensor]
+"""Scores (tokens, vocabulary) of hidden states (tokens, width)."""
+
+
 class CausalSearch:
     """The search with one public front."""
 
-    def __init__(self, public: PublicModel, settings: CausalSettings) -> None:
+    def __init__(
+        self, public: PublicModel, settings: CausalSettings, scores: Scores | None = None
+    ) -> None:
+        """Take the `scores` that choose a shortlist; None for those of the nearest token."""
         self.public = public
         self.settings = settings
-        short = settings.shortlist is not None
-        self._nearest = NearestToken(public, NearestSettings()) if short else None
+
+        if settings.shortlist is not None and scores is None:
+            scores = NearestToken(public, NearestSettings()).scores
+
+        self._scores = scores
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return token ids (tokens,) for what the server observed, `hidden` (tokens, width)."""
@@ -73,11 +84,12 @@ class CausalSearch:
 
     def _candidates(self, observed: Tensor) -> list[Tensor]:
         """Return the candidates' ids (candidates,) of each position."""
-        if self._nearest is None:
-            return [torch.arange(self.public.vocabulary)] * len(observed)
+        vocabulary = self.public.vocabulary
+        if self.settings.shortlist is None or self._scores is None:
+            return [torch.arange(vocabulary)] * len(observed)
 
-        count = min(self.settings.shortlist or 1, self.public.vocabulary)
-        return list(self._nearest.distances(observed).topk(count, largest=False).indices)
+        count = min(self.settings.shortlist, vocabulary)
+        return list(self._scores(observed).topk(count).indices)
 
     def _distances(
         self, state: Tensor, candidates: Tensor, prefixes: Tensor, cache: Prefixes | None

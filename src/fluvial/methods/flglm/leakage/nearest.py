@@ -40,8 +40,8 @@ class NearestToken:
 
         self.states = torch.cat(rows)
 
-    def distances(self, hidden: Tensor) -> Tensor:
-        """Return squared distances (tokens, vocabulary) of `hidden` (tokens, width), fp64."""
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Return distances below 0 (tokens, vocabulary) of `hidden` (tokens, width), fp64."""
         observed = hidden.cpu().double()
         states = self.states
 
@@ -49,11 +49,11 @@ class NearestToken:
             observed = torch.nn.functional.normalize(observed, dim=-1)
             states = torch.nn.functional.normalize(states, dim=-1)
 
-        return torch.cdist(observed, states).square()
+        return -torch.cdist(observed, states)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return token ids (tokens,) for what the server observed, `hidden` (tokens, width)."""
-        return self.distances(hidden).argmin(-1)
+        return self.scores(hidden).argmax(-1)
 
 
 def settings_to_try(first_token: int | None) -> Sequence[NearestSettings]:

@@ -1,0 +1,141 @@
+"""Run attacks on held-out text, and say in one sentence how much the server could read.
+
+A token counts as read where an attack names it at its position. Tokens with which all texts begin,
+such as BOS, are known beforehand and do not count. ROUGE is that of the decoded text, mean over
+texts, beside token accuracy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean
+
+from torch import Tensor
+
+from fluvial.methods.flglm.leakage.rouge import rouge_l, rouge_n, words
+
+
+@dataclass(frozen=True)
+class Observation:
+    """All that the server saw of one text, and the text."""
+
+    ids: Tensor
+    """Token ids (tokens,), for the comparison only."""
+    hidden: Tensor
+    """The site's hidden states h_A as received, (tokens, width)."""
+    middle: Tensor | None = None
+    """The server's own hidden states h_B, (tokens, width); None where no gradient was sent."""
+    gradient: Tensor | None = None
+    """dL/dh_B as received, (tokens, width)."""
+
+
+Attack = Callable[[Observation], Tensor]
+"""Token ids (tokens,) read from an observation, -1 where nothing was read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Success of one attack, each figure from 0 to 1."""
+
+    attack: str
+    accuracy: float
+    """Tokens read, of all that count."""
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """Success of all attacks on the same texts."""
+
+    texts: int
+    tokens: int
+    """Tokens that count."""
+    readings: tuple[Reading, ...]
+
+    @property
+    def worst(self) -> Reading:
+        """Return the reading of the attack that named most tokens."""
+        return max(self.readings, key=lambda reading: reading.accuracy)
+
+    @property
+    def sentence(self) -> str:
+        """Return the verdict for a summary: the worst attack's figure."""
+        worst = self.worst
+        share = f"{100 * worst.accuracy:.0f} %"
+
+        if worst.accuracy < 1 and share == "100 %":
+            share = "more than 99 %"
+
+        return f"the server could read {share} of the tokens ({worst.attack})"
+
+    def to_values(self) -> dict[str, object]:
+        """Return plain values for result.json."""
+        return {
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "worst": self.worst.attack,
+            "accuracy": self.worst.accuracy,
+            "sentence": self.sentence,
+            "attacks": [asdict(reading) for reading in self.readings],
+        }
+
+
+def measure(
+    observations: Sequence[Observation],
+    attacks: Mapping[str, Attack],
+    decode: Callable[[list[int]], str] | None = None,
+) -> Leakage:
+    """Return the success of `attacks` on `observations`, at least one of each.
+
+    `decode` turns ids into text for ROUGE; without it, ROUGE is that of token ids.
+    """
+    known = common_beginning([observation.ids for observation in observations])
+    readings = []
+    tokens = sum(len(observation.ids) - known for observation in observations)
+
+    for name, attack in attacks.items():
+        right = 0
+        overlaps = []
+
+        for observation in observations:
+            read = attack(observation)[known:]
+            sent = observation.ids[known:]
+            right += int((read == sent).sum())
+            overlaps.append(_overlap(read, sent, decode))
+
+        rouge = [mean(values) for values in zip(*overlaps, strict=True)]
+        readings.append(Reading(name, right / tokens, *rouge))
+
+    return Leakage(len(observations), tokens, tuple(readings))
+
+
+def common_beginning(texts: Sequence[Tensor]) -> int:
+    """Return how many leading tokens all texts share; 0 for a single text.
+
+    One token of the shortest text always counts.
+    """
+    if len(texts) < 2:
+        return 0
+
+    length = min(map(len, texts))
+    for index in range(length - 1):
+        if len({int(ids[index]) for ids in texts}) > 1:
+            return index
+
+    return length - 1
+
+
+def _overlap(
+    read: Tensor, sent: Tensor, decode: Callable[[list[int]], str] | None
+) -> tuple[float, float, float]:
+    """Return ROUGE-1, ROUGE-2 and ROUGE-L of two texts of token ids."""
+    ours: list[int] = read[read >= 0].tolist()
+    theirs: list[int] = sent.tolist()
+
+    if decode is None:
+        return rouge_n(ours, theirs, 1), rouge_n(ours, theirs, 2), rouge_l(ours, theirs)
+
+    a = words(decode(ours))
+    b = words(decode(theirs))
+    return rouge_n(a, b, 1), rouge_n(a, b, 2), rouge_l(a, b)

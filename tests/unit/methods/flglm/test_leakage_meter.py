@@ -1,0 +1,93 @@
+"""The meter's figures by hand: ROUGE, token accuracy, the sentence."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluvial.methods.flglm.leakage.meter import (
+    Leakage,
+    Observation,
+    Reading,
+    common_beginning,
+    measure,
+)
+from fluvial.methods.flglm.leakage.rouge import rouge_l, rouge_n, words
+
+
+def test_rouge_by_hand() -> None:
+    """Read: the cat the cat sat; sent: the cat sat on the mat."""
+    read = words("The cat, the cat sat!")
+    sent = words("the cat sat on the mat")
+    assert read == ["the", "cat", "the", "cat", "sat"]
+
+    # the (2 of 2), cat (1 of 2), sat (1): 4 common of 5 and 6.
+    assert rouge_n(read, sent, 1) == pytest.approx(2 * 4 / 11)
+    # "the cat" once, "cat sat" once: 2 common of 4 and 5.
+    assert rouge_n(read, sent, 2) == pytest.approx(2 * 2 / 9)
+    # the cat sat: 3 of 5 and 6.
+    assert rouge_l(read, sent) == pytest.approx(2 * 3 / 11)
+
+
+@pytest.mark.parametrize("text", ["", "one", "one two three"])
+def test_rouge_of_equal_and_of_disjoint_texts(text: str) -> None:
+    read = words(text)
+    for n in (1, 2):
+        assert rouge_n(read, read, n) == (1.0 if len(read) >= n else 0.0)
+        assert rouge_n(read, ["four", "five"], n) == 0
+    assert rouge_l(read, read) == (1.0 if read else 0.0)
+
+
+def test_the_longest_common_subsequence_need_not_be_a_run() -> None:
+    assert rouge_l("abcbdab", "bdcaba") == pytest.approx(2 * 4 / 13)
+    assert rouge_l("xaxbxc", "abc") == pytest.approx(2 * 3 / 9)
+
+
+def observed(*ids: int) -> Observation:
+    return Observation(torch.tensor(ids), torch.tensor(ids, dtype=torch.float32)[:, None])
+
+
+def test_tokens_with_which_all_texts_begin_do_not_count() -> None:
+    texts = [torch.tensor([1, 5, 7]), torch.tensor([1, 5, 8, 9])]
+    assert common_beginning(texts) == 2
+    assert common_beginning(texts[:1]) == 0
+    assert common_beginning([texts[0], texts[0]]) == 2
+
+    def constant(observation: Observation) -> Tensor:
+        return torch.tensor([1, 5, 7, 7])[: len(observation.ids)]
+
+    leakage = measure([observed(1, 5, 7), observed(1, 5, 8, 9)], {"constant": constant})
+    assert (leakage.texts, leakage.tokens) == (2, 3)
+    (reading,) = leakage.readings
+    assert reading.accuracy == pytest.approx(1 / 3)
+    assert reading.rouge_1 == pytest.approx((1 + 0) / 2)
+
+
+def test_rouge_is_that_of_decoded_text_without_unread_tokens() -> None:
+    names = {5: "river ", 6: "sea "}
+
+    def attack(observation: Observation) -> Tensor:
+        return torch.where(observation.ids == 5, 5, -1)
+
+    leakage = measure(
+        [observed(5, 6, 6)], {"half": attack}, lambda ids: "".join(names[i] for i in ids)
+    )
+    assert leakage.readings[0].rouge_1 == pytest.approx(2 * 1 / 4)
+    assert leakage.readings[0].accuracy == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "share"),
+    [(1.0, "100 %"), (0.9996, "more than 99 %"), (0.972, "97 %"), (0.0, "0 %")],
+)
+def test_the_sentence_is_about_the_worst_attack(accuracy: float, share: str) -> None:
+    low = Reading("nearest token", 0.0, 0, 0, 0)
+    high = Reading("exact causal search", accuracy, 1, 1, 1)
+    leakage = Leakage(1, 10, (high, low))
+    assert leakage.sentence == (
+        f"the server could read {share} of the tokens (exact causal search)"
+    )
+    values = json.loads(json.dumps(leakage.to_values()))
+    assert values["accuracy"] == accuracy
+    assert values["attacks"][1]["attack"] == "nearest token"
