@@ -16,7 +16,7 @@ from pathlib import Path
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from table_parts import ROOT, claims, listing, read, table
+from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
 from fluvial.report.result_tables import RESULT_CAPTION, result_rows
@@ -112,6 +112,38 @@ def engine_line() -> str:
     return listing("engine_link.json", "link", columns, words)
 
 
+def channel() -> str:
+    """Return the table of the secure channel's speed."""
+    columns = {
+        "size": "message",
+        "pages": "pages of new memory",
+        "what": "contender",
+        "seal_mb_s": "seal, MB/s",
+        "open_mb_s": "open, MB/s",
+        "both_mb_s": "both, MB/s a core",
+        "share": "of a copy's speed",
+    }
+    given = read("channel.json")
+    cells = [
+        [cell(row.get(key)) for key in columns]
+        for row in given["rows"]
+        if "milliseconds" not in row
+    ]
+    times = [
+        [row["what"], cell(row["milliseconds"])] for row in given["rows"] if "milliseconds" in row
+    ]
+    machine = given["machine"]
+    loads = f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
+    tables = (
+        f"One of {machine['cores']} cores; the load of the machine was {loads}.",
+        table([list(columns.values()), *cells]),
+        table([["handshake", "ms"], *times]),
+        claims("channel.json"),
+    )
+
+    return "\n\n".join(tables)
+
+
 TABLES = {
     "README.md": {"results": quickstart},
     "docs/methods/cgfedllm.md": {"gate": gate, "loss": loss, "parts": parts},
@@ -123,7 +155,7 @@ TABLES = {
     },
     "docs/codecs.md": {"distortion": distortion, "target": target, "speed": speed},
     "docs/architecture.md": {"overhead": overhead},
-    "docs/deploy.md": {"rounds": engine_rounds, "line": engine_line},
+    "docs/deploy.md": {"rounds": engine_rounds, "line": engine_line, "channel": channel},
 }
 
 

@@ -56,6 +56,20 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_channel(tmp_path: Path) -> None:
+    """Every contender at every size and kind of memory; ratios to the cipher, not to the clock."""
+    content = _quick("channel", tmp_path / "channel.json")
+    rows = [row for row in content["rows"] if "both_mb_s" in row]
+    assert len(rows) == 2 * 3 * 3
+    assert {row["what"] for row in rows if row["both_mb_s"] > 0} == {
+        "channel",
+        "ChaCha20-Poly1305 alone",
+        "AES-256-GCM alone",
+    }
+    assert len(content["claims"]) == 2 * 3 * 2
+
+
+@pytest.mark.slow
 def test_cgfedllm(tmp_path: Path) -> None:
     """Gate and loss on the embedded text; identity is exact whatever the size."""
     content = _quick("cgfedllm", tmp_path / "cgfedllm.json")

@@ -8,12 +8,14 @@ import tracemalloc
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fluvial.errors import ChannelError
 from fluvial.wire.channel import Session
 from fluvial.wire.channel.session import TAG_BYTES
+from fluvial.wire.payload import Payload
 from tests.unit.wire.channel.pair import Deployment
 
 DEPLOYMENT = Deployment()
@@ -50,10 +52,13 @@ def test_a_buffer_of_wider_items_is_sealed_as_its_bytes() -> None:
 
 def test_equal_messages_have_different_frames_without_plaintext() -> None:
     site, _ = DEPLOYMENT.connect(frames_per_key=3)
-    message = b"a hidden state of the site"
-    frames = [site.seal(message) for _ in range(10)]
+    message = Payload({"hidden": torch.linspace(-1, 1, 64)}, {"step": 3}).to_bytes()
+    frames = [site.seal(message, header=b"a header") for _ in range(10)]
     assert len(set(frames)) == 10
-    assert not any(message[:8] in frame for frame in frames)
+
+    sent = b"|".join(frames)
+    secrets = {message[place : place + 8] for place in range(len(message) - 7)} | {b"a header"}
+    assert not any(secret in sent for secret in secrets)
 
 
 def flipped(frame: bytes, place: int) -> bytes:
