@@ -210,7 +210,7 @@ def main() -> None:
         rows = measured(pages, seconds)
         report.rows += rows
         show(f"Pages of {pages}", COLUMNS, rows)
-        speed = {(row["size"], row["what"]): row.get("both_mb_s") for row in rows}
+        speed = {(row["size"], row["what"]): row["both_mb_s"] for row in rows if "both_mb_s" in row}
         for size in SIZES:
             both = speed[size, CHANNEL]
             what = f"{size}, pages of {pages}"

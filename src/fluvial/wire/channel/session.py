@@ -119,6 +119,7 @@ class Session:
         Raises `ChannelError` for any other frame than the next one with this header. The session
         has then ended.
         """
+        self._check_process()
         with self._receive_lock:
             self._check_usable()
             size = memoryview(frame).nbytes
@@ -156,6 +157,7 @@ class Session:
             )
 
     def _seal(self, message: memoryview, header: bytes, *, last: bool = False) -> bytes:
+        self._check_process()
         with self._send_lock:
             self._check_usable()
             if self._closed:
@@ -178,11 +180,14 @@ class Session:
             raise ChannelError(f"the channel has ended: {self._ended}")
         return taken
 
+    def _check_process(self) -> None:
+        """Raise `ChannelError` in a fork, before a lock that the parent may have held then."""
+        if os.getpid() != self._process:
+            raise ChannelError("a channel cannot be used in a fork of its process; connect anew")
+
     def _check_usable(self) -> None:
         if self._ended:
             raise ChannelError(f"the channel has ended: {self._ended}")
-        if os.getpid() != self._process:
-            raise ChannelError("a channel cannot be used in a fork of its process; connect anew")
         if self._clock() >= self._expires_s:
             self._refuse("the session has expired; connect anew")
 
