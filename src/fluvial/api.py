@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from fluvial.caller import from_python
 from fluvial.codecs.base import Codec
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.methods.interface import Method
@@ -98,6 +99,7 @@ class Check:
         return f"<pre>{html.escape(str(self))}</pre>"
 
 
+@from_python()
 def load_config(
     config: Configuration,
     overrides: Sequence[str] = (),
@@ -135,6 +137,7 @@ def load_config(
     return parse(values, "the table", kind=kind)
 
 
+@from_python()
 def check(config: Configuration, overrides: Sequence[str] = (), **own: Any) -> Check:
     """Return the sizes of a run, predicted without training; raises `ConfigError`.
 
@@ -145,6 +148,7 @@ def check(config: Configuration, overrides: Sequence[str] = (), **own: Any) -> C
     return Check(plan(load_config(config, overrides, **own)))
 
 
+@from_python()
 def run(
     config: Configuration,
     out: str | Path | None = None,
@@ -190,6 +194,7 @@ def run(
     return load_result(folder)
 
 
+@from_python()
 def load_result(folder: str | Path) -> Result:
     """Return the result of the finished run in `folder`.
 

@@ -1,11 +1,22 @@
 """Mistakes of a caller from Python: each error names the argument, the key or the path."""
 
+import ast
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fluvial
+from examples.own_method import MOMENTUM
+from fluvial import caller
+from fluvial.errors import CheckpointError, RefusalError
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import override, parse
+from fluvial.runs.run import execute
+from fluvial.storage.run_files import CONFIG, METRICS, RESULT
+from tests.support import ROOT
 
 
 def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
@@ -46,3 +57,117 @@ def test_a_table_may_hold_paths(run_config: dict[str, Any]) -> None:
     assert fluvial.load_config(run_config | {"model": model, "data": data}) == fluvial.load_config(
         run_config
     )
+
+
+OPTION = re.compile(r"--(set|out|resume|fleet)\b")
+"""An option of the command that is an argument of a call from Python."""
+
+
+@pytest.fixture
+def finished(one_site: dict[str, Any], tmp_path: Path) -> Path:
+    """The folder of a run over one site."""
+    fluvial.run(one_site | {"rounds": 1}, tmp_path / "run", progress=False)
+    return tmp_path / "run"
+
+
+def test_errors_about_a_folder_name_the_arguments_of_the_call(
+    finished: Path, one_site: dict[str, Any], tmp_path: Path
+) -> None:
+    one_round = one_site | {"rounds": 1}
+
+    def text_of(config: dict[str, Any], folder: Path, **arguments: Any) -> str:
+        with pytest.raises(CheckpointError) as raised:
+            fluvial.run(config, folder, progress=False, **arguments)
+        return str(raised.value)
+
+    texts = {
+        "use resume=True to go on with it, out= for another": text_of(one_round, finished),
+        "start it without resume=True": text_of(one_round, tmp_path / "no", resume=True),
+        "another folder with out=": text_of(one_site, finished, resume=True),
+    }
+    with RunFolder(finished):
+        texts["wait for it, or start again in another folder with out="] = text_of(
+            one_round, finished, resume=True
+        )
+
+    for name in (RESULT, CONFIG):
+        (finished / name).write_text("[]")
+        texts[f"{name} is damaged: it holds no JSON object; restore"] = text_of(
+            one_round, finished, resume=True
+        )
+        (finished / name).unlink()
+        (finished / METRICS).touch()
+
+    texts["restore it from a copy, or start again in another folder with out="] = text_of(
+        one_round, finished, resume=True
+    )
+    for expected, text in texts.items():
+        assert expected in text
+        assert not OPTION.search(text)
+
+
+@pytest.mark.parametrize("line", ["rounds", "seed = abc", "rounds = 0"])
+def test_errors_about_an_override_name_the_argument(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("rounds = 1")
+
+    with pytest.raises(fluvial.ConfigError, match="overrides") as raised:
+        fluvial.load_config(file, [line])
+
+    assert not OPTION.search(str(raised.value))
+
+
+def test_the_same_errors_name_the_options_of_the_command(
+    finished: Path, one_site: dict[str, Any]
+) -> None:
+    with pytest.raises(CheckpointError, match="use --resume to go on with it, --out for another"):
+        list(execute(parse(one_site | {"rounds": 1}, "test"), finished))
+    with pytest.raises(fluvial.ConfigError, match="--set 'seed = abc': .* --set 'seed=\"abc\"'"):
+        override("seed = abc")
+
+
+def test_an_error_of_a_thread_of_a_site_names_the_argument(
+    one_site: dict[str, Any], tmp_path: Path
+) -> None:
+    def train(site: fluvial.Site, message: fluvial.Payload) -> fluvial.Payload:
+        raise RefusalError(f"seen with {caller.resume()}")
+
+    method = replace(MOMENTUM, tasks={**MOMENTUM.tasks, "train": train})
+    table = one_site | {"method": {"name": "momentum"}}
+    with pytest.raises(fluvial.FluvialError, match="seen with resume=True"):
+        fluvial.run(table, tmp_path / "run", methods=[method], progress=False)
+
+
+COMMANDS_ONLY = {
+    "caller.py": "has the options",
+    "runs/evaluation.py": "`fluvial evaluate`, which is no function of Python",
+    "training/assess.py": "`fluvial evaluate`",
+    "data/sources.py": "the option --data of `fluvial evaluate`",
+    "report/show.py": "`fluvial show`",
+    "federation/in_process.py": "submit --resume, a command",
+    "flower/transport.py": "submit --resume, a command",
+    "flower/server_operator.py": "`fluvial submit`",
+}
+"""Modules outside the commands that may name an option, and why."""
+
+
+def test_messages_leave_the_names_of_arguments_to_one_module() -> None:
+    package = ROOT / "src" / "fluvial"
+    named = set()
+
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docstrings = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        constants = [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and id(node) not in docstrings
+        ]
+        if any(isinstance(value, str) and OPTION.search(value) for value in constants):
+            named.add(path.relative_to(package).as_posix())
+
+    assert {path for path in named if not path.startswith("cli/")} <= COMMANDS_ONLY.keys()

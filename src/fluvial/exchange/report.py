@@ -10,6 +10,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluvial import caller
+
 MARGIN = 0.05
 """Share of the best predictor's squared error by which a codec must be better (ours)."""
 SHUFFLE_MARGIN = 0.01
@@ -135,7 +137,7 @@ def explain(report: GateReport, codec: str) -> str:
         + "; ".join(report.failed)
         + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where "
         f"sending nothing gives 1.) Choose {other}, method.name='fedavg' with a codec that needs "
-        "no fit such as 'int4', or set method.gate='report' to go on anyway; --resume with the "
-        "changed setting keeps the baselines that are done. Few or very similar records can make a "
-        "simple predictor hard to beat."
+        f"no fit such as 'int4', or set method.gate='report' to go on anyway; {caller.resume()} "
+        "with the changed setting keeps the baselines that are done. Few or very similar records can "
+        "make a simple predictor hard to beat."
     )

@@ -6,6 +6,7 @@ thread waits.
 """
 
 import atexit
+import contextvars
 import ctypes
 import logging
 import os
@@ -20,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 
+from fluvial import caller
 from fluvial.errors import ConfigError
 from fluvial.federation.boundary import outward
 from fluvial.federation.config import FleetConfig
@@ -154,8 +156,8 @@ class InProcess:
         visit = self._visits[request.number]
         visit.busy = True
         thread = threading.Thread(
-            target=self._work,
-            args=(visit, request),
+            target=contextvars.copy_context().run,  # errors name arguments as `caller` has them
+            args=(self._work, visit, request),
             daemon=True,
             name=f"{request.task}:{request.site}",
         )
@@ -194,7 +196,8 @@ class InProcess:
         if state:
             raise ConfigError(
                 "this run was begun over Flower, and its sites keep there what they need to go on; "
-                "resume it as it was begun: by submit --resume, or a simulation with --fleet flower"
+                "resume it as it was begun: by submit --resume, or a simulation with "
+                f"{caller.argument('fleet', 'flower')}"
             )
 
     def _work(self, visit: _Visit, request: Request) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fluvial.errors import CheckpointError
 from fluvial.seeds import derive
 from fluvial.storage.files import digest_of, digest_of_file, make_folder, write_atomically
+from fluvial.storage.run_files import anew
 from fluvial.wire.payload import OWN_FILES, Payload
 
 Digests = dict[str, dict[str, str]]
@@ -161,11 +162,10 @@ class StateStore:
                     self.folder / site / f"{name}-{wanted.get(name, there.get(name))}.safetensors"
                 )
                 if name not in there:
-                    raise CheckpointError(f"{where} is missing; {_REMEDY}")
+                    raise CheckpointError(f"{where} is missing; {anew()}")
                 if there[name] != wanted.get(name):
                     raise CheckpointError(
-                        f"{where}: another file is in its place, of another round or site; "
-                        f"{_REMEDY}"
+                        f"{where}: another file is in its place, of another round or site; {anew()}"
                     )
 
                 _check(where, digest_of_file(where))
@@ -202,7 +202,6 @@ class StateStore:
 _LONGEST = 100
 """Characters of a site's name in the name of its folder."""
 _NAME = re.compile(rf"(.+)-(\d{{6,}})-([0-9a-f]{{{_DIGITS}}})")
-_REMEDY = "restore it from a copy, or start again in another folder with --out"
 
 
 def _parsed(path: Path) -> tuple[str, int, str] | None:
@@ -214,5 +213,5 @@ def _parsed(path: Path) -> tuple[str, int, str] | None:
 def _check(path: Path, digest: str) -> None:
     if not path.stem.endswith(f"-{digest[:_DIGITS]}"):
         raise CheckpointError(
-            f"{path} is damaged: its bytes are not those that were written; {_REMEDY}"
+            f"{path} is damaged: its bytes are not those that were written; {anew()}"
         )

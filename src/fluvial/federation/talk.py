@@ -29,7 +29,7 @@ def only_answer(answer: Payload | Talk) -> Payload:
     if isinstance(answer, Generator):
         raise RefusalError(
             "this task converses with the server during its work, which a site over Flower "
-            "does not do yet; run it in one process, with --fleet process"
+            "does not do yet; run it in one process"
         )
 
     return checked_answer(answer)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from fluvial import caller
 from fluvial.data import POOLED
 from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
@@ -34,7 +35,8 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         from flwr.simulation import run_simulation
     except ImportError as error:
         raise ConfigError(
-            f"--fleet flower: {error.name} is not installed; run pip install 'fluvial[flower]'"
+            f"{caller.argument('fleet', 'flower')}: {error.name} is not installed; run "
+            "pip install 'fluvial[flower]'"
         ) from error
 
     for name in ("flwr", "ray"):

@@ -15,6 +15,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fluvial import caller
 from fluvial.errors import ClientError, ConfigError
 from fluvial.federation.failures import reason_of, unreadable
 from fluvial.federation.fleet import Fleet
@@ -337,11 +338,12 @@ class FlowerTransport:
         if round >= 0 and "run" not in state:
             raise ConfigError(
                 "this run was begun in one process, and its sites keep in its folder what they "
-                "need to go on; resume it with --fleet process"
+                f"need to go on; resume it with {caller.argument('fleet', 'process')}"
             )
 
         if round >= 0 and state.get("simulated") != self._simulated:
-            how = "--fleet flower" if state.get("simulated") else "submit --resume"
+            simulation = caller.argument("fleet", "flower")
+            how = simulation if state.get("simulated") else "submit --resume"
             raise ConfigError(
                 "this run was begun with other sites, which keep what they need to go on; resume "
                 f"it by {how}"

@@ -24,6 +24,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
+from fluvial import caller
 from fluvial.errors import CheckpointError, WireError
 from fluvial.federation.releases import check_stand, stand_of
 from fluvial.federation.store import StateStore
@@ -36,7 +37,6 @@ from fluvial.storage.files import (
     write_atomically,
 )
 from fluvial.storage.run_files import (
-    ANEW,
     CHECKPOINTS,
     CONFIG,
     DIGESTS,
@@ -44,6 +44,7 @@ from fluvial.storage.run_files import (
     METRICS,
     RESULT,
     SITES,
+    anew,
     read_file,
     read_metrics,
 )
@@ -84,12 +85,11 @@ class RunFolder:
             if self._lock:
                 self._lock.close()
             raise CheckpointError(
-                f"{self.path} is in use by another run; wait for it, or choose "
-                "another folder with --out"
+                f"{self.path} is in use by another run; wait for it, or {caller.another_folder()}"
             ) from None
         except OSError as error:
             raise CheckpointError(
-                f"cannot write into {self.path}: {error.strerror}; choose another --out"
+                f"cannot write into {self.path}: {error.strerror}; {caller.another_folder()}"
             ) from error
 
         return self
@@ -131,19 +131,19 @@ class RunFolder:
         written."""
         listed = self.read_json(DIGESTS)
         if listed is None:
-            raise CheckpointError(f"{self.path / DIGESTS} is missing; {ANEW}")
+            raise CheckpointError(f"{self.path / DIGESTS} is missing; {anew()}")
         if not {RESULT, METRICS} <= listed.keys():
             raise CheckpointError(
-                f"{self.path / DIGESTS} is damaged: it names too few files; {ANEW}"
+                f"{self.path / DIGESTS} is damaged: it names too few files; {anew()}"
             )
 
         for name, digest in listed.items():
             path = self.path / name
             if not path.exists():
-                raise CheckpointError(f"{path} is missing; {ANEW}")
+                raise CheckpointError(f"{path} is missing; {anew()}")
             if digest_of_file(path) != digest:
                 raise CheckpointError(
-                    f"{path} is damaged: its bytes are not those that were written; {ANEW}"
+                    f"{path} is damaged: its bytes are not those that were written; {anew()}"
                 )
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -158,7 +158,7 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path / METRICS}: {error.strerror}; "
-                "free some space and use --resume"
+                f"free some space and use {caller.resume()}"
             ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -200,7 +200,7 @@ class RunFolder:
         if not sidecar.exists():
             raise CheckpointError(
                 f"{path} has no {sidecar.name} beside it: it was written by another version of "
-                "Fluvial, or the file is lost. Start again in another folder with --out"
+                f"Fluvial, or the file is lost; {caller.another_folder()}"
             )
 
         data = path.read_bytes()
@@ -221,7 +221,7 @@ class RunFolder:
         if kept["lines"] != self._lines(round):
             raise CheckpointError(
                 f"{self.path / METRICS} is damaged: its lines up to round {round} are not "
-                f"those that were written; {ANEW}"
+                f"those that were written; {anew()}"
             )
 
         self.store.verify(kept["sites"], round)
@@ -262,7 +262,7 @@ class RunFolder:
             made.replace(final)
         except OSError as error:
             raise CheckpointError(
-                f"cannot replace {final}: {error.strerror}; remove it and use --resume"
+                f"cannot replace {final}: {error.strerror}; remove it and use {caller.resume()}"
             ) from error
 
     def _checkpoint(self, round: int) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
+from fluvial import caller
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import DataConfig, inlined_template
@@ -239,7 +240,7 @@ def load(
         change = override(line)
         table = merge(table, change if as_written else paths.here(change))
 
-    where = f"{path} with --set" if overrides else str(path)
+    where = f"{path} with {caller.overrides()}" if overrides else str(path)
     return with_chat_template(parse(table, where, kind=kind))
 
 
@@ -283,11 +284,13 @@ def override(line: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         key, _, value = line.partition("=")
         hint = (
-            f"; text needs quotes: --set '{key.strip()}=\"{value.strip()}\"'"
+            "; text needs quotes: " + caller.setting(f'{key.strip()}="{value.strip()}"')
             if value
             else "; write key=value"
         )
-        raise ConfigError(f"--set {line!r}: not a line of TOML ({error}){hint}") from None
+        raise ConfigError(
+            f"{caller.overrides()} {line!r}: not a line of TOML ({error}){hint}"
+        ) from None
 
 
 def merge(table: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

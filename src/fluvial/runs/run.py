@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluvial import __version__
+from fluvial import __version__, caller
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import CheckpointError, ConfigError, GateError, wrong_return
 from fluvial.exchange.versions import INSTALL
@@ -27,7 +27,7 @@ from fluvial.runs.config import RunConfig, difference
 from fluvial.runs.opening import check_settings, site_of, tasks_of, texts_of
 from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
-from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, read_result
+from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, anew, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -107,22 +107,20 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     if not folder.started:
         if resume:
             raise CheckpointError(
-                f"{folder.path} holds no run to resume; start it without --resume"
+                f"{folder.path} holds no run to resume; start it without {caller.resume()}"
             )
         return
 
     if not resume:
         raise CheckpointError(
-            f"{folder.path} already holds a run; use --resume to go on with it, "
-            "--out for another folder, or remove it"
+            f"{folder.path} already holds a run; use {caller.resume()} to go on with it, "
+            f"{caller.argument('out')} for another folder, or remove it"
         )
 
     stored = folder.read_json(CONFIG)
     if stored is None:
         raise CheckpointError(
-            f"{folder.path / CONFIG} is missing, and the folder holds a "
-            "run; restore it from a copy, or start "
-            "again in another folder with --out"
+            f"{folder.path / CONFIG} is missing, and the folder holds a run; {anew()}"
         )
 
     for key in ("fluvial", DESCRIPTION):
@@ -137,7 +135,7 @@ def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         raise CheckpointError(
             f"{folder.path} was started with another configuration (differs in "
             f"{', '.join(other[:5])}); "
-            "resume with the same one, or choose another --out"
+            f"resume with the same one, or {caller.another_folder()}"
         )
 
 

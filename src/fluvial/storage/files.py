@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fluvial import caller
 from fluvial.errors import CheckpointError, ConfigError
 
 DRAFTS = (".*.partial", ".*.draft")
@@ -48,7 +49,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             partial.unlink()
         raise CheckpointError(
             f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is "
-            "untouched; free some space and use --resume"
+            f"untouched; free some space and use {caller.resume()}"
         ) from error
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluvial import caller
 from fluvial.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -28,11 +29,13 @@ DESCRIPTION = "run"
 """Key of the configuration's file that holds the description of the run."""
 DESCRIBED = ("label", "pooled", "baseline", "sends_updates")
 """Keys of a description, which are those of the result as well."""
-ANEW = "restore it from a copy, or start again in another folder with --out"
-"""Remedy for a damaged file of a run."""
-
 JsonObject = dict[str, Any]
 """JSON object in a file of a run, whose keys and types are not checked yet."""
+
+
+def anew() -> str:
+    """Return the remedy for a damaged file of a run."""
+    return f"restore it from a copy, or {caller.another_folder()}"
 
 
 def read_file(path: Path) -> JsonObject | None:
@@ -45,10 +48,10 @@ def read_file(path: Path) -> JsonObject | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; {ANEW}") from error
+        raise CheckpointError(f"{path} is damaged: {error}; {anew()}") from error
 
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object; {ANEW}")
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object; {anew()}")
 
     return content
 
@@ -67,8 +70,7 @@ def read_result(folder: Path) -> JsonObject | None:
     if missing and "fluvial" in result:
         raise CheckpointError(
             f"{folder / RESULT} was written by an older version of Fluvial, whose results have no "
-            f"{missing[0]!r}; read it with that version, or start again in another folder with "
-            "--out"
+            f"{missing[0]!r}; read it with that version, or {caller.another_folder()}"
         )
 
     return result
@@ -84,7 +86,7 @@ def read_metrics(folder: Path) -> list[JsonObject]:
     try:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {ANEW}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {anew()}") from error
 
     records: list[JsonObject] = []
     for line in lines:
@@ -116,8 +118,8 @@ def read_run(folder: Path) -> JsonObject:
 
     if config is None and not run["metrics"] and run["result"] is None:
         raise CheckpointError(
-            f"{folder} holds no run: it has no {CONFIG}; give the folder that `fluvial run` "
-            "wrote, by default runs/NAME"
+            f"{folder} holds no run: it has no {CONFIG}; give the folder of a run, "
+            "by default runs/NAME"
         )
 
     config = config or {}
