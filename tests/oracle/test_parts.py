@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
+from fluvial.models import base
 from fluvial.models.outline import Outline
 from fluvial.models.parts import PartPool
 from fluvial.models.pool import ModelPool
@@ -24,7 +25,7 @@ from fluvial.models.tuning import (
     tuned_parameters,
     whole_layers,
 )
-from fluvial.models.weight_sources import FolderSource
+from fluvial.models.weight_sources import FolderSource, tensor_files
 from fluvial.training.train import summed_loss
 from fluvial.wire.tensors import Layout, Named
 from tests.oracle.test_split import LAYERS, batch, config_of, gradients, split_logits
@@ -234,9 +235,34 @@ def test_a_pool_reads_its_own_weights_only_and_takes_memory_for_no_others(
             assert own_bytes <= held <= own_bytes + 4 * len(absent)
 
 
-def test_the_cut_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    base = Outline(config_of("llama", tmp_path), None).base
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_pool_converts_its_own_experts_and_reads_no_others(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(kind, tmp_path)
+    stored = tensor_files(Path(config.name_or_path))
+    assert any(".experts.0." in name for name in stored), "experts are stored one by one"
+    inside = FolderSource.get
+    read: set[str] = set()
 
-    assert Cut.of(base) == Cut(LAYERS, 1, 1)
+    def watch(source: FolderSource, name: str) -> Tensor:
+        read.add(name)
+        return inside(source, name)
+
+    monkeypatch.setattr(FolderSource, "get", watch)
+    monkeypatch.setattr(base, "load_base", lambda _: pytest.fail("the whole model was loaded"))
+
+    for pool in pools_of(config, None):
+        read.clear()
+        pool.load()
+        in_middle = {name.startswith(("model.layers.2.", "model.layers.3.")) for name in read}
+        assert in_middle == {pool.server}
+        assert any(".experts.0." in name for name in read)
+
+
+def test_the_cut_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = Outline(config_of("llama", tmp_path), None).base
+
+    assert Cut.of(model) == Cut(LAYERS, 1, 1)
     with pytest.raises(ConfigError, match=r"method.front=3 and method.back=2: the model has 5"):
-        Cut.of(base, 3, 2)
+        Cut.of(model, 3, 2)

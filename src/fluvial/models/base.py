@@ -15,6 +15,7 @@ from fluvial.models.loading import (
     absent,
     fill,
     load_base,
+    load_held,
     resolve_device,
     skeleton,
     weights_folder,
@@ -29,8 +30,11 @@ class Base:
     """The base's weights in one precision; each way to hold them is loaded when it is first
     used."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, holds: Callable[[str], bool] | None = None) -> None:
+        """Load nothing; weights that `holds` does not take by name are never read, and take no
+        memory (see `absent`)."""
         self.config = config
+        self._holds = holds
         self._lock = threading.RLock()
         self._shared: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
 
@@ -80,7 +84,11 @@ class Base:
     def _source(self) -> Source:
         in_memory = self.config.model_copy(update={"device": "cpu"})
         folder = weights_folder(self.config)
-        return open_weights(folder, self.skeleton, partial(load_base, in_memory))
+        if self._holds is None:
+            return open_weights(folder, self.skeleton, partial(load_base, in_memory))
+
+        load = partial(load_held, in_memory, self._holds)
+        return open_weights(folder, self.skeleton, load, self._holds)
 
     def blank(self) -> nn.Module:
         """Return a copy of the skeleton whose persistent buffers are the base's."""
@@ -90,22 +98,20 @@ class Base:
     @cached_property
     def _blank(self) -> nn.Module:
         for name, buffer in persistent_buffers(self.skeleton).items():
-            buffer.copy_(self.source.get(name))
+            if name in self.source.names:
+                buffer.copy_(self.source.get(name))
         return self.skeleton
 
-    def make(
-        self, state: Named, *, own: bool, holds: Callable[[str], bool] | None = None
-    ) -> nn.Module:
+    def make(self, state: Named, *, own: bool) -> nn.Module:
         """Return a model with the base's weights plus the changes in `state`.
 
         Beside it, at most one weight is in memory. Weights without a change are its `own`, or
-        shared by all models that are made so and live at a time. Weights for which `holds` is false
-        are not read, and take no memory (see `absent`).
+        shared by all models that are made so and live at a time.
         """
         state = changed(state)
 
         def weight(name: str, parameter: nn.Parameter) -> Tensor:
-            if holds is not None and not holds(name):
+            if self._holds is not None and not self._holds(name):
                 return absent(parameter, self.device)
 
             change = state.get(name)

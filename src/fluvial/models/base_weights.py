@@ -7,7 +7,7 @@ transformers would load.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fluvial.errors import ConfigError
 from fluvial.interrupt import temporary_folder
 from fluvial.models.hf import PreTrainedModel
+from fluvial.models.stored import stored_tensors
 from fluvial.models.weight_sources import FolderSource, Source, tensor_files
 
 
@@ -36,23 +37,46 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in state}
 
 
-def open_weights(folder: Path, model: nn.Module, load: Callable[[], nn.Module]) -> Source:
+def open_weights(
+    folder: Path,
+    model: nn.Module,
+    load: Callable[[], nn.Module],
+    holds: Callable[[str], bool] = lambda _: True,
+) -> Source:
     """Return a source of the parameters and persistent buffers of `model`, equal to
     `from_pretrained`.
 
     `model` may be on the meta device; names, shapes and types are its own. Where every tensor is
     stored as one of the same shape, under whatever name, it is read from `folder` when it is used.
-    Else `load` makes the whole model once, and its weights lie in a temporary folder from then on.
-    Raises `ConfigError` where the folder cannot be read or stores two values of a tensor that the
-    model has once.
+    Else `load` makes the model once, and its weights lie in a temporary folder from then on. The
+    source has those tensors alone that `holds` takes by name, and others are not read. Raises
+    `ConfigError` where the folder cannot be read or stores two values of a tensor that the model
+    has once.
     """
-    tensors = wanted(model)
+    tensors = {name: tensor for name, tensor in wanted(model).items() if holds(name)}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    places = _places(folder, model, tensors)
+    places = _places(folder, model, tensors, holds)
 
     return (
         FolderSource(folder, places, dtypes) if places is not None else _Converted(load(), dtypes)
     )
+
+
+def held_tensors(
+    folder: Path, model: PreTrainedModel, holds: Callable[[str], bool]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the stored tensors by their stored names, and a device for each of the model's.
+
+    Those of weights that `holds` takes are mapped, for the CPU; others are on the meta device. It
+    is for transformers to convert. Raises `ConfigError` where the folder has no safetensors.
+    """
+    headers = stored_tensors(folder)
+    targets = _targets(model, tensor_files(folder))
+    held = [key for key in headers if holds(targets[key][0])]
+    source = FolderSource(folder, held, {key: headers[key].dtype for key in held})
+    stored = headers | {key: source.get(key) for key in held}
+    devices = {name: "cpu" if holds(name) else "meta" for name in model.state_dict()}
+    return stored, devices
 
 
 def keep_types(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -103,13 +127,17 @@ class _Converted(FolderSource):
 
     def __init__(self, model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
         path = temporary_folder(self)
-        tensors = {name: tensor.detach().contiguous() for name, tensor in wanted(model).items()}
+        weights = wanted(model)
+        tensors = {name: weights[name].detach().contiguous() for name in dtypes}
         save_file(tensors, path / "model.safetensors")
         super().__init__(path, list(dtypes), dtypes)
 
 
 def _places(
-    folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor]
+    folder: Path,
+    model: PreTrainedModel,
+    tensors: dict[str, Tensor],
+    holds: Callable[[str], bool],
 ) -> dict[str, str] | None:
     """Return the stored name of each of `tensors`, or None where some are not stored as they are in
     the model."""
@@ -120,7 +148,7 @@ def _places(
             raise
         return None  # of another format, which `load` reads or refuses
 
-    renamed = _renamed(model, stored)
+    renamed = _renamed(model, stored, holds)
     if renamed is None:
         return None
 
@@ -141,9 +169,28 @@ def _places(
     return places if same else None
 
 
-def _renamed(model: PreTrainedModel, stored: dict[str, Path]) -> dict[str, str] | None:
+def _renamed(
+    model: PreTrainedModel, stored: dict[str, Path], holds: Callable[[str], bool]
+) -> dict[str, str] | None:
     """Return the stored name by the model's name, or None if some tensor is converted and not only
     renamed."""
+    state = model.state_dict()
+    names: dict[str, str] = {}
+
+    for key, (name, converted) in _targets(model, stored).items():
+        if not holds(name):
+            continue
+        if name in state and (converted or name in names):
+            return None
+        names[name] = key
+
+    return names
+
+
+def _targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Return the model's name of each stored tensor, and true where transformers converts it."""
+    state = model.state_dict()
+    prefix = model.base_model_prefix
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -155,26 +202,20 @@ def _renamed(model: PreTrainedModel, stored: dict[str, Path]) -> dict[str, str] 
     except (
         ImportError
     ):  # transformers 4 adds or takes the base model's prefix and does nothing else
-        prefix = f"{model.base_model_prefix}."
-        state = model.state_dict()
-        return {name if name in state else prefix + name: name for name in stored}
+        return {name: (name if name in state else f"{prefix}.{name}", False) for name in stored}
 
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    prefix = model.base_model_prefix
-    names = {}
+    targets = {}
 
     for key in sorted(stored, key=dot_natural_key):
         name, converted = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, converted = rename_source_key(key, [], [], prefix, state)
-        if name in state and (converted is not None or name in names):
-            return None
-        names[name] = key
+        targets[key] = (name, converted is not None)
 
-    return names
+    return targets
 
 
 def _check_equal(folder: Path, names: list[str]) -> None:

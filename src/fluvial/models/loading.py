@@ -3,6 +3,7 @@
 transformers is imported where a model is loaded, so that other commands answer at once.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.models.base_weights import compute_buffers, keep_types
+from fluvial.models.base_weights import compute_buffers, held_tensors, keep_types
 from fluvial.models.hf import PreTrainedModel
 from fluvial.models.pretrained import (
     ModelConfig,
@@ -74,6 +75,31 @@ def load_base(config: ModelConfig) -> nn.Module:
     base: nn.Module = model.requires_grad_(False).eval()
 
     return base.to(resolve_device(config.device))
+
+
+def load_held(config: ModelConfig, holds: Callable[[str], bool]) -> nn.Module:
+    """Return the base model on the CPU with the weights that `holds` takes by name; other weights
+    are not read, and are on the meta device.
+
+    Raises `ConfigError` where the folder has no safetensors, or a weight is not finite.
+    """
+    base = meta_base(config)
+    check_weights(config, base)
+    stored, devices = held_tensors(weights_folder(config), base, holds)
+
+    # accelerate says that names of single weights are no modules.
+    with quiet(), warnings.catch_warnings(action="ignore"):
+        model: nn.Module = type(base).from_pretrained(  # type: ignore[attr-defined]
+            None,
+            config=read_config(config),
+            state_dict=stored,
+            device_map=devices,
+            dtype=dtype_of(config),
+        )
+
+    held = {name: parameter for name, parameter in model.named_parameters() if holds(name)}
+    check_finite(held, config.name_or_path)
+    return model
 
 
 def meta_base(config: ModelConfig) -> nn.Module:

@@ -88,7 +88,7 @@ class PartPool:
         if self.lora is None:
             with self._lock:
                 base = self._base
-            yield self._wrap(base.make(state, own=trainable, holds=self._holds))
+            yield self._wrap(base.make(state, own=trainable))
             return
 
         with self._lock:
@@ -110,13 +110,13 @@ class PartPool:
     @cached_property
     def _base(self) -> Base:
         check_weights(self.config, self.outline.base)
-        return Base(self.config)
+        return Base(self.config, self._holds)
 
     @cached_property
     def _template(self) -> nn.Module:
         """The part's weights and its adapter, to copy; the layers have no gates."""
         assert self.lora is not None, "where all weights are tuned, there is no adapter"
-        base = self._base.make({}, own=True, holds=self._holds)
+        base = self._base.make({}, own=True)
         adapted = adapt(base, self.lora)
 
         for name, parameter in tuned_parameters(adapted).items():
