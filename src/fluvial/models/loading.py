@@ -97,7 +97,7 @@ def load_held(config: ModelConfig, holds: Callable[[str], bool]) -> nn.Module:
             dtype=dtype_of(config),
         )
 
-    held = {name: parameter for name, parameter in model.named_parameters() if holds(name)}
+    held = {name: p.detach() for name, p in model.named_parameters() if holds(name)}
     check_finite(held, config.name_or_path)
     return model
 
