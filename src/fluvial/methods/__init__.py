@@ -8,12 +8,13 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, flasc, local
+from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, flasc, flglm, local
 from fluvial.methods.cgfedllm import CgFedLlmConfig
 from fluvial.methods.ecolora.config import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
 from fluvial.methods.flasc import FlascConfig
+from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
 from fluvial.methods.local import LocalConfig
 
@@ -34,6 +35,7 @@ METHODS: dict[str, Method] = {
     "fedcybgd": fedcybgd.METHOD,
     "flasc": flasc.METHOD,
     "ecolora": ecolora.METHOD,
+    "flglm": flglm.METHOD,
     "local": local.METHOD,
     "central": fedavg.CENTRAL,
     "central_cyclic": fedcybgd.CENTRAL_CYCLIC,
@@ -50,6 +52,7 @@ MethodConfig = Annotated[
     | FedCyBgdConfig
     | FlascConfig
     | EcoLoraConfig
+    | FlGlmConfig
     | LocalConfig
     | CentralConfig
     | CentralCyclicConfig,

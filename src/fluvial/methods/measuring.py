@@ -1,6 +1,6 @@
 """Measures of a model on held-out text of the sites, and on public text at the server."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from fluvial.data.config import STDLIB, DataConfig
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.meter import MEASURING
 from fluvial.federation.replies import measured
+from fluvial.federation.turns import Reply
 from fluvial.models.pool import ModelPool
 from fluvial.settings import Settings
 from fluvial.training.evaluate import Heldout, on_public_text
@@ -88,10 +89,15 @@ def ask_heldout(fleet: Fleet, message: Payload, *, round: int) -> Measures:
     """
     read = partial(measured, answers=message.value("generate", int) > 0)
     messages = dict.fromkeys(fleet.sites, message)
+    return measures_of(fleet.ask(MEASURING, messages, round=round, read=read))
+
+
+def measures_of(replies: Iterable[Reply[tuple[Heldout, int, int]]]) -> Measures:
+    """Return the measures of replies that `replies.measured` has read."""
     sums = []
     rows: dict[str, SiteMeasures] = {}
 
-    for reply in fleet.ask(MEASURING, messages, round=round, read=read):
+    for reply in replies:
         heldout, right, questions = reply.content
         sums.append(heldout)
         row = {"loss": heldout.loss, "accuracy": heldout.accuracy}

@@ -24,7 +24,9 @@ from fluvial.models.generation import continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import weights_folder
 from fluvial.models.outline import Outline
+from fluvial.models.parts import PartPool
 from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
+from fluvial.models.split import Cut
 from fluvial.models.states import base_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import (
@@ -75,6 +77,7 @@ class ModelPool:
         self._lock = threading.RLock()
         self._bases: dict[Precision, Base] = {}
         self._templates: OrderedDict[tuple[object, ...], _Template] = OrderedDict()
+        self._parts: dict[tuple[Cut, bool], PartPool] = {}
 
     @property
     def layout(self) -> Layout:
@@ -108,6 +111,14 @@ class ModelPool:
         """Return a skeleton of the base, for a site that receives its weights (see `fill`)."""
         base = self._base()
         return base.blank() if self.full else copy.deepcopy(base.skeleton)
+
+    def parts(self, cut: Cut, *, server: bool) -> PartPool:
+        """Return the pool of the server's parts, or of a site's, of the model under `cut`."""
+        assert not isinstance(self.lora, SavedLora), "a saved adapter is measured, and not trained"
+        with self._lock:
+            if (cut, server) not in self._parts:
+                self._parts[cut, server] = PartPool(self.config, self.lora, cut, server=server)
+            return self._parts[cut, server]
 
     def load(self) -> None:
         """Load tokenizer and base now; raises `ConfigError` where one of them cannot be used."""

@@ -158,6 +158,22 @@ class Part:
         """Return an empty cache, for one span of this part; raises `ConfigError` where the model
         has none."""
         return SpanCache(self.model, self.cut.layers)
+    @property
+    def device(self) -> torch.device:
+        """The device of the part's own weights."""
+        return next(iter(self.own_weights().values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The float type of hidden states between the parts: that of the base."""
+        kind: torch.dtype = self.model.dtype  # type: ignore[assignment]
+        return kind
+
+    @property
+    def width(self) -> int:
+        """The width of hidden states between the parts."""
+        width: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        return width
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model, or a LoRA factor, is this part's."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fluvial.data import Example
+from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.training.train import collate, predictions, summed_loss
@@ -26,6 +26,15 @@ class Heldout:
     loss_sum: float
     hits: int
     label_tokens: int
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor) -> "Heldout":
+        """Return the sums over logits (positions, vocabulary) and their labels (positions,)."""
+        return cls(
+            float(summed_loss(logits, labels)),
+            int((logits.argmax(-1) == labels).sum()),
+            int((labels != IGNORE_INDEX).sum()),
+        )
 
     @classmethod
     def sum(cls, parts: Sequence["Heldout"]) -> "Heldout":
@@ -78,8 +87,9 @@ def heldout(
         logits, labels = predictions(
             model, collate(order[start : start + batch_size], pad_token_id, device)
         )
-        loss_sum = loss_sum + float(summed_loss(logits, labels))
-        hits = hits + int((logits.argmax(-1) == labels).sum())
+        sums = Heldout.of(logits, labels)
+        loss_sum = loss_sum + sums.loss_sum
+        hits = hits + sums.hits
 
         if time.monotonic() - logged_s > 1:
             logged_s = time.monotonic()

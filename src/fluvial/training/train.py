@@ -107,7 +107,12 @@ def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits
-    return logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+    return shifted(logits, batch["labels"])
+
+
+def shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits (batch, seq, vocabulary) and labels (batch, seq) as `predictions` has them."""
+    return logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
 
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -167,6 +172,101 @@ def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
     )
 
 
+AT_ONCE = 2**24
+"""Parameters below which AdamW updates all tensors at once, with 4 more bytes for each."""
+
+
+class Stepper:
+    """The optimizer of one round for some parameters of a model, with its learning rates.
+
+    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a
+    step is smaller than what half precision resolves (Micikevicius et al., ICLR 2018,
+    https://arxiv.org/abs/1710.03740).
+    """
+
+    def __init__(
+        self,
+        trained: dict[str, nn.Parameter],
+        config: TrainConfig,
+        *,
+        steps: int,
+        start: Named | None = None,
+    ) -> None:
+        """Begin `steps` steps; masters begin at `start`, by name, or else at the parameters."""
+        self.steps = steps
+        self._trained = trained
+        self._config = config
+        self._masters = _masters(trained, start or {})
+        self._optimizer = _optimizer(list(self._masters.values()), config) if trained else None
+
+    @torch.no_grad()
+    def step(self, number: int) -> None:
+        """Make step `number`, counted from 0, with the parameters' gradients, and drop these."""
+        if self._optimizer is None:
+            return
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._config.learning_rate * learning_rate_share(
+                number, self.steps, self._config
+            )
+
+        copies = [
+            (parameter, self._masters[name])
+            for name, parameter in self._trained.items()
+            if self._masters[name] is not parameter
+        ]
+        for parameter, master in copies:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for parameter, master in copies:
+            parameter.copy_(master)
+
+    @torch.no_grad()
+    def replace(self, weights: Named) -> None:
+        """Go on from `weights`, fp32, by name; the optimizer keeps its moments."""
+        for name, parameter in self._trained.items():
+            self._masters[name].copy_(weights[name])
+            parameter.copy_(self._masters[name])
+
+    def weights(self) -> Named:
+        """Return the trained parameters by name, fp32, on the CPU."""
+        return {
+            name: master.detach().to("cpu", copy=True) for name, master in self._masters.items()
+        }
+
+
+def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:
+    """Return the optimizer's parameters: those in fp32 themselves, else copies in fp32."""
+    return {
+        name: parameter
+        if parameter.dtype == torch.float32
+        else nn.Parameter(
+            start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
+        )
+        for name, parameter in trained.items()
+    }
+
+
+def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    if config.optim == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    return torch.optim.AdamW(
+        parameters,
+        # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
+        foreach=sum(parameter.numel() for parameter in parameters) < AT_ONCE,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
 def train(
     model: nn.Module,
     examples: Sequence[Example],
@@ -179,11 +279,8 @@ def train(
 ) -> TrainReport:
     """Tune the parameters of `model` that require gradients, in place, with a fresh optimizer.
 
-    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a
-    step is smaller than what half precision resolves (Micikevicius et al., ICLR 2018,
-    https://arxiv.org/abs/1710.03740); the masters begin at `start`, by the names of
-    `models.tuning.tuned_parameters`, or else at the parameters. Raises `DivergenceError` when a
-    loss or a gradient norm is not finite; the step is then not taken.
+    `start` has values by the names of `models.tuning.tuned_parameters`; see `Stepper`. Raises
+    `DivergenceError` when a loss or a gradient norm is not finite; the step is then not taken.
     """
     trained = {
         name: parameter
@@ -195,8 +292,7 @@ def train(
     assert examples, "no examples"
     device = parameters[0].device
     steps = config.steps(len(examples)) if steps is None else steps
-    masters = _masters(trained, start or {})
-    optimizer = _optimizer(list(masters.values()), config)
+    stepper = Stepper(trained, config, steps=steps, start=start)
     batches = shuffled_batches(examples, config.logical_batch, generator)
     dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
     losses = 0.0
@@ -214,15 +310,8 @@ def train(
         threshold = config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, threshold))
 
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise DivergenceError(
-                f"step {step + 1} of {steps}: the loss or the gradient norm is not finite; "
-                f"lower train.learning_rate (now {config.learning_rate}) or switch train.bf16 off"
-            )
-
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_share(step, steps, config)
-        _step(optimizer, trained, masters)
+        check_finite(loss, norm, step, steps, config)
+        stepper.step(step)
         if (step + 1) % 50 == 0:
             logger.info("step %d of %d, loss %.4f", step + 1, steps, loss)
 
@@ -231,42 +320,16 @@ def train(
         label_tokens = label_tokens + tokens
 
     switch_dropout(model, active=False)
-    weights = {name: master.detach().to("cpu", copy=True) for name, master in masters.items()}
-    return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, weights)
+    return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, stepper.weights())
 
 
-def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:
-    """Return the optimizer's parameters: those in fp32 themselves, else copies in fp32."""
-    return {
-        name: parameter
-        if parameter.dtype == torch.float32
-        else nn.Parameter(
-            start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
+def check_finite(loss: float, norm: float, step: int, steps: int, config: TrainConfig) -> None:
+    """Raise `DivergenceError` where the loss or the gradient norm of a step is not finite."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise DivergenceError(
+            f"step {step + 1} of {steps}: the loss or the gradient norm is not finite; "
+            f"lower train.learning_rate (now {config.learning_rate}) or switch train.bf16 off"
         )
-        for name, parameter in trained.items()
-    }
-
-
-@torch.no_grad()
-def _step(
-    optimizer: torch.optim.Optimizer,
-    trained: dict[str, nn.Parameter],
-    masters: dict[str, nn.Parameter],
-) -> None:
-    """Step on the masters with the parameters' gradients, drop these, and copy the masters back."""
-    copies = [
-        (parameter, masters[name])
-        for name, parameter in trained.items()
-        if masters[name] is not parameter
-    ]
-    for parameter, master in copies:
-        master.grad = None if parameter.grad is None else parameter.grad.float()
-        parameter.grad = None
-
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for parameter, master in copies:
-        parameter.copy_(master)
 
 
 def _backward(
@@ -294,24 +357,3 @@ def _backward(
         total += float(loss.detach())
 
     return total / tokens
-
-
-AT_ONCE = 2**24
-"""Parameters below which AdamW updates all tensors at once, with 4 more bytes for each."""
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optim == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-
-    return torch.optim.AdamW(
-        parameters,
-        # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
-        foreach=sum(parameter.numel() for parameter in parameters) < AT_ONCE,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )

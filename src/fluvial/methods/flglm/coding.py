@@ -1,0 +1,49 @@
+"""Hidden states and their gradients on the wire: rows of real tokens, coded as configured."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluvial.codecs.activations import ActivationCodec, build_activation
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.models.split import Part
+
+
+@dataclass(frozen=True)
+class Coding:
+    """The codecs of one end of a conversation."""
+
+    hidden: ActivationCodec
+    gradient: ActivationCodec
+    width: int
+    device: torch.device
+    rounding: torch.Generator
+    """Randomness by which gradients are rounded without bias."""
+
+    @classmethod
+    def of(cls, config: FlGlmConfig, part: Part, rounding: torch.Generator) -> "Coding":
+        """Return the codecs for `part`."""
+        return cls(
+            build_activation(config.hidden, part.dtype),
+            build_activation(config.gradient, part.dtype),
+            part.width,
+            part.device,
+            rounding,
+        )
+
+    def encode_hidden(self, rows: Tensor) -> bytes:
+        """Return the bytes of hidden states (tokens, width)."""
+        return self.hidden.encode(rows.to(self.hidden.dtype))
+
+    def decode_hidden(self, frame: bytes, tokens: int) -> Tensor:
+        """Return hidden states (tokens, width); raises `WireError`."""
+        return self.hidden.decode(frame, tokens, self.width, device=self.device)
+
+    def encode_gradient(self, rows: Tensor) -> bytes:
+        """Return the bytes of a gradient (tokens, width)."""
+        return self.gradient.encode(rows.to(self.gradient.dtype), generator=self.rounding)
+
+    def decode_gradient(self, frame: bytes, tokens: int) -> Tensor:
+        """Return a gradient (tokens, width); raises `WireError`."""
+        return self.gradient.decode(frame, tokens, self.width, device=self.device)

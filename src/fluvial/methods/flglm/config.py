@@ -1,0 +1,57 @@
+"""Settings of FL-GLM; defaults are the paper's where it gives values."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.codecs.activations import ActivationConfig
+from fluvial.codecs.activations.floats import ExactRowsSettings
+from fluvial.federation.config import BOUNDS, Bound
+from fluvial.methods.interface import SampledSettings
+
+Mode = Literal["sequential", "client-batch", "hierarchical"]
+Place = Literal["front", "middle", "back"]
+
+
+class FlGlmConfig(SampledSettings):
+    """FL-GLM: the first and last layers at the sites, those between them at the server."""
+
+    name: Literal["flglm"] = "flglm"
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort."""
+    front: int = Field(1, ge=1, le=10**6)
+    """Decoder layers at the site before the server's, with the embedding (p of the paper)."""
+    back: int = Field(1, ge=1, le=10**6)
+    """Decoder layers at the site behind the server's, with the final norm and the head (q)."""
+    mode: Mode = "client-batch"
+    """Order of the sites' steps: "sequential", one site after another; "client-batch", one step of
+    all sites together, as if their batches were one; "hierarchical", a replica of the server's
+    layers for each site, averaged at the end of a round or every `sync_steps`."""
+    ends: Literal["shared", "own"] = "shared"
+    """Layers of the sites: "shared", the same at all sites as in federated averaging, or each
+    site's "own", of which nothing leaves it (the released code)."""
+    frozen: tuple[Place, ...] = ()
+    """Parts that are not tuned. A frozen "front" needs no gradient, so that one of the four
+    tensors of a step is not sent."""
+    sync_steps: int | None = Field(None, ge=1, le=10**9)
+    """Steps from one average to the next under mode="hierarchical" (tau); the default averages at
+    the end of a round only."""
+    hidden: ActivationConfig = ExactRowsSettings()
+    """Codec of the hidden states, both ways."""
+    gradient: ActivationConfig = ExactRowsSettings()
+    """Codec of the gradients of the hidden states, both ways."""
+
+    @property
+    def bounds(self) -> frozenset[Bound]:
+        """Return the bounds for averages of updates, which the other modes do not make."""
+        return BOUNDS if self.mode == "hierarchical" else frozenset()
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.sync_steps is not None and self.mode != "hierarchical":
+            yield "sync_steps: without effect unless mode='hierarchical'; remove it"
+        if set(self.frozen) == {"front", "middle", "back"}:
+            yield "frozen: nothing is left to tune; name two parts at most"
+        if len(set(self.frozen)) < len(self.frozen):
+            yield "frozen: names a part twice"

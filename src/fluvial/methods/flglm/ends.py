@@ -1,0 +1,65 @@
+"""The site's layers in training: A, which makes hidden states, and C, which makes the loss."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
+from fluvial.data import Example
+from fluvial.methods.flglm.tuned_part import TunedPart
+from fluvial.training.train import collate, shifted, summed_loss
+
+
+class MicroBatch:
+    """A micro-batch between A's forward and its backward pass."""
+
+    def __init__(self, batch: dict[str, Tensor], rows: Tensor) -> None:
+        self.batch = batch
+        self._rows = rows
+        self.rows = rows.detach()
+        """A's hidden states, (tokens, width)."""
+        self.lengths = lengths_from_mask(batch["attention_mask"], "right")
+        """Tokens of each sequence."""
+
+    @property
+    def returns(self) -> bool:
+        """True where A has something to train, so that the gradient of `rows` is needed."""
+        return self._rows.requires_grad
+
+    def backward(self, gradient: Tensor) -> None:
+        """Run A's backward pass from the gradient of `rows`."""
+        self._rows.backward(gradient.to(self._rows.device, self._rows.dtype))  # type: ignore[no-untyped-call]
+
+
+class Ends(TunedPart):
+    """The site's part, before and behind the server's."""
+
+    def begin(
+        self, examples: Sequence[Example], *, pad_token_id: int, dropout_seed: int
+    ) -> MicroBatch:
+        """Run A on the sequences of a micro-batch."""
+        batch = collate(examples, pad_token_id, self.part.device)
+        self.part.reseed_dropout(dropout_seed)
+
+        with self.passing():
+            hidden = self.part.embed(batch["input_ids"], batch["attention_mask"])
+
+        return MicroBatch(batch, pack(hidden, batch["attention_mask"]))
+
+    def finish(self, micro: MicroBatch, received: Tensor, tokens: int) -> tuple[float, Tensor]:
+        """Run C on B's hidden states `received` (tokens, width), and its backward pass.
+
+        Return the summed loss, nats, and the gradient of `received` for the loss divided by
+        `tokens`.
+        """
+        rows = received.to(self.part.device).requires_grad_()
+        width = micro.batch["input_ids"].shape[1]
+        hidden, mask = unpack(rows, micro.lengths, width, "right")
+
+        with self.passing():
+            logits = self.part.logits(hidden, mask)
+            loss = summed_loss(*shifted(logits, micro.batch["labels"]))
+
+        (loss / tokens).backward()  # type: ignore[no-untyped-call]
+        assert rows.grad is not None
+        return float(loss.detach()), rows.grad

@@ -1,0 +1,60 @@
+"""The server's layers in training, B: one replica for one round."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fluvial.codecs.activations.rows import pack, unpack
+from fluvial.errors import WireError
+from fluvial.methods.flglm.tuned_part import TunedPart
+
+
+class Middle(TunedPart):
+    """The server's part between the hidden states that sites send and those they receive."""
+
+    _graph: tuple[Tensor, Tensor] | None = None
+    """Hidden states in and out of the forward pass whose gradient is awaited."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens whose gradient is awaited."""
+        assert self._graph is not None, "no forward pass"
+        return len(self._graph[1])
+
+    def forward(
+        self, rows: Tensor, lengths: Sequence[int], *, returns: bool, dropout_seed: int
+    ) -> Tensor:
+        """Return hidden states behind the layers of those before them, both (tokens, width).
+
+        `returns` says that the gradient of `rows` will be asked for.
+        """
+        device = self.part.device
+        received = rows.to(device).requires_grad_(returns)
+        counts = torch.tensor(lengths, device=device)
+        before, mask = unpack(received, counts, max(lengths), "right")
+        self.part.reseed_dropout(dropout_seed)
+
+        with self.passing():
+            sent = pack(self.part.middle(before, mask), mask)
+
+        self._graph = (received, sent)
+        return sent.detach()
+
+    def backward(self, gradient: Tensor) -> Tensor | None:
+        """Add up gradients from that of `forward`'s result; return that of its `rows`.
+
+        It is None where `forward` was told that none is needed. Raises `WireError` where the sum is
+        not finite.
+        """
+        assert self._graph is not None, "a backward pass without a forward pass"
+        received, sent = self._graph
+        self._graph = None
+        if sent.requires_grad:
+            sent.backward(gradient.to(sent.device, sent.dtype))  # type: ignore[no-untyped-call]
+
+        if not math.isfinite(self.squared_norm()):
+            raise WireError("the gradients of the server's layers are not finite")
+
+        return received.grad

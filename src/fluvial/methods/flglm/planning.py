@@ -1,0 +1,59 @@
+"""Plan of a split run: the cut, the bytes of a token, the memory of each end."""
+
+from functools import partial
+
+from fluvial.errors import ConfigError
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.places import Places
+from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
+from fluvial.methods.planning import OPTIMIZER_BYTES
+from fluvial.methods.traffic import Traffic, unknown
+from fluvial.wire.tensors import factor
+
+
+def plan(config: FlGlmConfig, given: Given) -> Plan:
+    """Return the plan of a run; raises `ConfigError` for a cut that the model does not have."""
+    places = Places.of(config, given.base, given.layout)
+    full = not any(factor(name) for name in given.layout.names)
+
+    if not places.tuned_ends.shapes and not places.tuned_middle.shapes:
+        raise ConfigError(
+            "method.frozen: nothing is left to tune, since the adapter is in frozen parts only; "
+            "tune another part, or adapt other modules"
+        )
+
+    if full and config.mode == "client-batch" and config.ends == "shared":
+        raise ConfigError(
+            "method.mode='client-batch': with all weights tuned, shared layers would bring "
+            "embedding and head to the server; set ends = 'own', another mode, or tune = 'lora'"
+        )
+
+    return Plan(places.shared, partial(_forecast, config, given, places))
+
+
+def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
+    """Return what is known before the lengths of sequences are."""
+    whole = {name: each.numel() for name, each in given.base.named_parameters()}
+    site = {name: size for name, size in whole.items() if places.place(name) != "middle"}
+    at_site = sum(site.values())
+    at_server = sum(whole.values()) - at_site
+    rows: list[CheckRow] = [
+        (
+            "cut",
+            f"{config.front} layers and the embedding | {len(places.cut.middle)} at the server | "
+            f"{config.back} layers and the head",
+        ),
+        ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
+        ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
+        ("base in memory, server", f"{at_server * given.width_bytes:,} B"),
+        (
+            "what is tuned and optimizer in memory, site",
+            f"{places.tuned_ends.numel * OPTIMIZER_BYTES:,} B",
+        ),
+        (
+            "what is tuned and optimizer in memory, server",
+            f"{places.tuned_middle.numel * OPTIMIZER_BYTES:,} B",
+        ),
+    ]
+    words = unknown("it follows from the tokens of each step")
+    return Forecast(0, 0, lambda _round: Traffic(words, words), rows)

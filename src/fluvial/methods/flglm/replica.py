@@ -1,0 +1,172 @@
+"""A replica of the server's layers in conversation with one site, in all modes but one."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from fluvial.errors import WireError
+from fluvial.federation.bounds import check_update
+from fluvial.federation.replies import fields, loss_of, weight_of
+from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.middle import Middle
+from fluvial.methods.flglm.order import Order
+from fluvial.methods.flglm.setting import Setting
+from fluvial.methods.flglm.turns import Backward, Forward, Meeting, answer, read_turn
+from fluvial.seeds import derive, generator
+from fluvial.wire.payload import FRAME, Payload, payload_frame
+from fluvial.wire.tensors import Named, subtract
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The change of the whole model by one site's steps."""
+
+    site: str
+    tensors: Named
+    weight: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A site that waits for an average, with its update of the whole model so far."""
+
+    turn: Meeting
+    update: Named
+
+
+@dataclass
+class _Visit:
+    """A replica that has begun."""
+
+    middle: Middle
+    coding: Coding
+    start: Named
+    """Values of its tuned tensors at the beginning, fp32."""
+    dropout_seed: int
+    taken: int = 0
+    """Steps that it has made."""
+
+
+class Replica:
+    """Answers the turns of one site in one round, by the two readers of `Fleet.converse`.
+
+    What a site sends wrongly raises in `hear` or `read`, and is that site's failure.
+    """
+
+    def __init__(self, setting: Setting, site: str, round: int, state: Named) -> None:
+        """Begin from `state`, that of the server's layers, at the site's first turn."""
+        self._setting = setting
+        self._site = site
+        self._round = round
+        self._state = state
+        self._borrowed = ExitStack()
+        self._order = Order()
+        self._visit: _Visit | None = None
+
+    def hear(self, payload: Payload) -> Payload | Waiting:
+        """Return the answer to a turn, or that the site waits for the others."""
+        turn = read_turn(payload, longest=self._setting.longest)
+        if isinstance(turn, Forward) and (turn.step, turn.micro) == (0, 0):
+            self._begin(turn.steps)
+
+        self._order.take(turn)
+        visit = self._begun()
+        if isinstance(turn, Forward):
+            return self._forward(visit, turn)
+        if isinstance(turn, Backward):
+            return self._backward(visit, turn)
+
+        if turn.of != "average" or self._setting.config.sync_steps is None:
+            raise WireError(f"turn {turn.of!r}: sites do not meet so under this method.mode")
+
+        self._step(visit, turn.step + 1, turn.factor)
+        return Waiting(turn, self._update(visit, turn.frame, turn.weight))
+
+    def read(self, payload: Payload) -> SiteUpdate:
+        """Return the update that a site's reply completes."""
+        carries = bool(self._setting.shared.shapes)
+        fields(payload, ("n", "loss", "factor"), (FRAME,) if carries else ())
+        self._order.end()
+        visit = self._begun()
+        self._step(visit, self._order.steps, payload.number("factor", 0.0, 1.0))
+        weight = weight_of(payload)
+        update = self._update(visit, payload_frame(payload) if carries else None, weight)
+
+        return SiteUpdate(self._site, update, weight, loss_of(payload))
+
+    def replace_update(self, update: Named) -> None:
+        """Go on from the beginning plus `update`, the average of a meeting."""
+        visit = self._begun()
+        visit.middle.replace({name: tensor + update[name] for name, tensor in visit.start.items()})
+
+    def close(self) -> None:
+        """Give the borrowed part back."""
+        self._borrowed.close()
+        self._visit = None
+
+    def _begin(self, steps: int) -> None:
+        """Borrow a part; a site that begins again gets a fresh one."""
+        self.close()
+        self._order = Order()
+        setting = self._setting
+        seed = setting.context.seed
+        checkpointing = setting.train.gradient_checkpointing
+        part = self._borrowed.enter_context(
+            setting.parts.part(self._state, trainable=True, checkpointing=checkpointing)
+        )
+        names = setting.places.tuned_middle.names
+        start = setting.weights({name: self._state[name] for name in names})
+        rounding = generator(seed, "rounding at the server", self._round, self._site)
+        draw = generator(seed, "train", self._round, self._site)
+
+        self._visit = _Visit(
+            Middle(part, names, setting.train, steps=steps, start=start),
+            Coding.of(setting.config, part, rounding),
+            start,
+            # The site's own first draw, so that A, B and C have the masks of one whole model.
+            int(torch.randint(2**62, (1,), generator=draw)),
+        )
+
+    def _forward(self, visit: _Visit, turn: Forward) -> Payload:
+        if turn.micro == 0:
+            self._step(visit, turn.step, turn.factor)
+
+        rows = visit.middle.forward(
+            visit.coding.decode_hidden(turn.frame, sum(turn.lengths)),
+            turn.lengths,
+            returns=turn.returns,
+            dropout_seed=derive(derive(visit.dropout_seed, turn.step), turn.micro),
+        )
+        return answer(turn, visit.coding.encode_hidden(rows))
+
+    def _backward(self, visit: _Visit, turn: Backward) -> Payload:
+        received = visit.coding.decode_gradient(turn.frame, visit.middle.tokens)
+        gradient = visit.middle.backward(received)
+        frame = None if gradient is None else visit.coding.encode_gradient(gradient)
+        return answer(turn, frame, norm=visit.middle.squared_norm())
+
+    def _update(self, visit: _Visit, frame: bytes | None, weight: int) -> Named:
+        """Return the change of the whole model since the beginning, by a `frame` of the site's."""
+        if (frame is None) != (not self._setting.shared.shapes):
+            raise WireError("the layers that sites share come with each update, and others never")
+
+        update = subtract(visit.middle.weights(), visit.start)
+        if frame is not None:
+            update |= self._setting.shared_codec.decode(frame)
+
+        if update:
+            check_update(update, weight, self._setting.train)
+        return update
+
+    def _step(self, visit: _Visit, steps: int, factor: float) -> None:
+        """Make the last step, unless all `steps` that the site has made are made here too."""
+        if visit.taken < steps:
+            visit.middle.step(visit.taken, factor)
+            visit.taken = steps
+
+    def _begun(self) -> _Visit:
+        if self._visit is None:
+            raise WireError("the conversation begins with the first micro-batch of the first step")
+        return self._visit

@@ -1,0 +1,265 @@
+"""The tasks of a site: to train its layers in a conversation, and to measure the whole model."""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
+from fluvial.codecs.quantise import Identity
+from fluvial.data import Example
+from fluvial.errors import WireError
+from fluvial.federation.replies import MOST_TOKENS
+from fluvial.federation.sites import Site, read_state_message, round_of
+from fluvial.federation.talk import Talk
+from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.ends import Ends
+from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.tuned_part import factor_of
+from fluvial.methods.flglm.turns import (
+    MOST_SQUARED_NORM,
+    MOST_STEPS,
+    Backward,
+    Content,
+    Forward,
+    Look,
+    Meeting,
+    check_answer,
+)
+from fluvial.models.states import base_state, initial_state
+from fluvial.seeds import derive, generator
+from fluvial.training.evaluate import Heldout
+from fluvial.training.train import (
+    TrainConfig,
+    check_finite,
+    collate,
+    shifted,
+    shuffled_batches,
+)
+from fluvial.wire.payload import Payload, frame_payload, payload_frame
+from fluvial.wire.tensors import Layout, Named, subtract
+
+HELDOUT_BATCH = 16
+"""Sequences of one forward pass in which the model is measured."""
+
+
+@dataclass
+class _Visit:
+    """A site's training in one round."""
+
+    config: FlGlmConfig
+    train: TrainConfig
+    ends: Ends
+    coding: Coding
+    shared: Layout
+    """Layout of the tuned layers that all sites share."""
+    pad_token_id: int
+    steps: int
+    dropout_seed: int
+    start: Named
+    """Values of the tuned tensors at the beginning, fp32."""
+    factor: float = 1.0
+    """Factor that clipped the gradients of the last step."""
+    losses: float = 0.0
+    label_tokens: int = 0
+    tokens_since: int = 0
+    """Label tokens since the last average."""
+
+    def turn(self, content: Content) -> Generator[Payload, Payload, Payload]:
+        """Exchange one turn; raises `WireError` for an answer to another."""
+        received = yield content.payload()
+        check_answer(received, content)
+        return received
+
+    def step(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
+        """Make one step on a logical batch."""
+        own_tokens = sum(example.label_tokens for example in examples)
+        seed = derive(self.dropout_seed, number)
+        size = self.train.per_device_train_batch_size
+        total = 0.0
+        server_norm = 0.0
+        tokens = own_tokens
+
+        for micro_number, start in enumerate(range(0, len(examples), size)):
+            micro = self.ends.begin(
+                examples[start : start + size],
+                pad_token_id=self.pad_token_id,
+                dropout_seed=derive(seed, micro_number),
+            )
+            received = yield from self.turn(
+                Forward(
+                    number,
+                    micro_number,
+                    self.steps,
+                    tuple(micro.lengths.tolist()),
+                    own_tokens,
+                    micro.returns,
+                    self.factor,
+                    self.coding.encode_hidden(micro.rows),
+                )
+            )
+            if self.config.mode == "client-batch":
+                tokens = received.whole("tokens", own_tokens, MOST_TOKENS)
+                self.ends.plan_steps(received.whole("steps", self.steps, MOST_STEPS))
+
+            hidden = self.coding.decode_hidden(payload_frame(received), len(micro.rows))
+            loss, gradient = self.ends.finish(micro, hidden, tokens)
+            received = yield from self.turn(
+                Backward(number, micro_number, self.coding.encode_gradient(gradient))
+            )
+            if micro.returns:
+                micro.backward(
+                    self.coding.decode_gradient(payload_frame(received), len(micro.rows))
+                )
+
+            server_norm = received.number("norm", 0.0, MOST_SQUARED_NORM)
+            total += loss
+
+        yield from self._clip(number, total / own_tokens, server_norm)
+        self.losses += total
+        self.label_tokens += own_tokens
+        yield from self._average(number, own_tokens)
+
+    def _clip(
+        self, number: int, loss: float, server_norm: float
+    ) -> Generator[Payload, Payload, None]:
+        """Clip the gradients by the global norm over the whole model, and make the step."""
+        squared = self.ends.squared_norm() + server_norm
+        if self.config.mode == "client-batch":
+            squared = yield from self._clip_together(number)
+
+        check_finite(loss, squared, number, self.steps, self.train)
+        self.factor = factor_of(squared, self.train.max_grad_norm)
+        self.ends.step(number, self.factor)
+
+    def _clip_together(self, number: int) -> Generator[Payload, Payload, float]:
+        """Return the squared norm of all sites' gradients; take the sum of those they share."""
+        if not self.shared.shapes:
+            meeting = Meeting("clip", number, 1, self.ends.squared_norm(), 1.0, None)
+            received = yield from self.turn(meeting)
+            return received.number("norm", 0.0, MOST_SQUARED_NORM)
+
+        codec = Identity.of(self.shared)
+        received = yield from self.turn(
+            Meeting("clip", number, 1, 0.0, 1.0, codec.encode(self.ends.gradients()))
+        )
+        self.ends.replace_gradients(codec.decode(payload_frame(received)))
+        return received.number("norm", 0.0, MOST_SQUARED_NORM)
+
+    def _average(self, number: int, tokens: int) -> Generator[Payload, Payload, None]:
+        """Average the weights with those of the other sites, every `sync_steps` steps."""
+        self.tokens_since += tokens
+        every = self.config.sync_steps
+        if every is None or (number + 1) % every:
+            return
+
+        frame = None
+        codec = Identity.of(self.shared)
+        if self.shared.shapes:
+            frame = codec.encode(subtract(self.ends.weights(), self.start))
+
+        received = yield from self.turn(
+            Meeting("average", number, self.tokens_since, 0.0, self.factor, frame)
+        )
+        if self.shared.shapes:
+            update = codec.decode(payload_frame(received))
+            self.ends.replace({name: value + update[name] for name, value in self.start.items()})
+        self.tokens_since = 0
+
+
+def train(site: Site, message: Payload) -> Talk:
+    """Train the site's layers for one round, in a conversation with the server's; a task.
+
+    Value in: `round`; with shared layers their state. Out: `n`, `loss`, `factor`, and with shared
+    layers their update.
+    """
+    round = round_of(site, message)
+    config: FlGlmConfig = site.method
+    places = Places.of(config, site.pool.outline.base, site.layout)
+    shared = places.shared
+    state = _state(site, message, places)
+    examples = site.load().train
+    draw = generator(site.seed, "train", round, site.name)
+    batches = shuffled_batches(examples, site.train.logical_batch, draw)
+    dropout_seed = int(torch.randint(2**62, (1,), generator=draw))
+    steps = site.train.steps(len(examples))
+    start = site.pool.weights({name: state[name] for name in places.tuned_ends.names})
+    pool = site.pool.parts(places.cut, server=False)
+
+    with pool.part(state, trainable=True, checkpointing=site.train.gradient_checkpointing) as part:
+        ends = Ends(part, places.tuned_ends.names, site.train, steps=steps, start=start)
+        visit = _Visit(
+            config,
+            site.train,
+            ends,
+            Coding.of(config, part, generator(site.seed, "rounding", round, site.name)),
+            shared,
+            site.pool.tokenizer.pad_token_id,
+            steps,
+            dropout_seed,
+            start,
+        )
+        for number in range(steps):
+            yield from visit.step(number, next(batches))
+
+        update = subtract(ends.weights(), start)
+
+    values = {"n": len(examples), "loss": visit.losses / visit.label_tokens, "factor": visit.factor}
+    if shared.shapes and config.mode != "client-batch":
+        return frame_payload(Identity.of(shared).encode(update), **values)
+
+    if not shared.shapes:
+        kept = {name: state[name] + change for name, change in update.items()}
+        site.keep("ends", Payload(kept))
+    return Payload(values=values)
+
+
+def _state(site: Site, message: Payload, places: Places) -> Named:
+    """Return the state of the site's layers: the initial one, with what was sent or kept."""
+    state = initial_state(places.ends, site.seed)
+    if places.shared.shapes:
+        return state | read_state_message(message, places.shared)
+    kept = site.recall("ends").tensors
+    return state | kept
+
+
+def evaluate(site: Site, message: Payload) -> Talk:
+    """Measure the model in a conversation with the server's layers, on held-out text; a task.
+
+    Values in: `which` ("base", or "final": the layers that were sent, or the site's own), `round`.
+    Values out: as those of `sites.evaluate`.
+    """
+    config: FlGlmConfig = site.method
+    places = Places.of(config, site.pool.outline.base, site.layout)
+    which = message.value("which", str)
+    if which == "base":
+        state = base_state(places.ends)
+    elif which == "final":
+        state = _state(site, message, places)
+    else:
+        raise WireError(f"evaluate: which={which!r:.40}, expected 'base' or 'final'")
+
+    examples = sorted(site.load().heldout, key=lambda example: len(example.input_ids))
+    pool = site.pool.parts(places.cut, server=False)
+    sums = []
+
+    with pool.part(state, trainable=False) as part, torch.no_grad():
+        coding = Coding.of(config, part, generator(site.seed, "rounding"))
+        for start in range(0, len(examples), HELDOUT_BATCH):
+            some = examples[start : start + HELDOUT_BATCH]
+            batch = collate(some, site.pool.tokenizer.pad_token_id, part.device)
+            mask = batch["attention_mask"]
+            lengths = lengths_from_mask(mask, "right")
+            rows = pack(part.embed(batch["input_ids"], mask), mask)
+            turn = Look(tuple(lengths.tolist()), coding.encode_hidden(rows))
+            received = yield turn.payload()
+            rows = coding.decode_hidden(payload_frame(received), len(rows))
+            hidden, _ = unpack(rows, lengths, mask.shape[1], "right")
+            logits, labels = shifted(part.logits(hidden, mask), batch["labels"])
+            sums.append(Heldout.of(logits, labels))
+
+    total = Heldout.sum(sums)
+    return Payload(
+        values={"loss_sum": total.loss_sum, "hits": total.hits, "tokens": total.label_tokens}
+    )

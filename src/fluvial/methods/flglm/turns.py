@@ -1,0 +1,194 @@
+"""Turns of a conversation: what a site and the server tell each other in a step.
+
+A step goes, for each micro-batch of a site: forward (hidden states of A up, those of B down), then
+backward (gradient of B's hidden states up, that of A's down). Both carry real tokens only, coded by
+an activation codec; lengths of sequences take the place of a mask. Between two steps sites may
+meet: to clip their gradients together, or to average their weights.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from fluvial.errors import WireError
+from fluvial.federation.replies import MOST_SAMPLES, MOST_TOKENS, fields
+from fluvial.models.assignment import MOST_SEQUENCES
+from fluvial.wire.payload import FRAME, Payload, Value, frame_payload, payload_frame
+
+MOST_STEPS = 10**9
+"""Steps of one round, as `train.max_steps` bounds them."""
+MOST_SQUARED_NORM = 1e30
+"""Upper bound on the sum of squares of gradients."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Hidden states of A for one micro-batch."""
+
+    step: int
+    micro: int
+    steps: int
+    """Steps of this site in the round."""
+    lengths: tuple[int, ...]
+    """Tokens of each sequence."""
+    tokens: int
+    """Label tokens of the logical batch."""
+    returns: bool
+    """True where the site needs the gradient of its hidden states."""
+    factor: float
+    """Factor that clipped the gradients of the step before; 1 in the first step."""
+    frame: bytes
+
+    def payload(self) -> Payload:
+        """Return the message."""
+        return frame_payload(
+            self.frame,
+            of="forward",
+            step=self.step,
+            micro=self.micro,
+            steps=self.steps,
+            lengths=list(self.lengths),
+            tokens=self.tokens,
+            returns=self.returns,
+            factor=self.factor,
+        )
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Gradient of B's hidden states for one micro-batch."""
+
+    step: int
+    micro: int
+    frame: bytes
+
+    def payload(self) -> Payload:
+        """Return the message."""
+        return frame_payload(self.frame, of="backward", step=self.step, micro=self.micro)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A turn in which a site waits for the others of its round, behind a step."""
+
+    of: Literal["clip", "average"]
+    """Gradients to be clipped together, or weights to be averaged."""
+    step: int
+    weight: int
+    """Weight of the site in an average; 1 in a sum of gradients."""
+    squared_norm: float
+    """Sum of squares of gradients that are the site's own."""
+    factor: float
+    """Factor that clipped the gradients of the step, where weights are averaged; else 1."""
+    frame: bytes | None
+    """Gradients, or updates since the last average, of the layers that all sites share."""
+
+    def payload(self) -> Payload:
+        """Return the message."""
+        values: dict[str, Value] = {
+            "of": self.of,
+            "step": self.step,
+            "n": self.weight,
+            "norm": self.squared_norm,
+            "factor": self.factor,
+        }
+        return Payload(values=values) if self.frame is None else frame_payload(self.frame, **values)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Hidden states of A for sequences on which the model is measured."""
+
+    lengths: tuple[int, ...]
+    frame: bytes
+
+    def payload(self) -> Payload:
+        """Return the message."""
+        return frame_payload(self.frame, lengths=list(self.lengths))
+
+    @classmethod
+    def read(cls, payload: Payload, *, longest: int | None) -> "Look":
+        """Return the message; raises `WireError`."""
+        fields(payload, ("lengths",), (FRAME,))
+        return cls(read_lengths(payload, longest=longest), payload_frame(payload))
+
+
+Content = Forward | Backward | Meeting
+
+
+def read_turn(payload: Payload, *, longest: int | None) -> Content:
+    """Return a site's turn; raises `WireError`. `longest` bounds the tokens of a sequence."""
+    of = payload.value("of", str)
+    step = payload.whole("step", 0, MOST_STEPS)
+
+    if of == "forward":
+        fields(payload, FORWARD, (FRAME,))
+        return Forward(
+            step,
+            payload.whole("micro", 0, MOST_SEQUENCES),
+            payload.whole("steps", step + 1, MOST_STEPS),
+            read_lengths(payload, longest=longest),
+            payload.whole("tokens", 1, MOST_TOKENS),
+            payload.value("returns", bool),
+            payload.number("factor", 0.0, 1.0),
+            payload_frame(payload),
+        )
+
+    if of == "backward":
+        fields(payload, ("of", "step", "micro"), (FRAME,))
+        micro = payload.whole("micro", 0, MOST_SEQUENCES)
+        return Backward(step, micro, payload_frame(payload))
+
+    if of in ("clip", "average"):
+        carries = FRAME in payload.tensors
+        fields(payload, ("of", "step", "n", "norm", "factor"), (FRAME,) if carries else ())
+        return Meeting(
+            "clip" if of == "clip" else "average",
+            step,
+            payload.whole("n", 1, MOST_SAMPLES),
+            payload.number("norm", 0.0, MOST_SQUARED_NORM),
+            payload.number("factor", 0.0, 1.0),
+            payload_frame(payload) if carries else None,
+        )
+
+    raise WireError(f"message value 'of': {of!r:.40} is no turn of a step")
+
+
+FORWARD: Collection[str] = (
+    *("of", "step", "micro", "steps", "lengths", "tokens", "returns", "factor"),
+)
+"""Values of a forward turn."""
+
+
+def read_lengths(payload: Payload, *, longest: int | None) -> tuple[int, ...]:
+    """Return the lengths of sequences in a message; raises `WireError`."""
+    lengths = payload.value("lengths", list)
+    most = longest or MOST_SEQUENCES
+    if not 1 <= len(lengths) <= MOST_SEQUENCES or not all(
+        type(length) is int and 1 <= length <= most for length in lengths
+    ):
+        raise WireError(f"message value 'lengths': expected whole numbers from 1 to {most}")
+    return tuple(lengths)
+
+
+def answer(turn: Content, frame: bytes | None, **values: Value) -> Payload:
+    """Return the server's answer to a turn, which says whose answer it is."""
+    about: dict[str, Value] = {"of": of(turn), "step": turn.step, **values}
+    if isinstance(turn, Forward | Backward):
+        about["micro"] = turn.micro
+    return Payload(values=about) if frame is None else frame_payload(frame, **about)
+
+
+def check_answer(payload: Payload, turn: Content) -> None:
+    """Raise `WireError` unless `payload` answers `turn`."""
+    expected = answer(turn, None).values
+    given = {name: payload.values.get(name) for name in expected}
+    if given != expected:
+        raise WireError(f"the server answered {given!r:.100} to the turn {expected!r:.100}")
+
+
+def of(turn: Content) -> str:
+    """Return the kind of a turn, as its message names it."""
+    if isinstance(turn, Meeting):
+        return turn.of
+    return "forward" if isinstance(turn, Forward) else "backward"
