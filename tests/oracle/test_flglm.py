@@ -13,7 +13,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.seeds import generator
 from fluvial.training.train import train
-from fluvial.wire.tensors import Named, add, norm, subtract
+from fluvial.wire.tensors import Named, norm, subtract
 from tests.support.models import four_layers
 from tests.support.runs import adapter_of, run_table
 from tests.support.weights import read_weights
@@ -50,7 +50,7 @@ def assert_same(one: Named, other: Named, start: Named) -> None:
     assert norm(subtract(one, other)) < CLOSE * step
 
 
-@pytest.mark.parametrize("front,back", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 1), (1, 2)])
 def test_hierarchical_is_fedavg(
     table: dict[str, Any], tmp_path: Path, front: int, back: int
 ) -> None:
@@ -146,7 +146,8 @@ def test_all_weights_are_split_too(table: dict[str, Any], tmp_path: Path) -> Non
             Path(table["model"]["name_or_path"]),
         )
     )
-    assert split["model_sha256"] and whole["model_sha256"]
+    assert split["model_sha256"]
+    assert whole["model_sha256"]
     assert_same(one, other, base)
 
 
@@ -162,9 +163,7 @@ def test_resume_is_a_straight_run(
     resume = False
 
     for stop_after in (1, 2, 99):
-        for seen, event in enumerate(
-            execute(config, tmp_path / "stopped", resume=resume), start=1
-        ):
+        for seen, event in enumerate(execute(config, tmp_path / "stopped", resume=resume), start=1):
             if seen == stop_after and event.kind != "result":
                 break
 

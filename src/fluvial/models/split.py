@@ -158,6 +158,7 @@ class Part:
         """Return an empty cache, for one span of this part; raises `ConfigError` where the model
         has none."""
         return SpanCache(self.model, self.cut.layers)
+
     @property
     def device(self) -> torch.device:
         """The device of the part's own weights."""

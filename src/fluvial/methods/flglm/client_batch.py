@@ -255,4 +255,4 @@ class ClientBatch:
     def _pieces(self, rows: Tensor) -> list[Tensor]:
         """Return the rows of each site of the group."""
         sizes = [sum(self._forwards[site].lengths) for site in self._group]
-        return list(rows.split(sizes))
+        return list(torch.split(rows, sizes))

@@ -7,14 +7,8 @@ from functools import cached_property
 from torch import nn
 
 from fluvial.methods.flglm.config import FlGlmConfig, Place
-from fluvial.models.layer_lists import num_layers
 from fluvial.models.split import Cut, decoder_layers
 from fluvial.wire.tensors import Layout
-
-
-def cut_of(config: FlGlmConfig, base: nn.Module) -> Cut:
-    """Return the cut of `base`, which may be without weights; raises `ConfigError`."""
-    return Cut(num_layers(base), config.front, config.back)
 
 
 @dataclass(frozen=True)
@@ -33,11 +27,12 @@ class Places:
     @classmethod
     def of(cls, config: FlGlmConfig, base: nn.Module, layout: Layout) -> "Places":
         """Return the places in `base`, which may be without weights."""
-        path, _ = decoder_layers(base)
+        path, layers = decoder_layers(base)
         embeddings = tuple(
             f"{name}." for name, module in base.named_modules() if isinstance(module, nn.Embedding)
         )
-        return cls(config, layout, cut_of(config, base), path, embeddings)
+        cut = Cut(len(layers), config.front, config.back)
+        return cls(config, layout, cut, path, embeddings)
 
     def place(self, name: str) -> Place:
         """Return the part of a tensor; an embedding that is the head too belongs to the front."""

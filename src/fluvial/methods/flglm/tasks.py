@@ -37,7 +37,7 @@ from fluvial.training.train import (
     shifted,
     shuffled_batches,
 )
-from fluvial.wire.payload import Payload, frame_payload, payload_frame
+from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, subtract
 
 HELDOUT_BATCH = 16
@@ -205,7 +205,11 @@ def train(site: Site, message: Payload) -> Talk:
 
         update = subtract(ends.weights(), start)
 
-    values = {"n": len(examples), "loss": visit.losses / visit.label_tokens, "factor": visit.factor}
+    values: dict[str, Value] = {
+        "n": len(examples),
+        "loss": visit.losses / visit.label_tokens,
+        "factor": visit.factor,
+    }
     if shared.shapes and config.mode != "client-batch":
         return frame_payload(Identity.of(shared).encode(update), **values)
 
