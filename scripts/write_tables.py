@@ -116,7 +116,7 @@ def channel() -> str:
     """Return the table of the secure channel's speed."""
     columns = {
         "size": "message",
-        "pages": "pages of new memory",
+        "memory": "freed memory",
         "what": "contender",
         "seal_mb_s": "seal, MB/s",
         "open_mb_s": "open, MB/s",

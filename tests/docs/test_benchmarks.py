@@ -60,13 +60,13 @@ def test_channel(tmp_path: Path) -> None:
     """Every contender at every size and kind of memory; ratios to the cipher, not to the clock."""
     content = _quick("channel", tmp_path / "channel.json")
     rows = [row for row in content["rows"] if "both_mb_s" in row]
-    assert len(rows) == 2 * 3 * 3
+    assert len(rows) == 2 * 4 * 3
     assert {row["what"] for row in rows if row["both_mb_s"] > 0} == {
         "channel",
         "ChaCha20-Poly1305 alone",
         "AES-256-GCM alone",
     }
-    assert len(content["claims"]) == 2 * 3 * 2
+    assert len(content["claims"]) == 2 * 4 + 4
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def test_what_is_sealed_is_opened_in_both_directions(
     for data, header, up in messages:
         sender, receiver = (site, server) if up else (server, site)
         frame = sender.seal(data, header)
-        assert len(frame) == len(data) + TAG_BYTES
+        assert len(frame) == len(data) + sender.overhead == len(data) + TAG_BYTES
         assert receiver.open(frame, header) == data
 
     assert server.open(site.close()) == b""
