@@ -158,6 +158,43 @@ def test_a_layer_that_uses_weights_of_another_part_is_refused(tmp_path: Path) ->
         check_part(server)
 
 
+def test_a_model_that_computes_between_its_layers_is_refused(tmp_path: Path) -> None:
+    site, server = parts_of(config_of("llama", tmp_path), Cut(LAYERS, 2, 1))
+
+    for part, index in ((site, 2), (site, 4), (server, 2), (server, 3)):
+        _, layers = decoder_layers(part.model)
+        # A hook runs outside the layer's forward pass, as code of the model would.
+        hook = layers[index].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+        with pytest.raises(ConfigError, match="does not run its 5 layers once each, in order"):
+            check_part(part)
+        hook.remove()
+        check_part(part)
+
+
+def test_a_model_that_runs_a_layer_twice_is_refused(tmp_path: Path) -> None:
+    _, server = parts_of(config_of("llama", tmp_path), Cut(LAYERS, 2, 1))
+    _, layers = decoder_layers(server.model)
+    layers.insert(3, layers[2])
+
+    with pytest.raises(ConfigError, match="does not run its 5 layers once each, in order"):
+        check_part(server)
+
+
+def test_a_later_layer_that_uses_embeddings_is_refused(tmp_path: Path) -> None:
+    _, server = parts_of(config_of("llama", tmp_path), Cut(LAYERS, 2, 1))
+    embeddings: list[Tensor] = []
+    inner = server.model.get_submodule("model")
+    inner.register_forward_pre_hook(
+        lambda _, _args, options: embeddings.append(options["inputs_embeds"]), with_kwargs=True
+    )
+    server.model.get_submodule("model.layers.2.mlp").register_forward_hook(
+        lambda _, _args, output: output + embeddings[-1]
+    )
+
+    with pytest.raises(ConfigError, match="weights of another, or the embeddings"):
+        check_part(server)
+
+
 @pytest.mark.parametrize(("front", "back"), [(0, 1), (1, 0), (2, 3), (5, 1)])
 def test_a_cut_that_leaves_a_part_empty_is_refused(front: int, back: int) -> None:
     with pytest.raises(ConfigError, match="one layer at least"):

@@ -51,7 +51,7 @@ EQUAL = [
 ]
 TRAINED_ONLY = ["mamba", "jamba"]
 """Architectures that are trained in parts, and keep other states than keys and values."""
-NOT_CUT = ["bart"]
+NOT_CUT = ["bart", "blenderbot"]
 
 
 def config_of(kind: str, tmp_path: Path) -> ModelConfig:

@@ -114,6 +114,10 @@ class Part:
         """Hidden states of another part, for the first layer of the span."""
         self._entry: Any = None
         """Input of the first layer in this pass."""
+        self._last: Tensor | None = None
+        """Hidden states behind the last layer that this pass has reached."""
+        self._next = 0
+        """Index of the layer that this pass reaches next."""
         self._output: Any = None
         """Output of the span's last layer in this pass, in the form of the model's code."""
         self._inside: list[Callable[..., Any]] = [layer.forward for layer in layers]
@@ -225,10 +229,11 @@ class Part:
     ) -> tuple[Any, Tensor]:
         """Run a span from another part's hidden states; see `_run`."""
         width = self.model.get_input_embeddings().embedding_dim  # type: ignore[operator]
-        # In place of embeddings, for the shapes of masks and positions.
-        zeros = hidden.new_zeros(*hidden.shape[:2], width)
+        # In place of embeddings, for the shapes of masks and positions; NaN, so that a model whose
+        # later layers use embeddings is noticed.
+        unknown = hidden.new_full((*hidden.shape[:2], width), torch.nan)
         self._received = hidden
-        inputs = {"inputs_embeds": zeros, "attention_mask": attention_mask}
+        inputs = {"inputs_embeds": unknown, "attention_mask": attention_mask}
         return self._run(model, span, inputs, cache)
 
     def _run(
@@ -249,19 +254,39 @@ class Part:
             self._cache = None
             self._received = None
             self._entry = None
+            self._last = None
+            self._next = 0
             self._output = None
 
         if output is None:
-            raise ConfigError(
-                f"{type(self.model).__name__} did not run its layers {span.start} to "
-                f"{span.stop - 1} in order, so it cannot be cut"
-            )
+            raise self._unordered()
 
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = _states(output)
         if cache is not None:
             cache.tokens += hidden.shape[1]
 
         return result, hidden
+
+    def _follow(self, index: int, given: Tensor) -> None:
+        """Raise `ConfigError` unless layer `index` gets what the layer before it has returned.
+
+        The test is the memory's address, because code that takes `[0]` makes a view.
+        """
+        if index == 0:
+            self._entry = given
+        elif self._last is None or given.data_ptr() != self._last.data_ptr():
+            raise self._unordered()
+
+        if index != self._next:
+            raise self._unordered()
+        self._next += 1
+
+    def _unordered(self) -> ConfigError:
+        return ConfigError(
+            f"{type(self.model).__name__} does not run its {self.cut.layers} layers once each, in "
+            "order, on what the layer before has returned, so it cannot be cut; choose another "
+            "model, or another method"
+        )
 
     def _gate(self, index: int, layer: nn.Module) -> None:
         """Let `layer` run inside the span only."""
@@ -274,15 +299,16 @@ class Part:
                 return inside(*args, **options)
 
             given = args[0] if args else options[name]
-            if index == 0:
-                self._entry = given
+            self._follow(index, given)
             if index not in span:
                 if self._cache is not None:
                     batch, tokens = self._entry.shape[:2]
                     self._cache.pass_over(index, batch, tokens, self._entry.device)
                 # What comes before the span has no use. Code that takes `[0]` of an output takes it
                 # of a tensor too, so each layer gives the same one.
-                return self._entry if index < span.start else self._output
+                passed = self._entry if index < span.start else self._output
+                self._last = _states(passed)
+                return passed
 
             if index == span.start and self._received is not None:
                 given = self._received
@@ -294,12 +320,19 @@ class Part:
             # Inside the gate, because layers run again in the backward pass, outside any span.
             run = partial(checkpoint, inside, **RECOMPUTED) if self._checkpointing else inside
             output = run(*args, **options)
+            self._last = _states(output)
             if index == span.stop - 1:
                 self._output = output
             return output
 
         # An attribute of this one layer, which hides its class's `forward`.
         layer.forward = forward
+
+
+def _states(output: Any) -> Tensor:
+    """Return the hidden states of a layer's output."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
@@ -317,14 +350,16 @@ def check_part(part: Part) -> None:
     config: Any = part.model.config
     width = config.hidden_size
     weight = next(iter(part.own_weights().values()))
-    mask = torch.ones(2, 3, dtype=torch.int64, device=weight.device)
-    hidden = torch.linspace(-1, 1, 6 * width).view(2, 3, width).to(weight)
+    # So many rows that no code mistakes them for the items of a layer's output.
+    shape = (7, 3)
+    mask = torch.ones(shape, dtype=torch.int64, device=weight.device)
+    hidden = torch.linspace(-1, 1, 21 * width).view(*shape, width).to(weight)
 
     try:
         if part.server:
             outputs = [part.middle(hidden, mask)]
         else:
-            ids = torch.tensor([[0, 1, 2], [2, 1, 0]], device=weight.device)
+            ids = torch.arange(21, device=weight.device).view(shape) % config.vocab_size
             outputs = [part.embed(ids, mask), part.logits(hidden, mask)]
     except ConfigError:
         raise
@@ -335,5 +370,6 @@ def check_part(part: Part) -> None:
 
     if not all(bool(output.isfinite().all()) for output in outputs):
         raise ConfigError(
-            f"{type(part.model).__name__} cannot be cut: layers of one part use weights of another"
+            f"{type(part.model).__name__} cannot be cut: layers of one part use weights of another, "
+            "or the embeddings"
         )
