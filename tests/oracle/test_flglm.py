@@ -56,12 +56,14 @@ def test_hierarchical_is_fedavg(
 ) -> None:
     """Replicas of B, averaged with A and C at the end of a round: FedAvg of the whole model, with
     the same dropout."""
+    table = table | {"evaluate": {"sample_prompt": "the", "sample_tokens": 8}}
     split = flglm(table, tmp_path / "split", mode="hierarchical", front=front, back=back)
     whole = run_table(table, tmp_path / "whole")
     assert_same(adapter_of(split), adapter_of(whole), start_of(table))
     assert split["heldout"]["final"]["loss"] == pytest.approx(
         whole["heldout"]["final"]["loss"], abs=1e-5
     )
+    assert split["samples"] == whole["samples"]
     assert split["heldout"]["base"]["loss"] == pytest.approx(
         whole["heldout"]["base"]["loss"], abs=1e-5
     )

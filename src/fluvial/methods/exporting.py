@@ -6,18 +6,20 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fluvial import __version__
 from fluvial.data import with_template
 from fluvial.data.config import DataConfig
+from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
 from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
 from fluvial.models.pool import ModelPool
 from fluvial.storage import exported
 from fluvial.training.evaluate import check_effect
-from fluvial.wire.tensors import Named, norm
+from fluvial.wire.tensors import Named, factor, norm
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +76,36 @@ def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
     else:
         check_effect(pool, state, list(reporting.texts.sample().heldout[0].input_ids))
 
-    name = "model" if pool.full else "adapter"
+    return _write(
+        "model" if pool.full else "adapter", reporting, final, partial(_save, reporting, state)
+    )
+
+
+def export_adapter(reporting: Reporting, state: Named, final: Measures) -> str:
+    """Write the folder of PEFT of an adapter, without the base's weights and its tokenizer.
+
+    Return the SHA-256 over its weight file. Raises `ConfigError` where the adapter has no effect.
+    """
+    if not any(bool(tensor.any()) for name, tensor in state.items() if factor(name) == "B"):
+        raise ConfigError("every factor B of the adapter is zero: it was not trained")
+
+    return _write("adapter", reporting, final, partial(reporting.pool.save_adapter, state))
+
+
+def _save(reporting: Reporting, state: Named, folder: Path) -> None:
+    """Write a model, with the tokenizer and the chat template where a folder holds them."""
+    pool = reporting.pool
+    pool.save(state, folder)
+    template = reporting.data.chat_template
+    if template is not None and pool.exports_tokenizer():
+        with_template(pool.tokenizer, template).save_pretrained(str(folder))
+
+
+def _write(name: str, reporting: Reporting, final: Measures, save: Callable[[Path], None]) -> str:
+    """Write the folder `name`, with its card; return the SHA-256 over its weight files."""
     draft = reporting.folder / f".{name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
-    pool.save(state, draft)
-    template = reporting.data.chat_template
-
-    if template is not None and pool.exports_tokenizer():
-        with_template(pool.tokenizer, template).save_pretrained(str(draft))
+    save(draft)
 
     exported.write(draft, __version__, reporting.settings)
     (draft / "README.md").write_text(card(reporting, final))

@@ -45,7 +45,7 @@ class Server(Protocol):
         """Return measures of the base, or of the present model, on the sites' held-out text."""
         ...
 
-    def export(self, reporting: Reporting, final: Measures) -> Export:
+    def export(self, fleet: Fleet, reporting: Reporting, final: Measures) -> Export:
         """Write the model that the run made; return what result.json says about it."""
         ...
 

@@ -78,7 +78,7 @@ class LocalServer:
         }
         return ask_heldout(fleet, Payload(values=values), round=round)
 
-    def export(self, reporting: Reporting, final: Measures) -> Export:  # noqa: ARG002
+    def export(self, fleet: Fleet, reporting: Reporting, final: Measures) -> Export:  # noqa: ARG002
         """Write nothing: the sites keep their adapters."""
         return Export()
 

@@ -61,7 +61,7 @@ class SharedModelServer(ABC):
 
         return ask_heldout(fleet, message, round=round)
 
-    def export(self, reporting: Reporting, final: Measures) -> Export:
+    def export(self, fleet: Fleet, reporting: Reporting, final: Measures) -> Export:  # noqa: ARG002
         """Write the model and its card; return what result.json says about it."""
         state = changed(self._checked_model())
         texts = samples(reporting, state)

@@ -22,7 +22,7 @@ from fluvial.models.behaviour import check_behaviour
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
-from fluvial.models.loading import weights_folder
+from fluvial.models.loading import meta_base, weights_folder
 from fluvial.models.outline import Outline
 from fluvial.models.parts import PartPool
 from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
@@ -245,6 +245,18 @@ class ModelPool:
 
         if self.exports_tokenizer():
             self.tokenizer.save_pretrained(str(folder))
+
+    def save_adapter(self, state: Named, folder: Path) -> None:
+        """Write an adapter as a folder of PEFT, from the base's shapes: no weight is loaded, and no
+        tokenizer."""
+        assert self.lora is not None, "where all weights are tuned, there is no adapter"
+        model = adapt(meta_base(self.config), self.lora)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        factors = {
+            names[id(parameter)]: state[name] for name, parameter in tuned_parameters(model).items()
+        }
+        model.load_state_dict(factors, strict=False, assign=True)
+        save_adapter(model, folder)
 
     def exports_tokenizer(self) -> bool:
         """Return whether a written folder holds the tokenizer.

@@ -320,7 +320,7 @@ class Run:
         rounds = self.config.rounds
         base = self.server.measure(self.fleet, reporting, round=rounds, which="base")
         final = self.server.measure(self.fleet, reporting, round=rounds, which="final")
-        export = self.server.export(reporting, final)
+        export = self.server.export(self.fleet, reporting, final)
         sends = self.config.entry.traits.sends != "nothing"
         raw = self.pool.layout.raw_bytes * self.trained if sends else None
 

@@ -13,13 +13,14 @@ states go to the server and back, and their gradients too, so the update is that
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.planning import plan
 from fluvial.methods.flglm.server import FlGlmServer
-from fluvial.methods.flglm.tasks import evaluate, train
+from fluvial.methods.flglm.tasks import train
+from fluvial.methods.flglm.use import evaluate, sample
 from fluvial.methods.interface import Method, Traits
 
 METHOD = Method(
     FlGlmConfig,
     FlGlmServer,
-    {"train": train, "evaluate": evaluate},
+    {"train": train, "evaluate": evaluate, "sample": sample},
     paper="Zheng et al., Safely Learning with Private Data: A Federated Learning Framework for LLM "
     "(FL-GLM), EMNLP 2024, https://arxiv.org/abs/2406.14898",
     plan=plan,

@@ -1,38 +1,35 @@
 """The server half of FL-GLM: its layers, and those of the sites where all share them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Literal
 
-import torch
-
-from fluvial.codecs.activations.rows import pack, unpack
 from fluvial.federation.aggregate import Aggregate, WeightedLoss
 from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.cohort import sample
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.meter import MEASURING
-from fluvial.federation.replies import measured
+from fluvial.federation.replies import fields, measured
 from fluvial.federation.sites import state_message
-from fluvial.federation.turns import Idle, Reply, Turn
-from fluvial.methods.exporting import Export, Reporting
+from fluvial.methods.exporting import Export, Reporting, export_adapter
 from fluvial.methods.flglm.client_batch import ClientBatch
-from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.conversations import Conversations
 from fluvial.methods.flglm.replica import SiteUpdate
+from fluvial.methods.flglm.serving import Serving
 from fluvial.methods.flglm.setting import Setting
-from fluvial.methods.flglm.turns import Look
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.measuring import Measures, measures_of
 from fluvial.methods.shared import SharedModelServer
-from fluvial.models.split import Part
 from fluvial.models.states import base_state, changed, initial_state
-from fluvial.seeds import generator
-from fluvial.training.evaluate import Heldout
-from fluvial.wire.payload import Payload, Value, frame_payload
+from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Named, moved, norm, subtract
+
+Which = Literal["base", "final"]
+PROMPT = "Once upon a time"
+"""Prompt of a sample where the configuration has none."""
 
 
 class FlGlmServer(SharedModelServer):
@@ -131,23 +128,73 @@ class FlGlmServer(SharedModelServer):
         if not reporting.heldout:
             return Measures()
 
-        places = self.setting.places
-        middle = base_state(places.middle) if which == "base" else self._middle()
-        message = (
-            Payload(values={"which": which})
-            if which == "base"
-            else self._message(which=which, round=round)
-        )
+        generate = reporting.evaluate.max_new_tokens
+        read = partial(measured, answers=generate > 0)
+        with self._serving(which) as serving:
+            message = self._use(which, round, generate=generate)
+            replies = serving.replies(
+                fleet, MEASURING, fleet.sites, message, round=round, read=read
+            )
+            return measures_of(replies)
 
-        with self.setting.parts.part(middle, trainable=False) as part:
-            looking = _Looking(self.setting, part)
-            return measures_of(looking.replies(fleet, message, round))
+    def export(self, fleet: Fleet, reporting: Reporting, final: Measures) -> Export:
+        """Write the model where the server has all of it; see `SharedModelServer.export`.
 
-    def export(self, reporting: Reporting, final: Measures) -> Export:
-        """Write the model where the server has all of it; see `SharedModelServer.export`."""
+        An adapter is written without the base's weights, of which the server has only its own.
+        """
         if self.config.ends == "own":
             return Export()
-        return super().export(reporting, final)
+        if reporting.pool.full:
+            return super().export(fleet, reporting, final)
+
+        texts = self._samples(fleet, reporting)
+        sha256 = export_adapter(reporting, changed(self._checked_model()), final)
+        return Export(adapter_sha256=sha256, samples=texts)
+
+    def _samples(self, fleet: Fleet, reporting: Reporting) -> list[dict[str, str]]:
+        """Return continuations of a prompt by the base and by the tuned model, made with one site.
+
+        No text of a site is a prompt here, because the server would receive it.
+        """
+        prompt = reporting.evaluate.sample_prompt or PROMPT
+        texts = []
+        for which in ("base", "final"):
+            with self._serving(which) as serving:
+                message = self._use(
+                    which,
+                    reporting.rounds,
+                    prompt=prompt,
+                    generate=reporting.evaluate.sample_tokens,
+                )
+                texts += [
+                    reply.content
+                    for reply in serving.replies(
+                        fleet,
+                        "sample",
+                        fleet.sites[:1],
+                        message,
+                        round=reporting.rounds,
+                        read=_text,
+                    )
+                ]
+
+        if len(texts) < 2:  # the site has failed
+            return []
+        return [{"prompt": prompt, "base": texts[0], "final": texts[1]}]
+
+    @contextmanager
+    def _serving(self, which: Which) -> Iterator[Serving]:
+        """Borrow the server's layers, of the base or of the present model."""
+        base = which == "base"
+        middle = base_state(self.setting.places.middle) if base else self._middle()
+        with self.setting.parts.part(middle, trainable=False) as part:
+            yield Serving(self.setting, part)
+
+    def _use(self, which: Which, round: int, **values: Value) -> Payload:
+        """Return the message with which a site uses the base or the present model."""
+        if which == "base":
+            return Payload(values={"which": which, "round": round, **values})
+        return self._message(which=which, round=round, **values)
 
     def model(self) -> Named:
         """Return the adapter, or the change of all weights."""
@@ -163,38 +210,8 @@ class FlGlmServer(SharedModelServer):
         self.context.layout.check(self._model, "checkpoint")
 
 
-class _Looking:
-    """The server's layers in conversations with sites that measure the model."""
-
-    def __init__(self, setting: Setting, part: Part) -> None:
-        self._part = part
-        self._longest = setting.longest
-        rounding = generator(setting.context.seed, "rounding")
-        self._coding = Coding.of(setting.config, part, rounding)
-
-    def replies(
-        self, fleet: Fleet, message: Payload, round: int
-    ) -> Iterator[Reply[tuple[Heldout, int, int]]]:
-        """Yield the sites' replies."""
-        for event in fleet.converse(
-            MEASURING,
-            dict.fromkeys(fleet.sites, message),
-            round=round,
-            hear=self._hear,
-            read=partial(measured, answers=False),
-        ):
-            assert not isinstance(event, Idle), "every turn is answered at once"
-            if isinstance(event, Turn):
-                event.answer(event.content)
-            else:
-                yield event
-
-    @torch.no_grad()
-    def _hear(self, _site: str, payload: Payload) -> Payload:
-        """Return the answer to a turn."""
-        look = Look.read(payload, longest=self._longest)
-        rows = self._coding.decode_hidden(look.frame, sum(look.lengths))
-        lengths = torch.tensor(look.lengths, device=self._part.device)
-        hidden, mask = unpack(rows, lengths, max(look.lengths), "right")
-        rows = pack(self._part.middle(hidden, mask), mask)
-        return frame_payload(self._coding.encode_hidden(rows))
+def _text(_site: str, reply: Payload) -> str:
+    """Return the text of a reply; raises `WireError`."""
+    fields(reply, ("text",))
+    text: str = reply.value("text", str)
+    return text

@@ -5,17 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example
-from fluvial.errors import WireError
 from fluvial.federation.replies import MOST_TOKENS
-from fluvial.federation.sites import Site, read_state_message, round_of
+from fluvial.federation.sites import Site, round_of
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.ends import Ends
-from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.state import places_of, state_of
 from fluvial.methods.flglm.tuned_part import factor_of
 from fluvial.methods.flglm.turns import (
     MOST_SQUARED_NORM,
@@ -23,25 +21,17 @@ from fluvial.methods.flglm.turns import (
     Backward,
     Content,
     Forward,
-    Look,
     Meeting,
     check_answer,
 )
-from fluvial.models.states import base_state, initial_state
 from fluvial.seeds import derive, generator
-from fluvial.training.evaluate import Heldout
 from fluvial.training.train import (
     TrainConfig,
     check_finite,
-    collate,
-    shifted,
     shuffled_batches,
 )
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, subtract
-
-HELDOUT_BATCH = 16
-"""Sequences of one forward pass in which the model is measured."""
 
 
 @dataclass
@@ -176,9 +166,9 @@ def train(site: Site, message: Payload) -> Talk:
     """
     round = round_of(site, message)
     config: FlGlmConfig = site.method
-    places = Places.of(config, site.pool.outline.base, site.layout)
+    places = places_of(site)
     shared = places.shared
-    state = _state(site, message, places)
+    state = state_of(site, message, places)
     examples = site.load().train
     draw = generator(site.seed, "train", round, site.name)
     batches = shuffled_batches(examples, site.train.logical_batch, draw)
@@ -217,53 +207,3 @@ def train(site: Site, message: Payload) -> Talk:
         kept = {name: state[name] + change for name, change in update.items()}
         site.keep("ends", Payload(kept))
     return Payload(values=values)
-
-
-def _state(site: Site, message: Payload, places: Places) -> Named:
-    """Return the state of the site's layers: the initial one, with what was sent or kept."""
-    state = initial_state(places.ends, site.seed)
-    if places.shared.shapes:
-        return state | read_state_message(message, places.shared)
-    kept = site.recall("ends").tensors
-    return state | kept
-
-
-def evaluate(site: Site, message: Payload) -> Talk:
-    """Measure the model in a conversation with the server's layers, on held-out text; a task.
-
-    Values in: `which` ("base", or "final": the layers that were sent, or the site's own), `round`.
-    Values out: as those of `sites.evaluate`.
-    """
-    config: FlGlmConfig = site.method
-    places = Places.of(config, site.pool.outline.base, site.layout)
-    which = message.value("which", str)
-    if which == "base":
-        state = base_state(places.ends)
-    elif which == "final":
-        state = _state(site, message, places)
-    else:
-        raise WireError(f"evaluate: which={which!r:.40}, expected 'base' or 'final'")
-
-    examples = sorted(site.load().heldout, key=lambda example: len(example.input_ids))
-    pool = site.pool.parts(places.cut, server=False)
-    sums = []
-
-    with pool.part(state, trainable=False) as part, torch.no_grad():
-        coding = Coding.of(config, part, generator(site.seed, "rounding"))
-        for start in range(0, len(examples), HELDOUT_BATCH):
-            some = examples[start : start + HELDOUT_BATCH]
-            batch = collate(some, site.pool.tokenizer.pad_token_id, part.device)
-            mask = batch["attention_mask"]
-            lengths = lengths_from_mask(mask, "right")
-            rows = pack(part.embed(batch["input_ids"], mask), mask)
-            turn = Look(tuple(lengths.tolist()), coding.encode_hidden(rows))
-            received = yield turn.payload()
-            rows = coding.decode_hidden(payload_frame(received), len(rows))
-            hidden, _ = unpack(rows, lengths, mask.shape[1], "right")
-            logits, labels = shifted(part.logits(hidden, mask), batch["labels"])
-            sums.append(Heldout.of(logits, labels))
-
-    total = Heldout.sum(sums)
-    return Payload(
-        values={"loss_sum": total.loss_sum, "hits": total.hits, "tokens": total.label_tokens}
-    )

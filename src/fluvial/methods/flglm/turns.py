@@ -104,13 +104,36 @@ class Look:
 
     def payload(self) -> Payload:
         """Return the message."""
-        return frame_payload(self.frame, lengths=list(self.lengths))
+        return frame_payload(self.frame, of="look", lengths=list(self.lengths))
 
-    @classmethod
-    def read(cls, payload: Payload, *, longest: int | None) -> "Look":
-        """Return the message; raises `WireError`."""
-        fields(payload, ("lengths",), (FRAME,))
-        return cls(read_lengths(payload, longest=longest), payload_frame(payload))
+
+@dataclass(frozen=True)
+class Continue:
+    """Hidden states of A for the next tokens of a text that is being generated."""
+
+    begins: bool
+    """True for the prompt, with which a text begins."""
+    tokens: int
+    frame: bytes
+
+    def payload(self) -> Payload:
+        """Return the message."""
+        return frame_payload(self.frame, of="continue", begins=self.begins, tokens=self.tokens)
+
+
+def read_use(payload: Payload, *, longest: int | None) -> Look | Continue:
+    """Return a turn in which the model is used, and not trained; raises `WireError`."""
+    of = payload.value("of", str)
+    if of == "look":
+        fields(payload, ("of", "lengths"), (FRAME,))
+        return Look(read_lengths(payload, longest=longest), payload_frame(payload))
+
+    if of == "continue":
+        fields(payload, ("of", "begins", "tokens"), (FRAME,))
+        tokens = payload.whole("tokens", 1, longest or MOST_SEQUENCES)
+        return Continue(payload.value("begins", bool), tokens, payload_frame(payload))
+
+    raise WireError(f"message value 'of': {of!r:.40} is no use of the model")
 
 
 Content = Forward | Backward | Meeting

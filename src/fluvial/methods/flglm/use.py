@@ -1,0 +1,142 @@
+"""The tasks in which a site uses the whole model: to measure it, and to continue a text."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
+from fluvial.data import Example
+from fluvial.errors import WireError
+from fluvial.federation.sites import MOST_NEW_TOKENS, Site
+from fluvial.federation.talk import Talk
+from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.state import places_of, state_in_use
+from fluvial.methods.flglm.turns import Continue, Look
+from fluvial.models.split import Part
+from fluvial.models.split_generation import SiteGeneration
+from fluvial.seeds import generator
+from fluvial.training.evaluate import Heldout, exact_match
+from fluvial.training.train import collate, shifted
+from fluvial.wire.payload import Payload, Value, payload_frame
+
+BATCH = 16
+"""Sequences of one forward pass in which the model is measured."""
+MOST_PROMPT = 10**5
+"""Characters of a prompt that a server may send."""
+
+
+def evaluate(site: Site, message: Payload) -> Talk:
+    """Measure the model in a conversation with the server's layers, on held-out text; a task.
+
+    Values in: `which` ("base", or "final": the layers that were sent, or the site's own), `round`,
+    `generate`. Values out: as those of `sites.evaluate`.
+    """
+    new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
+    data = site.load()
+
+    with _model(site, message) as model:
+        sums = yield from model.heldout(data.heldout)
+        values: dict[str, Value] = {
+            "loss_sum": sums.loss_sum,
+            "hits": sums.hits,
+            "tokens": sums.label_tokens,
+        }
+        if new_tokens and data.questions:
+            prompts = [question.prompt for question in data.questions]
+            answers = yield from model.answers(prompts, new_tokens)
+            right = exact_match(answers, [question.answer for question in data.questions])
+            values |= {"right": right, "questions": len(answers)}
+
+    return Payload(values=values)
+
+
+def sample(site: Site, message: Payload) -> Talk:
+    """Continue the `prompt` of the server by `generate` tokens; a task.
+
+    Values in: also `which` and `round`, as in `evaluate`. Value out: `text`.
+    """
+    new_tokens = message.whole("generate", 1, MOST_NEW_TOKENS)
+    prompt = message.value("prompt", str)
+    if len(prompt) > MOST_PROMPT:
+        raise WireError(f"a prompt of {len(prompt)} characters exceeds the limit of {MOST_PROMPT}")
+
+    with _model(site, message) as model:
+        (text,) = yield from model.answers([prompt], new_tokens)
+
+    return Payload(values={"text": text})
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The whole model in a conversation, with the site's part at hand."""
+
+    site: Site
+    part: Part
+    coding: Coding
+
+    def heldout(self, examples: Sequence[Example]) -> Generator[Payload, Payload, Heldout]:
+        """Return loss and hits on `examples`; sequences of like length share a batch."""
+        order = sorted(examples, key=lambda example: len(example.input_ids))
+        sums = []
+
+        for start in range(0, len(order), BATCH):
+            some = order[start : start + BATCH]
+            batch = collate(some, self.site.pool.tokenizer.pad_token_id, self.part.device)
+            logits = yield from self._logits(batch["input_ids"], batch["attention_mask"])
+            sums.append(Heldout.of(*shifted(logits, batch["labels"])))
+
+        return Heldout.sum(sums)
+
+    def _logits(self, input_ids: Tensor, mask: Tensor) -> Generator[Payload, Payload, Tensor]:
+        lengths = lengths_from_mask(mask, "right")
+        rows = pack(self.part.embed(input_ids, mask), mask)
+        look = Look(tuple(lengths.tolist()), self.coding.encode_hidden(rows))
+        received = yield look.payload()
+        rows = self.coding.decode_hidden(payload_frame(received), len(rows))
+        hidden, _ = unpack(rows, lengths, mask.shape[1], "right")
+        return self.part.logits(hidden, mask)
+
+    def answers(
+        self, prompts: Sequence[str], new_tokens: int
+    ) -> Generator[Payload, Payload, list[str]]:
+        """Return greedy continuations of `prompts`, one after another."""
+        generation = SiteGeneration(self.part, self.site.pool.tokenizer, max_new_tokens=new_tokens)
+        answers = []
+        for prompt in prompts:
+            answer = yield from self._answer(generation.answer(prompt))
+            answers.append(answer)
+
+        return answers
+
+    def _answer(self, steps: Generator[Tensor, Tensor, str]) -> Generator[Payload, Payload, str]:
+        """Return what `steps` return, whose hidden states are exchanged with the server."""
+        begins = True
+        try:
+            hidden = next(steps)
+            while True:
+                rows = hidden[0]
+                turn = Continue(begins, len(rows), self.coding.encode_hidden(rows))
+                received = yield turn.payload()
+                rows = self.coding.decode_hidden(payload_frame(received), len(rows))
+                hidden = steps.send(rows[None])
+                begins = False
+        except StopIteration as end:
+            text: str = end.value
+            return text
+        finally:
+            steps.close()
+
+
+@contextmanager
+def _model(site: Site, message: Payload) -> Iterator[_Model]:
+    """Borrow the site's part, with the state that the message asks for."""
+    places = places_of(site)
+    state = state_in_use(site, message, places)
+    pool = site.pool.parts(places.cut, server=False)
+
+    with pool.part(state, trainable=False) as part, torch.no_grad():
+        rounding = generator(site.seed, "rounding")
+        yield _Model(site, part, Coding.of(site.method, part, rounding))
