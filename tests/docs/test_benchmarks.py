@@ -456,3 +456,12 @@ def test_work_of_a_step_by_block() -> None:
     shape = Shape(64, 128, layers=2, heads=4, key_value_heads=2, vocabulary=0)
     assert compute.predicted(shape, 1) == pytest.approx(4 / 6)
     assert compute.predicted(shape, 0) == pytest.approx(5 / 6)
+
+
+@pytest.mark.slow
+def test_leakage(tmp_path: Path) -> None:
+    """Five attacks on every case, four where no gradient is exchanged; the claims hold."""
+    content = _quick("leakage", tmp_path / "leakage.json")
+    cases = {(row["part"], row["case"]) for row in content["rows"]}
+    assert len(content["rows"]) == 5 * len(cases)
+    assert all(claim["holds"] for claim in content["claims"])

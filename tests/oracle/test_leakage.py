@@ -125,3 +125,12 @@ def test_the_mechanism_is_part_of_what_is_public() -> None:
     )
     blind = CausalSearch(PublicModel(embedded(), 1), CausalSettings())(released)
     assert not torch.equal(blind, ids)
+
+
+def test_a_shortlist_without_the_token_is_given_up() -> None:
+    """The scores are the worst: all other tokens come first."""
+    ids = heldout(1, 12)[0]
+    public = PublicModel(embedded(), 1)
+    scores = -torch.nn.functional.one_hot(ids, public.vocabulary).double()
+    search = CausalSearch(public, CausalSettings(shortlist=8), lambda _hidden: scores)
+    assert torch.equal(search(sent(ids, 1)), ids)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fluvial.methods.flglm.leakage.causal import CausalSearch, CausalSettings
+from fluvial.methods.flglm.leakage.causal import CausalSearch, CausalSettings, Scores
 from fluvial.methods.flglm.leakage.decoder import DecoderSettings, TrainedDecoder
 from fluvial.methods.flglm.leakage.gradients import GradientMatching, text_of_labels
 from fluvial.methods.flglm.leakage.meter import Attack, Observation
@@ -40,7 +40,7 @@ class Effort:
         CausalSettings(beams=4, prior=0.5, shortlist=256),
         CausalSettings(beams=4, prior=1.0, shortlist=256),
     )
-    """Searches; a shortlist is the trained decoder's."""
+    """Searches; a shortlist has the first choices of nearest token and trained decoder."""
     seed: int = 0
 
 
@@ -87,6 +87,17 @@ def _disturbed(public: PublicModel, ids: Tensor, draw: torch.Generator) -> Tenso
         return hidden
     noise = torch.randn(hidden.shape, generator=draw, dtype=hidden.dtype)
     return hidden + public.noise.std * noise
+
+
+def _first_of(*attacks: Scores) -> Scores:
+    """Return scores by which a token stands as high as in the best of its places in `attacks`."""
+
+    def scores(hidden: Tensor) -> Tensor:
+        orders = [attack(hidden).argsort(-1, descending=True) for attack in attacks]
+        places = torch.stack([order.argsort(-1) for order in orders])
+        return -places.amin(0).double()
+
+    return scores
 
 
 def _best(readers: Iterable[Reader], trials: Sequence[tuple[Tensor, Tensor]]) -> Reader:

@@ -10,6 +10,7 @@ prefixes (a beam) and weighs distance against the public model's own expectation
 whose minimum, with `prior` = 1, is the most probable text if p is right.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class CausalSettings:
     prior: float = 0.0
     """Weight of the public model's expectation; without effect where there is no noise."""
     shortlist: int | None = None
-    """Candidates at a position, those of the best scores by a faster attack; None for all."""
+    """Candidates at a position, those of the best scores by a faster attack; None for all. Where
+    none of them is as near as noise allows, all are tried."""
     batch: int = 1024
     """Candidates of one pass."""
     reuse: bool = True
@@ -65,8 +67,15 @@ class CausalSearch:
         scores = torch.zeros(1, dtype=torch.float64)
         cache = Prefixes() if self.settings.reuse else None
 
-        for state, candidates in zip(observed, self._candidates(observed), strict=True):
-            new = weight * self._distances(state, candidates, prefixes, cache)
+        for state, shortlist in zip(observed, self._candidates(observed), strict=True):
+            candidates = shortlist
+            distances = self._distances(state, candidates, prefixes, cache)
+
+            if len(candidates) < self.public.vocabulary and distances.min() > _near(state, std):
+                candidates = torch.arange(self.public.vocabulary)
+                distances = self._distances(state, candidates, prefixes, cache)
+
+            new = weight * distances
             if prior:
                 new -= prior * self.public.prior(prefixes)[:, candidates]
 
@@ -108,3 +117,13 @@ class CausalSearch:
             parts.append((hidden - state).square().sum(-1).view(len(prefixes), len(batch)))
 
         return torch.cat(parts, 1)
+
+
+def _near(state: Tensor, std: float) -> float:
+    """Return the squared distance that the right token's state exceeds with probability 1e-9 or so.
+
+    That is mean and six deviations of the noise's squared length, and 1 % for the rounding of
+    hidden states on the wire.
+    """
+    noise = std**2 * (len(state) + 6 * math.sqrt(2 * len(state)))
+    return noise + 1e-4 * float(state.square().sum())
