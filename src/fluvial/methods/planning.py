@@ -60,7 +60,7 @@ def coded(
     downloads = given.rounds - (given.downlink is not None)
     rows = [
         *frame_rows(config, given, frame),
-        ("down, whole run", f"{down * cohort * downloads:,} B to all sites"),
+        ("down, whole run", f"{down * cohort * downloads:,} B to all sites, without headers"),
         *memory_rows(given, sent),
     ]
     if given.line is None:
@@ -102,7 +102,7 @@ def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRo
     total = frame * config.cohort(given.sites) * given.rounds
     return [
         ("frame of an update", f"{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"),
-        ("up, whole run", f"{total:,} B from all sites"),
+        ("up, whole run", f"{total:,} B from all sites, without headers"),
     ]
 
 
