@@ -17,7 +17,10 @@ A message says what was found, where, and what would be right. Broken invariants
 errors of this tree.
 """
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 
 class FluvialError(Exception):
@@ -62,12 +65,49 @@ def type_name(value: object) -> str | None:
     return name if name.isidentifier() and name.isascii() and len(name) <= 60 else None
 
 
-def wrong_return(function: str, value: object, expected: str) -> str:
+def wrong_return(
+    function: str,
+    value: object,
+    expected: str,
+    *,
+    verb: Literal["returned", "yielded"] = "returned",
+) -> str:
     """Return the text of an error about a function of a method that returned another type.
 
     The value itself is not in it, because the text may leave a site.
     """
-    return f"{function} returned {type_name(value) or 'another type'}; expected {expected}"
+    return f"{function} {verb} {type_name(value) or 'another type'}; expected {expected}"
+
+
+def check_call(
+    function: str, value: Callable[..., object], *arguments: str, **keywords: str
+) -> None:
+    """Raise `ConfigError` unless a function of the user's own can be called with these arguments.
+
+    The error names the function as `function`, and its file and line. `keywords` are arguments that
+    are given by name.
+    """
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of some functions in C none is known
+        return
+
+    try:
+        signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        called = ", ".join([*arguments, *(f"{name}=" for name in keywords)])
+        raise ConfigError(
+            f"{function}{_definition(value)} is called with ({called}), and takes {signature}: "
+            f"{error}"
+        ) from None
+
+
+def _definition(value: Callable[..., object]) -> str:
+    """Return file and line of a function or of a class's constructor, where it is known."""
+    own = vars(value).get("__init__", value) if isinstance(value, type) else value
+    function = inspect.unwrap(own)
+    code = getattr(function, "__code__", None)  # a callable object has none
+    return f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code else ""
 
 
 class GateError(FluvialError):

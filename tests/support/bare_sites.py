@@ -11,6 +11,7 @@ from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
+from fluvial.methods.interface import MethodSettings
 from fluvial.models.pool import ModelPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Limits, Payload
@@ -27,7 +28,7 @@ def bare_site(name: str, store: StateStore) -> Site:
         load=cast(Any, None),
         train=TrainConfig(),
         codec=IdentitySettings(),
-        method=None,
+        method=MethodSettings(name="bare"),
         downlink=None,
         store=store,
         rounds=1,

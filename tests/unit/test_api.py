@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 import fluvial
-from examples.own_method import MOMENTUM
+from examples.own_method import MOMENTUM, MomentumServer
 from fluvial import caller
 from fluvial.errors import CheckpointError, RefusalError
+from fluvial.exchange import shared
+from fluvial.methods.fedavg import terms
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import override, parse
 from fluvial.runs.run import execute
@@ -135,6 +137,59 @@ def test_an_error_of_a_thread_of_a_site_names_the_argument(
     method = replace(MOMENTUM, tasks={**MOMENTUM.tasks, "train": train})
     table = one_site | {"method": {"name": "momentum"}}
     with pytest.raises(fluvial.FluvialError, match="seen with resume=True"):
+        fluvial.run(table, tmp_path / "run", methods=[method], progress=False)
+
+
+class NarrowServer(MomentumServer):
+    """A server half whose round takes too few arguments."""
+
+    def round(self, number: int) -> Any:  # type: ignore[override] # the mistake
+        """Return nothing."""
+
+
+def narrow(site: fluvial.Site) -> fluvial.Payload:
+    """Return nothing to the server."""
+    return fluvial.Payload()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"traits": {"receives": "dwnlink"}}, "traits.receives: got 'dwnlink'.*'downlink'"),
+        ({"traits": {"pooled": "no"}}, "traits.pooled: got 'no' of type str"),
+        ({"traits": {"tunes": ("lora", "all")}}, r"traits.tunes.1: got 'all'"),
+        ({"traits": {"codec": "int8"}}, "traits.codec: got 'int8'"),
+        (
+            {"tasks": {"train": narrow}},
+            r"tasks\['train'\] \(test_api.py:\d+\) is called with \(site, message\)",
+        ),
+        ({"server": narrow}, r"server \(test_api.py:\d+\) is called with \(config, context\)"),
+        ({"plan": lambda: None}, r"plan \(test_api.py:\d+\) is called with \(config, given\)"),
+    ],
+)
+def test_a_wrong_method_is_refused_when_it_is_entered(wrong: dict[str, Any], message: str) -> None:
+    if "traits" in wrong:
+        wrong = {"traits": replace(MOMENTUM.traits, **wrong["traits"])}
+
+    with pytest.raises(fluvial.ConfigError, match=message):
+        fluvial.load_config({"rounds": 1}, methods=[replace(MOMENTUM, **wrong)])
+
+
+def test_a_training_with_other_arguments_is_refused_when_its_task_is_made() -> None:
+    with pytest.raises(
+        fluvial.ConfigError, match=r"\(test_api.py:\d+\) is called with \(site, rec"
+    ):
+        shared(narrow, terms)  # type: ignore[arg-type]
+
+
+def test_a_server_half_with_other_arguments_is_named(
+    one_site: dict[str, Any], tmp_path: Path
+) -> None:
+    method = replace(MOMENTUM, server=NarrowServer)  # type: ignore[arg-type] # the mistake
+    table = one_site | {"method": {"name": "momentum"}}
+    with pytest.raises(
+        fluvial.ConfigError, match=r"round of method 'momentum' \(test_api.py:\d+\) is called"
+    ):
         fluvial.run(table, tmp_path / "run", methods=[method], progress=False)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.base import Codec
 from fluvial.data import Example
-from fluvial.errors import RefusalError, wrong_return
+from fluvial.errors import RefusalError, check_call, wrong_return
 from fluvial.exchange import tgap_tasks
 from fluvial.exchange.coding import Coder
 from fluvial.exchange.downlink import receive
@@ -111,18 +111,18 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     return Received(adapter, followed, terms, round_of(site, message), step)
 
 
-def check_update(update: LocalUpdate, layout: Layout) -> None:
+def check_update(update: LocalUpdate, layout: Layout, train: str) -> None:
     """Raise `RefusalError` or `WireError` unless an update has tensors of `layout` and a number as
-    its loss."""
+    its loss; `train` names the function."""
     tensors: object = update.tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise RefusalError(
-            "the method's train: LocalUpdate.tensors is not a dict from names to torch tensors"
+            f"{train}: LocalUpdate.tensors is not a dict from names to torch tensors"
         )
 
-    layout.check(tensors, "LocalUpdate.tensors of the method's train")
+    layout.check(tensors, f"LocalUpdate.tensors of {train}")
     if not _is_finite_number(update.loss):
-        raise RefusalError("the method's train: LocalUpdate.loss is not a finite number")
+        raise RefusalError(f"{train}: LocalUpdate.loss is not a finite number")
 
 
 def _is_finite_number(value: float) -> bool:
@@ -134,6 +134,7 @@ def _is_finite_number(value: float) -> bool:
 
 def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
     """Return the task that receives an adapter, calls `train`, and sends the update."""
+    check_call("train of a method", train, "site", "received", "round", "examples")
 
     def task(site: Site, message: Payload) -> Payload:
         """Receive the adapter, train, and send the update."""
@@ -143,9 +144,9 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
 
         update: object = train(site, received.adapter, received.round, received.examples(site))
         if not isinstance(update, LocalUpdate):
-            raise RefusalError(wrong_return("the method's train", update, "a LocalUpdate"))
+            raise RefusalError(wrong_return(site.of_method("train"), update, "a LocalUpdate"))
 
-        check_update(update, received.terms.sent(site.layout))
+        check_update(update, received.terms.sent(site.layout), site.of_method("train"))
         return received.reply(site, update)
 
     return task

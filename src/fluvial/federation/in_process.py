@@ -219,7 +219,8 @@ class InProcess:
                 site.accept_assignment(message)
 
             answer, final = visit.running.step(message)
-            return Arrival(request.number, checked_answer(answer).to_bytes(), final=final)
+            checked = checked_answer(answer, site.of_method(f"task {request.task!r}"), final=final)
+            return Arrival(request.number, checked.to_bytes(), final=final)
         except BaseException as problem:
             log = site.store.errors(site.name)
             text = outward(problem, log, site=site.name, round=request.round, task=request.task)

@@ -34,7 +34,7 @@ class Site:
     train: TrainConfig
     codec: CodecSettings
     method: Any
-    """Config of the method."""
+    """Config of the method; None at the simulated sites of TGAP, which work for any."""
     downlink: CodecSettings | None
     """Codec of the adapter in the downlink; None if the adapter is sent exactly."""
     store: StateStore
@@ -54,6 +54,10 @@ class Site:
     def layout(self) -> Layout:
         """Return the layout of the adapter, or of all weights, that this site trains."""
         return self.pool.layout if self.assigned is None else self.assigned.layout
+
+    def of_method(self, function: str) -> str:
+        """Return a function of the method with the method's name, for errors."""
+        return function if self.method is None else f"{function} of method {self.method.name!r}"
 
     def accept_assignment(self, message: Payload) -> None:
         """Work with the assignment that `message` carries, or else with the run's own.

@@ -10,6 +10,7 @@ Locals live on between two turns. What the site keeps counts with the return.
 """
 
 from collections.abc import Callable, Generator
+from typing import Literal
 
 import torch
 
@@ -21,7 +22,7 @@ Talk = Generator[Payload, Payload, Payload]
 the reply."""
 
 
-def only_answer(answer: Payload | Talk) -> Payload:
+def only_answer(answer: Payload | Talk, task: str = "the task") -> Payload:
     """Return the answer of a task that is not a conversation.
 
     Raises `RefusalError` for a conversation, where the transport carries one message each way only.
@@ -32,13 +33,17 @@ def only_answer(answer: Payload | Talk) -> Payload:
             "does not do yet; run it in one process"
         )
 
-    return checked_answer(answer)
+    return checked_answer(answer, task)
 
 
-def checked_answer(answer: object) -> Payload:
-    """Return what a task answered; raises `RefusalError` for what is no payload."""
+def checked_answer(answer: object, task: str, *, final: bool = True) -> Payload:
+    """Return what a task returned, or yielded where that is not `final`.
+
+    `task` names the task and its method. Raises `RefusalError` for what is no payload.
+    """
     if not isinstance(answer, Payload):
-        raise RefusalError(wrong_return("the method's task", answer, "a Payload"))
+        verb: Literal["returned", "yielded"] = "returned" if final else "yielded"
+        raise RefusalError(wrong_return(task, answer, "a Payload", verb=verb))
     return answer
 
 

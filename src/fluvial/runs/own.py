@@ -4,13 +4,13 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from fluvial.codecs import CODECS, CodecConfig
 from fluvial.codecs.base import Codec, CodecSettings
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, check_call
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.interface import Method, MethodSettings, Traits
 from fluvial.runs.config import RunConfig
@@ -92,12 +92,17 @@ def _method_name(number: int, entry: object) -> str:
         expected = "a class derived from fluvial.MethodSettings"
         raise wrong_argument(f"{where}.config", config, expected)
 
-    for field, value in (("server", entry.server), ("plan", entry.plan)):
+    for field, value, arguments in (
+        ("server", entry.server, ("config", "context")),
+        ("plan", entry.plan, ("config", "given")),
+    ):
         if not callable(value):
             raise wrong_argument(f"{where}.{field}", value, "a function or class")
+        check_call(f"{where}.{field}", value, *arguments)
 
     if not isinstance(entry.traits, Traits):
         raise wrong_argument(f"{where}.traits", entry.traits, "a fluvial.Traits")
+    _check_traits(f"{where}.traits", entry.traits)
 
     tasks: object = entry.tasks
     if not isinstance(tasks, Mapping):
@@ -105,8 +110,20 @@ def _method_name(number: int, entry: object) -> str:
     for name, task in tasks.items():
         if not callable(task):
             raise wrong_argument(f"{where}.tasks[{name!r}]", task, "a function")
+        check_call(f"{where}.tasks[{name!r}]", task, "site", "message")
 
     return _name(f"{where}.config", config)
+
+
+def _check_traits(where: str, traits: Traits) -> None:
+    """Raise `ConfigError` for a value that a field of the traits does not have."""
+    for name, kind in get_type_hints(Traits).items():
+        try:
+            TypeAdapter(kind).validate_python(getattr(traits, name), strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join([where, name, *map(str, fault["loc"])])
+            raise wrong_argument(place, fault["input"], fault["msg"]) from None
 
 
 def _codec_name(number: int, entry: object) -> str:

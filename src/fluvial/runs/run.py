@@ -12,7 +12,7 @@ import torch
 
 from fluvial import __version__, caller
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, GateError, wrong_return
+from fluvial.errors import CheckpointError, ConfigError, GateError, check_call, wrong_return
 from fluvial.exchange.versions import INSTALL
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -31,6 +31,14 @@ from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, ane
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
+CALLS = {
+    "setup": ("fleet",),
+    "round": ("number", "fleet"),
+    "export": ("reporting", "final"),
+    "state": (),
+    "restore": ("state",),
+}
+"""Functions of a server half that take their arguments by place, and the names of these."""
 
 K = TypeVar("K")
 
@@ -170,6 +178,10 @@ class Run:
         if not isinstance(server, Server):
             name = f"server of method {config.method.name!r}"
             raise ConfigError(wrong_return(name, server, "a Server with all its functions"))
+
+        for function, arguments in CALLS.items():
+            name = f"{function} of method {config.method.name!r}"
+            check_call(name, getattr(server, function), *arguments)
 
         self.server = server
         self.fleet = assemble(config, folder, pool, texts)

@@ -91,7 +91,10 @@ class SiteProcess:
         site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
         site.accept_assignment(message)
         answer = self._release(
-            header, only_answer(tasks[header.task](site, message)), config, kept=bool(site.kept)
+            header,
+            only_answer(tasks[header.task](site, message), site.of_method(f"task {header.task!r}")),
+            config,
+            kept=bool(site.kept),
         )
         journal.post(header, site.kept)
 
