@@ -1,5 +1,6 @@
 """A run: set-up, rounds, checkpoints, result."""
 
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,14 +32,6 @@ from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, ane
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
-CALLS = {
-    "setup": ("fleet",),
-    "round": ("number", "fleet"),
-    "export": ("reporting", "final"),
-    "state": (),
-    "restore": ("state",),
-}
-"""Functions of a server half that take their arguments by place, and the names of these."""
 
 K = TypeVar("K")
 
@@ -179,9 +172,12 @@ class Run:
             name = f"server of method {config.method.name!r}"
             raise ConfigError(wrong_return(name, server, "a Server with all its functions"))
 
-        for function, arguments in CALLS.items():
+        for function in ("setup", "round", "measure", "export", "state", "restore"):
             name = f"{function} of method {config.method.name!r}"
-            check_call(name, getattr(server, function), *arguments)
+            _, *taken = inspect.signature(getattr(Server, function)).parameters.values()
+            by_place = [each.name for each in taken if each.kind != each.KEYWORD_ONLY]
+            by_name = {each.name: each.name for each in taken if each.kind == each.KEYWORD_ONLY}
+            check_call(name, getattr(server, function), *by_place, **by_name)
 
         self.server = server
         self.fleet = assemble(config, folder, pool, texts)
