@@ -375,7 +375,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
     """Every visit from here on."""
     visits: list[Seen] = []
     make = training._optimizer
-    take = training._step
+    take = training.Stepper.step
 
     def watched(
         model: nn.Module, examples: Sequence[Example], config: TrainConfig, **rest: Any
@@ -413,17 +413,17 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         visits[-1].optimizers.append(made)
         return made
 
-    def step(optimizer: torch.optim.Optimizer, trained: Any, masters: Any) -> None:
+    def step(stepper: training.Stepper, number: int) -> None:
         seen = visits[-1]
         seen.graded.append(
             {name for name, each in seen.model.named_parameters() if each.grad is not None}
         )
-        seen.rates += {group["lr"] for group in optimizer.param_groups}
-        take(optimizer, trained, masters)
+        take(stepper, number)
+        seen.rates += {group["lr"] for group in seen.optimizers[-1].param_groups}
 
     monkeypatch.setattr(VISIT, "train", watched)
     monkeypatch.setattr(training, "_optimizer", optimizer)
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training.Stepper, "step", step)
 
     return visits
 
