@@ -4,7 +4,9 @@
 
 "curve": noise of several multiples of the clip, which is the median norm of a token's hidden state
 on public text, for p = 1, 2, 3 layers at the site. "published": the noise of FedSEA-LLaMA (mean
-absolute noise of 0.02 and 0.1), without a clip that binds. "tuned": the site's front and back carry
+absolute noise of 0.02 and 0.1), without a clip that binds; the embedded model's hidden states are
+longer than Llama-2's, so that relative to them this is less noise than there, where 0.1 is a sigma
+of 0.08 C at a norm of 1.6. "tuned": the site's front and back carry
 a LoRA that the attacker does not have. The attacker has the public base, chooses its settings on
 public text, and reads held-out text of the eight sites. Gradients are those of one training step
 with the site's own text as labels, q = 1; at p = 3 the embedded model leaves no layer for a server,
@@ -182,7 +184,9 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
         found.append(Claim("any noise on h_A, gradients give away", gradients, 0.99, "at least"))
     if any(row["part"] == "published" for row in rows):
         search = least("published", SEARCH, "")
-        found.append(Claim("published noise, exact search reads, all p", search, 0.9, "at least"))
+        found.append(
+            Claim("published noise, exact search reads, each p measured", search, 0.9, "at least")
+        )
 
     return found
 
