@@ -1,6 +1,6 @@
 """Parts of a pool train as the whole model does, and hold nothing else than their own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.models import base
+from fluvial.models import base, base_weights
 from fluvial.models.outline import Outline
 from fluvial.models.parts import PartPool
 from fluvial.models.pool import ModelPool
@@ -25,7 +25,7 @@ from fluvial.models.tuning import (
     tuned_parameters,
     whole_layers,
 )
-from fluvial.models.weight_sources import FolderSource, tensor_files
+from fluvial.models.weight_sources import FolderSource, mapped_tensors, tensor_files
 from fluvial.training.train import summed_loss
 from fluvial.wire.tensors import Layout, Named
 from tests.oracle.test_split import LAYERS, batch, config_of, gradients, split_logits
@@ -249,7 +249,12 @@ def test_a_pool_converts_its_own_experts_and_reads_no_others(
         read.add(name)
         return inside(source, name)
 
+    def watch_all(folder: Path, names: Iterable[str]) -> Named:
+        read.update(names)
+        return mapped_tensors(folder, names)
+
     monkeypatch.setattr(FolderSource, "get", watch)
+    monkeypatch.setattr(base_weights, "mapped_tensors", watch_all)
     monkeypatch.setattr(base, "load_base", lambda _: pytest.fail("the whole model was loaded"))
 
     for pool in pools_of(config, None):

@@ -19,7 +19,7 @@ from fluvial.errors import ConfigError
 from fluvial.interrupt import temporary_folder
 from fluvial.models.hf import PreTrainedModel
 from fluvial.models.stored import stored_tensors
-from fluvial.models.weight_sources import FolderSource, Source, tensor_files
+from fluvial.models.weight_sources import FolderSource, Source, mapped_tensors, tensor_files
 
 
 def wanted(model: nn.Module) -> dict[str, Tensor]:
@@ -73,8 +73,7 @@ def held_tensors(
     headers = stored_tensors(folder)
     targets = _targets(model, tensor_files(folder))
     held = [key for key in headers if holds(targets[key][0])]
-    source = FolderSource(folder, held, {key: headers[key].dtype for key in held})
-    stored = headers | {key: source.get(key) for key in held}
+    stored = headers | mapped_tensors(folder, held)
     devices = {name: "cpu" if holds(name) else "meta" for name in model.state_dict()}
     return stored, devices
 

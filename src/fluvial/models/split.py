@@ -98,7 +98,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class Part:
-    """One process's part of a model: a site's, A and C together, or the server's, B."""
+    """One process's part of a model: a site's, A and C together, or the server's, B.
+
+    One thread uses it at a time. Between calls it has no state, so the graphs of several batches,
+    and the caches of several sessions, may be alive at once.
+    """
 
     def __init__(self, model: nn.Module, cut: Cut, *, server: bool) -> None:
         """Let the layers of `model` run span by span; its whole forward pass works as before."""
@@ -177,7 +181,8 @@ class Part:
     @property
     def width(self) -> int:
         """The width of hidden states between the parts."""
-        width: int = self.model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+        config: Any = self.model.config
+        width: int = config.get_text_config().hidden_size
         return width
 
     def holds(self, name: str) -> bool:
@@ -348,12 +353,11 @@ def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
 def check_part(part: Part) -> None:
     """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
     config: Any = part.model.config
-    width = config.hidden_size
     weight = next(iter(part.own_weights().values()))
     # So many rows that no code mistakes them for the items of a layer's output.
     shape = (7, 3)
     mask = torch.ones(shape, dtype=torch.int64, device=weight.device)
-    hidden = torch.linspace(-1, 1, 21 * width).view(*shape, width).to(weight)
+    hidden = torch.linspace(-1, 1, 21 * part.width).view(*shape, part.width).to(weight)
 
     try:
         if part.server:
@@ -370,6 +374,6 @@ def check_part(part: Part) -> None:
 
     if not all(bool(output.isfinite().all()) for output in outputs):
         raise ConfigError(
-            f"{type(part.model).__name__} cannot be cut: layers of one part use weights of another, "
-            "or the embeddings"
+            f"{type(part.model).__name__} cannot be cut: layers of one part use weights of "
+            "another, or the embeddings"
         )

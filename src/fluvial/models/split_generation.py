@@ -56,7 +56,7 @@ def generate(
     B's hidden states have another shape or are not finite. The caches go when the generator ends or
     is closed.
     """
-    device = next(iter(part.own_weights().values())).device
+    device = _device(part)
     first = part.new_cache()
     last = part.new_cache()
     tokens = torch.tensor([prompt], device=device)
@@ -95,9 +95,7 @@ class ServerGeneration:
         self.cache = part.new_cache()
         self._part = part
         self._max_tokens = max_tokens
-        weight = next(iter(part.own_weights().values()))
-        self._dtype = weight.dtype
-        self._device = weight.device
+        self._device = _device(part)
 
     @torch.no_grad()
     def step(self, hidden: Tensor) -> Tensor:
@@ -114,9 +112,8 @@ class ServerGeneration:
                 f"hidden) with 1 to {most} tokens"
             )
 
-        width: int = self._part.model.config.hidden_size  # type: ignore[union-attr,assignment]
-        _check(hidden, (1, tokens, width))
-        return _step(self._part.middle, hidden.to(self._device, self._dtype), self.cache)
+        _check(hidden, (1, tokens, self._part.width))
+        return _step(self._part.middle, hidden.to(self._device, self._part.dtype), self.cache)
 
     def close(self) -> None:
         """Free the cache."""
@@ -132,11 +129,11 @@ def check_generation(part: Part) -> None:
     if part.generates:
         return
 
-    weight = next(iter(part.own_weights().values()))
     config: Any = part.model.config
+    device = _device(part)
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, LENGTH, config.hidden_size, generator=draw).to(weight)
-    ids = torch.arange(LENGTH, device=weight.device).unsqueeze(0) % config.vocab_size
+    hidden = torch.randn(1, LENGTH, part.width, generator=draw).to(device, part.dtype)
+    ids = torch.arange(LENGTH, device=device).unsqueeze(0) % config.vocab_size
     passes: list[tuple[Callable[..., Tensor], Tensor]] = [(part.middle, hidden)]
     if not part.server:
         passes = [(part.embed, ids), (part.logits, hidden)]
@@ -153,7 +150,7 @@ def check_generation(part: Part) -> None:
                 f"{type(part.model).__name__} cannot generate in parts: {error!s:.200}"
             ) from error
 
-        tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
+        tolerance = 1e-4 if part.dtype == torch.float32 else 0.05
         if not float((last - whole).norm()) <= tolerance * float(whole.norm()):
             raise ConfigError(
                 f"{type(part.model).__name__} cannot generate in parts: its layers give other "
@@ -167,6 +164,10 @@ def _step(run: Callable[..., Tensor], inputs: Tensor, cache: SpanCache) -> Tenso
     """Run tokens (1, tokens, ...) through one span behind those that its cache has."""
     mask = _ones(1, cache.tokens + inputs.shape[1], inputs.device)
     return run(inputs, mask, cache)
+
+
+def _device(part: Part) -> torch.device:
+    return next(iter(part.own_weights().values())).device
 
 
 def _ones(rows: int, tokens: int, device: torch.device) -> Tensor:

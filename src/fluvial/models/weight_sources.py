@@ -181,6 +181,29 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return {name: folder / Path(str(file)).name for name, file in shards.items()}
 
 
+def mapped_tensors(folder: Path, names: Iterable[str]) -> Named:
+    """Return tensors of a Hugging Face folder by their stored names, in one mapping of each file.
+
+    Raises `ConfigError` where one cannot be read.
+    """
+    files = tensor_files(folder)
+    places: dict[Path, list[str]] = {}
+    for name in names:
+        places.setdefault(files[name], []).append(name)
+
+    tensors = {}
+    for file, stored in places.items():
+        try:
+            with _open(file, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in stored}
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{file}: its tensors cannot be read, write the file anew: {error!s:.200}"
+            ) from error
+
+    return tensors
+
+
 def _names(file: Path) -> list[str]:
     try:
         with _open(file, framework="pt") as opened:
