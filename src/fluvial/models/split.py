@@ -336,7 +336,7 @@ class Part:
 
 def _states(output: Any) -> Tensor:
     """Return the hidden states of a layer's output."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

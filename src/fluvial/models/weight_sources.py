@@ -191,7 +191,7 @@ def mapped_tensors(folder: Path, names: Iterable[str]) -> Named:
     for name in names:
         places.setdefault(files[name], []).append(name)
 
-    tensors = {}
+    tensors: Named = {}
     for file, stored in places.items():
         try:
             with _open(file, framework="pt") as opened:
