@@ -9,7 +9,7 @@ other parts take no memory; they are NaN, so that a model that uses one of them 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ class Part:
         has none."""
         return SpanCache(self.model, self.cut.layers)
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """The device of the part's own weights."""
         return next(iter(self.own_weights().values())).device

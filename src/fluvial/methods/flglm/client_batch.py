@@ -213,8 +213,7 @@ class ClientBatch:
                 rows = torch.zeros(sum(self._forwards[site].lengths), width)
             gradients.append(rows.to(self._coding.device, self._coding.gradient.dtype))
 
-        received = self._middle.backward(torch.cat(gradients))
-        norm = self._middle.squared_norm()
+        received, norm = self._middle.backward(torch.cat(gradients))
         pieces = [None] * len(self._group) if received is None else self._pieces(received)
 
         for site, piece in zip(self._group, pieces, strict=True):

@@ -42,10 +42,11 @@ class Middle(TunedPart):
         self._graph = (received, sent)
         return sent.detach()
 
-    def backward(self, gradient: Tensor) -> Tensor | None:
-        """Add up gradients from that of `forward`'s result; return that of its `rows`.
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, float]:
+        """Add up gradients from that of `forward`'s result.
 
-        It is None where `forward` was told that none is needed. Raises `WireError` where the sum is
+        Return the gradient of its `rows`, and the squared norm of what is added up. The first is
+        None where `forward` was told that none is needed. Raises `WireError` where the sum is
         not finite.
         """
         assert self._graph is not None, "a backward pass without a forward pass"
@@ -54,7 +55,8 @@ class Middle(TunedPart):
         if sent.requires_grad:
             sent.backward(gradient.to(sent.device, sent.dtype))  # type: ignore[no-untyped-call]
 
-        if not math.isfinite(self.squared_norm()):
+        norm = self.squared_norm()
+        if not math.isfinite(norm):
             raise WireError("the gradients of the server's layers are not finite")
 
-        return received.grad
+        return received.grad, norm

@@ -143,9 +143,9 @@ class Replica:
 
     def _backward(self, visit: _Visit, turn: Backward) -> Payload:
         received = visit.coding.decode_gradient(turn.frame, visit.middle.tokens)
-        gradient = visit.middle.backward(received)
+        gradient, norm = visit.middle.backward(received)
         frame = None if gradient is None else visit.coding.encode_gradient(gradient)
-        return answer(turn, frame, norm=visit.middle.squared_norm())
+        return answer(turn, frame, norm=norm)
 
     def _update(self, visit: _Visit, frame: bytes | None, weight: int) -> Named:
         """Return the change of the whole model since the beginning, by a `frame` of the site's."""

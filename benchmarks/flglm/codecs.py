@@ -1,0 +1,80 @@
+"""Bytes of a step and the loss after the run, by activation codec.
+
+A codec counts as good where its held-out loss is within half a percent of the exact one's, mean
+over the seeds. `share` is of the formula that FL-GLM's released code sends: four tensors of 16-bit
+values with all sequences padded to the longest allowed.
+"""
+
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.flglm.bed import run, table
+from benchmarks.report import Claim, Report, Row, show
+from fluvial.models.pool import ModelPool
+from fluvial.runs.config import parse
+
+CODECS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "bf16": {"hidden": {"name": "bf16"}, "gradient": {"name": "bf16"}},
+    "int8": {"hidden": {"name": "int8"}, "gradient": {"name": "int8"}},
+    "int4": {"hidden": {"name": "int4"}, "gradient": {"name": "int4"}},
+    "int4, gradients int8": {"hidden": {"name": "int4"}, "gradient": {"name": "int8"}},
+}
+BAR_SHARE = 0.3
+BAR_LOSS = 0.005
+
+
+def measure(
+    report: Report, *, source: str, length: int, steps: int, rounds: int, seeds: int
+) -> None:
+    """Add rows and claims to `report`."""
+    rows: list[Row] = []
+    losses: dict[str, float] = {}
+    shares: dict[str, float] = {}
+    sites = 2
+    batch = 4
+
+    for name, method in CODECS.items():
+        outcomes = []
+        for seed in range(seeds):
+            base = table(source=source, sites=sites, length=length, rounds=rounds, seed=seed)
+            train = base["train"] | {"max_steps": steps, "per_device_train_batch_size": batch}
+            split = {"name": "flglm", "mode": "client-batch", **method}
+            outcomes.append(run(base | {"method": split, "train": train}))
+
+        config = parse(base, "benchmark")
+        width = ModelPool(config.model, config.adapter).outline.base.config.hidden_size  # type: ignore[union-attr]
+        formula = 4 * batch * length * width * 2 * steps * rounds * sites
+        sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes)
+        losses[name] = mean(outcome.loss for outcome in outcomes)
+        shares[name] = sent / formula
+        rows.append(
+            {
+                "codec": name,
+                "bytes_step": sent / (steps * rounds * sites),
+                "share": shares[name],
+                "loss": losses[name],
+                "deviation": stdev(outcome.loss for outcome in outcomes) if seeds > 1 else None,
+                "base": mean(outcome.result["heldout"]["base"]["loss"] for outcome in outcomes),
+                "over_exact": losses[name] / losses["exact"] - 1,
+            }
+        )
+
+    report.rows += rows
+    columns = {
+        "codec": "codec",
+        "bytes_step": "bytes a step and site, both ways",
+        "share": "of the formula at 16 bits, padded",
+        "base": "loss before",
+        "loss": "loss after",
+        "deviation": "standard deviation",
+        "over_exact": "over exact",
+    }
+    show("Activation codecs", columns, rows)
+    for name in ("int4", "int4, gradients int8"):
+        report.claims += [
+            Claim(f"{name}: bytes of the formula", shares[name], BAR_SHARE, "at most"),
+            Claim(
+                f"{name}: loss over exact", losses[name] / losses["exact"] - 1, BAR_LOSS, "at most"
+            ),
+        ]
