@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.flglm.bed import run, table
 from benchmarks.report import Claim, Report, Row, show
-from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import read_config
 from fluvial.runs.config import parse
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def measure(
             outcomes.append(run(base | {"method": split, "train": train}))
 
         config = parse(base, "benchmark")
-        width = ModelPool(config.model, config.adapter).outline.base.config.hidden_size  # type: ignore[union-attr]
+        width = read_config(config.model).hidden_size
         formula = 4 * batch * length * width * 2 * steps * rounds * sites
         sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes)
         losses[name] = mean(outcome.loss for outcome in outcomes)
