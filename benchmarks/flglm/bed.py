@@ -3,6 +3,7 @@
 import json
 import sysconfig
 import tempfile
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def table(
         "evaluate": {"sample_tokens": 1},
         "fleet": {"workers": 2},
     } | more
+
+
+def quickstart(rounds: int) -> dict[str, Any]:
+    """Return the quickstart's model, data and training, for `rounds` rounds."""
+    path = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+    stored = tomllib.loads(path.read_text(encoding="utf-8"))
+    return {key: stored[key] for key in ("model", "data", "lora", "train")} | {
+        "rounds": rounds,
+        "evaluate": {"sample_tokens": 1},
+    }
 
 
 def standard_library(path: Path, records: int = 600, characters: int = 1500) -> Path:

@@ -8,7 +8,7 @@ values with all sequences padded to the longest allowed.
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.flglm.bed import run, table
+from benchmarks.flglm.bed import run
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.models.pretrained import read_config
 from fluvial.runs.config import parse
@@ -24,39 +24,37 @@ BAR_SHARE = 0.3
 BAR_LOSS = 0.005
 
 
-def measure(
-    report: Report, *, source: str, length: int, steps: int, rounds: int, seeds: int
-) -> None:
-    """Add rows and claims to `report`."""
+def measure(report: Report, configuration: dict[str, Any], *, seeds: int) -> None:
+    """Add rows and claims to `report`, for runs of `configuration`."""
     rows: list[Row] = []
     losses: dict[str, float] = {}
     shares: dict[str, float] = {}
-    sites = 2
-    batch = 4
+    width = read_config(parse(configuration, "benchmark").model).hidden_size
+    train = configuration["train"]
+    sequences = train["per_device_train_batch_size"] * train["max_steps"]
+    formula = 4 * sequences * configuration["data"]["max_length"] * width * 2
 
     for name, method in CODECS.items():
-        outcomes = []
-        for seed in range(seeds):
-            base = table(source=source, sites=sites, length=length, rounds=rounds, seed=seed)
-            train = base["train"] | {"max_steps": steps, "per_device_train_batch_size": batch}
-            split = {"name": "flglm", "mode": "client-batch", **method}
-            outcomes.append(run(base | {"method": split, "train": train}))
-
-        config = parse(base, "benchmark")
-        width = read_config(config.model).hidden_size
-        formula = 4 * batch * length * width * 2 * steps * rounds * sites
-        sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes)
+        split = {"name": "flglm", "mode": "hierarchical", **method}
+        outcomes = [run(configuration | {"method": split, "seed": seed}) for seed in range(seeds)]
+        visits = outcomes[0].result["sites"] * configuration["rounds"]
+        sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes) / visits
         losses[name] = mean(outcome.loss for outcome in outcomes)
         shares[name] = sent / formula
+        answers = [outcome.result["heldout"]["final"].get("exact_match") for outcome in outcomes]
         rows.append(
             {
                 "codec": name,
-                "bytes_step": sent / (steps * rounds * sites),
+                "bytes_step": sent / train["max_steps"],
                 "share": shares[name],
                 "loss": losses[name],
                 "deviation": stdev(outcome.loss for outcome in outcomes) if seeds > 1 else None,
                 "base": mean(outcome.result["heldout"]["base"]["loss"] for outcome in outcomes),
                 "over_exact": losses[name] / losses["exact"] - 1,
+                "accuracy": mean(
+                    outcome.result["heldout"]["final"]["accuracy"] for outcome in outcomes
+                ),
+                "exact_match": None if None in answers else mean(answers),
             }
         )
 
@@ -69,6 +67,8 @@ def measure(
         "loss": "loss after",
         "deviation": "standard deviation",
         "over_exact": "over exact",
+        "accuracy": "next-token accuracy",
+        "exact_match": "exact match",
     }
     show("Activation codecs", columns, rows)
     for name in ("int4", "int4, gradients int8"):

@@ -1,18 +1,21 @@
 """Split learning measured in this process, over the real bytes.
 
-    python -m benchmarks.flglm [--part modes|codecs] [--source FILE] [--quick] [--out FILE.json]
+    python -m benchmarks.flglm [--part modes|codecs] [--config FILE.toml] [--quick]
+                               [--out FILE.json]
 
-The text is that of `--source`, a file of records with "text"; by default pieces of Python's
-standard library.
+Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
+which sets data.max_length, train.max_steps and train.per_device_train_batch_size; by default on
+the quickstart's data.
 """
 
 import argparse
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 
 from benchmarks.flglm import codecs, modes
-from benchmarks.flglm.bed import standard_library
+from benchmarks.flglm.bed import quickstart, standard_library
 from benchmarks.report import Report
 
 PARTS = ("modes", "codecs")
@@ -26,29 +29,32 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", choices=PARTS, help="one part; all by default")
-    parser.add_argument("--source", type=Path, help='JSON lines with "text"')
+    parser.add_argument("--config", type=Path, help="configuration of the codecs' runs")
     parser.add_argument("--quick", action="store_true", help="few steps, one repetition")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     repeats, steps, rounds, seeds = (1, 4, 2, 1) if options.quick else (5, 16, 6, 3)
+    report = Report(
+        "flglm",
+        {
+            "repeats": repeats,
+            "steps": steps,
+            "seeds": seeds,
+            "config": options.config.name if options.config else "quickstart",
+            "devices": f"{os.cpu_count()} CPU cores for all of a job",
+        },
+    )
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = str(options.source or standard_library(Path(folder) / "text.jsonl"))
-        report = Report(
-            "flglm",
-            {
-                "model": "embedded",
-                "source": options.source.name if options.source else "standard library",
-                "repeats": repeats,
-                "steps": steps,
-                "seeds": seeds,
-                "devices": f"{os.cpu_count()} CPU cores for all of a job",
-            },
-        )
-        if options.part in (None, "modes"):
+    if options.part in (None, "modes"):
+        with tempfile.TemporaryDirectory() as folder:
+            source = str(standard_library(Path(folder) / "text.jsonl"))
             modes.measure(report, source=source, length=64, steps=steps, repeats=repeats)
-        if options.part in (None, "codecs"):
-            codecs.measure(report, source=source, length=64, steps=8, rounds=rounds, seeds=seeds)
 
-        report.finish(options.out, load)
+    if options.part in (None, "codecs"):
+        chosen = quickstart(rounds)
+        if options.config:
+            chosen = tomllib.loads(options.config.read_text(encoding="utf-8"))
+        codecs.measure(report, chosen, seeds=seeds)
+
+    report.finish(options.out, load)

@@ -32,6 +32,12 @@ class Coding:
             rounding,
         )
 
+    @classmethod
+    def exact(cls, part: Part) -> "Coding":
+        """Return the codecs with which `part` is measured: the model as it is written, and not as a
+        codec disturbs it."""
+        return cls.of(FlGlmConfig(), part, torch.Generator())
+
     def encode_hidden(self, rows: Tensor) -> bytes:
         """Return the bytes of hidden states (tokens, width)."""
         return self.hidden.encode(rows.to(self.hidden.dtype))

@@ -15,7 +15,6 @@ from fluvial.methods.flglm.turns import Continue, Look, read_use
 from fluvial.models.assignment import MOST_SEQUENCES
 from fluvial.models.split import Part
 from fluvial.models.split_generation import ServerGeneration
-from fluvial.seeds import generator
 from fluvial.wire.payload import Payload, frame_payload
 
 T = TypeVar("T")
@@ -27,8 +26,7 @@ class Serving:
     def __init__(self, setting: Setting, part: Part) -> None:
         self._part = part
         self._longest = setting.longest
-        rounding = generator(setting.context.seed, "rounding")
-        self._coding = Coding.of(setting.config, part, rounding)
+        self._coding = Coding.exact(part)
         self._texts: dict[str, ServerGeneration] = {}
 
     def replies(

@@ -15,9 +15,9 @@ from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import Continue, Look
+from fluvial.models.encoding import Encoder
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration
-from fluvial.seeds import generator
 from fluvial.training.evaluate import Heldout, exact_match
 from fluvial.training.train import collate, shifted
 from fluvial.wire.payload import Payload, Value, payload_frame
@@ -102,10 +102,23 @@ class _Model:
     def answers(
         self, prompts: Sequence[str], new_tokens: int
     ) -> Generator[Payload, Payload, list[str]]:
-        """Return greedy continuations of `prompts`, one after another."""
-        generation = SiteGeneration(self.part, self.site.pool.tokenizer, max_new_tokens=new_tokens)
+        """Return greedy continuations of `prompts`, one after another.
+
+        They end where the model's context ends; that of a prompt that fills it is empty.
+        """
+        tokenizer = self.site.pool.tokenizer
+        context = self.site.pool.outline.context
         answers = []
+
         for prompt in prompts:
+            room = new_tokens
+            if context is not None:
+                room = min(room, context - len(Encoder.of(tokenizer).prompt(prompt)))
+            if room <= 0:
+                answers.append("")
+                continue
+
+            generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
             answer = yield from self._answer(generation.answer(prompt))
             answers.append(answer)
 
@@ -138,5 +151,4 @@ def _model(site: Site, message: Payload) -> Iterator[_Model]:
     pool = site.pool.parts(places.cut, server=False)
 
     with pool.part(state, trainable=False) as part, torch.no_grad():
-        rounding = generator(site.seed, "rounding")
-        yield _Model(site, part, Coding.of(site.method, part, rounding))
+        yield _Model(site, part, Coding.exact(part))
