@@ -11,6 +11,7 @@ from fluvial.methods import METHODS
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from tests.contract.test_methods import SETTINGS
+from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -29,6 +30,7 @@ HONOURED = {
     "fedcybgd": {"error_feedback"},
     "flasc": set(),
     "ecolora": set(),
+    "flglm": set(),
     "local": set(),
     "central": set(),
     "central_cyclic": set(),
@@ -59,7 +61,7 @@ def test_a_setting_has_an_effect_or_is_refused(
         for key, value in SETTINGS.get(name, {}).items()
         if key != "codec" or setting == "downlink"
     }
-    base = run_config | {"method": {"name": name}, "tune": "lora"} | usual
+    base = with_fitting_model(run_config | {"method": {"name": name}, "tune": "lora"} | usual)
     if name == "cgfedllm":
         base["method"] = {"name": name, "gate": "report", "tgap": {"rounds": 2}}
 

@@ -17,6 +17,7 @@ from fluvial.runs.run import Run, execute
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import digest
 from tests.support import ROOT
+from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 # What a method needs beside its name to run on the tiny model.
@@ -27,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # It writes no model, so it refuses settings of a sample.
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    # With all weights tuned, it refuses its default mode, which would bring the embedding to the
+    # server.
+    "flglm full": {"method": {"name": "flglm", "mode": "hierarchical"}},
 }
 
 
@@ -36,7 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[str, Any]:
     """A configuration for each method and all that it can tune."""
     name, tune = request.param.split()
-    table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
+    settings = SETTINGS.get(request.param, SETTINGS.get(name, {}))
+    table = with_fitting_model(run_config | {"method": {"name": name}, "tune": tune} | settings)
 
     return (
         table if tune == "lora" else {key: value for key, value in table.items() if key != "lora"}

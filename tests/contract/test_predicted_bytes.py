@@ -15,6 +15,7 @@ from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import given
 from fluvial.runs.plan import plan
 from tests.contract.test_methods import SETTINGS
+from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 SITES = 3
@@ -48,6 +49,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "central": {"method": {"name": "central"}},
     "central_cyclic": {"method": {"name": "central_cyclic"}, "tune": "lora"},
     "cgfedllm": SETTINGS["cgfedllm"],
+    "flglm": {"method": {"name": "flglm"}},
 }
 CASES = FEDAVG | OTHERS
 
@@ -71,9 +73,10 @@ def check_message(predicted: Bytes, sent: int) -> None:
 def test_a_run_sends_what_was_predicted(
     name: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    config = parse(run_config | CASES[name], "test")
+    table = with_fitting_model(run_config | CASES[name])
+    config = parse(table, "test")
     predict = planned(config).forecast().traffic
-    rounds = rounds_of(run_table(run_config | CASES[name], tmp_path / "run"))
+    rounds = rounds_of(run_table(table, tmp_path / "run"))
     assert len(rounds) == config.rounds
 
     for number, sites in enumerate(rounds, 1):
@@ -88,7 +91,7 @@ def test_a_run_sends_what_was_predicted(
 @pytest.mark.parametrize("name", CASES)
 def test_predictions_are_as_narrow_as_they_can_be(name: str, run_config: dict[str, Any]) -> None:
     """To the byte where it can be known; but for digits of an exact answer; 1 % where coded."""
-    config = parse(run_config | CASES[name], "test")
+    config = parse(with_fitting_model(run_config | CASES[name]), "test")
     traffic: Traffic = planned(config).forecast().traffic(2)
 
     if name in ("identity", "B alone", "int8", "int4 with feedback", "top_k", "trellis", "central"):

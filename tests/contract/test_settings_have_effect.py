@@ -30,6 +30,7 @@ from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
+from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 Table = dict[str, Any]
@@ -92,6 +93,20 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "bf16": True,
         }.items()
     },
+    **{
+        f"FlGlmConfig.{name}": ({"method": {"name": "flglm"}}, value)
+        for name, value in {
+            "fraction": FRACTION,
+            "front": 2,
+            "back": 2,
+            "mode": "sequential",
+            "ends": "own",
+            "frozen": ["front"],
+            "hidden": {"name": "int8"},
+            "gradient": {"name": "int8"},
+        }.items()
+    },
+    "FlGlmConfig.sync_steps": ({"method": {"name": "flglm", "mode": "hierarchical"}}, 1),
     "TrainConfig.num_train_epochs": (
         {"train": {"learning_rate": 1e-2, "per_device_train_batch_size": 4}},
         0.5,
@@ -250,7 +265,9 @@ def outcome(table: Table, folder: Path) -> str:
 
 def check_effect(field: str, case: tuple[Table, Any], usual: Table, folder: Path) -> None:
     extra, value = case
-    base = {key: value for key, value in (usual | extra).items() if value is not None}
+    base = with_fitting_model(
+        {key: value for key, value in (usual | extra).items() if value is not None}
+    )
     assert outcome(base, folder / "base") != outcome(
         changed(base, field, value), folder / "changed"
     )
@@ -397,12 +414,12 @@ SHARED_SETTINGS: dict[str, Shared] = {
     ),
     "fleet.max_update_growth": Shared(
         {"fleet": {"max_update_growth": 1.0001}},
-        frozenset({"local", "central"}),
+        frozenset({"local", "central", "flglm"}),
         base={"fleet": {"on_failure": "skip"}},
     ),
     "fleet.max_weight_share": Shared(
         {"fleet": {"max_weight_share": 0.5}},
-        frozenset({"local", "central", "central_cyclic", "fedcybgd"}),
+        frozenset({"local", "central", "central_cyclic", "fedcybgd", "flglm"}),
         base={"data": TWO_SITES},
     ),
     "fleet.line": Shared({"fleet": {"line": LINE}}, POOLING),
@@ -445,7 +462,7 @@ def test_a_shared_setting_has_an_effect_or_is_refused(
     name: str, setting: str, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = SHARED_SETTINGS[setting]
-    base = merge(run_config | PLAIN_METHODS[name], case.base)
+    base = merge(with_fitting_model(run_config | PLAIN_METHODS[name]), case.base)
     table, _ = setting.split(".")
     changed = base | {table: base.get(table, {}) | case.change[table]}
 

@@ -13,12 +13,14 @@ from fluvial.codecs import CODECS
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import InProcess
 from fluvial.federation.sites import Site
+from fluvial.federation.talk import Talk
 from fluvial.methods import METHODS, exporting
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute, in_process
 from fluvial.wire.payload import Payload
 from tests.support import ROOT
+from tests.support.models import with_fitting_model
 
 PAGE = ROOT / "docs" / "deploy.md"
 PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
@@ -109,7 +111,7 @@ class Recorder:
     """Sees every answer of every site as the bytes that leave it."""
 
     seen: list[tuple[str, str, str, bytes]] = field(default_factory=list)
-    """Method, site, task, answer."""
+    """Method, site, task, answer; a turn of a conversation as "task turn"."""
 
     def assemble(self, config: RunConfig, folder: Any, pool: ModelPool, texts: Any) -> Fleet:
         fleet = in_process(config, folder, pool, texts)
@@ -117,10 +119,25 @@ class Recorder:
         assert isinstance(transport, InProcess)
 
         def recorded(name: str, task: Any) -> Any:
-            def answer(site: Site, message: Payload) -> Payload:
-                found: Payload = task(site, message)
-                self.seen.append((config.method.name, site.name, name, found.to_bytes()))
-                return found
+            def note(site: Site, task_or_turn: str, left: Payload) -> Payload:
+                self.seen.append((config.method.name, site.name, task_or_turn, left.to_bytes()))
+                return left
+
+            def conversation(site: Site, talk: Talk) -> Talk:
+                received = None
+                while True:
+                    try:
+                        turn = talk.send(received) if received else next(talk)
+                    except StopIteration as end:
+                        return note(site, name, end.value)
+
+                    received = yield note(site, f"{name} {turn.values['of']}", turn)
+
+            def answer(site: Site, message: Payload) -> Payload | Talk:
+                answered: Payload | Talk = task(site, message)
+                if isinstance(answered, Payload):
+                    return note(site, name, answered)
+                return conversation(site, answered)
 
             return answer
 
@@ -134,7 +151,8 @@ def record(table: dict[str, Any], folder: Path) -> list[tuple[str, str, str, byt
         patch.setattr(
             exporting, "check_effect", lambda *_: None
         )  # one step through a coarse codec may change nothing
-        *_, last = execute(parse(table, "test"), folder, assemble=recorder.assemble)
+        config = parse(with_fitting_model(table), "test")
+        *_, last = execute(config, folder, assemble=recorder.assemble)
 
     assert last.kind == "result"
     assert recorder.seen
@@ -185,6 +203,8 @@ AT = {
 }
 INT8 = {"name": "int8"}
 KLT = {"name": "klt", "rate": 8}
+LEFT_AT_END = ('ends = "shared", no client batch',)
+NOTHING_AT_END = ('ends = "own", or a client batch',)
 COVARIANCE = 'tgap.source = "sites-covariance"'
 
 EVERYDAY = [
@@ -199,6 +219,19 @@ EVERYDAY = [
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
+    *(
+        case(
+            f"flglm {mode} {ends}",
+            {"name": "flglm", "mode": mode, "ends": ends}
+            | ({"sync_steps": 1} if mode == "hierarchical" else {}),
+            "plain",
+            MEASURES,
+            f'ends = "{ends}"',
+            *(LEFT_AT_END if ends == "shared" and mode != "client-batch" else NOTHING_AT_END),
+        )
+        for mode in ("sequential", "client-batch", "hierarchical")
+        for ends in ("shared", "own")
+    ),
     case(
         "baselines",
         {"name": "local"},
@@ -318,7 +351,7 @@ def test_what_leaves_is_listed_for_every_codec_and_privacy_setting(
 def test_the_page_lists_every_task_of_every_method_and_no_other() -> None:
     common = {"evaluate", "join", "any"}
     for name, method in METHODS.items():
-        tasks = {task for row in rows() if name in row.methods for task in row.tasks}
+        tasks = {task.split()[0] for row in rows() if name in row.methods for task in row.tasks}
         wanted = set(method.tasks) | ({"install"} if "snapshot" in method.tasks else set())
         assert wanted <= tasks, name
         assert tasks - common - {"visit", "train"} <= wanted, name

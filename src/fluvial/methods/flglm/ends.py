@@ -28,7 +28,8 @@ class MicroBatch:
 
     def backward(self, gradient: Tensor) -> None:
         """Run A's backward pass from the gradient of `rows`."""
-        self._rows.backward(gradient.to(self._rows.device, self._rows.dtype))  # type: ignore[no-untyped-call]
+        gradient = gradient.to(self._rows.device, self._rows.dtype)
+        self._rows.backward(gradient)  # type: ignore[no-untyped-call]
 
 
 class Ends(TunedPart):
