@@ -208,7 +208,7 @@ def _configured(corpus: str, table: Table | None, seed: int, size: Size) -> Any:
         return config(corpus, size, method={"name": "fedavg"}, seed=seed, workers=1)
     learns = table["name"] in ("klt", "resnet")
     tgap = {"source": "public", "rounds": size.tgap_rounds} if learns else {"source": "none"}
-    method = {"name": "cgfedllm", "gate": "report", "tgap": tgap}
+    method: Table = {"name": "cgfedllm", "tgap": tgap} | ({"gate": "report"} if learns else {})
 
     return config(corpus, size, method=method, codec=table, seed=seed, workers=1)
 

@@ -72,10 +72,10 @@ def rates(
     for corpus in corpora:
         for table in ({"name": "identity"}, *klt, *ternary):
             coded = {**table, "error_feedback": table["name"] != "identity"}
-            tgap: Table = {"source": "none"}
+            method: Table = {"name": "cgfedllm", "tgap": {"source": "none"}}
             if table["name"] == "klt":
                 tgap = {"source": "public", "rounds": size.tgap_rounds}
-            method = {"name": "cgfedllm", "gate": "report", "tgap": tgap}
+                method |= {"gate": "report", "tgap": tgap}
             runs.append(
                 (corpus, coded, config(corpus, size, method=method, codec=coded, workers=1))
             )

@@ -27,6 +27,7 @@ from benchmarks.report import Row
 from fluvial.codecs import CodecSettings, build
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, ConfigError, DivergenceError, GateError
+from fluvial.methods import METHODS
 from fluvial.methods.fedcybgd.config import partition
 from fluvial.methods.fedcybgd.memory import client_memory
 from fluvial.methods.fedcybgd.server import FedCyBgdServer
@@ -69,8 +70,9 @@ def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -
         },
         "method": method,
         "evaluate": {"sample_tokens": 1},
-        "fleet": {"workers": 1},
     }
+    if not METHODS[which.method["name"]].traits.pooled:
+        table["fleet"] = {"workers": 1}
     if which.tune == "lora":
         table["lora"] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": LINEAR}
     elif which.method["name"] in ("fedavg", "central"):

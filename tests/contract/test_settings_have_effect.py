@@ -64,16 +64,19 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "fraction": FRACTION,
             "segments": 3,
             "most": 0.8,
-            "least_a": 0.3,
-            "least_b": 0.2,
             "mixing": "none",
             "beta": 0.1,
             "values": "fp32",
         }.items()
     },
     **{
-        f"EcoLoraConfig.{name}": ({"rounds": 4, "method": {"name": "ecolora"}}, 50.0)
-        for name in ("gamma_a", "gamma_b")
+        f"EcoLoraConfig.{name}": ({"rounds": 4, "method": {"name": "ecolora"}}, value)
+        for name, value in {
+            "gamma_a": 50.0,
+            "gamma_b": 50.0,
+            "least_a": 0.3,
+            "least_b": 0.2,
+        }.items()
     },
     **{
         f"TrainConfig.{name}": ({}, value)
@@ -402,6 +405,7 @@ PLAIN_METHODS: dict[str, Table] = {
         "codec": {"name": "identity"},
     },
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    "ecolora": {"method": {"name": "ecolora", "segments": 1}},
 }
 SHARED_SETTINGS: dict[str, Shared] = {
     "downlink.name": Shared(

@@ -183,10 +183,11 @@ def case(
 def cgfedllm_table(promised: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     table: dict[str, Any] = {
         "name": "cgfedllm",
-        "gate": "report",
         "max_growth": 1e9,
         "tgap": {"source": "none"},
     }
+    if "tgap" in changes:
+        table["gate"] = "report"
     return table | changes | ({} if promised is None else {"privacy": promised})
 
 

@@ -25,6 +25,8 @@ REQUIRED_FIELDS: dict[Form, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {"alpaca": ("input",)}
+CONVERSATIONS: frozenset[str] = frozenset({"messages", "sharegpt"})
+"""Forms that a chat template renders."""
 FIELDS = tuple(
     dict.fromkeys(
         name for form in FORMS for name in (*REQUIRED_FIELDS[form], *OPTIONAL_FIELDS.get(form, ()))

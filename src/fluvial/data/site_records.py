@@ -1,7 +1,6 @@
 """The records of every site: read from their sources, partitioned, and a share held out."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.faults import Faults, shown
@@ -11,8 +10,7 @@ from fluvial.data.sources import (
     Found,
     Source,
     classes_of,
-    is_local,
-    is_saved,
+    has_splits,
     read_each,
     read_source,
 )
@@ -34,10 +32,14 @@ class SiteRecords:
         """Remarks on the files for their owner."""
         self.forms: set[str] = {"text"} if config.source == STDLIB else set()
         """Forms of the records."""
+        self.public_forms: set[str] = set()
+        """Forms of the public records, once they were read."""
 
     def read(self, faults: Faults) -> Parts:
         """Return the records of each site; faults of the files go to `faults`."""
         config = self.config
+        if self.owner is None:
+            self._refuse_idle_split()
         train = self._source("data.source", config.source, config.split)
         heldout = self._heldout_source()
 
@@ -69,6 +71,7 @@ class SiteRecords:
         records = read_source(source, faults)
         faults.raise_any()
         self.notes += records.notes
+        self.public_forms |= set(records.forms)
 
         return [entry.record for entry in records.entries]
 
@@ -104,13 +107,28 @@ class SiteRecords:
             return None
 
         name = config.heldout_source or config.source
-        if config.heldout_split and is_local(name) and not is_saved(Path(name).expanduser()):
+        if config.heldout_split and not has_splits(name):
             raise ConfigError(
                 f"data.heldout_split={config.heldout_split!r}: {name!r} has no splits; name the "
                 "file or folder with the held-out records in data.heldout_source"
             )
 
         return self._source("data.heldout_source", name, config.heldout_split or config.split)
+
+    def _refuse_idle_split(self) -> None:
+        """Raise `ConfigError` for `data.split` where no source has splits."""
+        config = self.config
+        names = [config.source, config.public_source]
+        if config.heldout_split is None:
+            names.append(config.heldout_source)
+
+        given = [name for name in names if name is not None]
+        default = type(config).model_fields["split"].default
+        if config.split != default and not any(map(has_splits, given)):
+            raise ConfigError(
+                f"data.split={config.split!r}: without effect, because {config.source!r} has no "
+                "splits; remove it, or name the file with these records in data.source"
+            )
 
     def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
         """Return the records of a site that has its files to itself."""

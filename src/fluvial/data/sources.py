@@ -36,7 +36,9 @@ UNREADABLE = {
 }
 """Suffixes of data that is not read; a folder with such a file is refused, so that no record is
 lost unnoticed."""
-SAVED = ("dataset_info.json", "dataset_dict.json")
+DICT = "dataset_dict.json"
+"""Name of the file that makes a saved folder one with splits."""
+SAVED = ("dataset_info.json", DICT)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ def is_local(name: str) -> bool:
 def is_saved(path: Path) -> bool:
     """Return true for a folder that `save_to_disk` wrote."""
     return any((path / name).exists() for name in SAVED)
+
+
+def has_splits(name: str) -> bool:
+    """Return true for a hub id and for a saved `DatasetDict`; anything else is read whole."""
+    return not is_local(name) or (Path(name).expanduser() / DICT).exists()
 
 
 def read_source(source: Source, faults: Faults) -> Found:

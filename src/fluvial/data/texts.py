@@ -8,6 +8,7 @@ from fluvial.data import stdlib
 from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
+from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.partition import Iid, split
 from fluvial.data.records import Record, Text
@@ -85,6 +86,11 @@ class SiteTexts:
         """Remarks on the files for their owner: records that are left out, names that are alike."""
         self.forms = records.forms
         """Forms of the records that were read."""
+        self.num_train: dict[str, int] = {}
+        """Training sequences of each site, once `check` has counted them."""
+        self.num_questions = 0
+        """Held-out questions of all sites, once `check` has counted them."""
+        self._public_forms = records.public_forms
         faults = Faults()
         self._public_records = cache(records.public)
         self._parts = None if config.source == STDLIB else records.read(faults)
@@ -129,6 +135,7 @@ class SiteTexts:
         leaks = Leaks()
         left_out = 0
         refused: dict[str, int] = {}
+        questions = 0
 
         for name in self.names:
             tokens = self._tokens(name)
@@ -136,6 +143,8 @@ class SiteTexts:
             surplus += tokens.surplus
             measured = tokens.heldout.examples[: self.config.max_heldout]
             left_out += len(tokens.heldout.examples) - len(measured)
+            self.num_train[name] = len(tokens.train.examples)
+            questions += len(tokens.heldout.questions[: self.config.max_heldout])
             leaks.add(name, tokens.train.examples, measured)
 
             if tokens.surplus.refused:
@@ -157,12 +166,27 @@ class SiteTexts:
             self._try_public(faults)
 
         faults.raise_any()
+        self.num_questions = questions
         return [
             *self.notes,
             *self._remarks(surplus, records),
             *self._cut(left_out),
             *leaks.remarks(),
         ]
+
+    def idle(self) -> dict[str, str]:
+        """Return the settings that change nothing in records of these forms, by their place, and
+        why; after `check`, which reads all of them."""
+        forms = self.forms | self._public_forms
+        idle = {}
+        if forms == {"text"}:
+            idle = dict.fromkeys(("data.loss_on", "data.overlong"), "all records are plain text")
+        if not forms & CONVERSATIONS:
+            idle["data.chat_template"] = "no record is a conversation"
+        if not self.num_questions:
+            idle["evaluate.max_new_tokens"] = "no held-out record has a question"
+
+        return idle
 
     def _cut(self, left_out: int) -> list[str]:
         if not left_out:

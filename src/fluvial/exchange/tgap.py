@@ -38,8 +38,9 @@ class TgapConfig(Settings):
     holdout: float = Field(0.2, gt=0, lt=1)
     """Share of the rounds, the last ones, that the fit never sees (a random split leaks
     neighbours)."""
-    simulated_sites: int = Field(8, ge=2, le=10**4)
-    """Sites that the server simulates with source "public"."""
+    simulated_sites: int = Field(8, ge=2, le=8)
+    """Sites that the server simulates with source "public"; public text is dealt into at most 8
+    parts."""
     refit: Literal["no", "decoded", "broadcast"] = "no"
     """Refit of a klt to the updates of FAF (ours). "decoded": the server refits from the
     updates of a round and sends the transform again. "broadcast": server and sites refit alike from
@@ -57,11 +58,34 @@ class TgapConfig(Settings):
         ):
             yield "refit_every, refit_weight: without effect under refit='no'; set refit='decoded'"
 
+        yield from self._idle_under_the_source()
         if self.source == "sites-covariance" and self.reading == "federated":
             yield (
                 "reading='federated' averages updates, which source='sites-covariance' keeps at "
                 "the sites; set reading='local'"
             )
+
+    def _idle_under_the_source(self) -> Iterator[str]:
+        """Yield a line for each setting that nothing reads under `source`."""
+        whys = {
+            "share": "which takes no records of the sites",
+            "simulated_sites": "which simulates none",
+        }
+        idle = {
+            "sites": ["simulated_sites"],
+            "sites-covariance": ["simulated_sites"],
+            "public": ["share"],
+            "none": ["share", "simulated_sites", "reading", "rounds", "holdout"],
+        }
+        for name in idle[self.source]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                why = whys.get(name, "which has no pre-training")
+                yield f"{name}: without effect under source={self.source!r}, {why}; remove it"
+
+    @property
+    def from_sites(self) -> bool:
+        """True where sites train and answer before round 1."""
+        return self.source in ("sites", "sites-covariance")
 
     @property
     def training_rounds(self) -> int:

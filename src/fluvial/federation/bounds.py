@@ -23,7 +23,7 @@ from fluvial.wire.tensors import Named, WeightedMean, energy
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_FEW = 3
+FEWEST_COMPARED = 3
 """Least number of replies among which one can be called too long."""
 _SPARE = 100.0
 """Factor by which a decoded update may exceed what training can reach: codecs and error feedback
@@ -148,7 +148,7 @@ def lower_heaviest(weights: dict[str, int], share: float, round: int) -> list[di
 
 def too_long(length: float, lengths: Sequence[float], growth: float) -> str | None:
     """Return why an update of this length is refused among `lengths`, None where it is not."""
-    if len(lengths) < _FEW:
+    if len(lengths) < FEWEST_COMPARED:
         return None
 
     middle = statistics.median_low(lengths)

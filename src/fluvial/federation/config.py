@@ -14,6 +14,10 @@ Bound = Literal["max_update_growth", "max_weight_share"]
 BOUNDS: frozenset[Bound] = frozenset(get_args(Bound))
 
 
+OnFailure = Literal["stop", "skip", "retry"]
+"""Action when a site fails."""
+
+
 class FleetConfig(Settings):
     """How sites are asked, and what happens when one does not answer."""
 
@@ -32,7 +36,7 @@ class FleetConfig(Settings):
     a run does not use it."""
     deadline_s: float | None = Field(None, ge=0.001, le=10**7)
     """Seconds after which a site that was asked and has not answered has failed."""
-    on_failure: Literal["stop", "skip", "retry"] = "stop"
+    on_failure: OnFailure = "stop"
     """Action when a site fails: stop the run, skip the site for this round, or retry it."""
     retries: int = Field(2, ge=1, le=100)
     """Further attempts under on_failure="retry"; a site that fails them all is skipped."""

@@ -24,6 +24,7 @@ from fluvial.federation.cohort import sample
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import read_counted
 from fluvial.federation.sites import Site, factor_layout, round_of, train_locally
+from fluvial.methods.idle import idle_bounds, idle_fraction
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -251,7 +252,10 @@ def plan(config: FlascConfig, given: Given) -> Plan:
         up = Bytes(*frames.sizes(sent, sent))
         return Traffic(down + envelope({"round": round}), up + answer(loss=FULL_LOSS))
 
-    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, OWN_CODE))
+    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE)
+    cohort = config.cohort(given.sites)
+    idle = {**idle_bounds(cohort), **idle_fraction(config, given.sites)}
+    return Plan(given.layout, forecast, idle=idle)
 
 
 METHOD = Method(

@@ -10,7 +10,7 @@ from torch import nn
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.federation.cohort import cohort_size
-from fluvial.federation.config import BOUNDS, Bound
+from fluvial.federation.config import BOUNDS, Bound, OnFailure
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.line import Line
@@ -126,6 +126,8 @@ class Given:
     rounds: int
     line: Line | None
     """The line between a site and the server, where the configuration describes one."""
+    on_failure: OnFailure = "stop"
+    """Action when a site fails."""
 
 
 CheckRow = tuple[str, str]
@@ -160,6 +162,11 @@ class Plan:
     """Lines of `fluvial check` about decisions that are taken only when the run starts."""
     reads_public: bool = False
     """True where the method reads public text."""
+    idle: Mapping[str, str] = field(default_factory=dict)
+    """Settings that cannot change this run, by their place such as "fleet.max_weight_share", and
+    why; a configuration that sets one of them is refused."""
+    visits: int = 1
+    """Visits to a site in a round, which share its optimizer steps."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
 from fluvial.federation.line import round_s
+from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
 from fluvial.wire.tensors import Layout
@@ -36,7 +37,26 @@ def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapCo
     check_refit(given.codec, tgap, given.rounds)
     version = learns and tgap.refit == "broadcast"
     forecast = partial(coded, config, given, sent, version=version)
-    return Plan(sent, forecast, reads_public=learns and tgap.source == "public")
+    return Plan(
+        sent,
+        forecast,
+        reads_public=learns and tgap.source == "public",
+        idle=shared_idle(config, given, collects=learns and tgap.from_sites),
+    )
+
+
+def shared_idle(config: MethodSettings, given: Given, *, collects: bool) -> dict[str, str]:
+    """Return the settings that cannot change a run through `fluvial.exchange`, and why.
+
+    `collects` says that the set-up compares and averages updates of all sites.
+    """
+    cohort = config.cohort(given.sites)
+    steady = cohort == given.sites and given.on_failure == "stop"
+    return {
+        **idle_bounds(given.sites if collects else cohort),
+        **idle_feedback(given, steady=steady),
+        **idle_fraction(config, given.sites),
+    }
 
 
 def coded(

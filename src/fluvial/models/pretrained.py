@@ -4,6 +4,7 @@ transformers is imported where something is loaded, so that other commands answe
 """
 
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -29,12 +30,18 @@ class ModelConfig(Settings):
     name_or_path: str = EMBEDDED
     """A hub id, a local folder, or "embedded": the small Llama that comes with the package."""
     revision: str | None = None
-    """Branch, tag or commit of a hub id. Pin it, so that all sites hold the same base."""
+    """Branch, tag or commit of a hub id. Pin it, so that all sites hold the same base. Refused for
+    "embedded" and for a local folder, which have none."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the base's weights, and of a model that is written; "auto" is the type of the folder.
     Adapters are always fp32."""
     device: str = "auto"
     """Device of the models: "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.name_or_path == EMBEDDED and self.revision is not None:
+            yield "revision: without effect, because the embedded model has none; remove it"
 
 
 def source_of(config: ModelConfig) -> str:
@@ -140,6 +147,12 @@ def _refuse_folder(config: ModelConfig) -> None:
 
     if folder is None:
         return
+
+    if config.revision is not None:
+        raise ConfigError(
+            f"model.revision: without effect, because {config.name_or_path!r} is a local folder; "
+            "remove it, or name a hub id"
+        )
 
     where = f"model.name_or_path={config.name_or_path!r}"
     adapter = read_object(folder / "adapter_config.json")

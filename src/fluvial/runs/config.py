@@ -165,6 +165,12 @@ class RunConfig(Settings):
                 "codec.weighted: without effect, because codec 'identity' loses nothing; remove it"
             )
 
+        if isinstance(self.codec, IdentitySettings) and self.codec.error_feedback:
+            yield (
+                "codec.error_feedback: without effect, because codec 'identity' loses nothing; "
+                "remove it"
+            )
+
         yield from self._useless_to_the_method()
         if self.evaluate.every > self.rounds:
             yield (

@@ -33,6 +33,9 @@ def evaluation_settings(
     for line in overrides:
         changes = merge(changes, override(line))
     _refuse_idle(changes, records)
+    if "name_or_path" in changes.get("model", {}):  # the revision is that of the base it replaces
+        base = {key: value for key, value in table["model"].items() if key != "revision"}
+        table = {**table, "model": base}
 
     merged = merge(
         {**table, "data": {}}, {key: value for key, value in changes.items() if key != "data"}

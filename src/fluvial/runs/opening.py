@@ -60,7 +60,7 @@ def site_of(
         seed=config.seed,
         pool=pool,
         load=texts.pooled if config.entry.traits.pooled else partial(texts.load, name),
-        train=_train_config(config, len(texts.names)),
+        train=train_config(config, len(texts.names)),
         codec=config.coding,
         method=config.method,
         downlink=config.downlink,
@@ -69,7 +69,7 @@ def site_of(
     )
 
 
-def _train_config(config: RunConfig, sites: int) -> TrainConfig:
+def train_config(config: RunConfig, sites: int) -> TrainConfig:
     """Return [train]; where data is pooled, with as many steps as all sites together."""
     if not config.entry.traits.pooled or config.train.max_steps is None:
         return config.train
@@ -118,4 +118,5 @@ def given(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> Giv
         sites=1 if config.entry.traits.pooled else sites,
         rounds=config.rounds,
         line=config.fleet.line,
+        on_failure=config.fleet.on_failure,
     )

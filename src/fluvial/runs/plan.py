@@ -16,6 +16,7 @@ from fluvial.models.targets import target_names
 from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
 from fluvial.runs.config import RunConfig
+from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.opening import check_settings
 
 _ENVELOPE = 64
@@ -41,6 +42,8 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
     planned = check_settings(config, layout, base, texts)
     remarks = texts.check()
+    refuse_idle(config, planned, texts)
+    remarks += idle_remarks(config, planned)
     sites = []
     steps = 0
 

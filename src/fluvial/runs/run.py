@@ -25,6 +25,7 @@ from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
+from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.opening import check_settings, site_of, tasks_of, texts_of
 from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
@@ -84,11 +85,12 @@ def execute(
             pool.check_behaviour()
         known = texts(config, pool) if texts else texts_of(config, pool)
 
-        for each, _ in runs:
-            check_settings(each, pool.layout, pool.outline.base, known)
-        if isinstance(known, SiteTexts):
-            for remark in known.check():
-                logger.warning("%s", remark)
+        for each, _ in runs:  # the method's own is the last
+            planned = check_settings(each, pool.layout, pool.outline.base, known)
+        remarks = known.check() if isinstance(known, SiteTexts) else []
+        refuse_idle(config, planned, known)
+        for remark in [*remarks, *idle_remarks(config, planned)]:
+            logger.warning("%s", remark)
 
         description = description_of(config)
         main.write_json(

@@ -32,7 +32,7 @@ def useless(method: MethodSettings, traits: Traits) -> Iterator[Useless]:
         yield _setting("fleet", FleetConfig, bound, _UNBOUNDED[bound])
 
     if traits.pooled:
-        for name in ("quorum", "line"):
+        for name in ("quorum", "line", "workers", "sites", "join_timeout_s"):
             yield _setting("fleet", FleetConfig, name, "has all data at one place")
 
     if not traits.exports:

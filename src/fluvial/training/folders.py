@@ -76,9 +76,9 @@ class AdapterFolder:
 def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[str, Any]:
     """Return the tables of a configuration that measures the model `name` as its `run` did, which
     may be empty."""
-    kept = {
-        key: value for key, value in run.get("model", {}).items() if key in ("dtype", "revision")
-    }
+    # The revision is the base's, and a model whose weights were tuned lies in a folder of its own.
+    keys = ("dtype",) if Path(name).expanduser().is_dir() else ("dtype", "revision")
+    kept = {key: value for key, value in run.get("model", {}).items() if key in keys}
     return {
         "model": {**kept, "name_or_path": name},
         "data": exported.for_file(run, records),

@@ -564,6 +564,25 @@ def test_records_to_train_on_are_never_the_held_out_ones(tmp_path: Path, tokeniz
             texts(source, tokenizer, heldout_split="test", partition=partition)
 
 
+def test_a_split_is_refused_where_no_source_has_any(tmp_path: Path, tokenizer: Any) -> None:
+    """A saved `Dataset` is whole; its rows would be trained on and held out."""
+    import datasets
+
+    saved = save("saved", tmp_path, table())
+    lines = save("jsonl", tmp_path, table())
+    for source in (saved, lines):
+        for name in ("split", "heldout_split"):
+            with pytest.raises(ConfigError, match=rf"data\.{name}='test': .*has no splits"):
+                texts(source, tokenizer, **{name: "test"})
+
+    parts = {"test": table().select(range(50)), "train": table().select(range(50, 60))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    assert texts(tmp_path / "d", tokenizer, split="test").sample().records == 25
+    # The split of the held-out records.
+    beside = texts(lines, tokenizer, split="test", heldout_source=str(tmp_path / "d"))
+    assert len(beside.sample().heldout) == 25
+
+
 def test_the_held_out_share_is_cut_off_by_the_seed(tmp_path: Path, tokenizer: Any) -> None:
     source = save("jsonl", tmp_path, table())
     first = texts(source, tokenizer, heldout_share=0.2).load("site-0")

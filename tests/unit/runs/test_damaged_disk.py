@@ -215,7 +215,7 @@ def open_umask() -> Iterator[None]:
 def test_everything_of_a_run_is_its_owners_only(
     table: dict[str, Any], tmp_path: Path, open_umask: None
 ) -> None:
-    *_, _ = execute(parse(table | {"rounds": 1}, "test"), tmp_path / "runs" / "one")
+    *_, _ = execute(parse(table | {"rounds": 2}, "test"), tmp_path / "runs" / "one")
     found = [tmp_path / "runs" / "one", *(tmp_path / "runs" / "one").rglob("*")]
     assert len(found) > 10
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.errors import ConfigError
-from fluvial.training.folders import kind_of
+from fluvial.runs.evaluation import evaluation_settings
+from fluvial.training.folders import kind_of, measured_as
 from tests.support.runs import run_table
 
 
@@ -86,6 +87,22 @@ def test_a_baselines_adapter_is_measured_as_the_run(
     assert found["data"]["adapter"]["loss"] == pytest.approx(
         result["heldout_pooled"]["fedavg"]["loss"], rel=1e-5
     )
+
+
+def test_the_revision_of_a_hub_id_is_not_that_of_a_folder(tmp_path: Path) -> None:
+    """A model whose weights were tuned lies in a folder, and so may another base."""
+    run = {"model": {"name_or_path": "org/base", "revision": "v1", "dtype": "float32"}}
+    assert measured_as(run, str(tmp_path), None)["model"] == {
+        "dtype": "float32",
+        "name_or_path": str(tmp_path),
+    }
+    table = measured_as(run, "org/base", None)
+    assert table["model"]["revision"] == "v1"
+
+    other = [f'model.name_or_path = "{tmp_path}"']
+    assert evaluation_settings(table, None, other).model.revision is None
+    pinned = [*other, 'model.revision = "v2"']
+    assert evaluation_settings(table, None, pinned).model.revision == "v2"
 
 
 def test_what_is_set_goes_before_what_the_run_had(

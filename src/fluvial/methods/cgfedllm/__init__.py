@@ -15,6 +15,7 @@ and the site then sends a frame and nothing else.
 
 import logging
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
@@ -57,7 +58,7 @@ from fluvial.methods.interface import (
     SampledSettings,
     Traits,
 )
-from fluvial.methods.planning import coded
+from fluvial.methods.planning import coded, shared_idle
 from fluvial.methods.shared import SharedModelServer, move
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
@@ -91,6 +92,11 @@ class CgFedLlmConfig(SampledSettings):
     max_growth: float = Field(10.0, gt=1, le=1e9)
     """Times by which an aggregate update may be longer than the longest before it; beyond that the
     run stops (spec g.12)."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.tgap.source == "none" and self.gate != type(self).model_fields["gate"].default:
+            yield "gate: without effect under tgap.source='none', which measures nothing; remove it"
 
     @property
     def bounds(self) -> frozenset[Bound]:
@@ -275,7 +281,21 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
         forecast,
         notes=[f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else [],
         reads_public=config.tgap.source == "public",
+        idle=_idle(config, given),
     )
+
+
+def _idle(config: CgFedLlmConfig, given: Given) -> dict[str, str]:
+    """Return the settings that cannot change this run, and why."""
+    idle = shared_idle(config, given, collects=config.tgap.from_sites)
+    if given.codec.without_bias:
+        idle["method.gate"] = (
+            f"codec {given.codec.name!r} has no bias, so the gate never refuses it"
+        )
+    if given.rounds == 1:
+        idle["method.max_growth"] = "the run has 1 round, and no update is before its update"
+
+    return idle
 
 
 def _check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:

@@ -36,6 +36,7 @@ from fluvial.federation.sites import Site, round_of, train_locally
 from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments
 from fluvial.methods.ecolora.forecast import predict
 from fluvial.methods.ecolora.segments import Slice, Sparsifier, mix, segment, share, turn
+from fluvial.methods.idle import idle_bounds, idle_fraction
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -313,7 +314,14 @@ def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
     check_segments(config, given.layout)
     traffic = partial(predict, config, given)
-    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, OWN_CODE))
+    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE)
+    cohort = config.cohort(given.sites)
+    idle = {
+        **config.idle(given.rounds, cohort),
+        **idle_bounds(cohort),
+        **idle_fraction(config, given.sites),
+    }
+    return Plan(given.layout, forecast, idle=idle)
 
 
 METHOD = Method(

@@ -42,13 +42,52 @@ class EcoLoraConfig(SampledSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        fields = type(self).model_fields
         if self.most < max(self.least_a, self.least_b):
             yield (
                 f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; "
                 "raise it"
             )
-        if self.mixing == "none" and self.beta != type(self).model_fields["beta"].default:
+        for factor, least, gamma in (
+            ("a", self.least_a, self.gamma_a),
+            ("b", self.least_b, self.gamma_b),
+        ):
+            if least == self.most and gamma != fields[f"gamma_{factor}"].default:
+                yield (
+                    f"gamma_{factor}: without effect, because most and least_{factor} are the same "
+                    "share; remove it"
+                )
+            if gamma == 0 and self._chosen(f"least_{factor}"):
+                yield (
+                    f"least_{factor}: without effect under gamma_{factor}=0, which keeps the share "
+                    "of round 1; remove it"
+                )
+
+        if self.mixing == "none" and self.beta != fields["beta"].default:
             yield "beta: without effect under mixing='none'; remove it"
+
+    def _chosen(self, name: str) -> bool:
+        """Return true for a least share that differs from its default without need: where `most` is
+        below the default, a lower one must be set."""
+        default = type(self).model_fields[name].default
+        return getattr(self, name) != default and self.most >= default
+
+    def idle(self, rounds: int, cohort: int) -> dict[str, str]:
+        """Return the settings that cannot change a run of `rounds` with a `cohort`, and why."""
+        idle = {}
+        if self.segments >= cohort:
+            idle["fleet.max_weight_share"] = (
+                f"each of its {self.segments} segments comes from one site of a cohort of {cohort}"
+            )
+        if rounds == 1:
+            why = "a site has an adapter of its own from round 2 on"
+            idle |= dict.fromkeys(("method.mixing", "method.beta"), why)
+        if rounds < 3:
+            why = f"the shares fall from round 3 on, and the run has {rounds}"
+            names = ["gamma_a", "gamma_b", *filter(self._chosen, ("least_a", "least_b"))]
+            idle |= {f"method.{name}": why for name in names}
+
+        return idle
 
 
 def check_segments(config: EcoLoraConfig, layout: Layout) -> None:

@@ -16,6 +16,7 @@ from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings, Int8Settings
 from fluvial.errors import ConfigError
+from fluvial.federation.bounds import FEWEST_COMPARED
 from fluvial.federation.line import round_s
 from fluvial.federation.sites import refuse_learned
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
@@ -42,6 +43,7 @@ from fluvial.methods.fedcybgd.visit_sizes import (
     Width,
     visit_bytes,
 )
+from fluvial.methods.idle import idle_feedback
 from fluvial.methods.interface import CheckRow, Forecast, Given, Method, Plan, Traits
 from fluvial.methods.planning import frame_rows, uncoded
 from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, coded_frame, unknown
@@ -65,7 +67,38 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
         partial(forecast, config, given, sent),
         notes=notes(config),
         reads_public=config.gated or public,
+        idle=_idle(config, given),
     )
+
+
+def _idle(config: FedCyBgdConfig, given: Given) -> dict[str, str]:
+    """Return the settings that cannot change this run, and why."""
+    blocks = len(partition(config, given.layout))
+    fixed = config.order in ("ascending", "descending", "pairs", "full")
+    idle = {
+        **idle_feedback(given, steady=given.on_failure == "stop", period=1 if fixed else blocks),
+        **_uncompared(given.sites * given.rounds),
+    }
+    if config.order != "random" and given.sites <= blocks:
+        idle["fleet.max_weight_share"] = (
+            f"no two of {given.sites} sites share one of {blocks} blocks"
+        )
+    if given.rounds == 1:
+        idle["method.decay"] = "the run has 1 cycle, whose learning rate is the whole"
+
+    return idle
+
+
+def _uncompared(visits: int) -> dict[str, str]:
+    """Return the bound on lengths, where no update has enough before it to be compared with."""
+    if visits > FEWEST_COMPARED:
+        return {}
+    return {
+        "fleet.max_update_growth": (
+            f"the run has {visits} visits, and an update is compared with {FEWEST_COMPARED} or "
+            "more before it"
+        )
+    }
 
 
 def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
@@ -74,7 +107,13 @@ def plan_central(config: CentralCyclicConfig, given: Given) -> Plan:
     check_blocks(config, given.codec, given.layout)
     sent = largest_block(config, given.layout)
     traffic = partial(predict, config, given)
-    return Plan(sent, partial(uncoded, config, given, traffic, sent, "none"))
+    blocks = len(partition(config, given.layout))
+    return Plan(
+        sent,
+        partial(uncoded, config, given, traffic, sent, "none"),
+        idle=_uncompared(blocks * given.rounds),
+        visits=blocks,
+    )
 
 
 def predict(config: Config, given: Given, round: int) -> Traffic:  # noqa: ARG001 - as in all rounds

@@ -1,0 +1,87 @@
+"""Settings that change nothing in this run, known once its sites, plan and records are.
+
+What the tables alone tell is refused earlier, by `RunConfig`. Baselines of a run share its tables,
+so only the method itself is held to them.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fluvial.data import SiteTexts
+from fluvial.errors import ConfigError
+from fluvial.methods import METHODS
+from fluvial.methods.interface import Plan
+from fluvial.methods.measuring import Texts
+from fluvial.runs.config import RunConfig
+from fluvial.runs.opening import train_config
+
+_OF_STEPS = ("train.lr_scheduler_type", "train.warmup_ratio")
+"""Settings that shape the learning rate over the steps of a round."""
+
+
+def refuse_idle(config: RunConfig, planned: Plan, texts: Texts) -> None:
+    """Raise `ConfigError` with every setting that has another value than its default and no effect.
+
+    Records that are here have been checked (`SiteTexts.check`); those of a deployment are not, and
+    neither are settings that depend on them.
+    """
+    idle = {**planned.idle, **_idle_in_steps(config, planned, texts)}
+    if isinstance(texts, SiteTexts):
+        idle |= texts.idle()
+
+    chosen = config.model_dump(exclude_defaults=True)
+    lines = [
+        f"{place}: without effect, because {why}; remove it"
+        for place, why in idle.items()
+        if _holds(chosen, place)
+    ]
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def idle_remarks(config: RunConfig, planned: Plan) -> Iterator[str]:
+    """Yield a remark on public text that nothing reads.
+
+    It is no mistake: methods are compared by one file, and some of them read it.
+    """
+    measures_public = config.promise is not None and not config.promise.measures
+    if config.data.public_source is None or planned.reads_public or measures_public:
+        return
+
+    yield (
+        f"data.public_source: not used, because method {config.method.name!r} reads no public text "
+        "with these settings"
+    )
+
+
+def _idle_in_steps(config: RunConfig, planned: Plan, texts: Texts) -> dict[str, str]:
+    """Return the settings of the learning rate where all training is of one step a round."""
+    if any(METHODS[name].traits.pooled for name in config.compare):
+        return {}  # pooled data has a step for each site
+    if _steps(config, planned, texts) != 1:
+        return {}
+    return dict.fromkeys(_OF_STEPS, "no site takes more than one optimizer step in a round")
+
+
+def _steps(config: RunConfig, planned: Plan, texts: Texts) -> int | None:
+    """Return the most optimizer steps that a visit to a site takes; None where that is unknown."""
+    train = train_config(config, len(texts.names))
+    if train.max_steps is not None:
+        return max(1, train.max_steps // planned.visits)
+    if not isinstance(texts, SiteTexts) or planned.reads_public:
+        return None  # simulated sites train on public text, by passes over it
+
+    counts = texts.num_train.values()
+    most = sum(counts) if config.entry.traits.pooled else max(counts)
+    return max(1, train.steps(most) // planned.visits)
+
+
+def _holds(table: Mapping[str, Any], place: str) -> bool:
+    """Return true if nested tables have a value at a dotted place."""
+    inner: Any = table
+    for name in place.split("."):
+        if not isinstance(inner, Mapping) or name not in inner:
+            return False
+        inner = inner[name]
+
+    return True
