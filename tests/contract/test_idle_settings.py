@@ -185,47 +185,12 @@ IDLE: dict[str, Idle] = {
         {"rounds": 3, "method": {"name": "ecolora", "most": 1.0, "least_a": 1.0, "least_b": 1.0}},
         {"method": {"least_a": 0.5}},
     ),
-    "rate of a short run": Idle(
-        {"method": {"gamma_b": 3.0}},
-        "method.gamma_b",
-        "the shares fall from round 3 on, and the run has 2",
-        ECOLORA,
-        {"rounds": 3},
-    ),
-    "least share of a short run": Idle(
-        {"method": {"least_a": 0.3}},
-        "method.least_a",
-        "the shares fall from round 3 on",
-        ECOLORA,
-        {"method": {"most": 0.5}},
-    ),
     "least share that never falls": Idle(
         {"method": {"least_b": 0.3}},
         "method.least_b",
         "under gamma_b=0",
         {"rounds": 3, "method": {"name": "ecolora", "gamma_b": 0.0}},
         {"method": {"gamma_b": 1.0}},
-    ),
-    "mixing of one round": Idle(
-        {"method": {"mixing": "none"}},
-        "method.mixing",
-        "from round 2 on",
-        ECOLORA | {"rounds": 1},
-        {"rounds": 2},
-    ),
-    "decay of one cycle": Idle(
-        {"method": {"decay": "cosine"}},
-        "method.decay",
-        "the run has 1 cycle",
-        CYCLES | {"rounds": 1},
-        {"rounds": 2},
-    ),
-    "growth of one round": Idle(
-        {"method": {"max_growth": 5.0}},
-        "method.max_growth",
-        "the run has 1 round",
-        {"rounds": 1, "method": PLAIN, "codec": {"name": "int8"}},
-        {"rounds": 2},
     ),
     "D1 of public text": Idle(
         {"method": {"tgap": {"share": 0.5}}},
@@ -312,6 +277,45 @@ IDLE: dict[str, Idle] = {
     ),
 }
 
+LATER: dict[str, Idle] = {
+    "rate of a short run": Idle(
+        {"method": {"gamma_b": 3.0}},
+        "method.gamma_b",
+        "the shares fall from round 3 on, and the run has 2",
+        ECOLORA,
+        {"rounds": 3},
+    ),
+    "least share of a short run": Idle(
+        {"method": {"least_a": 0.3}},
+        "method.least_a",
+        "the shares fall from round 3 on",
+        ECOLORA,
+        {"method": {"most": 0.5}},
+    ),
+    "mixing of one round": Idle(
+        {"method": {"mixing": "none"}},
+        "method.mixing",
+        "from round 2 on",
+        ECOLORA | {"rounds": 1},
+        {"rounds": 2},
+    ),
+    "decay of one cycle": Idle(
+        {"method": {"decay": "cosine"}},
+        "method.decay",
+        "the run has 1 cycle",
+        CYCLES | {"rounds": 1},
+        {"rounds": 2},
+    ),
+    "growth of one round": Idle(
+        {"method": {"max_growth": 5.0}},
+        "method.max_growth",
+        "the run has 1 round",
+        {"rounds": 1, "method": PLAIN, "codec": {"name": "int8"}},
+        {"rounds": 2},
+    ),
+}
+"""Runs that are too short for a setting, which is a remark: they may be trials of longer ones."""
+
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, str]:
@@ -385,6 +389,21 @@ def test_the_same_setting_is_accepted_where_it_can(
     plan(parse(merged([usual, row.base, row.otherwise, row.setting], sources), "test"))
 
 
+@pytest.mark.parametrize("name", LATER)
+def test_a_setting_of_later_rounds_is_a_remark(name: str, run_config: Table) -> None:
+    row = LATER[name]
+    usual = run_config | {"method": {"name": "fedavg"}}
+
+    def remarks(*tables: Table) -> list[str]:
+        notes = plan(parse(merged([usual, *tables], {}), "test"))["notes"]
+        return [note for note in notes if note.startswith(f"{row.place}: without effect")]
+
+    (remark,) = remarks(row.base, row.setting)
+    assert row.why in remark
+    assert not remarks(row.base)
+    assert not remarks(row.base, row.otherwise, row.setting)
+
+
 def test_a_run_refuses_it_before_it_writes_anything(run_config: Table, tmp_path: Path) -> None:
     config = parse(run_config | {"evaluate": {"max_new_tokens": 2}}, "test")
     with pytest.raises(ConfigError, match=r"evaluate\.max_new_tokens: without effect"):
@@ -394,17 +413,20 @@ def test_a_run_refuses_it_before_it_writes_anything(run_config: Table, tmp_path:
 
 
 def test_all_idle_settings_are_named_at_once(run_config: Table) -> None:
-    method = {"name": "ecolora", "gamma_a": 3.0}
-    table = run_config | SHARE | {"method": method, "evaluate": {"max_new_tokens": 2}}
+    table = (
+        run_config
+        | SHARE
+        | ECOLORA
+        | {
+            "data": run_config["data"] | {"overlong": "drop"},
+            "evaluate": {"max_new_tokens": 2},
+        }
+    )
     with pytest.raises(ConfigError) as refusal:
         plan(parse(table, "test"))
 
     places = [line.partition(": ")[0] for line in str(refusal.value).splitlines()]
-    assert sorted(places) == [
-        "evaluate.max_new_tokens",
-        "fleet.max_weight_share",
-        "method.gamma_a",
-    ]
+    assert sorted(places) == ["data.overlong", "evaluate.max_new_tokens", "fleet.max_weight_share"]
 
 
 def test_a_baseline_is_not_held_to_settings_of_the_method(

@@ -165,6 +165,9 @@ class Plan:
     idle: Mapping[str, str] = field(default_factory=dict)
     """Settings that cannot change this run, by their place such as "fleet.max_weight_share", and
     why; a configuration that sets one of them is refused."""
+    later: Mapping[str, str] = field(default_factory=dict)
+    """Settings that act only in later rounds than this run has, and why; one that is set is a
+    remark, because a short trial of a longer run is no mistake."""
     visits: int = 1
     """Visits to a site in a round, which share its optimizer steps."""
 

@@ -29,21 +29,22 @@ def refuse_idle(config: RunConfig, planned: Plan, texts: Texts) -> None:
     if isinstance(texts, SiteTexts):
         idle |= texts.idle()
 
-    chosen = config.model_dump(exclude_defaults=True)
     lines = [
-        f"{place}: without effect, because {why}; remove it"
-        for place, why in idle.items()
-        if _holds(chosen, place)
+        f"{place}: without effect, because {why}; remove it" for place, why in _chosen(config, idle)
     ]
     if lines:
         raise ConfigError("\n".join(lines))
 
 
 def idle_remarks(config: RunConfig, planned: Plan) -> Iterator[str]:
-    """Yield a remark on public text that nothing reads.
+    """Yield remarks on settings without effect that are no mistake.
 
-    It is no mistake: methods are compared by one file, and some of them read it.
+    A run may be a short trial of a longer one. Methods are compared by one file, and not all of
+    them read public text.
     """
+    for place, why in _chosen(config, planned.later):
+        yield f"{place}: without effect in this run, because {why}"
+
     measures_public = config.promise is not None and not config.promise.measures
     if config.data.public_source is None or planned.reads_public or measures_public:
         return
@@ -52,6 +53,12 @@ def idle_remarks(config: RunConfig, planned: Plan) -> Iterator[str]:
         f"data.public_source: not used, because method {config.method.name!r} reads no public text "
         "with these settings"
     )
+
+
+def _chosen(config: RunConfig, idle: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield those of `idle` whose value is not the default, with the reason."""
+    chosen = config.model_dump(exclude_defaults=True)
+    yield from ((place, why) for place, why in idle.items() if _holds(chosen, place))
 
 
 def _idle_in_steps(config: RunConfig, planned: Plan, texts: Texts) -> dict[str, str]:

@@ -282,6 +282,7 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
         notes=[f"method.privacy.heldout='exact': {privacy.OUTSIDE}"] if exact else [],
         reads_public=config.tgap.source == "public",
         idle=_idle(config, given),
+        later=_later(given),
     )
 
 
@@ -292,10 +293,14 @@ def _idle(config: CgFedLlmConfig, given: Given) -> dict[str, str]:
         idle["method.gate"] = (
             f"codec {given.codec.name!r} has no bias, so the gate never refuses it"
         )
-    if given.rounds == 1:
-        idle["method.max_growth"] = "the run has 1 round, and no update is before its update"
-
     return idle
+
+
+def _later(given: Given) -> dict[str, str]:
+    """Return the settings that act only in later rounds than the run has, and why."""
+    if given.rounds > 1:
+        return {}
+    return {"method.max_growth": "the run has 1 round, and no update is before its update"}
 
 
 def _check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None:

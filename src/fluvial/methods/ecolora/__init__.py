@@ -317,11 +317,11 @@ def plan(config: EcoLoraConfig, given: Given) -> Plan:
     forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE)
     cohort = config.cohort(given.sites)
     idle = {
-        **config.idle(given.rounds, cohort),
+        **config.idle(cohort),
         **idle_bounds(cohort),
         **idle_fraction(config, given.sites),
     }
-    return Plan(given.layout, forecast, idle=idle)
+    return Plan(given.layout, forecast, idle=idle, later=config.later(given.rounds))
 
 
 METHOD = Method(

@@ -72,22 +72,28 @@ class EcoLoraConfig(SampledSettings):
         default = type(self).model_fields[name].default
         return getattr(self, name) != default and self.most >= default
 
-    def idle(self, rounds: int, cohort: int) -> dict[str, str]:
-        """Return the settings that cannot change a run of `rounds` with a `cohort`, and why."""
-        idle = {}
-        if self.segments >= cohort:
-            idle["fleet.max_weight_share"] = (
+    def idle(self, cohort: int) -> dict[str, str]:
+        """Return the settings that cannot change a run with a `cohort`, and why."""
+        if self.segments < cohort:
+            return {}
+        return {
+            "fleet.max_weight_share": (
                 f"each of its {self.segments} segments comes from one site of a cohort of {cohort}"
             )
+        }
+
+    def later(self, rounds: int) -> dict[str, str]:
+        """Return the settings that act only in later rounds than a run of `rounds` has, and why."""
+        later = {}
         if rounds == 1:
             why = "a site has an adapter of its own from round 2 on"
-            idle |= dict.fromkeys(("method.mixing", "method.beta"), why)
+            later = dict.fromkeys(("method.mixing", "method.beta"), why)
         if rounds < 3:
             why = f"the shares fall from round 3 on, and the run has {rounds}"
             names = ["gamma_a", "gamma_b", *filter(self._chosen, ("least_a", "least_b"))]
-            idle |= {f"method.{name}": why for name in names}
+            later |= {f"method.{name}": why for name in names}
 
-        return idle
+        return later
 
 
 def check_segments(config: EcoLoraConfig, layout: Layout) -> None:

@@ -68,6 +68,7 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
         notes=notes(config),
         reads_public=config.gated or public,
         idle=_idle(config, given),
+        later=_later(given),
     )
 
 
@@ -83,10 +84,14 @@ def _idle(config: FedCyBgdConfig, given: Given) -> dict[str, str]:
         idle["fleet.max_weight_share"] = (
             f"no two of {given.sites} sites share one of {blocks} blocks"
         )
-    if given.rounds == 1:
-        idle["method.decay"] = "the run has 1 cycle, whose learning rate is the whole"
-
     return idle
+
+
+def _later(given: Given) -> dict[str, str]:
+    """Return the settings that act only in later cycles than the run has, and why."""
+    if given.rounds > 1:
+        return {}
+    return {"method.decay": "the run has 1 cycle, whose learning rate is the whole"}
 
 
 def _uncompared(visits: int) -> dict[str, str]:
