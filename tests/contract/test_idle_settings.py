@@ -320,8 +320,8 @@ LATER: dict[str, Idle] = {
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, str]:
     """Files of pairs and of conversations for three sites, by the words that stand for them."""
-    pairs = [{"prompt": f"{n} and {n}?", "completion": f"{2 * n}"} for n in range(30)]
-    chats = [
+    pairs: list[Table] = [{"prompt": f"{n} and {n}?", "completion": f"{2 * n}"} for n in range(30)]
+    chats: list[Table] = [
         {
             "messages": [
                 {"role": "user", "content": pair["prompt"]},

@@ -216,6 +216,7 @@ EVERYDAY = [
         "error feedback",
         MEASURES,
         codec=INT8 | {"error_feedback": True},
+        rounds=2,
     ),
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),

@@ -572,8 +572,9 @@ def test_a_split_is_refused_where_no_source_has_any(tmp_path: Path, tokenizer: A
     lines = save("jsonl", tmp_path, table())
     for source in (saved, lines):
         for name in ("split", "heldout_split"):
+            wrong: dict[str, Any] = {name: "test"}
             with pytest.raises(ConfigError, match=rf"data\.{name}='test': .*has no splits"):
-                texts(source, tokenizer, **{name: "test"})
+                texts(source, tokenizer, **wrong)
 
     parts = {"test": table().select(range(50)), "train": table().select(range(50, 60))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")

@@ -69,8 +69,9 @@ class EcoLoraConfig(SampledSettings):
     def _chosen(self, name: str) -> bool:
         """Return true for a least share that differs from its default without need: where `most` is
         below the default, a lower one must be set."""
-        default = type(self).model_fields[name].default
-        return getattr(self, name) != default and self.most >= default
+        default: float = type(self).model_fields[name].default
+        value: float = getattr(self, name)
+        return value != default and self.most >= default
 
     def idle(self, cohort: int) -> dict[str, str]:
         """Return the settings that cannot change a run with a `cohort`, and why."""
