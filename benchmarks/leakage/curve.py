@@ -35,7 +35,7 @@ from benchmarks.leakage.site import Pair, tuned
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.methods.flglm.leakage.attacks import attacks, on_gradients
 from fluvial.methods.flglm.leakage.gradients import GradientMatching
-from fluvial.methods.flglm.leakage.meter import Leakage, measure
+from fluvial.methods.flglm.leakage.meter import GRADIENTS, Leakage, measure
 from fluvial.methods.flglm.leakage.noise import (
     HiddenNoise,
     NoiseConfig,
@@ -80,7 +80,6 @@ COLUMNS = {
 }
 PARTS = ("curve", "published", "tuned")
 SEARCH = "exact causal search"
-GRADIENTS = "gradient matching"
 
 
 def attacked(

@@ -107,6 +107,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "frozen": ["front"],
             "hidden": {"name": "int8"},
             "gradient": {"name": "int8"},
+            "noise": {"clip": 1.0, "multiplier": 0.1},
         }.items()
     },
     "FlGlmConfig.sync_steps": ({"method": {"name": "flglm", "mode": "hierarchical"}}, 1),
@@ -184,6 +185,7 @@ ELSEWHERE = {
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
+    "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
     "FedCyBgdConfig.parallel": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.merge": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.weighting": "tests/oracle/test_fedcybgd.py",

@@ -9,6 +9,10 @@ Kind = tuple[Literal["up", "down"], str]
 """Direction and task of a message."""
 MEASURING = "evaluate"
 """The task of measuring. Its bytes are counted apart, since they are no part of a method."""
+AUDIT = "leakage"
+"""The task of an audit of what a server could read; counted apart too."""
+APART = frozenset({MEASURING, AUDIT})
+"""The tasks whose bytes are no part of a method."""
 
 
 @dataclass

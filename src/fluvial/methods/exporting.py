@@ -63,6 +63,10 @@ class Export:
     """Continuations of a prompt by the base and by the tuned model."""
     public: dict[str, Any] | None = None
     """Measures on public text; None where there are none."""
+    leakage: dict[str, Any] | None = None
+    """Success of attacks on what sites send, and a `sentence` on it; None where none were run."""
+    noise: dict[str, Any] | None = None
+    """Account of noise that is less than a promise of privacy, with a `sentence`; None without."""
 
 
 def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.figures import (
     STYLE,
@@ -21,6 +21,7 @@ from fluvial.report.figures import (
     loss_by_bytes,
     loss_by_round,
 )
+from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     RESULT_CAPTION,
     cut_words,
@@ -109,6 +110,7 @@ def _content(run: JsonObject) -> JsonObject:
         _blocks(setup),
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
+        leakage_by_attack(result or {}),
     )
 
     return {
@@ -178,6 +180,23 @@ def _headline(run: JsonObject) -> list[dict[str, str]]:
                 "note": "all bytes in both directions, set-up included",
             },
         ]
+
+    if result.get("leakage"):
+        tiles.append(
+            {
+                "what": "tokens that the server could read",
+                "value": percent(result["leakage"]["accuracy"]),
+                "note": safe_text(result["leakage"]["sentence"]),
+            }
+        )
+    if result.get("noise"):
+        tiles.append(
+            {
+                "what": "epsilon of a hidden state",
+                "value": figure(result["noise"]["epsilon"], ".3g"),
+                "note": safe_text(result["noise"]["sentence"]),
+            }
+        )
 
     tiles.append(
         {

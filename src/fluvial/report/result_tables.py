@@ -127,6 +127,10 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
     if result.get("privacy"):
         lines.append(Text(f"Privacy  {privacy_words(result['privacy'])}"))
 
+    for heading, key in (("Leakage", "leakage"), ("Noise", "noise")):
+        if result.get(key):
+            lines.append(Text(f"{heading:9}{safe_text(result[key]['sentence'])}"))
+
     for sample in result.get("samples", []):
         for when, key in (("before", "base"), ("after", "final")):
             shown = Text.assemble(

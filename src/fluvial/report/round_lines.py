@@ -5,7 +5,7 @@ from itertools import groupby
 
 from rich.markup import escape
 
-from fluvial.federation.meter import MEASURING
+from fluvial.federation.meter import APART
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
 from fluvial.storage.run_files import JsonObject
 
@@ -19,8 +19,8 @@ def round_header(method: str) -> str:
 def round_line(record: JsonObject) -> str:
     """Return a round as one line with rich markup: the columns, then further measures by name."""
     failures = record.get("missing", [])
-    missing = _sites(failure for failure in failures if failure.get("task") != MEASURING)
-    unmeasured = _sites(failure for failure in failures if failure.get("task") == MEASURING)
+    missing = _sites(failure for failure in failures if failure.get("task") not in APART)
+    unmeasured = _sites(failure for failure in failures if failure.get("task") in APART)
     lost = {*missing, *unmeasured}
     asked_again = [site for site in _sites(record.get("asked_again", [])) if site not in lost]
     visited = {visit["site"] for visit in record.get("visits", [])}
@@ -42,6 +42,9 @@ def round_line(record: JsonObject) -> str:
 
     if "heldout_loss" in record:
         parts.append(f"held-out {record['heldout_loss']:.4f}")
+
+    if "leakage" in record:
+        parts.append(f"tokens read {100 * record['leakage']:.0f} %")
 
     parts += [f"codec: {escape(safe_text(record['choice']))}"] if "choice" in record else []
     parts += ["transform refitted"] if "refit" in record else []

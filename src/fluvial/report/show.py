@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, percent, safe_text
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
+from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     closing_words,
     cut_words,
@@ -50,6 +51,7 @@ def run_tables(run: JsonObject) -> Group:
     for excerpt in (
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
+        leakage_by_attack(result or {}),
     ):
         if excerpt:
             # The title stands outside of the table, which would wrap it to its own width.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial import __version__
-from fluvial.federation.meter import MEASURING, Kind
+from fluvial.federation.meter import APART, MEASURING, Kind
 from fluvial.methods import BASELINES
 from fluvial.methods.interface import Export, Measures, Traits
 from fluvial.runs.config import RunConfig
@@ -63,6 +63,8 @@ def result_of(
         "model_sha256": export.model_sha256,
         "samples": export.samples,
         "public": export.public,
+        "leakage": export.leakage,
+        "noise": export.noise,
         "privacy": None if promise is None else promise.report(config.rounds, config.rounds),
         "compare": {name: _compared(baselines[name] or {}) for name in config.compare},
         "setup": setup,
@@ -132,7 +134,7 @@ def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict
 def directed(sizes: BytesByKind, direction: str) -> int:
     """Return the bytes of one direction, without those of measuring."""
     return sum(
-        size for (way, task), size in sizes.items() if way == direction and task != MEASURING
+        size for (way, task), size in sizes.items() if way == direction and task not in APART
     )
 
 

@@ -18,7 +18,7 @@ from fluvial.exchange.versions import INSTALL
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
-from fluvial.federation.meter import Kind
+from fluvial.federation.meter import AUDIT, Kind
 from fluvial.federation.releases import secret_of
 from fluvial.methods.interface import Context, Reporting, Server
 from fluvial.methods.measuring import Texts
@@ -235,7 +235,7 @@ class Run:
             raise ConfigError(f"{place} have a number of sites that is no whole number")
 
         # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
-        self.trained += self.fleet.meter.num_answered(beside=(INSTALL,))
+        self.trained += self.fleet.meter.num_answered(beside=(INSTALL, AUDIT))
 
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
             metrics |= self._heldout_of_round(number)

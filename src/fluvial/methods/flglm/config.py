@@ -8,6 +8,8 @@ from pydantic import Field
 from fluvial.codecs.activations import ActivationConfig
 from fluvial.codecs.activations.floats import ExactRowsSettings
 from fluvial.federation.config import BOUNDS, Bound
+from fluvial.methods.flglm.leakage.noise import NoiseConfig
+from fluvial.methods.flglm.leakage.settings import LeakageConfig
 from fluvial.methods.interface import SampledSettings
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
@@ -41,6 +43,10 @@ class FlGlmConfig(SampledSettings):
     """Codec of the hidden states, both ways."""
     gradient: ActivationConfig = ExactRowsSettings()
     """Codec of the gradients of the hidden states, both ways."""
+    noise: NoiseConfig | None = None
+    """Clip and noise of the hidden states that leave a site; none by default."""
+    leakage: LeakageConfig = LeakageConfig()
+    """Meter of the tokens that the server could read."""
 
     @property
     def bounds(self) -> frozenset[Bound]:

@@ -1,6 +1,6 @@
 """The site's layers in training: A, which makes hidden states, and C, which makes the loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -36,16 +36,21 @@ class Ends(TunedPart):
     """The site's part, before and behind the server's."""
 
     def begin(
-        self, examples: Sequence[Example], *, pad_token_id: int, dropout_seed: int
+        self,
+        examples: Sequence[Example],
+        *,
+        pad_token_id: int,
+        dropout_seed: int,
+        clip: Callable[[Tensor], Tensor],
     ) -> MicroBatch:
-        """Run A on the sequences of a micro-batch."""
+        """Run A on the sequences of a micro-batch, and `clip` its hidden states (tokens, width)."""
         batch = collate(examples, pad_token_id, self.part.device)
         self.part.reseed_dropout(dropout_seed)
 
         with self.passing():
             hidden = self.part.embed(batch["input_ids"], batch["attention_mask"])
 
-        return MicroBatch(batch, pack(hidden, batch["attention_mask"]))
+        return MicroBatch(batch, clip(pack(hidden, batch["attention_mask"])))
 
     def finish(self, micro: MicroBatch, received: Tensor, tokens: int) -> tuple[float, Tensor]:
         """Run C on B's hidden states `received` (tokens, width), and its backward pass.

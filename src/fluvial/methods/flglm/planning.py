@@ -3,7 +3,9 @@
 from functools import partial
 
 from fluvial.errors import ConfigError
+from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
 from fluvial.methods.planning import OPTIMIZER_BYTES
@@ -28,7 +30,11 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
             "embedding and head to the server; set ends = 'own', another mode, or tune = 'lora'"
         )
 
-    return Plan(places.shared, partial(_forecast, config, given, places))
+    later = {}
+    if config.leakage.every >= given.rounds:
+        later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
+
+    return Plan(places.shared, partial(_forecast, config, given, places), later=later)
 
 
 def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
@@ -55,5 +61,16 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
             f"{places.tuned_middle.numel * OPTIMIZER_BYTES:,} B",
         ),
     ]
-    words = unknown("it follows from the tokens of each step")
-    return Forecast(0, 0, lambda _round: Traffic(words, words), rows)
+    if config.noise is not None:
+        passes = given.rounds * passes_of_round(given.train, None)
+        epsilon = spent(config.noise, passes)
+        words = (
+            f"standard deviation {config.noise.std:.3g} on a norm of at most "
+            f"{config.noise.clip:g}; epsilon at most {epsilon:.3g} at delta "
+            f"{config.noise.delta:g} for each hidden state of at most {passes} passes of training; "
+            f"outside: {'; '.join(outside(config.noise))}"
+        )
+        rows.append(("noise", words))
+
+    traffic = unknown("it follows from the tokens of each step")
+    return Forecast(0, 0, lambda _round: Traffic(traffic, traffic), rows)

@@ -4,19 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from fluvial.federation.aggregate import Aggregate, WeightedLoss
 from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.cohort import sample
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.meter import MEASURING
+from fluvial.federation.meter import AUDIT, MEASURING
 from fluvial.federation.replies import fields, measured
 from fluvial.federation.sites import state_message
 from fluvial.methods.exporting import Export, Reporting, export_adapter
+from fluvial.methods.flglm.accounting import account, passes_of_round
 from fluvial.methods.flglm.client_batch import ClientBatch
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.conversations import Conversations
+from fluvial.methods.flglm.leakage import replies
+from fluvial.methods.flglm.leakage.meter import Leakage
 from fluvial.methods.flglm.replica import SiteUpdate
 from fluvial.methods.flglm.serving import Serving
 from fluvial.methods.flglm.setting import Setting
@@ -40,6 +43,8 @@ class FlGlmServer(SharedModelServer):
         self.context = context
         self.setting = Setting(config, context)
         self._model = initial_state(context.layout, context.seed)
+        self._fewest: int | None = None
+        """Sequences of the smallest site that has trained."""
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
         """Load the server's layers; raises `ConfigError` where the model cannot be cut."""
@@ -47,7 +52,17 @@ class FlGlmServer(SharedModelServer):
         return {}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Train for one round in the configured mode."""
+        """Train for one round in the configured mode, and measure what leaks where it is due."""
+        metrics = self._train(number, fleet)
+        every = self.config.leakage.every
+        if every and number % every == 0 and number < self.context.rounds:
+            leakage = self._leakage(fleet, number)
+            if leakage is not None:
+                metrics["leakage"] = leakage.worst.accuracy
+
+        return metrics
+
+    def _train(self, number: int, fleet: Fleet) -> Metrics:
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         if self.config.mode == "sequential":
             return self._sequential(number, fleet, cohort)
@@ -64,6 +79,7 @@ class FlGlmServer(SharedModelServer):
         for site in cohort:
             for update in self._conversations(fleet, number).updates([site]):
                 self._model = moved(self._model, update.tensors)
+                self._note(update.weight)
                 loss.add(update.loss, update.weight)
                 count += 1
 
@@ -78,6 +94,7 @@ class FlGlmServer(SharedModelServer):
             fleet, "train", number, asked=len(cohort)
         )
         for update in self._conversations(fleet, number).updates(cohort):
+            self._note(update.weight)
             for counted in replies.add(update.site, norm(update.tensors), update.weight, update):
                 aggregate.add(replace(counted.content, weight=counted.weight))
 
@@ -97,11 +114,16 @@ class FlGlmServer(SharedModelServer):
 
         for reply in batch.replies(cohort):
             loss.add(reply.loss, reply.weight)
+            self._note(reply.weight)
             count += 1
 
         fleet.require_quorum("train", number, answered=count, asked=len(cohort))
         self._model = moved(self._model, batch.update)
         return {"loss": loss.mean(), "sites": count, "update_norm": norm(batch.update)}
+
+    def _note(self, sequences: int) -> None:
+        """Note the number of sequences of a site that has trained."""
+        self._fewest = min(self._fewest or sequences, sequences)
 
     def _conversations(self, fleet: Fleet, number: int) -> Conversations:
         message = self._message(round=number)
@@ -142,6 +164,14 @@ class FlGlmServer(SharedModelServer):
 
         An adapter is written without the base's weights, of which the server has only its own.
         """
+        leakage = self._leakage(fleet, reporting.rounds)
+        return replace(
+            self._written(fleet, reporting, final),
+            leakage=None if leakage is None else leakage.to_values(),
+            noise=self._account(reporting),
+        )
+
+    def _written(self, fleet: Fleet, reporting: Reporting, final: Measures) -> Export:
         if self.config.ends == "own":
             return Export()
         if reporting.pool.full:
@@ -150,6 +180,32 @@ class FlGlmServer(SharedModelServer):
         texts = self._samples(fleet, reporting)
         sha256 = export_adapter(reporting, changed(self._checked_model()), final)
         return Export(adapter_sha256=sha256, samples=texts)
+
+    def _leakage(self, fleet: Fleet, round: int) -> Leakage | None:
+        """Return the success of the sites' attacks on the present model; None without any."""
+        chosen = self.config.leakage.sites
+        if chosen == "none":
+            return None
+
+        sites = fleet.sites if chosen == "all" else fleet.sites[:1]
+        message = self._use("final", round)
+        with self._serving("final") as serving:
+            answers = serving.replies(fleet, AUDIT, sites, message, round=round, read=replies.read)
+            return replies.together([reply.content for reply in answers])
+
+    def _account(self, reporting: Reporting) -> dict[str, Any] | None:
+        """Return epsilon of the run's hidden states; None without noise."""
+        if self.config.noise is None:
+            return None
+
+        rounds = reporting.rounds
+        evaluate = reporting.evaluate
+        measures = 2 + (rounds // evaluate.every if evaluate.every else 0)
+        audits = self.config.leakage.audits(rounds)
+        passes = rounds * passes_of_round(self.context.train, self._fewest)
+        return account(
+            self.config.noise, passes, measures * (2 if evaluate.max_new_tokens else 1) + audits
+        )
 
     def _samples(self, fleet: Fleet, reporting: Reporting) -> list[dict[str, str]]:
         """Return continuations of a prompt by the base and by the tuned model, made with one site.
@@ -201,13 +257,16 @@ class FlGlmServer(SharedModelServer):
         return self._model
 
     def state(self) -> Payload:
-        """Return the model."""
-        return Payload(changed(self._model))
+        """Return the model, and the sequences of the smallest site."""
+        values: dict[str, Value] = {} if self._fewest is None else {"fewest": self._fewest}
+        return Payload(changed(self._model), values)
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
         self._model = base_state(self.context.layout) | state.tensors
         self.context.layout.check(self._model, "checkpoint")
+        if "fewest" in state.values:
+            self._fewest = state.value("fewest", int)
 
 
 def _text(_site: str, reply: Payload) -> str:

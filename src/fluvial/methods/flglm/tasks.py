@@ -13,6 +13,7 @@ from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.ends import Ends
+from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_of
 from fluvial.methods.flglm.tuned_part import factor_of
 from fluvial.methods.flglm.turns import (
@@ -42,6 +43,7 @@ class _Visit:
     train: TrainConfig
     ends: Ends
     coding: Coding
+    release: Release
     shared: Layout
     """Layout of the tuned layers that all sites share."""
     pad_token_id: int
@@ -76,6 +78,7 @@ class _Visit:
                 examples[start : start + size],
                 pad_token_id=self.pad_token_id,
                 dropout_seed=derive(seed, micro_number),
+                clip=self.release.clip,
             )
             received = yield from self.turn(
                 Forward(
@@ -86,7 +89,7 @@ class _Visit:
                     own_tokens,
                     micro.returns,
                     self.factor,
-                    self.coding.encode_hidden(micro.rows),
+                    self.coding.encode_hidden(self.release(micro.rows)),
                 )
             )
             if self.config.mode == "client-batch":
@@ -184,6 +187,7 @@ def train(site: Site, message: Payload) -> Talk:
             site.train,
             ends,
             Coding.of(config, part, generator(site.seed, "rounding", round, site.name)),
+            Release.in_training(site, message, round=round),
             shared,
             site.pool.tokenizer.pad_token_id,
             steps,

@@ -13,6 +13,7 @@ from fluvial.errors import WireError
 from fluvial.federation.sites import MOST_NEW_TOKENS, Site
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import Continue, Look
 from fluvial.models.encoding import Encoder
@@ -37,7 +38,7 @@ def evaluate(site: Site, message: Payload) -> Talk:
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
     data = site.load()
 
-    with _model(site, message) as model:
+    with whole_model(site, message, Release.in_use(site, message, task="evaluate")) as model:
         sums = yield from model.heldout(data.heldout)
         values: dict[str, Value] = {
             "loss_sum": sums.loss_sum,
@@ -63,19 +64,20 @@ def sample(site: Site, message: Payload) -> Talk:
     if len(prompt) > MOST_PROMPT:
         raise WireError(f"a prompt of {len(prompt)} characters exceeds the limit of {MOST_PROMPT}")
 
-    with _model(site, message) as model:
+    with whole_model(site, message, Release.in_use(site, message, task="sample")) as model:
         (text,) = yield from model.answers([prompt], new_tokens)
 
     return Payload(values={"text": text})
 
 
 @dataclass(frozen=True)
-class _Model:
+class WholeModel:
     """The whole model in a conversation, with the site's part at hand."""
 
     site: Site
     part: Part
     coding: Coding
+    release: Release
 
     def heldout(self, examples: Sequence[Example]) -> Generator[Payload, Payload, Heldout]:
         """Return loss and hits on `examples`; sequences of like length share a batch."""
@@ -92,12 +94,16 @@ class _Model:
 
     def _logits(self, input_ids: Tensor, mask: Tensor) -> Generator[Payload, Payload, Tensor]:
         lengths = lengths_from_mask(mask, "right")
-        rows = pack(self.part.embed(input_ids, mask), mask)
-        look = Look(tuple(lengths.tolist()), self.coding.encode_hidden(rows))
-        received = yield look.payload()
-        rows = self.coding.decode_hidden(payload_frame(received), len(rows))
+        rows = self.release(pack(self.part.embed(input_ids, mask), mask))
+        rows = yield from self.middle(rows, lengths)
         hidden, _ = unpack(rows, lengths, mask.shape[1], "right")
         return self.part.logits(hidden, mask)
+
+    def middle(self, rows: Tensor, lengths: Tensor) -> Generator[Payload, Payload, Tensor]:
+        """Return B's hidden states of A's, both (tokens, width), of sequences of these lengths."""
+        look = Look(tuple(lengths.tolist()), self.coding.encode_hidden(rows))
+        received = yield look.payload()
+        return self.coding.decode_hidden(payload_frame(received), len(rows))
 
     def answers(
         self, prompts: Sequence[str], new_tokens: int
@@ -131,7 +137,7 @@ class _Model:
             hidden = next(steps)
             while True:
                 rows = hidden[0]
-                turn = Continue(begins, len(rows), self.coding.encode_hidden(rows))
+                turn = Continue(begins, len(rows), self.coding.encode_hidden(self.release(rows)))
                 received = yield turn.payload()
                 rows = self.coding.decode_hidden(payload_frame(received), len(rows))
                 hidden = steps.send(rows[None])
@@ -144,11 +150,11 @@ class _Model:
 
 
 @contextmanager
-def _model(site: Site, message: Payload) -> Iterator[_Model]:
+def whole_model(site: Site, message: Payload, release: Release) -> Iterator[WholeModel]:
     """Borrow the site's part, with the state that the message asks for."""
     places = places_of(site)
     state = state_in_use(site, message, places)
     pool = site.pool.parts(places.cut, server=False)
 
     with pool.part(state, trainable=False) as part, torch.no_grad():
-        yield _Model(site, part, Coding.exact(part))
+        yield WholeModel(site, part, Coding.exact(part), release)

@@ -19,6 +19,9 @@ from fluvial.methods.flglm.leakage.meter import Attack, Observation
 from fluvial.methods.flglm.leakage.nearest import NearestToken, settings_to_try
 from fluvial.methods.flglm.leakage.public_model import PublicModel
 
+ON_HIDDEN = ("exact causal search", "nearest token", "trained decoder", "shifted decoder")
+"""Names of the attacks on hidden states."""
+
 Reader = TypeVar("Reader", bound=Callable[[Tensor], Tensor])
 
 
@@ -61,12 +64,8 @@ def attacks(public: PublicModel, texts: Sequence[Tensor], effort: Effort) -> dic
     shifted = TrainedDecoder(public, rest, effort.shifted)
     search = _best((CausalSearch(public, each, decoder.scores) for each in effort.searches), trials)
 
-    return {
-        "exact causal search": _on_hidden(search),
-        "nearest token": _on_hidden(nearest),
-        "trained decoder": _on_hidden(decoder),
-        "shifted decoder": _on_hidden(shifted),
-    }
+    readers: tuple[Callable[[Tensor], Tensor], ...] = (search, nearest, decoder, shifted)
+    return {name: _on_hidden(reader) for name, reader in zip(ON_HIDDEN, readers, strict=True)}
 
 
 def on_gradients(matching: GradientMatching) -> Attack:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fluvial.methods.flglm.leakage.rouge import rouge_l, rouge_n, words
 
+GRADIENTS = "gradient matching"
+"""Name of the attack on gradients."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -60,14 +63,19 @@ class Leakage:
 
     @property
     def sentence(self) -> str:
-        """Return the verdict for a summary: the worst attack's figure."""
-        worst = self.worst
-        share = f"{100 * worst.accuracy:.0f} %"
+        """Return the verdict for a summary: the worst attack's figure, on hidden states and on
+        gradients apart where both were attacked."""
+        on_gradients = [each for each in self.readings if each.attack == GRADIENTS]
+        on_hidden = [each for each in self.readings if each.attack != GRADIENTS]
+        if not on_gradients or not on_hidden:
+            worst = self.worst
+            return f"the server could read {_share(worst)} of the tokens ({worst.attack})"
 
-        if worst.accuracy < 1 and share == "100 %":
-            share = "more than 99 %"
-
-        return f"the server could read {share} of the tokens ({worst.attack})"
+        hidden = max(on_hidden, key=lambda reading: reading.accuracy)
+        return (
+            f"the server could read {_share(hidden)} of the tokens from hidden states "
+            f"({hidden.attack}), {_share(on_gradients[0])} from gradients"
+        )
 
     def to_values(self) -> dict[str, object]:
         """Return plain values for result.json."""
@@ -79,6 +87,15 @@ class Leakage:
             "sentence": self.sentence,
             "attacks": [asdict(reading) for reading in self.readings],
         }
+
+
+def _share(reading: Reading) -> str:
+    """Return the share of tokens that an attack read."""
+    share = f"{100 * reading.accuracy:.0f} %"
+    if reading.accuracy < 1 and share == "100 %":
+        share = "more than 99 %"
+
+    return share
 
 
 def measure(

@@ -1,0 +1,67 @@
+"""Epsilon of a run's hidden states: one state, over all times that it is sent.
+
+A hidden state is sent once in every pass over its text. Epsilon and delta are those of one state
+against any other in its place; a token, which changes all states behind it, and a text spend more.
+"""
+
+import math
+from typing import Any
+
+from fluvial.methods.flglm.leakage.noise import NoiseConfig, spent
+from fluvial.training.train import TrainConfig
+
+OUTSIDE = (
+    "gradients, which show labels",
+    "updates of layers that sites share",
+    "lengths and losses",
+    "a round that is done again with other answers of the server",
+)
+"""Information that leaves a site beside hidden states."""
+HELDOUT = "held-out hidden states, which leave exactly"
+"""The same, unless there is noise in inference."""
+
+
+def outside(noise: NoiseConfig) -> list[str]:
+    """Return information that leaves a site and that epsilon does not count."""
+    return list(OUTSIDE if noise.inference else (*OUTSIDE, HELDOUT))
+
+
+def passes_of_round(train: TrainConfig, fewest: int | None) -> int:
+    """Return how often a sequence is sent in one round at most.
+
+    `fewest` is the number of sequences of the smallest site; None where it is not known.
+    """
+    if train.max_steps is None:
+        return max(1, math.ceil(train.num_train_epochs))
+    if fewest is None:
+        return train.max_steps
+    return math.ceil(train.max_steps / math.ceil(fewest / train.logical_batch))
+
+
+def account(noise: NoiseConfig, passes: int, heldout_passes: int) -> dict[str, Any]:
+    """Return the entry of result.json for texts that are sent `passes` times in training.
+
+    `heldout_passes` counts those of held-out text, which is disturbed with `inference` only.
+    """
+    epsilon = spent(noise, passes)
+    counted = f"epsilon {epsilon:.3g} for each hidden state, sent {_times(passes)} in training"
+    if noise.inference:
+        epsilon = spent(noise, heldout_passes)
+        counted += f", {epsilon:.3g} for those of held-out text, sent {_times(heldout_passes)}"
+
+    return {
+        "clip": noise.clip,
+        "std": noise.std,
+        "delta": noise.delta,
+        "inference": noise.inference,
+        "passes": passes,
+        "epsilon": spent(noise, passes),
+        "heldout_passes": heldout_passes if noise.inference else None,
+        "heldout_epsilon": spent(noise, heldout_passes) if noise.inference else None,
+        "outside": outside(noise),
+        "sentence": f"{counted}, at delta {noise.delta:g}; outside: {'; '.join(outside(noise))}",
+    }
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
