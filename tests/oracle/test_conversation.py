@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
@@ -83,8 +84,13 @@ def gradient(hidden: Tensor) -> Payload:
 
 
 def play(task: Any, *, together: bool = False) -> dict[str, Payload]:
-    """Return the replies of all sites; `together` answers turns only when all sites wait."""
+    """Return the replies of all sites in process; see `replies_of`."""
     fleet = local_fleet(SITES, lambda name: bare_site(name, StateStore(None)), {"train": task})
+    return replies_of(fleet, together=together)
+
+
+def replies_of(fleet: Fleet, *, together: bool = False) -> dict[str, Payload]:
+    """Return the replies of all sites; `together` answers turns only when all sites wait."""
     messages = dict.fromkeys(SITES, Payload())
     waiting: list[Turn[Tensor]] = []
     replies = {}

@@ -69,8 +69,10 @@ class Call(Generic[H, T]):
         failed: Callable[[Failure, int], bool],
         meter: Meter,
         limits: Limits,
+        converses: bool = True,
     ) -> None:
-        """`failed` takes a failure and the number of the attempt, and returns whether to retry."""
+        """`failed` takes a failure and the number of the attempt, and returns whether to retry;
+        `converses` is False where no turn is expected."""
         self.num_answered = 0
         self._task = task
         self._round = round
@@ -80,6 +82,7 @@ class Call(Generic[H, T]):
         self._failed = failed
         self._meter = meter
         self._limits = limits
+        self._converses = converses
         self._wires = Wires(messages)
         self._num_asked = len(messages)
         self._to_begin = deque((site, 1) for site in messages)
@@ -124,7 +127,8 @@ class Call(Generic[H, T]):
     def _begin(self, site: str, attempt: int) -> _Exchange:
         number = self._dispatcher.number()
         data = self._wires[site]
-        return _Exchange(Request(number, 0, site, self._task, self._round, data), attempt)
+        request = Request(number, 0, site, self._task, self._round, data, self._converses)
+        return _Exchange(request, attempt)
 
     def _take(self, arrival: Arrival) -> Turn[H] | Reply[T] | None:
         """Count and read what arrived; return None where the site has failed."""
@@ -193,6 +197,12 @@ class Call(Generic[H, T]):
         )
 
         exchange.request = Request(
-            last.number, last.turn + 1, last.site, last.task, last.round, payload.to_bytes()
+            last.number,
+            last.turn + 1,
+            last.site,
+            last.task,
+            last.round,
+            payload.to_bytes(),
+            last.converses,
         )
         self._to_answer.append(exchange)

@@ -64,7 +64,9 @@ class Fleet:
         were yielded when the quorum is missed; that is left to the caller (see `require_quorum`)
         where this call is not `alone` but one of several that make a round.
         """
-        replies = self.converse(task, messages, round=round, hear=_hear, read=read, alone=alone)
+        replies = self._call(
+            task, messages, round=round, hear=_hear, read=read, alone=alone, converses=False
+        )
         yield from cast(Iterator[Reply[T]], replies)  # no turn: `_hear` raises
 
     def converse(
@@ -84,6 +86,21 @@ class Fleet:
         such answers. Each turn has the deadline of its own; a failure in any turn is that site's,
         and a retry begins its task again. All else is as in `ask`.
         """
+        return self._call(
+            task, messages, round=round, hear=hear, read=read, alone=alone, converses=True
+        )
+
+    def _call(
+        self,
+        task: str,
+        messages: Mapping[str, Payload],
+        *,
+        round: int,
+        hear: Callable[[str, Payload], H],
+        read: Callable[[str, Payload], T],
+        alone: bool,
+        converses: bool,
+    ) -> Iterator[Turn[H] | Reply[T] | Idle]:
         call = Call(
             task,
             messages,
@@ -94,6 +111,7 @@ class Fleet:
             failed=self.failed,
             meter=self.meter,
             limits=self._limits,
+            converses=converses,
         )
         yield from call.events()
         if alone:

@@ -25,12 +25,12 @@ the reply."""
 def only_answer(answer: Payload | Talk, task: str = "the task") -> Payload:
     """Return the answer of a task that is not a conversation.
 
-    Raises `RefusalError` for a conversation, where the transport carries one message each way only.
+    Raises `RefusalError` for a conversation.
     """
     if isinstance(answer, Generator):
         raise RefusalError(
-            "this task converses with the server during its work, which a site over Flower "
-            "does not do yet; run it in one process"
+            "this task converses with the server, which asked for one answer only; its server half "
+            "needs `Fleet.converse` in place of `Fleet.ask`"
         )
 
     return checked_answer(answer, task)
@@ -85,3 +85,26 @@ class Running:
         """End a task between two steps, so that its `finally` blocks run."""
         if self._talk is not None:
             self._talk.close()
+
+
+def conversed(
+    begin: Callable[[Payload], Payload | Talk],
+    message: Payload,
+    exchange: Callable[[Payload], Payload],
+    task: str = "the task",
+) -> Payload:
+    """Return the reply of a task in this thread; `exchange` carries a turn to the server and
+    returns its answer. `task` names the task and its method.
+
+    Raises what the task and `exchange` raise, after the task's `finally` blocks have run.
+    """
+    running = Running(begin)
+    try:
+        answer, final = running.step(message)
+        while not final:
+            turn = checked_answer(answer, task, final=False)
+            answer, final = running.step(exchange(turn))
+    finally:
+        running.close()
+
+    return checked_answer(answer, task)

@@ -26,6 +26,8 @@ class Request:
     round: int
     data: bytes
     """Payload, serialised."""
+    converses: bool = False
+    """True where the site may send turns before its reply."""
     sent_s: float = math.inf
     """Time at which the message left, on the fleet's clock; the fleet counts its deadline from
     here. A transport that holds a message back sets it to infinity until then."""

@@ -20,6 +20,8 @@ from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
 from fluvial.flower import names
 from fluvial.flower.inbox import pull_complete
+from fluvial.flower.server_operator import stream_place
+from fluvial.flower.stream.listener import StreamListener
 from fluvial.flower.transport import flower_fleet
 from fluvial.methods import METHODS
 from fluvial.models.encoding import Encoder
@@ -55,21 +57,24 @@ def main(grid: Grid, context: Context) -> None:
         }
 
     def assemble(each: RunConfig, _: object, pool: ModelPool, texts: Any) -> Fleet:
-        return flower_fleet(grid, each, folder.name, texts.names, pool, registered=registered)
+        return flower_fleet(
+            grid, each, folder.name, texts.names, pool, registered=registered, listener=listener
+        )
 
     def texts(config: RunConfig, pool: ModelPool) -> ServerTexts:
         return ServerTexts(config, pool)
 
-    for event in execute(
-        config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
-    ):
-        if event.kind == "round":
-            logger.info("%s", _plain(round_line(event.values)))
-        elif event.kind == "setup":
-            for line in setup_lines(event.values):
-                logger.info("%s", _plain(line))
-        else:
-            logger.info("%s: %s", event.method, event.values["verdict"]["line"])
+    with StreamListener(stream_place(named.parent)) as listener:
+        for event in execute(
+            config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
+        ):
+            if event.kind == "round":
+                logger.info("%s", _plain(round_line(event.values)))
+            elif event.kind == "setup":
+                for line in setup_lines(event.values):
+                    logger.info("%s", _plain(line))
+            else:
+                logger.info("%s: %s", event.method, event.values["verdict"]["line"])
 
 
 def _end_with_parent() -> None:

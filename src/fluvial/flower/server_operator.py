@@ -15,6 +15,7 @@ from fluvial.data.site_names import check_plain
 from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, channel_keys, names
 from fluvial.flower.programs import environment, program, split_address, warn
+from fluvial.flower.stream.place import Place
 from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
@@ -53,6 +54,9 @@ class ServerFile(Settings):
     """Address of the network interface that the server listens on; 0.0.0.0 means all."""
     port: int = Field(8000, ge=1, le=65535)
     """Port that the server listens on."""
+    stream_port: int | None = Field(None, ge=0, le=65535)
+    """Port of the live stream, which a run opens beside `port` if its method converses; unset, the
+    number after `port`, and 0 is any free port."""
     address: str
     """Address HOST:PORT at which sites reach the server."""
     insecure: bool = False
@@ -143,6 +147,16 @@ def read_server_file(folder: Path) -> ServerFile:
             "ca": here / server.ca,
         }
     )
+
+
+def stream_place(folder: Path) -> Place:
+    """Return where the runs of the server in `folder` open the live stream, with its
+    certificate."""
+    server = read_server_file(folder)
+    port = server.port + 1 if server.stream_port is None else server.stream_port
+    if server.insecure:
+        return Place(server.host, port)
+    return Place(server.host, port, server.certificate, server.key)
 
 
 def renew(folder: Path) -> str:

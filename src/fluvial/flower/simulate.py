@@ -42,6 +42,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     for name in ("flwr", "ray"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from fluvial.flower.site import client_app
+    from fluvial.flower.stream.listener import StreamListener
     from fluvial.flower.transport import flower_fleet
     from fluvial.site_process.site_file import Allowed, SiteFile
 
@@ -58,14 +59,22 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
             names = (POOLED,) if each.entry.traits.pooled else texts.names
             # Every site is there; the first answer takes as long as the libraries take to load.
             return flower_fleet(
-                grid, each, folder.name, names, pool, simulated=True, join_timeout_s=600.0
+                grid,
+                each,
+                folder.name,
+                names,
+                pool,
+                simulated=True,
+                join_timeout_s=600.0,
+                listener=listener,
             )
 
         try:
-            for event in execute(config, folder, resume=resume, assemble=assemble):
-                events.put(event)
-                if left.is_set():
-                    break
+            with StreamListener() as listener:
+                for event in execute(config, folder, resume=resume, assemble=assemble):
+                    events.put(event)
+                    if left.is_set():
+                        break
         except BaseException as error:
             events.put(error)
 

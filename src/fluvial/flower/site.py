@@ -10,6 +10,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fluvial.flower.envelope import pack, unpack
+from fluvial.flower.programs import split_address
+from fluvial.flower.stream.caller import StreamCaller
+from fluvial.flower.stream.invitation import Invitation
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import SiteProcess
 from fluvial.site_process.site_file import SiteFile, read_site_file
@@ -50,13 +53,32 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     try:
         wire, values = unpack(message, max_bytes=Limits().max_bytes)
         header = Header.read(values)
-        answer = here.answer(header, wire)
+        invitation = Invitation.read(values)
+        if invitation is None:
+            answer = here.answer(header, wire)
+        else:
+            with caller(site, invitation) as stream:
+                answer = here.answer(header, wire, stream.exchange)
     except Exception as problem:
         error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)
         return b"", {"error": error}
 
     return answer.data, {"error": "", "kept": answer.kept}
+
+
+def caller(site: SiteFile, invitation: Invitation) -> StreamCaller:
+    """Return the site's end of a conversation, which connects with its first turn.
+
+    Raises `ConfigError` for an address in the site's file that is none.
+    """
+    host, _ = split_address(site.server)
+    port = invitation.port
+    if site.stream is not None:
+        host, port = split_address(site.stream)
+
+    authority = None if site.ca is None else site.ca.read_bytes()
+    return StreamCaller(invitation, host, port, authority=authority)
 
 
 def site_process(site: SiteFile) -> SiteProcess:

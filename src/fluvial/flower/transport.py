@@ -23,6 +23,8 @@ from fluvial.federation.transport import Arrival, Request
 from fluvial.flower.envelope import flower_error, open_reply, pack
 from fluvial.flower.inbox import Inbox
 from fluvial.flower.nodes import Nodes
+from fluvial.flower.stream.conversations import Conversations
+from fluvial.flower.stream.listener import StreamListener
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
 from fluvial.site_process.fingerprints import fingerprints
@@ -37,6 +39,9 @@ _FINISHED_S = 12 * 3600.0
 _SPARE_S = 5.0
 """Seconds that Flower keeps a message longer than the fleet waits, so that the fleet's deadline
 passes first."""
+_PATIENCE_S = 60.0
+"""Seconds for which a site that converses goes on without a connection where there is no
+deadline."""
 _LOOK_POLLS = 20
 """Polls between two looks at which nodes are connected."""
 
@@ -53,6 +58,7 @@ def flower_fleet(
     join_timeout_s: float | None = None,
     poll_s: float = 0.05,
     limits: Limits | None = None,
+    listener: StreamListener | None = None,
 ) -> Fleet:
     """Return the fleet of the sites of a Flower run; see `FlowerTransport`."""
     transport = FlowerTransport(
@@ -66,6 +72,7 @@ def flower_fleet(
         join_timeout_s=join_timeout_s,
         poll_s=poll_s,
         limits=limits or Limits(),
+        listener=listener or StreamListener(),
     )
 
     return Fleet(transport, config.fleet, limits=limits)
@@ -104,6 +111,7 @@ class FlowerTransport:
         join_timeout_s: float | None,
         poll_s: float,
         limits: Limits,
+        listener: StreamListener,
     ) -> None:
         """Send nothing to any site before `restore`.
 
@@ -114,6 +122,7 @@ class FlowerTransport:
 
         `registered` gives, by number of a Flower node, the name that its key was registered under:
         under another name a node is refused. `join_timeout_s` replaces the configuration's.
+        `listener` has the port of the live stream, which is opened when a task first converses.
         """
         self.sites = tuple(names)
         self.slots = max(len(self.sites), 1)
@@ -151,13 +160,19 @@ class FlowerTransport:
         self._sent: dict[str, _Letter] = {}
         """Letters that were sent, by Flower's number of the message."""
         self._ready: deque[Arrival] = deque()
+        self._conversations = Conversations(
+            listener, num_sites=len(self.sites), patience_s=config.fleet.deadline_s or _PATIENCE_S
+        )
 
     def send(self, request: Request) -> None:
         """See `Transport`.
 
         A site that is not connected is waited for under on_failure="retry", and else has failed.
         """
-        assert request.turn == 0, "no task converses over Flower: `SiteProcess` refuses it"
+        if request.turn > 0:
+            self._conversations.answer(request)
+            return
+
         if not self._letters:
             self._nodes.look_soon()  # a site may have gone, or come back as another node
 
@@ -176,8 +191,14 @@ class FlowerTransport:
                 return None
 
             wait_s = min(self._poll_s, until_s - time.monotonic())
-            reply = self._inbox.next(max(wait_s, 0))
+            live = self._conversations.any
+            reply = self._inbox.next(0 if live else max(wait_s, 0))
             arrival = None if reply is None else self._hear(reply)
+            if arrival is not None:
+                arrival = self._conversations.settle(arrival)
+            elif live and reply is None:
+                arrival = self._conversations.next(max(wait_s, 0))
+
             if arrival is not None:
                 return arrival
             if reply is None and wait_s <= 0:
@@ -185,6 +206,7 @@ class FlowerTransport:
 
     def accept(self, arrival: Arrival) -> None:
         """See `Transport`; the site learns it with its next message."""
+        self._conversations.end(arrival.number)
         letter = self._letters.pop(arrival.number)
         self._acks[letter.request.site] = letter.seq
         if letter.kept:
@@ -192,6 +214,7 @@ class FlowerTransport:
 
     def drop(self, request: Request) -> None:
         """See `Transport`."""
+        self._conversations.end(request.number)
         letter = self._letters.pop(request.number, None)
         if letter is not None:
             self._held = [other for other in self._held if other is not letter]
@@ -298,23 +321,37 @@ class FlowerTransport:
 
     def _greet(self, node: int) -> str:
         ttl_s = _SPARE_S + self._join_timeout_s
-        return self._push_message(node, JOIN, self._joining, round=0, ack=0, ttl_s=ttl_s)
+        return self._push_message(node, JOIN, self._joining, {}, round=0, ack=0, ttl_s=ttl_s)
 
     def _push(self, node: int, request: Request) -> str:
         ack = self._acks.get(request.site, 0)
         ttl_s = _SPARE_S + (self._config.deadline_s or _FINISHED_S)
+        invitation = self._conversations.invite(request)
+        if invitation:
+            ttl_s = _FINISHED_S  # the deadline is that of each turn
         return self._push_message(
-            node, request.task, request.data, round=request.round, ack=ack, ttl_s=ttl_s
+            node, request.task, request.data, invitation, round=request.round, ack=ack, ttl_s=ttl_s
         )
 
     def _push_message(
-        self, node: int, task: str, data: bytes, *, round: int, ack: int, ttl_s: float
+        self,
+        node: int,
+        task: str,
+        data: bytes,
+        invitation: dict[str, Any],
+        *,
+        round: int,
+        ack: int,
+        ttl_s: float,
     ) -> str:
         """Return Flower's number of the message, "" where Flower did not take it."""
         self._seq += 1
         header = Header(self._run, task, round, self._session, self._seq, ack, self._base)
         message = Message(
-            pack(data, header.values()), dst_node_id=node, message_type="train", ttl=ttl_s
+            pack(data, {**header.values(), **invitation}),
+            dst_node_id=node,
+            message_type="train",
+            ttl=ttl_s,
         )
         (number,) = self._grid.push_messages([message])
 

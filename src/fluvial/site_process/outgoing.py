@@ -19,21 +19,33 @@ class OutgoingLog:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / NAME
+        self._position = 0
+        """Bytes of the log that were counted."""
+        self._bytes: dict[tuple[str | None, int | None], int] = {}
+        """Bytes that left the site, by run and round."""
 
     def bytes_of_round(self, header: Header) -> int:
         """Return the bytes that left the site so far in the run and round of `header`."""
-        total = 0
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # cut off by a kill or a full disk: its answer has not left the site
+        if self._path.exists():
+            with self._path.open("rb") as log:
+                log.seek(self._position)
+                for line in log:
+                    if not line.endswith(b"\n"):
+                        break  # cut off by a kill or a full disk: its answer has not left the site
 
-            if entry.get("run") == header.run and entry["round"] == header.round:
-                total += entry["bytes"]
+                    self._position += len(line)
+                    self._add(line)
 
-        return total
+        return self._bytes.get((header.run, header.round), 0)
+
+    def _add(self, line: bytes) -> None:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return  # cut off, and followed by later lines
+
+        key = entry.get("run"), entry.get("round")
+        self._bytes[key] = self._bytes.get(key, 0) + entry["bytes"]
 
     def write_answer(
         self, header: Header, answer: Payload, data: bytes, labels: dict[str, str]

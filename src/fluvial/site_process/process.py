@@ -9,7 +9,9 @@ what must be equal, and the site's own file decides whether it takes part.
 import fnmatch
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +20,7 @@ import torch
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
-from fluvial.federation.talk import only_answer
+from fluvial.federation.talk import conversed, only_answer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import Records, site_of, tasks_of, texts_of
@@ -70,8 +72,14 @@ class SiteProcess:
             config = at_site(sent, self.site)
             self._records(config, self._pool(config))
 
-    def answer(self, header: Header, wire: bytes) -> Answer:
-        """Return the answer to one message; raise what the task raises."""
+    def answer(
+        self, header: Header, wire: bytes, exchange: Callable[[bytes], bytes] | None = None
+    ) -> Answer:
+        """Return the answer to one message; raise what the task raises.
+
+        `exchange` carries a turn of the task to the server and returns its answer; without it, a
+        task that converses is refused.
+        """
         message = Payload.from_bytes(wire, self.limits)
         if header.task == JOIN:
             return self._release(header, self._join(header, message))
@@ -90,12 +98,15 @@ class SiteProcess:
         pool = self._pool(config)
         site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
         site.accept_assignment(message)
-        answer = self._release(
-            header,
-            only_answer(tasks[header.task](site, message), site.of_method(f"task {header.task!r}")),
-            config,
-            kept=bool(site.kept),
-        )
+        task = partial(tasks[header.task], site)
+        name = site.of_method(f"task {header.task!r}")
+        if exchange is None:
+            reply = only_answer(task(message), name)
+        else:
+            carry = partial(self._turn, header, config, exchange)
+            reply = conversed(task, message, carry, name)
+
+        answer = self._release(header, reply, config, kept=bool(site.kept))
         journal.post(header, site.kept)
 
         return answer
@@ -212,6 +223,16 @@ class SiteProcess:
         return self.site.folder / "runs" / hashlib.sha256(run.encode()).hexdigest()[:24]
 
     # -- answers ----------------------------------------------------------------------------------
+
+    def _turn(
+        self,
+        header: Header,
+        config: RunConfig,
+        exchange: Callable[[bytes], bytes],
+        turn: Payload,
+    ) -> Payload:
+        """Return the server's answer to a turn, which is logged before it leaves."""
+        return Payload.from_bytes(exchange(self._release(header, turn, config).data), self.limits)
 
     def _release(
         self,

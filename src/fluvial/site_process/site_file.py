@@ -74,6 +74,9 @@ class SiteFile(Settings):
     """Runs that the site takes part in, and bounds on what it sends."""
     server: str = "127.0.0.1:8000"
     """Address of the server's SuperLink."""
+    stream: str | None = Field(None, pattern=r"^.+:[0-9]{1,5}$")
+    """Address HOST:PORT of the run's live stream, for a site that reaches it by another address
+    than the host of `server` with the port that the run names."""
     ca: FilePath | None = None
     """Certificate of the authority that signed the server's certificate."""
     key: FilePath | None = None

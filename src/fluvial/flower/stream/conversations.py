@@ -1,0 +1,77 @@
+"""Conversations of one fleet: which exchange has which session, and what arrives of them."""
+
+import queue
+from dataclasses import dataclass
+from typing import Any
+
+from fluvial.federation.transport import Arrival, Request
+from fluvial.flower.stream.invitation import Invitation
+from fluvial.flower.stream.listener import StreamListener
+from fluvial.flower.stream.session import Session
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    invitation: Invitation
+    session: Session
+
+
+class Conversations:
+    """Sessions of the exchanges of one fleet."""
+
+    def __init__(self, listener: StreamListener, *, num_sites: int, patience_s: float) -> None:
+        """`patience_s` is how long a site goes on without a connection."""
+        self._listener = listener
+        self._num_sites = num_sites
+        self._patience_s = patience_s
+        self._open: dict[int, _Conversation] = {}
+        self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+
+    @property
+    def any(self) -> bool:
+        """True if an exchange may converse now."""
+        return bool(self._open)
+
+    def invite(self, request: Request) -> dict[str, Any]:
+        """Return the values that invite a site to converse, none where its task may not.
+
+        A session of an earlier message of the same exchange ends.
+        """
+        if not request.converses:
+            return {}
+
+        self.end(request.number)
+        invitation, session = self._listener.invite(
+            request.number,
+            self._arrived.put,
+            num_sites=self._num_sites,
+            patience_s=self._patience_s,
+        )
+        self._open[request.number] = _Conversation(invitation, session)
+        return invitation.values()
+
+    def answer(self, request: Request) -> None:
+        """Send the answer to a turn."""
+        self._open[request.number].session.answer(request.turn, request.data)
+
+    def next(self, timeout_s: float) -> Arrival | None:
+        """Return the next turn or failure of an exchange that is open, None after `timeout_s`."""
+        try:
+            arrival = self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+
+        return arrival if arrival.number in self._open else None
+
+    def settle(self, arrival: Arrival) -> Arrival | None:
+        """Return the end of an exchange that came by another way; None where the server still has
+        a turn to answer, after which `next` returns it."""
+        conversation = self._open.get(arrival.number)
+        postponed = conversation is not None and conversation.session.postpone(arrival)
+        return None if postponed else arrival
+
+    def end(self, number: int) -> None:
+        """End the session of an exchange."""
+        conversation = self._open.pop(number, None)
+        if conversation is not None:
+            self._listener.end(conversation.invitation)
