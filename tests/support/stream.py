@@ -30,6 +30,7 @@ from fluvial.flower.stream.listener import (
     TURN_KEY,
     StreamListener,
 )
+from fluvial.flower.stream.seal import Seal
 from fluvial.wire.payload import Limits, Payload, Value
 
 Caller = Callable[[str, Invitation], StreamCaller]
@@ -59,7 +60,9 @@ class OverStream:
                 invitation, "127.0.0.1", invitation.port, authority=None
             )
         )
-        self._conversations = Conversations(listener, num_sites=len(names), patience_s=patience_s)
+        self._conversations = Conversations(
+            listener, run=lambda: "run", num_sites=len(names), patience_s=patience_s
+        )
         self._replies: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
 
     def send(self, request: Request) -> None:
@@ -128,6 +131,8 @@ class BreakingLine:
         later ones do not break."""
         self.connections = 0
         """Connections so far."""
+        self.seen = b""
+        """All bytes that went through, in both directions."""
         self._port = port
         self._breaks_after = list(breaks_after)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -164,12 +169,12 @@ class BreakingLine:
             for one, other in ((near, far), (far, near)):
                 threading.Thread(target=self._carry, args=(one, other, left), daemon=True).start()
 
-    @staticmethod
-    def _carry(source: socket.socket, sink: socket.socket, left: list[int]) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket, left: list[int]) -> None:
         with suppress(OSError):
             while data := source.recv(2**16):
                 data = data[: max(left[0], 0)]
                 left[0] -= len(data)
+                self.seen += data
                 sink.sendall(data)
                 if left[0] <= 0:
                     break
@@ -193,11 +198,17 @@ def call_site(invitation: Invitation, port: int = 0, **settings: Any) -> StreamC
 class Desk:
     """A listener with one open session."""
 
-    def __init__(self, listener: StreamListener, *, patience_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        listener: StreamListener,
+        *,
+        patience_s: float = 5.0,
+        seal: Callable[[bytes], Seal] | None = None,
+    ) -> None:
         self.listener = listener
         self.arrivals: Arrivals = queue.SimpleQueue()
         self.invitation, self.session = listener.invite(
-            7, self.arrivals.put, num_sites=2, patience_s=patience_s
+            7, self.arrivals.put, num_sites=2, patience_s=patience_s, seal=seal
         )
 
     def next(self) -> Arrival:

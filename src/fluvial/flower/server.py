@@ -58,13 +58,21 @@ def main(grid: Grid, context: Context) -> None:
 
     def assemble(each: RunConfig, _: object, pool: ModelPool, texts: Any) -> Fleet:
         return flower_fleet(
-            grid, each, folder.name, texts.names, pool, registered=registered, listener=listener
+            grid,
+            each,
+            folder.name,
+            texts.names,
+            pool,
+            registered=registered,
+            listener=listener,
+            keys=None if place.certificate is None else named.parent,
         )
 
     def texts(config: RunConfig, pool: ModelPool) -> ServerTexts:
         return ServerTexts(config, pool)
 
-    with StreamListener(stream_place(named.parent)) as listener:
+    place = stream_place(named.parent)
+    with StreamListener(place) as listener:
         for event in execute(
             config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
         ):

@@ -9,10 +9,13 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fluvial.errors import RefusalError
+from fluvial.flower.channel_keys import site_end
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.programs import split_address
 from fluvial.flower.stream.caller import StreamCaller
 from fluvial.flower.stream.invitation import Invitation
+from fluvial.flower.stream.seal import SiteSeal, terms_of
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import SiteProcess
 from fluvial.site_process.site_file import SiteFile, read_site_file
@@ -57,7 +60,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
         if invitation is None:
             answer = here.answer(header, wire)
         else:
-            with caller(site, invitation) as stream:
+            with caller(site, invitation, header.run) as stream:
                 answer = here.answer(header, wire, stream.exchange)
     except Exception as problem:
         error = here.refusal(header, problem)
@@ -67,18 +70,28 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     return answer.data, {"error": "", "kept": answer.kept}
 
 
-def caller(site: SiteFile, invitation: Invitation) -> StreamCaller:
+def caller(site: SiteFile, invitation: Invitation, run: str) -> StreamCaller:
     """Return the site's end of a conversation, which connects with its first turn.
 
-    Raises `ConfigError` for an address in the site's file that is none.
+    Raises `ConfigError` for an address in the site's file that is none, and for a channel for which
+    the file lacks a key. A site that has pinned a server's key refuses turns that are not sealed.
     """
+    seal = None
+    if invitation.sealed:
+        seal = SiteSeal(site_end(site, terms_of(run, invitation.token)))
+    elif site.server_fingerprint is not None:
+        raise RefusalError(
+            "the server does not seal its turns, and this site's file pins the key of a server "
+            "that does; ask the server's operator"
+        )
+
     host, _ = split_address(site.server)
     port = invitation.port
     if site.stream is not None:
         host, port = split_address(site.stream)
 
     authority = None if site.ca is None else site.ca.read_bytes()
-    return StreamCaller(invitation, host, port, authority=authority)
+    return StreamCaller(invitation, host, port, authority=authority, seal=seal)
 
 
 def site_process(site: SiteFile) -> SiteProcess:

@@ -59,6 +59,7 @@ def flower_fleet(
     poll_s: float = 0.05,
     limits: Limits | None = None,
     listener: StreamListener | None = None,
+    keys: Path | None = None,
 ) -> Fleet:
     """Return the fleet of the sites of a Flower run; see `FlowerTransport`."""
     transport = FlowerTransport(
@@ -73,6 +74,7 @@ def flower_fleet(
         poll_s=poll_s,
         limits=limits or Limits(),
         listener=listener or StreamListener(),
+        keys=keys,
     )
 
     return Fleet(transport, config.fleet, limits=limits)
@@ -112,6 +114,7 @@ class FlowerTransport:
         poll_s: float,
         limits: Limits,
         listener: StreamListener,
+        keys: Path | None,
     ) -> None:
         """Send nothing to any site before `restore`.
 
@@ -122,7 +125,8 @@ class FlowerTransport:
 
         `registered` gives, by number of a Flower node, the name that its key was registered under:
         under another name a node is refused. `join_timeout_s` replaces the configuration's.
-        `listener` has the port of the live stream, which is opened when a task first converses.
+        `listener` has the port of the live stream, which is opened when a task first converses;
+        `keys` is the server's folder with the keys that seal its turns, None where there are none.
         """
         self.sites = tuple(names)
         self.slots = max(len(self.sites), 1)
@@ -161,7 +165,11 @@ class FlowerTransport:
         """Letters that were sent, by Flower's number of the message."""
         self._ready: deque[Arrival] = deque()
         self._conversations = Conversations(
-            listener, num_sites=len(self.sites), patience_s=config.fleet.deadline_s or _PATIENCE_S
+            listener,
+            run=lambda: self._run,
+            num_sites=len(self.sites),
+            patience_s=config.fleet.deadline_s or _PATIENCE_S,
+            keys=keys,
         )
 
     def send(self, request: Request) -> None:

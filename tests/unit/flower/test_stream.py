@@ -165,7 +165,7 @@ def test_a_turn_whose_answer_was_lost_is_not_delivered_again(desk: Desk) -> None
 
 def test_a_new_connection_takes_the_place_of_one_that_hangs(desk: Desk) -> None:
     """A site that notices a loss earlier than the server has two connections for a while."""
-    with in_thread(lambda: call_site(desk.invitation).exchange(b"one")):
+    with in_thread(lambda: raw(desk.invitation, [chunk(1, 3, b"one")])):
         assert desk.next().data == b"one"
         with in_thread(lambda: raw(desk.invitation, [])) as second:
             time.sleep(0.1)
@@ -239,11 +239,12 @@ def test_a_reply_before_the_answer_to_a_turn_is_a_failure(desk: Desk) -> None:
 class Counting:
     """A `Seal` that counts, as one with a key does."""
 
-    overhead = 4
-
     def __init__(self) -> None:
         self.sealed = 0
         self.opened = 0
+
+    def overhead(self, size: int) -> int:
+        return 4
 
     def seal(self, message: bytes) -> bytes:
         self.sealed += 1
@@ -262,7 +263,9 @@ def test_a_turn_is_sealed_and_opened_once_whatever_happens_to_the_line(
     arrivals: Arrivals = queue.SimpleQueue()
     near = Counting()
     far = Counting()
-    invitation, session = listener.invite(7, arrivals.put, num_sites=1, patience_s=5.0, seal=far)
+    invitation, session = listener.invite(
+        7, arrivals.put, num_sites=1, patience_s=5.0, seal=lambda _: far
+    )
     line = BreakingLine(invitation.port, [450, 500, 600, 700])
 
     def site() -> list[bytes]:
@@ -281,7 +284,9 @@ def test_a_turn_is_sealed_and_opened_once_whatever_happens_to_the_line(
 
 def test_a_turn_that_does_not_open_is_the_sites_failure(listener: StreamListener) -> None:
     arrivals: Arrivals = queue.SimpleQueue()
-    invitation, _ = listener.invite(7, arrivals.put, num_sites=1, patience_s=5.0, seal=Counting())
+    invitation, _ = listener.invite(
+        7, arrivals.put, num_sites=1, patience_s=5.0, seal=lambda _: Counting()
+    )
     raw(invitation, [chunk(1, 5, b"\0\0\0\7x")])
     assert arrivals.get(timeout=WAIT_S).problem == "WireError: seal: out of order"
 

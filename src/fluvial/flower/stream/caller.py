@@ -28,7 +28,7 @@ from fluvial.flower.stream.listener import (
     TOKEN_KEY,
     TURN_KEY,
 )
-from fluvial.flower.stream.seal import Seal, Transparent
+from fluvial.flower.stream.seal import Seal, SiteSeal, Transparent
 from fluvial.wire.payload import Limits
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class StreamCaller:
         self._port = port
         self._authority = authority
         self._seal = seal or Transparent()
-        self._max_bytes = (limits or Limits()).max_bytes + self._seal.overhead
+        max_bytes = (limits or Limits()).max_bytes
+        self._max_bytes = max_bytes + self._seal.overhead(max_bytes)
         self._turn = 0
         self._connection: _Connection | None = None
 
@@ -95,8 +96,13 @@ class StreamCaller:
         Raises `RefusalError` if the run does not continue the conversation or cannot be reached,
         and `WireError` for bytes that break the protocol.
         """
+        if isinstance(self._seal, SiteSeal) and not self._seal.established:
+            self._seal.greeted(self._carry(self._seal.hello()))
+        return self._seal.open(self._carry(self._seal.seal(data)))
+
+    def _carry(self, sealed: bytes) -> bytes:
+        """Send a sealed turn and return the sealed answer."""
         self._turn += 1
-        sealed = self._seal.seal(data)
         patience = _Patience(self._invitation.patience_s, self._host, self._port)
         sent = False
 
@@ -112,7 +118,7 @@ class StreamCaller:
                     raise _EndedError
 
                 connection.wanted = True  # the next turn
-                return self._seal.open(answer)
+                return answer
             except (grpc.RpcError, _EndedError) as error:
                 self.close()
                 patience.lose(error)

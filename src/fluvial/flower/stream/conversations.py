@@ -1,12 +1,16 @@
 """Conversations of one fleet: which exchange has which session, and what arrives of them."""
 
 import queue
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fluvial.federation.transport import Arrival, Request
+from fluvial.flower.channel_keys import server_end
 from fluvial.flower.stream.invitation import Invitation
 from fluvial.flower.stream.listener import StreamListener
+from fluvial.flower.stream.seal import Seal, ServerSeal, terms_of
 from fluvial.flower.stream.session import Session
 
 
@@ -19,8 +23,19 @@ class _Conversation:
 class Conversations:
     """Sessions of the exchanges of one fleet."""
 
-    def __init__(self, listener: StreamListener, *, num_sites: int, patience_s: float) -> None:
-        """`patience_s` is how long a site goes on without a connection."""
+    def __init__(
+        self,
+        listener: StreamListener,
+        *,
+        run: Callable[[], str],
+        num_sites: int,
+        patience_s: float,
+        keys: Path | None = None,
+    ) -> None:
+        """`run` returns the run's name; `patience_s` is how long a site goes on without a connection; `keys` is the server's
+        folder, where turns are sealed."""
+        self._run = run
+        self._keys = keys
         self._listener = listener
         self._num_sites = num_sites
         self._patience_s = patience_s
@@ -46,9 +61,21 @@ class Conversations:
             self._arrived.put,
             num_sites=self._num_sites,
             patience_s=self._patience_s,
+            seal=self._seal(request.site),
         )
         self._open[request.number] = _Conversation(invitation, session)
         return invitation.values()
+
+    def _seal(self, site: str) -> Callable[[bytes], Seal] | None:
+        """Return the maker of the server's end of a sealed session, from its token."""
+        folder = self._keys
+        if folder is None:
+            return None
+
+        def make(token: bytes) -> Seal:
+            return ServerSeal(server_end(folder, terms_of(self._run(), token)), site)
+
+        return make
 
     def answer(self, request: Request) -> None:
         """Send the answer to a turn."""

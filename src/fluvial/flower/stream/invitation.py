@@ -12,7 +12,8 @@ _PORT = "stream_port"
 _SESSION = "stream_session"
 _TOKEN = "stream_token"
 _PATIENCE = "stream_patience_s"
-_NAMES = frozenset((_PORT, _SESSION, _TOKEN, _PATIENCE))
+_SEALED = "stream_sealed"
+_NAMES = frozenset((_PORT, _SESSION, _TOKEN, _PATIENCE, _SEALED))
 _MAX_PATIENCE_S = 10.0**7
 
 
@@ -32,12 +33,14 @@ class Invitation:
     """Secret of the session, which proves that the caller received this message."""
     patience_s: float
     """Seconds without a connection after which the site gives up."""
+    sealed: bool = False
+    """True where turns go through the channel of `wire.channel`, with the keys of a deployment."""
 
     @classmethod
-    def make(cls, port: int, patience_s: float) -> "Invitation":
+    def make(cls, port: int, patience_s: float, *, sealed: bool = False) -> "Invitation":
         """Return an invitation with a new session."""
         token = secrets.token_bytes(TOKEN_BYTES)
-        return cls(port, secrets.token_hex(8), token, patience_s)
+        return cls(port, secrets.token_hex(8), token, patience_s, sealed)
 
     def values(self) -> dict[str, Any]:
         """Return the invitation as values of a message."""
@@ -46,6 +49,7 @@ class Invitation:
             _SESSION: self.session,
             _TOKEN: self.token,
             _PATIENCE: self.patience_s,
+            _SEALED: self.sealed,
         }
 
     @classmethod
@@ -59,6 +63,7 @@ class Invitation:
         session = values.get(_SESSION)
         token = values.get(_TOKEN)
         patience_s = values.get(_PATIENCE)
+        sealed = values.get(_SEALED)
 
         if type(port) is not int or not 0 < port < 2**16:
             raise WireError(f"header: {_PORT}={port!r:.40}, expected 1 to 65535")
@@ -69,7 +74,10 @@ class Invitation:
         if type(patience_s) is not float or not 0 < patience_s <= _MAX_PATIENCE_S:
             raise WireError(f"header: {_PATIENCE}={patience_s!r:.40}, expected seconds")
 
-        return cls(port, session, token, patience_s)
+        if type(sealed) is not bool:
+            raise WireError(f"header: {_SEALED}={sealed!r:.40}, expected True or False")
+
+        return cls(port, session, token, patience_s, sealed)
 
 
 def is_session(text: str) -> bool:

@@ -93,7 +93,7 @@ class StreamListener:
         *,
         num_sites: int,
         patience_s: float,
-        seal: Seal | None = None,
+        seal: Callable[[bytes], Seal] | None = None,
     ) -> tuple[Invitation, Session]:
         """Open a session for the exchange `number`, and the port if it is not open yet.
 
@@ -103,8 +103,9 @@ class StreamListener:
             if self._server is None:
                 self._server, self._port = self._open(num_sites)
 
-            invitation = Invitation.make(self._port, patience_s)
-            session = Session(number, invitation.token, arrived, seal or Transparent())
+            invitation = Invitation.make(self._port, patience_s, sealed=seal is not None)
+            here = Transparent() if seal is None else seal(invitation.token)
+            session = Session(number, invitation.token, arrived, here)
             self._sessions[invitation.session] = session
 
         return invitation, session
@@ -200,7 +201,7 @@ class StreamListener:
         self, session: Session, connection: Connection, turn: int, requests: Iterator[bytes]
     ) -> bool:
         """Read and deliver a turn; return False once the site has closed the connection."""
-        max_bytes = self._limits.max_bytes + session.overhead
+        max_bytes = self._limits.max_bytes + session.overhead(self._limits.max_bytes)
         sealed = join(requests, turn=turn, max_bytes=max_bytes)
         return sealed is not None and session.deliver(connection, turn, sealed)
 

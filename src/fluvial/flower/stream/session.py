@@ -12,7 +12,7 @@ from collections.abc import Callable
 from fluvial.errors import WireError
 from fluvial.federation.failures import unreadable
 from fluvial.federation.transport import Arrival
-from fluvial.flower.stream.seal import Seal
+from fluvial.flower.stream.seal import Seal, ServerSeal
 
 
 class Connection:
@@ -43,8 +43,8 @@ class Session:
         """Number of the last turn that was answered."""
         self._answer = b""
         """Sealed answer to that turn."""
-        self.overhead = seal.overhead
-        """Bytes by which a sealed turn is larger at most."""
+        self._greetings = int(isinstance(seal, ServerSeal))
+        """Turns of the stream before the first of the conversation."""
         self._closed = False
         self._early: Arrival | None = None
         """End of the exchange that came while the server had a turn to answer."""
@@ -53,6 +53,7 @@ class Session:
 
     def answer(self, turn: int, data: bytes) -> None:
         """Send the answer to a turn, or report the failure that came before."""
+        turn += self._greetings
         with self._changed:
             assert turn == self._delivered == self._answered + 1, "turns are answered in order"
             early = self._early
@@ -75,15 +76,22 @@ class Session:
             self._early = Arrival(arrival.number, arrival.data, reason)
             return True
 
-    def close(self) -> None:
-        """End the session; connections of the site are refused from now on."""
+    def overhead(self, size: int) -> int:
+        """Return the bytes by which a sealed turn of `size` bytes is larger at most."""
+        return self._seal.overhead(size)
+
+    def close(self, *, aborted: Connection | None = None) -> None:
+        """End the session; connections of the site are refused from now on.
+
+        The connection `aborted` is ended by its own thread, with a code that says why.
+        """
         with self._changed:
             self._closed = True
             connection = self._connection
             self._connection = None
             self._changed.notify_all()
 
-        if connection is not None:
+        if connection is not None and connection is not aborted:
             connection.cancel()
 
     # -- connections of the site ------------------------------------------------------------------
@@ -125,22 +133,26 @@ class Session:
                 self._changed.notify_all()
 
     def deliver(self, connection: Connection, turn: int, sealed: bytes) -> bool:
-        """Hand a turn to the server half; return False if another connection came meanwhile."""
+        """Hand a turn to the server half; return False if another connection came meanwhile.
+
+        Raises `WireError` for a turn that the other end has not sealed.
+        """
         with self._changed:
             if self._connection is not connection:
                 return False
 
             assert turn == self._delivered + 1, "`join` has read no other"
-            try:
-                data = self._seal.open(sealed)
-            except Exception as problem:
-                arrival = Arrival(self.number, b"", unreadable(problem))
-            else:
-                arrival = Arrival(self.number, data, final=False)
+            if isinstance(self._seal, ServerSeal) and not self._seal.greeted:
+                self._answer = self._seal.greet(sealed)
+                self._answered = turn
                 self._delivered = turn
+                return True
 
-        self._arrived(arrival)
-        return arrival.problem == ""
+            data = self._seal.open(sealed)
+            self._delivered = turn
+
+        self._arrived(Arrival(self.number, data, final=False))
+        return True
 
     def wait(self, connection: Connection, turn: int) -> bytes | None:
         """Return the sealed answer to a turn, None once the connection or the session has ended."""
@@ -156,6 +168,6 @@ class Session:
             if self._closed or (connection is not None and self._connection is not connection):
                 return
 
-        self.close()
+        self.close(aborted=connection)
         if not self.postpone(arrival):
             self._arrived(arrival)
