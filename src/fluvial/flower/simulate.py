@@ -90,13 +90,15 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
             allow=allow,
         )
 
+    workers = concurrency(config.fleet)
+    together = config.method.together(len(names))
     backend: dict[str, dict[str, float]] = {
         "init_args": {
-            "num_cpus": concurrency(config.fleet),
+            "num_cpus": workers,
             "log_to_driver": False,
             "include_dashboard": False,
         },
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "client_resources": {"num_cpus": min(1.0, workers / together), "num_gpus": 0.0},
     }
     runner = threading.Thread(
         target=run_simulation,

@@ -86,6 +86,11 @@ class MethodSettings(Settings):
         """Return the number of sites in a round, of all `sites`."""
         return cohort_size(self.cohort_share, sites)
 
+    def together(self, sites: int) -> int:  # noqa: ARG002
+        """Return the sites of a round, of all `sites`, that must work at the same time, because
+        they wait for each other within a task."""
+        return 1
+
     @property
     def bounds(self) -> frozenset[Bound]:
         """Return the bounds of `[fleet]` that the server half applies; the others are refused."""

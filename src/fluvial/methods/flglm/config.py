@@ -48,6 +48,11 @@ class FlGlmConfig(SampledSettings):
     leakage: LeakageConfig = LeakageConfig()
     """Meter of the tokens that the server could read."""
 
+    def together(self, sites: int) -> int:
+        """Return the whole cohort where its sites meet between two steps."""
+        meet = self.mode == "client-batch" or self.sync_steps is not None
+        return self.cohort(sites) if meet else 1
+
     @property
     def bounds(self) -> frozenset[Bound]:
         """Return the bounds for averages of updates, which the other modes do not make."""
