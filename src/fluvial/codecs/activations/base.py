@@ -61,8 +61,7 @@ class ActivationCodec(ABC):
             return b""
 
         rows = rows.detach()
-        if not _all_finite(rows):
-            raise DivergenceError(_where_not_finite(rows))
+        check_sendable(rows)
 
         pieces = [_memory(piece) for piece in self.body(rows, generator)]
         data = b"".join(pieces)
@@ -147,6 +146,12 @@ def to_bf16(values: Tensor, generator: Generator | None) -> Tensor:
     )
     bits += single.view(torch.int32)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def check_sendable(rows: Tensor) -> None:
+    """Raise `DivergenceError` unless all values of `rows` (tokens, width) are finite."""
+    if rows.numel() and not _all_finite(rows):
+        raise DivergenceError(_where_not_finite(rows))
 
 
 def check_finite(values: Tensor, what: str) -> None:
