@@ -19,7 +19,14 @@ from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
 from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.flglm.tuned_part import factor_of
-from fluvial.methods.flglm.turns import Backward, Forward, Meeting, answer, read_turn
+from fluvial.methods.flglm.turns import (
+    MOST_OWN_SQUARED_NORM,
+    Backward,
+    Forward,
+    Meeting,
+    answer,
+    read_turn,
+)
 from fluvial.seeds import derive, generator
 from fluvial.training.train import Stepper, check_finite
 from fluvial.wire.payload import Payload
@@ -130,7 +137,7 @@ class ClientBatch:
     # -- what a site sends: wrong content is its failure ------------------------------------------
 
     def _hear(self, site: str, payload: Payload) -> _Heard:
-        turn = read_turn(payload, longest=self._setting.longest)
+        turn = read_turn(payload, self._setting.limits)
         if isinstance(turn, Forward) and (turn.step, turn.micro) == (0, 0):
             if site in self._orders:
                 raise WireError("the steps went on without this site, which began again")
@@ -151,8 +158,13 @@ class ClientBatch:
         if turn.of != "clip" or (turn.frame is None) != (not self._setting.shared.shapes):
             raise WireError("sites meet to clip the gradients of the layers that they share")
 
-        codec = self._setting.shared_codec
-        return _Heard(turn, gradients={} if turn.frame is None else codec.decode(turn.frame))
+        if turn.frame is None:
+            return _Heard(turn)
+
+        gradients = self._setting.shared_codec.decode(turn.frame)
+        if energy(gradients) > MOST_OWN_SQUARED_NORM:
+            raise WireError("the gradients of the layers that sites share are too large")
+        return _Heard(turn, gradients=gradients)
 
     def _read(self, site: str, payload: Payload) -> Answered:
         fields(payload, ("n", "loss", "factor"))

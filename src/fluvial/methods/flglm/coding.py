@@ -6,8 +6,16 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs.activations import ActivationCodec, build_activation
+from fluvial.errors import WireError
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.models.split import Part
+
+MOST_HIDDEN = 1e8
+"""Upper bound on a hidden state's size; its square, summed over a token, is far from overflow, so
+layers that begin with a norm keep it finite."""
+MOST_GRADIENT = 1e8
+"""Upper bound on the norm of a gradient of hidden states; as a mean over label tokens it is far
+below, and layers that enlarge it a million times keep sums of squares finite."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,11 @@ class Coding:
 
     def decode_hidden(self, frame: bytes, tokens: int) -> Tensor:
         """Return hidden states (tokens, width); raises `WireError`."""
-        return self.hidden.decode(frame, tokens, self.width, device=self.device)
+        rows = self.hidden.decode(frame, tokens, self.width, device=self.device)
+        largest = float(rows.abs().max())
+        if largest > MOST_HIDDEN:
+            raise WireError(f"hidden states: a value of {largest:.3g}, at most {MOST_HIDDEN:.0e}")
+        return rows
 
     def encode_gradient(self, rows: Tensor) -> bytes:
         """Return the bytes of a gradient (tokens, width)."""
@@ -52,4 +64,10 @@ class Coding:
 
     def decode_gradient(self, frame: bytes, tokens: int) -> Tensor:
         """Return a gradient (tokens, width); raises `WireError`."""
-        return self.gradient.decode(frame, tokens, self.width, device=self.device)
+        rows = self.gradient.decode(frame, tokens, self.width, device=self.device)
+        norm = float(rows.norm(dtype=torch.float64))
+        if norm > MOST_GRADIENT:
+            raise WireError(
+                f"gradient of hidden states: a norm of {norm:.3g}, at most {MOST_GRADIENT:.0e}"
+            )
+        return rows

@@ -67,7 +67,7 @@ class Replica:
 
     def hear(self, payload: Payload) -> Payload | Waiting:
         """Return the answer to a turn, or that the site waits for the others."""
-        turn = read_turn(payload, longest=self._setting.longest)
+        turn = read_turn(payload, self._setting.limits)
         if isinstance(turn, Forward) and (turn.step, turn.micro) == (0, 0):
             self._begin(turn.steps)
 

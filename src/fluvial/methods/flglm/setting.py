@@ -7,6 +7,7 @@ from fluvial.codecs.quantise import Identity
 from fluvial.federation.context import Context
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.turns import TurnLimits
 from fluvial.models.parts import PartPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Layout, Named
@@ -49,6 +50,11 @@ class Setting:
     def longest(self) -> int | None:
         """Tokens that the model reads at most; None without a limit."""
         return self.context.open_pool().outline.context
+
+    @cached_property
+    def limits(self) -> TurnLimits:
+        """Bounds on the numbers in a site's turns."""
+        return TurnLimits.of(self.train, self.longest)
 
     def weights(self, state: Named) -> Named:
         """Return the values that the parameters named in `state` have, fp32."""

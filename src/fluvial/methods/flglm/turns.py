@@ -6,19 +6,51 @@ an activation codec; lengths of sequences take the place of a mask. Between two 
 meet: to clip their gradients together, or to average their weights.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fluvial.errors import WireError
 from fluvial.federation.replies import MOST_SAMPLES, MOST_TOKENS, fields
 from fluvial.models.assignment import MOST_SEQUENCES
+from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import FRAME, Payload, Value, frame_payload, payload_frame
 
 MOST_STEPS = 10**9
 """Steps of one round, as `train.max_steps` bounds them."""
 MOST_SQUARED_NORM = 1e30
-"""Upper bound on the sum of squares of gradients."""
+"""Upper bound on the sum of squares of the gradients of all sites and the server."""
+MOST_OWN_SQUARED_NORM = 1e24
+"""The same of one site: a million sites stay within the bound of all."""
+LOOKED_AT = 16
+"""Sequences of one forward pass in which the model is measured."""
+
+
+@dataclass(frozen=True)
+class TurnLimits:
+    """Bounds on the numbers in a site's turns, from what the run's settings let an honest site
+    send."""
+
+    longest: int | None
+    """Tokens that the model reads at most; None without a limit."""
+    sequences: int
+    """Sequences of a micro-batch."""
+    micro_batches: int
+    """Micro-batches of a step."""
+    steps: int
+    """Steps of a round."""
+
+    @classmethod
+    def of(cls, train: TrainConfig, longest: int | None) -> "TurnLimits":
+        """Return the limits for training with these settings."""
+        size = train.per_device_train_batch_size
+        steps = train.max_steps or MOST_STEPS
+        return cls(longest, size, train.gradient_accumulation_steps, steps)
+
+    def tokens(self, lengths: Sequence[int]) -> int:
+        """Return the most label tokens of a step whose first micro-batch has these lengths."""
+        more = (self.micro_batches - 1) * self.sequences
+        return sum(lengths) + more * (self.longest or MOST_SEQUENCES)
 
 
 @dataclass(frozen=True)
@@ -126,7 +158,8 @@ def read_use(payload: Payload, *, longest: int | None) -> Look | Continue:
     of = payload.value("of", str)
     if of == "look":
         fields(payload, ("of", "lengths"), (FRAME,))
-        return Look(read_lengths(payload, longest=longest), payload_frame(payload))
+        lengths = read_lengths(payload, LOOKED_AT, longest)
+        return Look(lengths, payload_frame(payload))
 
     if of == "continue":
         fields(payload, ("of", "begins", "tokens"), (FRAME,))
@@ -139,19 +172,21 @@ def read_use(payload: Payload, *, longest: int | None) -> Look | Continue:
 Content = Forward | Backward | Meeting
 
 
-def read_turn(payload: Payload, *, longest: int | None) -> Content:
-    """Return a site's turn; raises `WireError`. `longest` bounds the tokens of a sequence."""
+def read_turn(payload: Payload, limits: TurnLimits) -> Content:
+    """Return a site's turn; raises `WireError` for one beyond `limits`."""
     of = payload.value("of", str)
     step = payload.whole("step", 0, MOST_STEPS)
 
     if of == "forward":
         fields(payload, FORWARD, (FRAME,))
+        lengths = read_lengths(payload, limits.sequences, limits.longest)
+        micro = payload.whole("micro", 0, limits.micro_batches - 1)
         return Forward(
             step,
-            payload.whole("micro", 0, MOST_SEQUENCES),
-            payload.whole("steps", step + 1, MOST_STEPS),
-            read_lengths(payload, longest=longest),
-            payload.whole("tokens", 1, MOST_TOKENS),
+            micro,
+            payload.whole("steps", step + 1, limits.steps),
+            lengths,
+            payload.whole("tokens", 1, MOST_TOKENS if micro else limits.tokens(lengths)),
             payload.value("returns", bool),
             payload.number("factor", 0.0, 1.0),
             payload_frame(payload),
@@ -159,7 +194,7 @@ def read_turn(payload: Payload, *, longest: int | None) -> Content:
 
     if of == "backward":
         fields(payload, ("of", "step", "micro"), (FRAME,))
-        micro = payload.whole("micro", 0, MOST_SEQUENCES)
+        micro = payload.whole("micro", 0, limits.micro_batches - 1)
         return Backward(step, micro, payload_frame(payload))
 
     if of in ("clip", "average"):
@@ -169,7 +204,7 @@ def read_turn(payload: Payload, *, longest: int | None) -> Content:
             "clip" if of == "clip" else "average",
             step,
             payload.whole("n", 1, MOST_SAMPLES),
-            payload.number("norm", 0.0, MOST_SQUARED_NORM),
+            payload.number("norm", 0.0, MOST_OWN_SQUARED_NORM),
             payload.number("factor", 0.0, 1.0),
             payload_frame(payload) if carries else None,
         )
@@ -183,14 +218,19 @@ FORWARD: Collection[str] = (
 """Values of a forward turn."""
 
 
-def read_lengths(payload: Payload, *, longest: int | None) -> tuple[int, ...]:
-    """Return the lengths of sequences in a message; raises `WireError`."""
+def read_lengths(payload: Payload, sequences: int, longest: int | None) -> tuple[int, ...]:
+    """Return the lengths of at most `sequences` sequences in a message; raises `WireError`.
+
+    The server pads a batch to its longest sequence, so both bounds together bound its memory.
+    """
     lengths = payload.value("lengths", list)
     most = longest or MOST_SEQUENCES
-    if not 1 <= len(lengths) <= MOST_SEQUENCES or not all(
+    if not 1 <= len(lengths) <= sequences or not all(
         type(length) is int and 1 <= length <= most for length in lengths
     ):
-        raise WireError(f"message value 'lengths': expected whole numbers from 1 to {most}")
+        raise WireError(
+            f"message value 'lengths': expected at most {sequences} whole numbers from 1 to {most}"
+        )
     return tuple(lengths)
 
 

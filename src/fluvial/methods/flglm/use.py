@@ -15,7 +15,7 @@ from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
-from fluvial.methods.flglm.turns import Continue, Look
+from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration
@@ -23,8 +23,6 @@ from fluvial.training.evaluate import Heldout, exact_match
 from fluvial.training.train import collate, shifted
 from fluvial.wire.payload import Payload, Value, payload_frame
 
-BATCH = 16
-"""Sequences of one forward pass in which the model is measured."""
 MOST_PROMPT = 10**5
 """Characters of a prompt that a server may send."""
 
@@ -84,8 +82,8 @@ class WholeModel:
         order = sorted(examples, key=lambda example: len(example.input_ids))
         sums = []
 
-        for start in range(0, len(order), BATCH):
-            some = order[start : start + BATCH]
+        for start in range(0, len(order), LOOKED_AT):
+            some = order[start : start + LOOKED_AT]
             batch = collate(some, self.site.pool.tokenizer.pad_token_id, self.part.device)
             logits = yield from self._logits(batch["input_ids"], batch["attention_mask"])
             sums.append(Heldout.of(*shifted(logits, batch["labels"])))
