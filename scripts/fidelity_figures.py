@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from split_tables import leak_decoders, leak_gradients, leak_plain, leak_published
+
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 Row = dict[str, Any]
 CELL = re.compile(r"(<!-- figure: ([a-z-]+) -->)(.*?)(<!-- /figure -->)", re.DOTALL)
@@ -225,6 +227,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "compute": compute,
     "compute-verdict": compute_verdict,
+    "leak-plain": leak_plain,
+    "leak-published": leak_published,
+    "leak-gradients": leak_gradients,
+    "leak-decoders": leak_decoders,
 }
 
 

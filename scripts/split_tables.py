@@ -37,3 +37,49 @@ def leakage() -> str:
     heading = ["layers before the cut, noise on h_A", *ATTACKS, f"{GRADIENTS} (h_B, g_B)"]
 
     return "\n\n".join((words, table([heading, *cells]), claims("leakage.json")))
+
+
+def _shares(part: str, attack: str, case: str = "") -> list[float]:
+    """Return the shares of tokens that an attack names, over all cuts of a part of the results."""
+    shares = [
+        row["accuracy"]
+        for row in read("leakage.json")["rows"]
+        if row["part"] == part and row["attack"] == attack and case in row["case"]
+    ]
+    assert shares, (part, attack, case)
+    return shares
+
+
+def _percent(shares: list[float]) -> str:
+    low = f"{100 * min(shares):.0f}"
+    high = f"{100 * max(shares):.0f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def leak_plain() -> str:
+    """Tokens read from hidden states without noise."""
+    exact = _percent(_shares("curve", ATTACKS[0], "no noise"))
+    tuned = _percent(_shares("tuned", ATTACKS[0]))
+    return (
+        f"exact search names {exact} of the tokens at cuts of 1 to 3 layers, {tuned} after 200 "
+        "steps of LoRA that the attacker does not know"
+    )
+
+
+def leak_published() -> str:
+    """Tokens read under the published noise."""
+    return f"exact search names {_percent(_shares('published', ATTACKS[0]))} of the tokens"
+
+
+def leak_gradients() -> str:
+    """Tokens read from gradients, whatever noise is on hidden states."""
+    curve = _percent(_shares("curve", GRADIENTS))
+    tuned = _percent(_shares("tuned", GRADIENTS))
+    return f"{curve} of the tokens at any noise on h_A, {tuned} after 200 steps of LoRA"
+
+
+def leak_decoders() -> str:
+    """Tokens named by the published decoder and by the aligned one."""
+    shifted = _percent(_shares("curve", ATTACKS[3], "no noise"))
+    aligned = _percent(_shares("curve", ATTACKS[2], "no noise"))
+    return f"without noise the shifted decoder names {shifted}, the aligned one {aligned}"

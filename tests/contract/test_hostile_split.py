@@ -148,8 +148,7 @@ def of_forward(said: dict[tuple[str, int], bytes]) -> Iterator[tuple[str, Any]]:
     data = said["forward", 2]
     rows = rows_of(data)
     values = Payload.from_bytes(data).values
-    lengths = values["lengths"]
-    assert isinstance(lengths, list)
+    lengths: list[Any] = Payload.from_bytes(data).value("lengths", list)
     yield from spoiled(data)
     yield "backward", said["backward", 1]
     yield "the step before", said["forward", 1]

@@ -130,9 +130,11 @@ def secrets(table: dict[str, Any], folder: Path) -> Iterator[tuple[str, bytes]]:
     for site in texts.names:
         for name, tensor in store.read(site, "ends").tensors.items():
             if tensor.shape == weights["embedding"].shape:
-                weights[f"{name} of {site}"] = tensor
+                base = weights["embedding" if "embed" in name else "head"]
+                weights[f"change of {name} at {site}"] = tensor
+                weights[f"{name} of {site}"] = base + tensor
     if config.tune == "full":
-        assert len(weights) == 2 + 2 * len(texts.names)
+        assert len(weights) == 2 + 4 * len(texts.names)
     for name, tensor in weights.items():
         yield from of_rows(name, tensor)
 

@@ -138,6 +138,6 @@ def explain(report: GateReport, codec: str) -> str:
         + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where "
         f"sending nothing gives 1.) Choose {other}, method.name='fedavg' with a codec that needs "
         f"no fit such as 'int4', or set method.gate='report' to go on anyway; {caller.resume()} "
-        "with the changed setting keeps the baselines that are done. Few or very similar records can "
-        "make a simple predictor hard to beat."
+        "with the changed setting keeps the baselines that are done. Few or very similar records "
+        "can make a simple predictor hard to beat."
     )
