@@ -163,7 +163,12 @@ class BreakingLine:
 
             number = self.connections
             self.connections += 1
-            far = socket.create_connection(("127.0.0.1", self._port))
+            try:
+                far = socket.create_connection(("127.0.0.1", self._port))
+            except OSError:  # the port behind this line is closed
+                near.close()
+                continue
+
             self._sockets += [near, far]
             left = [self._breaks_after[number] if number < len(self._breaks_after) else 2**62]
             for one, other in ((near, far), (far, near)):

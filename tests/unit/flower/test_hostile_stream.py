@@ -95,6 +95,14 @@ def test_a_violation_is_the_failure_of_its_site_alone(
     assert hostile.arrivals.empty()
 
 
+def test_a_call_that_lacks_its_last_header_is_a_lost_connection(desk: Desk) -> None:
+    """gRPC gives the server such a call where the connection breaks in the headers."""
+    assert raw(desk.invitation, [], fluvial_turn=None) == ([], grpc.StatusCode.UNAVAILABLE)
+    with in_thread(lambda: call_site(desk.invitation).exchange(b"fine")):
+        desk.serve(1)
+    assert desk.arrivals.empty()
+
+
 def test_a_turn_before_the_answer_to_the_last_is_not_read(desk: Desk) -> None:
     """Turn 2 waits until turn 1 is answered, and is then a turn like any other."""
     with in_thread(

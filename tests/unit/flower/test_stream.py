@@ -274,7 +274,9 @@ def test_a_turn_is_sealed_and_opened_once_whatever_happens_to_the_line(
 
     with in_thread(site) as done:
         for turn in range(1, 6):
-            session.answer(turn, arrivals.get(timeout=WAIT_S).data)
+            arrival = arrivals.get(timeout=WAIT_S)
+            assert arrival.problem == ""
+            session.answer(turn, arrival.data)
         assert done.get(timeout=WAIT_S) == [bytes([number]) * 100 for number in range(5)]
 
     assert (near.sealed, near.opened, far.sealed, far.opened) == (5, 5, 5, 5)

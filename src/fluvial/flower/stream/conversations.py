@@ -32,8 +32,11 @@ class Conversations:
         patience_s: float,
         keys: Path | None = None,
     ) -> None:
-        """`run` returns the run's name; `patience_s` is how long a site goes on without a connection; `keys` is the server's
-        folder, where turns are sealed."""
+        """Begin without a conversation; `run` returns the run's name.
+
+        `patience_s` is how long a site goes on without a connection; `keys` is the server's folder,
+        where turns are sealed.
+        """
         self._run = run
         self._keys = keys
         self._listener = listener

@@ -220,6 +220,10 @@ class StreamListener:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, REFUSAL)
             raise AssertionError("`abort` raises")
 
+        # A connection that breaks in its headers gives a call with the first of them only.
+        if TURN_KEY not in given:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the call is not complete")
+
         # Another text is turn 0, which `attach` refuses as this site's failure.
         written = isinstance(turn, str) and len(turn) <= 10 and turn.isascii() and turn.isdigit()
         number = int(turn) if written else 0
