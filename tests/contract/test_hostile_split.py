@@ -253,6 +253,48 @@ def test_shared_layers_that_are_too_large_are_that_sites_failure(
     assert check_only_the_liar_fails(rounds, kind, 1, lies()) == 2
 
 
+def average_of(rounds: Conversed, seen: dict[tuple[str, int], bytes], factor: float) -> bytes:
+    """Return the liar's first average with its update `factor` times as long."""
+    meeting = Payload.from_bytes(seen["average", 1])
+    server, _, _ = rounds.again()
+    codec = Identity.of(server.setting.shared)
+    update = codec.decode(payload_frame(meeting))
+    longer = codec.encode({name: factor * tensor for name, tensor in update.items()})
+    return frame_payload(longer, **meeting.values).to_bytes()
+
+
+def test_an_average_within_a_round_is_bounded_as_that_at_its_end(
+    open_rounds: Callable[[str], Conversed],
+) -> None:
+    """An update that is too long is its site's failure, before the others go on from it."""
+    rounds = open_rounds("hierarchical")
+    seen = said(rounds)
+    lies = iter([("50 times", average_of(rounds, seen, 50.0))])
+    assert check_only_the_liar_fails(rounds, "average", 1, lies) == 1
+
+    lie = instead("average", 1, average_of(rounds, seen, 50.0))
+    with pytest.raises(ClientError, match=f"site '{LIAR}' failed: .*max_update_growth"):
+        rounds.again(lie, on_failure="stop", quorum=0.5)
+
+
+def test_a_weight_in_an_average_within_a_round_is_at_most_its_share(
+    open_rounds: Callable[[str], Conversed],
+) -> None:
+    rounds = open_rounds("hierarchical")
+    seen = said(rounds)
+    values = Payload.from_bytes(seen["average", 1]).values
+    models = []
+    for weight in (2**20, 2**31):
+        heavy = with_values(seen["average", 1], values | {"n": weight})
+        server, fleet, _ = rounds.again(instead("average", 1, heavy), max_weight_share=0.5)
+        assert fleet.failures == []
+        models.append(digest(server.model()))
+
+    free, _, _ = rounds.again(instead("average", 1, heavy), max_weight_share=1.0)
+    assert models[0] == models[1]
+    assert digest(free.model()) != models[0]
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward", "average", "clip", "reply"])
 def test_every_forged_turn_is_that_sites_failure(
     kind: str, open_rounds: Callable[[str], Conversed]

@@ -104,8 +104,10 @@ class Call(Generic[H, T]):
                         del event  # so that no reply is held here while the next is waited for
                 elif self._at_server:
                     sites = tuple(sorted(each.request.site for each in self._at_server.values()))
+                    waiting = len(self._at_server)
                     yield Idle(sites)
-                    assert self._to_answer, f"sites {sites} wait, and no turn was answered"
+                    went_on = len(self._at_server) < waiting
+                    assert went_on, f"sites {sites} wait, and no turn was answered"
                 else:
                     return
         finally:
@@ -149,12 +151,7 @@ class Call(Generic[H, T]):
                 reason = unreadable(problem)
 
         if reason:
-            self._dispatcher.drop(request)
-            failure = Failure(
-                site, self._round, self._task, reason, len(request.data), len(arrival.data)
-            )
-            if self._failed(failure, exchange.attempt):
-                self._to_begin.append((site, exchange.attempt + 1))
+            self._failure(exchange, reason, len(arrival.data))
             return None
 
         self._dispatcher.transport.accept(arrival)
@@ -186,7 +183,8 @@ class Call(Generic[H, T]):
 
     def _turn(self, exchange: _Exchange, content: H) -> Turn[H]:
         self._at_server[exchange.request.number] = exchange
-        return Turn(exchange.request.site, content, partial(self._answer, exchange))
+        answer = partial(self._answer, exchange)
+        return Turn(exchange.request.site, content, answer, partial(self._fail, exchange))
 
     def _answer(self, exchange: _Exchange, payload: Payload) -> None:
         """Make the next message of an exchange ready."""
@@ -206,3 +204,19 @@ class Call(Generic[H, T]):
             last.converses,
         )
         self._to_answer.append(exchange)
+
+    def _fail(self, exchange: _Exchange, reason: str) -> None:
+        """End an exchange whose turn waits, as a failure of its site."""
+        there = self._at_server.pop(exchange.request.number, None)
+        assert there is exchange, "the turn was answered, or its call has ended"
+        self._failure(exchange, reason, 0)
+
+    def _failure(self, exchange: _Exchange, reason: str, bytes_up: int) -> None:
+        """Drop an exchange, and begin another one at its site where the policy says so."""
+        request = exchange.request
+        self._dispatcher.drop(request)
+        failure = Failure(
+            request.site, self._round, self._task, reason, len(request.data), bytes_up
+        )
+        if self._failed(failure, exchange.attempt):
+            self._to_begin.append((request.site, exchange.attempt + 1))

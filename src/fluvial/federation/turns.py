@@ -32,6 +32,9 @@ class Turn(Generic[H]):
     content: H
     answer: Callable[[Payload], None]
     """Sends the site its answer, once; it is serialised in this call."""
+    fail: Callable[[str], None]
+    """Ends the exchange in the place of an answer: a failure of the site, with this reason; raises
+    `ClientError` under on_failure="stop"."""
 
 
 @dataclass(frozen=True)

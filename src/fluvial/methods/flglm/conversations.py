@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
+from fluvial.federation.bounds import lower_heaviest, too_long
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.turns import Idle, Turn
 from fluvial.methods.flglm.replica import Replica, SiteUpdate, Waiting
 from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.flglm.turns import answer
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named, WeightedMean
+from fluvial.wire.tensors import Named, WeightedMean, norm
 
 
 class Conversations:
@@ -62,9 +63,12 @@ class Conversations:
 
     def _average(self) -> None:
         """Let all sites that wait go on from the mean of their updates."""
+        self._refuse_too_long()
+        weights = {site: waiting.turn.weight for site, (_, waiting) in self._waiting.items()}
+        lower_heaviest(weights, self._fleet.config.max_weight_share, self._round)
         mean = WeightedMean()
-        for _, waiting in self._waiting.values():
-            mean.add(waiting.update, waiting.turn.weight)
+        for site, (_, waiting) in self._waiting.items():
+            mean.add(waiting.update, weights[site])
 
         update = mean.mean()
         ends = {name: update[name] for name in self._setting.shared.names}
@@ -75,3 +79,14 @@ class Conversations:
             turn.answer(answer(waiting.turn, frame))
 
         self._waiting = {}
+
+    def _refuse_too_long(self) -> None:
+        """Bound an average within a round as `BoundedReplies` bounds that at its end."""
+        lengths = {site: norm(waiting.update) for site, (_, waiting) in self._waiting.items()}
+        longest = max(lengths, key=lambda site: (lengths[site], site))
+        growth = self._fleet.config.max_update_growth
+        reason = too_long(lengths[longest], list(lengths.values()), growth)
+        if reason is not None:
+            turn, _ = self._waiting.pop(longest)
+            self._replicas[longest].close()
+            turn.fail(reason)
