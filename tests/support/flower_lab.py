@@ -86,7 +86,11 @@ class Deployment:
 
     def make_site(self, name: str, settings: str = "", *, register: bool = True) -> None:
         """A site's folder with lines added to its site.toml."""
-        keys = ["--insecure"] if self.insecure else ["--ca", str(self.server / "ca.crt")]
+        pinned = [
+            *("--ca", str(self.server / "ca.crt")),
+            *("--channel-key", str(self.server / "channel.pub")),
+        ]
+        keys = ["--insecure"] if self.insecure else pinned
         folder = str(self.site(name))
         self.command(
             "site", "init", folder, "--name", name, "--server", f"127.0.0.1:{self.port}", *keys
