@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 
+from fluvial.data import SiteTexts
 from fluvial.methods import METHODS
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.traffic import conversations
 from fluvial.methods.interface import Plan
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base
+from fluvial.models.pretrained import load_tokenizer
 from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -50,14 +55,29 @@ OTHERS: dict[str, dict[str, Any]] = {
     "central_cyclic": {"method": {"name": "central_cyclic"}, "tune": "lora"},
     "cgfedllm": SETTINGS["cgfedllm"],
     "flglm": {"method": {"name": "flglm"}},
+    "flglm, own ends": {"method": {"name": "flglm", "ends": "own", "hidden": {"name": "int8"}}},
+    "flglm, one by one": {"method": {"name": "flglm", "mode": "sequential", "frozen": ["front"]}},
+    "flglm, replicas": {"method": {"name": "flglm", "mode": "hierarchical", "sync_steps": 2}},
+    "flglm, all weights": {"tune": "full", "method": {"name": "flglm", "mode": "hierarchical"}},
 }
 CASES = FEDAVG | OTHERS
+
+
+def table_of(run_config: dict[str, Any], name: str) -> dict[str, Any]:
+    table = with_fitting_model(run_config | CASES[name])
+    if table.get("tune") == "full":
+        return {key: value for key, value in table.items() if key != "lora"}
+    return table
 
 
 def planned(config: RunConfig) -> Plan:
     base = meta_base(config.model)
     layout = tuned_layout(meta_base(config.model), config.adapter)
-    return config.entry.plan(config.method, given(config, layout, base, SITES))
+    return config.entry.plan(config.method, given(config, layout, base, SITES, texts_of(config)))
+
+
+def texts_of(config: RunConfig) -> SiteTexts:
+    return SiteTexts(config.data, load_tokenizer(config.model), seed=config.seed)
 
 
 def rounds_of(result: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
@@ -73,7 +93,7 @@ def check_message(predicted: Bytes, sent: int) -> None:
 def test_a_run_sends_what_was_predicted(
     name: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
-    table = with_fitting_model(run_config | CASES[name])
+    table = table_of(run_config, name)
     config = parse(table, "test")
     predict = planned(config).forecast().traffic
     rounds = rounds_of(run_table(table, tmp_path / "run"))
@@ -91,7 +111,7 @@ def test_a_run_sends_what_was_predicted(
 @pytest.mark.parametrize("name", CASES)
 def test_predictions_are_as_narrow_as_they_can_be(name: str, run_config: dict[str, Any]) -> None:
     """To the byte where it can be known; but for digits of an exact answer; 1 % where coded."""
-    config = parse(with_fitting_model(run_config | CASES[name]), "test")
+    config = parse(table_of(run_config, name), "test")
     traffic: Traffic = planned(config).forecast().traffic(2)
 
     if name in ("identity", "B alone", "int8", "int4 with feedback", "top_k", "trellis", "central"):
@@ -122,3 +142,26 @@ def test_check_shows_predictions_or_why_there_are_none(
     rows = {row["what"]: row["value"] for row in plan(parse(run_config | change, "test"))["rows"]}
     assert words in rows["up, one site in a round, with headers"]
     assert rows["down, one site in a round, with headers"].endswith(" B")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("flglm")])
+def test_a_conversation_is_predicted_site_by_site(
+    name: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """The lengths of all micro-batches follow from the seed; digits of numbers vary."""
+    table = table_of(run_config, name)
+    config = parse(table, "test")
+    base = meta_base(config.model)
+    layout = tuned_layout(meta_base(config.model), config.adapter)
+    facts = given(config, layout, base, SITES, texts_of(config))
+    assert isinstance(config.method, FlGlmConfig)
+    places = Places.of(config.method, base, layout)
+
+    for number, sites in enumerate(rounds_of(run_table(table, tmp_path / "run")), 1):
+        predicted = conversations(config.method, facts, places, number)
+        for site, sent in sites.items():
+            each = predicted[site]
+            check_message(each.up, sent["up train"])
+            check_message(each.down, sent["down train"])
+            for way in (each.up, each.down):
+                assert way.most - way.least <= DIGITS * (each.turns + 1)

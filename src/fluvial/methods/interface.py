@@ -9,6 +9,7 @@ from torch import nn
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.quantise import IdentitySettings
+from fluvial.data import Example
 from fluvial.federation.cohort import cohort_size
 from fluvial.federation.config import BOUNDS, Bound, OnFailure
 from fluvial.federation.context import Context, Metrics
@@ -21,7 +22,7 @@ from fluvial.methods.traffic import Traffic
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout
+from fluvial.wire.tensors import Layout, factor
 
 Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
@@ -133,6 +134,15 @@ class Given:
     """The line between a site and the server, where the configuration describes one."""
     on_failure: OnFailure = "stop"
     """Action when a site fails."""
+    seed: int = 0
+    """The run's seed."""
+    examples: Callable[[], Mapping[str, Sequence[Example]]] | None = None
+    """Reader of the training sequences by site; None where the sites' data is elsewhere."""
+
+    @property
+    def tunes_factors(self) -> bool:
+        """True where an adapter is tuned, False for all weights."""
+        return any(factor(name) for name in self.layout.names)
 
 
 CheckRow = tuple[str, str]

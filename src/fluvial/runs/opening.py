@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import nn
 
-from fluvial.data import SiteData, SiteTexts
+from fluvial.data import Example, SiteData, SiteTexts
 from fluvial.errors import ConfigError, wrong_return
 from fluvial.federation.sites import COMMON_TASKS, Site, Task
 from fluvial.federation.store import StateStore
@@ -92,7 +92,7 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     `base` may be without weights. Raises `ConfigError` for settings that cannot work together, and
     for a method that lacks public text.
     """
-    planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names)))
+    planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names), texts))
     if not isinstance(planned, Plan):
         raise ConfigError(wrong_return(f"plan of method {config.method.name!r}", planned, "a Plan"))
     if config.promise is not None:
@@ -106,8 +106,14 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     return planned
 
 
-def given(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> Given:
-    """Return the facts about a run of `config` with `sites` that a plan is made from."""
+def given(
+    config: RunConfig, layout: Layout, base: nn.Module, sites: int, texts: Texts | None = None
+) -> Given:
+    """Return the facts about a run of `config` with `sites` that a plan is made from.
+
+    `texts` has the sites' data where it is here.
+    """
+    here = texts if isinstance(texts, SiteTexts) and not config.entry.traits.pooled else None
     return Given(
         layout=layout,
         base=base,
@@ -119,4 +125,10 @@ def given(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> Giv
         rounds=config.rounds,
         line=config.fleet.line,
         on_failure=config.fleet.on_failure,
+        seed=config.seed,
+        examples=None if here is None else partial(_examples, here),
     )
+
+
+def _examples(texts: SiteTexts) -> dict[str, list[Example]]:
+    return {name: texts.load(name).train for name in texts.names}

@@ -67,5 +67,10 @@ class Places:
         """Return the layout of the sites' tuned tensors where all sites share them; else none."""
         return self.tuned_ends if self.config.ends == "shared" else Layout(())
 
+    @property
+    def front_is_tuned(self) -> bool:
+        """True where a tensor of the front is tuned, so that a site needs its gradient."""
+        return any(self.place(name) == "front" for name in self.tuned_ends.names)
+
     def _of(self, chosen: Callable[[Place], bool]) -> Layout:
         return Layout(tuple(entry for entry in self.layout.shapes if chosen(self.place(entry[0]))))

@@ -7,16 +7,16 @@ from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.traffic import conversations, round_over_line_s
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
-from fluvial.methods.planning import OPTIMIZER_BYTES
-from fluvial.methods.traffic import Traffic, unknown
-from fluvial.wire.tensors import factor
+from fluvial.methods.planning import OPTIMIZER_BYTES, line_row
+from fluvial.methods.traffic import Bytes, Traffic, unknown
 
 
 def plan(config: FlGlmConfig, given: Given) -> Plan:
     """Return the plan of a run; raises `ConfigError` for a cut that the model does not have."""
     places = Places.of(config, given.base, given.layout)
-    full = not any(factor(name) for name in given.layout.names)
+    full = not given.tunes_factors
 
     if not places.tuned_ends.shapes and not places.tuned_middle.shapes:
         raise ConfigError(
@@ -72,5 +72,30 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         )
         rows.append(("noise", words))
 
-    traffic = unknown("it follows from the tokens of each step")
-    return Forecast(0, 0, lambda _round: Traffic(traffic, traffic), rows)
+    if given.examples is None:
+        traffic = unknown("it follows from the tokens of each step, and the data is elsewhere")
+        return Forecast(0, 0, lambda _round: Traffic(traffic, traffic), rows)
+
+    last = conversations(config, given, places, given.rounds)
+    tokens = sum(each.tokens for each in last.values())
+    turns = sum(each.turns for each in last.values())
+    sent = sum(each.up.most + each.down.most for each in last.values())
+    rows += [
+        ("bytes of a token, both ways", f"{sent / tokens:,.0f} B with all that is around"),
+        ("turns of a site in a round", f"{turns / len(last):,.0f}, each a round trip"),
+    ]
+    seconds = None
+    if given.line is not None:
+        seconds = round_over_line_s(config, given, last, given.line)
+        rows.append(line_row(seconds))
+
+    return Forecast(0, 0, partial(_traffic, config, given, places), rows, seconds)
+
+
+def _traffic(config: FlGlmConfig, given: Given, places: Places, round: int) -> Traffic:
+    """Return the bytes of a site in a round: of any, since its sequences decide."""
+    found = conversations(config, given, places, round).values()
+    return Traffic(
+        Bytes(min(each.down.least for each in found), max(each.down.most for each in found)),
+        Bytes(min(each.up.least for each in found), max(each.up.most for each in found)),
+    )

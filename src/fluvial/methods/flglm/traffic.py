@@ -1,0 +1,223 @@
+"""Bytes and time of a site's conversation in a round, from the lengths of its sequences.
+
+The permutations of a round follow from the run's seed, so the lengths of every micro-batch do too;
+an activation codec's size follows from the tokens. Only digits of numbers in the messages vary.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fluvial.codecs.activations import build_activation
+from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.data import Example
+from fluvial.federation.line import WIRE, Line, round_s
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.places import Places
+from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, answer
+from fluvial.methods.interface import Given
+from fluvial.methods.traffic import FULL_LOSS, SHORT_LOSS, Bytes, envelope, exactly
+from fluvial.seeds import generator
+from fluvial.training.train import shuffled_batches
+from fluvial.wire.payload import Payload, Value
+
+_KINDS = {4: torch.float32, 2: torch.bfloat16}
+"""Float types by bytes of a value; codecs have the same size for both types of two bytes."""
+_LONG = 1.2345678901234567e-05
+"""A float of as many digits as one can have."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one site and the server send each other in one round."""
+
+    down: Bytes
+    up: Bytes
+    first_down: Bytes
+    """The first message among those down, which travels by Flower."""
+    last_up: Bytes
+    """The reply among those up, which does too."""
+    turns: int
+    """Turns, each of which costs a round trip."""
+    tokens: int
+    """Tokens of all sequences of all steps."""
+
+    def stream_s(self, line: Line, sharing: int) -> float:
+        """Return the seconds of the turns over `line`, which `sharing` sites share."""
+        up = self.up.most - self.last_up.most
+        down = self.down.most - self.first_down.most
+        bits = 8 * WIRE / 1e6 * sharing
+        moving_s = up * bits / line.up_mbit_s + down * bits / line.down_mbit_s
+        return self.turns * line.rtt_ms / 1e3 + moving_s
+
+
+def conversations(
+    config: FlGlmConfig, given: Given, places: Places, round: int
+) -> dict[str, Conversation]:
+    """Return the conversations of a round by site, for all sites as if each took part."""
+    assert given.examples is not None, "the sites' data is here"
+    all_tokens = sum(
+        example.label_tokens for examples in given.examples().values() for example in examples
+    )
+    return {
+        site: _Prediction(config, given, places, all_tokens).conversation(site, examples, round)
+        for site, examples in given.examples().items()
+    }
+
+
+def batches_of(
+    given: Given, site: str, examples: Sequence[Example], round: int
+) -> Iterator[list[Example]]:
+    """Yield the logical batches of a site's round, as its task draws them."""
+    draw = generator(given.seed, "train", round, site)
+    torch.randint(2**62, (1,), generator=draw)  # the seed of dropout comes first
+    batches = shuffled_batches(examples, given.train.logical_batch, draw)
+    for _ in range(given.train.steps(len(examples))):
+        yield next(batches)
+
+
+class _Prediction:
+    """The bytes of messages of one run."""
+
+    def __init__(self, config: FlGlmConfig, given: Given, places: Places, all_tokens: int) -> None:
+        self._config = config
+        self._given = given
+        self._all_tokens = all_tokens
+        self._shared = places.shared
+        self._returns = places.front_is_tuned
+        kind = _KINDS[given.width_bytes]
+        self._hidden = build_activation(config.hidden, kind)
+        self._gradient = build_activation(config.gradient, kind)
+        self._width: int = given.base.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        self._ends = frame_size(IdentitySettings(), self._shared) if self._shared.shapes else 0
+
+    def conversation(self, site: str, examples: Sequence[Example], round: int) -> Conversation:
+        """Return the conversation of one site."""
+        config = self._config
+        steps = self._given.train.steps(len(examples))
+        size = self._given.train.per_device_train_batch_size
+        up = Bytes()
+        down = Bytes()
+        turns = 0
+        tokens = 0
+
+        for step, batch in enumerate(batches_of(self._given, site, examples, round)):
+            label_tokens = sum(example.label_tokens for example in batch)
+            for micro, start in enumerate(range(0, len(batch), size)):
+                lengths = tuple(len(each.input_ids) for each in batch[start : start + size])
+                tokens += sum(lengths)
+                forward = Forward(
+                    step, micro, steps, lengths, label_tokens, self._returns, 1.0, b"0"
+                )
+                sent, received = self._micro_batch(forward)
+                up += sent
+                down += received
+                turns += 2
+
+            for meeting in self._meetings(step):
+                up += self._either(meeting, replace(meeting, weight=self._all_tokens))
+                down += self._answer(meeting, self._ends, long={"norm": _LONG})
+                turns += 1
+
+        first = self._message(round)
+        last = self._reply(examples)
+        return Conversation(down + first, up + last, first, last, turns, tokens)
+
+    def _micro_batch(self, forward: Forward) -> tuple[Bytes, Bytes]:
+        """Return the bytes up and down of a forward and a backward turn."""
+        tokens = sum(forward.lengths)
+        hidden = self._hidden.size(tokens, self._width)
+        gradient = self._gradient.size(tokens, self._width)
+        backward = Backward(forward.step, forward.micro, b"0")
+        up = self._either(forward, replace(forward, factor=_LONG)) + exactly(hidden)
+        up += _sized(backward.payload()) + exactly(gradient)
+
+        together: dict[str, Value] = {}
+        longer: dict[str, Value] = {}
+        if self._config.mode == "client-batch":
+            together = {"tokens": forward.tokens, "steps": forward.steps}
+            longer = {"tokens": self._all_tokens, "steps": 10**9}
+
+        down = self._answer(forward, hidden, short=together, long=longer)
+        returned = gradient if self._returns else 0
+        down += self._answer(backward, returned, short={"norm": 0.5}, long={"norm": _LONG})
+        return up, down
+
+    def _meetings(self, step: int) -> list[Meeting]:
+        """Return the meetings behind a step."""
+        frame = b"0" if self._ends else None
+        if self._config.mode == "client-batch":
+            norm = 0.0 if self._ends else _LONG
+            return [Meeting("clip", step, 1, norm, 1.0, frame)]
+
+        every = self._config.sync_steps
+        if every is None or (step + 1) % every:
+            return []
+        return [Meeting("average", step, 1, 0.0, 1.0, frame)]
+
+    def _either(self, short: Content, long: Content) -> Bytes:
+        """Return the bytes of one of two turns, with the frame of a meeting."""
+        sizes = [len(turn.payload().to_bytes()) for turn in (short, long)]
+        carries = short.frame is not None
+        frame = self._ends if isinstance(short, Meeting) and carries else 0
+        return Bytes(min(sizes) - carries + frame, max(sizes) - carries + frame)
+
+    def _answer(
+        self,
+        turn: Content,
+        frame: int,
+        *,
+        short: Mapping[str, Value] | None = None,
+        long: Mapping[str, Value] | None = None,
+    ) -> Bytes:
+        """Return the bytes of the server's answer with a frame of `frame` bytes, 0 without any."""
+        content = b"0" if frame else None
+        sizes = [
+            len(answer(turn, content, **(values or {})).to_bytes()) - bool(frame)
+            for values in (short, long)
+        ]
+        return Bytes(min(sizes) + frame, max(sizes) + frame)
+
+    def _message(self, round: int) -> Bytes:
+        """Return the bytes of the first message."""
+        whole = self._ends > 0 and (self._given.tunes_factors or round > 1)
+        around = envelope({"round": round}, frame=whole)
+        return around + exactly(self._ends if whole else 0)
+
+    def _reply(self, examples: Sequence[Example]) -> Bytes:
+        """Return the bytes of the reply."""
+        carries = self._ends > 0 and self._config.mode != "client-batch"
+        values: dict[str, Value] = {"n": len(examples)}
+        around = envelope(
+            values | {"loss": SHORT_LOSS, "factor": 1.0},
+            values | {"loss": FULL_LOSS, "factor": _LONG},
+            frame=carries,
+        )
+        return around + exactly(self._ends if carries else 0)
+
+
+def round_over_line_s(
+    config: FlGlmConfig, given: Given, found: Mapping[str, Conversation], line: Line
+) -> float:
+    """Return the seconds of a round over `line`, without training: turns, and Flower's messages.
+
+    Sites that work one after another add up; else the slowest one counts.
+    """
+    together = config.cohort(given.sites)
+    alone = config.mode == "sequential"
+    sharing = together if line.shared and not alone else 1
+    seconds = sorted(
+        each.stream_s(line, sharing)
+        + round_s(
+            each.first_down.most, each.last_up.most, sites=1 if alone else together, line=line
+        )
+        for each in found.values()
+    )
+    return sum(seconds[-together:]) if alone else seconds[-1]
+
+
+def _sized(payload: Payload) -> Bytes:
+    """Return the bytes of a message, without those of its frame of one byte."""
+    return exactly(len(payload.to_bytes()) - 1)
