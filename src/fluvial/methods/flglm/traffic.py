@@ -95,7 +95,6 @@ class _Prediction:
 
     def conversation(self, site: str, examples: Sequence[Example], round: int) -> Conversation:
         """Return the conversation of one site."""
-        config = self._config
         steps = self._given.train.steps(len(examples))
         size = self._given.train.per_device_train_batch_size
         up = Bytes()
