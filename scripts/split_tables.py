@@ -1,6 +1,6 @@
 """Tables of split learning, for `write_tables.py`."""
 
-from table_parts import claims, read, table
+from table_parts import cell, claims, listing, read, table
 
 ATTACKS = ("exact causal search", "nearest token", "trained decoder", "shifted decoder")
 GRADIENTS = "gradient matching"
@@ -83,3 +83,38 @@ def leak_decoders() -> str:
     shifted = _percent(_shares("curve", ATTACKS[3], "no noise"))
     aligned = _percent(_shares("curve", ATTACKS[2], "no noise"))
     return f"without noise the shifted decoder names {shifted}, the aligned one {aligned}"
+
+
+def activations() -> str:
+    """Return the error, bytes and time of activation codecs."""
+    found = read("activations.json")
+    ends = ("h_A", "h_B", "g_A", "g_B")
+    errors = [
+        [row["codec"], *(cell(float(f"{row[end]:.3g}")) for end in ends)]
+        for row in found["rows"]
+        if row["part"] == "error"
+    ]
+    columns = {
+        "codec": "codec",
+        "rounding": "rounding",
+        "bytes_token": "bytes a token",
+        "share_16_bit": "of 16 bits a value",
+        "encode_mb_s": "encode, MB/s of fp32",
+        "decode_mb_s": "decode, MB/s",
+        "line_share": "coding, of the line's time",
+        "total_share": "coding and line, of 16 bits a value",
+    }
+    settings = found["settings"]
+    words = (
+        f"Width 896, fp32, {settings['threads']} thread, seconds of the processor; the line has 1 "
+        "Gbit/s."
+    )
+    return "\n\n".join(
+        [
+            "Relative error ||decoded - x|| / ||x|| on the embedded model, "
+            f"{settings['texts']} public texts of {settings['tokens']} tokens, after the first of "
+            f"{settings['epochs']} epochs of training.",
+            table([["codec", *ends], *errors]),
+            listing("activations.json", "time", columns, words),
+        ]
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from split_tables import leakage
+from split_tables import activations, leakage
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
@@ -155,7 +155,12 @@ TABLES = {
         "compute": block_compute,
     },
     "docs/methods/flglm.md": {"leakage": leakage},
-    "docs/codecs.md": {"distortion": distortion, "target": target, "speed": speed},
+    "docs/codecs.md": {
+        "distortion": distortion,
+        "target": target,
+        "speed": speed,
+        "activations": activations,
+    },
     "docs/architecture.md": {"overhead": overhead},
     "docs/deploy.md": {"rounds": engine_rounds, "line": engine_line, "channel": channel},
 }

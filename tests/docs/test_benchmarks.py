@@ -70,6 +70,18 @@ def test_channel(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_activations(tmp_path: Path) -> None:
+    """Exact rows have no error, coded changes less than what they are changes of."""
+    content = _quick("activations", tmp_path / "activations.json")
+    lost = {row["codec"]: row for row in content["rows"] if row["part"] == "error"}
+    times = [row for row in content["rows"] if row["part"] == "time"]
+    assert all(lost["exact"][end] == 0 for end in ("h_A", "h_B", "g_A", "g_B"))
+    assert lost["int4, recurring"]["h_A"] < lost["int4"]["h_A"] / 5
+    assert {row["bytes_token"] for row in times if row["codec"] == "int8"} == {898}
+    assert all(row["encode_mb_s"] > 0 and row["decode_mb_s"] > 0 for row in times)
+
+
+@pytest.mark.slow
 def test_cgfedllm(tmp_path: Path) -> None:
     """Gate and loss on the embedded text; identity is exact whatever the size."""
     content = _quick("cgfedllm", tmp_path / "cgfedllm.json")

@@ -141,11 +141,16 @@ def to_bf16(values: Tensor, generator: Generator | None) -> Tensor:
         return single.to(torch.bfloat16)
 
     # The lower half of the bits is the fraction of a step, for each sign and exponent.
-    bits = torch.randint(
-        1 << 16, single.shape, generator=generator, dtype=torch.int32, device=single.device
-    )
+    bits = random_bits(single, generator).to(torch.int32).bitwise_and_(0xFFFF)
     bits += single.view(torch.int32)
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(like: Tensor, generator: Generator) -> Tensor:
+    """Return 16 random bits, int16, for each value of `like`."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: like.numel()].view(like.shape)
 
 
 def check_sendable(rows: Tensor) -> None:

@@ -17,6 +17,7 @@ from fluvial.codecs.activations.base import (
     ActivationSettings,
     Cursor,
     check_finite,
+    random_bits,
 )
 from fluvial.codecs.quantise import bf16
 from fluvial.errors import ConfigError, WireError
@@ -70,7 +71,10 @@ class LevelRows(ActivationCodec):
         return -(-width // self.group_size(width))
 
     def _quantise(self, rows: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """Return the scales (tokens, groups), bf16, and the levels (tokens, width), int8."""
+        """Return the scales (tokens, groups), bf16, and the levels (tokens, width), int8.
+
+        The mean over draws is right to 2^-17 of a step.
+        """
         pieces = [self._quantise_piece(piece, generator) for piece in torch.split(rows, _PIECE)]
         scales, levels = zip(*pieces, strict=True)
         return torch.cat(scales), torch.cat(levels)
@@ -88,7 +92,8 @@ class LevelRows(ActivationCodec):
         if generator is None:
             quotient.round_()
         else:
-            drawn = torch.rand(quotient.shape, generator=generator, device=quotient.device)
+            # From 0 to 1 in steps of 2^-16, and the middle of each step.
+            drawn = random_bits(quotient, generator).float().mul_(2**-16).add_(0.5 + 2**-17)
             whole = quotient.floor()
             further = torch.gt(quotient.sub_(whole), drawn, out=drawn)
             quotient = whole.add_(further)
