@@ -8,7 +8,6 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.transport import Arrival, Request
 from fluvial.flower.envelope import flower_error, open_reply, pack
 from fluvial.flower.inbox import Inbox
+from fluvial.flower.letter import Letter
 from fluvial.flower.nodes import Nodes
 from fluvial.flower.stream.conversations import Conversations
 from fluvial.flower.stream.listener import StreamListener
@@ -78,23 +78,6 @@ def flower_fleet(
     )
 
     return Fleet(transport, config.fleet, limits=limits)
-
-
-@dataclass(eq=False)
-class _Letter:
-    """A request on its way over Flower."""
-
-    request: Request
-    since_s: float
-    """Time at which it was sent, and until then when it was to be."""
-    number: str = ""
-    """Flower's number of the message that was sent last."""
-    seq: int = 0
-    """Our number of that message."""
-    greeted_again: bool = False
-    """True once the site was greeted again because it did not know the run."""
-    kept: bool = False
-    """True where the site keeps something with its answer."""
 
 
 class FlowerTransport:
@@ -157,11 +140,11 @@ class FlowerTransport:
         self._base = -1
         self._acks: dict[str, int] = {}
         """Numbers of the sites' last answers that count."""
-        self._letters: dict[int, _Letter] = {}
+        self._letters: dict[int, Letter] = {}
         """Open exchanges, by number."""
-        self._held: list[_Letter] = []
+        self._held: list[Letter] = []
         """Letters that wait for their site to be connected."""
-        self._sent: dict[str, _Letter] = {}
+        self._sent: dict[str, Letter] = {}
         """Letters that were sent, by Flower's number of the message."""
         self._ready: deque[Arrival] = deque()
         self._conversations = Conversations(
@@ -184,7 +167,7 @@ class FlowerTransport:
         if not self._letters:
             self._nodes.look_soon()  # a site may have gone, or come back as another node
 
-        letter = _Letter(request, time.monotonic())
+        letter = Letter(request, time.monotonic())
         self._letters[request.number] = letter
         self._hold(letter)
 
@@ -256,7 +239,7 @@ class FlowerTransport:
                 self._nodes.hear(reply)
                 reply = self._inbox.next(0)
 
-    def _hold(self, letter: _Letter) -> None:
+    def _hold(self, letter: Letter) -> None:
         """Keep a letter until its site is there; its deadline does not count before."""
         letter.request.sent_s = float("inf")
         self._held.append(letter)
@@ -287,7 +270,7 @@ class FlowerTransport:
 
         return len(self._held) < len(letters)
 
-    def _may_come(self, letter: _Letter) -> bool:
+    def _may_come(self, letter: Letter) -> bool:
         """Return whether to wait for a site that is not connected.
 
         It was greeted, or would be asked again anyway.

@@ -190,7 +190,7 @@ def test_a_task_that_talks_is_refused_with_the_remedy(
     process = SiteProcess(site_file(tmp_path))
     join(process, table)
     monkeypatch.setattr(fluvial.site_process.process, "tasks_of", lambda _: {"train": talking})
-    with pytest.raises(RefusalError, match="converses with the server.*in one process") as refused:
+    with pytest.raises(RefusalError, match="asked for one answer only.*Fleet.converse") as refused:
         process.answer(header(), training(pool))
     assert process.refusal(header(), refused.value) == f"RefusalError: {refused.value}"
 

@@ -57,7 +57,7 @@ class Transparent:
 
 
 class _Sealed:
-    """What both ends of a sealed session have in common."""
+    """Common base of both ends of a sealed session."""
 
     _session: Session | None = None
 
