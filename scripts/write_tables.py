@@ -145,6 +145,28 @@ def channel() -> str:
     return "\n\n".join(tables)
 
 
+def stream() -> str:
+    """Return the table of turns over the live stream."""
+    columns = {
+        "size": "turn, and its answer",
+        "kind": "stream",
+        "exchanges_s": "exchanges a second",
+        "mb_s": "MB/s, both ways",
+        "ms": "ms an exchange",
+        "slowest_ms": "slowest round, ms",
+    }
+    given = read("stream.json")
+    machine = given["machine"]
+    loads = f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
+    words = (
+        f"Two processes over loopback on {machine['cores']} cores; the load of the machine was "
+        f"{loads}, so other processes took a share of them (`python -m benchmarks.stream`)."
+    )
+    rows = [[cell(row[key]) for key in columns] for row in given["rows"]]
+
+    return "\n\n".join((words, table([list(columns.values()), *rows]), claims("stream.json")))
+
+
 TABLES = {
     "README.md": {"results": quickstart},
     "docs/methods/cgfedllm.md": {"gate": gate, "loss": loss, "parts": parts},
@@ -162,7 +184,12 @@ TABLES = {
         "activations": activations,
     },
     "docs/architecture.md": {"overhead": overhead},
-    "docs/deploy.md": {"rounds": engine_rounds, "line": engine_line, "channel": channel},
+    "docs/deploy.md": {
+        "rounds": engine_rounds,
+        "line": engine_line,
+        "channel": channel,
+        "stream": stream,
+    },
 }
 
 

@@ -82,6 +82,19 @@ def test_activations(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stream(tmp_path: Path) -> None:
+    """Every kind of stream at every size, and the one claim."""
+    content = _quick("stream", tmp_path / "stream.json")
+    assert {(row["size"], row["kind"]) for row in content["rows"]} == {
+        (size, kind)
+        for size in ("100 B", "1 MB", "16 MB")
+        for kind in ("plain text", "TLS", "TLS and channel")
+    }
+    assert all(row["exchanges_s"] > 0 for row in content["rows"])
+    assert len(content["claims"]) == 1
+
+
+@pytest.mark.slow
 def test_cgfedllm(tmp_path: Path) -> None:
     """Gate and loss on the embedded text; identity is exact whatever the size."""
     content = _quick("cgfedllm", tmp_path / "cgfedllm.json")
