@@ -19,7 +19,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Step:
-    """What crosses a cut in one step: the tensors of B's two ends."""
+    """The tensors that cross the two ends of B in one step."""
 
     epoch: int
     batch: SampleBatch
