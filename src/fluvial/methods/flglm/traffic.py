@@ -6,6 +6,7 @@ an activation codec's size follows from the tokens. Only digits of numbers in th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ _LONG = 1.2345678901234567e-05
 
 @dataclass(frozen=True)
 class Conversation:
-    """What one site and the server send each other in one round."""
+    """The messages between one site and the server in one round."""
 
     down: Bytes
     up: Bytes
@@ -90,7 +91,8 @@ class _Prediction:
         kind = _KINDS[given.width_bytes]
         self._hidden = build_activation(config.hidden, kind)
         self._gradient = build_activation(config.gradient, kind)
-        self._width: int = given.base.config.get_text_config().hidden_size  # type: ignore[operator, union-attr]
+        model: Any = given.base
+        self._width: int = model.config.get_text_config().hidden_size
         self._ends = frame_size(IdentitySettings(), self._shared) if self._shared.shapes else 0
 
     def conversation(self, site: str, examples: Sequence[Example], round: int) -> Conversation:
