@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from fluvial.codecs import CODECS, CodecConfig, build, read_settings
+from fluvial.codecs.activations import ActivationConfig
 from fluvial.codecs.base import CodecSettings
 from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError
@@ -110,6 +111,17 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "noise": {"clip": 1.0, "multiplier": 0.1},
         }.items()
     },
+    **{
+        f"Int4RowsSettings.{name}": (
+            {"method": {"name": "flglm", "hidden": {"name": "int4"}}},
+            value,
+        )
+        for name, value in {"group_size": 16, "outlier_channels": 2}.items()
+    },
+    "TopKRowsSettings.share": (
+        {"method": {"name": "flglm", "hidden": {"name": "top_k"}}},
+        0.5,
+    ),
     "FlGlmConfig.sync_steps": ({"method": {"name": "flglm", "mode": "hierarchical"}}, 1),
     "TrainConfig.num_train_epochs": (
         {"train": {"learning_rate": 1e-2, "per_device_train_batch_size": 4}},
@@ -223,7 +235,10 @@ def fields_of(kind: type[Settings]) -> set[str]:
     return set(kind.model_fields) - {"name"}
 
 
+ROWS: tuple[type[Settings], ...] = get_args(get_args(ActivationConfig)[0])
+"""Settings of activation codecs."""
 TABLES: list[type[Settings]] = [
+    *ROWS,
     *(method.config for method in METHODS.values()),
     TgapConfig,
     TrainConfig,
@@ -240,7 +255,11 @@ WANTED = (
     | {f"CodecSettings.{name}" for name in SHARED - {"name"}}
     | set(UNFITTED)
 )
-PLACES = {"TrainConfig": "train", "LoraSettings": "lora", "TgapConfig": "method.tgap"}
+PLACES = dict.fromkeys((kind.__name__ for kind in ROWS), "method.hidden") | {
+    "TrainConfig": "train",
+    "LoraSettings": "lora",
+    "TgapConfig": "method.tgap",
+}
 
 
 def changed(table: Table, field: str, value: Any) -> Table:
