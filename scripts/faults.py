@@ -1,5 +1,5 @@
-"""Break a deployment in every way that tests/flower/test_faults.py knows, and write what was seen
-to docs/reliability.md.
+"""Break a deployment in every way that the tests of faults know, and write what was seen to
+docs/reliability.md.
 
     python scripts/faults.py --out docs/reliability.md [--only EXPRESSION] [--table]
 
@@ -24,8 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
-TESTS = "tests/flower/test_faults.py"
-SETTINGS = (sys.executable, "-m", "pytest", TESTS, "-m", "faults")
+TESTS = ("tests/flower/test_faults.py", "tests/flower/test_stream_faults.py")
+SETTINGS = (sys.executable, "-m", "pytest", *TESTS, "-m", "faults")
 INTRODUCTION = """# What happens when something breaks
 
 `make faults` writes this page. Do not edit it by hand.
@@ -35,8 +35,10 @@ The sites tune a tiny model for three rounds with error feedback, so anything th
 counted twice shows in the adapter. A process is stopped at the named moment and killed there with
 SIGKILL. "Same adapter" means that the file's SHA-256 equals that of an undisturbed run in one
 process with the same participants. Seconds run from the fault until the server, or the process in
-question, noticed it. The deadline is `fleet.deadline_s = 30`. The whole procedure is in
-tests/flower/test_faults.py.
+question, noticed it. The deadline is `fleet.deadline_s = 30`. Split learning, whose turns go over
+the live stream, has two rounds of a model of four layers and a deadline of 60 s. The whole
+procedure is in tests/flower/test_faults.py and tests/flower/test_stream_faults.py. Connections
+that break in the middle of turns need no deployment: tests/oracle/test_conversation_over_stream.py.
 """
 
 NOT_TESTED = {
@@ -101,7 +103,8 @@ def names() -> list[str]:
     found = subprocess.run(
         [*SETTINGS, "--collect-only"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return re.findall(rf"^{re.escape(TESTS)}::(.+)$", found.stdout, re.MULTILINE)
+    files = "|".join(map(re.escape, TESTS))
+    return re.findall(rf"^(?:{files})::(.+)$", found.stdout, re.MULTILINE)
 
 
 def read() -> dict[str, Any]:

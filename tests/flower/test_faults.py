@@ -7,13 +7,12 @@ Every test leaves a row: the fault, what must follow, what did, and the seconds 
 
 import datetime
 import json
-import os
 import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from fluvial.flower import certificates
 from fluvial.runs.config import parse
 from fluvial.runs.opening import site_of, tasks_of
 from fluvial.runs.run import execute
+from tests.flower.conftest import Row
 from tests.support.flower_lab import SERVER, Deployment, RunEndedError, deployment
 from tests.support.moments import SKEW, Moments
 
@@ -43,26 +43,6 @@ DEADLINE_S = 30.0
 RESTART_S = 66.0
 """A SuperNode with a key is refused until its last process counts as gone; see `RestartSec` of the
 unit."""
-Row = Callable[..., None]
-
-
-@pytest.fixture
-def row(request: pytest.FixtureRequest) -> Row:
-    """Keep what was observed in the file $FLUVIAL_FAULTS, under the test's name."""
-
-    def keep(fault: str, expected: str, observed: str, seconds: float | None) -> None:
-        if name := os.environ.get("FLUVIAL_FAULTS"):
-            path = Path(name)
-            rows = json.loads(path.read_text()) if path.exists() else {}
-            found = {"fault": fault, "expected": expected, "observed": observed}
-            rows[request.node.name] = found | {
-                "seconds": None if seconds is None else round(seconds, 1)
-            }
-            path.write_text(json.dumps(rows, indent=2) + "\n")
-
-    return keep
-
-
 # -- runs ----------------------------------------------------------------------------------------
 
 
