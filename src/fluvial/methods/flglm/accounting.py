@@ -19,11 +19,13 @@ OUTSIDE = (
 """Information that leaves a site beside hidden states."""
 HELDOUT = "held-out hidden states, which leave exactly"
 """The same, unless there is noise in inference."""
+MEASURES = "measures that a server asks for beyond those of the run"
+"""The same where there is, since the site's ledger counts conversations of training only."""
 
 
 def outside(noise: NoiseConfig) -> list[str]:
     """Return information that leaves a site and that epsilon does not count."""
-    return list(OUTSIDE if noise.inference else (*OUTSIDE, HELDOUT))
+    return [*OUTSIDE, MEASURES if noise.inference else HELDOUT]
 
 
 def passes_of_round(train: TrainConfig, fewest: int | None) -> int:

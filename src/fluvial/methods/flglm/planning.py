@@ -62,7 +62,9 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         ),
     ]
     if config.noise is not None:
-        passes = given.rounds * passes_of_round(given.train, None)
+        known = None if given.examples is None else given.examples().values()
+        fewest = None if known is None else min(map(len, known))
+        passes = given.rounds * passes_of_round(given.train, fewest)
         epsilon = spent(config.noise, passes)
         words = (
             f"standard deviation {config.noise.std:.3g} on a norm of at most "
