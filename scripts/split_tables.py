@@ -1,5 +1,7 @@
 """Tables of split learning, for `write_tables.py`."""
 
+from typing import Any
+
 from table_parts import cell, claims, listing, read, table
 
 ATTACKS = ("exact causal search", "nearest token", "trained decoder", "shifted decoder")
@@ -118,3 +120,50 @@ def activations() -> str:
             listing("activations.json", "time", columns, words),
         ]
     )
+
+
+def privacy_utility() -> str:
+    """Return the quality of the tuned model beside the tokens that a server reads."""
+    given = read("privacy_utility.json")
+    settings = given["settings"]
+    seeds = len(settings["seeds"])
+    tokens = given["rows"][0]["tokens"] // seeds
+    cells = [
+        [
+            f"{row['cut']}: {row['case']}",
+            "-" if row["epsilon"] is None else f"{row['epsilon']:.0f}",
+            f"{row['base_loss']:.3f}",
+            f"{row['loss']:.3f}",
+            f"{row['loss_spread']:.3f}",
+            f"{100 * row['accuracy']:.1f} %",
+            f"{100 * row['hidden']:.0f} %",
+            f"{100 * row['gradients']:.0f} %",
+        ]
+        for row in given["rows"]
+    ]
+    words = (
+        f"Means over {seeds} seeds of whole runs of {settings['rounds']} rounds, client-batch, as "
+        "configs/flglm.toml without activation codecs. Loss and accuracy are held-out and, unless "
+        'noise is "in use too", of the model without noise. Tokens read are those of the run\'s '
+        f"own meter, {tokens} a seed. C is the median norm of a hidden state, {_clips(given)}."
+    )
+    heading = [
+        "layers before the cut, noise on h_A",
+        "epsilon, one pass",
+        "loss, untuned",
+        "loss, tuned",
+        "max - min",
+        "next-token accuracy",
+        "read from hidden states",
+        "read from gradients",
+    ]
+
+    return "\n\n".join((words, table([heading, *cells]), claims("privacy_utility.json")))
+
+
+def _clips(given: dict[str, Any]) -> str:
+    """Return the whole clip at each cut in words."""
+    clips = {
+        row["cut"]: row["clip"] for row in given["rows"] if row["clip"] and "C =" not in row["case"]
+    }
+    return ", ".join(f"{clip:g} at p = {cut}" for cut, clip in sorted(clips.items()))

@@ -16,7 +16,7 @@ from pathlib import Path
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from split_tables import activations, leakage
+from split_tables import activations, leakage, privacy_utility
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
@@ -176,7 +176,7 @@ TABLES = {
         "memory": block_memory,
         "compute": block_compute,
     },
-    "docs/methods/flglm.md": {"leakage": leakage},
+    "docs/methods/flglm.md": {"leakage": leakage, "privacy-utility": privacy_utility},
     "docs/codecs.md": {
         "distortion": distortion,
         "target": target,

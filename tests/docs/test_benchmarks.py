@@ -490,3 +490,13 @@ def test_leakage(tmp_path: Path) -> None:
     cases = {(row["part"], row["case"]) for row in content["rows"]}
     assert len(content["rows"]) == 5 * len(cases)
     assert all(claim["holds"] for claim in content["claims"])
+
+
+@pytest.mark.slow
+def test_privacy_utility(tmp_path: Path) -> None:
+    """Quality and tokens read of each case, and noise that hides the text and costs the model."""
+    content = _quick("privacy_utility", tmp_path / "privacy_utility.json")
+    plain, noisy = content["rows"]
+    assert noisy["hidden"] < plain["hidden"]
+    assert noisy["loss"] > plain["loss"]
+    assert all(claim["holds"] for claim in content["claims"])

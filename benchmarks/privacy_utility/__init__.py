@@ -1,0 +1,1 @@
+"""The benchmark of noise in split learning: tokens read and quality of the model, by noise."""
