@@ -1,0 +1,77 @@
+"""A site that fails in any of the four tensors of a step: the same weights, or its failure."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.errors import DivergenceError
+from fluvial.methods.flglm import tasks
+from fluvial.methods.flglm.turns import Backward, Content, Forward
+from tests.support.models import four_layers
+from tests.support.runs import run_table
+
+MOMENTS = {
+    "before h_A": (Forward, False),
+    "after h_B": (Forward, True),
+    "before g_B": (Backward, False),
+    "after g_A": (Backward, True),
+}
+"""Kind of the turn, and whether its answer has come."""
+
+
+@pytest.fixture
+def table(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return run_config | {"model": {"name_or_path": str(four_layers(tmp_path / "model"))}}
+
+
+@pytest.fixture(params=MOMENTS)
+def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let one site fail once, in the second step, at this moment; the list names it then."""
+    kind, answered = MOMENTS[request.param]
+    turn = tasks._Visit.turn
+    failed: list[str] = []
+
+    def watched(self: Any, content: Content) -> Any:
+        due = isinstance(content, kind) and content.step == 1 and not failed
+        if due and not answered:
+            failed.append(request.param)
+            raise DivergenceError("the test ends this site")
+
+        received = yield from turn(self, content)
+        if due and not failed:
+            failed.append(request.param)
+            raise DivergenceError("the test ends this site")
+        return received
+
+    monkeypatch.setattr(tasks._Visit, "turn", watched)
+    return failed
+
+
+@pytest.mark.parametrize(("mode", "ends"), [("sequential", "shared"), ("hierarchical", "own")])
+def test_a_site_that_begins_again_changes_nothing(
+    table: dict[str, Any], tmp_path: Path, failing: list[str], mode: str, ends: str
+) -> None:
+    """The replica begins again with it; nothing of the attempt that failed is left."""
+    method = {"name": "flglm", "mode": mode, "ends": ends, "leakage": {"sites": "none"}}
+    table = table | {"rounds": 1, "method": method}
+    retried = run_table(
+        table | {"fleet": {"on_failure": "retry", "workers": 1}}, tmp_path / "retried"
+    )
+    assert failing
+    undisturbed = run_table(table, tmp_path / "undisturbed")
+    for key in ("adapter_sha256", "heldout", "heldout_by_site"):
+        assert retried[key] == undisturbed[key]
+
+
+def test_a_client_batch_goes_on_without_the_site(
+    table: dict[str, Any], tmp_path: Path, failing: list[str]
+) -> None:
+    """The others make the round's steps; the site takes part again in the next one."""
+    result = run_table(
+        table | {"method": {"name": "flglm"}, "fleet": {"on_failure": "skip"}}, tmp_path / "run"
+    )
+    assert failing
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [row.count('"sites": 2') for row in rows] == [1, 0]
+    assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
