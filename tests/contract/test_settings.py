@@ -63,6 +63,8 @@ def required(kind: type[Settings]) -> dict[str, Any]:
         "rtt_ms": 1.0,
         "placement": "update",
         "clip_norm": 1.0,
+        "clip": 1.0,
+        "multiplier": 1.0,
     }
     return {
         name: usual.get(name, "x")
