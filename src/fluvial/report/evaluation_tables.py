@@ -51,6 +51,10 @@ def _record_table(data: JsonObject, headings: dict[str, str]) -> Table:
         "perplexity": "perplexity",
         "accuracy": "next-token accuracy",
         "exact_match": "exact match of greedy answers, outer white space aside",
+        "f1": "token F1 of greedy answers, as SQuAD counts it",
+        "rouge_1": "ROUGE-1 of greedy answers, F1",
+        "rouge_2": "ROUGE-2 of greedy answers, F1",
+        "rouge_l": "ROUGE-L of greedy answers, F1",
     }
     rows = [
         [labels[key], *(_figure(data[model][key]) for model in models)] for key in data[models[-1]]

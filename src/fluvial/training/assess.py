@@ -17,10 +17,11 @@ from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, check_length
+from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import CHANCE, Choice, read_choices
-from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
+from fluvial.training.evaluate import Heldout, check_effect, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.wire.tensors import Layout, Named
@@ -237,9 +238,8 @@ def _data_result(
             sums = heldout(model, texts.examples, pad_token_id=pool.tokenizer.pad_token_id)
         result[name] = _measures(sums, name)
         if questions:
-            result[name]["exact_match"] = _greedy_matches(pool, adapter, fit, max_new_tokens) / len(
-                questions
-            )
+            scores = _answer_sums(pool, adapter, fit, max_new_tokens)
+            result[name] |= scores.means(len(questions))
 
     return result
 
@@ -258,21 +258,21 @@ def _measures(sums: Heldout, name: str) -> dict[str, Any]:
     return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
 
 
-def _greedy_matches(
+def _answer_sums(
     pool: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
-) -> int:
-    right = 0
+) -> AnswerSums:
+    scores = AnswerSums()
     logged_s = time.monotonic()
     prompts = [question.prompt for question in questions]
     answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
 
     for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
-        right += exact_match([answer], [question.answer])
+        scores += AnswerSums.of(answer, [question.answer])
         if time.monotonic() - logged_s > 1:
             logged_s = time.monotonic()
-            logger.info("exact match: %d of %d answers written", number, len(questions))
+            logger.info("greedy answers: %d of %d answers written", number, len(questions))
 
-    return right
+    return scores
 
 
 def _choice_result(

@@ -69,6 +69,7 @@ def test_greedy_is_greedy_whatever_the_folder_asks_for(tiny_model: Path, tmp_pat
         folder, "--data", _lines(tmp_path / "d.jsonl", rows), "--set", "evaluate.max_new_tokens=5"
     )
     assert found["data"]["model"]["exact_match"] == 1.0
+    assert found["data"]["model"]["f1"] == 1.0
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

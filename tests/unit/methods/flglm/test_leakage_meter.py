@@ -13,7 +13,7 @@ from fluvial.methods.flglm.leakage.meter import (
     common_beginning,
     measure,
 )
-from fluvial.methods.flglm.leakage.rouge import rouge_l, rouge_n, words
+from fluvial.training.rouge import rouge_l, rouge_n, words
 
 
 def test_rouge_by_hand() -> None:

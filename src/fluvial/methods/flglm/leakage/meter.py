@@ -11,7 +11,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from fluvial.methods.flglm.leakage.rouge import rouge_l, rouge_n, words
+from fluvial.training.rouge import rouge_l, rouge_n, words
 
 GRADIENTS = "gradient matching"
 """Name of the attack on gradients."""

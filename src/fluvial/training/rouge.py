@@ -1,4 +1,4 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L: overlap of a text that was read with the text that was sent.
+"""ROUGE-1, ROUGE-2 and ROUGE-L: overlap of a text with its reference.
 
 Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. F1 of precision and recall,
 as in the package `rouge_score`, on the words that it forms: runs of a-z and 0-9, lower case, no

@@ -1,0 +1,97 @@
+"""Scores of generated answers against references: exact match, token F1 and ROUGE, as sums.
+
+Token F1 is that of SQuAD (Rajpurkar et al., 2016) and CoQA (Reddy et al., 2019): overlap of the
+words once case, punctuation and the articles are gone. With several references an answer counts by
+its best one, for each score apart. Each score is rounded to millionths, so that sums are integers:
+they are the same in any order and add up over sites.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from fluvial.training.rouge import rouge_l, rouge_n, words
+
+MILLION = 10**6
+
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class AnswerSums:
+    """Sums of scores over answers; all but the counts in millionths."""
+
+    questions: int = 0
+    right: int = 0
+    """Answers equal to a reference, white space at both ends aside."""
+    f1: int = 0
+    rouge_1: int = 0
+    rouge_2: int = 0
+    rouge_l: int = 0
+
+    @classmethod
+    def of(cls, answer: str, references: Sequence[str]) -> Self:
+        """Return the scores of one answer, each against the reference that it meets best.
+
+        Raises `ValueError` without any reference.
+        """
+        read = words(answer)
+        sent = [words(reference) for reference in references]
+
+        return cls(
+            questions=1,
+            right=int(answer.strip() in {reference.strip() for reference in references}),
+            f1=_millionths(max(token_f1(answer, reference) for reference in references)),
+            rouge_1=_millionths(max(rouge_n(read, reference, 1) for reference in sent)),
+            rouge_2=_millionths(max(rouge_n(read, reference, 2) for reference in sent)),
+            rouge_l=_millionths(max(rouge_l(read, reference) for reference in sent)),
+        )
+
+    def __add__(self, other: "AnswerSums") -> "AnswerSums":
+        """Return the sums over the answers of both."""
+        return AnswerSums(
+            questions=self.questions + other.questions,
+            right=self.right + other.right,
+            f1=self.f1 + other.f1,
+            rouge_1=self.rouge_1 + other.rouge_1,
+            rouge_2=self.rouge_2 + other.rouge_2,
+            rouge_l=self.rouge_l + other.rouge_l,
+        )
+
+    def means(self, questions: int) -> dict[str, float]:
+        """Return the mean of each score over `questions`; one without an answer counts 0."""
+        scale = questions * MILLION
+        return {
+            "exact_match": self.right / questions,
+            "f1": self.f1 / scale,
+            "rouge_1": self.rouge_1 / scale,
+            "rouge_2": self.rouge_2 / scale,
+            "rouge_l": self.rouge_l / scale,
+        }
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Return F1 of the words of both texts, as SQuAD 2.0 counts it; 0 to 1.
+
+    Where one of them has no word left, the score is 1 if neither has, else 0.
+    """
+    ours = squad_words(answer)
+    theirs = squad_words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+
+    common = (Counter(ours) & Counter(theirs)).total()
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def squad_words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without ASCII punctuation and English articles."""
+    return _ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _millionths(score: float) -> int:
+    return round(score * MILLION)

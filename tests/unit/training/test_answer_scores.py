@@ -1,0 +1,50 @@
+"""Scores of answers, by cases computed by hand."""
+
+import pytest
+
+from fluvial.training.answer_scores import AnswerSums, squad_words, token_f1
+
+
+def test_case_punctuation_and_articles_do_not_count() -> None:
+    assert squad_words("The cat's  hat, an Apple.") == ["cats", "hat", "apple"]
+    assert token_f1("the Cat!", "a cat") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("red hat", "red big hat", 4 / 5),
+        ("hat hat hat", "hat", 1 / 2),
+        ("blue", "red", 0.0),
+        ("", "red", 0.0),
+        ("the", "", 1.0),
+    ],
+)
+def test_token_f1_is_the_overlap_of_words(answer: str, reference: str, score: float) -> None:
+    assert token_f1(answer, reference) == score
+
+
+def test_each_score_takes_its_best_reference() -> None:
+    sums = AnswerSums.of("the red hat", ["hat", "red the hat"])
+
+    # F1 without articles: [red, hat] in both. Runs of two: none in common. Longest common
+    # subsequence with the second reference: two of three words.
+    assert sums == AnswerSums(
+        questions=1, right=0, f1=10**6, rouge_1=10**6, rouge_2=0, rouge_l=666_667
+    )
+    assert AnswerSums.of(" hat\n", ["cap", "hat"]).right == 1
+
+
+def test_sums_are_equal_in_any_order_and_questions_without_answer_count_nothing() -> None:
+    first = AnswerSums.of("red hat", ["red big hat"])
+    second = AnswerSums.of("a b c", ["c"])
+    third = AnswerSums.of("x", ["x"])
+
+    assert (first + second) + third == third + (second + first)
+    assert (third + AnswerSums()).means(4) == {
+        "exact_match": 0.25,
+        "f1": 0.25,
+        "rouge_1": 0.25,
+        "rouge_2": 0.0,
+        "rouge_l": 0.25,
+    }
