@@ -21,7 +21,7 @@ BAR_STEP = 1.05
 def contenders() -> dict[str, dict[str, Any]]:
     """Return `[method]` by contender."""
     methods = {
-        mode: {"name": "flglm", "mode": mode}
+        mode: {"name": "flglm", "mode": mode, "leakage": {"sites": "none"}}
         for mode in ("sequential", "client-batch", "hierarchical")
     }
     return methods | {WHOLE: {"name": "fedavg"}}
