@@ -40,18 +40,30 @@ class Conversation:
     """The first message among those down, which travels by Flower."""
     last_up: Bytes
     """The reply among those up, which does too."""
-    turns: int
-    """Turns, each of which costs a round trip."""
+    sizes: tuple["TurnSize", ...]
+    """Turns in their order, each of which costs a round trip."""
     tokens: int
     """Tokens of all sequences of all steps."""
 
-    def stream_s(self, line: Line, sharing: int) -> float:
-        """Return the seconds of the turns over `line`, which `sharing` sites share."""
-        up = self.up.most - self.last_up.most
-        down = self.down.most - self.first_down.most
+    @property
+    def turns(self) -> int:
+        """Number of turns."""
+        return len(self.sizes)
+
+
+@dataclass(frozen=True)
+class TurnSize:
+    """Bytes of one turn, at most."""
+
+    step: int
+    up: int
+    down: int
+
+    def seconds(self, line: Line, sharing: int) -> float:
+        """Return the seconds of the turn over `line`, which `sharing` sites share."""
         bits = 8 * WIRE / 1e6 * sharing
-        moving_s = up * bits / line.up_mbit_s + down * bits / line.down_mbit_s
-        return self.turns * line.rtt_ms / 1e3 + moving_s
+        moving_s = self.up * bits / line.up_mbit_s + self.down * bits / line.down_mbit_s
+        return line.rtt_ms / 1e3 + moving_s
 
 
 def conversations(
@@ -101,7 +113,7 @@ class _Prediction:
         size = self._given.train.per_device_train_batch_size
         up = Bytes()
         down = Bytes()
-        turns = 0
+        sizes: list[TurnSize] = []
         tokens = 0
 
         for step, batch in enumerate(batches_of(self._given, site, examples, round)):
@@ -112,28 +124,30 @@ class _Prediction:
                 forward = Forward(
                     step, micro, steps, lengths, label_tokens, self._returns, 1.0, b"0"
                 )
-                sent, received = self._micro_batch(forward)
-                up += sent
-                down += received
-                turns += 2
+                for sent, received in self._micro_batch(forward):
+                    up += sent
+                    down += received
+                    sizes.append(TurnSize(step, sent.most, received.most))
 
             for meeting in self._meetings(step):
-                up += self._either(meeting, replace(meeting, weight=self._all_tokens))
-                down += self._answer(meeting, self._ends, long={"norm": _LONG})
-                turns += 1
+                sent = self._either(meeting, replace(meeting, weight=self._all_tokens))
+                received = self._answer(meeting, self._ends, long={"norm": _LONG})
+                up += sent
+                down += received
+                sizes.append(TurnSize(step, sent.most, received.most))
 
         first = self._message(round)
         last = self._reply(examples)
-        return Conversation(down + first, up + last, first, last, turns, tokens)
+        return Conversation(down + first, up + last, first, last, tuple(sizes), tokens)
 
-    def _micro_batch(self, forward: Forward) -> tuple[Bytes, Bytes]:
-        """Return the bytes up and down of a forward and a backward turn."""
+    def _micro_batch(self, forward: Forward) -> list[tuple[Bytes, Bytes]]:
+        """Return the bytes up and down of a forward turn, and of a backward turn."""
         tokens = sum(forward.lengths)
         hidden = self._hidden.size(tokens, self._width)
         gradient = self._gradient.size(tokens, self._width)
         backward = Backward(forward.step, forward.micro, b"0")
-        up = self._either(forward, replace(forward, factor=_LONG)) + exactly(hidden)
-        up += _sized(backward.payload()) + exactly(gradient)
+        forth = self._either(forward, replace(forward, factor=_LONG)) + exactly(hidden)
+        back = _sized(backward.payload()) + exactly(gradient)
 
         together: dict[str, Value] = {}
         longer: dict[str, Value] = {}
@@ -141,10 +155,11 @@ class _Prediction:
             together = {"tokens": forward.tokens, "steps": forward.steps}
             longer = {"tokens": self._all_tokens, "steps": 10**9}
 
-        down = self._answer(forward, hidden, short=together, long=longer)
+        answer_forth = self._answer(forward, hidden, short=together, long=longer)
         returned = gradient if self._returns else 0
-        down += self._answer(backward, returned, short={"norm": 0.5}, long={"norm": _LONG})
-        return up, down
+        norms: tuple[dict[str, Value], dict[str, Value]] = ({"norm": 0.5}, {"norm": _LONG})
+        answer_back = self._answer(backward, returned, short=norms[0], long=norms[1])
+        return [(forth, answer_forth), (back, answer_back)]
 
     def _meetings(self, step: int) -> list[Meeting]:
         """Return the meetings behind a step."""
@@ -204,19 +219,49 @@ def round_over_line_s(
 ) -> float:
     """Return the seconds of a round over `line`, without training: turns, and Flower's messages.
 
-    Sites that work one after another add up; else the slowest one counts.
+    Where sites meet, each part of the round between two meetings is that of its slowest site; where
+    they work one after another, theirs add up. Of a sampled cohort nobody knows the sites, so the
+    slowest are assumed.
     """
     together = config.cohort(given.sites)
     alone = config.mode == "sequential"
     sharing = together if line.shared and not alone else 1
-    seconds = sorted(
-        each.stream_s(line, sharing)
-        + round_s(
-            each.first_down.most, each.last_up.most, sites=1 if alone else together, line=line
-        )
+    messages_s = [
+        round_s(each.first_down.most, each.last_up.most, sites=sharing, line=line)
         for each in found.values()
-    )
-    return sum(seconds[-together:]) if alone else seconds[-1]
+    ]
+    turns_s = [_between_meetings_s(config, each, line, sharing) for each in found.values()]
+
+    if alone:
+        whole_s = sorted(
+            message_s + sum(parts_s.values())
+            for message_s, parts_s in zip(messages_s, turns_s, strict=True)
+        )
+        return sum(whole_s[-together:])
+
+    parts = {part for parts_s in turns_s for part in parts_s}
+    slowest_s = sum(max(parts_s.get(part, 0.0) for parts_s in turns_s) for part in parts)
+    return max(messages_s) + slowest_s
+
+
+def _between_meetings_s(
+    config: FlGlmConfig, conversation: Conversation, line: Line, sharing: int
+) -> dict[int, float]:
+    """Return the seconds of a site's turns by the part of the round that they belong to.
+
+    In a client batch sites meet in every turn; else at an average, or not before the end.
+    """
+    seconds: dict[int, float] = {}
+    for number, size in enumerate(conversation.sizes):
+        part = 0
+        if config.mode == "client-batch":
+            part = number
+        elif config.sync_steps is not None:
+            part = size.step // config.sync_steps
+
+        seconds[part] = seconds.get(part, 0.0) + size.seconds(line, sharing)
+
+    return seconds
 
 
 def _sized(payload: Payload) -> Bytes:
