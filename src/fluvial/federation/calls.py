@@ -5,12 +5,14 @@ where the task converses.
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
+from fluvial.errors import WireError
 from fluvial.federation.dispatch import Dispatcher
 from fluvial.federation.failures import Failure, unreadable
 from fluvial.federation.meter import Meter
@@ -63,16 +65,15 @@ class Call(Generic[H, T]):
         messages: Mapping[str, Payload],
         *,
         round: int,
-        hear: Callable[[str, Payload], H],
+        hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
         dispatcher: Dispatcher,
         failed: Callable[[Failure, int], bool],
         meter: Meter,
         limits: Limits,
-        converses: bool = True,
     ) -> None:
         """`failed` takes a failure and the number of the attempt, and returns whether to retry;
-        `converses` is False where no turn is expected."""
+        `hear` is None where no turn is expected."""
         self.num_answered = 0
         self._task = task
         self._round = round
@@ -82,7 +83,6 @@ class Call(Generic[H, T]):
         self._failed = failed
         self._meter = meter
         self._limits = limits
-        self._converses = converses
         self._wires = Wires(messages)
         self._num_asked = len(messages)
         self._to_begin = deque((site, 1) for site in messages)
@@ -129,7 +129,8 @@ class Call(Generic[H, T]):
     def _begin(self, site: str, attempt: int) -> _Exchange:
         number = self._dispatcher.number()
         data = self._wires[site]
-        request = Request(number, 0, site, self._task, self._round, data, self._converses)
+        converses = self._hear is not None
+        request = Request(number, 0, site, self._task, self._round, data, converses)
         return _Exchange(request, attempt)
 
     def _take(self, arrival: Arrival) -> Turn[H] | Reply[T] | None:
@@ -144,6 +145,11 @@ class Call(Generic[H, T]):
             try:
                 payload = Payload.from_bytes(arrival.data, self._limits)
                 if not arrival.final:
+                    if self._hear is None:
+                        raise WireError(
+                            "the task sends a turn, but was asked for one answer only; use "
+                            "`Fleet.converse` for it"
+                        )
                     return self._turn(exchange, self._hear(site, payload))
 
                 content = self._read(site, payload)
@@ -194,14 +200,8 @@ class Call(Generic[H, T]):
             f"the turn of site {last.site!r} is answered, or its call has ended"
         )
 
-        exchange.request = Request(
-            last.number,
-            last.turn + 1,
-            last.site,
-            last.task,
-            last.round,
-            payload.to_bytes(),
-            last.converses,
+        exchange.request = replace(
+            last, turn=last.turn + 1, data=payload.to_bytes(), sent_s=math.inf
         )
         self._to_answer.append(exchange)
 

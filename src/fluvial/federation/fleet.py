@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Never, TypeVar, cast
 
-from fluvial.errors import ClientError, WireError
+from fluvial.errors import ClientError
 from fluvial.federation.calls import Call
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.dispatch import Dispatcher
@@ -64,10 +64,10 @@ class Fleet:
         were yielded when the quorum is missed; that is left to the caller (see `require_quorum`)
         where this call is not `alone` but one of several that make a round.
         """
-        replies = self._call(
-            task, messages, round=round, hear=_hear, read=read, alone=alone, converses=False
+        replies: Iterator[Turn[Never] | Reply[T] | Idle] = self.converse(
+            task, messages, round=round, hear=None, read=read, alone=alone
         )
-        yield from cast(Iterator[Reply[T]], replies)  # no turn: `_hear` raises
+        yield from cast(Iterator[Reply[T]], replies)  # a turn is the site's failure
 
     def converse(
         self,
@@ -75,32 +75,17 @@ class Fleet:
         messages: Mapping[str, Payload],
         *,
         round: int,
-        hear: Callable[[str, Payload], H],
+        hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
         alone: bool = True,
     ) -> Iterator[Turn[H] | Reply[T] | Idle]:
         """Begin a conversation with each named site; yield its turns, and at its end the reply.
 
         `hear(site, payload)` reads a turn, which the caller answers by `turn.answer(payload)`, at
-        once or after other turns, in any order. `Idle` comes where all sites that are left wait for
+        once or after other turns, in any order; None expects no turn, see `ask`. `Idle` comes where all sites that are left wait for
         such answers. Each turn has the deadline of its own; a failure in any turn is that site's,
         and a retry begins its task again. All else is as in `ask`.
         """
-        return self._call(
-            task, messages, round=round, hear=hear, read=read, alone=alone, converses=True
-        )
-
-    def _call(
-        self,
-        task: str,
-        messages: Mapping[str, Payload],
-        *,
-        round: int,
-        hear: Callable[[str, Payload], H],
-        read: Callable[[str, Payload], T],
-        alone: bool,
-        converses: bool,
-    ) -> Iterator[Turn[H] | Reply[T] | Idle]:
         call = Call(
             task,
             messages,
@@ -111,7 +96,6 @@ class Fleet:
             failed=self.failed,
             meter=self.meter,
             limits=self._limits,
-            converses=converses,
         )
         yield from call.events()
         if alone:
@@ -168,10 +152,3 @@ class Fleet:
     def restore(self, state: dict[str, Any], round: int) -> None:
         """Go on from a checkpoint of `round`, -1 for none; sites forget what they kept after it."""
         self.transport.restore(state, round)
-
-
-def _hear(_site: str, _payload: Payload) -> Never:
-    """Refuse a turn of a task that was asked for one answer."""
-    raise WireError(
-        "the task sends a turn, but was asked for one answer only; use `Fleet.converse` for it"
-    )
