@@ -82,9 +82,10 @@ class Fleet:
         """Begin a conversation with each named site; yield its turns, and at its end the reply.
 
         `hear(site, payload)` reads a turn, which the caller answers by `turn.answer(payload)`, at
-        once or after other turns, in any order; None expects no turn, see `ask`. `Idle` comes where all sites that are left wait for
-        such answers. Each turn has the deadline of its own; a failure in any turn is that site's,
-        and a retry begins its task again. All else is as in `ask`.
+        once or after other turns, in any order; None expects no turn, as in `ask`. `Idle` comes
+        where all sites that are left wait for such answers. Each turn has the deadline of its own;
+        a failure in any turn is that site's, and a retry begins its task again. All else is as in
+        `ask`.
         """
         call = Call(
             task,
