@@ -155,6 +155,11 @@ def shuffled_batches(
             yield [examples[index] for index in order[start : start + size]]
 
 
+def drawn_seed(generator: torch.Generator) -> int:
+    """Draw the seed of dropout, which comes before the first permutation of a training."""
+    return int(torch.randint(2**62, (1,), generator=generator))
+
+
 def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
     """Return the share of the peak learning rate at `step` (0-based) of `steps`.
 
@@ -294,7 +299,7 @@ def train(
     steps = config.steps(len(examples)) if steps is None else steps
     stepper = Stepper(trained, config, steps=steps, start=start)
     batches = shuffled_batches(examples, config.logical_batch, generator)
-    dropout_seed = int(torch.randint(2**62, (1,), generator=generator))
+    dropout_seed = drawn_seed(generator)
     losses = 0.0
     norms = 0.0
     label_tokens = 0

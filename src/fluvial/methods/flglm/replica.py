@@ -3,12 +3,11 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
 from fluvial.errors import WireError
 from fluvial.federation.bounds import check_update
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.draws import draws_of_round
 from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
 from fluvial.methods.flglm.setting import Setting
@@ -119,14 +118,13 @@ class Replica:
         names = setting.places.tuned_middle.names
         start = setting.weights({name: self._state[name] for name in names})
         rounding = generator(seed, "rounding at the server", self._round, self._site)
-        draw = generator(seed, "train", self._round, self._site)
+        dropout_seed, _ = draws_of_round(seed, self._round, self._site)
 
         self._visit = _Visit(
             Middle(part, names, setting.train, steps=steps, start=start),
             Coding.of(setting.config, part, rounding),
             start,
-            # The site's own first draw, so that A, B and C have the masks of one whole model.
-            int(torch.randint(2**62, (1,), generator=draw)),
+            dropout_seed,
         )
 
     def _forward(self, visit: _Visit, turn: Forward) -> Payload:

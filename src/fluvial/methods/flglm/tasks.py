@@ -3,8 +3,6 @@
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example
 from fluvial.federation.replies import MOST_TOKENS
@@ -12,6 +10,7 @@ from fluvial.federation.sites import Site, round_of
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.draws import draws_of_round
 from fluvial.methods.flglm.ends import Ends
 from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_of
@@ -32,7 +31,7 @@ from fluvial.training.train import (
     shuffled_batches,
 )
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
-from fluvial.wire.tensors import Layout, Named, subtract
+from fluvial.wire.tensors import Named, subtract
 
 
 @dataclass
@@ -44,8 +43,8 @@ class _Visit:
     ends: Ends
     coding: Coding
     release: Release
-    shared: Layout
-    """Layout of the tuned layers that all sites share."""
+    shared: Identity | None
+    """Code of the tuned layers that all sites share; None where a site's are its own."""
     pad_token_id: int
     steps: int
     dropout_seed: int
@@ -128,16 +127,15 @@ class _Visit:
 
     def _clip_together(self, number: int) -> Generator[Payload, Payload, float]:
         """Return the squared norm of all sites' gradients; take the sum of those they share."""
-        if not self.shared.shapes:
+        if self.shared is None:
             meeting = Meeting("clip", number, 1, self.ends.squared_norm(), 1.0, None)
-            received = yield from self.turn(meeting)
-            return received.number("norm", 0.0, MOST_SQUARED_NORM)
+        else:
+            gradients = self.shared.encode(self.ends.gradients())
+            meeting = Meeting("clip", number, 1, 0.0, 1.0, gradients)
 
-        codec = Identity.of(self.shared)
-        received = yield from self.turn(
-            Meeting("clip", number, 1, 0.0, 1.0, codec.encode(self.ends.gradients()))
-        )
-        self.ends.replace_gradients(codec.decode(payload_frame(received)))
+        received = yield from self.turn(meeting)
+        if self.shared is not None:
+            self.ends.replace_gradients(self.shared.decode(payload_frame(received)))
         return received.number("norm", 0.0, MOST_SQUARED_NORM)
 
     def _average(self, number: int, tokens: int) -> Generator[Payload, Payload, None]:
@@ -148,15 +146,14 @@ class _Visit:
             return
 
         frame = None
-        codec = Identity.of(self.shared)
-        if self.shared.shapes:
-            frame = codec.encode(subtract(self.ends.weights(), self.start))
+        if self.shared is not None:
+            frame = self.shared.encode(subtract(self.ends.weights(), self.start))
 
         received = yield from self.turn(
             Meeting("average", number, self.tokens_since, 0.0, self.factor, frame)
         )
-        if self.shared.shapes:
-            update = codec.decode(payload_frame(received))
+        if self.shared is not None:
+            update = self.shared.decode(payload_frame(received))
             self.ends.replace({name: value + update[name] for name, value in self.start.items()})
         self.tokens_since = 0
 
@@ -170,12 +167,11 @@ def train(site: Site, message: Payload) -> Talk:
     round = round_of(site, message)
     config: FlGlmConfig = site.method
     places = places_of(site)
-    shared = places.shared
+    shared = Identity.of(places.shared) if places.shared.shapes else None
     state = state_of(site, message, places)
     examples = site.load().train
-    draw = generator(site.seed, "train", round, site.name)
+    dropout_seed, draw = draws_of_round(site.seed, round, site.name)
     batches = shuffled_batches(examples, site.train.logical_batch, draw)
-    dropout_seed = int(torch.randint(2**62, (1,), generator=draw))
     steps = site.train.steps(len(examples))
     start = site.pool.weights({name: state[name] for name in places.tuned_ends.names})
     pool = site.pool.parts(places.cut, server=False)
@@ -204,10 +200,10 @@ def train(site: Site, message: Payload) -> Talk:
         "loss": visit.losses / visit.label_tokens,
         "factor": visit.factor,
     }
-    if shared.shapes and config.mode != "client-batch":
-        return frame_payload(Identity.of(shared).encode(update), **values)
+    if shared is not None and config.mode != "client-batch":
+        return frame_payload(shared.encode(update), **values)
 
-    if not shared.shapes:
+    if shared is None:
         kept = {name: state[name] + change for name, change in update.items()}
         site.keep("ends", Payload(kept))
     return Payload(values=values)

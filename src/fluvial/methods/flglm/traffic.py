@@ -16,11 +16,11 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import Example
 from fluvial.federation.line import WIRE, Line, round_s
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.draws import draws_of_round
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, answer
 from fluvial.methods.interface import Given
 from fluvial.methods.traffic import FULL_LOSS, SHORT_LOSS, Bytes, envelope, exactly
-from fluvial.seeds import generator
 from fluvial.training.train import shuffled_batches
 from fluvial.wire.payload import Payload, Value
 
@@ -84,8 +84,7 @@ def batches_of(
     given: Given, site: str, examples: Sequence[Example], round: int
 ) -> Iterator[list[Example]]:
     """Yield the logical batches of a site's round, as its task draws them."""
-    draw = generator(given.seed, "train", round, site)
-    torch.randint(2**62, (1,), generator=draw)  # the seed of dropout comes first
+    _, draw = draws_of_round(given.seed, round, site)
     batches = shuffled_batches(examples, given.train.logical_batch, draw)
     for _ in range(given.train.steps(len(examples))):
         yield next(batches)
