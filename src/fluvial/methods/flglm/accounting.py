@@ -46,10 +46,10 @@ def account(noise: NoiseConfig, passes: int, heldout_passes: int) -> dict[str, A
     `heldout_passes` counts those of held-out text, which is disturbed with `inference` only.
     """
     epsilon = spent(noise, passes)
+    heldout = spent(noise, heldout_passes) if noise.inference else None
     counted = f"epsilon {epsilon:.3g} for each hidden state, sent {_times(passes)} in training"
-    if noise.inference:
-        epsilon = spent(noise, heldout_passes)
-        counted += f", {epsilon:.3g} for those of held-out text, sent {_times(heldout_passes)}"
+    if heldout is not None:
+        counted += f", {heldout:.3g} for those of held-out text, sent {_times(heldout_passes)}"
 
     return {
         "clip": noise.clip,
@@ -57,9 +57,9 @@ def account(noise: NoiseConfig, passes: int, heldout_passes: int) -> dict[str, A
         "delta": noise.delta,
         "inference": noise.inference,
         "passes": passes,
-        "epsilon": spent(noise, passes),
+        "epsilon": epsilon,
         "heldout_passes": heldout_passes if noise.inference else None,
-        "heldout_epsilon": spent(noise, heldout_passes) if noise.inference else None,
+        "heldout_epsilon": heldout,
         "outside": outside(noise),
         "sentence": f"{counted}, at delta {noise.delta:g}; outside: {'; '.join(outside(noise))}",
     }

@@ -143,11 +143,7 @@ class ClientBatch:
                 raise WireError("the steps went on without this site, which began again")
             self._orders[site] = Order()
 
-        order = self._orders.get(site)
-        if order is None:
-            raise WireError("the conversation begins with the first micro-batch of the first step")
-
-        order.take(turn)
+        self._order_of(site).take(turn)
         if isinstance(turn, Forward):
             self._forwards[site] = turn
             return _Heard(turn, self._coding.decode_hidden(turn.frame, sum(turn.lengths)))
@@ -168,12 +164,12 @@ class ClientBatch:
 
     def _read(self, site: str, payload: Payload) -> Answered:
         fields(payload, ("n", "loss", "factor"))
-        order = self._orders.get(site)
-        if order is None:
-            raise WireError("the reply came before the first step")
-
-        order.end()
+        self._order_of(site).end()
         return Answered(site, weight_of(payload), loss_of(payload))
+
+    def _order_of(self, site: str) -> Order:
+        """Return the order of a site's turns, an empty one where it has not begun."""
+        return self._orders.get(site) or Order()
 
     # -- once all sites wait -----------------------------------------------------------------------
 

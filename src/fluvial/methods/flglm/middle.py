@@ -9,6 +9,14 @@ from torch import Tensor
 from fluvial.codecs.activations.rows import pack, unpack
 from fluvial.errors import WireError
 from fluvial.methods.flglm.tuned_part import TunedPart
+from fluvial.models.split import Part
+
+
+def pass_rows(part: Part, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return B's hidden states of A's `rows`, both (tokens, width); `lengths` are of sequences."""
+    counts = torch.tensor(lengths, device=part.device)
+    before, mask = unpack(rows, counts, max(lengths), "right")
+    return pack(part.middle(before, mask), mask)
 
 
 class Middle(TunedPart):
@@ -30,14 +38,11 @@ class Middle(TunedPart):
 
         `returns` says that the gradient of `rows` will be asked for.
         """
-        device = self.part.device
-        received = rows.to(device).requires_grad_(returns)
-        counts = torch.tensor(lengths, device=device)
-        before, mask = unpack(received, counts, max(lengths), "right")
+        received = rows.to(self.part.device).requires_grad_(returns)
         self.part.reseed_dropout(dropout_seed)
 
         with self.passing():
-            sent = pack(self.part.middle(before, mask), mask)
+            sent = pass_rows(self.part, received, lengths)
 
         self._graph = (received, sent)
         return sent.detach()

@@ -1,13 +1,14 @@
 """Plan of a split run: the cut, the bytes of a token, the memory of each end."""
 
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.places import Places
-from fluvial.methods.flglm.traffic import conversations, round_over_line_s
+from fluvial.methods.flglm.traffic import Conversation, conversations, round_over_line_s
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
 from fluvial.methods.planning import OPTIMIZER_BYTES, line_row
 from fluvial.methods.traffic import Bytes, Traffic, unknown
@@ -78,7 +79,8 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         traffic = unknown("it follows from the tokens of each step, and the data is elsewhere")
         return Forecast(0, 0, lambda _round: Traffic(traffic, traffic), rows)
 
-    last = conversations(config, given, places, given.rounds)
+    predict = cache(partial(conversations, config, given, places))
+    last = predict(given.rounds)
     tokens = sum(each.tokens for each in last.values())
     turns = sum(each.turns for each in last.values())
     sent = sum(each.up.most + each.down.most for each in last.values())
@@ -91,12 +93,12 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         seconds = round_over_line_s(config, given, last, given.line)
         rows.append(line_row(seconds))
 
-    return Forecast(0, 0, partial(_traffic, config, given, places), rows, seconds)
+    return Forecast(0, 0, partial(_traffic, predict), rows, seconds)
 
 
-def _traffic(config: FlGlmConfig, given: Given, places: Places, round: int) -> Traffic:
+def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -> Traffic:
     """Return the bytes of a site in a round: of any, since its sequences decide."""
-    found = conversations(config, given, places, round).values()
+    found = predict(round).values()
     return Traffic(
         Bytes(min(each.down.least for each in found), max(each.down.most for each in found)),
         Bytes(min(each.up.least for each in found), max(each.up.most for each in found)),

@@ -103,12 +103,12 @@ class Replica:
     def close(self) -> None:
         """Give the borrowed part back."""
         self._borrowed.close()
+        self._order = Order()
         self._visit = None
 
     def _begin(self, steps: int) -> None:
         """Borrow a part; a site that begins again gets a fresh one."""
         self.close()
-        self._order = Order()
         setting = self._setting
         seed = setting.context.seed
         checkpointing = setting.train.gradient_checkpointing
@@ -165,6 +165,5 @@ class Replica:
             visit.taken = steps
 
     def _begun(self) -> _Visit:
-        if self._visit is None:
-            raise WireError("the conversation begins with the first micro-batch of the first step")
+        assert self._visit is not None, "the order of turns refuses one before the first"
         return self._visit

@@ -5,11 +5,11 @@ from typing import TypeVar
 
 import torch
 
-from fluvial.codecs.activations.rows import pack, unpack
 from fluvial.errors import WireError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.turns import Idle, Reply, Turn
 from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.middle import pass_rows
 from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.flglm.turns import Continue, Look, read_use
 from fluvial.models.assignment import MOST_SEQUENCES
@@ -68,9 +68,7 @@ class Serving:
 
     def _look(self, turn: Look) -> Payload:
         rows = self._coding.decode_hidden(turn.frame, sum(turn.lengths))
-        lengths = torch.tensor(turn.lengths, device=self._part.device)
-        hidden, mask = unpack(rows, lengths, max(turn.lengths), "right")
-        rows = pack(self._part.middle(hidden, mask), mask)
+        rows = pass_rows(self._part, rows, turn.lengths)
         return frame_payload(self._coding.encode_hidden(rows))
 
     def _continue(self, site: str, turn: Continue) -> Payload:

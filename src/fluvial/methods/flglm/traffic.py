@@ -71,12 +71,11 @@ def conversations(
 ) -> dict[str, Conversation]:
     """Return the conversations of a round by site, for all sites as if each took part."""
     assert given.examples is not None, "the sites' data is here"
-    all_tokens = sum(
-        example.label_tokens for examples in given.examples().values() for example in examples
-    )
+    by_site = given.examples()
+    all_tokens = sum(example.label_tokens for examples in by_site.values() for example in examples)
+    prediction = _Prediction(config, given, places, all_tokens)
     return {
-        site: _Prediction(config, given, places, all_tokens).conversation(site, examples, round)
-        for site, examples in given.examples().items()
+        site: prediction.conversation(site, examples, round) for site, examples in by_site.items()
     }
 
 
