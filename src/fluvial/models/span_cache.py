@@ -4,9 +4,11 @@ It is transformers' own cache of a whole model, whose masks and positions ask la
 outside the span. There a token is one byte of no meaning, so that all layers have the same length.
 """
 
+import inspect
 from typing import Any
 
 import torch
+from torch import nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedModel
@@ -70,3 +72,12 @@ class SpanCache:
     def free(self) -> None:
         """Drop all keys and values; the cache cannot be used any more."""
         self.cache.layers.clear()
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the keyword by which `model` takes a cache.
+
+    Until transformers 5.24 it is the longer one; both are there for a while, for callers.
+    """
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
 from fluvial.models.layer_lists import layer_lists, num_layers
-from fluvial.models.span_cache import SpanCache
+from fluvial.models.span_cache import SpanCache, cache_argument
 from fluvial.models.tuning import (
     RECOMPUTED,
     checkpointed_layers,
@@ -343,9 +343,7 @@ def _states(output: Any) -> Tensor:
 def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
     """Return the keywords with which `model` uses a cache."""
     names = inspect.signature(model.forward).parameters
-    # The name until transformers 5.24; both are there for a while, the older one for callers.
-    name = "cache" if "cache" in names else "past_key_values"
-    options = {name: cache.cache, "use_cache": True}
+    options = {cache_argument(model): cache.cache, "use_cache": True}
     return options | {"logits_to_keep": 1} if "logits_to_keep" in names else options
 
 
@@ -353,17 +351,17 @@ def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
 def check_part(part: Part) -> None:
     """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
     config: Any = part.model.config
-    weight = next(iter(part.own_weights().values()))
     # So many rows that no code mistakes them for the items of a layer's output.
     shape = (7, 3)
-    mask = torch.ones(shape, dtype=torch.int64, device=weight.device)
-    hidden = torch.linspace(-1, 1, 21 * part.width).view(*shape, part.width).to(weight)
+    mask = torch.ones(shape, dtype=torch.int64, device=part.device)
+    hidden = torch.linspace(-1, 1, 21 * part.width).view(*shape, part.width)
+    hidden = hidden.to(part.device, part.dtype)
 
     try:
         if part.server:
             outputs = [part.middle(hidden, mask)]
         else:
-            ids = torch.arange(21, device=weight.device).view(shape) % config.vocab_size
+            ids = torch.arange(21, device=part.device).view(shape) % config.vocab_size
             outputs = [part.embed(ids, mask), part.logits(hidden, mask)]
     except ConfigError:
         raise

@@ -56,10 +56,9 @@ def generate(
     B's hidden states have another shape or are not finite. The caches go when the generator ends or
     is closed.
     """
-    device = _device(part)
     first = part.new_cache()
     last = part.new_cache()
-    tokens = torch.tensor([prompt], device=device)
+    tokens = torch.tensor([prompt], device=part.device)
     new: list[int] = []
 
     try:
@@ -75,7 +74,7 @@ def generate(
             new.append(token)
             if token == eos_token_id:
                 break
-            tokens = torch.tensor([[token]], device=device)
+            tokens = torch.tensor([[token]], device=part.device)
     finally:
         first.free()
         last.free()
@@ -95,7 +94,6 @@ class ServerGeneration:
         self.cache = part.new_cache()
         self._part = part
         self._max_tokens = max_tokens
-        self._device = _device(part)
 
     @torch.no_grad()
     def step(self, hidden: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class ServerGeneration:
             )
 
         _check(hidden, (1, tokens, self._part.width))
-        return _step(self._part.middle, hidden.to(self._device, self._part.dtype), self.cache)
+        return _step(self._part.middle, hidden.to(self._part.device, self._part.dtype), self.cache)
 
     def close(self) -> None:
         """Free the cache."""
@@ -130,10 +128,9 @@ def check_generation(part: Part) -> None:
         return
 
     config: Any = part.model.config
-    device = _device(part)
     draw = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, LENGTH, part.width, generator=draw).to(device, part.dtype)
-    ids = torch.arange(LENGTH, device=device).unsqueeze(0) % config.vocab_size
+    hidden = torch.randn(1, LENGTH, part.width, generator=draw).to(part.device, part.dtype)
+    ids = torch.arange(LENGTH, device=part.device).unsqueeze(0) % config.vocab_size
     passes: list[tuple[Callable[..., Tensor], Tensor]] = [(part.middle, hidden)]
     if not part.server:
         passes = [(part.embed, ids), (part.logits, hidden)]
@@ -164,10 +161,6 @@ def _step(run: Callable[..., Tensor], inputs: Tensor, cache: SpanCache) -> Tenso
     """Run tokens (1, tokens, ...) through one span behind those that its cache has."""
     mask = _ones(1, cache.tokens + inputs.shape[1], inputs.device)
     return run(inputs, mask, cache)
-
-
-def _device(part: Part) -> torch.device:
-    return next(iter(part.own_weights().values())).device
 
 
 def _ones(rows: int, tokens: int, device: torch.device) -> Tensor:

@@ -17,19 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX
+from fluvial.methods.flglm.leakage.reached import tensor_at
 from fluvial.models.split import Part
-
-
-class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass
-    """Carry the head's input out of a forward pass."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        self.features = features
-
-
-def _stop(_head: nn.Module, arguments: Any) -> None:
-    raise _Reached(arguments[0])
 
 
 class PublicBack:
@@ -45,15 +34,7 @@ class PublicBack:
     def features(self, hidden: Tensor) -> Tensor:
         """Return the head's input (batch, tokens, features) for h_B (batch, tokens, width)."""
         mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        hook = self._head.register_forward_pre_hook(_stop)
-
-        try:
-            self._part.logits(hidden, mask)
-            raise AssertionError("the model did not run its head")
-        except _Reached as reached:
-            return reached.features
-        finally:
-            hook.remove()
+        return tensor_at(self._head, "input", lambda: self._part.logits(hidden, mask))
 
     def errors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return softmax(z), and dz/dx of the head's output x, both (tokens, vocabulary), fp64.

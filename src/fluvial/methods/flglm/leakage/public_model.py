@@ -5,26 +5,16 @@ caches are those of the model's own code.
 """
 
 import copy
-import inspect
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fluvial.methods.flglm.leakage.noise import NoiseConfig, clip_rows
+from fluvial.methods.flglm.leakage.reached import tensor_at
+from fluvial.models.span_cache import cache_argument
 from fluvial.models.split import decoder_layers
-
-
-class _Reached(Exception):  # noqa: N818 - no error: it ends a forward pass
-    """Carry the hidden states behind the front out of a forward pass."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.hidden: Tensor = output[0] if isinstance(output, tuple) else output
-
-
-def _stop(_layer: nn.Module, _arguments: Any, output: Any) -> None:
-    raise _Reached(output)
 
 
 class PublicModel:
@@ -42,9 +32,7 @@ class PublicModel:
         self.vocabulary: int = embeddings.num_embeddings
         self.device: torch.device = embeddings.weight.device
         self._last_layer = layers[front - 1]
-        names = inspect.signature(self._inner.forward).parameters
-        # transformers 5.24 renamed the argument.
-        self._cache_name = "cache" if "cache" in names else "past_key_values"
+        self._cache_name = cache_argument(self._inner)
 
     @torch.no_grad()
     def hidden(self, ids: Tensor, cache: "Prefixes | None" = None) -> Tensor:
@@ -58,16 +46,8 @@ class PublicModel:
         options = (
             {self._cache_name: cache.states, "use_cache": True} if cache else {"use_cache": False}
         )
-        hook = self._last_layer.register_forward_hook(_stop)
-
-        try:
-            self._inner(input_ids=ids.to(self.device), attention_mask=mask, **options)
-            raise AssertionError("the model did not run its front")
-        except _Reached as reached:
-            hidden = reached.hidden.cpu().double()
-        finally:
-            hook.remove()
-
+        run = partial(self._inner, input_ids=ids.to(self.device), attention_mask=mask, **options)
+        hidden = tensor_at(self._last_layer, "output", run).cpu().double()
         return hidden if self.noise is None else clip_rows(hidden, self.noise.clip)
 
     @property
