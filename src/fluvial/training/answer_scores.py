@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from fluvial.training.evaluate import exact_match
 from fluvial.training.rouge import rouge_l, rouge_n, words
 
 MILLION = 10**6
@@ -44,7 +45,7 @@ class AnswerSums:
 
         return cls(
             questions=1,
-            right=int(answer.strip() in {reference.strip() for reference in references}),
+            right=max(exact_match([answer], [reference]) for reference in references),
             f1=_millionths(max(token_f1(answer, reference) for reference in references)),
             rouge_1=_millionths(max(rouge_n(read, reference, 1) for reference in sent)),
             rouge_2=_millionths(max(rouge_n(read, reference, 2) for reference in sent)),
