@@ -11,7 +11,6 @@ import random
 import socket
 import time
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import grpc
@@ -82,12 +81,7 @@ class StreamCaller:
     def __enter__(self) -> "StreamCaller":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def exchange(self, data: bytes) -> bytes:
