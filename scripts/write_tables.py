@@ -12,6 +12,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
@@ -113,6 +114,11 @@ def engine_line() -> str:
     return listing("engine_link.json", "link", columns, words)
 
 
+def load_words(machine: dict[str, Any]) -> str:
+    """Return the load of a machine, before a benchmark and after it."""
+    return f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
+
+
 def channel() -> str:
     """Return the table of the secure channel's speed."""
     columns = {
@@ -134,7 +140,7 @@ def channel() -> str:
         [row["what"], cell(row["milliseconds"])] for row in given["rows"] if "milliseconds" in row
     ]
     machine = given["machine"]
-    loads = f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
+    loads = load_words(machine)
     tables = (
         f"One of {machine['cores']} cores; the load of the machine was {loads}.",
         table([list(columns.values()), *cells]),
@@ -157,7 +163,7 @@ def stream() -> str:
     }
     given = read("stream.json")
     machine = given["machine"]
-    loads = f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
+    loads = load_words(machine)
     words = (
         f"Two processes over loopback on {machine['cores']} cores; the load of the machine was "
         f"{loads}, so other processes took a share of them (`python -m benchmarks.stream`)."
