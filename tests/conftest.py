@@ -3,11 +3,14 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from fluvial.federation import in_process
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -43,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_site_works_on() -> Iterator[None]:
+    """End a test when its sites' threads have ended: late ones would work beside the next test."""
+    yield
+    for thread in list(in_process._working):
+        thread.join(60)
 
 
 def _tokenizer() -> Any:

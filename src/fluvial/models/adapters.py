@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
+from fluvial.models.building import building
 from fluvial.models.stored import first_line
 from fluvial.models.targets import LoraSettings, target_names
 from fluvial.seeds import derive
@@ -75,7 +76,7 @@ def adapt(
         assert ranks is None, "a saved adapter has its own ranks"
         config = LoraConfig(**lora.config)
 
-    with warnings.catch_warnings():
+    with building(), warnings.catch_warnings():
         # PEFT reports what it corrects by itself (GPT-2's Conv1D), and that merging would change
         # tied weights.
         warnings.simplefilter("ignore")

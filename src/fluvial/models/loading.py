@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import compute_buffers, held_tensors, keep_types
+from fluvial.models.building import building
 from fluvial.models.hf import PreTrainedModel
 from fluvial.models.pretrained import (
     ModelConfig,
@@ -21,7 +22,7 @@ from fluvial.models.pretrained import (
     local_folder,
     read_config,
 )
-from fluvial.models.weights import check_finite, check_info, check_weights, quiet
+from fluvial.models.weights import check_finite, check_info, check_weights
 
 
 def resolve_device(name: str) -> torch.device:
@@ -58,7 +59,7 @@ def load_base(config: ModelConfig) -> nn.Module:
 
     check_weights(config, meta_base(config))
 
-    with quiet():
+    with building():
         model, info = from_hub(
             AutoModelForCausalLM.from_pretrained,
             config,
@@ -88,7 +89,7 @@ def load_held(config: ModelConfig, holds: Callable[[str], bool]) -> nn.Module:
     stored, devices = held_tensors(weights_folder(config), base, holds)
 
     # accelerate says that names of single weights are no modules.
-    with quiet(), warnings.catch_warnings(action="ignore"):
+    with building(), warnings.catch_warnings(action="ignore"):
         model: nn.Module = type(base).from_pretrained(  # type: ignore[attr-defined]
             None,
             config=read_config(config),
@@ -106,7 +107,7 @@ def meta_base(config: ModelConfig) -> nn.Module:
     """Return the base model on the meta device: names and shapes, without weights."""
     from transformers import AutoModelForCausalLM
 
-    with quiet(), torch.device("meta"):
+    with building(), torch.device("meta"):
         model: nn.Module = from_settings(AutoModelForCausalLM.from_config, config)
     return model.requires_grad_(False).eval()
 
@@ -118,7 +119,7 @@ def skeleton(config: ModelConfig) -> nn.Module:
 
     kind = dtype_of(config)
 
-    with init_empty_weights(include_buffers=False):
+    with building(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = from_settings(AutoModelForCausalLM.from_config, config)
     model.tie_weights()  # moving parameters to the meta device untied them
     keep_types(model, kind)

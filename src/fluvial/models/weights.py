@@ -5,14 +5,13 @@ tensor becomes which parameter, by loading tensors that have a shape and no valu
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError, MissingWeightsError
+from fluvial.models.building import building
 from fluvial.models.pretrained import ModelConfig, dtype_of, local_folder, source_of
 from fluvial.models.stored import FLOATS, first_line, some, stored_tensors
 from fluvial.wire.tensors import Named
@@ -126,7 +125,7 @@ def _compare(base: nn.Module, config: ModelConfig, stored: dict[str, Tensor]) ->
 
     assert isinstance(base, PreTrainedModel)
 
-    with quiet():
+    with building():
         try:
             _, info = type(base).from_pretrained(
                 None,
@@ -144,21 +143,6 @@ def _compare(base: nn.Module, config: ModelConfig, stored: dict[str, Tensor]) ->
             ) from error
 
     return dict(info)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and reports off the screen: ours are shown instead."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _cached(config: ModelConfig) -> Path | None:
