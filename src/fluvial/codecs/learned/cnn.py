@@ -40,6 +40,7 @@ from fluvial.codecs.learned.cnn_signals import (
 )
 from fluvial.codecs.learned.cnn_tables import THRESHOLD, tables
 from fluvial.codecs.learned.cnn_training import train
+from fluvial.codecs.learned.published import load_networks
 from fluvial.codecs.normalise import (
     BYTES_PER_SCALE,
     denormalise,
@@ -134,22 +135,13 @@ class CNN(LatentCodec):
         """Rebuild the codec; raises `WireError` if weights are missing, left over, of another
         shape, or out of range."""
         assert isinstance(settings, CNNSettings)
-        left = dict(payload.tensors)
         shape = rank_of(layout), num_channels(layout, settings), settings.hidden
 
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(*shape)
             decoder = build_decoder(*shape)
 
-        _load("encoder", encoder, left)
-        has_decoder = any(name.startswith("decoder.") for name in left)
-        if has_decoder:
-            _load("decoder", decoder, left)
-        if left:
-            raise WireError(
-                f"cnn: unexpected tensor {min(left)[:64]!r}; both ends need the same codec settings"
-            )
-
+        has_decoder = load_networks("cnn", encoder, decoder, payload, _fault)
         return cls(settings, layout, encoder, decoder if has_decoder else None)
 
     def analyse(self, vector: Tensor) -> Tensor:
@@ -277,27 +269,8 @@ class CNN(LatentCodec):
         )
 
 
-def _load(network_name: str, network: nn.Module, left: Named) -> None:
-    """Fill `network` from the tensors of `part`, which are taken out of `left`."""
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            received = left.pop(f"{network_name}.{name}", None)
-            if (
-                received is None
-                or received.shape != tensor.shape
-                or received.dtype != torch.float32
-            ):
-                shown = (
-                    "nothing" if received is None else f"{received.dtype} {tuple(received.shape)}"
-                )
-                raise WireError(
-                    f"cnn: {network_name}.{name}: expected float32 "
-                    f"{tuple(tensor.shape)}, found {shown}"
-                )
+def _fault(_name: str, tensor: Tensor) -> str | None:
+    if bool((tensor.abs() <= _LARGEST).all()):
+        return None
 
-            if not bool((received.abs() <= _LARGEST).all()):
-                raise WireError(
-                    f"cnn: {network_name}.{name}: a value is NaN or beyond {_LARGEST:g}"
-                )
-
-            tensor.copy_(received)
+    return f"a value is NaN or beyond {_LARGEST:g}"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fluvial import seeds
 from fluvial.codecs.base import CodecSettings, LatentCodec, require_updates
 from fluvial.codecs.learned.canvas import Canvas, Mode
+from fluvial.codecs.learned.published import load_networks
 from fluvial.codecs.learned.resnet_networks import build_decoder, build_encoder
 from fluvial.codecs.normalise import (
     BYTES_PER_SCALE,
@@ -202,22 +203,12 @@ class ResNet(LatentCodec):
         """Rebuild the codec; raises `WireError` if weights are missing, left over, of another
         shape, or not finite."""
         assert isinstance(settings, ResNetSettings)
-        left = dict(payload.tensors)
 
         with torch.random.fork_rng(devices=[]):
             encoder = build_encoder(settings.stages)
             decoder = build_decoder(settings.stages)
 
-        _load("encoder", encoder, left)
-        has_decoder = any(name.startswith("decoder.") for name in left)
-        if has_decoder:
-            _load("decoder", decoder, left)
-        if left:
-            raise WireError(
-                f"resnet: unexpected tensor {min(left)[:64]!r}; both ends need the same codec "
-                "settings"
-            )
-
+        has_decoder = load_networks("resnet", encoder, decoder, payload, _fault)
         return cls(settings, layout, encoder, decoder if has_decoder else None)
 
     def analyse(self, vector: Tensor) -> Tensor:
@@ -321,30 +312,9 @@ def _weights(part: str, network: nn.Module) -> Named:
     }
 
 
-def _load(network_name: str, network: nn.Module, left: Named) -> None:
-    """Fill `network` from the tensors of `part`, which are taken out of `left`."""
-    with torch.no_grad():
-        for name, tensor in network.state_dict().items():
-            if not tensor.is_floating_point():
-                continue  # BatchNorm's count of batches, unused when coding
+def _fault(name: str, tensor: Tensor) -> str | None:
+    negative = name.endswith("running_var") and bool((tensor < 0).any())
+    if negative or not bool(torch.isfinite(tensor).all()):
+        return "NaN, Inf or a negative variance"
 
-            received = left.pop(f"{network_name}.{name}", None)
-            if (
-                received is None
-                or received.shape != tensor.shape
-                or received.dtype != torch.float32
-            ):
-                shown = (
-                    "nothing" if received is None else f"{received.dtype} {tuple(received.shape)}"
-                )
-                raise WireError(
-                    f"resnet: {network_name}.{name}: expected float32 "
-                    f"{tuple(tensor.shape)}, found {shown}"
-                )
-
-            if not bool(torch.isfinite(received).all()) or (
-                name.endswith("running_var") and bool((received < 0).any())
-            ):
-                raise WireError(f"resnet: {network_name}.{name}: NaN, Inf or a negative variance")
-
-            tensor.copy_(received)
+    return None
