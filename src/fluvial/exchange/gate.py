@@ -12,9 +12,9 @@ from typing import Literal
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, Snapshot
+from fluvial.exchange.recoding import Recoded
 from fluvial.exchange.report import Errors, GateReport, shortcomings
 from fluvial.exchange.representation import Representation, coded_object, innovation
-from fluvial.exchange.weighting import weighted
 from fluvial.wire.tensors import (
     Named,
     WeightedMean,
@@ -22,7 +22,6 @@ from fluvial.wire.tensors import (
     energy,
     factor,
     is_finite,
-    norm,
     only,
     relative_error,
     subtract,
@@ -44,54 +43,31 @@ def measure(
     Both must not be empty.
     """
     assert training, "no training snapshots"
-    assert heldout, "no held-out snapshots"
-    frames = []
-    decoded = []
-    coded = []
-
-    for number, snapshot in enumerate(heldout):
-        coded.append(coded_object(snapshot.received, snapshot.update, representation))
-        coder = weighted(codec, snapshot.received)
-        frame, _ = coder.encode(coded[-1], seed=number)
-        frames.append(frame)
-        decoded.append(coder.decode(frame))
-
+    recoded = Recoded.of(codec, heldout, representation)
+    coded = recoded.coded
+    decoded = recoded.decoded
+    guesses = recoded.guesses
+    cosines = recoded.cosines
+    contraction = recoded.contraction
     finite = all(is_finite(tensors) for tensors in decoded)
-    guesses = [
-        innovation(snapshot.received, tensors, representation)
-        for snapshot, tensors in zip(heldout, decoded, strict=True)
-    ]
-    # Rolling by one pairs each snapshot with another site's frame of the same round, where there is
-    # one.
-    shuffled = [
-        innovation(snapshot.received, decoded[index - 1], representation)
-        for index, snapshot in enumerate(heldout)
-    ]
     predictors = {
         name: _errors(heldout, [predict(snapshot) for snapshot in heldout])
         for name, predict in _predictors(training, heldout, representation).items()
     }
     errors = _errors(heldout, guesses)
-    mixed = _errors(heldout, shuffled).all
+    mixed = _errors(heldout, recoded.shuffled).all
     lost = sum(energy(subtract(x, y)) for x, y in zip(coded, decoded, strict=True))
     signal = sum(energy(x) for x in coded)
-    ratios = [
-        norm(subtract(snapshot.update, guess)) / max(norm(snapshot.update), 1e-30)
-        for snapshot, guess in zip(heldout, guesses, strict=True)
-    ]
     b_true = math.sqrt(sum(energy(only(x, "B")) for x in coded))
     b_decoded = math.sqrt(sum(energy(only(y, "B")) for y in decoded))
-    cosines = [
-        cosine(snapshot.update, guess) for snapshot, guess in zip(heldout, guesses, strict=True)
-    ]
     coded_a, coded_b = (_pooled(coded, decoded, which) for which in ("A", "B"))
     aggregate_cosine = aggregate(heldout, guesses, cosine)
-    failed = shortcomings(finite, max(ratios), errors, predictors, mixed)
+    failed = shortcomings(finite, contraction, errors, predictors, mixed)
     ratio = b_decoded / b_true if b_true > 0 else 0.0
 
     return GateReport(
         snapshots=len(heldout),
-        bytes_per_update=sum(map(len, frames)) / len(frames),
+        bytes_per_update=sum(map(len, recoded.frames)) / len(heldout),
         raw_bytes=codec.layout.raw_bytes,
         errors=errors,
         predictors=predictors,
@@ -104,7 +80,7 @@ def measure(
         b_norm_ratio=ratio,
         snr=signal / lost if lost > 0 else 1e30,
         snr_printed=signal * codec.layout.numel / lost if lost > 0 else 1e30,
-        contraction=max(ratios),
+        contraction=contraction,
         failed=failed,
         reproduction={
             "finite": finite,

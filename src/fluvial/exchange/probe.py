@@ -11,10 +11,11 @@ from typing import ClassVar
 
 from fluvial.codecs.base import Codec, Snapshot
 from fluvial.errors import WireError
+from fluvial.exchange.recoding import Recoded
 from fluvial.exchange.report import Errors, GateReport, shortcomings
-from fluvial.exchange.representation import Representation, coded_object, innovation
+from fluvial.exchange.representation import Representation
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, cosine, energy, norm, only, subtract
+from fluvial.wire.tensors import Layout, energy, only, subtract
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,20 @@ class Probe:
         cls, codec: Codec, heldout: Sequence[Snapshot], representation: Representation
     ) -> "Probe":
         """Code and decode `heldout`, which must not be empty."""
-        assert heldout, "no held-out snapshots"
-        frames = [
-            codec.encode(coded_object(s.received, s.update, representation), seed=number)
-            for number, s in enumerate(heldout)
-        ]
-        decoded = [codec.decode(frame) for frame in frames]
-        pairs = [
-            (s.update, innovation(s.received, y, representation))
-            for s, y in zip(heldout, decoded, strict=True)
-        ]
-        lost = [subtract(update, guess) for update, guess in pairs]
-        shuffled = [
-            energy(subtract(s.update, innovation(s.received, decoded[index - 1], representation)))
-            for index, s in enumerate(heldout)
-        ]
+        recoded = Recoded.of(codec, heldout, representation)
+        updates = recoded.updates
+        lost = recoded.lost
+        shuffled = [energy(subtract(x, y)) for x, y in zip(updates, recoded.shuffled, strict=True)]
 
         return cls(
             count=len(heldout),
-            bytes=sum(map(len, frames)),
+            bytes=sum(map(len, recoded.frames)),
             lost_a=math.fsum(energy(only(error, "A")) for error in lost),
             lost_b=math.fsum(energy(only(error, "B")) for error in lost),
-            energy_a=math.fsum(energy(only(update, "A")) for update, _ in pairs),
-            energy_b=math.fsum(energy(only(update, "B")) for update, _ in pairs),
-            cosine=math.fsum(cosine(update, guess) for update, guess in pairs),
-            contraction=max(
-                norm(x) / max(norm(s.update), 1e-30) for x, s in zip(lost, heldout, strict=True)
-            ),
+            energy_a=math.fsum(energy(only(update, "A")) for update in updates),
+            energy_b=math.fsum(energy(only(update, "B")) for update in updates),
+            cosine=math.fsum(recoded.cosines),
+            contraction=recoded.contraction,
             shuffled=math.fsum(shuffled) if len(heldout) > 1 else None,
         )
 
