@@ -96,6 +96,9 @@ class OverStream:
     def error_log(self, site: str) -> Path | None:
         return None
 
+    def close(self) -> None:
+        pass
+
     def state(self) -> dict[str, Value]:
         return {}
 

@@ -16,7 +16,7 @@ class Recoded:
     updates: list[Named]
     """True innovations: differences to the received adapter."""
     coded: list[Named]
-    """What the codec was given: innovations or states."""
+    """Objects that the codec was given: innovations or states."""
     frames: list[bytes]
     decoded: list[Named]
     """`coded` as it comes out of the frames."""

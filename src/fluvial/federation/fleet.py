@@ -146,6 +146,10 @@ class Fleet:
                 f"Last problem: {self.failures[-1].reason}"
             )
 
+    def close(self) -> None:
+        """End: nothing is sent any more, and no site of this process works on."""
+        self.transport.close()
+
     def state(self) -> dict[str, Value]:
         """Return what a checkpoint must keep of the fleet."""
         return self.transport.state()

@@ -13,7 +13,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,26 +94,35 @@ class _Visit:
 
 
 _working: WeakSet[threading.Thread] = WeakSet()
-"""Threads of sites, some of which may work on after their run has ended: late ones, and the others
-when one has failed."""
-_EXIT_S = 30.0
-"""Time for which the end of this process waits for such a thread."""
+"""Threads of sites, some of which may work on after their answer is no longer waited for: late
+ones, and the others when one has failed."""
+_STOP_S = 30.0
+"""Time for which the end of a run, or of this process, waits for such a thread."""
+
+
+class _Stopped(SystemExit):
+    """The run of this thread has ended, and its site with it."""
 
 
 @atexit.register
-def _stop_working() -> None:
+def _stop_all() -> None:
     """Stop the threads of sites before the interpreter ends.
 
     A thread that is inside PyTorch when the interpreter ends aborts the process, whatever its exit
-    code would have been. `SystemExit` is raised in each, where it runs Python next.
+    code would have been.
     """
-    threads = [thread for thread in _working if thread.is_alive()]
+    _stop(_working)
+
+
+def _stop(working: Iterable[threading.Thread]) -> None:
+    """Raise `_Stopped` in threads, where they run Python next, and wait until they have ended."""
+    threads = [thread for thread in working if thread.is_alive()]
     for thread in threads:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit)
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped)
         )
 
-    until_s = time.monotonic() + _EXIT_S
+    until_s = time.monotonic() + _STOP_S
     for thread in threads:
         thread.join(max(0.0, until_s - time.monotonic()))
 
@@ -138,6 +148,7 @@ class InProcess:
         self._threads = threads
         self._limits = limits or Limits()
         self._visits: dict[int, _Visit] = {}
+        self._working: WeakSet[threading.Thread] = WeakSet()
         self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
 
     def send(self, request: Request) -> None:
@@ -162,6 +173,7 @@ class InProcess:
             name=f"{request.task}:{request.site}",
         )
         _working.add(thread)
+        self._working.add(thread)
         thread.start()
 
     def next(self, timeout_s: float | None) -> Arrival | None:
@@ -187,6 +199,10 @@ class InProcess:
         """See `Transport`."""
         return self._open(site).store.errors(site)
 
+    def close(self) -> None:
+        """Stop sites that still work: they would draw random numbers beside a next run."""
+        _stop(self._working)
+
     def state(self) -> dict[str, Value]:
         """Return nothing: what the sites keep lies in the run's own folder."""
         return {}
@@ -203,12 +219,13 @@ class InProcess:
     def _work(self, visit: _Visit, request: Request) -> None:
         """Make one step as the site, and hand in what comes of it unless it was dropped."""
         torch.set_num_threads(self._threads)
-        arrival = self._step(visit, request)
+        with suppress(_Stopped):
+            arrival = self._step(visit, request)
 
-        if visit.leave():
-            visit.close()
-        else:
-            self._arrived.put(arrival)
+            if visit.leave():
+                visit.close()
+            else:
+                self._arrived.put(arrival)
 
     def _step(self, visit: _Visit, request: Request) -> Arrival:
         """Return the site's answer; of an error only what may leave a site."""
@@ -221,6 +238,8 @@ class InProcess:
             answer, final = visit.running.step(message)
             checked = checked_answer(answer, site.of_method(f"task {request.task!r}"), final=final)
             return Arrival(request.number, checked.to_bytes(), final=final)
+        except _Stopped:
+            raise
         except BaseException as problem:
             log = site.store.errors(site.name)
             text = outward(problem, log, site=site.name, round=request.round, task=request.task)

@@ -82,6 +82,9 @@ class Mock:
         """Return None: a mock writes no file."""
         return None
 
+    def close(self) -> None:
+        """Do nothing: a mock works in this thread."""
+
     def state(self) -> dict[str, Value]:
         """Return nothing."""
         return {}

@@ -80,6 +80,10 @@ class Transport(Protocol):
         """Return the file with the whole errors of a site, where it is on this machine."""
         ...
 
+    def close(self) -> None:
+        """End: nothing is sent any more, and no site of this process works on."""
+        ...
+
     def state(self) -> dict[str, Value]:
         """Return what a checkpoint must keep of the transport."""
         ...

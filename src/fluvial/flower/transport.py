@@ -216,6 +216,9 @@ class FlowerTransport:
         """Return None: a site's errors are in its own folder."""
         return None
 
+    def close(self) -> None:
+        """Do nothing: sites are other processes, which end when the run of Flower does."""
+
     def meet(self) -> None:
         """Wait until every site has joined.
 

@@ -199,6 +199,13 @@ class Run:
             yield Event(name, "result", finished)
             return
 
+        try:
+            yield from self._rounds()
+        finally:
+            self.fleet.close()
+
+    def _rounds(self) -> Iterator[Event]:
+        name = self.config.method.name
         done = self._restore()
         if done < 0:
             try:
