@@ -34,7 +34,9 @@ def leakage() -> str:
     words = (
         f"Tokens named, of {settings['texts']} held-out texts of {settings['tokens']} tokens of "
         "the embedded model and text, one seed. C is the bound to which each hidden state is "
-        "clipped; epsilon is that of one hidden state, at delta = 1e-5."
+        "clipped; epsilon is that of one hidden state, at delta = 1e-5. A dash: not measured, "
+        "because the model has four layers, so that three before the cut and one behind it leave "
+        "none to a server, and no gradient is exchanged."
     )
     heading = ["layers before the cut, noise on h_A", *ATTACKS, f"{GRADIENTS} (h_B, g_B)"]
 
@@ -145,7 +147,9 @@ def privacy_utility() -> str:
         f"Means over {seeds} seeds of whole runs of {settings['rounds']} rounds, client-batch, as "
         "configs/flglm.toml without activation codecs. Loss and accuracy are held-out and, unless "
         'noise is "in use too", of the model without noise. Tokens read are those of the run\'s '
-        f"own meter, {tokens} a seed. C is the median norm of a hidden state, {_clips(given)}."
+        f"own meter, {tokens} a seed. C is the median norm of a hidden state, {_clips(given)}. The "
+        "untuned loss differs from that under Measured, because at most "
+        f"{settings['heldout']} held-out sequences of a site are measured here, and 48 there."
     )
     heading = [
         "layers before the cut, noise on h_A",
