@@ -20,6 +20,7 @@ from fluvial.runs.idle import refuse_idle
 from fluvial.runs.plan import plan
 from fluvial.runs.run import execute
 from fluvial.wire.tensors import Layout
+from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 Table = dict[str, Any]
@@ -48,6 +49,7 @@ DECAY = {"codec": {"feedback_decay": 0.5}}
 ECOLORA = {"method": {"name": "ecolora"}}
 KLT = {"name": "klt", "rate": 8}
 CYCLES = {"tune": "lora", "rounds": 2, "method": {"name": "fedcybgd", "order": "latin"}}
+HIERARCHICAL = {"method": {"name": "flglm", "mode": "hierarchical"}}
 PLAIN = {"name": "cgfedllm", "tgap": {"source": "none"}}
 POOLED = {"method": {"name": "central"}}
 PAIRS = {
@@ -191,6 +193,20 @@ IDLE: dict[str, Idle] = {
         "under gamma_b=0",
         {"rounds": 3, "method": {"name": "ecolora", "gamma_b": 0.0}},
         {"method": {"gamma_b": 1.0}},
+    ),
+    "averages after more steps than there are": Idle(
+        {"method": {"sync_steps": 3}},
+        "method.sync_steps",
+        "no site makes more than 2 steps in a round",
+        HIERARCHICAL | {"train": {"max_steps": 2}},
+        {"train": {"max_steps": 3}},
+    ),
+    "averages after more steps than sites have sequences": Idle(
+        {"method": {"sync_steps": 2}},
+        "method.sync_steps",
+        "no site makes more than 1 step in a round",
+        HIERARCHICAL | {"train": {"max_steps": None, "per_device_train_batch_size": 1000}},
+        {"train": {"per_device_train_batch_size": 2}},
     ),
     "D1 of public text": Idle(
         {"method": {"tgap": {"share": 0.5}}},
@@ -369,7 +385,7 @@ def test_a_setting_that_cannot_change_a_run_is_refused(
     row = IDLE[name]
     usual = run_config | {"method": {"name": "fedavg"}}
     with pytest.raises(ConfigError) as refusal:
-        plan(parse(merged([usual, row.base, row.setting], sources), "test"))
+        plan(parse(with_fitting_model(merged([usual, row.base, row.setting], sources)), "test"))
 
     line = next(line for line in str(refusal.value).splitlines() if row.place in line)
     place, _, rest = line.removeprefix("test: ").partition(": ")
@@ -377,7 +393,7 @@ def test_a_setting_that_cannot_change_a_run_is_refused(
     assert "without effect" in rest
     assert row.why in rest
     assert "remove it" in rest
-    plan(parse(merged([usual, row.base], sources), "test"))
+    plan(parse(with_fitting_model(merged([usual, row.base], sources)), "test"))
 
 
 @pytest.mark.parametrize("name", [name for name in IDLE if IDLE[name].otherwise])
@@ -386,7 +402,8 @@ def test_the_same_setting_is_accepted_where_it_can(
 ) -> None:
     row = IDLE[name]
     usual = run_config | {"method": {"name": "fedavg"}}
-    plan(parse(merged([usual, row.base, row.otherwise, row.setting], sources), "test"))
+    table = merged([usual, row.base, row.otherwise, row.setting], sources)
+    plan(parse(with_fitting_model(table), "test"))
 
 
 @pytest.mark.parametrize("name", LATER)

@@ -35,7 +35,21 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
-    return Plan(places.shared, partial(_forecast, config, given, places), later=later)
+    forecast = partial(_forecast, config, given, places)
+    return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
+
+
+def _idle(config: FlGlmConfig, given: Given) -> dict[str, str]:
+    """Return the settings that cannot change this run, and why."""
+    if config.sync_steps is None or (given.train.max_steps is None and given.examples is None):
+        return {}
+
+    counts = [1] if given.examples is None else map(len, given.examples().values())
+    steps = max(map(given.train.steps, counts))
+    if config.sync_steps <= steps:
+        return {}
+    most = f"{steps} step{'s' if steps > 1 else ''}"
+    return {"method.sync_steps": f"no site makes more than {most} in a round"}
 
 
 def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
