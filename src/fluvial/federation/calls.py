@@ -26,6 +26,10 @@ H = TypeVar("H")
 T = TypeVar("T")
 
 
+_LAST = 10**9
+"""Number of an attempt after which none follows."""
+
+
 class Wires:
     """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first
     sent."""
@@ -67,6 +71,8 @@ class Call(Generic[H, T]):
         round: int,
         hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
+        began: Callable[[str], None],
+        wake_s: Callable[[Mapping[str, float]], float],
         dispatcher: Dispatcher,
         failed: Callable[[Failure, int], bool],
         meter: Meter,
@@ -79,6 +85,8 @@ class Call(Generic[H, T]):
         self._round = round
         self._hear = hear
         self._read = read
+        self._began = began
+        self._wake_s = wake_s
         self._dispatcher = dispatcher
         self._failed = failed
         self._meter = meter
@@ -98,16 +106,21 @@ class Call(Generic[H, T]):
             while True:
                 self._send()
                 if self._at_sites:
-                    event = self._take(self._dispatcher.next(self._at_sites.keys()))
+                    until_s = self._wake_s(self._working())
+                    arrival = self._dispatcher.next(self._at_sites.keys(), until_s)
+                    if arrival is None:
+                        yield self._idle()
+                        continue
+
+                    event = self._take(arrival)
                     if event is not None:
                         yield event
                         del event  # so that no reply is held here while the next is waited for
                 elif self._at_server:
-                    sites = tuple(sorted(each.request.site for each in self._at_server.values()))
-                    waiting = len(self._at_server)
-                    yield Idle(sites)
-                    went_on = len(self._at_server) < waiting
-                    assert went_on, f"sites {sites} wait, and no turn was answered"
+                    idle = self._idle()
+                    yield idle
+                    went_on = len(self._at_server) < len(idle.sites)
+                    assert went_on, f"sites {idle.sites} wait, and no turn was answered"
                 else:
                     return
         finally:
@@ -126,7 +139,30 @@ class Call(Generic[H, T]):
             self._at_sites[exchange.request.number] = exchange
             self._dispatcher.send(exchange.request)
 
+    def _working(self) -> dict[str, float]:
+        """Return the sites whose message is awaited, with the time at which theirs left."""
+        sent = {each.request.site: each.request.sent_s for each in self._at_sites.values()}
+        unsent = [*(each.request.site for each in self._to_answer)]
+        unsent += [site for site, _ in self._to_begin]
+        return dict.fromkeys(unsent, math.inf) | sent
+
+    def _idle(self) -> Idle:
+        waiting = sorted(each.request.site for each in self._at_server.values())
+        return Idle(tuple(waiting), tuple(sorted(self._working())), self._leave_out)
+
+    def _leave_out(self, site: str, reason: str) -> None:
+        """End the exchange of a site for good, as its failure."""
+        for exchanges in (self._at_sites, self._at_server):
+            for number, exchange in list(exchanges.items()):
+                if exchange.request.site == site:
+                    del exchanges[number]
+                    self._failure(replace(exchange, attempt=_LAST), reason, 0)
+                    return
+
+        raise AssertionError(f"no exchange with site {site!r} is open")
+
     def _begin(self, site: str, attempt: int) -> _Exchange:
+        self._began(site)
         number = self._dispatcher.number()
         data = self._wires[site]
         converses = self._hear is not None

@@ -33,23 +33,27 @@ class Dispatcher:
         self._awaited[request.number] = request
         self.transport.send(request)
 
-    def next(self, numbers: Collection[int]) -> Arrival:
+    def next(self, numbers: Collection[int], until_s: float = math.inf) -> Arrival | None:
         """Return what arrives next of the exchanges `numbers`, or the failure of the first of them
-        that is late."""
+        that is late; None at the time `until_s`."""
         while True:
             oldest = min((self._awaited[number] for number in numbers), key=_sent)
-            left_s = math.inf
+            late_s = math.inf
             if self._deadline_s is not None:
-                left_s = max(oldest.sent_s + self._deadline_s - self.clock(), 0)
+                late_s = oldest.sent_s + self._deadline_s
 
-            arrival = self._arrival(numbers, left_s)
-            if arrival is None and left_s <= 0:
+            now_s = self.clock()
+            arrival = self._arrival(numbers, max(min(late_s, until_s) - now_s, 0))
+            if arrival is None and late_s <= now_s:
                 reason = f"no answer within fleet.deadline_s={self._deadline_s:g}"
                 arrival = Arrival(oldest.number, b"", reason)
 
             if arrival is not None:
                 del self._awaited[arrival.number]
                 return arrival
+
+            if until_s <= now_s:
+                return None
 
     def drop(self, request: Request) -> None:
         """End an exchange that does not count."""

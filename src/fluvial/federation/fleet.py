@@ -6,6 +6,7 @@ exchange more than one message with the server.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -27,6 +28,15 @@ H = TypeVar("H")
 T = TypeVar("T")
 
 
+def _nothing(_site: str) -> None:
+    """Do nothing where a conversation begins."""
+
+
+def _never(_working: Mapping[str, float]) -> float:
+    """Ask for no wake-up."""
+    return math.inf
+
+
 class Fleet:
     """Everything that a method knows of the sites."""
 
@@ -43,6 +53,7 @@ class Fleet:
         self.transport = transport
         self.sites = transport.sites
         self.config = config or FleetConfig()
+        self.clock = clock
         self.meter = Meter()
         self.failures: list[Failure] = []
         self._limits = limits or Limits()
@@ -78,6 +89,8 @@ class Fleet:
         hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
         alone: bool = True,
+        began: Callable[[str], None] = _nothing,
+        wake_s: Callable[[Mapping[str, float]], float] = _never,
     ) -> Iterator[Turn[H] | Reply[T] | Idle]:
         """Begin a conversation with each named site; yield its turns, and at its end the reply.
 
@@ -86,6 +99,11 @@ class Fleet:
         where all sites that are left wait for such answers. Each turn has the deadline of its own;
         a failure in any turn is that site's, and a retry begins its task again. All else is as in
         `ask`.
+
+        `began(site)` is called when a conversation begins, the first time and after a failure.
+        `wake_s(working)` is called before each wait, with the sites whose message is awaited and
+        the time at which theirs left, infinite where it has not; it returns the time on `clock` at
+        which `Idle` comes although not all wait.
         """
         call = Call(
             task,
@@ -93,6 +111,8 @@ class Fleet:
             round=round,
             hear=hear,
             read=read,
+            began=began,
+            wake_s=wake_s,
             dispatcher=self._dispatcher,
             failed=self.failed,
             meter=self.meter,

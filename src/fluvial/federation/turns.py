@@ -1,7 +1,7 @@
 """Messages of sites to a server half: turns in the middle of a task, replies at its end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from fluvial.wire.payload import Payload
@@ -39,7 +39,13 @@ class Turn(Generic[H]):
 
 @dataclass(frozen=True)
 class Idle:
-    """All sites that are left wait for answers to their turns."""
+    """All sites that are left wait for answers to their turns, or the time of a wake-up has
+    come."""
 
     sites: tuple[str, ...]
     """Sites that wait."""
+    working: tuple[str, ...]
+    """Sites whose message is awaited; none where all wait."""
+    leave_out: Callable[[str, str], None] = field(compare=False)
+    """Ends the exchange of a site, whether it waits or not: its failure, with this reason, after
+    which it is not asked again; raises `ClientError` under on_failure="stop"."""

@@ -1,5 +1,6 @@
 """Tasks that talk with the server: turns, answers now or later, failures in the middle."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -402,3 +403,89 @@ def test_gradients_go_on_over_a_turn_as_in_one_thread() -> None:
         return number(weight.grad.sum().item())
 
     assert play(site_fleet(task), lambda x: x + 1.0) == dict.fromkeys(NAMES, 6.0)
+
+
+def waking(
+    mock: Mock,
+    config: FleetConfig,
+    patience_s: float,
+    late: Callable[[Idle, list[Turn[float]]], None],
+) -> Iterator[Event]:
+    """Converse, and let `late` handle what waits `patience_s` after the last message has left."""
+    fleet = Fleet(mock, config, clock=mock.clock)
+    turns: list[Turn[float]] = []
+    messages = dict.fromkeys(fleet.sites, number(1.0))
+    for event in fleet.converse(
+        "work",
+        messages,
+        round=1,
+        hear=value,
+        read=value,
+        wake_s=lambda working: max(working.values()) + patience_s if turns else math.inf,
+    ):
+        yield event
+        if isinstance(event, Turn):
+            turns.append(event)
+        elif isinstance(event, Idle):
+            late(event, turns)
+
+
+def test_a_wake_up_comes_in_time_and_names_who_works() -> None:
+    """Two seconds after the messages have left, a and c wait, and the others are at work."""
+    mock = Mock(NAMES, two_turns, delays_s={"a": 1, "b": 5, "c": 2, "d": 9})
+    idle: list[tuple[float, tuple[str, ...], tuple[str, ...]]] = []
+
+    def answer(event: Idle, turns: list[Turn[float]]) -> None:
+        idle.append((mock.now_s, event.sites, event.working))
+        for turn in turns:
+            turn.answer(number(0.0))
+        turns.clear()
+
+    events = list(waking(mock, FleetConfig(), 2.0, answer))
+    assert idle[0] == (2.0, ("a", "c"), ("b", "d"))
+    assert idle[-1][0] > 9
+    assert sorted(event.site for event in events if isinstance(event, Reply)) == [*NAMES]
+
+
+def test_a_site_that_is_left_out_is_not_asked_again() -> None:
+    """One that works and one that waits are failures, and the others end."""
+    mock = Mock(NAMES, two_turns, delays_s={"b": 50})
+    config = FleetConfig(on_failure="retry", retries=3)
+
+    def leave(event: Idle, turns: list[Turn[float]]) -> None:
+        for turn in turns:
+            if turn.site != "d":
+                turn.answer(number(0.0))
+
+        turns.clear()
+        if "b" in event.working:
+            event.leave_out("b", "too late")
+            event.leave_out("d", "not wanted")
+
+    events = list(waking(mock, config, 2.0, leave))
+    assert sorted(event.site for event in events if isinstance(event, Reply)) == ["a", "c"]
+    assert sorted(mock.dropped) == ["b", "d"]
+    assert mock.now_s < 50
+
+
+def test_each_beginning_is_told() -> None:
+    """A site that fails once begins twice."""
+    failed: list[str] = []
+
+    def answer(site: str, task: str, message: Payload) -> Payload | Talk:
+        if site == "b" and not failed:
+            failed.append(site)
+            raise RuntimeError("once")
+        return two_turns(site, task, message)
+
+    mock = Mock(NAMES, answer)
+    fleet = Fleet(mock, FleetConfig(on_failure="retry"), clock=mock.clock)
+    began: list[str] = []
+    messages = dict.fromkeys(NAMES, number(1.0))
+    for event in fleet.converse(
+        "work", messages, round=1, hear=value, read=value, began=began.append
+    ):
+        if isinstance(event, Turn):
+            event.answer(number(0.0))
+
+    assert began == [*NAMES, "b"]
