@@ -297,7 +297,7 @@ def test_a_site_cannot_take_anothers_name(
 
     try:
         deployed.wait_online(4)
-        table = tables["fedavg"] | {"rounds": 1}
+        table = tables["fedavg"] | {"rounds": 1, "codec": {"name": "top_k", "rate": 8}}
         out = tmp_path / "run"
         number = deployed.submit(table, out)
         same(deployed.wait(out), run_table(table, tmp_path / "own"))

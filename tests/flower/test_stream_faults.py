@@ -1,6 +1,6 @@
-"""Processes of a deployment that are killed in the middle of turns over the live stream."""
+"""Processes of a deployment that are killed while a tensor of a step is on its way over the live
+stream."""
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +13,21 @@ pytest.importorskip("flwr", reason="needs the extra 'flower'")
 from tests.flower.conftest import Row
 from tests.support.flower_lab import SERVER, Deployment, deployment
 from tests.support.models import four_layers
+from tests.support.moments import Moments
 from tests.support.runs import run_table
 
 pytestmark = [pytest.mark.flower, pytest.mark.faults]
 
 SITES = ("north", "south", "west")
 DEADLINE_S = 60.0
+TENSORS = {
+    "hidden states up": "north 2 sending forward 1",
+    "hidden states down": "server answering forward 1",
+    "gradient up": "north 2 sending backward 1",
+    "gradient down": "server answering backward 1",
+}
+"""Moments at which each tensor of a step is held back, by its name. A tensor up is that of north's
+second step in round 2; one down is the first of any site's second step, in round 1."""
 
 
 @pytest.fixture(scope="module")
@@ -52,39 +61,45 @@ def undisturbed(table: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    folder = tmp_path_factory.mktemp("stream") / "lab"
-    with deployment(folder, dict.fromkeys(SITES, "")) as deployed:
-        yield deployed
+def _lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, Moments]]:
+    folder = tmp_path_factory.mktemp("stream")
+    moments = Moments(folder / "moments")
+    with deployment(
+        folder / "lab", dict.fromkeys(SITES, ""), environment=moments.environment
+    ) as deployed:
+        yield deployed, moments
 
 
-def turns_of(lab: Deployment, site: str, run: str, round: int) -> int:
-    """Return how many payloads of training have left a site in a round of the run."""
-    log = lab.site(site) / "outgoing.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    return sum(
-        entry.get("task") == "train" and entry["round"] == round and entry["run"].startswith(run)
-        for entry in entries
-    )
+@pytest.fixture
+def lab(_lab: tuple[Deployment, Moments]) -> Deployment:
+    deployed, moments = _lab
+    moments.clear()
+    return deployed
 
 
-def in_the_middle(lab: Deployment, site: str, run: str, round: int) -> None:
-    """Return when two turns of the site have left it in a round of the run."""
-    until = time.monotonic() + 180
-    while turns_of(lab, site, run, round) < 2:
-        assert time.monotonic() < until, lab.tail(site) + lab.tail(SERVER)
-        time.sleep(0.01)
+@pytest.fixture
+def moments(_lab: tuple[Deployment, Moments]) -> Moments:
+    return _lab[1]
 
 
-def test_a_site_that_is_killed_in_the_middle_of_its_turns(
-    lab: Deployment, table: dict[str, Any], undisturbed: str, tmp_path: Path, row: Row
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_site_that_is_killed(
+    tensor: str,
+    lab: Deployment,
+    moments: Moments,
+    table: dict[str, Any],
+    undisturbed: str,
+    tmp_path: Path,
+    row: Row,
 ) -> None:
     """The run stops soon, and ends the same when it is resumed."""
-    out = tmp_path / "killed-site"
+    moments.arm(TENSORS[tensor])
+    out = tmp_path / f"site-{tensor.replace(' ', '-')}"
     number = lab.submit(table, out)
-    in_the_middle(lab, "north", "killed-site ", 2)
+    moments.wait(TENSORS[tensor], timeout=180)
     lab.kill("north", "task")
     killed = time.monotonic()
+    moments.free()
     assert lab.finished(number, timeout=60)["status"] == "finished:failed"
     seconds = time.monotonic() - killed
     assert seconds < 45
@@ -93,25 +108,35 @@ def test_a_site_that_is_killed_in_the_middle_of_its_turns(
     lab.submit(table, out, resume=True)
     assert lab.wait(out)["adapter_sha256"] == undisturbed
     row(
-        "kill -9 of a site's client process in the middle of its turns (split learning)",
+        f"kill -9 of a site's client process at its {tensor} (split learning)",
         "stops inside the deadline; resumed: same adapter",
         "site 'north' failed: the process that answered ended with signal 9; resumed: same adapter",
         seconds,
     )
 
 
-def test_a_run_whose_process_is_killed_in_the_middle_of_turns(
-    lab: Deployment, table: dict[str, Any], undisturbed: str, tmp_path: Path, row: Row
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_run_whose_process_is_killed(
+    tensor: str,
+    lab: Deployment,
+    moments: Moments,
+    table: dict[str, Any],
+    undisturbed: str,
+    tmp_path: Path,
+    row: Row,
 ) -> None:
     """The sites give up long before the deadline, join the resumed run, and it ends the same."""
-    out = tmp_path / "killed-server"
+    log = lab.site("north") / "errors.log"
+    before = log.read_text() if log.exists() else ""
+    moments.arm(TENSORS[tensor])
+    out = tmp_path / f"server-{tensor.replace(' ', '-')}"
     number = lab.submit(table, out)
-    in_the_middle(lab, "north", "killed-server ", 2)
+    moments.wait(TENSORS[tensor], timeout=180)
     lab.kill(SERVER, "serverapp")
     killed = time.monotonic()
-    log = lab.site("north") / "errors.log"
+    moments.free()
     until = killed + DEADLINE_S
-    while not (log.exists() and "live stream is closed" in log.read_text()):
+    while not (log.exists() and "live stream is closed" in log.read_text()[len(before) :]):
         assert time.monotonic() < until, lab.tail("north")
         time.sleep(0.1)
 
@@ -120,7 +145,7 @@ def test_a_run_whose_process_is_killed_in_the_middle_of_turns(
     lab.submit(table, out, resume=True)
     assert lab.wait(out)["adapter_sha256"] == undisturbed
     row(
-        "kill -9 of the server app in the middle of turns (split learning)",
+        f"kill -9 of the server app at the {tensor} (split learning)",
         "the sites end their task inside the deadline; resumed: same adapter",
         "the site found the port of the live stream closed; run finished:failed; resumed: same "
         "adapter",

@@ -4,8 +4,9 @@ Each process of the deployment imports this by a `sitecustomize` on its PYTHONPA
 MOMENT.armed in the folder $FLUVIAL_MOMENTS says what happens when that moment comes, once; then it
 is called MOMENT.reached. Moments of a site are "NAME joining" and "NAME ROUND
 training|answering|uploading|keeping", those of the server "server starting" and "server ROUND
-saving". What happens: "hold" until the file is gone, "sleep SECONDS", or what `_false` and `_full`
-know.
+saving". Over the live stream "NAME ROUND sending forward|backward STEP" comes before a site's turn
+leaves, and "server answering forward|backward STEP" before its answer does. What happens: "hold"
+until the file is gone, "sleep SECONDS", or what `_false` and `_full` know.
 """
 
 import importlib.util
@@ -63,9 +64,9 @@ def _site_process(module: ModuleType) -> None:
     answer = module.SiteProcess.answer
     join = module.SiteProcess._join
 
-    def answered(self: Any, header: Any, wire: bytes) -> Any:
+    def answered(self: Any, header: Any, wire: bytes, *how: Any) -> Any:
         _answering[:] = [self.site.name, header.round if header.task == "train" else 0]
-        found = answer(self, header, wire)
+        found = answer(self, header, wire, *how)
         if header.task == "train":
             (Path(os.environ[FOLDER]) / f"{self.site.name} {header.round}.answer").write_bytes(
                 found.data
@@ -98,13 +99,13 @@ def _journal(module: ModuleType) -> None:
 
 
 def _train(module: ModuleType) -> None:
-    step = module._step
+    step = module.Stepper.step
 
-    def stepped(*arguments: Any) -> None:
+    def stepped(self: Any, number: int) -> None:
         _here("training")
-        step(*arguments)
+        step(self, number)
 
-    module._step = stepped  # type: ignore[attr-defined]
+    module.Stepper.step = stepped
 
 
 def _runtime(module: ModuleType) -> None:
@@ -181,6 +182,30 @@ def _checkpoint(module: ModuleType) -> None:
     module.write_atomically = written  # type: ignore[attr-defined]
 
 
+def _seal(module: ModuleType) -> None:
+    at_site = module.SiteSeal.seal
+    at_server = module.ServerSeal.seal
+
+    def kind(data: bytes) -> str:
+        from fluvial.wire.payload import Payload
+
+        values = Payload.from_bytes(data).values
+        return f"{values.get('of')} {values.get('step')}"
+
+    def sent(self: Any, data: bytes) -> bytes:
+        _here(f"sending {kind(data)}")
+        sealed: bytes = at_site(self, data)
+        return sealed
+
+    def answered(self: Any, data: bytes) -> bytes:
+        moment(f"server answering {kind(data)}")
+        sealed: bytes = at_server(self, data)
+        return sealed
+
+    module.SiteSeal.seal = sent
+    module.ServerSeal.seal = answered
+
+
 def _server(module: ModuleType) -> None:
     execute = module.execute
 
@@ -237,6 +262,7 @@ _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.runs.checkpoint": _checkpoint,
     "fluvial.flower.executor": _executor,
     "fluvial.flower.server": _server,
+    "fluvial.flower.stream.seal": _seal,
     "flwr.supernode.runtime.run_clientapp": _runtime,
     "flwr.supercore.date": _date,
 }
