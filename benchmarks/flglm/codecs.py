@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.flglm.bed import run
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.models.pretrained import read_config
+from fluvial.report.result_tables import ANSWER_SCORES
 from fluvial.runs.config import parse
 
 CODECS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def measure(report: Report, configuration: dict[str, Any], *, seeds: int) -> Non
         sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes) / visits
         losses[name] = mean(outcome.loss for outcome in outcomes)
         shares[name] = sent / formula
-        answers = [outcome.result["heldout"]["final"].get("exact_match") for outcome in outcomes]
+        finals = [outcome.result["heldout"]["final"] for outcome in outcomes]
         rows.append(
             {
                 "codec": name,
@@ -52,10 +53,12 @@ def measure(report: Report, configuration: dict[str, Any], *, seeds: int) -> Non
                 "deviation": stdev(outcome.loss for outcome in outcomes) if seeds > 1 else None,
                 "base": mean(outcome.result["heldout"]["base"]["loss"] for outcome in outcomes),
                 "over_exact": losses[name] / losses["exact"] - 1,
-                "accuracy": mean(
-                    outcome.result["heldout"]["final"]["accuracy"] for outcome in outcomes
-                ),
-                "exact_match": None if None in answers else mean(answers),
+                "accuracy": mean(final["accuracy"] for final in finals),
+                **{
+                    score: mean(final[score] for final in finals)
+                    for score in ANSWER_SCORES
+                    if score in finals[0]
+                },
             }
         )
 
@@ -69,8 +72,7 @@ def measure(report: Report, configuration: dict[str, Any], *, seeds: int) -> Non
         "deviation": "standard deviation",
         "over_exact": "over exact",
         "accuracy": "next-token accuracy",
-        "exact_match": "exact match",
-    }
+    } | {score: heading for score, heading in ANSWER_SCORES.items() if score in rows[0]}
     show("Activation codecs", columns, rows)
     for name in ("int4", "int4, gradients int8"):
         report.claims += [

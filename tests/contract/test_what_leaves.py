@@ -21,6 +21,7 @@ from fluvial.runs.run import execute, in_process
 from fluvial.wire.payload import Payload
 from tests.support import ROOT
 from tests.support.models import with_fitting_model
+from tests.support.questions import with_questions
 
 PAGE = ROOT / "docs" / "deploy.md"
 PUBLIC = {"source": "public", "rounds": 3, "simulated_sites": 2}
@@ -340,6 +341,17 @@ def test_what_leaves_a_site_is_what_the_page_lists(
     each: Case, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     assert check_what_leaves(each, run_config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flglm"])
+def test_of_answers_only_sums_of_scores_leave(
+    method: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    more = with_questions({}, tmp_path)
+    labels = ("plain", "held-out measures with answers", 'ends = "shared"', *NOTHING_AT_END)
+    each = case("answers", {"name": method}, *labels, **more)
+    filled = check_what_leaves(each, run_config, tmp_path / "run")
+    assert any("questions" in row.values for row in filled)
 
 
 @pytest.mark.slow

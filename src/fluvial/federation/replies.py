@@ -4,6 +4,7 @@ A reader raises `WireError` for what no honest site can send, and then the site 
 had not answered.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from fluvial.codecs.base import Codec
 from fluvial.errors import WireError
 from fluvial.federation.bounds import check_update
+from fluvial.training.answer_scores import MILLION, AnswerSums
 from fluvial.training.evaluate import Heldout
 from fluvial.training.train import TrainConfig
 from fluvial.wire import payload
@@ -71,20 +73,31 @@ def heldout_of(reply: Payload) -> Heldout:
     return Heldout(reply.number("loss_sum", 0.0, MOST_LOSS * tokens), hits, tokens)
 
 
-def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, int, int]:
-    """Return sums, right answers and questions in a reply of `sites.evaluate`.
+def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, AnswerSums]:
+    """Return the sums in a reply of `sites.evaluate`, those of answers empty unless asked for.
 
-    The last two are 0 unless `answers` were asked for.
+    A right answer has F1 1, and no score is above 1.
     """
-    counts = ("right", "questions")
+    counts = tuple(field.name for field in dataclasses.fields(AnswerSums))
     asked = answers and any(name in reply.values for name in counts)
     fields(reply, ("loss_sum", "hits", "tokens", *(counts if asked else ())))
 
     if not asked:
-        return heldout_of(reply), 0, 0
+        return heldout_of(reply), AnswerSums()
 
-    questions = reply.whole("questions", 1, MOST_TOKENS)
-    return heldout_of(reply), reply.whole("right", 0, questions), questions
+    questions = reply.whole("questions", 1, MOST_SAMPLES)
+    right = reply.whole("right", 0, questions)
+    most = questions * MILLION
+    scores = AnswerSums(
+        questions=questions,
+        right=right,
+        f1=reply.whole("f1", right * MILLION, most),
+        rouge_1=reply.whole("rouge_1", 0, most),
+        rouge_2=reply.whole("rouge_2", 0, most),
+        rouge_l=reply.whole("rouge_l", 0, most),
+    )
+
+    return heldout_of(reply), scores
 
 
 def read_counted(

@@ -1,7 +1,7 @@
 """A site: its data and settings, its state between rounds, and the tasks of every method."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,8 @@ from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
 from fluvial.seeds import generator
-from fluvial.training.evaluate import exact_match, heldout
+from fluvial.training.answer_scores import AnswerSums
+from fluvial.training.evaluate import Heldout, heldout
 from fluvial.training.train import TrainConfig, TrainReport, train
 from fluvial.wire.payload import FRAME, OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, factor, subtract
@@ -175,8 +176,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     """Measure the adapter that was sent, the site's own or the base on held-out text; a task.
 
     Values in: `which` is "sent", "own" or "base"; `generate` is the number of tokens for exact
-    match, or 0. Values out: `loss_sum`, `hits`, `tokens`, and with `generate` on data with answers
-    `right` and `questions`.
+    match, or 0. Values out: those of `measures`, with scores for `generate` on data with answers.
     """
     which = message.value("which", str)
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
@@ -194,20 +194,18 @@ def evaluate(site: Site, message: Payload) -> Payload:
 
     with pool.model(adapter, assignment=site.assignment) as model:
         sums = heldout(model, data.heldout, pad_token_id=pool.tokenizer.pad_token_id)
-    values: dict[str, Any] = {
-        "loss_sum": sums.loss_sum,
-        "hits": sums.hits,
-        "tokens": sums.label_tokens,
-    }
-    if new_tokens and data.questions:
-        prompts = [question.prompt for question in data.questions]
-        answers = pool.generate(
-            adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment
-        )
-        values["right"] = exact_match(answers, [question.answer for question in data.questions])
-        values["questions"] = len(answers)
+    if not new_tokens or not data.questions:
+        return measures(sums)
 
-    return Payload(values=values)
+    prompts = [question.prompt for question in data.questions]
+    answers = pool.answers(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
+    return measures(sums, AnswerSums.over(answers, data.questions))
+
+
+def measures(sums: Heldout, scores: AnswerSums | None = None) -> Payload:
+    """Return the reply of a task `evaluate`, which `replies.measured` reads: sums, no text."""
+    values = {"loss_sum": sums.loss_sum, "hits": sums.hits, "tokens": sums.label_tokens}
+    return Payload(values=values | ({} if scores is None else asdict(scores)))
 
 
 def refuse_learned(settings: CodecSettings, method: str) -> None:

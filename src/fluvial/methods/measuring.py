@@ -15,6 +15,7 @@ from fluvial.federation.replies import measured
 from fluvial.federation.turns import Reply
 from fluvial.models.pool import ModelPool
 from fluvial.settings import Settings
+from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.evaluate import Heldout, on_public_text
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named
@@ -23,7 +24,7 @@ PUBLIC_SEQUENCES = 256
 """Public sequences that the server measures on, where `data.max_heldout` says nothing else."""
 
 SiteMeasures = dict[str, float]
-"""Measures of one site, by name: loss, accuracy, and exact_match where it was asked for."""
+"""Measures of one site, by name: loss, accuracy, and the scores of answers where asked for."""
 
 
 class EvaluateConfig(Settings):
@@ -33,7 +34,7 @@ class EvaluateConfig(Settings):
     """Number of rounds from one measure of the global model to the next; 0 measures at the end
     only."""
     max_new_tokens: int = Field(0, ge=0, le=10**6)
-    """Greedy tokens for the exact match of held-out answers; 0 leaves it out."""
+    """Greedy tokens for exact match, token F1 and ROUGE of held-out answers; 0 leaves them out."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end; the first held-out question where there
     are some."""
@@ -64,6 +65,8 @@ class Measures:
 
     total: Heldout | None = None
     """Sums over all sites that were measured; None without any."""
+    answers: AnswerSums = field(default_factory=AnswerSums)
+    """Sums over the answers of all these sites."""
     by_site: dict[str, SiteMeasures] = field(default_factory=dict)
 
     def mean(self) -> SiteMeasures | None:
@@ -76,10 +79,9 @@ class Measures:
         return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
     def pooled(self) -> SiteMeasures | None:
-        """Return the means over the label tokens of all sites together; None without any."""
-        if self.total is None:
-            return None
-        return {"loss": self.total.loss, "accuracy": self.total.accuracy}
+        """Return the means over label tokens and over questions of all sites together; None
+        without any site."""
+        return None if self.total is None else _means(self.total, self.answers)
 
 
 def ask_heldout(fleet: Fleet, message: Payload, *, round: int) -> Measures:
@@ -92,18 +94,24 @@ def ask_heldout(fleet: Fleet, message: Payload, *, round: int) -> Measures:
     return measures_of(fleet.ask(MEASURING, messages, round=round, read=read))
 
 
-def measures_of(replies: Iterable[Reply[tuple[Heldout, int, int]]]) -> Measures:
+def measures_of(replies: Iterable[Reply[tuple[Heldout, AnswerSums]]]) -> Measures:
     """Return the measures of replies that `replies.measured` has read."""
     sums = []
+    answers = AnswerSums()
     rows: dict[str, SiteMeasures] = {}
 
     for reply in replies:
-        heldout, right, questions = reply.content
+        heldout, scores = reply.content
         sums.append(heldout)
-        row = {"loss": heldout.loss, "accuracy": heldout.accuracy}
-        rows[reply.site] = row | ({"exact_match": right / questions} if questions else {})
+        answers += scores
+        rows[reply.site] = _means(heldout, scores)
 
-    return Measures(Heldout.sum(sums) if sums else None, dict(sorted(rows.items())))
+    return Measures(Heldout.sum(sums) if sums else None, answers, dict(sorted(rows.items())))
+
+
+def _means(heldout: Heldout, answers: AnswerSums) -> SiteMeasures:
+    means = {"loss": heldout.loss, "accuracy": heldout.accuracy}
+    return means | (answers.means(answers.questions) if answers.questions else {})
 
 
 def measure_public(

@@ -26,6 +26,10 @@ def run_name(result: JsonObject) -> str:
     return f"federated, {method}" + (f" + {codec}" if codec else "")
 
 
+ANSWER_SCORES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L"}
+"""Headings of the scores of greedy answers."""
+
+
 def result_rows(result: JsonObject) -> list[list[str]]:
     """Return the headings, then a row for the base model, each baseline and the run itself."""
     heldout = result["heldout"]
@@ -38,9 +42,13 @@ def result_rows(result: JsonObject) -> list[list[str]]:
     runs.append((run_name(result), "final", result))
     centrally = any(traffic.get("pooled", False) for _, _, traffic in runs)
 
-    exact = any("exact_match" in (heldout.get(key) or {}) for _, key, _ in runs)
+    scores = {
+        name: heading
+        for name, heading in ANSWER_SCORES.items()
+        if any(name in (heldout.get(key) or {}) for _, key, _ in runs)
+    }
     headings = ["", "held-out loss", *(["pooled loss"] if centrally else []), "next-token accuracy"]
-    headings += ["exact match"] if exact else []
+    headings += scores.values()
     rows = [[*headings, "up per site", "round ratio", "amortised"]]
 
     for label, key, traffic in runs:
@@ -53,7 +61,7 @@ def result_rows(result: JsonObject) -> list[list[str]]:
             [figure((total or (values if at_one_place else {})).get("loss"))] if centrally else []
         )
         row += [percent(values.get("accuracy"))]
-        row += [percent(values.get("exact_match"))] if exact else []
+        row += [percent(values.get(name)) for name in scores]
         row += [
             human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"
         ]

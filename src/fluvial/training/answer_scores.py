@@ -6,15 +6,19 @@ its best one, for each score apart. Each score is rounded to millionths, so that
 they are the same in any order and add up over sites.
 """
 
+import logging
 import re
 import string
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from fluvial.training.evaluate import exact_match
+from fluvial.data import Question
 from fluvial.training.rouge import rouge_l, rouge_n, words
+
+logger = logging.getLogger(__name__)
 
 MILLION = 10**6
 
@@ -45,16 +49,32 @@ class AnswerSums:
 
         return cls(
             questions=1,
-            right=max(exact_match([answer], [reference]) for reference in references),
+            right=int(any(exact_match(answer, reference) for reference in references)),
             f1=_millionths(max(token_f1(answer, reference) for reference in references)),
             rouge_1=_millionths(max(rouge_n(read, reference, 1) for reference in sent)),
             rouge_2=_millionths(max(rouge_n(read, reference, 2) for reference in sent)),
             rouge_l=_millionths(max(rouge_l(read, reference) for reference in sent)),
         )
 
-    def __add__(self, other: "AnswerSums") -> "AnswerSums":
+    @classmethod
+    def over(cls, answers: Iterable[str], questions: Sequence[Question]) -> Self:
+        """Return the sums over the answers to `questions`, in their order."""
+        sums = cls()
+        logged_s = time.monotonic()
+
+        for answer, question in zip(answers, questions, strict=True):
+            sums += cls.of(answer, [question.answer])
+            if time.monotonic() - logged_s > 1:
+                logged_s = time.monotonic()
+                logger.info(
+                    "greedy answers: %d of %d answers written", sums.questions, len(questions)
+                )
+
+        return sums
+
+    def __add__(self, other: Self) -> Self:
         """Return the sums over the answers of both."""
-        return AnswerSums(
+        return type(self)(
             questions=self.questions + other.questions,
             right=self.right + other.right,
             f1=self.f1 + other.f1,
@@ -73,6 +93,14 @@ class AnswerSums:
             "rouge_2": self.rouge_2 / scale,
             "rouge_l": self.rouge_l / scale,
         }
+
+
+def exact_match(answer: str, reference: str) -> bool:
+    """Return True if both texts are equal, white space at both ends aside.
+
+    Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
+    """
+    return answer.strip() == reference.strip()
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -5,14 +5,12 @@ They are made on a file of records, on multiple-choice questions, or on both.
 
 import logging
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import __version__
-from fluvial.data import DataConfig, Question, Whole, read_whole
+from fluvial.data import DataConfig, Whole, read_whole
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
@@ -238,8 +236,9 @@ def _data_result(
             sums = heldout(model, texts.examples, pad_token_id=pool.tokenizer.pad_token_id)
         result[name] = _measures(sums, name)
         if questions:
-            scores = _answer_sums(pool, adapter, fit, max_new_tokens)
-            result[name] |= scores.means(len(questions))
+            prompts = [question.prompt for question in fit]
+            answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
+            result[name] |= AnswerSums.over(answers, fit).means(len(questions))
 
     return result
 
@@ -256,23 +255,6 @@ def _measures(sums: Heldout, name: str) -> dict[str, Any]:
 
     perplexity = sums.perplexity if math.isfinite(sums.perplexity) else None
     return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
-
-
-def _answer_sums(
-    pool: ModelPool, adapter: Named, questions: Sequence[Question], max_new_tokens: int
-) -> AnswerSums:
-    scores = AnswerSums()
-    logged_s = time.monotonic()
-    prompts = [question.prompt for question in questions]
-    answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
-
-    for number, (answer, question) in enumerate(zip(answers, questions, strict=True), start=1):
-        scores += AnswerSums.of(answer, [question.answer])
-        if time.monotonic() - logged_s > 1:
-            logged_s = time.monotonic()
-            logger.info("greedy answers: %d of %d answers written", number, len(questions))
-
-    return scores
 
 
 def _choice_result(

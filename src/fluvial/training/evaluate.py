@@ -1,4 +1,4 @@
-"""Measures of a model: held-out loss and accuracy, exact match, and the effect of an adapter."""
+"""Measures of a model: held-out loss and accuracy, and the effect of an adapter."""
 
 import logging
 import math
@@ -98,16 +98,6 @@ def heldout(
             )
 
     return Heldout(loss_sum, hits, sum(example.label_tokens for example in examples))
-
-
-def exact_match(answers: Sequence[str], expected: Sequence[str]) -> int:
-    """Return the number of answers equal to the expected ones, white space at both ends aside.
-
-    Nothing else is normalised: case, punctuation, articles and the width of inner spaces count.
-    """
-    return sum(
-        answer.strip() == right.strip() for answer, right in zip(answers, expected, strict=True)
-    )
 
 
 def on_public_text(pool: ModelPool, adapter: Named, examples: Sequence[Example]) -> dict[str, Any]:

@@ -2,7 +2,22 @@
 
 import pytest
 
-from fluvial.training.answer_scores import AnswerSums, squad_words, token_f1
+from fluvial.training.answer_scores import AnswerSums, exact_match, squad_words, token_f1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        (" Paris\n", "Paris", True),
+        ("paris", "Paris", False),
+        ("Pa ris", "Paris", False),
+        ("", " ", True),
+    ],
+)
+def test_exact_match_ignores_white_space_at_both_ends_only(
+    answer: str, reference: str, equal: bool
+) -> None:
+    assert exact_match(answer, reference) is equal
 
 
 def test_case_punctuation_and_articles_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Held-out loss, exact match, multiple choice, and the command that measures an adapter."""
+"""Held-out loss, multiple choice, and the command that measures an adapter."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from fluvial.seeds import generator
 from fluvial.training.choice_prompts import Sheet, language_of, prepare, render
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import Choice, read_choices
-from fluvial.training.evaluate import Heldout, check_effect, exact_match, heldout
+from fluvial.training.evaluate import Heldout, check_effect, heldout
 from fluvial.training.folders import read_adapter_folder
 from fluvial.wire.tensors import Named
 from tests.support import SHARED
@@ -69,10 +69,6 @@ def _write(path: Path, records: Sequence[Any]) -> Path:
 def test_heldout_sums_add_up() -> None:
     total = Heldout.sum([Heldout(1.0, 1, 2), Heldout(5.0, 2, 4)])
     assert (total.loss, total.accuracy, total.label_tokens) == (1.0, 0.5, 6)
-
-
-def test_exact_match_ignores_white_space_at_both_ends_only() -> None:
-    assert exact_match([" Paris\n", "paris", "Pa ris", ""], ["Paris", "Paris", "Paris", " "]) == 2
 
 
 def test_check_effect(pool: ModelPool, changed: Named) -> None:

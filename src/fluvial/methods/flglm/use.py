@@ -10,7 +10,7 @@ from torch import Tensor
 from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
 from fluvial.data import Example
 from fluvial.errors import WireError
-from fluvial.federation.sites import MOST_NEW_TOKENS, Site
+from fluvial.federation.sites import MOST_NEW_TOKENS, Site, measures
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.release import Release
@@ -19,9 +19,10 @@ from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration
-from fluvial.training.evaluate import Heldout, exact_match
+from fluvial.training.answer_scores import AnswerSums
+from fluvial.training.evaluate import Heldout
 from fluvial.training.train import collate, shifted
-from fluvial.wire.payload import Payload, Value, payload_frame
+from fluvial.wire.payload import Payload, payload_frame
 
 MOST_PROMPT = 10**5
 """Characters of a prompt that a server may send."""
@@ -38,18 +39,13 @@ def evaluate(site: Site, message: Payload) -> Talk:
 
     with whole_model(site, message, Release.in_use(site, message, task="evaluate")) as model:
         sums = yield from model.heldout(data.heldout)
-        values: dict[str, Value] = {
-            "loss_sum": sums.loss_sum,
-            "hits": sums.hits,
-            "tokens": sums.label_tokens,
-        }
-        if new_tokens and data.questions:
-            prompts = [question.prompt for question in data.questions]
-            answers = yield from model.answers(prompts, new_tokens)
-            right = exact_match(answers, [question.answer for question in data.questions])
-            values |= {"right": right, "questions": len(answers)}
+        if not new_tokens or not data.questions:
+            return measures(sums)
 
-    return Payload(values=values)
+        prompts = [question.prompt for question in data.questions]
+        answers = yield from model.answers(prompts, new_tokens)
+
+    return measures(sums, AnswerSums.over(answers, data.questions))
 
 
 def sample(site: Site, message: Payload) -> Talk:
