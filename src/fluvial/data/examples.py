@@ -38,6 +38,8 @@ class Question:
 
     prompt: str
     answer: str
+    references: tuple[str, ...] = ()
+    """Further answers that are right."""
 
 
 def windows(example: Example, length: int) -> list[Example]:

@@ -7,6 +7,8 @@
 | `messages`          | `messages`: list of `{"role", "content"}`    | the assistant's turns  |
 | `alpaca`            | `instruction`, `output`, optional `input`    | the output and EOS     |
 | `sharegpt`          | `conversations`: list of `{"from", "value"}` | the turns of "gpt"     |
+
+Prompt/completion and Alpaca records may have `references`, a list of further right answers.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +26,10 @@ REQUIRED_FIELDS: dict[Form, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
 }
-OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {"alpaca": ("input",)}
+OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {
+    "prompt_completion": ("references",),
+    "alpaca": ("input", "references"),
+}
 CONVERSATIONS: frozenset[str] = frozenset({"messages", "sharegpt"})
 """Forms that a chat template renders."""
 FIELDS = tuple(

@@ -50,6 +50,8 @@ class Answered:
 
     prompt: str
     answer: str
+    references: tuple[str, ...] = ()
+    """Further answers that a held-out answer is scored against; without loss."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class RecordReader:
             return Record(place, Text(self._text(place, fields, "text")))
         if self.form == "prompt_completion":
             prompt = self._text(place, fields, "prompt")
-            return Record(place, Answered(prompt, self._answer(place, fields, "completion")))
+            answer = self._answer(place, fields, "completion")
+            return Record(place, Answered(prompt, answer, self._references(place, fields)))
 
         if self.form == "alpaca":
             return Record(place, self._alpaca(place, fields))
@@ -128,6 +131,29 @@ class RecordReader:
 
         return answer
 
+    def _references(self, place: object, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        value = fields.get(self._column("references"))
+        if value is None:
+            return ()
+
+        name = self._name("references")
+        if not isinstance(value, list):
+            raise ConfigError(
+                f"{place}: {name} must be a list of texts, further answers to score against, and "
+                f"is {described(value)}; write a list, or remove the field"
+            )
+
+        texts = tuple(
+            self._value(place, f"text {number} of {name}", text)
+            for number, text in enumerate(value, start=1)
+        )
+        if not all(text.strip() for text in texts):
+            raise ConfigError(
+                f"{place}: {name} has a blank text, which an empty answer would equal; remove it"
+            )
+
+        return texts
+
     def _alpaca(self, place: object, fields: Mapping[str, Any]) -> Answered:
         instruction = self._text(place, fields, "instruction")
         answer = self._answer(place, fields, "output")
@@ -135,7 +161,8 @@ class RecordReader:
         given = "" if value is None else self._value(place, self._name("input"), value)
         template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
 
-        return Answered(template.format(instruction=instruction, input=given), answer)
+        prompt = template.format(instruction=instruction, input=given)
+        return Answered(prompt, answer, self._references(place, fields))
 
     def _messages(self, place: object, fields: Mapping[str, Any]) -> list[Message]:
         field = "messages" if self.form == "messages" else "conversations"

@@ -140,7 +140,7 @@ class Tokenizing:
         labels = [IGNORE_INDEX] * len(before) if self.loss_on == "answer" else before
 
         return Example([*before, *after], [*labels, *after]), Question(
-            content.prompt, content.answer
+            content.prompt, content.answer, content.references
         )
 
     def _fit(

@@ -63,7 +63,7 @@ class AnswerSums:
         logged_s = time.monotonic()
 
         for answer, question in zip(answers, questions, strict=True):
-            sums += cls.of(answer, [question.answer])
+            sums += cls.of(answer, [question.answer, *question.references])
             if time.monotonic() - logged_s > 1:
                 logged_s = time.monotonic()
                 logger.info(

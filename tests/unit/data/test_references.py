@@ -1,0 +1,77 @@
+"""Several right answers of one record: read, checked, and scored by the best."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.data import DataConfig, DataError, Question, read_whole
+from fluvial.training.answer_scores import AnswerSums
+
+
+def lines(folder: Path, *records: dict[str, Any]) -> DataConfig:
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataConfig.model_validate({"source": str(path), "max_length": 128})
+
+
+def test_references_stand_beside_the_answer_that_is_learned(
+    tmp_path: Path,
+    tokenizer: Any,
+) -> None:
+    data = lines(
+        tmp_path,
+        {"prompt": "p", "completion": "c", "references": ["d", "e"]},
+        {"prompt": "p", "completion": "c", "references": []},
+        {"prompt": "p", "completion": "c", "references": None},
+        {"prompt": "p", "completion": "c"},
+    )
+    whole = read_whole(data, tokenizer, "--data")
+
+    assert whole.questions == [Question("p", "c", ("d", "e")), *[Question("p", "c")] * 3]
+    assert len({tuple(example.labels) for example in whole.examples}) == 1
+
+
+def test_an_answer_counts_by_its_best_reference() -> None:
+    question = Question("p", "red hat", ("a blue cap", "cap"))
+    assert AnswerSums.over(["cap", "hat", "blue cap"], [question] * 3) == (
+        AnswerSums.of("cap", ["cap"])
+        + AnswerSums.of("hat", ["red hat"])
+        + AnswerSums.of("blue cap", ["a blue cap"])
+    )
+
+
+def test_alpaca_records_and_renamed_columns_have_references_too(
+    tmp_path: Path,
+    tokenizer: Any,
+) -> None:
+    data = lines(tmp_path, {"instruction": "i", "output": "o", "also": ["u"]})
+    data = data.model_copy(update={"columns": {"references": "also"}})
+    (question,) = read_whole(data, tokenizer, "--data").questions
+    assert (question.answer, question.references) == ("o", ("u",))
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        ("d", "line 2: field 'references' must be a list of texts, .* and is text; write a list"),
+        ({"text": ["d"]}, "line 2: field 'references' must be a list of texts, .* and is an obj"),
+        (["d", 3], "line 2: text 2 of field 'references' must be text, and is a number; put it in"),
+        ([None], "line 2: text 1 of field 'references' must be text, and is null"),
+        (["d", " \n"], "line 2: field 'references' has a blank text"),
+    ],
+)
+def test_references_of_another_type_are_named_by_file_and_line(
+    references: Any,
+    message: str,
+    tmp_path: Path,
+    tokenizer: Any,
+) -> None:
+    data = lines(
+        tmp_path,
+        {"prompt": "p", "completion": "c"},
+        {"prompt": "p", "completion": "c", "references": references},
+    )
+    with pytest.raises(DataError, match=rf"records\.jsonl, {message}"):
+        read_whole(data, tokenizer, "--data")
