@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fluvial.models.base_weights import open_weights, persistent_buffers
 from fluvial.models.behaviour import check_behaviour
+from fluvial.models.building import building
 from fluvial.models.loading import (
     absent,
     fill,
@@ -64,8 +65,10 @@ class Base:
     def _model(self) -> nn.Module:
         from transformers import GenerationConfig
 
-        base = load_base(self.config)
-        check_behaviour(base, self.config.name_or_path)
+        with building():  # a thread that initialises an adapter draws random numbers
+            base = load_base(self.config)
+            check_behaviour(base, self.config.name_or_path)
+
         # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
         # force tokens.
         base.generation_config = GenerationConfig()
