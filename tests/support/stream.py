@@ -79,7 +79,7 @@ class OverStream:
         while timeout_s is None or waited_s <= timeout_s:
             arrival = None
             with suppress(queue.Empty):
-                arrival = self._conversations.settle(self._replies.get_nowait())
+                arrival = self._replies.get_nowait()
             arrival = arrival or self._conversations.next(0.01)
             waited_s += 0.01
             if arrival is not None:
@@ -112,7 +112,8 @@ class OverStream:
                 reply = conversed(
                     partial(self._tasks[request.task], site),
                     Payload.from_bytes(request.data),
-                    lambda turn: Payload.from_bytes(stream.exchange(turn.to_bytes())),
+                    lambda turn: stream.send(turn.to_bytes()),
+                    lambda: Payload.from_bytes(stream.receive()),
                 )
         except FluvialError as problem:
             text = f"{type(problem).__name__}: {problem}"
@@ -211,12 +212,13 @@ class Desk:
         listener: StreamListener,
         *,
         patience_s: float = 5.0,
+        window: int = 1,
         seal: Callable[[bytes], Seal] | None = None,
     ) -> None:
         self.listener = listener
         self.arrivals: Arrivals = queue.SimpleQueue()
         self.invitation, self.session = listener.invite(
-            7, self.arrivals.put, num_sites=2, patience_s=patience_s, seal=seal
+            7, self.arrivals.put, num_sites=2, patience_s=patience_s, window=window, seal=seal
         )
 
     def next(self) -> Arrival:

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -52,6 +52,14 @@ class _Exchange:
     request: Request
     """Last message."""
     attempt: int
+    turns: int = 0
+    """Turns of the site so far."""
+    unanswered: deque[int] = field(default_factory=deque)
+    """Numbers of the turns that the server half has not answered."""
+    works: bool = False
+    """True while the site is known to work."""
+    failure: tuple[str, int] | None = None
+    """Reason and bytes of a failure that counts once the turns that came before are answered."""
     began_s: float | None = None
     """Time at which the first message left."""
     bytes_down: int = 0
@@ -71,6 +79,7 @@ class Call(Generic[H, T]):
         round: int,
         hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
+        window: int,
         began: Callable[[str], None],
         wake_s: Callable[[Mapping[str, float]], float],
         dispatcher: Dispatcher,
@@ -85,6 +94,7 @@ class Call(Generic[H, T]):
         self._round = round
         self._hear = hear
         self._read = read
+        self._window = window
         self._began = began
         self._wake_s = wake_s
         self._dispatcher = dispatcher
@@ -94,70 +104,98 @@ class Call(Generic[H, T]):
         self._wires = Wires(messages)
         self._num_asked = len(messages)
         self._to_begin = deque((site, 1) for site in messages)
-        self._to_answer: deque[_Exchange] = deque()
-        """Exchanges whose next message is ready."""
-        self._at_sites: dict[int, _Exchange] = {}
-        self._at_server: dict[int, _Exchange] = {}
-        """Exchanges whose last turn was not answered yet."""
+        self._to_answer: deque[tuple[_Exchange, Request]] = deque()
+        """Answers that are ready."""
+        self._open: dict[int, _Exchange] = {}
+        """Exchanges that have begun."""
 
     def events(self) -> Iterator[Turn[H] | Reply[T] | Idle]:
         """Yield turns and replies; drop what is open when the caller leaves early."""
         try:
             while True:
+                self._end_failed()
                 self._send()
-                if self._at_sites:
-                    until_s = self._wake_s(self._working())
-                    arrival = self._dispatcher.next(self._at_sites.keys(), until_s)
-                    if arrival is None:
-                        yield self._idle()
-                        continue
+                if not self._open:
+                    return
 
-                    event = self._take(arrival)
-                    if event is not None:
-                        yield event
-                        del event  # so that no reply is held here while the next is waited for
-                elif self._at_server:
+                if not self._to_begin and not self._awaited():
+                    before = self._num_unanswered()
                     idle = self._idle()
                     yield idle
-                    went_on = len(self._at_server) < len(idle.sites)
+                    went_on = self._num_unanswered() < before
                     assert went_on, f"sites {idle.sites} wait, and no turn was answered"
-                else:
-                    return
+                    continue
+
+                until_s = self._wake_s(self._working())
+                arrival = self._dispatcher.next(self._reachable(), until_s)
+                if arrival is None:
+                    yield self._idle()
+                    continue
+
+                event = self._take(arrival)
+                if event is not None:
+                    yield event
+                    del event  # so that no reply is held here while the next is waited for
         finally:
-            for exchange in (*self._at_sites.values(), *self._at_server.values(), *self._to_answer):
-                self._dispatcher.drop(exchange.request)
+            for exchange in self._open.values():
+                if exchange.failure is None:
+                    self._dispatcher.drop(exchange.request)
 
     def _send(self) -> None:
         """Send what is ready while slots are free, answers before new beginnings."""
-        slots = self._dispatcher.transport.slots
-        while len(self._at_sites) < slots and (self._to_answer or self._to_begin):
-            if self._to_answer:
-                exchange = self._to_answer.popleft()
-            else:
-                exchange = self._begin(*self._to_begin.popleft())
+        while self._to_answer:
+            exchange, request = self._to_answer[0]
+            if not exchange.works and not self._slot_is_free():
+                return
 
-            self._at_sites[exchange.request.number] = exchange
-            self._dispatcher.send(exchange.request)
+            self._to_answer.popleft()
+            if self._open.get(request.number) is exchange and exchange.failure is None:
+                self._send_one(exchange, request)
+
+        while self._to_begin and self._slot_is_free():
+            exchange = self._begin(*self._to_begin.popleft())
+            self._open[exchange.request.number] = exchange
+            self._send_one(exchange, exchange.request)
+
+    def _slot_is_free(self) -> bool:
+        working = sum(exchange.works for exchange in self._open.values())
+        return working < self._dispatcher.transport.slots
+
+    def _send_one(self, exchange: _Exchange, request: Request) -> None:
+        exchange.request = request
+        exchange.works = True
+        exchange.bytes_down += len(request.data)
+        self._meter.count(request.site, ("down", self._task), len(request.data))
+        self._dispatcher.send(request, owes=bool(exchange.unanswered))
+
+    def _reachable(self) -> list[int]:
+        """Return the numbers of the exchanges from which something may arrive."""
+        return [number for number, each in self._open.items() if each.failure is None]
+
+    def _awaited(self) -> list[_Exchange]:
+        """Return the exchanges whose turns are all answered."""
+        return [exchange for exchange in self._open.values() if not exchange.unanswered]
+
+    def _num_unanswered(self) -> int:
+        return sum(len(exchange.unanswered) for exchange in self._open.values())
 
     def _working(self) -> dict[str, float]:
         """Return the sites whose message is awaited, with the time at which theirs left."""
-        sent = {each.request.site: each.request.sent_s for each in self._at_sites.values()}
-        unsent = [*(each.request.site for each in self._to_answer)]
-        unsent += [site for site, _ in self._to_begin]
-        return dict.fromkeys(unsent, math.inf) | sent
+        begun = {each.request.site: each.request.sent_s for each in self._awaited()}
+        return dict.fromkeys((site for site, _ in self._to_begin), math.inf) | begun
 
     def _idle(self) -> Idle:
-        waiting = sorted(each.request.site for each in self._at_server.values())
+        waiting = sorted(each.request.site for each in self._open.values() if each.unanswered)
         return Idle(tuple(waiting), tuple(sorted(self._working())), self._leave_out)
 
     def _leave_out(self, site: str, reason: str) -> None:
         """End the exchange of a site for good, as its failure."""
-        for exchanges in (self._at_sites, self._at_server):
-            for number, exchange in list(exchanges.items()):
-                if exchange.request.site == site:
-                    del exchanges[number]
-                    self._failure(replace(exchange, attempt=_LAST), reason, 0)
-                    return
+        for exchange in self._open.values():
+            if exchange.request.site == site:
+                exchange.attempt = _LAST
+                self._drop(exchange, reason, 0)
+                self._end(exchange)
+                return
 
         raise AssertionError(f"no exchange with site {site!r} is open")
 
@@ -165,16 +203,18 @@ class Call(Generic[H, T]):
         self._began(site)
         number = self._dispatcher.number()
         data = self._wires[site]
-        converses = self._hear is not None
-        request = Request(number, 0, site, self._task, self._round, data, converses)
+        request = Request(number, 0, site, self._task, self._round, data, self._window)
         return _Exchange(request, attempt)
 
     def _take(self, arrival: Arrival) -> Turn[H] | Reply[T] | None:
-        """Count and read what arrived; return None where the site has failed."""
-        exchange = self._at_sites.pop(arrival.number)
-        request = exchange.request
-        site = request.site
-        self._count(exchange, len(request.data), len(arrival.data))
+        """Count and read what arrived; return None where the site has failed, or only waits."""
+        exchange = self._open[arrival.number]
+        site = exchange.request.site
+        exchange.works = arrival.goes_on
+        if not (arrival.final or arrival.data or arrival.problem):
+            return None
+
+        self._count(exchange, len(arrival.data))
         reason = arrival.problem
 
         if not reason:
@@ -186,17 +226,25 @@ class Call(Generic[H, T]):
                             "the task sends a turn, but was asked for one answer only; use "
                             "`Fleet.converse` for it"
                         )
+                    if len(exchange.unanswered) >= self._window:
+                        raise WireError(
+                            f"turn {exchange.turns + 1} came before the answer to turn "
+                            f"{exchange.unanswered[0]}; {self._window} may be open"
+                        )
                     return self._turn(exchange, self._hear(site, payload))
 
+                if exchange.unanswered:
+                    raise WireError("it answered the task while its turn had no answer")
                 content = self._read(site, payload)
             except Exception as problem:
                 reason = unreadable(problem)
 
         if reason:
-            self._failure(exchange, reason, len(arrival.data))
+            self._drop(exchange, reason, len(arrival.data))
             return None
 
-        self._dispatcher.transport.accept(arrival)
+        del self._open[arrival.number]
+        self._dispatcher.accept(arrival)
         self._meter.answered.add((site, self._task))
         self.num_answered += 1
         logger.info(
@@ -212,45 +260,64 @@ class Call(Generic[H, T]):
 
         return Reply(site, content, exchange.bytes_down, exchange.bytes_up, seconds)
 
-    def _count(self, exchange: _Exchange, bytes_down: int, bytes_up: int) -> None:
-        """Count one message down and what came back."""
+    def _count(self, exchange: _Exchange, bytes_up: int) -> None:
+        """Count what came of a site, for whose message there is no deadline now."""
         if exchange.began_s is None:
             exchange.began_s = exchange.request.sent_s
 
-        exchange.bytes_down += bytes_down
+        exchange.request.sent_s = math.inf
         exchange.bytes_up += bytes_up
-        self._meter.count(exchange.request.site, ("down", self._task), bytes_down)
         if bytes_up:
             self._meter.count(exchange.request.site, ("up", self._task), bytes_up)
 
     def _turn(self, exchange: _Exchange, content: H) -> Turn[H]:
-        self._at_server[exchange.request.number] = exchange
-        answer = partial(self._answer, exchange)
-        return Turn(exchange.request.site, content, answer, partial(self._fail, exchange))
+        exchange.turns += 1
+        exchange.unanswered.append(exchange.turns)
+        answer = partial(self._answer, exchange, exchange.turns)
+        fail = partial(self._fail, exchange, exchange.turns)
+        return Turn(exchange.request.site, content, answer, fail)
 
-    def _answer(self, exchange: _Exchange, payload: Payload) -> None:
-        """Make the next message of an exchange ready."""
-        last = exchange.request
-        there = self._at_server.pop(last.number, None)
-        assert there is exchange, (
-            f"the turn of site {last.site!r} is answered, or its call has ended"
-        )
+    def _answer(self, exchange: _Exchange, turn: int, payload: Payload) -> None:
+        """Make the answer to a turn ready."""
+        self._check_next(exchange, turn)
+        exchange.unanswered.popleft()
+        request = replace(exchange.request, turn=turn, data=payload.to_bytes(), sent_s=math.inf)
+        self._to_answer.append((exchange, request))
 
-        exchange.request = replace(
-            last, turn=last.turn + 1, data=payload.to_bytes(), sent_s=math.inf
-        )
-        self._to_answer.append(exchange)
-
-    def _fail(self, exchange: _Exchange, reason: str) -> None:
+    def _fail(self, exchange: _Exchange, turn: int, reason: str) -> None:
         """End an exchange whose turn waits, as a failure of its site."""
-        there = self._at_server.pop(exchange.request.number, None)
-        assert there is exchange, "the turn was answered, or its call has ended"
-        self._failure(exchange, reason, 0)
+        self._check_next(exchange, turn)
+        self._drop(exchange, reason, 0)
+        self._end(exchange)
 
-    def _failure(self, exchange: _Exchange, reason: str, bytes_up: int) -> None:
-        """Drop an exchange, and begin another one at its site where the policy says so."""
+    def _check_next(self, exchange: _Exchange, turn: int) -> None:
+        """Assert that a turn is the oldest one without an answer."""
+        site = exchange.request.site
+        there = self._open.get(exchange.request.number) is exchange
+        waits = there and turn in exchange.unanswered
+        assert waits, f"the turn of site {site!r} is answered, or its call has ended"
+        assert turn == exchange.unanswered[0], f"turns of site {site!r} are answered in order"
+
+    def _drop(self, exchange: _Exchange, reason: str, bytes_up: int) -> None:
+        """Let nothing come of an exchange any more, whose site has failed."""
+        if exchange.failure is None:
+            exchange.failure = (reason, bytes_up)
+            exchange.works = False
+            self._dispatcher.drop(exchange.request)
+
+    def _end_failed(self) -> None:
+        """End exchanges that have failed and whose turns are all answered."""
+        for exchange in self._awaited():
+            if exchange.failure is not None:
+                self._end(exchange)
+
+    def _end(self, exchange: _Exchange) -> None:
+        """Note the failure of an exchange, and begin another one at its site where the policy says
+        so."""
+        assert exchange.failure is not None
+        reason, bytes_up = exchange.failure
         request = exchange.request
-        self._dispatcher.drop(request)
+        del self._open[request.number]
         failure = Failure(
             request.site, self._round, self._task, reason, len(request.data), bytes_up
         )

@@ -89,6 +89,7 @@ class Fleet:
         hear: Callable[[str, Payload], H] | None,
         read: Callable[[str, Payload], T],
         alone: bool = True,
+        window: int = 1,
         began: Callable[[str], None] = _nothing,
         wake_s: Callable[[Mapping[str, float]], float] = _never,
     ) -> Iterator[Turn[H] | Reply[T] | Idle]:
@@ -99,6 +100,10 @@ class Fleet:
         where all sites that are left wait for such answers. Each turn has the deadline of its own;
         a failure in any turn is that site's, and a retry begins its task again. All else is as in
         `ask`.
+
+        A site may send up to `window` turns before the first of them is answered (`talk.Ahead`).
+        Turns of a site are answered in their order. It has no deadline while the server owes it an
+        answer, and if it fails meanwhile, that counts once the turns that came are answered.
 
         `began(site)` is called when a conversation begins, the first time and after a failure.
         `wake_s(working)` is called before each wait, with the sites whose message is awaited and
@@ -111,6 +116,7 @@ class Fleet:
             round=round,
             hear=hear,
             read=read,
+            window=0 if hear is None else window,
             began=began,
             wake_s=wake_s,
             dispatcher=self._dispatcher,

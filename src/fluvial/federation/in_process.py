@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -66,24 +67,44 @@ class _Visit:
         self.site = site
         self.round = round
         self.running = Running(partial(task, site))
-        self.lock = threading.Lock()
-        self.busy = False
-        self.dropped = False
+        self._lock = threading.Lock()
+        self._requests: deque[Request] = deque()
+        """Messages that came while it worked."""
+        self._busy = False
+        self._dropped = False
+
+    def begin(self, request: Request) -> bool:
+        """Take a message; return False where a thread of the site works, which will come to it."""
+        with self._lock:
+            if self._busy:
+                self._requests.append(request)
+                return False
+
+            self._busy = True
+            return True
 
     def drop(self) -> None:
         """End the exchange: at once between two steps, else when the step that runs has ended."""
-        with self.lock:
-            self.dropped = True
-            if self.busy:
+        with self._lock:
+            self._dropped = True
+            if self._busy:
                 return
 
         self.close()
 
-    def leave(self) -> bool:
-        """Return at the end of a step whether the exchange was dropped while it ran."""
-        with self.lock:
-            self.busy = False
-            return self.dropped
+    def leave(self, *, ended: bool) -> Request | None:
+        """Return after a step the message with which the site goes on; None where it waits, has
+        ended or was dropped."""
+        with self._lock:
+            if self._requests and not (ended or self._dropped):
+                return self._requests.popleft()
+
+            self._busy = False
+            dropped = self._dropped
+
+        if dropped:
+            self.close()
+        return None
 
     def close(self) -> None:
         """Close the task's generator; what it raises changes nothing any more, and is logged."""
@@ -152,7 +173,7 @@ class InProcess:
         self._arrived: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
 
     def send(self, request: Request) -> None:
-        """Begin a thread in which the site answers."""
+        """Begin a thread in which the site answers, unless one works at the same exchange."""
         if request.turn == 0:
             if request.task not in self.tasks:
                 raise ConfigError(
@@ -165,7 +186,9 @@ class InProcess:
             )
 
         visit = self._visits[request.number]
-        visit.busy = True
+        if not visit.begin(request):
+            return
+
         thread = threading.Thread(
             target=contextvars.copy_context().run,  # errors name arguments as `caller` has them
             args=(self._work, visit, request),
@@ -217,27 +240,37 @@ class InProcess:
             )
 
     def _work(self, visit: _Visit, request: Request) -> None:
-        """Make one step as the site, and hand in what comes of it unless it was dropped."""
+        """Make steps as the site while messages are there, and hand in what comes of them."""
         torch.set_num_threads(self._threads)
+        due: Request | None = request
         with suppress(_Stopped):
-            arrival = self._step(visit, request)
-
-            if visit.leave():
-                visit.close()
-            else:
-                self._arrived.put(arrival)
+            while due is not None:
+                arrival = self._step(visit, due)
+                due = visit.leave(ended=arrival.final)
+                if due is None or arrival.data or arrival.problem:
+                    arrival.goes_on = due is not None
+                    self._arrived.put(arrival)
 
     def _step(self, visit: _Visit, request: Request) -> Arrival:
-        """Return the site's answer; of an error only what may leave a site."""
+        """Return the site's answer, empty where it waits for that to a turn ahead; of an error only
+        what may leave a site."""
         site = visit.site
+        name = site.of_method(f"task {request.task!r}")
+
+        def ahead(turn: object) -> None:
+            data = checked_answer(turn, name, final=False).to_bytes()
+            self._arrived.put(Arrival(request.number, data, final=False, goes_on=True))
+
         try:
             message = Payload.from_bytes(request.data, self._limits)
             if request.turn == 0:
                 site.accept_assignment(message)
 
-            answer, final = visit.running.step(message)
-            checked = checked_answer(answer, site.of_method(f"task {request.task!r}"), final=final)
-            return Arrival(request.number, checked.to_bytes(), final=final)
+            answer, final = visit.running.step(message, ahead)
+            if answer is None and not final:
+                return Arrival(request.number, b"", final=False)
+            data = checked_answer(answer, name, final=final).to_bytes()
+            return Arrival(request.number, data, final=final)
         except _Stopped:
             raise
         except BaseException as problem:

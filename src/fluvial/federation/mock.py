@@ -53,8 +53,7 @@ class Mock:
             self._running[request.number] = Running(answer)
             self._sites[request.number] = request.site
 
-        arrival = self._step(request)
-        if arrival is not None:
+        for arrival in self._step(request):
             due_s = self.now_s + self._delays_s.get(request.site, 0.0)
             heapq.heappush(self._coming, (due_s, next(self._order), arrival))
 
@@ -92,15 +91,20 @@ class Mock:
     def restore(self, state: dict[str, Any], round: int) -> None:
         """See `Transport`; nothing is restored."""
 
-    def _step(self, request: Request) -> Arrival | None:
+    def _step(self, request: Request) -> list[Arrival]:
+        arrivals: list[Arrival] = []
+
+        def say(answer: Payload | bytes, *, final: bool = False) -> None:
+            data = answer if isinstance(answer, bytes) else answer.to_bytes()
+            arrivals.append(Arrival(request.number, data, final=final))
+
         try:
-            answer: Any
-            answer, final = self._running[request.number].step(Payload.from_bytes(request.data))
+            message = Payload.from_bytes(request.data)
+            answer, final = self._running[request.number].step(message, say)
+            if answer is not None:
+                say(answer, final=final)
         except Exception as problem:
             text = f"{type(problem).__name__}: {problem}"
-            return Arrival(request.number, text.encode(), problem=text)
+            arrivals.append(Arrival(request.number, text.encode(), problem=text))
 
-        if answer is None:
-            return None
-        data = answer if isinstance(answer, bytes) else answer.to_bytes()
-        return Arrival(request.number, data, final=final)
+        return arrivals

@@ -26,8 +26,8 @@ class Request:
     round: int
     data: bytes
     """Payload, serialised."""
-    converses: bool = False
-    """True where the site may send turns before its reply."""
+    window: int = 0
+    """Turns without an answer that the site may have at a time; 0 where it must reply at once."""
     sent_s: float = math.inf
     """Time at which the message left, on the fleet's clock; the fleet counts its deadline from
     here. A transport that holds a message back sets it to infinity until then."""
@@ -44,7 +44,11 @@ class Arrival:
     problem: str = ""
     """Reason of the failure in one line; empty where `data` is an answer."""
     final: bool = True
-    """False for a turn in the middle of a conversation: the site waits for an answer."""
+    """False in the middle of a conversation: `data` is a turn, or empty where the site, which went
+    on after its last turn, now waits."""
+    goes_on: bool = False
+    """True for a turn after which the site works on before it waits for an answer; a transport
+    whose slots are as many as its sites need not tell."""
 
 
 class Transport(Protocol):

@@ -26,12 +26,13 @@ class Reply(Generic[T]):
 
 @dataclass(frozen=True)
 class Turn(Generic[H]):
-    """Message of a site in the middle of its task, for which it waits for an answer."""
+    """Message of a site in the middle of its task, for which it will wait for an answer."""
 
     site: str
     content: H
     answer: Callable[[Payload], None]
-    """Sends the site its answer, once; it is serialised in this call."""
+    """Sends the site its answer, once, after those to its earlier turns; it is serialised in this
+    call."""
     fail: Callable[[str], None]
     """Ends the exchange in the place of an answer: a failure of the site, with this reason; raises
     `ClientError` under on_failure="stop"."""

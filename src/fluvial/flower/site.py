@@ -61,7 +61,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
             answer = here.answer(header, wire)
         else:
             with caller(site, invitation, header.run) as stream:
-                answer = here.answer(header, wire, stream.exchange)
+                answer = here.answer(header, wire, stream)
     except Exception as problem:
         error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)

@@ -185,9 +185,7 @@ class FlowerTransport:
             live = self._conversations.any
             reply = self._inbox.next(0 if live else max(wait_s, 0))
             arrival = None if reply is None else self._hear(reply)
-            if arrival is not None:
-                arrival = self._conversations.settle(arrival)
-            elif live and reply is None:
+            if live and reply is None:
                 arrival = self._conversations.next(max(wait_s, 0))
 
             if arrival is not None:

@@ -9,11 +9,10 @@ what must be equal, and the site's own file decides whether it takes part.
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 
@@ -51,6 +50,18 @@ class Answer:
     """True if the site keeps state that a later message of the run needs."""
 
 
+class Stream(Protocol):
+    """The way of turns to the server, and of its answers back, in their order."""
+
+    def send(self, data: bytes) -> None:
+        """Begin to send a turn."""
+        ...
+
+    def receive(self) -> bytes:
+        """Return the next answer."""
+        ...
+
+
 class SiteProcess:
     """Process that answers the messages for one site; its attributes are a cache only."""
 
@@ -72,13 +83,10 @@ class SiteProcess:
             config = at_site(sent, self.site)
             self._records(config, self._pool(config))
 
-    def answer(
-        self, header: Header, wire: bytes, exchange: Callable[[bytes], bytes] | None = None
-    ) -> Answer:
+    def answer(self, header: Header, wire: bytes, stream: Stream | None = None) -> Answer:
         """Return the answer to one message; raise what the task raises.
 
-        `exchange` carries a turn of the task to the server and returns its answer; without it, a
-        task that converses is refused.
+        `stream` carries the turns of the task; without it, a task that converses is refused.
         """
         message = Payload.from_bytes(wire, self.limits)
         if header.task == JOIN:
@@ -100,11 +108,12 @@ class SiteProcess:
         site.accept_assignment(message)
         task = partial(tasks[header.task], site)
         name = site.of_method(f"task {header.task!r}")
-        if exchange is None:
+        if stream is None:
             reply = only_answer(task(message), name)
         else:
-            carry = partial(self._turn, header, config, exchange)
-            reply = conversed(task, message, carry, name)
+            send = partial(self._send, header, config, stream)
+            receive = partial(self._receive, stream)
+            reply = conversed(task, message, send, receive, name)
 
         answer = self._release(header, reply, config, kept=bool(site.kept))
         journal.post(header, site.kept)
@@ -224,15 +233,13 @@ class SiteProcess:
 
     # -- answers ----------------------------------------------------------------------------------
 
-    def _turn(
-        self,
-        header: Header,
-        config: RunConfig,
-        exchange: Callable[[bytes], bytes],
-        turn: Payload,
-    ) -> Payload:
-        """Return the server's answer to a turn, which is logged before it leaves."""
-        return Payload.from_bytes(exchange(self._release(header, turn, config).data), self.limits)
+    def _send(self, header: Header, config: RunConfig, stream: Stream, turn: Payload) -> None:
+        """Send a turn, which is logged before it leaves."""
+        stream.send(self._release(header, turn, config).data)
+
+    def _receive(self, stream: Stream) -> Payload:
+        """Return the server's next answer."""
+        return Payload.from_bytes(stream.receive(), self.limits)
 
     def _release(
         self,

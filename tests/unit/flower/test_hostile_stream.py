@@ -176,12 +176,12 @@ def hostile_server(answers: list[bytes]) -> Iterator[Invitation]:
     [
         ([b"garbage"], "a welcome of 7 bytes"),
         ([chunk(1, 1, b"x")], "a welcome of 14 bytes"),
-        ([Welcome(2, True).to_bytes()], "the server is at turn 2, the site at 1"),
-        ([Welcome(1, False).to_bytes()], "which was not sent"),
-        ([Welcome(1, True).to_bytes(), chunk(2, 1, b"x")], "of turn 2, expected turn 1"),
-        ([Welcome(1, True).to_bytes(), chunk(0, 1, b"x")], "of turn 0, expected turn 1"),
-        ([Welcome(1, True).to_bytes(), chunk(1, 10**10, b"x")], "announces 10000000000 bytes"),
-        ([Welcome(1, True).to_bytes(), chunk(1, 9, b"x")], "a chunk of 1 after 0"),
+        ([Welcome(2, 2).to_bytes()], "the server is at turn 2, the site at 1"),
+        ([Welcome(1, 2).to_bytes()], "which was not sent"),
+        ([Welcome(1, 1).to_bytes(), chunk(2, 1, b"x")], "of turn 2, expected turn 1"),
+        ([Welcome(1, 1).to_bytes(), chunk(0, 1, b"x")], "of turn 0, expected turn 1"),
+        ([Welcome(1, 1).to_bytes(), chunk(1, 10**10, b"x")], "announces 10000000000 bytes"),
+        ([Welcome(1, 1).to_bytes(), chunk(1, 9, b"x")], "a chunk of 1 after 0"),
     ],
 )
 def test_a_site_refuses_what_a_hostile_server_answers(answers: list[bytes], reason: str) -> None:
@@ -194,7 +194,7 @@ def test_a_site_refuses_what_a_hostile_server_answers(answers: list[bytes], reas
 
 
 def test_a_site_gives_up_on_a_server_that_sends_too_large_a_message() -> None:
-    with hostile_server([Welcome(1, True).to_bytes(), b"x" * (2 * CHUNK)]) as invitation:
+    with hostile_server([Welcome(1, 1).to_bytes(), b"x" * (2 * CHUNK)]) as invitation:
         impatient = Invitation(invitation.port, invitation.session, invitation.token, 0.5)
         with pytest.raises(RefusalError), call_site(impatient, limits=LIMITS) as stream:
             stream.exchange(b"turn")

@@ -10,7 +10,6 @@ pytest.importorskip("grpc", reason="needs the extra 'flower'")
 
 
 from fluvial.errors import ConfigError, RefusalError, WireError
-from fluvial.federation.transport import Arrival
 from fluvial.flower.stream import caller as caller_module
 from fluvial.flower.stream.chunks import CHUNK, MAX_CHUNK, Welcome, cut, join
 from fluvial.flower.stream.invitation import TOKEN_BYTES, Invitation
@@ -64,10 +63,10 @@ def test_chunks_that_do_not_fit_are_refused(chunks: list[bytes], reason: str) ->
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"x", chunk(1, 2, b"", kind=1), chunk(1, 1, b""), chunk(1, 1, b"x", kind=1)]
+    "data", [b"", b"x", chunk(2, 1, b"", kind=1), chunk(1, 1, b""), chunk(1, 1, b"x", kind=1)]
 )
 def test_another_message_is_no_welcome(data: bytes) -> None:
-    assert Welcome.from_bytes(Welcome(3, True).to_bytes()) == Welcome(3, True)
+    assert Welcome.from_bytes(Welcome(3, 4).to_bytes()) == Welcome(3, 4)
     with pytest.raises(WireError):
         Welcome.from_bytes(data)
 
@@ -171,7 +170,7 @@ def test_a_new_connection_takes_the_place_of_one_that_hangs(desk: Desk) -> None:
             time.sleep(0.1)
             desk.session.answer(1, b"ONE")
             answers, _ = second.get(timeout=WAIT_S)
-            assert answers[:2] == [Welcome(1, False).to_bytes(), chunk(1, 3, b"ONE")]
+            assert answers[:2] == [Welcome(1, 2).to_bytes(), chunk(1, 3, b"ONE")]
         desk.listener.end(desk.invitation)  # which also ends the first
 
 
@@ -207,30 +206,6 @@ def test_a_site_that_reaches_nobody_ends_at_its_deadline(listener: StreamListene
         call_site(desk.invitation, line.port).exchange(b"one")
     assert time.monotonic() - began < 5
     line.close()
-
-
-def test_the_end_of_a_task_waits_for_the_answer_to_its_turn(desk: Desk) -> None:
-    """Flower's message that a site was killed may come while the server computes."""
-    killed = Arrival(7, b"", "killed")
-    assert not desk.session.postpone(killed)
-
-    with in_thread(lambda: call_site(desk.invitation).exchange(b"one")) as done:
-        assert desk.next().data == b"one"
-        assert desk.session.postpone(killed)
-        assert desk.arrivals.empty()
-        desk.session.answer(1, b"ONE")
-        assert desk.next().problem == "killed"
-        desk.listener.end(desk.invitation)
-        assert isinstance(done.get(timeout=WAIT_S), RefusalError)
-
-
-def test_a_reply_before_the_answer_to_a_turn_is_a_failure(desk: Desk) -> None:
-    with in_thread(lambda: call_site(desk.invitation).exchange(b"one")):
-        assert desk.next().data == b"one"
-        assert desk.session.postpone(Arrival(7, b"reply"))
-        desk.session.answer(1, b"ONE")
-        assert "while its turn had no answer" in desk.next().problem
-        desk.listener.end(desk.invitation)
 
 
 # -- the seal ------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 The site opens the connection with its first turn, to the host of its own file, and encrypts it
 exactly where its connection to the SuperLink is encrypted. After a loss it connects again, names
-its turn, and sends the turn again only where the server does not have it.
+the first turn whose answer it lacks, and sends again the turns that the server does not have.
 """
 
 import logging
 import queue
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -75,7 +76,12 @@ class StreamCaller:
         self._seal = seal or Transparent()
         max_bytes = (limits or Limits()).max_bytes
         self._max_bytes = max_bytes + self._seal.overhead(max_bytes)
-        self._turn = 0
+        self._received = 0
+        """Number of the last turn whose answer has come."""
+        self._open: dict[int, bytes] = {}
+        """Sealed turns without an answer, by number."""
+        self._begun = 0
+        """Number of the last turn of which at least a beginning was sent."""
         self._connection: _Connection | None = None
 
     def __enter__(self) -> "StreamCaller":
@@ -85,40 +91,61 @@ class StreamCaller:
         self.close()
 
     def exchange(self, data: bytes) -> bytes:
-        """Send a turn and return the server's answer.
+        """Send a turn and return the server's answer; see `send` and `receive`."""
+        self.send(data)
+        return self.receive()
+
+    def send(self, data: bytes) -> None:
+        """Begin to send a turn.
+
+        Raises as `receive`, where a connection is needed first.
+        """
+        if isinstance(self._seal, SiteSeal) and not self._seal.established:
+            self._post(self._seal.hello())
+            self._seal.greeted(self._collect())
+        self._post(self._seal.seal(data))
+
+    def receive(self) -> bytes:
+        """Return the answer to the oldest turn whose answer was not received.
 
         Raises `RefusalError` if the run does not continue the conversation or cannot be reached,
         and `WireError` for bytes that break the protocol.
         """
-        if isinstance(self._seal, SiteSeal) and not self._seal.established:
-            self._seal.greeted(self._carry(self._seal.hello()))
-        return self._seal.open(self._carry(self._seal.seal(data)))
+        return self._seal.open(self._collect())
 
-    def _carry(self, sealed: bytes) -> bytes:
-        """Send a sealed turn and return the sealed answer."""
-        self._turn += 1
+    def _post(self, sealed: bytes) -> None:
+        """Begin to send a sealed turn."""
+        turn = self._received + len(self._open) + 1
+        self._open[turn] = sealed
+        if self._connection is None:
+            self._connected(_Patience(self._invitation.patience_s, self._host, self._port))
+        else:
+            self._send(self._connection, turn)
+
+    def _send(self, connection: "_Connection", turn: int) -> None:
+        self._begun = max(self._begun, turn)
+        connection.send(cut(turn, self._open[turn]))
+        connection.expect(turn)
+
+    def _collect(self) -> bytes:
+        """Return the next sealed answer."""
+        assert self._open, "every turn was answered"
+        turn = self._received + 1
         patience = _Patience(self._invitation.patience_s, self._host, self._port)
-        sent = False
 
         while True:
             try:
-                connection = self._connected(patience, sent=sent)
-                if connection.wanted:
-                    sent = True  # at least a beginning of it
-                    connection.send(cut(self._turn, sealed))
-
-                answer = join(connection.answers, turn=self._turn, max_bytes=self._max_bytes)
-                if answer is None:
-                    raise _EndedError
-
-                connection.wanted = True  # the next turn
-                return answer
+                answer = self._connected(patience).receive()
             except (grpc.RpcError, _EndedError) as error:
                 self.close()
                 patience.lose(error)
             except WireError:
                 self.close()
                 raise
+            else:
+                del self._open[turn]
+                self._received = turn
+                return answer
 
     def close(self) -> None:
         """Close the connection."""
@@ -126,19 +153,43 @@ class StreamCaller:
             self._connection.close()
             self._connection = None
 
-    def _connected(self, patience: "_Patience", *, sent: bool) -> "_Connection":
-        """Return the connection, a new one after a loss.
+    def _connected(self, patience: "_Patience") -> "_Connection":
+        """Return the connection, after a loss a new one, to which the turns without an answer have
+        been given.
+
+        Raises as `receive`.
+        """
+        while self._connection is None:
+            try:
+                self._connection = self._connect()
+                patience.found()
+            except (grpc.RpcError, _EndedError) as error:
+                self.close()
+                patience.lose(error)
+
+        return self._connection
+
+    def _connect(self) -> "_Connection":
+        """Return a new connection.
 
         Raises `grpc.RpcError`, `_EndedError` and `WireError`.
         """
-        if self._connection is None:
-            self._connection = _Connection(self._channel(), self._invitation, self._turn)
-            wanted = self._connection.welcome(self._turn)
-            if not wanted and not sent:
-                raise WireError(f"stream: the server has turn {self._turn}, which was not sent")
-            patience.found()
+        first = self._received + 1
+        connection = _Connection(self._channel(), self._invitation, first, self._max_bytes)
+        try:
+            wanted = connection.welcome(first)
+            if wanted > self._begun + 1:
+                raise WireError(f"stream: the server has turn {wanted - 1}, which was not sent")
+        except Exception:
+            connection.close()
+            raise
 
-        return self._connection
+        for turn in self._open:
+            if turn < wanted:
+                connection.expect(turn)
+            else:
+                self._send(connection, turn)
+        return connection
 
     def _channel(self) -> grpc.Channel:
         address = f"{self._host}:{self._port}"
@@ -159,22 +210,29 @@ class _EndedError(Exception):
 class _Connection:
     """One gRPC call."""
 
-    def __init__(self, channel: grpc.Channel, invitation: Invitation, turn: int) -> None:
-        self.wanted = True
-        """True where the server waits for the turn, False where the site waits for its answer."""
+    def __init__(
+        self, channel: grpc.Channel, invitation: Invitation, turn: int, max_bytes: int
+    ) -> None:
+        """Begin with `turn`; an answer has at most `max_bytes`."""
         self._channel = channel
+        self._max_bytes = max_bytes
         self._chunks: queue.SimpleQueue[Iterator[bytes] | None] = queue.SimpleQueue()
+        self._expected: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        """Turns whose answers are to be read."""
+        self._read: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
+        """Answers, or the error that ends them."""
         call = channel.stream_stream(f"/{SERVICE}/{METHOD}")
         metadata = (
             (SESSION_KEY, invitation.session),
             (TOKEN_KEY, invitation.token),
             (TURN_KEY, str(turn)),
         )
-        self.answers: Any = call(self._requests(), metadata=metadata)
+        self._answers: Any = call(self._requests(), metadata=metadata)
 
-    def welcome(self, turn: int) -> bool:
-        """Read the first message of the server; return True where it waits for the turn."""
-        first = next(self.answers, None)
+    def welcome(self, turn: int) -> int:
+        """Read the first message of the server, and begin to read answers; return the first turn
+        that it lacks."""
+        first = next(self._answers, None)
         if first is None:
             raise _EndedError
 
@@ -182,18 +240,41 @@ class _Connection:
         if welcome.turn != turn:
             raise WireError(f"stream: the server is at turn {welcome.turn}, the site at {turn}")
 
-        self.wanted = welcome.wanted
+        threading.Thread(target=self._receive, daemon=True, name="stream: answers").start()
         return welcome.wanted
 
     def send(self, chunks: Iterator[bytes]) -> None:
-        """Send a message while its answer is awaited."""
+        """Send a message in a thread of gRPC's."""
         self._chunks.put(chunks)
 
+    def expect(self, turn: int) -> None:
+        """Read the answer to a turn when it comes, in a thread of its own, so that it is on the way
+        while the site works."""
+        self._expected.put(turn)
+
+    def receive(self) -> bytes:
+        """Return the next answer; raises `grpc.RpcError`, `_EndedError` and `WireError`."""
+        answer = self._read.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
     def close(self) -> None:
-        """End the call, then the thread that sends."""
-        self.answers.cancel()
+        """End the call, then the threads that send and read."""
+        self._answers.cancel()
         self._chunks.put(None)
+        self._expected.put(None)
         self._channel.close()
+
+    def _receive(self) -> None:
+        try:
+            while (turn := self._expected.get()) is not None:
+                answer = join(self._answers, turn=turn, max_bytes=self._max_bytes)
+                if answer is None:
+                    raise _EndedError
+                self._read.put(answer)
+        except (grpc.RpcError, _EndedError, WireError) as error:
+            self._read.put(error)
 
     def _requests(self) -> Iterator[bytes]:
         while (chunks := self._chunks.get()) is not None:

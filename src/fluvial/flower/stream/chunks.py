@@ -14,7 +14,7 @@ from fluvial.errors import WireError
 CHUNK = 2**20
 """Bytes of a message in one chunk."""
 _HEADER = struct.Struct(">BIQ")
-"""Kind, number of the turn, and bytes of the whole message; of a welcome, 1 where the turn is
+"""Kind, number of the turn, and bytes of the whole message; of a welcome, the first turn that is
 wanted."""
 MAX_CHUNK = _HEADER.size + CHUNK
 """Upper bound on one gRPC message, in bytes."""
@@ -30,12 +30,12 @@ class Welcome:
 
     turn: int
     """Number of the turn that the site has announced."""
-    wanted: bool
-    """True where the site must send this turn, False where the server has it already."""
+    wanted: int
+    """Number of the first turn that the server lacks, from which the site sends."""
 
     def to_bytes(self) -> bytes:
         """Return the welcome as one chunk."""
-        return _HEADER.pack(_WELCOME, self.turn, int(self.wanted))
+        return _HEADER.pack(_WELCOME, self.turn, self.wanted)
 
     @classmethod
     def from_bytes(cls, chunk: bytes) -> "Welcome":
@@ -44,10 +44,10 @@ class Welcome:
             raise WireError(f"stream: a welcome of {len(chunk)} bytes, expected {_HEADER.size}")
 
         kind, turn, wanted = _HEADER.unpack(chunk)
-        if kind != _WELCOME or wanted > 1:
+        if kind != _WELCOME or wanted < turn:
             raise WireError(f"stream: kind {kind} with value {wanted}, expected a welcome")
 
-        return cls(turn, bool(wanted))
+        return cls(turn, wanted)
 
 
 def cut(turn: int, message: bytes) -> Iterator[bytes]:

@@ -55,7 +55,7 @@ class Conversations:
 
         A session of an earlier message of the same exchange ends.
         """
-        if not request.converses:
+        if not request.window:
             return {}
 
         self.end(request.number)
@@ -64,6 +64,7 @@ class Conversations:
             self._arrived.put,
             num_sites=self._num_sites,
             patience_s=self._patience_s,
+            window=request.window,
             seal=self._seal(request.site),
         )
         self._open[request.number] = _Conversation(invitation, session)
@@ -92,13 +93,6 @@ class Conversations:
             return None
 
         return arrival if arrival.number in self._open else None
-
-    def settle(self, arrival: Arrival) -> Arrival | None:
-        """Return the end of an exchange that came by another way; None where the server still has
-        a turn to answer, after which `next` returns it."""
-        conversation = self._open.get(arrival.number)
-        postponed = conversation is not None and conversation.session.postpone(arrival)
-        return None if postponed else arrival
 
     def end(self, number: int) -> None:
         """End the session of an exchange."""

@@ -87,9 +87,11 @@ class StreamListener:
         *,
         num_sites: int,
         patience_s: float,
+        window: int = 1,
         seal: Callable[[bytes], Seal] | None = None,
     ) -> tuple[Invitation, Session]:
-        """Open a session for the exchange `number`, and the port if it is not open yet.
+        """Open a session for the exchange `number`, whose site may have `window` turns without an
+        answer, and the port if it is not open yet.
 
         Raises `ConfigError` if the port cannot be opened.
         """
@@ -99,7 +101,7 @@ class StreamListener:
 
             invitation = Invitation.make(self._port, patience_s, sealed=seal is not None)
             here = Transparent() if seal is None else seal(invitation.token)
-            session = Session(number, invitation.token, arrived, here)
+            session = Session(number, invitation.token, arrived, here, window=window)
             self._sessions[invitation.session] = session
 
         return invitation, session
@@ -174,30 +176,40 @@ class StreamListener:
             session.fail(problem)
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
 
+        yield Welcome(turn, wanted).to_bytes()
+        threading.Thread(
+            target=self._receive,
+            args=(session, connection, requests),
+            daemon=True,
+            name="stream: turns",
+        ).start()
+
         try:
-            yield Welcome(turn, wanted).to_bytes()
-            while True:
-                if wanted and not self._receive(session, connection, turn, requests):
-                    return
-
-                answer = session.wait(connection, turn)
-                if answer is None:
-                    return
-
+            while (answer := session.wait(connection, turn)) is not None:
                 yield from cut(turn, answer)
                 turn += 1
-                wanted = True
         except WireError as problem:
+            connection.problem = problem
             session.fail(problem, connection)
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(problem))
 
-    def _receive(
-        self, session: Session, connection: Connection, turn: int, requests: Iterator[bytes]
-    ) -> bool:
-        """Read and deliver a turn; return False once the site has closed the connection."""
+        if connection.problem is not None:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(connection.problem))
+
+    def _receive(self, session: Session, connection: Connection, requests: Iterator[bytes]) -> None:
+        """Read and deliver turns, while answers leave, until the connection ends."""
         max_bytes = self._limits.max_bytes + session.overhead(self._limits.max_bytes)
-        sealed = join(requests, turn=turn, max_bytes=max_bytes)
-        return sealed is not None and session.deliver(connection, turn, sealed)
+        try:
+            while (turn := session.next(connection)) is not None:
+                sealed = join(requests, turn=turn, max_bytes=max_bytes)
+                if sealed is None or not session.deliver(connection, turn, sealed):
+                    return
+        except WireError as problem:
+            connection.problem = problem
+            session.fail(problem, connection)
+        except grpc.RpcError:
+            return  # the connection is lost
+        finally:
+            session.detach(connection)
 
     def _admit(self, context: grpc.ServicerContext) -> tuple[Session, int]:
         """Return the session and turn of a caller, or end its call."""

@@ -1,8 +1,8 @@
 """The server's end of a conversation with one site: turns in order, each delivered once.
 
-A site and its server take turns, so each end has at most one message that the other may not have
-received. The number of the turn tells which: the site names its turn when it connects, and the
-server then asks for the turn, or sends its answer again.
+A site has at most a window of turns without an answer, so each end has few messages that the other
+may not have received. Numbers tell which: the site names the first turn whose answer it lacks when
+it connects, and the server the first turn that it lacks; both send again from there.
 """
 
 import hmac
@@ -21,17 +21,29 @@ class Connection:
     def __init__(self, cancel: Callable[[], object]) -> None:
         """Begin a connection, which `cancel` ends from any thread."""
         self.cancel = cancel
+        self.problem: WireError | None = None
+        """Violation that ends the connection."""
 
 
 class Session:
     """One attempt at one site; see the module."""
 
     def __init__(
-        self, number: int, token: bytes, arrived: Callable[[Arrival], None], seal: Seal
+        self,
+        number: int,
+        token: bytes,
+        arrived: Callable[[Arrival], None],
+        seal: Seal,
+        *,
+        window: int = 1,
     ) -> None:
         """Begin with the first turn; `arrived` receives the turns and the failure of the exchange
-        `number`."""
+        `number`.
+
+        No turn is read while `window` turns have no answer.
+        """
         self.number = number
+        self._window = window
         self._token = token
         self._arrived = arrived
         self._seal = seal
@@ -41,40 +53,23 @@ class Session:
         """Number of the last turn that arrived."""
         self._answered = 0
         """Number of the last turn that was answered."""
-        self._answer = b""
-        """Sealed answer to that turn."""
+        self._answers: dict[int, bytes] = {}
+        """Sealed answers that the site may not have, by the number of the turn."""
         self._greetings = int(isinstance(seal, ServerSeal))
         """Turns of the stream before the first of the conversation."""
         self._closed = False
-        self._early: Arrival | None = None
-        """End of the exchange that came while the server had a turn to answer."""
 
     # -- the server half --------------------------------------------------------------------------
 
     def answer(self, turn: int, data: bytes) -> None:
-        """Send the answer to a turn, or report the failure that came before."""
+        """Send the answer to a turn."""
         turn += self._greetings
+        assert turn == self._answered + 1 <= self._delivered, "turns are answered in order"
+        sealed = self._seal.seal(data)  # without the lock: turns arrive meanwhile
         with self._changed:
-            assert turn == self._delivered == self._answered + 1, "turns are answered in order"
-            early = self._early
-            if early is None:
-                self._answer = self._seal.seal(data)
-                self._answered = turn
-                self._changed.notify_all()
-
-        if early is not None:
-            self._arrived(early)
-
-    def postpone(self, arrival: Arrival) -> bool:
-        """Keep the end of the exchange until its open turn is answered; return False where the
-        server waits for the site, so that the end counts now."""
-        with self._changed:
-            if self._answered == self._delivered:
-                return False
-
-            reason = arrival.problem or "it answered the task while its turn had no answer"
-            self._early = Arrival(arrival.number, arrival.data, reason)
-            return True
+            self._answers[turn] = sealed
+            self._answered = turn
+            self._changed.notify_all()
 
     def overhead(self, size: int) -> int:
         """Return the bytes by which a sealed turn of `size` bytes is larger at most."""
@@ -101,24 +96,24 @@ class Session:
         it."""
         return hmac.compare_digest(token, self._token)
 
-    def attach(self, connection: Connection, turn: int) -> bool:
-        """Take a connection in place of the one before; return True if the turn is wanted, False if
-        only its answer is.
+    def attach(self, connection: Connection, turn: int) -> int:
+        """Take a connection in place of the one before, of a site that has the answers to all turns
+        before `turn`; return the first turn that is wanted.
 
-        Raises `WireError` for a turn that can be neither.
+        Raises `WireError` for a turn whose answer is not to come, or is here no more.
         """
         with self._changed:
             if self._closed:
                 raise WireError("stream: the session has ended")
 
-            wanted = turn == self._delivered + 1 and self._answered == self._delivered
-            if not wanted and (turn != self._delivered or turn == 0):
+            if turn not in (*self._answers, self._answered + 1):
                 raise WireError(
-                    f"stream: the site is at turn {turn}, the server at {self._delivered}"
+                    f"stream: the site is at turn {turn}, the server at {self._answered}"
                 )
 
             before = self._connection
             self._connection = connection
+            wanted = self._delivered + 1
             self._changed.notify_all()
 
         if before is not None:
@@ -132,6 +127,16 @@ class Session:
                 self._connection = None
                 self._changed.notify_all()
 
+    def next(self, connection: Connection) -> int | None:
+        """Wait until another turn may be read; return its number, None once the connection or the
+        session has ended."""
+        with self._changed:
+            while (
+                self._connection is connection and self._delivered - self._answered >= self._window
+            ):
+                self._changed.wait()
+            return self._delivered + 1 if self._connection is connection else None
+
     def deliver(self, connection: Connection, turn: int, sealed: bytes) -> bool:
         """Hand a turn to the server half; return False if another connection came meanwhile.
 
@@ -143,23 +148,34 @@ class Session:
 
             assert turn == self._delivered + 1, "`join` has read no other"
             if isinstance(self._seal, ServerSeal) and not self._seal.greeted:
-                self._answer = self._seal.greet(sealed)
+                self._answers[turn] = self._seal.greet(sealed)
                 self._answered = turn
                 self._delivered = turn
+                self._changed.notify_all()
                 return True
 
             data = self._seal.open(sealed)
             self._delivered = turn
+            # A site sends a turn once it has the answers to all that are out of its window.
+            for number in [each for each in self._answers if each <= turn - self._window]:
+                del self._answers[number]
+            self._arrived(Arrival(self.number, data, final=False))
 
-        self._arrived(Arrival(self.number, data, final=False))
         return True
 
     def wait(self, connection: Connection, turn: int) -> bytes | None:
-        """Return the sealed answer to a turn, None once the connection or the session has ended."""
+        """Return the sealed answer to a turn, None once the connection or the session has ended.
+
+        Raises `WireError` where the site went on without it.
+        """
         with self._changed:
-            while self._connection is connection and self._answered != turn:
+            while self._connection is connection and self._answered < turn:
                 self._changed.wait()
-            return self._answer if self._connection is connection else None
+            if self._connection is not connection:
+                return None
+            if turn not in self._answers:
+                raise WireError(f"stream: the site went on without the answer to turn {turn}")
+            return self._answers[turn]
 
     def fail(self, problem: Exception, connection: Connection | None = None) -> None:
         """Make a violation the failure of the site, unless its connection was replaced since."""
@@ -169,5 +185,4 @@ class Session:
                 return
 
         self.close(aborted=connection)
-        if not self.postpone(arrival):
-            self._arrived(arrival)
+        self._arrived(arrival)
