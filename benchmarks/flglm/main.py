@@ -1,7 +1,7 @@
 """Split learning measured in this process, over the real bytes.
 
-    python -m benchmarks.flglm [--part modes|codecs] [--config FILE.toml] [--quick]
-                               [--out FILE.json]
+    python -m benchmarks.flglm [--part modes|codecs] [--config FILE.toml]
+                               [--codecs NAME ...] [--quick] [--out FILE.json]
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
 which sets data.max_length, train.max_steps and train.per_device_train_batch_size; by default on
@@ -30,6 +30,13 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=PARTS, help="one part; all by default")
     parser.add_argument("--config", type=Path, help="configuration of the codecs' runs")
+    parser.add_argument(
+        "--codecs",
+        nargs="+",
+        choices=codecs.CODECS,
+        default=list(codecs.CODECS),
+        help="codecs beside the exact one; all by default",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, one repetition")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -55,6 +62,6 @@ def main() -> None:
         chosen = quickstart(rounds)
         if options.config:
             chosen = tomllib.loads(options.config.read_text(encoding="utf-8"))
-        codecs.measure(report, chosen, seeds=seeds)
+        codecs.measure(report, chosen, names=options.codecs, seeds=seeds)
 
     report.finish(options.out, load)

@@ -59,7 +59,7 @@ def test_scores_equal_one_question_at_a_time(
     others = [Choice(f"{n}", "Why? " * n, ("1", "22", "333", "4444"), 0) for n in range(1, 5)]
     with pool.model(changed) as model, torch.no_grad():
         sheet = prepare([*others, WATER], pool.tokenizer, context=None, scoring=scoring)
-        together = score(model, sheet, pad_token_id=0)
+        together = score(model, sheet.prompts, pad_token_id=0)
         for (ending, size), found in zip(endings, together[-1], strict=True):
             before = pool.tokenizer(render(WATER, [], scoring, "en"))["input_ids"]
             ids = pool.tokenizer(render(WATER, [], scoring, "en") + ending)["input_ids"]

@@ -1,4 +1,4 @@
-"""`fluvial evaluate`: measure an adapter or a model on records and multiple-choice questions."""
+"""`fluvial evaluate`: measure an adapter or a model on records, questions and SuperGLUE."""
 
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,10 @@ def evaluate(
     subject_field: Annotated[
         str, typer.Option(help="The field of a question that names its subject.")
     ] = "subject",
+    superglue: Annotated[
+        Path | None,
+        typer.Option(help="Folder of SuperGLUE's tasks, such as FOLDER/RTE/val.jsonl."),
+    ] = None,
     base: Annotated[
         bool, typer.Option(help="Measure the base model too, where there is one.")
     ] = True,
@@ -54,8 +58,9 @@ def evaluate(
 ) -> None:
     """Measure an adapter or a tuned model beside its base, or a model alone.
 
-    Measured are records, multiple-choice questions, or both. Records are read as the run read its
-    own: form, columns, template, max_length. --set 'data.form="text"' overrides.
+    Measured are records, multiple-choice questions, SuperGLUE, or several of them. Records are read
+    as the run read its own: form, columns, template, max_length. --set 'data.form="text"'
+    overrides.
     """
     only_with_choices = {
         "--shots": shots,
@@ -101,6 +106,7 @@ def evaluate(
             settings.model,
             data=settings.data if data else None,
             choices=questions,
+            superglue=superglue,
             max_new_tokens=settings.evaluate.max_new_tokens,
             seed=settings.seed,
         )

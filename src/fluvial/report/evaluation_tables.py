@@ -1,4 +1,4 @@
-"""Tables that `fluvial evaluate` prints: records, questions and their subjects."""
+"""Tables that `fluvial evaluate` prints: records, questions, their subjects, and SuperGLUE."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from fluvial.storage.run_files import JsonObject
 
 
 def evaluation_tables(measured: JsonObject) -> Group:
-    """Return a table of the records, of the questions and of the questions by subject."""
+    """Return tables of the records, of the questions, also by subject, and of SuperGLUE."""
     title = (
         measured["model"]
         if "model" in measured
@@ -24,6 +24,9 @@ def evaluation_tables(measured: JsonObject) -> Group:
         content.append(_record_table(measured["data"], _headings(measured)))
     if "choices" in measured:
         content += _choice_tables(measured["choices"], _headings(measured))
+
+    if "superglue" in measured:
+        content.append(_superglue_table(measured["superglue"], _headings(measured)))
 
     return Group(*content)
 
@@ -121,6 +124,36 @@ def _choice_tables(choices: JsonObject, headings: dict[str, str]) -> list[Table]
             [],
         ),
     ]
+
+
+def _superglue_table(superglue: JsonObject, headings: dict[str, str]) -> Table:
+    models = _models(superglue["average"])
+    labels = {
+        "accuracy": "accuracy",
+        "macro_f1": "macro F1",
+        "f1a": "F1a",
+        "f1": "F1",
+        "exact_match": "exact match",
+    }
+    rows = [
+        [task, labels[metric], str(row["clozes"]), *(_figure(row[m][metric]) for m in models)]
+        for task, row in superglue["tasks"].items()
+        for metric in row[models[0]]
+    ]
+    averages = [_figure(superglue["average"][model]) for model in models]
+    rows.append(["mean of tasks", "", "", *averages])
+    notes = [
+        f"{row['cut']} prompts of {task} cut on the left to fit the context"
+        for task, row in superglue["tasks"].items()
+        if row["cut"]
+    ]
+    notes += [
+        f"{row['alone']} clozes of {task} with one candidate, which is taken"
+        for task, row in superglue["tasks"].items()
+        if row["alone"]
+    ]
+    columns = ["task", "metric", "clozes", *(headings[model] for model in models)]
+    return _measures("SuperGLUE", columns, rows, notes)
 
 
 def _group_tables(

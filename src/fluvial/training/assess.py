@@ -1,10 +1,12 @@
 """The measurements of `fluvial evaluate`: an adapter beside its base, or a model by itself.
 
-They are made on a file of records, on multiple-choice questions, or on both.
+They are made on a file of records, on multiple-choice questions, on SuperGLUE's tasks, or on
+several of these.
 """
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +24,16 @@ from fluvial.training.choices import CHANCE, Choice, read_choices
 from fluvial.training.evaluate import Heldout, check_effect, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
+from fluvial.training.superglue import Cloze, read_superglue
+from fluvial.training.superglue_scores import Task, superglue_result
 from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
 
 
 NOTHING_TO_MEASURE = (
-    "nothing to measure: name a file with --data, questions with --choices, or both"
+    "nothing to measure: name a file with --data, questions with --choices, SuperGLUE's folder "
+    "with --superglue, or several of them"
 )
 
 
@@ -61,20 +66,23 @@ def evaluate_adapter(
     *,
     data: DataConfig | None = None,
     choices: ChoiceConfig | None = None,
+    superglue: Path | None = None,
     max_new_tokens: int = NEW_TOKENS,
     seed: int = 0,
     base: bool = True,
 ) -> dict[str, Any]:
     """Measure an adapter or a tuned model, and with `base` its base model too.
 
-    The text is the held-out part of `data`, made with `whole_file`, or the questions of `choices`,
-    or both; `max_new_tokens` is the room for a greedy answer, and 0 leaves exact match out. Return
-    JSON types. Raises `ConfigError` when a file or a setting is wrong or the adapter has no effect.
+    The text is the held-out part of `data`, made with `whole_file`, the questions of `choices`, the
+    tasks in the folder `superglue`, or several of these; `max_new_tokens` is the room for a greedy
+    answer, and 0 leaves its scores out. Return JSON types. Raises `ConfigError` when a file or a
+    setting is wrong or the adapter has no effect.
     """
-    if data is None and choices is None:
+    if data is None and choices is None and superglue is None:
         raise ConfigError(NOTHING_TO_MEASURE)
 
     questions = None if choices is None else _questions(choices)
+    clozes = {} if superglue is None else read_superglue(superglue)
     logger.info("loading the base model")
     pool = ModelPool(model, adapter.lora)
 
@@ -86,8 +94,10 @@ def evaluate_adapter(
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
     sheet = _sheet(choices, questions, pool) if choices and questions else None
+    tasks = _tasks(clozes, pool)
     probes = [texts.examples[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
+    probes += [task.prompts[0].prefix for task in tasks.values()]
     check_effect(pool, state, probes[0])
     models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
     result: dict[str, Any] = {
@@ -101,6 +111,8 @@ def evaluate_adapter(
         result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and sheet is not None:
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
+    if tasks:
+        result["superglue"] = superglue_result(tasks, pool, models)
 
     return result
 
@@ -115,19 +127,22 @@ def evaluate_model(
     *,
     data: DataConfig | None = None,
     choices: ChoiceConfig | None = None,
+    superglue: Path | None = None,
     max_new_tokens: int = NEW_TOKENS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a model by itself, as `evaluate_adapter` measures a base model."""
-    if data is None and choices is None:
+    if data is None and choices is None and superglue is None:
         raise ConfigError(NOTHING_TO_MEASURE)
 
     questions = None if choices is None else _questions(choices)
+    clozes = {} if superglue is None else read_superglue(superglue)
     logger.info("loading the model")
     pool = ModelPool(model, None)
     pool.check_behaviour()
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
+    tasks = _tasks(clozes, pool)
     models: dict[str, Named] = {"model": {}}
     result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
@@ -136,6 +151,8 @@ def evaluate_model(
     if choices is not None and questions:
         sheet = _sheet(choices, questions, pool)
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
+    if tasks:
+        result["superglue"] = superglue_result(tasks, pool, models)
 
     return result
 
@@ -205,6 +222,11 @@ def _sheet(
         examples=examples,
         language=choices.language,
     )
+
+
+def _tasks(clozes: Mapping[str, Sequence[Cloze]], pool: ModelPool) -> dict[str, Task]:
+    encoder = Encoder.of(pool.tokenizer)
+    return {name: Task.of(some, encoder, pool.outline.context) for name, some in clozes.items()}
 
 
 def _data_result(
@@ -277,7 +299,7 @@ def _choice_result(
     for name, adapter in models.items():
         with pool.model(adapter) as model:
             marks[name] = Marks.of(
-                sheet, score(model, sheet, pad_token_id=pool.tokenizer.pad_token_id)
+                sheet, score(model, sheet.prompts, pad_token_id=pool.tokenizer.pad_token_id)
             )
 
         interval = marks[name].interval(seed)

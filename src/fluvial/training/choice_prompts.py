@@ -9,7 +9,7 @@ a letter stands for.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fluvial.errors import ConfigError
@@ -29,6 +29,8 @@ Language = Literal["en", "zh"]
 class Prompt:
     """A question as tokens: the common beginning, and the ending of each choice."""
 
+    name: str
+    """Place of the record for messages."""
     prefix: tuple[int, ...]
     endings: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
@@ -145,12 +147,9 @@ def prepare(
             prompt = _tokens(choice, own[:num_shots], encoder, scoring, wording)
 
         dropped += len(own) - num_shots
-        surplus = 0 if context is None else _length(prompt) - context
-        if surplus > 0:
-            cut = cut + 1
-            cut_tokens = cut_tokens + surplus
-            prompt = _cut_left(choice, prompt, surplus, encoder)
-
+        prompt, surplus = fitted(prompt, context, encoder)
+        cut += surplus > 0
+        cut_tokens += surplus
         prompts.append(prompt)
 
     return Sheet(tuple(questions), tuple(prompts), short, dropped, cut, cut_tokens)
@@ -159,49 +158,59 @@ def prepare(
 def _tokens(
     choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language
 ) -> Prompt:
-    """Return prompt and choices, tokenised together as in a text, and split where the tokens
+    endings = [ending(choice, index, scoring, language) for index in range(len(LETTERS))]
+    sizes = [1 if scoring == "letter" else len(text.encode()) for text in choice.choices]
+    return encoded(choice.name, render(choice, shots, scoring, language), endings, sizes, encoder)
+
+
+def encoded(
+    name: str, text: str, endings: Sequence[str], sizes: Sequence[int], encoder: Encoder
+) -> Prompt:
+    """Return a text and its possible endings, tokenised together, and split where the tokens
     differ.
 
-    Nothing follows a choice: a tokenizer's EOS would be scored with it, and would stand between
-    prompt and choice.
+    Nothing follows an ending: a tokenizer's EOS would be scored with it, and would stand between
+    prompt and ending. Raises `ConfigError` where an ending has no token of its own.
     """
-    text = render(choice, shots, scoring, language)
-    ways = [
-        text,
-        *(text + ending(choice, index, scoring, language) for index in range(len(LETTERS))),
-    ]
-    rows = [encoder.prompt(way) for way in ways]
+    rows = [encoder.prompt(way) for way in (text, *(text + ending for ending in endings))]
     common = 0
 
     while all(common < len(row) and row[common] == rows[0][common] for row in rows):
         common += 1
-    endings = tuple(tuple(row[common:]) for row in rows[1:])
-    if common == 0 or not all(endings):
+    tokens = tuple(tuple(row[common:]) for row in rows[1:])
+    if common == 0 or not all(tokens):
         raise ConfigError(
-            f"{choice.name}: the tokenizer gives the same tokens with and without a choice, so it "
+            f"{name}: the tokenizer gives the same tokens with and without a choice, so it "
             "cannot be scored; "
             "remove the record"
         )
 
-    sizes = tuple(1 if scoring == "letter" else len(text.encode()) for text in choice.choices)
-    return Prompt(tuple(rows[0][:common]), endings, sizes)
+    return Prompt(name, tuple(rows[0][:common]), tokens, tuple(sizes))
 
 
-def _length(prompt: Prompt) -> int:
-    return len(prompt.prefix) + max(len(ending) for ending in prompt.endings)
+def fitted(prompt: Prompt, context: int | None, encoder: Encoder) -> tuple[Prompt, int]:
+    """Return the prompt without its beginning where it is longer than `context` tokens, and the
+    tokens that are cut.
 
+    Special tokens at the beginning, such as BOS, stay. Raises `ConfigError` where an ending alone
+    is too long.
+    """
+    surplus = 0 if context is None else max(0, _length(prompt) - context)
+    if not surplus:
+        return prompt, 0
 
-def _cut_left(choice: Choice, prompt: Prompt, surplus: int, encoder: Encoder) -> Prompt:
-    """Return the prompt without `surplus` tokens after its first special ones, such as BOS."""
     first = len(encoder.prefix) if prompt.prefix[: len(encoder.prefix)] == encoder.prefix else 0
     if len(prompt.prefix) - surplus < first + 1:
         raise ConfigError(
-            f"{choice.name}: its longest choice has "
+            f"{prompt.name}: its longest choice has "
             f"{max(len(ending) for ending in prompt.endings)} tokens, which "
             "leaves no room for the question in the model's context; remove the record, or score "
             "by letter"
         )
 
-    return Prompt(
-        prompt.prefix[:first] + prompt.prefix[first + surplus :], prompt.endings, prompt.sizes
-    )
+    prefix = prompt.prefix[:first] + prompt.prefix[first + surplus :]
+    return replace(prompt, prefix=prefix), surplus
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt.prefix) + max(len(ending) for ending in prompt.endings)

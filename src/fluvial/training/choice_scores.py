@@ -16,7 +16,7 @@ from torch import nn
 from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.seeds import numpy_generator
-from fluvial.training.choice_prompts import Sheet
+from fluvial.training.choice_prompts import Prompt, Sheet
 from fluvial.training.train import collate
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,18 @@ class Interval:
 
 
 @torch.no_grad()
-def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[float]]:
+def score(model: nn.Module, prompts: Sequence[Prompt], *, pad_token_id: int) -> list[list[float]]:
     """Return log P(choice | prompt) of every question's choices, nats, divided by
     `Prompt.sizes`."""
     # Choices that differ in their last token only, as letters do, share one row: its last position
     # scores them all.
     rows: dict[tuple[int, ...], list[tuple[int, int]]] = {}
-    for number, prompt in enumerate(sheet.prompts):
+    for number, prompt in enumerate(prompts):
         for index, tokens in enumerate(prompt.endings):
             rows.setdefault((*prompt.prefix, *tokens[:-1]), []).append((number, index))
 
     device = next(model.parameters()).device
-    scores = [[math.nan] * len(prompt.endings) for prompt in sheet.prompts]
+    scores = [[math.nan] * len(prompt.endings) for prompt in prompts]
     model.eval()
     done = 0
     logged_s = time.monotonic()
@@ -59,19 +59,19 @@ def score(model: nn.Module, sheet: Sheet, *, pad_token_id: int) -> list[list[flo
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
         ).logits
         for place, row in enumerate(batch_rows):
-            longest = max(len(sheet.prompts[number].endings[index]) for number, index in rows[row])
+            longest = max(len(prompts[number].endings[index]) for number, index in rows[row])
             since = len(row) - longest
             likely = logits[place, since : len(row)].float().log_softmax(-1)
 
             for number, index in rows[row]:
-                prompt = sheet.prompts[number]
+                prompt = prompts[number]
                 targets = torch.tensor(prompt.endings[index], device=device)
                 terms = likely[longest - len(targets) :].gather(1, targets[:, None])
                 scores[number][index] = float(terms.sum()) / prompt.sizes[index]
 
                 if math.isnan(scores[number][index]):
                     raise ConfigError(
-                        f"{sheet.questions[number].name}: the model's logits are not numbers; its "
+                        f"{prompt.name}: the model's logits are not numbers; its "
                         "weights may be "
                         "damaged, or too large for model.dtype: choose 'float32'"
                     )

@@ -168,7 +168,7 @@ class _Fond(torch.nn.Module):
 def test_known_preference(pool: ModelPool) -> None:
     sheet = prepare([WATER, RIVER], pool.tokenizer, context=None)
     likes_b = _Fond(pool.tokenizer("B", add_special_tokens=False)["input_ids"][0])
-    marks = Marks.of(sheet, score(likes_b, sheet, pad_token_id=0))
+    marks = Marks.of(sheet, score(likes_b, sheet.prompts, pad_token_id=0))
     assert marks.right == (False, True)
     assert marks.accuracy == 0.5
     assert marks.standard_error == pytest.approx(math.sqrt(0.125))
@@ -182,7 +182,7 @@ def test_logits_that_are_no_numbers_are_refused(pool: ModelPool) -> None:
         pool.model(broken) as model,
         pytest.raises(ConfigError, match="w: the model's logits are not numbers"),
     ):
-        score(model, sheet, pad_token_id=0)
+        score(model, sheet.prompts, pad_token_id=0)
 
 
 # -- length and examples -------------------------------------------------------------------------
@@ -438,7 +438,7 @@ def test_shared_questions(pool: ModelPool, changed: Named, name: str, dev: str) 
     }
 
     with pool.model(changed) as model:
-        marks = Marks.of(sheet, score(model, sheet, pad_token_id=0))
+        marks = Marks.of(sheet, score(model, sheet.prompts, pad_token_id=0))
     assert len(marks.right) == 8
 
 
