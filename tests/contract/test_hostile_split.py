@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from fluvial.codecs.quantise import Identity
-from fluvial.errors import ClientError
+from fluvial.errors import ClientError, WireError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import InProcess
+from fluvial.federation.store import StateStore
+from fluvial.methods.flglm import tasks
+from fluvial.methods.flglm.turns import REJOIN, rejoin
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute, in_process
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
@@ -421,6 +424,67 @@ def test_a_site_refuses_a_common_step_that_does_not_contain_it(
         "forward",
         lambda answer: Payload(answer.tensors, answer.values | {name: value}),
     )
+
+
+REJOINS: dict[str, Payload] = {
+    "a step that is over": rejoin(0, None),
+    "a step beyond all": rejoin(2**70, None),
+    "no step": Payload(values={"of": REJOIN}),
+    "weights for the same step": rejoin(1, b"1"),
+    "every step without this site": rejoin(STEPS, None),
+    "weights that are none": rejoin(STEPS, b"1"),
+}
+"""Answers to hidden states: the third in the first step, others in the second."""
+
+
+@pytest.mark.parametrize("method", ["client-batch", "client-batch, own ends", "sequential"])
+@pytest.mark.parametrize("lie", REJOINS)
+def test_a_site_refuses_to_rejoin_where_no_step_can_be(
+    method: str, lie: str, open_rounds: Callable[[str], Conversed]
+) -> None:
+    """Under another mode than client-batch, no site rejoins at all."""
+    rounds = open_rounds(method)
+    due = 1 if lie == "every step without this site" else 2
+
+    def answer(site: str, what: str, number: int, answer: Payload) -> Payload:
+        lies = (site, what, number) == (LIAR, "forward", due)
+        return REJOINS[lie] if lies else answer
+
+    _, fleet, _ = rounds.again(answer=answer)
+    (failure,) = fleet.failures
+    assert failure.site == LIAR
+    assert failure.reason.startswith("WireError"), failure.reason
+    assert rounds.store.names(LIAR) == []
+
+
+@pytest.mark.parametrize("noise", [None, {"clip": 1.0, "multiplier": 0.5}])
+def test_a_site_does_not_begin_a_step_for_ever(
+    noise: Any, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sends the same bytes again, with the same noise, and gives the server up in the end."""
+    monkeypatch.setattr(tasks, "MOST_AGAIN", 5)
+    table = table_of(run_config, "client-batch, own ends")
+    with conversed(table | {"method": table["method"] | {"noise": noise}}, tmp_path) as rounds:
+        rounds.store = StateStore(tmp_path / "store")
+        talk = tasks.train(rounds.site(LIAR), Payload(values={"round": 1}))
+        assert not isinstance(talk, Payload)
+        first = next(talk).to_bytes()
+        for _ in range(5):
+            assert talk.send(rejoin(0, None)).to_bytes() == first
+
+        with pytest.raises(WireError, match="more than 5 times"):
+            talk.send(rejoin(0, None))
+
+
+@pytest.mark.parametrize("method", ["client-batch", "client-batch, own ends"])
+def test_a_site_that_skips_a_common_step_fails_alone(
+    method: str, open_rounds: Callable[[str], Conversed]
+) -> None:
+    """Hidden states of the next step in the place of gradients that are to be clipped."""
+    rounds = open_rounds(method)
+    seen = said(rounds)
+    lies = iter([("the next step", seen["forward", 2])])
+    assert check_only_the_liar_fails(rounds, "clip", 1, lies) == 1
 
 
 def test_an_honest_round_keeps_the_sites_own_layers(

@@ -194,6 +194,20 @@ IDLE: dict[str, Idle] = {
         {"rounds": 3, "method": {"name": "ecolora", "gamma_b": 0.0}},
         {"method": {"gamma_b": 1.0}},
     ),
+    "deadline of a step of one site": Idle(
+        {"method": {"step_deadline_s": 3.0}},
+        "method.step_deadline_s",
+        "a step has one site only",
+        {"method": {"name": "flglm", "fraction": 0.34}},
+        ALL_SITES,
+    ),
+    "deadline of a step beyond that of a site": Idle(
+        {"method": {"step_deadline_s": 3.0}},
+        "method.step_deadline_s",
+        "a site has failed before, by fleet.deadline_s=2",
+        {"method": {"name": "flglm"}, "fleet": {"deadline_s": 2.0}},
+        {"fleet": {"deadline_s": 4.0}},
+    ),
     "averages after more steps than there are": Idle(
         {"method": {"sync_steps": 3}},
         "method.sync_steps",

@@ -197,6 +197,7 @@ ELSEWHERE = {
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
+    "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
     "FedCyBgdConfig.parallel": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.merge": "tests/oracle/test_fedcybgd.py",
@@ -353,6 +354,10 @@ REFUSED: dict[str, tuple[Table, str]] = {
     "measures after the last round": (
         {"evaluate": {"every": 3}},
         "evaluate.every=3: without effect, because the run has 2 rounds",
+    ),
+    "deadline of a step that waits for nobody": (
+        {"method": {"name": "flglm", "mode": "sequential", "step_deadline_s": 1.0}},
+        "step_deadline_s: without effect unless mode='client-batch'",
     ),
     "weights that privacy makes equal": (
         {

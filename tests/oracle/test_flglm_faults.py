@@ -75,3 +75,23 @@ def test_a_client_batch_goes_on_without_the_site(
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [row.count('"sites": 2') for row in rows] == [1, 0]
     assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
+
+
+@pytest.mark.parametrize("ends", ["shared", "own"])
+def test_a_client_batch_takes_the_site_back(
+    table: dict[str, Any], tmp_path: Path, failing: list[str], ends: str
+) -> None:
+    """A step waits for the site that begins again, which goes on from the server's weights and
+    moments: with shared ends, the bits of an undisturbed run. Its own ends begin the round again.
+    """
+    train = table["train"] | {"gradient_accumulation_steps": 2, "max_grad_norm": 0.05}
+    method = {"name": "flglm", "ends": ends, "leakage": {"sites": "none"}}
+    table = table | {"rounds": 1, "method": method, "train": train}
+    retried = run_table(table | {"fleet": {"on_failure": "retry"}}, tmp_path / "retried")
+    assert failing
+    undisturbed = run_table(table, tmp_path / "undisturbed")
+    rows = (tmp_path / "retried" / "metrics.jsonl").read_text().splitlines()
+    assert [('"sites": 3' in row, "missed_steps" in row) for row in rows] == [(True, False)]
+    same = retried["heldout_by_site"] == undisturbed["heldout_by_site"]
+    assert same == (ends == "shared")
+    assert retried["adapter_sha256"] == undisturbed["adapter_sha256"]

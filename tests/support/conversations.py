@@ -58,6 +58,10 @@ class Conversed:
         self._texts = texts
         self.store = StateStore(None)
 
+    def site(self, name: str) -> Site:
+        """Return a site of the run."""
+        return site_of(self.config, name, self._pool, self._texts, self.store)
+
     def again(
         self, lie: Lie = honest, answer: Answer = true, **policy: Any
     ) -> tuple[FlGlmServer, Fleet, dict[str, Any]]:
@@ -66,7 +70,7 @@ class Conversed:
         settings = {"on_failure": "skip", "quorum": 0.3, "workers": 1} | policy
         fleet = local_fleet(
             self._texts.names,
-            lambda name: site_of(self.config, name, self._pool, self._texts, self.store),
+            self.site,
             lying(tasks_of(self.config), lie, answer),
             FleetConfig.model_validate(settings),
         )

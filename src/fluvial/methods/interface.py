@@ -134,6 +134,8 @@ class Given:
     """The line between a site and the server, where the configuration describes one."""
     on_failure: OnFailure = "stop"
     """Action when a site fails."""
+    deadline_s: float | None = None
+    """Seconds after which a site that does not answer has failed."""
     seed: int = 0
     """The run's seed."""
     examples: Callable[[], Mapping[str, Sequence[Example]]] | None = None

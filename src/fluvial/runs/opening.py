@@ -125,6 +125,7 @@ def given(
         rounds=config.rounds,
         line=config.fleet.line,
         on_failure=config.fleet.on_failure,
+        deadline_s=config.fleet.deadline_s,
         seed=config.seed,
         examples=None if here is None else partial(_examples, here),
     )

@@ -21,7 +21,7 @@ from fluvial.errors import DivergenceError
 from fluvial.models.tuning import reseed_dropout, switch_dropout, tuned_parameters
 from fluvial.seeds import derive
 from fluvial.settings import Settings
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
 
@@ -236,11 +236,49 @@ class Stepper:
             self._masters[name].copy_(weights[name])
             parameter.copy_(self._masters[name])
 
+    def state(self) -> Named:
+        """Return what another stepper continues from, in the `stepper_layout`: weights and moments
+        after at least one step, fp32, on the CPU."""
+        state = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        for name, master in self._masters.items():
+            for moment in _moments(self._config):
+                tensor = self._state(master)[moment]
+                state[f"{moment}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
+
+        return state
+
+    def restore(self, state: Named, steps: int) -> None:
+        """Go on from the `state` of a stepper that has made `steps` steps."""
+        self.replace({name: state[f"weights/{name}"] for name in self._masters})
+        for name, master in self._masters.items():
+            for moment in _moments(self._config):
+                tensor = state[f"{moment}/{name}"].to(master.device, copy=True)
+                self._state(master)[moment] = tensor
+                self._state(master)["step"] = torch.tensor(float(steps))
+
+    def _state(self, master: nn.Parameter) -> dict[str, Tensor]:
+        assert self._optimizer is not None, "nothing is trained"
+        state: dict[str, Tensor] = self._optimizer.state[master]
+        return state
+
     def weights(self) -> Named:
         """Return the trained parameters by name, fp32, on the CPU."""
         return {
             name: master.detach().to("cpu", copy=True) for name, master in self._masters.items()
         }
+
+
+def stepper_layout(tuned: Layout, config: TrainConfig) -> Layout:
+    """Return the layout of `Stepper.state` for parameters of the layout `tuned`."""
+    kinds = ("weights", *_moments(config))
+    return Layout(
+        tuple((f"{kind}/{name}", shape) for kind in kinds for name, shape in tuned.shapes)
+    )
+
+
+def _moments(config: TrainConfig) -> tuple[str, ...]:
+    """Return PyTorch's names of the optimizer's moments."""
+    return () if config.optim == "sgd" else ("exp_avg", "exp_avg_sq")
 
 
 def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:

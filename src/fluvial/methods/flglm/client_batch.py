@@ -2,22 +2,30 @@
 
 The objective of a step is the loss per label token over the sequences of all sites, as if they
 were one batch; the gradients of the whole model are clipped by one norm.
+
+The number of a step is the version of the layers that sites share: they have made as many steps. A
+turn of another step than the server's is never used. Its site is answered with the server's step,
+weights and moments, and goes on from there. A step whose site has failed or is late after its first
+pass is made again without it, so that it is that of its sites' batches exactly.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluvial.errors import WireError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.turns import Idle, Turn
+from fluvial.methods.flglm.attendance import Attendance
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
 from fluvial.methods.flglm.setting import Setting
+from fluvial.methods.flglm.shared_ends import SharedEnds
 from fluvial.methods.flglm.tuned_part import factor_of
 from fluvial.methods.flglm.turns import (
     MOST_OWN_SQUARED_NORM,
@@ -26,9 +34,10 @@ from fluvial.methods.flglm.turns import (
     Meeting,
     answer,
     read_turn,
+    rejoin,
 )
 from fluvial.seeds import derive, generator
-from fluvial.training.train import Stepper, check_finite
+from fluvial.training.train import check_finite
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, energy, subtract
 
@@ -53,25 +62,20 @@ class _Heard:
     """Gradients of the layers that the sites share."""
 
 
-class _SharedEnds:
-    """The layers that the sites share, at the server: it makes the steps that the sites make."""
+@dataclass(eq=False)
+class _Visit:
+    """A conversation with a site, from where it began last."""
 
-    def __init__(self, setting: Setting, state: Named) -> None:
-        self.start = {name: state[name] for name in setting.shared.names}
-        self._parameters = {
-            name: nn.Parameter(tensor.clone()) for name, tensor in self.start.items()
-        }
-        self.stepper = Stepper(self._parameters, setting.train, steps=1)
+    order: Order = field(default_factory=Order)
+    taken: int = 0
+    """Steps in which the site took part."""
+    last_forward: Forward | None = None
 
-    def step(self, number: int, gradients: Named, factor: float) -> None:
-        """Make step `number` with the sites' summed gradients."""
-        for name, parameter in self._parameters.items():
-            parameter.grad = gradients[name] * factor
-        self.stepper.step(number)
-
-    def weights(self) -> Named:
-        """Return the present values."""
-        return self.stepper.weights()
+    @property
+    def forward(self) -> Forward:
+        """The last forward turn."""
+        assert self.last_forward is not None, "the order of turns refuses another before it"
+        return self.last_forward
 
 
 class ClientBatch:
@@ -83,31 +87,39 @@ class ClientBatch:
         """Begin with `state`, that of the whole model, and every site with `message`."""
         self.update: Named = {}
         """Change of the server's layers and of those that the sites share; after the last reply."""
+        self.missed = 0
+        """Steps of single sites in which these were missing."""
         self._setting = setting
         self._fleet = fleet
         self._round = round
         self._state = state
         self._message = message
-        self._ends = _SharedEnds(setting, state)
-        self._orders: dict[str, Order] = {}
-        self._forwards: dict[str, Forward] = {}
-        """Last forward turn of each site."""
-        self._group: list[str] = []
-        """Sites of the last forward pass, in order of its rows."""
+        self._ends = SharedEnds(setting, state)
+        self._visits: dict[str, _Visit] = {}
         self._turns: dict[str, Turn[_Heard]] = {}
         """Turns that wait for an answer."""
+        self._group: dict[str, _Visit] = {}
+        """Sites of the present step; none before its first pass."""
+        self._rows: list[str] = []
+        """Sites of the last forward pass, in order of its rows."""
+        self._step = 0
+        """Number of the present step."""
         self._tokens = 0
         """Label tokens of the step."""
         self._steps = 1
         """Steps of the site that has most."""
 
     def replies(self, sites: Sequence[str]) -> Iterator[Answered]:
-        """Yield the sites' replies as they come; the quorum is the caller's."""
+        """Yield the sites' replies as they come; the quorum at the end is the caller's.
+
+        Raises `ClientError` where too few sites are left for a step.
+        """
         setting = self._setting
         names = setting.places.tuned_middle.names
         middle = {name: self._state[name] for name in setting.places.middle.names}
         start = setting.weights({name: middle[name] for name in names})
         checkpointing = setting.train.gradient_checkpointing
+        self._attendance = Attendance(self._fleet, len(sites), setting.config.step_deadline_s)
 
         with setting.parts.part(middle, trainable=True, checkpointing=checkpointing) as part:
             self._middle = Middle(part, names, setting.train, steps=1, start=start)
@@ -122,33 +134,46 @@ class ClientBatch:
                 hear=self._hear,
                 read=self._read,
                 alone=False,
+                began=self._began,
+                wake_s=self._wake_s,
             ):
                 if isinstance(event, Idle):
-                    self._answer()
+                    self._go_on(event)
                 elif isinstance(event, Turn):
                     self._turns[event.site] = event
+                    self._attendance.came(event.site, len(self._turns))
                 else:
+                    self._attendance.ended.add(event.site)
                     yield event.content
 
             weights = self._ends.weights()
             self.update = subtract(self._middle.weights(), start)
             self.update |= subtract(weights, self._ends.start)
 
+    def _began(self, site: str) -> None:
+        """Forget what a site has said before it failed."""
+        self._visits[site] = _Visit()
+        self._attendance.began(site)
+
+    def _wake_s(self, working: Mapping[str, float]) -> float:
+        if not self._group and any(self._stale(turn) for turn in self._turns.values()):
+            return -math.inf
+        return self._attendance.wake_s(working, len(self._turns))
+
     # -- what a site sends: wrong content is its failure ------------------------------------------
 
     def _hear(self, site: str, payload: Payload) -> _Heard:
         turn = read_turn(payload, self._setting.limits)
-        if isinstance(turn, Forward) and (turn.step, turn.micro) == (0, 0):
-            if site in self._orders:
-                raise WireError("the steps went on without this site, which began again")
-            self._orders[site] = Order()
+        visit = self._visits[site]
+        visit.order.take(turn)
+        if turn.step > self._step:
+            raise WireError(f"a turn of step {turn.step}, and the server is at {self._step}")
 
-        self._order_of(site).take(turn)
         if isinstance(turn, Forward):
-            self._forwards[site] = turn
+            visit.last_forward = turn
             return _Heard(turn, self._coding.decode_hidden(turn.frame, sum(turn.lengths)))
         if isinstance(turn, Backward):
-            tokens = sum(self._forwards[site].lengths)
+            tokens = sum(visit.forward.lengths)
             return _Heard(turn, self._coding.decode_gradient(turn.frame, tokens))
 
         if turn.of != "clip" or (turn.frame is None) != (not self._setting.shared.shapes):
@@ -164,18 +189,84 @@ class ClientBatch:
 
     def _read(self, site: str, payload: Payload) -> Answered:
         fields(payload, ("n", "loss", "factor"))
-        self._order_of(site).end()
+        self._visits[site].order.end()
         return Answered(site, weight_of(payload), loss_of(payload))
 
-    def _order_of(self, site: str) -> Order:
-        """Return the order of a site's turns, an empty one where it has not begun."""
-        return self._orders.get(site) or Order()
+    # -- once a step waits for no site any more ----------------------------------------------------
 
-    # -- once all sites wait -----------------------------------------------------------------------
+    def _go_on(self, idle: Idle) -> None:
+        """Let sites rejoin, or make the next pass of the step with the sites that wait."""
+        if not self._group and self._rejoin(idle):
+            return
 
-    def _answer(self) -> None:
+        late = self._attendance.overdue(idle.working)
+        if not self._turns:
+            for site in late:
+                idle.leave_out(site, "it was late when the others had made the round's steps")
+            return
+
+        self._attendance.require_quorum(self._round, self._step, len(self._turns))
+        incomplete = not all(
+            self._visits[site] is visit and site in self._turns
+            for site, visit in self._group.items()
+        )
+        if not incomplete or not (self._begin_again() or self._rejoin(idle)):
+            self._pass()
+
+    def _stale(self, turn: Turn[_Heard]) -> bool:
+        """Return True for a turn with which no step can begin now."""
+        content = turn.content.turn
+        return not isinstance(content, Forward) or (content.step, content.micro) != (self._step, 0)
+
+    def _rejoin(self, idle: Idle) -> bool:
+        """Let the sites whose turn is stale go on with the present step; return True if there are
+        any."""
+        stale = [turn for turn in self._turns.values() if self._stale(turn)]
+        for turn in stale:
+            visit = self._visits[turn.site]
+            steps = visit.order.steps
+            frame = None
+
+            if self._step < steps:
+                frame = self._ends.frame() if turn.content.turn.step < self._step else None
+            elif visit.taken:
+                self._attendance.ended.add(turn.site)
+            else:
+                del self._turns[turn.site]
+                reason = f"its {steps} steps were over before it took part in one"
+                idle.leave_out(turn.site, reason)
+                continue
+
+            self._send_to(turn.site, frame)
+
+        return bool(stale)
+
+    def _begin_again(self) -> bool:
+        """Begin the step again without the sites that are missing; return True if a site that waits
+        was answered."""
+        self._middle.drop_gradients()
+        present = [
+            site
+            for site, visit in self._group.items()
+            if self._visits[site] is visit and site in self._turns
+        ]
+        self._group = {}
+        for site in present:
+            self._send_to(site, None)
+        return bool(present)
+
+    def _send_to(self, site: str, frame: bytes | None) -> None:
+        """Let a site that waits go on with the present step."""
+        self._visits[site].order.rejoin(self._step)
+        self._turns.pop(site).answer(rejoin(self._step, frame))
+        self._attendance.answered()
+
+    def _pass(self) -> None:
         """Answer the turns that have the same place in the step, micro-batches first."""
-        turns = dict(sorted(self._turns.items()))
+        if not self._group:
+            self._group = {site: self._visits[site] for site in sorted(self._turns)}
+
+        turns = {site: self._turns[site] for site in self._group}
         for kind, make in (
             (Forward, self._forward),
             (Backward, self._backward),
@@ -188,46 +279,42 @@ class ClientBatch:
                 for site in waiting:
                     del self._turns[site]
                 make(waiting)
+                self._attendance.answered()
                 return
 
     def _forward(self, turns: dict[str, Turn[_Heard]]) -> None:
-        heard = [(turn.content, self._forwards[site]) for site, turn in turns.items()]
-        step = max(turn.step for _, turn in heard)
+        heard = [(turn.content, self._visits[site].forward) for site, turn in turns.items()]
         micro = min(turn.micro for _, turn in heard)
         if micro == 0:
             self._tokens = sum(turn.tokens for _, turn in heard)
-        if step == 0:
             self._plan(max(turn.steps for _, turn in heard))
 
-        seed = derive(self._setting.context.seed, "dropout", self._round, step, micro)
+        seed = derive(self._setting.context.seed, "dropout", self._round, self._step, micro)
         rows = self._middle.forward(
             torch.cat([each.rows for each, _ in heard if each.rows is not None]),
             [length for _, turn in heard for length in turn.lengths],
             returns=any(turn.returns for _, turn in heard),
             dropout_seed=seed,
         )
-        self._group = list(turns)
+        self._rows = list(turns)
 
         for piece, turn in zip(self._pieces(rows), turns.values(), strict=True):
             frame = self._coding.encode_hidden(piece)
             turn.answer(answer(turn.content.turn, frame, tokens=self._tokens, steps=self._steps))
 
     def _backward(self, turns: dict[str, Turn[_Heard]]) -> None:
-        gradients = []
-        for site in self._group:
-            rows = turns[site].content.rows if site in turns else None
-            if rows is None:  # the site has failed since
-                width = self._coding.width
-                rows = torch.zeros(sum(self._forwards[site].lengths), width)
-            gradients.append(rows.to(self._coding.device, self._coding.gradient.dtype))
-
+        assert list(turns) == self._rows, "a step with a site that is missing begins again"
+        gradients = [
+            turn.content.rows.to(self._coding.device, self._coding.gradient.dtype)
+            for turn in turns.values()
+            if turn.content.rows is not None
+        ]
         received, norm = self._middle.backward(torch.cat(gradients))
-        pieces = [None] * len(self._group) if received is None else self._pieces(received)
+        pieces = [None] * len(turns) if received is None else self._pieces(received)
 
-        for site, piece in zip(self._group, pieces, strict=True):
-            if site in turns:
-                frame = None if piece is None else self._coding.encode_gradient(piece)
-                turns[site].answer(answer(turns[site].content.turn, frame, norm=norm))
+        for turn, piece in zip(turns.values(), pieces, strict=True):
+            frame = None if piece is None else self._coding.encode_gradient(piece)
+            turn.answer(answer(turn.content.turn, frame, norm=norm))
 
     def _clip(self, turns: dict[str, Turn[_Heard]]) -> None:
         squared = self._middle.squared_norm()
@@ -241,7 +328,7 @@ class ClientBatch:
 
         squared += energy(gradients)
         train = self._setting.train
-        step = meetings[0].turn.step
+        step = self._step
         check_finite(0.0, squared, step, self._steps, train)
         factor = factor_of(squared, train.max_grad_norm)
         self._middle.step(step, factor)
@@ -253,13 +340,26 @@ class ClientBatch:
         for turn in turns.values():
             turn.answer(answer(turn.content.turn, frame, norm=squared))
 
+        self._end_step()
+
+    def _end_step(self) -> None:
+        """Count who took part, and begin the next step."""
+        self.missed += len(self._visits) - len(self._attendance.ended | self._group.keys())
+        for site, visit in self._group.items():
+            visit.taken += 1
+            if self._step + 1 == visit.order.steps:
+                self._attendance.ended.add(site)
+
+        self._step += 1
+        self._group = {}
+
     def _plan(self, steps: int) -> None:
         """Let all learning rates follow the site with most steps."""
-        self._steps = steps
-        self._middle.plan_steps(steps)
-        self._ends.stepper.steps = steps
+        self._steps = max(steps, self._steps)
+        self._middle.plan_steps(self._steps)
+        self._ends.plan_steps(self._steps)
 
     def _pieces(self, rows: Tensor) -> list[Tensor]:
         """Return the rows of each site of the group."""
-        sizes = [sum(self._forwards[site].lengths) for site in self._group]
+        sizes = [sum(self._visits[site].forward.lengths) for site in self._rows]
         return list(torch.split(rows, sizes))

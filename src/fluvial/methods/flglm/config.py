@@ -39,6 +39,9 @@ class FlGlmConfig(SampledSettings):
     sync_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps from one average to the next under mode="hierarchical" (tau); the default averages at
     the end of a round only."""
+    step_deadline_s: float | None = Field(None, ge=0.001, le=10**7)
+    """Seconds for which a step under mode="client-batch" waits for a site's turn; then the step is
+    made without the site, which rejoins in the next possible one. The default waits for all."""
     hidden: ActivationConfig = ExactRowsSettings()
     """Codec of the hidden states, both ways."""
     gradient: ActivationConfig = ExactRowsSettings()
@@ -62,6 +65,8 @@ class FlGlmConfig(SampledSettings):
         """See `Settings`."""
         if self.sync_steps is not None and self.mode != "hierarchical":
             yield "sync_steps: without effect unless mode='hierarchical'; remove it"
+        if self.step_deadline_s is not None and self.mode != "client-batch":
+            yield "step_deadline_s: without effect unless mode='client-batch'; remove it"
         if set(self.frozen) == {"front", "middle", "back"}:
             yield "frozen: nothing is left to tune; name two parts at most"
         if len(set(self.frozen)) < len(self.frozen):

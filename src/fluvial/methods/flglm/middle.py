@@ -47,6 +47,11 @@ class Middle(TunedPart):
         self._graph = (received, sent)
         return sent.detach()
 
+    def drop_gradients(self) -> None:
+        """Begin a step again, without the pass whose gradient is awaited."""
+        super().drop_gradients()
+        self._graph = None
+
     def backward(self, gradient: Tensor) -> tuple[Tensor | None, float]:
         """Add up gradients from that of `forward`'s result.
 

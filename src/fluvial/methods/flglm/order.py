@@ -11,6 +11,8 @@ class Order:
         self.steps = 0
         """Steps that the site has announced."""
         self._last: Content | None = None
+        self._next = 0
+        """Number of the step with which the site begins, or goes on after `rejoin`."""
 
     def take(self, turn: Content) -> None:
         """Note the next turn; raises `WireError` for one that cannot follow the last."""
@@ -31,9 +33,17 @@ class Order:
 
         self._last = turn
 
+    def rejoin(self, step: int) -> None:
+        """Let the site go on with the first turn of `step`, or end where it has no such step."""
+        self._last = None
+        self._next = step
+
     def end(self) -> None:
         """Raise `WireError` unless the last step is over."""
         last = self._last
+        if last is None and 0 < self.steps <= self._next:
+            return
+
         if not isinstance(last, Backward | Meeting) or last.step != self.steps - 1:
             raise WireError(f"the reply came before the end of {self.steps} steps")
 
@@ -47,7 +57,7 @@ class Order:
         """Return the steps and micro-batches of a forward turn that may come next."""
         last = self._last
         if last is None:
-            return {(0, 0)}
+            return {(self._next, 0)}
         if isinstance(last, Backward):
             return {(last.step, last.micro + 1), (last.step + 1, 0)}
         return {(last.step + 1, 0)} if isinstance(last, Meeting) else set()

@@ -41,6 +41,8 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
 
 def _idle(config: FlGlmConfig, given: Given) -> dict[str, str]:
     """Return the settings that cannot change this run, and why."""
+    if config.step_deadline_s is not None:
+        return _idle_deadline(config.step_deadline_s, config, given)
     if config.sync_steps is None or (given.train.max_steps is None and given.examples is None):
         return {}
 
@@ -50,6 +52,16 @@ def _idle(config: FlGlmConfig, given: Given) -> dict[str, str]:
         return {}
     most = f"{steps} step{'s' if steps > 1 else ''}"
     return {"method.sync_steps": f"no site makes more than {most} in a round"}
+
+
+def _idle_deadline(step_s: float, config: FlGlmConfig, given: Given) -> dict[str, str]:
+    """Return the deadline of a step where no site can miss it, and why."""
+    reason = None
+    if config.cohort(given.sites) == 1:
+        reason = "a step has one site only"
+    elif given.deadline_s is not None and step_s >= given.deadline_s:
+        reason = f"a site has failed before, by fleet.deadline_s={given.deadline_s:g}"
+    return {} if reason is None else {"method.step_deadline_s": reason}
 
 
 def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:

@@ -63,13 +63,17 @@ class Release:
         """Return rows (tokens, width) clipped, with a gradient."""
         return rows if self.noise is None else clip_rows(rows, self.noise.clip)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Return the rows (tokens, width) of the next message, clipped and disturbed."""
+    def __call__(self, rows: Tensor, place: str = "") -> Tensor:
+        """Return the rows (tokens, width) of the next message, clipped and disturbed.
+
+        `place` names the message within the conversation, where it may be sent again: then the same
+        rows have the same noise, and nobody can average it out. Else messages are counted.
+        """
         if self._mechanism is None:
             return rows
 
         self._messages += 1
-        return self._mechanism.release(rows, str(self._messages).encode())
+        return self._mechanism.release(rows, (place or str(self._messages)).encode())
 
 
 def _digest(message: Payload) -> bytes:

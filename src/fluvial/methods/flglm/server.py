@@ -119,7 +119,8 @@ class FlGlmServer(SharedModelServer):
 
         fleet.require_quorum("train", number, answered=count, asked=len(cohort))
         self._model = moved(self._model, batch.update)
-        return {"loss": loss.mean(), "sites": count, "update_norm": norm(batch.update)}
+        missed = {"missed_steps": batch.missed} if batch.missed else {}
+        return {"loss": loss.mean(), "sites": count, "update_norm": norm(batch.update), **missed}
 
     def _note(self, sequences: int) -> None:
         """Note the number of sequences of a site that has trained."""

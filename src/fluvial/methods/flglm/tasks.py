@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example
-from fluvial.federation.replies import MOST_TOKENS
+from fluvial.errors import WireError
+from fluvial.federation.replies import MOST_TOKENS, fields
 from fluvial.federation.sites import Site, round_of
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
@@ -18,6 +19,7 @@ from fluvial.methods.flglm.tuned_part import factor_of
 from fluvial.methods.flglm.turns import (
     MOST_SQUARED_NORM,
     MOST_STEPS,
+    REJOIN,
     Backward,
     Content,
     Forward,
@@ -29,9 +31,21 @@ from fluvial.training.train import (
     TrainConfig,
     check_finite,
     shuffled_batches,
+    stepper_layout,
 )
-from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
+from fluvial.wire.payload import FRAME, Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, subtract
+
+MOST_AGAIN = 1000
+"""Times that a server may let a site begin one step; each time a site has failed or was late."""
+
+
+class _RejoinError(Exception):
+    """The server does not use a turn, and lets the site go on with another step."""
+
+    def __init__(self, answer: Payload) -> None:
+        super().__init__("rejoin")
+        self.answer = answer
 
 
 @dataclass
@@ -52,18 +66,55 @@ class _Visit:
     """Values of the tuned tensors at the beginning, fp32."""
     factor: float = 1.0
     """Factor that clipped the gradients of the last step."""
+    next: int = 0
+    """Number of the step that is made next."""
+    again: int = 0
+    """Times that it was begun again."""
     losses: float = 0.0
     label_tokens: int = 0
     tokens_since: int = 0
     """Label tokens since the last average."""
 
     def turn(self, content: Content) -> Generator[Payload, Payload, Payload]:
-        """Exchange one turn; raises `WireError` for an answer to another."""
+        """Exchange one turn; raises `WireError` for an answer to another, and `_RejoinError` where
+        the turn is not used."""
         received = yield content.payload()
+        if self.config.mode == "client-batch" and received.values.get("of") == REJOIN:
+            raise _RejoinError(received)
+
         check_answer(received, content)
         return received
 
-    def step(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
+    def make(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
+        """Make step `number` on its logical batch, again where the server says so; do nothing where
+        the others have made it."""
+        self.again = 0
+        while self.next == number:
+            try:
+                yield from self._step(number, examples)
+                self.next += 1
+            except _RejoinError as error:
+                self._rejoin(error.answer)
+
+    def _rejoin(self, answer: Payload) -> None:
+        """Go on with another step, or the same once more, from the server's state where this is
+        older; raises `WireError`."""
+        step = answer.whole("step", self.next, MOST_STEPS)
+        moved = self.shared is not None and self.next < step < self.steps
+        fields(answer, ("of", "step"), (FRAME,) if moved else ())
+        self.ends.drop_gradients()
+
+        if self.shared is not None and moved:
+            layout = stepper_layout(self.shared.layout, self.train)
+            state = Identity.of(layout).decode(payload_frame(answer))
+            self.ends.restore(state, step)
+
+        self.again += 1
+        self.next = step
+        if self.again > MOST_AGAIN:
+            raise WireError(f"the server has begun step {step} more than {MOST_AGAIN} times")
+
+    def _step(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
         """Make one step on a logical batch."""
         own_tokens = sum(example.label_tokens for example in examples)
         seed = derive(self.dropout_seed, number)
@@ -88,7 +139,7 @@ class _Visit:
                     own_tokens,
                     micro.returns,
                     self.factor,
-                    self.coding.encode_hidden(self.release(micro.rows)),
+                    self.coding.encode_hidden(self.release(micro.rows, f"{number} {micro_number}")),
                 )
             )
             if self.config.mode == "client-batch":
@@ -191,7 +242,10 @@ def train(site: Site, message: Payload) -> Talk:
             start,
         )
         for number in range(steps):
-            yield from visit.step(number, next(batches))
+            yield from visit.make(number, next(batches))
+
+        if not visit.label_tokens:
+            raise WireError("the server let this site make no step")
 
         update = subtract(ends.weights(), start)
 

@@ -58,6 +58,11 @@ class TunedPart:
         for name, parameter in self._trained.items():
             parameter.grad = gradients[name].to(parameter.device, parameter.dtype, copy=True)
 
+    def drop_gradients(self) -> None:
+        """Begin a step again."""
+        for parameter in self._trained.values():
+            parameter.grad = None
+
     def step(self, number: int, factor: float) -> None:
         """Make step `number`, counted from 0, with the gradients times `factor`."""
         for parameter in self._trained.values():
@@ -69,6 +74,10 @@ class TunedPart:
     def replace(self, weights: Named) -> None:
         """Go on from `weights`, fp32; the optimizer keeps its moments."""
         self._stepper.replace(weights)
+
+    def restore(self, state: Named, steps: int) -> None:
+        """Go on from the `Stepper.state` of a stepper that has made `steps` steps."""
+        self._stepper.restore(state, steps)
 
     def plan_steps(self, steps: int) -> None:
         """Let learning rates decay over another number of steps."""

@@ -170,6 +170,8 @@ def read_use(payload: Payload, *, longest: int | None) -> Look | Continue:
 
 
 Content = Forward | Backward | Meeting
+REJOIN = "rejoin"
+"""Kind of the answer to a turn that is not used."""
 
 
 def read_turn(payload: Payload, limits: TurnLimits) -> Content:
@@ -240,6 +242,15 @@ def answer(turn: Content, frame: bytes | None, **values: Value) -> Payload:
     if isinstance(turn, Forward | Backward):
         about["micro"] = turn.micro
     return Payload(values=about) if frame is None else frame_payload(frame, **about)
+
+
+def rejoin(step: int, frame: bytes | None) -> Payload:
+    """Return the answer to a turn that is not used: the site goes on with `step`.
+
+    `frame` has the state of the layers that sites share, where the site's is older.
+    """
+    values: dict[str, Value] = {"of": REJOIN, "step": step}
+    return Payload(values=values) if frame is None else frame_payload(frame, **values)
 
 
 def check_answer(payload: Payload, turn: Content) -> None:
