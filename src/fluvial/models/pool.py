@@ -289,4 +289,10 @@ class ModelPool:
     ) -> Iterator[str]:
         """Yield the answers of `generate` one by one; a model is borrowed until the last."""
         with self.model(state, assignment=assignment) as model:
-            yield from continuations(model, self.tokenizer, prompts, max_new_tokens=max_new_tokens)
+            yield from continuations(
+                model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                context=self.outline.context,
+            )

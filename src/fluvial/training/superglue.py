@@ -62,7 +62,7 @@ def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
     faults = Faults()
     tasks: dict[str, list[Cloze]] = {}
     for name, path in present.items():
-        clozes = []
+        clozes: list[Cloze] = []
         try:
             rows = read_json(path).rows
         except ConfigError as error:

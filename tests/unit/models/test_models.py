@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import SeededDropout, adapt
+from fluvial.models.encoding import Encoder
 from fluvial.models.loading import load_base, meta_base, resolve_device
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, load_tokenizer
@@ -382,6 +383,24 @@ def test_the_tokenizer_pads_on_the_right_with_something(tiny_model: Path, tmp_pa
     without.pad_token = None
     without.save_pretrained(tmp_path)
     assert load_tokenizer(config(tmp_path)).pad_token == "</s>"
+
+
+def test_an_answer_ends_where_the_context_ends(tiny_gpt2_model: Path) -> None:
+    """GPT-2 has no position beyond its context, so one more token would be an error."""
+    pool = ModelPool(config(tiny_gpt2_model), None)
+    context = pool.outline.context
+    assert context is not None
+    encoder = Encoder.of(pool.tokenizer)
+    prompts = ["a b c d " * repeats for repeats in range(1, context)]
+    lengths = [len(encoder.prompt(prompt)) for prompt in prompts]
+    near = next(p for p, length in zip(prompts, lengths, strict=True) if length > context - 9)
+    answers = pool.generate({}, [near, prompts[-1]], max_new_tokens=20)
+
+    assert len(encoder.prompt(near)) < context < lengths[-1]
+    assert answers == [
+        pool.generate({}, [near], max_new_tokens=context - len(encoder.prompt(near)))[0],
+        "",
+    ]
 
 
 def test_generate_is_greedy_and_leaves_the_prompt_out(pool: ModelPool) -> None:

@@ -17,6 +17,7 @@ from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder
+from fluvial.models.generation import room_after
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration
 from fluvial.training.answer_scores import AnswerSums
@@ -107,14 +108,13 @@ class WholeModel:
         They end where the model's context ends; that of a prompt that fills it is empty.
         """
         tokenizer = self.site.pool.tokenizer
+        encoder = Encoder.of(tokenizer)
         context = self.site.pool.outline.context
         answers = []
 
         for prompt in prompts:
-            room = new_tokens
-            if context is not None:
-                room = min(room, context - len(Encoder.of(tokenizer).prompt(prompt)))
-            if room <= 0:
+            room = room_after(encoder.prompt(prompt), new_tokens, context)
+            if not room:
                 answers.append("")
                 continue
 
