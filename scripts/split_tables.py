@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from table_parts import cell, claims, listing, read, table
+from table_parts import cell, claim_table, claims, listing, read, table
 
 ATTACKS = ("exact causal search", "nearest token", "trained decoder", "shifted decoder")
 GRADIENTS = "gradient matching"
@@ -41,6 +41,46 @@ def leakage() -> str:
     heading = ["layers before the cut, noise on h_A", *ATTACKS, f"{GRADIENTS} (h_B, g_B)"]
 
     return "\n\n".join((words, table([heading, *cells]), claims("leakage.json")))
+
+
+CODEC_TASKS = ("uci_sentiment",)
+
+
+def activation_codecs() -> str:
+    """Return bytes, loss and answers of whole runs by activation codec, for each task."""
+    columns = {
+        "codec": "codec",
+        "bytes_step": "bytes a step and site",
+        "share": "of the formula",
+        "loss": "held-out loss",
+        "deviation": "standard deviation",
+        "over_exact": "over exact",
+        "accuracy": "next-token accuracy",
+        "exact_match": "exact match",
+        "f1": "token F1",
+        "rouge_l": "ROUGE-L",
+    }
+    rows = [["task", *columns.values()]]
+    held = []
+
+    for task in CODEC_TASKS:
+        given = read(f"flglm_codecs_{task}.json")
+        rows += [
+            [task, *(_codec_cell(key, row.get(key)) for key in columns)] for row in given["rows"]
+        ]
+        held += [claim | {"name": f"{task}, {claim['name']}"} for claim in given["claims"]]
+
+    return "\n\n".join((table(rows), claim_table(held)))
+
+
+def _codec_cell(key: str, value: Any) -> str:
+    if value is None or key in ("codec", "share", "deviation"):
+        return f"{value:.4f}" if isinstance(value, float) else cell(value)
+    if key == "over_exact":
+        return f"{100 * value:+.2f} %"
+    if key == "bytes_step":
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if key == "loss" else f"{100 * value:.1f} %"
 
 
 def _shares(part: str, attack: str, case: str = "") -> list[float]:

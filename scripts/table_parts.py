@@ -23,8 +23,13 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def claims(name: str) -> str:
     """Return the claims of a benchmark, those that do not hold included."""
+    return claim_table(read(name)["claims"])
+
+
+def claim_table(given: Sequence[dict[str, Any]]) -> str:
+    """Return claims as a table."""
     rows = [["claim", "value", "bar", "holds"]]
-    for claim in read(name)["claims"]:
+    for claim in given:
         value = claim["value"]
         shown = (
             f"{value:.4g}"
