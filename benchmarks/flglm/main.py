@@ -1,6 +1,6 @@
 """Split learning measured in this process, over the real bytes.
 
-    python -m benchmarks.flglm [--part modes|codecs] [--config FILE.toml]
+    python -m benchmarks.flglm [--part modes|codecs|thousand] [--config FILE.toml]
                                [--codecs NAME ...] [--quick] [--out FILE.json]
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
@@ -14,11 +14,11 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from benchmarks.flglm import codecs, modes
+from benchmarks.flglm import codecs, modes, thousand
 from benchmarks.flglm.bed import quickstart, standard_library
 from benchmarks.report import Report
 
-PARTS = ("modes", "codecs")
+PARTS = ("modes", "codecs", "thousand")
 
 
 def main() -> None:
@@ -63,5 +63,10 @@ def main() -> None:
         if options.config:
             chosen = tomllib.loads(options.config.read_text(encoding="utf-8"))
         codecs.measure(report, chosen, names=options.codecs, seeds=seeds)
+
+    if options.part in (None, "thousand"):
+        with tempfile.TemporaryDirectory() as folder:
+            pieces = standard_library(Path(folder) / "text.jsonl")
+            thousand.measure(report, source=pieces, folder=Path(folder), steps=steps)
 
     report.finish(options.out, load)
