@@ -81,14 +81,33 @@ RESULT_CAPTION = (
     "all bytes in both directions, with set-up, against an uncompressed run of the same rounds."
 )
 """Meaning of the columns, below each table of results."""
+ANSWERS_CAPTION = (
+    "Means over the sites, each counting the same; result.json has those over all questions too."
+)
 
 
-def result_table(result: JsonObject, more: str = "") -> Table:
-    """Return the run beside the base model and its baselines, with `more` in the caption."""
+def result_table(result: JsonObject, more: str = "") -> RenderableType:
+    """Return the run beside the base model and its baselines, with `more` in the caption.
+
+    Scores of greedy answers have a table of their own, since 80 columns do not hold all.
+    """
     headings, *rows = result_rows(result)
+    scores = [at for at, heading in enumerate(headings) if heading in ANSWER_SCORES.values()]
+    others = [at for at in range(1, len(headings)) if at not in scores]
+    tables = [_columns(headings, rows, others, "Result", RESULT_CAPTION + more)]
+    if scores:
+        tables.append(_columns(headings, rows, scores, "Greedy answers", ANSWERS_CAPTION))
+
+    return Group(*tables)
+
+
+def _columns(
+    headings: list[str], rows: list[list[str]], places: list[int], title: str, caption: str
+) -> Table:
+    """Return a table of the labels and of the columns at `places`."""
     # Two lines for a heading, so that 80 columns hold the labels in one line.
-    headings = [heading.replace(" ", "\n", 1) for heading in headings]
-    return table(headings, rows, "Result", caption=RESULT_CAPTION + more)
+    shown = [headings[at].replace(" ", "\n", 1) for at in (0, *places)]
+    return table(shown, [[row[at] for at in (0, *places)] for row in rows], title, caption=caption)
 
 
 def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> RenderableType:

@@ -334,6 +334,25 @@ def test_tables_of_sites_alone(local: Path) -> None:
     assert words.count("local only") == 1
 
 
+def test_scores_of_answers_have_a_table_that_80_columns_hold() -> None:
+    run = result("fedavg", "int8", 3.25, 8000, 131200)
+    for number, name in enumerate(("exact_match", "f1", "rouge_1", "rouge_2", "rouge_l")):
+        run["heldout"]["final"][name] = 0.1 + 0.1 * number
+
+    headings, *_, ours = result_tables.result_rows(run)
+    cells = dict(zip(headings, ours, strict=True))
+    scores = [cells[heading] for heading in ("exact match", "token F1", "ROUGE-L")]
+    assert scores == ["10.00 %", "20.00 %", "50.00 %"]
+
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(result_tables.result_table(run))
+    lines = stream.getvalue().splitlines()
+    assert any(line.split()[-6:] == " ".join(scores).split() for line in lines)
+    assert "Greedy answers" not in text_of(
+        result_tables.result_table(result("fedavg", "int8", 3.25, 8000, 131200))
+    )
+
+
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:
     compare = {"local": described("local", METHODS["local"].traits, None)}
     ours = result("fedavg", "ternary", 3.25, 8000, 131200, compare=compare)
