@@ -18,6 +18,10 @@ OnFailure = Literal["stop", "skip", "retry"]
 """Action when a site fails."""
 
 
+TURN_S = 600.0
+"""Seconds that a site allows for a turn of another one where there is no deadline."""
+
+
 class FleetConfig(Settings):
     """How sites are asked, and what happens when one does not answer."""
 
@@ -35,7 +39,9 @@ class FleetConfig(Settings):
     """Line between a site and the server, from which `fluvial check` predicts the time of a round;
     a run does not use it."""
     deadline_s: float | None = Field(None, ge=0.001, le=10**7)
-    """Seconds after which a site that was asked and has not answered has failed."""
+    """Seconds after which a site that was asked and has not answered has failed. A site that
+    converses waits for an answer as long as others may let it wait by this deadline (default
+    there: 600 s), and then ends its task."""
     on_failure: OnFailure = "stop"
     """Action when a site fails: stop the run, skip the site for this round, or retry it."""
     retries: int = Field(2, ge=1, le=100)
@@ -50,6 +56,16 @@ class FleetConfig(Settings):
     """Share of a round's weight that one site counts with at most; the round's record names a site
     that has more. Refused for a method that weighs no updates by their samples. (Ours: 1 believes
     every site's own count of its records.)"""
+
+    def answer_within_s(self, turns: int) -> float:
+        """Return the seconds for which a site waits for the answer to one of its turns.
+
+        An honest server lets it wait for at most `turns` turns of another site, each of which may
+        take until its deadline, in every attempt at that site. Two more are those with which an
+        attempt begins.
+        """
+        attempts = 1 + self.retries if self.on_failure == "retry" else 1
+        return (turns + 2) * attempts * (self.deadline_s or TURN_S)
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

@@ -92,6 +92,11 @@ class MethodSettings(Settings):
         they wait for each other within a task."""
         return 1
 
+    def turns_waited(self, train: TrainConfig) -> int:  # noqa: ARG002
+        """Return the turns of another site, at most, for which the server lets a site wait in one
+        of its own; the site gives up after so many deadlines."""
+        return 1
+
     @property
     def bounds(self) -> frozenset[Bound]:
         """Return the bounds of `[fleet]` that the server half applies; the others are refused."""

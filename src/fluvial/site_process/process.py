@@ -53,6 +53,9 @@ class Answer:
 class Stream(Protocol):
     """The way of turns to the server, and of its answers back, in their order."""
 
+    within_s: float
+    """Seconds for which an answer is waited for."""
+
     def send(self, data: bytes) -> None:
         """Begin to send a turn."""
         ...
@@ -111,6 +114,8 @@ class SiteProcess:
         if stream is None:
             reply = only_answer(task(message), name)
         else:
+            turns = config.method.turns_waited(config.train)
+            stream.within_s = config.fleet.answer_within_s(turns)
             send = partial(self._send, header, config, stream)
             receive = partial(self._receive, stream)
             reply = conversed(task, message, send, receive, name)

@@ -1,5 +1,6 @@
 """Hostile sites, hostile servers and foreign certificates at the live stream, over loopback."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -151,11 +152,16 @@ def test_sites_that_hold_many_connections_do_not_keep_others_out(listener: Strea
 
 
 @contextmanager
-def hostile_server(answers: list[bytes]) -> Iterator[Invitation]:
-    """A server that gives these answers to whatever it is sent."""
+def hostile_server(
+    answers: list[bytes], held: threading.Event | None = None
+) -> Iterator[Invitation]:
+    """A server that gives these answers to whatever it is sent, and holds the connection until the
+    event."""
 
     def turns(requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
         yield from answers
+        if held is not None:
+            held.wait(WAIT_S)
         time.sleep(0.2)
 
     server = grpc.server(ThreadPoolExecutor(4))
@@ -198,6 +204,20 @@ def test_a_site_gives_up_on_a_server_that_sends_too_large_a_message() -> None:
         impatient = Invitation(invitation.port, invitation.session, invitation.token, 0.5)
         with pytest.raises(RefusalError), call_site(impatient, limits=LIMITS) as stream:
             stream.exchange(b"turn")
+
+
+@pytest.mark.parametrize("welcomed", [True, False])
+def test_a_site_does_not_wait_for_ever(welcomed: bool) -> None:
+    """A server that keeps the connection, and says nothing more, does not hold the site's task."""
+    held = threading.Event()
+    answers = [Welcome(1, 1).to_bytes()] if welcomed else []
+    with hostile_server(answers, held) as invitation, call_site(invitation) as stream:
+        stream.within_s = 0.3
+        began_s = time.monotonic()
+        with pytest.raises(RefusalError, match="turn within 0.3 s.*fleet.deadline_s"):
+            stream.exchange(b"turn")
+        assert time.monotonic() - began_s < 3
+        held.set()
 
 
 # -- TLS -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ the first turn whose answer it lacks, and sends again the turns that the server 
 """
 
 import logging
+import math
 import queue
 import random
 import socket
@@ -83,6 +84,8 @@ class StreamCaller:
         self._begun = 0
         """Number of the last turn of which at least a beginning was sent."""
         self._connection: _Connection | None = None
+        self.within_s = math.inf
+        """Seconds for which the site waits for an answer, whatever the server sends meanwhile."""
 
     def __enter__(self) -> "StreamCaller":
         return self
@@ -118,7 +121,7 @@ class StreamCaller:
         turn = self._received + len(self._open) + 1
         self._open[turn] = sealed
         if self._connection is None:
-            self._connected(_Patience(self._invitation.patience_s, self._host, self._port))
+            self._connected(self._patience())
         else:
             self._send(self._connection, turn)
 
@@ -131,11 +134,11 @@ class StreamCaller:
         """Return the next sealed answer."""
         assert self._open, "every turn was answered"
         turn = self._received + 1
-        patience = _Patience(self._invitation.patience_s, self._host, self._port)
+        patience = self._patience()
 
         while True:
             try:
-                answer = self._connected(patience).receive()
+                answer = self._connected(patience).receive(patience)
             except (grpc.RpcError, _EndedError) as error:
                 self.close()
                 patience.lose(error)
@@ -146,6 +149,9 @@ class StreamCaller:
                 del self._open[turn]
                 self._received = turn
                 return answer
+
+    def _patience(self) -> "_Patience":
+        return _Patience(self._invitation.patience_s, self._host, self._port, self.within_s)
 
     def close(self) -> None:
         """Close the connection."""
@@ -161,7 +167,7 @@ class StreamCaller:
         """
         while self._connection is None:
             try:
-                self._connection = self._connect()
+                self._connection = self._connect(patience)
                 patience.found()
             except (grpc.RpcError, _EndedError) as error:
                 self.close()
@@ -169,15 +175,15 @@ class StreamCaller:
 
         return self._connection
 
-    def _connect(self) -> "_Connection":
+    def _connect(self, patience: "_Patience") -> "_Connection":
         """Return a new connection.
 
-        Raises `grpc.RpcError`, `_EndedError` and `WireError`.
+        Raises `grpc.RpcError`, `_EndedError`, `WireError` and `RefusalError`.
         """
         first = self._received + 1
         connection = _Connection(self._channel(), self._invitation, first, self._max_bytes)
         try:
-            wanted = connection.welcome(first)
+            wanted = connection.welcome(first, patience)
             if wanted > self._begun + 1:
                 raise WireError(f"stream: the server has turn {wanted - 1}, which was not sent")
         except Exception:
@@ -220,7 +226,7 @@ class _Connection:
         self._expected: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         """Turns whose answers are to be read."""
         self._read: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
-        """Answers, or the error that ends them."""
+        """The server's first message, then answers, or the error that ends them."""
         call = channel.stream_stream(f"/{SERVICE}/{METHOD}")
         metadata = (
             (SESSION_KEY, invitation.session),
@@ -228,19 +234,15 @@ class _Connection:
             (TURN_KEY, str(turn)),
         )
         self._answers: Any = call(self._requests(), metadata=metadata)
+        threading.Thread(target=self._receive, daemon=True, name="stream: answers").start()
 
-    def welcome(self, turn: int) -> int:
-        """Read the first message of the server, and begin to read answers; return the first turn
-        that it lacks."""
-        first = next(self._answers, None)
-        if first is None:
-            raise _EndedError
-
-        welcome = Welcome.from_bytes(first)
+    def welcome(self, turn: int, patience: "_Patience") -> int:
+        """Return the first turn that the server lacks, from its first message; raises as
+        `receive`."""
+        welcome = Welcome.from_bytes(self.receive(patience))
         if welcome.turn != turn:
             raise WireError(f"stream: the server is at turn {welcome.turn}, the site at {turn}")
 
-        threading.Thread(target=self._receive, daemon=True, name="stream: answers").start()
         return welcome.wanted
 
     def send(self, chunks: Iterator[bytes]) -> None:
@@ -252,9 +254,17 @@ class _Connection:
         while the site works."""
         self._expected.put(turn)
 
-    def receive(self) -> bytes:
-        """Return the next answer; raises `grpc.RpcError`, `_EndedError` and `WireError`."""
-        answer = self._read.get()
+    def receive(self, patience: "_Patience") -> bytes:
+        """Return the next answer.
+
+        Raises `grpc.RpcError`, `_EndedError` and `WireError`, and `RefusalError` if it takes too
+        long.
+        """
+        try:
+            answer = self._read.get(timeout=patience.left_s())
+        except queue.Empty:
+            raise patience.late() from None
+
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -268,6 +278,11 @@ class _Connection:
 
     def _receive(self) -> None:
         try:
+            first = next(self._answers, None)
+            if first is None:
+                raise _EndedError
+
+            self._read.put(first)
             while (turn := self._expected.get()) is not None:
                 answer = join(self._answers, turn=turn, max_bytes=self._max_bytes)
                 if answer is None:
@@ -282,16 +297,29 @@ class _Connection:
 
 
 class _Patience:
-    """How long a site goes on without a connection, during one turn."""
+    """How long a site goes on without a connection, and without an answer, during one turn."""
 
-    def __init__(self, patience_s: float, host: str, port: int) -> None:
+    def __init__(self, patience_s: float, host: str, port: int, within_s: float) -> None:
         self._patience_s = patience_s
+        self._within_s = within_s
+        self._until_s = time.monotonic() + within_s
         self._address = host.strip("[]"), port
         self._pause_s = _FIRST_PAUSE_S
         self._lost_s: float | None = None
         """Time of the loss after which there was no connection."""
         self._closed_s: float | None = None
         """Time since which the port refuses connections."""
+
+    def left_s(self) -> float | None:
+        """Return the seconds that are left for the answer, None without a limit."""
+        return None if self._until_s == math.inf else max(self._until_s - time.monotonic(), 0.0)
+
+    def late(self) -> RefusalError:
+        """Return the error of an answer that takes too long."""
+        return RefusalError(
+            f"the server has not answered a turn within {self._within_s:g} s, a limit that "
+            "follows from the run's fleet.deadline_s"
+        )
 
     def found(self) -> None:
         """Note that there is a connection."""

@@ -11,6 +11,7 @@ from fluvial.federation.config import BOUNDS, Bound
 from fluvial.methods.flglm.leakage.noise import NoiseConfig
 from fluvial.methods.flglm.leakage.settings import LeakageConfig
 from fluvial.methods.interface import SampledSettings
+from fluvial.training.train import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
 Place = Literal["front", "middle", "back"]
@@ -55,6 +56,11 @@ class FlGlmConfig(SampledSettings):
         """Return the whole cohort where its sites meet between two steps."""
         meet = self.mode == "client-batch" or self.sync_steps is not None
         return self.cohort(sites) if meet else 1
+
+    def turns_waited(self, train: TrainConfig) -> int:
+        """See `MethodSettings`: the turns from one meeting of the sites to the next."""
+        step = 2 * train.gradient_accumulation_steps + 1
+        return step * (self.sync_steps or 1)
 
     @property
     def bounds(self) -> frozenset[Bound]:
