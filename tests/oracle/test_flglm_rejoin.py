@@ -93,7 +93,9 @@ class Round:
                     reply: Payload = end.value
                     return reply
 
-                kind, step = turn.value("of", str), turn.value("step", int)
+                assert isinstance(turn, Payload)
+                kind = turn.value("of", str)
+                step = turn.value("step", int)
                 delays[site] = delay(site, kind, step)
                 if kind == "forward" and turn.value("micro", int) == 0:
                     forwards[site, step] = forwards.get((site, step), 0) + 1

@@ -239,22 +239,20 @@ class Stepper:
     def state(self) -> Named:
         """Return what another stepper continues from, in the `stepper_layout`: weights and moments
         after at least one step, fp32, on the CPU."""
-        state = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
-        for name, master in self._masters.items():
-            for moment in _moments(self._config):
-                tensor = self._state(master)[moment]
-                state[f"{moment}/{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
-
-        return state
+        weights = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        return weights | {
+            f"{moment}/{name}": self._state(master)[moment].to("cpu", torch.float32, copy=True)
+            for name, master in self._masters.items()
+            for moment in _moments(self._config)
+        }
 
     def restore(self, state: Named, steps: int) -> None:
         """Go on from the `state` of a stepper that has made `steps` steps."""
         self.replace({name: state[f"weights/{name}"] for name in self._masters})
         for name, master in self._masters.items():
             for moment in _moments(self._config):
-                tensor = state[f"{moment}/{name}"].to(master.device, copy=True)
-                self._state(master)[moment] = tensor
-                self._state(master)["step"] = torch.tensor(float(steps))
+                values = state[f"{moment}/{name}"].to(master.device, copy=True)
+                self._state(master).update({moment: values, "step": torch.tensor(float(steps))})
 
     def _state(self, master: nn.Parameter) -> dict[str, Tensor]:
         assert self._optimizer is not None, "nothing is trained"
@@ -271,9 +269,8 @@ class Stepper:
 def stepper_layout(tuned: Layout, config: TrainConfig) -> Layout:
     """Return the layout of `Stepper.state` for parameters of the layout `tuned`."""
     kinds = ("weights", *_moments(config))
-    return Layout(
-        tuple((f"{kind}/{name}", shape) for kind in kinds for name, shape in tuned.shapes)
-    )
+    names = ((f"{kind}/{name}", shape) for kind in kinds for name, shape in tuned.shapes)
+    return Layout(tuple(names))
 
 
 def _moments(config: TrainConfig) -> tuple[str, ...]:
