@@ -60,6 +60,19 @@ def undisturbed(table: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     return str(result["adapter_sha256"])
 
 
+def client_batch(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the same run in steps of all sites together, where a failed site is asked again."""
+    fleet = table["fleet"] | {"on_failure": "retry"}
+    return table | {"method": {"name": "flglm"}, "fleet": fleet}
+
+
+@pytest.fixture(scope="module")
+def together(table: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The adapter of `client_batch` in one process."""
+    result = run_table(client_batch(table), tmp_path_factory.mktemp("together") / "run")
+    return str(result["adapter_sha256"])
+
+
 @pytest.fixture(scope="module")
 def _lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, Moments]]:
     folder = tmp_path_factory.mktemp("stream")
@@ -112,6 +125,36 @@ def test_a_site_that_is_killed(
         "stops inside the deadline; resumed: same adapter",
         "site 'north' failed: the process that answered ended with signal 9; resumed: same adapter",
         seconds,
+    )
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_a_site_that_is_killed_and_asked_again(
+    tensor: str,
+    lab: Deployment,
+    moments: Moments,
+    table: dict[str, Any],
+    together: str,
+    tmp_path: Path,
+    row: Row,
+) -> None:
+    """The others wait, and it goes on in the same step, with the server's weights and moments."""
+    moments.arm(TENSORS[tensor])
+    out = tmp_path / f"rejoined-{tensor.replace(' ', '-')}"
+    lab.submit(client_batch(table), out)
+    moments.wait(TENSORS[tensor], timeout=180)
+    lab.kill("north", "task")
+    killed = time.time()
+    moments.free()
+    failure = moments.failure()
+    assert failure["site"] == "north"
+    assert "ended with signal 9" in failure["reason"]
+    assert lab.wait(out)["adapter_sha256"] == together
+    row(
+        f"kill -9 of a site's client process at its {tensor} (client batch, on_failure='retry')",
+        "noticed inside the deadline; rejoins in the same step: same adapter",
+        "the process that answered ended with signal 9; rejoined: same adapter",
+        failure["time"] - killed,
     )
 
 
