@@ -68,6 +68,8 @@ def round_line(record: JsonObject) -> str:
     ]
     clipped = [reply["site"] for reply in record.get("clipped", [])]
     parts += [f"[yellow]weight lowered {_some(clipped)}[/]"] if clipped else []
+    missed = record.get("missed_steps", 0)
+    parts += [f"[yellow]{missed} steps of late sites missed[/]"] if missed else []
 
     return "  ".join(parts)
 

@@ -269,6 +269,9 @@ def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
     assert "epsilon 3.21 at delta 1e-05" in round_lines.round_line(
         {**metrics[0], "epsilon": 3.2101, "delta": 1e-5}
     )
+    assert "3 steps of late sites missed" in round_lines.round_line(
+        {**metrics[0], "missed_steps": 3}
+    )
 
 
 def test_setup_lines_tell_both_verdicts() -> None:
