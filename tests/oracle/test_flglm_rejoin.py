@@ -26,7 +26,7 @@ from fluvial.runs.opening import site_of, tasks_of
 from fluvial.runs.run import Run
 from fluvial.training.train import collate, shifted, shuffled_batches, summed_loss
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Named, digest
 from tests.support.models import with_fitting_model
 from tests.support.weights import read_weights
 
@@ -225,6 +225,21 @@ def test_a_killed_site_rejoins_late(opened: Round, moment: str) -> None:
     missing = range(2, 2 + record["missed_steps"])
     assert 2 <= len(missing) <= 3
     assert_close(adapter, opened.simulated(without(opened, missing)), opened.start)
+
+
+def test_a_site_cannot_keep_a_step_from_its_end(opened: Round) -> None:
+    """Late in the middle of every step, and back at once: each step begins again once."""
+
+    def delay(site: str, kind: str, step: int) -> float:
+        return PATIENCE_S + 0.5 if (site, kind) == (LATE, "backward") else 1.0
+
+    adapter, record, _, forwards = opened.play(delay, on_failure="skip")
+    assert record["missed_steps"] == STEPS
+    assert record["sites"] == 2
+    others = [name for name in opened.texts.names if name != LATE]
+    assert {forwards[name, step] for name in others for step in range(STEPS)} == {2}
+    without_it, *_ = opened.play(slow("forward", 0, 10_000.0), on_failure="skip")
+    assert digest(adapter) == digest(without_it)
 
 
 def test_a_site_that_stays_away_is_left_out_at_the_end(opened: Round) -> None:

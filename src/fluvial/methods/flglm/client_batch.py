@@ -100,6 +100,8 @@ class ClientBatch:
         """Turns that wait for an answer."""
         self._group: dict[str, _Visit] = {}
         """Sites of the present step; none before its first pass."""
+        self._held: set[str] = set()
+        """Sites that were late in the middle of the present step, whose turns wait for its end."""
         self._rows: list[str] = []
         """Sites of the last forward pass, in order of its rows."""
         self._step = 0
@@ -141,7 +143,7 @@ class ClientBatch:
                     self._go_on(event)
                 elif isinstance(event, Turn):
                     self._turns[event.site] = event
-                    self._attendance.came(event.site, len(self._turns))
+                    self._attendance.came(event.site, len(self._waiting()))
                 else:
                     self._attendance.ended.add(event.site)
                     yield event.content
@@ -153,12 +155,18 @@ class ClientBatch:
     def _began(self, site: str) -> None:
         """Forget what a site has said before it failed."""
         self._visits[site] = _Visit()
+        self._held.discard(site)
         self._attendance.began(site)
 
     def _wake_s(self, working: Mapping[str, float]) -> float:
-        if not self._group and any(self._stale(turn) for turn in self._turns.values()):
+        waiting = self._waiting()
+        if not self._group and any(self._stale(turn) for turn in waiting.values()):
             return -math.inf
-        return self._attendance.wake_s(working, len(self._turns))
+        return self._attendance.wake_s(working, len(waiting))
+
+    def _waiting(self) -> dict[str, Turn[_Heard]]:
+        """Return the turns that may take part in the present step, in order of their sites."""
+        return {site: self._turns[site] for site in sorted(self._turns.keys() - self._held)}
 
     # -- what a site sends: wrong content is its failure ------------------------------------------
 
@@ -196,6 +204,8 @@ class ClientBatch:
 
     def _go_on(self, idle: Idle) -> None:
         """Let sites rejoin, or make the next pass of the step with the sites that wait."""
+        if not self._waiting():
+            self._held = set()
         if not self._group and self._rejoin(idle):
             return
 
@@ -205,7 +215,7 @@ class ClientBatch:
                 idle.leave_out(site, "it was late when the others had made the round's steps")
             return
 
-        self._attendance.require_quorum(self._round, self._step, len(self._turns))
+        self._attendance.require_quorum(self._round, self._step, len(self._waiting()))
         incomplete = not all(
             self._visits[site] is visit and site in self._turns
             for site, visit in self._group.items()
@@ -221,7 +231,7 @@ class ClientBatch:
     def _rejoin(self, idle: Idle) -> bool:
         """Let the sites whose turn is stale go on with the present step; return True if there are
         any."""
-        stale = [turn for turn in self._turns.values() if self._stale(turn)]
+        stale = [turn for turn in self._waiting().values() if self._stale(turn)]
         for turn in stale:
             visit = self._visits[turn.site]
             steps = visit.order.steps
@@ -242,14 +252,15 @@ class ClientBatch:
         return bool(stale)
 
     def _begin_again(self) -> bool:
-        """Begin the step again without the sites that are missing; return True if a site that waits
-        was answered."""
+        """Begin the step again without the sites that are late; return True if a site that waits
+        was answered.
+
+        A late site does not come back into the step, or it could keep it from its end.
+        """
         self._middle.drop_gradients()
-        present = [
-            site
-            for site, visit in self._group.items()
-            if self._visits[site] is visit and site in self._turns
-        ]
+        same = {site for site, visit in self._group.items() if self._visits[site] is visit}
+        present = sorted(same & self._turns.keys())
+        self._held |= same - self._turns.keys()
         self._group = {}
         for site in present:
             self._send_to(site, None)
@@ -264,7 +275,7 @@ class ClientBatch:
     def _pass(self) -> None:
         """Answer the turns that have the same place in the step, micro-batches first."""
         if not self._group:
-            self._group = {site: self._visits[site] for site in sorted(self._turns)}
+            self._group = {site: self._visits[site] for site in self._waiting()}
 
         turns = {site: self._turns[site] for site in self._group}
         for kind, make in (
@@ -352,6 +363,7 @@ class ClientBatch:
 
         self._step += 1
         self._group = {}
+        self._held = set()
 
     def _plan(self, steps: int) -> None:
         """Let all learning rates follow the site with most steps."""
