@@ -40,6 +40,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "client-batch, own ends": {"mode": "client-batch", "ends": "own"},
     "hierarchical": {"mode": "hierarchical", "sync_steps": 1},
     "hierarchical, own ends": {"mode": "hierarchical", "ends": "own"},
+    "memory": {
+        "mode": "client-batch",
+        "frozen": ["front"],
+        "recurring": "changes",
+        "hidden": {"name": "int4"},
+    },
 }
 STEPS = 2
 WIDTH = 32
@@ -180,6 +186,22 @@ def of_forward(said: dict[tuple[str, int], bytes]) -> Iterator[tuple[str, Any]]:
         "factor 2": {"factor": 2.0},
         "a negative factor": {"factor": -0.5},
     }
+    if "samples" in values:
+        first, second = Payload.from_bytes(data).value("samples", list)
+        lies |= {
+            "one sample twice": {"samples": [first, first]},
+            "a sample less": {"samples": [first]},
+            "a sample below 0": {"samples": [-1, second]},
+            "a sample beyond 2^63": {"samples": [2**63, second]},
+            "a sample that is no number": {"samples": [True, second]},
+            "no samples": {"samples": None},
+            "a sample that the server holds": {
+                "samples": Payload.from_bytes(said["forward", 1]).values["samples"],
+                "lengths": Payload.from_bytes(said["forward", 1]).values["lengths"],
+            },
+        }
+        yield "no frame", Payload(values=values).to_bytes()
+
     for what, change in lies.items():
         yield what, with_values(data, values | change)
 
@@ -232,6 +254,19 @@ def test_a_site_that_lies_fails_alone(method: str, open_rounds: Callable[[str], 
     assert count > 35
     with pytest.raises(ClientError, match=f"site '{LIAR}' failed"):
         rounds.again(instead("backward", 1, seen["forward", 1]), on_failure="stop", quorum=0.5)
+
+
+def test_a_memory_that_the_server_has_not_is_that_sites_failure(
+    open_rounds: Callable[[str], Conversed],
+) -> None:
+    rounds = open_rounds("memory")
+    data = said(rounds)["forward", 1]
+    values = Payload.from_bytes(data).values
+    lies = (
+        (f"round {held!r}", with_values(data, values | {"held": held}))
+        for held in (1, -1, 2**70, True, None)
+    )
+    assert check_only_the_liar_fails(rounds, "forward", 1, lies) == 5
 
 
 @pytest.mark.parametrize("method", ["client-batch", "hierarchical"])

@@ -58,6 +58,32 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flglm, own ends": {"method": {"name": "flglm", "ends": "own", "hidden": {"name": "int8"}}},
     "flglm, one by one": {"method": {"name": "flglm", "mode": "sequential", "frozen": ["front"]}},
     "flglm, replicas": {"method": {"name": "flglm", "mode": "hierarchical", "sync_steps": 2}},
+    "flglm, cached front": {
+        "method": {"name": "flglm", "frozen": ["front"], "hidden": {"name": "int8"}}
+    },
+    "flglm, cached front without room for all": {
+        "method": {
+            "name": "flglm",
+            "mode": "hierarchical",
+            "frozen": ["front"],
+            "memory_bytes": 20_000,
+            "fraction": 0.67,
+        }
+    },
+    "flglm, changes": {
+        "method": {"name": "flglm", "hidden": {"name": "int4"}, "recurring": "changes"}
+    },
+    "flglm, cached front and changes": {
+        "method": {
+            "name": "flglm",
+            "frozen": ["front"],
+            "recurring": "changes",
+            "hidden": {"name": "int4"},
+            "mode": "sequential",
+            "memory_bytes": 40_000,
+        }
+    },
+    "flglm, tuned back": {"method": {"name": "flglm", "frozen": ["front", "middle"]}},
     "flglm, all weights": {"tune": "full", "method": {"name": "flglm", "mode": "hierarchical"}},
 }
 CASES = FEDAVG | OTHERS

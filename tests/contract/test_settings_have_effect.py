@@ -118,6 +118,10 @@ QUICK: dict[str, tuple[Table, Any]] = {
         )
         for name, value in {"group_size": 16, "outlier_channels": 2}.items()
     },
+    "FlGlmConfig.recurring": (
+        {"method": {"name": "flglm", "hidden": {"name": "int4"}}},
+        "changes",
+    ),
     "TopKRowsSettings.share": (
         {"method": {"name": "flglm", "hidden": {"name": "top_k"}}},
         0.5,
@@ -199,6 +203,7 @@ ELSEWHERE = {
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
     "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
+    "FlGlmConfig.memory_bytes": "tests/oracle/test_flglm_memory.py",
     "FedCyBgdConfig.parallel": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.merge": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.weighting": "tests/oracle/test_fedcybgd.py",

@@ -28,10 +28,10 @@ from tests.support.models import four_layers
 
 SERVER = (
     *("server", "client_batch", "conversations", "replica"),
-    *("middle", "serving", "setting", "order", "turns"),
+    *("middle", "serving", "setting", "order", "turns", "hidden", "memories"),
 )
 """Modules of the server's half."""
-SITE_ONLY = {"ends", "tasks", "use", "state"}
+SITE_ONLY = {"ends", "tasks", "use", "state", "site_memory"}
 """Modules of the site's half."""
 TOKENS = 6
 """Token ids in a row that are looked for; fewer may be there by chance."""

@@ -207,6 +207,8 @@ INT8 = {"name": "int8"}
 KLT = {"name": "klt", "rate": 8}
 LEFT_AT_END = ('ends = "shared", no client batch',)
 NOTHING_AT_END = ('ends = "own", or a client batch',)
+NOT_HELD = "no hidden states held by sample"
+HELD = "hidden states held by sample"
 COVARIANCE = 'tgap.source = "sites-covariance"'
 
 EVERYDAY = [
@@ -228,12 +230,18 @@ EVERYDAY = [
             {"name": "flglm", "mode": mode, "ends": ends}
             | ({"sync_steps": 1} if mode == "hierarchical" else {}),
             "plain",
+            NOT_HELD,
             MEASURES,
             f'ends = "{ends}"',
             *(LEFT_AT_END if ends == "shared" and mode != "client-batch" else NOTHING_AT_END),
         )
         for mode in ("sequential", "client-batch", "hierarchical")
         for ends in ("shared", "own")
+    ),
+    case(
+        "flglm memory",
+        {"name": "flglm", "frozen": ["front"]},
+        *("plain", HELD, MEASURES, 'ends = "shared"', *NOTHING_AT_END),
     ),
     case(
         "baselines",
@@ -348,7 +356,13 @@ def test_of_answers_only_sums_of_scores_leave(
     method: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     more = with_questions({}, tmp_path)
-    labels = ("plain", "held-out measures with answers", 'ends = "shared"', *NOTHING_AT_END)
+    labels = (
+        "plain",
+        NOT_HELD,
+        "held-out measures with answers",
+        'ends = "shared"',
+        *NOTHING_AT_END,
+    )
     each = case("answers", {"name": method}, *labels, **more)
     filled = check_what_leaves(each, run_config, tmp_path / "run")
     assert any("questions" in row.values for row in filled)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ from fluvial.settings import Settings
 from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class TrainConfig(Settings):
@@ -143,8 +145,8 @@ def collate(
 
 
 def shuffled_batches(
-    examples: Sequence[Example], size: int, generator: torch.Generator
-) -> Iterator[list[Example]]:
+    examples: Sequence[T], size: int, generator: torch.Generator
+) -> Iterator[list[T]]:
     """Yield batches of `size` without end.
 
     Each epoch is a fresh permutation, and its last batch may be smaller.

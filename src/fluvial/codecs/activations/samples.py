@@ -70,11 +70,8 @@ class Held:
     """Bytes of all samples, at most; a sample that needs more is never held."""
     lengths: Mapping[int, int] = field(default_factory=dict)
     """Tokens of each sample, the one added longest ago first."""
-
-    @property
-    def bytes_held(self) -> int:
-        """Bytes of all samples that are held."""
-        return sum(self._bytes(length) for length in self.lengths.values())
+    bytes_held: int = 0
+    """Bytes of all samples that are held."""
 
     def known(self, batch: SampleBatch) -> SampleBatch:
         """Return the samples of `batch` that are held with the same length."""
@@ -100,7 +97,7 @@ class Held:
             oldest = next(iter(lengths))
             total -= self._bytes(lengths.pop(oldest))
 
-        return Held(self.token_bytes, self.max_bytes, lengths)
+        return Held(self.token_bytes, self.max_bytes, lengths, total)
 
     def tensors(self) -> Named:
         """Return the state, for a payload."""
@@ -148,7 +145,7 @@ class SampleMemory:
     dtype: torch.dtype
     held: Held
     rows: Mapping[int, Tensor] = field(default_factory=dict)
-    """Rows (length, width) of each sample that is held."""
+    """Rows (length, width) of each sample that is held, on the CPU."""
 
     @classmethod
     def empty(cls, width: int, dtype: torch.dtype, max_bytes: int) -> Self:
@@ -160,9 +157,9 @@ class SampleMemory:
         assert rows.dtype == self.dtype, rows.dtype
         held = self.held.add(batch)
         fresh = batch.split(rows.detach())
-        # A view would keep the rows of the whole batch in memory.
+        # A view would keep the rows of the whole batch, and a device has less memory.
         by_sample = {
-            sample: fresh[sample].clone() if sample in fresh else self.rows[sample]
+            sample: fresh[sample].to("cpu", copy=True) if sample in fresh else self.rows[sample]
             for sample in held.lengths
         }
         return SampleMemory(self.width, self.dtype, held, by_sample)

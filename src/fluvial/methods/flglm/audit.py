@@ -8,7 +8,7 @@ Only counts and ROUGE leave the site, and hidden states of the attacked texts as
 """
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,6 +87,9 @@ class _Audit:
         """Return what the server would see of `texts`, each a batch of its own."""
         site = self.model.site
         coding = Coding.of(self.config, self.model.part, generator(site.seed, AUDIT, site.name))
+        if self.config.sends_changes:  # the first pass, which is exact
+            coding = replace(coding, hidden=coding.first)
+        sends_gradient = places_of(site).needs_gradient
         seen = []
 
         for text in texts:
@@ -95,7 +98,7 @@ class _Audit:
             rows = self.model.release(self.model.part.embed(ids, mask)[0])
             rows = coding.decode_hidden(coding.encode_hidden(rows), len(rows))
             middle = yield from self.model.middle(rows, mask.sum(1))
-            gradient = self._gradient(middle, text)
+            gradient = self._gradient(middle, text) if sends_gradient else None
             if gradient is not None:
                 gradient = coding.decode_gradient(coding.encode_gradient(gradient), len(rows))
 

@@ -22,6 +22,8 @@ from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.turns import Idle, Turn
 from fluvial.methods.flglm.attendance import Attendance
 from fluvial.methods.flglm.coding import Coding
+from fluvial.methods.flglm.hidden import HiddenStates
+from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
 from fluvial.methods.flglm.setting import Setting
@@ -70,6 +72,13 @@ class _Visit:
     taken: int = 0
     """Steps in which the site took part."""
     last_forward: Forward | None = None
+    own_hidden: HiddenStates | None = None
+
+    @property
+    def hidden(self) -> HiddenStates:
+        """The site's hidden states."""
+        assert self.own_hidden is not None, "the order of turns refuses another before the first"
+        return self.own_hidden
 
     @property
     def forward(self) -> Forward:
@@ -82,7 +91,13 @@ class ClientBatch:
     """The training of a cohort in one round."""
 
     def __init__(
-        self, setting: Setting, fleet: Fleet, round: int, state: Named, message: Payload
+        self,
+        setting: Setting,
+        fleet: Fleet,
+        round: int,
+        state: Named,
+        message: Payload,
+        memories: Memories,
     ) -> None:
         """Begin with `state`, that of the whole model, and every site with `message`."""
         self.update: Named = {}
@@ -94,6 +109,7 @@ class ClientBatch:
         self._round = round
         self._state = state
         self._message = message
+        self._memories = memories
         self._ends = SharedEnds(setting, state)
         self._visits: dict[str, _Visit] = {}
         self._turns: dict[str, Turn[_Heard]] = {}
@@ -131,7 +147,7 @@ class ClientBatch:
 
             for event in self._fleet.converse(
                 "train",
-                dict.fromkeys(sites, self._message),
+                self._memories.messages(sites, self._message),
                 round=self._round,
                 hear=self._hear,
                 read=self._read,
@@ -146,6 +162,8 @@ class ClientBatch:
                     self._attendance.came(event.site, len(self._waiting()))
                 else:
                     self._attendance.ended.add(event.site)
+                    hidden = self._visits[event.site].hidden
+                    self._memories.save(event.site, self._round, hidden)
                     yield event.content
 
             weights = self._ends.weights()
@@ -179,9 +197,11 @@ class ClientBatch:
 
         if isinstance(turn, Forward):
             visit.last_forward = turn
-            return _Heard(turn, self._coding.decode_hidden(turn.frame, sum(turn.lengths)))
+            if visit.own_hidden is None:
+                visit.own_hidden = self._memories.begin(site, turn, self._coding)
+            return _Heard(turn, visit.hidden.decode("up", turn.batch, turn.frame))
         if isinstance(turn, Backward):
-            tokens = sum(visit.forward.lengths)
+            tokens = visit.forward.batch.tokens if self._setting.places.needs_gradient else 0
             return _Heard(turn, self._coding.decode_gradient(turn.frame, tokens))
 
         if turn.of != "clip" or (turn.frame is None) != (not self._setting.shared.shapes):
@@ -310,7 +330,8 @@ class ClientBatch:
         self._rows = list(turns)
 
         for piece, turn in zip(self._pieces(rows), turns.values(), strict=True):
-            frame = self._coding.encode_hidden(piece)
+            visit = self._visits[turn.site]
+            frame = visit.hidden.encode("down", visit.forward.batch, piece)
             turn.answer(answer(turn.content.turn, frame, tokens=self._tokens, steps=self._steps))
 
     def _backward(self, turns: dict[str, Turn[_Heard]]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs.activations import ActivationCodec, build_activation
+from fluvial.codecs.activations.floats import ExactRowsSettings
 from fluvial.errors import WireError
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.models.split import Part
@@ -23,6 +24,8 @@ class Coding:
     """The codecs of one end of a conversation."""
 
     hidden: ActivationCodec
+    first: ActivationCodec
+    """Codec of a sample's first hidden states, where later ones are changes."""
     gradient: ActivationCodec
     width: int
     device: torch.device
@@ -34,6 +37,7 @@ class Coding:
         """Return the codecs for `part`."""
         return cls(
             build_activation(config.hidden, part.dtype),
+            build_activation(ExactRowsSettings(), part.dtype),
             build_activation(config.gradient, part.dtype),
             part.width,
             part.device,
@@ -53,9 +57,7 @@ class Coding:
     def decode_hidden(self, frame: bytes, tokens: int) -> Tensor:
         """Return hidden states (tokens, width); raises `WireError`."""
         rows = self.hidden.decode(frame, tokens, self.width, device=self.device)
-        largest = float(rows.abs().max())
-        if largest > MOST_HIDDEN:
-            raise WireError(f"hidden states: a value of {largest:.3g}, at most {MOST_HIDDEN:.0e}")
+        check_hidden(rows)
         return rows
 
     def encode_gradient(self, rows: Tensor) -> bytes:
@@ -71,3 +73,10 @@ class Coding:
                 f"gradient of hidden states: a norm of {norm:.3g}, at most {MOST_GRADIENT:.0e}"
             )
         return rows
+
+
+def check_hidden(rows: Tensor) -> None:
+    """Raise `WireError` for hidden states (tokens, width) that are too large."""
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    if largest > MOST_HIDDEN:
+        raise WireError(f"hidden states: a value of {largest:.3g}, at most {MOST_HIDDEN:.0e}")

@@ -15,6 +15,9 @@ from fluvial.training.train import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
 Place = Literal["front", "middle", "back"]
+MEMORY_BYTES = 2**28
+"""Bytes of hidden states of a site in each direction, unless set otherwise: 262,144 tokens of 256
+values in fp32."""
 
 
 class FlGlmConfig(SampledSettings):
@@ -45,6 +48,13 @@ class FlGlmConfig(SampledSettings):
     made without the site, which rejoins in the next possible one. The default waits for all."""
     hidden: ActivationConfig = ExactRowsSettings()
     """Codec of the hidden states, both ways."""
+    recurring: Literal["states", "changes"] = "states"
+    """Content of a sample's second and later passes: its hidden "states", or their "changes" since
+    the pass before, coded by `hidden` after a first pass that is exact (AQ-SGD)."""
+    memory_bytes: int = Field(MEMORY_BYTES, ge=0, le=2**60)
+    """Bytes of hidden states that the server holds for a site in each direction, at most; the site
+    holds as much with recurring="changes". Those of a frozen front are sent in the first pass of a
+    sample only, unless there is noise or no room; 0 sends them in every pass."""
     gradient: ActivationConfig = ExactRowsSettings()
     """Codec of the gradients of the hidden states, both ways."""
     noise: NoiseConfig | None = None
@@ -63,6 +73,27 @@ class FlGlmConfig(SampledSettings):
         return step * (self.sync_steps or 1)
 
     @property
+    def runs_front_alone(self) -> bool:
+        """True where hidden states of a sample never change: the front then runs on each sample by
+        itself, so that they do not depend on the batch."""
+        return "front" in self.frozen and self.noise is None
+
+    @property
+    def caches_front(self) -> bool:
+        """True where the server holds the hidden states of a frozen front."""
+        return self.runs_front_alone and self.memory_bytes > 0
+
+    @property
+    def sends_changes(self) -> bool:
+        """True where both ends hold the hidden states of a sample's last pass."""
+        return self.recurring == "changes"
+
+    @property
+    def remembers(self) -> bool:
+        """True where an end holds hidden states by sample, so that turns name samples."""
+        return self.caches_front or self.sends_changes
+
+    @property
     def bounds(self) -> frozenset[Bound]:
         """Return the bounds for averages of updates, which the other modes do not make."""
         return BOUNDS if self.mode == "hierarchical" else frozenset()
@@ -73,6 +104,20 @@ class FlGlmConfig(SampledSettings):
             yield "sync_steps: without effect unless mode='hierarchical'; remove it"
         if self.step_deadline_s is not None and self.mode != "client-batch":
             yield "step_deadline_s: without effect unless mode='client-batch'; remove it"
+        if self.sends_changes and self.hidden.name == "exact":
+            yield "recurring: without effect under hidden.name='exact'; choose another codec"
+        if self.sends_changes and self.noise is not None:
+            yield (
+                "recurring: under noise, which is new in every pass, changes are as large as "
+                "hidden states; remove one of the two"
+            )
+        if self.sends_changes and not self.memory_bytes:
+            yield "memory_bytes: 0 leaves no room for what recurring='changes' needs; set it higher"
+        if self.memory_bytes != MEMORY_BYTES and not (self.sends_changes or self.runs_front_alone):
+            yield (
+                "memory_bytes: without effect unless recurring='changes', or the front is frozen "
+                "and without noise; remove it"
+            )
         if set(self.frozen) == {"front", "middle", "back"}:
             yield "frozen: nothing is left to tune; name two parts at most"
         if len(set(self.frozen)) < len(self.frozen):

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from fluvial.federation.bounds import lower_heaviest, too_long
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.turns import Idle, Turn
+from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.replica import Replica, SiteUpdate, Waiting
 from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.flglm.turns import answer
@@ -16,7 +17,13 @@ class Conversations:
     """The training of some sites at a time, in one round."""
 
     def __init__(
-        self, setting: Setting, fleet: Fleet, round: int, middle: Named, message: Payload
+        self,
+        setting: Setting,
+        fleet: Fleet,
+        round: int,
+        middle: Named,
+        message: Payload,
+        memories: Memories,
     ) -> None:
         """Begin every replica with `middle`, the state of the server's layers, and every site with
         `message`."""
@@ -25,18 +32,20 @@ class Conversations:
         self._round = round
         self._middle = middle
         self._message = message
+        self._memories = memories
         self._replicas: dict[str, Replica] = {}
         self._waiting: dict[str, tuple[Turn[Payload | Waiting], Waiting]] = {}
 
     def updates(self, sites: Sequence[str]) -> Iterator[SiteUpdate]:
         """Yield the sites' updates as they come; the quorum is the caller's."""
         self._replicas = {
-            site: Replica(self._setting, site, self._round, self._middle) for site in sites
+            site: Replica(self._setting, site, self._round, self._middle, self._memories)
+            for site in sites
         }
         try:
             for event in self._fleet.converse(
                 "train",
-                dict.fromkeys(sites, self._message),
+                self._memories.messages(sites, self._message),
                 round=self._round,
                 hear=self._hear,
                 read=self._read,
@@ -46,6 +55,7 @@ class Conversations:
                     self._average()
                 elif not isinstance(event, Turn):
                     self._replicas[event.site].close()
+                    self._memories.save(event.site, self._round, event.content.hidden)
                     yield event.content
                 elif isinstance(event.content, Waiting):
                     self._waiting[event.site] = (event, event.content)

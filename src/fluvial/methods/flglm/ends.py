@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
@@ -17,7 +18,7 @@ class MicroBatch:
         self.batch = batch
         self._rows = rows
         self.rows = rows.detach()
-        """A's hidden states, (tokens, width)."""
+        """A's hidden states (tokens, width) of the sequences on which it ran."""
         self.lengths = lengths_from_mask(batch["attention_mask"], "right")
         """Tokens of each sequence."""
 
@@ -42,23 +43,39 @@ class Ends(TunedPart):
         pad_token_id: int,
         dropout_seed: int,
         clip: Callable[[Tensor], Tensor],
+        alone: Sequence[Example] | None = None,
     ) -> MicroBatch:
-        """Run A on the sequences of a micro-batch, and `clip` its hidden states (tokens, width)."""
+        """Run A on the sequences of a micro-batch, and `clip` its hidden states (tokens, width).
+
+        With `alone`, it runs on these sequences instead, each by itself.
+        """
         batch = collate(examples, pad_token_id, self.part.device)
         self.part.reseed_dropout(dropout_seed)
+        if alone is None:
+            return MicroBatch(batch, clip(self._embedded(batch)))
 
+        rows = [
+            self._embedded(collate([example], pad_token_id, self.part.device)) for example in alone
+        ]
+        nothing = torch.empty(0, self.part.width, dtype=self.part.dtype, device=self.part.device)
+        return MicroBatch(batch, torch.cat([nothing, *rows]))
+
+    def _embedded(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return A's hidden states (tokens, width)."""
         with self.passing():
             hidden = self.part.embed(batch["input_ids"], batch["attention_mask"])
 
-        return MicroBatch(batch, clip(pack(hidden, batch["attention_mask"])))
+        return pack(hidden, batch["attention_mask"])
 
-    def finish(self, micro: MicroBatch, received: Tensor, tokens: int) -> tuple[float, Tensor]:
+    def finish(
+        self, micro: MicroBatch, received: Tensor, tokens: int, *, returns: bool
+    ) -> tuple[float, Tensor]:
         """Run C on B's hidden states `received` (tokens, width), and its backward pass.
 
         Return the summed loss, nats, and the gradient of `received` for the loss divided by
-        `tokens`.
+        `tokens`, which is empty (0, width) unless it `returns`.
         """
-        rows = received.to(self.part.device).requires_grad_()
+        rows = received.to(self.part.device).requires_grad_(returns)
         width = micro.batch["input_ids"].shape[1]
         hidden, mask = unpack(rows, micro.lengths, width, "right")
 
@@ -67,5 +84,5 @@ class Ends(TunedPart):
             loss = summed_loss(*shifted(logits, micro.batch["labels"]))
 
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
-        assert rows.grad is not None
-        return float(loss.detach()), rows.grad
+        gradient = rows[:0] if rows.grad is None else rows.grad
+        return float(loss.detach()), gradient

@@ -27,9 +27,10 @@ class Middle(TunedPart):
 
     @property
     def tokens(self) -> int:
-        """Tokens whose gradient is awaited."""
+        """Tokens whose gradient is awaited: none where neither middle nor front are tuned."""
         assert self._graph is not None, "no forward pass"
-        return len(self._graph[1])
+        sent = self._graph[1]
+        return len(sent) if sent.requires_grad else 0
 
     def forward(
         self, rows: Tensor, lengths: Sequence[int], *, returns: bool, dropout_seed: int

@@ -68,6 +68,12 @@ class Places:
         return self.tuned_ends if self.config.ends == "shared" else Layout(())
 
     @property
+    def needs_gradient(self) -> bool:
+        """True where a tensor of the middle or the front is tuned, so that the server needs the
+        gradient of its hidden states."""
+        return bool(self.tuned_middle.shapes) or self.front_is_tuned
+
+    @property
     def front_is_tuned(self) -> bool:
         """True where a tensor of the front is tuned, so that a site needs its gradient."""
         return any(self.place(name) == "front" for name in self.tuned_ends.names)

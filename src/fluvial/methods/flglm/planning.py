@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from typing import Any
 
+from fluvial.codecs.activations.samples import SAMPLE_BYTES
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.config import FlGlmConfig
@@ -88,6 +90,8 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
             f"{places.tuned_middle.numel * OPTIMIZER_BYTES:,} B",
         ),
     ]
+    if config.remembers or config.runs_front_alone:
+        rows.append(("hidden states by sample", _held_by_sample(config, given)))
     if config.noise is not None:
         known = None if given.examples is None else given.examples().values()
         fewest = None if known is None else min(map(len, known))
@@ -129,3 +133,31 @@ def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -
         Bytes(min(each.down.least for each in found), max(each.down.most for each in found)),
         Bytes(min(each.up.least for each in found), max(each.up.most for each in found)),
     )
+
+
+def _held_by_sample(config: FlGlmConfig, given: Given) -> str:
+    """Return the words about hidden states that the ends hold."""
+    if not config.remembers:
+        return "none held; the frozen front is sent in every pass, since memory_bytes = 0"
+
+    words = []
+    if config.caches_front:
+        words.append("the frozen front is sent in a sample's first pass only")
+    if config.sends_changes:
+        words.append("first passes are exact, later ones changes")
+
+    ways = 2 if config.sends_changes else 1
+    most = ways * config.memory_bytes
+    words.append(f"at most {most:,} B for a site at the server and in its checkpoints")
+    if config.sends_changes:
+        at_site = most - config.memory_bytes * config.caches_front
+        words.append(f"{at_site:,} B at the site")
+    if given.examples is not None:
+        model: Any = given.base
+        token_bytes = model.config.get_text_config().hidden_size * given.width_bytes
+        largest = max(
+            sum(SAMPLE_BYTES + token_bytes * len(example.input_ids) for example in examples)
+            for examples in given.examples().values()
+        )
+        words.append(f"the largest site needs {largest:,} B for a way")
+    return "; ".join(words)

@@ -8,6 +8,8 @@ from fluvial.federation.bounds import check_update
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.draws import draws_of_round
+from fluvial.methods.flglm.hidden import HiddenStates
+from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
 from fluvial.methods.flglm.setting import Setting
@@ -25,6 +27,8 @@ class SiteUpdate:
     tensors: Named
     weight: int
     loss: float
+    hidden: HiddenStates
+    """Hidden states of the conversation, whose memory the next one begins with."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class _Visit:
     start: Named
     """Values of its tuned tensors at the beginning, fp32."""
     dropout_seed: int
+    hidden: HiddenStates
     taken: int = 0
     """Steps that it has made."""
 
@@ -54,12 +59,15 @@ class Replica:
     What a site sends wrongly raises in `hear` or `read`, and is that site's failure.
     """
 
-    def __init__(self, setting: Setting, site: str, round: int, state: Named) -> None:
+    def __init__(
+        self, setting: Setting, site: str, round: int, state: Named, memories: Memories
+    ) -> None:
         """Begin from `state`, that of the server's layers, at the site's first turn."""
         self._setting = setting
         self._site = site
         self._round = round
         self._state = state
+        self._memories = memories
         self._borrowed = ExitStack()
         self._order = Order()
         self._visit: _Visit | None = None
@@ -68,7 +76,7 @@ class Replica:
         """Return the answer to a turn, or that the site waits for the others."""
         turn = read_turn(payload, self._setting.limits)
         if isinstance(turn, Forward) and (turn.step, turn.micro) == (0, 0):
-            self._begin(turn.steps)
+            self._begin(turn)
 
         self._order.take(turn)
         visit = self._begun()
@@ -93,7 +101,7 @@ class Replica:
         weight = weight_of(payload)
         update = self._update(visit, payload_frame(payload) if carries else None, weight)
 
-        return SiteUpdate(self._site, update, weight, loss_of(payload))
+        return SiteUpdate(self._site, update, weight, loss_of(payload), visit.hidden)
 
     def replace_update(self, update: Named) -> None:
         """Go on from the beginning plus `update`, the average of a meeting."""
@@ -106,8 +114,8 @@ class Replica:
         self._order = Order()
         self._visit = None
 
-    def _begin(self, steps: int) -> None:
-        """Borrow a part; a site that begins again gets a fresh one."""
+    def _begin(self, turn: Forward) -> None:
+        """Borrow a part; a site that begins again gets a fresh one, and the round's memory."""
         self.close()
         setting = self._setting
         seed = setting.context.seed
@@ -119,12 +127,14 @@ class Replica:
         start = setting.weights({name: self._state[name] for name in names})
         rounding = generator(seed, "rounding at the server", self._round, self._site)
         dropout_seed, _ = draws_of_round(seed, self._round, self._site)
+        coding = Coding.of(setting.config, part, rounding)
 
         self._visit = _Visit(
-            Middle(part, names, setting.train, steps=steps, start=start),
-            Coding.of(setting.config, part, rounding),
+            Middle(part, names, setting.train, steps=turn.steps, start=start),
+            coding,
             start,
             dropout_seed,
+            self._memories.begin(self._site, turn, coding),
         )
 
     def _forward(self, visit: _Visit, turn: Forward) -> Payload:
@@ -132,12 +142,12 @@ class Replica:
             self._step(visit, turn.step, turn.factor)
 
         rows = visit.middle.forward(
-            visit.coding.decode_hidden(turn.frame, sum(turn.lengths)),
+            visit.hidden.decode("up", turn.batch, turn.frame),
             turn.lengths,
             returns=turn.returns,
             dropout_seed=derive(derive(visit.dropout_seed, turn.step), turn.micro),
         )
-        return answer(turn, visit.coding.encode_hidden(rows))
+        return answer(turn, visit.hidden.encode("down", turn.batch, rows))
 
     def _backward(self, visit: _Visit, turn: Backward) -> Payload:
         received = visit.coding.decode_gradient(turn.frame, visit.middle.tokens)

@@ -20,6 +20,7 @@ from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.conversations import Conversations
 from fluvial.methods.flglm.leakage import replies
 from fluvial.methods.flglm.leakage.meter import Leakage
+from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.replica import SiteUpdate
 from fluvial.methods.flglm.serving import Serving
 from fluvial.methods.flglm.setting import Setting
@@ -27,7 +28,7 @@ from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.measuring import Measures, measures_of
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.states import base_state, changed, initial_state
-from fluvial.wire.payload import Payload, Value
+from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Named, moved, norm, subtract
 
 Which = Literal["base", "final"]
@@ -45,6 +46,7 @@ class FlGlmServer(SharedModelServer):
         self._model = initial_state(context.layout, context.seed)
         self._fewest: int | None = None
         """Sequences of the smallest site that has trained."""
+        self._memories = Memories(config)
 
     def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
         """Load the server's layers; raises `ConfigError` where the model cannot be cut."""
@@ -108,7 +110,8 @@ class FlGlmServer(SharedModelServer):
 
     def _client_batch(self, number: int, fleet: Fleet, cohort: list[str]) -> Metrics:
         """Let all sites make each step together."""
-        batch = ClientBatch(self.setting, fleet, number, self._model, self._message(round=number))
+        message = self._message(round=number)
+        batch = ClientBatch(self.setting, fleet, number, self._model, message, self._memories)
         loss = WeightedLoss()
         count = 0
 
@@ -128,7 +131,7 @@ class FlGlmServer(SharedModelServer):
 
     def _conversations(self, fleet: Fleet, number: int) -> Conversations:
         message = self._message(round=number)
-        return Conversations(self.setting, fleet, number, self._middle(), message)
+        return Conversations(self.setting, fleet, number, self._middle(), message, self._memories)
 
     def _middle(self) -> Named:
         """Return the state of the server's layers."""
@@ -258,16 +261,21 @@ class FlGlmServer(SharedModelServer):
         return self._model
 
     def state(self) -> Payload:
-        """Return the model, and the sequences of the smallest site."""
+        """Return the model, the sequences of the smallest site, and the sites' hidden states."""
         values: dict[str, Value] = {} if self._fewest is None else {"fewest": self._fewest}
-        return Payload(changed(self._model), values)
+        model = Payload(changed(self._model), values)
+        return join({"model": model, "memories": self._memories.state()})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        self._model = base_state(self.context.layout) | state.tensors
+        saved = split(state, ("model", "memories"))
+        model = saved["model"]
+        self._model = base_state(self.context.layout) | model.tensors
         self.context.layout.check(self._model, "checkpoint")
-        if "fewest" in state.values:
-            self._fewest = state.value("fewest", int)
+        if "fewest" in model.values:
+            self._fewest = model.value("fewest", int)
+
+        self._memories.restore(saved["memories"])
 
 
 def _text(_site: str, reply: Payload) -> str:

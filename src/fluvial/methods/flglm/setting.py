@@ -54,7 +54,7 @@ class Setting:
     @cached_property
     def limits(self) -> TurnLimits:
         """Bounds on the numbers in a site's turns."""
-        return TurnLimits.of(self.train, self.longest)
+        return TurnLimits.of(self.train, self.longest, names_samples=self.config.remembers)
 
     def weights(self, state: Named) -> Named:
         """Return the values that the parameters named in `state` have, fp32."""

@@ -1,7 +1,7 @@
 """The tasks of a site: to train its layers in a conversation, and to measure the whole model."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example
@@ -12,8 +12,9 @@ from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.draws import draws_of_round
-from fluvial.methods.flglm.ends import Ends
+from fluvial.methods.flglm.ends import Ends, MicroBatch
 from fluvial.methods.flglm.release import Release
+from fluvial.methods.flglm.site_memory import SiteMemory
 from fluvial.methods.flglm.state import places_of, state_of
 from fluvial.methods.flglm.tuned_part import factor_of
 from fluvial.methods.flglm.turns import (
@@ -64,6 +65,11 @@ class _Visit:
     dropout_seed: int
     start: Named
     """Values of the tuned tensors at the beginning, fp32."""
+    examples: Sequence[Example]
+    """All sequences of the site."""
+    memory: SiteMemory
+    needs_gradient: bool
+    """True where the server needs the gradient of its layers' hidden states."""
     factor: float = 1.0
     """Factor that clipped the gradients of the last step."""
     next: int = 0
@@ -85,13 +91,13 @@ class _Visit:
         check_answer(received, content)
         return received
 
-    def make(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
-        """Make step `number` on its logical batch, again where the server says so; do nothing where
-        the others have made it."""
+    def make(self, number: int, places: Sequence[int]) -> Generator[Payload, Payload, None]:
+        """Make step `number` on its logical batch, the sequences at `places`, again where the
+        server says so; do nothing where the others have made it."""
         self.again = 0
         while self.next == number:
             try:
-                yield from self._step(number, examples)
+                yield from self._step(number, places)
                 self.next += 1
             except _RejoinError as error:
                 self._rejoin(error.answer)
@@ -114,47 +120,44 @@ class _Visit:
         if self.again > MOST_AGAIN:
             raise WireError(f"the server has begun step {step} more than {MOST_AGAIN} times")
 
-    def _step(self, number: int, examples: Sequence[Example]) -> Generator[Payload, Payload, None]:
+    def _step(self, number: int, places: Sequence[int]) -> Generator[Payload, Payload, None]:
         """Make one step on a logical batch."""
-        own_tokens = sum(example.label_tokens for example in examples)
+        own_tokens = sum(self.examples[place].label_tokens for place in places)
         seed = derive(self.dropout_seed, number)
         size = self.train.per_device_train_batch_size
         total = 0.0
         server_norm = 0.0
         tokens = own_tokens
 
-        for micro_number, start in enumerate(range(0, len(examples), size)):
-            micro = self.ends.begin(
-                examples[start : start + size],
-                pad_token_id=self.pad_token_id,
-                dropout_seed=derive(seed, micro_number),
-                clip=self.release.clip,
+        for micro_number, start in enumerate(range(0, len(places), size)):
+            chosen = places[start : start + size]
+            forward = Forward(
+                number,
+                micro_number,
+                self.steps,
+                tuple(len(self.examples[place].input_ids) for place in chosen),
+                own_tokens,
+                False,
+                self.factor,
+                b"",
+                self.memory.samples(chosen),
+                self.memory.held,
             )
-            received = yield from self.turn(
-                Forward(
-                    number,
-                    micro_number,
-                    self.steps,
-                    tuple(micro.lengths.tolist()),
-                    own_tokens,
-                    micro.returns,
-                    self.factor,
-                    self.coding.encode_hidden(self.release(micro.rows, f"{number} {micro_number}")),
-                )
-            )
+            micro = self._begin(forward, chosen, derive(seed, micro_number))
+            rows = self.release(micro.rows, f"{number} {micro_number}")
+            frame = self.memory.hidden.encode("up", forward.batch, rows)
+            received = yield from self.turn(replace(forward, returns=micro.returns, frame=frame))
             if self.config.mode == "client-batch":
                 tokens = received.whole("tokens", own_tokens, MOST_TOKENS)
                 self.ends.plan_steps(received.whole("steps", self.steps, MOST_STEPS))
 
-            hidden = self.coding.decode_hidden(payload_frame(received), len(micro.rows))
-            loss, gradient = self.ends.finish(micro, hidden, tokens)
+            hidden = self.memory.hidden.decode("down", forward.batch, payload_frame(received))
+            loss, gradient = self.ends.finish(micro, hidden, tokens, returns=self.needs_gradient)
             received = yield from self.turn(
                 Backward(number, micro_number, self.coding.encode_gradient(gradient))
             )
             if micro.returns:
-                micro.backward(
-                    self.coding.decode_gradient(payload_frame(received), len(micro.rows))
-                )
+                micro.backward(self.coding.decode_gradient(payload_frame(received), len(hidden)))
 
             server_norm = received.number("norm", 0.0, MOST_SQUARED_NORM)
             total += loss
@@ -163,6 +166,22 @@ class _Visit:
         self.losses += total
         self.label_tokens += own_tokens
         yield from self._average(number, own_tokens)
+
+    def _begin(self, forward: Forward, places: Sequence[int], dropout_seed: int) -> MicroBatch:
+        """Run A on what the server lacks of a micro-batch, the sequences at `places`."""
+        alone = None
+        if self.config.runs_front_alone:
+            missing = set(self.memory.hidden.missing(forward.batch).samples)
+            numbered = zip(forward.batch.samples, places, strict=True)
+            alone = [self.examples[place] for number, place in numbered if number in missing]
+
+        return self.ends.begin(
+            [self.examples[place] for place in places],
+            pad_token_id=self.pad_token_id,
+            dropout_seed=dropout_seed,
+            clip=self.release.clip,
+            alone=alone,
+        )
 
     def _clip(
         self, number: int, loss: float, server_norm: float
@@ -222,24 +241,29 @@ def train(site: Site, message: Payload) -> Talk:
     state = state_of(site, message, places)
     examples = site.load().train
     dropout_seed, draw = draws_of_round(site.seed, round, site.name)
-    batches = shuffled_batches(examples, site.train.logical_batch, draw)
+    batches = shuffled_batches(range(len(examples)), site.train.logical_batch, draw)
     steps = site.train.steps(len(examples))
     start = site.pool.weights({name: state[name] for name in places.tuned_ends.names})
     pool = site.pool.parts(places.cut, server=False)
 
     with pool.part(state, trainable=True, checkpointing=site.train.gradient_checkpointing) as part:
         ends = Ends(part, places.tuned_ends.names, site.train, steps=steps, start=start)
+        coding = Coding.of(config, part, generator(site.seed, "rounding", round, site.name))
+        memory = SiteMemory.begin(site, message, coding, examples)
         visit = _Visit(
             config,
             site.train,
             ends,
-            Coding.of(config, part, generator(site.seed, "rounding", round, site.name)),
+            coding,
             Release.in_training(site, message, round=round),
             shared,
             site.pool.tokenizer.pad_token_id,
             steps,
             dropout_seed,
             start,
+            examples,
+            memory,
+            places.needs_gradient,
         )
         for number in range(steps):
             yield from visit.make(number, next(batches))
@@ -249,6 +273,7 @@ def train(site: Site, message: Payload) -> Talk:
 
         update = subtract(ends.weights(), start)
 
+    memory.keep(site, round)
     values: dict[str, Value] = {
         "n": len(examples),
         "loss": visit.losses / visit.label_tokens,

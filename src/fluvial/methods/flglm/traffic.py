@@ -11,18 +11,21 @@ from typing import Any
 import torch
 
 from fluvial.codecs.activations import build_activation
+from fluvial.codecs.activations.samples import SampleBatch
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import Example
+from fluvial.federation.cohort import sample
 from fluvial.federation.line import WIRE, Line, round_s
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.draws import draws_of_round
+from fluvial.methods.flglm.held_forecast import HeldForecast
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, answer
 from fluvial.methods.interface import Given
 from fluvial.methods.traffic import FULL_LOSS, SHORT_LOSS, Bytes, envelope, exactly
 from fluvial.training.train import shuffled_batches
-from fluvial.wire.payload import Payload, Value
+from fluvial.wire.payload import Value
 
 _KINDS = {4: torch.float32, 2: torch.bfloat16}
 """Float types by bytes of a value; codecs have the same size for both types of two bytes."""
@@ -73,7 +76,7 @@ def conversations(
     assert given.examples is not None, "the sites' data is here"
     by_site = given.examples()
     all_tokens = sum(example.label_tokens for examples in by_site.values() for example in examples)
-    prediction = _Prediction(config, given, places, all_tokens)
+    prediction = _Prediction(config, given, places, all_tokens, tuple(by_site))
     return {
         site: prediction.conversation(site, examples, round) for site, examples in by_site.items()
     }
@@ -81,10 +84,11 @@ def conversations(
 
 def batches_of(
     given: Given, site: str, examples: Sequence[Example], round: int
-) -> Iterator[list[Example]]:
-    """Yield the logical batches of a site's round, as its task draws them."""
+) -> Iterator[list[int]]:
+    """Yield the logical batches of a site's round, as its task draws them, by the places of their
+    sequences."""
     _, draw = draws_of_round(given.seed, round, site)
-    batches = shuffled_batches(examples, given.train.logical_batch, draw)
+    batches = shuffled_batches(range(len(examples)), given.train.logical_batch, draw)
     for _ in range(given.train.steps(len(examples))):
         yield next(batches)
 
@@ -92,15 +96,23 @@ def batches_of(
 class _Prediction:
     """The bytes of messages of one run."""
 
-    def __init__(self, config: FlGlmConfig, given: Given, places: Places, all_tokens: int) -> None:
+    def __init__(
+        self,
+        config: FlGlmConfig,
+        given: Given,
+        places: Places,
+        all_tokens: int,
+        sites: Sequence[str],
+    ) -> None:
         self._config = config
         self._given = given
         self._all_tokens = all_tokens
+        self._sites = sites
+        self._needs_gradient = places.needs_gradient
         self._shared = places.shared
         self._returns = places.front_is_tuned
-        kind = _KINDS[given.width_bytes]
-        self._hidden = build_activation(config.hidden, kind)
-        self._gradient = build_activation(config.gradient, kind)
+        self._kind = _KINDS[given.width_bytes]
+        self._gradient = build_activation(config.gradient, self._kind)
         model: Any = given.base
         self._width: int = model.config.get_text_config().hidden_size
         self._ends = frame_size(IdentitySettings(), self._shared) if self._shared.shapes else 0
@@ -113,16 +125,26 @@ class _Prediction:
         down = Bytes()
         sizes: list[TurnSize] = []
         tokens = 0
+        held = self._before(site, examples, round)
 
-        for step, batch in enumerate(batches_of(self._given, site, examples, round)):
-            label_tokens = sum(example.label_tokens for example in batch)
-            for micro, start in enumerate(range(0, len(batch), size)):
-                lengths = tuple(len(each.input_ids) for each in batch[start : start + size])
-                tokens += sum(lengths)
+        for step, logical in enumerate(batches_of(self._given, site, examples, round)):
+            label_tokens = sum(examples[place].label_tokens for place in logical)
+            for micro, start in enumerate(range(0, len(logical), size)):
+                batch = self._batch(held, examples, logical[start : start + size])
+                tokens += batch.tokens
                 forward = Forward(
-                    step, micro, steps, lengths, label_tokens, self._returns, 1.0, b"0"
+                    step,
+                    micro,
+                    steps,
+                    batch.lengths,
+                    label_tokens,
+                    self._returns,
+                    1.0,
+                    b"",
+                    batch.samples if self._config.remembers else None,
+                    held.held,
                 )
-                for sent, received in self._micro_batch(forward):
+                for sent, received in self._micro_batch(forward, held):
                     up += sent
                     down += received
                     sizes.append(TurnSize(step, sent.most, received.most))
@@ -134,18 +156,51 @@ class _Prediction:
                 down += received
                 sizes.append(TurnSize(step, sent.most, received.most))
 
-        first = self._message(round)
+        first = self._message(round, held.held)
         last = self._reply(examples)
         return Conversation(down + first, up + last, first, last, tuple(sizes), tokens)
 
-    def _micro_batch(self, forward: Forward) -> list[tuple[Bytes, Bytes]]:
+    def _before(self, site: str, examples: Sequence[Example], round: int) -> HeldForecast:
+        """Return the samples that are held of a site when a round begins."""
+        held = HeldForecast(self._config, self._width, self._kind)
+        if not self._config.remembers:
+            return held
+
+        size = self._given.train.per_device_train_batch_size
+        for number in range(1, round):
+            fraction = self._config.fraction
+            if site not in sample(self._sites, fraction, seed=self._given.seed, round=number):
+                continue
+
+            held.held = number
+            if held.complete(len(examples)):
+                continue
+
+            for logical in batches_of(self._given, site, examples, number):
+                for start in range(0, len(logical), size):
+                    batch = self._batch(held, examples, logical[start : start + size])
+                    held.size("up", batch)
+                    held.size("down", batch)
+
+        return held
+
+    def _batch(
+        self, held: HeldForecast, examples: Sequence[Example], places: Sequence[int]
+    ) -> SampleBatch:
+        """Return the micro-batch of the sequences at `places`."""
+        return held.batch(places, [len(examples[place].input_ids) for place in places])
+
+    def _micro_batch(self, forward: Forward, held: HeldForecast) -> list[tuple[Bytes, Bytes]]:
         """Return the bytes up and down of a forward turn, and of a backward turn."""
-        tokens = sum(forward.lengths)
-        hidden = self._hidden.size(tokens, self._width)
-        gradient = self._gradient.size(tokens, self._width)
-        backward = Backward(forward.step, forward.micro, b"0")
-        forth = self._either(forward, replace(forward, factor=_LONG)) + exactly(hidden)
-        back = _sized(backward.payload()) + exactly(gradient)
+        hidden_up = held.size("up", forward.batch)
+        hidden_down = held.size("down", forward.batch)
+        gradient = self._gradient.size(forward.batch.tokens, self._width)
+        forward = replace(forward, frame=b"0" if hidden_up else b"")
+        forth = self._either(forward, replace(forward, factor=_LONG)) + exactly(hidden_up)
+
+        gradient_up = gradient if self._needs_gradient else 0
+        backward = Backward(forward.step, forward.micro, b"0" if gradient_up else b"")
+        back = self._either(backward, backward) + exactly(gradient_up)
 
         together: dict[str, Value] = {}
         longer: dict[str, Value] = {}
@@ -153,7 +208,7 @@ class _Prediction:
             together = {"tokens": forward.tokens, "steps": forward.steps}
             longer = {"tokens": self._all_tokens, "steps": 10**9}
 
-        answer_forth = self._answer(forward, hidden, short=together, long=longer)
+        answer_forth = self._answer(forward, hidden_down, short=together, long=longer)
         returned = gradient if self._returns else 0
         norms: tuple[dict[str, Value], dict[str, Value]] = ({"norm": 0.5}, {"norm": _LONG})
         answer_back = self._answer(backward, returned, short=norms[0], long=norms[1])
@@ -174,7 +229,7 @@ class _Prediction:
     def _either(self, short: Content, long: Content) -> Bytes:
         """Return the bytes of one of two turns, with the frame of a meeting."""
         sizes = [len(turn.payload().to_bytes()) for turn in (short, long)]
-        carries = short.frame is not None
+        carries = bool(short.frame)
         frame = self._ends if isinstance(short, Meeting) and carries else 0
         return Bytes(min(sizes) - carries + frame, max(sizes) - carries + frame)
 
@@ -194,10 +249,13 @@ class _Prediction:
         ]
         return Bytes(min(sizes) + frame, max(sizes) + frame)
 
-    def _message(self, round: int) -> Bytes:
-        """Return the bytes of the first message."""
+    def _message(self, round: int, held: int) -> Bytes:
+        """Return the bytes of the first message, which names the round of what is `held`."""
         whole = self._ends > 0 and (self._given.tunes_factors or round > 1)
-        around = envelope({"round": round}, frame=whole)
+        values: dict[str, Value] = {"round": round}
+        if self._config.remembers:
+            values["held"] = held
+        around = envelope(values, frame=whole)
         return around + exactly(self._ends if whole else 0)
 
     def _reply(self, examples: Sequence[Example]) -> Bytes:
@@ -260,8 +318,3 @@ def _between_meetings_s(
         seconds[part] = seconds.get(part, 0.0) + size.seconds(line, sharing)
 
     return seconds
-
-
-def _sized(payload: Payload) -> Bytes:
-    """Return the bytes of a message, without those of its frame of one byte."""
-    return exactly(len(payload.to_bytes()) - 1)

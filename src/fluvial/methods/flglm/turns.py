@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fluvial.codecs.activations.samples import SampleBatch
 from fluvial.errors import WireError
 from fluvial.federation.replies import MOST_SAMPLES, MOST_TOKENS, fields
 from fluvial.models.assignment import MOST_SEQUENCES
@@ -39,13 +40,17 @@ class TurnLimits:
     """Micro-batches of a step."""
     steps: int
     """Steps of a round."""
+    names_samples: bool = False
+    """True where the site names the samples of a micro-batch."""
 
     @classmethod
-    def of(cls, train: TrainConfig, longest: int | None) -> "TurnLimits":
+    def of(
+        cls, train: TrainConfig, longest: int | None, *, names_samples: bool = False
+    ) -> "TurnLimits":
         """Return the limits for training with these settings."""
         size = train.per_device_train_batch_size
         steps = train.max_steps or MOST_STEPS
-        return cls(longest, size, train.gradient_accumulation_steps, steps)
+        return cls(longest, size, train.gradient_accumulation_steps, steps, names_samples)
 
     def tokens(self, lengths: Sequence[int]) -> int:
         """Return the most label tokens of a step whose first micro-batch has these lengths."""
@@ -70,20 +75,33 @@ class Forward:
     factor: float
     """Factor that clipped the gradients of the step before; 1 in the first step."""
     frame: bytes
+    """Hidden states, without those that the server holds."""
+    samples: tuple[int, ...] | None = None
+    """Number of each sequence, the same in each pass; None where no end holds hidden states."""
+    held: int = 0
+    """Round of the memory with which the site began; 0 for an empty one."""
+
+    @property
+    def batch(self) -> SampleBatch:
+        """The sequences by number, or by their place where they have none; raises `WireError`."""
+        places = tuple(range(len(self.lengths)))
+        return SampleBatch(places if self.samples is None else self.samples, self.lengths)
 
     def payload(self) -> Payload:
         """Return the message."""
-        return frame_payload(
-            self.frame,
-            of="forward",
-            step=self.step,
-            micro=self.micro,
-            steps=self.steps,
-            lengths=list(self.lengths),
-            tokens=self.tokens,
-            returns=self.returns,
-            factor=self.factor,
-        )
+        values: dict[str, Value] = {
+            "of": "forward",
+            "step": self.step,
+            "micro": self.micro,
+            "steps": self.steps,
+            "lengths": list(self.lengths),
+            "tokens": self.tokens,
+            "returns": self.returns,
+            "factor": self.factor,
+        }
+        if self.samples is not None:
+            values |= {"samples": list(self.samples), "held": self.held}
+        return _carrying(self.frame, values)
 
 
 @dataclass(frozen=True)
@@ -93,10 +111,11 @@ class Backward:
     step: int
     micro: int
     frame: bytes
+    """The gradient; empty where neither the middle nor the front are tuned."""
 
     def payload(self) -> Payload:
         """Return the message."""
-        return frame_payload(self.frame, of="backward", step=self.step, micro=self.micro)
+        return _carrying(self.frame, {"of": "backward", "step": self.step, "micro": self.micro})
 
 
 @dataclass(frozen=True)
@@ -180,7 +199,8 @@ def read_turn(payload: Payload, limits: TurnLimits) -> Content:
     step = payload.whole("step", 0, MOST_STEPS)
 
     if of == "forward":
-        fields(payload, FORWARD, (FRAME,))
+        names = (*FORWARD, *SAMPLES) if limits.names_samples else FORWARD
+        fields(payload, names, tuple(payload.tensors.keys() & {FRAME}))
         lengths = read_lengths(payload, limits.sequences, limits.longest)
         micro = payload.whole("micro", 0, limits.micro_batches - 1)
         return Forward(
@@ -191,13 +211,15 @@ def read_turn(payload: Payload, limits: TurnLimits) -> Content:
             payload.whole("tokens", 1, MOST_TOKENS if micro else limits.tokens(lengths)),
             payload.value("returns", bool),
             payload.number("factor", 0.0, 1.0),
-            payload_frame(payload),
+            frame_of(payload),
+            read_samples(payload, len(lengths)) if limits.names_samples else None,
+            payload.whole("held", 0, MOST_STEPS) if limits.names_samples else 0,
         )
 
     if of == "backward":
-        fields(payload, ("of", "step", "micro"), (FRAME,))
+        fields(payload, ("of", "step", "micro"), tuple(payload.tensors.keys() & {FRAME}))
         micro = payload.whole("micro", 0, limits.micro_batches - 1)
-        return Backward(step, micro, payload_frame(payload))
+        return Backward(step, micro, frame_of(payload))
 
     if of in ("clip", "average"):
         carries = FRAME in payload.tensors
@@ -218,6 +240,26 @@ FORWARD: Collection[str] = (
     *("of", "step", "micro", "steps", "lengths", "tokens", "returns", "factor"),
 )
 """Values of a forward turn."""
+SAMPLES: Collection[str] = ("samples", "held")
+"""Further ones where an end holds hidden states by sample."""
+
+
+def _carrying(frame: bytes, values: dict[str, Value]) -> Payload:
+    """Return a message with a frame, or without one where there is nothing to send."""
+    return frame_payload(frame, **values) if frame else Payload(values=values)
+
+
+def frame_of(payload: Payload) -> bytes:
+    """Return the frame of a message, empty where it carries none; raises `WireError`."""
+    return payload_frame(payload) if payload.tensors else b""
+
+
+def read_samples(payload: Payload, count: int) -> tuple[int, ...]:
+    """Return the numbers of `count` sequences in a message; raises `WireError`."""
+    samples = payload.value("samples", list)
+    if len(samples) != count or not all(type(sample) is int for sample in samples):
+        raise WireError(f"message value 'samples': expected {count} whole numbers")
+    return SampleBatch(tuple(samples), (0,) * count).samples
 
 
 def read_lengths(payload: Payload, sequences: int, longest: int | None) -> tuple[int, ...]:
