@@ -291,3 +291,22 @@ def test_own_ends_go_on_from_the_sites_own_values(table: dict[str, Any], tmp_pat
     own = Round(table | {"method": table["method"] | {"ends": "own"}}, tmp_path / "run")
     _, record, fleet, _ = own.play(slow("backward", 2, 14.0))
     assert (record["missed_steps"], record["sites"], fleet.failures) == (3, 3, [])
+
+
+def test_both_ends_hold_the_same_hidden_states(table: dict[str, Any], tmp_path: Path) -> None:
+    """A step that begins again, and turns that are not used, count in what both ends remember."""
+    late = slow("backward", 2, 14.0)
+    epochs = {"train": table["train"] | {"per_device_train_batch_size": 8}}
+    models = []
+    for number, memory in enumerate(({}, {"memory_bytes": 0})):
+        method = table["method"] | {"frozen": ["front"], **memory}
+        frozen = Round(table | epochs | {"method": method}, tmp_path / str(number))
+        model, record, fleet, _ = frozen.play(slow("backward", 2, 14.0))
+        assert (record["missed_steps"], record["sites"], fleet.failures) == (3, 3, [])
+        models.append(digest(model))
+
+    assert models[0] == models[1]
+    method = table["method"] | {"hidden": {"name": "int8"}, "recurring": "changes"}
+    changes = Round(table | epochs | {"method": method}, tmp_path / "changes")
+    _, record, fleet, _ = changes.play(late)
+    assert (record["missed_steps"], record["sites"], fleet.failures) == (3, 3, [])
