@@ -1,6 +1,6 @@
 """Split learning measured in this process, over the real bytes.
 
-    python -m benchmarks.flglm [--part modes|codecs|thousand] [--config FILE.toml]
+    python -m benchmarks.flglm [--part modes|codecs|thousand|memory] [--config FILE.toml]
                                [--codecs NAME ...] [--quick] [--out FILE.json]
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
@@ -14,11 +14,11 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from benchmarks.flglm import codecs, modes, thousand
+from benchmarks.flglm import codecs, memory, modes, thousand
 from benchmarks.flglm.bed import quickstart, standard_library
 from benchmarks.report import Report
 
-PARTS = ("modes", "codecs", "thousand")
+PARTS = ("modes", "codecs", "thousand", "memory")
 
 
 def main() -> None:
@@ -68,5 +68,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             pieces = standard_library(Path(folder) / "text.jsonl")
             thousand.measure(report, source=pieces, folder=Path(folder), steps=steps)
+
+    if options.part in (None, "memory"):
+        memory.measure(report, quick=options.quick)
 
     report.finish(options.out, load)

@@ -120,7 +120,8 @@ class GateError(FluvialError):
 
 
 class PrivacyError(FluvialError):
-    """A site would release a value that its epsilon does not count."""
+    """A site would release a value that its epsilon does not count, or a server reads more than the
+    run allows."""
 
 
 class DivergenceError(FluvialError):

@@ -204,6 +204,8 @@ ELSEWHERE = {
     "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
     "FlGlmConfig.memory_bytes": "tests/oracle/test_flglm_memory.py",
+    "FlGlmConfig.site_memory_mb": "tests/oracle/test_flglm_cut.py",
+    "FlGlmConfig.server_memory_mb": "tests/oracle/test_flglm_cut.py",
     "FedCyBgdConfig.parallel": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.merge": "tests/oracle/test_fedcybgd.py",
     "FedCyBgdConfig.weighting": "tests/oracle/test_fedcybgd.py",

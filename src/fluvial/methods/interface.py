@@ -145,6 +145,10 @@ class Given:
     """The run's seed."""
     examples: Callable[[], Mapping[str, Sequence[Example]]] | None = None
     """Reader of the training sequences by site; None where the sites' data is elsewhere."""
+    max_length: int = 0
+    """Tokens of a sequence at most."""
+    blank: Callable[[], nn.Module] | None = None
+    """Maker of the base on the meta device, in its own types, with its adapter."""
 
     @property
     def tunes_factors(self) -> bool:
@@ -238,6 +242,9 @@ class Method:
     """Return the plan of a run; raises `ConfigError` for settings that cannot work together, or
     that have no effect."""
     traits: Traits
+    settled: Callable[[Any, Given], MethodSettings] = lambda config, _: config
+    """Return settings in which everything is chosen that the configuration leaves open; raises
+    `ConfigError` where nothing fits."""
 
 
 __all__ = [

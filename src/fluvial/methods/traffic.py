@@ -37,6 +37,10 @@ class Bytes:
             self.least + other.least, self.most + other.most, self.unknown or other.unknown
         )
 
+    def less(self, other: "Bytes", times: int) -> "Bytes":
+        """Return these bytes without those of `times` messages."""
+        return Bytes(self.least - times * other.least, self.most - times * other.most, self.unknown)
+
     @property
     def words(self) -> str:
         """The prediction for people."""

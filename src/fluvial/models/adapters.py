@@ -46,7 +46,9 @@ class SeededDropout(nn.Module):
         """Zero a share `p` of `hidden` (any shape) and scale the rest, in training only."""
         if not self.training or self.p == 0:
             return hidden
-        generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
+        generator = None
+        if not hidden.is_meta:  # shapes alone are drawn without a generator
+            generator = torch.Generator(hidden.device).manual_seed(derive(self.seed, self.place))
         mask = torch.rand(hidden.shape, generator=generator, device=hidden.device) >= self.p
         return hidden * mask / (1 - self.p)
 

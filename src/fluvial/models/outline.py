@@ -32,6 +32,16 @@ class Outline:
         """The base without weights and without an adapter."""
         return meta_base(self._config)
 
+    def blank(self) -> nn.Module:
+        """Return a new base on the meta device, in the types of a loaded one, with its adapter.
+
+        PEFT puts its modules into the base itself, which is returned without PEFT's wrapper.
+        """
+        base = skeleton(self._config).to("meta")
+        if self._lora is not None:
+            adapt(base, self._lora)
+        return base
+
     @cached_property
     def _tuned(self) -> nn.Module:
         if self._lora is None:

@@ -13,6 +13,7 @@ from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.measuring import Texts
 from fluvial.models.base_weights import check_constant
+from fluvial.models.outline import Outline
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import check_length, context_length, dtype_of
 from fluvial.runs.config import RunConfig
@@ -106,6 +107,16 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     return planned
 
 
+def settled(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> RunConfig:
+    """Return `config` with everything chosen that its method's settings leave open.
+
+    The choice follows from the configuration, the model's shapes and the number of sites, so it is
+    the same wherever it is made. Raises `ConfigError` where nothing fits.
+    """
+    method = config.entry.settled(config.method, given(config, layout, base, sites))
+    return config if method == config.method else config.model_copy(update={"method": method})
+
+
 def given(
     config: RunConfig, layout: Layout, base: nn.Module, sites: int, texts: Texts | None = None
 ) -> Given:
@@ -128,6 +139,8 @@ def given(
         deadline_s=config.fleet.deadline_s,
         seed=config.seed,
         examples=None if here is None else partial(_examples, here),
+        max_length=config.data.max_length,
+        blank=Outline(config.model, config.adapter).blank,
     )
 
 

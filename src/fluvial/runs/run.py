@@ -26,7 +26,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.runs.idle import idle_remarks, refuse_idle
-from fluvial.runs.opening import check_settings, site_of, tasks_of, texts_of
+from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
 from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
 from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, anew, read_result
@@ -74,9 +74,7 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
     """
-    runs = [(config.baseline(name), folder / COMPARE / name) for name in config.compare] + [
-        (config, folder)
-    ]
+    baselines = [(config.baseline(name), folder / COMPARE / name) for name in config.compare]
     with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
@@ -85,6 +83,8 @@ def execute(
             pool.check_behaviour()
         known = texts(config, pool) if texts else texts_of(config, pool)
 
+        layout, base = pool.layout, pool.outline.base
+        runs = [*baselines, (settled(config, layout, base, len(known.names)), folder)]
         for each, _ in runs:  # the method's own is the last
             planned = check_settings(each, pool.layout, pool.outline.base, known)
         remarks = known.check() if isinstance(known, SiteTexts) else []

@@ -11,6 +11,7 @@ states go to the server and back, and their gradients too, so the update is that
 """
 
 from fluvial.methods.flglm.audit import leakage
+from fluvial.methods.flglm.choice import settled
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.planning import plan
 from fluvial.methods.flglm.server import FlGlmServer
@@ -26,4 +27,5 @@ METHOD = Method(
     "(FL-GLM), EMNLP 2024, https://arxiv.org/abs/2406.14898",
     plan=plan,
     traits=Traits("FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code"),
+    settled=settled,
 )

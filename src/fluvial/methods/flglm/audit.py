@@ -149,7 +149,7 @@ def _attacks(
         ),
     )
     pairs = [each.input_ids for each in known]
-    model = FrontWithBigrams(base.model, config.front, pairs, config.noise)
+    model = FrontWithBigrams(base.model, base.cut.front, pairs, config.noise)
     readers = dict(attacks(model, texts, effort))
     if gradients:
         readers[GRADIENTS] = on_gradients(GradientMatching(PublicBack(base)))

@@ -1,7 +1,7 @@
 """Settings of FL-GLM; defaults are the paper's where it gives values."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,10 +11,12 @@ from fluvial.federation.config import BOUNDS, Bound
 from fluvial.methods.flglm.leakage.noise import NoiseConfig
 from fluvial.methods.flglm.leakage.settings import LeakageConfig
 from fluvial.methods.interface import SampledSettings
+from fluvial.models.split import Cut
 from fluvial.training.train import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
 Place = Literal["front", "middle", "back"]
+Layers = Annotated[int, Field(ge=1, le=10**6)]
 MEMORY_BYTES = 2**28
 """Bytes of hidden states of a site in each direction, unless set otherwise: 262,144 tokens of 256
 values in fp32."""
@@ -26,10 +28,17 @@ class FlGlmConfig(SampledSettings):
     name: Literal["flglm"] = "flglm"
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort."""
-    front: int = Field(1, ge=1, le=10**6)
-    """Decoder layers at the site before the server's, with the embedding (p of the paper)."""
-    back: int = Field(1, ge=1, le=10**6)
-    """Decoder layers at the site behind the server's, with the final norm and the head (q)."""
+    front: Layers | Literal["auto"] = 1
+    """Decoder layers at the site before the server's, with the embedding (p of the paper); "auto"
+    chooses by memory, line and leakage, and `fluvial check` shows why."""
+    back: Layers | Literal["auto"] = 1
+    """Decoder layers at the site behind the server's, with the final norm and the head (q), or
+    "auto"."""
+    site_memory_mb: float | None = Field(None, gt=0, le=1e9)
+    """Most memory of a site in training, in 10^6 bytes, for weights, optimizer and activations at
+    data.max_length; a cut that needs more is refused."""
+    server_memory_mb: float | None = Field(None, gt=0, le=1e9)
+    """Most memory of the server in training, in 10^6 bytes, for the whole cohort."""
     mode: Mode = "client-batch"
     """Order of the sites' steps: "sequential", one site after another; "client-batch", one step of
     all sites together, as if their batches were one; "hierarchical", a replica of the server's
@@ -61,6 +70,12 @@ class FlGlmConfig(SampledSettings):
     """Clip and noise of the hidden states that leave a site; none by default."""
     leakage: LeakageConfig = LeakageConfig()
     """Meter of the tokens that the server could read."""
+
+    def cut(self, layers: int) -> Cut:
+        """Return the cut of a model of `layers` layers; see `choice.settled` for an open one."""
+        assert self.front != "auto"
+        assert self.back != "auto"
+        return Cut(layers, self.front, self.back)
 
     def together(self, sites: int) -> int:
         """Return the whole cohort where its sites meet between two steps."""

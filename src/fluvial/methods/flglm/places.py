@@ -31,7 +31,7 @@ class Places:
         embeddings = tuple(
             f"{name}." for name, module in base.named_modules() if isinstance(module, nn.Embedding)
         )
-        cut = Cut(len(layers), config.front, config.back)
+        cut = config.cut(len(layers))
         return cls(config, layout, cut, path, embeddings)
 
     def place(self, name: str) -> Place:

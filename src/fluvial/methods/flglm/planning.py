@@ -7,17 +7,35 @@ from typing import Any
 from fluvial.codecs.activations.samples import SAMPLE_BYTES
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
+from fluvial.methods.flglm.choice import (
+    bounds_of,
+    cuts,
+    is_bounded,
+    is_open,
+    longest,
+    over_line_s,
+    predicted_memory,
+    settled,
+    shortest,
+)
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.cuts import choose
+from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.traffic import Conversation, conversations, round_over_line_s
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
-from fluvial.methods.planning import OPTIMIZER_BYTES, line_row
+from fluvial.methods.planning import line_row
 from fluvial.methods.traffic import Bytes, Traffic, unknown
+
+SHOWN = 24
+"""Open cuts that `fluvial check` shows, at least."""
 
 
 def plan(config: FlGlmConfig, given: Given) -> Plan:
     """Return the plan of a run; raises `ConfigError` for a cut that the model does not have."""
+    written = config
+    config = settled(config, given)
     places = Places.of(config, given.base, given.layout)
     full = not given.tunes_factors
 
@@ -37,7 +55,10 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
-    forecast = partial(_forecast, config, given, places)
+    if is_bounded(config):
+        choose(cuts(config, given), bounds_of(config))
+
+    forecast = partial(_forecast, written, config, given, places)
     return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
 
 
@@ -66,8 +87,8 @@ def _idle_deadline(step_s: float, config: FlGlmConfig, given: Given) -> dict[str
     return {} if reason is None else {"method.step_deadline_s": reason}
 
 
-def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
-    """Return what is known before the lengths of sequences are."""
+def _forecast(written: FlGlmConfig, config: FlGlmConfig, given: Given, places: Places) -> Forecast:
+    """Return what is predicted of a run, and the cuts that the `written` settings leave open."""
     whole = {name: each.numel() for name, each in given.base.named_parameters()}
     site = {name: size for name, size in whole.items() if places.place(name) != "middle"}
     at_site = sum(site.values())
@@ -81,14 +102,8 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
         ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
         ("base in memory, server", f"{at_server * given.width_bytes:,} B"),
-        (
-            "what is tuned and optimizer in memory, site",
-            f"{places.tuned_ends.numel * OPTIMIZER_BYTES:,} B",
-        ),
-        (
-            "what is tuned and optimizer in memory, server",
-            f"{places.tuned_middle.numel * OPTIMIZER_BYTES:,} B",
-        ),
+        *_memory_rows(config, given),
+        *_open_rows(written, config, given),
     ]
     if config.remembers or config.runs_front_alone:
         rows.append(("hidden states by sample", _held_by_sample(config, given)))
@@ -106,16 +121,17 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         rows.append(("noise", words))
 
     if given.examples is None:
-        traffic = unknown("it follows from the tokens of each step, and the data is elsewhere")
-        return Forecast(0, 0, lambda _round: Traffic(traffic, traffic), rows)
+        return _without_data(config, given, places, rows)
 
     predict = cache(partial(conversations, config, given, places))
     last = predict(given.rounds)
     tokens = sum(each.tokens for each in last.values())
     turns = sum(each.turns for each in last.values())
     sent = sum(each.up.most + each.down.most for each in last.values())
+    steps = sum(len({size.step for size in each.sizes}) for each in last.values())
     rows += [
         ("bytes of a token, both ways", f"{sent / tokens:,.0f} B with all that is around"),
+        ("bytes of a step of a site, both ways", _beside_formula(sent / steps, given)),
         ("turns of a site in a round", f"{turns / len(last):,.0f}, each a round trip"),
     ]
     seconds = None
@@ -124,6 +140,116 @@ def _forecast(config: FlGlmConfig, given: Given, places: Places) -> Forecast:
         rows.append(line_row(seconds))
 
     return Forecast(0, 0, partial(_traffic, predict), rows, seconds)
+
+
+def _without_data(
+    config: FlGlmConfig, given: Given, places: Places, rows: list[CheckRow]
+) -> Forecast:
+    """Return a forecast by data.max_length, where the lengths of sequences are not known."""
+    steps = given.train.max_steps
+    if steps is None:
+        why = (
+            "it follows from the steps and tokens of the sites, and the data is elsewhere; "
+            "train.max_steps would bound it"
+        )
+        return Forecast(0, 0, lambda _round: Traffic(unknown(why), unknown(why)), rows)
+
+    @cache
+    def predict(round: int) -> Traffic:
+        least = shortest(config, given, places, round, steps=steps)
+        most = longest(config, given, places, round, steps=steps)
+        return Traffic(Bytes(least.down.least, most.down.most), Bytes(least.up.least, most.up.most))
+
+    most = longest(config, given, places, given.rounds, steps=steps)
+    sent = most.up.most + most.down.most
+    rows = [
+        *rows,
+        (
+            "bytes of a step of a site, both ways",
+            f"at most {_beside_formula(sent / steps, given)}; all sequences of data.max_length",
+        ),
+        ("turns of a site in a round", f"{most.turns:,} at most, each a round trip"),
+    ]
+    seconds = None
+    if given.line is not None:
+        seconds = over_line_s(config, given, most)
+        what, words = line_row(seconds)
+        rows.append((what, f"at most {words}"))
+
+    return Forecast(0, 0, predict, rows, seconds)
+
+
+def _beside_formula(sent: float, given: Given) -> str:
+    """Return the bytes of a step beside those of FL-GLM: 4 b T d beta, with beta = 2."""
+    model: Any = given.base
+    width: int = model.config.get_text_config().hidden_size
+    formula = 4 * given.train.logical_batch * given.max_length * width * 2
+    return (
+        f"{sent:,.0f} B with all that is around; {formula:,} B by the paper's 4 b T d beta, "
+        "padded to T = data.max_length, 16 bits"
+    )
+
+
+def _memory_rows(config: FlGlmConfig, given: Given) -> list[CheckRow]:
+    """Return the rows about memory beside the base's weights."""
+    found = predicted_memory(config, given)
+    if isinstance(found, str):
+        return [("memory in training, site and server", found)]
+
+    batch = given.train.per_device_train_batch_size
+    at = f"at {batch} x {given.max_length} tokens of a site"
+    if given.train.gradient_checkpointing:
+        at += ", with checkpointing"
+    cohort = config.cohort(given.sites)
+    together = {
+        "client-batch": f", of {cohort} sites together",
+        "hierarchical": f", for {cohort} replicas",
+        "sequential": "",
+    }[config.mode]
+    rows = []
+    for end, memory, words in (
+        ("site", found.site, at),
+        ("server", found.server, at + together),
+    ):
+        rows += [
+            (f"what is tuned and optimizer in memory, {end}", f"{memory.optimizer:,} B"),
+            (f"activations and gradients in memory, {end}", f"{memory.passes:,} B {words}"),
+            (f"all of it in training, {end}", f"{memory.total:,} B"),
+        ]
+    return rows
+
+
+def _open_rows(written: FlGlmConfig, config: FlGlmConfig, given: Given) -> list[CheckRow]:
+    """Return a row for each cut that was open, the preferred ones first."""
+    if not is_open(written):
+        return []
+
+    bounds = bounds_of(written)
+    found = cuts(written, given)
+    steps = given.train.max_steps
+    rows = [
+        (
+            f"cut {each.front} + {each.back}"
+            + (", chosen" if (each.front, each.back) == (config.front, config.back) else ""),
+            each.words(bounds, steps=steps),
+        )
+        for each in found
+    ]
+    chosen = next(number for number, (what, _) in enumerate(rows) if what.endswith("chosen"))
+    shown = rows[: max(SHOWN, chosen + 1)]
+    if len(rows) > len(shown):
+        shown.append(("further cuts", f"{len(rows) - len(shown)}, which take no less"))
+    return [
+        *shown,
+        (
+            "why this cut",
+            "of the cuts within all bounds it has the "
+            + ("fewest bytes" if given.line is None else "shortest round over fleet.line")
+            + ", then the least memory at a site, then the deeper front. No cut protects the text: "
+            "a server read all tokens of hidden states without noise, and "
+            f"{GRADIENTS:.0%} or more from gradients at any",
+        ),
+    ]
 
 
 def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -> Traffic:

@@ -19,7 +19,7 @@ from fluvial.methods.flglm.client_batch import ClientBatch
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.conversations import Conversations
 from fluvial.methods.flglm.leakage import replies
-from fluvial.methods.flglm.leakage.meter import Leakage
+from fluvial.methods.flglm.leakage.meter import Leakage, check_bound
 from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.replica import SiteUpdate
 from fluvial.methods.flglm.serving import Serving
@@ -61,6 +61,7 @@ class FlGlmServer(SharedModelServer):
             leakage = self._leakage(fleet, number)
             if leakage is not None:
                 metrics["leakage"] = leakage.worst.accuracy
+                check_bound(leakage, self.config.leakage.most, number)
 
         return metrics
 
@@ -171,7 +172,7 @@ class FlGlmServer(SharedModelServer):
         leakage = self._leakage(fleet, reporting.rounds)
         return replace(
             self._written(fleet, reporting, final),
-            leakage=None if leakage is None else leakage.to_values(),
+            leakage=None if leakage is None else leakage.to_values(self.config.leakage.most),
             noise=self._account(reporting),
         )
 

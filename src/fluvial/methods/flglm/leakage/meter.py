@@ -11,6 +11,7 @@ from statistics import mean
 
 from torch import Tensor
 
+from fluvial.errors import PrivacyError
 from fluvial.training.rouge import rouge_l, rouge_n, words
 
 GRADIENTS = "gradient matching"
@@ -77,8 +78,18 @@ class Leakage:
             f"({hidden.attack}), {_share(on_gradients[0])} from gradients"
         )
 
-    def to_values(self) -> dict[str, object]:
-        """Return plain values for result.json."""
+    def to_values(self, most: float | None = None) -> dict[str, object]:
+        """Return plain values for result.json, beside a bound where the run has one."""
+        values = self._to_values()
+        if most is None:
+            return values
+
+        within = self.worst.accuracy <= most
+        words = "within" if within else "BEYOND"
+        sentence = f"{self.sentence}; {words} method.leakage.most={most:g}"
+        return values | {"most": most, "within": within, "sentence": sentence}
+
+    def _to_values(self) -> dict[str, object]:
         return {
             "texts": self.texts,
             "tokens": self.tokens,
@@ -87,6 +98,15 @@ class Leakage:
             "sentence": self.sentence,
             "attacks": [asdict(reading) for reading in self.readings],
         }
+
+
+def check_bound(leakage: Leakage, most: float | None, round: int) -> None:
+    """Raise `PrivacyError` where a server could read more than the share `most`."""
+    if most is not None and leakage.worst.accuracy > most:
+        raise PrivacyError(
+            f"round {round}: {leakage.sentence}, and method.leakage.most={most:g} allows less; the "
+            "run stops here. Raise the noise or the bound, or use another method"
+        )
 
 
 def _share(reading: Reading) -> str:

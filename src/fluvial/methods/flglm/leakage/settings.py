@@ -20,6 +20,11 @@ class LeakageConfig(Settings):
     tokens: int = Field(16, ge=2, le=10**4)
     """Tokens of each text, from its beginning; each costs a search of the vocabulary."""
 
+    most: float | None = Field(None, gt=0, le=1)
+    """Share of the tokens that the server may read. A cut and noise under which more was read where
+    it was measured are refused; a run whose own meter reads more stops at that measure, and says so
+    at its end."""
+
     def audits(self, rounds: int) -> int:
         """Return the number of measures in a run of `rounds` rounds."""
         if self.sites == "none":
