@@ -213,18 +213,18 @@ def _fused(query: Tensor, *args: Any, **options: Any) -> Tensor:
 @contextmanager
 def _fused_attention() -> Iterator[None]:
     """Put `_fused` in the place of torch's attention, which other threads may call meanwhile."""
-    nn.functional.scaled_dot_product_attention = _fused  # type: ignore[assignment]
+    nn.functional.scaled_dot_product_attention = _fused
     try:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = _attention
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of storages that live at a time."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
         self.peak = 0
         self._known: set[int] = set()
