@@ -1,12 +1,17 @@
 """A cut that is chosen is the cut in numbers, and checkpointing changes no weight."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fluvial.data import Example, SiteTexts
 from fluvial.errors import ConfigError
+from fluvial.methods.traffic import Traffic
+from fluvial.models.pool import ModelPool
 from fluvial.runs.config import parse
+from fluvial.runs.opening import given, texts_of
 from fluvial.runs.plan import plan
 from fluvial.runs.run import execute
 from tests.oracle.test_flglm import flglm
@@ -60,6 +65,32 @@ def test_a_bound_that_no_cut_keeps_is_refused_before_the_run(table: Table) -> No
         rows(table, front="auto", site_memory_mb=0.01)
     with pytest.raises(ConfigError, match="leakage.most: a server read 100%"):
         rows(table, leakage={"most": 0.95})
+
+
+@pytest.mark.parametrize("method", [{"mode": "hierarchical", "sync_steps": 2}, {}])
+def test_bytes_have_a_range_where_the_data_is_elsewhere(
+    table: Table, method: dict[str, Any]
+) -> None:
+    """The range holds those of every site; its upper end is that of sequences of full length."""
+    train = table["train"] | {"max_steps": 5}
+    config = parse(table | {"train": train, "method": {"name": "flglm", **method}}, "test")
+    pool = ModelPool(config.model, config.adapter)
+    texts = texts_of(config, pool)
+    split = config.entry
+
+    def traffic(known: SiteTexts | None) -> Traffic:
+        facts = given(config, pool.layout, pool.outline.base, 3, known)
+        return split.plan(config.method, facts).forecast().traffic(1)
+
+    here = traffic(texts)
+    elsewhere = traffic(None)
+    for exact, around in ((here.up, elsewhere.up), (here.down, elsewhere.down)):
+        assert 0 < around.least <= exact.least <= exact.most <= around.most
+
+    full = Example([0] * config.data.max_length, [0] * config.data.max_length)
+    alike = {"site": [full] * config.train.logical_batch}
+    facts = replace(given(config, pool.layout, pool.outline.base, 3), examples=lambda: alike)
+    assert split.plan(config.method, facts).forecast().traffic(1).up.most == elsewhere.up.most
 
 
 def test_a_run_that_leaks_more_than_promised_stops_or_says_so(table: Table, tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from dataclasses import replace
 from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.config import FlGlmConfig
-from fluvial.methods.flglm.cuts import Bounds, Candidate, Cost, Profile, candidates, choose
+from fluvial.methods.flglm.cuts import (
+    NO_CUT_PROTECTS,
+    Bounds,
+    Candidate,
+    Cost,
+    Profile,
+    candidates,
+    choose,
+    too_readable,
+)
 from fluvial.methods.flglm.footprint import Batch, Footprint, footprint
 from fluvial.methods.flglm.leakage.measured import expected
 from fluvial.methods.flglm.places import Places
@@ -28,9 +37,16 @@ def is_open(config: FlGlmConfig) -> bool:
     return config.front == "auto" or config.back == "auto"
 
 
-def is_bounded(config: FlGlmConfig) -> bool:
-    """Return true where a cut may be refused."""
-    return bounds_of(config) != Bounds()
+def check_bounds(config: FlGlmConfig, given: Given) -> None:
+    """Raise `ConfigError` where a cut in numbers does not keep the bounds of the settings."""
+    bounds = bounds_of(config)
+    if bounds.site is not None or bounds.server is not None:
+        choose(cuts(config, given), bounds)
+    elif bounds.read is not None:
+        front = config.cut(len(decoder_layers(given.base)[1])).front
+        read = expected(front, config.noise)
+        if read > bounds.read:
+            raise ConfigError(f"method.{too_readable(read, bounds.read)}; {NO_CUT_PROTECTS}")
 
 
 def settled(config: FlGlmConfig, given: Given) -> FlGlmConfig:

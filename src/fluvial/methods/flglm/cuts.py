@@ -19,6 +19,8 @@ from fluvial.methods.flglm.footprint import Footprint
 Open = int | Literal["auto"]
 """A number of layers, or that it is chosen."""
 
+NO_CUT_PROTECTS = "no cut alone protects the text; raise the bound, or use another method"
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -138,10 +140,7 @@ class Candidate:
                 )
 
         if bounds.read is not None and self.read > bounds.read:
-            reasons.append(
-                f"leakage.most: a server read {self.read:.0%} of the tokens where this was "
-                f"measured, more than {bounds.read:.0%}"
-            )
+            reasons.append(too_readable(self.read, bounds.read))
         return "; ".join(reasons)
 
     def words(self, bounds: Bounds, *, steps: int | None) -> str:
@@ -156,6 +155,14 @@ class Candidate:
             parts.append(f"{self.cost.seconds:.1f} s")
         refusal = self.refusal(bounds)
         return ", ".join(parts) + (f"; refused: {refusal}" if refusal else "")
+
+
+def too_readable(read: float, most: float) -> str:
+    """Return the reason against a cut of whose tokens a server reads more than the share `most`."""
+    return (
+        f"leakage.most: a server read {read:.0%} of the tokens where this was measured, more than "
+        f"{most:.0%}"
+    )
 
 
 def candidates(profile: Profile, front: Open, back: Open) -> list[Candidate]:
@@ -193,7 +200,7 @@ def choose(cuts: Sequence[Candidate], bounds: Bounds) -> Candidate:
         "shorten data.max_length, lower train.per_device_train_batch_size, set "
         "train.gradient_checkpointing, or raise the bound"
         if memory
-        else "no cut alone protects the text; raise the bound, or use another method"
+        else NO_CUT_PROTECTS
     )
     raise ConfigError(
         f"method.front={first.front} and method.back={first.back}: method."

@@ -9,8 +9,8 @@ from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.choice import (
     bounds_of,
+    check_bounds,
     cuts,
-    is_bounded,
     is_open,
     longest,
     over_line_s,
@@ -19,7 +19,6 @@ from fluvial.methods.flglm.choice import (
     shortest,
 )
 from fluvial.methods.flglm.config import FlGlmConfig
-from fluvial.methods.flglm.cuts import choose
 from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.places import Places
@@ -55,9 +54,7 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
-    if is_bounded(config):
-        choose(cuts(config, given), bounds_of(config))
-
+    check_bounds(config, given)
     forecast = partial(_forecast, written, config, given, places)
     return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
 
