@@ -62,7 +62,7 @@ def site(config: RunConfig, pool: ModelPool, places: Places, steps: int) -> None
                 examples, pad_token_id=0, dropout_seed=number, clip=lambda rows: rows
             )
             received = torch.randn(micro.rows.shape, dtype=part.dtype)
-            _, gradient = ends.finish(micro, received, len(received))
+            _, gradient = ends.finish(micro, received, len(received), returns=True)
             micro.backward(gradient)
             ends.step(number, 1.0)
 

@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
-    steps, rounds = (2, 2) if options.quick else (8, 4)
+    steps, rounds = (2, 2) if options.quick else (8, 3)
     report = Report(
         "flglm_slow_line",
         {"steps": steps, "rounds": rounds, "mbit_s": LINE.mbit_s, "rtt_ms": 2 * LINE.delay_ms},
