@@ -315,7 +315,10 @@ def train_to_a_pair(*_: object) -> Any:
         ({"server": WrongRound}, "round of method 'momentum' returned NoneType; expected a dict"),
         ({"server": WrongState}, "state of method 'momentum' returned dict; expected a Payload"),
         ({"server": WrongMetrics}, "round of method 'momentum': its metrics lack loss"),
-        ({"server": WrongValue}, "its metrics are not plain JSON values: Object of type set"),
+        (
+            {"server": WrongValue},
+            "its metrics are not plain JSON values: 'seen': Object of type set",
+        ),
         ({"server": WrongLoss}, "its metrics have a loss that is no number"),
         ({"server": WrongCount}, "its metrics have a number of sites that is no whole number"),
         ({"server": HalfModel}, "model: tensors of another layout"),

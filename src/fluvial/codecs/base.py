@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.errors import ConfigError, WireError
+from fluvial.errors import ConfigError, WireError, wrong_return
 from fluvial.settings import Settings
 from fluvial.wire.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.wire.payload import Payload
@@ -116,7 +116,10 @@ class Codec(ABC):
     def encode(self, update: Named, *, seed: int = 0, round: int = 0) -> bytes:
         """Return the frame for `update`. `seed` drives whatever the codec draws; the same seed
         gives the same bytes."""
-        return self.seal(self.body(self.flat(update), seed), round=round)
+        body: object = self.body(self.flat(update), seed)
+        if not isinstance(body, bytes | bytearray | memoryview):
+            raise ConfigError(wrong_return(f"body of codec {self.settings.name!r}", body, "bytes"))
+        return self.seal(bytes(body), round=round)
 
     def flat(self, update: Named) -> Tensor:
         """Return the flattened update (numel,), fp32, which must be finite."""
@@ -135,8 +138,14 @@ class Codec(ABC):
         With `round`, a frame of another round is refused.
         """
         reader = unseal(wire, self.code, self.fingerprint, round=round)
-        vector = self.parse(reader)
+        vector: object = self.parse(reader)
         reader.finish()
+
+        if not isinstance(vector, Tensor) or vector.shape != (self.layout.numel,):
+            shape = f" of shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else ""
+            name = f"parse of codec {self.settings.name!r}"
+            expected = f"a Tensor of shape ({self.layout.numel},)"
+            raise ConfigError(wrong_return(name, vector, expected) + (shape and f", not{shape}"))
 
         if not is_finite(vector):
             raise WireError("frame: decodes to NaN or Inf")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from fluvial.codecs import CodecSettings, build
+from fluvial.codecs.naming import configured_in
 from fluvial.errors import WireError
 from fluvial.exchange.coding import Plain
 from fluvial.exchange.difference import REFERENCE, Difference
@@ -33,7 +34,8 @@ class Downlink:
         """Begin with `adapter`, version 0, which every site makes from the seed."""
         self.seed = seed
         self.layout = Layout.of(adapter)
-        codec = None if settings is None else build(settings, self.layout)
+        with configured_in("downlink"):
+            codec = None if settings is None else build(settings, self.layout)
         self.coder = None if codec is None else Difference(Plain(codec))
         self.reference = adapter
         self.version = 0

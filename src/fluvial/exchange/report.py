@@ -137,7 +137,7 @@ def explain(report: GateReport, codec: str) -> str:
         + "; ".join(report.failed)
         + f". (Cosine to the true update {report.cosine:.3f}; error {report.errors.all:.3f}, where "
         f"sending nothing gives 1.) Choose {other}, method.name='fedavg' with a codec that needs "
-        f"no fit such as 'int4', or set method.gate='report' to go on anyway; {caller.resume()} "
-        "with the changed setting keeps the baselines that are done. Few or very similar records "
-        "can make a simple predictor hard to beat."
+        "no fit such as 'int4', or with method.name='cgfedllm' set method.gate='report' to go on "
+        f"anyway; {caller.resume()} with the changed setting keeps the baselines that are done. "
+        "Few or very similar records can make a simple predictor hard to beat."
     )

@@ -13,12 +13,11 @@ from typing import Any
 from fluvial import __version__
 from fluvial.data import with_template
 from fluvial.data.config import DataConfig
-from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
 from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
 from fluvial.models.pool import ModelPool
 from fluvial.storage import exported
-from fluvial.training.evaluate import check_effect
+from fluvial.training.evaluate import has_effect
 from fluvial.wire.tensors import Named, factor, norm
 
 logger = logging.getLogger(__name__)
@@ -51,6 +50,12 @@ class Reporting:
     """Puts a finished draft in the place of the folder of this name."""
 
 
+UNCHANGED = (
+    "the tuned model is exactly the base: no change of any round has reached it; look at the "
+    "update_norm of each round in metrics.jsonl, at train.learning_rate, the codec and the method"
+)
+
+
 @dataclass(frozen=True)
 class Export:
     """Entries of result.json about the model that a run made."""
@@ -72,13 +77,12 @@ class Export:
 def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
     """Write the folder of PEFT, or of the model; return the SHA-256 over its weight files.
 
-    Raises `ExportError` where the weights have no effect on the model's output.
+    A model that equals the base is written too, with a warning.
     """
     pool = reporting.pool
-    if pool.full and norm(state) == 0:
-        logger.warning("no step was taken in any round: the model is the base")
-    else:
-        check_effect(pool, state, list(reporting.texts.sample().heldout[0].input_ids))
+    probe = list(reporting.texts.sample().heldout[0].input_ids)
+    if (pool.full and norm(state) == 0) or not has_effect(pool, state, probe):
+        logger.warning(UNCHANGED)
 
     return _write(
         "model" if pool.full else "adapter", reporting, final, partial(_save, reporting, state)
@@ -88,10 +92,10 @@ def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
 def export_adapter(reporting: Reporting, state: Named, final: Measures) -> str:
     """Write the folder of PEFT of an adapter, without the base's weights and its tokenizer.
 
-    Return the SHA-256 over its weight file. Raises `ConfigError` where the adapter has no effect.
+    Return the SHA-256 over its weight file. An adapter without effect is written with a warning.
     """
     if not any(bool(tensor.any()) for name, tensor in state.items() if factor(name) == "B"):
-        raise ConfigError("every factor B of the adapter is zero: it was not trained")
+        logger.warning(UNCHANGED)
 
     return _write("adapter", reporting, final, partial(reporting.pool.save_adapter, state))
 

@@ -5,6 +5,7 @@ from functools import partial
 
 from fluvial.codecs import must_learn
 from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.naming import configured_in
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
@@ -74,7 +75,8 @@ def coded(
     """
     traffic = partial(shared_traffic, config, given, sent, frame_only=frame_only, version=version)
     frame = frame_size(given.codec, sent)
-    down = frame_size(given.downlink or IdentitySettings(), given.layout)
+    with configured_in("downlink"):
+        down = frame_size(given.downlink or IdentitySettings(), given.layout)
     cohort = config.cohort(given.sites)
     # With a coded downlink, every site makes the first adapter from the seed.
     downloads = given.rounds - (given.downlink is not None)

@@ -152,9 +152,16 @@ class RunFolder:
         return read_file(self.path / name)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add the line of a round."""
+        """Add the line of a round; raises `ValueError` naming an entry that has no JSON value."""
+        entries = []
+        for name, value in record.items():
+            try:
+                entries.append(f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name!r}: {error}") from None
+
         try:
-            append(self.path / METRICS, json.dumps(record, allow_nan=False) + "\n")
+            append(self.path / METRICS, "{" + ", ".join(entries) + "}\n")
         except OSError as error:
             raise CheckpointError(
                 f"cannot write {self.path / METRICS}: {error.strerror}; "

@@ -36,14 +36,21 @@ def refuse_idle(config: RunConfig, planned: Plan, texts: Texts) -> None:
         raise ConfigError("\n".join(lines))
 
 
-def idle_remarks(config: RunConfig, planned: Plan) -> Iterator[str]:
+def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str]:
     """Yield remarks on settings without effect that are no mistake.
 
     A run may be a short trial of a longer one. Methods are compared by one file, and not all of
-    them read public text.
+    them read public text. A file for many machines names their sites.
     """
     for place, why in _chosen(config, planned.later):
         yield f"{place}: without effect in this run, because {why}"
+
+    names = sorted(texts.names)
+    if isinstance(texts, SiteTexts) and config.fleet.sites and sorted(config.fleet.sites) != names:
+        yield (
+            "fleet.sites: without effect in this run, because all sites of the data are here and "
+            f"take part ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+        )
 
     measures_public = config.promise is not None and not config.promise.measures
     if config.data.public_source is None or planned.reads_public or measures_public:

@@ -43,7 +43,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     planned = check_settings(config, layout, base, texts)
     remarks = texts.check()
     refuse_idle(config, planned, texts)
-    remarks += idle_remarks(config, planned)
+    remarks += idle_remarks(config, planned, texts)
     sites = []
     steps = 0
 

@@ -89,7 +89,7 @@ def execute(
             planned = check_settings(each, pool.layout, pool.outline.base, known)
         remarks = known.check() if isinstance(known, SiteTexts) else []
         refuse_idle(config, planned, known)
-        for remark in [*remarks, *idle_remarks(config, planned)]:
+        for remark in [*remarks, *idle_remarks(config, planned, known)]:
             logger.warning("%s", remark)
 
         description = description_of(config)

@@ -21,7 +21,7 @@ from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import CHANCE, Choice, read_choices
-from fluvial.training.evaluate import Heldout, check_effect, heldout
+from fluvial.training.evaluate import Heldout, has_effect, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.training.superglue import Cloze, read_superglue
@@ -98,7 +98,12 @@ def evaluate_adapter(
     probes = [texts.examples[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
     probes += [task.prompts[0].prefix for task in tasks.values()]
-    check_effect(pool, state, probes[0])
+    if not has_effect(pool, state, probes[0]):
+        raise ConfigError(
+            "what was tuned gives exactly the base model's logits: it was not trained, or does not "
+            "belong to this model"
+        )
+
     models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
     result: dict[str, Any] = {
         "fluvial": __version__,

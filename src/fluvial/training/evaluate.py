@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
-from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.training.train import collate, predictions, summed_loss
 from fluvial.wire.tensors import Named
@@ -111,8 +110,8 @@ def on_public_text(pool: ModelPool, adapter: Named, examples: Sequence[Example])
     return result
 
 
-def check_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> None:
-    """Raise `ConfigError` if `adapter` gives the base's logits, and so has no effect."""
+def has_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> bool:
+    """Return False if `adapter` gives exactly the base's logits."""
     tokens = torch.tensor([list(input_ids)], device=pool.device)
     logits = []
 
@@ -121,8 +120,4 @@ def check_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> N
             with pool.model(state) as model:
                 logits.append(model(input_ids=tokens).logits)
 
-    if torch.equal(*logits):
-        raise ConfigError(
-            "what was tuned gives exactly the base model's logits: it was not trained, or does not "
-            "belong to this model"
-        )
+    return not torch.equal(*logits)

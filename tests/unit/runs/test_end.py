@@ -38,3 +38,13 @@ def test_no_site_works_on_after_its_run(
 
     assert set(threading.enumerate()) <= before
     assert not (tmp_path / "run/sites/south/errors.log").exists()
+
+
+def test_a_model_that_nothing_has_changed_is_a_result(
+    run_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The largest weights of an initial adapter are in its factors A, so all factors B stay 0."""
+    method = {"name": "flasc", "download": "weights", "density_down": 0.01}
+    result = run_table(run_config | {"method": method}, tmp_path / "run")
+    assert result["heldout"]["final"]["loss"] == result["heldout"]["base"]["loss"]
+    assert "the tuned model is exactly the base" in caplog.text

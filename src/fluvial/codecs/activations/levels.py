@@ -171,7 +171,8 @@ class Int4Rows(LevelRows):
         outliers = self.settings.outlier_channels
         if outliers >= width:
             raise ConfigError(
-                f"outlier_channels={outliers} leaves no channel of {width}; choose fewer"
+                f"outlier_channels={outliers} leaves no channel of {width}; choose at most "
+                f"{width - 1}"
             )
 
         exact = outliers * (4 + tokens * self.dtype.itemsize)

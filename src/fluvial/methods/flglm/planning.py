@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
+import torch
+
+from fluvial.codecs.activations import build_activation
 from fluvial.codecs.activations.samples import SAMPLE_BYTES
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
@@ -50,6 +53,7 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
             "embedding and head to the server; set ends = 'own', another mode, or tune = 'lora'"
         )
 
+    _check_codecs(config, given)
     later = {}
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
@@ -57,6 +61,17 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     check_bounds(config, given)
     forecast = partial(_forecast, written, config, given, places)
     return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
+
+
+def _check_codecs(config: FlGlmConfig, given: Given) -> None:
+    """Raise `ConfigError` for an activation codec that does not fit the model's width."""
+    model: Any = given.base
+    width = model.config.get_text_config().hidden_size
+    for table, settings in (("method.hidden", config.hidden), ("method.gradient", config.gradient)):
+        try:
+            build_activation(settings, torch.float32).size(1, width)
+        except ConfigError as error:
+            raise ConfigError(f"{table}.{error}") from None
 
 
 def _idle(config: FlGlmConfig, given: Given) -> dict[str, str]:
