@@ -239,14 +239,12 @@ class Stepper:
             parameter.copy_(self._masters[name])
 
     def state(self) -> Named:
-        """Return what another stepper continues from, in the `stepper_layout`: weights and moments
-        after at least one step, fp32, on the CPU."""
-        weights = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
-        return weights | {
-            f"{moment}/{name}": self._state(master)[moment].to("cpu", torch.float32, copy=True)
-            for name, master in self._masters.items()
-            for moment in _moments(self._config)
-        }
+        """Return weights and moments after at least one step, in the `stepper_layout`, fp32."""
+        state = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
+        for name, master in self._masters.items():
+            for moment in _moments(self._config):
+                state[f"{moment}/{name}"] = self._state(master)[moment].to("cpu", copy=True)
+        return state
 
     def restore(self, state: Named, steps: int) -> None:
         """Go on from the `state` of a stepper that has made `steps` steps."""
