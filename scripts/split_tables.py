@@ -43,7 +43,7 @@ def leakage() -> str:
     return "\n\n".join((words, table([heading, *cells]), claims("leakage.json")))
 
 
-CODEC_TASKS = ("babi", "uci_sentiment")
+CODEC_TASKS = ("babi", "e2e_nlg", "uci_sentiment")
 
 
 def activation_codecs() -> str:
