@@ -211,3 +211,30 @@ def _clips(given: dict[str, Any]) -> str:
         row["cut"]: row["clip"] for row in given["rows"] if row["clip"] and "C =" not in row["case"]
     }
     return ", ".join(f"{clip:g} at p = {cut}" for cut, clip in sorted(clips.items()))
+
+
+def split_memory() -> str:
+    """Return the memory of both ends in training, predicted and measured, and that of tenants."""
+    given = read("flglm_memory.json")
+    rows = [row for row in given["rows"] if "off" in row]
+    cells = [
+        [
+            row["case"]
+            if row["part"] == "memory"
+            else f"server, {row['replicas']} tenants, one sequence each",
+            *(f"{row[key]:.0f}" for key in ("base_mb", "optimizer_mb", "passes_mb")),
+            f"{row['predicted_mb']:.0f}",
+            f"{row['measured_mb']:.0f}",
+            f"{100 * row['off']:+.0f} %",
+        ]
+        for row in rows
+    ]
+    (further,) = (row for row in given["rows"] if row["case"] == "a further tenant")
+    words = (
+        "A random Llama of 8 layers, width 512, 16,000 tokens of vocabulary, LoRA unless said "
+        "otherwise, batches of 4 x 256 tokens; 10^6 bytes. A further tenant was measured at "
+        f"{further['measured_mb']:.1f} MB, predicted at {further['predicted_mb']:.1f} MB, beside a "
+        f"middle of {further['base_mb']:.0f} MB that all share."
+    )
+    heading = ["end", "base", "optimizer", "activations, gradients", "predicted", "measured", "off"]
+    return "\n\n".join((words, table([heading, *cells]), claims("flglm_memory.json")))

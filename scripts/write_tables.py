@@ -17,7 +17,7 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from split_tables import activation_codecs, activations, leakage, privacy_utility
+from split_tables import activation_codecs, activations, leakage, privacy_utility, split_memory
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
@@ -197,6 +197,7 @@ TABLES = {
     },
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,
+        "memory": split_memory,
         "leakage": leakage,
         "privacy-utility": privacy_utility,
     },
