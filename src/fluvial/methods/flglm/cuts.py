@@ -32,7 +32,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Profile:
-    """What cuts of a model cost, in numbers."""
+    """Costs of the cuts of a model, in numbers."""
 
     ends_weights: int
     """Bytes of the weights outside the layers, which are a site's."""
