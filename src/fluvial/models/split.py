@@ -7,7 +7,7 @@ other parts take no memory; they are NaN, so that a model that uses one of them 
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
-from fluvial.models.adapters import SeededDropout
 from fluvial.models.layer_lists import layer_lists, num_layers
 from fluvial.models.span_cache import SpanCache, cache_argument
 from fluvial.models.tuning import (
@@ -26,6 +25,7 @@ from fluvial.models.tuning import (
     reseed_dropout,
     switch_dropout,
     tuned_parameters,
+    with_same_dropout,
 )
 from fluvial.wire.tensors import Named
 
@@ -326,7 +326,7 @@ class Part:
             # Inside the gate, because layers run again in the backward pass, outside any span.
             run = inside
             if self._checkpointing:
-                run = partial(checkpoint, _with_same_dropout(layer, inside), **RECOMPUTED)
+                run = partial(checkpoint, with_same_dropout(layer, inside), **RECOMPUTED)
             output = run(*args, **options)
             self._last = _states(output)
             if index == span.stop - 1:
@@ -335,31 +335,6 @@ class Part:
 
         # An attribute of this one layer, which hides its class's `forward`.
         layer.forward = forward
-
-
-def _with_same_dropout(layer: nn.Module, inside: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `inside` with the dropout that `layer` has now, whatever it is in the backward pass.
-
-    By then dropout is off again, or has the seed of a later batch.
-    """
-    dropouts = [module for module in layer.modules() if isinstance(module, SeededDropout)]
-    now = [(dropout.training, dropout.seed) for dropout in dropouts]
-
-    def run(*args: Any, **options: Any) -> Any:
-        then = [(dropout.training, dropout.seed) for dropout in dropouts]
-        try:
-            _set_dropout(dropouts, now)
-            return inside(*args, **options)
-        finally:
-            _set_dropout(dropouts, then)
-
-    return run
-
-
-def _set_dropout(dropouts: Sequence[SeededDropout], states: Sequence[tuple[bool, int]]) -> None:
-    for dropout, (training, seed) in zip(dropouts, states, strict=True):
-        dropout.training = training
-        dropout.seed = seed
 
 
 def _states(output: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """The tuned parameters of a model (LoRA factors, or all weights), and its training switches."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -99,6 +99,31 @@ def reseed_dropout(model: nn.Module, seed: int) -> None:
     """Give every `SeededDropout` of `model` a new mask."""
     for module in _tuned(model).dropouts:
         module.seed = seed
+
+
+def with_same_dropout(layer: nn.Module, inside: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `inside` with the dropout that `layer` has now, whatever it is in the backward pass.
+
+    By then dropout is off again, or has the seed of a later batch.
+    """
+    dropouts = [module for module in layer.modules() if isinstance(module, SeededDropout)]
+    now = [(dropout.training, dropout.seed) for dropout in dropouts]
+
+    def run(*args: Any, **options: Any) -> Any:
+        then = [(dropout.training, dropout.seed) for dropout in dropouts]
+        try:
+            _set_dropout(dropouts, now)
+            return inside(*args, **options)
+        finally:
+            _set_dropout(dropouts, then)
+
+    return run
+
+
+def _set_dropout(dropouts: Sequence[SeededDropout], states: Sequence[tuple[bool, int]]) -> None:
+    for dropout, (training, seed) in zip(dropouts, states, strict=True):
+        dropout.training = training
+        dropout.seed = seed
 
 
 RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
