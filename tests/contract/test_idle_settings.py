@@ -208,6 +208,20 @@ IDLE: dict[str, Idle] = {
         {"method": {"name": "flglm"}, "fleet": {"deadline_s": 2.0}},
         {"fleet": {"deadline_s": 4.0}},
     ),
+    "micro-batches in flight of a step that is one": Idle(
+        {"method": {"in_flight": 1}},
+        "method.in_flight",
+        "a step has one micro-batch",
+        {"method": {"name": "flglm"}},
+        {"train": {"gradient_accumulation_steps": 2}},
+    ),
+    "more micro-batches in flight than a step has": Idle(
+        {"method": {"in_flight": 3}},
+        "method.in_flight",
+        "a step has at most 2 micro-batches",
+        {"method": {"name": "flglm"}, "train": {"gradient_accumulation_steps": 2}},
+        {"train": {"gradient_accumulation_steps": 3}},
+    ),
     "averages after more steps than there are": Idle(
         {"method": {"sync_steps": 3}},
         "method.sync_steps",

@@ -201,6 +201,7 @@ ELSEWHERE = {
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
+    "FlGlmConfig.in_flight": "tests/oracle/test_flglm_in_flight.py",
     "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
     "FlGlmConfig.memory_bytes": "tests/oracle/test_flglm_memory.py",

@@ -20,6 +20,7 @@ from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute, in_process
 from fluvial.wire.payload import Payload
 from tests.support import ROOT
+from tests.support.conversations import relayed
 from tests.support.models import with_fitting_model
 from tests.support.questions import with_questions
 
@@ -125,14 +126,10 @@ class Recorder:
                 return left
 
             def conversation(site: Site, talk: Talk) -> Talk:
-                received = None
-                while True:
-                    try:
-                        turn = talk.send(received) if received else next(talk)
-                    except StopIteration as end:
-                        return note(site, name, end.value)
+                def turn(left: Payload) -> Payload:
+                    return note(site, f"{name} {left.values['of']}", left)
 
-                    received = yield note(site, f"{name} {turn.values['of']}", turn)
+                return note(site, name, (yield from relayed(talk, turn)))
 
             def answer(site: Site, message: Payload) -> Payload | Talk:
                 answered: Payload | Talk = task(site, message)

@@ -22,29 +22,40 @@ MOMENTS = {
 
 @pytest.fixture
 def table(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    return run_config | {"model": {"name_or_path": str(four_layers(tmp_path / "model"))}}
+    """A run whose steps have two micro-batches, both of which are in flight."""
+    micro = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    return run_config | {
+        "model": {"name_or_path": str(four_layers(tmp_path / "model"))},
+        "train": run_config["train"] | micro,
+    }
 
 
 @pytest.fixture(params=MOMENTS)
 def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let one site fail once, in the second step, at this moment; the list names it then."""
     kind, answered = MOMENTS[request.param]
-    turn = tasks._Visit.turn
+    send = tasks._Visit.send
+    receive = tasks._Visit.receive
     failed: list[str] = []
 
-    def watched(self: Any, content: Content) -> Any:
-        due = isinstance(content, kind) and content.step == 1 and not failed
-        if due and not answered:
-            failed.append(request.param)
-            raise DivergenceError("the test ends this site")
-
-        received = yield from turn(self, content)
+    def end_if_due(content: Content, has_answer: bool) -> None:
+        due = isinstance(content, kind) and content.step == 1 and has_answer == answered
         if due and not failed:
             failed.append(request.param)
             raise DivergenceError("the test ends this site")
+
+    def watched_send(self: Any, content: Content) -> Any:
+        end_if_due(content, False)
+        yield from send(self, content)
+
+    def watched_receive(self: Any) -> Any:
+        content = self.open[0]
+        received = yield from receive(self)
+        end_if_due(content, True)
         return received
 
-    monkeypatch.setattr(tasks._Visit, "turn", watched)
+    monkeypatch.setattr(tasks._Visit, "send", watched_send)
+    monkeypatch.setattr(tasks._Visit, "receive", watched_receive)
     return failed
 
 

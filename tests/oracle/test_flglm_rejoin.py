@@ -27,6 +27,7 @@ from fluvial.runs.run import Run
 from fluvial.training.train import collate, shifted, shuffled_batches, summed_loss
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, digest
+from tests.support.conversations import relayed
 from tests.support.models import with_fitting_model
 from tests.support.weights import read_weights
 
@@ -48,7 +49,8 @@ def table(run_config: dict[str, Any]) -> dict[str, Any]:
         run_config
         | {
             "rounds": 1,
-            "method": {"name": "flglm", "step_deadline_s": PATIENCE_S},
+            # One micro-batch at a time: the times of these tests count turns.
+            "method": {"name": "flglm", "step_deadline_s": PATIENCE_S, "in_flight": 1},
             "lora": {"r": 4, "lora_dropout": 0.0},
             "train": {
                 "learning_rate": 1e-2,
@@ -84,22 +86,16 @@ class Round:
         forwards: dict[tuple[str, int], int] = {}
 
         def talking(site: str, talk: Talk) -> Talk:
-            received = None
-            while True:
-                try:
-                    turn = next(talk) if received is None else talk.send(received)
-                except StopIteration as end:
-                    delays[site] = delay(site, "reply", 0)
-                    reply: Payload = end.value
-                    return reply
-
-                assert isinstance(turn, Payload)
-                kind = turn.value("of", str)
-                step = turn.value("step", int)
+            def said(turn: Payload) -> Payload:
+                kind, step = turn.value("of", str), turn.value("step", int)
                 delays[site] = delay(site, kind, step)
                 if kind == "forward" and turn.value("micro", int) == 0:
                     forwards[site, step] = forwards.get((site, step), 0) + 1
-                received = yield turn
+                return turn
+
+            reply = yield from relayed(talk, said)
+            delays[site] = delay(site, "reply", 0)
+            return reply
 
         def answer(site: str, _task: str, message: Payload) -> Talk:
             talk = task(site_of(self.config, site, self.pool, self.texts, store), message)

@@ -1,5 +1,6 @@
 """Rounds of FL-GLM in which one end of the conversations says something else."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.sites import Site, Task
 from fluvial.federation.store import StateStore
-from fluvial.federation.talk import Talk
+from fluvial.federation.talk import Ahead, Next, Talk
 from fluvial.methods.flglm.server import FlGlmServer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
@@ -96,7 +97,7 @@ def lying(tasks: Mapping[str, Task], lie: Lie, answer: Answer) -> dict[str, Task
 
 def _conversation(site: str, talk: Talk, lie: Lie, answer: Answer) -> Talk:
     counts: dict[str, int] = {}
-    received: Payload | None = None
+    open_: deque[tuple[str, int]] = deque()
 
     def says(kind: str, payload: Payload) -> Payload:
         counts[kind] = counts.get(kind, 0) + 1
@@ -105,20 +106,43 @@ def _conversation(site: str, talk: Talk, lie: Lie, answer: Answer) -> Talk:
             raise RuntimeError("silent")
         return forged(data)
 
+    def turn(payload: Payload) -> Payload:
+        kind = str(payload.values["of"])
+        said = says(kind, payload)
+        open_.append((kind, counts[kind]))
+        return said
+
+    def taken(payload: Payload) -> Payload:
+        return answer(site, *open_.popleft(), payload)
+
+    try:
+        reply = yield from relayed(talk, turn, taken)
+    except EarlyReplyError as early:
+        return forged(early.data)
+    return says("reply", reply)
+
+
+def relayed(
+    talk: Talk,
+    says: Callable[[Payload], Payload],
+    hears: Callable[[Payload], Payload] = lambda answer: answer,
+) -> Talk:
+    """Return a conversation with the turns of `talk` as `says` has them, and the answers as `hears`
+    has them."""
+    received: Payload | None = None
     while True:
         try:
-            turn = next(talk) if received is None else talk.send(received)
+            said = next(talk) if received is None else talk.send(received)
         except StopIteration as end:
-            return says("reply", end.value)
+            reply: Payload = end.value
+            return reply
 
-        kind = str(turn.values["of"])
-        try:
-            said = says(kind, turn)
-        except EarlyReplyError as early:
-            return forged(early.data)
-
-        taken = yield said
-        received = answer(site, kind, counts[kind], taken)
+        if isinstance(said, Next):
+            received = hears((yield said))
+        elif isinstance(said, Ahead):
+            received = yield Ahead(says(said.turn))
+        else:
+            received = hears((yield says(said)))
 
 
 @contextmanager

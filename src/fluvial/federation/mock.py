@@ -41,6 +41,8 @@ class Mock:
         self._sites: dict[int, str] = {}
         self._coming: list[tuple[float, int, Arrival]] = []
         self._order = count()
+        self._last_s: dict[int, float] = {}
+        """Time at which the last turn of an exchange arrives."""
 
     def clock(self) -> float:
         """Return the seconds since the mock was made; `next` moves them on."""
@@ -53,8 +55,10 @@ class Mock:
             self._running[request.number] = Running(answer)
             self._sites[request.number] = request.site
 
-        for arrival in self._step(request):
-            due_s = self.now_s + self._delays_s.get(request.site, 0.0)
+        for delay_s, arrival in self._step(request):
+            last_s = self._last_s.get(request.number, 0.0)
+            due_s = max(self.now_s + delay_s, last_s)  # turns of a site stay in their order
+            self._last_s[request.number] = due_s
             heapq.heappush(self._coming, (due_s, next(self._order), arrival))
 
     def next(self, timeout_s: float | None) -> Arrival | None:
@@ -91,12 +95,16 @@ class Mock:
     def restore(self, state: dict[str, Any], round: int) -> None:
         """See `Transport`; nothing is restored."""
 
-    def _step(self, request: Request) -> list[Arrival]:
-        arrivals: list[Arrival] = []
+    def _step(self, request: Request) -> list[tuple[float, Arrival]]:
+        """Return what a site says, each with its delay, in seconds."""
+        arrivals: list[tuple[float, Arrival]] = []
+
+        def arrives(arrival: Arrival) -> None:
+            arrivals.append((self._delays_s.get(request.site, 0.0), arrival))
 
         def say(answer: Payload | bytes, *, final: bool = False) -> None:
             data = answer if isinstance(answer, bytes) else answer.to_bytes()
-            arrivals.append(Arrival(request.number, data, final=final))
+            arrives(Arrival(request.number, data, final=final))
 
         try:
             message = Payload.from_bytes(request.data)
@@ -105,6 +113,6 @@ class Mock:
                 say(answer, final=final)
         except Exception as problem:
             text = f"{type(problem).__name__}: {problem}"
-            arrivals.append(Arrival(request.number, text.encode(), problem=text))
+            arrives(Arrival(request.number, text.encode(), problem=text))
 
         return arrivals

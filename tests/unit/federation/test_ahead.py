@@ -118,7 +118,7 @@ def test_a_turn_beyond_the_window_is_that_sites_failure(window: int) -> None:
 
     fleet = mock_fleet(Mock(NAMES, greedy), **SKIP)
     replies = []
-    heard = []
+    heard: list[Turn[float]] = []
     for event in converse(fleet, window):
         if isinstance(event, Idle):
             assert event.sites == ("b",)
@@ -199,7 +199,7 @@ def test_a_reply_before_the_answer_to_a_turn_is_a_failure() -> None:
     def early(request: Any) -> Any:
         arrivals = step(request)
         if request.site == "b" and len(arrivals) == 2:
-            arrivals[-1].final = True
+            arrivals[-1][1].final = True
         return arrivals
 
     mock._step = early  # type: ignore[method-assign]

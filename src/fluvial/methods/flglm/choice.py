@@ -22,8 +22,9 @@ from fluvial.methods.flglm.cuts import (
 )
 from fluvial.methods.flglm.footprint import Batch, Footprint, footprint
 from fluvial.methods.flglm.leakage.measured import expected
+from fluvial.methods.flglm.line_time import round_over_line_s
 from fluvial.methods.flglm.places import Places
-from fluvial.methods.flglm.traffic import Conversation, conversations, round_over_line_s
+from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import Given
 from fluvial.models.split import decoder_layers
 

@@ -10,8 +10,8 @@ pass is made again without it, so that it is that of its sites' batches exactly.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import fields, loss_of, weight_of
 from fluvial.federation.turns import Idle, Turn
 from fluvial.methods.flglm.attendance import Attendance
+from fluvial.methods.flglm.batch_site import Answered, Heard, Visit
 from fluvial.methods.flglm.coding import Coding
-from fluvial.methods.flglm.hidden import HiddenStates
 from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.middle import Middle
 from fluvial.methods.flglm.order import Order
@@ -42,49 +42,6 @@ from fluvial.seeds import derive, generator
 from fluvial.training.train import check_finite
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, energy, subtract
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A site's reply at the end of a round."""
-
-    site: str
-    weight: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class _Heard:
-    """A site's turn, decoded."""
-
-    turn: Forward | Backward | Meeting
-    rows: Tensor | None = None
-    """Hidden states, or their gradient."""
-    gradients: Named = field(default_factory=dict)
-    """Gradients of the layers that the sites share."""
-
-
-@dataclass(eq=False)
-class _Visit:
-    """A conversation with a site, from where it began last."""
-
-    order: Order = field(default_factory=Order)
-    taken: int = 0
-    """Steps in which the site took part."""
-    last_forward: Forward | None = None
-    own_hidden: HiddenStates | None = None
-
-    @property
-    def hidden(self) -> HiddenStates:
-        """The site's hidden states."""
-        assert self.own_hidden is not None, "the order of turns refuses another before the first"
-        return self.own_hidden
-
-    @property
-    def forward(self) -> Forward:
-        """The last forward turn."""
-        assert self.last_forward is not None, "the order of turns refuses another before it"
-        return self.last_forward
 
 
 class ClientBatch:
@@ -111,15 +68,15 @@ class ClientBatch:
         self._message = message
         self._memories = memories
         self._ends = SharedEnds(setting, state)
-        self._visits: dict[str, _Visit] = {}
-        self._turns: dict[str, Turn[_Heard]] = {}
-        """Turns that wait for an answer."""
-        self._group: dict[str, _Visit] = {}
+        self._visits: dict[str, Visit] = {}
+        self._turns: dict[str, deque[Turn[Heard]]] = {}
+        """Turns that wait for an answer, of each site that has any."""
+        self._group: dict[str, Visit] = {}
         """Sites of the present step; none before its first pass."""
         self._held: set[str] = set()
         """Sites that were late in the middle of the present step, whose turns wait for its end."""
-        self._rows: list[str] = []
-        """Sites of the last forward pass, in order of its rows."""
+        self._rows: dict[int, list[str]] = {}
+        """Sites of the step's forward passes, in order of their rows, by micro-batch."""
         self._step = 0
         """Number of the present step."""
         self._tokens = 0
@@ -152,13 +109,18 @@ class ClientBatch:
                 hear=self._hear,
                 read=self._read,
                 alone=False,
+                window=setting.config.window,
                 began=self._began,
                 wake_s=self._wake_s,
             ):
                 if isinstance(event, Idle):
                     self._go_on(event)
                 elif isinstance(event, Turn):
-                    self._turns[event.site] = event
+                    if event.content.stale:
+                        event.answer(rejoin(event.content.turn.step, None))
+                        continue
+
+                    self._turns.setdefault(event.site, deque()).append(event)
                     self._attendance.came(event.site, len(self._waiting()))
                 else:
                     self._attendance.ended.add(event.site)
@@ -172,7 +134,7 @@ class ClientBatch:
 
     def _began(self, site: str) -> None:
         """Forget what a site has said before it failed."""
-        self._visits[site] = _Visit()
+        self._visits[site] = Visit(Order(self._setting.config.in_flight))
         self._held.discard(site)
         self._attendance.began(site)
 
@@ -182,38 +144,47 @@ class ClientBatch:
             return -math.inf
         return self._attendance.wake_s(working, len(waiting))
 
-    def _waiting(self) -> dict[str, Turn[_Heard]]:
-        """Return the turns that may take part in the present step, in order of their sites."""
-        return {site: self._turns[site] for site in sorted(self._turns.keys() - self._held)}
+    def _waiting(self) -> dict[str, Turn[Heard]]:
+        """Return the oldest turns of the sites that may take part in the present step, in order of
+        their sites."""
+        return {site: self._turns[site][0] for site in sorted(self._turns.keys() - self._held)}
 
     # -- what a site sends: wrong content is its failure ------------------------------------------
 
-    def _hear(self, site: str, payload: Payload) -> _Heard:
+    def _hear(self, site: str, payload: Payload) -> Heard:
         turn = read_turn(payload, self._setting.limits)
         visit = self._visits[site]
+        if visit.order.was_sent_before(turn):
+            if isinstance(turn, Forward):  # what both ends remember of a sample
+                visit.hidden.decode("up", turn.batch, turn.frame)
+            return Heard(turn, stale=True)
+
         visit.order.take(turn)
         if turn.step > self._step:
             raise WireError(f"a turn of step {turn.step}, and the server is at {self._step}")
 
         if isinstance(turn, Forward):
-            visit.last_forward = turn
+            if turn.micro == 0:
+                visit.forwards = {}
+            visit.forwards[turn.micro] = turn
             if visit.own_hidden is None:
                 visit.own_hidden = self._memories.begin(site, turn, self._coding)
-            return _Heard(turn, visit.hidden.decode("up", turn.batch, turn.frame))
+            return Heard(turn, visit.hidden.decode("up", turn.batch, turn.frame))
         if isinstance(turn, Backward):
-            tokens = visit.forward.batch.tokens if self._setting.places.needs_gradient else 0
-            return _Heard(turn, self._coding.decode_gradient(turn.frame, tokens))
+            needed = self._setting.places.needs_gradient
+            tokens = visit.forwards[turn.micro].batch.tokens if needed else 0
+            return Heard(turn, self._coding.decode_gradient(turn.frame, tokens))
 
         if turn.of != "clip" or (turn.frame is None) != (not self._setting.shared.shapes):
             raise WireError("sites meet to clip the gradients of the layers that they share")
 
         if turn.frame is None:
-            return _Heard(turn)
+            return Heard(turn)
 
         gradients = self._setting.shared_codec.decode(turn.frame)
         if energy(gradients) > MOST_OWN_SQUARED_NORM:
             raise WireError("the gradients of the layers that sites share are too large")
-        return _Heard(turn, gradients=gradients)
+        return Heard(turn, gradients=gradients)
 
     def _read(self, site: str, payload: Payload) -> Answered:
         fields(payload, ("n", "loss", "factor"))
@@ -243,7 +214,7 @@ class ClientBatch:
         if not incomplete or not (self._begin_again() or self._rejoin(idle)):
             self._pass()
 
-    def _stale(self, turn: Turn[_Heard]) -> bool:
+    def _stale(self, turn: Turn[Heard]) -> bool:
         """Return True for a turn with which no step can begin now."""
         content = turn.content.turn
         return not isinstance(content, Forward) or (content.step, content.micro) != (self._step, 0)
@@ -288,8 +259,13 @@ class ClientBatch:
 
     def _send_to(self, site: str, frame: bytes | None) -> None:
         """Let a site that waits go on with the present step."""
-        self._visits[site].order.rejoin(self._step)
-        self._turns.pop(site).answer(rejoin(self._step, frame))
+        first, *later = self._turns.pop(site)
+        on_the_way = self._setting.config.window - 1 - len(later)
+        self._visits[site].order.rejoin(self._step, on_the_way)
+        first.answer(rejoin(self._step, frame))
+        for turn in later:
+            turn.answer(rejoin(self._step, None))
+
         self._attendance.answered()
 
     def _pass(self) -> None:
@@ -297,7 +273,7 @@ class ClientBatch:
         if not self._group:
             self._group = {site: self._visits[site] for site in self._waiting()}
 
-        turns = {site: self._turns[site] for site in self._group}
+        turns = {site: self._turns[site][0] for site in self._group}
         for kind, make in (
             (Forward, self._forward),
             (Backward, self._backward),
@@ -308,14 +284,17 @@ class ClientBatch:
             }
             if waiting:
                 for site in waiting:
-                    del self._turns[site]
+                    self._turns[site].popleft()
+                    if not self._turns[site]:
+                        del self._turns[site]
+
                 make(waiting)
                 self._attendance.answered()
                 return
 
-    def _forward(self, turns: dict[str, Turn[_Heard]]) -> None:
-        heard = [(turn.content, self._visits[site].forward) for site, turn in turns.items()]
-        micro = min(turn.micro for _, turn in heard)
+    def _forward(self, turns: dict[str, Turn[Heard]]) -> None:
+        micro = self._micro(turns)
+        heard = [(turn.content, self._visits[site].forwards[micro]) for site, turn in turns.items()]
         if micro == 0:
             self._tokens = sum(turn.tokens for _, turn in heard)
             self._plan(max(turn.steps for _, turn in heard))
@@ -324,31 +303,33 @@ class ClientBatch:
         rows = self._middle.forward(
             torch.cat([each.rows for each, _ in heard if each.rows is not None]),
             [length for _, turn in heard for length in turn.lengths],
+            micro=micro,
             returns=any(turn.returns for _, turn in heard),
             dropout_seed=seed,
         )
-        self._rows = list(turns)
+        self._rows[micro] = list(turns)
 
-        for piece, turn in zip(self._pieces(rows), turns.values(), strict=True):
+        for piece, turn in zip(self._pieces(rows, micro), turns.values(), strict=True):
             visit = self._visits[turn.site]
-            frame = visit.hidden.encode("down", visit.forward.batch, piece)
+            frame = visit.hidden.encode("down", visit.forwards[micro].batch, piece)
             turn.answer(answer(turn.content.turn, frame, tokens=self._tokens, steps=self._steps))
 
-    def _backward(self, turns: dict[str, Turn[_Heard]]) -> None:
-        assert list(turns) == self._rows, "a step with a site that is missing begins again"
+    def _backward(self, turns: dict[str, Turn[Heard]]) -> None:
+        micro = self._micro(turns)
+        assert list(turns) == self._rows[micro], "a step with a site that is missing begins again"
         gradients = [
             turn.content.rows.to(self._coding.device, self._coding.gradient.dtype)
             for turn in turns.values()
             if turn.content.rows is not None
         ]
-        received, norm = self._middle.backward(torch.cat(gradients))
-        pieces = [None] * len(turns) if received is None else self._pieces(received)
+        received, norm = self._middle.backward(torch.cat(gradients), micro=micro)
+        pieces = [None] * len(turns) if received is None else self._pieces(received, micro)
 
         for turn, piece in zip(turns.values(), pieces, strict=True):
             frame = None if piece is None else self._coding.encode_gradient(piece)
             turn.answer(answer(turn.content.turn, frame, norm=norm))
 
-    def _clip(self, turns: dict[str, Turn[_Heard]]) -> None:
+    def _clip(self, turns: dict[str, Turn[Heard]]) -> None:
         squared = self._middle.squared_norm()
         meetings = [turn.content for turn in turns.values()]
         gradients: Named = {}
@@ -392,7 +373,17 @@ class ClientBatch:
         self._middle.plan_steps(self._steps)
         self._ends.plan_steps(self._steps)
 
-    def _pieces(self, rows: Tensor) -> list[Tensor]:
-        """Return the rows of each site of the group."""
-        sizes = [sum(self._visits[site].forward.lengths) for site in self._rows]
+    def _micro(self, turns: Mapping[str, Turn[Heard]]) -> int:
+        """Return the micro-batch of turns that have the same place in the step."""
+        micros = {
+            turn.content.turn.micro
+            for turn in turns.values()
+            if not isinstance(turn.content.turn, Meeting)
+        }
+        (micro,) = micros  # the order of turns refuses another
+        return micro
+
+    def _pieces(self, rows: Tensor, micro: int) -> list[Tensor]:
+        """Return the rows of each site with this micro-batch."""
+        sizes = [sum(self._visits[site].forwards[micro].lengths) for site in self._rows[micro]]
         return list(torch.split(rows, sizes))

@@ -55,6 +55,10 @@ class FlGlmConfig(SampledSettings):
     step_deadline_s: float | None = Field(None, ge=0.001, le=10**7)
     """Seconds for which a step under mode="client-batch" waits for a site's turn; then the step is
     made without the site, which rejoins in the next possible one. The default waits for all."""
+    in_flight: int = Field(2, ge=1, le=2**10)
+    """Micro-batches of a site whose hidden states the server has, and not yet their gradient: with
+    2, a site sends the next one while the server works; 1 waits for each. Weights are the same, to
+    the bit; the server holds a graph for each. See `train.gradient_accumulation_steps`."""
     hidden: ActivationConfig = ExactRowsSettings()
     """Codec of the hidden states, both ways."""
     recurring: Literal["states", "changes"] = "states"
@@ -76,6 +80,11 @@ class FlGlmConfig(SampledSettings):
         assert self.front != "auto"
         assert self.back != "auto"
         return Cut(layers, self.front, self.back)
+
+    @property
+    def window(self) -> int:
+        """Turns of a site without an answer: a gradient beside the hidden states in flight."""
+        return 1 if self.in_flight == 1 else self.in_flight + 1
 
     def together(self, sites: int) -> int:
         """Return the whole cohort where its sites meet between two steps."""

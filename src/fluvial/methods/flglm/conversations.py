@@ -50,6 +50,7 @@ class Conversations:
                 hear=self._hear,
                 read=self._read,
                 alone=False,
+                window=self._setting.config.window,
             ):
                 if isinstance(event, Idle):
                     self._average()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from fluvial.codecs.activations.rows import pack, unpack
 from fluvial.errors import WireError
 from fluvial.methods.flglm.tuned_part import TunedPart
 from fluvial.models.split import Part
+from fluvial.training.train import TrainConfig
+from fluvial.wire.tensors import Named
 
 
 def pass_rows(part: Part, rows: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -19,21 +22,42 @@ def pass_rows(part: Part, rows: Tensor, lengths: Sequence[int]) -> Tensor:
     return pack(part.middle(before, mask), mask)
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """A forward pass."""
+
+    received: Tensor
+    """Hidden states before the layers, (tokens, width)."""
+    sent: Tensor
+    """Those behind them."""
+    dropout_seed: int
+
+
 class Middle(TunedPart):
     """The server's part between the hidden states that sites send and those they receive."""
 
-    _graph: tuple[Tensor, Tensor] | None = None
-    """Hidden states in and out of the forward pass whose gradient is awaited."""
+    def __init__(
+        self, part: Part, tuned: Sequence[str], train: TrainConfig, *, steps: int, start: Named
+    ) -> None:
+        """See `TunedPart`."""
+        super().__init__(part, tuned, train, steps=steps, start=start)
+        self._graphs: dict[int, _Graph] = {}
+        """Forward passes whose gradient is awaited, by micro-batch."""
 
-    @property
-    def tokens(self) -> int:
-        """Tokens whose gradient is awaited: none where neither middle nor front are tuned."""
-        assert self._graph is not None, "no forward pass"
-        sent = self._graph[1]
+    def tokens(self, micro: int) -> int:
+        """Return the tokens of a micro-batch whose gradient is awaited: none where neither middle
+        nor front are tuned."""
+        sent = self._graphs[micro].sent
         return len(sent) if sent.requires_grad else 0
 
     def forward(
-        self, rows: Tensor, lengths: Sequence[int], *, returns: bool, dropout_seed: int
+        self,
+        rows: Tensor,
+        lengths: Sequence[int],
+        *,
+        micro: int,
+        returns: bool,
+        dropout_seed: int,
     ) -> Tensor:
         """Return hidden states behind the layers of those before them, both (tokens, width).
 
@@ -45,26 +69,26 @@ class Middle(TunedPart):
         with self.passing():
             sent = pass_rows(self.part, received, lengths)
 
-        self._graph = (received, sent)
+        self._graphs[micro] = _Graph(received, sent, dropout_seed)
         return sent.detach()
 
     def drop_gradients(self) -> None:
-        """Begin a step again, without the pass whose gradient is awaited."""
+        """Begin a step again, without the passes whose gradient is awaited."""
         super().drop_gradients()
-        self._graph = None
+        self._graphs = {}
 
-    def backward(self, gradient: Tensor) -> tuple[Tensor | None, float]:
-        """Add up gradients from that of `forward`'s result.
+    def backward(self, gradient: Tensor, *, micro: int) -> tuple[Tensor | None, float]:
+        """Add up gradients from that of `forward`'s result for a micro-batch.
 
         Return the gradient of its `rows`, and the squared norm of what is added up. The first is
         None where `forward` was told that none is needed. Raises `WireError` where the sum is
         not finite.
         """
-        assert self._graph is not None, "a backward pass without a forward pass"
-        received, sent = self._graph
-        self._graph = None
+        graph = self._graphs.pop(micro)
+        received, sent = graph.received, graph.sent
         if sent.requires_grad:
-            sent.backward(gradient.to(sent.device, sent.dtype))  # type: ignore[no-untyped-call]
+            with self.recomputing(graph.dropout_seed):
+                sent.backward(gradient.to(sent.device, sent.dtype))  # type: ignore[no-untyped-call]
 
         norm = self.squared_norm()
         if not math.isfinite(norm):

@@ -24,8 +24,9 @@ from fluvial.methods.flglm.choice import (
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.methods.flglm.leakage.noise import spent
+from fluvial.methods.flglm.line_time import round_over_line_s
 from fluvial.methods.flglm.places import Places
-from fluvial.methods.flglm.traffic import Conversation, conversations, round_over_line_s
+from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
 from fluvial.methods.planning import line_row
 from fluvial.methods.traffic import Bytes, Traffic, unknown
@@ -76,6 +77,21 @@ def _check_codecs(config: FlGlmConfig, given: Given) -> None:
 
 def _idle(config: FlGlmConfig, given: Given) -> dict[str, str]:
     """Return the settings that cannot change this run, and why."""
+    return _idle_in_flight(config, given) | _idle_in_mode(config, given)
+
+
+def _idle_in_flight(config: FlGlmConfig, given: Given) -> dict[str, str]:
+    """Return the micro-batches in flight where a step has fewer, and why."""
+    most = given.train.gradient_accumulation_steps
+    if 1 < most >= config.in_flight:
+        return {}
+    words = "one micro-batch" if most == 1 else f"at most {most} micro-batches"
+    reason = f"a step has {words}, by train.gradient_accumulation_steps"
+    return {"method.in_flight": reason}
+
+
+def _idle_in_mode(config: FlGlmConfig, given: Given) -> dict[str, str]:
+    """Return the settings of a mode that cannot change this run, and why."""
     if config.step_deadline_s is not None:
         return _idle_deadline(config.step_deadline_s, config, given)
     if config.sync_steps is None or (given.train.max_steps is None and given.examples is None):
@@ -144,7 +160,8 @@ def _forecast(written: FlGlmConfig, config: FlGlmConfig, given: Given, places: P
     rows += [
         ("bytes of a token, both ways", f"{sent / tokens:,.0f} B with all that is around"),
         ("bytes of a step of a site, both ways", _beside_formula(sent / steps, given)),
-        ("turns of a site in a round", f"{turns / len(last):,.0f}, each a round trip"),
+        ("turns of a site in a round", f"{turns / len(last):,.0f}, {_waiting(config)}"),
+        ("graphs of micro-batches at the server", _graphs(config, given)),
     ]
     seconds = None
     if given.line is not None:
@@ -180,7 +197,7 @@ def _without_data(
             "bytes of a step of a site, both ways",
             f"at most {_beside_formula(sent / steps, given)}; all sequences of data.max_length",
         ),
-        ("turns of a site in a round", f"{most.turns:,} at most, each a round trip"),
+        ("turns of a site in a round", f"{most.turns:,} at most, {_waiting(config)}"),
     ]
     seconds = None
     if given.line is not None:
@@ -262,6 +279,21 @@ def _open_rows(written: FlGlmConfig, config: FlGlmConfig, given: Given) -> list[
             f"{GRADIENTS:.0%} or more from gradients at any",
         ),
     ]
+
+
+def _waiting(config: FlGlmConfig) -> str:
+    """Return the words about turns that wait for each other."""
+    if config.in_flight == 1:
+        return "each a round trip"
+    return f"of which up to {config.window} are on their way at a time"
+
+
+def _graphs(config: FlGlmConfig, given: Given) -> str:
+    """Return the words about the memory of passes whose gradient is awaited."""
+    most = min(config.in_flight, given.train.gradient_accumulation_steps)
+    whose = {"client-batch": "of all sites", "hierarchical": "for each site at work"}
+    words = whose.get(config.mode, "of a site")
+    return f"{most} {words}; each beyond the first takes the activations of a pass once more"
 
 
 def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -> Traffic:

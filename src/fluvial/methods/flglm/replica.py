@@ -69,7 +69,7 @@ class Replica:
         self._state = state
         self._memories = memories
         self._borrowed = ExitStack()
-        self._order = Order()
+        self._order = Order(setting.config.in_flight)
         self._visit: _Visit | None = None
 
     def hear(self, payload: Payload) -> Payload | Waiting:
@@ -111,7 +111,7 @@ class Replica:
     def close(self) -> None:
         """Give the borrowed part back."""
         self._borrowed.close()
-        self._order = Order()
+        self._order = Order(self._setting.config.in_flight)
         self._visit = None
 
     def _begin(self, turn: Forward) -> None:
@@ -144,14 +144,15 @@ class Replica:
         rows = visit.middle.forward(
             visit.hidden.decode("up", turn.batch, turn.frame),
             turn.lengths,
+            micro=turn.micro,
             returns=turn.returns,
             dropout_seed=derive(derive(visit.dropout_seed, turn.step), turn.micro),
         )
         return answer(turn, visit.hidden.encode("down", turn.batch, rows))
 
     def _backward(self, visit: _Visit, turn: Backward) -> Payload:
-        received = visit.coding.decode_gradient(turn.frame, visit.middle.tokens)
-        gradient, norm = visit.middle.backward(received)
+        received = visit.coding.decode_gradient(turn.frame, visit.middle.tokens(turn.micro))
+        gradient, norm = visit.middle.backward(received, micro=turn.micro)
         frame = None if gradient is None else visit.coding.encode_gradient(gradient)
         return answer(turn, frame, norm=norm)
 

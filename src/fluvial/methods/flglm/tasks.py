@@ -1,14 +1,15 @@
 """The tasks of a site: to train its layers in a conversation, and to measure the whole model."""
 
+from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from fluvial.codecs.quantise import Identity
 from fluvial.data import Example
 from fluvial.errors import WireError
 from fluvial.federation.replies import MOST_TOKENS, fields
 from fluvial.federation.sites import Site, round_of
-from fluvial.federation.talk import Talk
+from fluvial.federation.talk import Ahead, Next, Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.draws import draws_of_round
@@ -39,6 +40,18 @@ from fluvial.wire.tensors import Named, subtract
 
 MOST_AGAIN = 1000
 """Times that a server may let a site begin one step; each time a site has failed or was late."""
+
+
+Steps = Generator[Ahead | Next, Payload, None]
+"""Conversation of one step, or of a piece of it."""
+
+
+@dataclass(frozen=True)
+class _Flying:
+    """A micro-batch whose hidden states are on their way."""
+
+    micro: MicroBatch
+    forward: Forward
 
 
 class _RejoinError(Exception):
@@ -76,22 +89,35 @@ class _Visit:
     """Number of the step that is made next."""
     again: int = 0
     """Times that it was begun again."""
+    open: deque[Content] = field(default_factory=deque)
+    """Turns without an answer."""
     losses: float = 0.0
     label_tokens: int = 0
     tokens_since: int = 0
     """Label tokens since the last average."""
 
-    def turn(self, content: Content) -> Generator[Payload, Payload, Payload]:
-        """Exchange one turn; raises `WireError` for an answer to another, and `_RejoinError` where
-        the turn is not used."""
-        received = yield content.payload()
+    def send(self, content: Content) -> Generator[Ahead, Payload, None]:
+        """Send a turn, and go on."""
+        self.open.append(content)
+        yield Ahead(content.payload())
+
+    def receive(self) -> Generator[Next, Payload, Payload]:
+        """Return the answer to the oldest turn without one; raises `WireError` for an answer to
+        another, and `_RejoinError` where the turn is not used."""
+        received = yield Next()
+        content = self.open.popleft()
         if self.config.mode == "client-batch" and received.values.get("of") == REJOIN:
             raise _RejoinError(received)
 
         check_answer(received, content)
         return received
 
-    def make(self, number: int, places: Sequence[int]) -> Generator[Payload, Payload, None]:
+    def turn(self, content: Content) -> Generator[Ahead | Next, Payload, Payload]:
+        """Exchange one turn."""
+        yield from self.send(content)
+        return (yield from self.receive())
+
+    def make(self, number: int, places: Sequence[int]) -> Steps:
         """Make step `number` on its logical batch, the sequences at `places`, again where the
         server says so; do nothing where the others have made it."""
         self.again = 0
@@ -100,7 +126,19 @@ class _Visit:
                 yield from self._step(number, places)
                 self.next += 1
             except _RejoinError as error:
+                yield from self._drain()
                 self._rejoin(error.answer)
+
+    def _drain(self) -> Steps:
+        """Take the answers to turns that were sent before the server let the site rejoin, of which
+        it uses none; raises `WireError` for another."""
+        while self.open:
+            self.open.popleft()
+            received = yield Next()
+            if received.values.get("of") != REJOIN:
+                raise WireError(
+                    "the server goes on with a step that it has let this site begin again"
+                )
 
     def _rejoin(self, answer: Payload) -> None:
         """Go on with another step, or the same once more, from the server's state where this is
@@ -120,52 +158,63 @@ class _Visit:
         if self.again > MOST_AGAIN:
             raise WireError(f"the server has begun step {step} more than {MOST_AGAIN} times")
 
-    def _step(self, number: int, places: Sequence[int]) -> Generator[Payload, Payload, None]:
-        """Make one step on a logical batch."""
+    def _step(self, number: int, places: Sequence[int]) -> Steps:
+        """Make one step on a logical batch: one forward and one backward turn of each micro-batch
+        in turn, once `in_flight` of them are on their way (1F1B)."""
         own_tokens = sum(self.examples[place].label_tokens for place in places)
-        seed = derive(self.dropout_seed, number)
         size = self.train.per_device_train_batch_size
-        total = 0.0
+        pieces = [places[start : start + size] for start in range(0, len(places), size)]
+        in_flight = self.config.in_flight
+        at_server: deque[_Flying] = deque()
+        returning: deque[_Flying] = deque()
         server_norm = 0.0
-        tokens = own_tokens
+        total = 0.0
 
-        for micro_number, start in enumerate(range(0, len(places), size)):
-            chosen = places[start : start + size]
-            forward = Forward(
-                number,
-                micro_number,
-                self.steps,
-                tuple(len(self.examples[place].input_ids) for place in chosen),
-                own_tokens,
-                False,
-                self.factor,
-                b"",
-                self.memory.samples(chosen),
-                self.memory.held,
-            )
-            micro = self._begin(forward, chosen, derive(seed, micro_number))
-            rows = self.release(micro.rows, f"{number} {micro_number}")
-            frame = self.memory.hidden.encode("up", forward.batch, rows)
-            received = yield from self.turn(replace(forward, returns=micro.returns, frame=frame))
-            if self.config.mode == "client-batch":
-                tokens = received.whole("tokens", own_tokens, MOST_TOKENS)
-                self.ends.plan_steps(received.whole("steps", self.steps, MOST_STEPS))
+        for micro_number, piece in enumerate(pieces[:in_flight]):
+            at_server.append((yield from self._forward(number, micro_number, piece, own_tokens)))
 
-            hidden = self.memory.hidden.decode("down", forward.batch, payload_frame(received))
-            loss, gradient = self.ends.finish(micro, hidden, tokens, returns=self.needs_gradient)
-            received = yield from self.turn(
-                Backward(number, micro_number, self.coding.encode_gradient(gradient))
-            )
-            if micro.returns:
-                micro.backward(self.coding.decode_gradient(payload_frame(received), len(hidden)))
+        for micro_number in range(len(pieces)):
+            flying = at_server.popleft()
+            total += yield from self._backward(flying, own_tokens)
+            returning.append(flying)
+            if micro_number + 1 >= in_flight:
+                server_norm = yield from self._returned(returning.popleft())
 
-            server_norm = received.number("norm", 0.0, MOST_SQUARED_NORM)
-            total += loss
+            later = micro_number + in_flight
+            if later < len(pieces):
+                flying = yield from self._forward(number, later, pieces[later], own_tokens)
+                at_server.append(flying)
+
+        while returning:
+            server_norm = yield from self._returned(returning.popleft())
 
         yield from self._clip(number, total / own_tokens, server_norm)
         self.losses += total
         self.label_tokens += own_tokens
         yield from self._average(number, own_tokens)
+
+    def _forward(
+        self, number: int, micro_number: int, places: Sequence[int], own_tokens: int
+    ) -> Generator[Ahead, Payload, _Flying]:
+        """Run A on a micro-batch, and send its hidden states."""
+        forward = Forward(
+            number,
+            micro_number,
+            self.steps,
+            tuple(len(self.examples[place].input_ids) for place in places),
+            own_tokens,
+            False,
+            self.factor,
+            b"",
+            self.memory.samples(places),
+            self.memory.held,
+        )
+        seed = derive(derive(self.dropout_seed, number), micro_number)
+        micro = self._begin(forward, places, seed)
+        rows = self.release(micro.rows, f"{number} {micro_number}")
+        frame = self.memory.hidden.encode("up", forward.batch, rows)
+        yield from self.send(replace(forward, returns=micro.returns, frame=frame))
+        return _Flying(micro, forward)
 
     def _begin(self, forward: Forward, places: Sequence[int], dropout_seed: int) -> MicroBatch:
         """Run A on what the server lacks of a micro-batch, the sequences at `places`."""
@@ -183,9 +232,35 @@ class _Visit:
             alone=alone,
         )
 
-    def _clip(
-        self, number: int, loss: float, server_norm: float
-    ) -> Generator[Payload, Payload, None]:
+    def _backward(
+        self, flying: _Flying, own_tokens: int
+    ) -> Generator[Ahead | Next, Payload, float]:
+        """Run C on the server's hidden states, send their gradient, and return the summed loss."""
+        received = yield from self.receive()
+        tokens = own_tokens
+        if self.config.mode == "client-batch":
+            tokens = received.whole("tokens", own_tokens, MOST_TOKENS)
+            self.ends.plan_steps(received.whole("steps", self.steps, MOST_STEPS))
+
+        forward = flying.forward
+        hidden = self.memory.hidden.decode("down", forward.batch, payload_frame(received))
+        loss, gradient = self.ends.finish(flying.micro, hidden, tokens, returns=self.needs_gradient)
+        encoded = self.coding.encode_gradient(gradient)
+        yield from self.send(Backward(forward.step, forward.micro, encoded))
+        return loss
+
+    def _returned(self, flying: _Flying) -> Generator[Next, Payload, float]:
+        """Run A's backward pass where it has one; return the squared norm of the server's
+        gradients."""
+        received = yield from self.receive()
+        if flying.micro.returns:
+            frame = payload_frame(received)
+            gradient = self.coding.decode_gradient(frame, flying.forward.batch.tokens)
+            self.ends.backward(flying.micro, gradient)
+
+        return received.number("norm", 0.0, MOST_SQUARED_NORM)
+
+    def _clip(self, number: int, loss: float, server_norm: float) -> Steps:
         """Clip the gradients by the global norm over the whole model, and make the step."""
         squared = self.ends.squared_norm() + server_norm
         if self.config.mode == "client-batch":
@@ -195,7 +270,7 @@ class _Visit:
         self.factor = factor_of(squared, self.train.max_grad_norm)
         self.ends.step(number, self.factor)
 
-    def _clip_together(self, number: int) -> Generator[Payload, Payload, float]:
+    def _clip_together(self, number: int) -> Generator[Ahead | Next, Payload, float]:
         """Return the squared norm of all sites' gradients; take the sum of those they share."""
         if self.shared is None:
             meeting = Meeting("clip", number, 1, self.ends.squared_norm(), 1.0, None)
@@ -208,7 +283,7 @@ class _Visit:
             self.ends.replace_gradients(self.shared.decode(payload_frame(received)))
         return received.number("norm", 0.0, MOST_SQUARED_NORM)
 
-    def _average(self, number: int, tokens: int) -> Generator[Payload, Payload, None]:
+    def _average(self, number: int, tokens: int) -> Steps:
         """Average the weights with those of the other sites, every `sync_steps` steps."""
         self.tokens_since += tokens
         every = self.config.sync_steps
@@ -247,7 +322,9 @@ def train(site: Site, message: Payload) -> Talk:
     pool = site.pool.parts(places.cut, server=False)
 
     with pool.part(state, trainable=True, checkpointing=site.train.gradient_checkpointing) as part:
-        ends = Ends(part, places.tuned_ends.names, site.train, steps=steps, start=start)
+        tuned = places.tuned_ends.names
+        front = [name for name in tuned if places.place(name) == "front"]
+        ends = Ends(part, tuned, site.train, front=front, steps=steps, start=start)
         coding = Coding.of(config, part, generator(site.seed, "rounding", round, site.name))
         memory = SiteMemory.begin(site, message, coding, examples)
         visit = _Visit(

@@ -16,10 +16,10 @@ from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import Example
 from fluvial.federation.cohort import sample
-from fluvial.federation.line import WIRE, Line, round_s
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.draws import draws_of_round
 from fluvial.methods.flglm.held_forecast import HeldForecast
+from fluvial.methods.flglm.order import order_of_step
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, answer
 from fluvial.methods.interface import Given
@@ -44,7 +44,7 @@ class Conversation:
     last_up: Bytes
     """The reply among those up, which does too."""
     sizes: tuple["TurnSize", ...]
-    """Turns in their order, each of which costs a round trip."""
+    """Turns in their order."""
     tokens: int
     """Tokens of all sequences of all steps."""
 
@@ -54,19 +54,21 @@ class Conversation:
         return len(self.sizes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class TurnSize:
     """Bytes of one turn, at most."""
 
     step: int
+    rank: tuple[int, int]
+    """Place in the step among the turns of all sites; `MEETING` for one between two steps."""
+    answers: int
+    """Answers to earlier turns of the step that a site has when it sends this one."""
     up: int
     down: int
 
-    def seconds(self, line: Line, sharing: int) -> float:
-        """Return the seconds of the turn over `line`, which `sharing` sites share."""
-        bits = 8 * WIRE / 1e6 * sharing
-        moving_s = self.up * bits / line.up_mbit_s + self.down * bits / line.down_mbit_s
-        return line.rtt_ms / 1e3 + moving_s
+
+MEETING = (2**62, 0)
+"""Rank of a turn in which sites meet, behind all others of its step."""
 
 
 def conversations(
@@ -129,6 +131,7 @@ class _Prediction:
 
         for step, logical in enumerate(batches_of(self._given, site, examples, round)):
             label_tokens = sum(examples[place].label_tokens for place in logical)
+            turns: list[list[tuple[Bytes, Bytes]]] = []
             for micro, start in enumerate(range(0, len(logical), size)):
                 batch = self._batch(held, examples, logical[start : start + size])
                 tokens += batch.tokens
@@ -144,17 +147,20 @@ class _Prediction:
                     batch.samples if self._config.remembers else None,
                     held.held,
                 )
-                for sent, received in self._micro_batch(forward, held):
-                    up += sent
-                    down += received
-                    sizes.append(TurnSize(step, sent.most, received.most))
+                turns.append(self._micro_batch(forward, held))
+
+            for place in order_of_step(len(turns), self._config.in_flight):
+                sent, received = turns[place.micro][0 if place.forward else 1]
+                up += sent
+                down += received
+                sizes.append(TurnSize(step, place.rank, place.answers, sent.most, received.most))
 
             for meeting in self._meetings(step):
                 sent = self._either(meeting, replace(meeting, weight=self._all_tokens))
                 received = self._answer(meeting, self._ends, long={"norm": _LONG})
                 up += sent
                 down += received
-                sizes.append(TurnSize(step, sent.most, received.most))
+                sizes.append(TurnSize(step, MEETING, 2 * len(turns), sent.most, received.most))
 
         first = self._message(round, held.held)
         last = self._reply(examples)
@@ -268,53 +274,3 @@ class _Prediction:
             frame=carries,
         )
         return around + exactly(self._ends if carries else 0)
-
-
-def round_over_line_s(
-    config: FlGlmConfig, given: Given, found: Mapping[str, Conversation], line: Line
-) -> float:
-    """Return the seconds of a round over `line`, without training: turns, and Flower's messages.
-
-    Where sites meet, each part of the round between two meetings is that of its slowest site; where
-    they work one after another, theirs add up. Of a sampled cohort nobody knows the sites, so the
-    slowest are assumed.
-    """
-    together = config.cohort(given.sites)
-    alone = config.mode == "sequential"
-    sharing = together if line.shared and not alone else 1
-    messages_s = [
-        round_s(each.first_down.most, each.last_up.most, sites=sharing, line=line)
-        for each in found.values()
-    ]
-    turns_s = [_between_meetings_s(config, each, line, sharing) for each in found.values()]
-
-    if alone:
-        whole_s = sorted(
-            message_s + sum(parts_s.values())
-            for message_s, parts_s in zip(messages_s, turns_s, strict=True)
-        )
-        return sum(whole_s[-together:])
-
-    parts = {part for parts_s in turns_s for part in parts_s}
-    slowest_s = sum(max(parts_s.get(part, 0.0) for parts_s in turns_s) for part in parts)
-    return max(messages_s) + slowest_s
-
-
-def _between_meetings_s(
-    config: FlGlmConfig, conversation: Conversation, line: Line, sharing: int
-) -> dict[int, float]:
-    """Return the seconds of a site's turns by the part of the round that they belong to.
-
-    In a client batch sites meet in every turn; else at an average, or not before the end.
-    """
-    seconds: dict[int, float] = {}
-    for number, size in enumerate(conversation.sizes):
-        part = 0
-        if config.mode == "client-batch":
-            part = number
-        elif config.sync_steps is not None:
-            part = size.step // config.sync_steps
-
-        seconds[part] = seconds.get(part, 0.0) + size.seconds(line, sharing)
-
-    return seconds

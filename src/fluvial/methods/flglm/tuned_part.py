@@ -39,6 +39,18 @@ class TunedPart:
         finally:
             self.part.switch_dropout(active=False)
 
+    @contextmanager
+    def recomputing(self, dropout_seed: int) -> Iterator[None]:
+        """Run a backward pass, in which layers may be recomputed with the dropout of their own
+        forward pass: others may have come in between."""
+        self.part.reseed_dropout(dropout_seed)
+        self.part.switch_dropout(active=True)
+
+        try:
+            yield
+        finally:
+            self.part.switch_dropout(active=False)
+
     def squared_norm(self) -> float:
         """Return the sum of squares of the gradients."""
         gradients = [each.grad for each in self._trained.values() if each.grad is not None]
