@@ -238,3 +238,39 @@ def split_memory() -> str:
     )
     heading = ["end", "base", "optimizer", "activations, gradients", "predicted", "measured", "off"]
     return "\n\n".join((words, table([heading, *cells]), claims("flglm_memory.json")))
+
+
+def split_line() -> str:
+    """Return the time of rounds over a slow line, predicted and measured."""
+    given = read("flglm_slow_line.json")
+    (line,) = (row for row in given["rows"] if row["part"] == "line")
+    cells = [
+        [
+            row["case"],
+            f"{row['line_s']:.1f} s",
+            f"{row['work_s']:.1f} s",
+            f"{row['predicted_s']:.1f} s",
+            f"{row['measured_s']:.1f} s",
+            f"{row['fastest_s']:.1f} to {row['slowest_s']:.1f} s",
+            f"{100 * row['off']:+.0f} %",
+        ]
+        for row in given["rows"]
+        if row["part"] == "slow line"
+    ]
+    settings = given["settings"]
+    words = (
+        f"Rounds of {settings['steps']} steps of two sites, 8 sequences of 64 tokens each, over "
+        f"{settings['mbit_s']:g} Mbit/s and {settings['rtt_ms']:g} ms (tried: {line['rtt_ms']:.0f} "
+        f"ms, {line['mbit_s']:.1f} Mbit/s up); the first of {settings['rounds']} rounds does not "
+        "count."
+    )
+    heading = [
+        "mode and codec",
+        "line and Flower, `check`",
+        "work",
+        "predicted",
+        "measured",
+        "least to most",
+        "off",
+    ]
+    return "\n\n".join((words, table([heading, *cells]), claims("flglm_slow_line.json")))

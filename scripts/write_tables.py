@@ -17,7 +17,14 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from split_tables import activation_codecs, activations, leakage, privacy_utility, split_memory
+from split_tables import (
+    activation_codecs,
+    activations,
+    leakage,
+    privacy_utility,
+    split_line,
+    split_memory,
+)
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
@@ -198,6 +205,7 @@ TABLES = {
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,
         "memory": split_memory,
+        "slow-line": split_line,
         "leakage": leakage,
         "privacy-utility": privacy_utility,
     },
