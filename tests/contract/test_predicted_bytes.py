@@ -84,6 +84,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         }
     },
     "flglm, tuned back": {"method": {"name": "flglm", "frozen": ["front", "middle"]}},
+    "flglm, embedding and head": {"method": {"name": "flglm", "front": 0, "back": 0}},
     "flglm, all weights": {"tune": "full", "method": {"name": "flglm", "mode": "hierarchical"}},
 }
 CASES = FEDAVG | OTHERS

@@ -50,7 +50,7 @@ def assert_same(one: Named, other: Named, start: Named) -> None:
     assert norm(subtract(one, other)) < CLOSE * step
 
 
-@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 1), (1, 2), (0, 1), (0, 0)])
 def test_hierarchical_is_fedavg(
     table: dict[str, Any], tmp_path: Path, front: int, back: int
 ) -> None:
@@ -116,11 +116,14 @@ def full_batches(table: dict[str, Any], **train: Any) -> dict[str, Any]:
     }
 
 
-def test_a_client_batch_is_one_batch(table: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("front", "back"), [(1, 1), (0, 0)])
+def test_a_client_batch_is_one_batch(
+    table: dict[str, Any], tmp_path: Path, front: int, back: int
+) -> None:
     """Sites of unequal size with unequal texts, six steps of AdamW under one norm of the whole
     gradient: the same as steps on the union of their data."""
     together = full_batches(table)
-    split = flglm(together, tmp_path / "split")
+    split = flglm(together, tmp_path / "split", front=front, back=back)
     whole = run_table(together | {"method": {"name": "central"}}, tmp_path / "whole")
     assert_same(adapter_of(split), adapter_of(whole), start_of(together))
 

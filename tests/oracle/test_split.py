@@ -66,7 +66,7 @@ def split_logits(site: Part, server: Part, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", WHOLE)
-@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize(("front", "back"), [(1, 1), (2, 1), (1, 3), (0, 1), (0, 0)])
 @torch.no_grad()
 def test_the_logits_are_those_of_the_whole_model(
     kind: str, front: int, back: int, tmp_path: Path
@@ -195,7 +195,7 @@ def test_a_later_layer_that_uses_embeddings_is_refused(tmp_path: Path) -> None:
         check_part(server)
 
 
-@pytest.mark.parametrize(("front", "back"), [(0, 1), (1, 0), (2, 3), (5, 1)])
-def test_a_cut_that_leaves_a_part_empty_is_refused(front: int, back: int) -> None:
+@pytest.mark.parametrize(("front", "back"), [(-1, 1), (1, -1), (2, 3), (5, 1)])
+def test_a_cut_that_leaves_no_middle_is_refused(front: int, back: int) -> None:
     with pytest.raises(ConfigError, match="one layer at least"):
         Cut(LAYERS, front, back)

@@ -35,8 +35,8 @@ class Cut:
     """The decoder layers of the three parts of a model of `layers` layers.
 
     A and C are a site's: A has the embedding and the layers from 0 to `front` - 1, C the layers
-    from `layers` - `back` on, with the final norm and the head. B is the server's: the layers
-    between them.
+    from `layers` - `back` on, with the final norm and the head; both may be without a layer. B is
+    the server's: the layers between them.
     """
 
     layers: int
@@ -44,11 +44,11 @@ class Cut:
     back: int
 
     def __post_init__(self) -> None:
-        if self.front < 1 or self.back < 1 or self.middle.start >= self.middle.stop:
+        if self.front < 0 or self.back < 0 or self.middle.start >= self.middle.stop:
             raise ConfigError(
                 f"method.front={self.front} and method.back={self.back}: the model has "
-                f"{self.layers} layers, and each of its three parts has one layer at least; set "
-                f"both from 1, with a sum of at most {self.layers - 1}"
+                f"{self.layers} layers, and its middle has one layer at least; set both from 0, "
+                f"with a sum of at most {self.layers - 1}"
             )
 
     @classmethod
@@ -254,7 +254,7 @@ class Part:
         self._cache = cache
         try:
             result = model(**inputs, **options)
-            output = self._output
+            output = self._output if span.stop else self._entry
         finally:
             self._span = None
             self._cache = None
@@ -287,6 +287,12 @@ class Part:
             raise self._unordered()
         self._next += 1
 
+    def _in_form(self, given: Tensor) -> Any:
+        """Return the received hidden states as the output of a last layer that is passed over, to
+        which the model's code has `given` what it takes of the output of the layer before."""
+        takes_first = given.dim() < self._entry.dim()
+        return (self._received,) if takes_first else self._received
+
     def _unordered(self) -> ConfigError:
         return ConfigError(
             f"{type(self.model).__name__} does not run its {self.cut.layers} layers once each, in "
@@ -312,7 +318,9 @@ class Part:
                     self._cache.pass_over(index, batch, tokens, self._entry.device)
                 # What comes before the span has no use. Code that takes `[0]` of an output takes it
                 # of a tensor too, so each layer gives the same one.
-                passed = self._entry if index < span.start else self._output
+                passed = self._entry if index < span.start or not span else self._output
+                if index == self.cut.layers - 1 and span.start > index:
+                    passed = self._output = self._in_form(given)
                 self._last = _states(passed)
                 return passed
 

@@ -16,7 +16,7 @@ from fluvial.training.train import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
 Place = Literal["front", "middle", "back"]
-Layers = Annotated[int, Field(ge=1, le=10**6)]
+Layers = Annotated[int, Field(ge=0, le=10**6)]
 MEMORY_BYTES = 2**28
 """Bytes of hidden states of a site in each direction, unless set otherwise: 262,144 tokens of 256
 values in fp32."""
@@ -29,8 +29,9 @@ class FlGlmConfig(SampledSettings):
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort."""
     front: Layers | Literal["auto"] = 1
-    """Decoder layers at the site before the server's, with the embedding (p of the paper); "auto"
-    chooses by memory, line and leakage, and `fluvial check` shows why."""
+    """Decoder layers at the site before the server's, with the embedding (p of the paper); 0 is the
+    embedding alone, as in FedBERT. "auto" chooses by memory, line and leakage, from 1, and `fluvial
+    check` shows why."""
     back: Layers | Literal["auto"] = 1
     """Decoder layers at the site behind the server's, with the final norm and the head (q), or
     "auto"."""

@@ -111,6 +111,7 @@ class _Prediction:
         self._all_tokens = all_tokens
         self._sites = sites
         self._needs_gradient = places.needs_gradient
+        self._tunes_own_ends = bool(places.tuned_ends.shapes) and not places.shared.shapes
         self._shared = places.shared
         self._returns = places.front_is_tuned
         self._kind = _KINDS[given.width_bytes]
@@ -224,7 +225,7 @@ class _Prediction:
         """Return the meetings behind a step."""
         frame = b"0" if self._ends else None
         if self._config.mode == "client-batch":
-            norm = 0.0 if self._ends else _LONG
+            norm = _LONG if self._tunes_own_ends else 0.0
             return [Meeting("clip", step, 1, norm, 1.0, frame)]
 
         every = self._config.sync_steps

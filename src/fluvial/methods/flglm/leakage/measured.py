@@ -21,8 +21,11 @@ def expected(front: int, noise: NoiseConfig | None) -> float:
     """Return the share that a server reads of hidden states or of gradients, whichever is more.
 
     Noise between two measured values counts as the smaller one, and a deeper front as the deepest
-    that was measured.
+    that was measured. Rows of the public embedding, without a layer in front, count as read.
     """
+    if not front:
+        return 1.0
+
     multiplier = 0.0 if noise is None else noise.multiplier
     shares = HIDDEN[min(front, max(HIDDEN))]
     nearest = max(each for each in shares if each <= multiplier)
