@@ -56,14 +56,16 @@ def site(config: RunConfig, pool: ModelPool, places: Places, steps: int) -> None
     checkpointing = train.gradient_checkpointing
 
     with parts.part(state, trainable=True, checkpointing=checkpointing) as part:
-        ends = Ends(part, places.tuned_ends.names, train, steps=steps, start=start)
+        tuned = places.tuned_ends.names
+        front = [name for name in tuned if places.place(name) == "front"]
+        ends = Ends(part, tuned, train, front=front, steps=steps, start=start)
         for number in range(steps):
             micro = ends.begin(
                 examples, pad_token_id=0, dropout_seed=number, clip=lambda rows: rows
             )
             received = torch.randn(micro.rows.shape, dtype=part.dtype)
             _, gradient = ends.finish(micro, received, len(received), returns=True)
-            micro.backward(gradient)
+            ends.backward(micro, gradient)
             ends.step(number, 1.0)
 
 
@@ -89,9 +91,11 @@ def server(
         for middle in middles:
             shape = (sum(lengths), middle.part.width)
             received = torch.randn(shape, dtype=middle.part.dtype)
-            sent.append(middle.forward(received, lengths, returns=True, dropout_seed=number))
+            sent.append(
+                middle.forward(received, lengths, micro=0, returns=True, dropout_seed=number)
+            )
         for middle, rows in zip(middles, sent, strict=True):
-            middle.backward(torch.randn_like(rows))
+            middle.backward(torch.randn_like(rows), micro=0)
         for middle in middles:
             middle.step(number, 1.0)
 
