@@ -74,4 +74,4 @@ def test_a_site_that_converses_has_the_limit_of_its_run(
     stream = Silent()
     with pytest.raises(RefusalError, match=f"within {2 * (turns + 2)} s"):
         here.answer(header(seq=2), Payload(values={"round": 1}).to_bytes(), stream)
-    assert stream.sent == 1
+    assert stream.sent == 2  # as many as may be in flight
