@@ -1,4 +1,4 @@
-"""The time of a split round over a line, beside a simulation of sites, lines and server by events."""
+"""The time of a split round over a line, beside a simulation of its events by hand."""
 
 import heapq
 from collections import deque
