@@ -70,7 +70,7 @@ def wrong_return(
     value: object,
     expected: str,
     *,
-    verb: Literal["returned", "yielded"] = "returned",
+    verb: Literal["returned", "yielded", "is"] = "returned",
 ) -> str:
     """Return the text of an error about a function of a method that returned another type.
 

@@ -295,6 +295,26 @@ class HalfModel(MomentumServer):
         return dict(list(super().model().items())[:1])
 
 
+class NotFinite(MomentumServer):
+    """A server half whose second adapter is not finite."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Spoil the adapter after a round."""
+        metrics = super().round(number, fleet)
+        self.adapter = scale(self.adapter, math.nan)
+        return metrics
+
+
+class NumpyServer(MomentumServer):
+    """A server half whose first adapter is of NumPy arrays."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Replace the adapter before a round."""
+        wrong: Any = {name: tensor.numpy() for name, tensor in self.adapter.items()}
+        self.adapter = wrong
+        return super().round(number, fleet)
+
+
 def wrong_update(**fields: Any) -> Any:
     """Return a training whose update has other fields."""
 
@@ -321,6 +341,8 @@ def train_to_a_pair(*_: object) -> Any:
         ),
         ({"server": WrongLoss}, "its metrics have a loss that is no number"),
         ({"server": WrongCount}, "its metrics have a number of sites that is no whole number"),
+        ({"server": NotFinite}, "the adapter that the server half sends: NaN or Inf"),
+        ({"server": NumpyServer}, "lora_A.weight' is ndarray; expected a Tensor"),
         ({"server": HalfModel}, "model: tensors of another layout"),
         ({"server": lambda *_: None}, "server of method 'momentum' returned NoneType; expected a"),
         ({"traits": None}, "methods[0].traits: got None; expected a fluvial.Traits"),

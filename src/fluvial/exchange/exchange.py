@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fluvial.errors import WireError
+from torch import Tensor
+
+from fluvial.errors import ConfigError, WireError, wrong_return
 from fluvial.exchange.downlink import Downlink
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.gathering import Gathering, Readable
@@ -94,8 +96,10 @@ class Exchange:
         """Send `adapter` to the cohort, and yield its updates as soon as they count.
 
         A site that fails is handled as `[fleet]` says. Raises `ClientError` where the quorum is
-        missed. After the last update call `close`.
+        missed, and `ConfigError` for an adapter that cannot be sent. After the last update call
+        `close`.
         """
+        self._check(adapter)
         self.downlink.advance(adapter, round)
         self.uplink.begin(self.sent, round)
         gathering = Gathering(
@@ -118,6 +122,18 @@ class Exchange:
     def close(self, mean: Named, round: int) -> Metrics:
         """End a round; `mean` is the mean of its updates. Return what was seen of the codec."""
         return {**self._gathered, **self.uplink.close(mean, round)}
+
+    def _check(self, adapter: Named) -> None:
+        """Raise `ConfigError` for an adapter that the server half has made wrongly."""
+        place = f"task {self.task!r}: the adapter that the server half sends"
+        for name, tensor in adapter.items():
+            if not isinstance(tensor, Tensor):
+                raise ConfigError(wrong_return(f"{place}: {name!r}", tensor, "a Tensor", verb="is"))
+
+        try:
+            self.downlink.layout.check(adapter, place)
+        except WireError as error:
+            raise ConfigError(str(error)) from None
 
     # -- one ask ----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Never, TypeVar, cast
 
-from fluvial.errors import ClientError
+from fluvial.errors import ClientError, ConfigError
 from fluvial.federation.calls import Call
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.dispatch import Dispatcher
@@ -110,6 +110,13 @@ class Fleet:
         the time at which theirs left, infinite where it has not; it returns the time on `clock` at
         which `Idle` comes although not all wait.
         """
+        unknown = sorted(messages.keys() - set(self.sites))
+        if unknown:
+            raise ConfigError(
+                f"task {task!r}: the server half asks site {unknown[0]!r}, and the sites of the run "
+                f"are {', '.join(self.sites[:5])}{', ...' if len(self.sites) > 5 else ''}"
+            )
+
         call = Call(
             task,
             messages,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluvial.errors import CheckpointError, ClientError
+from fluvial.errors import CheckpointError, ClientError, ConfigError
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -226,3 +226,9 @@ def test_a_failure_has_a_reason_whatever_the_site_told(reason: str) -> None:
     """A round's record holds its last line, and a reason without lines ended the whole run."""
     failure = Failure("west", 1, "train", reason, 0)
     assert failure.reason.strip().splitlines()[-1] == "it gave no reason"
+
+
+def test_a_site_that_the_run_does_not_have_is_named() -> None:
+    fleet = site_fleet(echo)
+    with pytest.raises(ConfigError, match="asks site 'mars', and the sites of the run are"):
+        list(fleet.ask("work", {"mars": Payload()}, round=1, read=lambda _, reply: reply))
