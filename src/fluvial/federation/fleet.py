@@ -113,8 +113,8 @@ class Fleet:
         unknown = sorted(messages.keys() - set(self.sites))
         if unknown:
             raise ConfigError(
-                f"task {task!r}: the server half asks site {unknown[0]!r}, and the sites of the run "
-                f"are {', '.join(self.sites[:5])}{', ...' if len(self.sites) > 5 else ''}"
+                f"task {task!r}: the server half asks site {unknown[0]!r}, and the sites of the "
+                f"run are {', '.join(self.sites[:5])}{', ...' if len(self.sites) > 5 else ''}"
             )
 
         call = Call(
