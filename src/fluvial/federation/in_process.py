@@ -117,6 +117,8 @@ class _Visit:
 _working: WeakSet[threading.Thread] = WeakSet()
 """Threads of sites, some of which may work on after their answer is no longer waited for: late
 ones, and the others when one has failed."""
+_MOMENT_S = 0.5
+"""Time for which such a thread may go on before it is stopped."""
 _STOP_S = 30.0
 """Time for which the end of a run, or of this process, waits for such a thread."""
 
@@ -136,7 +138,12 @@ def _stop_all() -> None:
 
 
 def _stop(working: Iterable[threading.Thread]) -> None:
-    """Raise `_Stopped` in threads, where they run Python next, and wait until they have ended."""
+    """Wait until threads have ended; those that go on for more than a moment get `_Stopped` raised
+    where they run Python next."""
+    until_s = time.monotonic() + _MOMENT_S
+    for thread in list(working):
+        thread.join(max(0.0, until_s - time.monotonic()))
+
     threads = [thread for thread in working if thread.is_alive()]
     for thread in threads:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(

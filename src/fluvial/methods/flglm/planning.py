@@ -48,7 +48,14 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
             "tune another part, or adapt other modules"
         )
 
-    if full and config.mode == "client-batch" and config.ends == "shared":
+    if config.mode == "hierarchical" and not places.shared.shapes + places.tuned_middle.shapes:
+        raise ConfigError(
+            "method.mode='hierarchical': no tensor is shared, with the server's layers frozen and "
+            "ends = 'own', so there is nothing to average; set mode = 'sequential', tune the "
+            "middle, or share the ends"
+        )
+
+    if full and config.mode == "client-batch" and places.shared.shapes:
         raise ConfigError(
             "method.mode='client-batch': with all weights tuned, shared layers would bring "
             "embedding and head to the server; set ends = 'own', another mode, or tune = 'lora'"
@@ -163,6 +170,10 @@ def _forecast(written: FlGlmConfig, config: FlGlmConfig, given: Given, places: P
         ("turns of a site in a round", f"{turns / len(last):,.0f}, {_waiting(config)}"),
         ("graphs of micro-batches at the server", _graphs(config, given)),
     ]
+    if config.step_deadline_s is not None:
+        words = "not predicted: a step made again adds bytes, a missed one saves some, and a site "
+        rows.append(("late sites", words + "that rejoins receives weights and moments"))
+
     seconds = None
     if given.line is not None:
         seconds = round_over_line_s(config, given, last, given.line)
@@ -276,7 +287,7 @@ def _open_rows(written: FlGlmConfig, config: FlGlmConfig, given: Given) -> list[
             + ("fewest bytes" if given.line is None else "shortest round over fleet.line")
             + ", then the least memory at a site, then the deeper front. No cut protects the text: "
             "a server read all tokens of hidden states without noise, and "
-            f"{GRADIENTS:.0%} or more from gradients at any",
+            f"{GRADIENTS:.0%} or more from gradients at any noise",
         ),
     ]
 
