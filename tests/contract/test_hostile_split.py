@@ -17,6 +17,7 @@ from fluvial.errors import ClientError, WireError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import InProcess
 from fluvial.federation.store import StateStore
+from fluvial.federation.talk import Ahead, Next
 from fluvial.methods.flglm import tasks
 from fluvial.methods.flglm.turns import REJOIN, rejoin
 from fluvial.runs.config import parse
@@ -499,16 +500,20 @@ def test_a_site_does_not_begin_a_step_for_ever(
     """It sends the same bytes again, with the same noise, and gives the server up in the end."""
     monkeypatch.setattr(tasks, "MOST_AGAIN", 5)
     table = table_of(run_config, "client-batch, own ends")
-    with conversed(table | {"method": table["method"] | {"noise": noise}}, tmp_path) as rounds:
+    method = table["method"] | {"noise": noise, "in_flight": 1}
+    with conversed(table | {"method": method}, tmp_path) as rounds:
         rounds.store = StateStore(tmp_path / "store")
         talk = tasks.train(rounds.site(LIAR), Payload(values={"round": 1}))
         assert not isinstance(talk, Payload)
         first = next(talk)
-        assert isinstance(first, Payload)
         for _ in range(5):
+            assert isinstance(talk.send(Payload()), Next)
             again = talk.send(rejoin(0, None))
-            assert isinstance(again, Payload)
-            assert again.to_bytes() == first.to_bytes()
+            assert isinstance(first, Ahead)
+            assert isinstance(again, Ahead)
+            assert again.turn.to_bytes() == first.turn.to_bytes()
+
+        assert isinstance(talk.send(Payload()), Next)
 
         with pytest.raises(WireError, match="more than 5 times"):
             talk.send(rejoin(0, None))

@@ -73,9 +73,9 @@ def test_the_server_receives_clipped_and_noisy_states(
     release = Release.__call__
     forward = Middle.forward
 
-    def released(self: Release, rows: Tensor) -> Tensor:
+    def released(self: Release, rows: Tensor, place: str = "") -> Tensor:
         made.append(rows.clone())
-        return release(self, rows)
+        return release(self, rows, place)
 
     def forwarded(self: Middle, rows: Tensor, *args: Any, **options: Any) -> Tensor:
         received.append(rows.clone())
@@ -180,11 +180,11 @@ def test_a_round_that_is_done_again_is_accounted_once(
     release = Release.__call__
     calls: list[int] = []
 
-    def cut(self: Release, rows: Tensor) -> Tensor:
+    def cut(self: Release, rows: Tensor, place: str = "") -> Tensor:
         calls.append(len(rows))
         if len(calls) == 2:
             raise RuntimeError("power cut")
-        return release(self, rows)
+        return release(self, rows, place)
 
     with monkeypatch.context() as patch:
         patch.setattr(Release, "__call__", cut)

@@ -180,7 +180,7 @@ def test_resume_begins_with_the_memory_of_the_round(
 @contextmanager
 def one_failure(round: int) -> Iterator[list[str]]:
     """Let one site fail once, in the second step of a round; the list names it then."""
-    turn = tasks._Visit.turn
+    send = tasks._Visit.send
     failed: list[str] = []
 
     def watched(self: Any, content: Content) -> Any:
@@ -188,10 +188,10 @@ def one_failure(round: int) -> Iterator[list[str]]:
         if due and self.memory.held == round - 1 and not failed:
             failed.append("once")
             raise DivergenceError("the test ends this site")
-        return (yield from turn(self, content))
+        yield from send(self, content)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tasks._Visit, "turn", watched)
+        patch.setattr(tasks._Visit, "send", watched)
         yield failed
 
 
@@ -254,17 +254,17 @@ def test_a_server_that_takes_no_gradient_receives_none(
     """With front and middle frozen only h_B crosses the cut after the first epoch, and the weights
     are those of one site's plain steps in any mode."""
     turns: list[Backward] = []
-    turn = tasks._Visit.turn
+    send = tasks._Visit.send
 
     def noted(self: Any, content: Content) -> Any:
         if isinstance(content, Backward):
             turns.append(content)
-        return (yield from turn(self, content))
+        yield from send(self, content)
 
     results = []
     for mode in ("hierarchical", "client-batch"):
         with pytest.MonkeyPatch.context() as patch, frames() as sizes:
-            patch.setattr(tasks._Visit, "turn", noted)
+            patch.setattr(tasks._Visit, "send", noted)
             settings = {"frozen": ["front", "middle"], "mode": mode}
             results.append(run_table(with_method(table, **settings), tmp_path / mode))
         assert by_round(sizes["up"]) == [tokens_of(table) * ROW, 0, 0]

@@ -4,7 +4,7 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -250,7 +250,7 @@ def in_thread(work: Callable[[], Any]) -> Iterator[queue.SimpleQueue[Any]]:
 
 
 def raw(
-    invitation: Invitation, messages: list[bytes], **changes: Any
+    invitation: Invitation, messages: Iterable[bytes], **changes: Any
 ) -> tuple[list[bytes], "grpc.StatusCode | None"]:
     """Send messages as any program may; return the answers and the code of the end."""
     given = {

@@ -119,9 +119,11 @@ def skeleton(config: ModelConfig) -> nn.Module:
 
     kind = dtype_of(config)
 
-    with building(), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = from_settings(AutoModelForCausalLM.from_config, config)
-    model.tie_weights()  # moving parameters to the meta device untied them
+    with building():
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = from_settings(AutoModelForCausalLM.from_config, config)
+        model.tie_weights()  # moving parameters to the meta device untied them
+
     keep_types(model, kind)
     compute_buffers(model)
     model.generation_config = GenerationConfig()  # see `Base._model`

@@ -1,6 +1,8 @@
 """The live stream with turns sent ahead: a window, losses in any place, and hostile ends."""
 
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -144,13 +146,20 @@ def test_a_site_names_a_turn_whose_answer_may_be_lacking(
     desk: Desk, turn: str, answers: int
 ) -> None:
     """Answers that are not made, and those that the site must have since it sent later turns."""
-    with in_thread(lambda: raw(desk.invitation, [chunk(n, 1, b"x") for n in range(1, 6)])):
-        for number in range(1, 6):
+    turns = range(1, min(WINDOW + answers, 5) + 1)
+    answered = threading.Semaphore(WINDOW)
+
+    def chunks() -> Iterator[bytes]:
+        for number in turns:
+            answered.acquire()
+            yield chunk(number, 1, b"x")
+
+    with in_thread(lambda: raw(desk.invitation, chunks())):
+        for number in turns:
             assert desk.next().data == b"x"
             if number <= answers:
                 desk.session.answer(number, b"y")
-            if number == WINDOW + answers:
-                break
+                answered.release()
 
         _, code = raw(desk.invitation, [], fluvial_turn=turn)
         assert code == grpc.StatusCode.INVALID_ARGUMENT
