@@ -38,7 +38,13 @@ from fluvial.methods.planning import OWN_CODE, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
 from fluvial.models.states import initial_state
-from fluvial.wire.payload import Payload, frame_payload, payload_frame
+from fluvial.wire.payload import (
+    Payload,
+    frame_payload,
+    join_tensors,
+    payload_frame,
+    tensors_of,
+)
 from fluvial.wire.tensors import Layout, Named, WeightedMean, add, norm
 
 
@@ -168,18 +174,14 @@ class FlascServer(SharedModelServer):
     def state(self) -> Payload:
         """Return adapter, moments and the number of steps."""
         moments = {"first": self.first, "second": self.second}
-        adapter = {f"adapter/{name}": tensor for name, tensor in self.adapter.items()}
+        adapter = join_tensors({"adapter": self.adapter})
         return Payload(moments | adapter, {"steps": self.steps})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
         self.first = _moment(state, "first", like=self.first)
         self.second = _moment(state, "second", like=self.second)
-        self.adapter = {
-            name.removeprefix("adapter/"): tensor
-            for name, tensor in state.tensors.items()
-            if name.startswith("adapter/")
-        }
+        self.adapter = tensors_of("adapter", state.tensors)
         self.context.layout.check(self.adapter, "checkpoint")
         self.steps = state.value("steps", int)
 

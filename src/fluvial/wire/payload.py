@@ -10,6 +10,7 @@ can run code.
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,27 +185,35 @@ def payload_frame(payload: Payload) -> bytes:
 def join(parts: dict[str, Payload]) -> Payload:
     """Return one payload of several, as a checkpoint keeps them; names of tensors get the part's
     name in front."""
-    tensors = {
-        f"{part}/{name}": tensor
-        for part, each in parts.items()
-        for name, tensor in each.tensors.items()
-    }
+    tensors = join_tensors({part: each.tensors for part, each in parts.items()})
     return Payload(tensors, {part: each.values for part, each in parts.items()})
 
 
 def split(payload: Payload, parts: tuple[str, ...]) -> dict[str, Payload]:
     """Invert `join`; raises `WireError` when a part's values are missing."""
-    payloads = {}
-    for part in parts:
-        start = f"{part}/"
-        tensors = {
-            name.removeprefix(start): t
-            for name, t in payload.tensors.items()
-            if name.startswith(start)
-        }
-        payloads[part] = Payload(tensors, payload.value(part, dict))
+    return {
+        part: Payload(tensors_of(part, payload.tensors), payload.value(part, dict))
+        for part in parts
+    }
 
-    return payloads
+
+def join_tensors(parts: Mapping[str, Named]) -> Named:
+    """Return the tensors of several parts, whose names get the part's name in front."""
+    return {
+        f"{part}/{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def tensors_of(part: str, tensors: Named) -> Named:
+    """Return the tensors of one part by their own names, out of those of `join_tensors`."""
+    start = f"{part}/"
+    return {
+        name.removeprefix(start): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(start)
+    }
 
 
 def _is_frame(tensor: Tensor) -> bool:

@@ -16,6 +16,7 @@ from fluvial.codecs.activations.recurring import Recurring
 from fluvial.codecs.activations.samples import SampleBatch, SampleMemory
 from fluvial.methods.flglm.coding import Coding, check_hidden
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.wire.payload import join_tensors, tensors_of
 from fluvial.wire.tensors import Named
 
 Way = Literal["up", "down"]
@@ -38,27 +39,12 @@ def empty_memory(config: FlGlmConfig, coding: Coding, *, server: bool) -> Memory
 
 def memory_tensors(memory: Memory) -> Named:
     """Return a memory as tensors, for a payload."""
-    return {
-        f"{way}/{name}": tensor
-        for way, content in memory.items()
-        for name, tensor in content.tensors().items()
-    }
+    return join_tensors({way: content.tensors() for way, content in memory.items()})
 
 
 def restored_memory(empty: Memory, tensors: Named) -> Memory:
     """Return the memory that `memory_tensors` saved; raises `WireError`."""
-    restored: dict[Way, SampleMemory | FrontCache | FrontIndex] = {}
-    for way, content in empty.items():
-        start = f"{way}/"
-        restored[way] = content.restored(
-            {
-                name.removeprefix(start): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(start)
-            }
-        )
-
-    return restored
+    return {way: content.restored(tensors_of(way, tensors)) for way, content in empty.items()}
 
 
 class HiddenStates:

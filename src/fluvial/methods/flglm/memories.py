@@ -18,7 +18,7 @@ from fluvial.methods.flglm.hidden import (
     restored_memory,
 )
 from fluvial.methods.flglm.turns import Forward
-from fluvial.wire.payload import Payload
+from fluvial.wire.payload import Payload, join_tensors, tensors_of
 from fluvial.wire.tensors import Named
 
 
@@ -67,24 +67,16 @@ class Memories:
     def state(self) -> Payload:
         """Return all memories, for a checkpoint."""
         sites = sorted(self._saved)
-        tensors = {
-            f"{place}/{name}": tensor
-            for place, site in enumerate(sites)
-            for name, tensor in self._saved[site].tensors.items()
-        }
+        tensors = join_tensors(
+            {str(place): self._saved[site].tensors for place, site in enumerate(sites)}
+        )
         return Payload(tensors, {"held": [[site, self._saved[site].round] for site in sites]})
 
     def restore(self, state: Payload) -> None:
         """Become the memories whose `state` this was."""
         self._saved = {}
         for place, (site, round) in enumerate(state.value("held", list)):
-            start = f"{place}/"
-            tensors = {
-                name.removeprefix(start): tensor
-                for name, tensor in state.tensors.items()
-                if name.startswith(start)
-            }
-            self._saved[site] = _Saved(round, tensors)
+            self._saved[site] = _Saved(round, tensors_of(str(place), state.tensors))
 
     def _round(self, site: str) -> int:
         """Return the round of a site's memory; 0 for none."""
