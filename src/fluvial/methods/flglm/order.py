@@ -114,12 +114,6 @@ class Order:
             raise WireError(f"the reply came before the end of {self.steps} steps")
 
     @property
-    def last_step(self) -> int:
-        """The number of the step of the last turn."""
-        assert self._last is not None, "no turn yet"
-        return self._last.step
-
-    @property
     def _is_complete(self) -> bool:
         """True where the gradients of all forward turns of the step have come."""
         return self._forwards == self._backwards
