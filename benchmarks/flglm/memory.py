@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import Claim, Report, Row, show
-from fluvial.methods.flglm.choice import predicted_memory
+from fluvial.methods.flglm.choice import predicted_memory, profile
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.cuts import Candidate
 from fluvial.models.outline import Outline
@@ -132,7 +133,7 @@ def _predicted(config: RunConfig, replicas: int) -> Candidate:
     facts = given(config, outline.assignment.layout, outline.base, replicas)
     method = config.method
     assert isinstance(method, FlGlmConfig)
-    found = predicted_memory(method, replace(facts, sites=replicas))
+    found = predicted_memory(method, partial(profile, method, replace(facts, sites=replicas)))
     assert isinstance(found, Candidate), found
     return found
 

@@ -361,6 +361,12 @@ def num_embeddings(model: PreTrainedModel) -> int:
     return rows
 
 
+def hidden_width(model: PreTrainedModel) -> int:
+    """Return the width of the hidden states of `model`, which may be without weights."""
+    width: int = model.config.get_text_config().hidden_size
+    return width
+
+
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 

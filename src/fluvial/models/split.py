@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
 from fluvial.models.layer_lists import layer_lists, num_layers
+from fluvial.models.pretrained import hidden_width
 from fluvial.models.span_cache import SpanCache, cache_argument
 from fluvial.models.tuning import (
     RECOMPUTED,
@@ -182,9 +183,7 @@ class Part:
     @property
     def width(self) -> int:
         """The width of hidden states between the parts."""
-        config: Any = self.model.config
-        width: int = config.get_text_config().hidden_size
-        return width
+        return hidden_width(self.model)
 
     def holds(self, name: str) -> bool:
         """Return whether a tensor of the model, or a LoRA factor, is this part's."""

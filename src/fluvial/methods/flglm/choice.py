@@ -4,8 +4,9 @@ It depends on nothing else, so `fluvial check`, the process of a run and its res
 alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from fluvial.data import Example
 from fluvial.errors import ConfigError
@@ -29,6 +30,8 @@ from fluvial.methods.interface import Given
 from fluvial.models.split import decoder_layers
 
 MB = 10**6
+Costs = Callable[[], Profile]
+"""Returns the costs of all cuts of a run's model, or raises `ConfigError`."""
 SHORTEST = 2
 """Tokens of the shortest sequence of which one is predicted."""
 
@@ -38,11 +41,11 @@ def is_open(config: FlGlmConfig) -> bool:
     return config.front == "auto" or config.back == "auto"
 
 
-def check_bounds(config: FlGlmConfig, given: Given) -> None:
+def check_bounds(config: FlGlmConfig, given: Given, costs: Costs) -> None:
     """Raise `ConfigError` where a cut in numbers does not keep the bounds of the settings."""
     bounds = bounds_of(config)
     if bounds.site is not None or bounds.server is not None:
-        choose(cuts(config, given), bounds)
+        choose(cuts(config, costs), bounds)
     elif bounds.read is not None:
         front = config.cut(len(decoder_layers(given.base)[1])).front
         read = expected(front, config.noise)
@@ -50,11 +53,11 @@ def check_bounds(config: FlGlmConfig, given: Given) -> None:
             raise ConfigError(f"method.{too_readable(read, bounds.read)}; {NO_CUT_PROTECTS}")
 
 
-def settled(config: FlGlmConfig, given: Given) -> FlGlmConfig:
+def settled(config: FlGlmConfig, given: Given, costs: Costs | None = None) -> FlGlmConfig:
     """Return the settings with the cut in numbers; raises `ConfigError` where none fits."""
     if not is_open(config):
         return config
-    chosen = choose(cuts(config, given), bounds_of(config))
+    chosen = choose(cuts(config, costs or partial(profile, config, given)), bounds_of(config))
     return config.model_copy(update={"front": chosen.front, "back": chosen.back})
 
 
@@ -67,13 +70,14 @@ def bounds_of(config: FlGlmConfig) -> Bounds:
     )
 
 
-def cuts(config: FlGlmConfig, given: Given) -> list[Candidate]:
+def cuts(config: FlGlmConfig, costs: Costs) -> list[Candidate]:
     """Return the cuts that the settings leave open, the preferred ones first."""
-    return candidates(profile(config, given), config.front, config.back)
+    return candidates(costs(), config.front, config.back)
 
 
 def profile(config: FlGlmConfig, given: Given) -> Profile:
-    """Return what cuts of the run's model cost; raises `ConfigError` where that is not known."""
+    """Return what cuts of the run's model cost, whichever of them `config` has; raises
+    `ConfigError` where that is not known."""
     path, layers = decoder_layers(given.base)
     kept = kept_bytes(given)
 
@@ -225,10 +229,10 @@ def _alike(
     )
 
 
-def predicted_memory(config: FlGlmConfig, given: Given) -> Candidate | str:
+def predicted_memory(config: FlGlmConfig, costs: Costs) -> Candidate | str:
     """Return the costs of the run's cut, or why they are not known."""
     try:
-        (found,) = cuts(config, given)
+        (found,) = cuts(config, costs)
     except ConfigError as unknown:
         return f"not predicted: {unknown}"
     return found

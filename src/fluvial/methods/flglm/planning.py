@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any
 
 import torch
 
@@ -11,6 +10,7 @@ from fluvial.codecs.activations.samples import SAMPLE_BYTES
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.choice import (
+    Costs,
     bounds_of,
     check_bounds,
     cuts,
@@ -18,6 +18,7 @@ from fluvial.methods.flglm.choice import (
     longest,
     over_line_s,
     predicted_memory,
+    profile,
     settled,
     shortest,
 )
@@ -30,6 +31,7 @@ from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
 from fluvial.methods.planning import line_row
 from fluvial.methods.traffic import Bytes, Traffic, unknown
+from fluvial.models.pretrained import hidden_width
 
 SHOWN = 24
 """Open cuts that `fluvial check` shows, at least."""
@@ -38,7 +40,8 @@ SHOWN = 24
 def plan(config: FlGlmConfig, given: Given) -> Plan:
     """Return the plan of a run; raises `ConfigError` for a cut that the model does not have."""
     written = config
-    config = settled(config, given)
+    costs = cache(partial(profile, config, given))  # of passes that run on shapes
+    config = settled(config, given, costs)
     places = Places.of(config, given.base, given.layout)
     full = not given.tunes_factors
 
@@ -66,15 +69,15 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
-    check_bounds(config, given)
-    forecast = partial(_forecast, written, config, given, places)
+    if not is_open(written):
+        check_bounds(config, given, costs)
+    forecast = partial(_forecast, written, config, given, places, costs)
     return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
 
 
 def _check_codecs(config: FlGlmConfig, given: Given) -> None:
     """Raise `ConfigError` for an activation codec that does not fit the model's width."""
-    model: Any = given.base
-    width = model.config.get_text_config().hidden_size
+    width = hidden_width(given.base)
     for table, settings in (("method.hidden", config.hidden), ("method.gradient", config.gradient)):
         try:
             build_activation(settings, torch.float32).size(1, width)
@@ -122,7 +125,9 @@ def _idle_deadline(step_s: float, config: FlGlmConfig, given: Given) -> dict[str
     return {} if reason is None else {"method.step_deadline_s": reason}
 
 
-def _forecast(written: FlGlmConfig, config: FlGlmConfig, given: Given, places: Places) -> Forecast:
+def _forecast(
+    written: FlGlmConfig, config: FlGlmConfig, given: Given, places: Places, costs: Costs
+) -> Forecast:
     """Return what is predicted of a run, and the cuts that the `written` settings leave open."""
     whole = {name: each.numel() for name, each in given.base.named_parameters()}
     site = {name: size for name, size in whole.items() if places.place(name) != "middle"}
@@ -137,8 +142,8 @@ def _forecast(written: FlGlmConfig, config: FlGlmConfig, given: Given, places: P
         ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
         ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
         ("base in memory, server", f"{at_server * given.width_bytes:,} B"),
-        *_memory_rows(config, given),
-        *_open_rows(written, config, given),
+        *_memory_rows(config, given, costs),
+        *_open_rows(written, config, given, costs),
     ]
     if config.remembers or config.runs_front_alone:
         rows.append(("hidden states by sample", _held_by_sample(config, given)))
@@ -221,18 +226,16 @@ def _without_data(
 
 def _beside_formula(sent: float, given: Given) -> str:
     """Return the bytes of a step beside those of FL-GLM: 4 b T d beta, with beta = 2."""
-    model: Any = given.base
-    width: int = model.config.get_text_config().hidden_size
-    formula = 4 * given.train.logical_batch * given.max_length * width * 2
+    formula = 4 * given.train.logical_batch * given.max_length * hidden_width(given.base) * 2
     return (
         f"{sent:,.0f} B with all that is around; {formula:,} B by the paper's 4 b T d beta, "
         "padded to T = data.max_length, 16 bits"
     )
 
 
-def _memory_rows(config: FlGlmConfig, given: Given) -> list[CheckRow]:
+def _memory_rows(config: FlGlmConfig, given: Given, costs: Costs) -> list[CheckRow]:
     """Return the rows about memory beside the base's weights."""
-    found = predicted_memory(config, given)
+    found = predicted_memory(config, costs)
     if isinstance(found, str):
         return [("memory in training, site and server", found)]
 
@@ -259,13 +262,15 @@ def _memory_rows(config: FlGlmConfig, given: Given) -> list[CheckRow]:
     return rows
 
 
-def _open_rows(written: FlGlmConfig, config: FlGlmConfig, given: Given) -> list[CheckRow]:
+def _open_rows(
+    written: FlGlmConfig, config: FlGlmConfig, given: Given, costs: Costs
+) -> list[CheckRow]:
     """Return a row for each cut that was open, the preferred ones first."""
     if not is_open(written):
         return []
 
     bounds = bounds_of(written)
-    found = cuts(written, given)
+    found = cuts(written, costs)
     steps = given.train.max_steps
     rows = [
         (
@@ -334,8 +339,7 @@ def _held_by_sample(config: FlGlmConfig, given: Given) -> str:
         at_site = most - config.memory_bytes * config.caches_front
         words.append(f"{at_site:,} B at the site")
     if given.examples is not None:
-        model: Any = given.base
-        token_bytes = model.config.get_text_config().hidden_size * given.width_bytes
+        token_bytes = hidden_width(given.base) * given.width_bytes
         largest = max(
             sum(SAMPLE_BYTES + token_bytes * len(example.input_ids) for example in examples)
             for examples in given.examples().values()

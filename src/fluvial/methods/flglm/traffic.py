@@ -6,7 +6,6 @@ an activation codec's size follows from the tokens. Only digits of numbers in th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, answer
 from fluvial.methods.interface import Given
 from fluvial.methods.traffic import FULL_LOSS, SHORT_LOSS, Bytes, envelope, exactly
+from fluvial.models.pretrained import hidden_width
 from fluvial.training.train import shuffled_batches
 from fluvial.wire.payload import Value
 
@@ -116,8 +116,7 @@ class _Prediction:
         self._returns = places.front_is_tuned
         self._kind = _KINDS[given.width_bytes]
         self._gradient = build_activation(config.gradient, self._kind)
-        model: Any = given.base
-        self._width: int = model.config.get_text_config().hidden_size
+        self._width = hidden_width(given.base)
         self._ends = frame_size(IdentitySettings(), self._shared) if self._shared.shapes else 0
 
     def conversation(self, site: str, examples: Sequence[Example], round: int) -> Conversation:
