@@ -1,8 +1,6 @@
 """Sites and servers that break the order of micro-batches in flight."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,20 +13,26 @@ from tests.contract.test_hostile_split import (
     said,
     table_of,
 )
-from tests.support.conversations import Conversed, conversed
+from tests.support.conversations import Conversed, SharedRounds, shared_rounds
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedRounds]:
+    """Rounds that the tests of this file share."""
+    with shared_rounds(tmp_path_factory.mktemp("rounds")) as rounds:
+        yield rounds
 
 
 @pytest.fixture
-def open_rounds(run_config: dict[str, Any], tmp_path: Path) -> Iterator[Callable[[str], Conversed]]:
-    """Open the rounds of a method, whose steps have four micro-batches, two of them in flight."""
+def open_rounds(run_config: dict[str, Any], opened: SharedRounds) -> Callable[[str], Conversed]:
+    """Return the rounds of a method, whose steps have four micro-batches, two of them in flight."""
 
-    def table(method: str) -> dict[str, Any]:
+    def of(method: str) -> Conversed:
         whole = table_of(run_config, method)
         micro = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
-        return whole | {"train": whole["train"] | micro}
+        return opened.of(method, whole | {"train": whole["train"] | micro})
 
-    with ExitStack() as stack:
-        yield lambda method: stack.enter_context(conversed(table(method), tmp_path / "run"))
+    return of
 
 
 def out_of_order(seen: dict[tuple[str, int], bytes], kind: str) -> Iterator[tuple[str, bytes]]:

@@ -5,7 +5,6 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ from tests.support.conversations import (
     Conversed,
     EarlyReplyError,
     Lie,
+    SharedRounds,
     conversed,
     lying,
+    shared_rounds,
     true,
 )
 from tests.support.models import with_fitting_model
@@ -71,13 +72,17 @@ def table_of(run_config: dict[str, Any], method: str) -> dict[str, Any]:
     )
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedRounds]:
+    """Rounds that the tests of this file share."""
+    with shared_rounds(tmp_path_factory.mktemp("rounds")) as rounds:
+        yield rounds
+
+
 @pytest.fixture
-def open_rounds(run_config: dict[str, Any], tmp_path: Path) -> Iterator[Callable[[str], Conversed]]:
-    """Open the rounds of a method."""
-    with ExitStack() as stack:
-        yield lambda method: stack.enter_context(
-            conversed(table_of(run_config, method), tmp_path / "run")
-        )
+def open_rounds(run_config: dict[str, Any], opened: SharedRounds) -> Callable[[str], Conversed]:
+    """Return the rounds of a method."""
+    return lambda method: opened.of(method, table_of(run_config, method))
 
 
 def said(rounds: Conversed, site: str = LIAR) -> dict[tuple[str, int], bytes]:
@@ -382,6 +387,7 @@ def test_a_lie_while_the_model_is_measured_is_that_sites_failure(
         return fleet
 
     table = table_of(run_config, "sequential") | {"fleet": {"on_failure": "skip", "quorum": 0.5}}
+    table["method"] |= {"leakage": {"sites": "none"}}
     *_, last = execute(parse(table, "test"), tmp_path / "run", assemble=assemble)
     assert sorted(last.values["heldout_by_site"]) == ["north", "south"]
 

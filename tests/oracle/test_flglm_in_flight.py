@@ -1,19 +1,28 @@
 """Micro-batches in flight change no bit: the weights are those of one micro-batch at a time."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fluvial.data import SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.federation import releases
+from fluvial.federation.meter import Kind
+from fluvial.federation.store import Digests
 from fluvial.methods.flglm.client_batch import ClientBatch
 from fluvial.methods.flglm.middle import Middle
-from fluvial.runs.config import parse
-from fluvial.runs.run import execute
+from fluvial.methods.flglm.server import FlGlmServer
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import changed
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Run, execute
+from fluvial.wire.tensors import digest
 from tests.oracle.test_flglm_rejoin import LATE, Round, assert_close, table, without
-from tests.support.models import four_layers
+from tests.support.models import shared_four_layers
 from tests.support.runs import run_table
 
 rejoin_table = table  # the fixture of a client batch with a deadline
@@ -33,55 +42,76 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def run(
-    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
-    """Run a case with so many micro-batches in flight; return what a change of one bit changes."""
-    monkeypatch.setattr(releases, "_secret", lambda _: b"s" * 32)  # noise is that of the site
+@dataclass(frozen=True)
+class Trained:
+    """All that a change of one bit changes in a round."""
 
-    def of(case: dict[str, Any], mode: str, in_flight: int) -> dict[str, Any]:
-        name = f"{in_flight} {len(list(tmp_path.iterdir()))}"
-        model = four_layers(tmp_path / f"model {name}", **case.get("model", {}))
+    model: str
+    """Digest of the model that the server has."""
+    kept: Digests
+    """Those of what the sites keep: their own layers, and hidden states."""
+    bytes: dict[Kind, int]
+    loss: float
+
+
+@pytest.fixture
+def train(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Trained]:
+    """Train a case for one round with so many micro-batches in flight."""
+    monkeypatch.setattr(releases, "_secret", lambda _: b"s" * 32)  # noise is that of the site
+    base = {key: value for key, value in run_config.items() if key != "lora"}
+    pools: dict[str, ModelPool] = {}
+
+    def of(case: dict[str, Any], mode: str, in_flight: int) -> Trained:
         ends = {"ends": "own"} if case.get("tune") and mode == "client-batch" else {}
-        settings: dict[str, Any] = {"leakage": {"sites": "none"}} | ends
-        settings |= case.get("method", {})
-        train = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 2}
-        train |= {"gradient_accumulation_steps": 4, "max_grad_norm": 0.05, "weight_decay": 0.1}
-        base = {key: value for key, value in run_config.items() if key != "lora"}
-        result = run_table(
-            base
-            | {key: value for key, value in case.items() if key in ("lora", "tune")}
-            | {
-                "rounds": 1,
-                "model": {"name_or_path": str(model)},
-                "train": train | case.get("train", {}),
-                "method": {"name": "flglm", "mode": mode, "in_flight": in_flight} | settings,
-            },
-            tmp_path / f"run {name}",
-        )
-        assert (result["adapter_sha256"] or result["model_sha256"]) or settings.get("ends")
-        keys = ("adapter_sha256", "model_sha256", "heldout", "heldout_by_site", "bytes")
-        return {key: result[key] for key in keys}
+        settings = {"leakage": {"sites": "none"}, **ends, **case.get("method", {})}
+        steps = {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 2}
+        steps |= {"gradient_accumulation_steps": 4, "max_grad_norm": 0.05, "weight_decay": 0.1}
+        table = base | {key: case[key] for key in ("lora", "tune") if key in case}
+        table |= {
+            "rounds": 1,
+            "model": {"name_or_path": str(shared_four_layers(**case.get("model", {})))},
+            "train": steps | case.get("train", {}),
+            "method": {"name": "flglm", "mode": mode, "in_flight": in_flight} | settings,
+        }
+        config = parse(table, "test")
+        key = f"{config.model!r} {config.tuned!r}"
+        pool = pools.setdefault(key, ModelPool(config.model, config.adapter))
+        return first_round(config, tmp_path / str(len(list(tmp_path.iterdir()))), pool)
 
     return of
+
+
+def first_round(config: RunConfig, folder: Path, pool: ModelPool) -> Trained:
+    """Train for one round; nothing is measured or written."""
+    with RunFolder(folder) as opened:
+        texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
+        run = Run(config, opened, pool, texts)
+        assert isinstance(run.server, FlGlmServer)
+        run.server.setup(run.fleet)
+        record = run.server.round(1, run.fleet)
+        kept = opened.store.digests(1)
+        assert bool(kept) == (config.method.ends == "own" or config.method.remembers)
+        model = digest(changed(run.server.model()))
+        return Trained(model, kept, run.fleet.meter.totals, record["loss"])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_of_one_at_a_time(
-    run: Callable[..., dict[str, Any]], case: str, mode: str
+    train: Callable[..., Trained], case: str, mode: str
 ) -> None:
     """Sites have one to four micro-batches in a step."""
-    one = run(CASES[case], mode, 1)
-    assert run(CASES[case], mode, 2) == one
+    one = train(CASES[case], mode, 1)
+    assert train(CASES[case], mode, 2) == one
     if case == "LoRA with dropout":
-        assert run(CASES[case], mode, 3) == one
+        assert train(CASES[case], mode, 3) == one
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_the_server_holds_as_many_graphs(
-    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, in_flight: int
+    train: Callable[..., Trained], monkeypatch: pytest.MonkeyPatch, in_flight: int
 ) -> None:
     forward = Middle.forward
     most = 0
@@ -93,18 +123,15 @@ def test_the_server_holds_as_many_graphs(
         return sent
 
     monkeypatch.setattr(Middle, "forward", watched)
-    run(LORA, "hierarchical", in_flight)
+    train(LORA, "hierarchical", in_flight)
     assert most == in_flight
 
 
-def test_recomputed_layers_have_the_dropout_of_their_pass(
-    run: Callable[..., dict[str, Any]],
-) -> None:
-    plain = run(LORA, "hierarchical", 2)
-    recomputed = run(CASES["LoRA, recomputed"], "hierarchical", 2)
-    assert recomputed["heldout"]["final"]["loss"] == pytest.approx(
-        plain["heldout"]["final"]["loss"], abs=1e-6
-    )
+def test_recomputed_layers_have_the_dropout_of_their_pass(train: Callable[..., Trained]) -> None:
+    """The loss of the second step has what the first one made."""
+    plain = train(LORA, "hierarchical", 2)
+    recomputed = train(CASES["LoRA, recomputed"], "hierarchical", 2)
+    assert recomputed.loss == pytest.approx(plain.loss, abs=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -113,7 +140,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(
 ) -> None:
     """All objects are thrown away after a round, and in the middle of one."""
     table = run_config | {
-        "model": {"name_or_path": str(four_layers(tmp_path / "model"))},
+        "model": {"name_or_path": str(shared_four_layers())},
         "train": run_config["train"] | {"gradient_accumulation_steps": 3},
         "method": {"name": "flglm", "mode": mode, "leakage": {"sites": "none"}},
     }
@@ -169,7 +196,7 @@ def test_in_flight_is_refused_where_a_step_is_one_micro_batch(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     table = run_config | {
-        "model": {"name_or_path": str(four_layers(tmp_path / "model"))},
+        "model": {"name_or_path": str(shared_four_layers())},
         "method": {"name": "flglm", "in_flight": 3},
     }
     with pytest.raises(ConfigError, match="method.in_flight"):

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import site_of, tasks_of
 from fluvial.runs.run import Run
 from fluvial.wire.payload import Payload
+from tests.support.remembered import remembered
 from tests.support.replay import forged
 
 Lie = Callable[[str, str, int, bytes], bytes | None]
@@ -57,6 +58,7 @@ class Conversed:
         self.run = run
         self._pool = pool
         self._texts = texts
+        self._tasks = remembered(tasks_of(config))
         self.store = StateStore(None)
 
     def site(self, name: str) -> Site:
@@ -72,7 +74,7 @@ class Conversed:
         fleet = local_fleet(
             self._texts.names,
             self.site,
-            lying(tasks_of(self.config), lie, answer),
+            lying(self._tasks, lie, answer),
             FleetConfig.model_validate(settings),
         )
         server = self.config.entry.server(self.config.method, self.run.context)
@@ -153,3 +155,27 @@ def conversed(table: dict[str, Any], folder: Path) -> Iterator[Conversed]:
     with RunFolder(folder) as opened:
         texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
         yield Conversed(config, Run(config, opened, pool, texts), pool, texts)
+
+
+class SharedRounds:
+    """First rounds by name, which are opened once for many tests."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """Open runs under `folder`, which the end of `stack` closes."""
+        self._folder = folder
+        self._stack = stack
+        self._by_name: dict[str, Conversed] = {}
+
+    def of(self, name: str, table: dict[str, Any]) -> Conversed:
+        """Return the rounds of this name, of the configuration `table`."""
+        if name not in self._by_name:
+            folder = self._folder / str(len(self._by_name))
+            self._by_name[name] = self._stack.enter_context(conversed(table, folder))
+        return self._by_name[name]
+
+
+@contextmanager
+def shared_rounds(folder: Path) -> Iterator[SharedRounds]:
+    """Open rounds under `folder` when they are asked for, and close them at the end."""
+    with ExitStack() as stack:
+        yield SharedRounds(folder, stack)

@@ -38,8 +38,10 @@ def _shared_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def _four_layers() -> Path:
-    return four_layers(Path(_shared_folder().name) / "four_layers")
+def shared_four_layers(**changes: Any) -> Path:
+    """Folder of the model of `four_layers` for all tests of a process, which may not change it."""
+    name = "_".join(["four_layers", *(f"{key}_{value}" for key, value in changes.items())])
+    return four_layers(Path(_shared_folder().name) / name, **changes)
 
 
 def with_fitting_model(table: dict[str, Any]) -> dict[str, Any]:
@@ -47,4 +49,4 @@ def with_fitting_model(table: dict[str, Any]) -> dict[str, Any]:
     three, else that of the table."""
     if table.get("method", {}).get("name") != "flglm":
         return table
-    return table | {"model": {"name_or_path": str(_four_layers())}}
+    return table | {"model": {"name_or_path": str(shared_four_layers())}}
