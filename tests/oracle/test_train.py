@@ -3,7 +3,7 @@ beside it."""
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +89,28 @@ def tuned(
             model, examples, config, pad_token_id=0, generator=generator(seed, "test"), steps=steps
         )
         return read_weights(model), report
+
+
+def test_a_watcher_sees_every_gradient_and_ends_the_training(pool: ModelPool) -> None:
+    config = settings(max_steps=4, lr_scheduler_type="constant")
+    norms: list[float] = []
+
+    def watch(parameters: Mapping[str, nn.Parameter]) -> bool:
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        norms.append(norm(gradients))
+        return len(norms) < 2
+
+    with pool.model(start(pool), trainable="A and B") as model:
+        report = train(
+            model, EXAMPLES, config, pad_token_id=0, generator=generator(0, "test"), watch=watch
+        )
+        watched = read_weights(model)
+
+    two, expected = tuned(pool, config, steps=2)
+    assert equal(watched, two)
+    assert report == expected
+    assert report.steps == 2
+    assert sum(norms) / 2 == pytest.approx(report.grad_norm)
 
 
 def equal(left: Named, right: Named) -> bool:

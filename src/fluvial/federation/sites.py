@@ -1,9 +1,11 @@
 """A site: its data and settings, its state between rounds, and the tasks of every method."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import nn
 
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.codecs.quantise import Identity
@@ -144,14 +146,19 @@ def train_locally(
     examples: Sequence[Example],
     factors: Factors = "A and B",
     purpose: str = "train",
+    settings: TrainConfig | None = None,
+    watch: Callable[[Mapping[str, nn.Parameter]], bool] | None = None,
 ) -> tuple[Named, TrainReport]:
     """Tune from the state `received` on `examples`, with the site's assignment.
 
-    Return the update (trained - received) of `factors`, and the report.
+    `settings` take the place of the run's; `watch` is that of `train`. Return the update (trained -
+    received) of `factors`, and the report.
     """
     pool = site.pool
     assignment = site.assignment
-    settings = site.train.model_copy(update={"per_device_train_batch_size": assignment.batch})
+    settings = (settings or site.train).model_copy(
+        update={"per_device_train_batch_size": assignment.batch}
+    )
     start = pool.weights(received, assignment)
 
     with pool.model(
@@ -167,6 +174,7 @@ def train_locally(
             pad_token_id=pool.tokenizer.pad_token_id,
             generator=generator(site.seed, purpose, round, site.name),
             start=start,
+            watch=watch,
         )
 
     return subtract(report.weights, start), report

@@ -7,7 +7,7 @@ gives another gradient (cosine 0.87 to the right one was measured in a reproduct
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
@@ -316,10 +316,12 @@ def train(
     generator: torch.Generator,
     steps: int | None = None,
     start: Named | None = None,
+    watch: Callable[[Mapping[str, nn.Parameter]], bool] | None = None,
 ) -> TrainReport:
     """Tune the parameters of `model` that require gradients, in place, with a fresh optimizer.
 
-    `start` has values by the names of `models.tuning.tuned_parameters`; see `Stepper`. Raises
+    `start` has values by the names of `models.tuning.tuned_parameters`; see `Stepper`. `watch`
+    sees the parameters of each step with their gradients; False makes that step the last. Raises
     `DivergenceError` when a loss or a gradient norm is not finite; the step is then not taken.
     """
     trained = {
@@ -330,7 +332,6 @@ def train(
     parameters = list(trained.values())
     assert parameters, "nothing to train"
     assert examples, "no examples"
-    device = parameters[0].device
     steps = config.steps(len(examples)) if steps is None else steps
     stepper = Stepper(trained, config, steps=steps, start=start)
     batches = shuffled_batches(examples, config.logical_batch, generator)
@@ -344,12 +345,9 @@ def train(
         batch = next(batches)
         tokens = sum(example.label_tokens for example in batch)
         assert tokens > 0, "a batch without label tokens"
-        loss = _backward(
-            model, batch, tokens, config, pad_token_id, device, derive(dropout_seed, step)
-        )
-        threshold = config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(parameters, threshold))
-
+        loss = _backward(model, batch, tokens, config, pad_token_id, derive(dropout_seed, step))
+        go_on = watch is None or watch(trained)
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
         check_finite(loss, norm, step, steps, config)
         stepper.step(step)
         if (step + 1) % 50 == 0:
@@ -358,9 +356,12 @@ def train(
         losses = losses + loss * tokens
         norms = norms + norm
         label_tokens = label_tokens + tokens
+        if not go_on:
+            break
 
     switch_dropout(model, active=False)
-    return TrainReport(steps, label_tokens, losses / label_tokens, norms / steps, stepper.weights())
+    made = step + 1
+    return TrainReport(made, label_tokens, losses / label_tokens, norms / made, stepper.weights())
 
 
 def check_finite(loss: float, norm: float, step: int, steps: int, config: TrainConfig) -> None:
@@ -378,20 +379,19 @@ def _backward(
     tokens: int,
     config: TrainConfig,
     pad_token_id: int,
-    device: torch.device,
     dropout_seed: int,
 ) -> float:
     """Accumulate the gradient of one logical batch; returns its loss per label token, nats."""
     total = 0.0
     size = config.per_device_train_batch_size
+    device = next(iter(tuned_parameters(model).values())).device
 
     for number, start in enumerate(range(0, len(batch), size)):
         reseed_dropout(model, derive(dropout_seed, number))
         autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
         with autocast:
-            loss = summed_loss(
-                *predictions(model, collate(batch[start : start + size], pad_token_id, device))
-            )
+            inputs = collate(batch[start : start + size], pad_token_id, device)
+            loss = summed_loss(*predictions(model, inputs))
 
         (loss / tokens).backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
