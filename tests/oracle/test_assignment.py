@@ -35,7 +35,7 @@ from fluvial.models.tuning import read_shapes, tuned_parameters
 from fluvial.seeds import generator
 from fluvial.training.train import TrainConfig, collate, shuffled_batches
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Layout, Named
 
 pytestmark = pytest.mark.oracle
 
@@ -88,6 +88,11 @@ def start(assignment: Assignment) -> Named:
     return {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in shapes}
 
 
+def alpha(rank: int) -> float:
+    """The alpha with which PEFT scales an adapter of `rank` as the run scales its own."""
+    return LORA.lora_alpha * rank / LORA.r
+
+
 def alone(
     folder: Path, name: str, state: Named, *, rank: int, ranks: Mapping[str, int], batch: int
 ) -> Named:
@@ -100,7 +105,8 @@ def alone(
         task_type="CAUSAL_LM",
         r=rank,
         rank_pattern=dict(ranks),
-        lora_alpha=LORA.lora_alpha,
+        lora_alpha=alpha(rank),
+        alpha_pattern={name: alpha(rank) for name, rank in ranks.items()},
         lora_dropout=0.0,
         target_modules=["q_proj", "v_proj", "down_proj"],
     )
@@ -205,6 +211,59 @@ def test_the_layout_of_ranks_is_what_peft_makes_of_them(
             assert read_shapes(borrowed) == assignment.layout
 
 
+def test_a_side_path_is_frozen_and_counts(pool: ModelPool) -> None:
+    """A module of rank 0 with a side path computes as with the same adapter, and is not trained."""
+    run = pool.assignment(2)
+    usual = start(run)
+    sided = run.with_ranks({V_PROJ: 0, DOWN_PROJ: 3}).with_side({V_PROJ: 8, DOWN_PROJ: 5}, run)
+    state = {name: tensor for name, tensor in usual.items() if name in sided.trained.names}
+    for which in ("A", "B"):
+        whole, low = (usual[f"{module}.lora_{which}.weight"] for module in (V_PROJ, DOWN_PROJ))
+        first, last = (low[:3], low[3:]) if which == "A" else (low[:, :3], low[:, 3:])
+        state[f"{V_PROJ}.lora_{which}.side.weight"] = whole
+        state[f"{DOWN_PROJ}.lora_{which}.weight"] = first
+        state[f"{DOWN_PROJ}.lora_{which}.side.weight"] = last
+
+    assert Layout.of(state) == sided.layout
+    ids = torch.tensor([examples()[0].input_ids])
+    with (
+        pool.model(usual) as one,
+        pool.model(state, trainable="A and B", assignment=sided) as other,
+        torch.no_grad(),
+    ):
+        assert read_shapes(other) == sided.layout
+        # The products are summed in another order.
+        assert torch.allclose(one(input_ids=ids).logits, other(input_ids=ids).logits, atol=1e-5)
+        trained = {name for name, p in tuned_parameters(other).items() if p.requires_grad}
+
+    assert trained == set(sided.trained.names)
+    update = train_as(site(pool, "north", sided), state)
+    assert update.keys() == trained
+    assert not any(torch.equal(change, torch.zeros_like(change)) for change in update.values())
+
+    values = sided.to_values(run)
+    message = Payload.from_bytes(Payload(values=cast(Any, values)).to_bytes())
+    assert Assignment.from_values(message.values, run) == sided
+
+
+def test_all_modules_have_the_scale_of_the_run(pool: ModelPool) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    run = pool.assignment(2)
+    unequal = run.with_ranks({V_PROJ: 2, DOWN_PROJ: 16}).with_side({V_PROJ: 5}, run)
+    for lora in (LORA, LORA.model_copy(update={"use_rslora": True})):
+        own = ModelPool(pool.config, lora)
+        with own.model(start(unequal), assignment=unequal) as model:
+            scales = {
+                scale
+                for module in model.modules()
+                if isinstance(module, LoraLayer)
+                for scale in module.scaling.values()
+            }
+        expected = LORA.lora_alpha / (LORA.r**0.5 if lora.use_rslora else LORA.r)
+        assert all(scale == pytest.approx(expected, rel=1e-12) for scale in scales)
+
+
 def test_the_base_is_held_once_for_all_layouts(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,9 +337,9 @@ def test_models_of_many_layouts_do_not_pile_up(
     made: list[int] = []
     plain = vars(pool_module)["adapt"]
 
-    def counted(base: Any, lora: Any, ranks: Mapping[str, int] | None = None) -> Any:
+    def counted(base: Any, lora: Any, ranks: Mapping[str, int] | None, side: Any) -> Any:
         made.append(max(ranks.values()) if ranks else LORA.r)
-        return plain(base, lora, ranks)
+        return plain(base, lora, ranks, side)
 
     monkeypatch.setattr(pool_module, "adapt", counted)
     pool = pool_of(tiny_model)
@@ -322,10 +381,15 @@ def test_an_assignment_travels_where_it_differs(pool: ModelPool) -> None:
         ({"ranks": True}, "assignment.ranks: expected"),
         ({"ranks": {V_PROJ: 2.0}}, f"assignment.ranks: rank of '{V_PROJ}'"),
         ({"ranks": {"model.layers.9.self_attn.v_proj": 2}}, "assignment.ranks: module 'model"),
-        ({"ranks": 0}, "assignment.ranks: rank of 'model"),
-        ({"ranks": {V_PROJ: 0}}, f"assignment.ranks: rank of '{V_PROJ}': 0 is not from 1 to 32"),
-        ({"ranks": {V_PROJ: 33}}, f"assignment.ranks: rank of '{V_PROJ}': 33 is not from 1 to 32"),
-        ({"ranks": 33}, "33 is not from 1 to 32"),
+        ({"ranks": 0}, "assignment.ranks: every module has rank 0"),
+        ({"ranks": -1}, "assignment.ranks: rank of 'model"),
+        ({"ranks": {V_PROJ: -1}}, f"assignment.ranks: rank of '{V_PROJ}': -1 is not from 0 to 32"),
+        ({"ranks": {V_PROJ: 33}}, f"assignment.ranks: rank of '{V_PROJ}': 33 is not from 0 to 32"),
+        ({"ranks": 33}, "33 is not from 0 to 32"),
+        ({"side": 2}, "assignment.side: expected ranks by module"),
+        ({"side": {V_PROJ: "2"}}, f"assignment.side: rank of '{V_PROJ}'"),
+        ({"side": {V_PROJ: 33}}, f"assignment.side: rank of '{V_PROJ}': 33 is not from 0 to 32"),
+        ({"side": {"lm_head": 2}}, "assignment.side: module 'lm_head' has no adapter"),
         ({"batch": 0}, "assignment.batch: 0"),
         ({"batch": 2.0}, "assignment.batch: 2.0"),
         ({"batch": 10**7}, "assignment.batch: 10000000"),
@@ -356,7 +420,12 @@ def test_a_site_measures_the_layout_that_it_is_given(pool: ModelPool) -> None:
     assert measured.layout == narrow.layout
     sent = evaluate(measured, message).value("loss_sum", float)
 
-    own = site(pool_of(Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2})), "north")
+    own = site(
+        pool_of(
+            Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2, "lora_alpha": alpha(2)})
+        ),
+        "north",
+    )
     plain = state_message(state, own.layout, which="sent", generate=0)
     assert sent == evaluate(own, plain).value("loss_sum", float)
 
@@ -382,7 +451,9 @@ def test_a_fleet_of_two_layouts_is_two_fleets(pool: ModelPool) -> None:
         *("east", "south"),
         *("north", "west"),
     ]
-    small = pool_of(Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2}))
+    small = pool_of(
+        Path(pool.config.name_or_path), LORA.model_copy(update={"r": 2, "lora_alpha": alpha(2)})
+    )
     for name, assignment in wanted.items():
         own = small if assignment == narrow else pool
         assert equal(replies[name], train_as(site(own, name), start(assignment))), name

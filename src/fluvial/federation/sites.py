@@ -58,6 +58,11 @@ class Site:
         """Return the layout of the adapter, or of all weights, that this site trains."""
         return self.pool.layout if self.assigned is None else self.assigned.layout
 
+    @property
+    def trained(self) -> Layout:
+        """Return the layout of what this site trains, without a side path."""
+        return self.pool.layout if self.assigned is None else self.assigned.trained
+
     def of_method(self, function: str) -> str:
         """Return a function of the method with the method's name, for errors."""
         return function if self.method is None else f"{function} of method {self.method.name!r}"

@@ -1,5 +1,6 @@
 """LoRA adapters, injected into a base model by PEFT, with dropout that follows the run's seed."""
 
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from fluvial.seeds import derive
 
 PREFIX = "base_model.model."
 """PEFT's prefix of the base's names in an adapted model."""
+SIDE = "side"
+"""PEFT's name of the second adapter, a frozen side path."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,39 @@ class SeededDropout(nn.Module):
         return hidden * mask / (1 - self.p)
 
 
+def is_side(name: str) -> bool:
+    """Return whether a tensor is a factor of a frozen side path."""
+    return f".lora_A.{SIDE}." in name or f".lora_B.{SIDE}." in name
+
+
 def adapt(
-    base: nn.Module, lora: LoraSettings | SavedLora, ranks: Mapping[str, int] | None = None
+    base: nn.Module,
+    lora: LoraSettings | SavedLora,
+    ranks: Mapping[str, int] | None = None,
+    side: Mapping[str, int] | None = None,
 ) -> nn.Module:
     """Return `base` with LoRA modules injected (in place) by PEFT.
 
     `base` may be on the meta device. `ranks` by name of module take the place of the settings' own;
-    as in PEFT, `lora_alpha` stays as it is. Raises `ConfigError` naming what would fit.
+    a module of rank 0 gets no adapter. The scale is that of the settings at every rank. `side` has
+    the ranks of a second adapter, without dropout. Raises `ConfigError` naming what would fit.
     """
     from peft import LoraConfig, get_peft_model
 
-    if isinstance(lora, LoraSettings):
-        usual = lora.r if ranks is None else mode(ranks.values())
+    if isinstance(lora, SavedLora):
+        assert ranks is None, "a saved adapter has its own ranks"
+        config = LoraConfig(**lora.config)
+    elif ranks is None:
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=usual,
+            r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=target_names(base, lora),
             use_rslora=lora.use_rslora,
-            rank_pattern=_rank_pattern(ranks or {}, usual),
         )
     else:
-        assert ranks is None, "a saved adapter has its own ranks"
-        config = LoraConfig(**lora.config)
+        config = _of_ranks(lora, ranks, lora.lora_dropout)
 
     with building(), warnings.catch_warnings():
         # PEFT reports what it corrects by itself (GPT-2's Conv1D), and that merging would change
@@ -84,6 +96,9 @@ def adapt(
         warnings.simplefilter("ignore")
         try:
             model: nn.Module = get_peft_model(base, config)
+            if side:
+                assert isinstance(lora, LoraSettings), "a saved adapter has no side path"
+                _add_side(model, _of_ranks(lora, side, 0.0))
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"lora: PEFT cannot put the adapter on this model: {_reason(error)}"
@@ -97,12 +112,48 @@ def adapt(
     return model
 
 
-def _rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """Return PEFT's form of the `ranks` that differ from the `usual` one.
+def _of_ranks(lora: LoraSettings, ranks: Mapping[str, int], dropout: float) -> Any:
+    """Return PEFT's configuration of an adapter with `ranks` by name of module.
 
-    PEFT reads a key as a regular expression for the end of a name; `^` makes it the whole name.
+    PEFT divides alpha by the rank (by its root under `use_rslora`). So alpha grows with the rank,
+    and the scale of the product B A is that of `lora` in every module and at every site. Only then
+    do products of different sites have one unit.
     """
-    return {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    from peft import LoraConfig
+
+    present = {name: rank for name, rank in ranks.items() if rank}
+    usual = mode(present.values())
+    others = {_whole_name(name): rank for name, rank in present.items() if rank != usual}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=usual,
+        lora_alpha=_alpha(lora, usual),
+        lora_dropout=dropout,
+        target_modules=sorted(present),
+        use_rslora=lora.use_rslora,
+        rank_pattern=others,
+        alpha_pattern={name: _alpha(lora, rank) for name, rank in others.items()},
+    )
+
+
+def _alpha(lora: LoraSettings, rank: int) -> float:
+    """Return the alpha that gives an adapter of `rank` the scale of `lora`."""
+    ratio = rank / lora.r
+    return lora.lora_alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
+
+
+def _whole_name(module: str) -> str:
+    """Return the regular expression that PEFT's patterns need for one module.
+
+    PEFT reads a key as an expression for the end of a name; `^` makes it the whole name.
+    """
+    return f"^{re.escape(module)}"
+
+
+def _add_side(model: Any, config: Any) -> None:
+    """Add the side path `config` to an adapted model, active beside its adapter."""
+    model.add_adapter(SIDE, config)
+    model.base_model.set_adapter(["default", SIDE])
 
 
 def module_ranks(model: nn.Module) -> dict[str, int]:

@@ -148,14 +148,15 @@ class ModelPool:
 
     def _template(self, assignment: Assignment) -> _Template:
         """Return the template of an assignment, made when it is first asked for."""
-        key = (assignment.ranks, assignment.precision)
+        key = (assignment.ranks, assignment.side, assignment.precision)
         with self._lock:
             template = self._templates.get(key)
             if template is None:
                 assert self.lora is not None, "where all weights are tuned, there is no adapter"
                 own = self.outline.assignment.ranks == assignment.ranks
                 base = self._base(assignment.precision).share()
-                model = adapt(base, self.lora, None if own else dict(assignment.ranks)).eval()
+                ranks = None if own else dict(assignment.ranks)
+                model = adapt(base, self.lora, ranks, dict(assignment.side)).eval()
                 template = self._templates[key] = _Template(model)
 
             self._templates.move_to_end(key)

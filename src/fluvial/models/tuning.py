@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fluvial.errors import ConfigError
-from fluvial.models.adapters import PREFIX, SavedLora, SeededDropout, adapt
+from fluvial.models.adapters import PREFIX, SavedLora, SeededDropout, adapt, is_side
 from fluvial.models.targets import LoraSettings
 from fluvial.wire.tensors import Layout, Named, factor
 
@@ -84,6 +84,8 @@ def set_trainable(model: nn.Module, trainable: Trainable) -> None:
 
 
 def _requires_grad(name: str, trainable: Trainable) -> bool:
+    if is_side(name):
+        return False
     if isinstance(trainable, str):
         return trainable == "A and B" or (trainable == "B" and factor(name) == "B")
     return name in trainable
