@@ -102,7 +102,7 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     if adapter is None:
         return None
 
-    codec = site_codec(site, terms.sent(site.layout))
+    codec = site_codec(site, terms.sent(site.trained))
     followed = follow(site, codec, adapter, message, terms.pretraining(site.codec))
     if followed is None:
         return None
@@ -146,7 +146,7 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
         if not isinstance(update, LocalUpdate):
             raise RefusalError(wrong_return(site.of_method("train"), update, "a LocalUpdate"))
 
-        check_update(update, received.terms.sent(site.layout), site.of_method("train"))
+        check_update(update, received.terms.sent(site.trained), site.of_method("train"))
         return received.reply(site, update)
 
     return task

@@ -51,6 +51,16 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
     CODECS[name].frame_size(codec, layout)
 
 
+def check_unequal(codec: CodecSettings) -> None:
+    """Raise `ConfigError` for a codec that learns from updates of one layout."""
+    name: str = codec.name
+    if must_learn(codec):
+        raise ConfigError(
+            f"codec.name={name!r} learns from updates of one layout, and the sites' adapters have "
+            "unequal ranks; choose a codec that needs no fit, such as 'int8' or 'int4'"
+        )
+
+
 def check_refit(codec: CodecSettings, config: TgapConfig, rounds: int) -> None:
     """Raise `ConfigError` for a refit that never happens in a run of `rounds`."""
     if config.refit == "no":

@@ -1,22 +1,24 @@
 """The server's half of the exchange: send an adapter to a cohort, receive its updates."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from fluvial.errors import ConfigError, WireError, wrong_return
-from fluvial.exchange.downlink import Downlink
+from fluvial.exchange.checks import check_unequal
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.gathering import Gathering, Readable
+from fluvial.exchange.link import Link
 from fluvial.exchange.representation import innovation
 from fluvial.exchange.terms import Terms
-from fluvial.exchange.uplink import Decoded, Uplink
+from fluvial.exchange.uplink import Decoded, error_metrics
 from fluvial.federation.bounds import check_update
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
+from fluvial.models.assignment import Assignment
 from fluvial.wire.payload import Payload, join, split
 from fluvial.wire.tensors import Named, WeightedMean, norm
 
@@ -51,11 +53,12 @@ class Rule:
 
 
 class Exchange:
-    """Both directions between the server and the sites of one layout.
+    """Both directions between the server and the sites.
 
-    `Uplink` knows which codec carries updates; `Downlink` knows which adapter each site holds. A
-    site that lacks something says so and is sent everything again, so a run never depends on what a
-    site remembers.
+    A `Link` knows which codec carries updates, and which adapter each site holds. Sites that have
+    the run's own assignment share one link, and so do the sites of each other assignment. A site
+    that lacks something says so and is sent everything again, so a run never depends on what a site
+    remembers.
     """
 
     def __init__(
@@ -67,14 +70,22 @@ class Exchange:
         on_refusal: OnRefusal = "refuse",
         rule: Rule = Rule(),
         task: str = "train",
+        run: Assignment | None = None,
     ) -> None:
-        """Begin with `adapter`, which all sites make from the seed."""
+        """Begin with `adapter`, which all sites make from the seed.
+
+        `run` is the run's own assignment, where sites get others (see `assigned_updates`).
+        """
         self.context = context
         self.terms = terms
         self.rule = rule
         self.task = task
-        self.uplink = Uplink(context, terms, on_refusal=on_refusal)
-        self.downlink = Downlink(context.downlink, context.seed, adapter)
+        self.link = Link(context, adapter, terms, on_refusal=on_refusal)
+        self._run = run
+        self._others: dict[Assignment, Link] = {}
+        """Links to the sites of each assignment that is not the run's."""
+        self._by_site: dict[str, Link] = {}
+        """Link to each site of this round."""
         self._gathered: Metrics = {}
 
     def setup(self, fleet: Fleet) -> Metrics:
@@ -83,12 +94,16 @@ class Exchange:
         The report is empty where the terms have no pre-training, so that nothing is measured.
         Raises `GateError` for a codec that does not carry updates.
         """
-        return self.uplink.setup(fleet)
+        return self.link.uplink.setup(fleet)
 
     @property
     def sent(self) -> Named:
         """The adapter as sites hold it in this round; their updates are differences to it."""
-        return self.downlink.reference
+        return self.link.sent
+
+    def received(self, site: str) -> Named:
+        """Return the adapter, with its side path, as a site of this round's cohort received it."""
+        return self._by_site[site].sent
 
     def updates(
         self, fleet: Fleet, cohort: Sequence[str], adapter: Named, *, round: int
@@ -99,9 +114,72 @@ class Exchange:
         missed, and `ConfigError` for an adapter that cannot be sent. After the last update call
         `close`.
         """
-        self._check(adapter)
-        self.downlink.advance(adapter, round)
-        self.uplink.begin(self.sent, round)
+        self._check(self.link, adapter)
+        self.link.begin(adapter, round)
+        yield from self._gather(fleet, dict.fromkeys(cohort, self.link), round)
+
+    def assigned_updates(
+        self,
+        fleet: Fleet,
+        assignments: Mapping[str, Assignment],
+        adapter_of: Callable[[Assignment], Named],
+        *,
+        round: int,
+    ) -> Iterator[Update]:
+        """Send each site of `assignments` its assignment and its adapter; yield as `updates` does.
+
+        `adapter_of` gives the adapter, with its side path, of all sites that have an assignment
+        (such as `redistribute`). An update has the factors that its site trains. Raises
+        `ConfigError` for a codec that learns.
+        """
+        check_unequal(self.context.codec)
+        links = {each: self._link(each) for each in dict.fromkeys(assignments.values())}
+        for assignment, link in links.items():
+            adapter = adapter_of(assignment)
+            self._check(link, adapter)
+            link.begin(adapter, round)
+
+        by_site = {site: links[assignment] for site, assignment in assignments.items()}
+        yield from self._gather(fleet, by_site, round)
+
+    def close(self, mean: Named, round: int) -> Metrics:
+        """End a round of `updates`; `mean` is their mean. Return what was seen of the codec."""
+        return {**self._gathered, **self.link.uplink.close(mean, round)}
+
+    def close_assigned(self) -> Metrics:
+        """End a round of `assigned_updates`. Return what was seen of the codec."""
+        links = list(dict.fromkeys(self._by_site.values()))
+        errors = [error for link in links for error in link.uplink.errors]
+        return {**self._gathered, **error_metrics(errors)}
+
+    def _link(self, assignment: Assignment) -> Link:
+        """Return the link to sites that have `assignment`, made when it is first asked for."""
+        assert self._run is not None, "an exchange with assignments has the run's own"
+        if assignment == self._run:
+            return self.link
+
+        if assignment not in self._others:
+            link = Link.of(assignment, self._run, self.context, self.terms)
+            self._others[assignment] = link
+        return self._others[assignment]
+
+    def _check(self, link: Link, adapter: Named) -> None:
+        """Raise `ConfigError` for an adapter that the server half has made wrongly."""
+        place = f"task {self.task!r}: the adapter that the server half sends"
+        for name, tensor in adapter.items():
+            if not isinstance(tensor, Tensor):
+                raise ConfigError(wrong_return(f"{place}: {name!r}", tensor, "a Tensor", verb="is"))
+
+        try:
+            link.downlink.layout.check(adapter, place)
+        except WireError as error:
+            raise ConfigError(str(error)) from None
+
+    # -- one ask ----------------------------------------------------------------------------------
+
+    def _gather(self, fleet: Fleet, by_site: Mapping[str, Link], round: int) -> Iterator[Update]:
+        """Ask the sites over their links, and yield the updates that count."""
+        self._by_site = dict(by_site)
         gathering = Gathering(
             fleet,
             self.task,
@@ -112,39 +190,26 @@ class Exchange:
             forget=self._forget,
         )
 
-        for reply in gathering.of(cohort):
+        for reply in gathering.of(list(by_site)):
             decoded, update, loss = reply.content
-            self.uplink.fold(reply.site, decoded)
+            by_site[reply.site].uplink.fold(reply.site, decoded)
             yield Update(reply.site, update, reply.weight, loss)
 
         self._gathered = gathering.metrics()
 
-    def close(self, mean: Named, round: int) -> Metrics:
-        """End a round; `mean` is the mean of its updates. Return what was seen of the codec."""
-        return {**self._gathered, **self.uplink.close(mean, round)}
-
-    def _check(self, adapter: Named) -> None:
-        """Raise `ConfigError` for an adapter that the server half has made wrongly."""
-        place = f"task {self.task!r}: the adapter that the server half sends"
-        for name, tensor in adapter.items():
-            if not isinstance(tensor, Tensor):
-                raise ConfigError(wrong_return(f"{place}: {name!r}", tensor, "a Tensor", verb="is"))
-
-        try:
-            self.downlink.layout.check(adapter, place)
-        except WireError as error:
-            raise ConfigError(str(error)) from None
-
-    # -- one ask ----------------------------------------------------------------------------------
-
     def _messages(self, fleet: Fleet, round: int, sites: Sequence[str]) -> dict[str, Payload]:
-        """Return the messages for those of `sites` that hold the codec, once it was sent to all."""
-        ready = self.uplink.install(fleet, sites, round)
-        values = {"round": round, **self.uplink.values()}
-        return {site: self.downlink.message(site, values) for site in ready}
+        """Return the messages for those of `sites` that hold the codec, in order of `sites`."""
+        by_link: dict[Link, list[str]] = {}
+        for site in sites:
+            by_link.setdefault(self._by_site[site], []).append(site)
+
+        messages: dict[str, Payload] = {}
+        for link, group in by_link.items():
+            messages |= link.messages(fleet, round, group)
+        return {site: messages[site] for site in sites if site in messages}
 
     def read(
-        self, round: int, _site: str, reply: Payload
+        self, round: int, site: str, reply: Payload
     ) -> Readable[tuple[Decoded, Named, float | None]]:
         """Return what a reply of `round` carries; raise `WireError` for one that breaks a rule."""
         rule = self.rule
@@ -155,8 +220,9 @@ class Exchange:
         values = () if rule.frame_only else ("n", "loss")
         fields(reply, values, FRAME, optional=() if rule.frame_only else ("e",))
         weight = 1 if rule.frame_only else weight_of(reply)
-        decoded = self.uplink.decode(reply, round)
-        update = innovation(self.sent, decoded.update, self.terms.representation)
+        link = self._by_site.get(site, self.link)
+        decoded = link.uplink.decode(reply, round)
+        update = innovation(link.sent, decoded.update, self.terms.representation)
 
         if rule.clip is not None:
             update = rule.clip(update)
@@ -170,21 +236,32 @@ class Exchange:
         return Readable((decoded, update, loss), length, weight)
 
     def _acknowledge(self, site: str) -> None:
-        self.downlink.acknowledge(site)
-        self.uplink.acknowledge(site)
+        self._by_site[site].acknowledge(site)
 
     def _forget(self, sites: Sequence[str]) -> None:
-        self.downlink.forget(sites)
-        self.uplink.forget(sites)
+        for site in sites:
+            self._by_site[site].forget([site])
 
     # -- state ------------------------------------------------------------------------------------
 
     def state(self) -> Payload:
         """Return all that `restore` needs."""
-        return join({"uplink": self.uplink.state(), "downlink": self.downlink.state()})
+        others = {
+            str(place): join({"assigned": Payload(values=link.values), "link": link.state()})
+            for place, link in enumerate(self._others.values())
+        }
+        return join({"run": self.link.state(), "others": join(others)})
 
     def restore(self, state: Payload) -> None:
         """Become the exchange whose `state` this was."""
-        halves = split(state, ("uplink", "downlink"))
-        self.uplink.restore(halves["uplink"])
-        self.downlink.restore(halves["downlink"])
+        halves = split(state, ("run", "others"))
+        self.link.restore(halves["run"])
+        others = halves["others"]
+        self._others = {}
+
+        for place in range(len(others.values)):
+            stored = split(others, (str(place),))[str(place)]
+            entry = split(stored, ("assigned", "link"))
+            assert self._run is not None, "an exchange with assignments has the run's own"
+            assignment = Assignment.from_values(entry["assigned"].values, self._run)
+            self._link(assignment).restore(entry["link"])

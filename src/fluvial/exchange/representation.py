@@ -10,7 +10,7 @@ Representation = Literal["delta", "state"]
 
 def coded_object(received: Named, update: Named, representation: Representation) -> Named:
     """Return the object that a site codes: its update, or its whole adapter."""
-    return update if representation == "delta" else add(received, update)
+    return update if representation == "delta" else add(update, received)
 
 
 def innovation(received: Named, decoded: Named, representation: Representation) -> Named:

@@ -49,6 +49,14 @@ def coder_of(codec: Codec, received: Named, *, step: float | None = None) -> Cod
     return coder
 
 
+def error_metrics(errors: Sequence[float]) -> Metrics:
+    """Return the mean of relative squared errors, and the ratio of signal to noise in dB."""
+    if not errors:
+        return {}
+    error = math.fsum(errors) / len(errors)
+    return {"codec_error": error, "snr_db": -10 * math.log10(max(error, 1e-30))}
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Content of the frame of one site."""
@@ -82,7 +90,8 @@ class Uplink:
         self.watch: Watch | None = None
         self._coder: Coder | None = None
         """Chain that decodes the updates of this round."""
-        self._errors: list[float] = []
+        self.errors: list[float] = []
+        """Relative squared errors of this round, as the sites report them under error feedback."""
         self._control_step()
 
     # -- before the first round --------------------------------------------------------------------
@@ -131,7 +140,7 @@ class Uplink:
 
     def begin(self, received: Named, round: int) -> None:
         """Begin a round in which sites receive the adapter `received`."""
-        self._errors = []
+        self.errors = []
         self._take(self.refits.begin(self.codec, received, round))
         assert self.codec is not None, "setup comes first"
         self._coder = coder_of(self.codec, received)
@@ -179,18 +188,16 @@ class Uplink:
         """Take note of a reply that counts."""
         self.refits.fold(site, decoded.update)
         if decoded.error is not None:
-            self._errors.append(decoded.error)
+            self.errors.append(decoded.error)
         if decoded.noise is not None and self.control is not None:
             self.control.fold(decoded.noise, decoded.update)
 
     def close(self, mean: Named, round: int) -> Metrics:
         """End a round whose updates have this `mean`; return what was seen of the codec."""
-        metrics: Metrics = {}
-        if self._errors:
-            error = math.fsum(self._errors) / len(self._errors)
-            metrics |= {"codec_error": error, "snr_db": -10 * math.log10(max(error, 1e-30))}
-            if self.watch is not None:  # by the median: one site does not change the codec of all
-                metrics |= self._follow(self.watch, statistics.median_low(self._errors), round)
+        metrics = error_metrics(self.errors)
+        # The median: one site does not change the codec of all.
+        if self.errors and self.watch is not None:
+            metrics |= self._follow(self.watch, statistics.median_low(self.errors), round)
 
         if self.control is not None:
             metrics |= self.control.close(mean)

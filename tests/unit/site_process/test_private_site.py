@@ -361,7 +361,7 @@ def test_the_server_reads_no_value_beside_a_private_frame(
     assert isinstance(found.config.method, cgfedllm.CgFedLlmConfig)
     server = cgfedllm.CgFedLlmServer(found.config.method, context)
     frame = found.ask()
-    server.exchange.uplink.begin(found.start, 1)
+    server.exchange.link.uplink.begin(found.start, 1)
     readable = server.exchange.read(1, "a", frame_payload(frame))
     _, _, loss = readable.content
     assert (readable.weight, loss) == (1, None)
