@@ -93,6 +93,17 @@ IDLE: dict[str, Idle] = {
         },
         {"method": {"layers_per_block": 2}},
     ),
+    "merge of blocks that no two sites share": Idle(
+        {"method": {"merge": "overwrite"}},
+        "method.merge",
+        "no two of 2 sites share one of 2 blocks",
+        {
+            "tune": "lora",
+            "method": {"name": "fedcybgd"},
+            "data": {"partition": {"largest": 2}},
+        },
+        {"method": {"layers_per_block": 2}},
+    ),
     "growth of a cohort of two": Idle(
         GROWTH,
         "fleet.max_update_growth",
@@ -267,9 +278,9 @@ IDLE: dict[str, Idle] = {
     "gate of an unbiased codec": Idle(
         {"method": {"gate": "report"}},
         "method.gate",
-        "codec 'klt' has no bias",
-        {"method": {"name": "cgfedllm"}, "codec": KLT | {"mode": "dithered"}},
-        {"codec": {"mode": "biased"}},
+        "codec 'eden' has no bias",
+        {"method": {"name": "cgfedllm"}, "codec": {"name": "eden"}},
+        {"codec": {"name": "int4"}},
     ),
     **{
         f"{name} of pooled data": Idle(

@@ -173,13 +173,19 @@ def case(
     return Case(name, method, frozenset(labels), codec, more)
 
 
-def cgfedllm_table(promised: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+UNBIASED = ("eden", "random_k")
+"""Codecs that the gate never refuses, so that its setting would have no effect."""
+
+
+def cgfedllm_table(
+    promised: dict[str, Any] | None = None, codec: str = "", **changes: Any
+) -> dict[str, Any]:
     table: dict[str, Any] = {
         "name": "cgfedllm",
         "max_growth": 1e9,
         "tgap": {"source": "none"},
     }
-    if "tgap" in changes:
+    if "tgap" in changes and codec not in UNBIASED:
         table["gate"] = "report"
     return table | changes | ({} if promised is None else {"privacy": promised})
 
@@ -271,8 +277,8 @@ EVERYDAY = [
 ]
 
 
-NO_FEEDBACK = ("eden", "resnet")
-"""Refused with error feedback: what they lose would grow without bound."""
+NO_FEEDBACK = ("identity", "eden", "resnet")
+"""Refused with error feedback: they lose nothing, or what they lose would grow without bound."""
 
 
 def product() -> Iterator[Case]:
@@ -284,7 +290,7 @@ def product() -> Iterator[Case]:
         for feedback in (False,) if codec in NO_FEEDBACK else (False, True):
             label = "error feedback" if feedback else "plain"
             with_feedback = table | {"error_feedback": feedback}
-            for method in ({"name": "fedavg"}, cgfedllm_table(tgap=PUBLIC)):
+            for method in ({"name": "fedavg"}, cgfedllm_table(codec=codec, tgap=PUBLIC)):
                 if method["name"] == "fedavg" and codec == "resnet":
                     # The codec carries nothing of so small a model, and fedavg's gate refuses it.
                     continue
@@ -298,6 +304,7 @@ def product() -> Iterator[Case]:
                     *learned,
                     MEASURES,
                     codec=with_feedback,
+                    rounds=2 if feedback else 1,
                 )
 
         for placement, heldout in ((each, also) for each in AT for also in ("none", "exact")):
@@ -305,7 +312,7 @@ def product() -> Iterator[Case]:
             if placement == "latent" and codec not in ("klt", "resnet"):
                 continue
             labels = (AT[placement], *learned, *((MEASURES,) if heldout == "exact" else ()))
-            method = cgfedllm_table(promised(placement, heldout), tgap=PUBLIC)
+            method = cgfedllm_table(promised(placement, heldout), codec, tgap=PUBLIC)
             yield case(f"{placement} {heldout} {codec}", method, *labels, codec=table | bare)
 
     for placement in ("update", "aggregate"):

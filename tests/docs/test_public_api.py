@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 import fluvial
 from examples.own_codec import OneScale, OneScaleSettings
 from examples.own_method import MOMENTUM, MomentumServer
 from fluvial.codecs import CODECS
+from fluvial.codecs.base import OWN_CODES
 from fluvial.errors import wrong_return
 from fluvial.exchange import shared
 from fluvial.methods import METHODS
@@ -233,9 +235,68 @@ def test_two_codecs_with_one_number_are_refused() -> None:
         fluvial.load_config({"rounds": 1}, codecs=[OneScale, Other])
 
 
+class Reversed(OneScale):
+    """A codec whose values come back in another order."""
+
+    def parse(self, reader: fluvial.Reader) -> torch.Tensor:
+        """Return the values from the last to the first."""
+        return super().parse(reader).flip(0)
+
+
+class Negated(OneScale):
+    """A codec whose values come back with the other sign."""
+
+    def parse(self, reader: fluvial.Reader) -> torch.Tensor:
+        """Return the negative values."""
+        return -super().parse(reader)
+
+
+class Drifting(OneScale):
+    """A codec that draws from the generator of the process."""
+
+    def body(self, vector: torch.Tensor, seed: int) -> bytes:
+        """Return the code of the vector and some noise."""
+        return super().body(vector + torch.randn(vector.shape), seed)
+
+
+class Refusing(OneScale):
+    """A codec that refuses what it made."""
+
+    def parse(self, reader: fluvial.Reader) -> torch.Tensor:
+        """Raise an error."""
+        raise fluvial.WireError("no such scale")
+
+
+def with_size(size: object) -> type[OneScale]:
+    """Return a codec whose frames have `size` bytes, as it says."""
+    return type("Sized", (OneScale,), {"frame_size": classmethod(lambda *_: size)})
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        (Reversed, "parse must invert body"),
+        (Negated, "parse must invert body"),
+        (Drifting, "encoding the same update twice with one seed gives other bytes"),
+        (Refusing, "parse refuses what body made: no such scale"),
+        (with_size(None), "frame_size of codec 'one_scale' returned NoneType; expected a whole"),
+        (with_size(100.5), "frame_size of codec 'one_scale' returned float; expected a whole"),
+        (with_size(-3), "frame_size of codec 'one_scale' returned int; expected a whole number of"),
+        (with_size(20), "and frame_size says at most 20; mend one of the two"),
+    ],
+)
+def test_a_codec_that_does_not_do_what_it_says_is_refused(
+    codec: type[OneScale], message: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    table = run_config | {"codec": {"name": "one_scale"}}
+    with pytest.raises(fluvial.ConfigError, match=re.escape(message)):
+        fluvial.run(table, tmp_path / "run", codecs=[codec], progress=False)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_the_package_leaves_the_free_numbers_alone() -> None:
     taken = {codec.code for name, codec in CODECS.items() if name not in own._OWN_CODECS}
-    assert not taken & set(own.OWN_CODES)
+    assert not taken & set(OWN_CODES)
     assert "64 to 255" in (ROOT / "docs" / "adding-a-codec.md").read_text()
 
 
@@ -277,6 +338,14 @@ class WrongLoss(MomentumServer):
     def round(self, number: int, fleet: fluvial.Fleet) -> Any:
         """Return a loss in words."""
         return {**super().round(number, fleet), "loss": "low"}
+
+
+class TakenNames(MomentumServer):
+    """A server half that measures bytes by itself."""
+
+    def round(self, number: int, fleet: fluvial.Fleet) -> Any:
+        """Return metrics with the names of the run's own."""
+        return {**super().round(number, fleet), "round": 7, "bytes_up": 0}
 
 
 class WrongCount(MomentumServer):
@@ -340,6 +409,7 @@ def train_to_a_pair(*_: object) -> Any:
             "its metrics are not plain JSON values: 'seen': Object of type set",
         ),
         ({"server": WrongLoss}, "its metrics have a loss that is no number"),
+        ({"server": TakenNames}, "its metrics have bytes_up and round, which the run measures"),
         ({"server": WrongCount}, "its metrics have a number of sites that is no whole number"),
         ({"server": NotFinite}, "the adapter that the server half sends: NaN or Inf"),
         ({"server": NumpyServer}, "lora_A.weight' is ndarray; expected a Tensor"),

@@ -21,6 +21,9 @@ from fluvial.wire.frame import OVERHEAD, Reader, seal, unseal
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
+OWN_CODES = range(64, 256)
+"""Numbers of codecs outside the package; a frame has one byte for the number."""
+
 
 class CodecSettings(Settings):
     """The settings that all codecs share."""

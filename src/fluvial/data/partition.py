@@ -99,6 +99,12 @@ def _by_class(classes: Sequence[str], largest: int | None) -> dict[str, list[int
     named: dict[str, list[int]] = {}
     for number, name in enumerate(classes):
         named.setdefault(name, []).append(number)
+    if largest is not None and largest > len(named):
+        raise ConfigError(
+            f"data.partition.largest={largest}: there are only {len(named)} sites; remove it, or "
+            "choose fewer"
+        )
+
     kept = sorted(named, key=lambda name: (-len(named[name]), name))[:largest]
     return {name: named[name] for name in sorted(kept)}
 

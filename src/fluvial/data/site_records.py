@@ -204,12 +204,7 @@ class SiteRecords:
             order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
             cut = round(self.config.heldout_share * len(records))
             if not 0 < cut < len(records):
-                faults.add(
-                    f"data: site {shown(name)} has {len(records)} records; "
-                    f"data.heldout_share={self.config.heldout_share} leaves {len(records) - cut} "
-                    f"to train on and {cut} held out, and both need at least one; give the site "
-                    "more records, change data.heldout_share, or leave the site out"
-                )
+                faults.add(_too_few(name, len(records), cut, self.config.heldout_share))
                 continue
 
             train = sorted(order[cut:])
@@ -220,3 +215,18 @@ class SiteRecords:
             )
 
         return shared
+
+
+def _too_few(name: str, count: int, heldout: int, share: float) -> str:
+    """Return the fault of a site with `count` records, `heldout` of which would be held out."""
+    if count < 2:
+        return (
+            f"data: site {shown(name)} has {count} record, and one to train on and one held out "
+            "are needed; give the site more records, or leave it out"
+        )
+
+    return (
+        f"data: site {shown(name)} has {count} records; data.heldout_share={share} leaves "
+        f"{count - heldout} to train on and {heldout} held out, and both need at least one; give "
+        "the site more records, change data.heldout_share, or leave the site out"
+    )

@@ -4,10 +4,11 @@ import torch
 
 from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
-from fluvial.codecs.base import AdaptiveCodec
+from fluvial.codecs.base import OWN_CODES, AdaptiveCodec
 from fluvial.codecs.klt.moments import MomentCodec, num_bytes
 from fluvial.codecs.klt.settings import KltSettings
 from fluvial.errors import ConfigError
+from fluvial.exchange.own_codec import check_own
 from fluvial.exchange.tgap import TgapConfig
 from fluvial.exchange.weighting import scales
 from fluvial.models.states import no_change
@@ -49,6 +50,8 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
         return
 
     CODECS[name].frame_size(codec, layout)
+    if CODECS[name].code in OWN_CODES:
+        check_own(codec, layout)
 
 
 def check_unequal(codec: CodecSettings) -> None:

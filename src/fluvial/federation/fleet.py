@@ -149,7 +149,9 @@ class Fleet:
         if self.config.on_failure == "stop":
             log = self.transport.error_log(failure.site)
             there = log is not None and log.exists()
-            raise ClientError(f"{where}; the whole of its errors is in {log}" if there else where)
+            errors = f"; the whole of its errors is in {log}" if there else ""
+            remedy = "; fleet.on_failure='skip' would go on without it" * (len(self.sites) > 1)
+            raise ClientError(f"{where}{remedy}{errors}")
 
         logger.warning("%s (%s)", where, "asked again" if again else "skipped")
         return again

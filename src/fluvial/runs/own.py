@@ -9,15 +9,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from fluvial.codecs import CODECS, CodecConfig
-from fluvial.codecs.base import Codec, CodecSettings
+from fluvial.codecs.base import OWN_CODES, Codec, CodecSettings
 from fluvial.errors import ConfigError, check_call
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.interface import Method, MethodSettings, Traits
 from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
 
-OWN_CODES = range(64, 256)
-"""Numbers of codecs outside the package; a frame has one byte for the number."""
 _OWN_METHODS: set[str] = set()
 """Names of methods that callers entered; they may be entered again, as in a notebook's cell."""
 _OWN_CODECS: set[str] = set()

@@ -26,6 +26,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.runs.idle import idle_remarks, refuse_idle
+from fluvial.runs.metrics import check_metrics
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
 from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
@@ -234,12 +235,7 @@ class Run:
         known = len(self.fleet.failures)
         metrics = self._checked("round", self.server.round(number, self.fleet), dict)
         place = f"round of method {self.config.method.name!r}: its metrics"
-        if lacking := {"loss", "sites"} - metrics.keys():
-            raise ConfigError(f"{place} lack {' and '.join(sorted(lacking))}")
-        if not isinstance(metrics["loss"], float | int | None):
-            raise ConfigError(f"{place} have a loss that is no number")
-        if not isinstance(metrics["sites"], int):
-            raise ConfigError(f"{place} have a number of sites that is no whole number")
+        check_metrics(place, metrics)
 
         # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
         self.trained += self.fleet.meter.num_answered(beside=(INSTALL, AUDIT))

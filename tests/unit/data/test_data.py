@@ -613,6 +613,26 @@ def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path, tokenizer: Any) 
             )
 
 
+def test_a_site_with_one_record_is_refused_without_talk_of_shares(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    records = [{"clinic": name, "text": f"{name} {n}"} for n in range(9) for name in ("a", "b")]
+    source = tmp_path / "records.jsonl"
+    lonely = {"clinic": "c", "text": "alone"}
+    source.write_text("\n".join(json.dumps(row) for row in [*records, lonely]))
+    partition = {"by": "column", "column": "clinic"}
+    with pytest.raises(ConfigError, match="site 'c' has 1 record, and one") as raised:
+        texts(source, tokenizer, partition=partition)
+    assert "heldout_share" not in str(raised.value)
+
+
+def test_more_sites_to_keep_than_there_are_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    source = save("jsonl", tmp_path, table())
+    partition = {"by": "column", "column": "clinic", "largest": 99}
+    with pytest.raises(ConfigError, match=r"data.partition.largest=99: there are only \d sites"):
+        texts(source, tokenizer, partition=partition)
+
+
 def test_a_held_out_source_is_split_over_the_sites(tmp_path: Path, tokenizer: Any) -> None:
     source = save("jsonl", tmp_path, table())
     apart = table().select([0, 1, 30, 46, 56]).to_list()

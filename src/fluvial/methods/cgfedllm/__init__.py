@@ -289,7 +289,7 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
 def _idle(config: CgFedLlmConfig, given: Given) -> dict[str, str]:
     """Return the settings that cannot change this run, and why."""
     idle = shared_idle(config, given, collects=config.tgap.from_sites)
-    if given.codec.without_bias:
+    if given.codec.without_bias and not must_learn(given.codec):
         idle["method.gate"] = (
             f"codec {given.codec.name!r} has no bias, so the gate never refuses it"
         )

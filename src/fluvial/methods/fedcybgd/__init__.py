@@ -81,9 +81,10 @@ def _idle(config: FedCyBgdConfig, given: Given) -> dict[str, str]:
         **_uncompared(given.sites * given.rounds),
     }
     if config.order != "random" and given.sites <= blocks:
-        idle["fleet.max_weight_share"] = (
-            f"no two of {given.sites} sites share one of {blocks} blocks"
-        )
+        apart = f"no two of {given.sites} sites share one of {blocks} blocks"
+        places = ("fleet.max_weight_share", "method.merge", "method.weighting")
+        idle |= dict.fromkeys(places, apart)
+
     return idle
 
 
