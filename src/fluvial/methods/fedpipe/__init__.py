@@ -1,0 +1,1 @@
+"""FedPipe: a plan for every site, made automatically, and unequal adapters that add up exactly."""

@@ -1,0 +1,272 @@
+"""The decision: of all settings and ranks that keep a site's limits, the ones with the best score.
+
+Inside a setting (format, batch, length, checkpointing, rate, steps) memory and time are linear in
+the n parameters of the adapter, so both limits together are one capacity for n, and the ranks are
+an exact multiple-choice knapsack. It does not depend on the setting: one table serves all settings
+and all sites. The score of a plan is
+
+    value              V retained(rate) - lambda_u u - lambda_q err(format)
+    value-per-second   V retained(rate) (1 - lambda_q err(format)) (1 - u) / t
+
+with V = sum S_m E_m(rank), in whole units. Ties go to the shorter round, then to the smaller
+adapter, then to the setting that stands first in the configuration.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+
+from fluvial.methods.fedpipe.planner.candidates import VALUE_UNIT, Candidate
+from fluvial.methods.fedpipe.planner.choice import RankChoice, Ranks
+from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, Wire, formats_named
+from fluvial.methods.fedpipe.planner.memory import MemoryModel
+from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
+from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings
+from fluvial.methods.fedpipe.planner.time import TimeModel
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+CHECKPOINTING = {"never": (False,), "always": (True,), "choose": (False, True)}
+"""Choices of gradient checkpointing by the setting."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """A site's profile, and the models that follow from it."""
+
+    profile: Profile
+    memory: MemoryModel
+    time: TimeModel
+
+
+@dataclass(frozen=True)
+class Room:
+    """A setting at a site, and the largest adapter that fits there."""
+
+    setting: Setting
+    format: Format
+    wire: Wire
+    memory: int
+    """Parameters that the memory has room for; negative where not even the base fits."""
+    time: int | None
+    """Parameters that the deadline has room for, negative where not even the steps do; None without
+    a deadline."""
+    fixed_s: Fraction
+    """Seconds of the round without an adapter."""
+    each_s: Fraction
+    """Seconds for each parameter."""
+    unprocessed: Fraction
+    """Share of the site's tokens that a round does not process, u."""
+
+    @property
+    def capacity(self) -> int:
+        """Return the parameters that both limits have room for."""
+        return self.memory if self.time is None else min(self.memory, self.time)
+
+    def seconds(self, lora: int) -> float:
+        """Return the seconds of the round, rounded once."""
+        return float(self.fixed_s + self.each_s * lora)
+
+
+class Planner:
+    """Plans of all sites for one set of candidates."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        settings: PlannerSettings,
+        *,
+        length: int,
+        format: str,
+        wires: Sequence[Wire] = (),
+        seed: int = 0,
+    ) -> None:
+        """Take the run's own `length` and `format` where the settings name none.
+
+        `wires` are rates whose share of the energy was measured; for others a bound is taken.
+        """
+        self.settings = settings
+        self.choice = RankChoice(candidates, settings.ranks, settings.granularity, seed=seed)
+        self.lengths = settings.lengths or (length,)
+        self.formats = formats_named(settings.formats or (format,))
+        self._wires = {wire.rate: wire for wire in wires}
+        self.wires = [self._wire(rate) for rate in settings.rates]
+
+    def plan(self, models: Models, deadline_s: float | None = None) -> SitePlan | None:
+        """Return the best plan of a site, or None where no setting has room for an adapter."""
+        best: tuple[float, float, int, int] | None = None
+        chosen: tuple[Room, Ranks] | None = None
+
+        for bound, place, room in self._promising(models, deadline_s):
+            if best is not None and bound < -best[0]:
+                break  # no later setting can be better
+
+            ranks = self._best(room)
+            score = self.score(room, ranks)
+            key = (-score, room.seconds(ranks.lora), ranks.lora, place)
+            if best is None or key < best:
+                best = key
+                chosen = (room, ranks)
+
+        return None if chosen is None else self._site_plan(models, *chosen)
+
+    def rooms(self, models: Models, deadline_s: float | None = None) -> Iterator[Room]:
+        """Yield every setting of a site in order of the configuration, also those without room."""
+        for format, length, batch, checkpointing, wire in product(
+            self.formats,
+            self.lengths,
+            self.settings.batches,
+            CHECKPOINTING[self.settings.checkpointing],
+            self.wires,
+        ):
+            full = -(-models.profile.samples // batch)
+            for steps in dict.fromkeys(
+                -(-full * eighths // 8) for eighths in self.settings.eighths
+            ):
+                setting = Setting(format.name, batch, length, checkpointing, wire.rate, steps)
+                yield self.room(models, setting, deadline_s)
+
+    def room(self, models: Models, setting: Setting, deadline_s: float | None = None) -> Room:
+        """Return the room of one setting."""
+        profile = models.profile
+        format = FORMATS[setting.format]
+        wire = self._wire(setting.rate)
+        shape = (setting.batch, setting.length)
+        tokens = processed(profile, setting)
+
+        free = profile.memory_bytes - models.memory.total(
+            format, *shape, checkpointing=setting.checkpointing, lora=0
+        )
+        for_each = models.memory.for_each(*shape, checkpointing=setting.checkpointing)
+        fixed_s, each_s = models.time.line(
+            profile,
+            format,
+            wire,
+            batch=setting.batch,
+            tokens=tokens,
+            checkpointing=setting.checkpointing,
+            modules=len(self.choice.candidates),
+        )
+
+        time = None
+        if deadline_s is not None:
+            spare_s = Fraction(deadline_s) / Fraction(self.settings.safety) - fixed_s
+            time = int(spare_s // each_s) if spare_s >= 0 else -1
+
+        return Room(
+            setting,
+            format,
+            wire,
+            int(free // for_each) if free >= 0 else -1,
+            time,
+            fixed_s,
+            each_s,
+            1 - Fraction(tokens, profile.all_tokens),
+        )
+
+    def score(self, room: Room, ranks: Ranks) -> float:
+        """Return what the objective makes of a plan."""
+        return float(self._scores(room, np.array([ranks.value]), np.array([ranks.lora]))[0])
+
+    def evaluated(
+        self, models: Models, plan: SitePlan, deadline_s: float | None = None
+    ) -> SitePlan | None:
+        """Return an earlier plan with the figures of a present profile and present scores, or None
+        where it no longer fits the site or these candidates."""
+        known = {candidate.module for candidate in self.choice.candidates}
+        if not known.issuperset(module for module, _ in plan.ranks):
+            return None
+
+        room = self.room(models, plan.setting, deadline_s)
+        ranks = self.choice.of(dict(plan.ranks))
+        return None if ranks.lora > room.capacity else self._site_plan(models, room, ranks)
+
+    def _promising(self, models: Models, deadline_s: float | None) -> list[tuple[float, int, Room]]:
+        """Return the settings with room, those with the highest bound of their score first."""
+        least = self.choice.least
+        bounded = [
+            (self._bound(room), place, room)
+            for place, room in enumerate(self.rooms(models, deadline_s))
+            if room.capacity >= least
+        ]
+        return sorted(bounded, key=lambda entry: (-entry[0], entry[1]))
+
+    def _bound(self, room: Room) -> float:
+        """Return a score that no plan within `room` exceeds."""
+        most = np.array([self.choice.knapsack.value(room.capacity)])
+        return float(self._scores(room, most, np.array([0]))[0])
+
+    def _best(self, room: Room) -> Ranks:
+        """Return the ranks with the best score within a setting; of equal ones the fewest
+        parameters."""
+        if self.settings.selection != "importance" or self.settings.objective == "value":
+            return self.choice.within(room.capacity, self.settings.selection)
+
+        knapsack = self.choice.knapsack
+        last = knapsack.column(room.capacity)
+        columns = knapsack.steps[1 : np.searchsorted(knapsack.steps, last) + 1]
+        scores = self._scores(room, knapsack.values[columns], columns * knapsack.unit)
+        return self.choice.at(int(columns[np.argmax(scores)]))
+
+    def _scores(self, room: Room, values: IntArray, lora: IntArray) -> FloatArray:
+        """Return the scores of adapters with `values` (n,) and parameters `lora` (n,).
+
+        Each operation is rounded as IEEE 754 says, entry by entry, so all machines agree.
+        """
+        error = self.settings.weight_of_error * room.format.error
+        value: FloatArray = values * np.float64(room.wire.retained / VALUE_UNIT)
+        if self.settings.objective == "value":
+            value -= self.settings.weight_of_data * float(room.unprocessed) + error
+            return value
+
+        gain = value * (max(0.0, 1 - error) * float(1 - room.unprocessed))
+        scores: FloatArray = gain / (float(room.fixed_s) + lora * float(room.each_s))
+        return scores
+
+    def _site_plan(self, models: Models, room: Room, ranks: Ranks) -> SitePlan:
+        setting = room.setting
+        seconds = models.time.seconds(
+            models.profile,
+            room.format,
+            room.wire,
+            batch=setting.batch,
+            tokens=processed(models.profile, setting),
+            checkpointing=setting.checkpointing,
+            lora=ranks.lora,
+            modules=len(ranks.ranks),
+        )
+        prediction = Prediction(
+            models.memory.total(
+                room.format,
+                setting.batch,
+                setting.length,
+                checkpointing=setting.checkpointing,
+                lora=ranks.lora,
+            ),
+            models.time.bytes_up(ranks.lora, len(ranks.ranks), room.wire),
+            models.time.bytes_down(ranks.lora, len(ranks.ranks)),
+            seconds.compute_s,
+            seconds.link_s,
+        )
+        return SitePlan(
+            setting,
+            ranks.ranks,
+            ranks.value,
+            self.score(room, ranks),
+            float(room.unprocessed),
+            prediction,
+        )
+
+    def _wire(self, rate: int) -> Wire:
+        return self._wires.get(rate) or Wire.of(rate)
+
+
+def processed(profile: Profile, setting: Setting) -> int:
+    """Return the tokens of a round's steps, of sequences of the site's mean length."""
+    sequences = min(setting.steps * setting.batch, profile.samples)
+    return -(-profile.tokens_at(setting.length) * sequences // profile.samples)

@@ -1,0 +1,142 @@
+"""The refusal of a site that no plan fits: the limit that binds, with numbers and a remedy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fluvial.errors import ConfigError
+from fluvial.formatting import human_bytes, human_seconds
+from fluvial.methods.fedpipe.planner.decision import Models, Planner, Room
+
+Limit = Literal["base", "activations", "link", "deadline"]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another method, and the memory that a site needs for it."""
+
+    method: str
+    bytes: int
+    why: str
+    """What of the model is at the site, such as "one block of the model"."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The reason why no plan fits a site."""
+
+    site: str
+    limit: Limit
+    needed: float
+    """Bytes or seconds, of the setting that needs least."""
+    available: float
+    words: str
+    """The limit, its figures, and the remedy."""
+    fitting: Alternative | None = None
+    """The first other method that fits the site's memory."""
+
+    def __str__(self) -> str:
+        """Return the refusal as one line."""
+        if self.fitting is None:
+            return f"site {self.site!r}: {self.words}"
+        need = human_bytes(self.fitting.bytes)
+        return (
+            f"site {self.site!r}: {self.words}; or use method {self.fitting.method!r}, which has "
+            f"{self.fitting.why} at the site and needs {need}"
+        )
+
+
+def refusal(
+    planner: Planner,
+    site: str,
+    models: Models,
+    deadline_s: float | None,
+    alternatives: Sequence[Alternative] = (),
+) -> Refusal:
+    """Return why no plan fits a site; `alternatives` are other methods, the preferred ones first.
+
+    The limits are taken one after another: the base in its smallest format, then activations of the
+    smallest pass and the smallest adapter, then the messages of the fastest setting that memory
+    allows, then its whole round.
+    """
+    least = planner.choice.least
+    memory = models.profile.memory_bytes
+    fitting = next((other for other in alternatives if other.bytes <= memory), None)
+    smallest = min(planner.formats, key=lambda format: (models.memory.base(format), format.name))
+    base = models.memory.base(smallest) + models.memory.reserve
+
+    if base > memory:
+        remedy = "raise its memory, or add a smaller format to method.planner.formats"
+        words = (
+            f"the base in format {smallest.name} needs {human_bytes(base)} with the reserve of "
+            f"{human_bytes(models.memory.reserve)}, more than its {human_bytes(memory)}; {remedy}"
+        )
+        return Refusal(site, "base", base, memory, words, fitting)
+
+    rooms = list(planner.rooms(models, deadline_s))
+    if all(room.memory < least for room in rooms):
+        room, needed = min(
+            ((room, _memory(models, room, least)) for room in rooms), key=lambda pair: pair[1]
+        )
+        setting = room.setting
+        words = (
+            f"a pass of {setting.batch} x {setting.length} tokens over the base in format "
+            f"{setting.format} needs {human_bytes(needed)} with activations, more than its "
+            f"{human_bytes(memory)}; shorten data.max_length, allow smaller "
+            "method.planner.batches or checkpointing, or raise its memory"
+        )
+        return Refusal(site, "activations", needed, memory, words, fitting)
+
+    assert deadline_s is not None, "a plan fits"
+    allowed_s = deadline_s / planner.settings.safety
+    room = min(
+        (room for room in rooms if room.memory >= least), key=lambda room: room.seconds(least)
+    )
+    total_s = room.seconds(least)
+    link_s = _link_s(models, room, least)
+
+    if link_s > allowed_s:
+        words = (
+            f"the messages of the smallest adapter take {human_seconds(link_s)} at rate "
+            f"{room.setting.rate}, more than the {human_seconds(allowed_s)} that the deadline "
+            "allows; raise method.planner.rates or the deadline"
+        )
+        return Refusal(site, "link", link_s, allowed_s, words, None)
+
+    words = (
+        f"{room.setting.steps} steps of {room.setting.batch} sequences take "
+        f"{human_seconds(total_s)}, more than the {human_seconds(allowed_s)} that the deadline "
+        "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
+    )
+    return Refusal(site, "deadline", total_s, allowed_s, words, None)
+
+
+def refuse(refusals: Sequence[Refusal]) -> None:
+    """Raise `ConfigError` with all refusals, one a line, where there are any."""
+    if refusals:
+        raise ConfigError("no plan fits:\n" + "\n".join(map(str, refusals)))
+
+
+def _memory(models: Models, room: Room, lora: int) -> int:
+    setting = room.setting
+    return models.memory.total(
+        room.format,
+        setting.batch,
+        setting.length,
+        checkpointing=setting.checkpointing,
+        lora=lora,
+    )
+
+
+def _link_s(models: Models, room: Room, lora: int) -> float:
+    """Return the seconds of the messages of an adapter of one module."""
+    return models.time.seconds(
+        models.profile,
+        room.format,
+        room.wire,
+        batch=room.setting.batch,
+        tokens=0,
+        checkpointing=room.setting.checkpointing,
+        lora=lora,
+        modules=1,
+    ).link_s

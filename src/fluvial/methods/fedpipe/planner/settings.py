@@ -1,0 +1,92 @@
+"""Settings of the planner: what it may choose, what it strives for, and the sites' budgets."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fluvial.methods.fedpipe.planner.candidates import Granularity
+from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.settings import Settings
+
+Objective = Literal["value", "value-per-second"]
+Selection = Literal["importance", "uniform", "random", "all"]
+Whole = Annotated[int, Field(ge=1, le=2**20)]
+Rank = Annotated[int, Field(ge=1, le=4096)]
+Eighths = Annotated[int, Field(ge=1, le=8)]
+
+
+class PlannerSettings(Settings):
+    """What the planner may choose for a site, and what it strives for; all of it is ours."""
+
+    objective: Objective = "value-per-second"
+    """Measure of a plan: importance covered ("value"), or that for each second of a round on the
+    site's own link, with the share of its data that is processed ("value-per-second")."""
+    selection: Selection = "importance"
+    """Choice of the weights: by importance, or, within the same bytes, one rank for all weights and
+    the next one for some ("uniform"), random ranks ("random"), or one rank for all ("all")."""
+    granularity: Granularity = "instance"
+    """Ranks for each weight apart ("instance"), or one for all weights of a name ("type")."""
+    ranks: tuple[Rank, ...] = (2, 4, 8, 16, 32)
+    """Ranks that a weight may get, beside none; one rank switches rank adaptation off."""
+    batches: tuple[Whole, ...] = (1, 2, 4, 8, 16)
+    """Sequences of a forward pass; one entry switches batch adaptation off."""
+    lengths: tuple[Whole, ...] = ()
+    """Tokens of a sequence at most; unset, `data.max_length` alone."""
+    formats: tuple[str, ...] = ()
+    """Formats of the base; unset, that of the model alone. Earlier ones are preferred to later ones
+    of equal worth."""
+    checkpointing: Literal["never", "always", "choose"] = "choose"
+    """Gradient checkpointing: whether the planner may choose it."""
+    rates: tuple[Whole, ...] = (1,)
+    """Rates of the codec: bytes of an fp32 update for each byte of its frame."""
+    eighths: tuple[Eighths, ...] = (8, 7, 6, 5, 4, 3, 2, 1)
+    """Local steps, in eighths of those of the site's whole data."""
+    weight_of_data: float = Field(1.0, ge=0, le=1e3)
+    """Value lost where a site processes none of its data (lambda_u); of objective "value"."""
+    weight_of_error: float = Field(0.5, ge=0, le=1e3)
+    """Value lost for a relative error of 1 of the base's output (lambda_q)."""
+    safety: float = Field(1.2, ge=1, le=100)
+    """Factor on the predicted time where a round must end by the deadline."""
+    hysteresis: float = Field(0.05, ge=0, le=10)
+    """Relative gain from which a new plan takes the place of the present one."""
+
+    def conflicts(self) -> Iterator[str]:
+        """Yield lists that are empty or hold a number twice, unknown formats, and settings without
+        effect."""
+        for name in self.formats:
+            if name not in FORMATS:
+                yield f"formats: {name!r:.40} is unknown; choose among {', '.join(FORMATS)}"
+        for key in ("ranks", "batches", "lengths", "rates", "eighths"):
+            numbers: tuple[int, ...] = getattr(self, key)
+            if len(set(numbers)) < len(numbers):
+                yield f"{key}: a number stands twice; remove one"
+            if not numbers and key != "lengths":
+                yield f"{key}: names at least one number, or leave it out"
+
+        default = type(self).model_fields["weight_of_data"].default
+        if self.objective != "value" and self.weight_of_data != default:
+            yield (
+                f"weight_of_data: without effect under objective={self.objective!r}, which "
+                "multiplies by the share of the data; remove it"
+            )
+        if self.selection == "all" and self.granularity != "instance":
+            yield "granularity: without effect, because all weights get one rank; remove it"
+
+
+class SiteBudget(Settings):
+    """What a site may use: limits of the user, which a measured profile completes."""
+
+    site: str
+    """Name of the site."""
+    memory_mb: float | None = Field(None, gt=0, le=1e9)
+    """Memory, in 10^6 bytes; unset, what the site measures as free."""
+    up_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
+    """Rate from the site to the server, in 10^6 bits a second; unset, that of `fleet.line`."""
+    down_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
+    """Rate from the server to the site, in 10^6 bits a second; unset, that of `fleet.line`."""
+    rtt_ms: float | None = Field(None, ge=0, le=1e6)
+    """Round-trip time, in milliseconds; unset, that of `fleet.line`."""
+    speed: float = Field(1.0, gt=0, le=1e3)
+    """Speed of the site against the machine that measures, for plans before a run and for sites
+    that are slowed down in one process."""

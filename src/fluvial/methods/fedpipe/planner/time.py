@@ -1,0 +1,182 @@
+"""The time model of a site's round: training at its measured speed, and bytes over its own link.
+
+    t = tokens / speed(b) * (4 P + 6 n + [ckpt] (2 P + 2 n)) / (4 P + 6 n_0)
+        + down / down_rate + up / up_rate + latency
+
+is C2 of FedPipe as we concretise it: a frozen base costs 2 P in the forward pass and 2 P for the
+gradient of its input, an adapter of n parameters 6 n, and checkpointing repeats the forward pass.
+The speed was measured with an adapter of n_0 parameters, without checkpointing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from fluvial.errors import ConfigError
+from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, Wire
+from fluvial.methods.fedpipe.planner.profile import Profile, Speed
+
+VALUE_BYTES = 4
+"""Bytes of a value of an uncoded update: fp32."""
+HEADER_BYTES = 8
+"""Bytes of header for each adapted module, each way."""
+
+
+@dataclass(frozen=True)
+class RoundTime:
+    """Seconds of a site's round, of their causes."""
+
+    compute_s: float
+    up_s: float
+    down_s: float
+    latency_s: float
+
+    @property
+    def link_s(self) -> float:
+        """Return the seconds of messages."""
+        return self.up_s + self.down_s + self.latency_s
+
+    @property
+    def total_s(self) -> float:
+        """Return all of them."""
+        return self.compute_s + self.link_s
+
+
+@dataclass(frozen=True)
+class TimeModel:
+    """Predicts seconds and bytes of a site's round from its profile."""
+
+    base_parameters: int
+    """P: parameters through which a token passes."""
+    lora_measured: int
+    """n_0: parameters of the adapter with which speeds were measured."""
+    down_rate: int = 1
+    """Bytes of the fp32 adapter for each byte of its download."""
+    factor: float = 1.0
+    """Correction of the compute time by rounds that were measured."""
+
+    def bytes_up(self, lora: int, modules: int, wire: Wire) -> int:
+        """Return the bytes from a site in a round."""
+        return -(-VALUE_BYTES * lora // wire.rate) + HEADER_BYTES * modules
+
+    def bytes_down(self, lora: int, modules: int) -> int:
+        """Return the bytes to a site in a round."""
+        return -(-VALUE_BYTES * lora // self.down_rate) + HEADER_BYTES * modules
+
+    def seconds(
+        self,
+        profile: Profile,
+        format: Format,
+        wire: Wire,
+        *,
+        batch: int,
+        tokens: int,
+        checkpointing: bool,
+        lora: int,
+        modules: int,
+    ) -> RoundTime:
+        """Return the seconds of a round over `tokens` tokens."""
+        compute_s = tokens * self.token_s(profile, format, batch)
+        return RoundTime(
+            compute_s * self._work(lora, checkpointing=checkpointing),
+            self.bytes_up(lora, modules, wire) / profile.up_bytes_s,
+            self.bytes_down(lora, modules) / profile.down_bytes_s,
+            profile.latency_s,
+        )
+
+    def line(
+        self,
+        profile: Profile,
+        format: Format,
+        wire: Wire,
+        *,
+        batch: int,
+        tokens: int,
+        checkpointing: bool,
+        modules: int,
+    ) -> tuple[Fraction, Fraction]:
+        """Return (seconds without an adapter, seconds for each of its parameters), exactly.
+
+        They are no less than `seconds`, whose bytes are whole: a byte each way more, and headers of
+        all `modules`.
+        """
+        token_s = Fraction(self.token_s(profile, format, batch)) * tokens
+        whole = 4 * self.base_parameters + 6 * self.lora_measured
+        base = (6 if checkpointing else 4) * self.base_parameters
+        each = 8 if checkpointing else 6
+        header = HEADER_BYTES * modules + 1
+        up = 1 / Fraction(profile.up_bytes_s)
+        down = 1 / Fraction(profile.down_bytes_s)
+        fixed = token_s * base / whole + header * (up + down) + Fraction(profile.latency_s)
+        per_parameter = token_s * each / whole + VALUE_BYTES * (
+            up / wire.rate + down / self.down_rate
+        )
+        return fixed, per_parameter
+
+    def token_s(self, profile: Profile, format: Format, batch: int) -> float:
+        """Return the seconds of a token's forward and backward pass."""
+        curve = profile.speeds.get(format.name)
+        slowdown = 1.0
+        if curve is None:
+            measured = min(profile.speeds)
+            curve = profile.speeds[measured]
+            slowdown = format.slowdown / (
+                FORMATS[measured].slowdown if measured in FORMATS else 1.0
+            )
+        return self.factor * slowdown / speed_at(curve, batch)
+
+    def corrected(self, predicted_s: float, measured_s: float) -> "TimeModel":
+        """Return the model with the compute time scaled to a measured round.
+
+        Raises `ConfigError` for seconds that are not positive.
+        """
+        if not (predicted_s > 0 and measured_s > 0):
+            raise ConfigError(
+                f"seconds of a round: {predicted_s} predicted and {measured_s} measured; both are "
+                "positive"
+            )
+        return TimeModel(
+            self.base_parameters,
+            self.lora_measured,
+            self.down_rate,
+            self.factor * (measured_s / predicted_s),
+        )
+
+    def _work(self, lora: int, *, checkpointing: bool) -> float:
+        """Return the work of a token against that of the measurement."""
+        work = 4 * self.base_parameters + 6 * lora
+        if checkpointing:
+            work += 2 * self.base_parameters + 2 * lora
+        return work / (4 * self.base_parameters + 6 * self.lora_measured)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the model as JSON values, for the record of a run."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TimeModel":
+        """Return the inverse of `to_json`; the record is the run's own."""
+        return cls(**values)
+
+
+def speed_at(curve: tuple[Speed, ...], batch: int) -> float:
+    """Return the tokens a second at a batch size: linear between measured sizes, constant beyond
+    them."""
+    before = curve[0]
+    if batch <= before.batch:
+        return before.tokens_s
+
+    for after in curve[1:]:
+        if batch <= after.batch:
+            share = (batch - before.batch) / (after.batch - before.batch)
+            return before.tokens_s + share * (after.tokens_s - before.tokens_s)
+        before = after
+
+    return before.tokens_s
+
+
+def under_training(deadline_s: float, full_s: float) -> float:
+    """Return u = max(0, 1 - tau / t): the share of the local data that is not processed by a
+    deadline, where all of it takes `full_s` (our definition; the paper's is not known)."""
+    return max(0.0, 1.0 - deadline_s / full_s) if full_s > 0 else 0.0

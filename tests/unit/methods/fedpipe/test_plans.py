@@ -1,0 +1,211 @@
+"""Plans of sites: refusals, deadlines, plans made again, and the choices that they are compared
+with."""
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fluvial.errors import ConfigError
+from fluvial.methods.fedpipe.planner.candidates import Candidate, normalised
+from fluvial.methods.fedpipe.planner.choice import RankChoice
+from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, full_load_s
+from fluvial.methods.fedpipe.planner.decision import Planner
+from fluvial.methods.fedpipe.planner.refusal import Alternative, refusal, refuse
+from fluvial.methods.fedpipe.planner.replanning import replanned
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings
+from tests.support.planner import MB, candidates, models
+
+RANKS = (2, 4, 8, 16, 32)
+BLOCK = Alternative("fedcybgd", 8 * MB, "one block of the model")
+ENDS = Alternative("flglm", 6 * MB, "its first and last layer")
+
+
+def planner(seed: int = 0, **settings: Any) -> Planner:
+    given = {"formats": ("bfloat16", "nf4"), "batches": (1, 4), **settings}
+    return Planner(
+        candidates(seed), PlannerSettings.model_validate(given), length=64, format="bfloat16"
+    )
+
+
+def refused(memory_mb: float, deadline_s: float | None = None, **facts: Any) -> str:
+    site = models(memory_bytes=round(memory_mb * MB), **facts)
+    chosen = planner()
+    assert chosen.plan(site, deadline_s) is None
+    return str(refusal(chosen, "a", site, deadline_s, [BLOCK, ENDS]))
+
+
+def test_a_base_that_does_not_fit_is_refused_with_the_method_that_would() -> None:
+    words = refused(30)
+    assert words.startswith("site 'a': the base in format nf4 needs 35.2 MB with the reserve")
+    assert "more than its 30.0 MB; raise its memory, or add a smaller format" in words
+    assert words.endswith(
+        "or use method 'fedcybgd', which has one block of the model at the site and needs 8.00 MB"
+    )
+    assert "'flglm'" in refused(7)
+    assert "or use method" not in refused(5)
+
+
+def test_activations_that_do_not_fit_are_refused() -> None:
+    words = refused(35.4)
+    assert "a pass of 1 x 64 tokens over the base in format nf4 needs 35.9 MB" in words
+    assert "shorten data.max_length" in words
+
+
+def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> None:
+    slow = refused(100, 5.0, up_bytes_s=10.0, latency_s=0.0)
+    assert "the messages of the smallest adapter take" in slow
+    assert "method.planner.rates" in slow
+
+    busy = refused(100, 5.0, up_bytes_s=1e6, down_bytes_s=1e6, latency_s=0.0, samples=10**6)
+    assert "steps of 4 sequences take" in busy
+    assert "method.planner.eighths" in busy
+
+
+def test_all_refusals_stand_in_one_error() -> None:
+    site = models(memory_bytes=MB)
+    lines = [refusal(planner(), name, site, None) for name in "ab"]
+    with pytest.raises(ConfigError, match="site 'a': .*\nsite 'b': "):
+        refuse(lines)
+    refuse([])
+
+
+def test_the_deadline_is_the_full_load_of_the_middle_site() -> None:
+    chosen = planner()
+    sites = {
+        name: models(memory_bytes=100 * MB, samples=samples, latency_s=0.0, up_bytes_s=1e6)
+        for name, samples in (("a", 900), ("b", 100), ("c", 300))
+    }
+    sites["d"] = models(memory_bytes=MB)  # which holds no model and does not count
+    loads = {name: full_load_s(chosen, site) for name, site in sites.items()}
+    assert loads["d"] is None
+    assert loads["c"] is not None
+    assert default_deadline_s(chosen, sites) == loads["c"] * 1.2
+    assert default_deadline_s(chosen, {"d": sites["d"]}) is None
+
+
+def test_a_slow_site_processes_what_the_deadline_allows() -> None:
+    chosen = planner(objective="value")
+    site = models(memory_bytes=100 * MB, samples=1000, latency_s=0.0, up_bytes_s=1e6)
+    full = full_load_s(chosen, site)
+    assert full is not None
+    plan = chosen.plan(site, full * 1.2 / 2)
+    assert plan is not None
+    assert 0 < plan.under_training < 0.75
+    assert plan.prediction.seconds * 1.2 <= full * 1.2 / 2
+    roomy = chosen.plan(site, full * 10)
+    assert roomy is not None
+    assert roomy.under_training == 0
+
+
+def test_a_thin_link_chooses_a_higher_rate_and_a_smaller_adapter() -> None:
+    chosen = planner(rates=(1, 16))
+    wide = chosen.plan(models(memory_bytes=100 * MB, up_bytes_s=1e9, down_bytes_s=1e9))
+    thin = chosen.plan(models(memory_bytes=100 * MB, up_bytes_s=1e2, down_bytes_s=1e2))
+    assert wide is not None
+    assert thin is not None
+    assert (wide.setting.rate, thin.setting.rate) == (1, 16)
+    assert thin.prediction.bytes_down < wide.prediction.bytes_down
+
+
+def test_a_plan_changes_only_for_a_clear_gain() -> None:
+    chosen = planner(objective="value")
+    site = models(memory_bytes=60 * MB)
+    present = chosen.plan(site)
+    assert present is not None
+
+    rich = replace(site, profile=replace(site.profile, memory_bytes=10**9))
+    better = chosen.plan(rich)
+    assert better is not None
+    assert better.score > present.score
+    gain = better.score / present.score - 1
+    for hysteresis, expected in ((gain * 0.99, better), (gain * 1.01, present)):
+        settings = chosen.settings.model_copy(update={"hysteresis": hysteresis})
+        again = Planner(candidates(0), settings, length=64, format="bfloat16")
+        assert replanned(again, rich, present) == expected
+
+    poor = replace(site, profile=replace(site.profile, memory_bytes=45 * MB))
+    assert replanned(chosen, poor, present) == chosen.plan(poor)
+    none = replace(site, profile=replace(site.profile, memory_bytes=MB))
+    assert replanned(chosen, none, present) is None
+
+
+def test_a_plan_of_other_candidates_does_not_stay() -> None:
+    present = planner().plan(models(memory_bytes=100 * MB))
+    assert present is not None
+    fewer = Planner(candidates(0)[:3], planner().settings, length=64, format="bfloat16")
+    assert fewer.evaluated(models(memory_bytes=100 * MB), present) is None
+
+
+@pytest.mark.parametrize("selection", ["importance", "uniform", "random", "all"])
+@pytest.mark.parametrize("granularity", ["instance", "type"])
+def test_every_choice_keeps_the_capacity(selection: Any, granularity: Any) -> None:
+    weights = candidates(5, mlp=True)
+    choice = RankChoice(weights, RANKS, granularity, seed=3)
+    for capacity in range(0, choice.most + 2000, 1777):
+        ranks = choice.within(capacity, selection)
+        assert ranks.lora <= capacity
+        assert ranks.value <= choice.knapsack.value(capacity)
+        if granularity == "type":
+            by_type: dict[str, set[int]] = {}
+            for module, rank in ranks.ranks:
+                by_type.setdefault(module.rpartition(".")[2], set()).add(rank)
+            assert all(len(found) == 1 for found in by_type.values())
+
+
+def test_baselines_use_as_many_bytes_as_the_importance() -> None:
+    weights = candidates(5)
+    choice = RankChoice(weights, RANKS, seed=3)
+    most = max(weight.width for weight in weights) * (RANKS[-1] - RANKS[-2])
+    for capacity in (choice.most // 4, choice.most // 2):
+        best = choice.within(capacity, "importance")
+        for selection in ("uniform", "random"):
+            other = choice.within(best.lora, selection)
+            assert best.lora - most <= other.lora <= best.lora
+            assert other.value < best.value
+
+    uniform = dict(choice.within(choice.most // 4, "uniform").ranks)
+    assert sorted(set(uniform.values())) == [8]
+    assert choice.within(9999, "random") != RankChoice(weights, RANKS, seed=4).within(
+        9999, "random"
+    )
+
+
+def test_ranks_stay_within_the_dimensions_of_a_weight() -> None:
+    weight = replace(candidates(0)[0], rows=5)
+    choice = RankChoice([weight], RANKS)
+    assert choice.within(10**6, "importance").ranks == ((weight.module, 4),)
+
+
+def test_scores_add_up_to_one_and_a_probe_without_a_step_ranks_all_alike() -> None:
+    weights = candidates(1)
+    assert sum(each.score for each in normalised(weights)) == pytest.approx(1)
+    blank = [replace(weight, score=0.0) for weight in weights]
+    assert {each.score for each in normalised(blank)} == {1 / len(weights)}
+
+
+def test_coverage_is_concave_and_complete_at_the_rank_of_the_probe() -> None:
+    weight: Candidate = candidates(1)[0]
+    covered = [weight.coverage(rank) for rank in range(34)]
+    gains = [after - before for before, after in itertools.pairwise(covered)]
+    assert covered[0] == 0
+    assert covered[32] == covered[33] == pytest.approx(1)
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(gains))
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"ranks": []}, "ranks: names at least one number"),
+        ({"ranks": [4, 4]}, "ranks: a number stands twice"),
+        ({"formats": ["nf5"]}, "formats: 'nf5' is unknown"),
+        ({"eighths": [9]}, "eighths"),
+        ({"weight_of_data": 2.0}, "weight_of_data: without effect"),
+        ({"selection": "all", "granularity": "type"}, "granularity: without effect"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(table: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        PlannerSettings.model_validate(table)
