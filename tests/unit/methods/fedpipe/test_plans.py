@@ -64,6 +64,19 @@ def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> Non
     assert "method.planner.eighths" in busy
 
 
+def test_one_rank_for_all_needs_room_for_all() -> None:
+    """Of 4 layers, 64 x 64 and 32 x 64 twice: 1,792 parameters for each rank."""
+    choice = RankChoice(candidates(0), RANKS)
+    assert choice.least("all") == 2 * 1792
+    assert choice.least("importance") == 2 * 96
+    site = models(memory_bytes=35_920_000)
+    assert planner(selection="importance").plan(site) is not None
+    assert planner(selection="all").plan(site) is None
+
+    with pytest.raises(ConfigError, match="method.planner.ranks: each is larger"):
+        RankChoice([replace(candidates(0)[0], rows=1)], RANKS).least("importance")
+
+
 def test_all_refusals_stand_in_one_error() -> None:
     site = models(memory_bytes=MB)
     lines = [refusal(planner(), name, site, None) for name in "ab"]

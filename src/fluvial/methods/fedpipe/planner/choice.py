@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from fluvial.errors import ConfigError
 from fluvial.methods.fedpipe.planner.candidates import Candidate, Granularity, normalised
 from fluvial.methods.fedpipe.planner.knapsack import Item, Knapsack
 from fluvial.methods.fedpipe.planner.settings import Selection
@@ -73,11 +74,16 @@ class RankChoice:
         """The best value for each capacity."""
         return Knapsack([group.item for group in self.groups])
 
-    @property
-    def least(self) -> int:
-        """Return the parameters of the smallest adapter; raises `ValueError` where no rank fits any
-        candidate."""
-        return min(group.item.costs[1] for group in self.groups if len(group.options) > 1)
+    def least(self, selection: Selection) -> int:
+        """Return the parameters of the smallest adapter; raises `ConfigError` where no rank fits
+        any candidate."""
+        first = [group.item.costs[1] for group in self.groups if len(group.options) > 1]
+        if not first:
+            raise ConfigError(
+                "method.planner.ranks: each is larger than a dimension of every weight; choose "
+                "smaller ones"
+            )
+        return sum(first) if selection == "all" else min(first)
 
     @property
     def most(self) -> int:

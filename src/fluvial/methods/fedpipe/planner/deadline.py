@@ -16,7 +16,7 @@ def full_load_s(planner: Planner, models: Models, rank: int = RANK) -> float | N
         candidate.width * min(rank, candidate.rows, candidate.columns)
         for candidate in planner.choice.candidates
     )
-    least = planner.choice.least
+    least = planner.least
     loads = [
         (room.unprocessed, room.seconds(max(least, min(uniform, room.memory))))
         for room in planner.rooms(models)

@@ -97,6 +97,11 @@ class Planner:
         self._wires = {wire.rate: wire for wire in wires}
         self.wires = [self._wire(rate) for rate in settings.rates]
 
+    @property
+    def least(self) -> int:
+        """Return the parameters of the smallest adapter that a plan may have."""
+        return self.choice.least(self.settings.selection)
+
     def plan(self, models: Models, deadline_s: float | None = None) -> SitePlan | None:
         """Return the best plan of a site, or None where no setting has room for an adapter."""
         best: tuple[float, float, int, int] | None = None
@@ -188,11 +193,10 @@ class Planner:
 
     def _promising(self, models: Models, deadline_s: float | None) -> list[tuple[float, int, Room]]:
         """Return the settings with room, those with the highest bound of their score first."""
-        least = self.choice.least
         bounded = [
             (self._bound(room), place, room)
             for place, room in enumerate(self.rooms(models, deadline_s))
-            if room.capacity >= least
+            if room.capacity >= self.least
         ]
         return sorted(bounded, key=lambda entry: (-entry[0], entry[1]))
 

@@ -59,7 +59,7 @@ def refusal(
     smallest pass and the smallest adapter, then the messages of the fastest setting that memory
     allows, then its whole round.
     """
-    least = planner.choice.least
+    least = planner.least
     memory = models.profile.memory_bytes
     fitting = next((other for other in alternatives if other.bytes <= memory), None)
     smallest = min(planner.formats, key=lambda format: (models.memory.base(format), format.name))

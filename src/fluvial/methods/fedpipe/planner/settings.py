@@ -90,3 +90,6 @@ class SiteBudget(Settings):
     speed: float = Field(1.0, gt=0, le=1e3)
     """Speed of the site against the machine that measures, for plans before a run and for sites
     that are slowed down in one process."""
+    tokens_s: float | None = Field(None, ge=1e-3, le=1e12)
+    """Training speed at every batch size, in tokens a second; unset, the site measures it. Where
+    every site has one, the plan is the same on every machine."""
