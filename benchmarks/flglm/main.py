@@ -1,6 +1,6 @@
 """Split learning measured in this process, over the real bytes.
 
-    python -m benchmarks.flglm [--part modes|codecs|thousand|memory] [--config FILE.toml]
+    python -m benchmarks.flglm [--part modes|codecs|pipeline|thousand|memory] [--config FILE.toml]
                                [--codecs NAME ...] [--quick] [--out FILE.json]
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
@@ -14,11 +14,11 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from benchmarks.flglm import codecs, memory, modes, thousand
+from benchmarks.flglm import codecs, memory, modes, pipeline, thousand
 from benchmarks.flglm.bed import quickstart, standard_library
 from benchmarks.report import Report
 
-PARTS = ("modes", "codecs", "thousand", "memory")
+PARTS = ("modes", "codecs", "pipeline", "thousand", "memory")
 
 
 def main() -> None:
@@ -63,6 +63,9 @@ def main() -> None:
         if options.config:
             chosen = tomllib.loads(options.config.read_text(encoding="utf-8"))
         codecs.measure(report, chosen, names=options.codecs, seeds=seeds)
+
+    if options.part in (None, "pipeline"):
+        pipeline.measure(report, steps=min(steps, 4), repeats=repeats)
 
     if options.part in (None, "thousand"):
         with tempfile.TemporaryDirectory() as folder:

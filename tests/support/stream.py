@@ -37,6 +37,19 @@ Caller = Callable[[str, Invitation], StreamCaller]
 """Make the site's end of a conversation."""
 
 
+ServerSeals = Callable[[str, bytes], Seal]
+"""Make the server's end of a sealed session, from the name of the site and the session's token."""
+
+
+class _Conversations(Conversations):
+    """Conversations whose seals do not come from a server's folder."""
+
+    seals: ServerSeals | None = None
+
+    def _seal(self, site: str) -> Callable[[bytes], Seal] | None:
+        return None if self.seals is None else partial(self.seals, site)
+
+
 class OverStream:
     """Sites in threads: the first message and the reply go by a queue, the turns by the stream; see
     `Transport`."""
@@ -49,6 +62,7 @@ class OverStream:
         listener: StreamListener,
         *,
         caller: Caller | None = None,
+        seal: ServerSeals | None = None,
         patience_s: float = 10.0,
     ) -> None:
         self.sites = tuple(names)
@@ -60,9 +74,10 @@ class OverStream:
                 invitation, "127.0.0.1", invitation.port, authority=None
             )
         )
-        self._conversations = Conversations(
+        self._conversations = _Conversations(
             listener, run=lambda: "run", num_sites=len(names), patience_s=patience_s
         )
+        self._conversations.seals = seal
         self._replies: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
 
     def send(self, request: Request) -> None:
