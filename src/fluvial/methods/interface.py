@@ -217,6 +217,9 @@ class Traits:
     weighted: bool = False
     """True where both ends can scale factors by their partners; else `codec.weighted` is
     refused."""
+    quantised: bool = True
+    """True where sites train adapters over a quantised base; else the settings of `[model]` about
+    it are refused."""
     pooled: bool = False
     """True where all data lies at one place."""
     exports: bool = True

@@ -39,6 +39,7 @@ def result_of(
         "method": config.method.name,
         **description_of(config),
         "codec": coding_of(config),
+        "quantization": config.model.quantisation_settings or None,
         "rounds": config.rounds,
         "sites": sites,
         "heldout": {

@@ -26,6 +26,8 @@ METHOD = Method(
     paper="Zheng et al., Safely Learning with Private Data: A Federated Learning Framework for LLM "
     "(FL-GLM), EMNLP 2024, https://arxiv.org/abs/2406.14898",
     plan=plan,
-    traits=Traits("FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code"),
+    traits=Traits(
+        "FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code", quantised=False
+    ),
     settled=settled,
 )
