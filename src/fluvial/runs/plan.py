@@ -66,7 +66,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         )
 
     forecast = planned.forecast()
-    trained = planned.sent.numel
+    trained = planned.sent.numel if planned.num_trained is None else planned.num_trained
     rows = [
         ("base parameters", f"{parameters:,}"),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),

@@ -133,7 +133,7 @@ def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict
 
 
 def directed(sizes: BytesByKind, direction: str) -> int:
-    """Return the bytes of one direction, without those of measuring."""
+    """Return the bytes of one direction, without those of measures, samples and audits."""
     return sum(
         size for (way, task), size in sizes.items() if way == direction and task not in APART
     )
