@@ -20,7 +20,7 @@ from fluvial.report.result_tables import (
     verdict_of,
     with_compared,
 )
-from fluvial.report.round_lines import round_header, round_line, setup_lines
+from fluvial.report.round_lines import round_header, round_lines, setup_lines
 from fluvial.report.tables import table
 from fluvial.runs.config import RunConfig, load, merge, override, parse
 from fluvial.runs.own import listed, with_own, wrong_argument
@@ -242,7 +242,7 @@ class _Lines:
             self._method = event.method
             self._console.print(round_header(event.method))
 
-        lines = setup_lines(event.values) if event.kind == "setup" else [round_line(event.values)]
+        lines = (setup_lines if event.kind == "setup" else round_lines)(event.values)
         for line in lines:
             self._console.print(line)
 

@@ -107,7 +107,8 @@ class RunProgress(logging.Handler):
                 self.bar.console.print(line)
 
         if event.kind == "round":
-            self.bar.console.print(round_lines.round_line(event.values))
+            for line in round_lines.round_lines(event.values):
+                self.bar.console.print(line)
             number = event.values["round"]
             seconds = event.values["seconds"]
             self.remaining.round(event.method, number, self.settings.rounds, seconds)

@@ -282,3 +282,24 @@ def heldout_by_site(result: JsonObject, local: JsonObject | None) -> Markup | No
     figure.legend(loc="outside upper left", ncols=3)
 
     return _svg(figure)
+
+
+def ranks_by_site(plans: Mapping[str, JsonObject]) -> Markup:
+    """Draw the rank of every weight at every site as a disc, larger for a higher rank."""
+    sites = sorted(plans, reverse=True)
+    modules = sorted({module for plan in plans.values() for module in plan["ranks"]})
+    most = max(rank for plan in plans.values() for rank in plan["ranks"].values())
+    discs = [
+        (modules.index(module), row, 60 * rank / most)
+        for row, site in enumerate(sites)
+        for module, rank in plans[site]["ranks"].items()
+    ]
+
+    figure, axes = _axes(7.2, 1.1 + 0.3 * len(sites))
+    axes.scatter(*zip(*discs, strict=True), color=COLOURS["own"], linewidths=0)
+    axes.set_yticks(range(len(sites)), [safe_text(site) for site in sites])
+    axes.set_ylim(-0.6, len(sites) - 0.4)
+    axes.set_xticks([])
+    axes.set_xlabel(f"{len(modules)} weights in order of their names; the largest disc is {most}")
+
+    return _svg(figure)

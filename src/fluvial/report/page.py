@@ -20,6 +20,7 @@ from fluvial.report.figures import (
     heldout_by_site,
     loss_by_bytes,
     loss_by_round,
+    ranks_by_site,
 )
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
@@ -30,6 +31,7 @@ from fluvial.report.result_tables import (
     verdict_of,
     with_compared,
 )
+from fluvial.report.site_plans import plans_by_site, predicted_by_site
 from fluvial.runs.verdict import NAMES, loss_of
 from fluvial.storage.run_files import JsonObject
 
@@ -98,6 +100,7 @@ def _content(run: JsonObject) -> JsonObject:
         "both": loss_by_bytes(runs, method, ("up", "down")),
         "kinds": bytes_by_kind(runs, method),
         "gate": gate_errors(gate) if gate else None,
+        "ranks": ranks_by_site(setup["plans"]) if setup.get("plans") else None,
         "sites": heldout_by_site(result, run["compare"].get("local", {}).get("result"))
         if result
         else None,
@@ -111,6 +114,8 @@ def _content(run: JsonObject) -> JsonObject:
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
         leakage_by_attack(result or {}),
+        plans_by_site(setup),
+        predicted_by_site(metrics),
     )
 
     return {

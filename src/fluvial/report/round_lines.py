@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from fluvial.federation.meter import APART
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.report.site_plans import plan_lines, predicted_lines
 from fluvial.storage.run_files import JsonObject
 
 
@@ -14,6 +15,11 @@ def round_header(method: str) -> str:
     """Return the name of a method and the headings of its round lines, with rich markup."""
     headings = f"{'round':>5}  {'loss':>8}  {'up':>8}  {'down':>8}  {'time':>8}  sites"
     return f"[bold]{escape(method)}[/], bytes of all sites\n[dim]{headings}[/]"
+
+
+def round_lines(record: JsonObject) -> list[str]:
+    """Return the line of a round, and those about predicted figures where the round has them."""
+    return [round_line(record), *predicted_lines(record)]
 
 
 def round_line(record: JsonObject) -> str:
@@ -87,7 +93,7 @@ def _some(names: Sequence[str]) -> str:
 
 def setup_lines(values: JsonObject) -> list[str]:
     """Return the lines about a set-up, none for a method without one."""
-    return [*_block_lines(values), *_gate_lines(values)]
+    return [*_block_lines(values), *_gate_lines(values), *plan_lines(values)]
 
 
 def _block_lines(values: JsonObject) -> list[str]:

@@ -19,6 +19,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.round_lines import round_header, round_line, setup_lines
+from fluvial.report.site_plans import predicted_by_site
 from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
 from fluvial.storage.run_files import JsonObject
@@ -52,6 +53,7 @@ def run_tables(run: JsonObject) -> Group:
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
         leakage_by_attack(result or {}),
+        predicted_by_site(metrics),
     ):
         if excerpt:
             # The title stands outside of the table, which would wrap it to its own width.

@@ -12,6 +12,7 @@ with V = sum S_m E_m(rank), in whole units. Ties go to the shorter round, then t
 adapter, then to the setting that stands first in the configuration.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -96,6 +97,14 @@ class Planner:
         self.formats = formats_named(settings.formats or (format,))
         self._wires = {wire.rate: wire for wire in wires}
         self.wires = [self._wire(rate) for rate in settings.rates]
+
+    def with_settings(self, settings: PlannerSettings) -> "Planner":
+        """Return a planner with other settings for the same candidates, ranks and granularity, so
+        that the knapsack is solved once."""
+        other = copy.copy(self)
+        other.settings = settings
+        other.wires = [self._wire(rate) for rate in settings.rates]
+        return other
 
     @property
     def least(self) -> int:

@@ -32,17 +32,17 @@ class Refusal:
     available: float
     words: str
     """The limit, its figures, and the remedy."""
-    fitting: Alternative | None = None
-    """The first other method that fits the site's memory."""
+    fitting: tuple[Alternative, ...] = ()
+    """Other methods that fit the site's memory, the preferred ones first."""
 
     def __str__(self) -> str:
         """Return the refusal as one line."""
-        if self.fitting is None:
+        if not self.fitting:
             return f"site {self.site!r}: {self.words}"
-        need = human_bytes(self.fitting.bytes)
+        other = self.fitting[0]
         return (
-            f"site {self.site!r}: {self.words}; or use method {self.fitting.method!r}, which has "
-            f"{self.fitting.why} at the site and needs {need}"
+            f"site {self.site!r}: {self.words}; or use method {other.method!r}, which has "
+            f"{other.why} at the site and needs {human_bytes(other.bytes)}"
         )
 
 
@@ -61,7 +61,7 @@ def refusal(
     """
     least = planner.least
     memory = models.profile.memory_bytes
-    fitting = next((other for other in alternatives if other.bytes <= memory), None)
+    fitting = tuple(other for other in alternatives if other.bytes <= memory)
     smallest = min(planner.formats, key=lambda format: (models.memory.base(format), format.name))
     base = models.memory.base(smallest) + models.memory.reserve
 
@@ -101,14 +101,14 @@ def refusal(
             f"{room.setting.rate}, more than the {human_seconds(allowed_s)} that the deadline "
             "allows; raise method.planner.rates or the deadline"
         )
-        return Refusal(site, "link", link_s, allowed_s, words, None)
+        return Refusal(site, "link", link_s, allowed_s, words)
 
     words = (
         f"{room.setting.steps} steps of {room.setting.batch} sequences take "
         f"{human_seconds(total_s)}, more than the {human_seconds(allowed_s)} that the deadline "
         "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
     )
-    return Refusal(site, "deadline", total_s, allowed_s, words, None)
+    return Refusal(site, "deadline", total_s, allowed_s, words)
 
 
 def refuse(refusals: Sequence[Refusal]) -> None:

@@ -1,0 +1,156 @@
+"""Tables and lines about the plans of sites: what `fluvial plan` shows, and what a run measured."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from fluvial.formatting import human_bytes, human_seconds, safe_text
+from fluvial.report.block_tables import Excerpt
+from fluvial.report.tables import table
+from fluvial.storage.run_files import JsonObject
+
+PLAN_HEADINGS = ["site", "base", "batch", "steps", "not trained on", "weights at rank"]
+PREDICTED_HEADINGS = ["site", "memory limit", "memory", "up", "down", "training", "messages"]
+FIGURES = {
+    "memory_bytes": human_bytes,
+    "bytes_up": human_bytes,
+    "bytes_down": human_bytes,
+    "seconds": human_seconds,
+}
+"""Figures of a round that are predicted and measured, and their form."""
+
+
+def site_plans_table(planned: JsonObject) -> Group:
+    """Return the plans of all sites, the sites without one, and the choice of method and codec."""
+    plans = {site["name"]: site["plan"] for site in planned["sites"] if site["plan"] is not None}
+    limits = {site["name"]: site["limits"] for site in planned["sites"]}
+    content: list[RenderableType] = [
+        table(PLAN_HEADINGS, _plan_rows(plans), "Plan of each site"),
+        table(
+            PREDICTED_HEADINGS,
+            [_predicted_row(site, plan, limits[site]) for site, plan in plans.items()],
+            "Predicted, a round",
+        ),
+    ]
+    notes = [
+        f"no plan for site {site['name']}: {site['refused']}"
+        for site in planned["sites"]
+        if site["plan"] is None
+    ]
+
+    method = planned["method"]
+    notes.append(f"method: {method['name'] or 'none'}; {method['why']}")
+    codec = planned["codec"]
+    notes += [] if codec is None else [f"codec: {codec['name']}; {codec['why']}"]
+    limit = planned["deadline_s"]
+    deadline = "no deadline" if limit is None else f"deadline {human_seconds(limit)}"
+    notes.append(
+        f"{planned['candidates']} candidate weights, objective {planned['objective']}, {deadline}"
+    )
+    return Group(*content, *(Text(f"• {safe_text(note)}") for note in notes))
+
+
+def plan_lines(values: JsonObject) -> list[str]:
+    """Return a line about the plan of each site, with rich markup; none without plans."""
+    return [
+        escape(
+            f"plan of {row[0]}: {row[1]}, batch {row[2]}, {row[3]} steps, weights at rank: {row[5]}"
+        )
+        for row in _plan_rows(values.get("plans", {}))
+    ]
+
+
+def predicted_lines(record: JsonObject) -> list[str]:
+    """Return a line about each site's predicted and measured figures, with rich markup; none in a
+    round without a comparison."""
+    return [
+        escape(f"{'':>5}  {site}: {', '.join(_compared_words(figures))}")
+        for site, figures in _safe_names(record.get("predicted", {}))
+    ]
+
+
+def plans_by_site(setup: JsonObject) -> Excerpt | None:
+    """Return the first plan of each site; None where none was made."""
+    plans = setup.get("plans")
+    if not plans:
+        return None
+
+    words = "Plans of the set-up; a plan that was made anew stands in the record of its round."
+    return Excerpt("Plan of each site", PLAN_HEADINGS, _plan_rows(plans), left=1, words=words)
+
+
+def predicted_by_site(metrics: Sequence[JsonObject]) -> Excerpt | None:
+    """Return predicted and measured figures of the last round that has them; None without any."""
+    record = next((each for each in reversed(metrics) if each.get("predicted")), None)
+    if record is None:
+        return None
+
+    rows = [
+        [site, *(_compared(figures[name], words) for name, words in FIGURES.items())]
+        for site, figures in _safe_names(record["predicted"])
+    ]
+    return Excerpt(
+        "Predicted and measured, by site",
+        ["site", *(name.replace("_", " ") for name in FIGURES)],
+        rows,
+        left=1,
+        words=f"Round {record['round']}: predicted / measured, and the relative error.",
+    )
+
+
+def ranks_words(ranks: Mapping[str, int]) -> str:
+    """Return how many weights have which rank: "4 at 16, 12 at 8"."""
+    counts = sorted(Counter(ranks.values()).items(), reverse=True)
+    return ", ".join(f"{count} at {rank}" for rank, count in counts)
+
+
+def _plan_rows(plans: Mapping[str, JsonObject]) -> list[list[str]]:
+    return [
+        [
+            site,
+            plan["format"],
+            f"{plan['batch']} x {plan['length']}" + (", recomputed" * plan["checkpointing"]),
+            f"{plan['steps']:,}",
+            f"{plan['under_training']:.0%}",
+            ranks_words(plan["ranks"]),
+        ]
+        for site, plan in _safe_names(plans)
+    ]
+
+
+def _predicted_row(site: str, plan: JsonObject, limits: JsonObject) -> list[str]:
+    prediction = plan["prediction"]
+    return [
+        safe_text(site),
+        human_bytes(limits["memory_bytes"]),
+        human_bytes(prediction["memory_bytes"]),
+        human_bytes(prediction["bytes_up"]),
+        human_bytes(prediction["bytes_down"]),
+        human_seconds(prediction["compute_s"]),
+        human_seconds(prediction["link_s"]),
+    ]
+
+
+def _compared_words(figures: JsonObject) -> list[str]:
+    return [
+        f"{name.replace('_', ' ')} {_compared(figures[name], words)}"
+        for name, words in FIGURES.items()
+        if figures[name]["measured"] is not None
+    ]
+
+
+def _compared(figure: JsonObject, words: Callable[[float], str]) -> str:
+    """Return a predicted figure, the measured one and the relative error."""
+    predicted = words(figure["predicted"])
+    if figure["measured"] is None:
+        return f"{predicted} / -"
+    error = "" if figure["error"] is None else f" ({figure['error']:+.0%})"
+    return f"{predicted} / {words(figure['measured'])}{error}"
+
+
+def _safe_names(values: Mapping[str, JsonObject]) -> list[tuple[str, JsonObject]]:
+    """Return the values of sites in order of their names, which are safe to print."""
+    return [(safe_text(site), values[site]) for site in sorted(values)]
