@@ -31,6 +31,7 @@ HONOURED = {
     "flasc": set(),
     "ecolora": set(),
     "flglm": set(),
+    "fedpipe": {"error_feedback"},
     "local": set(),
     "central": set(),
     "central_cyclic": set(),

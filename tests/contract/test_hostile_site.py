@@ -19,6 +19,7 @@ from fluvial.methods.fedavg import FedAvgServer
 from fluvial.methods.local import LocalServer
 from fluvial.wire.payload import Payload, frame_payload
 from fluvial.wire.tensors import Named
+from tests.contract.test_methods import SETTINGS
 from tests.support.replay import Round, record
 
 LIAR = "west"
@@ -36,6 +37,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
         "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     },
+    "fedpipe": SETTINGS["fedpipe"],
     "noise ratio": {
         "method": {"name": "fedavg", "tgap": {"source": "sites", "rounds": 2}},
         "codec": {"name": "klt", "rate": 8, "noise_ratio": 0.5},

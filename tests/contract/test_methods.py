@@ -28,6 +28,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     # It writes no model, so it refuses settings of a sample.
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    # A plan follows from speeds, which are given here, so that every run has the same.
+    "fedpipe": {
+        "method": {
+            "name": "fedpipe",
+            "probe_steps": 3,
+            "budgets": [
+                {"site": site, "tokens_s": speed}
+                for site, speed in {"north": 4000.0, "south": 2000.0, "west": 1000.0}.items()
+            ],
+        },
+    },
     # With all weights tuned, it refuses its default mode, which would bring the embedding to the
     # server.
     "flglm full": {"method": {"name": "flglm", "mode": "hierarchical"}},

@@ -13,7 +13,7 @@ from fluvial.methods.flglm.traffic import conversations
 from fluvial.methods.interface import Plan
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base
-from fluvial.models.tokenizers import load_tokenizer
+from fluvial.models.pretrained import load_tokenizer
 from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -54,6 +54,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "central": {"method": {"name": "central"}},
     "central_cyclic": {"method": {"name": "central_cyclic"}, "tune": "lora"},
     "cgfedllm": SETTINGS["cgfedllm"],
+    "fedpipe": SETTINGS["fedpipe"],
+    "fedpipe, int4 with feedback": SETTINGS["fedpipe"]
+    | {"codec": {"name": "int4", "error_feedback": True}},
     "flglm": {"method": {"name": "flglm"}},
     "flglm, own ends": {"method": {"name": "flglm", "ends": "own", "hidden": {"name": "int8"}}},
     "flglm, one by one": {"method": {"name": "flglm", "mode": "sequential", "frozen": ["front"]}},

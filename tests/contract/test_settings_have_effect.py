@@ -31,6 +31,7 @@ from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
+from tests.contract.test_methods import SETTINGS
 from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
@@ -39,6 +40,7 @@ SHARED = set(CodecSettings.model_fields)
 LAYOUT = Layout((("a.lora_A.weight", (8, 96)), ("a.lora_B.weight", (96, 8))))
 
 FRACTION = 0.4
+PIPE: Table = SETTINGS["fedpipe"]
 QUICK: dict[str, tuple[Table, Any]] = {
     "FedAvgConfig.fraction": ({}, FRACTION),
     "FedAvgConfig.factors": ({}, "B"),
@@ -125,6 +127,25 @@ QUICK: dict[str, tuple[Table, Any]] = {
     "TopKRowsSettings.share": (
         {"method": {"name": "flglm", "hidden": {"name": "top_k"}}},
         0.5,
+    ),
+    **{
+        f"FedPipeConfig.{name}": (PIPE, value)
+        for name, value in {
+            "fraction": FRACTION,
+            "planner": {"batches": [1]},
+            "importance": "spectral",
+            "probe_rank": 2,
+            "probe_steps": 4,
+            "aggregation": {"target": "products"},
+            "learning_rate_by_batch": "constant",
+            "deadline_s": 0.1,
+            "replan_every": 1,
+            "budgets": [{"site": "west", "tokens_s": 10.0}],
+        }.items()
+    },
+    "FedPipeConfig.score_decay": (
+        {"rounds": 3, "method": PIPE["method"] | {"replan_every": 1}},
+        0.0,
     ),
     "FlGlmConfig.sync_steps": ({"method": {"name": "flglm", "mode": "hierarchical"}}, 1),
     "TrainConfig.num_train_epochs": (
@@ -288,7 +309,7 @@ def outcome(table: Table, folder: Path) -> str:
     """Everything that a setting may change, but time and memory."""
     result = run_table(table, folder)
     records = [
-        {key: value for key, value in record.items() if key != "seconds"}
+        {key: value for key, value in record.items() if key not in ("seconds", "predicted")}
         for record in RunFolder(folder).metrics()
     ]
     kept = ("adapter_sha256", "model_sha256", "bytes", "heldout", "setup", "samples")
@@ -440,8 +461,8 @@ PLAIN_METHODS: dict[str, Table] = {
     },
     "local": {"method": {"name": "local"}, "evaluate": {}},
     "ecolora": {"method": {"name": "ecolora", "segments": 1}},
+    "fedpipe": SETTINGS["fedpipe"],
 }
-FLOAT_BASES = frozenset(name for name in METHODS if not METHODS[name].traits.quantised)
 SHARED_SETTINGS: dict[str, Shared] = {
     "downlink.name": Shared(
         {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm"}
@@ -468,15 +489,6 @@ SHARED_SETTINGS: dict[str, Shared] = {
     ),
     "fleet.retries": Shared(
         {"fleet": {"retries": 1}}, base={"fleet": {"on_failure": "retry"}}, failing=2
-    ),
-    "model.quantization": Shared({"model": {"quantization": "nf4"}}, FLOAT_BASES),
-    "model.layer_quantization": Shared(
-        {"model": {"layer_quantization": {"int8": [0]}}}, FLOAT_BASES
-    ),
-    "model.quantization_correction": Shared(
-        {"model": {"quantization_correction": 2}},
-        FLOAT_BASES,
-        base={"model": {"quantization": "nf4"}},
     ),
     "evaluate.every": Shared({"evaluate": {"every": 1}}),
     "evaluate.sample_prompt": Shared(
@@ -509,8 +521,6 @@ def fail_in_round_1(name: str, attempts: int, monkeypatch: pytest.MonkeyPatch) -
 def test_a_shared_setting_has_an_effect_or_is_refused(
     name: str, setting: str, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if setting.startswith("model."):
-        pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     case = SHARED_SETTINGS[setting]
     base = merge(with_fitting_model(run_config | PLAIN_METHODS[name]), case.base)
     table, _ = setting.split(".")

@@ -222,6 +222,7 @@ EVERYDAY = [
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
+    case("fedpipe", {"name": "fedpipe", "probe_steps": 2}, "plain", MEASURES),
     *(
         case(
             f"flglm {mode} {ends}",

@@ -6,6 +6,7 @@ from typing import Any
 
 from fluvial.codecs import CodecSettings
 from fluvial.data import Example
+from fluvial.federation.line import Line
 from fluvial.models.pool import ModelPool
 from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Layout
@@ -28,6 +29,8 @@ class Context:
     """Reader of the server's 32 secret bytes for this run, the same after it is resumed."""
     public: Callable[[], dict[str, list[Example]]]
     """Reader of the public text; raises `ConfigError` if there is none."""
+    line: Line | None = None
+    """Line between a site and the server, where the configuration describes one."""
 
 
 Metrics = dict[str, Any]

@@ -11,9 +11,7 @@ MEASURING = "evaluate"
 """The task of measuring. Its bytes are counted apart, since they are no part of a method."""
 AUDIT = "leakage"
 """The task of an audit of what a server could read; counted apart too."""
-SAMPLING = "sample"
-"""The task in which a text is continued for people at a run's end; counted apart too."""
-APART = frozenset({MEASURING, AUDIT, SAMPLING})
+APART = frozenset({MEASURING, AUDIT})
 """The tasks whose bytes are no part of a method."""
 
 

@@ -8,11 +8,12 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, flasc, flglm, local
+from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, fedpipe, flasc, flglm, local
 from fluvial.methods.cgfedllm import CgFedLlmConfig
 from fluvial.methods.ecolora.config import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.flasc import FlascConfig
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
@@ -36,6 +37,7 @@ METHODS: dict[str, Method] = {
     "flasc": flasc.METHOD,
     "ecolora": ecolora.METHOD,
     "flglm": flglm.METHOD,
+    "fedpipe": fedpipe.METHOD,
     "local": local.METHOD,
     "central": fedavg.CENTRAL,
     "central_cyclic": fedcybgd.CENTRAL_CYCLIC,
@@ -53,6 +55,7 @@ MethodConfig = Annotated[
     | FlascConfig
     | EcoLoraConfig
     | FlGlmConfig
+    | FedPipeConfig
     | LocalConfig
     | CentralConfig
     | CentralCyclicConfig,

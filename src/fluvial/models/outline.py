@@ -56,12 +56,7 @@ class Outline:
     @cached_property
     def assignment(self) -> Assignment:
         """The assignment of this run, with one sequence in a forward pass."""
-        return Assignment.of(
-            self._tuned,
-            batch=1,
-            precision=self.precision,
-            quantisation=self._config.quantisation,
-        )
+        return Assignment.of(self._tuned, batch=1, precision=self.precision)
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:

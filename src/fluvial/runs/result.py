@@ -39,7 +39,6 @@ def result_of(
         "method": config.method.name,
         **description_of(config),
         "codec": coding_of(config),
-        "quantization": config.model.quantisation_settings or None,
         "rounds": config.rounds,
         "sites": sites,
         "heldout": {
@@ -133,7 +132,7 @@ def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict
 
 
 def directed(sizes: BytesByKind, direction: str) -> int:
-    """Return the bytes of one direction, without those of measures, samples and audits."""
+    """Return the bytes of one direction, without those of measuring."""
     return sum(
         size for (way, task), size in sizes.items() if way == direction and task not in APART
     )

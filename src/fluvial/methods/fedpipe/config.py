@@ -1,0 +1,62 @@
+"""The settings of FedPipe.
+
+The paper gives no value of any setting, so that all defaults are ours; see docs/methods/fedpipe.md.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.federation.adapters import AggregationSettings
+from fluvial.methods.fedpipe.importance import Score
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings, SiteBudget
+from fluvial.methods.interface import SampledSettings
+
+
+class FedPipeConfig(SampledSettings):
+    """A plan for every site, made from what the sites measure; unequal adapters that add up."""
+
+    name: Literal["fedpipe"] = "fedpipe"
+    fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the sites in a round's cohort."""
+    planner: PlannerSettings = PlannerSettings()
+    importance: Score = "invariant"
+    """Score of a weight: |<B, dL/dB>|, which does not depend on how the factors are balanced;
+    AdaLoRA's sensitivity; or the energy of the probe's change."""
+    probe_rank: int = Field(8, ge=1, le=256)
+    """Rank of the probe adapter on every candidate weight."""
+    probe_steps: int = Field(20, ge=2, le=10**6)
+    """Optimizer steps of the probe at each site (K_w)."""
+    score_decay: float = Field(0.5, ge=0, lt=1)
+    """Weight of the scores of earlier probes in the moving average."""
+    aggregation: AggregationSettings = AggregationSettings()
+    learning_rate_by_batch: Literal["sqrt", "constant"] = "sqrt"
+    """Learning rate of a site whose batch is not the run's: times the root of the ratio, or as it
+    is."""
+    deadline_s: float | None = Field(None, ge=1e-3, le=10**7)
+    """Seconds of training after which a site stops its local steps and sends its update (tau)."""
+    replan_every: int = Field(5, ge=0, le=10**6)
+    """Rounds from one plan to the next; 0 keeps the first plan."""
+    budgets: tuple[SiteBudget, ...] = ()
+    """Limits and rates of sites by their names, in the place of what they would measure."""
+
+    def budget(self, site: str) -> SiteBudget:
+        """Return the limits and rates of a site."""
+        return next((each for each in self.budgets if each.site == site), SiteBudget(site=site))
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        names = [budget.site for budget in self.budgets]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            yield f"budgets: site {name!r} stands twice; remove one"
+
+        fields = type(self).model_fields
+        if self.planner.selection == "importance":
+            return
+        for name in ("importance", "probe_rank", "probe_steps", "score_decay"):
+            if getattr(self, name) != fields[name].default:
+                yield (
+                    f"{name}: without effect under planner.selection="
+                    f"{self.planner.selection!r}; remove it"
+                )

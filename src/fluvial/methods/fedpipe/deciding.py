@@ -1,0 +1,125 @@
+"""From profiles and scores to the plan of each site."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fluvial.federation.context import Context
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
+from fluvial.methods.fedpipe.planner.decision import Models, Planner
+from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel, MemoryPoint
+from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.planner.refusal import refusal
+from fluvial.methods.fedpipe.planner.replanning import replanned
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings
+from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
+from fluvial.methods.fedpipe.planner.time import TimeModel
+from fluvial.methods.fedpipe.scores import Scores
+from fluvial.models.assignment import Assignment
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """Everything about the model that all plans of a run share."""
+
+    settings: PlannerSettings
+    sizes: Sizes
+    run: Assignment
+    """Assignment of the run, whose ranks no plan exceeds."""
+    uninformed: tuple[Candidate, ...]
+    """Candidates about which nothing was measured."""
+    seed: int
+
+    @classmethod
+    def of(cls, config: FedPipeConfig, context: Context) -> "Deciding":
+        """Return what the plans of a run share."""
+        outline = context.open_pool().outline
+        run = outline.assignment
+        most = max(rank for _, rank in run.ranks)
+        ranks = tuple(rank for rank in config.planner.ranks if rank <= most) or (most,)
+        width = 4 if run.precision == "float32" else 2
+        modules = [name for name, _ in run.ranks]
+        return cls(
+            config.planner.model_copy(update={"ranks": ranks}),
+            sizes_of(outline.base, width),
+            run,
+            tuple(linear_candidates(outline.base, modules)),
+            context.seed,
+        )
+
+    @property
+    def lora(self) -> int:
+        """Return the parameters of the adapter with which sites measure."""
+        return self.run.layout.numel
+
+    def planner(self, scores: Scores, profile: Profile) -> Planner:
+        """Return the planner of one site, for the scores that are known."""
+        return Planner(
+            scores.candidates(self.uninformed),
+            self.settings,
+            length=profile.tokens[-1].length,
+            format=self.run.precision,
+            seed=self.seed,
+        )
+
+    def models(self, profile: Profile, slowness: float = 1.0) -> Models:
+        """Return the models of one site, calibrated by what it measured.
+
+        `slowness` is the measured over the predicted time of its last rounds.
+        """
+        mean = Fraction(sum(each.width for each in self.uninformed), len(self.uninformed))
+        memory = MemoryModel(
+            self.sizes,
+            Activations.of(self.sizes, checkpointing=False, scores=True),
+            Activations.of(self.sizes, checkpointing=True, scores=True),
+            reserve=0,
+            candidate_width=mean,
+        )
+        points = [
+            MemoryPoint(
+                peak.batch,
+                peak.length,
+                peak.checkpointing,
+                FORMATS[self.run.precision],
+                self.lora,
+                peak.bytes,
+            )
+            for peak in profile.peaks
+        ]
+        time = TimeModel(self.sizes.parameters, self.lora, factor=slowness)
+        return Models(profile, memory.calibrated(points), time)
+
+    def decide(
+        self,
+        profiles: Mapping[str, Profile],
+        scores: Scores,
+        present: Mapping[str, SitePlan],
+        slowness: Mapping[str, float],
+        deadline_s: float | None,
+    ) -> tuple[dict[str, SitePlan], dict[str, str]]:
+        """Return the plans of sites, and why other sites have none.
+
+        A present plan stays until another one is better by `planner.hysteresis`.
+        """
+        plans: dict[str, SitePlan] = {}
+        refused: dict[str, str] = {}
+
+        for site in sorted(profiles):
+            planner = self.planner(scores, profiles[site])
+            models = self.models(profiles[site], slowness.get(site, 1.0))
+            old = present.get(site)
+            if old is None:
+                plan = planner.plan(models, deadline_s)
+            else:
+                plan = replanned(planner, models, old, deadline_s)
+
+            if plan is None:
+                why = refusal(planner, site, models, deadline_s)
+                refused[site] = str(why).removeprefix(f"site {site!r}: ")
+            else:
+                plans[site] = plan
+
+        return plans, refused

@@ -1,0 +1,64 @@
+"""The plan of a run before any site has measured itself: what can be refused, bounds of bytes."""
+
+from functools import partial
+
+from fluvial.codecs.quantise import IdentitySettings
+from fluvial.errors import ConfigError
+from fluvial.exchange import NO_TGAP, check_codec
+from fluvial.federation.sites import refuse_learned
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
+from fluvial.methods.interface import Given, Plan
+from fluvial.methods.planning import uncoded
+from fluvial.methods.traffic import Bytes, Traffic, answer, coded_frame, envelope
+from fluvial.wire.tensors import Layout
+
+MODES = ("ab-mean", "pad", "svd")
+"""Rules after which the global adapter alone is the model of all sites."""
+
+
+def plan(config: FedPipeConfig, given: Given) -> Plan:
+    """Refuse what no plan of a site could use; bound the bytes, since ranks are measured later."""
+    refuse_learned(given.codec, "fedpipe")
+    mode = config.aggregation.mode
+    if mode not in MODES:
+        raise ConfigError(
+            f"method.aggregation.mode={mode!r}: method 'fedpipe' sends each site the global "
+            f"adapter at its own ranks; choose one of {', '.join(MODES)}"
+        )
+
+    check_codec(given.codec, NO_TGAP, given.layout)
+    cohort = config.cohort(given.sites)
+    steady = cohort == given.sites and given.on_failure == "stop"
+    idle = {
+        **idle_bounds(cohort),
+        **idle_feedback(given, steady=steady),
+        **idle_fraction(config, given.sites),
+    }
+    later = {}
+    if config.replan_every >= given.rounds:
+        later["method.replan_every"] = f"the run has {given.rounds} rounds"
+
+    traffic = partial(_traffic, given)
+    forecast = partial(uncoded, config, given, traffic, given.layout, "planned when the run starts")
+    return Plan(
+        given.layout,
+        forecast,
+        notes=["ranks, batches and steps of each site follow from what it measures"],
+        idle=idle,
+        later=later,
+    )
+
+
+def _traffic(given: Given, round: int) -> Traffic:
+    """Return bounds of a site's bytes: one module of rank 1, and all at the run's ranks twice, as
+    an adapter and as a side path."""
+    down = coded_frame(IdentitySettings(), given.layout)
+    up = coded_frame(given.codec, given.layout)
+    values = {"round": round, "version": round}
+    error = given.codec.error_feedback
+    least = Layout(((given.layout.shapes[0][0], (1, 1)),))
+    return Traffic(
+        down=Bytes(coded_frame(IdentitySettings(), least).least, down.most) + envelope(values),
+        up=Bytes(1, up.most) + answer(error=error, steps=10**6, s="000000.000"),
+    )

@@ -1,0 +1,386 @@
+"""The server half: profiles, scores and plans; rounds with unequal adapters; plans anew."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+from fluvial.codecs import build
+from fluvial.errors import ConfigError
+from fluvial.exchange import Gathering, Readable, coder_of
+from fluvial.federation.adapters import SiteChange, WholeAdapter, combine, redistribute
+from fluvial.federation.aggregate import WeightedLoss
+from fluvial.federation.bounds import check_update, rms
+from fluvial.federation.cohort import sample
+from fluvial.federation.failures import Failure
+from fluvial.federation.fleet import Fleet
+from fluvial.federation.replies import FRAME, fields, loss_of, nothing, weight_of
+from fluvial.federation.sites import adapter_message
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.deciding import Deciding
+from fluvial.methods.fedpipe.importance import modules_of, names_of
+from fluvial.methods.fedpipe.planner.comparison import Measured, compared
+from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
+from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
+from fluvial.methods.fedpipe.tasks import SECONDS, VERSION, read_seconds, settings_of
+from fluvial.methods.interface import Context, Metrics
+from fluvial.methods.shared import SharedModelServer
+from fluvial.models.adapters import is_side
+from fluvial.models.assignment import Assignment
+from fluvial.models.states import initial_state
+from fluvial.wire.payload import Payload, Value, join, payload_frame, split
+from fluvial.wire.tensors import Named, WeightedMean, moved, norm, subtract
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """The reply of one site in a round."""
+
+    site: str
+    tensors: Named
+    """Change of the factors that the site trains, fp32."""
+    weight: int
+    """Samples that it counts with."""
+    loss: float
+    """Mean training loss, nats per label token."""
+    steps: int
+    """Local steps that were made."""
+    seconds: float
+    """Seconds that they took, as the site says."""
+
+
+class FedPipeServer(SharedModelServer):
+    """Server half: the global adapter, what sites measured, and the plan of each site."""
+
+    def __init__(self, config: FedPipeConfig, context: Context) -> None:
+        self.config = config
+        self.context = context
+        self.fresh = initial_state(context.layout, context.seed)
+        self.whole = WholeAdapter(self.fresh)
+        self.profiles: dict[str, Profile] = {}
+        self.scores = Scores()
+        self.plans: dict[str, SitePlan] = {}
+        self.configurations: dict[str, SiteConfiguration] = {}
+        self.versions: dict[str, int] = {}
+        """Number of the present configuration of each site, from 1."""
+        self.slowness: dict[str, float] = {}
+        """Measured over predicted time of each site's training, over all plans so far."""
+        self.held: dict[str, int] = {}
+        """Number of the configuration that each site has acknowledged."""
+
+    @cached_property
+    def deciding(self) -> Deciding:
+        """Everything that plans share; the base's shapes are read when it is first used."""
+        return Deciding.of(self.config, self.context)
+
+    @property
+    def run(self) -> Assignment:
+        """The assignment of the run, at whose ranks the server has the adapter."""
+        return replace(self.deciding.run, batch=self.context.train.per_device_train_batch_size)
+
+    # -- plans -------------------------------------------------------------------------------------
+
+    def setup(self, fleet: Fleet) -> Metrics:
+        """Have every site measure itself and probe the weights; give each site a plan."""
+        for budget in self.config.budgets:
+            if budget.site not in fleet.sites:
+                logger.warning(
+                    "method.budgets: there is no site %r; the sites are %s",
+                    budget.site,
+                    ", ".join(fleet.sites[:5]),
+                )
+
+        return self._plan(fleet, fleet.sites, 0)
+
+    def _plan(self, fleet: Fleet, sites: Sequence[str], round: int) -> Metrics:
+        """Measure and plan `sites`; return the plans of all sites.
+
+        Weights are scored where all sites are measured, so that no score is that of a few.
+        """
+        profiles = {
+            reply.site: reply.content
+            for reply in fleet.ask(
+                "profile",
+                dict.fromkeys(sites, Payload()),
+                round=round,
+                read=_read_profile,
+                alone=round == 0,
+            )
+        }
+        profiles = {site: self._over_line(site, profiles[site]) for site in sorted(profiles)}
+        self.profiles |= profiles
+        if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
+            self._probe(fleet, sorted(profiles), round)
+
+        plans, refused = self.deciding.decide(
+            profiles, self.scores, self.plans, self.slowness, self.config.deadline_s
+        )
+        self.plans |= plans
+        for site, why in refused.items():
+            self.plans.pop(site, None)
+            fleet.reject(Failure(site, round, "profile", why, 0))
+
+        self._check_ranks()
+        self._configure_all()
+        return {"plans": {site: plan.to_json() for site, plan in sorted(self.plans.items())}}
+
+    def _over_line(self, site: str, profile: Profile) -> Profile:
+        """Return a profile with the rates of `fleet.line` where the site's budget has none."""
+        budget = self.config.budget(site)
+        line = self.context.line
+        if line is None:
+            return profile
+
+        if budget.up_mbit_s is None:
+            profile = replace(profile, up_bytes_s=line.up_mbit_s * MBIT)
+        if budget.down_mbit_s is None:
+            profile = replace(profile, down_bytes_s=line.down_mbit_s * MBIT)
+        if budget.rtt_ms is None:
+            profile = replace(profile, latency_s=line.rtt_ms / 1000)
+        return profile
+
+    def _probe(self, fleet: Fleet, sites: Sequence[str], round: int) -> None:
+        """Have `sites` score the weights, and fold their scores in."""
+        modules = modules_of(self.context.layout.names)
+        read = partial(read_probe, modules=modules, rank=self.config.probe_rank)
+        messages = dict.fromkeys(sites, Payload(values={"number": round}))
+        probes: dict[str, Probe] = {
+            reply.site: reply.content
+            for reply in fleet.ask("probe", messages, round=round, read=read, alone=round == 0)
+        }
+        if probes:
+            self.scores.take(probes, self.config.score_decay)
+
+    def _check_ranks(self) -> None:
+        """Raise `ConfigError` for plans of unequal ranks whose factors have no mean."""
+        if self.config.aggregation.mode != "ab-mean":
+            return
+        if len({plan.ranks for plan in self.plans.values()}) > 1:
+            raise ConfigError(
+                "method.aggregation.mode='ab-mean': the plans of the sites have unequal ranks, "
+                "whose factors have no mean; choose 'svd' or 'pad', or planner.selection='all' "
+                "with one rank"
+            )
+
+    def _configure_all(self) -> None:
+        """Make the configuration of each planned site; those that differ get a new number."""
+        changed = {
+            module
+            for module in modules_of(self.context.layout.names)
+            if bool(self.whole.adapter[names_of(module)[1]].any())
+        }
+        used = changed.union(*(dict(plan.ranks) for plan in self.plans.values()))
+        before = self.configurations
+        self.configurations = {
+            site: SiteConfiguration.of(plan, self.run, used) for site, plan in self.plans.items()
+        }
+        for site, configuration in self.configurations.items():
+            if configuration != before.get(site):
+                self.versions[site] = self.versions.get(site, 0) + 1
+
+    def _due(self, round: int) -> bool:
+        """Return whether all sites are measured and planned anew before `round`."""
+        every = self.config.replan_every
+        return every > 0 and round > 1 and (round - 1) % every == 0
+
+    # -- rounds ------------------------------------------------------------------------------------
+
+    def round(self, number: int, fleet: Fleet) -> Metrics:
+        """Run one round: plans where due, unequal adapters down, local training, aggregation."""
+        cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
+        new = fleet.sites if self._due(number) else [s for s in cohort if s not in self.plans]
+        metrics = self._plan(fleet, new, number) if new else {}
+        planned = number == 1 or bool(new)
+        asked = [site for site in cohort if site in self.plans]
+
+        received = {
+            site: redistribute(self.whole, self.configurations[site].assignment) for site in asked
+        }
+        gathering = Gathering(
+            fleet,
+            "train",
+            number,
+            messages=partial(self._messages, fleet, number, received),
+            read=partial(self._read, number, received),
+            forget=self._forget,
+        )
+        updates = [replace(reply.content, weight=reply.weight) for reply in gathering.of(asked)]
+        return {
+            **metrics,
+            **self._aggregate(received, updates),
+            **self._fairness(updates),
+            **(self._compare(fleet, updates) if planned else {}),
+            **gathering.metrics(),
+        }
+
+    def _messages(
+        self, fleet: Fleet, round: int, received: Mapping[str, Named], sites: Sequence[str]
+    ) -> dict[str, Payload]:
+        """Return the adapters for `sites`, once those that lack their configuration have it."""
+        lacking = {
+            site: Payload(
+                values={
+                    **self.configurations[site].to_values(self.run),
+                    VERSION: self.versions[site],
+                }
+            )
+            for site in sites
+            if self.held.get(site) != self.versions[site]
+        }
+        if lacking:
+            for reply in fleet.ask("configure", lacking, round=round, read=nothing, alone=False):
+                self.held[reply.site] = self.versions[reply.site]
+
+        return {
+            site: adapter_message(received[site], **{"round": round, VERSION: self.versions[site]})
+            for site in sites
+            if self.held.get(site) == self.versions[site]
+        }
+
+    def _forget(self, sites: Sequence[str]) -> None:
+        """Note that these sites must be sent their configuration again."""
+        for site in sites:
+            self.held.pop(site, None)
+
+    def _read(
+        self, round: int, received: Mapping[str, Named], site: str, reply: Payload
+    ) -> Readable[SiteUpdate]:
+        """Return the update in a reply; raises `WireError` for one that breaks a rule."""
+        configuration = self.configurations[site]
+        feedback = self.context.codec.error_feedback
+        fields(reply, ("n", "loss", "steps", SECONDS, *(("e",) if feedback else ())), FRAME)
+        if feedback:
+            reply.number("e", 0.0, MOST_ERROR)
+
+        weight = weight_of(reply)
+        steps = reply.whole("steps", 1, configuration.steps)
+        codec = build(self.context.codec, configuration.assignment.trained)
+        coder = coder_of(codec, received[site])
+        update = coder.decode(payload_frame(reply), round=round)
+        check_update(update, weight, settings_of(self.context.train, self.config, configuration))
+        seconds = read_seconds(reply)
+        content = SiteUpdate(site, update, weight, loss_of(reply), steps, seconds)
+        return Readable(content, rms(update), weight)
+
+    def _aggregate(self, received: Mapping[str, Named], updates: Sequence[SiteUpdate]) -> Metrics:
+        """Fold the updates into the adapter; return the measures of the aggregate."""
+        changes = {
+            update.site: SiteChange(
+                received[update.site],
+                moved(_without_side(received[update.site]), update.tensors),
+                update.weight,
+            )
+            for update in updates
+        }
+        combined = combine(self.whole, changes, self.config.aggregation, fresh=self.fresh)
+        before = self.whole.adapter
+        self.whole = combined.whole
+        if self.config.aggregation.mode == "ab-mean":  # FedAvg's exact sum, to the bit
+            mean = WeightedMean()
+            for update in updates:
+                mean.add(update.tensors, update.weight)
+            self.whole = WholeAdapter(moved(before, mean.mean()))
+
+        loss = WeightedLoss()
+        for update in updates:
+            loss.add(update.loss, update.weight)
+
+        return {
+            "loss": loss.mean(),
+            "sites": len(updates),
+            "update_norm": norm(subtract(self.whole.adapter, before)),
+            **combined.metrics(),
+        }
+
+    def _fairness(self, updates: Sequence[SiteUpdate]) -> Metrics:
+        """Return the worst site and the spread of the losses, and the share of the planned steps
+        that was not made."""
+        losses = {update.site: update.loss for update in updates}
+        missed = {
+            update.site: 1 - update.steps / self.configurations[update.site].steps
+            for update in updates
+        }
+        worst = max(losses, key=lambda site: (losses[site], site))
+        return {
+            "worst_site": worst,
+            "worst_loss": losses[worst],
+            "spread_of_losses": max(losses.values()) - min(losses.values()),
+            "under_training": sum(missed.values()) / len(missed),
+            "worst_under_training": max(missed.values()),
+        }
+
+    def _compare(self, fleet: Fleet, updates: Sequence[SiteUpdate]) -> Metrics:
+        """Return the predicted and the measured figures of each site's round, and note by how much
+        its training was slower than predicted."""
+        figures = {}
+        for update in updates:
+            plan = self.plans[update.site]
+            sizes = fleet.meter.current[update.site]
+            measured = Measured(None, sizes["up", "train"], sizes["down", "train"], update.seconds)
+            figures[update.site] = compared(plan, measured)
+            if self.config.budget(update.site).tokens_s is None and plan.prediction.compute_s > 0:
+                now = self.slowness.get(update.site, 1.0)
+                self.slowness[update.site] = now * update.seconds / plan.prediction.compute_s
+
+        return {"predicted": figures}
+
+    # -- model and state ---------------------------------------------------------------------------
+
+    def model(self) -> Named:
+        """Return the global adapter, at the run's ranks."""
+        return self.whole.adapter
+
+    def state(self) -> Payload:
+        """Return the adapter, what sites measured, the scores, and the plan of each site."""
+        plans: dict[str, Value] = {site: plan.to_json() for site, plan in self.plans.items()}
+        profiles: dict[str, Value] = {
+            site: {**profile.to_values()} for site, profile in self.profiles.items()
+        }
+        values: dict[str, Value] = {
+            "plans": plans,
+            "profiles": profiles,
+            "scores": self.scores.to_values(),
+            "versions": {**self.versions},
+            "held": {**self.held},
+            "slowness": {**self.slowness},
+        }
+        return join({"whole": self.whole.state(), "plans": Payload(values=values)})
+
+    def restore(self, state: Payload) -> None:
+        """Become the server whose `state` this was."""
+        halves = split(state, ("whole", "plans"))
+        self.whole = self.whole.restored(halves["whole"])
+        values = halves["plans"]
+        self.plans = {
+            site: SitePlan.from_json(plan) for site, plan in values.value("plans", dict).items()
+        }
+        self.profiles = {
+            site: Profile.from_values(profile)
+            for site, profile in values.value("profiles", dict).items()
+        }
+        self.scores = Scores.from_values(values.value("scores", dict))
+        self.held = values.value("held", dict)
+        self.slowness = values.value("slowness", dict)
+        self._configure_all()
+        self.versions = values.value("versions", dict)
+
+
+MBIT = 10**6 / 8
+"""Bytes of 10^6 bits."""
+MOST_ERROR = 1e4
+"""Upper bound on the relative error of a codec that a site reports."""
+
+
+def _read_profile(_site: str, reply: Payload) -> Profile:
+    """Return the profile in a reply; raises `WireError` for one that no honest site sends."""
+    fields(reply, reply.values.keys() & {"profile"} or ("profile",))
+    return Profile.from_values(reply.values)
+
+
+def _without_side(tensors: Named) -> Named:
+    """Return the factors that a site trains."""
+    return {name: tensor for name, tensor in tensors.items() if not is_side(name)}

@@ -1,0 +1,77 @@
+"""The configuration of one site, made from its plan: ranks, side path, batch, local steps.
+
+The server makes it and sends it by the task `configure`; the site keeps it. A module of rank 0 is
+not tuned. Where other sites tune it, the site receives it as a frozen side path at the run's rank,
+so that all sites train against the same model.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import cast
+
+from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.models.assignment import KEY, Assignment, Precision
+from fluvial.wire.payload import Payload, Value
+
+MOST_STEPS = 10**9
+"""Upper bound on the local steps that a plan may ask for."""
+MOST_LENGTH = 2**31
+"""Upper bound on the tokens of a sequence that a plan may ask for."""
+
+
+@dataclass(frozen=True)
+class SiteConfiguration:
+    """The training of one site in each round, until its next plan."""
+
+    assignment: Assignment
+    """Ranks of all modules, side path, batch and precision."""
+    steps: int
+    """Optimizer steps of a round."""
+    length: int
+    """Tokens of a sequence at most."""
+    checkpointing: bool
+    """True for gradient checkpointing."""
+
+    @classmethod
+    def of(cls, plan: SitePlan, run: Assignment, used: Collection[str]) -> "SiteConfiguration":
+        """Return what `plan` says, with a side path for the modules in `used`, which some site
+        has trained, that this site does not train.
+
+        `run` is the assignment of the whole run, at whose ranks the server has the adapter.
+        """
+        ranks = dict(plan.ranks)
+        full = dict(run.ranks)
+        assignment = replace(
+            run.with_ranks({name: ranks.get(name, 0) for name in full}),
+            batch=plan.setting.batch,
+            precision=cast(Precision, plan.setting.format),
+        )
+        side = {name: full[name] for name in used if name not in ranks}
+        return cls(
+            assignment.with_side(side, run),
+            plan.setting.steps,
+            plan.setting.length,
+            plan.setting.checkpointing,
+        )
+
+    def to_values(self, run: Assignment) -> dict[str, Value]:
+        """Return the message values that `from_payload` reads."""
+        values = self.assignment.to_values(run)
+        return {
+            **values,
+            "steps": self.steps,
+            "length": self.length,
+            "checkpointing": self.checkpointing,
+        }
+
+    @classmethod
+    def from_payload(cls, message: Payload, run: Assignment) -> "SiteConfiguration":
+        """Return the plan in a message; raises `WireError` that names the wrong value."""
+        given = {KEY: message.value(KEY, dict)} if KEY in message.values else {}
+        assignment = Assignment.from_values(given, run)
+        return cls(
+            assignment,
+            message.whole("steps", 1, MOST_STEPS),
+            message.whole("length", 2, MOST_LENGTH),
+            message.value("checkpointing", bool),
+        )

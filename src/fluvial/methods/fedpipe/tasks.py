@@ -1,0 +1,228 @@
+"""The tasks of a site: measure itself, probe the weights, keep a plan, train by it."""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from fluvial.codecs import build
+from fluvial.data import Example
+from fluvial.errors import WireError
+from fluvial.exchange import STALE, coder_of, encode
+from fluvial.exchange.feedback import RESIDUAL
+from fluvial.federation.sites import Site, read_adapter_message, round_of, train_locally
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.importance import Meter, modules_of, names_of, spectrum
+from fluvial.methods.fedpipe.measure import measured
+from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
+from fluvial.models.assignment import Assignment
+from fluvial.models.states import initial_state
+from fluvial.training.train import TrainConfig
+from fluvial.wire.payload import Payload, Value, frame_payload
+from fluvial.wire.tensors import Layout, Named, add
+
+PLAN = "plan"
+"""Slot of the site's plan."""
+VERSION = "version"
+"""Name of the message value that counts the plans of a site."""
+MOST_VERSIONS = 10**9
+SECONDS = "s"
+"""Name of the reply value that carries seconds, as text of one length, so that the bytes of a run
+do not depend on the time that it takes."""
+MOST_SECONDS = 999_999.999
+_SECONDS_FORM = re.compile(r"[0-9]{6}\.[0-9]{3}")
+DIGITS = 6
+"""Significant digits of a loss on the wire."""
+
+
+def run_assignment(site: Site) -> Assignment:
+    """Return the assignment of the run, at whose ranks the server has the adapter."""
+    return site.pool.assignment(site.train.per_device_train_batch_size)
+
+
+def profile(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - it asks for all of it
+    """Measure memory, speed and data of the site; the answer has no text and no weight."""
+    config: FedPipeConfig = site.method
+    return Payload(values=measured(site, config).to_values())
+
+
+def probe(site: Site, message: Payload) -> Payload:
+    """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
+
+    The adapter itself is dropped.
+    """
+    config: FedPipeConfig = site.method
+    number = message.whole("number", 0, site.rounds)
+    run = run_assignment(site)
+    rank = {name: min(config.probe_rank, run.width(name)) for name, _ in run.ranks}
+    site.assigned = run.with_ranks(rank)
+    start = initial_state(site.layout, site.seed)
+    examples = site.load().train
+    modules = modules_of(site.layout.names)
+    meter = Meter(modules)
+
+    def watch(parameters: Mapping[str, nn.Parameter]) -> bool:
+        gradients = {
+            name: parameter.grad.cpu()
+            for name, parameter in parameters.items()
+            if parameter.grad is not None
+        }
+        meter.watch({name: p.detach().cpu() for name, p in parameters.items()}, gradients)
+        return True
+
+    settings = site.train.model_copy(
+        update={"max_steps": config.probe_steps, "num_train_epochs": 1.0}
+    )
+    update, _ = train_locally(
+        site,
+        start,
+        number,
+        examples=examples,
+        purpose="probe",
+        settings=settings,
+        watch=watch,
+    )
+    factors = add(start, update)
+    scores = meter.score(factors, config.importance)
+    spectra = [_energies(factors, module, config.probe_rank) for module in modules]
+
+    return Payload(
+        {
+            "score": torch.tensor([scores[module] for module in modules], dtype=torch.float32),
+            "spectrum": torch.stack(spectra),
+        },
+        {"n": len(examples)},
+    )
+
+
+def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
+    """Return the squared singular values of a probe's change, fp32 (rank,); zeros follow them."""
+    name_a, name_b = names_of(module)
+    sigma = spectrum(factors[name_a], factors[name_b])
+    energies = torch.zeros(rank, dtype=torch.float32)
+    energies[: len(sigma)] = sigma.square().float()
+    return energies
+
+
+def configure(site: Site, message: Payload) -> Payload:
+    """Keep the plan in `message`, and what the site still owes by error feedback, in its shapes."""
+    plan = SiteConfiguration.from_payload(message, run_assignment(site))
+    message.whole(VERSION, 1, MOST_VERSIONS)
+    site.keep(PLAN, message)
+
+    residual = site.recall(RESIDUAL)
+    if residual.tensors:
+        site.keep(
+            RESIDUAL, Payload(resized(residual.tensors, plan.assignment.trained), residual.values)
+        )
+
+    return Payload()
+
+
+def resized(tensors: Named, layout: Layout) -> Named:
+    """Return factors in the shapes of `layout`: components that both have, zeros for the others."""
+    result = {}
+    for name, shape in layout.shapes:
+        result[name] = torch.zeros(shape)
+        if name in tensors:
+            old = tensors[name]
+            common = tuple(slice(min(a, b)) for a, b in zip(old.shape, shape, strict=True))
+            result[name][common] = old[common]
+    return result
+
+
+def train(site: Site, message: Payload) -> Payload:
+    """Tune the received adapter by the site's plan, and send the change of what is tuned."""
+    config: FedPipeConfig = site.method
+    round = round_of(site, message)
+    stored = site.recall(PLAN)
+    if stored.values.get(VERSION) != message.whole(VERSION, 1, MOST_VERSIONS):
+        return STALE
+
+    plan = SiteConfiguration.from_payload(stored, run_assignment(site))
+    site.assigned = plan.assignment
+    received = read_adapter_message(message, site.layout)
+    examples = shortened(site.load().train, plan.length)
+    pace = Pace(config.deadline_s, config.budget(site.name).speed)
+    update, report = train_locally(
+        site,
+        received,
+        round,
+        examples=examples,
+        settings=settings_of(site.train, config, plan),
+        watch=pace.watch,
+    )
+
+    coder = coder_of(build(site.codec, site.trained), received)
+    frame, after = encode(site, coder, update, round)
+    values: dict[str, Value] = {
+        "n": len(examples),
+        "loss": float(f"{report.loss:.{DIGITS}g}"),
+        "steps": report.steps,
+        SECONDS: f"{min(pace.seconds, MOST_SECONDS):010.3f}",
+    }
+    if RESIDUAL in after:
+        values["e"] = float(f"{after[RESIDUAL].value('error', float):.{DIGITS}g}")
+    return frame_payload(frame, **values)
+
+
+def shortened(examples: Sequence[Example], length: int) -> list[Example]:
+    """Return the sequences cut to `length` tokens, without those that have no label left; all as
+    they are where none has."""
+    cut = [example.cut(0, length) for example in examples]
+    return [example for example in cut if example.learns] or list(examples)
+
+
+def settings_of(run: TrainConfig, config: FedPipeConfig, plan: SiteConfiguration) -> TrainConfig:
+    """Return the training of a site: its steps, its checkpointing, its learning rate."""
+    ratio = plan.assignment.batch / run.per_device_train_batch_size
+    scale = ratio**0.5 if config.learning_rate_by_batch == "sqrt" else 1.0
+    return run.model_copy(
+        update={
+            "max_steps": plan.steps,
+            "num_train_epochs": 1.0,
+            "gradient_checkpointing": plan.checkpointing,
+            "learning_rate": run.learning_rate * scale,
+        }
+    )
+
+
+class Pace:
+    """The pace of the local steps: they end at the deadline, and wait where a site is slowed down.
+
+    A site whose budget says that it has a share of the machine's speed sleeps after each step for
+    as long as the step would have lasted beyond its own time.
+    """
+
+    def __init__(self, deadline_s: float | None, speed: float) -> None:
+        self._began = time.monotonic()
+        self._step = self._began
+        self._deadline_s = deadline_s
+        self._speed = min(speed, 1.0)
+        self._longest_s = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the first step began."""
+        return time.monotonic() - self._began
+
+    def watch(self, parameters: Mapping[str, nn.Parameter]) -> bool:  # noqa: ARG002
+        """Return whether a step as long as the longest so far fits before the deadline."""
+        took_s = time.monotonic() - self._step
+        if self._speed < 1:
+            time.sleep(took_s * (1 / self._speed - 1))
+
+        now = time.monotonic()
+        self._longest_s = max(self._longest_s, now - self._step)
+        self._step = now
+        return self._deadline_s is None or self.seconds + self._longest_s < self._deadline_s
+
+
+def read_seconds(reply: Payload) -> float:
+    """Return the seconds of training in a reply; raises `WireError` for no such text."""
+    text = reply.value(SECONDS, str)
+    if not _SECONDS_FORM.fullmatch(text):
+        raise WireError(f"message value {SECONDS!r}: {text!r:.40} is no number of seconds")
+    return float(text)
