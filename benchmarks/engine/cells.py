@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fluvial.models.pretrained import ModelConfig, load_tokenizer
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.tokenizers import load_tokenizer
 
 FLEETS = ("local", "ray", "warm", "stock", "nvflare")
 NAMES = {

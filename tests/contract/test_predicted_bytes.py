@@ -13,7 +13,7 @@ from fluvial.methods.flglm.traffic import conversations
 from fluvial.methods.interface import Plan
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base
-from fluvial.models.pretrained import load_tokenizer
+from fluvial.models.tokenizers import load_tokenizer
 from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse

@@ -463,6 +463,7 @@ PLAIN_METHODS: dict[str, Table] = {
     "ecolora": {"method": {"name": "ecolora", "segments": 1}},
     "fedpipe": SETTINGS["fedpipe"],
 }
+FLOAT_BASES = frozenset(name for name in METHODS if not METHODS[name].traits.quantised)
 SHARED_SETTINGS: dict[str, Shared] = {
     "downlink.name": Shared(
         {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm"}
@@ -489,6 +490,15 @@ SHARED_SETTINGS: dict[str, Shared] = {
     ),
     "fleet.retries": Shared(
         {"fleet": {"retries": 1}}, base={"fleet": {"on_failure": "retry"}}, failing=2
+    ),
+    "model.quantization": Shared({"model": {"quantization": "nf4"}}, FLOAT_BASES),
+    "model.layer_quantization": Shared(
+        {"model": {"layer_quantization": {"int8": [0]}}}, FLOAT_BASES
+    ),
+    "model.quantization_correction": Shared(
+        {"model": {"quantization_correction": 2}},
+        FLOAT_BASES,
+        base={"model": {"quantization": "nf4"}},
     ),
     "evaluate.every": Shared({"evaluate": {"every": 1}}),
     "evaluate.sample_prompt": Shared(
@@ -521,6 +531,8 @@ def fail_in_round_1(name: str, attempts: int, monkeypatch: pytest.MonkeyPatch) -
 def test_a_shared_setting_has_an_effect_or_is_refused(
     name: str, setting: str, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if setting.startswith("model."):
+        pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     case = SHARED_SETTINGS[setting]
     base = merge(with_fitting_model(run_config | PLAIN_METHODS[name]), case.base)
     table, _ = setting.split(".")

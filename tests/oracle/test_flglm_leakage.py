@@ -328,12 +328,18 @@ def test_a_setting_without_effect_is_refused_or_remarked(table: dict[str, Any]) 
 
 def test_people_see_the_verdict(table: dict[str, Any], tmp_path: Path) -> None:
     noisy = with_method(table, noise={"clip": 1.0, "multiplier": 1.0}, leakage=SMALL)
+    noisy["evaluate"] = {"sample_prompt": "the", "sample_tokens": 4}
     result = run_table(noisy, tmp_path / "run")
     run = read_run(tmp_path / "run")
+    uncounted = result["leakage"]["uncounted"]
+    assert uncounted == 2  # BOS, with which both texts begin
+    assert result["leakage"]["tokens"] == 2 * SMALL["tokens"] - uncounted
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(run_tables(run))
     shown = console.export_text()
     assert "Leakage  the server could read" in shown
+    assert "; 2 of 16 are not counted, because all texts of a site begin with them" in shown
+    assert "Further 2 tokens are not counted" in shown
     assert "Noise    epsilon" in shown
     assert "exact causal search" in shown
 
@@ -341,4 +347,12 @@ def test_people_see_the_verdict(table: dict[str, Any], tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "tokens that the server could read" in page
     assert "Leakage, by attack" in page
+    assert "2 of 16 are not counted" in page
+
+    # Measures, the audit and the text that the model continues are no part of the rounds.
+    rounds = RunFolder(tmp_path / "run").metrics()
+    for way in ("up", "down"):
+        assert result["bytes"][way] == sum(record[f"bytes_{way}"] for record in rounds)
+        for task in ("evaluate", "leakage", "sample"):
+            assert result["bytes"]["by_kind"][f"{way} {task}"] > 0
     assert json.loads((tmp_path / "run/result.json").read_text())["noise"] == result["noise"]

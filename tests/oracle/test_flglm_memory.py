@@ -18,7 +18,7 @@ from fluvial.methods.flglm.hidden import HiddenStates, Way
 from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.site_memory import SLOT
 from fluvial.methods.flglm.turns import Backward, Content
-from fluvial.models.pretrained import load_tokenizer
+from fluvial.models.tokenizers import load_tokenizer
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.wire.payload import Payload

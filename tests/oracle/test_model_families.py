@@ -15,8 +15,9 @@ from fluvial.errors import ConfigError
 from fluvial.models.behaviour import check_behaviour
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import ModelConfig, load_tokenizer
+from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
+from fluvial.models.tokenizers import load_tokenizer
 from fluvial.training.assess import evaluate_adapter, whole_file
 from fluvial.training.folders import read_adapter_folder
 from tests.conftest import _tokenizer

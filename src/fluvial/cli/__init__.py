@@ -61,3 +61,5 @@ def _options(
     logging.basicConfig(
         level=handler.level, format="%(asctime)s %(name)s: %(message)s", handlers=[handler]
     )
+    # It reports at import, with or without a quantised base, that another library is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -11,7 +11,9 @@ MEASURING = "evaluate"
 """The task of measuring. Its bytes are counted apart, since they are no part of a method."""
 AUDIT = "leakage"
 """The task of an audit of what a server could read; counted apart too."""
-APART = frozenset({MEASURING, AUDIT})
+SAMPLING = "sample"
+"""The task in which a text is continued for people at a run's end; counted apart too."""
+APART = frozenset({MEASURING, AUDIT, SAMPLING})
 """The tasks whose bytes are no part of a method."""
 
 

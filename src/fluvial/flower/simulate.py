@@ -140,6 +140,6 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
 def _site_names(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the sites in the configuration's data."""
     from fluvial.data import SiteTexts
-    from fluvial.models.pretrained import load_tokenizer
+    from fluvial.models.tokenizers import load_tokenizer
 
     return SiteTexts(config.data, load_tokenizer(config.model), seed=config.seed).names

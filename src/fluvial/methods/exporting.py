@@ -16,6 +16,7 @@ from fluvial.data.config import DataConfig
 from fluvial.formatting import privacy_words
 from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
 from fluvial.models.pool import ModelPool
+from fluvial.models.quantised import quantised_words
 from fluvial.storage import exported
 from fluvial.training.evaluate import has_effect
 from fluvial.wire.tensors import Named, factor, norm
@@ -168,6 +169,7 @@ def card(reporting: Reporting, final: Measures) -> str:
     if reporting.privacy is not None:
         measured += f" Differential privacy: {privacy_words(reporting.privacy)}."
 
+    quantised = quantised_words(reporting.pool.config)
     full = reporting.pool.full
     kind = "Model, all weights tuned," if full else "LoRA adapter"
     library, tag = ("transformers", "full-parameter-tuning") if full else ("peft", "lora")
@@ -178,6 +180,6 @@ def card(reporting: Reporting, final: Measures) -> str:
         f"# {kind} made by Fluvial {__version__}\n\n"
         f"Method `{reporting.method}` ({reporting.paper}), {reporting.rounds} rounds over "
         f"{reporting.sites} sites. "
-        f"{measured}\n\nThe sites' data is not in this folder. Settings:\n\n"
+        f"{measured}{quantised}\n\nThe sites' data is not in this folder. Settings:\n\n"
         f"```json\n{settings}\n```\n"
     )

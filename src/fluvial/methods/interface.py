@@ -196,6 +196,11 @@ class Plan:
     remark, because a short trial of a longer run is no mistake."""
     visits: int = 1
     """Visits to a site in a round, which share its optimizer steps."""
+    remarks: Callable[[], Sequence[str]] = tuple
+    """Returns lines about settings that are no mistake and may be meant otherwise; called once the
+    records that are here have been read."""
+    num_trained: int | None = None
+    """Number of values that are trained, where that is not the number of `sent`."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,9 @@ class Traits:
     weighted: bool = False
     """True where both ends can scale factors by their partners; else `codec.weighted` is
     refused."""
+    quantised: bool = True
+    """True where sites train adapters over a quantised base; else the settings of `[model]` about
+    it are refused."""
     pooled: bool = False
     """True where all data lies at one place."""
     exports: bool = True

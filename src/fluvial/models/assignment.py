@@ -1,4 +1,5 @@
-"""The assignment of a site: layout and ranks of its adapter, batch size, precision of its base.
+"""The assignment of a site: layout and ranks of its adapter, batch size, type and formats of its
+base.
 
 Every site of a run has the run's own assignment, unless a method gives it another one. It is a
 value: it travels in a message where it differs from the run's, and it is the key of `ModelPool`.
@@ -12,12 +13,13 @@ from torch import nn
 
 from fluvial.errors import ConfigError, WireError
 from fluvial.models.adapters import SIDE, is_side, module_ranks
+from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.tuning import read_shapes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
 
 Precision = Literal["float32", "bfloat16", "float16"]
-"""Type of the base's weights; adapters are always fp32."""
+"""Type of the base's weights that are not quantised; adapters are always fp32."""
 
 KEY = "assignment"
 """Name of the message value that carries an assignment."""
@@ -28,7 +30,7 @@ MOST_SEQUENCES = 10**6
 
 @dataclass(frozen=True)
 class Assignment:
-    """The layout, ranks, batch and precision of one site's training."""
+    """The layout, ranks, batch, precision and quantisation of one site's training."""
 
     layout: Layout
     """Layout of the adapter with its side path, or of all weights."""
@@ -41,12 +43,22 @@ class Assignment:
     side: tuple[tuple[str, int], ...] = ()
     """Rank by module, above 0 and in order of the names, of a side path: a second adapter that a
     site receives and does not train. It carries what the ranks cannot hold."""
+    quantisation: Quantisation = FLOAT
+    """Formats of the base's linear weights."""
 
     @classmethod
-    def of(cls, model: nn.Module, *, batch: int, precision: Precision) -> "Assignment":
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        batch: int,
+        precision: Precision,
+        quantisation: Quantisation = FLOAT,
+    ) -> "Assignment":
         """Return the assignment to train what is tuned in `model`, which may be on the meta
         device."""
-        return cls(read_shapes(model), tuple(module_ranks(model).items()), batch, precision)
+        ranks = tuple(module_ranks(model).items())
+        return cls(read_shapes(model), ranks, batch, precision, quantisation=quantisation)
 
     @property
     def trained(self) -> Layout:
@@ -138,6 +150,8 @@ class Assignment:
             values["batch"] = self.batch
         if self.precision != run.precision:
             values["precision"] = self.precision
+        if self.quantisation != run.quantisation:
+            values["quantization"] = self.quantisation.to_value()
 
         return {KEY: values} if values else {}
 
@@ -151,7 +165,7 @@ class Assignment:
         if not isinstance(given, dict) or not given:
             raise WireError(f"{KEY}: expected names and values, found {type(given).__name__}")
 
-        unknown = sorted(given.keys() - {"ranks", "side", "batch", "precision"})
+        unknown = sorted(given.keys() - {"ranks", "side", "batch", "precision", "quantization"})
         if unknown:
             raise WireError(f"{KEY}: unknown name {unknown[0]!r:.40}")
 
@@ -183,7 +197,19 @@ class Assignment:
                 f"{KEY}.precision: {precision!r:.40} is none of {', '.join(get_args(Precision))}"
             )
 
-        return replace(assignment, batch=batch, precision=cast(Precision, precision))
+        quantisation = run.quantisation
+        if "quantization" in given:
+            where = f"{KEY}.quantization"
+            quantisation = Quantisation.from_value(given["quantization"], where)
+            if quantisation and not run.ranks:
+                raise WireError(f"{where}: all weights are tuned, and a quantised one cannot be")
+
+        return replace(
+            assignment,
+            batch=batch,
+            precision=cast(Precision, precision),
+            quantisation=quantisation,
+        )
 
 
 def by_layout(assignments: Mapping[str, Assignment]) -> dict[Layout, list[str]]:

@@ -1,4 +1,5 @@
-"""The frozen base of a pool in one precision: in memory once, or on disk tensor by tensor."""
+"""The frozen base of a pool in one precision: in memory once, quantised or not, or on disk tensor
+by tensor."""
 
 import copy
 import threading
@@ -17,13 +18,17 @@ from fluvial.models.loading import (
     fill,
     load_base,
     load_held,
+    meta_base,
     resolve_device,
     skeleton,
     weights_folder,
 )
 from fluvial.models.pretrained import ModelConfig
+from fluvial.models.quantisation import FLOAT, Quantisation
+from fluvial.models.quantised import QuantisedLinear, check_library, formats
 from fluvial.models.states import changed
 from fluvial.models.weight_sources import Source
+from fluvial.models.weights import check_finite, check_weights
 from fluvial.wire.tensors import Named
 
 
@@ -31,11 +36,17 @@ class Base:
     """The base's weights in one precision; each way to hold them is loaded when it is first
     used."""
 
-    def __init__(self, config: ModelConfig, holds: Callable[[str], bool] | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        holds: Callable[[str], bool] | None = None,
+        quantisation: Quantisation = FLOAT,
+    ) -> None:
         """Load nothing; weights that `holds` does not take by name are never read, and take no
-        memory (see `absent`)."""
+        memory (see `absent`). A model to `share` is quantised."""
         self.config = config
         self._holds = holds
+        self._quantisation = quantisation
         self._lock = threading.RLock()
         self._shared: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
 
@@ -66,7 +77,7 @@ class Base:
         from transformers import GenerationConfig
 
         with building():  # a thread that initialises an adapter draws random numbers
-            base = load_base(self.config)
+            base = self._quantised() if self._quantisation else load_base(self.config)
             check_behaviour(base, self.config.name_or_path)
 
         # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
@@ -74,6 +85,33 @@ class Base:
         base.generation_config = GenerationConfig()
 
         return base
+
+    def _quantised(self) -> nn.Module:
+        """Return the base with quantised weights, each read and quantised before the next one."""
+        check_library()
+        check_weights(self.config, meta_base(self.config))
+        model = self.blank()
+
+        def read(name: str, parameter: nn.Parameter) -> Tensor:
+            if not parameter.is_meta:  # codes and scales
+                return parameter
+            weight = self.source.get(name).to(self.device, parameter.dtype, copy=True)
+            check_finite({name: weight}, self.config.name_or_path)
+            return weight
+
+        for path, kind in formats(model, self._quantisation).items():
+            linear = model.get_submodule(path)
+            weight = read(f"{path}.weight", linear.weight)
+            quantised = QuantisedLinear(
+                weight if isinstance(linear, nn.Linear) else weight.t(),  # transformers' Conv1D
+                linear.bias,
+                kind,
+                correction_rank=self.config.quantization_correction,
+            )
+            model.set_submodule(path, quantised)
+
+        fill(model, read)
+        return model.requires_grad_(False).eval().to(self.device)
 
     # -- where all weights are tuned: read from disk -----------------------------------------------
 

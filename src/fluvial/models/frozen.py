@@ -7,7 +7,6 @@ weight (often the head) is thus the least that a site needs beside its block.
 import copy
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial, wraps
 from itertools import chain
@@ -15,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fluvial.errors import ConfigError
+from fluvial.models.product import product
 from fluvial.models.stored import some
 from fluvial.models.weight_sources import Source
 from fluvial.wire.tensors import Named
@@ -123,39 +122,13 @@ _Loaded = dict[int, tuple["weakref.ref[torch.UntypedStorage]", _Weight]]
 """Weights by the identity of their memory, while that memory lives."""
 
 
-class _Product(torch.autograd.Function):
-    """The product x W^T + b with a weight that is loaded in each direction; x alone has a
-    gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
-        ctx.load = load
-        ctx.dtype = x.dtype
-        return nn.functional.linear(x, load(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        weight = ctx.load().to(
-            grad.dtype
-        )  # under autocast the product, and so `grad`, was in its type
-        inner = grad.flatten(0, -2) @ weight
-        return inner.view(*grad.shape[:-1], -1).to(ctx.dtype), None, None
-
-
-def _product(x: Tensor, bias: Tensor | None, load: Callable[[], Tensor]) -> Tensor:
-    assert bias is None or not bias.requires_grad, "a bias is trained with its weight or not at all"
-    product: Tensor = _Product.apply(x, bias, load)  # type: ignore[no-untyped-call]
-    return product
-
-
 class _StreamedLinear(nn.Linear):
     """A linear layer: (..., in) to (..., out)."""
 
     stored: dict[str, _Weight]
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self.bias, self.stored["weight"].load)
+        return product(x, self.bias, self.stored["weight"].load)
 
 
 class _StreamedEmbedding(nn.Embedding):
@@ -176,7 +149,7 @@ def _streamed_layers() -> dict[type, type]:
         """A linear layer whose weight is stored as (in, out)."""
 
         def forward(self, x: Tensor) -> Tensor:
-            return _product(x, self.bias, lambda: self.stored["weight"].load().t())
+            return product(x, self.bias, lambda: self.stored["weight"].load().t())
 
     return {nn.Linear: _StreamedLinear, nn.Embedding: _StreamedEmbedding, Conv1D: StreamedConv1D}
 

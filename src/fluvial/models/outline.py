@@ -56,7 +56,12 @@ class Outline:
     @cached_property
     def assignment(self) -> Assignment:
         """The assignment of this run, with one sequence in a forward pass."""
-        return Assignment.of(self._tuned, batch=1, precision=self.precision)
+        return Assignment.of(
+            self._tuned,
+            batch=1,
+            precision=self.precision,
+            quantisation=self._config.quantisation,
+        )
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:

@@ -1,4 +1,5 @@
-"""The models of one process: sites borrow one at a time, and share one frozen base a precision.
+"""The models of one process: sites borrow one at a time, and share one frozen base for each
+precision and quantisation.
 
 Models are adapted from outside by PEFT; modelling code is never copied.
 """
@@ -25,10 +26,12 @@ from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, weights_folder
 from fluvial.models.outline import Outline
 from fluvial.models.parts import PartPool
-from fluvial.models.pretrained import ModelConfig, check_tokenizer, load_tokenizer
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.quantisation import Quantisation
 from fluvial.models.split import Cut
 from fluvial.models.states import base_state
 from fluvial.models.targets import LoraSettings
+from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.tuning import (
     Trainable,
     checkpoint_layers,
@@ -43,8 +46,8 @@ from fluvial.models.weights import check_weights
 from fluvial.wire.tensors import Layout, Named, factor
 
 MOST_TEMPLATES = 8
-"""Templates that are kept: models of different ranks or precisions. Beyond this number, the least
-recently used one is dropped."""
+"""Templates that are kept: models of different ranks, precisions or formats. Beyond this number,
+the least recently used one is dropped."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class ModelPool:
         self.full = lora is None
         self.outline = Outline(model, lora)
         self._lock = threading.RLock()
-        self._bases: dict[Precision, Base] = {}
+        self._bases: dict[tuple[Precision, Quantisation], Base] = {}
         self._templates: OrderedDict[tuple[object, ...], _Template] = OrderedDict()
         self._parts: dict[tuple[Cut, bool], PartPool] = {}
 
@@ -138,23 +141,24 @@ class ModelPool:
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
 
-    def _base(self, precision: Precision | None = None) -> Base:
-        precision = precision or self.outline.precision
+    def _base(self, assignment: Assignment | None = None) -> Base:
+        assignment = assignment or self.outline.assignment
+        key = (assignment.precision, assignment.quantisation)
         with self._lock:
-            if precision not in self._bases:
-                config = self.config.model_copy(update={"dtype": precision})
-                self._bases[precision] = Base(config)
-            return self._bases[precision]
+            if key not in self._bases:
+                config = self.config.model_copy(update={"dtype": assignment.precision})
+                self._bases[key] = Base(config, quantisation=assignment.quantisation)
+            return self._bases[key]
 
     def _template(self, assignment: Assignment) -> _Template:
         """Return the template of an assignment, made when it is first asked for."""
-        key = (assignment.ranks, assignment.side, assignment.precision)
+        key = (assignment.ranks, assignment.side, assignment.precision, assignment.quantisation)
         with self._lock:
             template = self._templates.get(key)
             if template is None:
                 assert self.lora is not None, "where all weights are tuned, there is no adapter"
                 own = self.outline.assignment.ranks == assignment.ranks
-                base = self._base(assignment.precision).share()
+                base = self._base(assignment).share()
                 ranks = None if own else dict(assignment.ranks)
                 model = adapt(base, self.lora, ranks, dict(assignment.side)).eval()
                 template = self._templates[key] = _Template(model)
@@ -202,7 +206,7 @@ class ModelPool:
         self, state: Named, trainable: Trainable, assignment: Assignment
     ) -> Iterator[nn.Module]:
         if self.full:
-            yield self._base(assignment.precision).make(state, own=trainable != "none")
+            yield self._base(assignment).make(state, own=trainable != "none")
             return
 
         with self._lock:
@@ -222,8 +226,7 @@ class ModelPool:
         if not self.full:
             return state
 
-        precision = None if assignment is None else assignment.precision
-        base = self._base(precision).source
+        base = self._base(assignment).source
         return {name: base.get(name).float() + change for name, change in state.items()}
 
     def base_state(self) -> Named:

@@ -1,4 +1,4 @@
-"""A base model's configuration, float type and tokenizer, and the reasons to refuse it.
+"""A base model's configuration and float type, and the reasons to refuse it.
 
 transformers is imported where something is loaded, so that other commands answer at once.
 """
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from fluvial.errors import ConfigError
-from fluvial.models.hf import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from fluvial.models.hf import PretrainedConfig, PreTrainedModel
 from fluvial.models.network import reachable_hub
+from fluvial.models.quantisation import Format, LayerFormat, Quantisation
 from fluvial.models.stored import FLOATS, first_line, stored_tensors
 from fluvial.settings import Settings
 from fluvial.storage.files import read_object
@@ -37,11 +39,61 @@ class ModelConfig(Settings):
     Adapters are always fp32."""
     device: str = "auto"
     """Device of the models: "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+    quantization: Format | None = None
+    """Format of the frozen linear weights of the decoder layers under a LoRA adapter: "nf4" (4.5
+    bits for each value), "nf4-double" (4.13) or "int8" (8); unset, they have `dtype`, which
+    embeddings, norms and head always have. Needs `pip install 'fluvial[quantization]'`."""
+    layer_quantization: dict[LayerFormat, tuple[int, ...]] = Field(default_factory=dict)
+    """Decoder layers, counted from 0, that have another format than `quantization`, by format:
+    `{int8 = [0, 1], none = [21]}`; "none" is `dtype`."""
+    quantization_correction: int = Field(0, ge=0, le=4096)
+    """Rank of a frozen correction of each quantised weight, the best approximation of what its
+    quantisation lost (LoftQ, Li et al., ICLR 2024, in one step). It stays at the site, and what is
+    federated is trained beside it; 0 for none."""
+
+    @property
+    def quantisation(self) -> Quantisation:
+        """The format of every decoder layer."""
+        return Quantisation.of(self.quantization, self.layer_quantization)
+
+    @property
+    def quantisation_settings(self) -> dict[str, Any]:
+        """The settings about a quantised base that are set, by name."""
+        settings = {
+            "quantization": self.quantization,
+            "layer_quantization": self.layer_quantization,
+            "quantization_correction": self.quantization_correction,
+        }
+        return {name: value for name, value in settings.items() if value}
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        yield from self._quantisation_conflicts()
         if self.name_or_path == EMBEDDED and self.revision is not None:
             yield "revision: without effect, because the embedded model has none; remove it"
+
+    def _quantisation_conflicts(self) -> Iterator[str]:
+        usual = self.quantization or "none"
+        layers = [layer for numbers in self.layer_quantization.values() for layer in numbers]
+
+        if usual in self.layer_quantization:
+            yield (
+                f"layer_quantization.{usual}: without effect, because it is the format of all "
+                "other layers; remove it"
+            )
+
+        if not all(self.layer_quantization.values()) or min(layers, default=0) < 0:
+            yield "layer_quantization: lists layers by format, counted from 0"
+
+        if len(set(layers)) < len(layers):
+            twice = next(layer for layer in layers if layers.count(layer) > 1)
+            yield f"layer_quantization: layer {twice} is listed twice; remove one"
+
+        if self.quantization_correction and not self.quantisation:
+            yield (
+                "quantization_correction: without effect, because nothing is quantised; remove it, "
+                "or set quantization"
+            )
 
 
 def source_of(config: ModelConfig) -> str:
@@ -280,79 +332,6 @@ def dtype_of(config: ModelConfig) -> torch.dtype:
         )
 
     return kind
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
-    from transformers import AutoTokenizer
-
-    _refuse_without_tokenizer(config)
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
-    tokenizer.padding_side = "right"
-
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, "
-            "with which every record ends; name one as eos_token in tokenizer_config.json"
-        )
-
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-
-    return tokenizer
-
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.model",
-    "*.tiktoken",
-    "vocab.*",
-    "spiece.*",
-    "*.vocab",
-    "merges.txt",
-    "tekken.json",
-)
-"""Names of files; every tokenizer has at least one of them."""
-
-
-def _refuse_without_tokenizer(config: ModelConfig) -> None:
-    """Raise `ConfigError` for a local folder that holds no file of a tokenizer."""
-    folder = local_folder(config)
-    if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
-        return
-
-    raise ConfigError(
-        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json "
-        "and tokenizer_config.json, or tokenizer.model); copy the files from where the model came "
-        "from"
-    )
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
-    """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no
-    row for."""
-    rows = num_embeddings(model)
-    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
-    # are put there.
-    special = set(tokenizer.all_special_ids)
-    plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
-    last, largest = max(plain, key=lambda item: item[1])
-
-    for what, text, index in (
-        ("pad token", tokenizer.pad_token, tokenizer.pad_token_id),
-        ("EOS token", tokenizer.eos_token, tokenizer.eos_token_id),
-        ("BOS token", tokenizer.bos_token, tokenizer.bos_token_id),
-        ("last token", last, largest),
-    ):
-        if index is not None and index >= rows:
-            # A class such as Qwen's brings a pad token of its own where the files name none.
-            other = "name a token of the model as pad_token in tokenizer_config.json, "
-            first = other if what == "pad token" else ""
-            raise ConfigError(
-                f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and "
-                f"the model embeds ids up to {rows - 1}; {first}use the tokenizer that belongs to "
-                "the model, or resize the model (resize_token_embeddings) and save it anew"
-            )
 
 
 def num_embeddings(model: PreTrainedModel) -> int:

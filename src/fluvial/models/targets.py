@@ -47,7 +47,7 @@ def target_names(base: PreTrainedModel, lora: LoraSettings) -> list[str]:
     names. `base` may be on the meta device. Raises `ConfigError` naming what would fit.
     """
     linear = linear_modules(base)
-    fit = {name: module for name, module in linear.items() if not _is_special(name, module, base)}
+    fit = adaptable_modules(base)
     given = lora.target_modules
 
     if isinstance(given, tuple):
@@ -85,6 +85,22 @@ def linear_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
         and module.weight.dim() == 2
         and (text is None or id(module) in text)
     }
+
+
+def adaptable_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
+    """Return the linear modules that "all-linear" adapts, by name: all but heads, routers, and
+    those that PEFT mistakes for others."""
+    linear = linear_modules(base)
+    return {name: module for name, module in linear.items() if not _is_special(name, module, base)}
+
+
+def features(module: nn.Linear) -> tuple[int, int]:
+    """Return the outputs and inputs of a linear layer, also of GPT-2's Conv1D, whose weight is (in,
+    out), and of one whose weight is quantised."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    inputs, outputs = module.weight.shape
+    return outputs, inputs
 
 
 def text_modules(base: PreTrainedModel) -> set[int] | None:
@@ -182,7 +198,7 @@ def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:
 
 def _check_rank(rank: int, chosen: dict[str, nn.Linear]) -> None:
     for name, module in chosen.items():
-        smallest = min(module.weight.shape)
+        smallest = min(features(module))
         if rank > smallest:
             raise ConfigError(
                 f"lora.r={rank} exceeds dimension {smallest} of {_leaf(name)!r}; choose at most "

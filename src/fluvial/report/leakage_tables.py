@@ -23,5 +23,10 @@ def leakage_by_attack(result: JsonObject) -> Excerpt | None:
         f"{leakage['tokens']} tokens, as a server could that has the public base and text of "
         "the same kind."
     )
+    if leakage.get("uncounted"):
+        words += (
+            f" Further {leakage['uncounted']} tokens are not counted, because all texts of a site "
+            "begin with them."
+        )
     headings = ["attack", "tokens read", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
     return Excerpt("Leakage, by attack", headings, rows, left=1, words=words)

@@ -119,6 +119,8 @@ class RunConfig(Settings):
                 "set tune = 'lora'"
             )
 
+        yield from self._unfit_for_a_quantised_base()
+
         if (
             self.tuned == "full"
             and self.codec is not None
@@ -130,6 +132,19 @@ class RunConfig(Settings):
                 "tuned; choose a codec that learns nothing, such as 'int8' or 'hadamard', "
                 "without 'weighted'"
             )
+
+    def _unfit_for_a_quantised_base(self) -> Iterator[str]:
+        why = None
+
+        if not self.entry.traits.quantised:
+            why = f"method {self.method.name!r} trains, sends or cuts the base's float weights"
+        elif self.tuned == "full":
+            why = "all weights are tuned, and steps of training are far smaller than those of 4 or "
+            why += "8 bits"
+
+        if why is not None:
+            for name in self.model.quantisation_settings:
+                yield f"model.{name}: {why}; remove it, or tune an adapter under another method"
 
     def _without_effect(self) -> Iterator[str]:
         for table, settings in (("codec", self.codec), ("downlink", self.downlink)):

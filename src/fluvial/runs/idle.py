@@ -37,7 +37,8 @@ def refuse_idle(config: RunConfig, planned: Plan, texts: Texts) -> None:
 
 
 def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str]:
-    """Yield remarks on settings without effect that are no mistake.
+    """Yield remarks on settings that are no mistake: those of the method, and on settings without
+    effect.
 
     A run may be a short trial of a longer one. Methods are compared by one file, and not all of
     them read public text. A file for many machines names their sites.
@@ -45,6 +46,7 @@ def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str
     for place, why in _chosen(config, planned.later):
         yield f"{place}: without effect in this run, because {why}"
 
+    yield from planned.remarks()
     names = sorted(texts.names)
     if isinstance(texts, SiteTexts) and config.fleet.sites and sorted(config.fleet.sites) != names:
         yield (

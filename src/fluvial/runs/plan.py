@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import nn
+
 from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
@@ -11,8 +13,10 @@ from fluvial.formatting import privacy_words
 from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
-from fluvial.models.pretrained import check_tokenizer, load_tokenizer, num_embeddings
+from fluvial.models.pretrained import dtype_of, num_embeddings
+from fluvial.models.quantised import check_library, quantised_bytes
 from fluvial.models.targets import target_names
+from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
 from fluvial.runs.config import RunConfig
@@ -62,10 +66,11 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         )
 
     forecast = planned.forecast()
-    trained = planned.sent.numel
+    trained = planned.sent.numel if planned.num_trained is None else planned.num_trained
     rows = [
         ("base parameters", f"{parameters:,}"),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
+        *_base_rows(config, base),
         ("sites in a round", f"{config.method.cohort(len(sites))} of {len(sites)}"),
         (
             "optimizer steps of a site in a round",
@@ -92,6 +97,24 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": [*_notes(config, forecast, [*planned.notes, *remarks]), *weights],
     }
+
+
+def _base_rows(config: RunConfig, base: nn.Module) -> list[tuple[str, str]]:
+    """Return the memory of a quantised base; none for a float base."""
+    quantisation = config.model.quantisation
+    if not quantisation:
+        return []
+
+    check_library()
+    whole = sum(parameter.nbytes for parameter in base.parameters())
+    size = quantised_bytes(base, quantisation)
+    dtype = str(dtype_of(config.model)).removeprefix("torch.")
+    return [
+        (
+            "base in memory, quantised",
+            f"{size:,} B ({size / whole:.0%} of {whole:,} B in {dtype})",
+        )
+    ]
 
 
 def _traffic_rows(traffic: Callable[[int], Traffic], rounds: int) -> list[tuple[str, str]]:

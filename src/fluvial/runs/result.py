@@ -39,6 +39,7 @@ def result_of(
         "method": config.method.name,
         **description_of(config),
         "codec": coding_of(config),
+        "quantization": config.model.quantisation_settings or None,
         "rounds": config.rounds,
         "sites": sites,
         "heldout": {
@@ -132,7 +133,7 @@ def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict
 
 
 def directed(sizes: BytesByKind, direction: str) -> int:
-    """Return the bytes of one direction, without those of measuring."""
+    """Return the bytes of one direction, without those of measures, samples and audits."""
     return sum(
         size for (way, task), size in sizes.items() if way == direction and task not in APART
     )

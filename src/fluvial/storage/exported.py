@@ -24,7 +24,9 @@ PLACES = frozenset(
 and scored."""
 BY_FILE = ("encoding", "delimiter")
 """Settings of [data] that hold for files of the run's own kind only."""
-MODEL = ("name_or_path", "revision", "dtype")
+QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")
+"""Settings of [model] about quantised weights."""
+MODEL = ("name_or_path", "revision", "dtype", *QUANTISATION)
 
 
 def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     model = resolved.get("model", {})
 
     return {
-        "model": {key: model[key] for key in MODEL if model.get(key) is not None},
+        "model": {key: model[key] for key in MODEL if model.get(key)},
         "data": {key: value for key, value in data.items() if value is not None},
         "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
         "suffix": _suffix(Path(str(resolved.get("data", {}).get("source", ""))).expanduser()),

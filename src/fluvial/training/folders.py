@@ -77,7 +77,8 @@ def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[st
     """Return the tables of a configuration that measures the model `name` as its `run` did, which
     may be empty."""
     # The revision is the base's, and a model whose weights were tuned lies in a folder of its own.
-    keys = ("dtype",) if Path(name).expanduser().is_dir() else ("dtype", "revision")
+    local = Path(name).expanduser().is_dir()
+    keys = ("dtype", *exported.QUANTISATION, *([] if local else ["revision"]))
     kept = {key: value for key, value in run.get("model", {}).items() if key in keys}
     return {
         "model": {**kept, "name_or_path": name},

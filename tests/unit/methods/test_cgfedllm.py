@@ -25,7 +25,7 @@ from fluvial.exchange.tgap import d1_of, d2_of, split_by_time
 from fluvial.federation import noise
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.cgfedllm import privacy
-from fluvial.models.pretrained import load_tokenizer
+from fluvial.models.tokenizers import load_tokenizer
 from fluvial.report import show
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute

@@ -16,9 +16,10 @@ from fluvial.models.adapters import SeededDropout, adapt
 from fluvial.models.encoding import Encoder
 from fluvial.models.loading import load_base, meta_base, resolve_device
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import ModelConfig, load_tokenizer
+from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
+from fluvial.models.tokenizers import load_tokenizer
 from fluvial.models.tuning import (
     reseed_dropout,
     switch_dropout,

@@ -13,7 +13,8 @@ from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.models import network
 from fluvial.models.network import reachable_hub
-from fluvial.models.pretrained import ModelConfig, load_tokenizer, read_config
+from fluvial.models.pretrained import ModelConfig, read_config
+from fluvial.models.tokenizers import load_tokenizer
 
 
 @pytest.fixture

@@ -17,15 +17,9 @@ from fluvial.cli import app
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models.loading import load_base, meta_base
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import (
-    ModelConfig,
-    check_length,
-    check_tokenizer,
-    context_length,
-    dtype_of,
-    load_tokenizer,
-)
+from fluvial.models.pretrained import ModelConfig, check_length, context_length, dtype_of
 from fluvial.models.targets import LoraSettings
+from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.weights import check_weights
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan

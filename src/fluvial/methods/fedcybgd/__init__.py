@@ -274,7 +274,13 @@ METHOD = Method(
     paper="Wang, Wang, Tang, Save It All: Enabling Full Parameter Tuning for Federated LLMs via "
     "Cycle Block Gradient Descent (FedCyBGD), 2024, https://arxiv.org/abs/2406.11187",
     plan=plan,
-    traits=Traits("FedCyBGD", tunes=("full", "lora"), codec=Int8Settings(), receives="own code"),
+    traits=Traits(
+        "FedCyBGD",
+        tunes=("full", "lora"),
+        codec=Int8Settings(),
+        receives="own code",
+        quantised=False,
+    ),
 )
 CENTRAL_CYCLIC = Method(
     CentralCyclicConfig,
@@ -286,6 +292,7 @@ CENTRAL_CYCLIC = Method(
         "central, block after block",
         tunes=("full", "lora"),
         sends="nothing",
+        quantised=False,
         pooled=True,
         baseline=True,
     ),

@@ -10,6 +10,7 @@ site's, with its tokens and labels; the layers between (B) are the server's. In 
 states go to the server and back, and their gradients too, so the update is that of the whole model.
 """
 
+from fluvial.federation.meter import AUDIT, MEASURING, SAMPLING
 from fluvial.methods.flglm.audit import leakage
 from fluvial.methods.flglm.choice import settled
 from fluvial.methods.flglm.config import FlGlmConfig
@@ -22,10 +23,12 @@ from fluvial.methods.interface import Method, Traits
 METHOD = Method(
     FlGlmConfig,
     FlGlmServer,
-    {"train": train, "evaluate": evaluate, "sample": sample, "leakage": leakage},
+    {"train": train, MEASURING: evaluate, SAMPLING: sample, AUDIT: leakage},
     paper="Zheng et al., Safely Learning with Private Data: A Federated Learning Framework for LLM "
     "(FL-GLM), EMNLP 2024, https://arxiv.org/abs/2406.14898",
     plan=plan,
-    traits=Traits("FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code"),
+    traits=Traits(
+        "FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code", quantised=False
+    ),
     settled=settled,
 )

@@ -61,7 +61,8 @@ class FlGlmConfig(SampledSettings):
     2, a site sends the next one while the server works; 1 waits for each. Weights are the same, to
     the bit; the server holds a graph for each. See `train.gradient_accumulation_steps`."""
     hidden: ActivationConfig = ExactRowsSettings()
-    """Codec of the hidden states, both ways."""
+    """Codec of the hidden states of training, both ways. Where the model is measured or generates,
+    they are sent exactly."""
     recurring: Literal["states", "changes"] = "states"
     """Content of a sample's second and later passes: its hidden "states", or their "changes" since
     the pass before, coded by `hidden` after a first pass that is exact (AQ-SGD)."""

@@ -6,9 +6,8 @@ equal ones that with the least memory at a site, then with the deeper front. So 
 add cuts to choose from, and never make the choice worse.
 """
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -143,6 +142,12 @@ class Candidate:
             reasons.append(too_readable(self.read, bounds.read))
         return "; ".join(reasons)
 
+    def excess(self, bounds: Bounds) -> float:
+        """Return the largest of its figures in units of their bounds; above 1 it is refused."""
+        figures = [(self.site.total, bounds.site), (self.server.total, bounds.server)]
+        figures.append((self.read, bounds.read))
+        return max((figure / most for figure, most in figures if most is not None), default=0.0)
+
     def words(self, bounds: Bounds, *, steps: int | None) -> str:
         """Return memory, bytes and time, and why the cut is refused where it is."""
         per = "a step" if steps is None else "a round"
@@ -184,18 +189,11 @@ def choose(cuts: Sequence[Candidate], bounds: Bounds) -> Candidate:
         raise ConfigError(
             "method.front and method.back: no cut leaves a layer to the server; take fewer layers"
         )
-    first = cuts[0]
+    nearest = min(cuts, key=lambda each: each.excess(bounds))
     further = ""
     if len(cuts) > 1:
-        site = human_bytes(min(each.site.total for each in cuts))
-        server = human_bytes(min(each.server.total for each in cuts))
-        further = (
-            f"; of the {len(cuts)} cuts that are open none keeps all bounds, and the least memory "
-            f"of any is {site} at a site and {server} at the server"
-        )
-    memory = first.site.total > (bounds.site or math.inf) or first.server.total > (
-        bounds.server or math.inf
-    )
+        further = f"; none of the {len(cuts)} cuts keeps all bounds, and this one comes nearest"
+    memory = nearest.excess(replace(bounds, read=None)) > 1
     remedy = (
         "shorten data.max_length, lower train.per_device_train_batch_size, set "
         "train.gradient_checkpointing, or raise the bound"
@@ -203,6 +201,6 @@ def choose(cuts: Sequence[Candidate], bounds: Bounds) -> Candidate:
         else NO_CUT_PROTECTS
     )
     raise ConfigError(
-        f"method.front={first.front} and method.back={first.back}: method."
-        f"{first.refusal(bounds)}{further}; {remedy}"
+        f"method.front={nearest.front} and method.back={nearest.back}: method."
+        f"{nearest.refusal(bounds)}{further}; {remedy}"
     )

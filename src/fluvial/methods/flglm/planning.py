@@ -6,7 +6,6 @@ from functools import cache, partial
 import torch
 
 from fluvial.codecs.activations import build_activation
-from fluvial.codecs.activations.samples import SAMPLE_BYTES
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.choice import (
@@ -23,6 +22,7 @@ from fluvial.methods.flglm.choice import (
     shortest,
 )
 from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.methods.flglm.held_room import remarks, room_words
 from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.methods.flglm.leakage.noise import spent
 from fluvial.methods.flglm.line_time import round_over_line_s
@@ -72,7 +72,14 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if not is_open(written):
         check_bounds(config, given, costs)
     forecast = partial(_forecast, written, config, given, places, costs)
-    return Plan(places.shared, forecast, idle=_idle(config, given), later=later)
+    return Plan(
+        places.shared,
+        forecast,
+        idle=_idle(config, given),
+        later=later,
+        remarks=partial(remarks, config, given),
+        num_trained=places.tuned_ends.numel + places.tuned_middle.numel,
+    )
 
 
 def _check_codecs(config: FlGlmConfig, given: Given) -> None:
@@ -136,8 +143,9 @@ def _forecast(
     rows: list[CheckRow] = [
         (
             "cut",
-            f"{config.front} layers and the embedding | {len(places.cut.middle)} at the server | "
-            f"{config.back} layers and the head",
+            f"{_layers(places.cut.front)} and the embedding | "
+            f"{_layers(len(places.cut.middle))} at the server | "
+            f"{_layers(places.cut.back)} and the head",
         ),
         ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
         ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
@@ -146,7 +154,7 @@ def _forecast(
         *_open_rows(written, config, given, costs),
     ]
     if config.remembers or config.runs_front_alone:
-        rows.append(("hidden states by sample", _held_by_sample(config, given)))
+        rows.append(("hidden states by sample", room_words(config, given)))
     if config.noise is not None:
         known = None if given.examples is None else given.examples().values()
         fewest = None if known is None else min(map(len, known))
@@ -185,6 +193,10 @@ def _forecast(
         rows.append(line_row(seconds))
 
     return Forecast(0, 0, partial(_traffic, predict), rows, seconds)
+
+
+def _layers(count: int) -> str:
+    return f"{count} layer" if count == 1 else f"{count} layers"
 
 
 def _without_data(
@@ -290,9 +302,11 @@ def _open_rows(
             "why this cut",
             "of the cuts within all bounds it has the "
             + ("fewest bytes" if given.line is None else "shortest round over fleet.line")
-            + ", then the least memory at a site, then the deeper front. No cut protects the text: "
-            "a server read all tokens of hidden states without noise, and "
-            f"{GRADIENTS:.0%} or more from gradients at any noise",
+            + ", then the least memory at a site, then the deeper front. Its bytes and seconds are "
+            "those of sequences that all have data.max_length tokens, since the choice may not "
+            "follow from the sites' text; the rows below follow from the text where it is known. "
+            "No cut protects the text: a server read all tokens of hidden states without noise, "
+            f"and {GRADIENTS:.0%} or more from gradients at any noise",
         ),
     ]
 
@@ -319,30 +333,3 @@ def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -
         Bytes(min(each.down.least for each in found), max(each.down.most for each in found)),
         Bytes(min(each.up.least for each in found), max(each.up.most for each in found)),
     )
-
-
-def _held_by_sample(config: FlGlmConfig, given: Given) -> str:
-    """Return the words about hidden states that the ends hold."""
-    if not config.remembers:
-        return "none held; the frozen front is sent in every pass, since memory_bytes = 0"
-
-    words = []
-    if config.caches_front:
-        words.append("the frozen front is sent in a sample's first pass only")
-    if config.sends_changes:
-        words.append("first passes are exact, later ones changes")
-
-    ways = 2 if config.sends_changes else 1
-    most = ways * config.memory_bytes
-    words.append(f"at most {most:,} B for a site at the server and in its checkpoints")
-    if config.sends_changes:
-        at_site = most - config.memory_bytes * config.caches_front
-        words.append(f"{at_site:,} B at the site")
-    if given.examples is not None:
-        token_bytes = hidden_width(given.base) * given.width_bytes
-        largest = max(
-            sum(SAMPLE_BYTES + token_bytes * len(example.input_ids) for example in examples)
-            for examples in given.examples().values()
-        )
-        words.append(f"the largest site needs {largest:,} B for a way")
-    return "; ".join(words)

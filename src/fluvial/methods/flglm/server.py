@@ -10,7 +10,7 @@ from fluvial.federation.aggregate import Aggregate, WeightedLoss
 from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.cohort import sample
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.meter import AUDIT, MEASURING
+from fluvial.federation.meter import AUDIT, MEASURING, SAMPLING
 from fluvial.federation.replies import fields, measured
 from fluvial.federation.sites import state_message
 from fluvial.methods.exporting import Export, Reporting, export_adapter
@@ -231,7 +231,7 @@ class FlGlmServer(SharedModelServer):
                     reply.content
                     for reply in serving.replies(
                         fleet,
-                        "sample",
+                        SAMPLING,
                         fleet.sites[:1],
                         message,
                         round=reporting.rounds,

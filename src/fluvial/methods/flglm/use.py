@@ -10,6 +10,7 @@ from torch import Tensor
 from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
 from fluvial.data import Example
 from fluvial.errors import WireError
+from fluvial.federation.meter import MEASURING, SAMPLING
 from fluvial.federation.sites import MOST_NEW_TOKENS, Site, measures
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
@@ -38,7 +39,7 @@ def evaluate(site: Site, message: Payload) -> Talk:
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
     data = site.load()
 
-    with whole_model(site, message, Release.in_use(site, message, task="evaluate")) as model:
+    with whole_model(site, message, Release.in_use(site, message, task=MEASURING)) as model:
         sums = yield from model.heldout(data.heldout)
         if not new_tokens or not data.questions:
             return measures(sums)
@@ -59,7 +60,7 @@ def sample(site: Site, message: Payload) -> Talk:
     if len(prompt) > MOST_PROMPT:
         raise WireError(f"a prompt of {len(prompt)} characters exceeds the limit of {MOST_PROMPT}")
 
-    with whole_model(site, message, Release.in_use(site, message, task="sample")) as model:
+    with whole_model(site, message, Release.in_use(site, message, task=SAMPLING)) as model:
         (text,) = yield from model.answers([prompt], new_tokens)
 
     return Payload(values={"text": text})

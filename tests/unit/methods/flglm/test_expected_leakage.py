@@ -40,7 +40,7 @@ def test_gradients_bound_from_below_what_a_server_reads() -> None:
 
 
 def test_a_measure_beyond_the_bound_stops_a_run() -> None:
-    leakage = Leakage(1, 10, (Reading("exact causal search", 0.9, 0.0, 0.0, 0.0),))
+    leakage = Leakage(1, 10, 0, (Reading("exact causal search", 0.9, 0.0, 0.0, 0.0),))
     check_bound(leakage, None, 3)
     check_bound(leakage, 0.9, 3)
     with pytest.raises(PrivacyError, match=r"round 3: .*90 %.*most=0.8 allows less"):

@@ -84,7 +84,7 @@ def test_rouge_is_that_of_decoded_text_without_unread_tokens() -> None:
 def test_the_sentence_is_about_the_worst_attack(accuracy: float, share: str) -> None:
     low = Reading("nearest token", 0.0, 0, 0, 0)
     high = Reading("exact causal search", accuracy, 1, 1, 1)
-    leakage = Leakage(1, 10, (high, low))
+    leakage = Leakage(1, 10, 0, (high, low))
     assert leakage.sentence == (
         f"the server could read {share} of the tokens (exact causal search)"
     )

@@ -20,7 +20,7 @@ def verdict(texts: int, tokens: int, right: int, *, gradients: bool = True) -> L
     names = (*ON_HIDDEN, GRADIENTS) if gradients else ON_HIDDEN
     rouge = 1 / texts
     readings = tuple(Reading(name, right / tokens, rouge, rouge, rouge) for name in names)
-    return Leakage(texts, tokens, readings)
+    return Leakage(texts, tokens, 2 * texts, readings)
 
 
 def reply(**changes: Any) -> Payload:
@@ -41,6 +41,7 @@ def test_a_verdict_comes_as_it_was(gradients: bool) -> None:
         {"tokens": 6},  # less than were read
         {"tokens": 0},
         {"texts": 0},
+        {"uncounted": -1},
         {"extra": 1},
         {GRADIENTS: {"right": 7, "rouge_1": 1.5, "rouge_2": 0.0, "rouge_l": 0.0}},
         {GRADIENTS: {"right": -1, "rouge_1": 0.5, "rouge_2": 0.0, "rouge_l": 0.0}},
@@ -72,7 +73,7 @@ def test_sites_count_by_tokens_and_rouge_by_texts() -> None:
 
 def test_the_sentence_tells_hidden_states_from_gradients() -> None:
     readings = (Reading("nearest token", 0.25, 0, 0, 0), Reading(GRADIENTS, 1.0, 1, 1, 1))
-    assert Leakage(1, 4, readings).sentence == (
+    assert Leakage(1, 4, 0, readings).sentence == (
         "the server could read 25 % of the tokens from hidden states (nearest token), 100 % from "
         "gradients"
     )

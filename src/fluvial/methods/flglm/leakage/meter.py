@@ -1,8 +1,8 @@
 """Run attacks on held-out text, and say in one sentence how much the server could read.
 
-A token counts as read where an attack names it at its position. Tokens with which all texts begin,
-such as BOS, are known beforehand and do not count. ROUGE is that of the decoded text, mean over
-texts, beside token accuracy.
+A token counts as read where an attack names it at its position. Tokens with which all texts of a
+site begin, such as BOS or those of a template, are known beforehand and do not count. ROUGE is
+that of the decoded text, mean over texts, beside token accuracy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,6 +55,8 @@ class Leakage:
     texts: int
     tokens: int
     """Tokens that count."""
+    uncounted: int
+    """Tokens that do not, because all texts of a site begin with them."""
     readings: tuple[Reading, ...]
 
     @property
@@ -65,7 +67,16 @@ class Leakage:
     @property
     def sentence(self) -> str:
         """Return the verdict for a summary: the worst attack's figure, on hidden states and on
-        gradients apart where both were attacked."""
+        gradients apart where both were attacked, and how many tokens do not count."""
+        if not self.uncounted:
+            return self._verdict
+        return (
+            f"{self._verdict}; {self.uncounted} of {self.uncounted + self.tokens} are not counted, "
+            "because all texts of a site begin with them"
+        )
+
+    @property
+    def _verdict(self) -> str:
         on_gradients = [each for each in self.readings if each.attack == GRADIENTS]
         on_hidden = [each for each in self.readings if each.attack != GRADIENTS]
         if not on_gradients or not on_hidden:
@@ -93,6 +104,7 @@ class Leakage:
         return {
             "texts": self.texts,
             "tokens": self.tokens,
+            "uncounted": self.uncounted,
             "worst": self.worst.attack,
             "accuracy": self.worst.accuracy,
             "sentence": self.sentence,
@@ -144,7 +156,7 @@ def measure(
         rouge = [mean(values) for values in zip(*overlaps, strict=True)]
         readings.append(Reading(name, right / tokens, *rouge))
 
-    return Leakage(len(observations), tokens, tuple(readings))
+    return Leakage(len(observations), tokens, known * len(observations), tuple(readings))
 
 
 def common_beginning(texts: Sequence[Tensor]) -> int:

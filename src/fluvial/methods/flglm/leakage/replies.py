@@ -12,7 +12,11 @@ _FIGURES = ("right", "rouge_1", "rouge_2", "rouge_l")
 
 def values_of(leakage: Leakage) -> dict[str, Value]:
     """Return the values of a reply."""
-    values: dict[str, Value] = {"texts": leakage.texts, "tokens": leakage.tokens}
+    values: dict[str, Value] = {
+        "texts": leakage.texts,
+        "tokens": leakage.tokens,
+        "uncounted": leakage.uncounted,
+    }
     for reading in leakage.readings:
         values[reading.attack] = {
             "right": round(reading.accuracy * leakage.tokens),
@@ -26,7 +30,7 @@ def values_of(leakage: Leakage) -> dict[str, Value]:
 
 def read(_site: str, reply: Payload) -> Leakage:
     """Return the success of a site's attacks; raises `WireError`."""
-    fields(reply, ("texts", "tokens", *ON_HIDDEN), optional=(GRADIENTS,))
+    fields(reply, ("texts", "tokens", "uncounted", *ON_HIDDEN), optional=(GRADIENTS,))
     tokens = reply.whole("tokens", 1, MOST_TOKENS)
     names = [name for name in (*ON_HIDDEN, GRADIENTS) if name in reply.values]
     readings = []
@@ -38,7 +42,8 @@ def read(_site: str, reply: Payload) -> Leakage:
         rouge = [figures.number(each, 0.0, 1.0) for each in _FIGURES[1:]]
         readings.append(Reading(name, right / tokens, *rouge))
 
-    return Leakage(reply.whole("texts", 1, MOST_SAMPLES), tokens, tuple(readings))
+    texts = reply.whole("texts", 1, MOST_SAMPLES)
+    return Leakage(texts, tokens, reply.whole("uncounted", 0, MOST_TOKENS), tuple(readings))
 
 
 def together(sites: Sequence[Leakage]) -> Leakage | None:
@@ -49,6 +54,7 @@ def together(sites: Sequence[Leakage]) -> Leakage | None:
 
     texts = sum(each.texts for each in sites)
     tokens = sum(each.tokens for each in sites)
+    uncounted = sum(each.uncounted for each in sites)
     by_site = [{reading.attack: reading for reading in each.readings} for each in sites]
     common = [name for name in by_site[0] if all(name in named for named in by_site)]
 
@@ -62,4 +68,4 @@ def together(sites: Sequence[Leakage]) -> Leakage | None:
             sum(row.rouge_l * each.texts for each, row in rows) / texts,
         )
 
-    return Leakage(texts, tokens, tuple(mean_of(name) for name in common))
+    return Leakage(texts, tokens, uncounted, tuple(mean_of(name) for name in common))

@@ -1,0 +1,81 @@
+"""A base model's tokenizer, and the reasons to refuse it.
+
+transformers is imported where a tokenizer is loaded, so that other commands answer at once.
+"""
+
+from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
+from fluvial.models.pretrained import ModelConfig, from_hub, local_folder, num_embeddings
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
+    from transformers import AutoTokenizer
+
+    _refuse_without_tokenizer(config)
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
+    tokenizer.padding_side = "right"
+
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path!r}: its tokenizer has no end-of-text token, "
+            "with which every record ends; name one as eos_token in tokenizer_config.json"
+        )
+
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    return tokenizer
+
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "spiece.*",
+    "*.vocab",
+    "merges.txt",
+    "tekken.json",
+)
+"""Names of files; every tokenizer has at least one of them."""
+
+
+def _refuse_without_tokenizer(config: ModelConfig) -> None:
+    """Raise `ConfigError` for a local folder that holds no file of a tokenizer."""
+    folder = local_folder(config)
+    if folder is None or any(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern)):
+        return
+
+    raise ConfigError(
+        f"model.name_or_path={config.name_or_path!r}: the folder has no tokenizer (tokenizer.json "
+        "and tokenizer_config.json, or tokenizer.model); copy the files from where the model came "
+        "from"
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str) -> None:
+    """Raise `ConfigError` if the tokenizer knows tokens that `model` (maybe without weights) has no
+    row for."""
+    rows = num_embeddings(model)
+    # Special tokens that a tokenizer's class adds by itself stand in no text, but for those that
+    # are put there.
+    special = set(tokenizer.all_special_ids)
+    plain = ((text, index) for text, index in tokenizer.get_vocab().items() if index not in special)
+    last, largest = max(plain, key=lambda item: item[1])
+
+    for what, text, index in (
+        ("pad token", tokenizer.pad_token, tokenizer.pad_token_id),
+        ("EOS token", tokenizer.eos_token, tokenizer.eos_token_id),
+        ("BOS token", tokenizer.bos_token, tokenizer.bos_token_id),
+        ("last token", last, largest),
+    ):
+        if index is not None and index >= rows:
+            # A class such as Qwen's brings a pad token of its own where the files name none.
+            other = "name a token of the model as pad_token in tokenizer_config.json, "
+            first = other if what == "pad token" else ""
+            raise ConfigError(
+                f"model.name_or_path={name!r}: the tokenizer's {what} {text!r} has id {index}, and "
+                f"the model embeds ids up to {rows - 1}; {first}use the tokenizer that belongs to "
+                "the model, or resize the model (resize_token_embeddings) and save it anew"
+            )

@@ -1,0 +1,78 @@
+"""Rows and remarks of `fluvial check` about a split run."""
+
+from typing import Any
+
+import pytest
+
+from fluvial.runs.config import parse
+from fluvial.runs.plan import plan
+from tests.support.models import with_fitting_model
+
+
+@pytest.fixture
+def table(run_config: dict[str, Any]) -> dict[str, Any]:
+    return with_fitting_model(run_config | {"method": {"name": "flglm"}})
+
+
+def checked(table: dict[str, Any], **method: Any) -> dict[str, Any]:
+    """Return what `fluvial check` reports with these settings of the method."""
+    return plan(parse(table | {"method": {"name": "flglm", **method}}, "test"))
+
+
+def rows(table: dict[str, Any], **method: Any) -> dict[str, str]:
+    return {row["what"]: row["value"] for row in checked(table, **method)["rows"]}
+
+
+@pytest.mark.parametrize("ends", ["shared", "own"])
+def test_trained_parameters_are_those_of_all_three_parts(table: dict[str, Any], ends: str) -> None:
+    adapted = plan(parse({key: table[key] for key in table if key != "method"}, "test"))
+    whole = adapted["model"]["trainable"]
+    split = checked(table, ends=ends)
+    assert split["model"]["trainable"] == whole
+    assert rows(table, ends=ends)["trained parameters"].startswith(f"{whole:,} (")
+
+    parts = [
+        whole - checked(table, ends=ends, frozen=[part])["model"]["trainable"]
+        for part in ("front", "middle", "back")
+    ]
+    assert min(parts) > 0
+    assert sum(parts) == whole
+
+
+def test_the_cut_is_in_plain_words(table: dict[str, Any]) -> None:
+    assert rows(table)["cut"] == (
+        "1 layer and the embedding | 2 layers at the server | 1 layer and the head"
+    )
+
+
+def test_the_lengths_behind_the_bytes_of_a_cut_are_named(table: dict[str, Any]) -> None:
+    found = rows(table, front="auto", back="auto")
+    assert "data.max_length" in found["why this cut"]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"frozen": ["front"]}, "at most 268,435,456 B (method.memory_bytes) for a site at the"),
+        (
+            {"recurring": "changes", "hidden": {"name": "int8"}},
+            "at most 268,435,456 B (method.memory_bytes) for a site and direction at the server",
+        ),
+    ],
+)
+def test_the_room_for_hidden_states_is_that_of_the_setting(
+    method: dict[str, Any], words: str, table: dict[str, Any]
+) -> None:
+    found = checked(table, **method)
+    (row,) = [each["value"] for each in found["rows"] if each["what"] == "hidden states by sample"]
+    assert words in row
+    assert "no room" not in row
+    assert not any("memory_bytes" in note for note in found["notes"])
+
+
+def test_too_little_room_for_an_epoch_is_remarked(table: dict[str, Any]) -> None:
+    found = checked(table, frozen=["front"], memory_bytes=10_000)
+    (row,) = [each["value"] for each in found["rows"] if each["what"] == "hidden states by sample"]
+    assert "no room" in row
+    (note,) = [note for note in found["notes"] if "method.memory_bytes=10000" in note]
+    assert "dropped before they recur" in note
