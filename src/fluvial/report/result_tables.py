@@ -76,10 +76,9 @@ def result_rows(result: JsonObject) -> list[list[str]]:
 
 RESULT_CAPTION = (
     "Held-out values are means over the sites, each counting the same; pooled: over all their "
-    "label tokens, which is all that a central run has. Up per site: bytes of all rounds, "
-    "without measures and samples; round ratio: these against uncompressed updates; local training "
-    "only reports its loss. Amortised: all bytes in both directions, with set-up, against an "
-    "uncompressed run of the same rounds."
+    "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
+    "ratio: these against uncompressed updates; local training only reports its loss. Amortised: "
+    "all bytes in both directions, with set-up, against an uncompressed run of the same rounds."
 )
 """Meaning of the columns, below each table of results."""
 ANSWERS_CAPTION = (
