@@ -26,10 +26,6 @@ H = TypeVar("H")
 T = TypeVar("T")
 
 
-_LAST = 10**9
-"""Number of an attempt after which none follows."""
-
-
 class Wires:
     """Messages by site, as bytes; one that goes to many sites is serialised once, when it is first
     sent."""
@@ -51,7 +47,8 @@ class _Exchange:
 
     request: Request
     """Last message."""
-    attempt: int
+    attempt: int | None
+    """Number of the attempt at the site, from 1; None once no other may follow."""
     turns: int = 0
     """Turns of the site so far."""
     unanswered: deque[int] = field(default_factory=deque)
@@ -83,12 +80,12 @@ class Call(Generic[H, T]):
         began: Callable[[str], None],
         wake_s: Callable[[Mapping[str, float]], float],
         dispatcher: Dispatcher,
-        failed: Callable[[Failure, int], bool],
+        failed: Callable[[Failure, int | None], bool],
         meter: Meter,
         limits: Limits,
     ) -> None:
-        """`failed` takes a failure and the number of the attempt, and returns whether to retry;
-        `hear` is None where no turn is expected."""
+        """`failed` takes a failure and the number of the attempt, None for one that no other may
+        follow, and returns whether to retry; `hear` is None where no turn is expected."""
         self.num_answered = 0
         self._task = task
         self._round = round
@@ -192,7 +189,7 @@ class Call(Generic[H, T]):
         """End the exchange of a site for good, as its failure."""
         for exchange in self._open.values():
             if exchange.request.site == site:
-                exchange.attempt = _LAST
+                exchange.attempt = None
                 self._drop(exchange, reason, 0)
                 self._end(exchange)
                 return
@@ -321,5 +318,6 @@ class Call(Generic[H, T]):
         failure = Failure(
             request.site, self._round, self._task, reason, len(request.data), bytes_up
         )
-        if self._failed(failure, exchange.attempt):
-            self._to_begin.append((request.site, exchange.attempt + 1))
+        attempt = exchange.attempt
+        if self._failed(failure, attempt) and attempt is not None:
+            self._to_begin.append((request.site, attempt + 1))

@@ -135,12 +135,14 @@ class Fleet:
         if alone:
             self.require_quorum(task, round, answered=call.num_answered, asked=len(messages))
 
-    def failed(self, failure: Failure, attempt: int) -> bool:
-        """Note a failure, and return whether the site is to be asked again.
+    def failed(self, failure: Failure, attempt: int | None) -> bool:
+        """Note a failure, and return whether the site is to be asked again, which it is not after
+        an attempt that has no number.
 
         Raises `ClientError` under on_failure="stop".
         """
-        again = self.config.on_failure == "retry" and attempt <= self.config.retries
+        retries = self.config.retries if self.config.on_failure == "retry" else 0
+        again = attempt is not None and attempt <= retries
         self.failures.append(replace(failure, asked_again=again))
         where = (
             f"round {failure.round}, {failure.task}: site {failure.site!r} failed: {failure.reason}"
@@ -162,7 +164,7 @@ class Fleet:
         The bytes of the answer were counted when it came. Raises `ClientError` under
         on_failure="stop".
         """
-        self.failed(failure, self.config.retries + 1)
+        self.failed(failure, None)
 
     def require_quorum(self, task: str, round: int, *, answered: int, asked: int) -> None:
         """Raise `ClientError` if fewer sites answered than the policy asks for."""

@@ -5,7 +5,7 @@ the same rule, so neither says what it holds. States are values: what is added g
 step that fails or is sent again leaves the old one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Self
@@ -54,6 +54,19 @@ class SampleBatch:
         on the device of `like` (any, width)."""
         rows = [by_sample[sample].to(like.device, like.dtype) for sample in self.samples]
         return torch.cat([like[:0], *rows])
+
+
+@dataclass
+class SampleNumbers:
+    """The numbers by which a site names its samples: in the order in which they are first sent, so
+    that they say that a sample comes again and nothing else."""
+
+    by_place: dict[int, int] = field(default_factory=dict)
+    """Number of each sample that was sent, by its place among the site's sequences."""
+
+    def of(self, places: Sequence[int]) -> tuple[int, ...]:
+        """Return the numbers of the sequences at `places`, new ones for those not yet sent."""
+        return tuple(self.by_place.setdefault(place, len(self.by_place)) for place in places)
 
 
 @dataclass(frozen=True)

@@ -141,12 +141,13 @@ def passes(config: FlGlmConfig, given: Given) -> Footprint:
     assert given.blank is not None
     batch = given.train.per_device_train_batch_size
     together = config.cohort(given.sites) if config.mode == "client-batch" else 1
+    most = given.train.gradient_accumulation_steps
     return footprint(
         given.blank(),
         config,
         given.train,
-        site=Batch(batch, given.max_length),
-        server=Batch(batch * together, given.max_length),
+        site=Batch(batch, given.max_length, min(config.window, most)),
+        server=Batch(batch * together, given.max_length, min(config.in_flight, most)),
     )
 
 

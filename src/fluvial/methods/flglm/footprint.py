@@ -51,6 +51,8 @@ class Batch:
 
     sequences: int
     tokens: int
+    waiting: int = 1
+    """Micro-batches whose activations wait for a gradient at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +62,21 @@ class Footprint:
     fronts: tuple[Passes, Passes]
     middles: tuple[Passes, Passes]
     backs: tuple[Passes, Passes]
+    waiting_at_site: int = 1
+    """Micro-batches whose passes of A wait at a time."""
+    waiting_at_server: int = 1
+    """Micro-batches of a replica whose passes of B do."""
 
     def site(self, front: int, back: int) -> int:
         """Return the most bytes at a site: A's wait while C runs, and A runs backward after it."""
+        others = self.waiting_at_site - 1
         one, two = self.fronts
         first = one.more(two, front - 1)
         one, two = self.backs
         last = one.more(two, back - 1)
         return max(
-            first.held + last.peak,
-            first.peak + last.gradients,
+            self.waiting_at_site * first.held + last.peak,
+            others * first.held + first.peak + last.gradients,
             STEP * (first.gradients + last.gradients),
         )
 
@@ -77,8 +84,9 @@ class Footprint:
         """Return the most bytes of replicas of `layers` layers, which all wait for gradients."""
         one, two = self.middles
         passes = one.more(two, layers - 1)
-        waiting = max(passes.held, passes.gradients)
-        return max((replicas - 1) * waiting + passes.peak, STEP * passes.gradients * replicas)
+        waiting = max(self.waiting_at_server * passes.held, passes.gradients)
+        running = (self.waiting_at_server - 1) * passes.held + passes.peak
+        return max((replicas - 1) * waiting + running, STEP * passes.gradients * replicas)
 
 
 def footprint(
@@ -101,12 +109,21 @@ def footprint(
             both(lambda count: passes.front(count, site)),
             both(lambda count: passes.middle(count, server)),
             both(lambda count: passes.back(count, site)),
+            site.waiting,
+            server.waiting,
         )
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
+        if not _asks_for_values(error):
+            raise
         raise ConfigError(
             f"{type(model).__name__}: its memory follows from values and not from shapes alone "
             f"({str(error).splitlines()[0]:.100})"
         ) from error
+
+
+def _asks_for_values(error: RuntimeError) -> bool:
+    """Return True for what PyTorch raises where a tensor without values is asked for some."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
 
 
 class _PassesOnShapes:

@@ -9,7 +9,7 @@ from fluvial.codecs.activations import build_activation
 from fluvial.codecs.activations.floats import ExactRowsSettings
 from fluvial.codecs.activations.front_cache import FrontIndex
 from fluvial.codecs.activations.recurring import Recurring
-from fluvial.codecs.activations.samples import Held, SampleBatch, SampleMemory
+from fluvial.codecs.activations.samples import Held, SampleBatch, SampleMemory, SampleNumbers
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.hidden import Way
 
@@ -23,8 +23,7 @@ class HeldForecast:
     dtype: torch.dtype
     held: int = 0
     """Round of the memory with which the site begins; 0 for an empty one."""
-    numbers: dict[int, int] = field(default_factory=dict)
-    """Number of each sample that was sent, by its place among the site's sequences."""
+    numbers: SampleNumbers = field(default_factory=SampleNumbers)
 
     def __post_init__(self) -> None:
         self._hidden = build_activation(self.config.hidden, self.dtype)
@@ -36,8 +35,7 @@ class HeldForecast:
 
     def batch(self, places: Sequence[int], lengths: Sequence[int]) -> SampleBatch:
         """Return the next micro-batch, the sequences at `places`."""
-        numbers = tuple(self.numbers.setdefault(place, len(self.numbers)) for place in places)
-        return SampleBatch(numbers, tuple(lengths))
+        return SampleBatch(self.numbers.of(places), tuple(lengths))
 
     def size(self, way: Way, batch: SampleBatch) -> int:
         """Return the bytes of the hidden states of a micro-batch, which are then held."""
@@ -60,4 +58,6 @@ class HeldForecast:
         ways = [self._samples["up"]]
         if self.config.sends_changes:
             ways.append(self._samples["down"])
-        return len(self.numbers) == samples and all(len(way.lengths) == samples for way in ways)
+        return len(self.numbers.by_place) == samples and all(
+            len(way.lengths) == samples for way in ways
+        )

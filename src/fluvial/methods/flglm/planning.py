@@ -323,7 +323,7 @@ def _graphs(config: FlGlmConfig, given: Given) -> str:
     most = min(config.in_flight, given.train.gradient_accumulation_steps)
     whose = {"client-batch": "of all sites", "hierarchical": "for each site at work"}
     words = whose.get(config.mode, "of a site")
-    return f"{most} {words}; each beyond the first takes the activations of a pass once more"
+    return f"{most} {words}; its memory in training has the activations of each"
 
 
 def _traffic(predict: Callable[[int], Mapping[str, Conversation]], round: int) -> Traffic:

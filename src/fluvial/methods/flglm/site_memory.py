@@ -1,8 +1,4 @@
-"""The site's hidden states by sample between rounds, and the numbers by which it names samples.
-
-Numbers are given in the order in which samples are first sent, so they say that a sample comes
-again and nothing else.
-"""
+"""The site's hidden states by sample between rounds, and the numbers by which it names samples."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fluvial.codecs.activations.samples import SampleNumbers
 from fluvial.data import Example
 from fluvial.federation.sites import Site
 from fluvial.methods.flglm.coding import Coding
@@ -37,8 +34,7 @@ class SiteMemory:
     """Digest of the site's sequences, by whose places samples are known."""
     held: int = 0
     """Round of the memory with which the conversation began; 0 for an empty one."""
-    numbers: dict[int, int] = field(default_factory=dict)
-    """Number of each sample that was sent, by its place among the site's sequences."""
+    numbers: SampleNumbers = field(default_factory=SampleNumbers)
 
     @classmethod
     def begin(
@@ -60,21 +56,21 @@ class SiteMemory:
         tensors = dict(saved.tensors)
         places = tensors.pop("places").tolist()
         memory = restored_memory(empty, tensors)
-        numbers = {place: number for number, place in enumerate(places)}
+        numbers = SampleNumbers({place: number for number, place in enumerate(places)})
         return cls(config, HiddenStates(config, coding, memory), data, held, numbers)
 
     def samples(self, places: Sequence[int]) -> tuple[int, ...] | None:
         """Return the numbers of the sequences at `places`; None where turns name no samples."""
         if not self.config.remembers:
             return None
-        return tuple(self.numbers.setdefault(place, len(self.numbers)) for place in places)
+        return self.numbers.of(places)
 
     def keep(self, site: Site, round: int) -> None:
         """Keep the memory after a conversation of `round`, once the site's reply counts."""
         if not self.config.remembers:
             return
 
-        places = torch.tensor(list(self.numbers), dtype=torch.int64)
+        places = torch.tensor(list(self.numbers.by_place), dtype=torch.int64)
         tensors = {**memory_tensors(self.hidden.memory), "places": places}
         site.keep(SLOT, Payload(tensors, {"round": round, "data": self.data}), draft=True)
 

@@ -1,9 +1,12 @@
 """Rows and remarks of `fluvial check` about a split run."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
+from fluvial.models.split import Part
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from tests.support.models import with_fitting_model
@@ -76,3 +79,47 @@ def test_too_little_room_for_an_epoch_is_remarked(table: dict[str, Any]) -> None
     assert "no room" in row
     (note,) = [note for note in found["notes"] if "method.memory_bytes=10000" in note]
     assert "dropped before they recur" in note
+
+
+def passes(table: dict[str, Any], end: str, **method: Any) -> int:
+    """Return the bytes of activations and gradients at an end."""
+    return int(
+        rows(table, **method)[f"activations and gradients in memory, {end}"]
+        .split()[0]
+        .replace(",", "")
+    )
+
+
+@pytest.mark.parametrize("mode", ["sequential", "hierarchical"])
+def test_memory_has_a_graph_for_each_micro_batch_in_flight(
+    table: dict[str, Any], mode: str
+) -> None:
+    """Each takes what a pass holds, once for each replica; a site has one more on its way."""
+    table = table | {"train": table["train"] | {"gradient_accumulation_steps": 4}}
+    server = [passes(table, "server", mode=mode, in_flight=count) for count in (1, 2, 3, 4)]
+    more = [after - before for before, after in pairwise(server)]
+    assert more[0] > 0
+    assert more == [more[0]] * 3
+
+    site = [passes(table, "site", mode=mode, in_flight=count) for count in (1, 2, 3, 4)]
+    more = [after - before for before, after in pairwise(site)]
+    assert more[1] > 0
+    assert more == [2 * more[1], more[1], 0]
+
+
+def test_a_model_whose_passes_follow_from_values_has_no_predicted_memory(
+    table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asks(*_: Any, **__: Any) -> Any:
+        return torch.repeat_interleave(torch.ones(2, device="meta", dtype=torch.int64))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Part, "logits", asks)
+        assert "not predicted: " in rows(table)["memory in training, site and server"]
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("shape '[2, 3]' is invalid for input of size 5")
+
+    monkeypatch.setattr(Part, "logits", fails)
+    with pytest.raises(RuntimeError, match="is invalid for input"):
+        rows(table)
