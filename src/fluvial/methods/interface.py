@@ -37,7 +37,10 @@ class Server(Protocol):
         ...
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Run round `number`, counted from 1: ask sites, aggregate replies, change the model."""
+        """Run round `number`, counted from 1: ask sites, aggregate replies, change the model.
+
+        Metrics with `stopped`, a reason, end the run once the round is recorded.
+        """
         ...
 
     def measure(

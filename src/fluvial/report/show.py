@@ -78,7 +78,11 @@ def _outcome(run: JsonObject, method: str) -> list[RenderableType]:
 
     if run["result"] is None:
         rounds = run["config"].get("rounds", "?")
-        state = f"Not finished: {len(run['metrics'])} of {rounds} rounds of {method}."
+        metrics = run["metrics"]
+        if metrics and "stopped" in metrics[-1]:
+            return [Text(f"Stopped: {safe_text(metrics[-1]['stopped'])}", style="red")]
+
+        state = f"Not finished: {len(metrics)} of {rounds} rounds of {method}."
         for name, baseline in run["compare"].items():
             done = "finished" if baseline["result"] else f"{len(baseline['metrics'])} rounds"
             state += f" Baseline {name}: {done}."

@@ -13,7 +13,14 @@ import torch
 
 from fluvial import __version__, caller
 from fluvial.data import POOLED, SiteTexts
-from fluvial.errors import CheckpointError, ConfigError, GateError, check_call, wrong_return
+from fluvial.errors import (
+    CheckpointError,
+    ConfigError,
+    GateError,
+    PrivacyError,
+    check_call,
+    wrong_return,
+)
 from fluvial.exchange.versions import INSTALL
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -263,6 +270,8 @@ class Run:
             self.folder.append_metrics(record)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{place} are not plain JSON values: {error}") from None
+        if "stopped" in record:
+            raise PrivacyError(str(record["stopped"]))
         self._save(number)
 
         return record

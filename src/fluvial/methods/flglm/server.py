@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+from fluvial.errors import PrivacyError
 from fluvial.federation.aggregate import Aggregate, WeightedLoss
 from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.cohort import sample
@@ -19,7 +20,7 @@ from fluvial.methods.flglm.client_batch import ClientBatch
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.conversations import Conversations
 from fluvial.methods.flglm.leakage import replies
-from fluvial.methods.flglm.leakage.meter import Leakage, check_bound
+from fluvial.methods.flglm.leakage.meter import Leakage, beyond_bound
 from fluvial.methods.flglm.memories import Memories
 from fluvial.methods.flglm.replica import SiteUpdate
 from fluvial.methods.flglm.serving import Serving
@@ -48,10 +49,20 @@ class FlGlmServer(SharedModelServer):
         """Sequences of the smallest site that has trained."""
         self._memories = Memories(config)
 
-    def setup(self, fleet: Fleet) -> Metrics:  # noqa: ARG002
-        """Load the server's layers; raises `ConfigError` where the model cannot be cut."""
+    def setup(self, fleet: Fleet) -> Metrics:
+        """Load the server's layers, and where leakage is bounded, measure that of the base.
+
+        Raises `ConfigError` where the model cannot be cut, and `PrivacyError` where the base leaks
+        more than the bound, as the sites' first training messages would.
+        """
         self.setting.parts.load()
-        return {}
+        most = self.config.leakage.most
+        leakage = None if most is None else self._leakage(fleet, 1, which="base")
+        if leakage is None:
+            return {}
+        if reason := beyond_bound(leakage, most):
+            raise PrivacyError(f"before round 1: {reason}")
+        return {"leakage": leakage.worst.accuracy}
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Train for one round in the configured mode, and measure what leaks where it is due."""
@@ -61,7 +72,8 @@ class FlGlmServer(SharedModelServer):
             leakage = self._leakage(fleet, number)
             if leakage is not None:
                 metrics["leakage"] = leakage.worst.accuracy
-                check_bound(leakage, self.config.leakage.most, number)
+                if reason := beyond_bound(leakage, self.config.leakage.most):
+                    metrics["stopped"] = f"round {number}: {reason}"
 
         return metrics
 
@@ -186,15 +198,16 @@ class FlGlmServer(SharedModelServer):
         sha256 = export_adapter(reporting, changed(self._checked_model()), final)
         return Export(adapter_sha256=sha256, samples=texts)
 
-    def _leakage(self, fleet: Fleet, round: int) -> Leakage | None:
-        """Return the success of the sites' attacks on the present model; None without any."""
+    def _leakage(self, fleet: Fleet, round: int, which: Which = "final") -> Leakage | None:
+        """Return the success of the sites' attacks on the base or the present model; None without
+        any."""
         chosen = self.config.leakage.sites
         if chosen == "none":
             return None
 
         sites = fleet.sites if chosen == "all" else fleet.sites[:1]
-        message = self._use("final", round)
-        with self._serving("final") as serving:
+        message = self._use(which, round)
+        with self._serving(which) as serving:
             answers = serving.replies(fleet, AUDIT, sites, message, round=round, read=replies.read)
             return replies.together([reply.content for reply in answers])
 

@@ -11,7 +11,6 @@ from statistics import mean
 
 from torch import Tensor
 
-from fluvial.errors import PrivacyError
 from fluvial.training.rouge import rouge_l, rouge_n, words
 
 GRADIENTS = "gradient matching"
@@ -112,13 +111,14 @@ class Leakage:
         }
 
 
-def check_bound(leakage: Leakage, most: float | None, round: int) -> None:
-    """Raise `PrivacyError` where a server could read more than the share `most`."""
-    if most is not None and leakage.worst.accuracy > most:
-        raise PrivacyError(
-            f"round {round}: {leakage.sentence}, and method.leakage.most={most:g} allows less; the "
-            "run stops here. Raise the noise or the bound, or use another method"
-        )
+def beyond_bound(leakage: Leakage, most: float | None) -> str | None:
+    """Return why a run stops, where a server could read more than the share `most`; else None."""
+    if most is None or leakage.worst.accuracy <= most:
+        return None
+    return (
+        f"{leakage.sentence}, and method.leakage.most={most:g} allows less; the run stops here. "
+        "Raise the noise or the bound, or use another method"
+    )
 
 
 def _share(reading: Reading) -> str:

@@ -22,14 +22,15 @@ class LeakageConfig(Settings):
 
     most: float | None = Field(None, gt=0, le=1)
     """Share of the tokens that the server may read. A cut and noise under which more was read where
-    it was measured are refused; a run whose own meter reads more stops at that measure, and says so
-    at its end."""
+    it was measured are refused. The run's own meter then measures the base before training, too; a
+    run of which it reads more stops there, or at a later measure, and says so at its end."""
 
     def audits(self, rounds: int) -> int:
         """Return the number of measures in a run of `rounds` rounds."""
         if self.sites == "none":
             return 0
-        return 1 + ((rounds - 1) // self.every if self.every else 0)
+        before = 0 if self.most is None else 1
+        return before + 1 + ((rounds - 1) // self.every if self.every else 0)
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
