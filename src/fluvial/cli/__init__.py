@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fluvial import __version__, interrupt
-from fluvial.cli import check, evaluate, run, server, show, site, submit
+from fluvial.cli import check, evaluate, plan, run, server, show, site, submit
 from fluvial.cli.console import err, out
 from fluvial.errors import FluvialError
 from fluvial.formatting import safe_text
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("check")(check.check)
+app.command("plan")(plan.plan)
 app.command("preview")(check.preview)
 app.command("evaluate")(evaluate.evaluate)
 app.command("show")(show.show)

@@ -50,6 +50,12 @@ def site_plans_table(planned: JsonObject) -> Group:
     notes.append(
         f"{planned['candidates']} candidate weights, objective {planned['objective']}, {deadline}"
     )
+    load = planned["full_load_s"]
+    if limit is None and load is not None:
+        notes.append(
+            f"the middle site trains on all of its data within {human_seconds(load)}; as "
+            "method.deadline_s this would bound every round"
+        )
     return Group(*content, *(Text(f"• {safe_text(note)}") for note in notes))
 
 

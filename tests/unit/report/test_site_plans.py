@@ -59,6 +59,7 @@ RECORD = {
 PLANNED = {
     "candidates": 28,
     "deadline_s": 60.0,
+    "full_load_s": 42.0,
     "objective": "value",
     "sites": [
         {"name": "north", "limits": {"memory_bytes": 8_000_000}, "plan": plan(), "refused": None},
@@ -91,6 +92,7 @@ def test_a_plan_shows_each_site_and_why_another_has_none() -> None:
 def test_a_plan_without_codec_and_deadline_says_so() -> None:
     text = text_of(site_plans_table(PLANNED | {"codec": None, "deadline_s": None}))
     assert "no deadline" in text
+    assert "the middle site trains on all of its data within 42.0 s" in text
     assert "codec:" not in text
 
 

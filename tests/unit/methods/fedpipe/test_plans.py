@@ -16,6 +16,7 @@ from fluvial.methods.fedpipe.planner.decision import Planner
 from fluvial.methods.fedpipe.planner.refusal import Alternative, refusal, refuse
 from fluvial.methods.fedpipe.planner.replanning import replanned
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
+from fluvial.methods.fedpipe.planner.side_paths import modules_of, with_side_path
 from tests.support.planner import MB, candidates, models
 
 RANKS = (2, 4, 8, 16, 32)
@@ -184,6 +185,24 @@ def test_baselines_use_as_many_bytes_as_the_importance() -> None:
     assert choice.within(9999, "random") != RankChoice(weights, RANKS, seed=4).within(
         9999, "random"
     )
+
+
+def test_side_paths_add_to_the_download_of_a_site_that_trains_fewer_weights() -> None:
+    site = models(memory_bytes=100 * MB, down_bytes_s=1000.0)
+    plan = planner().plan(site)
+    assert plan is not None
+    few = replace(plan, ranks=plan.ranks[:2])
+    sizes = {weight.module: 8 * weight.width for weight in candidates(0)}
+    used = modules_of([plan, few])
+    assert with_side_path(plan, site, used, sizes) == plan
+
+    other = with_side_path(few, site, used, sizes)
+    parameters = sum(sizes[module] for module, _ in plan.ranks[2:])
+    more = 4 * parameters + 8 * len(plan.ranks[2:])
+    assert other.prediction.bytes_down - few.prediction.bytes_down == more
+    assert other.prediction.link_s == pytest.approx(few.prediction.link_s + more / 1000)
+    assert other.prediction.memory_bytes - few.prediction.memory_bytes == 4 * parameters
+    assert other.prediction.bytes_up == few.prediction.bytes_up
 
 
 def test_ranks_stay_within_the_dimensions_of_a_weight() -> None:

@@ -184,7 +184,7 @@ class Planner:
         )
 
     def score(self, room: Room, ranks: Ranks) -> float:
-        """Return what the objective makes of a plan."""
+        """Return the score of ranks within a room, by the objective."""
         return float(self._scores(room, np.array([ranks.value]), np.array([ranks.lora]))[0])
 
     def evaluated(

@@ -52,7 +52,7 @@ class SitePlan:
     value: int
     """Importance that is covered, in `candidates.VALUE_UNIT`."""
     score: float
-    """What the objective makes of it; plans of a site are compared by it."""
+    """The objective of the plan, by which plans of a site are compared."""
     under_training: float
     """Share of the site's tokens that a round does not process."""
     prediction: Prediction

@@ -18,7 +18,7 @@ class Alternative:
     method: str
     bytes: int
     why: str
-    """What of the model is at the site, such as "one block of the model"."""
+    """The weights that are at the site, such as "one block of the model"."""
 
 
 @dataclass(frozen=True)

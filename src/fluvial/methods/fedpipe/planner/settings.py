@@ -1,4 +1,4 @@
-"""Settings of the planner: what it may choose, what it strives for, and the sites' budgets."""
+"""Settings of the planner: its choices and its objective, and the budgets of sites."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -17,7 +17,7 @@ Eighths = Annotated[int, Field(ge=1, le=8)]
 
 
 class PlannerSettings(Settings):
-    """What the planner may choose for a site, and what it strives for; all of it is ours."""
+    """The choices that the planner has for a site, and its objective; all of it is ours."""
 
     objective: Objective = "value-per-second"
     """Measure of a plan: importance covered ("value"), or that for each second of a round on the
@@ -75,7 +75,7 @@ class PlannerSettings(Settings):
 
 
 class SiteBudget(Settings):
-    """What a site may use: limits of the user, which a measured profile completes."""
+    """Limits of a site, set by the user; a measured profile completes them."""
 
     site: str
     """Name of the site."""

@@ -1,0 +1,40 @@
+"""Frozen side paths: what a site receives of the weights that only other sites train.
+
+Plans are made site by site, and this part of the download follows from all of them, so it is added
+to the predictions afterwards. It is no part of a site's limits; the safety factor of the deadline
+has room for it or has not.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from fluvial.methods.fedpipe.planner.decision import Models
+from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.time import HEADER_BYTES, VALUE_BYTES
+
+
+def modules_of(plans: Collection[SitePlan]) -> set[str]:
+    """Return the modules that some site trains."""
+    return {module for plan in plans for module, _ in plan.ranks}
+
+
+def with_side_path(
+    plan: SitePlan, models: Models, used: Collection[str], sizes: Mapping[str, int]
+) -> SitePlan:
+    """Return the plan with the download, its seconds and the memory of side paths for `used`
+    modules that the site does not train.
+
+    `sizes` are the parameters of a module's adapter at the rank of the global one, by module.
+    """
+    trained = dict(plan.ranks)
+    modules = [module for module in used if module not in trained]
+    parameters = sum(sizes[module] for module in modules)
+    down = -(-VALUE_BYTES * parameters // models.time.down_rate) + HEADER_BYTES * len(modules)
+    before = plan.prediction
+    prediction = replace(
+        before,
+        memory_bytes=before.memory_bytes + VALUE_BYTES * parameters,
+        bytes_down=before.bytes_down + down,
+        link_s=before.link_s + down / models.profile.down_bytes_s,
+    )
+    return replace(plan, prediction=prediction)

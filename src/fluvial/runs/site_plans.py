@@ -1,0 +1,161 @@
+"""Plans of all sites, made as the set-up of a run makes them, without a round."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from fluvial.errors import ConfigError
+from fluvial.federation.fleet import Fleet
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.planner.advice import RATES, advised_codec, advised_method
+from fluvial.methods.fedpipe.planner.deadline import default_deadline_s
+from fluvial.methods.fedpipe.planner.decision import Models, Planner
+from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.planner.refusal import Refusal, refusal
+from fluvial.methods.fedpipe.planner.time import speed_at
+from fluvial.methods.fedpipe.server import FedPipeServer
+from fluvial.models.pool import ModelPool
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig
+from fluvial.runs.opening import check_settings, given, texts_of
+from fluvial.runs.other_methods import alternatives
+from fluvial.runs.run import Run
+from fluvial.storage.files import private
+
+
+def site_plans(config: RunConfig) -> dict[str, Any]:
+    """Return the plan of each site, and the method and codec for them, as JSON values.
+
+    The sites measure themselves and probe the weights in this process, one after another; no round
+    is run, and what was written is removed. A site without a plan is named with the reason. Raises
+    `ConfigError` for a method that makes no plans, and for what a run would refuse.
+    """
+    if not isinstance(config.method, FedPipeConfig):
+        raise ConfigError(
+            f"method.name={config.method.name!r}: plans are made under method 'fedpipe', whose "
+            "method.budgets say what each site may use"
+        )
+
+    alone = config.fleet.model_copy(
+        update={"workers": 1, "on_failure": "skip", "quorum": LEAST_QUORUM}
+    )
+    config = config.model_copy(update={"fleet": alone, "compare": ()})
+    torch.set_num_threads(config.fleet.threads)
+
+    with private(), TemporaryDirectory() as folder, RunFolder(Path(folder) / "plan") as files:
+        pool = ModelPool(config.model, config.adapter)
+        texts = texts_of(config, pool)
+        check_settings(config, pool.layout, pool.outline.base, texts)
+        run = Run(config, files, pool, texts)
+        server = run.server
+        assert isinstance(server, FedPipeServer)
+        server.setup(run.fleet)
+        return _described(config, server, run.fleet, pool, len(texts.names))
+
+
+LEAST_QUORUM = 1e-9
+"""Quorum that every number of sites is, so that a site without a plan is shown and not raised."""
+
+
+def _described(
+    config: RunConfig, server: FedPipeServer, fleet: Fleet, pool: ModelPool, sites: int
+) -> dict[str, Any]:
+    """Return the plans of a server half after its set-up."""
+    deciding = server.deciding
+    models = {site: deciding.models(profile) for site, profile in server.profiles.items()}
+    planners = {
+        site: deciding.planner(server.scores, profile) for site, profile in server.profiles.items()
+    }
+    facts = given(config, pool.layout, pool.outline.base, sites)
+    deadline_s = server.config.deadline_s
+    format = FORMATS[deciding.run.precision]
+    refusals = {
+        site: refusal(
+            planners[site],
+            site,
+            models[site],
+            deadline_s,
+            alternatives(facts, models[site], format),
+        )
+        for site in sorted(models)
+        if site not in server.plans
+    }
+    failed = {failure.site: failure.reason for failure in fleet.failures}
+    method = advised_method(server.plans, list(refusals.values()))
+
+    return {
+        "model": config.model.name_or_path,
+        "candidates": len(deciding.uninformed),
+        "deadline_s": deadline_s,
+        "full_load_s": _full_load_s(planners, models),
+        "objective": server.config.planner.objective,
+        "sites": [
+            {
+                "name": site,
+                "limits": _limits(server.profiles.get(site), server.plans.get(site)),
+                "plan": server.plans[site].to_json() if site in server.plans else None,
+                "refused": _reason(refusals.get(site), failed.get(site)),
+            }
+            for site in fleet.sites
+        ],
+        "method": {"name": method.name, "why": method.why},
+        "codec": _codec(server, planners, models),
+    }
+
+
+def _full_load_s(planners: Mapping[str, Planner], models: Mapping[str, Models]) -> float | None:
+    """Return the deadline within which the middle site trains on all of its data at one rank; None
+    where no site holds the base."""
+    if not models:
+        return None
+    return default_deadline_s(planners[min(planners)], models)
+
+
+def _limits(profile: Profile | None, plan: SitePlan | None) -> dict[str, Any] | None:
+    """Return what a site may use, with its speed at the planned batch."""
+    if profile is None:
+        return None
+
+    curve = profile.speeds[min(profile.speeds)]
+    batch = curve[0].batch if plan is None else plan.setting.batch
+    return {
+        "memory_bytes": profile.memory_bytes,
+        "tokens_s": speed_at(curve, batch),
+        "up_bytes_s": profile.up_bytes_s,
+        "down_bytes_s": profile.down_bytes_s,
+        "latency_s": profile.latency_s,
+        "samples": profile.samples,
+        "tokens": profile.all_tokens,
+    }
+
+
+def _reason(refused: Refusal | None, failed: str | None) -> str | None:
+    """Return why a site has no plan, without its name; None where it has one."""
+    return failed if refused is None else str(refused).removeprefix(f"site {refused.site!r}: ")
+
+
+def _codec(
+    server: FedPipeServer, planners: Mapping[str, Planner], models: Mapping[str, Models]
+) -> dict[str, Any] | None:
+    """Return the codec that suits the sites with a plan; None where there is none."""
+    rates = {}
+    shares = {}
+    for site in sorted(server.plans):
+        settings = server.config.planner.model_copy(
+            update={"objective": "value-per-second", "rates": RATES}
+        )
+        planner = planners[site].with_settings(settings)
+        best = planner.plan(models[site], server.config.deadline_s)
+        uncoded = server.plans[site].prediction
+        rates[site] = 1 if best is None else best.setting.rate
+        shares[site] = uncoded.link_s / uncoded.seconds
+
+    if not rates:
+        return None
+    advice = advised_codec(rates, shares)
+    return {"name": advice.name, "why": advice.why, "rates": rates}
