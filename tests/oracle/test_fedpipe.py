@@ -233,6 +233,42 @@ def test_a_site_leaves_and_returns_with_another_budget(
     assert third["plans"]["north"]["batch"] == first["plans"]["north"]["batch"]
 
 
+@pytest.mark.parametrize(
+    ("lie", "words"),
+    [
+        ({"memory_bytes": -1}, "memory_bytes"),
+        ({"memory_bytes": 10**30}, "memory_bytes"),
+        ({"speeds": {"float32": [[1, -5.0]]}}, "tokens_s"),
+        ({"speeds": {"float32": [[1, 1e300]]}}, "tokens_s"),
+        ({"samples": 0}, "samples"),
+        ({"samples": 10**9}, "tokens"),
+        ({"up_bytes_s": 0.0}, "up_bytes_s"),
+        ({"peaks": [[1, 32, False, 10**30]]}, "peaks"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_a_site_that_lies_about_itself_fails_alone(
+    lie: Table,
+    words: str,
+    unequal: Table,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def profile(site: Site, message: Payload) -> Payload:
+        reply = tasks.profile(site, message)
+        if site.name != "west":
+            return reply
+        return Payload(values={"profile": cast(dict[str, Any], reply.values["profile"]) | lie})
+
+    monkeypatch.setitem(cast(dict[str, Task], METHODS["fedpipe"].tasks), "profile", profile)
+    with pytest.raises(ClientError, match=f"'west' failed.*{words}"):
+        next(execute(parse(unequal, "test"), tmp_path / "stop"))
+
+    skipping = parse(unequal | {"fleet": {"on_failure": "skip"}}, "test")
+    setup = next(execute(skipping, tmp_path / "skip"))
+    assert sorted(setup.values["plans"]) == ["north", "south"]
+
+
 def test_a_site_without_any_plan_is_refused_with_the_limit_that_binds(
     unequal: Table, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
-from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.formats import Format, formats_named
 from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel, MemoryPoint
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -19,6 +19,7 @@ from fluvial.methods.fedpipe.planner.side_paths import modules_of, with_side_pat
 from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.methods.fedpipe.scores import Scores
+from fluvial.methods.fedpipe.site_configuration import format_of
 from fluvial.models.assignment import Assignment
 
 
@@ -52,6 +53,11 @@ class Deciding:
         )
 
     @property
+    def format(self) -> Format:
+        """Return the format in which sites measure; raises `ConfigError` for an unknown one."""
+        return formats_named((format_of(self.run),))[0]
+
+    @property
     def lora(self) -> int:
         """Return the parameters of the adapter with which sites measure."""
         return self.run.layout.numel
@@ -62,7 +68,7 @@ class Deciding:
             scores.candidates(self.uninformed),
             self.settings,
             length=profile.tokens[-1].length,
-            format=self.run.precision,
+            format=format_of(self.run),
             seed=self.seed,
         )
 
@@ -84,7 +90,7 @@ class Deciding:
                 peak.batch,
                 peak.length,
                 peak.checkpointing,
-                FORMATS[self.run.precision],
+                self.format,
                 self.lora,
                 peak.bytes,
             )

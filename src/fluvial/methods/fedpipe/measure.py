@@ -27,6 +27,7 @@ from fluvial.methods.fedpipe.planner.profile import (
     Tokens,
 )
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
+from fluvial.methods.fedpipe.site_configuration import format_of
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import checkpointed_layers, tuned_parameters
 from fluvial.training.train import TrainConfig, collate, predictions, summed_loss
@@ -52,7 +53,7 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
 
     return Profile(
         memory_bytes=memory,
-        speeds={site.assignment.precision: speeds},
+        speeds={format_of(site.assignment): speeds},
         up_bytes_s=_rate(budget.up_mbit_s),
         down_bytes_s=_rate(budget.down_mbit_s),
         latency_s=(budget.rtt_ms or 0.0) / 1000,

@@ -7,10 +7,11 @@ so that all sites train against the same model.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import cast, get_args
 
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.models.assignment import KEY, Assignment, Precision
+from fluvial.models.quantisation import FLOAT, Format, Quantisation
 from fluvial.wire.payload import Payload, Value
 
 MOST_STEPS = 10**9
@@ -41,11 +42,10 @@ class SiteConfiguration:
         """
         ranks = dict(plan.ranks)
         full = dict(run.ranks)
-        assignment = replace(
-            run.with_ranks({name: ranks.get(name, 0) for name in full}),
-            batch=plan.setting.batch,
-            precision=cast(Precision, plan.setting.format),
+        assignment = with_format(
+            run.with_ranks({name: ranks.get(name, 0) for name in full}), plan.setting.format
         )
+        assignment = replace(assignment, batch=plan.setting.batch)
         side = {name: full[name] for name in used if name not in ranks}
         return cls(
             assignment.with_side(side, run),
@@ -75,3 +75,20 @@ class SiteConfiguration:
             message.whole("length", 2, MOST_LENGTH),
             message.value("checkpointing", bool),
         )
+
+
+def format_of(assignment: Assignment) -> str:
+    """Return the planner's name of the format of an assignment's base."""
+    return assignment.quantisation.usual or assignment.precision
+
+
+def with_format(assignment: Assignment, name: str) -> Assignment:
+    """Return the assignment over a base in a format of the planner's list.
+
+    A quantised base computes in the run's own float type.
+    """
+    if name == format_of(assignment):
+        return assignment
+    if name in get_args(Format):
+        return replace(assignment, quantisation=Quantisation(cast(Format, name)))
+    return replace(assignment, precision=cast(Precision, name), quantisation=FLOAT)
