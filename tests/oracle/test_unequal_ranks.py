@@ -13,6 +13,7 @@ from fluvial.codecs.klt.settings import KltSettings
 from fluvial.data import IGNORE_INDEX, Example, SiteData
 from fluvial.errors import ConfigError
 from fluvial.exchange import Exchange
+from fluvial.exchange.feedback import RESIDUAL
 from fluvial.federation.adapters import (
     AggregationSettings,
     SiteChange,
@@ -34,7 +35,7 @@ from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named, digest, moved, norm, subtract
+from fluvial.wire.tensors import Layout, Named, digest, moved, norm, subtract
 
 pytestmark = pytest.mark.oracle
 
@@ -42,7 +43,8 @@ LORA = LoraSettings(r=6, lora_dropout=0.0, target_modules=("q_proj", "v_proj", "
 TRAIN = TrainConfig(learning_rate=0.01, max_steps=2, per_device_train_batch_size=4)
 SEED = 3
 V_PROJ = "model.layers.1.self_attn.v_proj"
-ROUNDS = 3
+ROUNDS = 4
+METHOD_SETTINGS = FedAvgConfig(aggregation=AggregationSettings(mode="svd"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ class Server:
         )
         self.fresh = initial_state(self.run.layout, SEED)
         self.whole = WholeAdapter(self.fresh)
-        self.exchange = Exchange(context, self.fresh, terms(FedAvgConfig(), codec), run=self.run)
+        self.exchange = Exchange(context, self.fresh, terms(METHOD_SETTINGS, codec), run=self.run)
         self.received: dict[str, Named] = {}
         self.losses: list[float] = []
 
@@ -108,7 +110,7 @@ def fleet_of(
             load=lambda: data,
             train=TRAIN,
             codec=codec,
-            method=FedAvgConfig(),
+            method=METHOD_SETTINGS,
             downlink=None,
             store=store,
             rounds=ROUNDS,
@@ -146,6 +148,25 @@ def test_sites_of_unequal_ranks_train_together(pool: ModelPool, table: dict[str,
 
     for name, assignment in sites.items():
         assignment.layout.check(server.received[name], name)
+    assert sum(server.losses[-4:]) < sum(server.losses[:4])
+
+
+def test_error_feedback_survives_new_assignments(pool: ModelPool) -> None:
+    """A site that gets another rank, other modules or a side path sends its residual in them."""
+    codec = read_settings(CODECS[1])
+    server = Server(pool, codec)
+    plans = list(unequal(server.run).values())
+    store = StateStore(None)
+    fleet = fleet_of(pool, codec, unequal(server.run), store)
+
+    for number in range(1, ROUNDS + 1):
+        shifted = plans[number % 4 :] + plans[: number % 4]
+        sites = dict(zip(unequal(server.run), shifted, strict=True))
+        metrics = server.round(number, fleet, sites)
+        assert metrics["codec_error"] < 0.05
+        residual = store.read("north", RESIDUAL)
+        assert Layout.of(residual.tensors) == sites["north"].trained
+
     assert sum(server.losses[-4:]) < sum(server.losses[:4])
 
 

@@ -5,7 +5,7 @@ which `shared` makes a task of. It sees no payload, frame or codec.
 """
 
 from fluvial.exchange.at_site import LocalUpdate, encode, receive_exchange, shared, shared_tasks
-from fluvial.exchange.checks import check_codec, check_refit
+from fluvial.exchange.checks import check_codec, check_refit, check_unequal
 from fluvial.exchange.exchange import Exchange, Rule, Update
 from fluvial.exchange.gathering import (
     STALE,
@@ -34,6 +34,7 @@ __all__ = [
     "ask_stale_again",
     "check_codec",
     "check_refit",
+    "check_unequal",
     "coder_of",
     "encode",
     "is_stale",

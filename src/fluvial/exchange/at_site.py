@@ -82,7 +82,7 @@ class Received:
     def reply(self, site: Site, update: LocalUpdate) -> Payload:
         """Return the site's answer: the frame, sample count, loss, and under error feedback the
         codec's relative squared error."""
-        coder = coder_of(self.codec, self.adapter, step=self.step)
+        coder = coder_of(self.codec, self.adapter, step=self.step, basis=self.terms.basis)
         coded = coded_object(self.adapter, update.tensors, self.terms.representation)
         frame, after = encode(site, coder, coded, self.round)
         values: dict[str, Value] = {"n": update.samples, "loss": float(f"{update.loss:.6g}")}

@@ -1,6 +1,7 @@
 """Terms of an exchange: what server and sites agree on before the first message."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fluvial.codecs import CodecSettings, must_learn
 from fluvial.exchange.representation import Representation
@@ -19,6 +20,10 @@ class Terms:
     """Factors that are trained and sent."""
     representation: Representation = "delta"
     """Form of what is coded: the update, or the whole adapter."""
+
+    basis: Literal["fixed", "moving"] = "fixed"
+    """Factors of the adapter that sites receive: those that they have trained, or others of the
+    same product, in which what error feedback keeps must be expressed first."""
 
     def sent(self, layout: Layout) -> Layout:
         """Return the layout of what a site sends, for an adapter of `layout`."""

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Watch, candidates
@@ -20,6 +21,7 @@ from fluvial.exchange import fitting
 from fluvial.exchange.coding import Coder
 from fluvial.exchange.feedback import Feedback
 from fluvial.exchange.fitting import OnRefusal
+from fluvial.exchange.moving import MovingFeedback
 from fluvial.exchange.refit import Refits
 from fluvial.exchange.steps import AtStep, Noise, StepControl
 from fluvial.exchange.terms import Terms
@@ -36,14 +38,23 @@ _MOST_ERROR = 1e4
 """Relative squared error that a site can report; an unbiased codec at a low rate exceeds 1."""
 
 
-def coder_of(codec: Codec, received: Named, *, step: float | None = None) -> Coder:
+def coder_of(
+    codec: Codec,
+    received: Named,
+    *,
+    step: float | None = None,
+    basis: Literal["fixed", "moving"] = "fixed",
+) -> Coder:
     """Return the chain that both ends put around `codec`, as its settings say.
 
-    `received` is the adapter that updates start from; `step` is the server's, where it sets one.
+    `received` is the adapter that updates start from; `step` is the server's, where it sets one;
+    `basis` is that of the terms.
     """
     settings = codec.settings
     coder: Coder = weighted(codec, received) if step is None else AtStep(codec, step)
-    if settings.error_feedback:
+    if settings.error_feedback and basis == "moving":
+        coder = MovingFeedback(coder, received, decay=settings.feedback_decay)
+    elif settings.error_feedback:
         coder = Feedback(coder, decay=settings.feedback_decay)
 
     return coder

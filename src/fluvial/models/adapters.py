@@ -73,7 +73,7 @@ def adapt(
     a module of rank 0 gets no adapter. The scale is that of the settings at every rank. `side` has
     the ranks of a second adapter, without dropout. Raises `ConfigError` naming what would fit.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     if isinstance(lora, SavedLora):
         assert ranks is None, "a saved adapter has its own ranks"
@@ -90,24 +90,33 @@ def adapt(
     else:
         config = _of_ranks(lora, ranks, lora.lora_dropout)
 
+    model = _injected(base, config)
+    for place, (name, module) in enumerate(list(model.named_modules())):
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            parent, leaf = name.rsplit(".", 1)
+            model.get_submodule(parent)._modules[leaf] = SeededDropout(module.p, place)
+
+    if side:  # after the places, so that it changes no mask
+        assert isinstance(lora, LoraSettings), "a saved adapter has no side path"
+        _add_side(model, _of_ranks(lora, side, 0.0))
+
+    return model
+
+
+def _injected(base: nn.Module, config: Any) -> nn.Module:
+    """Return `base` with the adapter that PEFT makes of `config`; raises `ConfigError`."""
+    from peft import get_peft_model
+
     with building(), warnings.catch_warnings():
         # PEFT reports what it corrects by itself (GPT-2's Conv1D), and that merging would change
         # tied weights.
         warnings.simplefilter("ignore")
         try:
             model: nn.Module = get_peft_model(base, config)
-            if side:
-                assert isinstance(lora, LoraSettings), "a saved adapter has no side path"
-                _add_side(model, _of_ranks(lora, side, 0.0))
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"lora: PEFT cannot put the adapter on this model: {_reason(error)}"
             ) from error
-
-    for place, (name, module) in enumerate(list(model.named_modules())):
-        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
-            parent, leaf = name.rsplit(".", 1)
-            model.get_submodule(parent)._modules[leaf] = SeededDropout(module.p, place)
 
     return model
 
@@ -152,7 +161,9 @@ def _whole_name(module: str) -> str:
 
 def _add_side(model: Any, config: Any) -> None:
     """Add the side path `config` to an adapted model, active beside its adapter."""
-    model.add_adapter(SIDE, config)
+    with building(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as for the first adapter
+        model.add_adapter(SIDE, config)
     model.base_model.set_adapter(["default", SIDE])
 
 

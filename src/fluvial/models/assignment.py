@@ -16,7 +16,7 @@ from fluvial.models.adapters import SIDE, is_side, module_ranks
 from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.tuning import read_shapes
 from fluvial.wire.payload import Value
-from fluvial.wire.tensors import Layout, factor
+from fluvial.wire.tensors import Layout, Named, factor
 
 Precision = Literal["float32", "bfloat16", "float16"]
 """Type of the base's weights that are not quantised; adapters are always fp32."""
@@ -121,6 +121,16 @@ class Assignment:
             most = self.width(name)
             if not 0 <= rank <= most:
                 raise ConfigError(f"rank of {name!r}: {rank} is not from 0 to {most}")
+
+    def fitting(self, state: Named) -> "Assignment":
+        """Return this assignment with the ranks of the factors in `state`, which may lack some."""
+        own = dict(self.layout.shapes)
+        ranks = {
+            _module(name): tensor.shape[0]
+            for name, tensor in state.items()
+            if factor(name) == "A" and tuple(tensor.shape) != own[name]
+        }
+        return self.with_ranks(ranks) if ranks else self
 
     def width(self, module: str) -> int:
         """Return the smaller dimension of an adapted module, which bounds its rank."""

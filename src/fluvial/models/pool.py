@@ -182,9 +182,9 @@ class ModelPool:
     ) -> Iterator[nn.Module]:
         """Borrow a model that holds `state`, whose `trainable` parameters require gradients.
 
-        The assignment is the run's own where none is given.
+        Where no assignment is given, it is the run's own, in the ranks of `state`.
         """
-        assignment = assignment or self.outline.assignment
+        assignment = assignment or self.outline.assignment.fitting(state)
         with self._take(state, trainable, assignment) as model:
             set_trainable(model, trainable)
             switch_dropout(model, active=False)
