@@ -273,7 +273,7 @@ def resend(played: Round, data: bytes, factor: float = 1.0, **values: Any) -> by
     """The same reply with an update `factor` times longer and other values."""
     server = played.run.server
     assert isinstance(server, FedAvgServer)
-    codec = server.exchange.link.uplink.codec
+    codec = server.shared.exchange.link.uplink.codec
     assert codec is not None
     sent = Payload.from_bytes(data)
     update = codec.decode(sent.tensors["f"].numpy().tobytes())

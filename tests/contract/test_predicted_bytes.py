@@ -34,6 +34,12 @@ FEDAVG: dict[str, dict[str, Any]] = {
     "top_k": {"codec": {"name": "top_k"}},
     "trellis": {"codec": {"name": "trellis"}},
     "B alone": {"method": {"name": "fedavg", "factors": "B"}},
+    "svd": {"method": {"name": "fedavg", "aggregation": {"mode": "svd"}}},
+    "stack": {"method": {"name": "fedavg", "aggregation": {"mode": "stack"}}},
+    "residual, int8 downlink": {
+        "method": {"name": "fedavg", "aggregation": {"mode": "residual", "residual_rank": 3}},
+        "downlink": {"name": "int8"},
+    },
     "int8 downlink": {"downlink": {"name": "int8"}},
     "trellis downlink": {"downlink": {"name": "trellis"}},
 }

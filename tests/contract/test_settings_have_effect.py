@@ -21,6 +21,7 @@ from fluvial.codecs.base import CodecSettings
 from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError
 from fluvial.exchange import TgapConfig
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.sites import Site, Task
 from fluvial.methods import METHODS
 from fluvial.models.targets import LoraSettings
@@ -45,6 +46,20 @@ QUICK: dict[str, tuple[Table, Any]] = {
     "FedAvgConfig.fraction": ({}, FRACTION),
     "FedAvgConfig.factors": ({}, "B"),
     "FedAvgConfig.server_learning_rate": ({}, 1.5),
+    "FedAvgConfig.aggregation": ({}, {"mode": "residual"}),
+    "AggregationSettings.mode": ({}, "svd"),
+    "AggregationSettings.residual_rank": (
+        {"rounds": 3, "method": {"name": "fedavg", "aggregation": {"mode": "svd"}}},
+        0,
+    ),
+    "AggregationSettings.target": (
+        {"rounds": 3, "method": {"name": "fedavg", "aggregation": {"mode": "svd"}}},
+        "products",
+    ),
+    "AggregationSettings.measure": (
+        {"method": {"name": "fedavg", "aggregation": {"mode": "ab-mean"}}},
+        "always",
+    ),
     "CentralConfig.factors": ({"method": {"name": "central"}}, "B"),
     **{
         f"FlascConfig.{name}": ({"method": {"name": "flasc"}}, value)
@@ -191,6 +206,10 @@ SLOW: dict[str, tuple[Table, Any]] = {
     "CgFedLlmConfig.server_learning_rate": (LEARNS, 1.5),
     "CgFedLlmConfig.representation": (LEARNS, "state"),
     "CgFedLlmConfig.tgap": (LEARNS, TGAP | {"share": 0.6}),
+    "CgFedLlmConfig.aggregation": (
+        {"method": {"name": "cgfedllm", "tgap": {"source": "none"}}, "codec": {"name": "int8"}},
+        {"mode": "svd"},
+    ),
     "CgFedLlmConfig.privacy": (
         merge(LEARNS, {"method": {"tgap": {"source": "public"}}}),
         {"placement": "update", "clip_norm": 0.1, "noise_multiplier": 0.1},
@@ -219,6 +238,7 @@ SLOW: dict[str, tuple[Table, Any]] = {
 }
 
 ELSEWHERE = {
+    "AggregationSettings.absent": "tests/oracle/test_aggregation.py",
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
@@ -271,6 +291,7 @@ TABLES: list[type[Settings]] = [
     *ROWS,
     *(method.config for method in METHODS.values()),
     TgapConfig,
+    AggregationSettings,
     TrainConfig,
     LoraSettings,
 ]
@@ -289,6 +310,7 @@ PLACES = dict.fromkeys((kind.__name__ for kind in ROWS), "method.hidden") | {
     "TrainConfig": "train",
     "LoraSettings": "lora",
     "TgapConfig": "method.tgap",
+    "AggregationSettings": "method.aggregation",
 }
 
 

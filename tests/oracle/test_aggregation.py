@@ -362,6 +362,8 @@ def test_components_that_are_zero_can_train() -> None:
     ("table", "place"),
     [
         ({"mode": "pad", "residual_rank": 4}, "residual_rank: without effect"),
+        ({"mode": "pad", "measure": "always"}, "measure: without effect"),
+        ({"mode": "residual", "residual_rank": 0}, "would drop what sites trained"),
         ({"mode": "stack", "target": "products"}, "target: without effect"),
     ],
 )

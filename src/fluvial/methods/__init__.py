@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, fedpipe, flasc, flglm, local
-from fluvial.methods.cgfedllm import CgFedLlmConfig
+from fluvial.methods.cgfedllm.config import CgFedLlmConfig
 from fluvial.methods.ecolora.config import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig

@@ -10,7 +10,8 @@ and B apart, which is not the mean of their products; FFA-LoRA freezes A at its 
 so that the mean is exact and half the bytes are sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -20,19 +21,26 @@ from fluvial.codecs import CodecSettings, must_learn
 from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.exchange import (
+    NO_TGAP,
     PUBLIC_TGAP,
-    Exchange,
     LocalUpdate,
     Terms,
     TgapConfig,
     shared,
     shared_tasks,
 )
+from fluvial.federation.adapters import AB_MEAN, AggregationSettings
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.cohort import sample
 from fluvial.federation.config import Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Factors, Site, factor_layout, train_locally
+from fluvial.methods.aggregating import (
+    SharedAdapter,
+    check_aggregation,
+    equal_ranks,
+    side_download,
+)
 from fluvial.methods.interface import (
     Context,
     Given,
@@ -44,9 +52,9 @@ from fluvial.methods.interface import (
     Traits,
 )
 from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
-from fluvial.methods.shared import SharedModelServer, move
-from fluvial.models.states import initial_state
-from fluvial.wire.payload import Payload, join, split
+from fluvial.methods.shared import SharedModelServer
+from fluvial.models.assignment import Assignment
+from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
 
@@ -63,6 +71,19 @@ class FedAvgConfig(SampledSettings):
     and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     tgap: TgapConfig = PUBLIC_TGAP
     """Pre-training of a codec that learns; without effect for the others."""
+    aggregation: AggregationSettings = AB_MEAN
+    """Aggregation of the sites' adapters. By default the means of A and of B, which is FedIT."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        yield from equal_ranks(self.aggregation)
+        mode = self.aggregation.mode
+        if mode != "ab-mean" and self.server_learning_rate != 1:
+            yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
+        if mode == "ffa" and self.factors != "B":
+            yield "aggregation.mode='ffa': needs one frozen A; set factors='B'"
+        if mode not in ("ab-mean", "ffa") and self.factors == "B":
+            yield f"aggregation.mode={mode!r}: changes A, which factors='B' freezes; remove one"
 
 
 class CentralConfig(MethodSettings):
@@ -84,9 +105,10 @@ class CentralConfig(MethodSettings):
 
 def terms(config: FedAvgConfig | CentralConfig, codec: CodecSettings) -> Terms:
     """Return what server and sites agree on."""
-    if isinstance(config, FedAvgConfig) and must_learn(codec):
-        return Terms(config.tgap, config.factors)
-    return Terms(factors=config.factors)
+    if isinstance(config, CentralConfig):
+        return Terms(factors=config.factors)
+    tgap = config.tgap if must_learn(codec) else NO_TGAP
+    return Terms(tgap, config.factors, basis=config.aggregation.basis)
 
 
 class FedAvgServer(SharedModelServer):
@@ -95,23 +117,32 @@ class FedAvgServer(SharedModelServer):
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
         self.config = config
         self.context = context
-        self.adapter = initial_state(context.layout, context.seed)
-        self.exchange = Exchange(context, self.adapter, terms(config, context.codec))
+        settings = AB_MEAN if isinstance(config, CentralConfig) else config.aggregation
+        self.shared = SharedAdapter(settings, context, terms(config, context.codec))
+
+    @property
+    def adapter(self) -> Named:
+        """The factors that sites begin from."""
+        return self.shared.whole.adapter
+
+    @adapter.setter
+    def adapter(self, adapter: Named) -> None:
+        self.shared.whole = replace(self.shared.whole, adapter=adapter)
 
     def setup(self, fleet: Fleet) -> Metrics:
         """Fit and install a codec that learns; the initial adapter follows from the seed."""
-        return self.exchange.setup(fleet)
+        return self.shared.exchange.setup(fleet)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
-        """Run one round: cohort, local training, weighted mean of the differences."""
+        """Run one round: cohort, local training, aggregation of the differences."""
         cohort = sample(fleet.sites, self.config.cohort_share, seed=self.context.seed, round=number)
         aggregate = Aggregate()
-        for update in self.exchange.updates(fleet, cohort, self.adapter, round=number):
+        for update in self.shared.updates(fleet, cohort, round=number):
             aggregate.add(update)
 
         mean = aggregate.mean()
-        self.adapter = move(self.adapter, mean, self.learning_rate)
-        return {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
+        measures = self.shared.step(mean, self.learning_rate, round=number)
+        return {**aggregate.metrics(mean), **measures}
 
     @property
     def learning_rate(self) -> float:
@@ -120,18 +151,20 @@ class FedAvgServer(SharedModelServer):
 
     def model(self) -> Named:
         """Return the global adapter."""
-        return self.adapter
+        return self.shared.model()
+
+    @property
+    def assigned(self) -> Assignment | None:
+        """See `SharedModelServer`."""
+        return self.shared.exported
 
     def state(self) -> Payload:
         """Return the adapter, and what the exchange remembers."""
-        return join({"adapter": Payload(self.adapter), "exchange": self.exchange.state()})
+        return self.shared.state()
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        halves = split(state, ("adapter", "exchange"))
-        self.context.layout.check(halves["adapter"].tensors, "checkpoint")
-        self.adapter = halves["adapter"].tensors
-        self.exchange.restore(halves["exchange"])
+        self.shared.restore(state)
 
 
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:
@@ -142,8 +175,11 @@ def train(site: Site, received: Named, round: int, examples: Sequence[Example]) 
 
 
 def plan(config: FedAvgConfig, given: Given) -> Plan:
-    """Refuse a codec that cannot code this layout, and a pre-training that no codec needs."""
-    return shared_plan(config, given, _sent(config, given.layout), config.tgap)
+    """Refuse a codec that cannot code this layout, a pre-training that no codec needs, and an
+    aggregation that the model does not allow."""
+    check_aggregation(config.aggregation, given, broadcast=config.tgap.refit == "broadcast")
+    download = side_download(config.aggregation, given)
+    return shared_plan(config, given, _sent(config, given.layout), config.tgap, download=download)
 
 
 def plan_central(config: CentralConfig, given: Given) -> Plan:

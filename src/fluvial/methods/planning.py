@@ -1,6 +1,6 @@
 """Plans and forecasts of methods whose sites send one update in a round."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from fluvial.codecs import must_learn
@@ -13,6 +13,7 @@ from fluvial.federation.line import round_s
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
+from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout
 
 OPTIMIZER_BYTES = 16
@@ -21,10 +22,22 @@ OWN_CODE = "the method's own code: see the bytes of a site in a round"
 """Words of `fluvial check` in the place of a frame size that no codec determines."""
 
 
-def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapConfig) -> Plan:
+Download = tuple[Layout, Mapping[str, Value]]
+"""The layout of what a site receives, and the further values of its message."""
+
+
+def shared_plan(
+    config: MethodSettings,
+    given: Given,
+    sent: Layout,
+    tgap: TgapConfig,
+    *,
+    download: Download | None = None,
+) -> Plan:
     """Return the plan of a method that shares one adapter and pre-trains by default on public text.
 
-    `sent` is the layout of an update. Raises `ConfigError` for a codec that cannot code it, and for
+    `sent` is the layout of an update, `download` what sites receive where it is not the adapter
+    alone. Raises `ConfigError` for a codec that cannot code it, and for
     a `tgap` that no codec needs.
     """
     learns = must_learn(given.codec)
@@ -37,7 +50,7 @@ def shared_plan(config: MethodSettings, given: Given, sent: Layout, tgap: TgapCo
     check_codec(given.codec, tgap, sent)
     check_refit(given.codec, tgap, given.rounds)
     version = learns and tgap.refit == "broadcast"
-    forecast = partial(coded, config, given, sent, version=version)
+    forecast = partial(coded, config, given, sent, version=version, download=download)
     return Plan(
         sent,
         forecast,
@@ -67,16 +80,26 @@ def coded(
     *,
     frame_only: bool = False,
     version: bool = False,
+    download: Download | None = None,
 ) -> Forecast:
     """Return the forecast of a method that sends `sent` by the codec and receives the adapter.
 
     `frame_only` says that a site sends a frame and no values, `version` that each message has the
-    version of the codec.
+    version of the codec, and `download` is that of `shared_plan`.
     """
-    traffic = partial(shared_traffic, config, given, sent, frame_only=frame_only, version=version)
+    traffic = partial(
+        shared_traffic,
+        config,
+        given,
+        sent,
+        frame_only=frame_only,
+        version=version,
+        download=download,
+    )
     frame = frame_size(given.codec, sent)
     with configured_in("downlink"):
-        down = frame_size(given.downlink or IdentitySettings(), given.layout)
+        received = given.layout if download is None else download[0]
+        down = frame_size(given.downlink or IdentitySettings(), received)
     cohort = config.cohort(given.sites)
     # With a coded downlink, every site makes the first adapter from the seed.
     downloads = given.rounds - (given.downlink is not None)
@@ -150,10 +173,14 @@ def shared_traffic(
     *,
     frame_only: bool = False,
     version: bool = False,
+    download: Download | None = None,
 ) -> Traffic:
     """Predict the bytes of a site in a round that goes through `fluvial.exchange`; see `coded`."""
+    layout, values = download or (given.layout, {})
     all_sites = config.cohort(given.sites) == given.sites
     return Traffic(
-        down=shared_down(given.downlink, given.layout, round, all_sites=all_sites, version=version),
+        down=shared_down(
+            given.downlink, layout, round, all_sites=all_sites, version=version, assigned=values
+        ),
         up=shared_up(given.codec, sent, frame_only=frame_only),
     )

@@ -11,8 +11,9 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import state_message
 from fluvial.methods.exporting import Export, Reporting, export_weights, samples
 from fluvial.methods.measuring import Measures, ask_heldout, measure_public
+from fluvial.models.assignment import Assignment
 from fluvial.models.states import changed
-from fluvial.wire.payload import Payload
+from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Layout, Named, moved, scale
 
 
@@ -21,17 +22,22 @@ class SharedModelServer(ABC):
 
     context: Context
 
+    @property
+    def assigned(self) -> Assignment | None:
+        """The assignment that fits `model`; None for the run's own."""
+        return None
+
     @abstractmethod
     def model(self) -> Named:
         """Return the global adapter, or the change of all weights."""
 
     def _checked_model(self) -> Named:
-        """Return `model`; raises `ConfigError` for what has not the run's layout."""
+        """Return `model`; raises `ConfigError` for what has not its layout."""
         model: object = self.model()
         if not isinstance(model, dict) or not all(isinstance(t, Tensor) for t in model.values()):
             raise ConfigError(wrong_return("the server half's model", model, "tensors by name"))
 
-        layout = self.context.layout
+        layout = self.context.layout if self.assigned is None else self.assigned.layout
         other = Layout.of(model)
         if other != layout:
             differing = sorted(set(other.shapes) ^ set(layout.shapes))[:2]
@@ -52,11 +58,13 @@ class SharedModelServer(ABC):
         if which == "base":
             message = Payload(values={"which": "base", "generate": new_tokens})
         else:
+            model = self._checked_model()
+            assigned: dict[str, Value] = {}
+            if self.assigned is not None:
+                run = reporting.pool.assignment(self.assigned.batch)
+                assigned = self.assigned.to_values(run)
             message = state_message(
-                changed(self._checked_model()),
-                self.context.layout,
-                which="sent",
-                generate=new_tokens,
+                changed(model), Layout.of(model), which="sent", generate=new_tokens, **assigned
             )
 
         return ask_heldout(fleet, message, round=round)

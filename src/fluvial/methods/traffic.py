@@ -108,14 +108,20 @@ def shared_up(settings: CodecSettings, sent: Layout, *, frame_only: bool = False
 
 
 def shared_down(
-    settings: CodecSettings | None, layout: Layout, round: int, *, all_sites: bool, version: bool
+    settings: CodecSettings | None,
+    layout: Layout,
+    round: int,
+    *,
+    all_sites: bool,
+    version: bool,
+    assigned: Mapping[str, Value],
 ) -> Bytes:
     """Return the bytes of an adapter that goes through `fluvial.exchange`.
 
     `all_sites` says that each site takes part in each round, `version` that the message has the
-    version of a codec that is fitted again and again.
+    version of a codec that is fitted again and again, `assigned` the values of an assignment.
     """
-    values: dict[str, Value] = {"round": round}
+    values: dict[str, Value] = {"round": round, **assigned}
     if version:
         values["codec"] = round
 

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.figures import (
     STYLE,
@@ -41,6 +42,8 @@ SITES = 256
 """Number of sites of a block schedule on the page."""
 CONFLICTS = 128
 """Number of entries of a conflict log on the page: the last ones."""
+MODULES = 64
+"""Number of modules of the table of aggregation errors on the page."""
 MEASURES = {
     "cosine": "Innovation cosine",
     "aggregate_cosine": "of the aggregate",
@@ -116,6 +119,7 @@ def _content(run: JsonObject) -> JsonObject:
         leakage_by_attack(result or {}),
         plans_by_site(setup),
         predicted_by_site(metrics),
+        aggregation_by_module(metrics, modules=MODULES),
     )
 
     return {

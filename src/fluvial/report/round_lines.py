@@ -49,6 +49,9 @@ def round_line(record: JsonObject) -> str:
     if "heldout_loss" in record:
         parts.append(f"held-out {record['heldout_loss']:.4f}")
 
+    if "aggregation_error" in record:
+        parts.append(f"aggregation error {100 * record['aggregation_error']:.2g} %")
+
     if "leakage" in record:
         parts.append(f"tokens read {100 * record['leakage']:.0f} %")
 
@@ -69,6 +72,7 @@ def round_line(record: JsonObject) -> str:
             ("missing", missing),
             ("asked again", asked_again),
             ("not measured", unmeasured),
+            ("unchanged", record.get("unchanged", [])),
         )
         if names
     ]

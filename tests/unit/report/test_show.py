@@ -17,6 +17,7 @@ from fluvial.errors import CheckpointError, ConfigError
 from fluvial.formatting import human_bytes, human_ratio
 from fluvial.methods import METHODS
 from fluvial.report import block_tables, result_tables, round_lines, show
+from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.damage import damage_reported
 from fluvial.report.page import write_page
 from fluvial.report.plan_tables import plan_table, preview_text
@@ -534,6 +535,41 @@ def test_set_up_tells_blocks_and_cosines() -> None:
         in words
     )
     assert len(round_lines.setup_lines({"blocks": BLOCKS["blocks"]})) == 1
+
+
+def aggregated() -> list[dict[str, Any]]:
+    """Records of a run that measured its aggregates, and a site that changed nothing."""
+    found = records(1, 1, start=3.0)
+    for record in found:
+        number = record["round"]
+        record |= {
+            "aggregation_error": 0.1 * number,
+            "aggregation_error_by_module": {"a.q_proj": 0.05 * number, "[b]v_proj": 0.15 * number},
+            "retained_energy_by_module": {"a.q_proj": 0.9, "[b]v_proj": 0.8},
+            "unchanged": ["[red]xml[/]"],
+        }
+    return found
+
+
+def test_the_aggregation_has_a_row_for_each_module() -> None:
+    table = aggregation_by_module(aggregated(), modules=8)
+    assert table is not None
+    assert table.headings[1:3] == ["error, round 1", "error, round 4"]
+    assert table.rows == [
+        ["[b]v_proj", "15.00 %", "60.00 %", "80.00 %"],
+        ["a.q_proj", "5.00 %", "20.00 %", "90.00 %"],
+    ]
+    short = aggregation_by_module(aggregated(), modules=1)
+    assert short is not None
+    assert len(short.rows) == 1
+    assert "1 modules are not shown" in short.words
+    assert aggregation_by_module(records(1, 1, start=3.0), modules=8) is None
+
+
+def test_a_round_line_names_the_error_and_the_site_that_changed_nothing() -> None:
+    line = round_lines.round_line(aggregated()[1])
+    assert "aggregation error 20 %" in line
+    assert r"unchanged \[red]xml" in line
 
 
 def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:

@@ -22,6 +22,7 @@ from fluvial.federation.store import StateStore
 from fluvial.federation.talk import only_answer
 from fluvial.methods import Context, cgfedllm
 from fluvial.methods.cgfedllm import privacy
+from fluvial.methods.cgfedllm.config import CgFedLlmConfig
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import parse
@@ -358,18 +359,18 @@ def test_the_server_reads_no_value_beside_a_private_frame(
         secret=lambda: KEY,
         public=dict,
     )
-    assert isinstance(found.config.method, cgfedllm.CgFedLlmConfig)
+    assert isinstance(found.config.method, CgFedLlmConfig)
     server = cgfedllm.CgFedLlmServer(found.config.method, context)
     frame = found.ask()
-    server.exchange.link.uplink.begin(found.start, 1)
-    readable = server.exchange.read(1, "a", frame_payload(frame))
+    server.shared.exchange.link.uplink.begin(found.start, 1)
+    readable = server.shared.exchange.read(1, "a", frame_payload(frame))
     _, _, loss = readable.content
     assert (readable.weight, loss) == (1, None)
 
     with pytest.raises(
         WireError, match=r"values \['loss', 'n'\] came, which epsilon does not count"
     ):
-        server.exchange.read(1, "a", frame_payload(frame, n=3, loss=1.0))
+        server.shared.exchange.read(1, "a", frame_payload(frame, n=3, loss=1.0))
 
 
 def test_a_site_of_its_own_counts_through_new_sessions(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from fluvial.errors import ConfigError
 from fluvial.federation.adapters.low_rank import LowRank, distance, share_of, total
@@ -215,8 +214,9 @@ class _Module:
         right = before.right[:most] * rest_weight
 
         for trained, weight in zip(self.trained, weights, strict=True):
-            left = left + _padded(trained.left, most, dim=1) * weight
-            right = right + _padded(trained.right, most, dim=0) * weight
+            padded = trained.padded(most)
+            left = left + padded.left * weight
+            right = right + padded.right * weight
 
         if settings.mode == "ffa":
             right = max(self.trained, key=lambda trained: trained.rank).right
@@ -269,10 +269,3 @@ def _norm_weights(changes: Mapping[str, SiteChange]) -> dict[str, float]:
 def _filled(components: LowRank, fresh: LowRank) -> LowRank:
     """Return `components` with those of `fresh` behind them, up to the rank of `fresh`."""
     return total([components, fresh.after(components.rank)])
-
-
-def _padded(factor: Tensor, rank: int, *, dim: int) -> Tensor:
-    """Return a factor with zeros up to `rank` along `dim`."""
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)

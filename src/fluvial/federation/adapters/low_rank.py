@@ -45,6 +45,13 @@ class LowRank:
         """Return the components after the first `rank`."""
         return LowRank(self.left[:, rank:], self.right[rank:])
 
+    def padded(self, rank: int) -> "LowRank":
+        """Return the same matrix with zero components behind its own, up to `rank`."""
+        missing = rank - self.rank
+        left = self.left.new_zeros(self.left.shape[0], missing)
+        right = self.right.new_zeros(missing, self.right.shape[1])
+        return total([self, LowRank(left, right)])
+
     def norm(self) -> float:
         """Return the Frobenius norm."""
         return float(torch.linalg.vector_norm(self._core()[1]))

@@ -6,7 +6,7 @@ a module that it does not train, as far as the rank of its side path reaches. Me
 base instead would need a base of its own for each site, and a quantised base cannot take it.
 """
 
-from fluvial.federation.adapters.low_rank import LowRank, total
+from fluvial.federation.adapters.low_rank import total
 from fluvial.federation.adapters.whole import (
     WholeAdapter,
     modules_of,
@@ -37,7 +37,7 @@ def redistribute(whole: WholeAdapter, assignment: Assignment) -> Named:
 
         if module in side:
             left_out = total([adapter.after(rank), whole.rest_of(module)]).sorted()
-            path = write_factors(_padded(left_out.first(side[module]), side[module]), module)
+            path = write_factors(left_out.first(side[module]).padded(side[module]), module)
             tensors |= {side_name(name): tensor for name, tensor in path.items()}
 
     assert tensors.keys() == set(assignment.layout.names), "an assignment of another model"
@@ -47,13 +47,3 @@ def redistribute(whole: WholeAdapter, assignment: Assignment) -> Named:
 def without_side(tensors: Named) -> Named:
     """Return the factors that a site trains."""
     return {name: tensor for name, tensor in tensors.items() if not is_side(name)}
-
-
-def _padded(components: LowRank, rank: int) -> LowRank:
-    """Return components with zeros behind them, up to `rank`."""
-    missing = rank - components.rank
-    zero = LowRank(
-        components.left.new_zeros(components.left.shape[0], missing),
-        components.right.new_zeros(missing, components.right.shape[1]),
-    )
-    return total([components, zero])

@@ -1,5 +1,6 @@
 """The whole adapter at the server: the factors that sites begin from, and what is left beside."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fluvial.federation.adapters.low_rank import LowRank, total
@@ -27,6 +28,17 @@ class WholeAdapter:
         if factor_names(module)[0] in self.rest:
             return read_factors(self.rest, module)
         return read_factors(self.adapter, module).first(0)
+
+    def merged(self, ranks: Mapping[str, int]) -> "WholeAdapter":
+        """Return the same change without a rest, in factors of `ranks` by module.
+
+        Components are sorted; those beyond a rank are left out, and zeros fill what is missing.
+        """
+        adapter: Named = {}
+        for module, rank in ranks.items():
+            product = self.product(module).sorted().first(rank)
+            adapter |= write_factors(product.padded(rank), module)
+        return WholeAdapter(adapter)
 
     def state(self) -> Payload:
         """Return all that `restored` needs."""

@@ -15,11 +15,7 @@ and the site then sends a frame and nothing else.
 
 import logging
 import math
-from collections.abc import Iterator
 from functools import partial
-from typing import Literal
-
-from pydantic import Field
 
 from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
@@ -29,24 +25,26 @@ from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.exchange import (
     STALE,
-    Exchange,
     LocalUpdate,
     Rule,
     Terms,
-    TgapConfig,
     check_codec,
     check_refit,
     receive_exchange,
     shared_tasks,
 )
-from fluvial.exchange.representation import Representation
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
 from fluvial.federation.cohort import sample
-from fluvial.federation.config import BOUNDS, Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Site, train_locally
+from fluvial.methods.aggregating import (
+    SharedAdapter,
+    check_aggregation,
+    side_download,
+)
 from fluvial.methods.cgfedllm import privacy
+from fluvial.methods.cgfedllm.config import CgFedLlmConfig
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
 from fluvial.methods.interface import (
     Context,
@@ -54,13 +52,11 @@ from fluvial.methods.interface import (
     Method,
     Metrics,
     Plan,
-    Promise,
-    SampledSettings,
     Traits,
 )
 from fluvial.methods.planning import coded, shared_idle
-from fluvial.methods.shared import SharedModelServer, move
-from fluvial.models.states import initial_state
+from fluvial.methods.shared import SharedModelServer
+from fluvial.models.assignment import Assignment
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, split
 from fluvial.wire.tensors import Layout, Named, norm
@@ -68,52 +64,9 @@ from fluvial.wire.tensors import Layout, Named, norm
 logger = logging.getLogger(__name__)
 
 
-class CgFedLlmConfig(SampledSettings):
-    """CG-FedLLM; defaults are the paper's where it gives them."""
-
-    name: Literal["cgfedllm"] = "cgfedllm"
-    fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the sites in a round's cohort; 0.05 of 100 with Dolly, 1 of 3 with C-Eval and
-    MMLU."""
-    server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
-    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
-    representation: Representation = "delta"
-    """Form of what is coded: the update, or the whole adapter ("state", the letter of Algorithm 1).
-    Ours: delta, because the update is 0.04 % of the state's energy and drowns in the codec's
-    error."""
-    tgap: TgapConfig = TgapConfig()
-    """Pre-training of the codec, and the updates of the gate."""
-    gate: Literal["refuse", "report"] = "refuse"
-    """Action when the codec fails the gate: stop before the first round, or write it down and go
-    on."""
-    privacy: PrivacyConfig | None = None
-    """Differential privacy of what a site releases; none where this is absent."""
-    max_growth: float = Field(10.0, gt=1, le=1e9)
-    """Times by which an aggregate update may be longer than the longest before it; beyond that the
-    run stops (spec g.12)."""
-
-    def conflicts(self) -> Iterator[str]:
-        """See `Settings`."""
-        if self.tgap.source == "none" and self.gate != type(self).model_fields["gate"].default:
-            yield "gate: without effect under tgap.source='none', which measures nothing; remove it"
-
-    @property
-    def bounds(self) -> frozenset[Bound]:
-        """Return both bounds; with privacy only the one that counts of records or lengths of
-        updates are there for (see `rule`)."""
-        if self.privacy is None:
-            return BOUNDS
-        return frozenset({"max_update_growth" if self.privacy.at_site else "max_weight_share"})
-
-    def promise(self) -> Promise | None:
-        """Return the promise of `privacy`, if it is set."""
-        return None if self.privacy is None else self.privacy.promise()
-
-
 def terms(config: CgFedLlmConfig, codec: CodecSettings) -> Terms:  # noqa: ARG001 - for any codec
     """Return what server and sites agree on."""
-    return Terms(config.tgap, representation=config.representation)
+    return Terms(config.tgap, representation=config.representation, basis=config.aggregation.basis)
 
 
 class CgFedLlmServer(SharedModelServer):
@@ -122,10 +75,9 @@ class CgFedLlmServer(SharedModelServer):
     def __init__(self, config: CgFedLlmConfig, context: Context) -> None:
         self.config = config
         self.context = context
-        self.adapter = initial_state(context.layout, context.seed)
-        self.exchange = Exchange(
+        self.shared = SharedAdapter(
+            config.aggregation,
             context,
-            self.adapter,
             terms(config, context.codec),
             on_refusal=config.gate,
             rule=rule(config.privacy),
@@ -135,22 +87,22 @@ class CgFedLlmServer(SharedModelServer):
 
     def setup(self, fleet: Fleet) -> Metrics:
         """Run TGAP: collect snapshots, fit the codec, pass it through the gate, install it."""
-        return self.exchange.setup(fleet)
+        return self.shared.exchange.setup(fleet)
 
     def round(self, number: int, fleet: Fleet) -> Metrics:
         """Run one round of FAF (C1): cohort, local training, encode; decode, weighted mean."""
         config = self.config
         cohort = sample(fleet.sites, config.fraction, seed=self.context.seed, round=number)
         aggregate = Aggregate()
-        for update in self.exchange.updates(fleet, cohort, self.adapter, round=number):
+        for update in self.shared.updates(fleet, cohort, round=number):
             aggregate.add(update)
 
         largest_share = max(aggregate.weights) / sum(aggregate.weights)
         mean = self._private(aggregate.mean(), largest_share, number)
         self._guard(norm(mean), number)
-        self.adapter = move(self.adapter, mean, config.server_learning_rate)
+        measures = self.shared.step(mean, config.server_learning_rate, round=number)
         self.rounds_done += 1
-        metrics = {**aggregate.metrics(mean), **self.exchange.close(mean, number)}
+        metrics = {**aggregate.metrics(mean), **measures}
 
         if config.privacy:
             multiplier = config.privacy.multiplier(self.context.rounds)
@@ -183,22 +135,24 @@ class CgFedLlmServer(SharedModelServer):
 
     def model(self) -> Named:
         """Return the global adapter."""
-        return self.adapter
+        return self.shared.model()
+
+    @property
+    def assigned(self) -> Assignment | None:
+        """See `SharedModelServer`."""
+        return self.shared.exported
 
     def state(self) -> Payload:
         """Return the adapter, and what exchange, guard and accountant remember."""
         values: dict[str, Value] = {"longest": self.longest, "rounds_done": self.rounds_done}
-        return join({"adapter": Payload(self.adapter, values), "exchange": self.exchange.state()})
+        return join({"shared": self.shared.state(), "seen": Payload(values=values)})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        halves = split(state, ("adapter", "exchange"))
-        adapter = halves["adapter"]
-        self.context.layout.check(adapter.tensors, "checkpoint")
-        self.adapter = adapter.tensors
-        self.longest = adapter.value("longest", float)
-        self.rounds_done = adapter.value("rounds_done", int)
-        self.exchange.restore(halves["exchange"])
+        halves = split(state, ("shared", "seen"))
+        self.shared.restore(halves["shared"])
+        self.longest = halves["seen"].value("longest", float)
+        self.rounds_done = halves["seen"].value("rounds_done", int)
 
 
 def rule(config: PrivacyConfig | None) -> Rule:
@@ -266,6 +220,7 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
     """Refuse settings that cannot work together; note what epsilon leaves out."""
     _check(config, given.codec, given.layout)
     check_refit(given.codec, config.tgap, given.rounds)
+    check_aggregation(config.aggregation, given, broadcast=config.tgap.refit == "broadcast")
     exact = config.privacy is not None and config.privacy.heldout == "exact"
 
     forecast = partial(
@@ -275,6 +230,7 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
         given.layout,
         frame_only=config.privacy is not None and config.privacy.at_site,
         version=must_learn(given.codec) and config.tgap.refit == "broadcast",
+        download=side_download(config.aggregation, given),
     )
     return Plan(
         given.layout,

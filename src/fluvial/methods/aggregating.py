@@ -1,0 +1,198 @@
+"""The global adapter of a method whose sites train the same ranks, and `method.aggregation`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+from fluvial.errors import ConfigError
+from fluvial.exchange import Exchange, Terms, Update, check_unequal
+from fluvial.exchange.exchange import Rule
+from fluvial.exchange.fitting import OnRefusal
+from fluvial.federation.adapters import (
+    AggregationSettings,
+    SiteChange,
+    WholeAdapter,
+    combine,
+    redistribute,
+    without_side,
+)
+from fluvial.federation.fleet import Fleet
+from fluvial.methods.interface import Context, Given, Metrics
+from fluvial.methods.shared import move
+from fluvial.models.adapters import module_ranks
+from fluvial.models.assignment import Assignment
+from fluvial.models.states import initial_state
+from fluvial.seeds import derive
+from fluvial.wire.payload import Payload, Value, join, split
+from fluvial.wire.tensors import Layout, Named, factor
+
+EVERY_REPLY = Rule()
+"""The rule of replies that carry an update, a sample count and a loss."""
+
+
+class SharedAdapter:
+    """The adapter of all sites, sent and aggregated as the settings say.
+
+    Under "ab-mean" each update is dropped once it is in the mean. The other modes hold the updates
+    of a round, because they need the product of each.
+    """
+
+    def __init__(
+        self,
+        settings: AggregationSettings,
+        context: Context,
+        terms: Terms,
+        *,
+        on_refusal: OnRefusal = "refuse",
+        rule: Rule = EVERY_REPLY,
+    ) -> None:
+        """Begin with the initial adapter, which follows from the seed."""
+        self.settings = settings
+        self.context = context
+        self.whole = WholeAdapter(initial_state(context.layout, context.seed))
+        self.run: Assignment | None = None
+        """The run's own assignment, where sites receive a side path."""
+        self.assigned: Assignment | None = None
+        """The assignment of every site, where it is not the run's."""
+        if settings.sends_side:
+            batch = context.train.per_device_train_batch_size
+            self.run = context.open_pool().assignment(batch)
+            self.assigned = with_side(self.run, settings)
+
+        self.exchange = Exchange(
+            context, self.whole.adapter, terms, on_refusal=on_refusal, rule=rule, run=self.run
+        )
+        self._changes: dict[str, SiteChange] = {}
+
+    def updates(self, fleet: Fleet, cohort: Sequence[str], *, round: int) -> Iterator[Update]:
+        """Send the adapter to the cohort and yield its updates; see `Exchange.updates`."""
+        self._changes = {}
+        if self.assigned is None:
+            updates = self.exchange.updates(fleet, cohort, self.whole.adapter, round=round)
+        else:
+            updates = self.exchange.assigned_updates(
+                fleet,
+                dict.fromkeys(cohort, self.assigned),
+                partial(redistribute, self.whole),
+                round=round,
+            )
+
+        for update in updates:
+            if self.settings.holds_updates:
+                received = self.exchange.received(update.site)
+                trained = without_side(received)
+                trained |= {name: trained[name] + t for name, t in update.tensors.items()}
+                self._changes[update.site] = SiteChange(received, trained, update.weight)
+            yield update
+
+    def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:
+        """Move by the updates of a round, whose mean is `mean`; return measures of both.
+
+        `learning_rate` counts under "ab-mean".
+        """
+        measures: Metrics = {}
+        whole = self.whole
+        if self.settings.holds_updates:
+            seed = self.context.seed
+            fresh = derive(seed, "fresh", round) if self.settings.mode == "stack" else seed
+            result = combine(
+                self.whole,
+                self._changes,
+                self.settings,
+                fresh=initial_state(self.context.layout, fresh),
+            )
+            measures = result.metrics()
+            whole = result.whole
+            self._changes = {}
+
+        if self.settings.mode == "ab-mean":
+            whole = WholeAdapter(move(self.whole.adapter, mean, learning_rate))
+        self.whole = whole
+        closed = (
+            self.exchange.close(mean, round)
+            if self.assigned is None
+            else self.exchange.close_assigned()
+        )
+        return {**measures, **closed}
+
+    @property
+    def exported(self) -> Assignment | None:
+        """The assignment of `model`, whose ranks hold adapter and side path; None for the run's."""
+        if self.run is None:
+            return None
+        ranks = dict(self.run.ranks)
+        more = self.settings.residual_rank
+        return self.run.with_ranks(
+            {name: min(rank + more, self.run.width(name)) for name, rank in ranks.items()}
+        )
+
+    def model(self) -> Named:
+        """Return the adapter that a site computes with, side path included."""
+        if self.exported is None:
+            return self.whole.adapter
+        return redistribute(self.whole.merged(dict(self.exported.ranks)), self.exported)
+
+    def state(self) -> Payload:
+        """Return the adapter, and what the exchange remembers."""
+        return join({"whole": self.whole.state(), "exchange": self.exchange.state()})
+
+    def restore(self, state: Payload) -> None:
+        """Become the adapter whose `state` this was."""
+        halves = split(state, ("whole", "exchange"))
+        self.whole = self.whole.restored(halves["whole"])
+        self.exchange.restore(halves["exchange"])
+
+
+def equal_ranks(settings: AggregationSettings) -> Iterator[str]:
+    """Yield a line for each setting that matters for sites of unequal ranks alone."""
+    if settings.absent != type(settings).model_fields["absent"].default:
+        yield "aggregation.absent: without effect, because each site trains all modules; remove it"
+
+
+def with_side(run: Assignment, settings: AggregationSettings) -> Assignment:
+    """Return the run's assignment with the side path of `settings` in every module."""
+    most = settings.residual_rank
+    return run.with_side({name: min(most, run.width(name)) for name, _ in run.ranks}, run)
+
+
+def check_aggregation(settings: AggregationSettings, given: Given, *, broadcast: bool) -> None:
+    """Raise `ConfigError` for an aggregation that the model or the codec does not allow.
+
+    `broadcast` says that the codec is refitted from differences of the adapters that sites receive.
+    """
+    if settings.mode == "ab-mean":
+        return
+
+    place = f"method.aggregation.mode={settings.mode!r}"
+    if not given.tunes_factors:
+        raise ConfigError(f"{place}: all weights are tuned, and none is a factor; remove it")
+
+    assert given.blank is not None, "a plan has the shapes of the model"
+    rows = {name: shape[0] for name, shape in given.layout.shapes if factor(name) == "A"}
+    for module, rank in module_ranks(given.blank()).items():
+        if rows[f"{module}.lora_A.weight"] != rank:
+            raise ConfigError(
+                f"{place}: module {module!r} has its experts in one tensor, whose product is not "
+                "B A; choose 'ab-mean', or lora.target_modules without it"
+            )
+
+    if broadcast:
+        raise ConfigError(
+            f"{place}: the factors that sites receive change their basis, so their differences "
+            "fit no codec; set method.tgap.refit='decoded', or remove it"
+        )
+    if settings.sends_side:
+        check_unequal(given.codec)
+
+
+def side_download(
+    settings: AggregationSettings, given: Given
+) -> tuple[Layout, Mapping[str, Value]] | None:
+    """Return the layout and the further values of what sites receive; None for the adapter."""
+    if not settings.sends_side:
+        return None
+
+    assert given.blank is not None, "a plan has the shapes of the model"
+    ranks = tuple(module_ranks(given.blank()).items())
+    run = Assignment(given.layout, ranks, 1, "float32")
+    assigned = with_side(run, settings)
+    return assigned.layout, assigned.to_values(run)
