@@ -19,12 +19,12 @@ class AggregationSettings(Settings):
     """The aggregation of LoRA adapters, whose product B A counts, not their factors."""
 
     mode: Mode = "svd"
-    """Rule by which adapters become one; without this table it is "ab-mean". "ab-mean": means of A
-    and of B (FedIT). "pad": the same with zeros up to the largest rank, weighted by the norms of
-    the products (HetLoRA). "ffa": mean of B, for one frozen A (FFA-LoRA). "stack": factors beside
-    each other, and a fresh adapter (FLoRA). "svd": the best approximation of the mean product
-    (FlexLoRA). "residual": means of A and of B, and what they miss in a frozen side path
-    (FedEx-LoRA)."""
+    """Rule by which adapters become one ("ab-mean" in fedavg and cgfedllm without this table).
+    "ab-mean": means of A and of B (FedIT). "pad": the same with zeros up to the largest rank,
+    weighted by the norms of the products (HetLoRA). "ffa": mean of B, for one frozen A (FFA-LoRA).
+    "stack": factors beside each other, and a fresh adapter (FLoRA). "svd": the best approximation
+    of the mean product (FlexLoRA). "residual": means of A and of B, and what they miss in a frozen
+    side path (FedEx-LoRA)."""
     residual_rank: int = Field(32, ge=0, le=4096)
     """Components for each module, beside the adapter's, that the server keeps. Under "svd" they
     come back in the next round (error feedback, ours), and 0 keeps none; under "stack" and

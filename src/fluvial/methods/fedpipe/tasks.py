@@ -107,13 +107,17 @@ def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
 
 
 def configure(site: Site, message: Payload) -> Payload:
-    """Keep the plan in `message`, and what the site still owes by error feedback, in its shapes."""
+    """Keep the plan in `message`, and what the site still owes by error feedback, in its shapes.
+
+    Where factors change in each round, the coder expresses the residual in those of the next one.
+    """
+    config: FedPipeConfig = site.method
     plan = SiteConfiguration.from_payload(message, run_assignment(site))
     message.whole(VERSION, 1, MOST_VERSIONS)
     site.keep(PLAN, message)
 
     residual = site.recall(RESIDUAL)
-    if residual.tensors:
+    if residual.tensors and config.aggregation.basis == "fixed":
         site.keep(
             RESIDUAL, Payload(resized(residual.tensors, plan.assignment.trained), residual.values)
         )
@@ -155,7 +159,8 @@ def train(site: Site, message: Payload) -> Payload:
         watch=pace.watch,
     )
 
-    coder = coder_of(build(site.codec, site.trained), received)
+    basis = config.aggregation.basis
+    coder = coder_of(build(site.codec, site.trained), received, basis=basis)
     frame, after = encode(site, coder, update, round)
     values: dict[str, Value] = {
         "n": len(examples),
