@@ -1,15 +1,21 @@
 """Scores of greedy answers in a run: equal to those of plain generation, whole model or split."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fluvial.data import SiteTexts
+from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
+from fluvial.report.page import write_page
+from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
+from fluvial.storage.run_files import read_run
 from fluvial.training.answer_scores import AnswerSums
-from tests.support.models import with_fitting_model
+from tests.support.models import shared_four_layers, with_fitting_model
 from tests.support.questions import NEW_TOKENS, with_questions
 from tests.support.runs import adapter_of, run_table
 
@@ -46,3 +52,36 @@ def test_scores_of_a_run_are_those_of_plain_generation(
         row = result["heldout_pooled"][name]
         assert {key: row[key] for key in SCORES} == sums.means(sums.questions)
     assert total["final"].f1 > total["base"].f1
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flglm"])
+def test_prompts_without_room_for_an_answer_are_counted(
+    method: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """In a context of 16 tokens, 13 more fit behind a number of one digit only."""
+    context, new_tokens = 16, 13
+    table = with_questions(run_config | {"rounds": 1}, tmp_path) | {
+        "model": {"name_or_path": str(shared_four_layers(max_position_embeddings=context))},
+        "method": {"name": method},
+    }
+    table["data"] |= {"max_length": context}
+    table["evaluate"] |= {"max_new_tokens": new_tokens}
+    result = run_table(table, tmp_path / "run")
+
+    config = parse(table, "test")
+    pool = ModelPool(config.model, config.lora)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
+    questions = [question for site in texts.names for question in texts.load(site).questions]
+    encoder = Encoder.of(pool.tokenizer)
+    sizes = [len(encoder.prompt(question.prompt)) for question in questions]
+    too_long = sum(size + new_tokens > context for size in sizes)
+    assert 0 < too_long < len(questions)
+    assert (result["questions"], result["questions_too_long"]) == (len(questions), too_long)
+
+    run = read_run(tmp_path / "run")
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(run_tables(run))
+    words = f"{too_long} of {len(questions)} prompts are too long for evaluate.max_new_tokens"
+    assert words in " ".join(console.export_text().split())
+    write_page(run, tmp_path / "page.html")
+    assert words in (tmp_path / "page.html").read_text()

@@ -95,6 +95,7 @@ def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, Ans
         rouge_1=reply.whole("rouge_1", 0, most),
         rouge_2=reply.whole("rouge_2", 0, most),
         rouge_l=reply.whole("rouge_l", 0, most),
+        too_long=reply.whole("too_long", 0, questions),
     )
 
     return heldout_of(reply), scores

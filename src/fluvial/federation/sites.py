@@ -1,7 +1,7 @@
 """A site: its data and settings, its state between rounds, and the tasks of every method."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
 from fluvial.models.assignment import KEY, Assignment
+from fluvial.models.generation import count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
 from fluvial.seeds import generator
@@ -212,7 +213,9 @@ def evaluate(site: Site, message: Payload) -> Payload:
 
     prompts = [question.prompt for question in data.questions]
     answers = pool.answers(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
-    return measures(sums, AnswerSums.over(answers, data.questions))
+    scores = AnswerSums.over(answers, data.questions)
+    too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
+    return measures(sums, replace(scores, too_long=too_long))
 
 
 def measures(sums: Heldout, scores: AnswerSums | None = None) -> Payload:

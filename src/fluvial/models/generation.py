@@ -44,6 +44,18 @@ def continuations(
         yield tokenizer.decode(new, skip_special_tokens=True)
 
 
+def count_too_long(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    context: int | None,
+) -> int:
+    """Return the number of prompts after which the `context` ends before `max_new_tokens` more."""
+    encoder = Encoder.of(tokenizer)
+    rooms = (room_after(encoder.prompt(prompt), max_new_tokens, context) for prompt in prompts)
+    return sum(room < max_new_tokens for room in rooms)
+
+
 def room_after(prompt: Sequence[int], max_new_tokens: int, context: int | None) -> int:
     """Return the number of tokens that may follow a prompt, 0 where it fills the `context`."""
     return max_new_tokens if context is None else max(0, min(max_new_tokens, context - len(prompt)))

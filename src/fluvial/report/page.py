@@ -29,6 +29,7 @@ from fluvial.report.result_tables import (
     cut_words,
     result_rows,
     run_name,
+    too_long_words,
     verdict_of,
     with_compared,
 )
@@ -132,7 +133,7 @@ def _content(run: JsonObject) -> JsonObject:
         "folder": run["folder"],
         "headline": _headline(run) if result else [],
         "rows": result_rows(with_compared(run)) if result else [],
-        "caption": RESULT_CAPTION + cut_words(config),
+        "caption": RESULT_CAPTION + cut_words(config) + too_long_words(result or {}),
         "figures": figures,
         "gate": gate,
         "snapshots": setup.get("snapshots"),

@@ -96,7 +96,8 @@ def result_table(result: JsonObject, more: str = "") -> RenderableType:
     others = [at for at in range(1, len(headings)) if at not in scores]
     tables = [_columns(headings, rows, others, "Result", RESULT_CAPTION + more)]
     if scores:
-        tables.append(_columns(headings, rows, scores, "Greedy answers", ANSWERS_CAPTION))
+        caption = ANSWERS_CAPTION + too_long_words(result)
+        tables.append(_columns(headings, rows, scores, "Greedy answers", caption))
 
     return Group(*tables)
 
@@ -167,6 +168,17 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
 
     return Group(
         *lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
+    )
+
+
+def too_long_words(result: JsonObject) -> str:
+    """Return a sentence on prompts that leave too little room for an answer, "" without any."""
+    count = result.get("questions_too_long")
+    if not count:
+        return ""
+    return (
+        f" {count} of {result['questions']} prompts are too long for evaluate.max_new_tokens more "
+        "in the model's context; their answers are shorter or empty."
     )
 
 

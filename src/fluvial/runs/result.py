@@ -52,6 +52,8 @@ def result_of(
             **{name: _final(stored, "heldout_pooled") for name, stored in baselines.items()},
             "final": final.pooled(),
         },
+        "questions": final.answers.questions,
+        "questions_too_long": final.answers.too_long,
         "heldout_by_site": {
             site: {"base": base.by_site[site], "final": row}
             for site, row in final.by_site.items()

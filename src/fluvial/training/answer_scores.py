@@ -37,6 +37,9 @@ class AnswerSums:
     rouge_1: int = 0
     rouge_2: int = 0
     rouge_l: int = 0
+    too_long: int = 0
+    """Questions whose prompt leaves less of the model's context than was asked for, so that their
+    answers are shorter or empty."""
 
     @classmethod
     def of(cls, answer: str, references: Sequence[str]) -> Self:
@@ -81,6 +84,7 @@ class AnswerSums:
             rouge_1=self.rouge_1 + other.rouge_1,
             rouge_2=self.rouge_2 + other.rouge_2,
             rouge_l=self.rouge_l + other.rouge_l,
+            too_long=self.too_long + other.too_long,
         )
 
     def means(self, questions: int) -> dict[str, float]:

@@ -13,7 +13,11 @@ from fluvial.training.evaluate import Heldout
 from fluvial.wire.payload import Payload
 
 HELDOUT = Heldout(12.5, 3, 8)
-SCORES = AnswerSums.of("red hat", ["red big hat"]) + AnswerSums.of("hat", ["hat"])
+SCORES = (
+    AnswerSums.of("red hat", ["red big hat"])
+    + AnswerSums.of("hat", ["hat"])
+    + AnswerSums(too_long=1)
+)
 
 
 def test_measures_are_read_as_they_were_sent() -> None:
@@ -43,6 +47,8 @@ def test_scores_that_were_not_asked_for_are_refused() -> None:
         {"rouge_2": 2 * MILLION + 1},
         {"rouge_l": 10**30},
         {"rouge_l": 0.5},
+        {"too_long": -1},
+        {"too_long": 3},
         {"answer": "text of the site"},
     ],
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder
-from fluvial.models.generation import room_after
+from fluvial.models.generation import count_too_long, room_after
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration
 from fluvial.training.answer_scores import AnswerSums
@@ -47,7 +47,10 @@ def evaluate(site: Site, message: Payload) -> Talk:
         prompts = [question.prompt for question in data.questions]
         answers = yield from model.answers(prompts, new_tokens)
 
-    return measures(sums, AnswerSums.over(answers, data.questions))
+    scores = AnswerSums.over(answers, data.questions)
+    pool = site.pool
+    too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
+    return measures(sums, replace(scores, too_long=too_long))
 
 
 def sample(site: Site, message: Payload) -> Talk:
