@@ -26,8 +26,12 @@ SETTINGS = PlannerSettings(
 )
 
 
-def planner(weights: list[Candidate], settings: PlannerSettings = SETTINGS) -> Planner:
-    return Planner(weights, settings, length=64, format="bfloat16")
+def planner(
+    weights: list[Candidate],
+    settings: PlannerSettings = SETTINGS,
+    rates: tuple[int, ...] = (1,),
+) -> Planner:
+    return Planner(weights, settings, length=64, format="bfloat16", rates=rates)
 
 
 def optimum(weights: list[Candidate], site: Models, deadline_s: float) -> float | None:
@@ -203,8 +207,8 @@ def test_a_coarse_unit_keeps_the_capacity_and_loses_less_than_one_unit_a_weight(
 def test_value_per_second_equals_a_search_over_all_settings_and_capacities(seed: int) -> None:
     weights = candidates(seed, layers=1)
     site = models(seed, memory_bytes=40 * 10**6)
-    settings = SETTINGS.model_copy(update={"objective": "value-per-second", "rates": (1, 16)})
-    chosen = planner(weights, settings)
+    settings = SETTINGS.model_copy(update={"objective": "value-per-second"})
+    chosen = planner(weights, settings, (1, 16))
     best = 0.0
     for room in chosen.rooms(site, 60.0):
         for capacity in range(0, max(0, room.capacity) + 1, 16):

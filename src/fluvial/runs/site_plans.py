@@ -13,7 +13,6 @@ from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.advice import RATES, advised_codec, advised_method
 from fluvial.methods.fedpipe.planner.deadline import default_deadline_s
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
-from fluvial.methods.fedpipe.planner.formats import FORMATS
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.refusal import Refusal, refusal
@@ -73,14 +72,13 @@ def _described(
     }
     facts = given(config, pool.layout, pool.outline.base, sites)
     deadline_s = server.config.deadline_s
-    format = FORMATS[deciding.run.precision]
     refusals = {
         site: refusal(
             planners[site],
             site,
             models[site],
             deadline_s,
-            alternatives(facts, models[site], format),
+            alternatives(facts, models[site], deciding.format),
         )
         for site in sorted(models)
         if site not in server.plans
@@ -143,17 +141,17 @@ def _codec(
     server: FedPipeServer, planners: Mapping[str, Planner], models: Mapping[str, Models]
 ) -> dict[str, Any] | None:
     """Return the codec that suits the sites with a plan; None where there is none."""
+    deadline_s = server.config.deadline_s
+    choices = sorted({*RATES, server.deciding.rate})
     rates = {}
     shares = {}
     for site in sorted(server.plans):
-        settings = server.config.planner.model_copy(
-            update={"objective": "value-per-second", "rates": RATES}
-        )
-        planner = planners[site].with_settings(settings)
-        best = planner.plan(models[site], server.config.deadline_s)
-        uncoded = server.plans[site].prediction
-        rates[site] = 1 if best is None else best.setting.rate
-        shares[site] = uncoded.link_s / uncoded.seconds
+        best = planners[site].at_rates(choices).plan(models[site], deadline_s)
+        uncoded = planners[site].at_rates((1,)).plan(models[site])
+        assert best is not None
+        assert uncoded is not None
+        rates[site] = best.setting.rate
+        shares[site] = uncoded.prediction.link_s / uncoded.prediction.seconds
 
     if not rates:
         return None

@@ -47,6 +47,19 @@ def test_each_site_has_a_plan_within_its_limits_or_a_reason(table: dict[str, Any
     assert "no plan for site south" in text_of(site_plans_table(planned))
 
 
+def test_the_bytes_are_those_of_the_codec(table: dict[str, Any]) -> None:
+    planned = site_plans(parse(table | {"codec": {"name": "int8"}}, "test"))
+    for site in planned["sites"]:
+        if site["plan"] is not None:
+            prediction = site["plan"]["prediction"]
+            headers = 8 * len(site["plan"]["ranks"])
+            uncoded = prediction["bytes_down"] - headers
+            assert site["plan"]["rate"] in (3, 4)
+            assert prediction["bytes_up"] - headers == pytest.approx(
+                uncoded / site["plan"]["rate"], abs=1
+            )
+
+
 def test_the_command_prints_the_same_plans_and_leaves_nothing(
     table: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from fluvial.codecs.forecast import frame_size
 from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
@@ -33,6 +34,8 @@ class Deciding:
     """Assignment of the run, whose ranks no plan exceeds."""
     uninformed: tuple[Candidate, ...]
     """Candidates about which nothing was measured."""
+    rate: int
+    """Rate of the run's codec, which carries the updates of all sites."""
     seed: int
 
     @classmethod
@@ -49,6 +52,7 @@ class Deciding:
             sizes_of(outline.base, width),
             run,
             tuple(linear_candidates(outline.base, modules)),
+            max(1, round(context.layout.raw_bytes / frame_size(context.codec, context.layout))),
             context.seed,
         )
 
@@ -69,6 +73,7 @@ class Deciding:
             self.settings,
             length=profile.tokens[-1].length,
             format=format_of(self.run),
+            rates=(self.rate,),
             seed=self.seed,
         )
 

@@ -24,10 +24,14 @@ BLOCK = Alternative("fedcybgd", 8 * MB, "one block of the model")
 ENDS = Alternative("flglm", 6 * MB, "its first and last layer")
 
 
-def planner(seed: int = 0, **settings: Any) -> Planner:
+def planner(seed: int = 0, rates: tuple[int, ...] = (1,), **settings: Any) -> Planner:
     given = {"formats": ("bfloat16", "nf4"), "batches": (1, 4), **settings}
     return Planner(
-        candidates(seed), PlannerSettings.model_validate(given), length=64, format="bfloat16"
+        candidates(seed),
+        PlannerSettings.model_validate(given),
+        length=64,
+        format="bfloat16",
+        rates=rates,
     )
 
 
@@ -58,7 +62,7 @@ def test_activations_that_do_not_fit_are_refused() -> None:
 def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> None:
     slow = refused(100, 5.0, up_bytes_s=10.0, latency_s=0.0)
     assert "the messages of the smallest adapter take" in slow
-    assert "method.planner.rates" in slow
+    assert "choose a codec of a higher rate" in slow
 
     busy = refused(100, 5.0, up_bytes_s=1e6, down_bytes_s=1e6, latency_s=0.0, samples=10**6)
     assert "steps of 4 sequences take" in busy

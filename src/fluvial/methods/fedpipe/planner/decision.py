@@ -84,26 +84,28 @@ class Planner:
         *,
         length: int,
         format: str,
+        rates: Sequence[int] = (1,),
         wires: Sequence[Wire] = (),
         seed: int = 0,
     ) -> None:
         """Take the run's own `length` and `format` where the settings name none.
 
-        `wires` are rates whose share of the energy was measured; for others a bound is taken.
+        `rates` are the codecs to choose from, of a run with one codec that of this codec. `wires`
+        are rates whose share of the energy was measured; for others a bound is taken.
         """
         self.settings = settings
         self.choice = RankChoice(candidates, settings.ranks, settings.granularity, seed=seed)
         self.lengths = settings.lengths or (length,)
         self.formats = formats_named(settings.formats or (format,))
         self._wires = {wire.rate: wire for wire in wires}
-        self.wires = [self._wire(rate) for rate in settings.rates]
+        self.wires = [self._wire(rate) for rate in rates]
 
-    def with_settings(self, settings: PlannerSettings) -> "Planner":
-        """Return a planner with other settings for the same candidates, ranks and granularity, so
-        that the knapsack is solved once."""
+    def at_rates(self, rates: Sequence[int]) -> "Planner":
+        """Return a planner for time on the link with other codecs to choose from, which shares the
+        solved knapsack."""
         other = copy.copy(self)
-        other.settings = settings
-        other.wires = [self._wire(rate) for rate in settings.rates]
+        other.settings = self.settings.model_copy(update={"objective": "value-per-second"})
+        other.wires = [self._wire(rate) for rate in rates]
         return other
 
     @property

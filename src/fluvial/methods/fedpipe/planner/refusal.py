@@ -99,7 +99,7 @@ def refusal(
         words = (
             f"the messages of the smallest adapter take {human_seconds(link_s)} at rate "
             f"{room.setting.rate}, more than the {human_seconds(allowed_s)} that the deadline "
-            "allows; raise method.planner.rates or the deadline"
+            "allows; choose a codec of a higher rate, or raise the deadline"
         )
         return Refusal(site, "link", link_s, allowed_s, words)
 

@@ -38,8 +38,6 @@ class PlannerSettings(Settings):
     of equal worth."""
     checkpointing: Literal["never", "always", "choose"] = "choose"
     """Gradient checkpointing: whether the planner may choose it."""
-    rates: tuple[Whole, ...] = (1,)
-    """Rates of the codec: bytes of an fp32 update for each byte of its frame."""
     eighths: tuple[Eighths, ...] = (8, 7, 6, 5, 4, 3, 2, 1)
     """Local steps, in eighths of those of the site's whole data."""
     weight_of_data: float = Field(1.0, ge=0, le=1e3)
@@ -57,7 +55,7 @@ class PlannerSettings(Settings):
         for name in self.formats:
             if name not in FORMATS:
                 yield f"formats: {name!r:.40} is unknown; choose among {', '.join(FORMATS)}"
-        for key in ("ranks", "batches", "lengths", "rates", "eighths"):
+        for key in ("ranks", "batches", "lengths", "eighths"):
             numbers: tuple[int, ...] = getattr(self, key)
             if len(set(numbers)) < len(numbers):
                 yield f"{key}: a number stands twice; remove one"
