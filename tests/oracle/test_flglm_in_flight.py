@@ -89,10 +89,11 @@ def first_round(config: RunConfig, folder: Path, pool: ModelPool) -> Trained:
         texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
         run = Run(config, opened, pool, texts)
         assert isinstance(run.server, FlGlmServer)
+        method = run.server.config
         run.server.setup(run.fleet)
         record = run.server.round(1, run.fleet)
         kept = opened.store.digests(1)
-        assert bool(kept) == (config.method.ends == "own" or config.method.remembers)
+        assert bool(kept) == (method.ends == "own" or method.remembers)
         model = digest(changed(run.server.model()))
         return Trained(model, kept, run.fleet.meter.totals, record["loss"])
 

@@ -144,8 +144,11 @@ class Candidate:
 
     def excess(self, bounds: Bounds) -> float:
         """Return the largest of its figures in units of their bounds; above 1 it is refused."""
-        figures = [(self.site.total, bounds.site), (self.server.total, bounds.server)]
-        figures.append((self.read, bounds.read))
+        figures = (
+            (self.site.total, bounds.site),
+            (self.server.total, bounds.server),
+            (self.read, bounds.read),
+        )
         return max((figure / most for figure, most in figures if most is not None), default=0.0)
 
     def words(self, bounds: Bounds, *, steps: int | None) -> str:
