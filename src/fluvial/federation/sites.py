@@ -46,6 +46,8 @@ class Site:
     """Rounds of the whole run, over which a privacy budget is spread."""
     kept: dict[str, Payload | Path] = field(default_factory=dict)
     """State by slot that is stored when the answer counts: a payload, or the file of a draft."""
+    memory_mb: float | None = None
+    """Most memory of the site's training, in 10^6 bytes, as its operator says; None without."""
     assigned: Assignment | None = None
     """Assignment that a message brought; None for the run's own."""
 

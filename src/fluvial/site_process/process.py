@@ -108,6 +108,7 @@ class SiteProcess:
         journal.settle(header)
         pool = self._pool(config)
         site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
+        site.memory_mb = self.site.memory_mb
         site.accept_assignment(message)
         task = partial(tasks[header.task], site)
         name = site.of_method(f"task {header.task!r}")

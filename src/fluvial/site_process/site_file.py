@@ -67,6 +67,9 @@ class SiteFile(Settings):
     """Local folder of the base model, which replaces the run's; its content must be the same."""
     device: str = "auto"
     """Device of this site, as in the run's [model]; it replaces the run's."""
+    memory_mb: float | None = Field(None, gt=0, le=1e9)
+    """Most memory of this site's training, in 10^6 bytes, for a method that plans it; unset, what
+    the machine has. The run's own limit holds where it is lower."""
     data: SiteDataSettings | None = None
     """Records of the site, which replace the run's sources; unset, the site reads those of the run
     that allow.run_paths covers."""

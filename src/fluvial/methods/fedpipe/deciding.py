@@ -66,6 +66,11 @@ class Deciding:
         """Return the parameters of the adapter with which sites measure."""
         return self.run.layout.numel
 
+    def parameters(self, module: str) -> int:
+        """Return the parameters of a module's adapter at the run's rank."""
+        width = next(each.width for each in self.uninformed if each.module == module)
+        return width * dict(self.run.ranks)[module]
+
     def planner(self, scores: Scores, profile: Profile) -> Planner:
         """Return the planner of one site, for the scores that are known."""
         return Planner(

@@ -48,7 +48,8 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
     """Return the profile of a site: measured, where its budget gives no limit or rate."""
     budget = config.budget(site.name)
     examples = site.load().train
-    memory = memory_limit() if budget.memory_mb is None else int(budget.memory_mb * MEGA)
+    limits = [limit for limit in (budget.memory_mb, site.memory_mb) if limit is not None]
+    memory = int(min(limits) * MEGA) if limits else memory_limit()
     speeds, peaks = _passes(site, config, budget, examples, memory)
 
     return Profile(

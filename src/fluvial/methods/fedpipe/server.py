@@ -2,19 +2,18 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
-from fluvial.codecs import build
 from fluvial.errors import ConfigError
-from fluvial.exchange import Gathering, Readable, coder_of
+from fluvial.exchange import Gathering, Readable
 from fluvial.federation.adapters import SiteChange, WholeAdapter, combine, redistribute
 from fluvial.federation.aggregate import WeightedLoss
-from fluvial.federation.bounds import check_update, rms
+from fluvial.federation.bounds import rms
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.replies import FRAME, fields, loss_of, nothing, weight_of
+from fluvial.federation.replies import fields, nothing
 from fluvial.federation.sites import adapter_message
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
@@ -22,35 +21,20 @@ from fluvial.methods.fedpipe.importance import modules_of, names_of
 from fluvial.methods.fedpipe.planner.comparison import Measured, compared
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.planner.side_paths import with_side_path
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
 from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
-from fluvial.methods.fedpipe.tasks import SECONDS, VERSION, read_seconds, settings_of
+from fluvial.methods.fedpipe.tasks import VERSION
+from fluvial.methods.fedpipe.updates import SiteUpdate, read_update
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.adapters import is_side
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
-from fluvial.wire.payload import Payload, Value, join, payload_frame, split
+from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Named, WeightedMean, moved, norm, subtract
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SiteUpdate:
-    """The reply of one site in a round."""
-
-    site: str
-    tensors: Named
-    """Change of the factors that the site trains, fp32."""
-    weight: int
-    """Samples that it counts with."""
-    loss: float
-    """Mean training loss, nats per label token."""
-    steps: int
-    """Local steps that were made."""
-    seconds: float
-    """Seconds that they took, as the site says."""
 
 
 class FedPipeServer(SharedModelServer):
@@ -126,7 +110,14 @@ class FedPipeServer(SharedModelServer):
 
         self._check_ranks()
         self._configure_all()
-        return {"plans": {site: plan.to_json() for site, plan in sorted(self.plans.items())}}
+        return {"plans": {site: self._predicted(site).to_json() for site in sorted(self.plans)}}
+
+    def _predicted(self, site: str) -> SitePlan:
+        """Return the plan of a site, with the side path in what is predicted of it."""
+        models = self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
+        side = self.configurations[site].assignment.side
+        sizes = {module: self.deciding.parameters(module) for module, _ in side}
+        return with_side_path(self.plans[site], models, sizes, sizes)
 
     def _over_line(self, site: str, profile: Profile) -> Profile:
         """Return a profile with the rates of `fleet.line` where the site's budget has none."""
@@ -250,21 +241,16 @@ class FedPipeServer(SharedModelServer):
         self, round: int, received: Mapping[str, Named], site: str, reply: Payload
     ) -> Readable[SiteUpdate]:
         """Return the update in a reply; raises `WireError` for one that breaks a rule."""
-        configuration = self.configurations[site]
-        feedback = self.context.codec.error_feedback
-        fields(reply, ("n", "loss", "steps", SECONDS, *(("e",) if feedback else ())), FRAME)
-        if feedback:
-            reply.number("e", 0.0, MOST_ERROR)
-
-        weight = weight_of(reply)
-        steps = reply.whole("steps", 1, configuration.steps)
-        codec = build(self.context.codec, configuration.assignment.trained)
-        coder = coder_of(codec, received[site])
-        update = coder.decode(payload_frame(reply), round=round)
-        check_update(update, weight, settings_of(self.context.train, self.config, configuration))
-        seconds = read_seconds(reply)
-        content = SiteUpdate(site, update, weight, loss_of(reply), steps, seconds)
-        return Readable(content, rms(update), weight)
+        update = read_update(
+            reply,
+            self.configurations[site],
+            received[site],
+            site=site,
+            round=round,
+            config=self.config,
+            context=self.context,
+        )
+        return Readable(update, rms(update.tensors), update.weight)
 
     def _aggregate(self, received: Mapping[str, Named], updates: Sequence[SiteUpdate]) -> Metrics:
         """Fold the updates into the adapter; return the measures of the aggregate."""
@@ -318,7 +304,7 @@ class FedPipeServer(SharedModelServer):
         its training was slower than predicted."""
         figures = {}
         for update in updates:
-            plan = self.plans[update.site]
+            plan = self._predicted(update.site)
             sizes = fleet.meter.current[update.site]
             measured = Measured(None, sizes["up", "train"], sizes["down", "train"], update.seconds)
             figures[update.site] = compared(plan, measured)
@@ -371,8 +357,6 @@ class FedPipeServer(SharedModelServer):
 
 MBIT = 10**6 / 8
 """Bytes of 10^6 bits."""
-MOST_ERROR = 1e4
-"""Upper bound on the relative error of a codec that a site reports."""
 
 
 def _read_profile(_site: str, reply: Payload) -> Profile:

@@ -1,0 +1,74 @@
+"""The measures of a site: its limits, its speed, and the memory of a pass."""
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.methods.fedpipe import measure
+from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.site_process.process import JOIN, SiteProcess
+from fluvial.training.train import TrainConfig
+from fluvial.wire.payload import Payload
+from tests.support.site_process import SITE, header, site_file
+
+
+def profiled(table: dict[str, Any], tmp_path: Path, **settings: Any) -> Profile:
+    """The profile that a site in a process of its own sends."""
+    process = SiteProcess(site_file(tmp_path, **settings))
+    process.answer(header(task=JOIN, round=0), Payload(values={"config": table}).to_bytes())
+    answer = process.answer(header(task="profile", round=0, seq=2), Payload().to_bytes())
+    return Profile.from_values(Payload.from_bytes(answer.data).values)
+
+
+def test_the_lower_limit_of_site_and_run_holds(run_config: dict[str, Any], tmp_path: Path) -> None:
+    def table(limit: float) -> dict[str, Any]:
+        budgets = [{"site": SITE, "memory_mb": limit, "tokens_s": 100.0}]
+        return run_config | {"method": {"name": "fedpipe", "budgets": budgets}}
+
+    assert profiled(table(7.0), tmp_path / "a", memory_mb=5.0).memory_bytes == 5_000_000
+    assert profiled(table(3.0), tmp_path / "b", memory_mb=5.0).memory_bytes == 3_000_000
+    assert profiled(table(3.0), tmp_path / "c").memory_bytes == 3_000_000
+
+
+def test_a_site_without_a_budget_measures_everything(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    planner = {"batches": [1, 2]}
+    profile = profiled(run_config | {"method": {"name": "fedpipe", "planner": planner}}, tmp_path)
+    assert profile.memory_bytes == measure.memory_limit()
+    assert [speed.batch for speed in profile.speeds["float32"]] == [1, 2]
+    assert all(speed.tokens_s > 0 for speed in profile.speeds["float32"])
+    assert profile.samples == 3 * 4  # of a round of 3 steps of 4 sequences
+
+    peaks = {(peak.batch, peak.checkpointing): peak.bytes for peak in profile.peaks}
+    assert len(peaks) == 4
+    assert peaks[1, True] < peaks[1, False] < peaks[2, False]
+    assert peaks[2, True] < peaks[2, False]
+
+
+def test_batches_end_where_memory_does(run_config: dict[str, Any], tmp_path: Path) -> None:
+    profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path, memory_mb=0.4)
+    assert [speed.batch for speed in profile.speeds["float32"]] == [1]
+
+
+def test_the_limit_of_a_process_is_the_least_of_its_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure, "CGROUP", tmp_path / "memory.max")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
+    machine = measure.memory_limit()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert measure.memory_limit() == machine
+    (tmp_path / "memory.max").write_text("5000000\n")
+    assert measure.memory_limit() == 5_000_000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4_000_000, 0))
+    assert measure.memory_limit() == 4_000_000
+
+
+def test_a_full_load_is_that_of_the_run() -> None:
+    steps = TrainConfig(max_steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert measure.full_load(steps, 100) == 24
+    assert measure.full_load(TrainConfig(num_train_epochs=0.5), 101) == 50
