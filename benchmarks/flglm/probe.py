@@ -49,14 +49,14 @@ def site(config: RunConfig, pool: ModelPool, places: Places, steps: int) -> None
     """Make steps of a site's layers."""
     train = config.train
     state = initial_state(places.ends, 0)
-    start = pool.weights({name: state[name] for name in places.tuned_ends.names})
+    start = pool.weights({name: state[name] for name in places.ends.names})
     length = config.data.max_length
     examples = [Example([1] * length, [1] * length)] * train.per_device_train_batch_size
     parts = pool.parts(places.cut, server=False)
     checkpointing = train.gradient_checkpointing
 
     with parts.part(state, trainable=True, checkpointing=checkpointing) as part:
-        tuned = places.tuned_ends.names
+        tuned = places.ends.names
         front = [name for name in tuned if places.place(name) == "front"]
         ends = Ends(part, tuned, train, front=front, steps=steps, start=start)
         for number in range(steps):
@@ -74,7 +74,7 @@ def server(
 ) -> None:
     """Make steps of several replicas of the server's layers, all of which wait at a time."""
     state = initial_state(places.middle, 0)
-    names = places.tuned_middle.names
+    names = places.middle.names
     lengths = [config.data.max_length] * sequences
     parts = pool.parts(places.cut, server=True)
     checkpointing = config.train.gradient_checkpointing

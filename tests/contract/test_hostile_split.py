@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hierarchical, own ends": {"mode": "hierarchical", "ends": "own"},
     "memory": {
         "mode": "client-batch",
-        "frozen": ["front"],
+        "parts": {"front": "frozen"},
         "recurring": "changes",
         "hidden": {"name": "int4"},
     },

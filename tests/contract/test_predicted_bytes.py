@@ -13,8 +13,8 @@ from fluvial.methods.flglm.traffic import conversations
 from fluvial.methods.interface import Plan
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base
+from fluvial.models.outline import Outline
 from fluvial.models.tokenizers import load_tokenizer
-from fluvial.models.tuning import tuned_layout
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import given
@@ -65,16 +65,18 @@ OTHERS: dict[str, dict[str, Any]] = {
     | {"codec": {"name": "int4", "error_feedback": True}},
     "flglm": {"method": {"name": "flglm"}},
     "flglm, own ends": {"method": {"name": "flglm", "ends": "own", "hidden": {"name": "int8"}}},
-    "flglm, one by one": {"method": {"name": "flglm", "mode": "sequential", "frozen": ["front"]}},
+    "flglm, one by one": {
+        "method": {"name": "flglm", "mode": "sequential", "parts": {"front": "frozen"}}
+    },
     "flglm, replicas": {"method": {"name": "flglm", "mode": "hierarchical", "sync_steps": 2}},
     "flglm, cached front": {
-        "method": {"name": "flglm", "frozen": ["front"], "hidden": {"name": "int8"}}
+        "method": {"name": "flglm", "parts": {"front": "frozen"}, "hidden": {"name": "int8"}}
     },
     "flglm, cached front without room for all": {
         "method": {
             "name": "flglm",
             "mode": "hierarchical",
-            "frozen": ["front"],
+            "parts": {"front": "frozen"},
             "memory_bytes": 20_000,
             "fraction": 0.67,
         }
@@ -85,15 +87,31 @@ OTHERS: dict[str, dict[str, Any]] = {
     "flglm, cached front and changes": {
         "method": {
             "name": "flglm",
-            "frozen": ["front"],
+            "parts": {"front": "frozen"},
             "recurring": "changes",
             "hidden": {"name": "int4"},
             "mode": "sequential",
             "memory_bytes": 40_000,
         }
     },
-    "flglm, tuned back": {"method": {"name": "flglm", "frozen": ["front", "middle"]}},
+    "flglm, tuned back": {
+        "method": {"name": "flglm", "parts": {"front": "frozen", "middle": "frozen"}}
+    },
     "flglm, embedding and head": {"method": {"name": "flglm", "front": 0, "back": 0}},
+    "flglm, all weights of the back": {
+        "method": {
+            "name": "flglm",
+            "mode": "hierarchical",
+            "sync_steps": 2,
+            "parts": {"front": "frozen", "back": "full"},
+        }
+    },
+    "flglm, own weights at the ends": {
+        "method": {"name": "flglm", "ends": "own", "parts": {"front": "full", "back": "full"}},
+    },
+    "flglm, all weights of the middle": {
+        "method": {"name": "flglm", "mode": "sequential", "parts": {"middle": "full"}},
+    },
     "flglm, all weights": {"tune": "full", "method": {"name": "flglm", "mode": "hierarchical"}},
 }
 CASES = FEDAVG | OTHERS
@@ -108,7 +126,7 @@ def table_of(run_config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def planned(config: RunConfig) -> Plan:
     base = meta_base(config.model)
-    layout = tuned_layout(meta_base(config.model), config.adapter)
+    layout = Outline(config.model, config.adapter).assignment.layout
     return config.entry.plan(config.method, given(config, layout, base, SITES, texts_of(config)))
 
 
@@ -188,7 +206,7 @@ def test_a_conversation_is_predicted_site_by_site(
     table = table_of(run_config, name)
     config = parse(table, "test")
     base = meta_base(config.model)
-    layout = tuned_layout(meta_base(config.model), config.adapter)
+    layout = Outline(config.model, config.adapter).assignment.layout
     facts = given(config, layout, base, SITES, texts_of(config))
     assert isinstance(config.method, FlGlmConfig)
     places = Places.of(config.method, base, layout)

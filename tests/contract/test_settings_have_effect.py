@@ -24,6 +24,7 @@ from fluvial.exchange import TgapConfig
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.sites import Site, Task
 from fluvial.methods import METHODS
+from fluvial.methods.flglm.config import PartsConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import merge, parse
@@ -122,11 +123,15 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "back": 2,
             "mode": "sequential",
             "ends": "own",
-            "frozen": ["front"],
             "hidden": {"name": "int8"},
             "gradient": {"name": "int8"},
             "noise": {"clip": 1.0, "multiplier": 0.1},
         }.items()
+    },
+    "FlGlmConfig.parts": ({"method": {"name": "flglm"}}, {"front": "frozen"}),
+    **{
+        f"PartsConfig.{name}": ({"method": {"name": "flglm", "ends": "own"}}, value)
+        for name, value in {"front": "full", "middle": "frozen", "back": "full"}.items()
     },
     **{
         f"Int4RowsSettings.{name}": (
@@ -292,6 +297,7 @@ TABLES: list[type[Settings]] = [
     *(method.config for method in METHODS.values()),
     TgapConfig,
     AggregationSettings,
+    PartsConfig,
     TrainConfig,
     LoraSettings,
 ]
@@ -311,6 +317,7 @@ PLACES = dict.fromkeys((kind.__name__ for kind in ROWS), "method.hidden") | {
     "LoraSettings": "lora",
     "TgapConfig": "method.tgap",
     "AggregationSettings": "method.aggregation",
+    "PartsConfig": "method.parts",
 }
 
 
@@ -386,6 +393,38 @@ def test_the_other_tests_are_there(field: str) -> None:
 
 
 REFUSED: dict[str, tuple[Table, str]] = {
+    "an adapter that no part has": (
+        {"method": {"name": "flglm", "parts": dict.fromkeys(("front", "middle", "back"), "full")}},
+        "lora: without effect",
+    ),
+    "an adapter beside frozen and whole parts": (
+        {
+            "method": {
+                "name": "flglm",
+                "parts": {"front": "frozen", "middle": "full", "back": "frozen"},
+            }
+        },
+        "lora: without effect, because no part of the model has an adapter",
+    ),
+    "weights of the run where every part has its own": (
+        {
+            "tune": "full",
+            "method": {
+                "name": "flglm",
+                "parts": dict.fromkeys(("front", "middle", "back"), "lora"),
+            },
+        },
+        "tune: without effect, because method.parts names every part",
+    ),
+    "no part that is tuned": (
+        {
+            "method": {
+                "name": "flglm",
+                "parts": dict.fromkeys(("front", "middle", "back"), "frozen"),
+            }
+        },
+        "method.parts: nothing is left to tune",
+    ),
     "epochs beside steps": (
         {"train": {"max_steps": 2, "num_train_epochs": 2.0}},
         "num_train_epochs: without effect beside max_steps",

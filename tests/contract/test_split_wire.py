@@ -133,7 +133,7 @@ def secrets(table: dict[str, Any], folder: Path) -> Iterator[tuple[str, bytes]]:
                 base = weights["embedding" if "embed" in name else "head"]
                 weights[f"change of {name} at {site}"] = tensor
                 weights[f"{name} of {site}"] = base + tensor
-    if config.tune == "full":
+    if config.adapter != config.lora:
         assert len(weights) == 2 + 4 * len(texts.names)
     for name, tensor in weights.items():
         yield from of_rows(name, tensor)
@@ -164,6 +164,7 @@ MODES = ("sequential", "client-batch", "hierarchical")
         *((mode, ends, "lora") for mode in MODES for ends in ("shared", "own")),
         ("hierarchical", "own", "full"),
         ("client-batch", "own", "full"),
+        ("client-batch", "own", "by parts"),
     ],
 )
 def test_no_token_label_embedding_or_head_crosses_the_wire(
@@ -173,6 +174,10 @@ def test_no_token_label_embedding_or_head_crosses_the_wire(
     table = table | {"method": method, "tune": tune}
     if tune == "full":
         table = {name: value for name, value in table.items() if name != "lora"}
+    if tune == "by parts":
+        parts = {"front": "full", "middle": "lora", "back": "full"}
+        table = {name: value for name, value in table.items() if name != "tune"}
+        table = table | {"method": method | {"parts": parts}}
     if ends == "own":
         table = table | {"evaluate": {}}
     wire = recorded(table, tmp_path / "run")

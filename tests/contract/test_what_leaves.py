@@ -238,8 +238,18 @@ EVERYDAY = [
         for ends in ("shared", "own")
     ),
     case(
+        "flglm by parts, own",
+        {"name": "flglm", "ends": "own", "parts": {"back": "full"}},
+        *("plain", NOT_HELD, MEASURES, 'ends = "own"', *NOTHING_AT_END),
+    ),
+    case(
+        "flglm by parts, shared",
+        {"name": "flglm", "mode": "sequential", "parts": {"back": "full"}},
+        *("plain", NOT_HELD, MEASURES, 'ends = "shared"', *LEFT_AT_END),
+    ),
+    case(
         "flglm memory",
-        {"name": "flglm", "frozen": ["front"]},
+        {"name": "flglm", "parts": {"front": "frozen"}},
         *("plain", HELD, MEASURES, 'ends = "shared"', *NOTHING_AT_END),
     ),
     case(

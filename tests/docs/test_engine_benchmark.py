@@ -13,8 +13,7 @@ from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_cloc
 from benchmarks.engine.fleets import ROOT
 from benchmarks.engine.link import fitted
 from fluvial.federation.line import Line, round_s
-from fluvial.models.loading import meta_base
-from fluvial.models.tuning import tuned_layout
+from fluvial.models.outline import Outline
 from fluvial.runs.config import parse
 
 FREE = Line(up_mbit_s=1e9, down_mbit_s=1e9, rtt_ms=0)
@@ -42,7 +41,7 @@ def test_the_clock_sees_a_process_train(tmp_path: Path) -> None:
 def test_the_payload_is_the_adapter(tmp_path: Path) -> None:
     cell = Cell("local", 1.0, 3, 2)
     config = parse(table_of(cell, tmp_path), "test")
-    layout = tuned_layout(meta_base(config.model), config.adapter)
+    layout = Outline(config.model, config.adapter).assignment.layout
     assert layout.raw_bytes == cell.payload == 61 * bytes_of_a_rank(cell.shape)
     assert abs(cell.payload / 1e6 - cell.payload_mb) < 0.01
 

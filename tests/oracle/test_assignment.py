@@ -204,8 +204,8 @@ def test_the_layout_of_ranks_is_what_peft_makes_of_them(
     ranks = {name: 1 + number for number, (name, _) in enumerate(run.ranks)}
 
     for assignment in (run.with_ranks(3), run.with_ranks(ranks), run.with_ranks({min(ranks): 5})):
-        assert pool.lora is not None
-        model = adapt(meta_base(pool.config), pool.lora, dict(assignment.ranks))
+        assert isinstance(pool.tuning, LoraSettings)
+        model = adapt(meta_base(pool.config), pool.tuning, dict(assignment.ranks))
         assert read_shapes(model) == assignment.layout
         with pool.model(initial_state(assignment.layout, 0), assignment=assignment) as borrowed:
             assert read_shapes(borrowed) == assignment.layout

@@ -36,7 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA, int4": LORA | {"method": {"hidden": {"name": "int4"}, "gradient": {"name": "int4"}}},
     "LoRA, changes": LORA | {"method": {"hidden": {"name": "int8"}, "recurring": "changes"}},
     "LoRA with noise": LORA | {"method": {"noise": {"clip": 1.0, "multiplier": 0.1}}},
-    "frozen front": LORA | {"method": {"frozen": ["front"]}},
+    "frozen front": LORA | {"method": {"parts": {"front": "frozen"}}},
     "all weights, tied": FULL,
     "all weights, not tied": FULL | {"model": {"tie_word_embeddings": False}},
 }

@@ -265,7 +265,7 @@ def test_a_run_says_that_an_untuned_front_gives_all_away(
     table: dict[str, Any], run_config: dict[str, Any], tmp_path: Path, sites: str, ends: str
 ) -> None:
     three = table | {"data": run_config["data"], "rounds": 1}
-    settings = {"frozen": ["front"], "ends": ends, "leakage": SMALL | {"sites": sites}}
+    settings = {"parts": {"front": "frozen"}, "ends": ends, "leakage": SMALL | {"sites": sites}}
     result = run_table(with_method(three, **settings), tmp_path / "run")
     assert readings(result)["exact causal search"] == 1.0
     assert result["leakage"]["texts"] == (6 if sites == "all" else 2)

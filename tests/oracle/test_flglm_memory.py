@@ -26,7 +26,7 @@ from tests.support.models import four_layers
 from tests.support.runs import run_table
 
 MODES = ("sequential", "hierarchical", "client-batch")
-CACHED: dict[str, Any] = {"frozen": ["front"]}
+CACHED: dict[str, Any] = {"parts": {"front": "frozen"}}
 CHANGES: dict[str, Any] = {"recurring": "changes", "hidden": {"name": "int4"}}
 ROW = 4 * 32
 """Bytes of an exact hidden state."""
@@ -265,7 +265,7 @@ def test_a_server_that_takes_no_gradient_receives_none(
     for mode in ("hierarchical", "client-batch"):
         with pytest.MonkeyPatch.context() as patch, frames() as sizes:
             patch.setattr(tasks._Visit, "send", noted)
-            settings = {"frozen": ["front", "middle"], "mode": mode}
+            settings = {"parts": {"front": "frozen", "middle": "frozen"}, "mode": mode}
             results.append(run_table(with_method(table, **settings), tmp_path / mode))
         assert by_round(sizes["up"]) == [tokens_of(table) * ROW, 0, 0]
 

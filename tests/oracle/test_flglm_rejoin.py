@@ -295,7 +295,7 @@ def test_both_ends_hold_the_same_hidden_states(table: dict[str, Any], tmp_path: 
     epochs = {"train": table["train"] | {"per_device_train_batch_size": 8}}
     models = []
     for number, memory in enumerate(({}, {"memory_bytes": 0})):
-        method = table["method"] | {"frozen": ["front"], **memory}
+        method = table["method"] | {"parts": {"front": "frozen"}, **memory}
         frozen = Round(table | epochs | {"method": method}, tmp_path / str(number))
         model, record, fleet, _ = frozen.play(slow("backward", 2, 14.0))
         assert (record["missed_steps"], record["sites"], fleet.failures) == (3, 3, [])

@@ -15,6 +15,7 @@ from fluvial.data import with_template
 from fluvial.data.config import DataConfig
 from fluvial.formatting import privacy_words
 from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
+from fluvial.models.part_tuning import PartTuning
 from fluvial.models.pool import ModelPool
 from fluvial.models.quantised import quantised_words
 from fluvial.storage import exported
@@ -71,6 +72,8 @@ class Export:
     """Measures on public text; None where there are none."""
     leakage: dict[str, Any] | None = None
     """Success of attacks on what sites send, and a `sentence` on it; None where none were run."""
+    parts: str | None = None
+    """Tuned weights of each part of a cut model, in words, where the parts differ; else None."""
     noise: dict[str, Any] | None = None
     """Account of noise that is less than a promise of privacy, with a `sentence`; None without."""
 
@@ -171,8 +174,13 @@ def card(reporting: Reporting, final: Measures) -> str:
 
     quantised = quantised_words(reporting.pool.config)
     full = reporting.pool.full
+    tuning = reporting.pool.tuning
     kind = "Model, all weights tuned," if full else "LoRA adapter"
     library, tag = ("transformers", "full-parameter-tuning") if full else ("peft", "lora")
+    if isinstance(tuning, PartTuning):
+        measured = f"Tuned weights: {tuning.words}. {measured}"
+        kind = "Model, tuned part by part," if full else "LoRA adapter of some parts"
+        tag = "full-parameter-tuning, lora" if full and tuning.tunes("lora") else tag
 
     return (
         f"---\nbase_model: {reporting.base}\nlibrary_name: {library}\n"

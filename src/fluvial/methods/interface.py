@@ -19,10 +19,13 @@ from fluvial.federation.sites import Task
 from fluvial.methods.exporting import Export, Reporting
 from fluvial.methods.measuring import Measures
 from fluvial.methods.traffic import Traffic
+from fluvial.models.outline import Outline
+from fluvial.models.part_tuning import Tuning
+from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, factor
+from fluvial.wire.tensors import Layout
 
 Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
@@ -105,6 +108,10 @@ class MethodSettings(Settings):
         """Return the bounds of `[fleet]` that the server half applies; the others are refused."""
         return BOUNDS
 
+    def tuning(self, tune: "Tune", lora: LoraSettings) -> Tuning:
+        """Return the weights that the method tunes in a run that tunes so."""
+        return lora if tune == "lora" else None
+
     def promise(self) -> Promise | None:
         """Return the differential privacy that these settings promise; None without any."""
         return None
@@ -150,13 +157,8 @@ class Given:
     """Reader of the training sequences by site; None where the sites' data is elsewhere."""
     max_length: int = 0
     """Tokens of a sequence at most."""
-    blank: Callable[[], nn.Module] | None = None
-    """Maker of the base on the meta device, in its own types, with its adapter."""
-
-    @property
-    def tunes_factors(self) -> bool:
-        """True where an adapter is tuned, False for all weights."""
-        return any(factor(name) for name in self.layout.names)
+    outline: Outline | None = None
+    """The base's names, shapes and types, and its tuning."""
 
 
 CheckRow = tuple[str, str]

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import mode
 from typing import Any
@@ -66,12 +66,15 @@ def adapt(
     lora: LoraSettings | SavedLora,
     ranks: Mapping[str, int] | None = None,
     side: Mapping[str, int] | None = None,
+    *,
+    within: Callable[[str], bool] | None = None,
 ) -> nn.Module:
     """Return `base` with LoRA modules injected (in place) by PEFT.
 
     `base` may be on the meta device. `ranks` by name of module take the place of the settings' own;
     a module of rank 0 gets no adapter. The scale is that of the settings at every rank. `side` has
-    the ranks of a second adapter, without dropout. Raises `ConfigError` naming what would fit.
+    the ranks of a second adapter, without dropout. Only modules `within` some part, by name, are
+    adapted; by default all. Raises `ConfigError` naming what would fit.
     """
     from peft import LoraConfig
 
@@ -84,7 +87,7 @@ def adapt(
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
-            target_modules=target_names(base, lora),
+            target_modules=target_names(base, lora, within),
             use_rslora=lora.use_rslora,
         )
     else:

@@ -3,7 +3,7 @@ by tensor."""
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import cached_property, partial
 from weakref import WeakValueDictionary
 
@@ -143,11 +143,11 @@ class Base:
                 buffer.copy_(self.source.get(name))
         return self.skeleton
 
-    def make(self, state: Named, *, own: bool) -> nn.Module:
+    def make(self, state: Named, *, own: bool | Container[str]) -> nn.Module:
         """Return a model with the base's weights plus the changes in `state`.
 
-        Beside it, at most one weight is in memory. Weights without a change are its `own`, or
-        shared by all models that are made so and live at a time.
+        Beside it, at most one weight is in memory. Weights without a change are its `own`, all or
+        those of some names, or shared by all models that are made so and live at a time.
         """
         state = changed(state)
 
@@ -156,7 +156,8 @@ class Base:
                 return absent(parameter, self.device)
 
             change = state.get(name)
-            if change is None and not own:
+            owned = own if isinstance(own, bool) else name in own
+            if change is None and not owned:
                 return self._share_weight(name)
 
             value = self.source.get(name)

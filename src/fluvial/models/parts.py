@@ -12,36 +12,35 @@ from functools import cached_property
 
 from torch import nn
 
-from fluvial.models.adapters import adapt
+from fluvial.models.adapters import SavedLora, adapt
 from fluvial.models.base import Base
 from fluvial.models.loading import absent
 from fluvial.models.outline import Outline
+from fluvial.models.part_tuning import PartTuning, Tuning, adapt_parts
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.split import Cut, Part, check_part, decoder_layers
 from fluvial.models.states import base_state
-from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_parameters, write_weights
 from fluvial.models.weights import check_finite, check_weights
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Layout, Named, factor
 
 
 class PartPool:
     """Parts to borrow, all of one end: of a site (A and C), or of the server (B).
 
-    With LoRA the borrowed parts of a process share their frozen weights, so a further one costs an
-    adapter. Where all weights are tuned, a borrowed part is made from the folder and goes when it
-    is given back; parts that are not trained share their weights.
+    Where no weight of the base is tuned, the borrowed parts of a process share all of them, so a
+    further one costs an adapter. Where some are, a borrowed part is made from the folder and goes
+    when it is given back; such parts share the weights that they do not train.
     """
 
-    def __init__(
-        self, config: ModelConfig, lora: LoraSettings | None, cut: Cut, *, server: bool
-    ) -> None:
-        """Load nothing; without `lora` all weights of the part are tuned."""
+    def __init__(self, config: ModelConfig, tuning: Tuning, cut: Cut, *, server: bool) -> None:
+        """Load nothing."""
+        assert not isinstance(tuning, SavedLora), "a saved adapter is measured, and not trained"
         self.config = config
-        self.lora = lora
+        self.tuning = tuning
         self.cut = cut
         self.server = server
-        self.outline = Outline(config, lora)
+        self.outline = Outline(config, tuning)
         self._lock = threading.RLock()
         self._free: list[Part] = []
         self._checked = False
@@ -54,6 +53,11 @@ class PartPool:
         """
         whole = self.outline.assignment.layout
         return Layout(tuple((name, shape) for name, shape in whole.shapes if self._holds(name)))
+
+    @cached_property
+    def _weights(self) -> frozenset[str]:
+        """Names of the base's weights that are tuned in this part."""
+        return frozenset(name for name in self.layout.names if factor(name) is None)
 
     def load(self) -> None:
         """Load the part now; raises `ConfigError` where it cannot be used."""
@@ -85,16 +89,21 @@ class PartPool:
 
     @contextmanager
     def _take(self, state: Named, trainable: bool) -> Iterator[Part]:
-        if self.lora is None:
+        factors = {name: tensor for name, tensor in state.items() if name not in self._weights}
+        if self._weights:
             with self._lock:
                 base = self._base
-            yield self._wrap(base.make(state, own=trainable))
+            own = self._weights if trainable else ()
+            model = base.make({name: state[name] for name in self._weights}, own=own)
+            self._adapt(model)
+            write_weights(model, factors)
+            yield self._wrap(model)
             return
 
         with self._lock:
             part = self._free.pop() if self._free else self._copy()
 
-        write_weights(part.model, state)
+        write_weights(part.model, factors)
         try:
             yield part
         finally:
@@ -103,7 +112,8 @@ class PartPool:
 
     def _copy(self) -> Part:
         """Return a further part, which shares the frozen weights of the template."""
-        tuned = {id(p) for name, p in tuned_parameters(self._template).items() if self._holds(name)}
+        parameters = tuned_parameters(self._template)
+        tuned = {id(parameters[name]) for name in self.layout.names}
         shared = {id(p): p for p in self._template.parameters() if id(p) not in tuned}
         return self._wrap(copy.deepcopy(self._template, dict(shared)))
 
@@ -115,20 +125,32 @@ class PartPool:
     @cached_property
     def _template(self) -> nn.Module:
         """The part's weights and its adapter, to copy; the layers have no gates."""
-        assert self.lora is not None, "where all weights are tuned, there is no adapter"
         base = self._base.make({}, own=True)
-        adapted = adapt(base, self.lora)
+        self._adapt(base)
+        return base
+
+    def _adapt(self, base: nn.Module) -> None:
+        """Put the adapter into `base`, where its layout has one; PEFT puts its modules into the
+        base itself, whose forward pass is the one to cut.
+
+        Factors of other parts are there too, absent, so that dropout has the places of a whole
+        model.
+        """
+        if self.tuning is None or not any(factor(name) for name in self.layout.names):
+            return
+
+        if isinstance(self.tuning, PartTuning):
+            adapted = adapt_parts(base, self.tuning)
+        else:
+            adapted = adapt(base, self.tuning)
 
         for name, parameter in tuned_parameters(adapted).items():
             if not self._holds(name):
                 parameter.data = absent(parameter, self._base.device)
 
-        # PEFT has put its modules into the base itself, whose forward pass is the one to cut.
-        return base
-
     def _wrap(self, model: nn.Module) -> Part:
         """Return a model as a part; the first one is checked."""
-        part = Part(model, self.cut, server=self.server)
+        part = Part(model, self.cut, server=self.server, tuned=self.layout.names)
         with self._lock:
             if not self._checked:
                 check_finite(part.own_weights(), self.config.name_or_path)

@@ -7,16 +7,17 @@ Models are adapted from outside by PEFT; modelling code is never copied.
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fluvial.models.adapters import SavedLora, adapt
+from fluvial.models.adapters import adapt
 from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.behaviour import check_behaviour
@@ -25,12 +26,12 @@ from fluvial.models.generation import continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, weights_folder
 from fluvial.models.outline import Outline
+from fluvial.models.part_tuning import PartTuning, Tuning, adapt_parts, tunes_weights
 from fluvial.models.parts import PartPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.quantisation import Quantisation
 from fluvial.models.split import Cut
 from fluvial.models.states import base_state
-from fluvial.models.targets import LoraSettings
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.tuning import (
     Trainable,
@@ -67,16 +68,17 @@ class ModelPool:
     """Models to borrow, by assignment; base, tokenizer and models are loaded when first used.
 
     With an adapter every borrowed model is a copy whose frozen parameters are the base's own, so a
-    further one costs an adapter. Where all weights are tuned the base stays on disk; every borrowed
-    model is made from there, costs a base, and goes when it is given back.
+    further one costs an adapter. Where weights of the base are tuned it stays on disk; every
+    borrowed model is made from there, costs a base, and goes when it is given back. If they are
+    tuned in some parts only, it is whole, with the adapters of the other parts merged.
     """
 
-    def __init__(self, model: ModelConfig, lora: LoraSettings | SavedLora | None) -> None:
-        """Load nothing; without `lora` all weights are tuned."""
+    def __init__(self, model: ModelConfig, tuning: Tuning) -> None:
+        """Load nothing."""
         self.config = model
-        self.lora = lora
-        self.full = lora is None
-        self.outline = Outline(model, lora)
+        self.tuning = tuning
+        self.full = tunes_weights(tuning)
+        self.outline = Outline(model, tuning)
         self._lock = threading.RLock()
         self._bases: dict[tuple[Precision, Quantisation], Base] = {}
         self._templates: OrderedDict[tuple[object, ...], _Template] = OrderedDict()
@@ -117,10 +119,9 @@ class ModelPool:
 
     def parts(self, cut: Cut, *, server: bool) -> PartPool:
         """Return the pool of the server's parts, or of a site's, of the model under `cut`."""
-        assert not isinstance(self.lora, SavedLora), "a saved adapter is measured, and not trained"
         with self._lock:
             if (cut, server) not in self._parts:
-                self._parts[cut, server] = PartPool(self.config, self.lora, cut, server=server)
+                self._parts[cut, server] = PartPool(self.config, self.tuning, cut, server=server)
             return self._parts[cut, server]
 
     def load(self) -> None:
@@ -129,6 +130,8 @@ class ModelPool:
             check_weights(self.config, self.outline.base)
             self.blank()
             _ = self.base
+        elif isinstance(self.tuning, PartTuning):
+            self._base().share()  # whose cut may be open
         else:
             self._template(self.outline.assignment)
 
@@ -156,11 +159,10 @@ class ModelPool:
         with self._lock:
             template = self._templates.get(key)
             if template is None:
-                assert self.lora is not None, "where all weights are tuned, there is no adapter"
                 own = self.outline.assignment.ranks == assignment.ranks
                 base = self._base(assignment).share()
                 ranks = None if own else dict(assignment.ranks)
-                model = adapt(base, self.lora, ranks, dict(assignment.side)).eval()
+                model = self._adapt(base, ranks, dict(assignment.side)).eval()
                 template = self._templates[key] = _Template(model)
 
             self._templates.move_to_end(key)
@@ -168,6 +170,20 @@ class ModelPool:
                 self._templates.popitem(last=False)
 
             return template
+
+    def _adapt(
+        self,
+        base: nn.Module,
+        ranks: Mapping[str, int] | None = None,
+        side: Mapping[str, int] | None = None,
+    ) -> nn.Module:
+        """Return `base` with the adapter of this pool, in place."""
+        if isinstance(self.tuning, PartTuning):
+            assert ranks is None, "the sites of a cut model have the same ranks"
+            return adapt_parts(base, self.tuning)
+
+        assert self.tuning is not None, "where all weights are tuned, there is no adapter"
+        return adapt(base, self.tuning, ranks, side)
 
     # -- borrowing ---------------------------------------------------------------------------------
 
@@ -206,7 +222,7 @@ class ModelPool:
         self, state: Named, trainable: Trainable, assignment: Assignment
     ) -> Iterator[nn.Module]:
         if self.full:
-            yield self._base(assignment).make(state, own=trainable != "none")
+            yield self._whole(state, trainable, assignment)
             return
 
         with self._lock:
@@ -221,13 +237,30 @@ class ModelPool:
             with self._lock:
                 template.free.append(model)
 
+    def _whole(self, state: Named, trainable: Trainable, assignment: Assignment) -> nn.Module:
+        """Return a model with the changes of weights in `state`, and with its factors merged."""
+        base = self._base(assignment)
+        factors = {name: tensor for name, tensor in state.items() if factor(name)}
+        if not factors:
+            return base.make(state, own=trainable != "none")
+
+        assert trainable == "none", "parts are trained by themselves"
+        changes = {name: tensor for name, tensor in state.items() if name not in factors}
+        adapted: Any = self._adapt(base.make(changes, own=True))
+        write_weights(adapted, factors)
+        merged: nn.Module = adapted.merge_and_unload()
+        return merged
+
     def weights(self, state: Named, assignment: Assignment | None = None) -> Named:
         """Return the values, fp32, that the parameters named in `state` have in a model with it."""
         if not self.full:
             return state
 
         base = self._base(assignment).source
-        return {name: base.get(name).float() + change for name, change in state.items()}
+        return {
+            name: tensor if factor(name) else base.get(name).float() + tensor
+            for name, tensor in state.items()
+        }
 
     def base_state(self) -> Named:
         """Return the state that changes nothing in the run's own layout (see `base_state`)."""
@@ -236,9 +269,10 @@ class ModelPool:
     # -- results -----------------------------------------------------------------------------------
 
     def save(self, state: Named, folder: Path) -> None:
-        """Write an adapter as a folder of PEFT, all weights as a folder of transformers.
+        """Write an adapter as a folder of PEFT, a model whose weights are tuned as a folder of
+        transformers.
 
-        All weights are in the base's type, with the generation settings of the base's folder. The
+        Its weights are in the base's type, with the generation settings of the base's folder. The
         tokenizer is written too, unless `exports_tokenizer` is false.
         """
         with self.model(state) as model:
@@ -253,8 +287,7 @@ class ModelPool:
     def save_adapter(self, state: Named, folder: Path) -> None:
         """Write an adapter as a folder of PEFT, from the base's shapes: no weight is loaded, and no
         tokenizer."""
-        assert self.lora is not None, "where all weights are tuned, there is no adapter"
-        model = adapt(meta_base(self.config), self.lora)
+        model = self._adapt(meta_base(self.config))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         factors = {
             names[id(parameter)]: state[name] for name, parameter in tuned_parameters(model).items()

@@ -7,7 +7,7 @@ other parts take no memory; they are NaN, so that a model that uses one of them 
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -106,9 +106,16 @@ class Part:
     and the caches of several sessions, may be alive at once.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, *, server: bool) -> None:
-        """Let the layers of `model` run span by span; its whole forward pass works as before."""
+    def __init__(
+        self, model: nn.Module, cut: Cut, *, server: bool, tuned: Collection[str] | None = None
+    ) -> None:
+        """Let the layers of `model` run span by span; its whole forward pass works as before.
+
+        `tuned` names LoRA factors and weights that are tuned; by default they are the part's own
+        ones of `tuned_parameters`.
+        """
         self.model = model
+        self._tuned = tuned
         self.cut = cut
         self.server = server
         path, layers = decoder_layers(model)
@@ -198,9 +205,13 @@ class Part:
         }
 
     def tuned(self) -> dict[str, nn.Parameter]:
-        """Return the part's own LoRA factors, or all its parameters, as `tuned_parameters`."""
+        """Return the part's own LoRA factors and weights that are tuned, by name."""
         parameters = tuned_parameters(self.model)
-        return {name: parameter for name, parameter in parameters.items() if self.holds(name)}
+        if self._tuned is None:
+            return {name: parameter for name, parameter in parameters.items() if self.holds(name)}
+
+        parameters = dict(self.model.named_parameters()) | parameters
+        return {name: parameters[name] for name in self._tuned}
 
     def switch_dropout(self, active: bool) -> None:
         """Switch the dropout of LoRA on, for training, or off."""

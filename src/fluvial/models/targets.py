@@ -1,7 +1,7 @@
 """The modules of a base model that get a LoRA adapter, by the names that PEFT takes."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -40,11 +40,13 @@ class LoraSettings(Settings):
         return value
 
 
-def target_names(base: PreTrainedModel, lora: LoraSettings) -> list[str]:
+def target_names(
+    base: PreTrainedModel, lora: LoraSettings, within: Callable[[str], bool] | None = None
+) -> list[str]:
     """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted.
 
     They are the last parts of the modules' names (`q_proj`) where these are exact, else whole
-    names. `base` may be on the meta device. Raises `ConfigError` naming what would fit.
+    names; only those `within` some part, by name, where it is given. `base` may be on the meta device. Raises `ConfigError` naming what would fit.
     """
     linear = linear_modules(base)
     fit = adaptable_modules(base)
@@ -64,6 +66,10 @@ def target_names(base: PreTrainedModel, lora: LoraSettings) -> list[str]:
         )
 
     _check_rank(lora.r, chosen)
+    if within is not None:
+        chosen = {name: module for name, module in chosen.items() if within(name)}
+        assert chosen, "a part without an adapter is not adapted"
+
     # The list is kept as it was written, unless PEFT would also find a module of that name
     # elsewhere.
     short = sorted(set(given) if isinstance(given, tuple) else {_leaf(name) for name in chosen})

@@ -155,6 +155,9 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
     if result.get("privacy"):
         lines.append(Text(f"Privacy  {privacy_words(result['privacy'])}"))
 
+    if result.get("parts"):
+        lines.append(Text(f"Tuned    {result['parts']}"))
+
     for heading, key in (("Leakage", "leakage"), ("Noise", "noise")):
         if result.get(key):
             lines.append(Text(f"{heading:9}{safe_text(result[key]['sentence'])}"))

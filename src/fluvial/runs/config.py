@@ -5,7 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from fluvial.methods import METHODS, Baseline, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
 from fluvial.methods.measuring import EvaluateConfig
+from fluvial.models.part_tuning import PartTuning, Tuning
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.without_effect import useless
@@ -69,9 +70,9 @@ class RunConfig(Settings):
         return self.tune or self.entry.traits.tunes[0]
 
     @property
-    def adapter(self) -> LoraSettings | None:
-        """The adapter's settings; None where all weights are tuned."""
-        return self.lora if self.tuned == "lora" else None
+    def adapter(self) -> Tuning:
+        """The adapter's settings; None where all weights are tuned, or the kinds of parts."""
+        return self.method.tuning(self.tuned, self.lora)
 
     @property
     def promise(self) -> Promise | None:
@@ -113,9 +114,20 @@ class RunConfig(Settings):
             known = " or ".join(self.entry.traits.tunes)
             yield f"tune={self.tuned!r}: method {self.method.name!r} tunes {known} only; remove it"
 
-        if self.tuned == "full" and "lora" in self.model_fields_set:
+        as_lora, as_full = (self.method.tuning(tune, self.lora) for tune in get_args(Tune))
+        if as_lora == as_full and "tune" in self.model_fields_set and not self.compare:
+            yield "tune: without effect, because method.parts names every part; remove it"
+
+        adapter = self.adapter
+        parts = isinstance(adapter, PartTuning)
+        adapts = adapter.tunes("lora") if isinstance(adapter, PartTuning) else adapter is not None
+        compared = bool(self.compare) and self.tuned == "lora"
+        if not adapts and not compared and "lora" in self.model_fields_set:
             yield (
-                "lora: without effect, because all weights are tuned; remove it, or "
+                "lora: without effect, because no part of the model has an adapter; remove it, or "
+                "set a part of method.parts to 'lora'"
+                if parts
+                else "lora: without effect, because all weights are tuned; remove it, or "
                 "set tune = 'lora'"
             )
 
@@ -230,6 +242,9 @@ class RunConfig(Settings):
         entry = METHODS[name]
         for setting in useless(entry.config.model_validate({"name": name}), entry.traits):
             table.get(setting.table, {}).pop(setting.name, None)
+
+        if self.tuned == "full":  # of parts with an adapter, which a baseline does not have
+            table.pop("lora", None)
 
         return RunConfig.model_validate({**table, "method": {"name": name}, "tune": self.tuned})
 

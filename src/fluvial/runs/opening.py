@@ -140,7 +140,7 @@ def given(
         seed=config.seed,
         examples=None if here is None else partial(_examples, here),
         max_length=config.data.max_length,
-        blank=Outline(config.model, config.adapter).blank,
+        outline=Outline(config.model, config.adapter),
     )
 
 

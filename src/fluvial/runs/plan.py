@@ -13,15 +13,16 @@ from fluvial.formatting import privacy_words
 from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
+from fluvial.models.outline import Outline
+from fluvial.models.part_tuning import PartTuning, tunes_weights
 from fluvial.models.pretrained import dtype_of, num_embeddings
 from fluvial.models.quantised import check_library, quantised_bytes
-from fluvial.models.targets import target_names
+from fluvial.models.targets import LoraSettings, target_names
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
-from fluvial.models.tuning import tuned_layout
 from fluvial.models.weights import check_weights
 from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
-from fluvial.runs.opening import check_settings
+from fluvial.runs.opening import check_settings, settled
 
 _ENVELOPE = 64
 """Bytes by which rounds may differ through the digits of their numbers."""
@@ -42,9 +43,12 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     check_tokenizer(tokenizer, base, config.model.name_or_path)
     weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    layout = tuned_layout(meta_base(config.model), config.adapter)
+    layout = Outline(config.model, config.adapter).assignment.layout
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
     planned = check_settings(config, layout, base, texts)
+    if isinstance(config.adapter, PartTuning) and config.adapter.cut is None:
+        chosen = settled(config, layout, base, len(texts.names))
+        layout = Outline(config.model, chosen.adapter).assignment.layout
     remarks = texts.check()
     refuse_idle(config, planned, texts)
     remarks += idle_remarks(config, planned, texts)
@@ -89,7 +93,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
             "name": config.model.name_or_path,
             "parameters": parameters,
             "trainable": trained,
-            "targets": target_names(base, config.adapter) if config.adapter else ["all weights"],
+            "targets": _targets(config, base),
         },
         "bytes": {"raw": layout.raw_bytes, "frame": forecast.frame, "down": forecast.down},
         "round_over_line_s": forecast.round_over_line_s,
@@ -115,6 +119,19 @@ def _base_rows(config: RunConfig, base: nn.Module) -> list[tuple[str, str]]:
             f"{size:,} B ({size / whole:.0%} of {whole:,} B in {dtype})",
         )
     ]
+
+
+def _targets(config: RunConfig, base: nn.Module) -> list[str]:
+    """Return the modules that an adapter is put on, and "all weights" where these are tuned."""
+    adapter = config.adapter
+    targets = []
+    if isinstance(adapter, LoraSettings) or (
+        isinstance(adapter, PartTuning) and adapter.tunes("lora")
+    ):
+        targets += target_names(base, config.lora)
+    if tunes_weights(adapter):
+        targets.append("all weights")
+    return targets
 
 
 def _traffic_rows(traffic: Callable[[int], Traffic], rounds: int) -> list[tuple[str, str]]:

@@ -67,6 +67,7 @@ def result_of(
         "samples": export.samples,
         "public": export.public,
         "leakage": export.leakage,
+        "parts": export.parts,
         "noise": export.noise,
         "privacy": None if promise is None else promise.report(config.rounds, config.rounds),
         "compare": {name: _compared(baselines[name] or {}) for name in config.compare},

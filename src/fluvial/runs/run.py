@@ -86,15 +86,18 @@ def execute(
     with private(), RunFolder(folder) as main:
         _check_folder(main, config, resume)
         torch.set_num_threads(config.fleet.threads)
-        pool = ModelPool(config.model, config.adapter)  # one for all of them
+        pool = ModelPool(config.model, config.adapter)  # one for all that tune alike
         if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
             pool.check_behaviour()
         known = texts(config, pool) if texts else texts_of(config, pool)
 
         layout, base = pool.layout, pool.outline.base
         runs = [*baselines, (settled(config, layout, base, len(known.names)), folder)]
+        pools: list[ModelPool] = []
         for each, _ in runs:  # the method's own is the last
-            planned = check_settings(each, pool.layout, pool.outline.base, known)
+            alike = [one for one in (pool, *pools) if one.tuning == each.adapter]
+            pools.append(alike[0] if alike else ModelPool(each.model, each.adapter))
+            planned = check_settings(each, pools[-1].layout, base, known)
         remarks = known.check() if isinstance(known, SiteTexts) else []
         refuse_idle(config, planned, known)
         for remark in [*remarks, *idle_remarks(config, planned, known)]:
@@ -104,14 +107,14 @@ def execute(
         main.write_json(
             CONFIG, {"fluvial": __version__, DESCRIPTION: description, **config.resolved()}
         )
-        for number, (each, path) in enumerate(runs):
+        for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, pool, known, assemble).events()
+                yield from Run(each, main, own, known, assemble).events()
                 continue
 
             with RunFolder(path) as baseline:
-                yield from Run(each, baseline, pool, known, assemble).events()
+                yield from Run(each, baseline, own, known, assemble).events()
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:

@@ -9,7 +9,7 @@ from fluvial.methods.fedpipe.planner.formats import FORMATS
 from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
 from fluvial.models.loading import meta_base
-from fluvial.models.tuning import tuned_layout
+from fluvial.models.outline import Outline
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import given
 from fluvial.runs.other_methods import alternatives
@@ -19,7 +19,7 @@ from tests.support.planner import models
 
 def alternatives_of(config: RunConfig, reserve: int) -> dict[str, int]:
     base = meta_base(config.model)
-    facts = given(config, tuned_layout(meta_base(config.model), config.adapter), base, 3)
+    facts = given(config, Outline(config.model, config.adapter).assignment.layout, base, 3)
     sizes = sizes_of(base, 4)
     memory = MemoryModel(
         sizes,

@@ -23,6 +23,7 @@ from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.talk import Talk
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import RunConfig
 from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
@@ -419,7 +420,7 @@ def test_what_differs_has_another_print(
         data[-1] ^= 1
         path.write_bytes(bytes(data))
     elif what == "layout":
-        assert adapter is not None
+        assert isinstance(adapter, LoraSettings)
         adapter = adapter.model_copy(update={"r": 8})
     elif what == "fluvial":
         monkeypatch.setattr(fluvial.site_process.fingerprints, "__version__", "0.0.1")

@@ -7,6 +7,7 @@ alike.
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 from fluvial.data import Example
 from fluvial.errors import ConfigError
@@ -27,7 +28,10 @@ from fluvial.methods.flglm.line_time import round_over_line_s
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import Given
+from fluvial.models.outline import Outline
+from fluvial.models.part_tuning import PartKind, PartNames, PartTuning, Place
 from fluvial.models.split import decoder_layers
+from fluvial.wire.tensors import factor
 
 MB = 10**6
 Costs = Callable[[], Profile]
@@ -36,18 +40,13 @@ SHORTEST = 2
 """Tokens of the shortest sequence of which one is predicted."""
 
 
-def is_open(config: FlGlmConfig) -> bool:
-    """Return true where the cut is to be chosen."""
-    return config.front == "auto" or config.back == "auto"
-
-
-def check_bounds(config: FlGlmConfig, given: Given, costs: Costs) -> None:
+def check_bounds(config: FlGlmConfig, costs: Costs) -> None:
     """Raise `ConfigError` where a cut in numbers does not keep the bounds of the settings."""
     bounds = bounds_of(config)
     if bounds.site is not None or bounds.server is not None:
         choose(cuts(config, costs), bounds)
     elif bounds.read is not None:
-        front = config.cut(len(decoder_layers(given.base)[1])).front
+        front, _ = config.layers
         read = expected(front, config.noise)
         if read > bounds.read:
             raise ConfigError(f"method.{too_readable(read, bounds.read)}; {NO_CUT_PROTECTS}")
@@ -55,7 +54,7 @@ def check_bounds(config: FlGlmConfig, given: Given, costs: Costs) -> None:
 
 def settled(config: FlGlmConfig, given: Given, costs: Costs | None = None) -> FlGlmConfig:
     """Return the settings with the cut in numbers; raises `ConfigError` where none fits."""
-    if not is_open(config):
+    if not config.is_open:
         return config
     chosen = choose(cuts(config, costs or partial(profile, config, given)), bounds_of(config))
     return config.model_copy(update={"front": chosen.front, "back": chosen.back})
@@ -79,7 +78,8 @@ def profile(config: FlGlmConfig, given: Given) -> Profile:
     """Return what cuts of the run's model cost, whichever of them `config` has; raises
     `ConfigError` where that is not known."""
     path, layers = decoder_layers(given.base)
-    kept = kept_bytes(given)
+    kinds = kinds_of(config, given)
+    outside = PartNames.of(given.base, 0, 0)
 
     def in_layer(name: str) -> int | None:
         inside = name.removeprefix(f"{path}.")
@@ -90,45 +90,73 @@ def profile(config: FlGlmConfig, given: Given) -> Profile:
         place = in_layer(name)
         weights[place] = weights.get(place, 0) + parameter.numel() * given.width_bytes
 
-    optimizer: dict[int | None, int] = {}
-    for name, shape in given.layout.shapes:
-        place = in_layer(name)
-        size = kept
-        for length in shape:
-            size *= length
-        optimizer[place] = optimizer.get(place, 0) + size
+    ends_optimizer = 0
+    optimizer: dict[PartKind, list[int]] = {kind: [0] * len(layers) for kind in get_args(PartKind)}
+    for name, size in zip(given.layout.names, given.layout.sizes, strict=True):
+        kind: PartKind = "lora" if factor(name) else "full"
+        number = in_layer(name)
+        if number is not None:
+            optimizer[kind][number] += size * held_bytes(kind, given)
+        elif kinds[outside.place(name)] == kind:
+            ends_optimizer += size * held_bytes(kind, given)
 
-    known: dict[int, Cost] = {}
+    known: dict[tuple[int, int, bool, bool], Cost] = {}
 
     def cost(front: int, back: int) -> Cost:
         """Return what the traffic of a cut costs, which follows from the layers that are shared."""
         fixed = config.model_copy(update={"front": front, "back": back})
-        places = Places.of(fixed, given.base, given.layout)
-        size = places.shared.numel
-        if size not in known:
-            known[size] = _cost(fixed, given, places)
-        return known[size]
+        places = places_of(fixed, given)
+        key = (
+            places.shared.numel,
+            len(places.shared.shapes),
+            places.front_is_tuned,
+            places.needs_gradient,
+        )
+        if key not in known:
+            known[key] = _cost(fixed, given, places)
+        return known[key]
 
-    numbers = range(len(layers))
     return Profile(
         weights.get(None, 0),
-        optimizer.get(None, 0),
-        tuple(weights[number] for number in numbers),
-        tuple(optimizer.get(number, 0) for number in numbers),
+        ends_optimizer,
+        tuple(weights[number] for number in range(len(layers))),
+        optimizer,
         passes(config, given),
-        config.frozen,
+        kinds,
         replicas(config, given),
         cost,
         lambda front: expected(front, config.noise),
     )
 
 
-def kept_bytes(given: Given) -> int:
-    """Return the bytes that stay for each tuned value: moments, the value before, the value.
+def kinds_of(config: FlGlmConfig, given: Given) -> dict[Place, PartKind]:
+    """Return the kind of tuning of each part."""
+    tuning = _outline(given).tuning
+    if isinstance(tuning, PartTuning):
+        return dict(tuning.kinds)
+    return config.parts.kinds("full" if tuning is None else "lora")
+
+
+def places_of(config: FlGlmConfig, given: Given) -> Places:
+    """Return the places of a run under the cut of `config`, which the run's own may leave open."""
+    tuning = _outline(given).tuning
+    layout = given.layout
+    if isinstance(tuning, PartTuning):
+        layout = tuning.within(layout, given.base, config.layers)
+    return Places.of(config, given.base, layout)
+
+
+def _outline(given: Given) -> Outline:
+    assert given.outline is not None, "the facts of a run have its model"
+    return given.outline
+
+
+def held_bytes(kind: PartKind, given: Given) -> int:
+    """Return the bytes that stay for each value tuned so: moments, the value before, the value.
 
     The value itself counts with the base where the base's own weights are tuned in fp32.
     """
-    return 12 if not given.tunes_factors and given.width_bytes == 4 else 16
+    return 12 if kind == "full" and given.width_bytes == 4 else 16
 
 
 def replicas(config: FlGlmConfig, given: Given) -> int:
@@ -138,13 +166,12 @@ def replicas(config: FlGlmConfig, given: Given) -> int:
 
 def passes(config: FlGlmConfig, given: Given) -> Footprint:
     """Return the memory of passes, of sequences of the greatest length."""
-    assert given.blank is not None
     batch = given.train.per_device_train_batch_size
     together = config.cohort(given.sites) if config.mode == "client-batch" else 1
     most = given.train.gradient_accumulation_steps
     return footprint(
-        given.blank(),
-        config,
+        _outline(given).blank,
+        kinds_of(config, given),
         given.train,
         site=Batch(batch, given.max_length, min(config.window, most)),
         server=Batch(batch * together, given.max_length, min(config.in_flight, most)),

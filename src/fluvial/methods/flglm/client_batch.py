@@ -90,7 +90,7 @@ class ClientBatch:
         Raises `ClientError` where too few sites are left for a step.
         """
         setting = self._setting
-        names = setting.places.tuned_middle.names
+        names = setting.places.middle.names
         middle = {name: self._state[name] for name in setting.places.middle.names}
         start = setting.weights({name: middle[name] for name in names})
         checkpointing = setting.train.gradient_checkpointing

@@ -10,16 +10,39 @@ from fluvial.codecs.activations.floats import ExactRowsSettings
 from fluvial.federation.config import BOUNDS, Bound
 from fluvial.methods.flglm.leakage.noise import NoiseConfig
 from fluvial.methods.flglm.leakage.settings import LeakageConfig
-from fluvial.methods.interface import SampledSettings
-from fluvial.models.split import Cut
+from fluvial.methods.interface import SampledSettings, Tune
+from fluvial.models.part_tuning import PartKind, PartTuning, Place, Tuning
+from fluvial.models.targets import LoraSettings
+from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
-Place = Literal["front", "middle", "back"]
 Layers = Annotated[int, Field(ge=0, le=10**6)]
 MEMORY_BYTES = 2**28
 """Bytes of hidden states of a site in each direction, unless set otherwise: 262,144 tokens of 256
 values in fp32."""
+
+
+class PartsConfig(Settings):
+    """Weights that are tuned in each part; unset, those that the run tunes by `tune`."""
+
+    front: PartKind | None = None
+    """Tuned weights of the embedding and the first layers: a LoRA adapter ("lora"), all ("full"),
+    or none ("frozen"). A frozen front needs no gradient, so that one of the four tensors of a step
+    is not sent."""
+    middle: PartKind | None = None
+    """Tuned weights of the server's layers."""
+    back: PartKind | None = None
+    """Tuned weights of the last layers, the final norm and the head. A head that is the embedding
+    too belongs to the front."""
+
+    def kinds(self, tune: Tune) -> dict[Place, PartKind]:
+        """Return the kind of each part in a run that tunes so."""
+        return {
+            "front": self.front or tune,
+            "middle": self.middle or tune,
+            "back": self.back or tune,
+        }
 
 
 class FlGlmConfig(SampledSettings):
@@ -47,9 +70,8 @@ class FlGlmConfig(SampledSettings):
     ends: Literal["shared", "own"] = "shared"
     """Layers of the sites: "shared", the same at all sites as in federated averaging, or each
     site's "own", of which nothing leaves it (the released code)."""
-    frozen: tuple[Place, ...] = ()
-    """Parts that are not tuned. A frozen "front" needs no gradient, so that one of the four
-    tensors of a step is not sent."""
+    parts: PartsConfig = PartsConfig()
+    """Weights that are tuned in each part."""
     sync_steps: int | None = Field(None, ge=1, le=10**9)
     """Steps from one average to the next under mode="hierarchical" (tau); the default averages at
     the end of a round only."""
@@ -77,11 +99,27 @@ class FlGlmConfig(SampledSettings):
     leakage: LeakageConfig = LeakageConfig()
     """Meter of the tokens that the server could read."""
 
-    def cut(self, layers: int) -> Cut:
-        """Return the cut of a model of `layers` layers; see `choice.settled` for an open one."""
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Layers of the front and of the back; see `choice.settled` for those that are open."""
         assert self.front != "auto"
         assert self.back != "auto"
-        return Cut(layers, self.front, self.back)
+        return self.front, self.back
+
+    @property
+    def is_open(self) -> bool:
+        """True where the cut is to be chosen."""
+        return self.front == "auto" or self.back == "auto"
+
+    def tuning(self, tune: Tune, lora: LoraSettings) -> Tuning:
+        """See `MethodSettings`."""
+        kinds = self.parts.kinds(tune)
+        if set(kinds.values()) == {"lora"}:
+            return lora
+        if set(kinds.values()) == {"full"}:
+            return None
+        cut = None if self.is_open else self.layers
+        return PartTuning(lora, kinds["front"], kinds["middle"], kinds["back"], cut)
 
     @property
     def window(self) -> int:
@@ -102,7 +140,7 @@ class FlGlmConfig(SampledSettings):
     def runs_front_alone(self) -> bool:
         """True where hidden states of a sample never change: the front then runs on each sample by
         itself, so that they do not depend on the batch."""
-        return "front" in self.frozen and self.noise is None
+        return self.parts.front == "frozen" and self.noise is None
 
     @property
     def caches_front(self) -> bool:
@@ -144,7 +182,5 @@ class FlGlmConfig(SampledSettings):
                 "memory_bytes: without effect unless recurring='changes', or the front is frozen "
                 "and without noise; remove it"
             )
-        if set(self.frozen) == {"front", "middle", "back"}:
-            yield "frozen: nothing is left to tune; name two parts at most"
-        if len(set(self.frozen)) < len(self.frozen):
-            yield "frozen: names a part twice"
+        if set(self.parts.kinds("lora").values()) == {"frozen"}:
+            yield "parts: nothing is left to tune; freeze two parts at most"

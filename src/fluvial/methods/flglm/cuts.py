@@ -6,7 +6,7 @@ equal ones that with the least memory at a site, then with the deeper front. So 
 add cuts to choose from, and never make the choice worse.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -14,6 +14,7 @@ from typing import Literal
 from fluvial.errors import ConfigError
 from fluvial.formatting import human_bytes
 from fluvial.methods.flglm.footprint import Footprint
+from fluvial.models.part_tuning import PartKind, Place
 
 Open = int | Literal["auto"]
 """A number of layers, or that it is chosen."""
@@ -39,11 +40,11 @@ class Profile:
     """Bytes that stay beside the tuned ones among them: optimizer, and their values before."""
     layer_weights: tuple[int, ...]
     """Bytes of the weights of each layer."""
-    layer_optimizer: tuple[int, ...]
-    """The bytes that stay beside what is tuned in each layer."""
+    layer_optimizer: Mapping[PartKind, Sequence[int]]
+    """The bytes that stay beside what is tuned in each layer, by the kind of its part."""
     footprint: Footprint
-    frozen: Collection[str]
-    """Parts that are not tuned."""
+    kinds: Mapping[Place, PartKind]
+    """Tuned weights of each part."""
     replicas: int
     """Replicas of the server's layers at a time."""
     cost: Callable[[int, int], Cost]
@@ -63,9 +64,9 @@ class Profile:
         last = slice(self.layers - back, self.layers)
         site_weights = self.ends_weights + sum(self.layer_weights[first] + self.layer_weights[last])
         site_optimizer = self.ends_optimizer
-        site_optimizer += 0 if "front" in self.frozen else sum(self.layer_optimizer[first])
-        site_optimizer += 0 if "back" in self.frozen else sum(self.layer_optimizer[last])
-        server_optimizer = 0 if "middle" in self.frozen else sum(self.layer_optimizer[middle])
+        site_optimizer += sum(self.layer_optimizer[self.kinds["front"]][first])
+        site_optimizer += sum(self.layer_optimizer[self.kinds["back"]][last])
+        server_optimizer = sum(self.layer_optimizer[self.kinds["middle"]][middle])
         server_passes = self.footprint.server(self.layers - front - back, self.replicas)
         cost = self.cost(front, back)
 

@@ -6,7 +6,7 @@ and under `train.bf16` activations count as if they were of the base's type, whi
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fluvial.errors import ConfigError
-from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.models.part_tuning import PartKind, PartNames, Place
 from fluvial.models.split import Cut, Part, decoder_layers
 from fluvial.training.train import TrainConfig, shifted, summed_loss
+from fluvial.wire.tensors import factor
 
 STEP = 2
 """Bytes of an optimizer's step for each byte of a gradient: itself, and the update."""
@@ -90,14 +91,22 @@ class Footprint:
 
 
 def footprint(
-    model: nn.Module, config: FlGlmConfig, train: TrainConfig, *, site: Batch, server: Batch
+    blank: Callable[[PartKind], nn.Module],
+    kinds: Mapping[Place, PartKind],
+    train: TrainConfig,
+    *,
+    site: Batch,
+    server: Batch,
 ) -> Footprint:
-    """Return the memory of passes of `model`, which is on the meta device and has its adapter.
+    """Return the memory of passes of a model whose parts are tuned as `kinds` says.
 
-    Raises `ConfigError` for a model whose passes depend on values, as some mixtures of experts do.
+    `blank` makes the model on the meta device as a part of a kind has it. Raises `ConfigError` for
+    a model whose passes depend on values, as some mixtures of experts do.
     """
+    models = {kind: blank(kind) for kind in set(kinds.values())}
+    model = next(iter(models.values()))
+    passes = {kind: _PassesOnShapes(each, kinds, train) for kind, each in models.items()}
     layers = len(decoder_layers(model)[1])
-    passes = _PassesOnShapes(model, config, train, layers)
     fewer = 1 if layers < 4 else 2  # a model of three layers has one in each part
 
     def both(of: Callable[[int], Passes]) -> tuple[Passes, Passes]:
@@ -106,9 +115,9 @@ def footprint(
 
     try:
         return Footprint(
-            both(lambda count: passes.front(count, site)),
-            both(lambda count: passes.middle(count, server)),
-            both(lambda count: passes.back(count, site)),
+            both(lambda count: passes[kinds["front"]].front(count, site)),
+            both(lambda count: passes[kinds["middle"]].middle(count, server)),
+            both(lambda count: passes[kinds["back"]].back(count, site)),
             site.waiting,
             server.waiting,
         )
@@ -130,17 +139,17 @@ class _PassesOnShapes:
     """Passes of the parts of one model."""
 
     def __init__(
-        self, model: nn.Module, config: FlGlmConfig, train: TrainConfig, layers: int
+        self, model: nn.Module, kinds: Mapping[Place, PartKind], train: TrainConfig
     ) -> None:
-        self._layers = layers
-        self._config = config
-        self._part = Part(model, Cut(layers, 1, 1), server=False)
+        self._layers = len(decoder_layers(model)[1])
+        self._kinds = kinds
+        self._part = Part(model, Cut(self._layers, 1, 1), server=False)
         self._part.switch_dropout(active=True)
         self._part.switch_checkpointing(train.gradient_checkpointing)
 
     def front(self, layers: int, batch: Batch) -> Passes:
         """Return A's passes, from token ids to hidden states."""
-        self._tune("front", Cut(self._layers, layers, 1), server=False)
+        self._tune(layers, 1, server=False)
         ids, mask = self._ids(batch)
 
         with _fused_attention(), _Live() as live:
@@ -153,7 +162,7 @@ class _PassesOnShapes:
 
     def middle(self, layers: int, batch: Batch) -> Passes:
         """Return B's passes, from received hidden states to sent ones."""
-        self._tune("middle", Cut(self._layers, 1, self._layers - 1 - layers), server=True)
+        self._tune(1, self._layers - 1 - layers, server=True)
         _, mask = self._ids(batch)
 
         with _fused_attention(), _Live() as live:
@@ -166,7 +175,7 @@ class _PassesOnShapes:
 
     def back(self, layers: int, batch: Batch) -> Passes:
         """Return C's passes, from received hidden states to the loss."""
-        self._tune("back", Cut(self._layers, 1, layers), server=False)
+        self._tune(1, layers, server=False)
         ids, mask = self._ids(batch)
 
         with _fused_attention(), _Live() as live:
@@ -182,17 +191,18 @@ class _PassesOnShapes:
         shape = (batch.sequences, batch.tokens, self._part.width)
         return torch.empty(shape, dtype=self._part.dtype, device="meta").requires_grad_()
 
-    def _tune(self, place: str, cut: Cut, *, server: bool) -> None:
-        """Cut there, and let what is tuned in that part require gradients."""
+    def _tune(self, front: int, back: int, *, server: bool) -> None:
+        """Cut there, and let what is tuned at that end require gradients."""
         part = self._part
-        part.cut = cut
+        names = PartNames.of(part.model, front, back)
+        part.cut = names.cut
         part.server = server
-        owned = part.tuned()
-        for parameter in part.model.parameters():
+        for name, parameter in part.model.named_parameters():
+            kind = self._kinds[names.place(name)]
             parameter.grad = None
-            parameter.requires_grad_(False)
-        for parameter in owned.values():
-            parameter.requires_grad_(place not in self._config.frozen)
+            parameter.requires_grad_(
+                part.holds(name) and kind == ("lora" if factor(name) else "full")
+            )
 
     def _gradients(self) -> int:
         """Return the bytes of the gradients that a pass has left."""

@@ -6,9 +6,10 @@ from functools import cached_property
 
 from torch import nn
 
-from fluvial.methods.flglm.config import FlGlmConfig, Place
-from fluvial.models.split import Cut, decoder_layers
-from fluvial.wire.tensors import Layout
+from fluvial.methods.flglm.config import FlGlmConfig
+from fluvial.models.part_tuning import PartNames, Place
+from fluvial.models.split import Cut
+from fluvial.wire.tensors import Layout, factor
 
 
 @dataclass(frozen=True)
@@ -17,66 +18,59 @@ class Places:
 
     config: FlGlmConfig
     layout: Layout
-    """All tensors of the run."""
-    cut: Cut
-    path: str
-    """Path of the list of layers, such as `model.layers`."""
-    embeddings: tuple[str, ...]
-    """Paths of the embedding modules."""
+    """All tensors that are tuned."""
+    names: PartNames
 
     @classmethod
     def of(cls, config: FlGlmConfig, base: nn.Module, layout: Layout) -> "Places":
         """Return the places in `base`, which may be without weights."""
-        path, layers = decoder_layers(base)
-        embeddings = tuple(
-            f"{name}." for name, module in base.named_modules() if isinstance(module, nn.Embedding)
-        )
-        cut = config.cut(len(layers))
-        return cls(config, layout, cut, path, embeddings)
+        return cls(config, layout, PartNames.of(base, *config.layers))
+
+    @property
+    def cut(self) -> Cut:
+        """The cut of the model."""
+        return self.names.cut
 
     def place(self, name: str) -> Place:
-        """Return the part of a tensor; an embedding that is the head too belongs to the front."""
-        if self.cut.at_server(self.path, name):
-            return "middle"
-
-        first = tuple(f"{self.path}.{index}." for index in self.cut.first)
-        return "front" if name.startswith((*first, *self.embeddings)) else "back"
+        """Return the part of a tensor; see `PartNames.place`."""
+        return self.names.place(name)
 
     @cached_property
     def middle(self) -> Layout:
-        """Return the layout of the server's tensors, frozen ones among them."""
+        """Return the layout of the server's tensors."""
         return self._of(lambda place: place == "middle")
 
     @cached_property
     def ends(self) -> Layout:
-        """Return the layout of the site's tensors, frozen ones among them."""
+        """Return the layout of the site's tensors."""
         return self._of(lambda place: place != "middle")
 
     @cached_property
-    def tuned_middle(self) -> Layout:
-        """Return the layout of the server's tensors that are tuned."""
-        return self._of(lambda place: place == "middle" and place not in self.config.frozen)
-
-    @cached_property
-    def tuned_ends(self) -> Layout:
-        """Return the layout of the site's tensors that are tuned."""
-        return self._of(lambda place: place != "middle" and place not in self.config.frozen)
-
-    @cached_property
     def shared(self) -> Layout:
-        """Return the layout of the sites' tuned tensors where all sites share them; else none."""
-        return self.tuned_ends if self.config.ends == "shared" else Layout(())
+        """Return the layout of the sites' tensors where all sites share them; else none."""
+        return self.ends if self.config.ends == "shared" else Layout(())
+
+    @property
+    def shares_weights(self) -> bool:
+        """True where weights of the base itself are tuned in layers that the sites share."""
+        return not all(factor(name) for name in self.shared.names)
 
     @property
     def needs_gradient(self) -> bool:
         """True where a tensor of the middle or the front is tuned, so that the server needs the
         gradient of its hidden states."""
-        return bool(self.tuned_middle.shapes) or self.front_is_tuned
+        return bool(self.middle.shapes) or self.front_is_tuned
 
     @property
     def front_is_tuned(self) -> bool:
         """True where a tensor of the front is tuned, so that a site needs its gradient."""
-        return any(self.place(name) == "front" for name in self.tuned_ends.names)
+        return any(self.place(name) == "front" for name in self.ends.names)
+
+    def head_is_embedding(self, base: nn.Module) -> bool:
+        """Return whether the head of `base` is its embedding too."""
+        head = base.get_output_embeddings()  # type: ignore[operator]
+        embedding = base.get_input_embeddings()  # type: ignore[operator]
+        return head is not None and head.weight is embedding.weight
 
     def _of(self, chosen: Callable[[Place], bool]) -> Layout:
         return Layout(tuple(entry for entry in self.layout.shapes if chosen(self.place(entry[0]))))

@@ -13,9 +13,10 @@ from fluvial.methods.flglm.choice import (
     bounds_of,
     check_bounds,
     cuts,
-    is_open,
+    kinds_of,
     longest,
     over_line_s,
+    places_of,
     predicted_memory,
     profile,
     settled,
@@ -31,6 +32,7 @@ from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import CheckRow, Forecast, Given, Plan
 from fluvial.methods.planning import line_row
 from fluvial.methods.traffic import Bytes, Traffic, unknown
+from fluvial.models.part_tuning import KIND_WORDS
 from fluvial.models.pretrained import hidden_width
 
 SHOWN = 24
@@ -42,26 +44,21 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     written = config
     costs = cache(partial(profile, config, given))  # of passes that run on shapes
     config = settled(config, given, costs)
-    places = Places.of(config, given.base, given.layout)
-    full = not given.tunes_factors
+    places = places_of(config, given)
+    _check_parts(config, given, places)
 
-    if not places.tuned_ends.shapes and not places.tuned_middle.shapes:
-        raise ConfigError(
-            "method.frozen: nothing is left to tune, since the adapter is in frozen parts only; "
-            "tune another part, or adapt other modules"
-        )
-
-    if config.mode == "hierarchical" and not places.shared.shapes + places.tuned_middle.shapes:
+    if config.mode == "hierarchical" and not places.shared.shapes + places.middle.shapes:
         raise ConfigError(
             "method.mode='hierarchical': no tensor is shared, with the server's layers frozen and "
             "ends = 'own', so there is nothing to average; set mode = 'sequential', tune the "
             "middle, or share the ends"
         )
 
-    if full and config.mode == "client-batch" and places.shared.shapes:
+    if config.mode == "client-batch" and places.shares_weights:
         raise ConfigError(
             "method.mode='client-batch': with all weights tuned, shared layers would bring "
-            "embedding and head to the server; set ends = 'own', another mode, or tune = 'lora'"
+            "embedding or head to the server; set ends = 'own', another mode, or LoRA in front and "
+            "back (tune, method.parts)"
         )
 
     _check_codecs(config, given)
@@ -69,8 +66,8 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
-    if not is_open(written):
-        check_bounds(config, given, costs)
+    if not written.is_open:
+        check_bounds(config, costs)
     forecast = partial(_forecast, written, config, given, places, costs)
     return Plan(
         places.shared,
@@ -78,8 +75,25 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
         idle=_idle(config, given),
         later=later,
         remarks=partial(remarks, config, given),
-        num_trained=places.tuned_ends.numel + places.tuned_middle.numel,
+        num_trained=places.layout.numel,
     )
+
+
+def _check_parts(config: FlGlmConfig, given: Given, places: Places) -> None:
+    """Raise `ConfigError` where nothing is tuned, or nothing in a part that is said to be."""
+    if not places.layout.shapes:
+        raise ConfigError(
+            "method.parts: nothing is left to tune, since the adapter is in frozen parts only; "
+            "tune another part, or adapt other modules"
+        )
+
+    tuned = {places.place(name) for name in places.layout.names}
+    for place, kind in kinds_of(config, given).items():
+        if kind == "lora" and place in config.parts.model_fields_set and place not in tuned:
+            raise ConfigError(
+                f"method.parts.{place}='lora': no module of lora.target_modules is in the {place}; "
+                f"name one that is, or set method.parts.{place} to 'full' or 'frozen'"
+            )
 
 
 def _check_codecs(config: FlGlmConfig, given: Given) -> None:
@@ -150,6 +164,7 @@ def _forecast(
         ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
         ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
         ("base in memory, server", f"{at_server * given.width_bytes:,} B"),
+        *_tuned_rows(config, given, places),
         *_memory_rows(config, given, costs),
         *_open_rows(written, config, given, costs),
     ]
@@ -245,6 +260,26 @@ def _beside_formula(sent: float, given: Given) -> str:
     )
 
 
+def _tuned_rows(config: FlGlmConfig, given: Given, places: Places) -> list[CheckRow]:
+    """Return the tuned weights of each part, where the parts differ."""
+    kinds = kinds_of(config, given)
+    if len(set(kinds.values())) == 1:
+        return []
+
+    counts = dict.fromkeys(kinds, 0)
+    for name, size in zip(places.layout.names, places.layout.sizes, strict=True):
+        counts[places.place(name)] += size
+
+    words = [
+        f"{place}: {KIND_WORDS[kind]}" + (f", {counts[place]:,} values" if counts[place] else "")
+        for place, kind in kinds.items()
+    ]
+    rows = [("tuned in each part", " | ".join(words))]
+    if kinds["front"] != kinds["back"] and places.head_is_embedding(given.base):
+        rows.append(("head", "the embedding, which belongs to the front and is tuned with it"))
+    return rows
+
+
 def _memory_rows(config: FlGlmConfig, given: Given, costs: Costs) -> list[CheckRow]:
     """Return the rows about memory beside the base's weights."""
     found = predicted_memory(config, costs)
@@ -278,7 +313,7 @@ def _open_rows(
     written: FlGlmConfig, config: FlGlmConfig, given: Given, costs: Costs
 ) -> list[CheckRow]:
     """Return a row for each cut that was open, the preferred ones first."""
-    if not is_open(written):
+    if not written.is_open:
         return []
 
     bounds = bounds_of(written)

@@ -123,7 +123,7 @@ class Replica:
         part = self._borrowed.enter_context(
             setting.parts.part(self._state, trainable=True, checkpointing=checkpointing)
         )
-        names = setting.places.tuned_middle.names
+        names = setting.places.middle.names
         start = setting.weights({name: self._state[name] for name in names})
         rounding = generator(seed, "rounding at the server", self._round, self._site)
         dropout_seed, _ = draws_of_round(seed, self._round, self._site)

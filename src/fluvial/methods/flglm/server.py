@@ -28,6 +28,7 @@ from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.measuring import Measures, measures_of
 from fluvial.methods.shared import SharedModelServer
+from fluvial.models.part_tuning import PartTuning
 from fluvial.models.states import base_state, changed, initial_state
 from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Named, moved, norm, subtract
@@ -182,9 +183,11 @@ class FlGlmServer(SharedModelServer):
         An adapter is written without the base's weights, of which the server has only its own.
         """
         leakage = self._leakage(fleet, reporting.rounds)
+        tuning = reporting.pool.tuning
         return replace(
             self._written(fleet, reporting, final),
             leakage=None if leakage is None else leakage.to_values(self.config.leakage.most),
+            parts=tuning.words if isinstance(tuning, PartTuning) else None,
             noise=self._account(reporting),
         )
 

@@ -318,11 +318,11 @@ def train(site: Site, message: Payload) -> Talk:
     dropout_seed, draw = draws_of_round(site.seed, round, site.name)
     batches = shuffled_batches(range(len(examples)), site.train.logical_batch, draw)
     steps = site.train.steps(len(examples))
-    start = site.pool.weights({name: state[name] for name in places.tuned_ends.names})
+    start = site.pool.weights({name: state[name] for name in places.ends.names})
     pool = site.pool.parts(places.cut, server=False)
 
     with pool.part(state, trainable=True, checkpointing=site.train.gradient_checkpointing) as part:
-        tuned = places.tuned_ends.names
+        tuned = places.ends.names
         front = [name for name in tuned if places.place(name) == "front"]
         ends = Ends(part, tuned, site.train, front=front, steps=steps, start=start)
         coding = Coding.of(config, part, generator(site.seed, "rounding", round, site.name))

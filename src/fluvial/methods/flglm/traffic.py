@@ -24,8 +24,10 @@ from fluvial.methods.flglm.turns import Backward, Content, Forward, Meeting, ans
 from fluvial.methods.interface import Given
 from fluvial.methods.traffic import FULL_LOSS, SHORT_LOSS, Bytes, envelope, exactly
 from fluvial.models.pretrained import hidden_width
+from fluvial.models.states import changed, initial_state
 from fluvial.training.train import shuffled_batches
-from fluvial.wire.payload import Value
+from fluvial.wire.payload import Payload, Value
+from fluvial.wire.tensors import Layout
 
 _KINDS = {4: torch.float32, 2: torch.bfloat16}
 """Float types by bytes of a value; codecs have the same size for both types of two bytes."""
@@ -111,8 +113,11 @@ class _Prediction:
         self._all_tokens = all_tokens
         self._sites = sites
         self._needs_gradient = places.needs_gradient
-        self._tunes_own_ends = bool(places.tuned_ends.shapes) and not places.shared.shapes
+        self._tunes_own_ends = bool(places.ends.shapes) and not places.shared.shapes
         self._shared = places.shared
+        start = changed(initial_state(places.shared, given.seed))
+        self._begun = Layout.of(start)
+        """Tensors of the shared layers that the first message of round 1 has."""
         self._returns = places.front_is_tuned
         self._kind = _KINDS[given.width_bytes]
         self._gradient = build_activation(config.gradient, self._kind)
@@ -257,12 +262,16 @@ class _Prediction:
 
     def _message(self, round: int, held: int) -> Bytes:
         """Return the bytes of the first message, which names the round of what is `held`."""
-        whole = self._ends > 0 and (self._given.tunes_factors or round > 1)
         values: dict[str, Value] = {"round": round}
         if self._config.remembers:
             values["held"] = held
-        around = envelope(values, frame=whole)
-        return around + exactly(self._ends if whole else 0)
+
+        if round == 1 and self._begun != self._shared:  # weights without a change are left out
+            nothing = {name: torch.zeros(shape) for name, shape in self._begun.shapes}
+            return exactly(len(Payload(nothing, values).to_bytes()))
+
+        whole = self._ends > 0
+        return envelope(values, frame=whole) + exactly(self._ends if whole else 0)
 
     def _reply(self, examples: Sequence[Example]) -> Bytes:
         """Return the bytes of the reply."""

@@ -35,7 +35,7 @@ def test_trained_parameters_are_those_of_all_three_parts(table: dict[str, Any], 
     assert rows(table, ends=ends)["trained parameters"].startswith(f"{whole:,} (")
 
     parts = [
-        whole - checked(table, ends=ends, frozen=[part])["model"]["trainable"]
+        whole - checked(table, ends=ends, parts={part: "frozen"})["model"]["trainable"]
         for part in ("front", "middle", "back")
     ]
     assert min(parts) > 0
@@ -56,7 +56,10 @@ def test_the_lengths_behind_the_bytes_of_a_cut_are_named(table: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        ({"frozen": ["front"]}, "at most 268,435,456 B (method.memory_bytes) for a site at the"),
+        (
+            {"parts": {"front": "frozen"}},
+            "at most 268,435,456 B (method.memory_bytes) for a site at the",
+        ),
         (
             {"recurring": "changes", "hidden": {"name": "int8"}},
             "at most 268,435,456 B (method.memory_bytes) for a site and direction at the server",
@@ -74,7 +77,7 @@ def test_the_room_for_hidden_states_is_that_of_the_setting(
 
 
 def test_too_little_room_for_an_epoch_is_remarked(table: dict[str, Any]) -> None:
-    found = checked(table, frozen=["front"], memory_bytes=10_000)
+    found = checked(table, parts={"front": "frozen"}, memory_bytes=10_000)
     (row,) = [each["value"] for each in found["rows"] if each["what"] == "hidden states by sample"]
     assert "no room" in row
     (note,) = [note for note in found["notes"] if "method.memory_bytes=10000" in note]

@@ -13,7 +13,19 @@ from tests.support.models import with_fitting_model
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"mode": "hierarchical", "ends": "own", "frozen": ["middle"]}, "nothing to average"),
+        (
+            {"mode": "hierarchical", "ends": "own", "parts": {"middle": "frozen"}},
+            "nothing to average",
+        ),
+        ({"parts": {"back": "full"}}, "method.mode='client-batch': with all weights tuned"),
+        (
+            {"front": 0, "parts": {"front": "lora"}},
+            "method.parts.front='lora': no module of lora.target_modules is in the front",
+        ),
+        (
+            {"front": 0, "parts": {"middle": "frozen", "back": "frozen"}},
+            "method.parts: nothing is left to tune",
+        ),
         ({"hidden": {"name": "int4", "outlier_channels": 65536}}, "method.hidden.outlier_channels"),
         ({"gradient": {"name": "int4", "outlier_channels": 65536}}, "method.gradient.outlier_"),
     ],
