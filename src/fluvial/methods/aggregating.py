@@ -18,7 +18,6 @@ from fluvial.federation.adapters import (
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.interface import Context, Given, Metrics
 from fluvial.methods.shared import move
-from fluvial.models.adapters import module_ranks
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
@@ -166,9 +165,9 @@ def check_aggregation(settings: AggregationSettings, given: Given, *, broadcast:
     if not given.tunes_factors:
         raise ConfigError(f"{place}: all weights are tuned, and none is a factor; remove it")
 
-    assert given.blank is not None, "a plan has the shapes of the model"
+    assert given.outline is not None, "a plan has the shapes of the model"
     rows = {name: shape[0] for name, shape in given.layout.shapes if factor(name) == "A"}
-    for module, rank in module_ranks(given.blank()).items():
+    for module, rank in given.outline.assignment.ranks:
         if rows[f"{module}.lora_A.weight"] != rank:
             raise ConfigError(
                 f"{place}: module {module!r} has its experts in one tensor, whose product is not "
@@ -191,8 +190,7 @@ def side_download(
     if not settings.sends_side:
         return None
 
-    assert given.blank is not None, "a plan has the shapes of the model"
-    ranks = tuple(module_ranks(given.blank()).items())
-    run = Assignment(given.layout, ranks, 1, "float32")
+    assert given.outline is not None, "a plan has the shapes of the model"
+    run = Assignment(given.layout, given.outline.assignment.ranks, 1, "float32")
     assigned = with_side(run, settings)
     return assigned.layout, assigned.to_values(run)

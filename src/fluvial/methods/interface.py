@@ -25,7 +25,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout
+from fluvial.wire.tensors import Layout, factor
 
 Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
@@ -159,6 +159,11 @@ class Given:
     """Tokens of a sequence at most."""
     outline: Outline | None = None
     """The base's names, shapes and types, and its tuning."""
+
+    @property
+    def tunes_factors(self) -> bool:
+        """True where an adapter is tuned, False for all weights."""
+        return any(factor(name) for name in self.layout.names)
 
 
 CheckRow = tuple[str, str]
