@@ -58,7 +58,7 @@ class FlGlmServer(SharedModelServer):
         """
         self.setting.parts.load()
         most = self.config.leakage.most
-        leakage = None if most is None else self._leakage(fleet, 1, which="base")
+        leakage = None if most is None else self._leakage(fleet, 0, which="base")
         if leakage is None:
             return {}
         if reason := beyond_bound(leakage, most):
@@ -202,14 +202,14 @@ class FlGlmServer(SharedModelServer):
         return Export(adapter_sha256=sha256, samples=texts)
 
     def _leakage(self, fleet: Fleet, round: int, which: Which = "final") -> Leakage | None:
-        """Return the success of the sites' attacks on the base or the present model; None without
-        any."""
+        """Return the success of the sites' attacks on the base or the present model after `round`,
+        0 before the first; None without any."""
         chosen = self.config.leakage.sites
         if chosen == "none":
             return None
 
         sites = fleet.sites if chosen == "all" else fleet.sites[:1]
-        message = self._use(which, round)
+        message = self._use(which, max(1, round))  # sites expect a round of the run
         with self._serving(which) as serving:
             answers = serving.replies(fleet, AUDIT, sites, message, round=round, read=replies.read)
             return replies.together([reply.content for reply in answers])
