@@ -219,6 +219,15 @@ def test_pad_weighs_by_the_norm_of_the_products() -> None:
         assert torch.allclose(tensor, share * padded + (1 - share) * large, atol=1e-6)
 
 
+def test_products_that_are_zero_have_the_weights_of_samples() -> None:
+    """HetLoRA's weights are zero there, and a relative error has no unit; both stay finite."""
+    changes = {"a": SiteChange(start(2), start(2), 1), "b": SiteChange(start(4), start(4), 3)}
+    result = aggregate(changes, 4, mode="pad")
+    a = f"{min(SIZES)}.lora_A.weight"
+    assert torch.allclose(result.whole.adapter[a][2:], 0.75 * start(4)[a][2:])
+    assert {each.error for each in result.measures.values()} == {0.0}
+
+
 def test_ffa_is_exact_and_needs_one_a() -> None:
     shared = start(4)
     changes = {}

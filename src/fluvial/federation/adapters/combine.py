@@ -7,6 +7,7 @@ the product of two means is not the mean of the products. The scale of LoRA is t
 (see `models.adapters`), so it does not appear.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,27 +97,25 @@ def combine(
     rest = dict(before.rest)
     measures = {}
     samples = sum(change.weight for change in changes.values())
-    norm_weights = _norm_weights(changes) if settings.mode == "pad" else {}
+    norms = _norms(changes) if settings.mode == "pad" else {}
+    trained = {name: set(modules_of(change.trained)) for name, change in sorted(changes.items())}
 
     for module in modules_of(before.adapter):
-        training = [
-            (name, change)
-            for name, change in sorted(changes.items())
-            if module in modules_of(change.trained)
-        ]
+        training = [changes[name] for name, modules in trained.items() if module in modules]
         if not training:
             continue
 
-        weights = _shares([change.weight for _, change in training])
+        weights = _shares([change.weight for change in training])
         if settings.absent == "count":
-            weights = [change.weight / samples for _, change in training]
+            weights = [change.weight / samples for change in training]
+        sizes = [norms[name] for name, modules in trained.items() if norms and module in modules]
         given = _Module(
             module,
             before,
-            [read_factors(change.received, module) for _, change in training],
-            [read_factors(change.trained, module) for _, change in training],
+            [read_factors(change.received, module) for change in training],
+            [read_factors(change.trained, module) for change in training],
             weights,
-            _shares([norm_weights[name] for name, _ in training]) if norm_weights else weights,
+            _shares(sizes) if any(sizes) else weights,
             read_factors(fresh, module),
         )
         result = given.combined(settings)
@@ -146,7 +145,7 @@ class _Module:
     weights: Sequence[float]
     """Weights of the sites; their sum is below 1 where absent sites count."""
     padding_weights: Sequence[float]
-    """Weights of the sites under "pad"."""
+    """Weights of the sites under "pad": HetLoRA's, or the others where every product is zero."""
     fresh: LowRank
 
     def combined(self, settings: AggregationSettings) -> _Result:
@@ -248,22 +247,14 @@ def _shares(weights: Sequence[float]) -> list[float]:
     return [weight / whole for weight in weights]
 
 
-def _norm_weights(changes: Mapping[str, SiteChange]) -> dict[str, float]:
-    """Return HetLoRA's weight of each site: the norm of all its products.
-
-    Where every product is zero, samples are the weights.
-    """
-    norms = {
-        name: sum(
-            read_factors(change.trained, module).norm() ** 2
-            for module in modules_of(change.trained)
+def _norms(changes: Mapping[str, SiteChange]) -> dict[str, float]:
+    """Return the norm of all products of each site, which is its weight in HetLoRA."""
+    return {
+        name: math.hypot(
+            *(read_factors(change.trained, module).norm() for module in modules_of(change.trained))
         )
-        ** 0.5
-        for name, change in sorted(changes.items())
+        for name, change in changes.items()
     }
-    if not any(norms.values()):
-        return {name: float(change.weight) for name, change in changes.items()}
-    return norms
 
 
 def _filled(components: LowRank, fresh: LowRank) -> LowRank:

@@ -4,7 +4,6 @@ Nothing computes the product itself. A QR of each factor leaves a core as small 
 core has the singular values of the product.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -98,9 +97,9 @@ def distance(one: LowRank, other: LowRank) -> float:
 
 
 def share_of(part: float, whole: float) -> float:
-    """Return the share of a norm in another one; 0 for nothing in nothing."""
+    """Return the share of a norm in another one; in a norm of 0 it is 0 for nothing, else 1."""
     if whole == 0:
-        return 0.0 if part == 0 else math.inf
+        return 0.0 if part == 0 else 1.0
     return part / whole
 
 
