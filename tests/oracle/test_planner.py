@@ -203,6 +203,26 @@ def test_a_coarse_unit_keeps_the_capacity_and_loses_less_than_one_unit_a_weight(
         assert coarse.value(capacity) <= exact.value(capacity) <= exact.bound(capacity) + 1e-6
 
 
+def test_a_plan_with_rounded_costs_says_how_far_it_is_from_the_best() -> None:
+    """All settings but one are closed, so that both plans have the same capacity."""
+    settings = SETTINGS.model_copy(
+        update={"formats": ("nf4",), "batches": (1,), "eighths": (8,), "checkpointing": "always"}
+    )
+    weights = candidates(0, mlp=True)
+    chosen = planner(weights, settings)
+    site = models(0, memory_bytes=36_500_000)
+    exact = chosen.plan(site)
+    assert exact is not None
+    assert chosen.gap(site, exact) == 0
+
+    chosen.choice.knapsack = Knapsack(chosen.choice.knapsack.items, most_units=300)
+    coarse = chosen.plan(site)
+    assert coarse is not None
+    gap = chosen.gap(site, coarse)
+    assert 0 < gap < 0.2
+    assert coarse.value < exact.value <= coarse.value * (1 + gap) + 1
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_value_per_second_equals_a_search_over_all_settings_and_capacities(seed: int) -> None:
     weights = candidates(seed, layers=1)

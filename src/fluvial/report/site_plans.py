@@ -50,6 +50,20 @@ def site_plans_table(planned: JsonObject) -> Group:
     notes.append(
         f"{planned['candidates']} candidate weights, objective {planned['objective']}, {deadline}"
     )
+    if planned["gap"]:
+        notes.append(
+            "the ranks are not exactly the best, since costs were rounded up: at most "
+            f"{planned['gap']:.2%} of the value is missing"
+        )
+    uniform = planned["uniform_under_training"]
+    if uniform:
+        left = [
+            site["plan"]["under_training"] if site["plan"] else 1.0 for site in planned["sites"]
+        ]
+        notes.append(
+            f"by the deadline {sum(left) / len(left):.0%} of a site's data stays untrained in the "
+            f"mean; under uniform LoRA it would be {sum(uniform.values()) / len(uniform):.0%}"
+        )
     load = planned["full_load_s"]
     if limit is None and load is not None:
         notes.append(

@@ -11,7 +11,7 @@ from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.advice import RATES, advised_codec, advised_method
-from fluvial.methods.fedpipe.planner.deadline import default_deadline_s
+from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, uniform_under_training
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -91,6 +91,7 @@ def _described(
         "candidates": len(deciding.uninformed),
         "deadline_s": deadline_s,
         "full_load_s": _full_load_s(planners, models),
+        "uniform_under_training": _uniform_under_training(config, deadline_s, planners, models),
         "objective": server.config.planner.objective,
         "sites": [
             {
@@ -101,6 +102,13 @@ def _described(
             }
             for site in fleet.sites
         ],
+        "gap": max(
+            (
+                planners[site].gap(models[site], plan, deadline_s)
+                for site, plan in server.plans.items()
+            ),
+            default=0.0,
+        ),
         "method": {"name": method.name, "why": method.why},
         "codec": _codec(server, planners, models),
     }
@@ -112,6 +120,29 @@ def _full_load_s(planners: Mapping[str, Planner], models: Mapping[str, Models]) 
     if not models:
         return None
     return default_deadline_s(planners[min(planners)], models)
+
+
+def _uniform_under_training(
+    config: RunConfig,
+    deadline_s: float | None,
+    planners: Mapping[str, Planner],
+    models: Mapping[str, Models],
+) -> dict[str, float]:
+    """Return the share of each site's data that LoRA of the run's rank and batch would leave
+    untrained by the deadline; empty without one."""
+    if deadline_s is None:
+        return {}
+    return {
+        site: uniform_under_training(
+            planners[site],
+            models[site],
+            deadline_s,
+            batch=config.train.per_device_train_batch_size,
+            length=models[site].profile.tokens[-1].length,
+            rank=config.lora.r,
+        )
+        for site in sorted(models)
+    }
 
 
 def _limits(profile: Profile | None, plan: SitePlan | None) -> dict[str, Any] | None:

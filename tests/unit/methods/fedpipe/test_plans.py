@@ -11,8 +11,13 @@ from pydantic import ValidationError
 from fluvial.errors import ConfigError
 from fluvial.methods.fedpipe.planner.candidates import Candidate, normalised
 from fluvial.methods.fedpipe.planner.choice import RankChoice
-from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, full_load_s
+from fluvial.methods.fedpipe.planner.deadline import (
+    default_deadline_s,
+    full_load_s,
+    uniform_under_training,
+)
 from fluvial.methods.fedpipe.planner.decision import Planner
+from fluvial.methods.fedpipe.planner.profile import Speed
 from fluvial.methods.fedpipe.planner.refusal import Alternative, refusal, refuse
 from fluvial.methods.fedpipe.planner.replanning import replanned
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
@@ -102,6 +107,33 @@ def test_the_deadline_is_the_full_load_of_the_middle_site() -> None:
     assert loads["c"] is not None
     assert default_deadline_s(chosen, sites) == loads["c"] * 1.2
     assert default_deadline_s(chosen, {"d": sites["d"]}) is None
+
+
+def test_plans_leave_less_data_untrained_than_uniform_lora() -> None:
+    """Sites with 0.75 to 4 times the memory, speed and link of the middle one."""
+    chosen = planner(rates=(4,), batches=(1, 2, 4, 8, 16))
+    sites = {
+        str(number): models(
+            memory_bytes=round(factor * 60 * MB),
+            speeds={"bfloat16": (Speed(1, factor * 1000), Speed(16, factor * 3000))},
+            up_bytes_s=factor * 2000.0,
+            down_bytes_s=factor * 8000.0,
+            latency_s=0.5,
+            samples=800,
+        )
+        for number, factor in enumerate((0.75, 1.0, 1.0, 2.0, 4.0))
+    }
+    deadline_s = default_deadline_s(chosen, sites)
+    assert deadline_s is not None
+    uniform = {
+        name: uniform_under_training(chosen, site, deadline_s, batch=4, length=64, rank=8)
+        for name, site in sites.items()
+    }
+    plans = {name: chosen.plan(site, deadline_s) for name, site in sites.items()}
+    left = {name: 1.0 if plan is None else plan.under_training for name, plan in plans.items()}
+    assert sum(uniform.values()) > 0.5
+    assert sum(left.values()) < sum(uniform.values()) / 2
+    assert max(left.values()) < 1
 
 
 def test_a_slow_site_processes_what_the_deadline_allows() -> None:

@@ -202,6 +202,21 @@ class Planner:
         ranks = self.choice.of(dict(plan.ranks))
         return None if ranks.lora > room.capacity else self._site_plan(models, room, ranks)
 
+    def gap(self, models: Models, plan: SitePlan, deadline_s: float | None = None) -> float:
+        """Return the share of value, at most, by which other ranks in the setting of a plan would
+        be better; 0 where the knapsack is exact.
+
+        Under "value-per-second" these are other ranks with as many parameters.
+        """
+        knapsack = self.choice.knapsack
+        if knapsack.exact or self.settings.selection != "importance":
+            return 0.0
+
+        capacity = self.choice.of(dict(plan.ranks)).lora
+        if self.settings.objective == "value":
+            capacity = self.room(models, plan.setting, deadline_s).capacity
+        return max(0.0, knapsack.bound(capacity) / plan.value - 1)
+
     def _promising(self, models: Models, deadline_s: float | None) -> list[tuple[float, int, Room]]:
         """Return the settings with room, those with the highest bound of their score first."""
         bounded = [
