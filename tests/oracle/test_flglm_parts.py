@@ -364,3 +364,19 @@ def test_resume_is_a_straight_run(
     for key in ("model_sha256", "heldout", "bytes"):
         assert event.values[key] == straight[key]
     assert (straight["model_sha256"] is None) == (ends == "own")
+
+
+@pytest.mark.parametrize("back", ["lora", "full"])
+def test_a_chosen_cut_is_the_cut_in_numbers(
+    back: str, small: dict[str, Any], tmp_path: Path
+) -> None:
+    """What is tuned follows from the cut that is chosen when the run begins."""
+    settings = {
+        "mode": "sequential",
+        "parts": {"front": "frozen", "back": back},
+        "leakage": NO_METER,
+    }
+    chosen = flglm(small, tmp_path / "chosen", front="auto", back="auto", **settings)
+    number = flglm(small, tmp_path / "number", front=1, back=1, **settings)
+    for key in ("adapter_sha256", "model_sha256", "bytes", "parts"):
+        assert chosen[key] == number[key]

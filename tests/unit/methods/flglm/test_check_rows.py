@@ -126,3 +126,34 @@ def test_a_model_whose_passes_follow_from_values_has_no_predicted_memory(
     monkeypatch.setattr(Part, "logits", fails)
     with pytest.raises(RuntimeError, match="is invalid for input"):
         rows(table)
+
+
+def test_the_tuned_weights_of_each_part_are_shown(table: dict[str, Any]) -> None:
+    """With their counts, and with a head that is the embedding."""
+    found = rows(table, ends="own", parts={"front": "frozen", "back": "full"})
+    front, middle, back = found["tuned in each part"].split(" | ")
+    assert front == "front: frozen"
+    assert middle.startswith("middle: a LoRA adapter, ")
+    assert back.startswith("back: all weights, ")
+    assert found["head"].startswith("the embedding, which belongs to the front")
+
+    values = [
+        int(words.split(", ")[1].removesuffix(" values").replace(",", ""))
+        for words in (middle, back)
+    ]
+    assert found["trained parameters"].startswith(f"{sum(values):,} (")
+    optimizer = [
+        int(found[f"what is tuned and optimizer in memory, {end}"].split()[0].replace(",", ""))
+        for end in ("server", "site")
+    ]
+    # Two moments and the value before in fp32; the value too where it is no weight of the base.
+    assert optimizer == [16 * values[0], 12 * values[1]]
+
+
+def test_an_open_cut_has_parts_too(table: dict[str, Any]) -> None:
+    """The cut is chosen, and then what is tuned follows from it."""
+    parts = {"front": "frozen", "back": "full"}
+    chosen = checked(table, ends="own", front="auto", back="auto", parts=parts)
+    number = checked(table, ends="own", front=1, back=1, parts=parts)
+    assert chosen["model"] == number["model"]
+    assert chosen["bytes"] == number["bytes"]
