@@ -395,7 +395,7 @@ def test_the_other_tests_are_there(field: str) -> None:
 REFUSED: dict[str, tuple[Table, str]] = {
     "an adapter that no part has": (
         {"method": {"name": "flglm", "parts": dict.fromkeys(("front", "middle", "back"), "full")}},
-        "lora: without effect",
+        "lora: without effect, because no part of the model has an adapter",
     ),
     "an adapter beside frozen and whole parts": (
         {

@@ -119,14 +119,14 @@ class RunConfig(Settings):
             yield "tune: without effect, because method.parts names every part; remove it"
 
         adapter = self.adapter
-        parts = isinstance(adapter, PartTuning)
+        by_parts = isinstance(adapter, PartTuning) or self.tuned == "lora"
         adapts = adapter.tunes("lora") if isinstance(adapter, PartTuning) else adapter is not None
         compared = bool(self.compare) and self.tuned == "lora"
         if not adapts and not compared and "lora" in self.model_fields_set:
             yield (
                 "lora: without effect, because no part of the model has an adapter; remove it, or "
                 "set a part of method.parts to 'lora'"
-                if parts
+                if by_parts
                 else "lora: without effect, because all weights are tuned; remove it, or "
                 "set tune = 'lora'"
             )
