@@ -26,6 +26,11 @@ class Failure:
         if not self.reason.strip():
             object.__setattr__(self, "reason", "it gave no reason")
 
+    def record(self) -> dict[str, str]:
+        """Return the failure as a round's record has it, with the last line of its reason."""
+        reason = self.reason.strip().splitlines()[-1]
+        return {"site": self.site, "task": self.task, "reason": reason}
+
 
 def unreadable(problem: Exception) -> str:
     """Return one line about an answer that could not be read, without control characters."""

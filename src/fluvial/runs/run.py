@@ -22,7 +22,6 @@ from fluvial.errors import (
     wrong_return,
 )
 from fluvial.exchange.versions import INSTALL
-from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.meter import AUDIT, Kind
@@ -266,8 +265,8 @@ class Run:
                 site: {f"{way} {task}": n for (way, task), n in row.items()}
                 for site, row in by_site.items()
             },
-            "missing": [_row(failure) for failure in failures if not failure.asked_again],
-            "asked_again": [_row(failure) for failure in failures if failure.asked_again],
+            "missing": [failure.record() for failure in failures if not failure.asked_again],
+            "asked_again": [failure.record() for failure in failures if failure.asked_again],
         }
         try:
             self.folder.append_metrics(record)
@@ -383,15 +382,6 @@ class Run:
             folder=self.folder.path,
             replace=self.folder.replace_folder,
         )
-
-
-def _row(failure: Failure) -> dict[str, str]:
-    """Return a failure as a round's record has it."""
-    return {
-        "site": failure.site,
-        "task": failure.task,
-        "reason": failure.reason.strip().splitlines()[-1],
-    }
 
 
 def _listed(sizes: Mapping[Kind, int]) -> list[Value]:
