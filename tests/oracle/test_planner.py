@@ -235,7 +235,7 @@ def test_value_per_second_equals_a_search_over_all_settings_and_capacities(seed:
             ranks = chosen.choice.within(capacity, "importance")
             if ranks.lora:
                 best = max(best, chosen.score(room, ranks))
-            if capacity > chosen.choice.most:
+            if capacity > chosen.choice.knapsack.total:
                 break
 
     plan = chosen.plan(site, 60.0)

@@ -53,8 +53,8 @@ def site_plans(config: RunConfig) -> dict[str, Any]:
         run = Run(config, files, pool, texts)
         server = run.server
         assert isinstance(server, FedPipeServer)
-        server.setup(run.fleet)
-        return _described(config, server, run.fleet, pool, len(texts.names))
+        plans = server.setup(run.fleet)["plans"]
+        return _described(config, server, plans, run.fleet, pool, len(texts.names))
 
 
 LEAST_QUORUM = 1e-9
@@ -62,9 +62,14 @@ LEAST_QUORUM = 1e-9
 
 
 def _described(
-    config: RunConfig, server: FedPipeServer, fleet: Fleet, pool: ModelPool, sites: int
+    config: RunConfig,
+    server: FedPipeServer,
+    plans: Mapping[str, Any],
+    fleet: Fleet,
+    pool: ModelPool,
+    sites: int,
 ) -> dict[str, Any]:
-    """Return the plans of a server half after its set-up."""
+    """Return the `plans` of a server half after its set-up, and what suits the sites."""
     deciding = server.deciding
     models = {site: deciding.models(profile) for site, profile in server.profiles.items()}
     planners = {
@@ -97,7 +102,7 @@ def _described(
             {
                 "name": site,
                 "limits": _limits(server.profiles.get(site), server.plans.get(site)),
-                "plan": server.plans[site].to_json() if site in server.plans else None,
+                "plan": plans.get(site),
                 "refused": _reason(refusals.get(site), failed.get(site)),
             }
             for site in fleet.sites

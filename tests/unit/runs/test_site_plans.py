@@ -9,9 +9,13 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.errors import ConfigError
+from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.memory import MemoryModel
+from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.report.site_plans import site_plans_table
 from fluvial.runs.config import parse
 from fluvial.runs.site_plans import site_plans
+from tests.support.runs import run_table
 from tests.unit.report.test_show import text_of
 from tests.unit.runs.test_interrupt import toml
 
@@ -72,6 +76,28 @@ def test_the_command_prints_the_same_plans_and_leaves_nothing(
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads(json.dumps(site_plans(parse(table, "test"))))
     assert list(tmp_path.iterdir()) == [config]
+
+
+def test_a_run_records_the_models_that_its_plans_were_made_with(
+    table: dict[str, Any], tmp_path: Path
+) -> None:
+    few = table | {"rounds": 1, "compare": [], "fleet": {"on_failure": "skip", "quorum": 0.5}}
+    setup = run_table(few, tmp_path / "run")["setup"]
+    assert set(setup["plans"]) == {"north", "west"}
+    plan = setup["plans"]["north"]
+    memory = MemoryModel.from_json(setup["models"]["north"]["memory"])
+    parameters = 64 * sum(plan["ranks"].values())  # q, k, v and o are 32 x 32
+    assert (
+        memory.total(
+            FORMATS[plan["format"]],
+            plan["batch"],
+            plan["length"],
+            checkpointing=plan["checkpointing"],
+            lora=parameters,
+        )
+        <= plan["prediction"]["memory_bytes"]
+    )
+    assert TimeModel.from_json(setup["models"]["north"]["time"]).base_parameters > 0
 
 
 def test_a_method_without_plans_is_refused(run_config: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.refusal import refusal
 from fluvial.methods.fedpipe.planner.replanning import replanned
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
-from fluvial.methods.fedpipe.planner.side_paths import modules_of, with_side_path
 from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.methods.fedpipe.scores import Scores
@@ -123,14 +122,10 @@ class Deciding:
         """
         plans: dict[str, SitePlan] = {}
         refused: dict[str, str] = {}
-        models_of = {
-            site: self.models(profile, slowness.get(site, 1.0))
-            for site, profile in profiles.items()
-        }
 
         for site in sorted(profiles):
             planner = self.planner(scores, profiles[site])
-            models = models_of[site]
+            models = self.models(profiles[site], slowness.get(site, 1.0))
             old = present.get(site)
             if old is None:
                 plan = planner.plan(models, deadline_s)
@@ -143,9 +138,4 @@ class Deciding:
             else:
                 plans[site] = plan
 
-        used = modules_of({**present, **plans}.values())
-        widths = {candidate.module: candidate.width for candidate in self.uninformed}
-        sizes = {module: rank * widths[module] for module, rank in self.run.ranks}
-        return {
-            site: with_side_path(plan, models_of[site], used, sizes) for site, plan in plans.items()
-        }, refused
+        return plans, refused

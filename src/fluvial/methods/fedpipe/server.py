@@ -19,6 +19,7 @@ from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
 from fluvial.methods.fedpipe.importance import modules_of, names_of
 from fluvial.methods.fedpipe.planner.comparison import Measured, compared
+from fluvial.methods.fedpipe.planner.decision import Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
@@ -78,7 +79,9 @@ class FedPipeServer(SharedModelServer):
                     ", ".join(fleet.sites[:5]),
                 )
 
-        return self._plan(fleet, fleet.sites, 0)
+        metrics = self._plan(fleet, fleet.sites, 0)
+        models = {site: self._models(site).to_json() for site in sorted(self.profiles)}
+        return {**metrics, "models": models}
 
     def _plan(self, fleet: Fleet, sites: Sequence[str], round: int) -> Metrics:
         """Measure and plan `sites`; return the plans of all sites.
@@ -114,10 +117,13 @@ class FedPipeServer(SharedModelServer):
 
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
-        models = self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
         side = self.configurations[site].assignment.side
         sizes = {module: self.deciding.parameters(module) for module, _ in side}
-        return with_side_path(self.plans[site], models, sizes, sizes)
+        return with_side_path(self.plans[site], self._models(site), sizes, sizes)
+
+    def _models(self, site: str) -> Models:
+        """Return the memory and time models of a site, as they are known."""
+        return self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
 
     def _over_line(self, site: str, profile: Profile) -> Profile:
         """Return a profile with the rates of `fleet.line` where the site's budget has none."""

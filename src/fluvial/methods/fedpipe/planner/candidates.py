@@ -1,7 +1,7 @@
 """Candidate weights of a plan: shape, place in the model, importance, and what a rank covers."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from operator import mul
@@ -101,11 +101,6 @@ def normalised(candidates: Sequence[Candidate]) -> list[Candidate]:
     if total <= 0:
         return [replace(candidate, score=1 / len(ordered)) for candidate in ordered]
     return [replace(candidate, score=candidate.score / total) for candidate in ordered]
-
-
-def parameters(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> int:
-    """Return n_lora, the parameters of an adapter with `ranks` by module."""
-    return sum(candidate.width * ranks.get(candidate.module, 0) for candidate in candidates)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -85,11 +85,6 @@ class RankChoice:
             )
         return sum(first) if selection == "all" else min(first)
 
-    @property
-    def most(self) -> int:
-        """Return the parameters of the largest adapter."""
-        return sum(group.item.costs[-1] for group in self.groups)
-
     def within(self, capacity: int, selection: Selection) -> Ranks:
         """Return ranks with at most `capacity` parameters."""
         if selection == "importance":

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,10 @@ class Models:
     profile: Profile
     memory: MemoryModel
     time: TimeModel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return both models as JSON values, for the record of a run."""
+        return {"memory": self.memory.to_json(), "time": self.time.to_json()}
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fluvial.wire.payload import Value
-
-KEY = "plan"
-"""Name of the message value that carries a plan."""
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -56,10 +51,6 @@ class SitePlan:
     under_training: float
     """Share of the site's tokens that a round does not process."""
     prediction: Prediction
-
-    def to_values(self) -> dict[str, Value]:
-        """Return the message values of this plan."""
-        return {KEY: self.to_json()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fluvial.errors import ConfigError
 from fluvial.formatting import human_bytes, human_seconds
 from fluvial.methods.fedpipe.planner.decision import Models, Planner, Room
 
@@ -109,12 +108,6 @@ def refusal(
         "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
     )
     return Refusal(site, "deadline", total_s, allowed_s, words)
-
-
-def refuse(refusals: Sequence[Refusal]) -> None:
-    """Raise `ConfigError` with all refusals, one a line, where there are any."""
-    if refusals:
-        raise ConfigError("no plan fits:\n" + "\n".join(map(str, refusals)))
 
 
 def _memory(models: Models, room: Room, lora: int) -> int:

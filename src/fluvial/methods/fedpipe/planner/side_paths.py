@@ -13,11 +13,6 @@ from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.time import HEADER_BYTES, VALUE_BYTES
 
 
-def modules_of(plans: Collection[SitePlan]) -> set[str]:
-    """Return the modules that some site trains."""
-    return {module for plan in plans for module, _ in plan.ranks}
-
-
 def with_side_path(
     plan: SitePlan, models: Models, used: Collection[str], sizes: Mapping[str, int]
 ) -> SitePlan:

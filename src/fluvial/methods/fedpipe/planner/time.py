@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
-from fluvial.errors import ConfigError
 from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, Wire
 from fluvial.methods.fedpipe.planner.profile import Profile, Speed
 
@@ -125,23 +124,6 @@ class TimeModel:
                 FORMATS[measured].slowdown if measured in FORMATS else 1.0
             )
         return self.factor * slowdown / speed_at(curve, batch)
-
-    def corrected(self, predicted_s: float, measured_s: float) -> "TimeModel":
-        """Return the model with the compute time scaled to a measured round.
-
-        Raises `ConfigError` for seconds that are not positive.
-        """
-        if not (predicted_s > 0 and measured_s > 0):
-            raise ConfigError(
-                f"seconds of a round: {predicted_s} predicted and {measured_s} measured; both are "
-                "positive"
-            )
-        return TimeModel(
-            self.base_parameters,
-            self.lora_measured,
-            self.down_rate,
-            self.factor * (measured_s / predicted_s),
-        )
 
     def _work(self, lora: int, *, checkpointing: bool) -> float:
         """Return the work of a token against that of the measurement."""
