@@ -12,18 +12,10 @@ from safetensors.torch import save_file
 from scipy.stats import norm
 from torch import Tensor, nn
 
+from fluvial.models import quantised
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.quantisation import Format, Quantisation, stored_bytes
-from fluvial.models.states import initial_state
-from fluvial.models.targets import LoraSettings
-from fluvial.models.tuning import tuned_parameters
-from fluvial.wire.tensors import Named
-from tests.conftest import saved_model
-from tests.support.models import four_layers
-
-pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
-
 from fluvial.models.quantised import (
     QuantisedLinear,
     decode,
@@ -32,6 +24,14 @@ from fluvial.models.quantised import (
     low_rank,
     quantised_bytes,
 )
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
+from fluvial.models.tuning import tuned_parameters
+from fluvial.wire.tensors import Named
+from tests.conftest import saved_model
+from tests.support.models import four_layers
+
+pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
 
 pytestmark = pytest.mark.oracle
 
@@ -124,6 +124,18 @@ def test_bits_of_a_value_are_those_that_are_stored(kind: Format, bits: float) ->
     stored = sum(parameter.nbytes for parameter in layer.parameters())
     assert stored == stored_bytes(kind, 1024, 4096)
     assert 8 * stored / (1024 * 4096) == pytest.approx(bits, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_weight_in_pieces_has_the_codes_of_the_whole(
+    kind: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights(80, 96)
+    whole = encode(weight, kind)
+    monkeypatch.setattr(quantised, "_PIECE", 512)
+    pieces = encode(weight, kind)
+    assert pieces.keys() == whole.keys()
+    assert all(torch.equal(pieces[name], whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -386,6 +398,11 @@ def test_a_correction_stays_at_the_site(tiny_gqa_model: Path, tmp_path: Path) ->
             logits[rank, kind] = model(input_ids=ids).logits
 
         assert not any("correction" in name for name in pool.layout.names)
+
+    base = pool.outline.base
+    with pool.model(state) as model:
+        size = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" not in name)
+    assert size == quantised_bytes(base, Quantisation("nf4"), 8)
 
     errors = [float((logits[rank, "nf4"] - logits[0, None]).norm()) for rank in (0, 8)]
     assert errors[1] < 0.8 * errors[0]

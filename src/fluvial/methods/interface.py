@@ -21,6 +21,7 @@ from fluvial.methods.measuring import Measures
 from fluvial.methods.traffic import Traffic
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import Tuning
+from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.training.train import TrainConfig
@@ -138,7 +139,7 @@ class Given:
     base: nn.Module
     """The base model, which may be without weights."""
     width_bytes: int
-    """Bytes of one value of the base."""
+    """Bytes of one value of the base that is not quantised."""
     codec: CodecSettings
     downlink: CodecSettings | None
     train: TrainConfig
@@ -155,6 +156,10 @@ class Given:
     """The run's seed."""
     examples: Callable[[], Mapping[str, Sequence[Example]]] | None = None
     """Reader of the training sequences by site; None where the sites' data is elsewhere."""
+    quantisation: Quantisation = FLOAT
+    """The formats of the base's linear weights."""
+    correction_rank: int = 0
+    """Rank of the correction of a quantised weight."""
     max_length: int = 0
     """Tokens of a sequence at most."""
     outline: Outline | None = None

@@ -13,6 +13,7 @@ from fluvial.federation.line import round_s
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
+from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout
 
@@ -160,7 +161,7 @@ def memory_rows(given: Given, sent: Layout) -> list[CheckRow]:
     """Return the rows about the memory of a site that holds the base and tunes `sent`."""
     parameters = sum(parameter.numel() for parameter in given.base.parameters())
     return [
-        ("base in memory", f"{parameters * given.width_bytes:,} B"),
+        ("base in memory", _base_memory(given, parameters * given.width_bytes)),
         ("what is tuned and optimizer in memory", f"{sent.numel * OPTIMIZER_BYTES:,} B"),
     ]
 
@@ -184,3 +185,11 @@ def shared_traffic(
         ),
         up=shared_up(given.codec, sent, frame_only=frame_only),
     )
+
+
+def _base_memory(given: Given, float_bytes: int) -> str:
+    """Return the bytes of the base in words, for a quantised one those of the float base too."""
+    if not given.quantisation:
+        return f"{float_bytes:,} B"
+    size = quantised_bytes(given.base, given.quantisation, given.correction_rank)
+    return f"{size:,} B; {float_bytes:,} B not quantised"

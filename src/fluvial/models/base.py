@@ -5,6 +5,7 @@ import copy
 import threading
 from collections.abc import Callable, Container
 from functools import cached_property, partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -100,7 +101,7 @@ class Base:
             return weight
 
         for path, kind in formats(model, self._quantisation).items():
-            linear = model.get_submodule(path)
+            linear: Any = model.get_submodule(path)
             weight = read(f"{path}.weight", linear.weight)
             quantised = QuantisedLinear(
                 weight if isinstance(linear, nn.Linear) else weight.t(),  # transformers' Conv1D

@@ -294,7 +294,8 @@ def _refuse_config(config: ModelConfig, base_config: PretrainedConfig) -> None:
         raise ConfigError(
             f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by "
             "quantization_config in config.json), and only float weights are tuned and measured; "
-            "name the model it was made from, or dequantise it and save it anew"
+            "name the model it was made from, which model.quantization quantises when it is "
+            "loaded, or dequantise it and save it anew"
         )
 
 

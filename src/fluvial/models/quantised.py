@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from fluvial.wire.tensors import Named
 _SPARE = 8
 """Directions of subspace iteration beside those that are wanted."""
 _ITERATIONS = 4
+
+_PIECE = 2**20
+"""Values that are quantised at a time: the library takes some 20 bytes for each of them."""
 
 EXTRA = "pip install 'fluvial[quantization]'"
 """Command that installs the library."""
@@ -55,23 +59,29 @@ def encode(weight: Tensor, kind: Format) -> Named:
     """Return the stored tensors of a matrix (rows, columns): codes `weight`, and its scales."""
     library = _functional()
     if kind == "int8":
-        codes, scale, _ = library.int8_vectorwise_quant(weight.to(torch.float16))
-        return {"weight": codes, "scale": scale}
+        rows = torch.split(weight, max(1, _PIECE // weight.shape[1]))
+        pieces = [library.int8_vectorwise_quant(piece.to(torch.float16)) for piece in rows]
+        return {
+            "weight": torch.cat([codes for codes, _, _ in pieces]),
+            "scale": torch.cat([scale for _, scale, _ in pieces]),
+        }
 
-    codes, state = library.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCK,
-        compress_statistics=kind == "nf4-double",
-        quant_type="nf4",
-    )
+    pieces = [
+        library.quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4")
+        for piece in torch.split(weight.contiguous().flatten(), _PIECE)
+    ]
+    codes = torch.cat([codes for codes, _ in pieces])
+    absmax = torch.cat([state.absmax for _, state in pieces])
     if kind == "nf4":
-        return {"weight": codes, "absmax": state.absmax}
+        return {"weight": codes, "absmax": absmax}
 
+    offset = absmax.mean()
+    nested, state = library.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
     return {
         "weight": codes,
-        "absmax": state.absmax,
-        "nested_absmax": state.state2.absmax,
-        "offset": state.offset,
+        "absmax": nested,
+        "nested_absmax": state.absmax,
+        "offset": offset,
     }
 
 
@@ -132,7 +142,7 @@ class QuantisedLinear(nn.Linear):
         super().__init__(columns, rows, bias=False, device="meta")
         self.kind: Format = kind
         self.dtype = weight.dtype
-        self.bias = bias
+        self.register_parameter("bias", bias)
         stored = encode(weight, kind)
         self._names = tuple(stored)
 
@@ -208,16 +218,21 @@ def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
     return found
 
 
-def quantised_bytes(base: nn.Module, quantisation: Quantisation) -> int:
-    """Return the bytes of the base's parameters with these formats; `base` may be on the meta
-    device, in its own float types."""
+def quantised_bytes(base: nn.Module, quantisation: Quantisation, correction_rank: int = 0) -> int:
+    """Return the bytes of the base's parameters with these formats and corrections; `base` may be
+    on the meta device, in its own float types."""
     kinds = formats(base, quantisation)
     codes = {f"{name}.weight" for name in kinds}
-    rest = sum(p.nbytes for name, p in base.named_parameters() if name not in codes)
-    return rest + sum(
-        stored_bytes(kind, *features(base.get_submodule(name)))  # type: ignore[arg-type]
-        for name, kind in kinds.items()
-    )
+    size = sum(p.nbytes for name, p in base.named_parameters() if name not in codes)
+
+    for name, kind in kinds.items():
+        layer: Any = base.get_submodule(name)
+        rows, columns = features(layer)
+        rank = min(correction_rank, rows, columns)
+        size += stored_bytes(kind, rows, columns)
+        size += rank * (rows + columns) * layer.weight.itemsize
+
+    return size
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -245,8 +260,11 @@ def quantised_words(config: ModelConfig) -> str:
     if not quantisation:
         return ""
 
-    layers = ", ".join(f"{kind} in layers {n}" for kind, n in quantisation.by_format().items())
-    named = f"{quantisation.usual or config.dtype}{f', {layers}' if layers else ''}"
+    layers = "; ".join(
+        f"{kind} in layers {', '.join(map(str, numbers))}"
+        for kind, numbers in quantisation.by_format().items()
+    )
+    named = f"{quantisation.usual or config.dtype}{f'; {layers}' if layers else ''}"
     words = f"\n\nThe base was quantised ({named}), and the adapter is not merged into it. "
 
     if layers or config.quantization_correction:

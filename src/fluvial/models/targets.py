@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 from torch import nn
@@ -100,7 +100,7 @@ def adaptable_modules(base: PreTrainedModel) -> dict[str, nn.Linear]:
     return {name: module for name, module in linear.items() if not _is_special(name, module, base)}
 
 
-def features(module: nn.Linear) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """Return the outputs and inputs of a linear layer, also of GPT-2's Conv1D, whose weight is (in,
     out), and of one whose weight is quantised."""
     if isinstance(module, nn.Linear):

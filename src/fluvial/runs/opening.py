@@ -139,6 +139,8 @@ def given(
         deadline_s=config.fleet.deadline_s,
         seed=config.seed,
         examples=None if here is None else partial(_examples, here),
+        quantisation=config.model.quantisation,
+        correction_rank=config.model.quantization_correction,
         max_length=config.data.max_length,
         outline=Outline(config.model, config.adapter),
     )

@@ -15,8 +15,8 @@ from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartTuning, tunes_weights
-from fluvial.models.pretrained import dtype_of, num_embeddings
-from fluvial.models.quantised import check_library, quantised_bytes
+from fluvial.models.pretrained import num_embeddings
+from fluvial.models.quantised import check_library
 from fluvial.models.targets import LoraSettings, target_names
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.weights import check_weights
@@ -38,6 +38,8 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     bytes; the memory of a site leaves out activations.
     """
     resolve_device(config.model.device)
+    if config.model.quantisation:
+        check_library()
     base = meta_base(config.model)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, base, config.model.name_or_path)
@@ -74,7 +76,6 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     rows = [
         ("base parameters", f"{parameters:,}"),
         ("trained parameters", f"{trained:,} ({trained / parameters:.2%})"),
-        *_base_rows(config, base),
         ("sites in a round", f"{config.method.cohort(len(sites))} of {len(sites)}"),
         (
             "optimizer steps of a site in a round",
@@ -101,24 +102,6 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": [*_notes(config, forecast, [*planned.notes, *remarks]), *weights],
     }
-
-
-def _base_rows(config: RunConfig, base: nn.Module) -> list[tuple[str, str]]:
-    """Return the memory of a quantised base; none for a float base."""
-    quantisation = config.model.quantisation
-    if not quantisation:
-        return []
-
-    check_library()
-    whole = sum(parameter.nbytes for parameter in base.parameters())
-    size = quantised_bytes(base, quantisation)
-    dtype = str(dtype_of(config.model)).removeprefix("torch.")
-    return [
-        (
-            "base in memory, quantised",
-            f"{size:,} B ({size / whole:.0%} of {whole:,} B in {dtype})",
-        )
-    ]
 
 
 def _targets(config: RunConfig, base: nn.Module) -> list[str]:
