@@ -16,11 +16,13 @@ from fluvial.report.result_tables import ANSWER_SCORES
 from fluvial.runs.config import parse
 
 EXACT = "exact"
+INT4_OF_32 = {"name": "int4", "group_size": 32}
 CODECS: dict[str, dict[str, Any]] = {
     EXACT: {},
     "bf16": {"hidden": {"name": "bf16"}, "gradient": {"name": "bf16"}},
     "int8": {"hidden": {"name": "int8"}, "gradient": {"name": "int8"}},
     "int4": {"hidden": {"name": "int4"}, "gradient": {"name": "int4"}},
+    "int4, groups of 32": {"hidden": INT4_OF_32, "gradient": INT4_OF_32},
     "int4, gradients int8": {"hidden": {"name": "int4"}, "gradient": {"name": "int8"}},
 }
 BAR_SHARE = 0.3

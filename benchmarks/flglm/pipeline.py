@@ -37,6 +37,7 @@ from fluvial.flower.stream.invitation import Invitation
 from fluvial.flower.stream.listener import StreamListener
 from fluvial.flower.stream.place import Place
 from fluvial.flower.stream.seal import ServerSeal, SiteSeal, terms_of
+from fluvial.methods.shared import SharedModelServer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
@@ -165,6 +166,7 @@ class Bench:
         ):
             run = Run(config, opened, self._pool, self._texts)
             server = config.entry.server(config.method, run.context)
+            assert isinstance(server, SharedModelServer)
             server.setup(fleet)
             started = time.perf_counter()
             server.round(1, fleet)
