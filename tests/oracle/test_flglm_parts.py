@@ -1,4 +1,4 @@
-"""LoRA, all weights or neither, chosen apart for each part: a plain loop in transformers and PEFT."""
+"""Parts of different kinds (LoRA, all weights, neither) against transformers and PEFT in a loop."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

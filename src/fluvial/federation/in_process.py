@@ -11,11 +11,12 @@ import ctypes
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ _working: WeakSet[threading.Thread] = WeakSet()
 ones, and the others when one has failed."""
 _MOMENT_S = 0.5
 """Time for which such a thread may go on before it is stopped."""
+_AGAIN_S = 5.0
+"""Time after which a thread is stopped again: Python drops an exception in a finaliser."""
 _STOP_S = 30.0
 """Time for which the end of a run, or of this process, waits for such a thread."""
 
@@ -145,14 +148,35 @@ def _stop(working: Iterable[threading.Thread]) -> None:
         thread.join(max(0.0, until_s - time.monotonic()))
 
     threads = [thread for thread in working if thread.is_alive()]
-    for thread in threads:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped)
-        )
-
     until_s = time.monotonic() + _STOP_S
-    for thread in threads:
-        thread.join(max(0.0, until_s - time.monotonic()))
+    with _stops_unreported():
+        while threads and time.monotonic() < until_s:
+            for thread in threads:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_Stopped)
+                )
+
+            again_s = min(until_s, time.monotonic() + _AGAIN_S)
+            for thread in threads:
+                thread.join(max(0.0, again_s - time.monotonic()))
+            threads = [thread for thread in threads if thread.is_alive()]
+
+
+@contextmanager
+def _stops_unreported() -> Iterator[None]:
+    """Say nothing of a `_Stopped` that was raised in a finaliser or a callback of a weak reference,
+    where Python reports an exception and goes on."""
+    report = sys.unraisablehook
+
+    def without_stops(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is not _Stopped:
+            report(unraisable)
+
+    sys.unraisablehook = without_stops
+    try:
+        yield
+    finally:
+        sys.unraisablehook = report
 
 
 class InProcess:

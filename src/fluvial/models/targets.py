@@ -46,7 +46,8 @@ def target_names(
     """Return the modules of `base` that `lora` adapts, in PEFT's form, sorted.
 
     They are the last parts of the modules' names (`q_proj`) where these are exact, else whole
-    names; only those `within` some part, by name, where it is given. `base` may be on the meta device. Raises `ConfigError` naming what would fit.
+    names; only those `within` some part, by name, where it is given. `base` may be on the meta
+    device. Raises `ConfigError` naming what would fit.
     """
     linear = linear_modules(base)
     fit = adaptable_modules(base)

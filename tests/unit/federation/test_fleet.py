@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fluvial.errors import CheckpointError, ClientError, ConfigError
+from fluvial.federation import in_process
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -233,3 +234,38 @@ def test_a_site_that_the_run_does_not_have_is_named() -> None:
     fleet = site_fleet(echo)
     with pytest.raises(ConfigError, match="asks site 'mars', and the sites of the run are"):
         list(fleet.ask("work", {"mars": Payload()}, round=1, read=lambda _, reply: reply))
+
+
+def test_a_stop_that_lands_in_a_finaliser_is_silent_and_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(in_process, "_AGAIN_S", 0.2)
+    at_work = threading.Event()
+    ended = threading.Event()
+
+    class Busy:
+        """Work on in a finaliser, where Python drops an exception."""
+
+        def __del__(self) -> None:
+            at_work.set()
+            until_s = time.monotonic() + 1.0
+            while time.monotonic() < until_s:
+                pass
+
+    def task(site: Site, message: Payload) -> Payload:
+        del site, message
+        try:
+            busy = Busy()
+            del busy
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    fleet = site_fleet(task)
+    asking = fleet.ask("work", {"a": Payload()}, round=1, read=lambda *_: None)
+    threading.Thread(target=lambda: next(asking, None), daemon=True).start()
+    assert at_work.wait(5)
+    fleet.close()
+    assert ended.wait(5)
+    assert "_Stopped" not in capsys.readouterr().err
