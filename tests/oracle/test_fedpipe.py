@@ -45,8 +45,8 @@ UNEQUAL: Table = {
         "probe_rank": 4,
         "planner": {"ranks": [1, 2, 4, 8], "objective": "value", "lengths": [32]},
         "budgets": [
-            {"site": "north", "memory_mb": 0.30, "tokens_s": 4000.0},
-            {"site": "south", "memory_mb": 0.33, "tokens_s": 2000.0},
+            {"site": "north", "memory_mb": 0.27, "tokens_s": 4000.0},
+            {"site": "south", "memory_mb": 0.30, "tokens_s": 2000.0},
             {"site": "west", "tokens_s": 1000.0},
         ],
     },

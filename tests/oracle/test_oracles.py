@@ -18,6 +18,7 @@ from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, digest, norm, relative_error, subtract
+from tests.contract.test_methods import SETTINGS
 from tests.support.runs import adapter_of, run_table
 from tests.support.weights import read_weights
 
@@ -135,6 +136,7 @@ METHODS_AND_CODECS = [
         },
         "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     },
+    SETTINGS["fedpipe"],
 ]
 
 

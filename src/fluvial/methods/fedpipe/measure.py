@@ -34,8 +34,6 @@ from fluvial.training.train import TrainConfig, collate, predictions, summed_los
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 MEGA = 10**6
-MOST_PEAKS = 4
-"""Measures of memory of one profile: two batches, each with and without checkpointing."""
 TIMED = 2
 """Timed passes at each batch, after one that warms up; the quickest counts."""
 OPTIMIZER_BYTES = 12
@@ -120,21 +118,38 @@ def _passes(
     peaks: list[Peak] = []
 
     with site.pool.model(state, trainable="A and B", assignment=site.assignment) as model:
-        for batch in sorted(config.planner.batches):
-            rows = [longest[index % len(longest)] for index in range(batch)]
-            inputs = collate(rows, site.pool.tokenizer.pad_token_id or 0, _device(model))
-            plain, recomputed = peak_bytes(model, inputs)
-            if speeds and plain > memory:
-                break
-            if len(peaks) < MOST_PEAKS:
-                length = inputs["input_ids"].shape[1]
-                peaks.append(Peak(batch, length, False, plain))
-                peaks.append(Peak(batch, length, True, recomputed))
 
+        def inputs_of(batch: int) -> dict[str, Tensor]:
+            rows = [longest[index % len(longest)] for index in range(batch)]
+            return collate(rows, site.pool.tokenizer.pad_token_id or 0, _device(model))
+
+        batches = sorted(config.planner.batches)
+        for batch in _two(batches):
+            inputs = inputs_of(batch)
+            length = inputs["input_ids"].shape[1]
+            plain, recomputed = peak_bytes(model, inputs)
+            peaks.append(Peak(batch, length, False, plain))
+            peaks.append(Peak(batch, length, True, recomputed))
+
+        for batch in batches:
+            inputs = inputs_of(batch)
+            if speeds and peak_bytes(model, inputs)[0] > memory:
+                break
             speed = budget.tokens_s or budget.speed * _speed(model, inputs)
             speeds.append(Speed(batch, float(f"{speed:.{DIGITS}g}")))
 
     return tuple(speeds), tuple(peaks)
+
+
+def _two(batches: Sequence[int]) -> list[int]:
+    """Return the two smallest of ascending batches; beside a single one its half, or 2 beside 1.
+
+    Two points determine the line of memory over the tokens of a pass.
+    """
+    if len(batches) > 1:
+        return list(batches[:2])
+    only = batches[0]
+    return [only // 2, only] if only > 1 else [1, 2]
 
 
 def _device(model: nn.Module) -> torch.device:

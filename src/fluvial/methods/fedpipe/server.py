@@ -84,7 +84,7 @@ class FedPipeServer(SharedModelServer):
         return {**metrics, "models": models}
 
     def _plan(self, fleet: Fleet, sites: Sequence[str], round: int) -> Metrics:
-        """Measure and plan `sites`; return the plans of all sites.
+        """Measure and plan `sites`; return the plans of all sites, and the scores.
 
         Weights are scored where all sites are measured, so that no score is that of a few.
         """
@@ -113,7 +113,8 @@ class FedPipeServer(SharedModelServer):
 
         self._check_ranks()
         self._configure_all()
-        return {"plans": {site: self._predicted(site).to_json() for site in sorted(self.plans)}}
+        shown = {site: self._predicted(site).to_json() for site in sorted(self.plans)}
+        return {"plans": shown, **({"scores": self.scores.score} if self.scores.score else {})}
 
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
@@ -205,7 +206,8 @@ class FedPipeServer(SharedModelServer):
             read=partial(self._read, number, received),
             forget=self._forget,
         )
-        updates = [replace(reply.content, weight=reply.weight) for reply in gathering.of(asked)]
+        replies = [replace(reply.content, weight=reply.weight) for reply in gathering.of(asked)]
+        updates = sorted(replies, key=lambda update: update.site)
         return {
             **metrics,
             **self._aggregate(received, updates),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fluvial.methods.fedpipe import measure
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -56,7 +57,7 @@ def test_batches_end_where_memory_does(run_config: dict[str, Any], tmp_path: Pat
 def test_the_limit_of_a_process_is_the_least_of_its_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(measure, "CGROUP", tmp_path / "memory.max")
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
     machine = measure.memory_limit()

@@ -1,0 +1,1 @@
+"""Benchmarks of FedPipe: choices of weights at equal bytes."""
