@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from itertools import product
 
 import numpy as np
@@ -272,3 +273,24 @@ def test_a_plan_has_the_ranks_of_its_setting() -> None:
     assert isinstance(plan.setting, Setting)
     assert {rank for _, rank in plan.ranks} <= set(RANKS)
     assert [module for module, _ in plan.ranks] == sorted(module for module, _ in plan.ranks)
+
+
+def test_128_weights_6_ranks_and_24_formats_and_batches_take_less_than_a_second() -> None:
+    """They take 0.03 s of one core; the bound is forty times that, for any processor."""
+    settings = SETTINGS.model_copy(
+        update={
+            "formats": ("bfloat16", "int8", "nf4", "nf4-double"),
+            "batches": (1, 2, 4, 8, 16, 32),
+            "checkpointing": "always",
+            "eighths": (8,),
+        }
+    )
+    weights = candidates(0, layers=32)
+    site = models(0, memory_bytes=60 * 10**6)
+    assert len(weights) == 128
+
+    started = time.process_time()
+    chosen = planner(weights, settings)
+    assert len(list(chosen.rooms(site))) == 24
+    assert chosen.plan(site) is not None
+    assert time.process_time() - started < 1

@@ -1,7 +1,8 @@
 """FedPipe: a plan for every site, made automatically, and unequal adapters that add up exactly.
 
 Fang, Lin, Chen, Chen, Gao, Fang, "Automated Federated Pipeline for Parameter-Efficient Fine-Tuning
-of Large Language Models", IEEE Transactions on Mobile Computing 2026, https://arxiv.org/abs/2404.06448.
+of Large Language Models", IEEE Transactions on Mobile Computing 2026,
+https://arxiv.org/abs/2404.06448.
 
 Sites measure themselves and score the weights of the base. A planner gives each site the weights,
 ranks and batch that fit its memory, its speed and its link. The server makes one adapter of the

@@ -246,6 +246,20 @@ def test_scores_add_up_to_one_and_a_probe_without_a_step_ranks_all_alike() -> No
     assert {each.score for each in normalised(blank)} == {1 / len(weights)}
 
 
+@pytest.mark.parametrize("objective", ["value", "value-per-second"])
+def test_where_only_a_weight_of_no_importance_fits_it_is_tuned(objective: str) -> None:
+    """k and v of 192 parameters at rank 2 fit, q and o of 256 do not."""
+    weights = [
+        replace(weight, score=0.0 if weight.rows == 32 else 1.0) for weight in candidates(0, 1)
+    ]
+    settings = planner(objective=objective).settings
+    chosen = Planner(weights, settings, length=64, format="bfloat16")
+    plan = chosen.plan(models(memory_bytes=35_892_000))
+    assert plan is not None
+    assert [rank for _, rank in plan.ranks] == [2]
+    assert plan.ranks[0][0].endswith("k_proj")
+
+
 def test_coverage_is_concave_and_complete_at_the_rank_of_the_probe() -> None:
     weight: Candidate = candidates(1)[0]
     covered = [weight.coverage(rank) for rank in range(34)]

@@ -62,8 +62,9 @@ class Candidate:
         return covered / total if total > 0 else 0.0
 
     def value(self, rank: int) -> int:
-        """Return S_m E_m(r) in units."""
-        return round(self.score * self.coverage(rank) * VALUE_UNIT)
+        """Return S_m E_m(r) in units; of an adapter at least one, so that a weight of no
+        importance is better than none."""
+        return max(int(rank > 0), round(self.score * self.coverage(rank) * VALUE_UNIT))
 
 
 def linear_candidates(base: PreTrainedModel, modules: Sequence[str]) -> list[Candidate]:

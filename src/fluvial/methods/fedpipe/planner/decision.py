@@ -90,27 +90,24 @@ class Planner:
         length: int,
         format: str,
         rates: Sequence[int] = (1,),
-        wires: Sequence[Wire] = (),
         seed: int = 0,
     ) -> None:
         """Take the run's own `length` and `format` where the settings name none.
 
-        `rates` are the codecs to choose from, of a run with one codec that of this codec. `wires`
-        are rates whose share of the energy was measured; for others a bound is taken.
+        `rates` are the codecs to choose from, of a run with one codec that of this codec.
         """
         self.settings = settings
         self.choice = RankChoice(candidates, settings.ranks, settings.granularity, seed=seed)
         self.lengths = settings.lengths or (length,)
         self.formats = formats_named(settings.formats or (format,))
-        self._wires = {wire.rate: wire for wire in wires}
-        self.wires = [self._wire(rate) for rate in rates]
+        self.wires = [Wire.of(rate) for rate in rates]
 
     def at_rates(self, rates: Sequence[int]) -> "Planner":
         """Return a planner for time on the link with other codecs to choose from, which shares the
         solved knapsack."""
         other = copy.copy(self)
         other.settings = self.settings.model_copy(update={"objective": "value-per-second"})
-        other.wires = [self._wire(rate) for rate in rates]
+        other.wires = [Wire.of(rate) for rate in rates]
         return other
 
     @property
@@ -156,7 +153,7 @@ class Planner:
         """Return the room of one setting."""
         profile = models.profile
         format = FORMATS[setting.format]
-        wire = self._wire(setting.rate)
+        wire = Wire.of(setting.rate)
         shape = (setting.batch, setting.length)
         tokens = processed(profile, setting)
 
@@ -296,9 +293,6 @@ class Planner:
             float(room.unprocessed),
             prediction,
         )
-
-    def _wire(self, rate: int) -> Wire:
-        return self._wires.get(rate) or Wire.of(rate)
 
 
 def processed(profile: Profile, setting: Setting) -> int:

@@ -53,7 +53,7 @@ class Wire:
         """Return a rate with Shannon's bound for a normal source: 1 - 2^(-2 bits) of the energy
         arrives (Cover and Thomas, "Elements of Information Theory", theorem 10.3.2).
 
-        The bound favours no codec; a codec that was measured gives its own share.
+        The bound favours no codec.
         """
         return cls(rate, round(1.0 - 2.0 ** (-64 / rate), 6))
 
