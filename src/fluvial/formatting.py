@@ -31,7 +31,10 @@ def human_ratio(ratio: float | None) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return `seconds` with one decimal, or as minutes and hours from 100 s on."""
+    """Return `seconds` with one decimal, as milliseconds below 0.1 s, or as minutes and hours from
+    100 s on."""
+    if 0 < seconds < 0.0995:
+        return f"{1000 * seconds:.2g} ms"
     if seconds < 100:
         return f"{seconds:.1f} s"
     return human_minutes(seconds)

@@ -1,8 +1,8 @@
-"""Texts from outside on a terminal: what could drive it is written as an escape."""
+"""Texts from outside on a terminal, where escapes replace controls; numbers for people."""
 
 import pytest
 
-from fluvial.formatting import safe_line, safe_text
+from fluvial.formatting import human_seconds, safe_line, safe_text
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,18 @@ def test_controls_are_escaped_and_scripts_are_not(text: str, safe: str) -> None:
 def test_a_text_keeps_its_lines_and_a_line_has_none() -> None:
     assert safe_text("a\n\n\tb\n\n\n\nc") == "a\n\n\tb [⏎ x 4] c"
     assert safe_line("a\n\tb") == r"a\n\tb"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0, "0.0 s"),
+        (0.00083, "0.83 ms"),
+        (0.0994, "99 ms"),
+        (0.0996, "0.1 s"),
+        (6.0, "6.0 s"),
+        (120.0, "2 min"),
+    ],
+)
+def test_short_times_are_told_apart(seconds: float, words: str) -> None:
+    assert human_seconds(seconds) == words

@@ -102,9 +102,11 @@ def refusal(
         )
         return Refusal(site, "link", link_s, allowed_s, words)
 
+    steps = room.setting.steps
     words = (
-        f"{room.setting.steps} steps of {room.setting.batch} sequences take "
-        f"{human_seconds(total_s)}, more than the {human_seconds(allowed_s)} that the deadline "
+        f"{steps} step{'s' if steps > 1 else ''} of {room.setting.batch} sequences "
+        f"take{'' if steps > 1 else 's'} {human_seconds(total_s)}, more than the "
+        f"{human_seconds(allowed_s)} that the deadline "
         "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
     )
     return Refusal(site, "deadline", total_s, allowed_s, words)
