@@ -114,7 +114,8 @@ class Page:
             if not here:
                 words = f"{words} See `[{home}]`.".lstrip()
 
-            yield f"### `[{inner}]`\n\n{words}".rstrip()
+            heading = f"[[{inner}]]" if _is_array(fields[key]) else f"[{inner}]"
+            yield f"### `{heading}`\n\n{words}".rstrip()
             if here:
                 self.described.add(what)
                 yield from (
@@ -149,6 +150,7 @@ class Page:
             if each.get("type") != "null"
         ]
         options = [inner for each in options for inner in each.get("oneOf", [each])]
+        options = [each["items"] if _is_array(each) else each for each in options]
 
         if options and all("$ref" in each for each in options):
             return [self.definitions[each["$ref"].rpartition("/")[2]] for each in options]
@@ -183,6 +185,11 @@ class Page:
 
         bounds = [f"{words} {_short(field[key])}" for key, words in BOUNDS.items() if key in field]
         return " ".join([TYPES[field["type"]], ", ".join(bounds)]).strip()
+
+
+def _is_array(field: dict[str, Any]) -> bool:
+    """Return true for an array of tables, each with a heading of its own in TOML."""
+    return field.get("type") == "array" and "$ref" in field.get("items", {})
 
 
 def _code(value: Any) -> str:

@@ -219,6 +219,13 @@ def test_every_setting_is_on_its_page() -> None:
     assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_settings.py"
 
 
+def test_an_array_of_tables_has_its_keys_on_the_page_of_settings() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    _, heading, rest = page.partition("### `[[method.budgets]]`")
+    assert heading
+    assert "| `memory_mb` | number" in rest.partition("###")[0]
+
+
 def undescribed(root: type[Settings]) -> list[str]:
     """Return the settings without a description.
 

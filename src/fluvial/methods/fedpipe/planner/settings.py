@@ -12,6 +12,8 @@ from fluvial.settings import Settings
 Objective = Literal["value", "value-per-second"]
 Selection = Literal["importance", "uniform", "random", "all"]
 Whole = Annotated[int, Field(ge=1, le=2**20)]
+Length = Annotated[int, Field(ge=2, le=2**20)]
+"""Tokens of a sequence, of which the last one or more are predicted from those before."""
 Rank = Annotated[int, Field(ge=1, le=4096)]
 Eighths = Annotated[int, Field(ge=1, le=8)]
 
@@ -31,7 +33,7 @@ class PlannerSettings(Settings):
     """Ranks that a weight may get, beside none; one rank switches rank adaptation off."""
     batches: tuple[Whole, ...] = (1, 2, 4, 8, 16)
     """Sequences of a forward pass; one entry switches batch adaptation off."""
-    lengths: tuple[Whole, ...] = ()
+    lengths: tuple[Length, ...] = ()
     """Tokens of a sequence at most; unset, `data.max_length` alone."""
     formats: tuple[str, ...] = ()
     """Formats of the base; unset, that of the model alone. Earlier ones are preferred to later ones
@@ -78,7 +80,8 @@ class SiteBudget(Settings):
     site: str
     """Name of the site."""
     memory_mb: float | None = Field(None, gt=0, le=1e9)
-    """Memory, in 10^6 bytes; unset, what the site measures as free."""
+    """Memory, in 10^6 bytes; unset, what is free on the GPU, or, without one, all that the machine
+    allows the process."""
     up_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
     """Rate from the site to the server, in 10^6 bits a second; unset, that of `fleet.line`."""
     down_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
