@@ -21,6 +21,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.tuning import tuned_parameters
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import merge, parse
+from fluvial.runs.plan import plan as check
 from fluvial.runs.run import execute
 from fluvial.training.train import TrainReport, collate, train
 from fluvial.wire.payload import Payload
@@ -231,6 +232,48 @@ def test_a_site_leaves_and_returns_with_another_budget(
     assert after["prediction"]["memory_bytes"] <= 320_000 < before["prediction"]["memory_bytes"]
     # The profiles of the others are as they were, and so are their settings.
     assert third["plans"]["north"]["batch"] == first["plans"]["north"]["batch"]
+
+
+def test_a_plan_is_compared_once_with_what_was_measured(
+    unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that is planned later has no influence on the slowness of the others, whose plans are
+    as they were; a prediction holds the slowness at the time of its plan."""
+    calls = []
+
+    def profile(site: Site, message: Payload) -> Payload:
+        if site.name == "west":
+            calls.append(site.name)
+            if len(calls) < 3:
+                raise RuntimeError("power cut")
+        return tasks.profile(site, message)
+
+    monkeypatch.setitem(cast(dict[str, Task], METHODS["fedpipe"].tasks), "profile", profile)
+    change = {"rounds": 3, "fleet": {"on_failure": "skip"}}
+    run_table(merge(unequal, change), tmp_path / "run")
+    compared = [sorted(record.get("predicted", {})) for record in records(tmp_path / "run")]
+    assert compared == [["north", "south"], ["west"], []]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"method": {"budgets": [{"site": "nort", "memory_mb": 9.0}]}},
+            "method.budgets: there is no site 'nort'; the sites are 'north', 'south', 'west'",
+        ),
+        ({"method": {"planner": {"ranks": [4, 64]}}}, "no site can have rank 64.*raise lora.r"),
+        ({"method": {"planner": {"lengths": [32, 999]}}}, "999 tokens.*data.max_length"),
+        ({"model": {"dtype": "float16"}}, "model.dtype: .*'float32' or 'bfloat16'"),
+        ({"train": {"gradient_checkpointing": True}}, "train.gradient_checkpointing: without"),
+        ({"train": {"gradient_accumulation_steps": 2}}, "train.gradient_accumulation_steps: wit"),
+    ],
+)
+def test_settings_that_no_plan_can_use_are_refused_before_anything_is_measured(
+    change: Table, words: str, unequal: Table
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check(parse(merge(unequal, change), "test"))
 
 
 @pytest.mark.parametrize(

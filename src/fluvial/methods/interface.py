@@ -164,6 +164,8 @@ class Given:
     """Tokens of a sequence at most."""
     outline: Outline | None = None
     """The base's names, shapes and types, and its tuning."""
+    names: tuple[str, ...] = ()
+    """Names of the sites; empty where they are not known yet."""
 
     @property
     def tunes_factors(self) -> bool:

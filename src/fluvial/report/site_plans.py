@@ -103,21 +103,25 @@ def plans_by_site(setup: JsonObject) -> Excerpt | None:
 
 
 def predicted_by_site(metrics: Sequence[JsonObject]) -> Excerpt | None:
-    """Return predicted and measured figures of the last round that has them; None without any."""
-    record = next((each for each in reversed(metrics) if each.get("predicted")), None)
-    if record is None:
+    """Return predicted and measured figures of each site's last round that has them; None without
+    any."""
+    latest: dict[str, tuple[int, JsonObject]] = {}
+    for record in metrics:
+        for site, figures in _safe_names(record.get("predicted", {})):
+            latest[site] = record["round"], figures
+    if not latest:
         return None
 
     rows = [
-        [site, *(_compared(figures[name], words) for name, words in FIGURES.items())]
-        for site, figures in _safe_names(record["predicted"])
+        [site, f"{round}", *(_compared(figures[name], words) for name, words in FIGURES.items())]
+        for site, (round, figures) in sorted(latest.items())
     ]
     return Excerpt(
         "Predicted and measured, by site",
-        ["site", *(name.replace("_", " ") for name in FIGURES)],
+        ["site", "round", *(name.replace("_", " ") for name in FIGURES)],
         rows,
         left=1,
-        words=f"Round {record['round']}: predicted / measured, and the relative error.",
+        words="Predicted / measured, and the relative error, of the first round after a plan.",
     )
 
 

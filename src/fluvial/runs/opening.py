@@ -143,6 +143,7 @@ def given(
         correction_rank=config.model.quantization_correction,
         max_length=config.data.max_length,
         outline=Outline(config.model, config.adapter),
+        names=() if texts is None else tuple(texts.names),
     )
 
 

@@ -121,14 +121,16 @@ def test_lines_of_a_run_have_plans_and_what_was_measured() -> None:
     assert len(round_lines({**RECORD, "predicted": {}})) == 1
 
 
-def test_the_last_comparison_is_shown() -> None:
+def test_the_last_comparison_of_each_site_is_shown() -> None:
+    """A site that is planned anew does not hide the figures of the others."""
     later = {**RECORD, "round": 5, "predicted": {"south": RECORD["predicted"]["north\x1b[31m"]}}  # type: ignore[index]
     excerpt = predicted_by_site([RECORD, later, {"round": 6}])
     assert excerpt is not None
-    assert excerpt.words.startswith("Round 5")
-    assert excerpt.rows == [
+    assert [row[:2] for row in excerpt.rows] == [["north\\x1b[31m", "1"], ["south", "5"]]
+    assert excerpt.rows[1:] == [
         [
             "south",
+            "5",
             "5.00 MB / -",
             "110 B / 100 B (+10%)",
             "50 B / 100 B (-50%)",

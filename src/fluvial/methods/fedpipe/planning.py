@@ -7,11 +7,12 @@ from fluvial.errors import ConfigError
 from fluvial.exchange import NO_TGAP, check_codec
 from fluvial.federation.sites import refuse_learned
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.planner.formats import FORMATS
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
 from fluvial.methods.traffic import Bytes, Traffic, answer, coded_frame, envelope
-from fluvial.wire.tensors import Layout
+from fluvial.wire.tensors import Layout, factor
 
 MODES = ("ab-mean", "pad", "svd")
 """Rules after which the global adapter alone is the model of all sites."""
@@ -28,12 +29,17 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
         )
 
     check_codec(given.codec, NO_TGAP, given.layout)
+    _check_planner(config, given)
     cohort = config.cohort(given.sites)
     steady = cohort == given.sites and given.on_failure == "stop"
     idle = {
         **idle_bounds(cohort),
         **idle_feedback(given, steady=steady),
         **idle_fraction(config, given.sites),
+        "train.gradient_checkpointing": "method.planner.checkpointing decides it for each site",
+        "train.gradient_accumulation_steps": (
+            "the plan of a site has the sequences of a step, one of method.planner.batches"
+        ),
     }
     later = {}
     if config.replan_every >= given.rounds:
@@ -48,6 +54,42 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
         idle=idle,
         later=later,
     )
+
+
+def _check_planner(config: FedPipeConfig, given: Given) -> None:
+    """Raise `ConfigError` for choices of the planner that no site can use, and for budgets of sites
+    that the run does not have."""
+    known = set(given.names)
+    unknown = [repr(budget.site) for budget in config.budgets if budget.site not in known]
+    if known and unknown:
+        raise ConfigError(
+            f"method.budgets: there is no site {', '.join(unknown)}; the sites are "
+            f"{', '.join(map(repr, given.names[:5]))}{', ...' if len(given.names) > 5 else ''}"
+        )
+
+    most = max(shape[0] for name, shape in given.layout.shapes if factor(name) == "A")
+    ranks = [str(rank) for rank in config.planner.ranks if rank > most]
+    if ranks and "ranks" in config.planner.model_fields_set:
+        raise ConfigError(
+            f"method.planner.ranks: no site can have rank {', '.join(ranks)}, because the server's "
+            f"adapter has rank {most}; remove it, or raise lora.r"
+        )
+
+    lengths = [str(length) for length in config.planner.lengths if length > given.max_length]
+    if lengths:
+        raise ConfigError(
+            f"method.planner.lengths: no sequence has {', '.join(lengths)} tokens, because "
+            f"data.max_length={given.max_length} cuts it; remove it, or raise data.max_length"
+        )
+
+    assert given.outline is not None
+    precision = given.outline.assignment.precision
+    if precision not in FORMATS:
+        floats = [format.name for format in FORMATS.values() if not format.quantised]
+        raise ConfigError(
+            f"model.dtype: method 'fedpipe' plans no base in {precision}; set model.dtype to "
+            f"{' or '.join(map(repr, floats))}"
+        )
 
 
 def _traffic(given: Given, round: int) -> Traffic:

@@ -1,6 +1,5 @@
 """The server half: profiles, scores and plans; rounds with unequal adapters; plans anew."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -35,8 +34,6 @@ from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Named, WeightedMean, moved, norm, subtract
 
-logger = logging.getLogger(__name__)
-
 
 class FedPipeServer(SharedModelServer):
     """Server half: the global adapter, what sites measured, and the plan of each site."""
@@ -56,6 +53,8 @@ class FedPipeServer(SharedModelServer):
         """Measured over predicted time of each site's training, over all plans so far."""
         self.held: dict[str, int] = {}
         """Number of the configuration that each site has acknowledged."""
+        self.unmeasured: set[str] = set()
+        """Sites that have not trained by their present plan yet."""
 
     @cached_property
     def deciding(self) -> Deciding:
@@ -71,14 +70,6 @@ class FedPipeServer(SharedModelServer):
 
     def setup(self, fleet: Fleet) -> Metrics:
         """Have every site measure itself and probe the weights; give each site a plan."""
-        for budget in self.config.budgets:
-            if budget.site not in fleet.sites:
-                logger.warning(
-                    "method.budgets: there is no site %r; the sites are %s",
-                    budget.site,
-                    ", ".join(fleet.sites[:5]),
-                )
-
         metrics = self._plan(fleet, fleet.sites, 0)
         models = {site: self._models(site).to_json() for site in sorted(self.profiles)}
         return {**metrics, "models": models}
@@ -107,8 +98,10 @@ class FedPipeServer(SharedModelServer):
             profiles, self.scores, self.plans, self.slowness, self.config.deadline_s
         )
         self.plans |= plans
+        self.unmeasured |= plans.keys()
         for site, why in refused.items():
             self.plans.pop(site, None)
+            self.unmeasured.discard(site)
             fleet.reject(Failure(site, round, "profile", why, 0))
 
         self._check_ranks()
@@ -192,7 +185,6 @@ class FedPipeServer(SharedModelServer):
         cohort = sample(fleet.sites, self.config.fraction, seed=self.context.seed, round=number)
         new = fleet.sites if self._due(number) else [s for s in cohort if s not in self.plans]
         metrics = self._plan(fleet, new, number) if new else {}
-        planned = number == 1 or bool(new)
         asked = [site for site in cohort if site in self.plans]
 
         received = {
@@ -212,7 +204,7 @@ class FedPipeServer(SharedModelServer):
             **metrics,
             **self._aggregate(received, updates),
             **self._fairness(updates),
-            **(self._compare(fleet, updates) if planned else {}),
+            **self._compare(fleet, updates),
             **gathering.metrics(),
         }
 
@@ -308,10 +300,18 @@ class FedPipeServer(SharedModelServer):
         }
 
     def _compare(self, fleet: Fleet, updates: Sequence[SiteUpdate]) -> Metrics:
-        """Return the predicted and the measured figures of each site's round, and note by how much
-        its training was slower than predicted."""
+        """Return the predicted and the measured figures of each site that trained by its plan for
+        the first time, and note by how much its training was slower than predicted.
+
+        A plan's prediction has the slowness that was known when it was made, so a second round
+        under the same plan would count this slowness twice.
+        """
         figures = {}
         for update in updates:
+            if update.site not in self.unmeasured:
+                continue
+
+            self.unmeasured.remove(update.site)
             plan = self._predicted(update.site)
             sizes = fleet.meter.current[update.site]
             measured = Measured(None, sizes["up", "train"], sizes["down", "train"], update.seconds)
@@ -320,7 +320,7 @@ class FedPipeServer(SharedModelServer):
                 now = self.slowness.get(update.site, 1.0)
                 self.slowness[update.site] = now * update.seconds / plan.prediction.compute_s
 
-        return {"predicted": figures}
+        return {"predicted": figures} if figures else {}
 
     # -- model and state ---------------------------------------------------------------------------
 
@@ -341,6 +341,7 @@ class FedPipeServer(SharedModelServer):
             "versions": {**self.versions},
             "held": {**self.held},
             "slowness": {**self.slowness},
+            "unmeasured": sorted(self.unmeasured),
         }
         return join({"whole": self.whole.state(), "plans": Payload(values=values)})
 
@@ -359,6 +360,7 @@ class FedPipeServer(SharedModelServer):
         self.scores = Scores.from_values(values.value("scores", dict))
         self.held = values.value("held", dict)
         self.slowness = values.value("slowness", dict)
+        self.unmeasured = set(values.value("unmeasured", list))
         self._configure_all()
         self.versions = values.value("versions", dict)
 
