@@ -3,6 +3,7 @@
 transformers is imported where something is loaded, so that other commands answer at once.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -50,6 +51,10 @@ class ModelConfig(Settings):
     """Rank of a frozen correction of each quantised weight, the best approximation of what its
     quantisation lost (LoftQ, Li et al., ICLR 2024, in one step). It stays at the site, and what is
     federated is trained beside it; 0 for none."""
+
+    def __hash__(self) -> int:
+        """Return the hash of all settings; formats by layer are a dictionary, which has none."""
+        return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
 
     @property
     def quantisation(self) -> Quantisation:
