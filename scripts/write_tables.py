@@ -193,6 +193,41 @@ def stream() -> str:
     return "\n\n".join((words, table([list(columns.values()), *rows]), claims("stream.json")))
 
 
+def quantised_costs() -> str:
+    """Return memory and time of a step over each format of a base."""
+    columns = {
+        "format": "base",
+        "allocator": "allocator",
+        "stored_mb": "weights, MB",
+        "load_peak_mb": "peak of loading, MB",
+        "step_peak_mb": "peak with steps, MB",
+        "load_s": "loading, CPU s",
+        "step_s": "step, CPU s",
+    }
+    given = read("quantised_costs.json")
+    words = (
+        "A random model of the shape of Qwen2.5-0.5B in bfloat16; an adapter of rank 8, batch 1, "
+        f"{given['settings']['length']} tokens; one thread. Each row is a process of its own, "
+        "above the memory of its libraries. "
+        "The allocator is glibc's: as it is, or with MALLOC_MMAP_THRESHOLD_=1048576."
+    )
+    return listing("quantised_costs.json", "costs", columns, words)
+
+
+def quantised_merging() -> str:
+    """Return held-out losses of adapters beside quantised bases and merged into them."""
+    columns = {
+        "base": "base in training",
+        "base_loss": "untuned",
+        "adapter_loss": "adapter beside the base",
+        "float_loss": "same adapter, float base",
+        "merged_loss": "merged, in float",
+        "requantised_loss": "merged, quantised again",
+    }
+    words = "The embedded model and one site's text, 60 steps, one seed; held-out loss in nats."
+    return listing("quantised_merging.json", "merging", columns, words)
+
+
 TABLES = {
     "README.md": {"results": quickstart},
     "docs/methods/cgfedllm.md": {"gate": gate, "loss": loss, "parts": parts},
@@ -215,6 +250,7 @@ TABLES = {
         "speed": speed,
         "activations": activations,
     },
+    "docs/quantisation.md": {"costs": quantised_costs, "merging": quantised_merging},
     "docs/architecture.md": {"overhead": overhead},
     "docs/deploy.md": {
         "rounds": engine_rounds,

@@ -56,6 +56,21 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_quantised(tmp_path: Path) -> None:
+    """Every format has its costs, and its losses merged and not."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
+    content = _quick("quantised", tmp_path / "costs.json", "--part", "costs")
+    costs = {row["format"]: row for row in content["rows"] if row["allocator"] == "fixed"}
+    stored = [costs[kind]["stored_bytes"] for kind in ("bfloat16", "int8", "nf4", "nf4-double")]
+    assert stored == sorted(stored, reverse=True)
+    content = _quick("quantised", tmp_path / "merging.json", "--part", "merging")
+    merged = [row for row in content["rows"] if "merged_loss" in row]
+    assert len(merged) == 5
+    for row in merged:  # merging in float changes the order of sums alone
+        assert row["merged_loss"] == pytest.approx(row["adapter_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_channel(tmp_path: Path) -> None:
     """Every contender at every size and kind of memory; ratios to the cipher, not to the clock."""
     content = _quick("channel", tmp_path / "channel.json")
