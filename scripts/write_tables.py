@@ -2,6 +2,8 @@
 
     fluvial run configs/quickstart.toml --out runs/quickstart
     cp runs/quickstart/result.json benchmarks/results/quickstart.json
+    fluvial run configs/fedpipe.toml --out runs/fedpipe
+    cp runs/fedpipe/result.json benchmarks/results/fedpipe.json
     python scripts/write_tables.py [--check]
 
 Tables stand between `<!-- name: ... -->` and `<!-- /name -->`. With `--check` nothing is written,
@@ -17,6 +19,7 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
+from pipe_tables import example_plans
 from split_tables import (
     activation_codecs,
     activations,
@@ -237,6 +240,7 @@ TABLES = {
         "memory": block_memory,
         "compute": block_compute,
     },
+    "docs/methods/fedpipe.md": {"example": example_plans},
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,
         "memory": split_memory,

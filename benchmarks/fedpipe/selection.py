@@ -1,6 +1,6 @@
 """Choices of weights and ranks at equal bytes: by three scores, uniform, and random.
 
-    python -m benchmarks.fedpipe [--quick] [--out FILE.json]
+    python -m benchmarks.fedpipe [--rounds N] [--seeds N] [--quick] [--out FILE.json]
 
 Every site of the embedded task has the same memory, which has room for about a tenth of the
 adapter at full rank, so that the choice matters. Each seed draws the initial adapter, the order of
@@ -136,10 +136,12 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="one round, one seed")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each choice")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
-    rounds, seeds = (1, 1) if options.quick else (5, 3)
+    rounds, seeds = (1, 1) if options.quick else (options.rounds, options.seeds)
     report = Report("fedpipe", {"rounds": rounds, "seeds": seeds, "memory_mb": MEMORY_MB})
     measure(report, seeds=seeds, rounds=rounds)
     report.finish(options.out, load)

@@ -1,6 +1,7 @@
 """FedPipe equals what is already trusted where nothing sets it apart, and applies its plans."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -320,6 +321,10 @@ def test_a_site_without_any_plan_is_refused_with_the_limit_that_binds(
     with pytest.raises(ClientError, match="'west' failed: the base in format float32 needs"):
         run_table(table, tmp_path / "run")
 
+    # It counts as a site that did not answer.
+    with pytest.raises(ClientError, match="2 of 3 sites answered, fleet.quorum=0.9 needs"):
+        run_table(table | {"fleet": {"on_failure": "skip", "quorum": 0.9}}, tmp_path / "all")
+
     result = run_table(table | {"fleet": {"on_failure": "skip"}}, tmp_path / "skip")
     assert sorted(result["setup"]["plans"]) == ["north", "south"]
     assert [record["sites"] for record in records(tmp_path / "skip")] == [2, 2]
@@ -328,7 +333,7 @@ def test_a_site_without_any_plan_is_refused_with_the_limit_that_binds(
 def test_a_site_that_sends_back_what_it_received_is_named(
     unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = tasks.train_locally
+    usual = federation_sites.train_locally
 
     def idle(site: Site, received: Named, *arguments: Any, **options: Any) -> Any:
         update, report = usual(site, received, *arguments, **options)
@@ -354,7 +359,7 @@ def test_steps_that_were_not_made_are_counted(
 
 def test_a_step_begins_only_if_it_ends_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     pace = tasks.Pace(10.0, 1.0)
     verdicts = []
     for seconds in (1.0, 4.0, 1.5):
@@ -367,8 +372,8 @@ def test_a_step_begins_only_if_it_ends_before_the_deadline(monkeypatch: pytest.M
 def test_a_slowed_site_sleeps_for_the_rest_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     slept: list[float] = []
-    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(tasks.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", slept.append)
     pace = tasks.Pace(None, 0.25)
     now[0] = 2.0
     assert pace.watch({})

@@ -12,7 +12,7 @@ from fluvial.federation.bounds import rms
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.replies import fields, nothing
+from fluvial.federation.replies import nothing
 from fluvial.federation.sites import adapter_message
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
@@ -22,6 +22,7 @@ from fluvial.methods.fedpipe.planner.decision import Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
+from fluvial.methods.fedpipe.profiles import over_line, read_profile
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
 from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
 from fluvial.methods.fedpipe.tasks import VERSION
@@ -85,11 +86,14 @@ class FedPipeServer(SharedModelServer):
                 "profile",
                 dict.fromkeys(sites, Payload()),
                 round=round,
-                read=_read_profile,
+                read=read_profile,
                 alone=round == 0,
             )
         }
-        profiles = {site: self._over_line(site, profiles[site]) for site in sorted(profiles)}
+        profiles = {
+            site: over_line(profiles[site], self.config.budget(site), self.context.line)
+            for site in sorted(profiles)
+        }
         self.profiles |= profiles
         if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
             self._probe(fleet, sorted(profiles), round)
@@ -118,21 +122,6 @@ class FedPipeServer(SharedModelServer):
     def _models(self, site: str) -> Models:
         """Return the memory and time models of a site, as they are known."""
         return self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
-
-    def _over_line(self, site: str, profile: Profile) -> Profile:
-        """Return a profile with the rates of `fleet.line` where the site's budget has none."""
-        budget = self.config.budget(site)
-        line = self.context.line
-        if line is None:
-            return profile
-
-        if budget.up_mbit_s is None:
-            profile = replace(profile, up_bytes_s=line.up_mbit_s * MBIT)
-        if budget.down_mbit_s is None:
-            profile = replace(profile, down_bytes_s=line.down_mbit_s * MBIT)
-        if budget.rtt_ms is None:
-            profile = replace(profile, latency_s=line.rtt_ms / 1000)
-        return profile
 
     def _probe(self, fleet: Fleet, sites: Sequence[str], round: int) -> None:
         """Have `sites` score the weights, and fold their scores in."""
@@ -200,6 +189,7 @@ class FedPipeServer(SharedModelServer):
         )
         replies = [replace(reply.content, weight=reply.weight) for reply in gathering.of(asked)]
         updates = sorted(replies, key=lambda update: update.site)
+        fleet.require_quorum("train", number, answered=len(updates), asked=len(cohort))
         return {
             **metrics,
             **self._aggregate(received, updates),
@@ -363,16 +353,6 @@ class FedPipeServer(SharedModelServer):
         self.unmeasured = set(values.value("unmeasured", list))
         self._configure_all()
         self.versions = values.value("versions", dict)
-
-
-MBIT = 10**6 / 8
-"""Bytes of 10^6 bits."""
-
-
-def _read_profile(_site: str, reply: Payload) -> Profile:
-    """Return the profile in a reply; raises `WireError` for one that no honest site sends."""
-    fields(reply, reply.values.keys() & {"profile"} or ("profile",))
-    return Profile.from_values(reply.values)
 
 
 def _without_side(tensors: Named) -> Named:
