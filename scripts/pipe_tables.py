@@ -1,13 +1,14 @@
-"""Tables of FedPipe: the plans of its example, and the losses beside the baselines."""
+"""Tables of FedPipe: the plans and losses of its example, and choices of weights at equal bytes."""
 
 from typing import Any
 
-from table_parts import read, table
+from table_parts import cell, claims, read, table
 
 from fluvial.formatting import human_bytes
 
 EXAMPLE = "fedpipe.json"
 """The result of `configs/fedpipe.toml`."""
+SELECTION = "fedpipe_selection.json"
 
 
 def example_plans() -> str:
@@ -58,3 +59,24 @@ def _losses(result: dict[str, Any]) -> str:
         f"{heldout['final']['loss']:.4f} for FedPipe within the limits. Bytes up, set-up included: "
         f"{human_bytes(up)} against {human_bytes(fedavg['up'])}. One seed."
     )
+
+
+def selections() -> str:
+    """Return choices of weights at equal bytes."""
+    given = read(SELECTION)
+    columns = {
+        "selection": "choice",
+        "loss": "held-out loss",
+        "deviation": "standard deviation",
+        "worst": "change at the worst site",
+        "bytes_up": "bytes up",
+        "overlap": "better half in common between seeds",
+    }
+    rows = [[cell(row[key]) for key in columns] for row in given["rows"]]
+    settings = given["settings"]
+    words = (
+        f"{settings['rounds']} rounds, {settings['seeds']} seeds, {settings['memory_mb']:g} MB at "
+        f"every site (`python -m benchmarks.fedpipe --rounds {settings['rounds']} --seeds "
+        f"{settings['seeds']}`)."
+    )
+    return "\n\n".join((words, table([list(columns.values()), *rows]), claims(SELECTION)))

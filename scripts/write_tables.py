@@ -19,7 +19,7 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from pipe_tables import example_plans
+from pipe_tables import example_plans, selections
 from split_tables import (
     activation_codecs,
     activations,
@@ -240,7 +240,7 @@ TABLES = {
         "memory": block_memory,
         "compute": block_compute,
     },
-    "docs/methods/fedpipe.md": {"example": example_plans},
+    "docs/methods/fedpipe.md": {"example": example_plans, "selection": selections},
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,
         "memory": split_memory,
