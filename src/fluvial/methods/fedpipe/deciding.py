@@ -78,6 +78,7 @@ class Deciding:
             length=profile.tokens[-1].length,
             format=format_of(self.run),
             rates=(self.rate,),
+            beside=self.lora,
             seed=self.seed,
         )
 

@@ -233,6 +233,29 @@ def test_side_paths_add_to_the_download_of_a_site_that_trains_fewer_weights() ->
     assert other.prediction.bytes_up == few.prediction.bytes_up
 
 
+def test_a_plan_leaves_memory_for_all_that_others_may_train() -> None:
+    """At each limit, also with the largest side path; a site with enough memory trains all."""
+    sizes = {weight.module: 8 * weight.width for weight in candidates(0)}
+    settings = PlannerSettings(ranks=(2, 4, 8), objective="value", formats=("nf4",), batches=(1,))
+    chosen = Planner(
+        candidates(0), settings, length=64, format="bfloat16", beside=sum(sizes.values())
+    )
+    planned = []
+    for memory in range(35 * MB, 37 * MB, MB // 25):
+        site = models(memory_bytes=memory)
+        plan = chosen.plan(site)
+        if plan is None:
+            why = refusal(chosen, "north", site, None)
+            assert why.needed > why.available == memory
+            continue
+
+        planned.append(len(plan.ranks))
+        widest = with_side_path(plan, site, sizes, sizes)
+        assert widest.prediction.memory_bytes <= memory
+
+    assert 1 <= planned[0] < planned[-1] == len(sizes)
+
+
 def test_ranks_stay_within_the_dimensions_of_a_weight() -> None:
     weight = replace(candidates(0)[0], rows=5)
     choice = RankChoice([weight], RANKS)

@@ -79,6 +79,10 @@ class Room:
         return float(self.fixed_s + self.each_s * lora)
 
 
+SIDE_BYTES = 4
+"""Bytes of a parameter of a side path, which is frozen and fp32."""
+
+
 class Planner:
     """Plans of all sites for one set of candidates."""
 
@@ -90,12 +94,16 @@ class Planner:
         length: int,
         format: str,
         rates: Sequence[int] = (1,),
+        beside: int = 0,
         seed: int = 0,
     ) -> None:
         """Take the run's own `length` and `format` where the settings name none.
 
-        `rates` are the codecs to choose from, of a run with one codec that of this codec.
+        `rates` are the codecs to choose from, of a run with one codec that of this codec. `beside`
+        are the parameters of the run's adapter: what a site does not train of them may become a
+        side path at any time, for which its memory must have room.
         """
+        self.beside = beside
         self.settings = settings
         self.choice = RankChoice(candidates, settings.ranks, settings.granularity, seed=seed)
         self.lengths = settings.lengths or (length,)
@@ -157,10 +165,10 @@ class Planner:
         shape = (setting.batch, setting.length)
         tokens = processed(profile, setting)
 
-        free = profile.memory_bytes - models.memory.total(
-            format, *shape, checkpointing=setting.checkpointing, lora=0
-        )
+        free = profile.memory_bytes - self.memory_bytes(models, setting, 0)
         for_each = models.memory.for_each(*shape, checkpointing=setting.checkpointing)
+        if self.beside:
+            for_each -= SIDE_BYTES  # a trained parameter is no part of the side path
         fixed_s, each_s = models.time.line(
             profile,
             format,
@@ -186,6 +194,18 @@ class Planner:
             each_s,
             1 - Fraction(tokens, profile.all_tokens),
         )
+
+    def memory_bytes(self, models: Models, setting: Setting, lora: int) -> int:
+        """Return the most bytes that a site needs for an adapter of `lora` parameters, and for all
+        others of the run's adapter as a side path."""
+        trained = models.memory.total(
+            FORMATS[setting.format],
+            setting.batch,
+            setting.length,
+            checkpointing=setting.checkpointing,
+            lora=lora,
+        )
+        return trained + SIDE_BYTES * max(0, self.beside - lora)
 
     def score(self, room: Room, ranks: Ranks) -> float:
         """Return the score of ranks within a room, by the objective."""

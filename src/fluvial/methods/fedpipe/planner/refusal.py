@@ -75,7 +75,8 @@ def refusal(
     rooms = list(planner.rooms(models, deadline_s))
     if all(room.memory < least for room in rooms):
         room, needed = min(
-            ((room, _memory(models, room, least)) for room in rooms), key=lambda pair: pair[1]
+            ((room, planner.memory_bytes(models, room.setting, least)) for room in rooms),
+            key=lambda pair: pair[1],
         )
         setting = room.setting
         words = (
@@ -110,17 +111,6 @@ def refusal(
         "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
     )
     return Refusal(site, "deadline", total_s, allowed_s, words)
-
-
-def _memory(models: Models, room: Room, lora: int) -> int:
-    setting = room.setting
-    return models.memory.total(
-        room.format,
-        setting.batch,
-        setting.length,
-        checkpointing=setting.checkpointing,
-        lora=lora,
-    )
 
 
 def _link_s(models: Models, room: Room, lora: int) -> float:

@@ -1,14 +1,15 @@
 """Frozen side paths: what a site receives of the weights that only other sites train.
 
 Plans are made site by site, and this part of the download follows from all of them, so it is added
-to the predictions afterwards. It is no part of a site's limits; the safety factor of the deadline
-has room for it or has not.
+to the predictions afterwards. A plan leaves memory for the largest side path that the site may ever
+get (`Planner.memory_bytes`); its seconds are no part of the deadline, whose safety factor has room
+for them or has not.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from fluvial.methods.fedpipe.planner.decision import Models
+from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.time import HEADER_BYTES, VALUE_BYTES
 
@@ -28,7 +29,7 @@ def with_side_path(
     before = plan.prediction
     prediction = replace(
         before,
-        memory_bytes=before.memory_bytes + VALUE_BYTES * parameters,
+        memory_bytes=before.memory_bytes + SIDE_BYTES * parameters,
         bytes_down=before.bytes_down + down,
         link_s=before.link_s + down / models.profile.down_bytes_s,
     )
