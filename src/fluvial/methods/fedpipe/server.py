@@ -331,7 +331,7 @@ class FedPipeServer(SharedModelServer):
             "versions": {**self.versions},
             "held": {**self.held},
             "slowness": {**self.slowness},
-            "unmeasured": sorted(self.unmeasured),
+            "unmeasured": [*sorted(self.unmeasured)],
         }
         return join({"whole": self.whole.state(), "plans": Payload(values=values)})
 
