@@ -131,10 +131,13 @@ def _passes(
             peaks.append(Peak(batch, length, False, plain))
             peaks.append(Peak(batch, length, True, recomputed))
 
+        first, second = (peak for peak in peaks if not peak.checkpointing)
+        sequence_bytes = (second.bytes - first.bytes) / (second.batch - first.batch)
         for batch in batches:
+            if speeds and first.bytes + sequence_bytes * (batch - first.batch) > memory:
+                break  # without a pass, which could end the process
+
             inputs = inputs_of(batch)
-            if speeds and peak_bytes(model, inputs)[0] > memory:
-                break
             speed = budget.tokens_s or budget.speed * _speed(model, inputs)
             speeds.append(Speed(batch, float(f"{speed:.{DIGITS}g}")))
 

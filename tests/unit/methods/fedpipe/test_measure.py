@@ -10,7 +10,7 @@ import torch
 from fluvial.methods.fedpipe import measure
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.site_process.process import JOIN, SiteProcess
-from fluvial.training.train import TrainConfig
+from fluvial.training.train import TrainConfig, predictions
 from fluvial.wire.payload import Payload
 from tests.support.site_process import SITE, header, site_file
 
@@ -52,6 +52,23 @@ def test_a_site_without_a_budget_measures_everything(
 def test_batches_end_where_memory_does(run_config: dict[str, Any], tmp_path: Path) -> None:
     profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path, memory_mb=0.4)
     assert [speed.batch for speed in profile.speeds["float32"]] == [1]
+
+
+def test_no_pass_is_made_with_a_batch_that_does_not_fit(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the two batches from which memory is known, such a pass could end the process."""
+    batches = set()
+
+    def watched(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        batches.add(len(inputs["input_ids"]))
+        return predictions(model, inputs)
+
+    monkeypatch.setattr(measure, "predictions", watched)
+    profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path, memory_mb=1.2)
+    timed = {speed.batch for speed in profile.speeds["float32"]}
+    assert timed < {1, 2, 4, 8, 16}
+    assert batches == timed | {1, 2}
 
 
 def test_the_limit_of_a_process_is_the_least_of_its_limits(
