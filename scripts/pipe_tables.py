@@ -76,7 +76,7 @@ def selections() -> str:
     settings = given["settings"]
     words = (
         f"{settings['rounds']} rounds, {settings['seeds']} seeds, {settings['memory_mb']:g} MB at "
-        f"every site (`python -m benchmarks.fedpipe --rounds {settings['rounds']} --seeds "
-        f"{settings['seeds']}`)."
+        f"every site (`python -m benchmarks.fedpipe.selection --rounds {settings['rounds']} "
+        f"--seeds {settings['seeds']}`)."
     )
     return "\n\n".join((words, table([list(columns.values()), *rows]), claims(SELECTION)))

@@ -19,6 +19,7 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
+from pipe_benchmark_tables import pipe_errors, pipe_losses, pipe_predictions, pipe_value
 from pipe_tables import example_plans, selections
 from split_tables import (
     activation_codecs,
@@ -240,13 +241,20 @@ TABLES = {
         "memory": block_memory,
         "compute": block_compute,
     },
-    "docs/methods/fedpipe.md": {"example": example_plans, "selection": selections},
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,
         "memory": split_memory,
         "slow-line": split_line,
         "leakage": leakage,
         "privacy-utility": privacy_utility,
+    },
+    "docs/methods/fedpipe.md": {
+        "example": example_plans,
+        "selection": selections,
+        "losses": pipe_losses,
+        "errors": pipe_errors,
+        "value": pipe_value,
+        "predictions": pipe_predictions,
     },
     "docs/codecs.md": {
         "distortion": distortion,

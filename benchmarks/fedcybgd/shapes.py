@@ -83,4 +83,6 @@ def write_model(folder: Path, shape: Shape, dtype: str) -> None:
         values = 0.02 * torch.randn(size, generator=draw) if len(size) > 1 else torch.ones(size)
         save_file({name: values.to(getattr(torch, dtype))}, folder / files[name])
 
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )

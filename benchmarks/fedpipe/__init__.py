@@ -1,1 +1,1 @@
-"""Benchmarks of FedPipe: choices of weights at equal bytes."""
+"""The benchmark of FedPipe: loss and time beside other LoRA methods, its planner, its models."""

@@ -1,6 +1,6 @@
 """Entry of `python -m benchmarks.fedpipe`."""
 
-from benchmarks.fedpipe.selection import main
+from benchmarks.fedpipe.main import main
 
 if __name__ == "__main__":
     main()

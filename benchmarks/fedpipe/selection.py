@@ -1,6 +1,6 @@
 """Choices of weights and ranks at equal bytes: by three scores, uniform, and random.
 
-    python -m benchmarks.fedpipe [--rounds N] [--seeds N] [--quick] [--out FILE.json]
+    python -m benchmarks.fedpipe.selection [--rounds N] [--seeds N] [--quick] [--out FILE.json]
 
 Every site of the embedded task has the same memory, which has room for about a tenth of the
 adapter at full rank, so that the choice matters. Each seed draws the initial adapter, the order of
@@ -131,7 +131,7 @@ def _overlap(scores: list[dict[str, float]]) -> float | None:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fedpipe",
+        prog="python -m benchmarks.fedpipe.selection",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

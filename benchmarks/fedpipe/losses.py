@@ -1,0 +1,250 @@
+"""Part "losses" of `benchmarks.fedpipe`: held-out loss at equal bytes, and time to a loss.
+
+The learning rate of each contender is the best of three on seed 0. A contender and FedPipe are
+compared at the bytes that both have sent, those of the one that has sent fewer. The target of a
+task is the loss of uniform LoRA after its last round. Between rounds, losses are interpolated.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from statistics import mean, median_low, stdev
+from typing import Any
+
+from benchmarks.fedpipe.bed import Bed, read_task
+from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, RATES, UNIFORM, Contender
+from benchmarks.report import Claim, Report, Row, show
+
+BAR_SPEED = 1.5
+"""How many times sooner FedPipe should reach the loss of uniform LoRA."""
+SAFETY = 1.2
+"""Factor on the time of the middle site that is the deadline, as `fluvial plan` shows it."""
+COLUMNS = {
+    "task": "task",
+    "contender": "contender",
+    "seeds": "seeds",
+    "learning_rate": "learning rate",
+    "rates": "rates tried",
+    "base": "loss before",
+    "loss": "loss after",
+    "deviation": "standard deviation",
+    "worst_site": "worst site",
+    "bytes": "bytes, all rounds",
+    "over_fedpipe": "loss over FedPipe's at equal bytes",
+    "seconds": "s, all rounds",
+    "setup_s": "of these in set-up",
+    "speed": "times sooner at the target",
+    "error": "aggregation error, last round",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run that is wanted."""
+
+    task: str
+    contender: str
+    seed: int
+    learning_rate: float | None
+    """None for the best one on seed 0."""
+
+
+def cells(tasks: Sequence[str], names: Sequence[str], seeds: int) -> Iterator[Cell]:
+    """Yield the runs in order: FedPipe and uniform LoRA with all rates, the others with one, seeds
+    of the first two, then the other rates and seeds, task by task."""
+    first = [name for name in names if name in (UNIFORM, FEDPIPE)]
+    others = [name for name in names if name not in first]
+    middle, *rates = sorted(RATES, key=lambda rate: rate != RATES[1])
+    later = range(1, seeds)
+
+    yield from (Cell(*each) for each in product(tasks, first, [0], [middle, *rates]))
+    yield from (Cell(*each) for each in product(tasks[:1], others, [0], [middle]))
+    yield from (Cell(task, name, seed, None) for seed in later for task in tasks for name in first)
+    for task in tasks:
+        yield from (Cell(task, name, 0, rate) for rate in (middle, *rates) for name in others)
+    yield from (Cell(task, name, seed, None) for seed in later for task in tasks for name in others)
+
+
+class Losses:
+    """The runs of the tasks, old and new."""
+
+    def __init__(self, bed: Bed, *, quick: bool) -> None:
+        self.bed = bed
+        self.quick = quick
+
+    def run(self, cell: Cell) -> Row | None:
+        """Return the figures of a cell, None where they are not known and no run is made."""
+        contender = CONTENDERS[cell.contender]
+        rate = cell.learning_rate or self.best(cell.task, cell.contender)
+        if rate is None:
+            return None
+        return self._run(cell.task, contender, cell.seed, rate)
+
+    def _run(self, task: str, contender: Contender, seed: int, rate: float) -> Row | None:
+        deadline_s = None
+        if contender.ranks == "planned":
+            deadline_s = self.deadline_s(task)
+            if deadline_s is None:
+                return None
+        table = read_task(task, quick=self.quick)
+        return self.bed.run(table, contender, seed=seed, learning_rate=rate, deadline_s=deadline_s)
+
+    def deadline_s(self, task: str) -> float | None:
+        """Return the deadline of the planned contenders: the middle site's round of uniform LoRA,
+        times the planner's factor of safety, in two digits."""
+        row = self._run(task, CONTENDERS[UNIFORM], 0, RATES[1])
+        if row is None:
+            return None
+        return float(f"{SAFETY * median_low(row['site_s'].values()):.2g}")
+
+    def best(self, task: str, name: str) -> float | None:
+        """Return the learning rate with the lowest loss on seed 0, None where none was tried."""
+        losses = self.tried(task, name)
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def tried(self, task: str, name: str) -> dict[float, float]:
+        """Return the loss after the run on seed 0 by learning rate, of those that were tried."""
+        found = {rate: self.known._run(task, CONTENDERS[name], 0, rate) for rate in RATES}
+        return {rate: row["losses"][-1] for rate, row in found.items() if row is not None}
+
+    @property
+    def known(self) -> "Losses":
+        """Return the same without new runs."""
+        return Losses(Bed(self.bed.cache, cached_only=True), quick=self.quick)
+
+    def rows(self, task: str, name: str, seeds: int) -> dict[int, Row]:
+        """Return the figures that are known, by seed, at the best learning rate."""
+        found = {seed: self.known.run(Cell(task, name, seed, None)) for seed in range(seeds)}
+        return {seed: row for seed, row in found.items() if row is not None}
+
+
+def at(position: float, positions: Sequence[float], values: Sequence[float]) -> float:
+    """Return the value at a position of a curve, a straight line between its points."""
+    for place in range(1, len(positions)):
+        if positions[place] >= position:
+            step = positions[place] - positions[place - 1]
+            share = (position - positions[place - 1]) / step if step else 1.0
+            return values[place - 1] + share * (values[place] - values[place - 1])
+    return values[-1]
+
+
+def until(target: float, positions: Sequence[float], losses: Sequence[float]) -> float | None:
+    """Return the position at which a curve first has a loss of `target`, or None."""
+    for place, loss in enumerate(losses):
+        if loss > target:
+            continue
+        if place == 0:
+            return positions[0]
+        share = (losses[place - 1] - target) / (losses[place - 1] - loss)
+        return positions[place - 1] + share * (positions[place] - positions[place - 1])
+    return None
+
+
+def over(row: Row, fedpipe: Row) -> float:
+    """Return the loss of a run minus that of FedPipe, at the bytes that both have sent."""
+    common = min(row["bytes"][-1], fedpipe["bytes"][-1])
+    return at(common, row["bytes"], row["losses"]) - at(common, fedpipe["bytes"], fedpipe["losses"])
+
+
+def times_sooner(row: Row, uniform: Row) -> float | None:
+    """Return the seconds of uniform LoRA over those until a run has its last loss, or None."""
+    needed = until(uniform["losses"][-1], row["seconds"], row["losses"])
+    return None if not needed else uniform["seconds"][-1] / needed
+
+
+def measure(
+    report: Report,
+    bed: Bed,
+    *,
+    tasks: Sequence[str],
+    names: Sequence[str],
+    seeds: int,
+    minutes: float,
+    quick: bool,
+) -> None:
+    """Make the runs that are missing, for so many minutes; add rows and claims to `report`."""
+    losses = Losses(bed, quick=quick)
+    ends = time.monotonic() + 60 * minutes
+    for cell in cells(tasks, names, seeds):
+        if time.monotonic() > ends:
+            report.skip("losses: time ended; cells without a row, or with fewer seeds")
+            break
+        losses.run(cell)
+
+    for task in tasks:
+        known = {name: losses.rows(task, name, seeds) for name in names}
+        for name in names:
+            if known[name]:
+                report.rows.append(_row(task, name, losses.tried(task, name), known))
+            else:
+                report.skip(f"losses: {task}, {name}")
+        report.claims += _claims(task, known)
+    show("Losses", COLUMNS, [row for row in report.rows if row["part"] == "losses"])
+
+
+def _row(
+    task: str, name: str, tried: dict[float, float], known: dict[str, dict[int, Row]]
+) -> dict[str, Any]:
+    rows = known[name]
+    fedpipe = known.get(FEDPIPE, {})
+    uniform = known.get(UNIFORM, {})
+    finals = [row["losses"][-1] for row in rows.values()]
+    gaps = [over(row, fedpipe[seed]) for seed, row in rows.items() if seed in fedpipe]
+    ratios = [times_sooner(row, uniform[seed]) for seed, row in rows.items() if seed in uniform]
+    reached = [ratio for ratio in ratios if ratio is not None]
+    errors = [row["errors"] for row in rows.values() if None not in row["errors"]]
+    return {
+        "part": "losses",
+        "task": task,
+        "contender": name,
+        "seeds": len(rows),
+        "learning_rate": min(tried, key=tried.__getitem__),
+        "rates": len(tried),
+        "base": mean(row["losses"][0] for row in rows.values()),
+        "loss": mean(finals),
+        "deviation": stdev(finals) if len(finals) > 1 else None,
+        "worst_site": mean(row["worst_site"] for row in rows.values()),
+        "bytes": round(mean(row["bytes"][-1] for row in rows.values())),
+        "over_fedpipe": mean(gaps) if gaps else None,
+        "seconds": mean(row["seconds"][-1] for row in rows.values()),
+        "setup_s": mean(row["setup_s"] for row in rows.values()),
+        "speed": mean(reached) if reached and len(reached) == len(ratios) else None,
+        "reached": f"{len(reached)} of {len(ratios)}",
+        "under_training": mean(mean(row["under_training"]) for row in rows.values()),
+        "error": mean(row[-1] for row in errors) if errors else None,
+        "errors": [mean(column) for column in zip(*errors, strict=True)],
+        "plan": rows[min(rows)]["plans"],
+    }
+
+
+def _claims(task: str, known: dict[str, dict[int, Row]]) -> list[Claim]:
+    """Return the claims of a task: time to the target, loss at equal bytes, selection, `svd`."""
+    fedpipe = known.get(FEDPIPE, {})
+    uniform = known.get(UNIFORM, {})
+    common = sorted(fedpipe.keys() & uniform.keys())
+    if not common:
+        return []
+
+    ratios = [times_sooner(fedpipe[seed], uniform[seed]) for seed in common]
+    reached = [ratio for ratio in ratios if ratio is not None]
+    claims = [
+        Claim(
+            f"{task}: times sooner at the loss of uniform LoRA, mean of {len(common)} seeds",
+            mean(reached) if len(reached) == len(ratios) else None,
+            BAR_SPEED,
+            "at least",
+        )
+    ]
+    for name, rows in known.items():
+        gaps = [over(row, fedpipe[seed]) for seed, row in rows.items() if seed in fedpipe]
+        if name != FEDPIPE and gaps:
+            claims.append(
+                Claim(
+                    f"{task}: FedPipe's loss over {name}'s at equal bytes, {len(gaps)} seeds",
+                    -mean(gaps),
+                    0.0,
+                    "below",
+                )
+            )
+    return claims

@@ -1,0 +1,67 @@
+"""FedPipe beside other LoRA methods on unequal sites, its planner's value and its predictions.
+
+    python -m benchmarks.fedpipe [--part losses|value|predictions] [--tasks NAME ...] [--seeds N]
+                                 [--cache FILE.jsonl] [--minutes N] [--quick] [--out FILE.json]
+
+Tasks other than the embedded one name files below the working directory. Runs are written to the
+file of `--cache` and taken from there, so that a benchmark that was stopped goes on.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from benchmarks.codecs.cache import Cache
+from benchmarks.fedpipe import losses, predictions, value
+from benchmarks.fedpipe.bed import TASKS, Bed
+from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM
+from benchmarks.report import Report
+
+PARTS = ("losses", "value", "predictions")
+QUICK = [UNIFORM, FEDPIPE]
+"""Contenders of the quick form."""
+
+
+def main() -> None:
+    """See the module."""
+    names = sorted(path.stem for path in TASKS.glob("*.toml"))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fedpipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--part", choices=PARTS, help="one part; all by default")
+    parser.add_argument("--tasks", nargs="+", choices=names, default=["embedded"])
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="file of runs, which is added to")
+    parser.add_argument(
+        "--minutes", type=float, default=600.0, help="time for new runs; 0 reports old ones"
+    )
+    parser.add_argument("--quick", action="store_true", help="two contenders and rounds, one seed")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    load = os.getloadavg()
+    seeds = 1 if options.quick else options.seeds
+    bed = Bed(Cache(options.cache))
+    report = Report("fedpipe", {"seeds": seeds, "tasks": options.tasks, "quick": options.quick})
+
+    if options.part in (None, "losses"):
+        losses.measure(
+            report,
+            bed,
+            tasks=options.tasks,
+            names=options.contenders or (QUICK if options.quick else list(CONTENDERS)),
+            seeds=seeds,
+            minutes=options.minutes,
+            quick=options.quick,
+        )
+
+    if options.part in (None, "value"):
+        draws = 4 if options.quick else 20
+        value.measure(report, tasks=options.tasks, draws=draws, quick=options.quick)
+
+    if options.part in (None, "predictions"):
+        predictions.measure(report, quick=options.quick)
+
+    report.finish(options.out, load)

@@ -1,0 +1,104 @@
+"""The benchmark of FedPipe: its clock, its curves, and its parts in their quick form."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fedpipe.clock import SiteClock
+from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM, configured
+from benchmarks.fedpipe.losses import at, over, times_sooner, until
+from fluvial.runs.config import parse
+from tests.support import ROOT
+
+CURVE = [4.0, 3.0, 2.0]
+
+
+def test_clock_moves_by_waits() -> None:
+    """A wait moves the clock on by itself and takes no time of its own."""
+    clock = SiteClock()
+    before = clock.monotonic()
+    clock.sleep(1000.0)
+    assert 1000.0 <= clock.monotonic() - before < 1010.0
+
+
+def test_curves_are_interpolated() -> None:
+    """Between two rounds a loss lies on a straight line; a loss that is not reached has none."""
+    assert at(15.0, [0.0, 10.0, 20.0], CURVE) == 2.5
+    assert at(99.0, [0.0, 10.0, 20.0], CURVE) == 2.0
+    assert until(2.5, [0.0, 10.0, 20.0], CURVE) == 15.0
+    assert until(1.0, [0.0, 10.0, 20.0], CURVE) is None
+
+
+def test_runs_are_compared_at_common_bytes() -> None:
+    """The run that has sent less sets the bytes; the target is the last loss of uniform LoRA."""
+    uniform = {"losses": CURVE, "bytes": [0, 10, 20], "seconds": [0.0, 30.0, 60.0]}
+    fedpipe = {"losses": [4.0, 2.0, 1.0], "bytes": [0, 20, 40], "seconds": [0.0, 20.0, 40.0]}
+    assert over(uniform, fedpipe) == 0.0
+    assert times_sooner(fedpipe, uniform) == 3.0
+    assert times_sooner(uniform | {"losses": [4.0, 3.5, 3.0]}, uniform) is None
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_contenders_are_valid(name: str) -> None:
+    """Every contender's settings are accepted."""
+    task: dict[str, Any] = {
+        "lora": {"lora_dropout": 0.0},
+        "train": {"per_device_train_batch_size": 8, "max_steps": 4},
+        "method": {"probe_steps": 4, "budgets": [{"site": "web", "speed": 0.5}]},
+    }
+    table = configured(task, CONTENDERS[name], seed=0, learning_rate=1e-2, deadline_s=1.0)
+    assert parse(table, "benchmark").seed == 0
+
+
+def _quick(out: Path, *options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.fedpipe", "--quick", "--out", str(out), *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(out.read_text())
+    return content
+
+
+@pytest.mark.slow
+def test_losses(tmp_path: Path) -> None:
+    """FedPipe and uniform LoRA have a row; a second call takes both from the file."""
+    options = ("--part", "losses", "--cache", str(tmp_path / "runs.jsonl"))
+    content = _quick(tmp_path / "losses.json", *options)
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert set(rows) == {UNIFORM, FEDPIPE}
+    assert len(set(map(str, rows[FEDPIPE]["plan"].values()))) > 1
+    assert rows[UNIFORM]["setup_s"] == 0 < rows[FEDPIPE]["setup_s"]
+    lines = (tmp_path / "runs.jsonl").read_text()
+    again = _quick(tmp_path / "again.json", *options, "--minutes", "0")
+    assert again["rows"] == content["rows"]
+    assert (tmp_path / "runs.jsonl").read_text() == lines
+
+
+@pytest.mark.slow
+def test_value(tmp_path: Path) -> None:
+    """A correlation lies between -1 and 1, for adapters of both kinds."""
+    content = _quick(tmp_path / "value.json", "--part", "value")
+    assert [row["draw"] for row in content["rows"]] == ["all sizes", "one size"]
+    assert all(-1 <= row["invariant"] <= 1 for row in content["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc"
+)
+def test_predictions(tmp_path: Path) -> None:
+    """The plan's memory and time are of the order of what is measured."""
+    (row,) = _quick(tmp_path / "predictions.json", "--part", "predictions")["rows"]
+    assert 0.5 < row["memory_mb"] / row["peak_mb"] < 2
+    assert 0.3 < row["predicted_s"] / row["measured_s"] < 3
