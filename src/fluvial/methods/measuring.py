@@ -36,8 +36,9 @@ class EvaluateConfig(Settings):
     max_new_tokens: int = Field(0, ge=0, le=10**6)
     """Greedy tokens for exact match, token F1 and ROUGE of held-out answers; 0 leaves them out."""
     sample_prompt: str | None = None
-    """Text that base and tuned model continue at the end; the first held-out question where there
-    are some."""
+    """Text that base and tuned model continue at the end. Unset, it is the first held-out question
+    where there are some; "Once upon a time" where the server has no text of the sites, which are
+    deployed runs and `flglm`."""
     sample_tokens: int = Field(40, ge=1, le=10**6)
     """Tokens of that continuation."""
 
