@@ -10,22 +10,24 @@ from typing import Any
 from fluvial.methods.flglm.leakage.noise import NoiseConfig, spent
 from fluvial.training.train import TrainConfig
 
+GRADIENTS = "gradients, which show labels"
+"""Information that leaves a site beside hidden states, unless front and middle are frozen."""
 OUTSIDE = (
-    "gradients, which show labels",
     "updates of layers that sites share",
     "lengths and losses",
     "a round that is done again with other answers of the server",
 )
-"""Information that leaves a site beside hidden states."""
+"""The same in every run."""
 HELDOUT = "held-out hidden states, which leave exactly"
 """The same, unless there is noise in inference."""
 MEASURES = "measures that a server asks for beyond those of the run"
 """The same where there is, since the site's ledger counts conversations of training only."""
 
 
-def outside(noise: NoiseConfig) -> list[str]:
+def outside(noise: NoiseConfig, *, gradients: bool) -> list[str]:
     """Return information that leaves a site and that epsilon does not count."""
-    return [*OUTSIDE, MEASURES if noise.inference else HELDOUT]
+    sent = (GRADIENTS, *OUTSIDE) if gradients else OUTSIDE
+    return [*sent, MEASURES if noise.inference else HELDOUT]
 
 
 def passes_of_round(train: TrainConfig, fewest: int | None) -> int:
@@ -40,11 +42,15 @@ def passes_of_round(train: TrainConfig, fewest: int | None) -> int:
     return math.ceil(train.max_steps / math.ceil(fewest / train.logical_batch))
 
 
-def account(noise: NoiseConfig, passes: int, heldout_passes: int) -> dict[str, Any]:
+def account(
+    noise: NoiseConfig, passes: int, heldout_passes: int, *, gradients: bool
+) -> dict[str, Any]:
     """Return the entry of result.json for texts that are sent `passes` times in training.
 
     `heldout_passes` counts those of held-out text, which is disturbed with `inference` only.
+    `gradients` says that steps of training send them.
     """
+    others = outside(noise, gradients=gradients)
     epsilon = spent(noise, passes)
     heldout = spent(noise, heldout_passes) if noise.inference else None
     counted = f"epsilon {epsilon:.3g} for each hidden state, sent {_times(passes)} in training"
@@ -60,8 +66,8 @@ def account(noise: NoiseConfig, passes: int, heldout_passes: int) -> dict[str, A
         "epsilon": epsilon,
         "heldout_passes": heldout_passes if noise.inference else None,
         "heldout_epsilon": heldout,
-        "outside": outside(noise),
-        "sentence": f"{counted}, at delta {noise.delta:g}; outside: {'; '.join(outside(noise))}",
+        "outside": others,
+        "sentence": f"{counted}, at delta {noise.delta:g}; outside: {'; '.join(others)}",
     }
 
 

@@ -47,7 +47,7 @@ def check_bounds(config: FlGlmConfig, costs: Costs) -> None:
         choose(cuts(config, costs), bounds)
     elif bounds.read is not None:
         front, _ = config.layers
-        read = expected(front, config.noise)
+        read = expected(front, config.noise, gradients=config.sends_gradient)
         if read > bounds.read:
             raise ConfigError(f"method.{too_readable(read, bounds.read)}; {NO_CUT_PROTECTS}")
 
@@ -125,7 +125,7 @@ def profile(config: FlGlmConfig, given: Given) -> Profile:
         kinds,
         replicas(config, given),
         cost,
-        lambda front: expected(front, config.noise),
+        lambda front: expected(front, config.noise, gradients=config.sends_gradient),
     )
 
 

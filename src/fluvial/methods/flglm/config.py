@@ -137,6 +137,11 @@ class FlGlmConfig(SampledSettings):
         return step * (self.sync_steps or 1)
 
     @property
+    def sends_gradient(self) -> bool:
+        """True where a training step sends gradients: not with front and middle frozen."""
+        return (self.parts.front, self.parts.middle) != ("frozen", "frozen")
+
+    @property
     def runs_front_alone(self) -> bool:
         """True where hidden states of a sample never change: the front then runs on each sample by
         itself, so that they do not depend on the batch."""
@@ -181,6 +186,11 @@ class FlGlmConfig(SampledSettings):
             yield (
                 "memory_bytes: without effect unless recurring='changes', or the front is frozen "
                 "and without noise; remove it"
+            )
+        if not self.sends_gradient and self.gradient.name != "exact":
+            yield (
+                "gradient: without effect, because no gradient is sent where front and middle are "
+                "frozen; remove it"
             )
         if set(self.parts.kinds("lora").values()) == {"frozen"}:
             yield "parts: nothing is left to tune; freeze two parts at most"

@@ -14,12 +14,17 @@ from typing import Literal
 from fluvial.errors import ConfigError
 from fluvial.formatting import human_bytes
 from fluvial.methods.flglm.footprint import Footprint
+from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.models.part_tuning import PartKind, Place
 
 Open = int | Literal["auto"]
 """A number of layers, or that it is chosen."""
 
-NO_CUT_PROTECTS = "no cut alone protects the text; raise the bound, or use another method"
+NO_CUT_PROTECTS = (
+    "no cut alone protects the text; raise the bound, add noise (method.noise; for a bound below "
+    f"{GRADIENTS:.0%}, freeze front and middle too, so that no gradient is sent), or use another "
+    "method"
+)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
+
     if not written.is_open:
         check_bounds(config, costs)
     forecast = partial(_forecast, written, config, given, places, costs)
@@ -94,6 +95,13 @@ def _check_parts(config: FlGlmConfig, given: Given, places: Places) -> None:
                 f"method.parts.{place}='lora': no module of lora.target_modules is in the {place}; "
                 f"name one that is, or set method.parts.{place} to 'full' or 'frozen'"
             )
+
+
+def _passes(given: Given) -> int:
+    """Return how often the run sends a sequence in training, at most."""
+    known = None if given.examples is None else given.examples().values()
+    fewest = None if known is None else min(map(len, known))
+    return given.rounds * passes_of_round(given.train, fewest)
 
 
 def _check_codecs(config: FlGlmConfig, given: Given) -> None:
@@ -171,15 +179,13 @@ def _forecast(
     if config.remembers or config.runs_front_alone:
         rows.append(("hidden states by sample", room_words(config, given)))
     if config.noise is not None:
-        known = None if given.examples is None else given.examples().values()
-        fewest = None if known is None else min(map(len, known))
-        passes = given.rounds * passes_of_round(given.train, fewest)
+        passes = _passes(given)
         epsilon = spent(config.noise, passes)
         words = (
             f"standard deviation {config.noise.std:.3g} on a norm of at most "
             f"{config.noise.clip:g}; epsilon at most {epsilon:.3g} at delta "
             f"{config.noise.delta:g} for each hidden state of at most {passes} passes of training; "
-            f"outside: {'; '.join(outside(config.noise))}"
+            f"outside: {'; '.join(outside(config.noise, gradients=config.sends_gradient))}"
         )
         rows.append(("noise", words))
 
@@ -340,8 +346,12 @@ def _open_rows(
             + ", then the least memory at a site, then the deeper front. Its bytes and seconds are "
             "those of sequences that all have data.max_length tokens, since the choice may not "
             "follow from the sites' text; the rows below follow from the text where it is known. "
-            "No cut protects the text: a server read all tokens of hidden states without noise, "
-            f"and {GRADIENTS:.0%} or more from gradients at any noise",
+            "No cut protects the text: a server read all tokens of hidden states without noise"
+            + (
+                f", and {GRADIENTS:.0%} or more from gradients at any noise"
+                if written.sends_gradient
+                else ""
+            ),
         ),
     ]
 

@@ -225,7 +225,10 @@ class FlGlmServer(SharedModelServer):
         audits = self.config.leakage.audits(rounds)
         passes = rounds * passes_of_round(self.context.train, self._fewest)
         return account(
-            self.config.noise, passes, measures * (2 if evaluate.max_new_tokens else 1) + audits
+            self.config.noise,
+            passes,
+            measures * (2 if evaluate.max_new_tokens else 1) + audits,
+            gradients=self.config.sends_gradient,
         )
 
     def _samples(self, fleet: Fleet, reporting: Reporting) -> list[dict[str, str]]:

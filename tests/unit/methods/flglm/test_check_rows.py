@@ -157,3 +157,12 @@ def test_an_open_cut_has_parts_too(table: dict[str, Any]) -> None:
     number = checked(table, ends="own", front=1, back=1, parts=parts)
     assert chosen["model"] == number["model"]
     assert chosen["bytes"] == number["bytes"]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_gradients_that_are_sent_are_named(table: dict[str, Any], frozen: bool) -> None:
+    parts = {"front": "frozen", "middle": "frozen"} if frozen else {}
+    noise = {"clip": 1.0, "multiplier": 0.5}
+    shown = rows(table, front="auto", parts=parts, noise=noise)
+    assert ("from gradients" not in shown["why this cut"]) is frozen
+    assert ("gradients, which show labels" not in shown["noise"]) is frozen

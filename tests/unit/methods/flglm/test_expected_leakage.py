@@ -32,10 +32,15 @@ def test_the_figures_are_those_of_the_benchmark() -> None:
 
 
 def test_gradients_bound_from_below_what_a_server_reads() -> None:
-    assert expected(1, None) == 1
-    assert expected(1, NoiseConfig(clip=1.0, multiplier=0.05)) == 1
-    assert expected(9, NoiseConfig(clip=1.0, multiplier=0.15)) == HIDDEN[3][0.1]
-    assert expected(2, NoiseConfig(clip=1.0, multiplier=5.0)) == GRADIENTS
+    assert expected(1, None, gradients=True) == 1
+    assert expected(1, NoiseConfig(clip=1.0, multiplier=0.05), gradients=True) == 1
+    assert expected(9, NoiseConfig(clip=1.0, multiplier=0.15), gradients=True) == HIDDEN[3][0.1]
+    assert expected(2, NoiseConfig(clip=1.0, multiplier=5.0), gradients=True) == GRADIENTS
+
+
+def test_without_gradients_noise_alone_decides() -> None:
+    assert expected(1, None, gradients=False) == 1
+    assert expected(2, NoiseConfig(clip=1.0, multiplier=5.0), gradients=False) == HIDDEN[2][0.5]
 
 
 def test_a_measure_beyond_the_bound_is_a_reason_to_stop() -> None:

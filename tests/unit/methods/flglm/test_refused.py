@@ -9,6 +9,9 @@ from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from tests.support.models import with_fitting_model
 
+NOISE = {"clip": 1.0, "multiplier": 0.5}
+"""Noise under which 7 % of the tokens were read from hidden states behind one layer."""
+
 
 @pytest.mark.parametrize(
     ("method", "message"),
@@ -28,9 +31,29 @@ from tests.support.models import with_fitting_model
         ),
         ({"hidden": {"name": "int4", "outlier_channels": 65536}}, "method.hidden.outlier_channels"),
         ({"gradient": {"name": "int4", "outlier_channels": 65536}}, "method.gradient.outlier_"),
+        (
+            {
+                "parts": {"front": "frozen", "middle": "frozen"},
+                "gradient": {"name": "int8"},
+            },
+            "gradient: without effect, because no gradient is sent",
+        ),
+        ({"noise": NOISE, "leakage": {"most": 0.5}}, "for a bound below 94%, freeze front and mid"),
     ],
 )
 def test_refused(method: dict[str, Any], message: str, run_config: dict[str, Any]) -> None:
     table = with_fitting_model(run_config | {"method": {"name": "flglm"} | method})
     with pytest.raises(ConfigError, match=message):
         plan(parse(table, "test"))
+
+
+def test_noise_meets_a_bound_on_leakage_where_no_gradient_is_sent(
+    run_config: dict[str, Any],
+) -> None:
+    method = {
+        "name": "flglm",
+        "parts": {"front": "frozen", "middle": "frozen"},
+        "noise": NOISE,
+        "leakage": {"most": 0.5},
+    }
+    plan(parse(with_fitting_model(run_config | {"method": method}), "test"))

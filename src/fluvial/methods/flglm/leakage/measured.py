@@ -14,11 +14,14 @@ HIDDEN: dict[int, dict[float, float]] = {
 }
 """Share read from hidden states by layers in front, and by noise in units of the clip."""
 GRADIENTS = 0.940
-"""Least share read from gradients, at any cut and noise: no cut alone meets a bound below."""
+"""Least share read from gradients, at any cut and noise: where gradients are sent, no cut and no
+noise meet a bound below."""
 
 
-def expected(front: int, noise: NoiseConfig | None) -> float:
+def expected(front: int, noise: NoiseConfig | None, *, gradients: bool) -> float:
     """Return the share that a server reads of hidden states or of gradients, whichever is more.
+
+    `gradients` says that steps send them, which they do unless front and middle are frozen.
 
     Noise between two measured values counts as the smaller one, and a deeper front as the deepest
     that was measured. Rows of the public embedding, without a layer in front, count as read.
@@ -29,4 +32,4 @@ def expected(front: int, noise: NoiseConfig | None) -> float:
     multiplier = 0.0 if noise is None else noise.multiplier
     shares = HIDDEN[min(front, max(HIDDEN))]
     nearest = max(each for each in shares if each <= multiplier)
-    return max(shares[nearest], GRADIENTS)
+    return max(shares[nearest], GRADIENTS) if gradients else shares[nearest]
