@@ -66,6 +66,8 @@ def plan(config: FlGlmConfig, given: Given) -> Plan:
     if config.leakage.every >= given.rounds:
         later["method.leakage.every"] = "the run is over before, and its end is measured anyway"
 
+    if config.sends_changes and _passes(given) == 1:
+        later["method.recurring"] = "the run sends no sample a second time"
 
     if not written.is_open:
         check_bounds(config, costs)

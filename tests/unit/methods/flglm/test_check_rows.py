@@ -159,6 +159,17 @@ def test_an_open_cut_has_parts_too(table: dict[str, Any]) -> None:
     assert chosen["bytes"] == number["bytes"]
 
 
+@pytest.mark.parametrize(("rounds", "remarked"), [(1, True), (2, False)])
+def test_changes_of_samples_that_never_recur_are_remarked(
+    table: dict[str, Any], rounds: int, remarked: bool
+) -> None:
+    train = {"num_train_epochs": 1.0}
+    notes = checked(
+        table | {"rounds": rounds, "train": train}, recurring="changes", hidden={"name": "int8"}
+    )["notes"]
+    assert any(note.startswith("method.recurring: without effect") for note in notes) is remarked
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_only_gradients_that_are_sent_are_named(table: dict[str, Any], frozen: bool) -> None:
     parts = {"front": "frozen", "middle": "frozen"} if frozen else {}
