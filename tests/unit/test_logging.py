@@ -25,6 +25,7 @@ def test_a_module_logs_by_its_name() -> None:
     }
     assert others == {
         ("cli/progress.py", "'fluvial'"),  # all messages of the library, for the progress bar
+        ("cli/__init__.py", "'bitsandbytes'"),
         ("flower/server.py", "'httpx'"),
         ("flower/simulate.py", "name"),  # of flwr and ray, whose levels are raised
     }
