@@ -15,10 +15,11 @@ from scipy.stats import spearmanr
 from benchmarks.fedpipe.bed import read_task
 from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, RATES, configured
 from benchmarks.report import Claim, Report, Row, show
+from fluvial.federation.adapters import modules_of
 from fluvial.federation.sites import Site, train_locally
 from fluvial.federation.store import StateStore
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.importance import Score, modules_of
+from fluvial.methods.fedpipe.importance import Score
 from fluvial.methods.fedpipe.planner.candidates import (
     VALUE_UNIT,
     Candidate,

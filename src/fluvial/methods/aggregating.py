@@ -13,7 +13,6 @@ from fluvial.federation.adapters import (
     WholeAdapter,
     combine,
     redistribute,
-    without_side,
 )
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.interface import Context, Given, Metrics
@@ -78,9 +77,8 @@ class SharedAdapter:
         for update in updates:
             if self.settings.holds_updates:
                 received = self.exchange.received(update.site)
-                trained = without_side(received)
-                trained |= {name: trained[name] + t for name, t in update.tensors.items()}
-                self._changes[update.site] = SiteChange(received, trained, update.weight)
+                change = SiteChange.of(received, update.tensors, update.weight)
+                self._changes[update.site] = change
             yield update
 
     def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:

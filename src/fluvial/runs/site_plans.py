@@ -72,9 +72,7 @@ def _described(
     """Return the `plans` of a server half after its set-up, and what suits the sites."""
     deciding = server.deciding
     models = {site: deciding.models(profile) for site, profile in server.profiles.items()}
-    planners = {
-        site: deciding.planner(server.scores, profile) for site, profile in server.profiles.items()
-    }
+    planners = deciding.planners(server.scores, server.profiles)
     facts = given(config, pool.layout, pool.outline.base, sites)
     deadline_s = server.config.deadline_s
     refusals = {

@@ -7,7 +7,7 @@ site, a message or a fleet.
 from fluvial.federation.adapters.combine import Combined, SiteChange, combine
 from fluvial.federation.adapters.redistribute import redistribute, without_side
 from fluvial.federation.adapters.settings import AB_MEAN, AggregationSettings, Mode
-from fluvial.federation.adapters.whole import WholeAdapter
+from fluvial.federation.adapters.whole import WholeAdapter, factor_names, modules_of
 
 __all__ = [
     "AB_MEAN",
@@ -17,6 +17,8 @@ __all__ = [
     "SiteChange",
     "WholeAdapter",
     "combine",
+    "factor_names",
+    "modules_of",
     "redistribute",
     "without_side",
 ]

@@ -15,6 +15,7 @@ import torch
 
 from fluvial.errors import ConfigError
 from fluvial.federation.adapters.low_rank import LowRank, distance, share_of, total
+from fluvial.federation.adapters.redistribute import without_side
 from fluvial.federation.adapters.settings import AggregationSettings
 from fluvial.federation.adapters.whole import (
     WholeAdapter,
@@ -22,7 +23,7 @@ from fluvial.federation.adapters.whole import (
     read_factors,
     write_factors,
 )
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Named, moved
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class SiteChange:
     """Adapter after its training, as the server decoded it: factors of the modules it trains."""
     weight: int
     """Samples that it counts with."""
+
+    @classmethod
+    def of(cls, received: Named, update: Named, weight: int) -> "SiteChange":
+        """Return the training that changed `received` by `update`."""
+        return cls(received, moved(without_side(received), update), weight)
 
     @property
     def unchanged(self) -> bool:

@@ -1,6 +1,6 @@
 """The whole adapter at the server: the factors that sites begin from, and what is left beside."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fluvial.federation.adapters.low_rank import LowRank, total
@@ -51,10 +51,10 @@ class WholeAdapter:
         return WholeAdapter(halves["adapter"].tensors, halves["rest"].tensors)
 
 
-def modules_of(tensors: Named) -> list[str]:
-    """Return the modules that have factors among `tensors`, sorted, side paths left out."""
-    names = (name for name in tensors if factor(name) == "A" and not is_side(name))
-    return sorted(name.rpartition(".lora_A.")[0] for name in names)
+def modules_of(names: Iterable[str]) -> list[str]:
+    """Return the modules that have factors among `names`, sorted, side paths left out."""
+    factors = (name for name in names if factor(name) == "A" and not is_side(name))
+    return sorted(name.rpartition(".lora_A.")[0] for name in factors)
 
 
 def factor_names(module: str) -> tuple[str, str]:

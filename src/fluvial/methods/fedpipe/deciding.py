@@ -70,12 +70,20 @@ class Deciding:
         width = next(each.width for each in self.uninformed if each.module == module)
         return width * dict(self.run.ranks)[module]
 
-    def planner(self, scores: Scores, profile: Profile) -> Planner:
-        """Return the planner of one site, for the scores that are known."""
+    def planners(self, scores: Scores, profiles: Mapping[str, Profile]) -> dict[str, Planner]:
+        """Return the planner of each site, for the scores that are known.
+
+        Sites whose longest sequences are equally long share one, whose knapsack is solved once.
+        """
+        lengths = {site: profile.tokens[-1].length for site, profile in profiles.items()}
+        by_length = {length: self._planner(scores, length) for length in set(lengths.values())}
+        return {site: by_length[length] for site, length in lengths.items()}
+
+    def _planner(self, scores: Scores, length: int) -> Planner:
         return Planner(
             scores.candidates(self.uninformed),
             self.settings,
-            length=profile.tokens[-1].length,
+            length=length,
             format=format_of(self.run),
             rates=(self.rate,),
             beside=self.lora,
@@ -123,9 +131,10 @@ class Deciding:
         """
         plans: dict[str, SitePlan] = {}
         refused: dict[str, str] = {}
+        planners = self.planners(scores, profiles)
 
         for site in sorted(profiles):
-            planner = self.planner(scores, profiles[site])
+            planner = planners[site]
             models = self.models(profiles[site], slowness.get(site, 1.0))
             old = present.get(site)
             if old is None:

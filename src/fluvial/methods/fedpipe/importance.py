@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fluvial.errors import WireError
-from fluvial.wire.tensors import Named, factor
+from fluvial.federation.adapters import factor_names
+from fluvial.wire.tensors import Named
 
 Score = Literal["invariant", "sensitivity", "spectral"]
 DECAY = 0.85
@@ -61,7 +62,7 @@ class Meter:
     def watch(self, factors: Named, gradients: Named) -> None:
         """Take the factors and gradients of one step, before the optimizer changes them."""
         for module in self.modules:
-            name_a, name_b = names_of(module)
+            name_b, name_a = factor_names(module)
             if not bool(factors[name_b].any()):
                 continue
 
@@ -88,7 +89,7 @@ class Meter:
         return {module: self._of(module, factors, which) for module in self.modules}
 
     def _of(self, module: str, factors: Named, which: Score) -> float:
-        name_a, name_b = names_of(module)
+        name_b, name_a = factor_names(module)
         if which == "spectral":
             return float(spectrum(factors[name_a], factors[name_b]).square().sum())
         if module not in self._steps:
@@ -103,16 +104,6 @@ class Meter:
     def _sensitivity(self, name: str) -> Tensor:
         moments = self._moments[name]
         return moments.sensitivity * moments.uncertainty
-
-
-def names_of(module: str) -> tuple[str, str]:
-    """Return the names of the factors A and B of a module."""
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def modules_of(names: Sequence[str]) -> list[str]:
-    """Return the modules that have factors among `names`, sorted."""
-    return sorted({name.rpartition(".lora_")[0] for name in names if factor(name)})
 
 
 def normalised(scores: Mapping[str, float]) -> dict[str, float]:

@@ -6,7 +6,14 @@ from functools import cached_property, partial
 
 from fluvial.errors import ConfigError
 from fluvial.exchange import Gathering, Readable
-from fluvial.federation.adapters import SiteChange, WholeAdapter, combine, redistribute
+from fluvial.federation.adapters import (
+    SiteChange,
+    WholeAdapter,
+    combine,
+    factor_names,
+    modules_of,
+    redistribute,
+)
 from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.bounds import rms
 from fluvial.federation.cohort import sample
@@ -16,7 +23,6 @@ from fluvial.federation.replies import nothing
 from fluvial.federation.sites import adapter_message
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
-from fluvial.methods.fedpipe.importance import modules_of, names_of
 from fluvial.methods.fedpipe.planner.comparison import Measured, compared
 from fluvial.methods.fedpipe.planner.decision import Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
@@ -29,7 +35,6 @@ from fluvial.methods.fedpipe.tasks import VERSION
 from fluvial.methods.fedpipe.updates import SiteUpdate, read_update
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.shared import SharedModelServer
-from fluvial.models.adapters import is_side
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, join, split
@@ -151,7 +156,7 @@ class FedPipeServer(SharedModelServer):
         changed = {
             module
             for module in modules_of(self.context.layout.names)
-            if bool(self.whole.adapter[names_of(module)[1]].any())
+            if bool(self.whole.adapter[factor_names(module)[0]].any())
         }
         used = changed.union(*(dict(plan.ranks) for plan in self.plans.values()))
         before = self.configurations
@@ -245,11 +250,7 @@ class FedPipeServer(SharedModelServer):
     def _aggregate(self, received: Mapping[str, Named], updates: Sequence[SiteUpdate]) -> Metrics:
         """Fold the updates into the adapter; return the measures of the aggregate."""
         changes = {
-            update.site: SiteChange(
-                received[update.site],
-                moved(_without_side(received[update.site]), update.tensors),
-                update.weight,
-            )
+            update.site: SiteChange.of(received[update.site], update.tensors, update.weight)
             for update in updates
         }
         combined = combine(self.whole, changes, self.config.aggregation, fresh=self.fresh)
@@ -353,8 +354,3 @@ class FedPipeServer(SharedModelServer):
         self.unmeasured = set(values.value("unmeasured", list))
         self._configure_all()
         self.versions = values.value("versions", dict)
-
-
-def _without_side(tensors: Named) -> Named:
-    """Return the factors that a site trains."""
-    return {name: tensor for name, tensor in tensors.items() if not is_side(name)}

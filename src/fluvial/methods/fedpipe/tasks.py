@@ -12,9 +12,10 @@ from fluvial.data import Example
 from fluvial.errors import WireError
 from fluvial.exchange import STALE, coder_of, encode
 from fluvial.exchange.feedback import RESIDUAL
+from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, read_adapter_message, round_of, train_locally
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.importance import Meter, modules_of, names_of, spectrum
+from fluvial.methods.fedpipe.importance import Meter, spectrum
 from fluvial.methods.fedpipe.measure import measured
 from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
 from fluvial.models.assignment import Assignment
@@ -99,7 +100,7 @@ def probe(site: Site, message: Payload) -> Payload:
 
 def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
     """Return the squared singular values of a probe's change, fp32 (rank,); zeros follow them."""
-    name_a, name_b = names_of(module)
+    name_b, name_a = factor_names(module)
     sigma = spectrum(factors[name_a], factors[name_b])
     energies = torch.zeros(rank, dtype=torch.float32)
     energies[: len(sigma)] = sigma.square().float()

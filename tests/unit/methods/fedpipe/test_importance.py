@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from fluvial.errors import WireError
+from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.methods.fedpipe.importance import (
     Meter,
     averaged,
     best,
     federated,
-    modules_of,
-    names_of,
     normalised,
     overlap,
     read_scores,
@@ -27,7 +26,7 @@ def factors(seed: int, *, rank: int = 3) -> Named:
     return {
         name: torch.randn(shape, generator=draw)
         for module in MODULES
-        for name, shape in zip(names_of(module), ((rank, 7), (5, rank)), strict=True)
+        for name, shape in zip(reversed(factor_names(module)), ((rank, 7), (5, rank)), strict=True)
     }
 
 
@@ -36,7 +35,7 @@ def gradients(state: Named, seed: int) -> Named:
     draw = torch.Generator().manual_seed(seed)
     result = {}
     for module in MODULES:
-        name_a, name_b = names_of(module)
+        name_b, name_a = factor_names(module)
         of_product = torch.randn(5, 7, generator=draw)
         result[name_a] = state[name_b].T @ of_product
         result[name_b] = of_product @ state[name_a].T
@@ -48,7 +47,7 @@ def turned(state: Named, seed: int) -> Named:
     draw = torch.Generator().manual_seed(seed)
     result = {}
     for module in MODULES:
-        name_a, name_b = names_of(module)
+        name_b, name_a = factor_names(module)
         change = torch.randn(3, 3, generator=draw, dtype=torch.float64) @ torch.diag(
             torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
         )
@@ -96,7 +95,7 @@ def test_two_scores_do_not_depend_on_the_balance_of_the_factors() -> None:
 
 def test_the_invariant_score_is_the_product_with_the_gradient_of_the_change() -> None:
     state = factors(4)
-    name_a, name_b = names_of("a")
+    name_b, name_a = factor_names("a")
     draw = torch.Generator().manual_seed(0)
     of_product = torch.randn(5, 7, generator=draw)
     expected = abs(float(((state[name_b] @ state[name_a]) * of_product).sum()))
@@ -105,7 +104,7 @@ def test_the_invariant_score_is_the_product_with_the_gradient_of_the_change() ->
 
 def test_the_spectrum_is_that_of_the_product() -> None:
     state = factors(5)
-    name_a, name_b = names_of("b")
+    name_b, name_a = factor_names("b")
     dense = torch.linalg.svdvals((state[name_b] @ state[name_a]).double())
     assert torch.allclose(spectrum(state[name_a], state[name_b]), dense[:3])
 
@@ -117,7 +116,7 @@ def test_sensitivity_is_adaloras() -> None:
     step = gradients(state, 1)
     meter = Meter(MODULES)
     meter.watch(state, step)
-    name_a, name_b = names_of("a")
+    name_b, name_a = factor_names("a")
 
     def by_entry(name: str) -> torch.Tensor:
         value = (state[name] * step[name]).abs().double()

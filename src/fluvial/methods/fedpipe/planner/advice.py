@@ -1,7 +1,7 @@
 """The method and the codec for a set of sites, from their plans and refusals, with the reasons."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from statistics import median_low
 
 from fluvial.methods.fedpipe.planner.plan import Setting, SitePlan
@@ -75,11 +75,9 @@ def advised_codec(rates: Mapping[str, int], link_shares: Mapping[str, float]) ->
 
 def _lora(plans: Mapping[str, SitePlan]) -> Advice:
     values = list(plans.values())
-    differ = [
-        name
-        for name in Setting.__dataclass_fields__
-        if len({getattr(plan.setting, name) for plan in values}) > 1
-    ]
+    settings = [asdict(plan.setting) for plan in values]
+    names = [each.name for each in fields(Setting)]
+    differ = [name for name in names if len({each[name] for each in settings}) > 1]
     differ += ["ranks"] if len({plan.ranks for plan in values}) > 1 else []
     if not differ:
         return Advice(

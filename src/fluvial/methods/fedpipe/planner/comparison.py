@@ -1,7 +1,7 @@
 """Predicted against measured figures of a round, for the record of a run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.wire.payload import Value
@@ -30,8 +30,9 @@ def compared(plan: SitePlan, measured: Measured) -> dict[str, Value]:
         "seconds": plan.prediction.seconds,
     }
     figures: dict[str, Value] = {}
+    values: dict[str, float | None] = asdict(measured)
     for name, figure in predicted.items():
-        value: float | None = getattr(measured, name)
+        value = values[name]
         error = (figure - value) / value if value else None
         figures[name] = {"predicted": figure, "measured": value, "error": error}
     return figures
