@@ -19,9 +19,7 @@ import gc
 import importlib
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from benchmarks.child import answer_of
 from benchmarks.fedcybgd.shapes import FULL, QUICK, SMALL, Shape, layout_of, write_model
 from benchmarks.report import Claim, Report, Row, show
 
@@ -242,18 +241,9 @@ def measured(shape: Shape, cases: Sequence[Case]) -> list[Row]:
 
 def _ask(large: Path, small: Path, case: Case) -> dict[str, int]:
     tunes, _, hold = case
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fedcybgd.memory", str(large), str(small), tunes, hold],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ALLOCATOR},
-        timeout=600,
-        check=False,
+    found: dict[str, int] = answer_of(
+        "benchmarks.fedcybgd.memory", large, small, tunes, hold, environment=ALLOCATOR
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-
-    found: dict[str, int] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 

@@ -12,8 +12,6 @@ of `benchmarks.fedpipe.clock`.
 
 import gc
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks.child import answer_of
 from benchmarks.fedcybgd.memory import ALLOCATOR, RESET, STATUS, status
 from benchmarks.fedcybgd.shapes import QUICK, SMALL, layout_of, write_model
 from benchmarks.flglm.bed import standard_library
@@ -125,18 +124,7 @@ def _row(name: str, case: dict[str, Any], folder: Path, text: Path) -> Row:
             ]
         )
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fedpipe.predictions", str(config)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ALLOCATOR},
-        timeout=600,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-2000:])
-
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = answer_of("benchmarks.fedpipe.predictions", config, environment=ALLOCATOR)
     seconds = found["predicted"]["seconds"]
     memory = found["predicted"]["memory_bytes"]["predicted"]
     measured = 4 * layout_of(QUICK).numel + found["growth_bytes"]

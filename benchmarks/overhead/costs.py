@@ -8,7 +8,6 @@ environment of its own is best, since flwr pins much).
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.child import answer_of
 from benchmarks.report import Claim, Report, Row, show
 
 VALUES = 32_768
@@ -45,21 +45,13 @@ def probe(module: str, *arguments: object, python: str = sys.executable) -> dict
 
     Raises `RuntimeError` with the end of the error output of a process that failed.
     """
-    command = [python, "-m", f"benchmarks.overhead.{module}", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **QUIET},
-        timeout=TIMEOUT_S,
-        check=False,
+    return answer_of(
+        f"benchmarks.overhead.{module}",
+        *arguments,
+        environment=QUIET,
+        python=python,
+        timeout_s=TIMEOUT_S,
     )
-
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
 
 
 def has_flower(python: str) -> bool:

@@ -8,10 +8,7 @@ loss with the adapter beside the base, merged into float weights, and merged and
 """
 
 import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.child import answer_of
 from benchmarks.quantised.merging import merging
 from benchmarks.report import Claim, Report, Row, show
 
@@ -131,20 +129,15 @@ def _probe(
 ) -> dict[str, Any]:
     """Return what a process of its own measured; raises `RuntimeError` with the end of its error
     output."""
-    command = [sys.executable, "-m", "benchmarks.quantised.probe", folder, kind]
-    done = subprocess.run(
-        [*command, str(length), str(steps)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        timeout=TIMEOUT_S,
-        check=False,
+    return answer_of(
+        "benchmarks.quantised.probe",
+        folder,
+        kind,
+        length,
+        steps,
+        environment=environment,
+        timeout_s=TIMEOUT_S,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-
-    measured: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return measured
 
 
 PARTS = {"costs": costs, "merging": merging}

@@ -1,11 +1,7 @@
 """The benchmarks run, write their files, and say for each claim whether it holds."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,36 +13,13 @@ from benchmarks.fedcybgd import bed as fedcybgd_bed
 from benchmarks.fedcybgd import compute, contenders, download, jobs, losses
 from benchmarks.fedcybgd.shapes import Shape
 from benchmarks.report import Claim, Report, Row
-from tests.support import ROOT
-
-
-def _quick(name: str, out: Path, *options: str, of: str = "") -> dict[str, Any]:
-    """Return the report of `python -m benchmarks.NAME`, or of the one named `of` in it."""
-    module = [sys.executable, "-m", f"benchmarks.{name}", *([of] if of else [])]
-    done = subprocess.run(
-        [*module, "--quick", "--out", str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    content: dict[str, Any] = json.loads(out.read_text())
-    assert set(content) == {"benchmark", "machine", "settings", "skipped", "rows", "claims"}
-    assert content["benchmark"] == (of or name)
-    assert {"cpu", "cores", "memory_bytes", "python", "torch", "load"} <= set(content["machine"])
-    assert content["rows"]
-    assert all({"name", "value", "bar", "holds"} <= set(claim) for claim in content["claims"])
-
-    return content
+from tests.support.benchmarks import quick_report
 
 
 @pytest.mark.slow
 def test_overhead(tmp_path: Path) -> None:
     """Start-up, three numbers of sites, and Flower or a word that it is not there."""
-    content = _quick("overhead", tmp_path / "overhead.json")
+    content = quick_report("overhead", tmp_path / "overhead.json")
     ours = [row for row in content["rows"] if row["what"] == "fluvial"]
     assert [row["sites"] for row in ours] == [1, 10, 100]
     assert all(row["bytes_up"] > 131_072 for row in ours)
@@ -59,11 +32,11 @@ def test_overhead(tmp_path: Path) -> None:
 def test_quantised(tmp_path: Path) -> None:
     """Every format has its costs, and its losses merged and not."""
     pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
-    content = _quick("quantised", tmp_path / "costs.json", "--part", "costs")
+    content = quick_report("quantised", tmp_path / "costs.json", "--part", "costs")
     costs = {row["format"]: row for row in content["rows"] if row["allocator"] == "fixed"}
     stored = [costs[kind]["stored_bytes"] for kind in ("bfloat16", "int8", "nf4", "nf4-double")]
     assert stored == sorted(stored, reverse=True)
-    content = _quick("quantised", tmp_path / "merging.json", "--part", "merging")
+    content = quick_report("quantised", tmp_path / "merging.json", "--part", "merging")
     merged = [row for row in content["rows"] if "merged_loss" in row]
     assert len(merged) == 5
     for row in merged:  # merging in float changes the order of sums alone
@@ -73,7 +46,7 @@ def test_quantised(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_channel(tmp_path: Path) -> None:
     """Every contender at every size and kind of memory; ratios to the cipher, not to the clock."""
-    content = _quick("channel", tmp_path / "channel.json")
+    content = quick_report("channel", tmp_path / "channel.json")
     rows = [row for row in content["rows"] if "both_mb_s" in row]
     assert len(rows) == 2 * 4 * 3
     assert {row["what"] for row in rows if row["both_mb_s"] > 0} == {
@@ -87,7 +60,7 @@ def test_channel(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_activations(tmp_path: Path) -> None:
     """Exact rows have no error, coded changes less than what they are changes of."""
-    content = _quick("activations", tmp_path / "activations.json")
+    content = quick_report("activations", tmp_path / "activations.json")
     lost = {row["codec"]: row for row in content["rows"] if row["part"] == "error"}
     times = [row for row in content["rows"] if row["part"] == "time"]
     assert all(lost["exact"][end] == 0 for end in ("h_A", "h_B", "g_A", "g_B"))
@@ -99,7 +72,7 @@ def test_activations(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_stream(tmp_path: Path) -> None:
     """Every kind of stream at every size, and the one claim."""
-    content = _quick("stream", tmp_path / "stream.json")
+    content = quick_report("stream", tmp_path / "stream.json")
     assert {(row["size"], row["kind"]) for row in content["rows"]} == {
         (size, kind)
         for size in ("100 B", "1 MB", "16 MB")
@@ -112,7 +85,7 @@ def test_stream(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_cgfedllm(tmp_path: Path) -> None:
     """Gate and loss on the embedded text; identity is exact whatever the size."""
-    content = _quick("cgfedllm", tmp_path / "cgfedllm.json")
+    content = quick_report("cgfedllm", tmp_path / "cgfedllm.json")
     assert {row["part"] for row in content["rows"]} == {"gate", "loss"}
     held = {claim["name"][0]: claim["holds"] for claim in content["claims"]}
     assert set(held) == set("abcdef")
@@ -122,7 +95,7 @@ def test_cgfedllm(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rate_distortion(tmp_path: Path) -> None:
     """Real frames within their rate, on every codec that the package has."""
-    content = _quick("codecs", tmp_path / "rates.json", of="rate_distortion")
+    content = quick_report("codecs", tmp_path / "rates.json", of="rate_distortion")
     rows = [row for row in content["rows"] if "part" not in row and row["seeds"]]
     assert {16, 32, 64, 128} <= {row["rate"] for row in rows}
     assert all(row["bytes"] <= row["raw_bytes"] / row["rate"] for row in rows if row["rate"])
@@ -132,7 +105,7 @@ def test_rate_distortion(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_codec_speed(tmp_path: Path) -> None:
     """Two small layouts."""
-    content = _quick("codecs", tmp_path / "speed.json", of="speed")
+    content = quick_report("codecs", tmp_path / "speed.json", of="speed")
     assert {row["layout"] for row in content["rows"]} == {"d 64", "d 128"}
     assert all(row["encode_mb_s"] > 0 and row["decode_mb_s"] > 0 for row in content["rows"])
 
@@ -141,7 +114,7 @@ def test_codec_speed(tmp_path: Path) -> None:
 def test_bytes_to_target(tmp_path: Path) -> None:
     """A row for every contender; a second run takes everything from the file."""
     options = ("--cache", str(tmp_path / "runs.jsonl"))
-    content = _quick("codecs", tmp_path / "bytes.json", *options, of="bytes_to_target")
+    content = quick_report("codecs", tmp_path / "bytes.json", *options, of="bytes_to_target")
     rows = {row["contender"]: row for row in content["rows"]}
     reference = rows["uncompressed"]
     int8 = rows["int8, both ways"]
@@ -149,7 +122,7 @@ def test_bytes_to_target(tmp_path: Path) -> None:
     assert reference["excess"] == 0
     assert int8["bytes_all"] < 0.3 * reference["bytes_all"] * int8["rounds"] / reference["rounds"]
     lines = (tmp_path / "runs.jsonl").read_text()
-    again = _quick("codecs", tmp_path / "again.json", *options, of="bytes_to_target")
+    again = quick_report("codecs", tmp_path / "again.json", *options, of="bytes_to_target")
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
@@ -158,7 +131,7 @@ def test_bytes_to_target(tmp_path: Path) -> None:
 def test_fedcybgd_losses(tmp_path: Path) -> None:
     """A row for every contender; a second run takes everything from the file."""
     options = ("--part", "losses", "--cache", str(tmp_path / "runs.jsonl"))
-    content = _quick("fedcybgd", tmp_path / "losses.json", *options)
+    content = quick_report("fedcybgd", tmp_path / "losses.json", *options)
     rows = {row["contender"]: row for row in content["rows"]}
     assert set(rows) == set(contenders.QUICK_NAMES)
     full = rows[contenders.REFERENCE]
@@ -167,7 +140,7 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
     assert ours["up_share"] < 0.02
     assert ours["memory_share"] < 0.25
     lines = (tmp_path / "runs.jsonl").read_text()
-    assert _quick("fedcybgd", tmp_path / "again.json", *options)["rows"] == content["rows"]
+    assert quick_report("fedcybgd", tmp_path / "again.json", *options)["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
 
@@ -175,7 +148,7 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
 def test_fedcybgd_download(tmp_path: Path) -> None:
     """The cache is exact, what compresses is not, and the codec of the upload makes the cache
     small."""
-    content = _quick("fedcybgd", tmp_path / "download.json", "--part", "download")
+    content = quick_report("fedcybgd", tmp_path / "download.json", "--part", "download")
     rows = {row["form"]: row for row in content["rows"]}
     assert set(rows) == set(download.QUICK_FORMS)
     assert rows[download.EXACT]["cosine_tuned_least"] == pytest.approx(1)
@@ -190,7 +163,7 @@ def test_fedcybgd_download(tmp_path: Path) -> None:
 )
 def test_fedcybgd_memory(tmp_path: Path) -> None:
     """One block takes less than everything, and less again from disk; the table has two models."""
-    content = _quick("fedcybgd", tmp_path / "memory.json", "--part", "memory")
+    content = quick_report("fedcybgd", tmp_path / "memory.json", "--part", "memory")
     full, held, streamed = (row for row in content["rows"] if row["part"] == "memory")
     assert full["train_mb"] > held["train_mb"] > streamed["train_mb"]
     assert {row["model"] for row in content["rows"] if row["part"] == "shapes"} == {
@@ -202,7 +175,7 @@ def test_fedcybgd_memory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fedcybgd_compute(tmp_path: Path) -> None:
     """A row for full tuning and one for every block."""
-    content = _quick("fedcybgd", tmp_path / "compute.json", "--part", "compute")
+    content = quick_report("fedcybgd", tmp_path / "compute.json", "--part", "compute")
     assert [row["trains"] for row in content["rows"]] == [
         "full",
         *(f"block {index}" for index in range(4)),
@@ -501,7 +474,7 @@ def test_work_of_a_step_by_block() -> None:
 @pytest.mark.slow
 def test_leakage(tmp_path: Path) -> None:
     """Five attacks on every case, four where no gradient is exchanged; the claims hold."""
-    content = _quick("leakage", tmp_path / "leakage.json")
+    content = quick_report("leakage", tmp_path / "leakage.json")
     cases = {(row["part"], row["case"]) for row in content["rows"]}
     assert len(content["rows"]) == 5 * len(cases)
     assert all(claim["holds"] for claim in content["claims"])
@@ -510,7 +483,7 @@ def test_leakage(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_privacy_utility(tmp_path: Path) -> None:
     """Quality and tokens read of each case, and noise that hides the text and costs the model."""
-    content = _quick("privacy_utility", tmp_path / "privacy_utility.json")
+    content = quick_report("privacy_utility", tmp_path / "privacy_utility.json")
     plain, noisy = content["rows"]
     assert noisy["hidden"] < plain["hidden"]
     assert noisy["loss"] > plain["loss"]

@@ -1,9 +1,5 @@
 """The benchmark of FedPipe: its clock, its curves, and its parts in their quick form."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +9,7 @@ from benchmarks.fedpipe.clock import SiteClock
 from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM, configured
 from benchmarks.fedpipe.losses import at, over, times_sooner, until
 from fluvial.runs.config import parse
-from tests.support import ROOT
+from tests.support.benchmarks import quick_report
 
 CURVE = [4.0, 3.0, 2.0]
 
@@ -55,32 +51,17 @@ def test_contenders_are_valid(name: str) -> None:
     assert parse(table, "benchmark").seed == 0
 
 
-def _quick(out: Path, *options: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.fedpipe", "--quick", "--out", str(out), *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    content: dict[str, Any] = json.loads(out.read_text())
-    return content
-
-
 @pytest.mark.slow
 def test_losses(tmp_path: Path) -> None:
     """FedPipe and uniform LoRA have a row; a second call takes both from the file."""
     options = ("--part", "losses", "--cache", str(tmp_path / "runs.jsonl"))
-    content = _quick(tmp_path / "losses.json", *options)
+    content = quick_report("fedpipe", tmp_path / "losses.json", *options)
     rows = {row["contender"]: row for row in content["rows"]}
     assert set(rows) == {UNIFORM, FEDPIPE}
     assert len(set(map(str, rows[FEDPIPE]["plan"].values()))) > 1
     assert rows[UNIFORM]["setup_s"] == 0 < rows[FEDPIPE]["setup_s"]
     lines = (tmp_path / "runs.jsonl").read_text()
-    again = _quick(tmp_path / "again.json", *options, "--minutes", "0")
+    again = quick_report("fedpipe", tmp_path / "again.json", *options, "--minutes", "0")
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
@@ -88,7 +69,7 @@ def test_losses(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_value(tmp_path: Path) -> None:
     """A correlation lies between -1 and 1, for adapters of both kinds."""
-    content = _quick(tmp_path / "value.json", "--part", "value")
+    content = quick_report("fedpipe", tmp_path / "value.json", "--part", "value")
     assert [row["draw"] for row in content["rows"]] == ["all sizes", "one size"]
     assert all(-1 <= row["invariant"] <= 1 for row in content["rows"])
 
@@ -99,6 +80,6 @@ def test_value(tmp_path: Path) -> None:
 )
 def test_predictions(tmp_path: Path) -> None:
     """The plan's memory and time are of the order of what is measured."""
-    (row,) = _quick(tmp_path / "predictions.json", "--part", "predictions")["rows"]
+    (row,) = quick_report("fedpipe", tmp_path / "predictions.json", "--part", "predictions")["rows"]
     assert 0.5 < row["memory_mb"] / row["peak_mb"] < 2
     assert 0.3 < row["predicted_s"] / row["measured_s"] < 3

@@ -10,12 +10,11 @@ from fluvial.data import SiteTexts
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import parse
-from fluvial.runs.run import execute
 from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.tensors import Named, norm, subtract
 from tests.support.models import four_layers
-from tests.support.runs import adapter_of, run_table
+from tests.support.runs import adapter_of, run_table, run_with_stops
 from tests.support.weights import read_weights
 
 CLOSE = 1e-4
@@ -164,17 +163,7 @@ def test_resume_is_a_straight_run(
     """Stop after every event in turn, throw all objects away, and go on: the same bits."""
     table = table | {"method": {"name": "flglm", "mode": mode, "ends": ends}}
     straight = run_table(table, tmp_path / "straight")
-    config = parse(table, "test")
-    resume = False
-
-    for stop_after in (1, 2, 99):
-        for seen, event in enumerate(execute(config, tmp_path / "stopped", resume=resume), start=1):
-            if seen == stop_after and event.kind != "result":
-                break
-
-        resume = True
-
-    assert event.kind == "result"
+    result = run_with_stops(table, tmp_path / "stopped", (1, 2, 99))
     for key in ("adapter_sha256", "heldout", "bytes"):
-        assert event.values[key] == straight[key]
+        assert result[key] == straight[key]
     assert (straight["adapter_sha256"] is None) == (ends == "own")

@@ -20,10 +20,9 @@ from fluvial.methods.flglm.site_memory import SLOT
 from fluvial.methods.flglm.turns import Backward, Content
 from fluvial.models.tokenizers import load_tokenizer
 from fluvial.runs.config import parse
-from fluvial.runs.run import execute
 from fluvial.wire.payload import Payload
 from tests.support.models import four_layers
-from tests.support.runs import run_table
+from tests.support.runs import run_table, run_with_stops
 
 MODES = ("sequential", "hierarchical", "client-batch")
 CACHED: dict[str, Any] = {"parts": {"front": "frozen"}}
@@ -162,19 +161,9 @@ def test_resume_begins_with_the_memory_of_the_round(
     """Stop after every event in turn, and go on: the same bits and the same bytes."""
     table = with_method(table, **CACHED, **CHANGES, mode=mode, memory_bytes=SOME)
     straight = run_table(table, tmp_path / "straight")
-    config = parse(table, "test")
-    resume = False
-
-    for stop_after in (2, 1, 1, 99):
-        for seen, event in enumerate(execute(config, tmp_path / "stopped", resume=resume), start=1):
-            if seen == stop_after and event.kind != "result":
-                break
-
-        resume = True
-
-    assert event.kind == "result"
+    result = run_with_stops(table, tmp_path / "stopped", (2, 1, 1, 99))
     for key in RESULTS:
-        assert event.values[key] == straight[key]
+        assert result[key] == straight[key]
 
 
 @contextmanager

@@ -24,14 +24,13 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import execute
 from fluvial.training.evaluate import heldout
 from fluvial.wire.payload import Payload, split
 from fluvial.wire.tensors import Named
 from tests.conftest import saved_model
 from tests.oracle.test_flglm import flglm
 from tests.support.models import four_layers
-from tests.support.runs import run_table
+from tests.support.runs import run_table, run_with_stops
 
 STEPS = 20
 RATE = 1e-3
@@ -353,16 +352,9 @@ def test_resume_is_a_straight_run(
     table = small | {"method": {"name": "flglm", "mode": mode, "ends": ends, "parts": parts}}
     table["method"]["leakage"] = NO_METER
     straight = run_table(table, tmp_path / "straight")
-    config = parse(table, "test")
-    resume = False
-    for stop_after in (1, 2, 99):
-        for seen, event in enumerate(execute(config, tmp_path / "stopped", resume=resume), start=1):
-            if seen == stop_after and event.kind != "result":
-                break
-        resume = True
-
+    result = run_with_stops(table, tmp_path / "stopped", (1, 2, 99))
     for key in ("model_sha256", "heldout", "bytes"):
-        assert event.values[key] == straight[key]
+        assert result[key] == straight[key]
     assert (straight["model_sha256"] is None) == (ends == "own")
 
 

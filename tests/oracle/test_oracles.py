@@ -19,7 +19,7 @@ from fluvial.training.train import train
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named, add, digest, norm, relative_error, subtract
 from tests.contract.test_methods import SETTINGS
-from tests.support.runs import adapter_of, run_table
+from tests.support.runs import adapter_of, run_table, run_with_stops
 from tests.support.weights import read_weights
 
 
@@ -183,20 +183,9 @@ def test_resume_is_a_straight_run(
     """Stop after every event in turn, throw all objects away, and go on."""
     table = run_config | choice | {"rounds": 3}
     straight = run_table(table, tmp_path / "straight")
-    config = parse(table, "test")
-    folder = tmp_path / "stopped"
-    resume = False
-
-    for stop_after in (1, 2, 2, 99):
-        for seen, event in enumerate(execute(config, folder, resume=resume), start=1):
-            if seen == stop_after and event.kind != "result":
-                break
-
-        resume = True
-
-    assert event.kind == "result"
-    assert event.values["adapter_sha256"] == straight["adapter_sha256"]
-    assert event.values["bytes"] == straight["bytes"]
+    result = run_with_stops(table, tmp_path / "stopped", (1, 2, 2, 99))
+    assert result["adapter_sha256"] == straight["adapter_sha256"]
+    assert result["bytes"] == straight["bytes"]
 
 
 def test_ffa_keeps_a_frozen_and_sends_less(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Run a configuration in a test and read what it made."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,23 @@ def run_table(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     *_, last = execute(parse(table, "test"), folder)
     assert last.kind == "result"
     return last.values | {"folder": str(folder)}
+
+
+def run_with_stops(
+    table: dict[str, Any], folder: Path, stops: Sequence[int], *, resume: bool = False
+) -> dict[str, Any]:
+    """The result of a run that is stopped after so many events, and again after so many further
+    ones, and goes on each time with nothing but its folder."""
+    for stop_after in stops:
+        events = execute(parse(table, "test"), folder, resume=resume)
+        for seen, event in enumerate(events, start=1):
+            if seen == stop_after and event.kind != "result":
+                break
+
+        resume = True
+
+    assert event.kind == "result"
+    return event.values
 
 
 def adapter_of(result: dict[str, Any]) -> Named:

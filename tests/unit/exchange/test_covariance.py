@@ -34,7 +34,7 @@ from fluvial.runs.run import execute
 from fluvial.storage.run_files import read_run
 from fluvial.wire.payload import Limits, Payload
 from fluvial.wire.tensors import Layout, Named, only, relative_error, scale
-from tests.support.runs import run_table
+from tests.support.runs import run_table, run_with_stops
 from tests.support.updates import attention_layout
 from tests.unit.codecs.test_klt import HELD_OUT, LAYOUT, SEEN
 
@@ -470,15 +470,10 @@ def test_resume_is_a_straight_run(
         with pytest.raises(KeyboardInterrupt):
             list(execute(config, folder))
 
-    for stop_after in (1, 1, 99):
-        for seen, event in enumerate(execute(config, folder, resume=True), start=1):
-            if seen == stop_after and event.kind != "result":
-                break
-
-    assert event.kind == "result"
-    assert event.values["adapter_sha256"] == straight["adapter_sha256"]
-    assert event.values["setup"]["gate"] == straight["setup"]["gate"]
-    assert event.values["bytes"] == straight["bytes"]
+    result = run_with_stops(table, folder, (1, 1, 99), resume=True)
+    assert result["adapter_sha256"] == straight["adapter_sha256"]
+    assert result["setup"]["gate"] == straight["setup"]["gate"]
+    assert result["bytes"] == straight["bytes"]
 
 
 def test_the_order_of_replies_changes_nothing(

@@ -12,11 +12,10 @@ from fluvial.errors import WireError
 from fluvial.methods import Context
 from fluvial.methods.flasc import METHOD, FlascConfig, FlascServer, received
 from fluvial.runs.config import RunConfig
-from fluvial.runs.run import execute
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout
-from tests.support.runs import run_table
+from tests.support.runs import run_table, run_with_stops
 
 LAYOUT = Layout.of({"m.lora_A.weight": torch.zeros(4, 40), "m.lora_B.weight": torch.zeros(30, 4)})
 PLAIN = {
@@ -66,16 +65,9 @@ def test_it_learns(run_config: dict[str, Any], tmp_path: Path) -> None:
 def test_resume_is_a_straight_run(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = run_config | {"rounds": 3, "method": {"name": "flasc", "fraction": 0.7}}
     straight = run_table(table, tmp_path / "straight")
-    for stop_after in (1, 2, 1, 99):
-        resume = (tmp_path / "stopped").exists()
-        for seen, event in enumerate(
-            execute(RunConfig.model_validate(table), tmp_path / "stopped", resume=resume), 1
-        ):
-            if seen == stop_after and event.kind != "result":
-                break
-
-    assert event.values["adapter_sha256"] == straight["adapter_sha256"]
-    assert event.values["bytes"] == straight["bytes"]
+    result = run_with_stops(table, tmp_path / "stopped", (1, 2, 1, 99))
+    assert result["adapter_sha256"] == straight["adapter_sha256"]
+    assert result["bytes"] == straight["bytes"]
 
 
 def test_the_step_is_adam_of_the_negative_mean_change() -> None:
