@@ -24,6 +24,7 @@ from fluvial.exchange import TgapConfig
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.sites import Site, Task
 from fluvial.methods import METHODS
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.methods.flglm.config import PartsConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
@@ -167,6 +168,26 @@ QUICK: dict[str, tuple[Table, Any]] = {
         {"rounds": 3, "method": PIPE["method"] | {"replan_every": 1}},
         0.0,
     ),
+    **{
+        f"PlannerSettings.{name}": (PIPE, value)
+        for name, value in {
+            "objective": "value",
+            "ranks": [1],
+            "batches": [2],
+            "lengths": [8],
+            "formats": ["bfloat16"],
+            "checkpointing": "always",
+            "eighths": [4],
+        }.items()
+    },
+    "PlannerSettings.selection": (
+        {"method": {"name": "fedpipe", "planner": {"selection": "uniform"}}},
+        "all",
+    ),
+    "PlannerSettings.granularity": (
+        merge(PIPE, {"method": {"planner": {"ranks": [1, 2]}}}),
+        "type",
+    ),
     "FlGlmConfig.sync_steps": ({"method": {"name": "flglm", "mode": "hierarchical"}}, 1),
     "TrainConfig.num_train_epochs": (
         {"train": {"learning_rate": 1e-2, "per_device_train_batch_size": 4}},
@@ -247,6 +268,16 @@ ELSEWHERE = {
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",
     "CgFedLlmConfig.max_growth": "tests/unit/methods/test_cgfedllm.py",
+    **{
+        f"PlannerSettings.{name}": "tests/unit/methods/fedpipe/test_plans.py"
+        for name in (
+            "critical_batch",
+            "weight_of_data",
+            "weight_of_error",
+            "safety",
+            "hysteresis",
+        )
+    },
     "FlGlmConfig.in_flight": "tests/oracle/test_flglm_in_flight.py",
     "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",
@@ -297,6 +328,7 @@ TABLES: list[type[Settings]] = [
     *(method.config for method in METHODS.values()),
     TgapConfig,
     AggregationSettings,
+    PlannerSettings,
     PartsConfig,
     TrainConfig,
     LoraSettings,
@@ -317,6 +349,7 @@ PLACES = dict.fromkeys((kind.__name__ for kind in ROWS), "method.hidden") | {
     "LoraSettings": "lora",
     "TgapConfig": "method.tgap",
     "AggregationSettings": "method.aggregation",
+    "PlannerSettings": "method.planner",
     "PartsConfig": "method.parts",
 }
 

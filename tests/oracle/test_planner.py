@@ -62,7 +62,7 @@ def optimum(weights: list[Candidate], site: Models, deadline_s: float) -> float 
             continue
 
         value = programme(gains, parameters, allowed)
-        value -= 1.0 * (1 - done) + 0.5 * FORMATS[format].error
+        value -= 1.0 * (1 - done / (1 + batch / 16)) + 0.5 * FORMATS[format].error
         best = value if best is None else max(best, value)
 
     return best

@@ -5,11 +5,17 @@ the n parameters of the adapter, so both limits together are one capacity for n,
 an exact multiple-choice knapsack. It does not depend on the setting: one table serves all settings
 and all sites. The score of a plan is
 
-    value              V retained(rate) - lambda_u u - lambda_q err(format)
-    value-per-second   V retained(rate) (1 - lambda_q err(format)) (1 - u) / t
+    value              V retained(rate) - lambda_u (1 - c) - lambda_q err(format)
+    value-per-second   V retained(rate) (1 - lambda_q err(format)) c / t
 
-with V = sum S_m E_m(rank), in whole units. Ties go to the shorter round, then to the smaller
-adapter, then to the setting that stands first in the configuration.
+with V = sum S_m E_m(rank), in whole units. The worth of a round's tokens is
+
+    c = (1 - u) / (1 + b / B)
+
+and falls with the batch b: the same tokens are fewer steps, and a step of b sequences lowers the
+loss by 1 / (1 + B / b) of what the exact gradient would (McCandlish, Kaplan, Amodei, "An Empirical
+Model of Large-Batch Training", 2018, https://arxiv.org/abs/1812.06162). Ties go to the shorter
+round, then to the smaller adapter, then to the setting that stands first in the configuration.
 """
 
 import copy
@@ -68,6 +74,8 @@ class Room:
     """Seconds for each parameter."""
     unprocessed: Fraction
     """Share of the site's tokens that a round does not process, u."""
+    worth: Fraction
+    """Worth of the tokens that it processes, c, from 0 to 1."""
 
     @property
     def capacity(self) -> int:
@@ -193,7 +201,13 @@ class Planner:
             fixed_s,
             each_s,
             1 - Fraction(tokens, profile.all_tokens),
+            Fraction(tokens, profile.all_tokens) * self._worth(setting.batch),
         )
+
+    def _worth(self, batch: int) -> Fraction:
+        """Return the worth of a token in a pass of `batch` sequences: 1 for batches that are small
+        beside the critical one."""
+        return 1 / (1 + batch / Fraction(self.settings.critical_batch))
 
     def memory_bytes(self, models: Models, setting: Setting, lora: int) -> int:
         """Return the most bytes that a site needs for an adapter of `lora` parameters, and for all
@@ -273,10 +287,10 @@ class Planner:
         error = self.settings.weight_of_error * room.format.error
         value: FloatArray = values * np.float64(room.wire.retained / VALUE_UNIT)
         if self.settings.objective == "value":
-            value -= self.settings.weight_of_data * float(room.unprocessed) + error
+            value -= self.settings.weight_of_data * float(1 - room.worth) + error
             return value
 
-        gain = value * (max(0.0, 1 - error) * float(1 - room.unprocessed))
+        gain = value * (max(0.0, 1 - error) * float(room.worth))
         scores: FloatArray = gain / (float(room.fixed_s) + lora * float(room.each_s))
         return scores
 

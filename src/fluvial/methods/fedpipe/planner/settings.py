@@ -33,6 +33,9 @@ class PlannerSettings(Settings):
     """Ranks that a weight may get, beside none; one rank switches rank adaptation off."""
     batches: tuple[Whole, ...] = (1, 2, 4, 8, 16)
     """Sequences of a forward pass; one entry switches batch adaptation off."""
+    critical_batch: float = Field(16, ge=1e-3, le=1e9)
+    """Batch (sequences) of which each step lowers the loss half as much as one with the exact
+    gradient; a smaller batch makes more steps of the same tokens. At 1e9 tokens count alone."""
     lengths: tuple[Length, ...] = ()
     """Tokens of a sequence at most; unset, `data.max_length` alone."""
     formats: tuple[str, ...] = ()
@@ -43,7 +46,7 @@ class PlannerSettings(Settings):
     eighths: tuple[Eighths, ...] = (8, 7, 6, 5, 4, 3, 2, 1)
     """Local steps, in eighths of those of the site's whole data."""
     weight_of_data: float = Field(1.0, ge=0, le=1e3)
-    """Value lost where a site processes none of its data (lambda_u); of objective "value"."""
+    """Value lost where what a site processes has no worth (lambda_u); of objective "value"."""
     weight_of_error: float = Field(0.5, ge=0, le=1e3)
     """Value lost for a relative error of 1 of the base's output (lambda_q)."""
     safety: float = Field(1.2, ge=1, le=100)
