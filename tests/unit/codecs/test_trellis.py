@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fluvial.codecs.rotated.hadamard import Hadamard, HadamardSettings
-from fluvial.codecs.rotated.trellis import Plan, Trellis, TrellisSettings, codebook, follow, search
+from fluvial.codecs.rotated.paths import Plan, codebook, follow, search
+from fluvial.codecs.rotated.trellis import Trellis, TrellisSettings
 from fluvial.errors import WireError
 from fluvial.wire.frame import OVERHEAD
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract

@@ -52,7 +52,7 @@ from fluvial.codecs.klt.trellis_search import (
     water_level,
     worth,
 )
-from fluvial.codecs.rotated.trellis import Plan, best_path, follow
+from fluvial.codecs.rotated.paths import BLOCK, LONGEST, Plan, best_path, follow
 from fluvial.errors import WireError
 from fluvial.settings import EXACT
 from fluvial.wire.frame import OVERHEAD, Reader
@@ -65,9 +65,7 @@ _POWERS = (1.0, 0.75, 0.5)
 _GAIN = 128
 _CODES = 254  # the largest sum of a row's and a column's logarithm
 _CELLS = 2 * _CODES + 1
-_BLOCK = 1024  # coefficients of one path
 _MOST = 8  # bits for one value
-_LONGEST = 64  # values for one step, as in `trellis`
 _HEAD = struct.Struct("<BBBh")
 
 
@@ -225,7 +223,7 @@ class KltTrellis(AdaptiveTransformCodec):
             return torch.zeros(self.layout.numel)
 
         plan = self._plan(classes)
-        if plan.spans.max() > _LONGEST:
+        if plan.spans.max() > LONGEST:
             raise WireError(f"klt_trellis: floor {floor} lies too far below the water level")
 
         path = np.unpackbits(
@@ -273,7 +271,7 @@ class KltTrellis(AdaptiveTransformCodec):
 
         Paths take values in turn, so that all are alike.
         """
-        blocks = -(-len(classes) // _BLOCK)
+        blocks = -(-len(classes) // BLOCK)
         column = classes[::blocks]
         bits = self._bits // blocks
         length = len(column)

@@ -22,30 +22,22 @@ water-filling on these codes, in whole numbers, so that both ends agree.
 """
 
 import struct
-from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
 from fluvial.codecs.learned.canvas import target
+from fluvial.codecs.rotated.paths import LONGEST, Plan, follow, search
 from fluvial.codecs.rotated.rotation import Rotation
 from fluvial.errors import WireError
 from fluvial.settings import EXACT
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout, factor
 
-Floats = NDArray[np.float32]
-Bits = NDArray[np.uint8]
-
-_BLOCK = 1024  # values of one path; the paths of a group are searched side by side
-_SIDE_BY_SIDE = 64
-_LONGEST = 64  # values for one step
 _MOST = 6  # bits for one value
 _ROW = 1 << 16  # values that are rotated together
 _OCTAVE = 8
@@ -162,177 +154,13 @@ class Trellis(Codec):
         def bits(level: int) -> NDArray[np.int64]:
             found = self._sizes * np.maximum(loud - level, 0) // (_FINE * _OCTAVE)
             found = np.minimum(found, _MOST * self._sizes)
-            return np.where(live & (found * _LONGEST >= self._sizes), found, 0)
+            return np.where(live & (found * LONGEST >= self._sizes), found, 0)
 
         while most - least > 1:
             middle = (least + most) // 2
             least, most = (middle, most) if int(bits(middle).sum()) > room else (least, middle)
 
         return bits(most)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The values that the bits of a path go to: `steps` of (bits, values), the same for each of
-    `blocks`."""
-
-    size: int
-    blocks: int
-    length: int
-    """Values of a block; the last ones of all are padding."""
-    shifts: NDArray[np.int64]
-    spans: NDArray[np.int64]
-    scales: Floats
-    """RMS of the numbers that stand for the values of a step."""
-
-    @classmethod
-    def of(cls, size: int, bits: int) -> "Plan":
-        """Plan at most `bits` bits for `size` values of RMS 1, spread evenly; what is decoded has
-        the energy that they carry."""
-        blocks = max(-(-size // _BLOCK), 1)
-        length = -(-size // blocks)
-        each = bits // blocks
-        steps = min(each, length)
-        edges = np.arange(steps + 1)
-        spans = (
-            np.diff(edges * length // max(steps, 1))
-            if each <= length
-            else np.ones(length, np.int64)
-        )
-        shifts = np.ones(steps, np.int64) if each <= length else np.diff(edges * each // length)
-        scale = (1 - 4.0 ** (-int(shifts.sum()) / max(length, 1))) ** 0.5
-
-        return cls(size, blocks, length, shifts, spans, np.full(len(spans), scale, np.float32))
-
-    @property
-    def bits(self) -> int:
-        """Bits of one block."""
-        return int(self.shifts.sum())
-
-    @property
-    def total(self) -> int:
-        """Bits of all blocks."""
-        return self.blocks * self.bits
-
-
-@cache
-def codebook(memory: int) -> Floats:
-    """Return Gaussian numbers (_LONGEST, 2^memory), of mean 0 and RMS 1 in each row; the same on
-    every machine."""
-    words = np.random.PCG64(memory).random_raw(_LONGEST << memory)
-    numbers = ndtri(((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53).reshape(
-        _LONGEST, -1
-    )
-    numbers -= numbers.mean(1, keepdims=True)
-    found: Floats = (numbers / np.sqrt((numbers**2).mean(1, keepdims=True))).astype(np.float32)
-
-    return found
-
-
-def search(values: NDArray[np.float64], bits: int, memory: int) -> tuple[Bits, NDArray[np.float64]]:
-    """Return the best path for `values` (n,) of about unit RMS in at most `bits` bits, and what it
-    decodes to (n,)."""
-    plan = Plan.of(len(values), bits)
-    if plan.total == 0:
-        return np.zeros(0, np.uint8), np.zeros(len(values))
-
-    padded = np.zeros(plan.blocks * plan.length, dtype=np.float32)
-    padded[: plan.size] = values
-    rows = padded.reshape(plan.blocks, plan.length)
-    path = best_path(rows, plan, memory)
-
-    return path, follow(path, plan, memory)
-
-
-def best_path(rows: Floats, plan: Plan, memory: int) -> Bits:
-    """Return the bits (plan.total,) of the path of least squared error for every row of (blocks,
-    length)."""
-    paths = [
-        _viterbi(rows[i : i + _SIDE_BY_SIDE], plan, memory)
-        for i in range(0, plan.blocks, _SIDE_BY_SIDE)
-    ]
-    return np.concatenate(paths).reshape(-1)
-
-
-def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
-    """Return the values (n,) of a path (plan.total,)."""
-    if plan.total == 0:
-        return np.zeros(plan.size)
-
-    path = path.reshape(plan.blocks, plan.bits)
-    padded = np.concatenate([np.zeros((plan.blocks, memory), np.uint8), path], axis=1)
-    last = (
-        memory + np.cumsum(plan.shifts) - 1
-    )  # a step's state is made of the `memory` bits up to its last
-    states = np.zeros((plan.blocks, len(last)), np.int16)
-
-    for bit in range(memory):
-        states |= padded[:, last - bit].astype(np.int16) << bit
-    step = np.repeat(np.arange(len(plan.spans)), plan.spans)
-    place = np.arange(plan.length) - np.repeat(np.cumsum(plan.spans) - plan.spans, plan.spans)
-    decoded = codebook(memory)[place, states[:, step]] * plan.scales[step]
-    values: NDArray[np.float64] = decoded.reshape(-1)[: plan.size].astype(np.float64)
-
-    return values
-
-
-def _viterbi(rows: Floats, plan: Plan, memory: int) -> Bits:
-    """Return the bits (rows, plan.bits) of the path of least squared error for each row, from state
-    0."""
-    count = len(rows)
-    states = 1 << memory
-    book = codebook(memory)
-    sums = {int(span): (book[:span] ** 2).sum(0) for span in np.unique(plan.spans)}
-    cost = np.full((count, states), 1e30, dtype=np.float32)
-    cost[:, 0] = 0
-    best = np.empty_like(cost)
-    metric = np.empty_like(cost)
-    chosen = []
-    position = 0
-
-    for shift, span, scale in zip(
-        plan.shifts.tolist(), plan.spans.tolist(), plan.scales, strict=True
-    ):
-        np.matmul(rows[:, position : position + span] * (-2 * scale), book[:span], out=metric)
-        metric += sums[span] * (scale * scale)
-        position += span
-
-        if shift:
-            left = states >> shift
-            from_each = cost.reshape(count, 1 << shift, left)
-            if shift == 1:
-                chosen.append(from_each[:, 1] < from_each[:, 0])
-                least = np.minimum(from_each[:, 0], from_each[:, 1], out=best[:, :left])
-            else:
-                chosen.append(from_each.argmin(1).astype(np.uint8))
-                least = from_each.min(1)
-
-            np.add(
-                metric.reshape(count, left, 1 << shift),
-                least[:, :, None],
-                out=metric.reshape(count, left, -1),
-            )
-        else:
-            chosen.append(np.zeros(0, bool))
-            metric += cost
-
-        cost, metric = metric, cost
-
-    path = np.zeros((count, plan.bits), np.uint8)
-    every = np.arange(count)
-    state = cost.argmin(1)
-    end = plan.bits
-
-    for shift, choice in zip(plan.shifts.tolist()[::-1], chosen[::-1], strict=True):
-        if not shift:
-            continue
-        for bit in range(shift):
-            path[:, end - 1 - bit] = state >> bit & 1
-        end -= shift
-        before = state >> shift
-        state = before | choice[every, before].astype(np.int64) << memory - shift
-
-    return path
 
 
 def _groups(layout: Layout) -> tuple[dict[object, int], list[int]]:
