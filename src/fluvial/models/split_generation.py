@@ -118,6 +118,16 @@ class ServerGeneration:
         self.cache.free()
 
 
+def has_cache(part: Part) -> bool:
+    """Return whether a part continues with what it keeps of earlier tokens, as `check_generation`
+    finds out."""
+    try:
+        check_generation(part)
+    except ConfigError:
+        return False
+    return True
+
+
 @torch.no_grad()
 def check_generation(part: Part) -> None:
     """Raise `ConfigError` unless tokens one by one, with a cache, get the values of a single pass.

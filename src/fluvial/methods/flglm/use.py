@@ -20,7 +20,7 @@ from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder
 from fluvial.models.generation import count_too_long, room_after
 from fluvial.models.split import Part
-from fluvial.models.split_generation import SiteGeneration
+from fluvial.models.split_generation import SiteGeneration, has_cache
 from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.evaluate import Heldout
 from fluvial.training.train import collate, shifted
@@ -122,11 +122,32 @@ class WholeModel:
                 answers.append("")
                 continue
 
-            generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
-            answer = yield from self._answer(generation.answer(prompt))
+            if has_cache(self.part):
+                generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
+                answer = yield from self._answer(generation.answer(prompt))
+            else:
+                answer = yield from self._answer_without_cache(encoder.prompt(prompt), room)
             answers.append(answer)
 
         return answers
+
+    def _answer_without_cache(
+        self, prompt: Sequence[int], new_tokens: int
+    ) -> Generator[Payload, Payload, str]:
+        """Return the continuation of `prompt` by a model whose layers keep other states than keys
+        and values: all tokens go through again for each new one."""
+        tokenizer = self.site.pool.tokenizer
+        tokens = list(prompt)
+
+        while len(tokens) < len(prompt) + new_tokens:
+            ids = torch.tensor([tokens], device=self.part.device)
+            logits = yield from self._logits(ids, torch.ones_like(ids))
+            tokens.append(int(logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+
+        text: str = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+        return text
 
     def _answer(self, steps: Generator[Tensor, Tensor, str]) -> Generator[Payload, Payload, str]:
         """Return what `steps` return, whose hidden states are exchanged with the server."""

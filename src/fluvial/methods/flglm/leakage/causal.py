@@ -65,7 +65,7 @@ class CausalSearch:
         prior = self.settings.prior if std else 0.0
         prefixes = torch.zeros(1, 0, dtype=torch.int64)
         scores = torch.zeros(1, dtype=torch.float64)
-        cache = Prefixes() if self.settings.reuse else None
+        cache = Prefixes() if self.settings.reuse and self.public.continues else None
 
         for state, shortlist in zip(observed, self._candidates(observed), strict=True):
             candidates = shortlist

@@ -5,7 +5,7 @@ caches are those of the model's own code.
 """
 
 import copy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from fluvial.methods.flglm.leakage.noise import NoiseConfig, clip_rows
 from fluvial.methods.flglm.leakage.reached import tensor_at
 from fluvial.models.span_cache import cache_argument
 from fluvial.models.split import decoder_layers
+
+LENGTH = 8
+"""Tokens with which a model's cache is checked."""
 
 
 class PublicModel:
@@ -31,6 +34,7 @@ class PublicModel:
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary: int = embeddings.num_embeddings
         self.device: torch.device = embeddings.weight.device
+        self._dtype: torch.dtype = embeddings.weight.dtype
         self._last_layer = layers[front - 1]
         self._cache_name = cache_argument(self._inner)
 
@@ -49,6 +53,25 @@ class PublicModel:
         run = partial(self._inner, input_ids=ids.to(self.device), attention_mask=mask, **options)
         hidden = tensor_at(self._last_layer, "output", run).cpu().double()
         return hidden if self.noise is None else clip_rows(hidden, self.noise.clip)
+
+    @cached_property
+    def continues(self) -> bool:
+        """Return whether tokens behind a cached prefix get the values of a single pass.
+
+        Models with recurrent layers keep other states than keys and values.
+        """
+        ids = (torch.arange(LENGTH) % self.vocabulary).unsqueeze(0)
+        whole = self.hidden(ids)[:, -1]
+        cache = Prefixes()
+        try:
+            for token in ids[:, :-1].T:
+                self.hidden(token.unsqueeze(0), cache)
+            last = self.hidden(ids[:, -1:].repeat(2, 1), cache.repeated(2))[:, -1]
+        except Exception:  # each architecture has an error of its own for a cache that is not its
+            return False
+
+        tolerance = 1e-4 if self._dtype == torch.float32 else 0.05
+        return bool((last - whole).norm() <= tolerance * whole.norm())
 
     @property
     def _inner(self) -> nn.Module:
