@@ -71,6 +71,8 @@ class DataConfig(Settings):
     "mistral", "plain", a file with a Jinja template, or the template itself."""
     partition: Partition = Iid()
     """Partition of one data set into sites; a deployed site has a data set of its own."""
+    sites: tuple[str, ...] | None = Field(None, min_length=1)
+    """Names of the sites that take part, of those that the partition gives; unset, all."""
     max_length: int = Field(128, ge=8, le=10**7)
     """Tokens of one sequence."""
     overlong: Overlong = "cut"

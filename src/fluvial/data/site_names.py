@@ -1,12 +1,14 @@
 """Names of sites: they come from data and from peers, and are shown and stored everywhere."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fluvial.errors import ConfigError
 
 LONGEST = 64
 """Most characters of a name."""
+MOST_SHOWN = 20
+"""Most names in a message."""
 PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Form of the name of a site with a process of its own; it is also a file's name and a key."""
 
@@ -33,6 +35,16 @@ def check_names(names: Iterable[str], where: str) -> None:
         fault = fault_of(name)
         if fault is not None:
             raise ConfigError(f"{where}: {fault}")
+
+
+def chosen(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
+    """Return the names in `wanted`, sorted; raise `ConfigError` for one that is not in `names`."""
+    for name in wanted:
+        if name not in names:
+            known = ", ".join(names[:MOST_SHOWN]) + (" ..." if len(names) > MOST_SHOWN else "")
+            raise ConfigError(f"data.sites: there is no site {name[:60]!r}; the sites are {known}")
+
+    return tuple(sorted(wanted))
 
 
 def check_plain(name: str, where: str) -> None:

@@ -6,6 +6,7 @@ from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.faults import Faults, shown
 from fluvial.data.partition import Drawn, Files, Natural, alike, split
 from fluvial.data.records import Record
+from fluvial.data.site_names import chosen
 from fluvial.data.sources import (
     Found,
     Source,
@@ -56,6 +57,12 @@ class SiteRecords:
 
         if faults.count:
             return {}
+
+        if config.sites is not None:
+            names = chosen(sorted(parts), config.sites)
+            parts = {name: parts[name] for name in names}
+            if apart is not None:
+                apart = {name: apart[name] for name in names if name in apart}
 
         self.notes += alike({name: len(records) for name, records in parts.items()})
         if apart is None:
@@ -222,11 +229,11 @@ def _too_few(name: str, count: int, heldout: int, share: float) -> str:
     if count < 2:
         return (
             f"data: site {shown(name)} has {count} record, and one to train on and one held out "
-            "are needed; give the site more records, or leave it out"
+            "are needed; give the site more records, or name the others in data.sites"
         )
 
     return (
         f"data: site {shown(name)} has {count} records; data.heldout_share={share} leaves "
         f"{count - heldout} to train on and {heldout} held out, and both need at least one; give "
-        "the site more records, change data.heldout_share, or leave the site out"
+        "the site more records, change data.heldout_share, or name the others in data.sites"
     )

@@ -12,7 +12,7 @@ from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.partition import Iid, split
 from fluvial.data.records import Record, Text
-from fluvial.data.site_names import check_names
+from fluvial.data.site_names import check_names, chosen
 from fluvial.data.site_records import SiteRecords
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
@@ -99,7 +99,12 @@ class SiteTexts:
             self._try_public(faults)  # so that one message has its faults too
 
         faults.raise_any()
-        self.names = stdlib.site_names() if self._parts is None else tuple(sorted(self._parts))
+        if self._parts is not None:
+            self.names = tuple(sorted(self._parts))
+        else:
+            self.names = stdlib.site_names()
+            if config.sites is not None:
+                self.names = chosen(self.names, config.sites)
         check_names(self.names, "data.partition")
         self._tokens = lru_cache(CACHED_SITES)(self._tokenise)
         self.load = lru_cache(CACHED_SITES)(self._load)

@@ -17,7 +17,7 @@ FILE = "fluvial.json"
 PLACES = frozenset(
     {
         *("source", "split", "heldout_source", "heldout_split", "heldout_share", "heldout"),
-        *("public_source", "public", "partition", "max_heldout"),
+        *("public_source", "public", "partition", "sites", "max_heldout"),
     }
 )
 """Settings of [data] that say where text lies and who has it; the others say how a record is read

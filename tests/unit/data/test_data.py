@@ -25,6 +25,7 @@ from fluvial.data.forms import detect_form
 from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, alike, split
 from fluvial.data.records import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from fluvial.errors import ConfigError
+from fluvial.runs.config import parse
 
 QA = {"prompt": "Question: capital of France?", "completion": " Paris."}
 CHAT = [
@@ -631,6 +632,39 @@ def test_more_sites_to_keep_than_there_are_is_refused(tmp_path: Path, tokenizer:
     partition = {"by": "column", "column": "clinic", "largest": 99}
     with pytest.raises(ConfigError, match=r"data.partition.largest=99: there are only \d sites"):
         texts(source, tokenizer, partition=partition)
+
+
+def test_named_sites_take_part_alone(tmp_path: Path, tokenizer: Any) -> None:
+    records = [
+        {"clinic": name, "text": f"{name} {n}"} for n in range(9) for name in ("a", "b", "d")
+    ]
+    source = tmp_path / "records.jsonl"
+    lonely = {"clinic": "c", "text": "alone"}
+    source.write_text("\n".join(json.dumps(row) for row in [*records, lonely]))
+    partition = {"by": "column", "column": "clinic"}
+    every = [{"clinic": name, "text": f"apart {name}"} for name in ("a", "b", "c", "d")]
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text("\n".join(json.dumps(row) for row in every))
+
+    read = texts(source, tokenizer, partition=partition, sites=["d", "a"])
+    assert read.names == ("a", "d")
+    read = texts(
+        source, tokenizer, partition=partition, sites=["d", "a"], heldout_source=str(apart)
+    )
+    assert read.names == ("a", "d")
+    assert not read.check()
+
+    with pytest.raises(ConfigError, match="data.sites: there is no site 'x'; the sites are a, b"):
+        texts(source, tokenizer, partition=partition, sites=["a", "x"])
+
+
+def test_named_sites_of_the_embedded_text_take_part_alone(tokenizer: Any) -> None:
+    read = SiteTexts(DataConfig(sites=["xml", "email"]), tokenizer, seed=0)
+    assert read.names == ("email", "xml")
+    with pytest.raises(ConfigError, match="data.sites: there is no site 'north'; the sites are ar"):
+        SiteTexts(DataConfig(sites=["north"]), tokenizer, seed=0)
+    with pytest.raises(ConfigError, match="'xml' is listed twice"):
+        parse({"data": {"sites": ["xml", "xml"]}}, "test")
 
 
 def test_a_held_out_source_is_split_over_the_sites(tmp_path: Path, tokenizer: Any) -> None:
