@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ _CACHE = tempfile.TemporaryDirectory(prefix="fluvial-tests-")  # removed when th
 os.environ["HF_HOME"] = _CACHE.name
 os.environ["HF_DATASETS_CACHE"] = str(Path(_CACHE.name) / "datasets")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell without job control starts `make test &` so, and the processes of a test inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n"
