@@ -15,7 +15,7 @@ from fluvial.federation.adapters import (
     redistribute,
 )
 from fluvial.federation.aggregate import WeightedLoss
-from fluvial.federation.bounds import rms
+from fluvial.federation.bounds import lower_heaviest, rms
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
@@ -100,8 +100,9 @@ class FedPipeServer(SharedModelServer):
             for site in sorted(profiles)
         }
         self.profiles |= profiles
+        metrics: Metrics = {}
         if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
-            self._probe(fleet, sorted(profiles), round)
+            metrics = self._probe(fleet, sorted(profiles), round)
 
         plans, refused = self.deciding.decide(
             profiles, self.scores, self.plans, self.slowness, self.config.deadline_s
@@ -116,7 +117,8 @@ class FedPipeServer(SharedModelServer):
         self._check_ranks()
         self._configure_all()
         shown = {site: self._predicted(site).to_json() for site in sorted(self.plans)}
-        return {"plans": shown, **({"scores": self.scores.score} if self.scores.score else {})}
+        scores = {"scores": self.scores.score} if self.scores.score else {}
+        return {"plans": shown, **scores, **metrics}
 
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
@@ -128,8 +130,9 @@ class FedPipeServer(SharedModelServer):
         """Return the memory and time models of a site, as they are known."""
         return self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
 
-    def _probe(self, fleet: Fleet, sites: Sequence[str], round: int) -> None:
-        """Have `sites` score the weights, and fold their scores in."""
+    def _probe(self, fleet: Fleet, sites: Sequence[str], round: int) -> Metrics:
+        """Have `sites` score the weights, and fold their scores in; return the site that would
+        have had more than its share of them, with its weight."""
         modules = modules_of(self.context.layout.names)
         read = partial(read_probe, modules=modules, rank=self.config.probe_rank)
         messages = dict.fromkeys(sites, Payload(values={"number": round}))
@@ -137,8 +140,12 @@ class FedPipeServer(SharedModelServer):
             reply.site: reply.content
             for reply in fleet.ask("probe", messages, round=round, read=read, alone=round == 0)
         }
+        weights = {site: probe.weight for site, probe in probes.items()}
+        clipped = lower_heaviest(weights, fleet.config.max_weight_share, round)
         if probes:
-            self.scores.take(probes, self.config.score_decay)
+            counted = {site: replace(probes[site], weight=weights[site]) for site in probes}
+            self.scores.take(counted, self.config.score_decay)
+        return {"clipped_probes": clipped} if clipped else {}
 
     def _check_ranks(self) -> None:
         """Raise `ConfigError` for plans of unequal ranks whose factors have no mean."""

@@ -9,7 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+from fluvial.errors import WireError
 from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.models.assignment import KEY, Assignment, Precision
 from fluvial.models.quantisation import FLOAT, Format, Quantisation
 from fluvial.wire.payload import Payload, Value
@@ -75,6 +77,41 @@ class SiteConfiguration:
             message.whole("length", 2, MOST_LENGTH),
             message.value("checkpointing", bool),
         )
+
+    def check_allowed(self, settings: PlannerSettings, run: Assignment, sequences: int) -> None:
+        """Raise `WireError` for what no plan under the run's settings has.
+
+        A site checks it, so that the run that it has joined bounds the memory and the time that a
+        server can take. `sequences` are those of a round at this site.
+        """
+        assignment = self.assignment
+        formats = settings.formats or (format_of(run),)
+        bases = [with_format(run, name) for name in formats]
+        allowed = {(base.precision, base.quantisation) for base in bases}
+        if (assignment.precision, assignment.quantisation) not in allowed:
+            raise WireError(f"plan: the base is in none of the formats {', '.join(formats)}")
+
+        if assignment.batch not in settings.batches:
+            raise WireError(f"plan: batch {assignment.batch} is not in method.planner.batches")
+
+        most = -(-sequences // assignment.batch)
+        if self.steps > most:
+            raise WireError(
+                f"plan: {self.steps} steps of {assignment.batch} sequences, where the round of "
+                f"this site has at most {most}"
+            )
+
+        choices = {"never": (False,), "always": (True,), "choose": (False, True)}
+        if self.checkpointing not in choices[settings.checkpointing]:
+            raise WireError(
+                f"plan: checkpointing is {self.checkpointing}, and method.planner.checkpointing is "
+                f"{settings.checkpointing!r}"
+            )
+
+        full = dict(run.ranks)
+        for name, rank in (*assignment.ranks, *assignment.side):
+            if rank > full[name]:
+                raise WireError(f"plan: rank {rank} of {name!r:.100}, above the run's {full[name]}")
 
 
 def format_of(assignment: Assignment) -> str:

@@ -16,7 +16,7 @@ from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, read_adapter_message, round_of, train_locally
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.importance import Meter, spectrum
-from fluvial.methods.fedpipe.measure import measured
+from fluvial.methods.fedpipe.measure import full_load, measured
 from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
@@ -110,10 +110,13 @@ def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
 def configure(site: Site, message: Payload) -> Payload:
     """Keep the plan in `message`, and what the site still owes by error feedback, in its shapes.
 
-    Where factors change in each round, the coder expresses the residual in those of the next one.
+    Raises `WireError` for a plan that the run's settings do not allow. Where factors change in each
+    round, the coder expresses the residual in those of the next one.
     """
     config: FedPipeConfig = site.method
-    plan = SiteConfiguration.from_payload(message, run_assignment(site))
+    run = run_assignment(site)
+    plan = SiteConfiguration.from_payload(message, run)
+    plan.check_allowed(config.planner, run, full_load(site.train, len(site.load().train)))
     message.whole(VERSION, 1, MOST_VERSIONS)
     site.keep(PLAN, message)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fluvial.errors import WireError
+from fluvial.methods.fedpipe.planner.formats import FORMATS
 from fluvial.wire.payload import Value
 
 KEY = "profile"
@@ -141,6 +142,9 @@ def _speeds(given: Value) -> dict[str, tuple[Speed, ...]]:
 
     speeds = {}
     for name, rows in given.items():
+        if name not in FORMATS:
+            raise WireError(f"{KEY}.speeds: {name!r:.40} is none of {', '.join(FORMATS)}")
+
         where = f"speeds[{name!r:.40}]"
         curve = tuple(
             Speed(

@@ -120,9 +120,7 @@ class TimeModel:
         if curve is None:
             measured = min(profile.speeds)
             curve = profile.speeds[measured]
-            slowdown = format.slowdown / (
-                FORMATS[measured].slowdown if measured in FORMATS else 1.0
-            )
+            slowdown = format.slowdown / FORMATS[measured].slowdown
         return self.factor * slowdown / speed_at(curve, batch)
 
     def _work(self, lora: int, *, checkpointing: bool) -> float:
