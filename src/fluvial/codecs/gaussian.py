@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
-from fluvial.codecs import entropy
+from fluvial.codecs import compiled, entropy
 from fluvial.errors import WireError
 from fluvial.wire.frame import Reader
 
@@ -189,10 +189,8 @@ class Blocks:
         self, values: Doubles, step: int, room: int, *, loudness: Doubles | None = None
     ) -> float:
         """Return the bits by which `encode_at` goes beyond `room` bytes."""
-        classes, levels = self._quantise(values, step, loudness)
-        cells = np.abs(levels)
-        cells += np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
-        counts = np.bincount(cells, minlength=_costs().size)
+        classes = self._classes(values, step, loudness)
+        counts = self._counts(values, step, classes)
         frequencies = _class_frequencies(_centre(classes))
         side = -np.log2(frequencies[classes] / frequencies.sum()).sum()
 
@@ -260,20 +258,53 @@ class Blocks:
             return COARSEST - 1
         return int(np.clip(np.ceil((loudest - 6) * OCTAVE), FINEST, COARSEST - 1))
 
+    def _classes(self, values: Doubles, step: int, loudness: Doubles | None) -> Ints:
+        """Return the class of every block."""
+        loudness = self.loudness(values) if loudness is None else loudness
+        position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
+        return np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
+
     def _quantise(
         self, values: Doubles, step: int, loudness: Doubles | None
     ) -> tuple[Ints, NDArray[np.int32]]:
         """Return the class of every block, level of every value."""
-        loudness = self.loudness(values) if loudness is None else loudness
-        position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
-        classes = np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
-        limits = np.repeat(_limits()[classes], self.sizes)
-        levels = values * 2.0 ** (-step / OCTAVE)
+        classes = self._classes(values, step, loudness)
+        return classes, self._levels(values, step, classes)
+
+    def _levels(self, values: Doubles, step: int, classes: Ints) -> NDArray[np.int32]:
+        """Return the level of every value."""
+        factor = 2.0 ** (-step / OCTAVE)
+        limits = _limits()[classes]
+
+        if compiled.available():
+            from fluvial.codecs import gaussian_compiled
+
+            made = np.empty(len(values), np.int32)
+            gaussian_compiled.quantise(values, factor, limits, self._ends, made)
+            return made
+
+        limits = np.repeat(limits, self.sizes)
+        levels = values * factor
         np.rint(levels, out=levels)
         np.minimum(levels, limits, out=levels)
         np.maximum(levels, np.negative(limits, out=limits), out=levels)
 
-        return classes, levels.astype(np.int32)
+        return levels.astype(np.int32)
+
+    def _counts(self, values: Doubles, step: int, classes: Ints) -> Ints:
+        """Return how often each magnitude of each class occurs (classes * 256,)."""
+        if compiled.available():
+            from fluvial.codecs import gaussian_compiled
+
+            counts = np.zeros((_CLASSES, _LEVELS + 1), np.int64)
+            gaussian_compiled.count(
+                values, 2.0 ** (-step / OCTAVE), _limits()[classes], self._ends, classes, counts
+            )
+            return counts.ravel()
+
+        cells = np.abs(self._levels(values, step, classes))
+        cells += np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
+        return np.bincount(cells, minlength=_costs().size)
 
 
 @cache

@@ -5,6 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fluvial.codecs import compiled
 from fluvial.codecs.base import Codec
 from fluvial.codecs.gaussian import Blocks
 from fluvial.codecs.rotated.eden import Eden, EdenSettings, lloyd_max
@@ -13,6 +14,9 @@ from fluvial.codecs.rotated.rotation import Rotation
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.frame import Reader, seal
 from fluvial.wire.tensors import Layout, Named, norm, relative_error, subtract
+
+STEPS = (-9000, -3000, 0, 2000)
+"""Steps of quantisers, in codes of `Blocks`."""
 
 
 def gaussian(seed: int = 0, scales: tuple[float, ...] = (1, 1, 1, 1)) -> Named:
@@ -39,6 +43,42 @@ def test_a_rotation_keeps_norms_and_is_undone(size: int) -> None:
     z = rotation.forward(x)
     assert torch.allclose(z.norm(dim=1), x.norm(dim=1))
     assert torch.allclose(rotation.inverse(z), x)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 63, 1000, 4096, 70_000])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_compiled_rotations_are_those_of_torch(
+    size: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within rounding, as sums are in another order; the input is left alone unless it may be
+    overwritten."""
+    pytest.importorskip("numba")
+    x = torch.randn(3, size, dtype=kind, generator=torch.Generator().manual_seed(size))
+    before = x.clone()
+    rotation = Rotation(5, 3, size)
+    forward, inverse = rotation.forward(x), rotation.inverse(x)
+    assert torch.equal(x, before)
+    assert torch.equal(rotation.forward(x.clone(), overwrite=True), forward)
+    strided = x.T.contiguous().T
+    assert torch.equal(rotation.forward(strided), forward)
+
+    monkeypatch.setattr(compiled, "available", lambda: False)
+    precision = 1e-5 if kind == torch.float32 else 1e-13
+    assert torch.allclose(rotation.forward(x), forward, rtol=0, atol=precision)
+    assert torch.allclose(rotation.inverse(x), inverse, rtol=0, atol=precision)
+
+
+def test_compiled_blocks_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    random = np.random.default_rng(0)
+    values = np.concatenate([random.standard_t(2, 500), 1e-3 * random.normal(size=70), np.zeros(9)])
+    blocks = Blocks([500, 0, 70, 9])
+    expected = [(blocks.excess(values, step, 99), blocks.encode_at(values, step)) for step in STEPS]
+    monkeypatch.setattr(compiled, "available", lambda: False)
+
+    for step, (excess, data) in zip(STEPS, expected, strict=True):
+        assert blocks.excess(values, step, 99) == excess
+        assert blocks.encode_at(values, step) == data
 
 
 @pytest.mark.parametrize("size", [1024, 1500, 2047])

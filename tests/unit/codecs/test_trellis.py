@@ -141,6 +141,29 @@ def test_the_codebook_is_the_same_everywhere() -> None:
     assert np.allclose((book**2).mean(1), 1, atol=1e-5)
 
 
+def test_no_step_has_more_values_than_a_code_has_numbers() -> None:
+    """A group of 1,025 values in two blocks needs 18 bits, not the 17 that are 1,025 / 64."""
+    layout = Layout((("a", (1025,)), ("b", (20_000,))))
+    codec = Trellis(TrellisSettings(rate=64, memory=6), layout)
+    random = torch.Generator().manual_seed(0)
+    loud = {name: torch.randn(shape, generator=random) for name, shape in layout.shapes}
+    counts = set()
+
+    for quiet in np.linspace(0.3, 1, 60):
+        update = {"a": float(quiet) * loud["a"], "b": loud["b"]}
+        lower = np.array([round(-8 * np.log2(quiet)), 0])
+        counts.add(int(codec._allocate(lower)[0]))
+        assert norm(subtract(update, codec.decode(codec.encode(update)))) < norm(update)
+
+    for low in range(256):
+        bits = codec._allocate(np.array([low, 0]))
+        for size, count in zip((1025, 20_000), bits, strict=True):
+            plan = Plan.of(size, int(count))
+            assert plan.spans.max(initial=0) <= 64
+
+    assert {0} < counts
+
+
 def test_mutated_frames_are_refused_or_decode_to_numbers() -> None:
     codec = make()
     frame = codec.encode(update())

@@ -68,7 +68,8 @@ class Hadamard(Codec):
 
     def _rotate(self, vector: Tensor, seed: int, *, back: bool) -> Tensor:
         """Return every tensor rotated; in fp32, unless sums would end where fp32 ends."""
-        large = float(torch.linalg.vector_norm(vector, ord=float("inf"))) > LARGEST_FP32 / 2**32
+        least, most = torch.aminmax(vector)
+        large = max(-float(least), float(most)) > LARGEST_FP32 / 2**32
         pieces = list(
             torch.split(vector.double() if large else vector.float(), list(self.layout.sizes))
         )
@@ -77,7 +78,8 @@ class Hadamard(Codec):
             alike = self._alike[size]
             rotation = Rotation(seed + number, len(alike), size)
             stacked = torch.stack([pieces[index] for index in alike])
-            turned = rotation.inverse(stacked) if back else rotation.forward(stacked)
+            turn = rotation.inverse if back else rotation.forward
+            turned = turn(stacked, overwrite=True)
 
             for index, row in zip(alike, turned, strict=True):
                 pieces[index] = row

@@ -89,6 +89,7 @@ def codebook(memory: int) -> Floats:
 def best_path(rows: Floats, plan: Plan, memory: int) -> Bits:
     """Return the bits (plan.total,) of the path of least squared error for every row of (blocks,
     length), from state 0."""
+    assert plan.spans.max() <= LONGEST, "a code has no more numbers"
     energies, kinds = _energies(plan, memory)
     scales = -2 * plan.scales
 
@@ -125,6 +126,7 @@ def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
     if plan.total == 0:
         return np.zeros(plan.size)
 
+    assert plan.spans.max() <= LONGEST, "a code has no more numbers"
     path = path.reshape(plan.blocks, plan.bits)
     if not compiled.available():
         return paths_numpy.follow(path, plan, codebook(memory))
@@ -161,16 +163,16 @@ def search(values: NDArray[np.float64], bits: int, memory: int) -> tuple[Bits, N
 def _energies(plan: Plan, memory: int) -> tuple[Floats, NDArray[np.int64]]:
     """Return the energies of the codes (kinds, states) that a step can have, and each step's
     kind."""
-    steps = np.stack([plan.spans.astype(np.float64), plan.scales.astype(np.float64)])
-    kinds, numbers = np.unique(steps, axis=1, return_inverse=True)
+    keys = plan.spans << 32 | plan.scales.view(np.uint32)
+    _, first, kinds = np.unique(keys, return_index=True, return_inverse=True)
     book = codebook(memory)
-    sums = {int(span): (book[: int(span)] ** 2).sum(0) for span in np.unique(kinds[0])}
-    scales = kinds[1].astype(np.float32)
+    sums = {span: (book[:span] ** 2).sum(0) for span in set(plan.spans[first].tolist())}
     energies = [
-        sums[int(span)] * (scale * scale) for span, scale in zip(kinds[0], scales, strict=True)
+        sums[span] * (scale * scale)
+        for span, scale in zip(plan.spans[first].tolist(), plan.scales[first], strict=True)
     ]
 
-    return np.stack(energies), numbers.reshape(-1).astype(np.int64)
+    return np.stack(energies), kinds
 
 
 def _parted(codes: Floats) -> Floats:

@@ -1,7 +1,8 @@
 """Random rotations, after which any update looks Gaussian.
 
 A vector of n values is rotated by random signs and Hadamard matrices on its first and on its last
-2^k values, 2^k <= n < 2^(k + 1), so nothing is padded. Nothing here learns from data.
+2^k values, 2^k <= n < 2^(k + 1), so nothing is padded. Nothing here learns from data. The compiled
+version and the one in torch differ by rounding alone.
 """
 
 from functools import cache
@@ -9,6 +10,8 @@ from functools import cache
 import numpy as np
 import torch
 from torch import Tensor
+
+from fluvial.codecs import compiled
 
 LARGEST_FP32 = float(np.finfo(np.float32).max)
 
@@ -25,8 +28,11 @@ class Rotation:
         self._before = signs[0]
         self._between = signs[-1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate x (rows, size), fp64 or fp32."""
+    def forward(self, x: Tensor, *, overwrite: bool = False) -> Tensor:
+        """Rotate x (rows, size), fp64 or fp32; with `overwrite`, its memory may be used."""
+        if compiled.available():
+            return self._compiled(x, back=False, overwrite=overwrite)
+
         x = self._butterfly(x * self._before)
         first = torch.cat([_hadamard(x[:, : self._power]), x[:, self._power :]], dim=1)
 
@@ -37,13 +43,33 @@ class Rotation:
         rest = x.shape[1] - self._power
         return torch.cat([first[:, :rest], _hadamard(first[:, rest:])], dim=1)
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, *, overwrite: bool = False) -> Tensor:
         """Undo `forward`."""
+        if compiled.available():
+            return self._compiled(z, back=True, overwrite=overwrite)
+
         rest = z.shape[1] - self._power
         if rest:
             z = torch.cat([z[:, :rest], _hadamard(z[:, rest:])], dim=1) * self._between
         x = torch.cat([_hadamard(z[:, : self._power]), z[:, self._power :]], dim=1)
         return self._butterfly(x).mul(self._before)
+
+    def _compiled(self, x: Tensor, *, back: bool, overwrite: bool) -> Tensor:
+        """Do what `forward` or `inverse` does by loops, in place."""
+        from fluvial.codecs.rotated import rotation_compiled
+
+        turned = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
+        rows = turned.numpy()
+        scales = np.array([self._power**-0.5, 0.5**0.5], dtype=rows.dtype)
+        before = self._before.numpy()
+        between = self._between.numpy()
+        turn = rotation_compiled.inverse if back else rotation_compiled.forward
+
+        def work(start: int, stop: int) -> None:
+            turn(rows[start:stop], before[start:stop], between[start:stop], self._power, scales)
+
+        compiled.over_cores(work, len(rows))
+        return turned
 
     def _butterfly(self, x: Tensor) -> Tensor:
         """Return the sums and differences of the halves, so that both have the same energy; its own

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
 from fluvial.codecs.learned.canvas import target
-from fluvial.codecs.rotated.paths import LONGEST, Plan, follow, search
+from fluvial.codecs.rotated.paths import BLOCK, LONGEST, Plan, follow, search
 from fluvial.codecs.rotated.rotation import Rotation
 from fluvial.errors import WireError
 from fluvial.settings import EXACT
@@ -69,12 +69,9 @@ class Trellis(Codec):
     def __init__(self, settings: TrellisSettings, layout: Layout) -> None:
         super().__init__(settings, layout)
         numbers, owner = _groups(layout)
-        spread = np.repeat(np.array(owner, dtype=np.int64), layout.sizes)
-        order = np.argsort(spread, kind="stable")
-        self._sizes = np.bincount(spread, minlength=len(numbers))
-        self._where = [
-            torch.from_numpy(each) for each in np.split(order, np.cumsum(self._sizes)[:-1])
-        ]
+        self._owner = owner
+        self._sizes = np.zeros(len(numbers), np.int64)
+        np.add.at(self._sizes, owner, layout.sizes)
         self._room = self.frame_size(settings, layout) - OVERHEAD
 
     @classmethod
@@ -87,22 +84,24 @@ class Trellis(Codec):
         """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 32
         rotated = [
-            rotate(vector[where].double(), seed + number).numpy()
-            for number, where in enumerate(self._where)
+            rotate(torch.cat(tensors).double(), seed + number).numpy()
+            for number, tensors in enumerate(self._parted(vector))
         ]
         top, lower = _loudness(rotated)
         bits = self._allocate(lower)
         paths = []
-        decoded = []
+        product = 0.0
+        energy = 0.0
 
-        for values, low, count in zip(rotated, lower, bits, strict=True):
+        for number, (low, count) in enumerate(zip(lower, bits, strict=True)):
             scale = 2.0 ** ((top - int(low)) / _OCTAVE)
-            path, unit = search(values / scale, int(count), self.settings.memory)
+            values = rotated[number]
+            path, decoded = search(values / scale, int(count), self.settings.memory)
+            decoded *= scale
+            product += float(values @ decoded)
+            energy += float(decoded @ decoded)
             paths.append(path)
-            decoded.append(unit * scale)
 
-        product = sum(float(x @ y) for x, y in zip(rotated, decoded, strict=True))
-        energy = sum(float(y @ y) for y in decoded)
         gain = int(np.clip(np.rint(_GAIN * product / energy), 0, 255)) if energy > 0 else 0
 
         return (
@@ -122,8 +121,8 @@ class Trellis(Codec):
 
         lower = reader.array("u1", len(self._sizes)).astype(np.int64)
         plans = [
-            Plan.of(len(where), int(count))
-            for where, count in zip(self._where, self._allocate(lower), strict=True)
+            Plan.of(int(size), int(count))
+            for size, count in zip(self._sizes, self._allocate(lower), strict=True)
         ]
         ends = np.cumsum([plan.total for plan in plans])
         bits = np.unpackbits(
@@ -131,17 +130,28 @@ class Trellis(Codec):
         )
         vector = torch.zeros(self.layout.numel)
 
-        for number, (where, low, plan, end) in enumerate(
-            zip(self._where, lower, plans, ends, strict=True)
+        for number, (tensors, low, plan, end) in enumerate(
+            zip(self._parted(vector), lower, plans, ends, strict=True)
         ):
             if plan.total:
                 unit = follow(bits[end - plan.total : end], plan, self.settings.memory)
-                values = torch.from_numpy(
-                    unit * (gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE))
-                )
-                vector[where] = rotate(values, seed + number, back=True).clamp(-3e38, 3e38).float()
+                unit *= gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE)
+                values = rotate(torch.from_numpy(unit), seed + number, back=True)
+                values = values.clamp_(-3e38, 3e38).float()
+                sizes = [len(tensor) for tensor in tensors]
+
+                for tensor, piece in zip(tensors, values.split(sizes), strict=True):
+                    tensor.copy_(piece)
 
         return vector
+
+    def _parted(self, vector: Tensor) -> list[list[Tensor]]:
+        """Return views of the tensors of every group in a vector (numel,)."""
+        groups: list[list[Tensor]] = [[] for _ in self._sizes]
+        for number, tensor in zip(self._owner, vector.split(list(self.layout.sizes)), strict=True):
+            groups[number].append(tensor)
+
+        return groups
 
     def _allocate(self, lower: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the bits of every group: half of log2(variance / water level) for each value, in
@@ -150,11 +160,13 @@ class Trellis(Codec):
         loud = np.where(live, -_FINE * lower.astype(np.int64), 0)
         room = 8 * (self._room - _HEAD.size - len(lower))
         least, most = -_FINE * _OCTAVE * 64, 0  # of the water level
+        blocks = np.maximum(-(-self._sizes // BLOCK), 1)
+        lengths = -(-self._sizes // blocks)
 
         def bits(level: int) -> NDArray[np.int64]:
             found = self._sizes * np.maximum(loud - level, 0) // (_FINE * _OCTAVE)
             found = np.minimum(found, _MOST * self._sizes)
-            return np.where(live & (found * LONGEST >= self._sizes), found, 0)
+            return np.where(live & (found // blocks * LONGEST >= lengths), found, 0)
 
         while most - least > 1:
             middle = (least + most) // 2
@@ -185,7 +197,8 @@ def _loudness(groups: list[NDArray[np.float64]]) -> tuple[int, NDArray[np.int64]
 
 
 def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
-    """Return a random rotation of (n,), fp64, in rows that each hold a sample of everything."""
+    """Return a random rotation of (n,), fp64, in rows that each hold a sample of everything; the
+    memory of `values` may be used."""
     if not len(values):
         return values
 
@@ -194,8 +207,9 @@ def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
     rotation = Rotation(seed, rows, even // rows)
 
     if back:
-        turned = rotation.inverse(values[:even].view(rows, -1)).T.reshape(-1)
+        turned = rotation.inverse(values[:even].view(rows, -1), overwrite=True).T.reshape(-1)
     else:
-        turned = rotation.forward(values[:even].view(-1, rows).T.contiguous()).reshape(-1)
+        x = values[:even].view(-1, rows).T.contiguous()
+        turned = rotation.forward(x, overwrite=True).reshape(-1)
 
-    return torch.cat([turned, values[even:]])
+    return torch.cat([turned, values[even:]]) if even < len(values) else turned
