@@ -236,6 +236,9 @@ class Traits:
     receives: Literal["exact", "downlink", "own code"] = "exact"
     """Carrier of the model to the sites: one exact message, the configuration's downlink, or a code
     of the method's own. Without "downlink" a `[downlink]` is refused."""
+    coded_by: str = ""
+    """Names of the settings that choose a code of the method's own, for messages; empty where
+    nothing chooses it."""
     weighted: bool = False
     """True where both ends can scale factors by their partners; else `codec.weighted` is
     refused."""

@@ -168,8 +168,10 @@ class RunConfig(Settings):
                     "remove it"
                 )
 
-        why = {"own code": "has a code of its own", "nothing": "sends no update"}.get(
-            self.entry.traits.sends
+        traits = self.entry.traits
+        chosen = f", which {traits.coded_by} choose" if traits.coded_by else ""
+        why = {"own code": f"has a code of its own{chosen}", "nothing": "sends no update"}.get(
+            traits.sends
         )
         for table, settings in (("codec", self.codec), ("downlink", self.downlink)):
             if settings is not None and why is not None:

@@ -28,7 +28,12 @@ METHOD = Method(
     "(FL-GLM), EMNLP 2024, https://arxiv.org/abs/2406.14898",
     plan=plan,
     traits=Traits(
-        "FL-GLM", tunes=("lora", "full"), sends="own code", receives="own code", quantised=False
+        "FL-GLM",
+        tunes=("lora", "full"),
+        sends="own code",
+        receives="own code",
+        coded_by="method.hidden and method.gradient",
+        quantised=False,
     ),
     settled=settled,
 )

@@ -57,3 +57,13 @@ def test_noise_meets_a_bound_on_leakage_where_no_gradient_is_sent(
         "leakage": {"most": 0.5},
     }
     plan(parse(with_fitting_model(run_config | {"method": method}), "test"))
+
+
+@pytest.mark.parametrize("name", ["codec", "downlink"])
+def test_a_codec_of_updates_is_refused_with_the_settings_that_choose_one(
+    run_config: dict[str, Any], name: str
+) -> None:
+    table = run_config | {"method": {"name": "flglm"}, name: {"name": "int8"}}
+    words = "which method.hidden and method.gradient choose; remove it"
+    with pytest.raises(ConfigError, match=f"{name}: without effect.*{words}"):
+        parse(table, "test")
