@@ -36,6 +36,7 @@ from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.tuning import (
     Trainable,
     checkpoint_layers,
+    name_tuned,
     set_trainable,
     switch_dropout,
     tuned_parameters,
@@ -238,17 +239,23 @@ class ModelPool:
                 template.free.append(model)
 
     def _whole(self, state: Named, trainable: Trainable, assignment: Assignment) -> nn.Module:
-        """Return a model with the changes of weights in `state`, and with its factors merged."""
+        """Return a model with the changes of weights in `state`, and with its factors merged unless
+        they are trained."""
         base = self._base(assignment)
         factors = {name: tensor for name, tensor in state.items() if factor(name)}
-        if not factors:
-            return base.make(state, own=trainable != "none")
-
-        assert trainable == "none", "parts are trained by themselves"
         changes = {name: tensor for name, tensor in state.items() if name not in factors}
-        adapted: Any = self._adapt(base.make(changes, own=True))
-        write_weights(adapted, factors)
-        merged: nn.Module = adapted.merge_and_unload()
+        model = base.make(changes, own=bool(factors) or trainable != "none")
+        adapted: Any = model
+        if factors:
+            adapted = self._adapt(model)
+            write_weights(adapted, factors)
+
+        if trainable != "none" and isinstance(self.tuning, PartTuning):
+            model.requires_grad_(False)
+            name_tuned(model, state)
+            return model
+
+        merged: nn.Module = adapted.merge_and_unload() if factors else model
         return merged
 
     def weights(self, state: Named, assignment: Assignment | None = None) -> Named:

@@ -1,7 +1,7 @@
 """The tuned parameters of a model (LoRA factors, or all weights), and its training switches."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -52,6 +52,13 @@ def tuned_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     A model without an adapter gives all parameters, tied ones once.
     """
     return dict(_tuned(model).parameters)
+
+
+def name_tuned(model: nn.Module, names: Collection[str]) -> None:
+    """Let the tuned parameters of `model` be those named, LoRA factors and weights of the base."""
+    tuned = _tuned(model)
+    parameters = dict(model.named_parameters()) | tuned.parameters
+    _cache[model] = replace(tuned, parameters={name: parameters[name] for name in names})
 
 
 def tuned_layout(base: nn.Module, lora: LoraSettings | SavedLora | None) -> Layout:

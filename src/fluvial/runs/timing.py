@@ -13,7 +13,7 @@ from fluvial.federation.in_process import concurrency
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.config import RunConfig
-from fluvial.runs.opening import texts_of
+from fluvial.runs.opening import settled, texts_of
 from fluvial.seeds import generator
 from fluvial.training.evaluate import heldout
 from fluvial.training.train import train
@@ -81,6 +81,10 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     pool = ModelPool(config.model, config.adapter)
     pool.load()
     texts = texts_of(config, pool)
+    chosen = settled(config, pool.layout, pool.outline.base, len(texts.names))
+    if chosen.adapter != config.adapter:  # which names the cut
+        pool = ModelPool(config.model, chosen.adapter)
+
     sites = {name: texts.load(name) for name in texts.names}
     largest = max(sites, key=lambda name: len(sites[name].train))
     data = sites[largest]
@@ -89,7 +93,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     step_s, call_s = _time_steps(config, pool, data.train, clock)
     some = data.heldout[:HELDOUT_SEQUENCES]
 
-    with pool.model(_start(pool, config.seed)) as model:
+    with pool.model(initial_state(pool.layout, config.seed)) as model:
         before = clock()
         heldout(model, some, pad_token_id=pool.tokenizer.pad_token_id)
         heldout_s = (clock() - before) / len(some)
@@ -171,15 +175,11 @@ def timed(
     }
 
 
-def _start(pool: ModelPool, seed: int) -> dict[str, torch.Tensor]:
-    return pool.base_state() if pool.full else initial_state(pool.layout, seed)
-
-
 def _time_steps(
     config: RunConfig, pool: ModelPool, examples: Sequence[Example], clock: Clock
 ) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
-    state = _start(pool, config.seed)
+    state = initial_state(pool.layout, config.seed)
 
     def call(steps: int) -> float:
         checkpointing = config.train.gradient_checkpointing

@@ -11,11 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.models.pool import ModelPool
+from fluvial.models.states import initial_state
+from fluvial.models.tuning import tuned_parameters
 from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Remaining
 from fluvial.runs.timing import MeasuredTimes, Work, measure, predict, timed
+from tests.support.models import with_fitting_model
 from tests.unit.report.test_show import text_of
 from tests.unit.runs.test_interrupt import toml
 
@@ -70,6 +74,36 @@ def test_check_times_when_asked_only(run_config: dict[str, Any], tmp_path: Path)
     told = json.loads(asked.stdout)["time"]
     assert told["step_s"] > 0
     assert "one optimizer step at west, measured" in text_of(plan_table(json.loads(asked.stdout)))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"front": "full", "middle": "lora", "back": "lora"},
+        {"front": "frozen", "middle": "full", "back": "frozen"},
+    ],
+)
+@pytest.mark.parametrize("front", [1, "auto"])
+def test_a_step_of_parts_that_are_tuned_apart(
+    run_config: dict[str, Any], parts: dict[str, str], front: int | str
+) -> None:
+    """The step is that of the tensors that the run tunes, and of no others."""
+    method = {"name": "flglm", "front": front, "parts": parts, "ends": "own"}
+    table = with_fitting_model({**run_config, "method": method})
+    if "lora" not in parts.values():
+        del table["lora"]
+
+    config = parse(table, "test")
+    found, _ = measure(config)
+    assert found.step_s > 0
+
+    if front != "auto":
+        pool = ModelPool(config.model, config.adapter)
+        with pool.model(initial_state(pool.layout, 0), trainable="A and B") as model:
+            trained = {id(p) for p in model.parameters() if p.requires_grad}
+            tuned = tuned_parameters(model)
+        assert tuned.keys() == set(pool.layout.names)
+        assert {id(parameter) for parameter in tuned.values()} == trained
 
 
 # -- while it runs -------------------------------------------------------------------------------
