@@ -87,20 +87,39 @@ class Base:
 
         return base
 
+    def held(self) -> nn.Module:
+        """Return a new base that holds its own weights alone, quantised or not.
+
+        Raises `ConfigError` if the base cannot be loaded.
+        """
+        if not self._quantisation:
+            return self.make({}, own=True)
+        with building():
+            return self._quantised()
+
     def _quantised(self) -> nn.Module:
-        """Return the base with quantised weights, each read and quantised before the next one."""
-        check_library()
+        """Return a new base with quantised weights, each read and quantised before the next one."""
         check_weights(self.config, meta_base(self.config))
         model = self.blank()
+        kinds = {
+            path: kind
+            for path, kind in formats(model, self._quantisation).items()
+            if self._is_held(f"{path}.weight")
+        }
+        if kinds:
+            check_library()
 
         def read(name: str, parameter: nn.Parameter) -> Tensor:
             if not parameter.is_meta:  # codes and scales
                 return parameter
+            if not self._is_held(name):
+                return absent(parameter, self.device)
+
             weight = self.source.get(name).to(self.device, parameter.dtype, copy=True)
             check_finite({name: weight}, self.config.name_or_path)
             return weight
 
-        for path, kind in formats(model, self._quantisation).items():
+        for path, kind in kinds.items():
             linear: Any = model.get_submodule(path)
             weight = read(f"{path}.weight", linear.weight)
             quantised = QuantisedLinear(
@@ -153,7 +172,7 @@ class Base:
         state = changed(state)
 
         def weight(name: str, parameter: nn.Parameter) -> Tensor:
-            if self._holds is not None and not self._holds(name):
+            if not self._is_held(name):
                 return absent(parameter, self.device)
 
             change = state.get(name)
@@ -172,6 +191,9 @@ class Base:
         model = self.blank()
         fill(model, weight)
         return model.to(self.device)
+
+    def _is_held(self, name: str) -> bool:
+        return self._holds is None or self._holds(name)
 
     def _share_weight(self, name: str) -> Tensor:
         """Return an untrained weight, the same tensor as long as some model uses it."""

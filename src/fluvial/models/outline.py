@@ -81,7 +81,7 @@ class Outline:
         layout = self.tuning.within(Layout(tuple(sorted(shapes))), self.base)
         adapted = {name.partition(".lora_")[0] for name in layout.names if factor(name)}
         ranks = tuple((module, rank) for module, rank in ranks if module in adapted)
-        return Assignment(layout, ranks, 1, self.precision)
+        return Assignment(layout, ranks, 1, self.precision, quantisation=self._config.quantisation)
 
     @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:

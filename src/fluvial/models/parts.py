@@ -120,12 +120,12 @@ class PartPool:
     @cached_property
     def _base(self) -> Base:
         check_weights(self.config, self.outline.base)
-        return Base(self.config, self._holds)
+        return Base(self.config, self._holds, self.config.quantisation)
 
     @cached_property
     def _template(self) -> nn.Module:
         """The part's weights and its adapter, to copy; the layers have no gates."""
-        base = self._base.make({}, own=True)
+        base = self._base.held()
         self._adapt(base)
         return base
 

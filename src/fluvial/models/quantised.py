@@ -218,21 +218,33 @@ def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
     return found
 
 
-def quantised_bytes(base: nn.Module, quantisation: Quantisation, correction_rank: int = 0) -> int:
-    """Return the bytes of the base's parameters with these formats and corrections; `base` may be
-    on the meta device, in its own float types."""
-    kinds = formats(base, quantisation)
-    codes = {f"{name}.weight" for name in kinds}
-    size = sum(p.nbytes for name, p in base.named_parameters() if name not in codes)
+def weight_bytes(
+    base: nn.Module, quantisation: Quantisation, correction_rank: int = 0
+) -> dict[str, int]:
+    """Return the bytes of each of the base's parameters, by name, with these formats and with
+    corrections; `base` may be on the meta device, in its own float types."""
+    sizes = {name: parameter.nbytes for name, parameter in base.named_parameters()}
+    kinds = formats(base, quantisation) if quantisation else {}
 
     for name, kind in kinds.items():
         layer: Any = base.get_submodule(name)
         rows, columns = features(layer)
         rank = min(correction_rank, rows, columns)
-        size += stored_bytes(kind, rows, columns)
-        size += rank * (rows + columns) * layer.weight.itemsize
+        correction = rank * (rows + columns) * layer.weight.itemsize
+        sizes[f"{name}.weight"] = stored_bytes(kind, rows, columns) + correction
 
-    return size
+    return sizes
+
+
+def quantised_bytes(base: nn.Module, quantisation: Quantisation, correction_rank: int = 0) -> int:
+    """Return the bytes of all of the base's parameters; see `weight_bytes`."""
+    return sum(weight_bytes(base, quantisation, correction_rank).values())
+
+
+def largest_decoded(base: nn.Module, quantisation: Quantisation) -> int:
+    """Return the bytes of the largest weight that a product dequantises; 0 without any."""
+    names = formats(base, quantisation) if quantisation else ()
+    return max((base.get_submodule(name).weight.nbytes for name in names), default=0)  # type: ignore[union-attr]
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

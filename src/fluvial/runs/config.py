@@ -19,7 +19,7 @@ from fluvial.methods import METHODS, Baseline, Method, MethodConfig
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
 from fluvial.methods.measuring import EvaluateConfig
-from fluvial.models.part_tuning import PartTuning, Tuning
+from fluvial.models.part_tuning import PartTuning, Tuning, tunes_weights
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.without_effect import useless
@@ -150,8 +150,8 @@ class RunConfig(Settings):
 
         if not self.entry.traits.quantised:
             why = f"method {self.method.name!r} trains, sends or cuts the base's float weights"
-        elif self.tuned == "full":
-            why = "all weights are tuned, and steps of training are far smaller than those of 4 or "
+        elif tunes_weights(self.adapter):
+            why = "weights of the base are tuned, and steps of training are far smaller than those of 4 or "
             why += "8 bits"
 
         if why is not None:

@@ -33,7 +33,6 @@ METHOD = Method(
         sends="own code",
         receives="own code",
         coded_by="method.hidden and method.gradient",
-        quantised=False,
     ),
     settled=settled,
 )

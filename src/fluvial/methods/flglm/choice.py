@@ -11,6 +11,7 @@ from typing import get_args
 
 from fluvial.data import Example
 from fluvial.errors import ConfigError
+from fluvial.methods.flglm.base_memory import base_bytes
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.cuts import (
     NO_CUT_PROTECTS,
@@ -30,6 +31,7 @@ from fluvial.methods.flglm.traffic import Conversation, conversations
 from fluvial.methods.interface import Given
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartKind, PartNames, PartTuning, Place
+from fluvial.models.quantised import largest_decoded
 from fluvial.models.split import decoder_layers
 from fluvial.wire.tensors import factor
 
@@ -86,9 +88,9 @@ def profile(config: FlGlmConfig, given: Given) -> Profile:
         return int(inside.partition(".")[0]) if inside != name else None
 
     weights: dict[int | None, int] = {}
-    for name, parameter in given.base.named_parameters():
+    for name, size in base_bytes(given).items():
         place = in_layer(name)
-        weights[place] = weights.get(place, 0) + parameter.numel() * given.width_bytes
+        weights[place] = weights.get(place, 0) + size
 
     ends_optimizer = 0
     optimizer: dict[PartKind, list[int]] = {kind: [0] * len(layers) for kind in get_args(PartKind)}
@@ -175,6 +177,7 @@ def passes(config: FlGlmConfig, given: Given) -> Footprint:
         given.train,
         site=Batch(batch, given.max_length, min(config.window, most)),
         server=Batch(batch * together, given.max_length, min(config.in_flight, most)),
+        decoded=largest_decoded(given.base, given.quantisation),
     )
 
 

@@ -67,6 +67,8 @@ class Footprint:
     """Micro-batches whose passes of A wait at a time."""
     waiting_at_server: int = 1
     """Micro-batches of a replica whose passes of B do."""
+    decoded: int = 0
+    """Bytes of the largest weight that is dequantised for a product; 0 where none is quantised."""
 
     def site(self, front: int, back: int) -> int:
         """Return the most bytes at a site: A's wait while C runs, and A runs backward after it."""
@@ -76,8 +78,8 @@ class Footprint:
         one, two = self.backs
         last = one.more(two, back - 1)
         return max(
-            self.waiting_at_site * first.held + last.peak,
-            others * first.held + first.peak + last.gradients,
+            self.waiting_at_site * first.held + last.peak + self.decoded,
+            others * first.held + first.peak + last.gradients + self.decoded,
             STEP * (first.gradients + last.gradients),
         )
 
@@ -86,7 +88,7 @@ class Footprint:
         one, two = self.middles
         passes = one.more(two, layers - 1)
         waiting = max(self.waiting_at_server * passes.held, passes.gradients)
-        running = (self.waiting_at_server - 1) * passes.held + passes.peak
+        running = (self.waiting_at_server - 1) * passes.held + passes.peak + self.decoded
         return max((replicas - 1) * waiting + running, STEP * passes.gradients * replicas)
 
 
@@ -97,10 +99,12 @@ def footprint(
     *,
     site: Batch,
     server: Batch,
+    decoded: int = 0,
 ) -> Footprint:
     """Return the memory of passes of a model whose parts are tuned as `kinds` says.
 
-    `blank` makes the model on the meta device as a part of a kind has it. Raises `ConfigError` for
+    `blank` makes the model on the meta device as a part of a kind has it, not quantised; `decoded`
+    is added for one that is. Raises `ConfigError` for
     a model whose passes depend on values, as some mixtures of experts do.
     """
     models = {kind: blank(kind) for kind in set(kinds.values())}
@@ -120,6 +124,7 @@ def footprint(
             both(lambda count: passes[kinds["back"]].back(count, site)),
             site.waiting,
             server.waiting,
+            decoded,
         )
     except RuntimeError as error:
         if not _asks_for_values(error):

@@ -8,6 +8,7 @@ import torch
 from fluvial.codecs.activations import build_activation
 from fluvial.errors import ConfigError
 from fluvial.methods.flglm.accounting import outside, passes_of_round
+from fluvial.methods.flglm.base_memory import base_rows
 from fluvial.methods.flglm.choice import (
     Costs,
     bounds_of,
@@ -172,8 +173,7 @@ def _forecast(
             f"{_layers(places.cut.back)} and the head",
         ),
         ("parameters of a site", f"{at_site:,} ({at_site / (at_site + at_server):.1%})"),
-        ("base in memory, site", f"{at_site * given.width_bytes:,} B"),
-        ("base in memory, server", f"{at_server * given.width_bytes:,} B"),
+        *base_rows(given, places),
         *_tuned_rows(config, given, places),
         *_memory_rows(config, given, costs),
         *_open_rows(written, config, given, costs),

@@ -67,3 +67,20 @@ def test_a_codec_of_updates_is_refused_with_the_settings_that_choose_one(
     words = "which method.hidden and method.gradient choose; remove it"
     with pytest.raises(ConfigError, match=f"{name}: without effect.*{words}"):
         parse(table, "test")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": {"name": "flglm", "parts": {"back": "full"}}}, {"tune": "full"}],
+    ids=["a part", "all"],
+)
+def test_weights_that_are_tuned_are_not_quantised(
+    run_config: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    table = run_config | {"method": {"name": "flglm"}} | settings
+    table["model"] = table.get("model", {}) | {"quantization": "nf4"}
+    if "tune" in settings:
+        table.pop("lora", None)
+
+    with pytest.raises(ConfigError, match="quantization: weights of the base are tuned"):
+        parse(table, "test")
