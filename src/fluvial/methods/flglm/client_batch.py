@@ -306,6 +306,7 @@ class ClientBatch:
             micro=micro,
             returns=any(turn.returns for _, turn in heard),
             dropout_seed=seed,
+            grouped=True,
         )
         self._rows[micro] = list(turns)
 

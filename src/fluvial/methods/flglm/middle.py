@@ -4,22 +4,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from fluvial.codecs.activations.rows import pack, unpack
 from fluvial.errors import WireError
+from fluvial.methods.flglm.passes import length_groups, pass_groups, pass_rows
 from fluvial.methods.flglm.tuned_part import TunedPart
 from fluvial.models.split import Part
 from fluvial.training.train import TrainConfig
 from fluvial.wire.tensors import Named
-
-
-def pass_rows(part: Part, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return B's hidden states of A's `rows`, both (tokens, width); `lengths` are of sequences."""
-    counts = torch.tensor(lengths, device=part.device)
-    before, mask = unpack(rows, counts, max(lengths), "right")
-    return pack(part.middle(before, mask), mask)
 
 
 @dataclass(frozen=True)
@@ -58,16 +50,23 @@ class Middle(TunedPart):
         micro: int,
         returns: bool,
         dropout_seed: int,
+        grouped: bool = False,
     ) -> Tensor:
         """Return hidden states behind the layers of those before them, both (tokens, width).
 
-        `returns` says that the gradient of `rows` will be asked for.
+        `returns` says that the gradient of `rows` will be asked for. With `grouped`, sequences of
+        unlike length have passes of their own where that is quicker; else the masks of dropout are
+        those of one padded batch, as in the whole model.
         """
         received = rows.to(self.part.device).requires_grad_(returns)
+        groups = length_groups(lengths, self.part.device) if grouped else []
         self.part.reseed_dropout(dropout_seed)
 
         with self.passing():
-            sent = pass_rows(self.part, received, lengths)
+            if len(groups) > 1:
+                sent = pass_groups(self.part, received, lengths, groups, dropout_seed)
+            else:
+                sent = pass_rows(self.part, received, lengths)
 
         self._graphs[micro] = _Graph(received, sent, dropout_seed)
         return sent.detach()

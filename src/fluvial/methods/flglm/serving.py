@@ -9,7 +9,7 @@ from fluvial.errors import WireError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.turns import Idle, Reply, Turn
 from fluvial.methods.flglm.coding import Coding
-from fluvial.methods.flglm.middle import pass_rows
+from fluvial.methods.flglm.passes import pass_rows
 from fluvial.methods.flglm.setting import Setting
 from fluvial.methods.flglm.turns import Continue, Look, read_use
 from fluvial.models.assignment import MOST_SEQUENCES
