@@ -244,7 +244,8 @@ def quantised_bytes(base: nn.Module, quantisation: Quantisation, correction_rank
 def largest_decoded(base: nn.Module, quantisation: Quantisation) -> int:
     """Return the bytes of the largest weight that a product dequantises; 0 without any."""
     names = formats(base, quantisation) if quantisation else ()
-    return max((base.get_submodule(name).weight.nbytes for name in names), default=0)  # type: ignore[union-attr]
+    weights = dict(base.named_parameters())
+    return max((weights[f"{name}.weight"].nbytes for name in names), default=0)
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -49,7 +49,7 @@ def test_groups_give_what_one_padded_pass_gives(tmp_path: Path) -> None:
                 sent = pass_groups(part, received, lengths, groups, 7)
             else:
                 sent = pass_rows(part, received, lengths)
-            sent.backward(gradient)
+            torch.autograd.backward(sent, gradient)
             factors = [parameter.grad for parameter in part.tuned().values()]
         results.append([sent.detach(), received.grad, *factors])
 
