@@ -416,9 +416,14 @@ def test_disk_full_at_a_site(
     lab.deployed.submit(policy(table, on_failure="retry"), out)
     reached = lab.moments.wait("north 2 keeping")
     failure = lab.moments.failure()
-    assert "cannot write" in failure["reason"]
+    assert failure["reason"].startswith("CheckpointError")
+    errors = lab.deployed.site("north").rglob("errors.log")
+    assert any("cannot write" in file.read_text() for file in errors)
     assert lab.deployed.wait(out)["adapter_sha256"] == undisturbed()
-    observed = "the site said that it cannot write; asked again when there was space, same adapter"
+    observed = (
+        "the site answered with a CheckpointError, and its errors.log says what it cannot write; "
+        "asked again when there was space, same adapter"
+    )
     row(
         "disk full at a site (RLIMIT_FSIZE)",
         "the site says so; asked again: same adapter",
@@ -512,7 +517,8 @@ def test_plain_text(guarded: Deployment, row: Row) -> None:
     """A site without TLS at a server that asks for it."""
     guarded.make_site("plain")
     path = guarded.site("plain") / "site.toml"
-    kept = [line for line in path.read_text().splitlines() if not line.startswith(("ca ", "key "))]
+    secured = ("ca ", "key ", "server_fingerprint ")
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(secured)]
     path.write_text("\n".join(kept) + "\n")
     line, seen = knocks(guarded, "plain", "uses TLS")
     row("a plain-text site at a server with TLS", "refused, with the reason", line, seen)
