@@ -16,8 +16,8 @@ from fluvial.federation.store import StateStore
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.measure import full_load
 from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
-from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
-from fluvial.methods.fedpipe.tasks import VERSION, configure, run_assignment
+from fluvial.methods.fedpipe.site_configuration import VERSION, SiteConfiguration
+from fluvial.methods.fedpipe.tasks import configure, run_assignment
 from fluvial.runs.opening import site_of
 from fluvial.wire.payload import Payload
 from tests.contract.test_hostile_site import LIAR, with_values

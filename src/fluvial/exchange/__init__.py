@@ -6,7 +6,7 @@ which `shared` makes a task of. It sees no payload, frame or codec.
 
 from fluvial.exchange.at_site import LocalUpdate, encode, receive_exchange, shared, shared_tasks
 from fluvial.exchange.checks import check_codec, check_refit, check_unequal
-from fluvial.exchange.exchange import Exchange, Rule, Update
+from fluvial.exchange.exchange import Exchange, Update
 from fluvial.exchange.gathering import (
     STALE,
     Gathering,
@@ -15,16 +15,20 @@ from fluvial.exchange.gathering import (
     is_stale,
     to_all,
 )
+from fluvial.exchange.rule import EVERY_REPLY, Further, Handout, Rule
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
 from fluvial.exchange.uplink import coder_of
 
 __all__ = [
+    "EVERY_REPLY",
     "NO_TGAP",
     "PUBLIC_TGAP",
     "STALE",
     "Exchange",
+    "Further",
     "Gathering",
+    "Handout",
     "LocalUpdate",
     "Readable",
     "Rule",

@@ -1,8 +1,8 @@
 """The site's half of the exchange: receive an adapter, train, send the update."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class LocalUpdate:
     """Sequences that it was trained on; the weight of the update."""
     loss: float
     """Mean training loss, nats per label token."""
+    further: Mapping[str, Value] = field(default_factory=dict)
+    """Further values of the reply, which the server's `Rule.further` reads."""
 
 
 LocalTraining = Callable[[Site, Named, int, Sequence[Example]], LocalUpdate]
@@ -80,16 +82,25 @@ class Received:
         return after_tgap(site.load().train, self.terms.tgap)
 
     def reply(self, site: Site, update: LocalUpdate) -> Payload:
-        """Return the site's answer: the frame, sample count, loss, and under error feedback the
-        codec's relative squared error."""
+        """Return the site's answer: the frame, sample count, loss, the further values of `update`,
+        and under error feedback the codec's relative squared error."""
         coder = coder_of(self.codec, self.adapter, step=self.step, basis=self.terms.basis)
         coded = coded_object(self.adapter, update.tensors, self.terms.representation)
         frame, after = encode(site, coder, coded, self.round)
-        values: dict[str, Value] = {"n": update.samples, "loss": float(f"{update.loss:.6g}")}
+        values: dict[str, Value] = {
+            "n": update.samples,
+            "loss": _rounded(update.loss),
+            **update.further,
+        }
         if RESIDUAL in after:
-            values["e"] = float(f"{after[RESIDUAL].value('error', float):.6g}")
+            values["e"] = _rounded(after[RESIDUAL].value("error", float))
 
         return frame_payload(frame, **values)
+
+
+def _rounded(value: float) -> float:
+    """Return a number with six significant digits, all that a reply has of a loss or an error."""
+    return float(f"{value:.6g}")
 
 
 def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | None:

@@ -1,8 +1,9 @@
 """The server's half of the exchange: send an adapter to a cohort, receive its updates."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -12,15 +13,16 @@ from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.gathering import Gathering, Readable
 from fluvial.exchange.link import Link
 from fluvial.exchange.representation import innovation
+from fluvial.exchange.rule import EVERY_REPLY, Handout, Rule
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.uplink import Decoded, error_metrics
-from fluvial.federation.bounds import check_update
+from fluvial.federation.bounds import check_update, rms
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
 from fluvial.models.assignment import Assignment
-from fluvial.wire.payload import Payload, join, split
-from fluvial.wire.tensors import Named, WeightedMean, norm
+from fluvial.wire.payload import Payload, Value, join, split
+from fluvial.wire.tensors import Named, WeightedMean
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,8 @@ class Update:
     """Samples that it counts with."""
     loss: float | None
     """Mean training loss, nats per label token; None where the site sends none."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Checks by which a reply becomes an update, beside its decoding; the defaults suit most
-    methods."""
-
-    frame_only: bool = False
-    """True where the sites add noise and send a frame and nothing else; each counts with 1."""
-    clip: Callable[[Named], Named] | None = None
-    """Applied to each decoded update, for a bound that its site cannot exceed."""
-    bounded: bool = True
-    """True where an update that no training of a site can make is refused; noise is longer."""
-    compared: bool = True
-    """True where a site fails by an update much longer than the others' of its round. Under
-    differential privacy of the aggregate, such a failure would tell of the others."""
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Further values of the reply, as `Rule.further` has read them."""
 
 
 class Exchange:
@@ -68,13 +56,15 @@ class Exchange:
         terms: Terms,
         *,
         on_refusal: OnRefusal = "refuse",
-        rule: Rule = Rule(),
+        rule: Rule = EVERY_REPLY,
         task: str = "train",
         run: Assignment | None = None,
+        handout: Handout | None = None,
     ) -> None:
         """Begin with `adapter`, which all sites make from the seed.
 
-        `run` is the run's own assignment, where sites get others (see `assigned_updates`).
+        `run` is the run's own assignment, where sites get others (see `assigned_updates`): with
+        each message, or ahead of it by a `handout`, which brings it once.
         """
         self.context = context
         self.terms = terms
@@ -82,6 +72,7 @@ class Exchange:
         self.task = task
         self.link = Link(context, adapter, terms, on_refusal=on_refusal)
         self._run = run
+        self._handout = handout
         self._others: dict[Assignment, Link] = {}
         """Links to the sites of each assignment that is not the run's."""
         self._by_site: dict[str, Link] = {}
@@ -159,9 +150,13 @@ class Exchange:
             return self.link
 
         if assignment not in self._others:
-            link = Link.of(assignment, self._run, self.context, self.terms)
-            self._others[assignment] = link
+            values = {} if self._handout else assignment.to_values(self._run)
+            self._others[assignment] = Link.of(assignment, self.context, self.terms, values=values)
         return self._others[assignment]
+
+    def retain(self, assignments: Collection[Assignment]) -> None:
+        """Forget the links to sites of other assignments than these, which no site has any more."""
+        self._others = {each: link for each, link in self._others.items() if each in assignments}
 
     def _check(self, link: Link, adapter: Named) -> None:
         """Raise `ConfigError` for an adapter that the server half has made wrongly."""
@@ -191,33 +186,38 @@ class Exchange:
         )
 
         for reply in gathering.of(list(by_site)):
-            decoded, update, loss = reply.content
+            decoded, update = reply.content
             by_site[reply.site].uplink.fold(reply.site, decoded)
-            yield Update(reply.site, update, reply.weight, loss)
+            yield replace(update, weight=reply.weight)
 
         self._gathered = gathering.metrics()
 
     def _messages(self, fleet: Fleet, round: int, sites: Sequence[str]) -> dict[str, Payload]:
         """Return the messages for those of `sites` that hold the codec, in order of `sites`."""
+        ready = list(sites) if self._handout is None else self._handout.ready(fleet, round, sites)
         by_link: dict[Link, list[str]] = {}
-        for site in sites:
+        for site in ready:
             by_link.setdefault(self._by_site[site], []).append(site)
 
         messages: dict[str, Payload] = {}
         for link, group in by_link.items():
             messages |= link.messages(fleet, round, group)
-        return {site: messages[site] for site in sites if site in messages}
+        return {site: self._with_own(site, messages[site]) for site in ready if site in messages}
 
-    def read(
-        self, round: int, site: str, reply: Payload
-    ) -> Readable[tuple[Decoded, Named, float | None]]:
+    def _with_own(self, site: str, message: Payload) -> Payload:
+        """Return the message with the values that are the site's own."""
+        if self._handout is None:
+            return message
+        return Payload(message.tensors, {**message.values, **self._handout.values(site)})
+
+    def read(self, round: int, site: str, reply: Payload) -> Readable[tuple[Decoded, Update]]:
         """Return what a reply of `round` carries; raise `WireError` for one that breaks a rule."""
         rule = self.rule
         if rule.frame_only and reply.values:
             names = sorted(reply.values)[:5]
             raise WireError(f"{self.task}: values {names} came, which epsilon does not count")
 
-        values = () if rule.frame_only else ("n", "loss")
+        values = () if rule.frame_only else ("n", "loss", *rule.further.names)
         fields(reply, values, FRAME, optional=() if rule.frame_only else ("e",))
         weight = 1 if rule.frame_only else weight_of(reply)
         link = self._by_site.get(site, self.link)
@@ -227,13 +227,15 @@ class Exchange:
         if rule.clip is not None:
             update = rule.clip(update)
         if rule.bounded:
-            check_update(update, weight, self.context.train)
+            train = self.context.train if rule.training is None else rule.training(site)
+            check_update(update, weight, train)
         else:
             WeightedMean.check(update, weight)
 
         loss = None if rule.frame_only else loss_of(reply)
-        length = norm(update) if rule.compared else 0.0
-        return Readable((decoded, update, loss), length, weight)
+        further = rule.further.read(site, reply)
+        length = rms(update) if rule.compared else 0.0  # layouts of unequal ranks are compared too
+        return Readable((decoded, Update(site, update, weight, loss, further)), length, weight)
 
     def _acknowledge(self, site: str) -> None:
         self._by_site[site].acknowledge(site)
@@ -241,14 +243,23 @@ class Exchange:
     def _forget(self, sites: Sequence[str]) -> None:
         for site in sites:
             self._by_site[site].forget([site])
+        if self._handout is not None:
+            self._handout.forget(sites)
 
     # -- state ------------------------------------------------------------------------------------
+
+    def _assigned(self, assignment: Assignment) -> dict[str, Value]:
+        """Return the values from which `restore` makes an assignment."""
+        assert self._run is not None, "an exchange with assignments has the run's own"
+        return assignment.to_values(self._run)
 
     def state(self) -> Payload:
         """Return all that `restore` needs."""
         others = {
-            str(place): join({"assigned": Payload(values=link.values), "link": link.state()})
-            for place, link in enumerate(self._others.values())
+            str(place): join(
+                {"assigned": Payload(values=self._assigned(each)), "link": link.state()}
+            )
+            for place, (each, link) in enumerate(self._others.items())
         }
         return join({"run": self.link.state(), "others": join(others)})
 

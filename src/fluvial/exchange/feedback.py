@@ -1,8 +1,10 @@
 """Error feedback: what a frame lost is added to the next update."""
 
+import torch
+
 from fluvial.exchange.coding import NOTHING, Coder, State, Wrapper
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named, add, energy, scale, subtract
+from fluvial.wire.tensors import Layout, Named, add, energy, scale, subtract
 
 RESIDUAL = "residual"
 """Slot of the residual; its values are the `round` of its making and the codec's `error`."""
@@ -39,3 +41,34 @@ class Feedback(Wrapper):
         error = energy(residual) / max(energy(update), 1e-30)
 
         return frame, {**after, RESIDUAL: Payload(residual, {"round": round, "error": error})}
+
+
+class ResizedFeedback(Feedback):
+    """Error feedback for factors whose ranks may change between rounds, component by component.
+
+    A component that the new rank has too keeps its residual, a further one begins with none.
+    """
+
+    def encode(
+        self, update: Named, state: State = NOTHING, *, seed: int = 0, round: int = 0
+    ) -> tuple[bytes, dict[str, Payload]]:
+        """See `Feedback`; a residual of another layout is brought into that of `update`."""
+        before = state.get(RESIDUAL, Payload())
+        if before.tensors:
+            tensors = resized(before.tensors, self.layout)
+            state = {**state, RESIDUAL: Payload(tensors, before.values)}
+
+        return super().encode(update, state, seed=seed, round=round)
+
+
+def resized(tensors: Named, layout: Layout) -> Named:
+    """Return tensors in the shapes of `layout`: what both have, zeros for the rest."""
+    result = {}
+    for name, shape in layout.shapes:
+        result[name] = torch.zeros(shape)
+        if name in tensors:
+            old = tensors[name]
+            common = tuple(slice(min(a, b)) for a, b in zip(old.shape, shape, strict=True))
+            result[name][common] = old[common]
+
+    return result

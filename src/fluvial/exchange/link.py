@@ -37,13 +37,20 @@ class Link:
         self.values = dict(values or {})
 
     @classmethod
-    def of(cls, assignment: Assignment, run: Assignment, context: Context, terms: Terms) -> Self:
-        """Return the link to sites that have `assignment` where the run's own is `run`."""
+    def of(
+        cls,
+        assignment: Assignment,
+        context: Context,
+        terms: Terms,
+        *,
+        values: Mapping[str, Value],
+    ) -> Self:
+        """Return the link to sites that have `assignment`; `values` go with every message."""
         return cls(
             replace(context, layout=assignment.trained),
             initial_state(assignment.layout, context.seed),
             terms,
-            values=assignment.to_values(run),
+            values=values,
         )
 
     @property

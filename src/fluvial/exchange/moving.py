@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fluvial.exchange.coding import NOTHING, Coder, State
 from fluvial.exchange.feedback import RESIDUAL, Feedback
+from fluvial.federation.adapters import factor_names
+from fluvial.models.adapters import module_of
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, factor
 
@@ -87,7 +89,8 @@ def _factors(received: Named, names: Iterable[str]) -> Named:
 
 def _pair(name: str) -> tuple[str, str]:
     """Return the names of A and B of the module of a factor."""
-    return name.replace(".lora_B.", ".lora_A."), name.replace(".lora_A.", ".lora_B.")
+    name_b, name_a = factor_names(module_of(name))
+    return name_a, name_b
 
 
 def _or_zero(residual: Named, name: str, start: Named) -> Tensor:

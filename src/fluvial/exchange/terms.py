@@ -9,6 +9,10 @@ from fluvial.exchange.tgap import NO_TGAP, TgapConfig
 from fluvial.federation.sites import Factors, factor_layout
 from fluvial.wire.tensors import Layout
 
+Basis = Literal["fixed", "resized", "moving"]
+"""Factors that sites receive: those that they have trained; the same in ranks that may change; or
+others of the same product."""
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -20,10 +24,8 @@ class Terms:
     """Factors that are trained and sent."""
     representation: Representation = "delta"
     """Form of what is coded: the update, or the whole adapter."""
-
-    basis: Literal["fixed", "moving"] = "fixed"
-    """Factors of the adapter that sites receive: those that they have trained, or others of the
-    same product, in which what error feedback keeps must be expressed first."""
+    basis: Basis = "fixed"
+    """Factors of the adapter that sites receive, in which error feedback expresses its residual."""
 
     def sent(self, layout: Layout) -> Layout:
         """Return the layout of what a site sends, for an adapter of `layout`."""

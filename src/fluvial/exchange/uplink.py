@@ -10,7 +10,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Watch, candidates
@@ -19,12 +18,12 @@ from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.exchange import fitting
 from fluvial.exchange.coding import Coder
-from fluvial.exchange.feedback import Feedback
+from fluvial.exchange.feedback import Feedback, ResizedFeedback
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.moving import MovingFeedback
 from fluvial.exchange.refit import Refits
 from fluvial.exchange.steps import AtStep, Noise, StepControl
-from fluvial.exchange.terms import Terms
+from fluvial.exchange.terms import Basis, Terms
 from fluvial.exchange.versions import INSTALL, Versions
 from fluvial.exchange.weighting import weighted
 from fluvial.federation.context import Context, Metrics
@@ -43,7 +42,7 @@ def coder_of(
     received: Named,
     *,
     step: float | None = None,
-    basis: Literal["fixed", "moving"] = "fixed",
+    basis: Basis = "fixed",
 ) -> Coder:
     """Return the chain that both ends put around `codec`, as its settings say.
 
@@ -55,7 +54,8 @@ def coder_of(
     if settings.error_feedback and basis == "moving":
         coder = MovingFeedback(coder, received, decay=settings.feedback_decay)
     elif settings.error_feedback:
-        coder = Feedback(coder, decay=settings.feedback_decay)
+        feedback = ResizedFeedback if basis == "resized" else Feedback
+        coder = feedback(coder, decay=settings.feedback_decay)
 
     return coder
 

@@ -1,11 +1,10 @@
-"""The global adapter of a method whose sites train the same ranks, and `method.aggregation`."""
+"""The global adapter of a method, at equal or unequal ranks, and `method.aggregation`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from fluvial.errors import ConfigError
-from fluvial.exchange import Exchange, Terms, Update, check_unequal
-from fluvial.exchange.exchange import Rule
+from fluvial.exchange import EVERY_REPLY, Exchange, Handout, Rule, Terms, Update, check_unequal
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.federation.adapters import (
     AggregationSettings,
@@ -23,9 +22,6 @@ from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Layout, Named, factor
 
-EVERY_REPLY = Rule()
-"""The rule of replies that carry an update, a sample count and a loss."""
-
 
 class SharedAdapter:
     """The adapter of all sites, sent and aggregated as the settings say.
@@ -42,38 +38,59 @@ class SharedAdapter:
         *,
         on_refusal: OnRefusal = "refuse",
         rule: Rule = EVERY_REPLY,
+        run: Assignment | None = None,
+        handout: Handout | None = None,
     ) -> None:
-        """Begin with the initial adapter, which follows from the seed."""
+        """Begin with the initial adapter, which follows from the seed.
+
+        `run` is the run's own assignment, of a method that gives sites others and brings them
+        these by `handout`.
+        """
         self.settings = settings
         self.context = context
         self.whole = WholeAdapter(initial_state(context.layout, context.seed))
-        self.run: Assignment | None = None
-        """The run's own assignment, where sites receive a side path."""
+        self.run = run
+        """The run's own assignment, where sites receive others."""
         self.assigned: Assignment | None = None
-        """The assignment of every site, where it is not the run's."""
-        if settings.sends_side:
+        """The assignment of every site, where all have the same and it is not the run's."""
+        if run is None and settings.sends_side:
             batch = context.train.per_device_train_batch_size
             self.run = context.open_pool().assignment(batch)
             self.assigned = with_side(self.run, settings)
 
         self.exchange = Exchange(
-            context, self.whole.adapter, terms, on_refusal=on_refusal, rule=rule, run=self.run
+            context,
+            self.whole.adapter,
+            terms,
+            on_refusal=on_refusal,
+            rule=rule,
+            run=self.run,
+            handout=handout,
         )
         self._changes: dict[str, SiteChange] = {}
 
     def updates(self, fleet: Fleet, cohort: Sequence[str], *, round: int) -> Iterator[Update]:
         """Send the adapter to the cohort and yield its updates; see `Exchange.updates`."""
-        self._changes = {}
-        if self.assigned is None:
-            updates = self.exchange.updates(fleet, cohort, self.whole.adapter, round=round)
-        else:
-            updates = self.exchange.assigned_updates(
-                fleet,
-                dict.fromkeys(cohort, self.assigned),
-                partial(redistribute, self.whole),
-                round=round,
-            )
+        if self.assigned is not None:
+            assignments = dict.fromkeys(cohort, self.assigned)
+            yield from self.assigned_updates(fleet, assignments, round=round)
+            return
 
+        updates = self.exchange.updates(fleet, cohort, self.whole.adapter, round=round)
+        yield from self._held(updates)
+
+    def assigned_updates(
+        self, fleet: Fleet, assignments: Mapping[str, Assignment], *, round: int
+    ) -> Iterator[Update]:
+        """Send each site the adapter at its assignment and yield its update; see
+        `Exchange.assigned_updates`."""
+        adapter_of = partial(redistribute, self.whole)
+        updates = self.exchange.assigned_updates(fleet, assignments, adapter_of, round=round)
+        yield from self._held(updates)
+
+    def _held(self, updates: Iterator[Update]) -> Iterator[Update]:
+        """Yield `updates`, and hold their changes where the mode needs all of them."""
+        self._changes = {}
         for update in updates:
             if self.settings.holds_updates:
                 received = self.exchange.received(update.site)
@@ -84,7 +101,7 @@ class SharedAdapter:
     def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:
         """Move by the updates of a round, whose mean is `mean`; return measures of both.
 
-        `learning_rate` counts under "ab-mean".
+        Mean and `learning_rate` count under "ab-mean"; updates of unequal ranks have no mean.
         """
         measures: Metrics = {}
         whole = self.whole
@@ -105,16 +122,14 @@ class SharedAdapter:
             whole = WholeAdapter(move(self.whole.adapter, mean, learning_rate))
         self.whole = whole
         closed = (
-            self.exchange.close(mean, round)
-            if self.assigned is None
-            else self.exchange.close_assigned()
+            self.exchange.close(mean, round) if self.run is None else self.exchange.close_assigned()
         )
         return {**measures, **closed}
 
     @property
     def exported(self) -> Assignment | None:
         """The assignment of `model`, whose ranks hold adapter and side path; None for the run's."""
-        if self.run is None:
+        if self.run is None or not self.settings.sends_side:
             return None
         ranks = dict(self.run.ranks)
         more = self.settings.residual_rank

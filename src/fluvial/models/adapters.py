@@ -61,6 +61,11 @@ def is_side(name: str) -> bool:
     return f".lora_A.{SIDE}." in name or f".lora_B.{SIDE}." in name
 
 
+def module_of(name: str) -> str:
+    """Return the module of a LoRA factor: `q_proj` of `q_proj.lora_A.weight`."""
+    return name.rpartition(".lora_")[0]
+
+
 def adapt(
     base: nn.Module,
     lora: LoraSettings | SavedLora,

@@ -12,7 +12,7 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from fluvial.errors import ConfigError, WireError
-from fluvial.models.adapters import SIDE, is_side, module_ranks
+from fluvial.models.adapters import SIDE, is_side, module_of, module_ranks
 from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.tuning import read_shapes
 from fluvial.wire.payload import Value
@@ -85,7 +85,7 @@ class Assignment:
         shapes = tuple(
             (name, shape if is_side(name) else _resized(name, shape, own, wanted))
             for name, shape in self.layout.shapes
-            if is_side(name) or wanted.get(_module(name), 1)
+            if is_side(name) or wanted.get(module_of(name), 1)
         )
         return replace(self, layout=Layout(shapes), ranks=tuple((own | wanted).items()))
 
@@ -101,7 +101,7 @@ class Assignment:
         shapes = {name: shape for name, shape in self.layout.shapes if not is_side(name)}
 
         for name, shape in run.trained.shapes:
-            module = _module(name)
+            module = module_of(name)
             if module not in wanted:
                 continue
             if (shape[0] if factor(name) == "A" else shape[1]) != own[module]:
@@ -126,7 +126,7 @@ class Assignment:
         """Return this assignment with the ranks of the factors in `state`, which may lack some."""
         own = dict(self.layout.shapes)
         ranks = {
-            _module(name): tensor.shape[0]
+            module_of(name): tensor.shape[0]
             for name, tensor in state.items()
             if factor(name) == "A" and tuple(tensor.shape) != own[name]
         }
@@ -137,7 +137,7 @@ class Assignment:
         return min(
             shape[1] if factor(name) == "A" else shape[0]
             for name, shape in self.layout.shapes
-            if factor(name) and _module(name) == module
+            if factor(name) and module_of(name) == module
         )
 
     def to_values(self, run: "Assignment") -> dict[str, Value]:
@@ -259,11 +259,6 @@ def side_name(name: str) -> str:
     return f"{module}.{SIDE}.{leaf}"
 
 
-def _module(name: str) -> str:
-    """Return the module of a LoRA factor: `q_proj` of `q_proj.lora_A.weight`."""
-    return name.rpartition(".lora_")[0]
-
-
 def _resized(
     name: str, shape: tuple[int, ...], own: Mapping[str, int], wanted: Mapping[str, int]
 ) -> tuple[int, ...]:
@@ -271,7 +266,7 @@ def _resized(
 
     Where the experts of a layer are one tensor, its factors have the rank times the experts.
     """
-    module = _module(name)
+    module = module_of(name)
     if module not in wanted:
         return shape
 

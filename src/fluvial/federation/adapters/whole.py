@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fluvial.federation.adapters.low_rank import LowRank, total
-from fluvial.models.adapters import is_side
+from fluvial.models.adapters import is_side, module_of
 from fluvial.wire.payload import Payload, join, split
 from fluvial.wire.tensors import Layout, Named, factor
 
@@ -54,7 +54,7 @@ class WholeAdapter:
 def modules_of(names: Iterable[str]) -> list[str]:
     """Return the modules that have factors among `names`, sorted, side paths left out."""
     factors = (name for name in names if factor(name) == "A" and not is_side(name))
-    return sorted(name.rpartition(".lora_A.")[0] for name in factors)
+    return sorted(map(module_of, factors))
 
 
 def factor_names(module: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from fluvial.exchange import NO_TGAP, check_codec
 from fluvial.federation.sites import refuse_learned
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.site_configuration import VERSION
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
@@ -97,7 +98,7 @@ def _traffic(given: Given, round: int) -> Traffic:
     an adapter and as a side path."""
     down = coded_frame(IdentitySettings(), given.layout)
     up = coded_frame(given.codec, given.layout)
-    values = {"round": round, "version": round}
+    values = {"round": round, VERSION: round}
     error = given.codec.error_feedback
     least = Layout(((given.layout.shapes[0][0], (1, 1)),))
     return Traffic(

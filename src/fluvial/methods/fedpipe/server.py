@@ -1,28 +1,22 @@
 """The server half: profiles, scores and plans; rounds with unequal adapters; plans anew."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 from fluvial.errors import ConfigError
-from fluvial.exchange import Gathering, Readable
-from fluvial.federation.adapters import (
-    SiteChange,
-    WholeAdapter,
-    combine,
-    factor_names,
-    modules_of,
-    redistribute,
-)
+from fluvial.exchange import Further, Rule
+from fluvial.federation.adapters import modules_of
 from fluvial.federation.aggregate import WeightedLoss
-from fluvial.federation.bounds import lower_heaviest, rms
+from fluvial.federation.bounds import lower_heaviest
 from fluvial.federation.cohort import sample
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
-from fluvial.federation.replies import nothing
-from fluvial.federation.sites import adapter_message
+from fluvial.methods.aggregating import SharedAdapter
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
+from fluvial.methods.fedpipe.handout import Configurations
 from fluvial.methods.fedpipe.planner.comparison import Measured, compared
 from fluvial.methods.fedpipe.planner.decision import Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
@@ -30,15 +24,26 @@ from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
 from fluvial.methods.fedpipe.profiles import over_line, read_profile
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
-from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
-from fluvial.methods.fedpipe.tasks import VERSION
-from fluvial.methods.fedpipe.updates import SiteUpdate, read_update
+from fluvial.methods.fedpipe.tasks import SECONDS, STEPS, read_seconds, settings_of, terms
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.assignment import Assignment
-from fluvial.models.states import initial_state
+from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, Value, join, split
-from fluvial.wire.tensors import Named, WeightedMean, moved, norm, subtract
+from fluvial.wire.tensors import Named, WeightedMean, norm, subtract
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of one site in a round, without its update."""
+
+    site: str
+    loss: float
+    """Mean training loss, nats per label token."""
+    steps: int
+    """Local steps that were made."""
+    seconds: float
+    """Seconds that they took, as the site says."""
 
 
 class FedPipeServer(SharedModelServer):
@@ -47,18 +52,11 @@ class FedPipeServer(SharedModelServer):
     def __init__(self, config: FedPipeConfig, context: Context) -> None:
         self.config = config
         self.context = context
-        self.fresh = initial_state(context.layout, context.seed)
-        self.whole = WholeAdapter(self.fresh)
         self.profiles: dict[str, Profile] = {}
         self.scores = Scores()
         self.plans: dict[str, SitePlan] = {}
-        self.configurations: dict[str, SiteConfiguration] = {}
-        self.versions: dict[str, int] = {}
-        """Number of the present configuration of each site, from 1."""
         self.slowness: dict[str, float] = {}
         """Measured over predicted time of each site's training, over all plans so far."""
-        self.held: dict[str, int] = {}
-        """Number of the configuration that each site has acknowledged."""
         self.unmeasured: set[str] = set()
         """Sites that have not trained by their present plan yet."""
 
@@ -67,10 +65,23 @@ class FedPipeServer(SharedModelServer):
         """Everything that plans share; the base's shapes are read when it is first used."""
         return Deciding.of(self.config, self.context)
 
-    @property
-    def run(self) -> Assignment:
-        """The assignment of the run, at whose ranks the server has the adapter."""
-        return replace(self.deciding.run, batch=self.context.train.per_device_train_batch_size)
+    @cached_property
+    def configurations(self) -> Configurations:
+        """The present configuration of each site."""
+        batch = self.context.train.per_device_train_batch_size
+        return Configurations(replace(self.deciding.run, batch=batch))
+
+    @cached_property
+    def shared(self) -> SharedAdapter:
+        """The adapter of all sites, and the exchange that carries it at the ranks of each."""
+        return SharedAdapter(
+            self.config.aggregation,
+            self.context,
+            terms(self.config, self.context.codec),
+            rule=Rule(further=Further((STEPS, SECONDS), self._further), training=self._training),
+            run=self.configurations.run,
+            handout=self.configurations,
+        )
 
     # -- plans -------------------------------------------------------------------------------------
 
@@ -115,14 +126,14 @@ class FedPipeServer(SharedModelServer):
             fleet.reject(Failure(site, round, "profile", why, 0))
 
         self._check_ranks()
-        self._configure_all()
+        self._configure()
         shown = {site: self._predicted(site).to_json() for site in sorted(self.plans)}
         scores = {"scores": self.scores.score} if self.scores.score else {}
         return {"plans": shown, **scores, **metrics}
 
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
-        side = self.configurations[site].assignment.side
+        side = self.configurations.by_site[site].assignment.side
         sizes = {module: self.deciding.parameters(module) for module, _ in side}
         return with_side_path(self.plans[site], self._models(site), sizes, sizes)
 
@@ -158,21 +169,17 @@ class FedPipeServer(SharedModelServer):
                 "with one rank"
             )
 
-    def _configure_all(self) -> None:
-        """Make the configuration of each planned site; those that differ get a new number."""
+    def _configure(self) -> None:
+        """Make the configuration of each planned site, with a side path for the modules that some
+        site has trained or trains."""
         changed = {
             module
             for module in modules_of(self.context.layout.names)
-            if bool(self.whole.adapter[factor_names(module)[0]].any())
+            if self.shared.whole.product(module).left.any()
         }
         used = changed.union(*(dict(plan.ranks) for plan in self.plans.values()))
-        before = self.configurations
-        self.configurations = {
-            site: SiteConfiguration.of(plan, self.run, used) for site, plan in self.plans.items()
-        }
-        for site, configuration in self.configurations.items():
-            if configuration != before.get(site):
-                self.versions[site] = self.versions.get(site, 0) + 1
+        self.configurations.set(self.plans, used)
+        self.shared.exchange.retain(set(self.configurations.assignments(list(self.plans)).values()))
 
     def _due(self, round: int) -> bool:
         """Return whether all sites are measured and planned anew before `round`."""
@@ -188,105 +195,49 @@ class FedPipeServer(SharedModelServer):
         metrics = self._plan(fleet, new, number) if new else {}
         asked = [site for site in cohort if site in self.plans]
 
-        received = {
-            site: redistribute(self.whole, self.configurations[site].assignment) for site in asked
-        }
-        gathering = Gathering(
-            fleet,
-            "train",
-            number,
-            messages=partial(self._messages, fleet, number, received),
-            read=partial(self._read, number, received),
-            forget=self._forget,
-        )
-        replies = [replace(reply.content, weight=reply.weight) for reply in gathering.of(asked)]
-        updates = sorted(replies, key=lambda update: update.site)
-        fleet.require_quorum("train", number, answered=len(updates), asked=len(cohort))
+        before = self.shared.whole.adapter
+        equal = self.config.aggregation.mode == "ab-mean"
+        mean = WeightedMean()
+        loss = WeightedLoss()
+        trainings = []
+        for update in self.shared.assigned_updates(
+            fleet, self.configurations.assignments(asked), round=number
+        ):
+            assert update.loss is not None, "each reply has a loss"
+            loss.add(update.loss, update.weight)
+            trainings.append(Training(update.site, update.loss, **update.further))
+            if equal:
+                mean.add(update.tensors, update.weight)
+
+        fleet.require_quorum("train", number, answered=len(trainings), asked=len(cohort))
+        measures = self.shared.step(mean.mean() if equal else {}, 1.0, round=number)
+        trainings.sort(key=lambda training: training.site)
         return {
             **metrics,
-            **self._aggregate(received, updates),
-            **self._fairness(updates),
-            **self._compare(fleet, updates),
-            **gathering.metrics(),
-        }
-
-    def _messages(
-        self, fleet: Fleet, round: int, received: Mapping[str, Named], sites: Sequence[str]
-    ) -> dict[str, Payload]:
-        """Return the adapters for `sites`, once those that lack their configuration have it."""
-        lacking = {
-            site: Payload(
-                values={
-                    **self.configurations[site].to_values(self.run),
-                    VERSION: self.versions[site],
-                }
-            )
-            for site in sites
-            if self.held.get(site) != self.versions[site]
-        }
-        if lacking:
-            for reply in fleet.ask("configure", lacking, round=round, read=nothing, alone=False):
-                self.held[reply.site] = self.versions[reply.site]
-
-        return {
-            site: adapter_message(received[site], **{"round": round, VERSION: self.versions[site]})
-            for site in sites
-            if self.held.get(site) == self.versions[site]
-        }
-
-    def _forget(self, sites: Sequence[str]) -> None:
-        """Note that these sites must be sent their configuration again."""
-        for site in sites:
-            self.held.pop(site, None)
-
-    def _read(
-        self, round: int, received: Mapping[str, Named], site: str, reply: Payload
-    ) -> Readable[SiteUpdate]:
-        """Return the update in a reply; raises `WireError` for one that breaks a rule."""
-        update = read_update(
-            reply,
-            self.configurations[site],
-            received[site],
-            site=site,
-            round=round,
-            config=self.config,
-            context=self.context,
-        )
-        return Readable(update, rms(update.tensors), update.weight)
-
-    def _aggregate(self, received: Mapping[str, Named], updates: Sequence[SiteUpdate]) -> Metrics:
-        """Fold the updates into the adapter; return the measures of the aggregate."""
-        changes = {
-            update.site: SiteChange.of(received[update.site], update.tensors, update.weight)
-            for update in updates
-        }
-        combined = combine(self.whole, changes, self.config.aggregation, fresh=self.fresh)
-        before = self.whole.adapter
-        self.whole = combined.whole
-        if self.config.aggregation.mode == "ab-mean":  # FedAvg's exact sum, to the bit
-            mean = WeightedMean()
-            for update in updates:
-                mean.add(update.tensors, update.weight)
-            self.whole = WholeAdapter(moved(before, mean.mean()))
-
-        loss = WeightedLoss()
-        for update in updates:
-            loss.add(update.loss, update.weight)
-
-        return {
             "loss": loss.mean(),
-            "sites": len(updates),
-            "update_norm": norm(subtract(self.whole.adapter, before)),
-            **combined.metrics(),
+            "sites": len(trainings),
+            "update_norm": norm(subtract(self.shared.whole.adapter, before)),
+            **measures,
+            **self._fairness(trainings),
+            **self._compare(fleet, trainings),
         }
 
-    def _fairness(self, updates: Sequence[SiteUpdate]) -> Metrics:
+    def _further(self, site: str, reply: Payload) -> dict[str, Any]:
+        """Return steps and seconds of a site's training; raises `WireError`."""
+        steps = reply.whole(STEPS, 1, self.configurations.by_site[site].steps)
+        return {"steps": steps, "seconds": read_seconds(reply)}
+
+    def _training(self, site: str) -> TrainConfig:
+        """Return the settings by which a site trains."""
+        return settings_of(self.context.train, self.config, self.configurations.by_site[site])
+
+    def _fairness(self, trainings: Sequence[Training]) -> Metrics:
         """Return the worst site and the spread of the losses, and the share of the planned steps
         that was not made."""
-        losses = {update.site: update.loss for update in updates}
+        losses = {training.site: training.loss for training in trainings}
         missed = {
-            update.site: 1 - update.steps / self.configurations[update.site].steps
-            for update in updates
+            training.site: 1 - training.steps / self.configurations.by_site[training.site].steps
+            for training in trainings
         }
         worst = max(losses, key=lambda site: (losses[site], site))
         return {
@@ -297,7 +248,7 @@ class FedPipeServer(SharedModelServer):
             "worst_under_training": max(missed.values()),
         }
 
-    def _compare(self, fleet: Fleet, updates: Sequence[SiteUpdate]) -> Metrics:
+    def _compare(self, fleet: Fleet, trainings: Sequence[Training]) -> Metrics:
         """Return the predicted and the measured figures of each site that trained by its plan for
         the first time, and note by how much its training was slower than predicted.
 
@@ -305,26 +256,33 @@ class FedPipeServer(SharedModelServer):
         under the same plan would count this slowness twice.
         """
         figures = {}
-        for update in updates:
-            if update.site not in self.unmeasured:
+        for training in trainings:
+            if training.site not in self.unmeasured:
                 continue
 
-            self.unmeasured.remove(update.site)
-            plan = self._predicted(update.site)
-            sizes = fleet.meter.current[update.site]
-            measured = Measured(None, sizes["up", "train"], sizes["down", "train"], update.seconds)
-            figures[update.site] = compared(plan, measured)
-            if self.config.budget(update.site).tokens_s is None and plan.prediction.compute_s > 0:
-                now = self.slowness.get(update.site, 1.0)
-                self.slowness[update.site] = now * update.seconds / plan.prediction.compute_s
+            self.unmeasured.remove(training.site)
+            plan = self._predicted(training.site)
+            sizes = fleet.meter.current[training.site]
+            measured = Measured(
+                None, sizes["up", "train"], sizes["down", "train"], training.seconds
+            )
+            figures[training.site] = compared(plan, measured)
+            if self.config.budget(training.site).tokens_s is None and plan.prediction.compute_s > 0:
+                now = self.slowness.get(training.site, 1.0)
+                self.slowness[training.site] = now * training.seconds / plan.prediction.compute_s
 
         return {"predicted": figures} if figures else {}
 
     # -- model and state ---------------------------------------------------------------------------
 
     def model(self) -> Named:
-        """Return the global adapter, at the run's ranks."""
-        return self.whole.adapter
+        """Return the global adapter, with its side path where the mode sends one."""
+        return self.shared.model()
+
+    @property
+    def assigned(self) -> Assignment | None:
+        """See `SharedModelServer`."""
+        return self.shared.exported
 
     def state(self) -> Payload:
         """Return the adapter, what sites measured, the scores, and the plan of each site."""
@@ -336,17 +294,16 @@ class FedPipeServer(SharedModelServer):
             "plans": plans,
             "profiles": profiles,
             "scores": self.scores.to_values(),
-            "versions": {**self.versions},
-            "held": {**self.held},
+            **self.configurations.state(),
             "slowness": {**self.slowness},
             "unmeasured": [*sorted(self.unmeasured)],
         }
-        return join({"whole": self.whole.state(), "plans": Payload(values=values)})
+        return join({"shared": self.shared.state(), "plans": Payload(values=values)})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        halves = split(state, ("whole", "plans"))
-        self.whole = self.whole.restored(halves["whole"])
+        halves = split(state, ("shared", "plans"))
+        self.shared.restore(halves["shared"])
         values = halves["plans"]
         self.plans = {
             site: SitePlan.from_json(plan) for site, plan in values.value("plans", dict).items()
@@ -356,8 +313,7 @@ class FedPipeServer(SharedModelServer):
             for site, profile in values.value("profiles", dict).items()
         }
         self.scores = Scores.from_values(values.value("scores", dict))
-        self.held = values.value("held", dict)
         self.slowness = values.value("slowness", dict)
         self.unmeasured = set(values.value("unmeasured", list))
-        self._configure_all()
-        self.versions = values.value("versions", dict)
+        self._configure()
+        self.configurations.restore(values)

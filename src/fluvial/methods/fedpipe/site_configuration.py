@@ -16,6 +16,10 @@ from fluvial.models.assignment import KEY, Assignment, Precision
 from fluvial.models.quantisation import FLOAT, Format, Quantisation
 from fluvial.wire.payload import Payload, Value
 
+VERSION = "plan"
+"""Name of the message value that counts the configurations of a site."""
+MOST_VERSIONS = 10**9
+"""Upper bound on the configurations of one site."""
 MOST_STEPS = 10**9
 """Upper bound on the local steps that a plan may ask for."""
 MOST_LENGTH = 2**31

@@ -7,35 +7,41 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fluvial.codecs import build
+from fluvial.codecs import CodecSettings
 from fluvial.data import Example
 from fluvial.errors import WireError
-from fluvial.exchange import STALE, coder_of, encode
-from fluvial.exchange.feedback import RESIDUAL
+from fluvial.exchange import STALE, LocalUpdate, Terms, receive_exchange
 from fluvial.federation.adapters import factor_names, modules_of
-from fluvial.federation.sites import Site, read_adapter_message, round_of, train_locally
+from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.importance import Meter, spectrum
 from fluvial.methods.fedpipe.measure import full_load, measured
-from fluvial.methods.fedpipe.site_configuration import SiteConfiguration
+from fluvial.methods.fedpipe.site_configuration import (
+    MOST_VERSIONS,
+    VERSION,
+    SiteConfiguration,
+)
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.training.train import TrainConfig
-from fluvial.wire.payload import Payload, Value, frame_payload
-from fluvial.wire.tensors import Layout, Named, add
+from fluvial.wire.payload import Payload, Value
+from fluvial.wire.tensors import Named, add
 
 PLAN = "plan"
 """Slot of the site's plan."""
-VERSION = "version"
-"""Name of the message value that counts the plans of a site."""
-MOST_VERSIONS = 10**9
+STEPS = "steps"
+"""Name of the reply value that carries the local steps that were made."""
 SECONDS = "s"
 """Name of the reply value that carries seconds, as text of one length, so that the bytes of a run
 do not depend on the time that it takes."""
 MOST_SECONDS = 999_999.999
 _SECONDS_FORM = re.compile(r"[0-9]{6}\.[0-9]{3}")
-DIGITS = 6
-"""Significant digits of a loss on the wire."""
+
+
+def terms(config: FedPipeConfig, codec: CodecSettings) -> Terms:  # noqa: ARG001 - the same for all
+    """Return what server and sites agree on."""
+    basis = config.aggregation.basis
+    return Terms(basis="resized" if basis == "fixed" else basis)
 
 
 def run_assignment(site: Site) -> Assignment:
@@ -108,73 +114,44 @@ def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
 
 
 def configure(site: Site, message: Payload) -> Payload:
-    """Keep the plan in `message`, and what the site still owes by error feedback, in its shapes.
-
-    Raises `WireError` for a plan that the run's settings do not allow. Where factors change in each
-    round, the coder expresses the residual in those of the next one.
-    """
+    """Keep the plan in `message`; raises `WireError` for one that the run's settings do not allow."""
     config: FedPipeConfig = site.method
     run = run_assignment(site)
     plan = SiteConfiguration.from_payload(message, run)
     plan.check_allowed(config.planner, run, full_load(site.train, len(site.load().train)))
     message.whole(VERSION, 1, MOST_VERSIONS)
     site.keep(PLAN, message)
-
-    residual = site.recall(RESIDUAL)
-    if residual.tensors and config.aggregation.basis == "fixed":
-        site.keep(
-            RESIDUAL, Payload(resized(residual.tensors, plan.assignment.trained), residual.values)
-        )
-
     return Payload()
-
-
-def resized(tensors: Named, layout: Layout) -> Named:
-    """Return factors in the shapes of `layout`: components that both have, zeros for the others."""
-    result = {}
-    for name, shape in layout.shapes:
-        result[name] = torch.zeros(shape)
-        if name in tensors:
-            old = tensors[name]
-            common = tuple(slice(min(a, b)) for a, b in zip(old.shape, shape, strict=True))
-            result[name][common] = old[common]
-    return result
 
 
 def train(site: Site, message: Payload) -> Payload:
     """Tune the received adapter by the site's plan, and send the change of what is tuned."""
     config: FedPipeConfig = site.method
-    round = round_of(site, message)
     stored = site.recall(PLAN)
     if stored.values.get(VERSION) != message.whole(VERSION, 1, MOST_VERSIONS):
         return STALE
 
     plan = SiteConfiguration.from_payload(stored, run_assignment(site))
     site.assigned = plan.assignment
-    received = read_adapter_message(message, site.layout)
-    examples = shortened(site.load().train, plan.length)
+    received = receive_exchange(site, message, terms(config, site.codec))
+    if received is None:
+        return STALE
+
+    examples = shortened(received.examples(site), plan.length)
     pace = Pace(config.deadline_s, config.budget(site.name).speed)
     update, report = train_locally(
         site,
-        received,
-        round,
+        received.adapter,
+        received.round,
         examples=examples,
         settings=settings_of(site.train, config, plan),
         watch=pace.watch,
     )
-
-    basis = config.aggregation.basis
-    coder = coder_of(build(site.codec, site.trained), received, basis=basis)
-    frame, after = encode(site, coder, update, round)
-    values: dict[str, Value] = {
-        "n": len(examples),
-        "loss": float(f"{report.loss:.{DIGITS}g}"),
-        "steps": report.steps,
+    further: dict[str, Value] = {
+        STEPS: report.steps,
         SECONDS: f"{min(pace.seconds, MOST_SECONDS):010.3f}",
     }
-    if RESIDUAL in after:
-        values["e"] = float(f"{after[RESIDUAL].value('error', float):.{DIGITS}g}")
-    return frame_payload(frame, **values)
+    return received.reply(site, LocalUpdate(update, len(examples), report.loss, further))
 
 
 def shortened(examples: Sequence[Example], length: int) -> list[Example]:
