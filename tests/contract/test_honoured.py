@@ -31,7 +31,7 @@ HONOURED = {
     "flasc": set(),
     "ecolora": set(),
     "flglm": set(),
-    "fedpipe": {"error_feedback"},
+    "fedpipe": {"weighted", "error_feedback", "downlink"},
     "local": set(),
     "central": set(),
     "central_cyclic": set(),

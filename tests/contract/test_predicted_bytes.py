@@ -63,6 +63,14 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fedpipe": SETTINGS["fedpipe"],
     "fedpipe, int4 with feedback": SETTINGS["fedpipe"]
     | {"codec": {"name": "int4", "error_feedback": True}},
+    **{
+        f"fedpipe, {mode}": {
+            "method": SETTINGS["fedpipe"]["method"]
+            | {"aggregation": {"mode": mode}, "factors": "B" if mode == "ffa" else "A and B"}
+        }
+        for mode in ("ffa", "residual", "stack")
+    },
+    "fedpipe, int8 downlink": SETTINGS["fedpipe"] | {"downlink": {"name": "int8"}},
     "flglm": {"method": {"name": "flglm"}},
     "flglm, own ends": {"method": {"name": "flglm", "ends": "own", "hidden": {"name": "int8"}}},
     "flglm, one by one": {

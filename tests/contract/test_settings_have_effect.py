@@ -164,6 +164,17 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "budgets": [{"site": "west", "tokens_s": 10.0}],
         }.items()
     },
+    "FedPipeConfig.factors": (
+        {
+            "method": {
+                "name": "fedpipe",
+                "budgets": PIPE["method"]["budgets"],
+                "planner": {"selection": "all", "ranks": [4]},
+                "aggregation": {"mode": "ab-mean"},
+            }
+        },
+        "B",
+    ),
     "FedPipeConfig.score_decay": (
         {"rounds": 3, "method": PIPE["method"] | {"replan_every": 1}},
         0.0,
@@ -560,7 +571,7 @@ PLAIN_METHODS: dict[str, Table] = {
 FLOAT_BASES = frozenset(name for name in METHODS if not METHODS[name].traits.quantised)
 SHARED_SETTINGS: dict[str, Shared] = {
     "downlink.name": Shared(
-        {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm"}
+        {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm", "fedpipe"}
     ),
     "downlink.feedback_decay": Shared(
         {"downlink": {"feedback_decay": 0.5}},

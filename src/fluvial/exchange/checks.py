@@ -55,12 +55,18 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
 
 
 def check_unequal(codec: CodecSettings) -> None:
-    """Raise `ConfigError` for a codec that learns from updates of one layout."""
+    """Raise `ConfigError` for a codec that learns from updates of one layout.
+
+    Each other layout would need a fit of its own, from the updates of the few sites that have it,
+    and another one after each new plan.
+    """
     name: str = codec.name
     if must_learn(codec):
         raise ConfigError(
             f"codec.name={name!r} learns from updates of one layout, and the sites' adapters have "
-            "unequal ranks; choose a codec that needs no fit, such as 'int8' or 'int4'"
+            "unequal ranks or a side path: each layout would need a fit from the updates of the "
+            "few sites that have it; choose a codec that needs no fit, such as 'trellis' or "
+            "'int8', or equal ranks under method 'cgfedllm'"
         )
 
 

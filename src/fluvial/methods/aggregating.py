@@ -14,6 +14,7 @@ from fluvial.federation.adapters import (
     redistribute,
 )
 from fluvial.federation.fleet import Fleet
+from fluvial.federation.sites import Factors
 from fluvial.methods.interface import Context, Given, Metrics
 from fluvial.methods.shared import move
 from fluvial.models.assignment import Assignment
@@ -152,6 +153,15 @@ class SharedAdapter:
         halves = split(state, ("whole", "exchange"))
         self.whole = self.whole.restored(halves["whole"])
         self.exchange.restore(halves["exchange"])
+
+
+def frozen_factor(settings: AggregationSettings, factors: Factors) -> Iterator[str]:
+    """Yield a line for factors that are trained and do not fit the mode."""
+    mode = settings.mode
+    if mode == "ffa" and factors != "B":
+        yield "aggregation.mode='ffa': needs one frozen A; set factors='B'"
+    if mode not in ("ab-mean", "ffa") and factors == "B":
+        yield f"aggregation.mode={mode!r}: changes A, which factors='B' freezes; remove one"
 
 
 def equal_ranks(settings: AggregationSettings) -> Iterator[str]:

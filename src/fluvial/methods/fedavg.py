@@ -39,6 +39,7 @@ from fluvial.methods.aggregating import (
     SharedAdapter,
     check_aggregation,
     equal_ranks,
+    frozen_factor,
     side_download,
 )
 from fluvial.methods.interface import (
@@ -80,10 +81,7 @@ class FedAvgConfig(SampledSettings):
         mode = self.aggregation.mode
         if mode != "ab-mean" and self.server_learning_rate != 1:
             yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
-        if mode == "ffa" and self.factors != "B":
-            yield "aggregation.mode='ffa': needs one frozen A; set factors='B'"
-        if mode not in ("ab-mean", "ffa") and self.factors == "B":
-            yield f"aggregation.mode={mode!r}: changes A, which factors='B' freezes; remove one"
+        yield from frozen_factor(self.aggregation, self.factors)
 
 
 class CentralConfig(MethodSettings):

@@ -24,5 +24,5 @@ METHOD = Method(
     "Fine-Tuning of Large Language Models (FedPipe), IEEE TMC 2026, "
     "https://arxiv.org/abs/2404.06448",
     plan=plan,
-    traits=Traits("FedPipe"),
+    traits=Traits("FedPipe", receives="downlink", weighted=True),
 )

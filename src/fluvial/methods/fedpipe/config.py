@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from fluvial.federation.adapters import AggregationSettings
+from fluvial.federation.sites import Factors
+from fluvial.methods.aggregating import frozen_factor
 from fluvial.methods.fedpipe.importance import Score
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings, SiteBudget
 from fluvial.methods.interface import SampledSettings
@@ -31,6 +33,9 @@ class FedPipeConfig(SampledSettings):
     score_decay: float = Field(0.5, ge=0, lt=1)
     """Weight of the scores of earlier probes in the moving average."""
     aggregation: AggregationSettings = AggregationSettings()
+    factors: Factors = "A and B"
+    """Factors that are tuned and sent: both, or B with A frozen, which `aggregation.mode = "ffa"`
+    needs."""
     learning_rate_by_batch: Literal["sqrt", "constant"] = "sqrt"
     """Learning rate of a site whose batch is not the run's: times the root of the ratio, or as it
     is."""
@@ -47,6 +52,7 @@ class FedPipeConfig(SampledSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        yield from frozen_factor(self.aggregation, self.factors)
         names = [budget.site for budget in self.budgets]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"budgets: site {name!r} stands twice; remove one"

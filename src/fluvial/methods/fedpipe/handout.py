@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import nothing
 from fluvial.methods.fedpipe.planner.plan import SitePlan
@@ -17,7 +18,8 @@ class Configurations:
     the messages of a round have its number alone.
     """
 
-    def __init__(self, run: Assignment) -> None:
+    def __init__(self, run: Assignment, aggregation: AggregationSettings) -> None:
+        self.aggregation = aggregation
         self.run = run
         """The assignment of the run, at whose ranks the server has the adapter."""
         self.by_site: dict[str, SiteConfiguration] = {}
@@ -33,7 +35,8 @@ class Configurations:
         """
         before = self.by_site
         self.by_site = {
-            site: SiteConfiguration.of(plan, self.run, used) for site, plan in plans.items()
+            site: SiteConfiguration.of(plan, self.run, used, self.aggregation)
+            for site, plan in plans.items()
         }
         for site, configuration in self.by_site.items():
             if configuration != before.get(site):

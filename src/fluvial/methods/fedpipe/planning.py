@@ -4,8 +4,9 @@ from functools import partial
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
-from fluvial.exchange import NO_TGAP, check_codec
-from fluvial.federation.sites import refuse_learned
+from fluvial.exchange import NO_TGAP, check_codec, check_unequal
+from fluvial.federation.sites import factor_layout
+from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.formats import FORMATS
 from fluvial.methods.fedpipe.site_configuration import VERSION
@@ -13,23 +14,16 @@ from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
 from fluvial.methods.traffic import Bytes, Traffic, answer, coded_frame, envelope
+from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
-
-MODES = ("ab-mean", "pad", "svd")
-"""Rules after which the global adapter alone is the model of all sites."""
 
 
 def plan(config: FedPipeConfig, given: Given) -> Plan:
     """Refuse what no plan of a site could use; bound the bytes, since ranks are measured later."""
-    refuse_learned(given.codec, "fedpipe")
-    mode = config.aggregation.mode
-    if mode not in MODES:
-        raise ConfigError(
-            f"method.aggregation.mode={mode!r}: method 'fedpipe' sends each site the global "
-            f"adapter at its own ranks; choose one of {', '.join(MODES)}"
-        )
-
-    check_codec(given.codec, NO_TGAP, given.layout)
+    check_unequal(given.codec)
+    check_aggregation(config.aggregation, given, broadcast=False)
+    sent = factor_layout(given.layout, config.factors)
+    check_codec(given.codec, NO_TGAP, sent)
     _check_planner(config, given)
     cohort = config.cohort(given.sites)
     steady = cohort == given.sites and given.on_failure == "stop"
@@ -46,10 +40,10 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
     if config.replan_every >= given.rounds:
         later["method.replan_every"] = f"the run has {given.rounds} rounds"
 
-    traffic = partial(_traffic, given)
-    forecast = partial(uncoded, config, given, traffic, given.layout, "planned when the run starts")
+    traffic = partial(_traffic, config, given)
+    forecast = partial(uncoded, config, given, traffic, sent, "planned when the run starts")
     return Plan(
-        given.layout,
+        sent,
         forecast,
         notes=["ranks, batches and steps of each site follow from what it measures"],
         idle=idle,
@@ -93,15 +87,21 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
         )
 
 
-def _traffic(given: Given, round: int) -> Traffic:
-    """Return bounds of a site's bytes: one module of rank 1, and all at the run's ranks twice, as
-    an adapter and as a side path."""
-    down = coded_frame(IdentitySettings(), given.layout)
-    up = coded_frame(given.codec, given.layout)
-    values = {"round": round, VERSION: round}
+def _traffic(config: FedPipeConfig, given: Given, round: int) -> Traffic:
+    """Return bounds of a site's bytes: one module of rank 1, and all at the run's ranks, with the
+    side path of the mode."""
+    side = side_download(config.aggregation, given)
+    layout = given.layout if side is None else side[0]
+    down = coded_frame(IdentitySettings(), layout)
+    values: dict[str, Value] = {"round": round, VERSION: round}
+    if given.downlink is not None:
+        values |= {"base": round, "version": round, "sizes": [down.most] * round}
+    up = coded_frame(given.codec, factor_layout(given.layout, config.factors))
     error = given.codec.error_feedback
     least = Layout(((given.layout.shapes[0][0], (1, 1)),))
+    # With a coded downlink every site makes the first adapter from the seed.
+    fewest = coded_frame(IdentitySettings(), least).least if given.downlink is None else 0
     return Traffic(
-        down=Bytes(coded_frame(IdentitySettings(), least).least, down.most) + envelope(values),
+        down=Bytes(fewest, down.most) + envelope({"round": round, VERSION: 1}, values),
         up=Bytes(1, up.most) + answer(error=error, steps=10**6, s="000000.000"),
     )

@@ -18,7 +18,7 @@ from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
 from fluvial.methods.fedpipe.handout import Configurations
 from fluvial.methods.fedpipe.planner.comparison import Measured, compared
-from fluvial.methods.fedpipe.planner.decision import Models
+from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
@@ -69,7 +69,7 @@ class FedPipeServer(SharedModelServer):
     def configurations(self) -> Configurations:
         """The present configuration of each site."""
         batch = self.context.train.per_device_train_batch_size
-        return Configurations(replace(self.deciding.run, batch=batch))
+        return Configurations(replace(self.deciding.run, batch=batch), self.config.aggregation)
 
     @cached_property
     def shared(self) -> SharedAdapter:
@@ -116,13 +116,22 @@ class FedPipeServer(SharedModelServer):
             metrics = self._probe(fleet, sorted(profiles), round)
 
         plans, refused = self.deciding.decide(
-            profiles, self.scores, self.plans, self.slowness, self.config.deadline_s
+            {site: self._beside_side_path(profile) for site, profile in profiles.items()},
+            self.scores,
+            self.plans,
+            self.slowness,
+            self.config.deadline_s,
         )
         self.plans |= plans
         self.unmeasured |= plans.keys()
         for site, why in refused.items():
             self.plans.pop(site, None)
             self.unmeasured.discard(site)
+            if self._side_bytes:
+                why += (
+                    f"; {self._side_bytes:,} B of its memory stay free for what method.aggregation "
+                    "leaves beside the adapter: lower its residual_rank, or choose mode='svd'"
+                )
             fleet.reject(Failure(site, round, "profile", why, 0))
 
         self._check_ranks()
@@ -131,11 +140,36 @@ class FedPipeServer(SharedModelServer):
         scores = {"scores": self.scores.score} if self.scores.score else {}
         return {"plans": shown, **scores, **metrics}
 
+    def _beside_side_path(self, profile: Profile) -> Profile:
+        """Return a profile without the memory of what `_side_bytes` counts."""
+        return replace(profile, memory_bytes=max(1, profile.memory_bytes - self._side_bytes))
+
+    @cached_property
+    def _side_bytes(self) -> int:
+        """The memory of the components that `method.aggregation` leaves beside the adapter, which
+        every site has as a frozen side path."""
+        aggregation = self.config.aggregation
+        if not aggregation.sends_side:
+            return 0
+
+        run = self.deciding.run
+        return SIDE_BYTES * sum(
+            self._side_parameters(name, min(aggregation.residual_rank, run.width(name)))
+            for name, _ in run.ranks
+        )
+
+    def _side_parameters(self, module: str, rank: int) -> int:
+        """Return the parameters of a module's side path of `rank`."""
+        return self.deciding.parameters(module) // dict(self.deciding.run.ranks)[module] * rank
+
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
         side = self.configurations.by_site[site].assignment.side
-        sizes = {module: self.deciding.parameters(module) for module, _ in side}
-        return with_side_path(self.plans[site], self._models(site), sizes, sizes)
+        sizes = {module: self._side_parameters(module, rank) for module, rank in side}
+        plan = self.plans[site]
+        # Under "stack" and "residual" a module that the site trains has a side path too.
+        whole = with_side_path(replace(plan, ranks=()), self._models(site), sizes, sizes)
+        return replace(whole, ranks=plan.ranks)
 
     def _models(self, site: str) -> Models:
         """Return the memory and time models of a site, as they are known."""

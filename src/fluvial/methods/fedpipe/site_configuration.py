@@ -2,20 +2,23 @@
 
 The server makes it and sends it by the task `configure`; the site keeps it. A module of rank 0 is
 not tuned. Where other sites tune it, the site receives it as a frozen side path at the run's rank,
-so that all sites train against the same model.
+so that all sites train against the same model. Under "stack" and "residual" every module has one.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
 from fluvial.errors import WireError
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.models.assignment import KEY, Assignment, Precision
 from fluvial.models.quantisation import FLOAT, Format, Quantisation
 from fluvial.wire.payload import Payload, Value
 
+SVD = AggregationSettings()
+"""The default rule, after which nothing is left beside the adapter."""
 VERSION = "plan"
 """Name of the message value that counts the configurations of a site."""
 MOST_VERSIONS = 10**9
@@ -40,9 +43,15 @@ class SiteConfiguration:
     """True for gradient checkpointing."""
 
     @classmethod
-    def of(cls, plan: SitePlan, run: Assignment, used: Collection[str]) -> "SiteConfiguration":
-        """Return what `plan` says, with a side path for the modules in `used`, which some site
-        has trained, that this site does not train.
+    def of(
+        cls,
+        plan: SitePlan,
+        run: Assignment,
+        used: Collection[str],
+        aggregation: AggregationSettings = SVD,
+    ) -> "SiteConfiguration":
+        """Return what `plan` says, with the side path that `aggregation` needs for the modules in
+        `used`, which some site trains or has trained.
 
         `run` is the assignment of the whole run, at whose ranks the server has the adapter.
         """
@@ -52,7 +61,7 @@ class SiteConfiguration:
             run.with_ranks({name: ranks.get(name, 0) for name in full}), plan.setting.format
         )
         assignment = replace(assignment, batch=plan.setting.batch)
-        side = {name: full[name] for name in used if name not in ranks}
+        side = side_ranks(ranks, run, used, aggregation)
         return cls(
             assignment.with_side(side, run),
             plan.setting.steps,
@@ -82,7 +91,13 @@ class SiteConfiguration:
             message.value("checkpointing", bool),
         )
 
-    def check_allowed(self, settings: PlannerSettings, run: Assignment, sequences: int) -> None:
+    def check_allowed(
+        self,
+        settings: PlannerSettings,
+        aggregation: AggregationSettings,
+        run: Assignment,
+        sequences: int,
+    ) -> None:
         """Raise `WireError` for what no plan under the run's settings has.
 
         A site checks it, so that the run that it has joined bounds the memory and the time that a
@@ -113,9 +128,40 @@ class SiteConfiguration:
             )
 
         full = dict(run.ranks)
-        for name, rank in (*assignment.ranks, *assignment.side):
+        for name, rank in assignment.ranks:
             if rank > full[name]:
                 raise WireError(f"plan: rank {rank} of {name!r:.100}, above the run's {full[name]}")
+
+        trained = {name: rank for name, rank in assignment.ranks if rank}
+        most_side = side_ranks(trained, run, full, aggregation)
+        for name, rank in assignment.side:
+            if rank > most_side.get(name, 0):
+                raise WireError(
+                    f"plan: a side path of rank {rank} of {name!r:.100}, above the "
+                    f"{most_side.get(name, 0)} that method.aggregation gives"
+                )
+
+
+def side_ranks(
+    ranks: Mapping[str, int],
+    run: Assignment,
+    used: Collection[str],
+    aggregation: AggregationSettings,
+) -> dict[str, int]:
+    """Return the rank of the side path of each module in `used`, for a site that trains `ranks`.
+
+    Most modes leave nothing beside the global adapter, so that a module which the site does not
+    train has the adapter itself there. Otherwise each module has the components that the mode
+    leaves beside it, and those of the adapter that the site's own rank leaves out; under "stack"
+    the adapter is fresh, and its product is zero.
+    """
+    full = dict(run.ranks)
+    if not aggregation.sends_side:
+        return {name: full[name] for name in used if name not in ranks}
+
+    fresh = aggregation.mode == "stack"
+    left_out = {name: 0 if fresh else full[name] - ranks.get(name, 0) for name in used}
+    return {name: min(aggregation.residual_rank + left_out[name], run.width(name)) for name in used}
 
 
 def format_of(assignment: Assignment) -> str:

@@ -41,7 +41,7 @@ _SECONDS_FORM = re.compile(r"[0-9]{6}\.[0-9]{3}")
 def terms(config: FedPipeConfig, codec: CodecSettings) -> Terms:  # noqa: ARG001 - the same for all
     """Return what server and sites agree on."""
     basis = config.aggregation.basis
-    return Terms(basis="resized" if basis == "fixed" else basis)
+    return Terms(factors=config.factors, basis="resized" if basis == "fixed" else basis)
 
 
 def run_assignment(site: Site) -> Assignment:
@@ -118,7 +118,8 @@ def configure(site: Site, message: Payload) -> Payload:
     config: FedPipeConfig = site.method
     run = run_assignment(site)
     plan = SiteConfiguration.from_payload(message, run)
-    plan.check_allowed(config.planner, run, full_load(site.train, len(site.load().train)))
+    sequences = full_load(site.train, len(site.load().train))
+    plan.check_allowed(config.planner, config.aggregation, run, sequences)
     message.whole(VERSION, 1, MOST_VERSIONS)
     site.keep(PLAN, message)
     return Payload()
@@ -144,6 +145,7 @@ def train(site: Site, message: Payload) -> Payload:
         received.adapter,
         received.round,
         examples=examples,
+        factors=config.factors,
         settings=settings_of(site.train, config, plan),
         watch=pace.watch,
     )
