@@ -333,6 +333,8 @@ def toml(table: Mapping[str, Any]) -> str:
     def value(found: Any) -> str:
         if isinstance(found, Mapping):
             return "{" + ", ".join(f"{key} = {value(item)}" for key, item in found.items()) + "}"
+        if isinstance(found, list | tuple):
+            return "[" + ", ".join(map(value, found)) + "]"
         return json.dumps(found)
 
     return "".join(f"{key} = {value(item)}\n" for key, item in table.items())
