@@ -79,6 +79,20 @@ class Measures:
         keys = sorted(set.intersection(*(set(row) for row in rows)))
         return {key: sum(row[key] for row in rows) / len(rows) for key in keys}
 
+    def worst(self) -> tuple[str, float] | None:
+        """Return the site of the largest loss, of equal ones the last by name, and its loss; None
+        without any."""
+        losses = {site: row["loss"] for site, row in self.by_site.items()}
+        if not losses:
+            return None
+        site = max(losses, key=lambda each: (losses[each], each))
+        return site, losses[site]
+
+    def spread(self) -> float:
+        """Return the largest less the smallest loss of a site, nats per label token."""
+        losses = [row["loss"] for row in self.by_site.values()]
+        return max(losses) - min(losses) if losses else 0.0
+
     def pooled(self) -> SiteMeasures | None:
         """Return the means over label tokens and over questions of all sites together; None
         without any site."""

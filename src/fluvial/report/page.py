@@ -14,6 +14,7 @@ from fluvial.errors import ConfigError
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
+from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.figures import (
     STYLE,
     bytes_by_kind,
@@ -45,6 +46,8 @@ CONFLICTS = 128
 """Number of entries of a conflict log on the page: the last ones."""
 MODULES = 64
 """Number of modules of the table of aggregation errors on the page."""
+ROUNDS = 12
+"""Number of last rounds of the table of fairness on the page."""
 MEASURES = {
     "cosine": "Innovation cosine",
     "aggregate_cosine": "of the aggregate",
@@ -121,6 +124,7 @@ def _content(run: JsonObject) -> JsonObject:
         plans_by_site(setup),
         predicted_by_site(metrics),
         aggregation_by_module(metrics, modules=MODULES),
+        fairness_by_round(metrics, rounds=ROUNDS),
     )
 
     return {

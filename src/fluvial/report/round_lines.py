@@ -47,7 +47,7 @@ def round_line(record: JsonObject) -> str:
         )
 
     if "heldout_loss" in record:
-        parts.append(f"held-out {record['heldout_loss']:.4f}")
+        parts.append(f"held-out {record['heldout_loss']:.4f}{_worst(record)}")
 
     if "aggregation_error" in record:
         parts.append(f"aggregation error {100 * record['aggregation_error']:.2g} %")
@@ -153,3 +153,11 @@ def best_predictor(gate: JsonObject) -> str:
     """Return the predictor, a guess without a message, whose error is least."""
     errors: dict[str, dict[str, float]] = gate["predictors"]
     return min(errors, key=lambda name: errors[name]["all"])
+
+
+def _worst(record: JsonObject) -> str:
+    """Return the site of the largest held-out loss of a round in words; nothing of a single one."""
+    if not record.get("heldout_spread"):
+        return ""
+    site = escape(safe_text(record["heldout_worst_site"]))
+    return f", worst {site} {record['heldout_worst_loss']:.4f}"

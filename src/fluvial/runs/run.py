@@ -278,19 +278,24 @@ class Run:
 
         return record
 
-    def _heldout_of_round(self, number: int) -> dict[str, float]:
-        """Return measures of the model of round `number`; empty where no site sends any."""
+    def _heldout_of_round(self, number: int) -> dict[str, Any]:
+        """Return measures of the model of round `number`, means and how unequal the sites are;
+        empty where no site sends any."""
         measures = self.server.measure(self.fleet, self._reporting(), round=number, which="final")
         mean = measures.mean()
         pooled = measures.pooled()
+        worst = measures.worst()
 
-        if mean is None or pooled is None:
+        if mean is None or pooled is None or worst is None:
             return {}
 
         return {
             "heldout_loss": mean["loss"],
             "heldout_accuracy": mean["accuracy"],
             "heldout_loss_pooled": pooled["loss"],
+            "heldout_worst_site": worst[0],
+            "heldout_worst_loss": worst[1],
+            "heldout_spread": measures.spread(),
         }
 
     def _checked(self, function: str, value: object, kind: type[K]) -> K:

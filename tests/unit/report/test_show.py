@@ -19,6 +19,7 @@ from fluvial.methods import METHODS
 from fluvial.report import block_tables, result_tables, round_lines, show
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.damage import damage_reported
+from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.page import write_page
 from fluvial.report.plan_tables import plan_table, preview_text
 from fluvial.runs.result import described
@@ -570,6 +571,26 @@ def test_a_round_line_names_the_error_and_the_site_that_changed_nothing() -> Non
     line = round_lines.round_line(aggregated()[1])
     assert "aggregation error 20 %" in line
     assert r"unchanged \[red]xml" in line
+
+
+def test_fairness_has_the_worst_site_and_the_spread_of_each_measured_round() -> None:
+    found = records(1, 1, start=3.0)
+    for record in found[1:]:
+        record |= {
+            "heldout_loss": 3.0,
+            "heldout_worst_site": "[b]xml",
+            "heldout_worst_loss": 3.0 + record["round"],
+            "heldout_spread": 2.0,
+        }
+    table = fairness_by_round(found, rounds=1)
+    assert table is not None
+    assert table.rows == [
+        ["2", "3.0000", "[b]xml", "5.0000", "2.0000"],
+        ["4", "3.0000", "[b]xml", "7.0000", "2.0000"],
+    ]
+    assert "1 rounds are not shown" in table.words
+    assert fairness_by_round(found[:1], rounds=9) is None
+    assert r"held-out 3.0000, worst \[b]xml 5.0000" in round_lines.round_line(found[1])
 
 
 def test_the_block_schedule_has_a_cell_for_every_site_and_cycle() -> None:
