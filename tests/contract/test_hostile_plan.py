@@ -5,12 +5,13 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fluvial.errors import WireError
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.sites import Site
 from fluvial.federation.store import StateStore
 from fluvial.methods.fedpipe.config import FedPipeConfig
@@ -155,3 +156,30 @@ def test_a_site_refuses_a_plan_that_the_run_does_not_allow(
 
     configure(site, message(plan_of(site)))
     assert "plan" in site.kept
+
+
+@pytest.mark.parametrize(
+    ("mode", "most", "trained"),
+    [("svd", 4, 0), ("stack", 2, 2), ("residual", 6, 2)],
+)
+def test_a_site_refuses_a_side_path_beyond_that_of_the_mode(
+    mode: Any, most: int, trained: int, played: Round
+) -> None:
+    """A rest of rank 2 beside the run's rank 4, and one module that the site trains at rank 4."""
+    config = played.config
+    assert isinstance(config.method, FedPipeConfig)
+    site = site_of(config, "north", played.run.pool, cast(Any, played.run.texts), StateStore(None))
+    run = run_assignment(site)
+    rest = {} if mode == "svd" else {"residual_rank": 2}
+    aggregation = AggregationSettings.model_validate({"mode": mode, **rest})
+    plan = plan_of(site)
+    own, other = (name for name, _ in run.ranks[:2])
+
+    def with_side(side: dict[str, int]) -> SiteConfiguration:
+        return replace(plan, assignment=plan.assignment.with_side(side, run))
+
+    planner = config.method.planner
+    with_side({own: trained, other: most}).check_allowed(planner, aggregation, run, 12)
+    for side in ({other: most + 1}, {own: trained + 1}):
+        with pytest.raises(WireError, match="a side path of rank"):
+            with_side(side).check_allowed(planner, aggregation, run, 12)

@@ -275,6 +275,7 @@ SLOW: dict[str, tuple[Table, Any]] = {
 }
 
 ELSEWHERE = {
+    "FedPipeConfig.least_upload": "tests/oracle/test_leading.py",
     "AggregationSettings.absent": "tests/oracle/test_aggregation.py",
     "TrainConfig.gradient_checkpointing": "tests/oracle/test_train.py",
     "CgFedLlmConfig.gate": "tests/unit/methods/test_cgfedllm.py",

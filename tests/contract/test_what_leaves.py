@@ -15,6 +15,7 @@ from fluvial.federation.in_process import InProcess
 from fluvial.federation.sites import Site
 from fluvial.federation.talk import Talk
 from fluvial.methods import METHODS
+from fluvial.methods.fedpipe.tasks import Upload
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute, in_process
@@ -205,6 +206,7 @@ INT8 = {"name": "int8"}
 KLT = {"name": "klt", "rate": 8}
 LEFT_AT_END = ('ends = "shared", no client batch',)
 NOTHING_AT_END = ('ends = "own", or a client batch',)
+WHOLE = "the whole update"
 NOT_HELD = "no hidden states held by sample"
 HELD = "hidden states held by sample"
 COVARIANCE = 'tgap.source = "sites-covariance"'
@@ -222,7 +224,14 @@ EVERYDAY = [
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
-    case("fedpipe", {"name": "fedpipe", "probe_steps": 2}, "plain", MEASURES),
+    case("fedpipe", {"name": "fedpipe", "probe_steps": 2}, "plain", WHOLE, MEASURES),
+    case(
+        "fedpipe feedback",
+        {"name": "fedpipe", "planner": {"selection": "all"}},
+        *("plain", "error feedback", MEASURES),
+        codec=INT8 | {"error_feedback": True},
+        rounds=2,
+    ),
     *(
         case(
             f"flglm {mode} {ends}",
@@ -359,6 +368,22 @@ def test_what_leaves_a_site_is_what_the_page_lists(
     each: Case, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
     assert check_what_leaves(each, run_config, tmp_path / "run")
+
+
+def test_of_a_late_site_its_largest_components_leave_and_their_numbers(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Upload, "share", lambda *_: 0.4)
+    budgets = [{"site": site, "up_mbit_s": 0.1} for site in ("north", "south", "west")]
+    method = {
+        "name": "fedpipe",
+        "planner": {"selection": "all"},
+        "deadline_s": 1e6,
+        "budgets": budgets,
+    }
+    each = case("late", method, "plain", "its largest components", MEASURES)
+    filled = check_what_leaves(each, run_config, tmp_path / "run")
+    assert any("k" in row.values for row in filled)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "flglm"])

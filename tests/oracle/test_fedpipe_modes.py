@@ -21,7 +21,7 @@ from fluvial.runs.plan import plan as check
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 from tests.oracle.test_fedpipe import EQUAL, UNEQUAL, Table, plan_of, records
-from tests.support.runs import run_table
+from tests.support.runs import adapter_of, run_table
 
 pytestmark = pytest.mark.oracle
 
@@ -68,6 +68,18 @@ def test_equal_plans_are_fedavg_under_every_mode(
 
     assert result["adapter_sha256"] == expected["adapter_sha256"]
     assert result["heldout"]["final"] == expected["heldout"]["final"]
+
+
+def test_equal_ranks_below_the_runs_leave_its_other_components(
+    run_config: Table, tmp_path: Path
+) -> None:
+    """Means of factors at rank 2 of 4: what no site trains stays as the seed has it."""
+    method = merge(EQUAL, {"planner": {"ranks": [2]}})
+    adapter = adapter_of(run_table(run_config | {"method": method}, tmp_path / "run"))
+    for name, tensor in adapter.items():
+        if ".lora_B." in name:
+            assert tensor[:, :2].any()
+            assert not tensor[:, 2:].any()
 
 
 @pytest.mark.parametrize("mode", MODES)

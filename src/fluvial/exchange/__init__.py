@@ -15,12 +15,13 @@ from fluvial.exchange.gathering import (
     is_stale,
     to_all,
 )
-from fluvial.exchange.rule import EVERY_REPLY, Further, Handout, Rule
+from fluvial.exchange.rule import COMPONENTS, EVERY_REPLY, Further, Handout, Rule
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
 from fluvial.exchange.uplink import coder_of
 
 __all__ = [
+    "COMPONENTS",
     "EVERY_REPLY",
     "NO_TGAP",
     "PUBLIC_TGAP",

@@ -7,25 +7,29 @@ from typing import Any
 
 from torch import Tensor
 
-from fluvial.codecs import CodecSettings
+from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.base import Codec
 from fluvial.data import Example
 from fluvial.errors import RefusalError, check_call, wrong_return
 from fluvial.exchange import tgap_tasks
-from fluvial.exchange.coding import Coder
+from fluvial.exchange.checks import can_code
+from fluvial.exchange.coding import Coder, Plain
 from fluvial.exchange.downlink import receive
 from fluvial.exchange.feedback import RESIDUAL
 from fluvial.exchange.gathering import STALE
 from fluvial.exchange.refit import follow
 from fluvial.exchange.representation import coded_object
+from fluvial.exchange.rule import COMPONENTS
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import after_tgap
 from fluvial.exchange.uplink import coder_of
 from fluvial.exchange.versions import INSTALL, install_codec, site_codec
+from fluvial.federation.adapters import leading, modules_of
 from fluvial.federation.sites import Site, Task, round_of
+from fluvial.models.adapters import module_of
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Layout, Named, factor
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class LocalUpdate:
     """Mean training loss, nats per label token."""
     further: Mapping[str, Value] = field(default_factory=dict)
     """Further values of the reply, which the server's `Rule.further` reads."""
+    share: float = 1.0
+    """Share of the update's values that are sent; below 1, the largest components of the change of
+    the products, for a rule with `components`."""
 
 
 LocalTraining = Callable[[Site, Named, int, Sequence[Example]], LocalUpdate]
@@ -84,18 +91,53 @@ class Received:
     def reply(self, site: Site, update: LocalUpdate) -> Payload:
         """Return the site's answer: the frame, sample count, loss, the further values of `update`,
         and under error feedback the codec's relative squared error."""
+        if update.share < 1:
+            components = self._leading(update)
+            if components is not None:
+                return self._partial(site, update, components)
+
         coder = coder_of(self.codec, self.adapter, step=self.step, basis=self.terms.basis)
         coded = coded_object(self.adapter, update.tensors, self.terms.representation)
         frame, after = encode(site, coder, coded, self.round)
-        values: dict[str, Value] = {
-            "n": update.samples,
-            "loss": _rounded(update.loss),
-            **update.further,
-        }
+        values = _values_of(update)
         if RESIDUAL in after:
             values["e"] = _rounded(after[RESIDUAL].value("error", float))
 
         return frame_payload(frame, **values)
+
+    def _leading(self, update: LocalUpdate) -> Named | None:
+        """Return the largest components of the change, as many as `update.share` has room for, or
+        more where the codec's rate leaves these no bytes; None where only the whole is left."""
+        share = update.share
+        while share < 1:
+            components = leading(self.adapter, update.tensors, share)
+            layout = Layout.of(components)
+            if layout.numel >= Layout.of(update.tensors).numel:
+                return None
+            if can_code(self.codec.settings, layout):
+                return components
+            share *= 2
+
+        return None
+
+    def _partial(self, site: Site, update: LocalUpdate, components: Named) -> Payload:
+        """Return the answer with `components` of the change, and their number in each module."""
+        ranks = dict.fromkeys(modules_of(update.tensors), 0)
+        ranks |= {
+            module_of(name): tensor.shape[0]
+            for name, tensor in components.items()
+            if factor(name) == "A"
+        }
+        codec = build(self.codec.settings, Layout.of(components))
+        frame, _ = encode(site, Plain(codec), components, self.round)
+        values = _values_of(update)
+        values[COMPONENTS] = [*ranks.values()]
+        return frame_payload(frame, **values)
+
+
+def _values_of(update: LocalUpdate) -> dict[str, Value]:
+    """Return the values that every answer has."""
+    return {"n": update.samples, "loss": _rounded(update.loss), **update.further}
 
 
 def _rounded(value: float) -> float:

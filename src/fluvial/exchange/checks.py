@@ -46,12 +46,25 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
 
     if config.source == "sites-covariance":
         _check_moments(codec, layout)
-    if isinstance(codec, AutoSettings):
-        return
+    if not isinstance(codec, AutoSettings):
+        _check_layout(codec, layout)
 
-    CODECS[name].frame_size(codec, layout)
-    if CODECS[name].code in OWN_CODES:
+
+def _check_layout(codec: CodecSettings, layout: Layout) -> None:
+    """Raise `ConfigError` if a codec cannot code `layout` at its rate."""
+    kind = CODECS[codec.name]
+    kind.frame_size(codec, layout)
+    if kind.code in OWN_CODES:
         check_own(codec, layout)
+
+
+def can_code(codec: CodecSettings, layout: Layout) -> bool:
+    """Return whether a codec can code `layout` at its rate."""
+    try:
+        _check_layout(codec, layout)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_unequal(codec: CodecSettings) -> None:

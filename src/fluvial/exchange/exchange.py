@@ -1,9 +1,10 @@
 """The server's half of the exchange: send an adapter to a cohort, receive its updates."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -13,10 +14,11 @@ from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.gathering import Gathering, Readable
 from fluvial.exchange.link import Link
 from fluvial.exchange.representation import innovation
-from fluvial.exchange.rule import EVERY_REPLY, Handout, Rule
+from fluvial.exchange.rule import COMPONENTS, EVERY_REPLY, Handout, Rule
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.uplink import Decoded, error_metrics
-from fluvial.federation.bounds import check_update, rms
+from fluvial.federation.adapters import completed, factor_length, layout_of_ranks, modules_of
+from fluvial.federation.bounds import check_length, rms
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.replies import FRAME, fields, loss_of, weight_of
@@ -38,6 +40,9 @@ class Update:
     """Mean training loss, nats per label token; None where the site sends none."""
     further: Mapping[str, Any] = field(default_factory=dict)
     """Further values of the reply, as `Rule.further` has read them."""
+    share: float = 1.0
+    """Values of `tensors` over those of the whole update. Below 1, they are factors of the largest
+    components of the change of the products, not differences of the factors."""
 
 
 class Exchange:
@@ -218,24 +223,52 @@ class Exchange:
             raise WireError(f"{self.task}: values {names} came, which epsilon does not count")
 
         values = () if rule.frame_only else ("n", "loss", *rule.further.names)
-        fields(reply, values, FRAME, optional=() if rule.frame_only else ("e",))
+        optional = () if rule.frame_only else ("e", *((COMPONENTS,) if rule.components else ()))
+        fields(reply, values, FRAME, optional=optional)
         weight = 1 if rule.frame_only else weight_of(reply)
-        link = self._by_site.get(site, self.link)
-        decoded = link.uplink.decode(reply, round)
-        update = innovation(link.sent, decoded.update, self.terms.representation)
-
-        if rule.clip is not None:
-            update = rule.clip(update)
-        if rule.bounded:
-            train = self.context.train if rule.training is None else rule.training(site)
-            check_update(update, weight, train)
-        else:
-            WeightedMean.check(update, weight)
-
         loss = None if rule.frame_only else loss_of(reply)
         further = rule.further.read(site, reply)
-        length = rms(update) if rule.compared else 0.0  # layouts of unequal ranks are compared too
-        return Readable((decoded, Update(site, update, weight, loss, further)), length, weight)
+        link = self._by_site.get(site, self.link)
+        if COMPONENTS in reply.values:
+            decoded, share, length = self._components(link, reply, round)
+            update = completed(decoded.update, link.uplink.layout)
+        else:
+            decoded = link.uplink.decode(reply, round)
+            share = 1.0
+            update = innovation(link.sent, decoded.update, self.terms.representation)
+            update = update if rule.clip is None else rule.clip(update)
+            length = rms(update)  # layouts of unequal ranks are compared too
+
+        WeightedMean.check(update, weight)
+        if rule.bounded:
+            train = self.context.train if rule.training is None else rule.training(site)
+            check_length(length, weight, train)
+
+        content = Update(site, update, weight, loss, further, share)
+        return Readable((decoded, content), length if rule.compared else 0.0, weight)
+
+    def _components(self, link: Link, reply: Payload, round: int) -> tuple[Decoded, float, float]:
+        """Return the components in a reply, their share of the values of a whole update, and the
+        root mean square that the site's own update has at least; raises `WireError`."""
+        layout = link.uplink.layout
+        modules = modules_of(layout.names)
+        counts = reply.value(COMPONENTS, list)
+        if len(counts) != len(modules) or not all(
+            type(count) is int and 0 <= count <= layout.numel for count in counts
+        ):
+            raise WireError(f"{COMPONENTS}: expected the number of components of each module")
+
+        ranks = dict(zip(modules, cast(list[int], counts), strict=True))
+        own = layout_of_ranks(layout, ranks)
+        if not 0 < own.numel < layout.numel:
+            raise WireError(
+                f"{COMPONENTS}: components of {own.numel} values, where an update has "
+                f"{layout.numel}"
+            )
+
+        decoded = link.uplink.decode_components(reply, own, round)
+        length = factor_length(decoded.update, link.sent) / math.sqrt(layout.numel)
+        return decoded, own.numel / layout.numel, length
 
     def _acknowledge(self, site: str) -> None:
         self._by_site[site].acknowledge(site)

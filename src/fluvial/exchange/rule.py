@@ -1,4 +1,4 @@
-"""What a method says about replies and messages beyond an update: further values, bounds, plans."""
+"""Rules of an exchange: further values of replies, bounds, and what sites hold before a message."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +8,10 @@ from fluvial.federation.fleet import Fleet
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Named
+
+COMPONENTS = "k"
+"""Name of the reply value that counts the components in each module that a site trains, in order of
+the names; a reply without it has the whole update."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Rule:
     compared: bool = True
     """True where a site fails by an update much longer than the others' of its round. Under
     differential privacy of the aggregate, such a failure would tell of the others."""
+    components: bool = False
+    """True where a reply may have the largest components of the change instead of the update."""
     further: Further = NO_FURTHER
     """Further values of a reply."""
     training: Callable[[str], TrainConfig] | None = None

@@ -29,7 +29,7 @@ from fluvial.exchange.weighting import weighted
 from fluvial.federation.context import Context, Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.wire.payload import Payload, Value, join, payload_frame, split
-from fluvial.wire.tensors import Named
+from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +194,14 @@ class Uplink:
 
         update = self._coder.decode(frame, round=round)
         return Decoded(update, error, noise)
+
+    def decode_components(self, reply: Payload, layout: Layout, round: int) -> Decoded:
+        """Return the components of `layout` that a site coded in `round`; raise `WireError`.
+
+        No wrapper is around their codec.
+        """
+        codec = build(self.settings, layout)
+        return Decoded(codec.decode(payload_frame(reply), round=round), None, None)
 
     def fold(self, site: str, decoded: Decoded) -> None:
         """Take note of a reply that counts."""

@@ -177,9 +177,13 @@ def check_update(update: Named, weight: int, train: TrainConfig) -> None:
     """Raise `WireError` for an update that cannot be folded into a mean, or that no training of a
     site can make."""
     WeightedMean.check(update, weight)
-    far = reach(train, weight)
-    size = rms(update)
+    check_length(rms(update), weight, train)
 
+
+def check_length(size: float, weight: int, train: TrainConfig) -> None:
+    """Raise `WireError` for a root mean square `size` of an update that no training of a site with
+    `weight` samples can make."""
+    far = reach(train, weight)
     if size > far:
         raise WireError(
             f"update: its values are {size:.4g} (root mean square), and training with these "

@@ -94,10 +94,14 @@ class SharedAdapter:
         self._changes = {}
         for update in updates:
             if self.settings.holds_updates:
-                received = self.exchange.received(update.site)
-                change = SiteChange.of(received, update.tensors, update.weight)
-                self._changes[update.site] = change
+                self._changes[update.site] = self._change(update)
             yield update
+
+    def _change(self, update: Update) -> SiteChange:
+        """Return the training that an update comes from."""
+        if update.share < 1:
+            return SiteChange.of_components(update.tensors, update.weight)
+        return SiteChange.of(self.exchange.received(update.site), update.tensors, update.weight)
 
     def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:
         """Move by the updates of a round, whose mean is `mean`; return measures of both.

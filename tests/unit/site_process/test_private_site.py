@@ -364,8 +364,8 @@ def test_the_server_reads_no_value_beside_a_private_frame(
     frame = found.ask()
     server.shared.exchange.link.uplink.begin(found.start, 1)
     readable = server.shared.exchange.read(1, "a", frame_payload(frame))
-    _, _, loss = readable.content
-    assert (readable.weight, loss) == (1, None)
+    _, update = readable.content
+    assert (readable.weight, update.loss) == (1, None)
 
     with pytest.raises(
         WireError, match=r"values \['loss', 'n'\] came, which epsilon does not count"

@@ -5,6 +5,12 @@ site, a message or a fleet.
 """
 
 from fluvial.federation.adapters.combine import Combined, SiteChange, combine
+from fluvial.federation.adapters.leading import (
+    completed,
+    factor_length,
+    layout_of_ranks,
+    leading,
+)
 from fluvial.federation.adapters.redistribute import redistribute, without_side
 from fluvial.federation.adapters.settings import AB_MEAN, AggregationSettings, Mode
 from fluvial.federation.adapters.whole import WholeAdapter, factor_names, modules_of
@@ -17,7 +23,11 @@ __all__ = [
     "SiteChange",
     "WholeAdapter",
     "combine",
+    "completed",
+    "factor_length",
     "factor_names",
+    "layout_of_ranks",
+    "leading",
     "modules_of",
     "redistribute",
     "without_side",

@@ -23,7 +23,7 @@ from fluvial.federation.adapters.whole import (
     read_factors,
     write_factors,
 )
-from fluvial.wire.tensors import Named, moved
+from fluvial.wire.tensors import Named, factor, moved
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,22 @@ class SiteChange:
         """Return the training that changed `received` by `update`."""
         return cls(received, moved(without_side(received), update), weight)
 
+    @classmethod
+    def of_components(cls, components: Named, weight: int) -> "SiteChange":
+        """Return the training whose change is the product of these factors, from nothing."""
+        nothing = {
+            name: tensor[:0] if factor(name) == "A" else tensor[:, :0]
+            for name, tensor in components.items()
+        }
+        return cls(nothing, components, weight)
+
     @property
     def unchanged(self) -> bool:
         """True where the site sent back what it received."""
-        return all(torch.equal(self.received[name], end) for name, end in self.trained.items())
+        return all(
+            torch.equal(begin, end) or (not begin.numel() and not end.any())
+            for begin, end in ((self.received[name], end) for name, end in self.trained.items())
+        )
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ class AggregationSettings(Settings):
         return self.mode in SENDS_SIDE
 
     @property
+    def counts_changes(self) -> bool:
+        """True where the changes of the products add up, so that components of a change count."""
+        return self.mode == "stack" or (self.mode == "svd" and self.target == "changes")
+
+    @property
     def holds_updates(self) -> bool:
         """True where the server holds all updates of a round."""
         return self.mode != "ab-mean" or self.measure == "always"

@@ -8,12 +8,16 @@ from typing import Literal
 
 from pydantic import Field
 
+from fluvial.codecs import CodecSettings
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.sites import Factors
 from fluvial.methods.aggregating import frozen_factor
 from fluvial.methods.fedpipe.importance import Score
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings, SiteBudget
 from fluvial.methods.interface import SampledSettings
+
+LEAST_UPLOAD = 0.25
+"""Share of an update that a site sends at least under a deadline, unless the settings say."""
 
 
 class FedPipeConfig(SampledSettings):
@@ -41,6 +45,11 @@ class FedPipeConfig(SampledSettings):
     is."""
     deadline_s: float | None = Field(None, ge=1e-3, le=10**7)
     """Seconds of training after which a site stops its local steps and sends its update (tau)."""
+    least_upload: float | None = Field(None, gt=0, le=1)
+    """Share of its update for which a site leaves time before the deadline. Where its link carries
+    no more in what is left, it sends the largest components of its change, and the server counts
+    these; 1 sends the whole. Unset, 0.25 under `deadline_s` where components count, which is under
+    "svd" and "stack" and a codec without error feedback and weights, else 1 (ours)."""
     replan_every: int = Field(5, ge=0, le=10**6)
     """Rounds from one plan to the next; 0 keeps the first plan."""
     budgets: tuple[SiteBudget, ...] = ()
@@ -50,9 +59,29 @@ class FedPipeConfig(SampledSettings):
         """Return the limits and rates of a site."""
         return next((each for each in self.budgets if each.site == site), SiteBudget(site=site))
 
+    def share_of_upload(self, codec: CodecSettings) -> float:
+        """Return the share of an update that a site sends at least."""
+        if self.deadline_s is None:
+            return 1.0
+        if self.least_upload is not None:
+            return self.least_upload
+        return LEAST_UPLOAD if self.components_count(codec) else 1.0
+
+    def components_count(self, codec: CodecSettings) -> bool:
+        """Return whether the largest components of a change may stand for all of it.
+
+        Error feedback and weights belong to the factors that a site received, which components are
+        not expressed in.
+        """
+        plain = not codec.error_feedback and not codec.weighted
+        return plain and self.aggregation.counts_changes
+
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         yield from frozen_factor(self.aggregation, self.factors)
+        if self.least_upload is not None and self.deadline_s is None:
+            yield "least_upload: without effect, because deadline_s is unset; set it, or remove it"
+
         names = [budget.site for budget in self.budgets]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"budgets: site {name!r} stands twice; remove one"

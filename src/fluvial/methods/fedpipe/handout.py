@@ -28,14 +28,20 @@ class Configurations:
         self.held: dict[str, int] = {}
         """Number of the configuration that each site has acknowledged."""
 
-    def set(self, plans: Mapping[str, SitePlan], used: Collection[str]) -> None:
+    def set(
+        self,
+        plans: Mapping[str, SitePlan],
+        used: Collection[str],
+        up_bytes_s: Mapping[str, float | None],
+    ) -> None:
         """Make the configuration of each planned site; those that differ get a new number.
 
-        `used` are the modules that some site has trained or trains.
+        `used` are the modules that some site has trained or trains; `up_bytes_s` are the rates by
+        which sites decide how much they send.
         """
         before = self.by_site
         self.by_site = {
-            site: SiteConfiguration.of(plan, self.run, used, self.aggregation)
+            site: SiteConfiguration.of(plan, self.run, used, self.aggregation, up_bytes_s[site])
             for site, plan in plans.items()
         }
         for site, configuration in self.by_site.items():

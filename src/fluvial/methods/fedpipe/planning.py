@@ -4,7 +4,8 @@ from functools import partial
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
-from fluvial.exchange import NO_TGAP, check_codec, check_unequal
+from fluvial.exchange import COMPONENTS, NO_TGAP, check_codec, check_unequal
+from fluvial.federation.adapters import modules_of
 from fluvial.federation.sites import factor_layout
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
@@ -25,6 +26,7 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
     sent = factor_layout(given.layout, config.factors)
     check_codec(given.codec, NO_TGAP, sent)
     _check_planner(config, given)
+    _check_upload(config, given)
     cohort = config.cohort(given.sites)
     steady = cohort == given.sites and given.on_failure == "stop"
     idle = {
@@ -36,6 +38,8 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
             "the plan of a site has the sequences of a step, one of method.planner.batches"
         ),
     }
+    if given.line is None and all(budget.up_mbit_s is None for budget in config.budgets):
+        idle["method.least_upload"] = "neither fleet.line nor a budget has a rate up"
     later = {}
     if config.replan_every >= given.rounds:
         later["method.replan_every"] = f"the run has {given.rounds} rounds"
@@ -45,9 +49,23 @@ def plan(config: FedPipeConfig, given: Given) -> Plan:
     return Plan(
         sent,
         forecast,
-        notes=["ranks, batches and steps of each site follow from what it measures"],
+        notes=[
+            "ranks, batches and steps of each site follow from what it measures",
+            "the base is not sent: each site loads its own copy, which no byte of a run counts",
+        ],
         idle=idle,
         later=later,
+    )
+
+
+def _check_upload(config: FedPipeConfig, given: Given) -> None:
+    """Raise `ConfigError` where sites shall send components that the server cannot count."""
+    if config.share_of_upload(given.codec) == 1 or config.components_count(given.codec):
+        return
+    raise ConfigError(
+        f"method.least_upload={config.least_upload:g}: a site would send components of its change, "
+        "which count under aggregation.mode='svd' with target='changes' or 'stack', and under a "
+        "codec without error_feedback and weighted; set it to 1, or change these"
     )
 
 
@@ -101,7 +119,11 @@ def _traffic(config: FedPipeConfig, given: Given, round: int) -> Traffic:
     least = Layout(((given.layout.shapes[0][0], (1, 1)),))
     # With a coded downlink every site makes the first adapter from the seed.
     fewest = coded_frame(IdentitySettings(), least).least if given.downlink is None else 0
+    up = Bytes(1, up.most) + answer(error=error, steps=10**6, s="000000.000")
+    if config.share_of_upload(given.codec) < 1:
+        most: list[Value] = [10**4] * len(modules_of(given.layout.names))
+        up += Bytes(0, envelope({COMPONENTS: most}).most)
     return Traffic(
         down=Bytes(fewest, down.most) + envelope({"round": round, VERSION: 1}, values),
-        up=Bytes(1, up.most) + answer(error=error, steps=10**6, s="000000.000"),
+        up=up,
     )

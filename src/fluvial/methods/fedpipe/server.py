@@ -7,6 +7,7 @@ from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.exchange import Further, Rule
+from fluvial.exchange.feedback import resized
 from fluvial.federation.adapters import modules_of
 from fluvial.federation.aggregate import WeightedLoss
 from fluvial.federation.bounds import lower_heaviest
@@ -44,6 +45,8 @@ class Training:
     """Local steps that were made."""
     seconds: float
     """Seconds that they took, as the site says."""
+    share: float
+    """Share of its update that the site sent, in values."""
 
 
 class FedPipeServer(SharedModelServer):
@@ -78,7 +81,11 @@ class FedPipeServer(SharedModelServer):
             self.config.aggregation,
             self.context,
             terms(self.config, self.context.codec),
-            rule=Rule(further=Further((STEPS, SECONDS), self._further), training=self._training),
+            rule=Rule(
+                components=self.config.share_of_upload(self.context.codec) < 1,
+                further=Further((STEPS, SECONDS), self._further),
+                training=self._training,
+            ),
             run=self.configurations.run,
             handout=self.configurations,
         )
@@ -212,7 +219,11 @@ class FedPipeServer(SharedModelServer):
             if self.shared.whole.product(module).left.any()
         }
         used = changed.union(*(dict(plan.ranks) for plan in self.plans.values()))
-        self.configurations.set(self.plans, used)
+        partial_upload = self.config.share_of_upload(self.context.codec) < 1
+        rates = {
+            site: self.profiles[site].up_bytes_s if partial_upload else None for site in self.plans
+        }
+        self.configurations.set(self.plans, used, rates)
         self.shared.exchange.retain(set(self.configurations.assignments(list(self.plans)).values()))
 
     def _due(self, round: int) -> bool:
@@ -239,12 +250,15 @@ class FedPipeServer(SharedModelServer):
         ):
             assert update.loss is not None, "each reply has a loss"
             loss.add(update.loss, update.weight)
-            trainings.append(Training(update.site, update.loss, **update.further))
+            further = {**update.further, "share": update.share}
+            trainings.append(Training(update.site, update.loss, **further))
             if equal:
                 mean.add(update.tensors, update.weight)
 
         fleet.require_quorum("train", number, answered=len(trainings), asked=len(cohort))
-        measures = self.shared.step(mean.mean() if equal else {}, 1.0, round=number)
+        # Plans of equal ranks may be below the run's: the components beyond them stay.
+        moved = resized(mean.mean(), self.context.layout) if equal else {}
+        measures = self.shared.step(moved, 1.0, round=number)
         trainings.sort(key=lambda training: training.site)
         return {
             **metrics,
@@ -266,13 +280,14 @@ class FedPipeServer(SharedModelServer):
         return settings_of(self.context.train, self.config, self.configurations.by_site[site])
 
     def _fairness(self, trainings: Sequence[Training]) -> Metrics:
-        """Return the worst site and the spread of the losses, and the share of the planned steps
-        that was not made."""
+        """Return the worst site and the spread of the losses, the share of the planned steps that
+        was not made, and the share of its update that each site sent which did not send all."""
         losses = {training.site: training.loss for training in trainings}
         missed = {
             training.site: 1 - training.steps / self.configurations.by_site[training.site].steps
             for training in trainings
         }
+        shares = {training.site: training.share for training in trainings if training.share < 1}
         worst = max(losses, key=lambda site: (losses[site], site))
         return {
             "worst_site": worst,
@@ -280,6 +295,7 @@ class FedPipeServer(SharedModelServer):
             "spread_of_losses": max(losses.values()) - min(losses.values()),
             "under_training": sum(missed.values()) / len(missed),
             "worst_under_training": max(missed.values()),
+            **({"sent_share": shares} if shares else {}),
         }
 
     def _compare(self, fleet: Fleet, trainings: Sequence[Training]) -> Metrics:

@@ -12,6 +12,7 @@ from typing import cast, get_args
 from fluvial.errors import WireError
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.methods.fedpipe.planner.plan import SitePlan
+from fluvial.methods.fedpipe.planner.profile import LEAST_RATE, MOST_RATE
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.models.assignment import KEY, Assignment, Precision
 from fluvial.models.quantisation import FLOAT, Format, Quantisation
@@ -41,6 +42,9 @@ class SiteConfiguration:
     """Tokens of a sequence at most."""
     checkpointing: bool
     """True for gradient checkpointing."""
+    up_bytes_s: float | None = None
+    """Rate from the site to the server, in bytes a second, by which the site decides how much of
+    its update it sends before the deadline; None where it sends the whole."""
 
     @classmethod
     def of(
@@ -49,6 +53,7 @@ class SiteConfiguration:
         run: Assignment,
         used: Collection[str],
         aggregation: AggregationSettings = SVD,
+        up_bytes_s: float | None = None,
     ) -> "SiteConfiguration":
         """Return what `plan` says, with the side path that `aggregation` needs for the modules in
         `used`, which some site trains or has trained.
@@ -67,6 +72,7 @@ class SiteConfiguration:
             plan.setting.steps,
             plan.setting.length,
             plan.setting.checkpointing,
+            up_bytes_s,
         )
 
     def to_values(self, run: Assignment) -> dict[str, Value]:
@@ -77,6 +83,7 @@ class SiteConfiguration:
             "steps": self.steps,
             "length": self.length,
             "checkpointing": self.checkpointing,
+            **({} if self.up_bytes_s is None else {"up_bytes_s": self.up_bytes_s}),
         }
 
     @classmethod
@@ -84,11 +91,15 @@ class SiteConfiguration:
         """Return the plan in a message; raises `WireError` that names the wrong value."""
         given = {KEY: message.value(KEY, dict)} if KEY in message.values else {}
         assignment = Assignment.from_values(given, run)
+        rate = None
+        if "up_bytes_s" in message.values:
+            rate = message.number("up_bytes_s", LEAST_RATE, MOST_RATE)
         return cls(
             assignment,
             message.whole("steps", 1, MOST_STEPS),
             message.whole("length", 2, MOST_LENGTH),
             message.value("checkpointing", bool),
+            rate,
         )
 
     def check_allowed(

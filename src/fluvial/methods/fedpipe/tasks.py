@@ -3,11 +3,13 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fluvial.codecs import CodecSettings
+from fluvial.codecs.forecast import frame_size
 from fluvial.data import Example
 from fluvial.errors import WireError
 from fluvial.exchange import STALE, LocalUpdate, Terms, receive_exchange
@@ -114,7 +116,7 @@ def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
 
 
 def configure(site: Site, message: Payload) -> Payload:
-    """Keep the plan in `message`; raises `WireError` for one that the run's settings do not allow."""
+    """Keep the plan in `message`; raises `WireError` for one that the settings do not allow."""
     config: FedPipeConfig = site.method
     run = run_assignment(site)
     plan = SiteConfiguration.from_payload(message, run)
@@ -139,7 +141,8 @@ def train(site: Site, message: Payload) -> Payload:
         return STALE
 
     examples = shortened(received.examples(site), plan.length)
-    pace = Pace(config.deadline_s, config.budget(site.name).speed)
+    upload = Upload.of(site, config, plan)
+    pace = Pace(upload.training_s, config.budget(site.name).speed)
     update, report = train_locally(
         site,
         received.adapter,
@@ -153,7 +156,38 @@ def train(site: Site, message: Payload) -> Payload:
         STEPS: report.steps,
         SECONDS: f"{min(pace.seconds, MOST_SECONDS):010.3f}",
     }
-    return received.reply(site, LocalUpdate(update, len(examples), report.loss, further))
+    share = upload.share(pace.seconds)
+    return received.reply(site, LocalUpdate(update, len(examples), report.loss, further, share))
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The time that a site has for its update before the deadline."""
+
+    deadline_s: float | None
+    least: float
+    """Share of the update that is sent whatever the time."""
+    whole_s: float
+    """Seconds of the whole update on the site's link; 0 where the whole is sent in any case."""
+
+    @classmethod
+    def of(cls, site: Site, config: FedPipeConfig, plan: SiteConfiguration) -> "Upload":
+        """Return the time of a site that trains by `plan`."""
+        whole_s = 0.0
+        if plan.up_bytes_s is not None:
+            whole_s = frame_size(site.codec, plan.assignment.trained) / plan.up_bytes_s
+        return cls(config.deadline_s, config.share_of_upload(site.codec), whole_s)
+
+    @property
+    def training_s(self) -> float | None:
+        """Seconds for the local steps, until the least share must leave; None with no deadline."""
+        return None if self.deadline_s is None else self.deadline_s - self.least * self.whole_s
+
+    def share(self, seconds: float) -> float:
+        """Return the share of the update that can be sent after `seconds` of training."""
+        if self.deadline_s is None or not self.whole_s:
+            return 1.0
+        return min(1.0, max(self.least, (self.deadline_s - seconds) / self.whole_s))
 
 
 def shortened(examples: Sequence[Example], length: int) -> list[Example]:

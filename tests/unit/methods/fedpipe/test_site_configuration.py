@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fluvial.errors import WireError
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
 from fluvial.methods.fedpipe.site_configuration import SiteConfiguration, format_of, with_format
 from fluvial.models.assignment import Assignment
@@ -45,6 +46,31 @@ def test_a_configuration_survives_its_message(format: str, run: Assignment) -> N
     assert format_of(again.assignment) == format
 
 
+def test_a_configuration_says_how_fast_the_link_is_where_a_late_site_sends_less(
+    run: Assignment,
+) -> None:
+    ranks = {run.ranks[0][0]: 2}
+    fast = SiteConfiguration.of(plan(ranks), run, (), up_bytes_s=2e5)
+    payload = Payload(values=fast.to_values(run))
+    assert SiteConfiguration.from_payload(payload, run) == fast
+    assert "up_bytes_s" not in SiteConfiguration.of(plan(ranks), run, ()).to_values(run)
+
+
+@pytest.mark.parametrize(("mode", "untrained"), [("stack", 3), ("residual", 11), ("svd", 8)])
+def test_a_mode_with_a_rest_gives_every_module_a_side_path(
+    mode: Any, untrained: int, run: Assignment
+) -> None:
+    """A rest of rank 3 beside an adapter of rank 8, of which the site trains 2 in one module."""
+    modules = [name for name, _ in run.ranks]
+    rest = {} if mode == "svd" else {"residual_rank": 3}
+    settings = AggregationSettings.model_validate({"mode": mode, **rest})
+    side = dict(
+        SiteConfiguration.of(plan({modules[0]: 2}), run, modules[:2], settings).assignment.side
+    )
+    trained = {"stack": {modules[0]: 3}, "residual": {modules[0]: 9}, "svd": {}}[mode]
+    assert side == trained | {modules[1]: untrained}
+
+
 def test_parameters_of_a_rank_are_those_of_both_factors(run: Assignment) -> None:
     """r (d_in + d_out) for each weight."""
     modules = [name for name, _ in run.ranks]
@@ -69,6 +95,8 @@ def test_a_quantised_base_computes_in_the_runs_type(run: Assignment) -> None:
         ({"steps": True}, "steps"),
         ({"length": 1}, "length"),
         ({"checkpointing": 1}, "checkpointing"),
+        ({"up_bytes_s": 0.0}, "up_bytes_s"),
+        ({"up_bytes_s": "fast"}, "up_bytes_s"),
         ({"assignment": None}, "assignment"),
         ({"assignment": {"ranks": {"no.such": 1}}}, "no.such"),
         ({"assignment": {"ranks": 0}}, "rank 0"),
