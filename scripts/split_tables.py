@@ -59,6 +59,9 @@ def activation_codecs() -> str:
         "exact_match": "exact match",
         "f1": "token F1",
         "rouge_l": "ROUGE-L",
+        "cloze_accuracy": "cloze accuracy",
+        "cloze_probability": "probability of the right answer",
+        "cloze_rank": "its mean rank",
     }
     rows = [["task", *columns.values()]]
     held = []
@@ -80,6 +83,8 @@ def _codec_cell(key: str, value: Any) -> str:
         return f"{100 * value:+.2f} %"
     if key == "bytes_step":
         return f"{value:,.0f}"
+    if key == "cloze_rank":
+        return f"{value:.2f}"
     return f"{value:.4f}" if key == "loss" else f"{100 * value:.1f} %"
 
 
@@ -274,3 +279,53 @@ def split_line() -> str:
         "off",
     ]
     return "\n\n".join((words, table([heading, *cells]), claims("flglm_slow_line.json")))
+
+
+def split_modes() -> str:
+    """Return the time of 1,000 sequences by mode and sites, measured and computed."""
+    columns = {
+        "model": "model",
+        "mode": "mode",
+        "clients": "sites",
+        "seconds": "s for 1,000 sequences",
+        "deviation": "standard deviation",
+        "over_sequential": "times sequential",
+        "server_cpu": "CPU s, server",
+        "sites_cpu": "CPU s, all sites",
+        "computed": "computed s, a core for each",
+        "computed_over_sequential": "times sequential, computed",
+    }
+    given = read("flglm_modes.json")
+    lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
+    words = _loaded(given, f"{given['settings']['repeats']} repetitions of rounds")
+    claimed = claims("flglm_modes.json")
+    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+
+
+def split_thousand() -> str:
+    """Return bytes and time of 1,000 samples, beside what else a user could take."""
+    columns = {
+        "what": "1,000 samples",
+        "bytes": "bytes, both ways",
+        "cpu_seconds": "CPU seconds",
+        "exchanges_s": "seconds of Flower's exchanges beside",
+    }
+    given = read("flglm_thousand.json")
+    lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
+    words = _loaded(given, f"Rounds of {given['settings']['steps']} steps at each of four sites")
+    claimed = claims("flglm_thousand.json")
+    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+
+
+def _loaded(given: Any, what: str) -> str:
+    """Return what was measured, and the load of the machine meanwhile, in a sentence."""
+    machine = given["machine"]
+    before, after = (machine[key][0] for key in ("load_before", "load"))
+    return (
+        f"{what}; {given['settings']['devices']}, one tensor thread each, load average "
+        f"{before:.1f} before and {after:.1f} after."
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) and abs(value) < 1000 else cell(value)

@@ -28,6 +28,8 @@ from split_tables import (
     privacy_utility,
     split_line,
     split_memory,
+    split_modes,
+    split_thousand,
 )
 from table_parts import ROOT, cell, claims, listing, read, table
 
@@ -245,6 +247,8 @@ TABLES = {
         "codecs": activation_codecs,
         "memory": split_memory,
         "slow-line": split_line,
+        "modes": split_modes,
+        "thousand": split_thousand,
         "leakage": leakage,
         "privacy-utility": privacy_utility,
     },

@@ -3,11 +3,14 @@
 import json
 import sysconfig
 import tempfile
+import time
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flglm.cloze import cloze
+from benchmarks.report import Row
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
@@ -22,12 +25,18 @@ class Outcome:
 
     seconds: float
     """Mean seconds of a round, without the first, in which models are loaded."""
+    server_cpu_s: float
+    """Mean CPU seconds of the server's thread in a round, without the first; with one round 0."""
+    sites_cpu_s: float
+    """Those of all other threads, which are the sites'."""
     bytes_up: int
     """Bytes up of all sites in all rounds, without those of measuring."""
     bytes_down: int
     loss: float
     """Held-out loss at the end, nats per label token, mean over the sites."""
     result: dict[str, Any]
+    cloze: Row
+    """Scores of the right answer among all; empty where they were not asked for."""
 
 
 def table(
@@ -76,18 +85,32 @@ def standard_library(path: Path, records: int = 600, characters: int = 1500) -> 
     return path
 
 
-def run(configuration: dict[str, Any]) -> Outcome:
-    """Run it in a folder that goes afterwards."""
+def run(configuration: dict[str, Any], *, cloze_field: str | None = None) -> Outcome:
+    """Run it in a folder that goes afterwards; `cloze_field` asks for the scores of `cloze`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        *_, last = execute(parse(configuration, "benchmark"), path)
+        events = [
+            (event, time.thread_time(), time.process_time())
+            for event in execute(parse(configuration, "benchmark"), path)
+        ]
         rows = list(RunFolder(path).metrics())
+        scores = {}
+        if cloze_field is not None:
+            scores = cloze(configuration, path / "adapter", cloze_field)
 
     later = [row["seconds"] for row in rows[1:]] or [row["seconds"] for row in rows]
+    last, _, _ = events[-1]
+    clocks = [(server, process) for event, server, process in events if event.kind == "round"]
+    rounds = max(1, len(clocks) - 1)
+    server_s = (clocks[-1][0] - clocks[0][0]) / rounds
+    process_s = (clocks[-1][1] - clocks[0][1]) / rounds
     return Outcome(
         sum(later) / len(later),
+        server_s,
+        process_s - server_s,
         sum(row["bytes_up"] for row in rows),
         sum(row["bytes_down"] for row in rows),
         last.values["heldout"]["final"]["loss"],
         last.values,
+        scores,
     )

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.flglm.bed import run
+from benchmarks.flglm.cloze import CLOZE_SCORES
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.models.pretrained import read_config
 from fluvial.report.result_tables import ANSWER_SCORES
@@ -30,9 +31,17 @@ BAR_LOSS = 0.005
 
 
 def measure(
-    report: Report, configuration: dict[str, Any], *, names: Collection[str], seeds: int
+    report: Report,
+    configuration: dict[str, Any],
+    *,
+    names: Collection[str],
+    seeds: int,
+    cloze_field: str | None,
 ) -> None:
-    """Add rows and claims to `report`, for runs of `configuration` exactly and with `names`."""
+    """Add rows and claims to `report`, for runs of `configuration` exactly and with `names`.
+
+    With `cloze_field`, right answers are looked for among those of records that are alike in it.
+    """
     rows: list[Row] = []
     losses: dict[str, float] = {}
     shares: dict[str, float] = {}
@@ -47,7 +56,10 @@ def measure(
 
         quiet = {"name": "flglm", "mode": "hierarchical", "leakage": {"sites": "none"}}
         split = quiet | method
-        outcomes = [run(configuration | {"method": split, "seed": seed}) for seed in range(seeds)]
+        outcomes = [
+            run(configuration | {"method": split, "seed": seed}, cloze_field=cloze_field)
+            for seed in range(seeds)
+        ]
         visits = outcomes[0].result["sites"] * configuration["rounds"]
         sent = mean(outcome.bytes_up + outcome.bytes_down for outcome in outcomes) / visits
         losses[name] = mean(outcome.loss for outcome in outcomes)
@@ -68,6 +80,10 @@ def measure(
                     for score in ANSWER_SCORES
                     if score in finals[0]
                 },
+                **{
+                    score: mean(outcome.cloze[score] for outcome in outcomes)
+                    for score in outcomes[0].cloze
+                },
             }
         )
 
@@ -81,7 +97,9 @@ def measure(
         "deviation": "standard deviation",
         "over_exact": "over exact",
         "accuracy": "next-token accuracy",
-    } | {score: heading for score, heading in ANSWER_SCORES.items() if score in rows[0]}
+    }
+    scores = ANSWER_SCORES | CLOZE_SCORES
+    columns |= {score: heading for score, heading in scores.items() if score in rows[0]}
     show("Activation codecs", columns, rows)
     for name in [name for name in losses if "int4" in name]:
         report.claims += [

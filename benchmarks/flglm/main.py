@@ -1,7 +1,7 @@
 """Split learning measured in this process, over the real bytes.
 
     python -m benchmarks.flglm [--part modes|codecs|pipeline|thousand|memory] [--config FILE.toml]
-                               [--codecs NAME ...] [--quick] [--out FILE.json]
+                               [--codecs NAME ...] [--cloze FIELD] [--quick] [--out FILE.json]
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
 which sets data.max_length, train.max_steps and train.per_device_train_batch_size; by default on
@@ -37,6 +37,11 @@ def main() -> None:
         default=list(codecs.CODECS),
         help="codecs beside the exact one; all by default",
     )
+    parser.add_argument(
+        "--cloze",
+        metavar="FIELD",
+        help="measure the right answer among those of held-out records with the same FIELD",
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, one repetition")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -62,7 +67,7 @@ def main() -> None:
         chosen = quickstart(rounds)
         if options.config:
             chosen = tomllib.loads(options.config.read_text(encoding="utf-8"))
-        codecs.measure(report, chosen, names=options.codecs, seeds=seeds)
+        codecs.measure(report, chosen, names=options.codecs, seeds=seeds, cloze_field=options.cloze)
 
     if options.part in (None, "pipeline"):
         pipeline.measure(report, steps=min(steps, 4), repeats=repeats)

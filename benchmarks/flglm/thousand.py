@@ -46,13 +46,22 @@ def measure(report: Report, *, source: Path, folder: Path, steps: int) -> None:
     base = table(source=str(source), sites=SITES, length=LONGEST, rounds=1)
     width = read_config(parse(base, "benchmark").model).hidden_size
     counted = 1000 * (4 * LONGEST * width * 2 + 8)
-    rows.append({"what": COUNTED, "bytes": counted, "seconds": longest["seconds"]})
+    steps_alone = {key: longest[key] for key in ("seconds", "cpu_seconds")}
+    rows.append({"what": COUNTED, "bytes": counted, **steps_alone})
     exchange_s = _exchange_s()
-    messages_s = longest["seconds"] + 2 * 1000 * exchange_s
-    rows.append({"what": MESSAGES, "bytes": counted, "seconds": messages_s})
+    exchanges_s = 2 * 1000 * exchange_s
+    messages_s = longest["seconds"] + exchanges_s
+    alone = {"seconds": messages_s, "cpu_seconds": longest["cpu_seconds"]}
+    rows.append({"what": MESSAGES, "bytes": counted, **alone, "exchanges_s": exchanges_s})
 
     report.rows += rows
-    columns = {"what": "1,000 samples", "bytes": "bytes, both ways", "seconds": "seconds"}
+    columns = {
+        "what": "1,000 samples",
+        "bytes": "bytes, both ways",
+        "seconds": "seconds",
+        "cpu_seconds": "CPU seconds",
+        "exchanges_s": "seconds of Flower's exchanges beside",
+    }
     show("Beside what else there is", columns, rows)
     by_name = {row["what"]: row["bytes"] for row in rows}
     report.claims += [
@@ -71,7 +80,11 @@ def _run(source: str, method: dict[str, Any], steps: int) -> Outcome:
 def _of_thousand(outcome: Outcome, steps: int) -> Row:
     samples = steps * SITES
     sent = (outcome.bytes_up + outcome.bytes_down) / 3
-    return {"bytes": sent / samples * 1000, "seconds": outcome.seconds / samples * 1000}
+    return {
+        "bytes": sent / samples * 1000,
+        "seconds": outcome.seconds / samples * 1000,
+        "cpu_seconds": (outcome.server_cpu_s + outcome.sites_cpu_s) / samples * 1000,
+    }
 
 
 def _shorten(source: Path, out: Path) -> None:
