@@ -53,7 +53,10 @@ class Lab:
         lines = (self.deployed.site(site) / "outgoing.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
         return sum(
-            entry["task"] == task and entry["run"].startswith(f"{out.name} ") for entry in entries
+            entry.get("task") == task  # an error that leaves has none
+            and "error" not in entry
+            and entry["run"].startswith(f"{out.name} ")
+            for entry in entries
         )
 
 
