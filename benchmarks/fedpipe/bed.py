@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.codecs.cache import Cache
 from benchmarks.fedpipe.clock import Ledger, enforced
 from benchmarks.fedpipe.contenders import Contender, configured
+from benchmarks.fedpipe.hetlora import DECAY, PENALTY, SelfPruning
 from benchmarks.report import Row
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.methods.measuring import Texts
@@ -59,17 +60,22 @@ class Bed:
             task, contender, seed=seed, learning_rate=learning_rate, deadline_s=deadline_s
         )
         key = self.cache.key(parse(table, "benchmark"))
+        if contender.self_pruning:
+            key += f"-{DECAY}-{PENALTY}"
         row = self.cache.find(key)
         if row is not None or self.cached_only:
             return row
-        return self.cache.add(key, measured(table, task["method"]["budgets"]))
+        pruning = SelfPruning() if contender.self_pruning else None
+        return self.cache.add(key, measured(table, task["method"]["budgets"], pruning))
 
 
-def measured(table: dict[str, Any], budgets: list[dict[str, Any]]) -> Row:
+def measured(
+    table: dict[str, Any], budgets: list[dict[str, Any]], pruning: SelfPruning | None = None
+) -> Row:
     """Run a configuration, with the speeds and lines of `budgets`, and return its figures."""
     limits = {budget["site"]: SiteBudget(**budget) for budget in budgets}
     speeds = {site: budget.speed for site, budget in limits.items()}
-    with tempfile.TemporaryDirectory() as folder, enforced(speeds) as ledger:
+    with tempfile.TemporaryDirectory() as folder, enforced(speeds, pruning=pruning) as ledger:
         path = Path(folder) / "run"
         first, *_, last = execute(parse(table, "benchmark"), path, texts=_texts)
         records = list(RunFolder(path).metrics())
@@ -108,6 +114,7 @@ def measured(table: dict[str, Any], budgets: list[dict[str, Any]]) -> Row:
         "worst_site": max(
             (row["final"]["loss"] for row in result["heldout_by_site"].values()), default=None
         ),
+        "pruned": dict(pruning.share) if pruning else {},
         "plans": {
             site: {name: plan[name] for name in ("batch", "steps", "checkpointing", "ranks")}
             for site, plan in plans.items()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+from benchmarks.fedpipe.hetlora import SelfPruning
 from fluvial.methods import fedavg
 from fluvial.methods.fedpipe import measure, tasks
 
@@ -83,15 +84,24 @@ class Ledger:
 
 
 @contextmanager
-def enforced(speeds: Mapping[str, float]) -> Iterator[Ledger]:
-    """Have the sites of this process live by their own clocks; yield what they take."""
+def enforced(
+    speeds: Mapping[str, float], *, pruning: SelfPruning | None = None
+) -> Iterator[Ledger]:
+    """Have the sites of this process live by their own clocks; yield what they take.
+
+    With `pruning` the sites that train by a plan prune their ranks, as in HetLoRA.
+    """
     ledger = Ledger(speeds)
     clock = SiteClock()
+    planned = vars(tasks)["train_locally"]
+    if pruning is not None:
+        planned = pruning.training(planned)
+
     with ExitStack() as stack:
         for module, name, value in (
             (tasks, "time", clock),
             (measure, "time", clock),
-            (tasks, "train_locally", ledger.training(vars(tasks)["train_locally"])),
+            (tasks, "train_locally", ledger.training(planned)),
             (tasks, "measured", ledger.measuring(vars(tasks)["measured"])),
             (fedavg, "train_locally", ledger.training(vars(fedavg)["train_locally"])),
         ):

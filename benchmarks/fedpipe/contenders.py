@@ -25,11 +25,20 @@ class Contender:
     planner: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     """Other settings of the method."""
+    uniform_rank: int = UNIFORM_RANK
+    """Rank of all weights at all sites, of equal ranks."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """Settings of the base model in the place of the task's."""
+    self_pruning: bool = False
+    """True for HetLoRA's self-pruning at the sites."""
+    like: str | None = None
+    """Contender whose best learning rate this one has too; None for one with a search of its
+    own."""
 
     @property
     def rank(self) -> int:
         """Rank of the run's adapter."""
-        return UNIFORM_RANK if self.ranks == "equal" else RANK
+        return self.uniform_rank if self.ranks == "equal" else RANK
 
 
 UNIFORM = "uniform LoRA (FedIT)"
@@ -42,12 +51,28 @@ LARGEST: dict[str, Any] = {
     "checkpointing": "never",
 }
 """The planner as a rule: the largest rank for all weights that the site's memory holds."""
+MEANS: dict[str, Any] = {"mode": "ab-mean", "measure": "always"}
+"""Means of A and of B, with their error measured."""
 PLANNED: dict[str, Any] = {"ranks": [2, 4, 8, 16], "batches": [4, 8, 16]}
 
+
+def _fedpipe(*, mode: str = "svd", base: dict[str, Any] | None = None, **planner: Any) -> Contender:
+    """Return FedPipe with one thing that is other."""
+    return Contender("planned", {"mode": mode}, PLANNED | planner, base=base or {}, like=FEDPIPE)
+
+
+def _uniform(**base: Any) -> Contender:
+    """Return uniform LoRA over another base."""
+    return Contender("equal", MEANS, base=base, like=UNIFORM)
+
+
 CONTENDERS: dict[str, Contender] = {
-    UNIFORM: Contender("equal", {"mode": "ab-mean", "measure": "always"}),
+    UNIFORM: Contender("equal", MEANS),
     FEDPIPE: Contender("planned", {"mode": "svd"}, PLANNED),
-    "HetLoRA (pad)": Contender("unequal", {"mode": "pad"}, LARGEST),
+    "uniform LoRA, rank 2": Contender("equal", MEANS, uniform_rank=2),
+    "uniform LoRA, rank 8": Contender("equal", MEANS, uniform_rank=8),
+    "HetLoRA": Contender("unequal", {"mode": "pad"}, LARGEST, self_pruning=True),
+    "HetLoRA without self-pruning": Contender("unequal", {"mode": "pad"}, LARGEST),
     "FlexLoRA (svd of products)": Contender(
         "unequal", {"mode": "svd", "target": "products"}, LARGEST
     ),
@@ -56,23 +81,21 @@ CONTENDERS: dict[str, Contender] = {
     "FLoRA (stack)": Contender("equal", {"mode": "stack"}),
     "FedEx-LoRA (residual)": Contender("equal", {"mode": "residual"}),
     "FFA-LoRA": Contender("equal", {"mode": "ffa"}, more={"factors": "B"}),
-    "FedPipe, random selection": Contender(
-        "planned", {"mode": "svd"}, PLANNED | {"selection": "random"}
-    ),
-    "FedPipe, uniform selection": Contender(
-        "planned", {"mode": "svd"}, PLANNED | {"selection": "uniform"}
-    ),
-    "FedPipe, no selection": Contender("planned", {"mode": "svd"}, PLANNED | {"selection": "all"}),
-    "FedPipe, no rank adaptation": Contender(
-        "planned", {"mode": "svd"}, PLANNED | {"ranks": [UNIFORM_RANK]}
-    ),
-    "FedPipe, no batch adaptation": Contender(
-        "planned", {"mode": "svd"}, PLANNED | {"batches": [8]}
-    ),
-    "FedPipe, ranks by type": Contender(
-        "planned", {"mode": "svd"}, PLANNED | {"granularity": "type"}
-    ),
+    "FedPipe, random selection": _fedpipe(selection="random"),
+    "FedPipe, uniform selection": _fedpipe(selection="uniform"),
+    "FedPipe, no selection": _fedpipe(selection="all"),
+    "FedPipe, no rank adaptation": _fedpipe(ranks=[UNIFORM_RANK]),
+    "FedPipe, no batch adaptation": _fedpipe(batches=[8]),
+    "FedPipe, ranks by type": _fedpipe(granularity="type"),
+    "FedPipe, mode pad": _fedpipe(mode="pad"),
+    "uniform LoRA, base in bf16": _uniform(dtype="bfloat16"),
+    "uniform LoRA, base in int8": _uniform(quantization="int8"),
+    "uniform LoRA, base in NF4": _uniform(quantization="nf4"),
+    "FedPipe, base in int8": _fedpipe(base={"quantization": "int8"}),
+    "FedPipe, base in NF4": _fedpipe(base={"quantization": "nf4"}),
 }
+"""Contenders in the order of the table: the paper's method and the usual one, baselines, ablations,
+formats of the base."""
 
 
 def configured(
@@ -100,6 +123,7 @@ def configured(
 
     return task | {
         "seed": seed,
+        "model": task.get("model", {}) | contender.base,
         "method": method | contender.more,
         "lora": task["lora"] | {"r": contender.rank, "lora_alpha": contender.rank * SCALE},
         "train": task["train"] | {"learning_rate": learning_rate},

@@ -1,14 +1,15 @@
 """Part "losses" of `benchmarks.fedpipe`: held-out loss at equal bytes, and time to a loss.
 
-The learning rate of each contender is the best of three on seed 0. A contender and FedPipe are
-compared at the bytes that both have sent, those of the one that has sent fewer. The target of a
-task is the loss of uniform LoRA after its last round. Between rounds, losses are interpolated.
+The learning rate of each contender is the best one on seed 0 of the middle rate, the next larger
+one, and, where that is no better, the next smaller one; an ablation has that of FedPipe. A
+contender and FedPipe are compared at the bytes that both have sent, those of the one that has sent
+fewer. The target of a task is the loss of uniform LoRA after its last round. Between rounds, losses
+are interpolated.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from statistics import mean, median_low, stdev
 from typing import Any
 
@@ -41,29 +42,18 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """A run that is wanted."""
+    """A contender on a task, with one seed."""
 
     task: str
     contender: str
     seed: int
-    learning_rate: float | None
-    """None for the best one on seed 0."""
 
 
 def cells(tasks: Sequence[str], names: Sequence[str], seeds: int) -> Iterator[Cell]:
-    """Yield the runs in order: FedPipe and uniform LoRA with all rates, the others with one, seeds
-    of the first two, then the other rates and seeds, task by task."""
-    first = [name for name in names if name in (UNIFORM, FEDPIPE)]
-    others = [name for name in names if name not in first]
-    middle, *rates = sorted(RATES, key=lambda rate: rate != RATES[1])
-    later = range(1, seeds)
-
-    yield from (Cell(*each) for each in product(tasks, first, [0], [middle, *rates]))
-    yield from (Cell(*each) for each in product(tasks[:1], others, [0], [middle]))
-    yield from (Cell(task, name, seed, None) for seed in later for task in tasks for name in first)
+    """Yield the cells that are wanted, task by task; the first seed of a contender is the one on
+    which its learning rate is searched."""
     for task in tasks:
-        yield from (Cell(task, name, 0, rate) for rate in (middle, *rates) for name in others)
-    yield from (Cell(task, name, seed, None) for seed in later for task in tasks for name in others)
+        yield from (Cell(task, name, seed) for seed in range(seeds) for name in names)
 
 
 class Losses:
@@ -75,11 +65,25 @@ class Losses:
 
     def run(self, cell: Cell) -> Row | None:
         """Return the figures of a cell, None where they are not known and no run is made."""
-        contender = CONTENDERS[cell.contender]
-        rate = cell.learning_rate or self.best(cell.task, cell.contender)
+        if cell.seed == 0:
+            self.search(cell.task, cell.contender)
+        rate = self.best(cell.task, cell.contender)
         if rate is None:
             return None
-        return self._run(cell.task, contender, cell.seed, rate)
+        return self._run(cell.task, CONTENDERS[cell.contender], cell.seed, rate)
+
+    def search(self, task: str, name: str) -> None:
+        """Run a contender on seed 0 with the learning rates that its search asks for."""
+        contender = CONTENDERS[name]
+        if contender.like is not None:
+            return
+        smaller, middle, larger = RATES
+        losses = [
+            None if row is None else row["losses"][-1]
+            for row in (self._run(task, contender, 0, rate) for rate in (middle, larger))
+        ]
+        if None not in losses and losses[0] <= losses[1]:
+            self._run(task, contender, 0, smaller)
 
     def _run(self, task: str, contender: Contender, seed: int, rate: float) -> Row | None:
         deadline_s = None
@@ -100,7 +104,7 @@ class Losses:
 
     def best(self, task: str, name: str) -> float | None:
         """Return the learning rate with the lowest loss on seed 0, None where none was tried."""
-        losses = self.tried(task, name)
+        losses = self.tried(task, CONTENDERS[name].like or name)
         return min(losses, key=losses.__getitem__) if losses else None
 
     def tried(self, task: str, name: str) -> dict[float, float]:
@@ -115,7 +119,7 @@ class Losses:
 
     def rows(self, task: str, name: str, seeds: int) -> dict[int, Row]:
         """Return the figures that are known, by seed, at the best learning rate."""
-        found = {seed: self.known.run(Cell(task, name, seed, None)) for seed in range(seeds)}
+        found = {seed: self.known.run(Cell(task, name, seed)) for seed in range(seeds)}
         return {seed: row for seed, row in found.items() if row is not None}
 
 
@@ -141,10 +145,10 @@ def until(target: float, positions: Sequence[float], losses: Sequence[float]) ->
     return None
 
 
-def over(row: Row, fedpipe: Row) -> float:
-    """Return the loss of a run minus that of FedPipe, at the bytes that both have sent."""
-    common = min(row["bytes"][-1], fedpipe["bytes"][-1])
-    return at(common, row["bytes"], row["losses"]) - at(common, fedpipe["bytes"], fedpipe["losses"])
+def over(row: Row, other: Row) -> float:
+    """Return the loss of a run minus that of another, at the bytes that both have sent."""
+    common = min(row["bytes"][-1], other["bytes"][-1])
+    return at(common, row["bytes"], row["losses"]) - at(common, other["bytes"], other["losses"])
 
 
 def times_sooner(row: Row, uniform: Row) -> float | None:
@@ -176,7 +180,8 @@ def measure(
         known = {name: losses.rows(task, name, seeds) for name in names}
         for name in names:
             if known[name]:
-                report.rows.append(_row(task, name, losses.tried(task, name), known))
+                rate = losses.best(task, name)
+                report.rows.append(_row(task, name, rate, losses.tried(task, name), known))
             else:
                 report.skip(f"losses: {task}, {name}")
         report.claims += _claims(task, known)
@@ -184,7 +189,11 @@ def measure(
 
 
 def _row(
-    task: str, name: str, tried: dict[float, float], known: dict[str, dict[int, Row]]
+    task: str,
+    name: str,
+    rate: float | None,
+    tried: dict[float, float],
+    known: dict[str, dict[int, Row]],
 ) -> dict[str, Any]:
     rows = known[name]
     fedpipe = known.get(FEDPIPE, {})
@@ -199,8 +208,8 @@ def _row(
         "task": task,
         "contender": name,
         "seeds": len(rows),
-        "learning_rate": min(tried, key=tried.__getitem__),
-        "rates": len(tried),
+        "learning_rate": rate,
+        "rates": len(tried) if CONTENDERS[name].like is None else 0,
         "base": mean(row["losses"][0] for row in rows.values()),
         "loss": mean(finals),
         "deviation": stdev(finals) if len(finals) > 1 else None,
@@ -209,13 +218,24 @@ def _row(
         "over_fedpipe": mean(gaps) if gaps else None,
         "seconds": mean(row["seconds"][-1] for row in rows.values()),
         "setup_s": mean(row["setup_s"] for row in rows.values()),
+        "setup_share_of_s": mean(row["setup_s"] / row["seconds"][-1] for row in rows.values()),
+        "setup_share_of_bytes": mean(
+            row["setup_bytes"] / row["bytes"][-1] for row in rows.values()
+        ),
         "speed": mean(reached) if reached and len(reached) == len(ratios) else None,
         "reached": f"{len(reached)} of {len(ratios)}",
+        "over_uniform": _over_uniform(rows, uniform),
         "under_training": mean(mean(row["under_training"]) for row in rows.values()),
         "error": mean(row[-1] for row in errors) if errors else None,
         "errors": [mean(column) for column in zip(*errors, strict=True)],
         "plan": rows[min(rows)]["plans"],
     }
+
+
+def _over_uniform(rows: dict[int, Row], uniform: dict[int, Row]) -> float | None:
+    """Return the mean loss over that of uniform LoRA at equal bytes; None for no common seed."""
+    gaps = [over(row, uniform[seed]) for seed, row in rows.items() if seed in uniform]
+    return mean(gaps) if gaps else None
 
 
 def _claims(task: str, known: dict[str, dict[int, Row]]) -> list[Claim]:
