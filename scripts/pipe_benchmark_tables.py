@@ -15,25 +15,42 @@ def pipe_losses() -> str:
         "task": "task",
         "contender": "contender",
         "seeds": "seeds",
-        "rates": "learning rates tried",
+        "learning_rate": "learning rate",
+        "rates": "rates tried",
         "loss": "loss after",
         "deviation": "standard deviation",
         "worst_site": "worst site",
         "bytes": "bytes, all rounds",
         "over_fedpipe": "loss over FedPipe's at equal bytes",
+        "over_uniform": "loss over uniform LoRA's at equal bytes",
         "seconds": "s, all rounds",
-        "setup_s": "of these, set-up",
+        "setup_share_of_s": "set-up, share of s",
+        "setup_share_of_bytes": "set-up, share of bytes",
         "speed": "times sooner at uniform LoRA's loss",
         "reached": "runs that reach it",
     }
     given = read(LOSSES)
-    rows = [[cell(row.get(key)) for key in columns] for row in given["rows"]]
+    rows = [[_figure(key, row) for key in columns] for row in given["rows"]]
     skipped = "".join(f"- not measured: {line}\n" for line in given["skipped"])
     return "\n\n".join(
         each
         for each in (table([list(columns.values()), *rows]), skipped.rstrip(), claims(LOSSES))
         if each
     )
+
+
+def _figure(column: str, row: dict[str, Any]) -> str:
+    """Return a figure of the table of losses; losses have as many digits as their spread has."""
+    value = row.get(column)
+    if column == "rates" and row["like"]:
+        return f"as {row['like']}"
+    if value is None or not isinstance(value, float):
+        return cell(value)
+    if column.startswith("setup_share"):
+        return f"{100 * value:.0f} %"
+    if column == "learning_rate":
+        return f"{value:g}"
+    return f"{value:+.3f}" if column.startswith("over_") else f"{value:.3f}"
 
 
 def pipe_errors() -> str:
