@@ -49,7 +49,9 @@ def table(contender: str, *, seed: int, rounds: int, sites: list[str]) -> dict[s
     if "importance" in change:
         method |= {"importance": change["importance"], "probe_steps": 8}
 
-    return {key: stored[key] for key in ("model", "data", "lora", "train")} | {
+    data = {name: value for name, value in stored["data"].items() if name != "sites"}
+    return {key: stored[key] for key in ("model", "lora", "train")} | {
+        "data": data,
         "seed": seed,
         "rounds": rounds,
         "method": method,
