@@ -1,14 +1,29 @@
 """The benchmark of FedPipe: its clock, its curves, and its parts in their quick form."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from benchmarks.codecs.cache import Cache
+from benchmarks.fedpipe.bed import Bed
 from benchmarks.fedpipe.clock import SiteClock
-from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM, configured
-from benchmarks.fedpipe.losses import at, over, times_sooner, until
+from benchmarks.fedpipe.contenders import (
+    CONTENDERS,
+    FEDPIPE,
+    RATES,
+    UNIFORM,
+    Contender,
+    configured,
+)
+from benchmarks.fedpipe.hetlora import DECAY, SelfPruning
+from benchmarks.fedpipe.losses import Losses, at, over, times_sooner, until
+from benchmarks.report import Row
 from fluvial.runs.config import parse
+from fluvial.wire.tensors import Named
 from tests.support.benchmarks import quick_report
 
 CURVE = [4.0, 3.0, 2.0]
@@ -37,6 +52,53 @@ def test_runs_are_compared_at_common_bytes() -> None:
     assert over(uniform, fedpipe) == 0.0
     assert times_sooner(fedpipe, uniform) == 3.0
     assert times_sooner(uniform | {"losses": [4.0, 3.5, 3.0]}, uniform) is None
+
+
+def test_hetlora_gives_up_components_whose_norm_falls() -> None:
+    """A site whose last components shrink loses them, and sends their end as zero."""
+    shapes = {"m.lora_A.weight": (4, 3), "m.lora_B.weight": (5, 4)}
+    received = {name: torch.ones(shape) for name, shape in shapes.items()}
+
+    def shrinking(site: Any, start: Named, round: int, **named: Any) -> tuple[Named, None]:
+        parameters = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        for parameter in parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        assert named["watch"](parameters)
+        gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        assert all(bool((grad >= 0).all()) and bool(grad.any()) for grad in gradients.values())
+        return {name: -0.5 * value for name, value in start.items()}, None
+
+    pruning = SelfPruning()
+    train = pruning.training(shrinking)
+    site = SimpleNamespace(name="north")
+    whole, _ = train(site, received, 1)
+    assert pruning.share == {"north": DECAY}
+    assert all(torch.equal(change, torch.full(change.shape, -0.5)) for change in whole.values())
+
+    pruning.share["north"] = 0.5
+    half, _ = train(site, received, 2)
+    assert torch.equal(half["m.lora_A.weight"][2:], -torch.ones(2, 3))
+    assert torch.equal(half["m.lora_B.weight"][:, :2], torch.full((5, 2), -0.5))
+
+
+@pytest.mark.parametrize(("losses", "tried"), [((3.0, 2.0), 2), ((2.0, 3.0), 3)])
+def test_third_learning_rate_is_tried_where_it_may_win(
+    losses: tuple[float, float], tried: int
+) -> None:
+    """Where the larger rate is better than the middle one, the smaller one is not run."""
+    smaller, middle, larger = RATES
+    loss_at = {smaller: 9.0, middle: losses[0], larger: losses[1]}
+    asked = []
+
+    class Known(Losses):
+        """Losses that are given."""
+
+        def _run(self, task: str, contender: Contender, seed: int, rate: float) -> Row | None:
+            asked.append(rate)
+            return {"losses": [loss_at[rate]]}
+
+    Known(Bed(Cache(None)), quick=True).search("task", UNIFORM)
+    assert len(asked) == tried
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
