@@ -79,10 +79,11 @@ class Losses:
             return
         smaller, middle, larger = RATES
         losses = [
-            None if row is None else row["losses"][-1]
+            row["losses"][-1]
             for row in (self._run(task, contender, 0, rate) for rate in (middle, larger))
+            if row is not None
         ]
-        if None not in losses and losses[0] <= losses[1]:
+        if len(losses) > 1 and losses[0] <= losses[1]:
             self._run(task, contender, 0, smaller)
 
     def _run(self, task: str, contender: Contender, seed: int, rate: float) -> Row | None:
@@ -172,7 +173,7 @@ def measure(
     ends = time.monotonic() + 60 * minutes
     for cell in cells(tasks, names, seeds):
         if time.monotonic() > ends:
-            report.skip("losses: time ended; cells without a row, or with fewer seeds")
+            report.skip("losses: time ended; cells without a row, or with fewer seeds or rates")
             break
         losses.run(cell)
 
@@ -182,8 +183,9 @@ def measure(
             if known[name]:
                 rate = losses.best(task, name)
                 report.rows.append(_row(task, name, rate, losses.tried(task, name), known))
-            else:
-                report.skip(f"losses: {task}, {name}")
+        missing = [name for name in names if not known[name]]
+        if missing:
+            report.skip(f"losses: {task}: {'; '.join(missing)}")
         report.claims += _claims(task, known)
     show("Losses", COLUMNS, [row for row in report.rows if row["part"] == "losses"])
 
