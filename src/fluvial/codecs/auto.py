@@ -9,7 +9,9 @@ The rules come from measurements on real updates (docs/methods/cgfedllm.md):
 - error feedback makes what is coded ever whiter, so what lasts is a good quantiser: among codecs
   that learn nothing the trellis needs the fewest bytes;
 - below that, the learned transform wins where it is clearly better than the best codec that learns
-  nothing, and where the bytes that it saves are worth the download of the transform.
+  nothing, and where the bytes that it saves are worth the download of the transform;
+- where the uplink is known, time to code counts with time to send: a codec that takes longer than
+  the upload that it saves is not chosen.
 """
 
 import math
@@ -41,7 +43,8 @@ class AutoSettings(CodecSettings):
     """Times smaller than fp32; unset, it follows from `uplink_mbps` and `upload_s`, or is 64
     without `uplink_mbps`."""
     uplink_mbps: float | None = Field(None, ge=1e-6, le=1e6)
-    """Slowest uplink among the sites, in megabits per second."""
+    """Slowest uplink among the sites, in megabits per second. Without `rate`, the time that a codec
+    takes, measured when the run starts, counts with the upload."""
     upload_s: float = Field(10.0, ge=1e-3, le=1e6)
     """Longest upload of one update at `uplink_mbps`, in seconds."""
     error_feedback: bool = True
@@ -78,6 +81,17 @@ class Measured:
     """Bytes that each site downloads once."""
     aggregate_error: float
     """Relative error of the mean over the sites of a round."""
+    coding_s: float = 0.0
+    """Seconds to encode and decode an update on this machine; 0 where no uplink is known."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The codec that any other must be worth its time against: `int8`, which costs hardly any."""
+
+    codec: CodecSettings
+    frame_bytes: float
+    coding_s: float
 
 
 def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]]:
@@ -102,10 +116,43 @@ def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]
 
 
 def choose(
-    settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int
+    settings: AutoSettings,
+    measured: Mapping[str, Measured],
+    layout: Layout,
+    rounds: int,
+    plain: Plain | None = None,
 ) -> Choice:
     """Return the best of the candidates that could be measured; `rounds` is how long the transform
-    will be used."""
+    will be used.
+
+    With an uplink and `plain`, candidates that code and send an update more slowly than `plain`
+    does are left out; if they all do, `plain` is chosen.
+    """
+    uplink = settings.uplink_mbps
+    if uplink is None or plain is None:
+        return _least_error(settings, measured, layout, rounds)
+
+    limit_s = _round_s(plain, uplink)
+    worth = {name: each for name, each in measured.items() if _round_s(each, uplink) <= limit_s}
+    timed: list[Measured | Plain] = [*measured.values(), plain]
+    words = [_time_words(each, uplink) for each in timed]
+    times = f"coding + upload at {uplink:g} Mbit/s: {', '.join(words)}"
+
+    if not worth.keys() - {LEARNED}:
+        return Choice(
+            plain.codec,
+            f"no candidate saves as much upload as its coding takes, so {plain.codec.name} is the "
+            f"fastest ({times})",
+        )
+
+    choice = _least_error(settings, worth, layout, rounds)
+    return Choice(choice.codec, f"{choice.reason} ({times})")
+
+
+def _least_error(
+    settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int
+) -> Choice:
+    """Return the candidate of least error, the learned one only where it repays its costs."""
     rate = settings.target(layout)
     if not settings.error_feedback:
         best = min(measured.values(), key=lambda each: each.aggregate_error)
@@ -139,7 +186,17 @@ def choose(
             f"{GAIN_DB:g} ({_listed(measured)}): {best.codec.name} + error feedback at 1/{rate:g}",
         )
 
-    saved = (_bytes_for(best, learned.error) - learned.frame_bytes) * rounds
+    saved_once = _bytes_for(best, learned.error) - learned.frame_bytes
+    longer_s = learned.coding_s - best.coding_s
+    if settings.uplink_mbps is not None and longer_s > _upload_s(saved_once, settings.uplink_mbps):
+        return Choice(
+            best.codec,
+            f"the learned transform gains {gain:.2f} dB but codes {longer_s:.2g} s longer, for "
+            f"{_upload_s(saved_once, settings.uplink_mbps):.2g} s less upload: {best.codec.name} + "
+            f"error feedback at 1/{rate:g}",
+        )
+
+    saved = saved_once * rounds
     cost = DOWNLINK_PRICE * learned.published_bytes
     if saved < cost:
         return Choice(
@@ -177,6 +234,20 @@ class Watch:
         if self.lost >= PATIENCE:
             return "int8"
         return "plain" if self.worse >= PATIENCE else "keep"
+
+
+def _upload_s(frame_bytes: float, uplink_mbps: float) -> float:
+    return 8 * frame_bytes / (1e6 * uplink_mbps)
+
+
+def _round_s(codec: Measured | Plain, uplink_mbps: float) -> float:
+    """Return the seconds to code and to send an update."""
+    return codec.coding_s + _upload_s(codec.frame_bytes, uplink_mbps)
+
+
+def _time_words(codec: Measured | Plain, uplink_mbps: float) -> str:
+    upload_s = _upload_s(codec.frame_bytes, uplink_mbps)
+    return f"{codec.codec.name} {codec.coding_s:.2g} + {upload_s:.2g} s"
 
 
 def _bytes_for(plain: Measured, error: float) -> float:

@@ -284,7 +284,7 @@ class Blocks:
             return made
 
         limits = np.repeat(limits, self.sizes)
-        levels = values * factor
+        levels: Doubles = values * factor
         np.rint(levels, out=levels)
         np.minimum(levels, limits, out=levels)
         np.maximum(levels, np.negative(limits, out=limits), out=levels)

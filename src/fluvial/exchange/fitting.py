@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, read_settings
-from fluvial.codecs.auto import AutoSettings, Measured, Watch, candidates, choose
+from fluvial.codecs.auto import AutoSettings, Measured, Plain, Watch, candidates, choose
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
+from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.klt.moments import MomentCodec, Moments
+from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError, GateError
 from fluvial.exchange import collecting, gate
 from fluvial.exchange.checks import needs_updates
@@ -185,6 +187,7 @@ def choose_codec(
     """Return the best of the candidates that can be fitted; raise `ConfigError` if none can."""
     measured: dict[str, Measured] = {}
     fitted: dict[str, tuple[Codec, GateReport]] = {}
+    timed = settings.uplink_mbps is not None and settings.rate is None
 
     for values in candidates(settings, layout):
         try:
@@ -196,14 +199,19 @@ def choose_codec(
 
         report = updates.measure(codec)
         fitted[candidate.name] = codec, report
-        measured[candidate.name] = _measured(codec, report)
+        measured[candidate.name] = _measured(codec, report, timed=timed)
 
     if not measured:
         rate = settings.target(layout)
         raise ConfigError(f"codec: no codec reaches rate {rate:g} on this layout")
 
-    choice = choose(settings, measured, layout, rounds)
+    plain = _plain(settings, layout) if timed else None
+    choice = choose(settings, measured, layout, rounds, plain)
     logger.info("auto: %s", choice.reason)
+    if choice.codec.name not in fitted:
+        codec = updates.fit(choice.codec)
+        fitted[choice.codec.name] = codec, updates.measure(codec)
+
     codec, report = fitted[choice.codec.name]
     reason: dict[str, Value] = {
         "codec": choice.codec.model_dump(mode="json"),
@@ -212,8 +220,8 @@ def choose_codec(
     if not choice.codec.error_feedback:
         return Chosen(codec, report, None, reason)
 
-    plain = [result.error for name, result in measured.items() if not CODECS[name].learned]
-    watch = Watch(min(plain, default=1.0), isinstance(codec, LearnedCodec))
+    errors = [result.error for name, result in measured.items() if not CODECS[name].learned]
+    watch = Watch(min(errors, default=1.0), isinstance(codec, LearnedCodec))
     return Chosen(codec, report, watch, reason)
 
 
@@ -235,8 +243,15 @@ def judge(codec: CodecSettings, report: GateReport, on_refusal: OnRefusal) -> No
         raise GateError(explain(report, name), report.values())
 
 
-def _measured(codec: Codec, report: GateReport) -> Measured:
-    """Return the errors of a candidate, and what it sends."""
+def _plain(settings: AutoSettings, layout: Layout) -> Plain:
+    """Return the codec that candidates must be worth their time against."""
+    plain = Int8Settings(error_feedback=settings.error_feedback)
+    codec = build(plain, layout)
+    return Plain(plain, codec.frame_size(plain, layout), coding_s(codec))
+
+
+def _measured(codec: Codec, report: GateReport, *, timed: bool) -> Measured:
+    """Return the errors of a candidate, and what it sends; `timed`, also how long it takes."""
     published_bytes = 0
     if isinstance(codec, LearnedCodec):
         half = published(codec, 1, decoder=codec.settings.error_feedback)
@@ -248,4 +263,5 @@ def _measured(codec: Codec, report: GateReport) -> Measured:
         frame_bytes=report.bytes_per_update,
         published_bytes=published_bytes,
         aggregate_error=report.errors.aggregate,
+        coding_s=coding_s(codec) if timed else 0.0,
     )

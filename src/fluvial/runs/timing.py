@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from fluvial.codecs import build, must_learn, read_settings
+from fluvial.codecs.auto import AutoSettings, candidates
+from fluvial.codecs.coding_time import coding_s
+from fluvial.codecs.quantise import Int8Settings
 from fluvial.data import Example
 from fluvial.federation.in_process import concurrency
 from fluvial.models.pool import ModelPool
@@ -40,6 +44,30 @@ class MeasuredTimes:
     """Training of a site in a round, beside its steps."""
     heldout_s: float
     """Loss of one held-out sequence."""
+    coding: "MeasuredCoding | None" = None
+    """Time of the codec; None where it must be fitted first, or codes something else than this
+    adapter."""
+
+
+@dataclass(frozen=True)
+class MeasuredCoding:
+    """Seconds and bytes of the codec of updates and, beside it, of `int8`."""
+
+    codec: str
+    """Name of the codec; under `auto`, the candidate that learns nothing."""
+    coding_s: float
+    """Encoding and decoding of one update."""
+    frame_bytes: int
+    """Bytes of a frame, at most."""
+    int8_coding_s: float
+    """Encoding and decoding of one update by `int8`."""
+    int8_frame_bytes: int
+    """Bytes of its frame."""
+
+    def loss_s(self, up_mbit_s: float) -> float:
+        """Return the seconds by which coding and upload take longer than with `int8`."""
+        saved = self.int8_frame_bytes - self.frame_bytes
+        return self.coding_s - self.int8_coding_s - 8 * saved / (1e6 * up_mbit_s)
 
 
 @dataclass(frozen=True)
@@ -65,7 +93,7 @@ class Predicted:
     measuring_s: float
     """Measuring held-out text of all sites, once."""
     line_s: float
-    """The rest of a round over fleet.line; 0 where no line is set."""
+    """The rest of a round over fleet.line, with the codec's time; 0 where no line is set."""
     run_s: float
     """All rounds and held-out measures of the method; set-up and baselines apart."""
 
@@ -98,7 +126,8 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
         heldout(model, some, pad_token_id=pool.tokenizer.pad_token_id)
         heldout_s = (clock() - before) / len(some)
 
-    found = MeasuredTimes(largest, loaded - started, step_s, call_s, heldout_s)
+    coding = _time_coding(config, pool, clock)
+    found = MeasuredTimes(largest, loaded - started, step_s, call_s, heldout_s, coding)
     return found, _work(
         config,
         [len(site.train) for site in sites.values()],
@@ -132,6 +161,11 @@ def timed(
     """Return `planned` (see `plan.plan`) with what was timed and predicted."""
     found, work = measure(config, clock)
     line_s = planned["round_over_line_s"] or 0.0
+    notes = list(planned["notes"])
+    coding = found.coding
+    if line_s and coding is not None:
+        line_s += coding.coding_s
+        notes += _coding_note(config, coding)
     ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every, line_s=line_s)
     bound = (
         "" if config.entry.traits.sends == "codec" or config.entry.traits.pooled else ", at most"
@@ -145,11 +179,12 @@ def timed(
         ),
         ("measuring held-out text of all sites, once", f"{ahead.measuring_s:.3g} s"),
     ]
-    rows += (
-        [("a round over fleet.line, with training", f"{line_s + ahead.training_s:.3g} s")]
-        if line_s
-        else []
-    )
+    if coding is not None:
+        words = f"{coding.coding_s:.2g} s; int8 {coding.int8_coding_s:.2g} s"
+        rows.append((f"coding and decoding an update by {coding.codec}, measured", words))
+    if line_s:
+        what = "a round over fleet.line, with training" + (" and coding" if coding else "")
+        rows.append((what, f"{line_s + ahead.training_s:.3g} s"))
     rows.append(
         (
             f"{config.rounds} rounds and their measures, set-up and baselines apart",
@@ -160,6 +195,7 @@ def timed(
     return {
         **planned,
         "rows": [*planned["rows"], *({"what": what, "value": value} for what, value in rows)],
+        "notes": notes,
         "time": {
             "site": found.site,
             "load_s": found.load_s,
@@ -169,10 +205,46 @@ def timed(
             "workers": work.workers,
             "round_training_s": ahead.training_s,
             "measuring_s": ahead.measuring_s,
+            "coding_s": coding.coding_s if coding else None,
             "line_s": ahead.line_s,
             "run_s": ahead.run_s,
         },
     }
+
+
+def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCoding | None:
+    """Return what coding a whole adapter takes, where a codec codes it and needs no fit."""
+    if config.entry.traits.sends != "codec" or pool.full:
+        return None
+
+    settings = config.coding
+    if isinstance(settings, AutoSettings):
+        settings = read_settings(candidates(settings, pool.layout)[0])
+    if must_learn(settings):
+        return None
+
+    plain = Int8Settings()
+    codecs = build(settings, pool.layout), build(plain, pool.layout)
+    return MeasuredCoding(
+        settings.name,
+        coding_s(codecs[0], clock),
+        codecs[0].frame_size(settings, pool.layout),
+        coding_s(codecs[1], clock),
+        codecs[1].frame_size(plain, pool.layout),
+    )
+
+
+def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
+    """Return a remark where the codec takes longer than the upload that it saves."""
+    line = config.fleet.line
+    if line is None or coding.loss_s(line.up_mbit_s) <= 0:
+        return []
+
+    loss = f"{coding.loss_s(line.up_mbit_s):.2g} s longer than with int8"
+    return [
+        f"codec: with {coding.codec}, coding and upload of an update take {loss} at "
+        f"{line.up_mbit_s:g} Mbit/s; choose a faster codec, or more fleet.threads"
+    ]
 
 
 def _time_steps(

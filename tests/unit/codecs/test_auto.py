@@ -1,10 +1,22 @@
 """The policy behind `codec.name = "auto"`, rule by rule, on measured errors made up for the
 purpose."""
 
+from dataclasses import replace
+
 import pytest
 
-from fluvial.codecs import read_settings
-from fluvial.codecs.auto import GAIN_DB, PATIENCE, AutoSettings, Measured, Watch, candidates, choose
+from fluvial.codecs import build, read_settings
+from fluvial.codecs.auto import (
+    GAIN_DB,
+    PATIENCE,
+    AutoSettings,
+    Measured,
+    Plain,
+    Watch,
+    candidates,
+    choose,
+)
+from fluvial.codecs.coding_time import coding_s
 from fluvial.wire.tensors import Layout
 
 LAYOUT = Layout(
@@ -90,6 +102,64 @@ def test_sites_without_state_get_what_is_unbiased() -> None:
     choice = choose(AutoSettings(error_feedback=False), found, LAYOUT, 20)
     assert choice.codec.name == "klt"
     assert "unbiased" in choice.reason
+
+
+UPLINK = AutoSettings(uplink_mbps=8.0)
+"""A megabyte a second."""
+
+
+def at(coding_s: float, frame_bytes: float, name: str = "trellis", error: float = 0.5) -> Measured:
+    one = measured(**{name: error})[name]  # type: ignore[arg-type]
+    return replace(one, coding_s=coding_s, frame_bytes=frame_bytes)
+
+
+def int8(coding_s: float, frame_bytes: float) -> Plain:
+    return Plain(read_settings({"name": "int8", "error_feedback": True}), frame_bytes, coding_s)
+
+
+def test_a_codec_that_takes_longer_than_the_upload_that_it_saves_is_not_chosen() -> None:
+    """It saves 0.9 MB, which take 0.9 s."""
+    plain = int8(0.1, 1e6)
+    quick = choose(UPLINK, {"trellis": at(0.9, 1e5)}, LAYOUT, 100, plain)
+    slow = choose(UPLINK, {"trellis": at(1.1, 1e5)}, LAYOUT, 100, plain)
+    assert (quick.codec.name, slow.codec.name) == ("trellis", "int8")
+    assert slow.codec.error_feedback
+    assert "coding + upload at 8 Mbit/s: trellis 1.1 + 0.1 s, int8 0.1 + 1 s" in slow.reason
+
+    other = choose(
+        UPLINK, {"trellis": at(1.1, 1e5), "int4": at(0.1, 5e5, "int4", 0.6)}, LAYOUT, 100, plain
+    )
+    assert other.codec.name == "int4"
+    for reason in (quick.reason, slow.reason, other.reason):
+        assert ". " not in reason
+
+
+def test_without_a_link_no_time_counts() -> None:
+    slow = {"trellis": at(1e6, 1e5)}
+    assert choose(AutoSettings(), slow, LAYOUT, 100, int8(0.1, 1e6)).codec.name == "trellis"
+    assert choose(UPLINK, slow, LAYOUT, 100).codec.name == "trellis"
+
+
+def test_a_transform_that_codes_too_slowly_is_not_chosen() -> None:
+    """Its half an error is worth some bytes of every upload, and these some seconds."""
+    settings = AutoSettings(uplink_mbps=8e-3, upload_s=LAYOUT.raw_bytes / 64 / 1e3)
+    plain = int8(0.0, 1e9)
+
+    for learned_s, name in ((0.01, "klt_trellis"), (1e4, "trellis")):
+        found = {
+            "trellis": at(0.01, FRAME),
+            "klt_trellis": at(learned_s, FRAME, "klt_trellis", 0.3),
+        }
+        choice = choose(settings, found, LAYOUT, 10_000, plain)
+        assert choice.codec.name == name
+    assert "longer" in choice.reason
+
+
+def test_the_time_of_a_codec_is_the_fastest_call_after_the_first() -> None:
+    codec = build(read_settings({"name": "int8"}), LAYOUT)
+    readings = iter([0.0, 0.0, 0.15, 1.0, 1.05, 2.0, 2.5])
+    assert coding_s(codec, lambda: next(readings)) == pytest.approx(0.05)
+    assert 0 < coding_s(codec) < 60
 
 
 @pytest.mark.parametrize("rate", [6, 16, 64])

@@ -292,6 +292,30 @@ def test_auto_chooses_and_says_why(
     assert len(choice["why"]) > 20
 
 
+@pytest.mark.parametrize("source", ["sites", "sites-covariance"])
+def test_auto_counts_the_time_of_a_codec_with_the_upload(
+    source: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """On a line of a terabit no upload is worth a search of paths; on one of a kilobit, it is."""
+    names = []
+    for uplink_mbps, upload_s in ((1e6, 1e-3), (1e-3, 8.0)):
+        table = run_config | {
+            "rounds": 1,
+            "method": {
+                "name": "fedavg",
+                "tgap": {"source": source, "rounds": 3, "reading": "local"},
+            },
+            "codec": {"name": "auto", "uplink_mbps": uplink_mbps, "upload_s": upload_s},
+        }
+        choice = run_table(table, tmp_path / str(uplink_mbps))["setup"]["choice"]
+        assert f"coding + upload at {uplink_mbps:g} Mbit/s" in choice["why"]
+        assert choice["codec"]["error_feedback"]
+        names.append(choice["codec"]["name"])
+
+    assert names[0] in ("int8", "int4")
+    assert names[1] in ("trellis", "sign")
+
+
 def _rounds(folder: Path) -> list[dict[str, Any]]:
     import json
 

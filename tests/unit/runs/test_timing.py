@@ -18,11 +18,12 @@ from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Remaining
-from fluvial.runs.timing import MeasuredTimes, Work, measure, predict, timed
+from fluvial.runs.timing import MeasuredCoding, MeasuredTimes, Work, measure, predict, timed
 from tests.support.models import with_fitting_model
 from tests.unit.report.test_show import text_of
 from tests.unit.runs.test_interrupt import toml
 
+TGAP = {"method": {"name": "cgfedllm", "tgap": {"source": "sites"}}}
 FOUND = MeasuredTimes(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout_s=0.1)
 
 
@@ -62,6 +63,36 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     )  # slow enough for one step to be the measure
     assert told["round_training_s"] == max(3 * 30.0 / told["workers"], 30.0)
     assert told["run_s"] == pytest.approx(2 * told["round_training_s"] + 2 * told["measuring_s"])
+
+
+def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
+    """Every span is a second, so int8 takes as long, and the smaller frame is a gain."""
+    line = {"up_mbit_s": 1.0, "down_mbit_s": 1.0, "rtt_ms": 0.0}
+    settings = run_config | {
+        "codec": {"name": "trellis", "rate": 16},
+        "fleet": run_config.get("fleet", {}) | {"line": line},
+    }
+    config = parse(settings, "test")
+    clock = itertools.count(0.0, 1.0)
+    planned = plan(config)
+    told = timed(config, planned, lambda: next(clock))
+    assert told["time"]["coding_s"] == 1.0
+    assert told["time"]["line_s"] == pytest.approx(planned["round_over_line_s"] + 1.0)
+    rows = {row["what"]: row["value"] for row in told["rows"]}
+    assert rows["coding and decoding an update by trellis, measured"] == "1 s; int8 1 s"
+    assert "a round over fleet.line, with training and coding" in rows
+    assert not any("longer than with int8" in note for note in told["notes"])
+
+    for name, timed_as in (("auto", "trellis"), ("klt", None)):
+        codec = {"codec": {"name": name, "rate": 16, "error_feedback": name == "auto"}}
+        found, _ = measure(parse(run_config | codec | TGAP, "test"))
+        assert (found.coding.codec if found.coding else None) == timed_as
+
+
+def test_a_codec_slower_than_the_upload_that_it_saves_is_named(run_config: dict[str, Any]) -> None:
+    coding = MeasuredCoding("trellis", 3.0, 1_000_000, 1.0, 2_000_000)
+    assert coding.loss_s(8.0) == pytest.approx(1.0)
+    assert coding.loss_s(2.0) == pytest.approx(-2.0)
 
 
 def test_check_times_when_asked_only(run_config: dict[str, Any], tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class Trellis(Codec):
                 values = values.clamp_(-3e38, 3e38).float()
                 sizes = [len(tensor) for tensor in tensors]
 
-                for tensor, piece in zip(tensors, values.split(sizes), strict=True):
+                for tensor, piece in zip(tensors, torch.split(values, sizes), strict=True):
                     tensor.copy_(piece)
 
         return vector
@@ -148,7 +148,8 @@ class Trellis(Codec):
     def _parted(self, vector: Tensor) -> list[list[Tensor]]:
         """Return views of the tensors of every group in a vector (numel,)."""
         groups: list[list[Tensor]] = [[] for _ in self._sizes]
-        for number, tensor in zip(self._owner, vector.split(list(self.layout.sizes)), strict=True):
+        tensors = torch.split(vector, list(self.layout.sizes))
+        for number, tensor in zip(self._owner, tensors, strict=True):
             groups[number].append(tensor)
 
         return groups
