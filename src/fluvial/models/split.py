@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fluvial.errors import ConfigError
-from fluvial.models.layer_lists import layer_lists, num_layers
+from fluvial.models.layer_lists import layer_lists, num_layers, text_config
 from fluvial.models.pretrained import hidden_width
 from fluvial.models.span_cache import SpanCache, cache_argument
 from fluvial.models.tuning import (
@@ -371,7 +371,7 @@ def _cache_options(model: nn.Module, cache: SpanCache) -> dict[str, Any]:
 @torch.no_grad()
 def check_part(part: Part) -> None:
     """Raise `ConfigError` where a part needs weights of another, or does not run by itself."""
-    config: Any = part.model.config
+    config = text_config(part.model)
     # So many rows that no code mistakes them for the items of a layer's output.
     shape = (7, 3)
     mask = torch.ones(shape, dtype=torch.int64, device=part.device)

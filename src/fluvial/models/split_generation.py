@@ -5,7 +5,6 @@ one back (FL-GLM's inference, without its repeated prefix).
 """
 
 from collections.abc import Callable, Generator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from fluvial.errors import ConfigError, WireError
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedTokenizerBase
+from fluvial.models.layer_lists import text_config
 from fluvial.models.span_cache import SpanCache
 from fluvial.models.split import Part
 
@@ -137,7 +137,7 @@ def check_generation(part: Part) -> None:
     if part.generates:
         return
 
-    config: Any = part.model.config
+    config = text_config(part.model)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, LENGTH, part.width, generator=draw).to(part.device, part.dtype)
     ids = torch.arange(LENGTH, device=part.device).unsqueeze(0) % config.vocab_size
