@@ -21,7 +21,7 @@ from fluvial.training.choice_scores import score
 from fluvial.training.folders import read_adapter_folder
 
 EVERY = 5
-"""Of the held-out records, every fifth is asked."""
+"""Step between the held-out records that are asked: every fifth."""
 CLOZE_SCORES = {
     "cloze_accuracy": "cloze accuracy",
     "cloze_chance": "by chance",

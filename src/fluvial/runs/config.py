@@ -151,8 +151,10 @@ class RunConfig(Settings):
         if not self.entry.traits.quantised:
             why = f"method {self.method.name!r} trains, sends or cuts the base's float weights"
         elif tunes_weights(self.adapter):
-            why = "weights of the base are tuned, and steps of training are far smaller than those of 4 or "
-            why += "8 bits"
+            why = (
+                "weights of the base are tuned, and steps of training are far smaller than those "
+                "of 4 or 8 bits"
+            )
 
         if why is not None:
             for name in self.model.quantisation_settings:
