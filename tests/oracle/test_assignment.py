@@ -1,7 +1,9 @@
 """Sites with assignments of their own train on one base as each would alone, with PEFT itself."""
 
+import itertools
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +31,7 @@ from fluvial.models.assignment import KEY, Assignment, by_layout
 from fluvial.models.loading import meta_base
 from fluvial.models.pool import MOST_TEMPLATES, ModelPool
 from fluvial.models.pretrained import ModelConfig
+from fluvial.models.quantisation import Quantisation
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import read_shapes, tuned_parameters
@@ -351,6 +354,24 @@ def test_models_of_many_layouts_do_not_pile_up(
             assert read_shapes(model) == assignment.layout
 
     assert made == [*ranks, 1]
+
+
+def test_bases_go_with_the_last_template_that_needs_them(tiny_gqa_model: Path) -> None:
+    """A server that asks for other formats in each message fills no site's memory."""
+    pool = ModelPool(ModelConfig(name_or_path=str(tiny_gqa_model), dtype="float32"), LORA)
+    run = pool.assignment(1)
+    kinds: tuple[Any, ...] = (None, "int8", "nf4", "nf4-double")
+    count = 0
+
+    for usual, layer in itertools.product(kinds, kinds):
+        assignment = replace(run, quantisation=Quantisation(usual, ((0, layer),)))
+        with pool.model(start(run), assignment=assignment):
+            count += 1
+            assert len(vars(pool)["_bases"]) <= MOST_TEMPLATES + 1
+
+    assert count > MOST_TEMPLATES + 1
+    with pool.model(start(run)):
+        pass
 
 
 def test_an_assignment_travels_where_it_differs(pool: ModelPool) -> None:

@@ -49,7 +49,12 @@ from fluvial.wire.tensors import Layout, Named, factor
 
 MOST_TEMPLATES = 8
 """Templates that are kept: models of different ranks, precisions or formats. Beyond this number,
-the least recently used one is dropped."""
+the least recently used one is dropped, with its base where no other needs it."""
+
+
+_Ranks = tuple[tuple[str, int], ...]
+_Key = tuple[_Ranks, _Ranks, Precision, Quantisation]
+"""Ranks, those of the side path, type and formats of the base."""
 
 
 @dataclass
@@ -82,7 +87,7 @@ class ModelPool:
         self.outline = Outline(model, tuning)
         self._lock = threading.RLock()
         self._bases: dict[tuple[Precision, Quantisation], Base] = {}
-        self._templates: OrderedDict[tuple[object, ...], _Template] = OrderedDict()
+        self._templates: OrderedDict[_Key, _Template] = OrderedDict()
         self._parts: dict[tuple[Cut, bool], PartPool] = {}
 
     @property
@@ -169,8 +174,16 @@ class ModelPool:
             self._templates.move_to_end(key)
             if len(self._templates) > MOST_TEMPLATES:
                 self._templates.popitem(last=False)
+                self._drop_bases()
 
             return template
+
+    def _drop_bases(self) -> None:
+        """Drop the bases of no template, but for the run's own."""
+        own = self.outline.assignment
+        used = {(precision, formats) for _, _, precision, formats in self._templates}
+        used.add((own.precision, own.quantisation))
+        self._bases = {key: base for key, base in self._bases.items() if key in used}
 
     def _adapt(
         self,
