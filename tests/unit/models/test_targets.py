@@ -7,8 +7,13 @@ import torch
 from torch import nn
 
 from fluvial.errors import ConfigError
+from fluvial.methods.fedpipe.planner.sizes import sizes_of
 from fluvial.models.adapters import adapt
-from fluvial.models.targets import LoraSettings, target_names
+from fluvial.models.layer_lists import layer_lists
+from fluvial.models.quantisation import Quantisation
+from fluvial.models.quantised import formats
+from fluvial.models.split import decoder_layers
+from fluvial.models.targets import LoraSettings, adaptable_modules, target_names
 from fluvial.models.tuning import tuned_parameters
 
 SMALL = {
@@ -139,6 +144,21 @@ def test_of_a_multimodal_model_only_text_is_adapted(targets: Any) -> None:
     found = adapted(base, target_modules=targets)
     assert found
     assert all("language_model" in name for name in found)
+
+
+def test_the_layers_of_a_multimodal_model_are_those_that_read_text() -> None:
+    """Its vision tower has as many, and comes first."""
+    base = meta("gemma3", **GEMMA3)
+    text = "model.language_model.layers"
+    towers = [name for name, module in base.named_modules() if name.endswith("layers")]
+    assert towers[0] != text
+    assert [path for path, _ in layer_lists(base)] == [text]
+    assert decoder_layers(base)[0] == text
+
+    sizes = sizes_of(base, 4)
+    linear = [module.weight.numel() for module in adaptable_modules(base).values()]
+    assert sizes.linear == sum(linear)
+    assert set(formats(base, Quantisation("nf4"))) == set(adaptable_modules(base))
 
 
 def test_a_name_that_is_a_number_is_the_linear_one() -> None:
