@@ -36,6 +36,8 @@ CGROUP = Path("/sys/fs/cgroup/memory.max")
 MEGA = 10**6
 TIMED = 2
 """Timed passes at each batch, after one that warms up; the quickest counts."""
+MOST_UNKNOWN = 4
+"""Sequences of a pass of which it is not known whether it fits, at most twice as many."""
 OPTIMIZER_BYTES = 12
 """Bytes for each trained value beside its weight: fp32 gradient and two moments of AdamW."""
 DIGITS = 4
@@ -110,7 +112,8 @@ def _passes(
 ) -> tuple[tuple[Speed, ...], tuple[Peak, ...]]:
     """Return the speed by batch, and the memory of the two smallest batches.
 
-    Batches ascend until one does not fit into the memory; the smallest is always measured.
+    Batches ascend until one does not fit into the memory. If none does, the speed is that of a
+    single sequence, so that no pass ends the process.
     """
     longest = sorted(examples, key=lambda example: -len(example.input_ids))
     state = initial_state(site.layout, site.seed)
@@ -123,6 +126,10 @@ def _passes(
             rows = [longest[index % len(longest)] for index in range(batch)]
             return collate(rows, site.pool.tokenizer.pad_token_id or 0, _device(model))
 
+        def speed_of(batch: int) -> Speed:
+            speed = budget.tokens_s or budget.speed * _speed(model, inputs_of(batch))
+            return Speed(batch, float(f"{speed:.{DIGITS}g}"))
+
         batches = sorted(config.planner.batches)
         for batch in _two(batches):
             inputs = inputs_of(batch)
@@ -134,12 +141,13 @@ def _passes(
         first, second = (peak for peak in peaks if not peak.checkpointing)
         sequence_bytes = (second.bytes - first.bytes) / (second.batch - first.batch)
         for batch in batches:
-            if speeds and first.bytes + sequence_bytes * (batch - first.batch) > memory:
+            if first.bytes + sequence_bytes * (batch - first.batch) > memory:
                 break  # without a pass, which could end the process
 
-            inputs = inputs_of(batch)
-            speed = budget.tokens_s or budget.speed * _speed(model, inputs)
-            speeds.append(Speed(batch, float(f"{speed:.{DIGITS}g}")))
+            speeds.append(speed_of(batch))
+
+        if not speeds:
+            speeds.append(speed_of(1))
 
     return tuple(speeds), tuple(peaks)
 
@@ -147,10 +155,13 @@ def _passes(
 def _two(batches: Sequence[int]) -> list[int]:
     """Return the two smallest of ascending batches; beside a single one its half, or 2 beside 1.
 
-    Two points determine the line of memory over the tokens of a pass.
+    Two points determine the line of memory over the tokens of a pass. Where the smallest batch is
+    large, they are 1 and 2: whether a large one fits must be known before a pass with it.
     """
+    if batches[0] > MOST_UNKNOWN:
+        return [1, 2]
     if len(batches) > 1:
-        return list(batches[:2])
+        return [batches[0], min(batches[1], 2 * batches[0])]
     only = batches[0]
     return [only // 2, only] if only > 1 else [1, 2]
 

@@ -71,6 +71,23 @@ def test_no_pass_is_made_with_a_batch_that_does_not_fit(
     assert batches == timed | {1, 2}
 
 
+def test_no_pass_with_large_batches_is_made_before_its_memory_is_known(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = set()
+
+    def watched(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        batches.add(len(inputs["input_ids"]))
+        return predictions(model, inputs)
+
+    monkeypatch.setattr(measure, "predictions", watched)
+    for choices in ([2**19, 2**20], [2**20], [4, 2**20]):
+        method = {"name": "fedpipe", "planner": {"batches": choices}}
+        profile = profiled(run_config | {"method": method}, tmp_path / str(choices), memory_mb=3.0)
+        assert profile.speeds["float32"][0].batch == (4 if choices[0] == 4 else 1)
+        assert max(batches) <= 8
+
+
 def test_the_limit_of_a_process_is_the_least_of_its_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
