@@ -1,6 +1,7 @@
 """The plan of a run before any site has measured itself: what can be refused, bounds of bytes."""
 
 from functools import partial
+from typing import cast
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
@@ -10,11 +11,15 @@ from fluvial.federation.sites import factor_layout
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.sizes import sizes_of
 from fluvial.methods.fedpipe.site_configuration import VERSION
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
 from fluvial.methods.traffic import Bytes, Traffic, answer, coded_frame, envelope
+from fluvial.models.hf import PreTrainedModel
+from fluvial.models.quantisation import Format, Quantisation
+from fluvial.models.quantised import formats
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
 
@@ -70,8 +75,8 @@ def _check_upload(config: FedPipeConfig, given: Given) -> None:
 
 
 def _check_planner(config: FedPipeConfig, given: Given) -> None:
-    """Raise `ConfigError` for choices of the planner that no site can use, and for budgets of sites
-    that the run does not have."""
+    """Raise `ConfigError` for choices of the planner that no site can use, for budgets of sites
+    that the run does not have, and for a base whose sizes cannot be told."""
     known = set(given.names)
     unknown = [repr(budget.site) for budget in config.budgets if budget.site not in known]
     if known and unknown:
@@ -95,6 +100,16 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
             f"data.max_length={given.max_length} cuts it; remove it, or raise data.max_length"
         )
 
+    _check_labels(config, given)
+    sizes_of(cast(PreTrainedModel, given.base), given.width_bytes)
+    for name in config.planner.formats:
+        if FORMATS[name].quantised:
+            try:
+                formats(given.base, Quantisation(cast(Format, name)))
+            except ConfigError as error:
+                reason = str(error).removeprefix("model.quantization: ")
+                raise ConfigError(f"method.planner.formats: {name!r}: {reason}") from error
+
     assert given.outline is not None
     precision = given.outline.assignment.precision
     if precision not in FORMATS:
@@ -103,6 +118,20 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
             f"model.dtype: method 'fedpipe' plans no base in {precision}; set model.dtype to "
             f"{' or '.join(map(repr, floats))}"
         )
+
+
+def _check_labels(config: FedPipeConfig, given: Given) -> None:
+    """Raise `ConfigError` for a length at which a site whose data are here has no label."""
+    if given.examples is None or not config.planner.lengths:
+        return
+
+    length = min(config.planner.lengths)
+    for site, examples in given.examples().items():
+        if not any(example.cut(0, length).learns for example in examples):
+            raise ConfigError(
+                f"method.planner.lengths: no sequence of site {site!r} has a label in its first "
+                f"{length} tokens; remove the lengths that end before the answers"
+            )
 
 
 def _traffic(config: FedPipeConfig, given: Given, round: int) -> Traffic:

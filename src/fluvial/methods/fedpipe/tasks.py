@@ -11,7 +11,7 @@ from torch import nn
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.data import Example
-from fluvial.errors import WireError
+from fluvial.errors import RefusalError, WireError
 from fluvial.exchange import STALE, LocalUpdate, Terms, receive_exchange
 from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, train_locally
@@ -191,10 +191,18 @@ class Upload:
 
 
 def shortened(examples: Sequence[Example], length: int) -> list[Example]:
-    """Return the sequences cut to `length` tokens, without those that have no label left; all as
-    they are where none has."""
+    """Return the sequences cut to `length` tokens, without those that have no label left.
+
+    Raises `RefusalError` where none has, because uncut ones would need more memory than planned.
+    """
     cut = [example.cut(0, length) for example in examples]
-    return [example for example in cut if example.learns] or list(examples)
+    learning = [example for example in cut if example.learns]
+    if not learning:
+        raise RefusalError(
+            f"method.planner.lengths: no sequence of this site has a label in its first {length} "
+            "tokens; remove the lengths that end before the answers"
+        )
+    return learning
 
 
 def settings_of(run: TrainConfig, config: FedPipeConfig, plan: SiteConfiguration) -> TrainConfig:
