@@ -36,13 +36,14 @@ EXTRA = "pip install 'fluvial[quantization]'"
 
 
 @cache
-def _functional() -> ModuleType:
-    """Return bitsandbytes' functions; raises `ConfigError` where it is not installed."""
+def _functional(setting: str = "model.quantization") -> ModuleType:
+    """Return bitsandbytes' functions; raises `ConfigError` that names the `setting` which needs
+    them, where it is not installed."""
     try:
         from bitsandbytes import functional
     except ImportError as error:
         raise ConfigError(
-            f"model.quantization: needs bitsandbytes, which cannot be imported ({error!s:.100}); "
+            f"{setting}: needs bitsandbytes, which cannot be imported ({error!s:.100}); "
             f"install it with {EXTRA}, or remove the setting"
         ) from error
 
@@ -50,9 +51,10 @@ def _functional() -> ModuleType:
     return module
 
 
-def check_library() -> None:
-    """Raise `ConfigError` where the library that quantises is not installed."""
-    _functional()
+def check_library(setting: str = "model.quantization") -> None:
+    """Raise `ConfigError` that names `setting` where the library that quantises is not
+    installed."""
+    _functional(setting)
 
 
 def encode(weight: Tensor, kind: Format) -> Named:
@@ -180,7 +182,7 @@ def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
 
     These are the modules of decoder layers that "all-linear" would adapt; a weight that two modules
     share stays as it is. `base` may be on the meta device. Raises `ConfigError` for a layer that
-    the model does not have.
+    the model does not have, and where nothing is quantised.
     """
     lists = layer_lists(base)
     if not lists:
@@ -215,6 +217,11 @@ def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
         if kind is not None:
             found[name] = kind
 
+    if quantisation and not found:
+        raise ConfigError(
+            f"model.quantization: without effect, because no linear layer of {type(base).__name__} "
+            "has a format; remove it, or name fewer layers in model.layer_quantization"
+        )
     return found
 
 

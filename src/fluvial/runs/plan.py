@@ -10,6 +10,7 @@ from fluvial.codecs.auto import AutoSettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.loading import meta_base, resolve_device
@@ -40,6 +41,8 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     resolve_device(config.model.device)
     if config.model.quantisation:
         check_library()
+    elif isinstance(config.method, FedPipeConfig) and config.method.planner.quantises:
+        check_library("method.planner.formats")
     base = meta_base(config.model)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, base, config.model.name_or_path)

@@ -19,6 +19,7 @@ from fluvial.models.quantised import formats, quantised_bytes, quantised_words
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
+from fluvial.runs.plan import plan as check
 from fluvial.wire.payload import Value
 from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
@@ -134,6 +135,25 @@ def test_a_missing_library_is_named_with_its_extra(
     config = ModelConfig(name_or_path=str(tiny_model), device="cpu", quantization="nf4")
     with pytest.raises(ConfigError, match=r"bitsandbytes.*pip install 'fluvial\[quantization\]'"):
         ModelPool(config, LORA).load()
+
+
+def test_check_names_the_library_that_a_plan_may_need(
+    run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    quantised._functional.cache_clear()
+    method = {"name": "fedpipe", "planner": {"formats": ["float32", "nf4"]}}
+    with pytest.raises(ConfigError, match=r"method.planner.formats: needs bitsandbytes"):
+        check(parse(run_config | {"method": method}, "test"))
+
+
+def test_a_quantisation_of_no_layer_is_refused(run_config: dict[str, Any]) -> None:
+    model = run_config["model"] | {
+        "quantization": "nf4",
+        "layer_quantization": {"none": [0, 1]},
+    }
+    with pytest.raises(ConfigError, match="model.quantization: without effect, because no linear"):
+        check(parse(run_config | {"model": model}, "test"))
 
 
 def test_a_layer_that_the_model_does_not_have_is_refused(tiny_model: Path) -> None:

@@ -54,6 +54,11 @@ class PlannerSettings(Settings):
     hysteresis: float = Field(0.05, ge=0, le=10)
     """Relative gain from which a new plan takes the place of the present one."""
 
+    @property
+    def quantises(self) -> bool:
+        """True where a plan may have a quantised base."""
+        return any(FORMATS[name].quantised for name in self.formats)
+
     def conflicts(self) -> Iterator[str]:
         """Yield lists that are empty or hold a number twice, unknown formats, and settings without
         effect."""
