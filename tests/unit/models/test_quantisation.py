@@ -116,10 +116,9 @@ def test_settings_that_contradict_each_other_are_refused(
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"tune": "full"}, "all weights are tuned"),
+        ({"tune": "full"}, "weights of the base are tuned"),
         ({"method": {"name": "fedcybgd"}}, "'fedcybgd' trains, sends or cuts"),
-        ({"method": {"name": "flglm"}}, "'flglm' trains, sends or cuts"),
-        ({"method": {"name": "flglm"}, "tune": "lora"}, "'flglm' trains, sends or cuts"),
+        ({"method": {"name": "flglm"}, "tune": "full"}, "weights of the base are tuned"),
     ],
 )
 def test_methods_of_float_weights_refuse_it(table: dict[str, Any], message: str) -> None:
