@@ -16,7 +16,7 @@ from unittest import mock
 
 from benchmarks.fedpipe.hetlora import SelfPruning
 from fluvial.methods import fedavg
-from fluvial.methods.fedpipe import measure, tasks
+from fluvial.methods.fedpipe import step_times, tasks
 
 
 class SiteClock:
@@ -100,7 +100,7 @@ def enforced(
     with ExitStack() as stack:
         for module, name, value in (
             (tasks, "time", clock),
-            (measure, "time", clock),
+            (step_times, "time", clock),
             (tasks, "train_locally", ledger.training(planned)),
             (tasks, "measured", ledger.measuring(vars(tasks)["measured"])),
             (fedavg, "train_locally", ledger.training(vars(fedavg)["train_locally"])),

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 from fluvial.codecs.forecast import frame_size
 from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.measure import smallest
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
 from fluvial.methods.fedpipe.planner.formats import Format, formats_named
@@ -62,8 +64,13 @@ class Deciding:
 
     @property
     def lora(self) -> int:
-        """Return the parameters of the adapter with which sites measure."""
+        """Return the parameters of the run's adapter."""
         return self.run.layout.numel
+
+    @cached_property
+    def measured(self) -> int:
+        """The parameters of the adapter with which sites measure."""
+        return smallest(self.run, self.settings.ranks).layout.numel
 
     def parameters(self, module: str) -> int:
         """Return the parameters of a module's adapter at the run's rank."""
@@ -109,12 +116,12 @@ class Deciding:
                 peak.length,
                 peak.checkpointing,
                 self.format,
-                self.lora,
+                self.measured,
                 peak.bytes,
             )
             for peak in profile.peaks
         ]
-        time = TimeModel(self.sizes.parameters, self.lora, factor=slowness)
+        time = TimeModel(self.sizes.parameters, self.measured, factor=slowness)
         return Models(profile, memory.calibrated(points), time)
 
     def decide(

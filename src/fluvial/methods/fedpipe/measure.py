@@ -5,8 +5,8 @@ A limit or a rate that the run's `method.budgets` gives takes the place of the m
 
 import os
 import resource
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fluvial.errors import ConfigError
 from fluvial.federation.sites import Site
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.profile import (
+    LEAST_RATE,
     MOST_RATE,
     Peak,
     Profile,
@@ -28,20 +29,20 @@ from fluvial.methods.fedpipe.planner.profile import (
 )
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.methods.fedpipe.site_configuration import format_of
+from fluvial.methods.fedpipe.step_times import fixed_s, spread_rows, step_s
+from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import checkpointed_layers, tuned_parameters
 from fluvial.training.train import TrainConfig, collate, predictions, summed_loss
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 MEGA = 10**6
-TIMED = 2
-"""Timed passes at each batch, after one that warms up; the quickest counts."""
 MOST_UNKNOWN = 4
 """Sequences of a pass of which it is not known whether it fits, at most twice as many."""
 OPTIMIZER_BYTES = 12
 """Bytes for each trained value beside its weight: fp32 gradient and two moments of AdamW."""
 DIGITS = 4
-"""Significant digits of a measured speed on the wire."""
+"""Significant digits of a measured speed, and of seconds, on the wire."""
 
 
 def measured(site: Site, config: FedPipeConfig) -> Profile:
@@ -50,17 +51,18 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
     examples = site.load().train
     limits = [limit for limit in (budget.memory_mb, site.memory_mb) if limit is not None]
     memory = int(min(limits) * MEGA) if limits else memory_limit()
-    speeds, peaks = _passes(site, config, budget, examples, memory)
+    passes = _passes(site, config, budget, examples, memory)
 
     return Profile(
         memory_bytes=memory,
-        speeds={format_of(site.assignment): speeds},
+        speeds={format_of(site.assignment): passes.speeds},
         up_bytes_s=_rate(budget.up_mbit_s),
         down_bytes_s=_rate(budget.down_mbit_s),
         latency_s=(budget.rtt_ms or 0.0) / 1000,
         samples=full_load(site.train, len(examples)),
         tokens=_tokens(examples, full_load(site.train, len(examples))),
-        peaks=peaks,
+        fixed_s=passes.fixed_s,
+        peaks=passes.peaks,
     )
 
 
@@ -103,53 +105,110 @@ def _tokens(examples: Sequence[Example], samples: int) -> tuple[Tokens, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Passes:
+    """The measures of a site's passes."""
+
+    speeds: tuple[Speed, ...]
+    """Speeds by batch, in ascending order."""
+    peaks: tuple[Peak, ...]
+    """Memory of two passes, each without and with checkpointing; none where no pass fits."""
+    fixed_s: float
+    """Seconds of a round beside its steps."""
+
+
 def _passes(
     site: Site,
     config: FedPipeConfig,
     budget: SiteBudget,
     examples: Sequence[Example],
     memory: int,
-) -> tuple[tuple[Speed, ...], tuple[Peak, ...]]:
-    """Return the speed by batch, and the memory of the two smallest batches.
+) -> Passes:
+    """Return the speed by batch, the memory of two passes, and the seconds beside steps.
 
-    Batches ascend until one does not fit into the memory. If none does, the speed is that of a
-    single sequence, so that no pass ends the process.
+    No pass is made that would need more than `memory`, by what shorter passes needed. Where no
+    batch fits whole, speed is that of a single sequence, cut to what fits, and where weights and
+    optimizer alone are too much there is neither speed nor memory; the planner refuses the site.
     """
-    longest = sorted(examples, key=lambda example: -len(example.input_ids))
-    state = initial_state(site.layout, site.seed)
-    speeds: list[Speed] = []
-    peaks: list[Peak] = []
+    assignment = smallest(site.assignment, config.planner.ranks)
+    state = initial_state(assignment.layout, site.seed)
+    batches = sorted(config.planner.batches)
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    length = len(longest.input_ids)
+    pad = site.pool.tokenizer.pad_token_id or 0
 
-    with site.pool.model(state, trainable="A and B", assignment=site.assignment) as model:
+    with site.pool.model(state, trainable="A and B", assignment=assignment) as model:
+        if fixed_bytes(model) > memory:
+            return Passes((Speed(1, budget.tokens_s or LEAST_RATE),), (), 0.0)
 
-        def inputs_of(batch: int) -> dict[str, Tensor]:
-            rows = [longest[index % len(longest)] for index in range(batch)]
-            return collate(rows, site.pool.tokenizer.pad_token_id or 0, _device(model))
-
-        def speed_of(batch: int) -> Speed:
-            speed = budget.tokens_s or budget.speed * _speed(model, inputs_of(batch))
-            return Speed(batch, float(f"{speed:.{DIGITS}g}"))
-
-        batches = sorted(config.planner.batches)
-        for batch in _two(batches):
-            inputs = inputs_of(batch)
-            length = inputs["input_ids"].shape[1]
+        def measure(batch: int, most: int) -> tuple[Peak, Peak]:
+            rows = [_labelled(longest, most)] * batch
+            inputs = collate(rows, pad, _device(model))
             plain, recomputed = peak_bytes(model, inputs)
-            peaks.append(Peak(batch, length, False, plain))
-            peaks.append(Peak(batch, length, True, recomputed))
+            return Peak(batch, most, False, plain), Peak(batch, most, True, recomputed)
 
-        first, second = (peak for peak in peaks if not peak.checkpointing)
-        sequence_bytes = (second.bytes - first.bytes) / (second.batch - first.batch)
+        def speed_of(batch: int, most: int) -> Speed:
+            rows = [_labelled(row, most) for row in spread_rows(examples, batch)]
+            tokens = sum(len(row.input_ids) for row in rows)
+            speed = budget.speed * tokens / step_s(model, rows, site.train, pad)
+            return Speed(batch, _rounded(speed))
+
+        eighth = max(2, length // 8)
+        short = [*measure(1, eighth), *measure(2, eighth)]
+        room = tokens_within(short, memory, length)
+        fitting = [batch for batch in _two(batches) if batch * length <= room]
+        whole = [peak for batch in fitting for peak in measure(batch, length)]
+        peaks = tuple(whole if len(fitting) == 2 else short)
+        room = tokens_within(peaks, memory, length)
+
+        if budget.tokens_s is not None:
+            fitting = [batch for batch in batches if batch * length <= room] or [1]
+            return Passes(tuple(Speed(batch, budget.tokens_s) for batch in fitting), peaks, 0.0)
+
+        speeds: list[Speed] = []
         for batch in batches:
-            if first.bytes + sequence_bytes * (batch - first.batch) > memory:
+            if batch * length > room:
                 break  # without a pass, which could end the process
+            speeds.append(speed_of(batch, length))
 
-            speeds.append(speed_of(batch))
+        if not speeds and room >= 2:
+            speeds.append(speed_of(1, min(length, room)))
 
-        if not speeds:
-            speeds.append(speed_of(1))
+    speeds = speeds or [Speed(1, LEAST_RATE)]
+    beside_s = fixed_s(site, initial_state(site.layout, site.seed)) / budget.speed
+    return Passes(tuple(speeds), peaks, _rounded(beside_s))
 
-    return tuple(speeds), tuple(peaks)
+
+def smallest(run: Assignment, ranks: Sequence[int]) -> Assignment:
+    """Return the assignment with which sites measure: all weights at the smallest of the planner's
+    `ranks`, because a site may have no room for the run's own."""
+    least = min(ranks)
+    return run.with_ranks({name: min(least, rank) for name, rank in run.ranks})
+
+
+def _labelled(example: Example, length: int) -> Example:
+    """Return the first `length` tokens of a sequence, all of them with labels where the cut leaves
+    none."""
+    cut = example.cut(0, length)
+    return cut if cut.learns else Example(cut.input_ids, cut.input_ids)
+
+
+def tokens_within(peaks: Sequence[Peak], memory: int, length: int) -> int:
+    """Return the tokens of a pass of sequences of `length`, without checkpointing, that `memory`
+    has room for, by the line through two measured passes.
+
+    Where these had shorter sequences, a fifth of the tokens is left out, since attention may hold
+    more for each token of a longer one.
+    """
+    first, second = (peak for peak in peaks if not peak.checkpointing)
+    tokens = first.batch * first.length
+    each = (second.bytes - first.bytes) / (second.batch * second.length - tokens)
+    room = max(0, int(tokens + (memory - first.bytes) / max(each, 1.0)))
+    return room if first.length >= length else room * 4 // 5
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.{DIGITS}g}")
 
 
 def _two(batches: Sequence[int]) -> list[int]:
@@ -170,31 +229,16 @@ def _device(model: nn.Module) -> torch.device:
     return next(iter(tuned_parameters(model).values())).device
 
 
-def _pass(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """Run one forward and backward pass, and drop the gradients."""
-    summed_loss(*predictions(model, inputs)).backward()  # type: ignore[no-untyped-call]
-    for parameter in tuned_parameters(model).values():
-        parameter.grad = None
+def fixed_bytes(model: nn.Module) -> int:
+    """Return the bytes of weights, gradients and optimizer, without a pass."""
+    trained = sum(parameter.numel() for parameter in tuned_parameters(model).values())
+    return sum(_weights(model).values()) + OPTIMIZER_BYTES * trained
 
 
-def _speed(model: nn.Module, inputs: dict[str, Tensor]) -> float:
-    """Return tokens a second of a forward and backward pass."""
-    _pass(model, inputs)
-    seconds = []
-    for _ in range(TIMED):
-        _wait(inputs)
-        started = time.perf_counter()
-        _pass(model, inputs)
-        _wait(inputs)
-        seconds.append(time.perf_counter() - started)
-
-    return inputs["input_ids"].numel() / max(min(seconds), 1e-9)
-
-
-def _wait(inputs: dict[str, Tensor]) -> None:
-    """Wait for the device."""
-    if inputs["input_ids"].is_cuda:
-        torch.cuda.synchronize()
+def _weights(model: nn.Module) -> dict[int, int]:
+    """Return the bytes of the parameters by the address of their memory."""
+    memories = (parameter.untyped_storage() for parameter in model.parameters())
+    return {memory.data_ptr(): memory.nbytes() for memory in memories}
 
 
 def peak_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[int, int]:
@@ -204,12 +248,8 @@ def peak_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[int, int]:
     With checkpointing these are what is saved outside the layers, the input of each layer, and what
     the largest layer saves when it is computed again. Without layers to recompute both are equal.
     """
-    weights = {
-        parameter.untyped_storage().data_ptr(): parameter.untyped_storage().nbytes()
-        for parameter in model.parameters()
-    }
-    trained = sum(parameter.numel() for parameter in tuned_parameters(model).values())
-    fixed = sum(weights.values()) + OPTIMIZER_BYTES * trained
+    weights = _weights(model)
+    fixed = fixed_bytes(model)
     layers = _layers(model)
     saved: list[dict[int, int]] = [{} for _ in range(len(layers) + 1)]
     inside = [len(layers)]

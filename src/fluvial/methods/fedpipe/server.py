@@ -120,7 +120,9 @@ class FedPipeServer(SharedModelServer):
         self.profiles |= profiles
         metrics: Metrics = {}
         if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
-            metrics = self._probe(fleet, sorted(profiles), round)
+            able = [site for site in sorted(profiles) if profiles[site].peaks]
+            if able:  # a site without room for a pass probes nothing
+                metrics = self._probe(fleet, able, round)
 
         plans, refused = self.deciding.decide(
             {site: self._beside_side_path(profile) for site, profile in profiles.items()},

@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.importance import Meter, spectrum
-from fluvial.methods.fedpipe.measure import full_load, measured
+from fluvial.methods.fedpipe.measure import full_load, measured, tokens_within
+from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.site_configuration import (
     MOST_VERSIONS,
     VERSION,
@@ -31,6 +32,8 @@ from fluvial.wire.tensors import Named, add
 
 PLAN = "plan"
 """Slot of the site's plan."""
+PROFILE = "profile"
+"""Slot of the site's last profile."""
 STEPS = "steps"
 """Name of the reply value that carries the local steps that were made."""
 SECONDS = "s"
@@ -54,21 +57,30 @@ def run_assignment(site: Site) -> Assignment:
 def profile(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - it asks for all of it
     """Measure memory, speed and data of the site; the answer has no text and no weight."""
     config: FedPipeConfig = site.method
-    return Payload(values=measured(site, config).to_values())
+    values = measured(site, config).to_values()
+    site.keep(PROFILE, Payload(values=values))
+    return Payload(values=values)
 
 
 def probe(site: Site, message: Payload) -> Payload:
     """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
 
-    The adapter itself is dropped.
+    The adapter itself is dropped. A batch that the site's memory has no room for is a smaller one,
+    or one of shorter sequences, by what its profile measured.
     """
     config: FedPipeConfig = site.method
     number = message.whole("number", 0, site.rounds)
+    stored = site.recall(PROFILE)
+    known = Profile.from_values(stored.values) if stored.values else measured(site, config)
     run = run_assignment(site)
     rank = {name: min(config.probe_rank, run.width(name)) for name, _ in run.ranks}
-    site.assigned = run.with_ranks(rank)
-    start = initial_state(site.layout, site.seed)
     examples = site.load().train
+    longest = max(len(example.input_ids) for example in examples)
+    room = tokens_within(known.peaks, known.memory_bytes, longest)
+    site.assigned = replace(run.with_ranks(rank), batch=max(1, min(run.batch, room // longest)))
+    start = initial_state(site.layout, site.seed)
+    if room < longest:
+        examples = shortened(examples, max(2, room))
     modules = modules_of(site.layout.names)
     meter = Meter(modules)
 

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from fluvial.data import Example
 from fluvial.methods.fedpipe import measure
 from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.step_times import spread_rows
 from fluvial.site_process.process import JOIN, SiteProcess
+from fluvial.training import train
 from fluvial.training.train import TrainConfig, predictions
 from fluvial.wire.payload import Payload
 from tests.support.site_process import SITE, header, site_file
@@ -57,14 +60,15 @@ def test_batches_end_where_memory_does(run_config: dict[str, Any], tmp_path: Pat
 def test_no_pass_is_made_with_a_batch_that_does_not_fit(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the two batches from which memory is known, such a pass could end the process."""
+    """Such a pass could end the process."""
     batches = set()
 
     def watched(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
         batches.add(len(inputs["input_ids"]))
         return predictions(model, inputs)
 
-    monkeypatch.setattr(measure, "predictions", watched)
+    for module in (measure, train):
+        monkeypatch.setattr(module, "predictions", watched)
     profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path, memory_mb=1.2)
     timed = {speed.batch for speed in profile.speeds["float32"]}
     assert timed < {1, 2, 4, 8, 16}
@@ -80,12 +84,44 @@ def test_no_pass_with_large_batches_is_made_before_its_memory_is_known(
         batches.add(len(inputs["input_ids"]))
         return predictions(model, inputs)
 
-    monkeypatch.setattr(measure, "predictions", watched)
+    for module in (measure, train):
+        monkeypatch.setattr(module, "predictions", watched)
     for choices in ([2**19, 2**20], [2**20], [4, 2**20]):
         method = {"name": "fedpipe", "planner": {"batches": choices}}
         profile = profiled(run_config | {"method": method}, tmp_path / str(choices), memory_mb=3.0)
         assert profile.speeds["float32"][0].batch == (4 if choices[0] == 4 else 1)
         assert max(batches) <= 8
+
+
+@pytest.mark.parametrize("memory_mb", [0.02, 0.25, 0.3, 0.4, 0.6, 1.2, 100.0])
+def test_no_pass_needs_more_than_the_limit(
+    memory_mb: float, run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [0]
+
+    def watched(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
+        peaks = peak_bytes(model, inputs)
+        sizes.append(peaks[0])
+        return peaks
+
+    peak_bytes = measure.peak_bytes
+    monkeypatch.setattr(measure, "peak_bytes", watched)
+    table = run_config | {"method": {"name": "fedpipe"}}
+    profile = profiled(table, tmp_path, memory_mb=memory_mb)
+    assert max(sizes) <= profile.memory_bytes
+    assert profile.unmeasured == (len(sizes) == 1)
+    if memory_mb == 100:
+        assert {peak.batch for peak in profile.peaks} == {1, 2}
+        assert profile.fixed_s > 0
+
+
+def test_rows_of_a_timed_step_spread_over_the_lengths() -> None:
+    examples = [Example(range(length), range(length)) for length in (9, 2, 5, 7, 3)]
+    lengths = {
+        batch: [len(row.input_ids) for row in spread_rows(examples, batch)] for batch in (1, 2, 5)
+    }
+    assert lengths == {1: [5], 2: [3, 7], 5: [2, 3, 5, 7, 9]}
+    assert len(spread_rows(examples[:2], 7)) == 7
 
 
 def test_the_limit_of_a_process_is_the_least_of_its_limits(

@@ -152,6 +152,17 @@ def test_seconds_are_those_of_c2() -> None:
     assert seconds(False, 3584) == pytest.approx(10.0)
     measured = 4 * base + 6 * 3584
     assert seconds(True, 1000) == pytest.approx(10 * (6 * base + 8 * 1000) / measured)
+    again = replace(site, profile=replace(site.profile, fixed_s=3.0))
+    assert again.time.seconds(
+        again.profile,
+        FORMATS["bfloat16"],
+        Wire.of(4),
+        batch=1,
+        tokens=500,
+        checkpointing=False,
+        lora=3584,
+        modules=2,
+    ).compute_s == pytest.approx(13.0)
     assert site.time.bytes_up(1000, 2, Wire.of(4)) == 1016
     assert site.time.bytes_down(1000, 2) == 4016
 

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from fluvial.errors import ConfigError
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.candidates import Candidate, normalised
 from fluvial.methods.fedpipe.planner.choice import RankChoice
 from fluvial.methods.fedpipe.planner.deadline import (
@@ -50,7 +51,7 @@ def refused(memory_mb: float, deadline_s: float | None = None, **facts: Any) -> 
 def test_a_base_that_does_not_fit_is_refused_with_the_method_that_would() -> None:
     words = refused(30)
     assert words.startswith("site 'a': the base in format nf4 needs 35.2 MB with the reserve")
-    assert "more than its 30.0 MB; raise its memory, or add a smaller format" in words
+    assert "more than its 30.0 MB; raise method.budgets.memory_mb, or add a smaller format" in words
     assert words.endswith(
         "or use method 'fedcybgd', which has one block of the model at the site and needs 8.00 MB"
     )
@@ -71,7 +72,12 @@ def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> Non
 
     busy = refused(100, 5.0, up_bytes_s=1e6, down_bytes_s=1e6, latency_s=0.0, samples=10**6)
     assert "steps of 4 sequences take" in busy
-    assert "method.planner.eighths" in busy
+    assert "allow fewer" not in busy  # an eighth is the least
+    assert "lower train.max_steps" in busy
+
+    site = models(memory_bytes=100 * MB, samples=10**6, latency_s=0.0, up_bytes_s=1e6)
+    words = str(refusal(planner(eighths=(8, 4)), "a", site, 5.0))
+    assert "allow fewer method.planner.eighths" in words
 
 
 def test_one_rank_for_all_needs_room_for_all() -> None:
@@ -173,11 +179,12 @@ def test_a_small_critical_batch_makes_more_and_smaller_steps(
     ],
 )
 def test_weights_of_the_objective_decide(setting: str, low: object, high: object) -> None:
+    changes: list[dict[str, Any]] = [{setting: weight} for weight in (0.0, 1.0)]
     plans = [
-        planner(**{"objective": "value", setting: weight}).plan(
+        planner(objective="value", **changed).plan(
             models(memory_bytes=round(86.5 * MB), samples=800)
         )
-        for weight in (0.0, 1.0)
+        for changed in changes
     ]
     assert None not in plans
     of = {
@@ -277,6 +284,29 @@ def test_side_paths_add_to_the_download_of_a_site_that_trains_fewer_weights() ->
     assert other.prediction.bytes_up == few.prediction.bytes_up
 
 
+def test_a_deadline_leaves_time_for_all_that_others_may_train() -> None:
+    """A site's side path may be the whole adapter of the run, but what it trains itself."""
+    weights = candidates(0)
+    total = sum(weight.width * 32 for weight in weights)
+    settings = PlannerSettings(ranks=(2, 4, 8, 16, 32), batches=(4,), formats=("bfloat16",))
+    alone, beside = (
+        Planner(weights, settings, length=64, format="bfloat16", beside=parameters)
+        for parameters in (0, total)
+    )
+    site = models(memory_bytes=400 * MB, latency_s=0.0, down_bytes_s=2e4, up_bytes_s=1e6)
+    free = beside.plan(site)
+    assert free is not None
+    assert free == alone.plan(site)
+
+    sizes = {weight.module: weight.width * 32 for weight in weights}
+    for deadline_s in (10.0, 20.0, 40.0, 80.0):
+        plan = beside.plan(site, deadline_s)
+        if plan is not None:
+            widest = with_side_path(plan, site, sizes, sizes)
+            assert widest.prediction.seconds * 1.2 <= deadline_s
+    assert plan is not None
+
+
 def test_a_plan_leaves_memory_for_all_that_others_may_train() -> None:
     """At each limit, also with the largest side path; a site with enough memory trains all."""
     sizes = {weight.module: 8 * weight.width for weight in candidates(0)}
@@ -350,3 +380,18 @@ def test_coverage_is_concave_and_complete_at_the_rank_of_the_probe() -> None:
 def test_settings_that_cannot_work_are_refused(table: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         PlannerSettings.model_validate(table)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"score_decay": 0.1}, "score_decay: without effect at replan_every=0"),
+        ({"planner": {"hysteresis": 0.1}}, "planner.hysteresis: without effect at replan_every=0"),
+    ],
+)
+def test_settings_of_later_plans_are_refused_where_there_is_none(
+    change: dict[str, Any], words: str
+) -> None:
+    FedPipeConfig.model_validate({"replan_every": 1, **change})
+    with pytest.raises(ValidationError, match=words):
+        FedPipeConfig.model_validate({"replan_every": 0, **change})

@@ -17,6 +17,7 @@ PROFILE = Profile(
     latency_s=0.5,
     samples=10,
     tokens=(Tokens(16, 120), Tokens(64, 300)),
+    fixed_s=0.25,
     peaks=(Peak(1, 64, True, 10**8),),
 )
 
@@ -38,6 +39,7 @@ def test_a_profile_returns_from_its_values() -> None:
         ("down_bytes_s", math.inf, "profile.down_bytes_s: inf"),
         ("down_bytes_s", "fast", "profile.down_bytes_s: 'fast' is not a number"),
         ("latency_s", -0.1, "profile.latency_s"),
+        ("fixed_s", -1.0, "profile.fixed_s"),
         ("samples", 0, "profile.samples"),
         ("speeds", {}, "profile.speeds"),
         ("speeds", [], "profile.speeds"),

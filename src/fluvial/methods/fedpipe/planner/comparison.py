@@ -16,6 +16,7 @@ class Measured:
     bytes_up: int
     bytes_down: int
     seconds: float
+    """Seconds of training, without messages."""
 
 
 def compared(plan: SitePlan, measured: Measured) -> dict[str, Value]:
@@ -27,7 +28,7 @@ def compared(plan: SitePlan, measured: Measured) -> dict[str, Value]:
         "memory_bytes": plan.prediction.memory_bytes,
         "bytes_up": plan.prediction.bytes_up,
         "bytes_down": plan.prediction.bytes_down,
-        "seconds": plan.prediction.seconds,
+        "seconds": plan.prediction.compute_s,
     }
     figures: dict[str, Value] = {}
     values: dict[str, float | None] = asdict(measured)

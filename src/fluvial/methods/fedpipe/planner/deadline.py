@@ -17,7 +17,7 @@ def full_load_s(planner: Planner, models: Models, rank: int = RANK) -> float | N
     uniform = uniform_parameters(planner, rank)
     least = planner.least
     loads = [
-        (room.unprocessed, room.seconds(max(least, min(uniform, room.memory))))
+        (room.unprocessed, room.most_seconds(max(least, min(uniform, room.memory))))
         for room in planner.rooms(models)
         if room.memory >= least
     ]

@@ -72,6 +72,10 @@ class Room:
     """Seconds of the round without an adapter."""
     each_s: Fraction
     """Seconds for each parameter."""
+    side_s: Fraction
+    """Seconds for each parameter of a side path."""
+    beside: int
+    """Parameters of the run's adapter; what is not trained of them may become a side path."""
     unprocessed: Fraction
     """Share of the site's tokens that a round does not process, u."""
     worth: Fraction
@@ -85,6 +89,11 @@ class Room:
     def seconds(self, lora: int) -> float:
         """Return the seconds of the round, rounded once."""
         return float(self.fixed_s + self.each_s * lora)
+
+    def most_seconds(self, lora: int) -> float:
+        """Return the seconds of the round with the largest side path, which a deadline bounds."""
+        side = max(0, self.beside - lora)
+        return float(self.fixed_s + self.each_s * lora + self.side_s * side)
 
 
 SIDE_BYTES = 4
@@ -132,7 +141,11 @@ class Planner:
         return self.choice.least(self.settings.selection)
 
     def plan(self, models: Models, deadline_s: float | None = None) -> SitePlan | None:
-        """Return the best plan of a site, or None where no setting has room for an adapter."""
+        """Return the best plan of a site, or None where no setting has room for an adapter, or
+        where nothing was measured."""
+        if models.profile.unmeasured:
+            return None
+
         best: tuple[float, float, int, int] | None = None
         chosen: tuple[Room, Ranks] | None = None
 
@@ -187,10 +200,24 @@ class Planner:
             modules=len(self.choice.candidates),
         )
 
+        side_s = Fraction(0)
+        if self.beside:
+            side_s = sum(
+                models.time.side_path(
+                    profile,
+                    format,
+                    batch=setting.batch,
+                    tokens=tokens,
+                    checkpointing=setting.checkpointing,
+                ),
+                Fraction(0),
+            )
+
         time = None
         if deadline_s is not None:
-            spare_s = Fraction(deadline_s) / Fraction(self.settings.safety) - fixed_s
-            time = int(spare_s // each_s) if spare_s >= 0 else -1
+            spare_s = Fraction(deadline_s) / Fraction(self.settings.safety)
+            spare_s -= fixed_s + side_s * self.beside
+            time = int(spare_s // (each_s - side_s)) if spare_s >= 0 else -1
 
         return Room(
             setting,
@@ -200,6 +227,8 @@ class Planner:
             time,
             fixed_s,
             each_s,
+            side_s,
+            self.beside,
             1 - Fraction(tokens, profile.all_tokens),
             Fraction(tokens, profile.all_tokens) * self._worth(setting.batch),
         )

@@ -25,7 +25,7 @@ MOST_POINTS = 256
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of forward and backward pass, without recomputation."""
+    """Tokens a second of whole training steps, without recomputation."""
 
     batch: int
     """Sequences of the pass."""
@@ -71,8 +71,17 @@ class Profile:
     """Sequences that a full round trains on."""
     tokens: tuple[Tokens, ...]
     """Tokens of these sequences by length, in ascending order; the last one is uncut."""
+    fixed_s: float = 0.0
+    """Seconds of a round's training beside its steps."""
     peaks: tuple[Peak, ...] = ()
     """Measured memory, for calibration."""
+
+    @property
+    def unmeasured(self) -> bool:
+        """Return whether the site made no pass, because its memory has room for none, and has no
+        speed from its budget either."""
+        speeds = (speed for curve in self.speeds.values() for speed in curve)
+        return not self.peaks and all(speed.tokens_s <= LEAST_RATE for speed in speeds)
 
     @property
     def all_tokens(self) -> int:
@@ -101,6 +110,7 @@ class Profile:
                 "latency_s": float(self.latency_s),
                 "samples": self.samples,
                 "tokens": [[point.length, point.tokens] for point in self.tokens],
+                "fixed_s": float(self.fixed_s),
                 "peaks": [
                     [peak.batch, peak.length, peak.checkpointing, peak.bytes] for peak in self.peaks
                 ],
@@ -132,6 +142,7 @@ class Profile:
             _number("latency_s", given["latency_s"], 0, MOST_SECONDS),
             samples,
             _tokens(given["tokens"], samples),
+            _number("fixed_s", given["fixed_s"], 0, MOST_SECONDS),
             _peaks(given["peaks"]),
         )
 

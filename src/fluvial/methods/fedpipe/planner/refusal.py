@@ -65,12 +65,21 @@ def refusal(
     base = models.memory.base(smallest) + models.memory.reserve
 
     if base > memory:
-        remedy = "raise its memory, or add a smaller format to method.planner.formats"
+        remedy = "raise method.budgets.memory_mb, or add a smaller format to method.planner.formats"
         words = (
             f"the base in format {smallest.name} needs {human_bytes(base)} with the reserve of "
             f"{human_bytes(models.memory.reserve)}, more than its {human_bytes(memory)}; {remedy}"
         )
         return Refusal(site, "base", base, memory, words, fitting)
+
+    if models.profile.unmeasured:
+        adapted = base + models.memory.lora_bytes * models.time.lora_measured
+        words = (
+            f"base and smallest adapter of all weights need {human_bytes(adapted)} before a pass, "
+            f"more than its {human_bytes(memory)}, so that no speed was measured; raise "
+            "method.budgets.memory_mb, or set method.budgets.tokens_s"
+        )
+        return Refusal(site, "activations", adapted, memory, words, fitting)
 
     rooms = list(planner.rooms(models, deadline_s))
     if all(room.memory < least for room in rooms):
@@ -83,32 +92,34 @@ def refusal(
             f"a pass of {setting.batch} x {setting.length} tokens over the base in format "
             f"{setting.format} needs {human_bytes(needed)} with activations, more than its "
             f"{human_bytes(memory)}; shorten data.max_length, allow smaller "
-            "method.planner.batches or checkpointing, or raise its memory"
+            "method.planner.batches or checkpointing, or raise method.budgets.memory_mb"
         )
         return Refusal(site, "activations", needed, memory, words, fitting)
 
     assert deadline_s is not None, "a plan fits"
     allowed_s = deadline_s / planner.settings.safety
     room = min(
-        (room for room in rooms if room.memory >= least), key=lambda room: room.seconds(least)
+        (room for room in rooms if room.memory >= least), key=lambda room: room.most_seconds(least)
     )
-    total_s = room.seconds(least)
+    total_s = room.most_seconds(least)
     link_s = _link_s(models, room, least)
 
     if link_s > allowed_s:
         words = (
             f"the messages of the smallest adapter take {human_seconds(link_s)} at rate "
             f"{room.setting.rate}, more than the {human_seconds(allowed_s)} that the deadline "
-            "allows; choose a codec of a higher rate, or raise the deadline"
+            "allows; choose a codec of a higher rate, or raise method.deadline_s"
         )
         return Refusal(site, "link", link_s, allowed_s, words)
 
     steps = room.setting.steps
+    fewer = "" if min(planner.settings.eighths) == 1 else "allow fewer method.planner.eighths, "
     words = (
         f"{steps} step{'s' if steps > 1 else ''} of {room.setting.batch} sequences "
         f"take{'' if steps > 1 else 's'} {human_seconds(total_s)}, more than the "
         f"{human_seconds(allowed_s)} that the deadline "
-        "allows; allow fewer eighths in method.planner.eighths, or raise the deadline"
+        f"allows; {fewer}lower train.max_steps or train.num_train_epochs, or raise "
+        "method.deadline_s"
     )
     return Refusal(site, "deadline", total_s, allowed_s, words)
 

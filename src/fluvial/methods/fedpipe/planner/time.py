@@ -1,11 +1,13 @@
 """The time model of a site's round: training at its measured speed, and bytes over its own link.
 
-    t = tokens / speed(b) * (4 P + 6 n + [ckpt] (2 P + 2 n)) / (4 P + 6 n_0)
+    t = fixed + tokens / speed(b) * (4 P + 6 n + [ckpt] (2 P + 2 n)) / (4 P + 6 n_0)
         + down / down_rate + up / up_rate + latency
 
 is C2 of FedPipe as we concretise it: a frozen base costs 2 P in the forward pass and 2 P for the
 gradient of its input, an adapter of n parameters 6 n, and checkpointing repeats the forward pass.
-The speed was measured with an adapter of n_0 parameters, without checkpointing.
+The speed is that of whole steps, measured with an adapter of n_0 parameters, without checkpointing;
+`fixed` are the measured seconds of a round's training beside its steps. A parameter of a side path
+costs 4 a token, for it is frozen, and its bytes down.
 """
 
 from collections.abc import Mapping
@@ -76,9 +78,9 @@ class TimeModel:
         modules: int,
     ) -> RoundTime:
         """Return the seconds of a round over `tokens` tokens."""
-        compute_s = tokens * self.token_s(profile, format, batch)
+        steps_s = tokens * self.token_s(profile, format, batch)
         return RoundTime(
-            compute_s * self._work(lora, checkpointing=checkpointing),
+            steps_s * self._work(lora, checkpointing=checkpointing) + self.factor * profile.fixed_s,
             self.bytes_up(lora, modules, wire) / profile.up_bytes_s,
             self.bytes_down(lora, modules) / profile.down_bytes_s,
             profile.latency_s,
@@ -107,14 +109,25 @@ class TimeModel:
         header = HEADER_BYTES * modules + 1
         up = 1 / Fraction(profile.up_bytes_s)
         down = 1 / Fraction(profile.down_bytes_s)
-        fixed = token_s * base / whole + header * (up + down) + Fraction(profile.latency_s)
+        beside = Fraction(self.factor * profile.fixed_s) + Fraction(profile.latency_s)
+        fixed = token_s * base / whole + header * (up + down) + beside
         per_parameter = token_s * each / whole + VALUE_BYTES * (
             up / wire.rate + down / self.down_rate
         )
         return fixed, per_parameter
 
+    def side_path(
+        self, profile: Profile, format: Format, *, batch: int, tokens: int, checkpointing: bool
+    ) -> tuple[Fraction, Fraction]:
+        """Return (seconds of training, seconds of the download) for each parameter of a side path,
+        exactly."""
+        whole = 4 * self.base_parameters + 6 * self.lora_measured
+        token_s = Fraction(self.token_s(profile, format, batch)) * tokens
+        down = Fraction(profile.down_bytes_s) * self.down_rate
+        return token_s * (6 if checkpointing else 4) / whole, VALUE_BYTES / down
+
     def token_s(self, profile: Profile, format: Format, batch: int) -> float:
-        """Return the seconds of a token's forward and backward pass."""
+        """Return the seconds of a token in a training step."""
         curve = profile.speeds.get(format.name)
         slowdown = 1.0
         if curve is None:
