@@ -494,6 +494,14 @@ REFUSED: dict[str, tuple[Table, str]] = {
         {"method": {"name": "flglm", "mode": "sequential", "step_deadline_s": 1.0}},
         "step_deadline_s: without effect unless mode='client-batch'",
     ),
+    "memory of probes where there is one": (
+        {"method": {"name": "fedpipe", "replan_every": 0, "score_decay": 0.1}},
+        "score_decay: without effect at replan_every=0",
+    ),
+    "gain of a later plan where there is none": (
+        {"method": {"name": "fedpipe", "replan_every": 0, "planner": {"hysteresis": 0.1}}},
+        "planner.hysteresis: without effect at replan_every=0",
+    ),
     "weights that privacy makes equal": (
         {
             "method": {

@@ -318,8 +318,15 @@ def test_a_site_without_any_plan_is_refused_with_the_limit_that_binds(
 ) -> None:
     budgets = [{"site": "west", "memory_mb": 0.01, "tokens_s": 1.0}]
     table = merge(unequal, {"method": {"budgets": budgets}})
-    with pytest.raises(ClientError, match="'west' failed: the base in format float32 needs"):
-        run_table(table, tmp_path / "run")
+    # Nothing trains before it, no baseline either.
+    with pytest.raises(ConfigError, match="base in format float32 needs .*0.01 of site 'west'"):
+        run_table(table | {"compare": ["local"]}, tmp_path / "run")
+    assert not (tmp_path / "run" / "compare").exists()
+
+    # A limit that base and no pass fit in is known once the site has measured itself.
+    tight = merge(unequal, {"method": {"budgets": [{"site": "west", "memory_mb": 0.15}]}})
+    with pytest.raises(ClientError, match="'west' failed: .*raise method.budgets.memory_mb"):
+        run_table(tight, tmp_path / "tight")
 
     # It counts as a site that did not answer.
     with pytest.raises(ClientError, match="2 of 3 sites answered, fleet.quorum=0.9 needs"):

@@ -27,14 +27,13 @@ def site_plans_table(planned: JsonObject) -> Group:
     """Return the plans of all sites, the sites without one, and the choice of method and codec."""
     plans = {site["name"]: site["plan"] for site in planned["sites"] if site["plan"] is not None}
     limits = {site["name"]: site["limits"] for site in planned["sites"]}
-    content: list[RenderableType] = [
-        table(PLAN_HEADINGS, _plan_rows(plans), "Plan of each site"),
-        table(
-            PREDICTED_HEADINGS,
-            [_predicted_row(site, plan, limits[site]) for site, plan in plans.items()],
-            "Predicted, a round",
-        ),
-    ]
+    content: list[RenderableType] = []
+    if plans:
+        predicted = [_predicted_row(site, plan, limits[site]) for site, plan in plans.items()]
+        content = [
+            table(PLAN_HEADINGS, _plan_rows(plans), "Plan of each site"),
+            table(PREDICTED_HEADINGS, predicted, "Predicted, a round"),
+        ]
     notes = [
         f"no plan for site {site['name']}: {site['refused']}"
         for site in planned["sites"]
@@ -112,16 +111,22 @@ def predicted_by_site(metrics: Sequence[JsonObject]) -> Excerpt | None:
     if not latest:
         return None
 
+    measured = {
+        name: words
+        for name, words in FIGURES.items()
+        if any(figures[name]["measured"] is not None for _, figures in latest.values())
+    }
     rows = [
-        [site, f"{round}", *(_compared(figures[name], words) for name, words in FIGURES.items())]
+        [site, f"{round}", *(_compared(figures[name], words) for name, words in measured.items())]
         for site, (round, figures) in sorted(latest.items())
     ]
     return Excerpt(
         "Predicted and measured, by site",
-        ["site", "round", *(name.replace("_", " ") for name in FIGURES)],
+        ["site", "round", *(name.replace("_", " ") for name in measured)],
         rows,
         left=1,
-        words="Predicted / measured, and the relative error, of the first round after a plan.",
+        words="Predicted / measured, and the relative error, of the first round after a plan. "
+        "Memory that was not measured apart is left out; seconds are those of training.",
     )
 
 

@@ -131,13 +131,21 @@ def test_the_last_comparison_of_each_site_is_shown() -> None:
         [
             "south",
             "5",
-            "5.00 MB / -",
             "110 B / 100 B (+10%)",
             "50 B / 100 B (-50%)",
             "6.0 s / 5.0 s (+20%)",
         ]
     ]
+    assert "memory bytes" not in excerpt.headings
     assert predicted_by_site([{"round": 1}]) is None
+
+
+def test_without_any_plan_there_is_no_empty_table() -> None:
+    south = [site for site in PLANNED["sites"] if site["name"] == "south"]  # type: ignore[attr-defined]
+    text = text_of(site_plans_table(PLANNED | {"sites": south, "codec": None}))
+    assert "Plan of each site" not in text
+    assert "Predicted" not in text
+    assert "no plan for site south" in text
     assert plans_by_site({}) is None
     plans = plans_by_site({"plans": {"north": plan()}})
     assert plans is not None

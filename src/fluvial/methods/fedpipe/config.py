@@ -87,6 +87,12 @@ class FedPipeConfig(SampledSettings):
             yield f"budgets: site {name!r} stands twice; remove one"
 
         fields = type(self).model_fields
+        if self.replan_every == 0:
+            if self.score_decay != fields["score_decay"].default:
+                yield "score_decay: without effect at replan_every=0, one probe; remove it"
+            if self.planner.hysteresis != type(self.planner).model_fields["hysteresis"].default:
+                yield "planner.hysteresis: without effect at replan_every=0, one plan; remove it"
+
         if self.planner.selection == "importance":
             return
         for name in ("importance", "probe_rank", "probe_steps", "score_decay"):

@@ -8,11 +8,13 @@ from fluvial.errors import ConfigError
 from fluvial.exchange import COMPONENTS, NO_TGAP, check_codec, check_unequal
 from fluvial.federation.adapters import modules_of
 from fluvial.federation.sites import factor_layout
+from fluvial.formatting import human_bytes
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.formats import FORMATS, formats_named
+from fluvial.methods.fedpipe.planner.memory import base_bytes
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
-from fluvial.methods.fedpipe.site_configuration import VERSION
+from fluvial.methods.fedpipe.site_configuration import VERSION, format_of
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
@@ -118,6 +120,32 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
             f"model.dtype: method 'fedpipe' plans no base in {precision}; set model.dtype to "
             f"{' or '.join(map(repr, floats))}"
         )
+    _check_memory(config, given)
+
+
+def _check_memory(config: FedPipeConfig, given: Given) -> None:
+    """Raise `ConfigError` for a budget whose memory is less than the base takes, where such a site
+    would stop the run after its baselines have trained."""
+    if given.on_failure == "skip":
+        return
+
+    assert given.outline is not None
+    run = given.outline.assignment
+    sizes = sizes_of(given.outline.base, WIDTHS[run.precision])
+    formats = formats_named(config.planner.formats or (format_of(run),))
+    needed, name = min((base_bytes(sizes, format), format.name) for format in formats)
+    for budget in config.budgets:
+        if budget.memory_mb is not None and budget.memory_mb * 10**6 < needed:
+            raise ConfigError(
+                f"method.budgets: the base in format {name} needs {human_bytes(needed)}, more than "
+                f"memory_mb={budget.memory_mb:g} of site {budget.site!r}; raise it, add a smaller "
+                "format to method.planner.formats, or set fleet.on_failure='skip' to go on without "
+                "such a site"
+            )
+
+
+WIDTHS = {"float32": 4, "bfloat16": 2}
+"""Bytes of a value of a base by its precision."""
 
 
 def _check_labels(config: FedPipeConfig, given: Given) -> None:

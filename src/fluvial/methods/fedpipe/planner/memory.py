@@ -87,10 +87,7 @@ class MemoryModel:
 
     def base(self, format: Format) -> int:
         """Return the bytes of the frozen base; other weights stay in the type of the model."""
-        width = self._width(format)
-        coded = ceil(self.sizes.linear * format.bits / 8)
-        decoded = self.sizes.largest * width if format.quantised else 0
-        return coded + decoded + self.sizes.other * width
+        return base_bytes(self.sizes, format)
 
     def activations(self, format: Format, batch: int, length: int, *, checkpointing: bool) -> int:
         """Return the bytes of activations without those within adapters."""
@@ -143,8 +140,7 @@ class MemoryModel:
         return rest * self.sizes.width / self._width(point.format)
 
     def _width(self, format: Format) -> int:
-        """Return the bytes of a computed value: a quantised base computes in the model's type."""
-        return self.sizes.width if format.quantised else int(format.bits) // 8
+        return value_bytes(self.sizes, format)
 
     def to_json(self) -> dict[str, Any]:
         """Return the model as JSON values, for the record of a run."""
@@ -161,6 +157,19 @@ class MemoryModel:
             Fraction(values["candidate_width"]),
             values["lora_bytes"],
         )
+
+
+def base_bytes(sizes: Sizes, format: Format) -> int:
+    """Return the bytes of a frozen base in a format, with the largest decoded weight."""
+    width = value_bytes(sizes, format)
+    coded = ceil(sizes.linear * format.bits / 8)
+    decoded = sizes.largest * width if format.quantised else 0
+    return coded + decoded + sizes.other * width
+
+
+def value_bytes(sizes: Sizes, format: Format) -> int:
+    """Return the bytes of a computed value: a quantised base computes in the model's type."""
+    return sizes.width if format.quantised else int(format.bits) // 8
 
 
 def _line(points: Sequence[tuple[int, Fraction]]) -> Activations:
