@@ -106,6 +106,7 @@ def _table(case: dict[str, Any], text: Path) -> dict[str, Any]:
                 "selection": "all",
                 "ranks": [case["rank"]],
                 "batches": [*SMALL_BATCHES, case["batch"]],
+                "critical_batch": 1e9,  # so that the plan has the batch of the case
                 "eighths": [8],
                 "checkpointing": case["checkpointing"],
             },

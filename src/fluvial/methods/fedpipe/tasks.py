@@ -66,12 +66,15 @@ def probe(site: Site, message: Payload) -> Payload:
     """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
 
     The adapter itself is dropped. A batch that the site's memory has no room for is a smaller one,
-    or one of shorter sequences, by what its profile measured.
+    or one of shorter sequences, by what its profile measured. Raises `WireError` where none fits.
     """
     config: FedPipeConfig = site.method
     number = message.whole("number", 0, site.rounds)
     stored = site.recall(PROFILE)
     known = Profile.from_values(stored.values) if stored.values else measured(site, config)
+    if not known.peaks:
+        raise WireError("probe: the memory of this site has no room for a pass")
+
     run = run_assignment(site)
     rank = {name: min(config.probe_rank, run.width(name)) for name, _ in run.ranks}
     examples = site.load().train
