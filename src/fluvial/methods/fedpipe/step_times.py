@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fluvial.codecs import build
+from fluvial.codecs import build, must_learn
 from fluvial.data import Example
 from fluvial.federation.sites import Site
 from fluvial.training.train import TrainConfig, train
@@ -64,9 +64,10 @@ def step_s(
 
 def fixed_s(site: Site, state: Named) -> float:
     """Return the seconds of a round beside its steps: `state` is loaded into the model, and an
-    update of its size is coded."""
+    update of its size is coded, unless the codec is learned from the first updates."""
     started = time.perf_counter()
     with site.pool.model(state, trainable="A and B", assignment=site.assignment):
         pass
-    build(site.codec, site.trained).encode(state)
+    if not must_learn(site.codec):
+        build(site.codec, site.trained).encode(state)
     return time.perf_counter() - started
