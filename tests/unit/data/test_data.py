@@ -659,10 +659,10 @@ def test_named_sites_take_part_alone(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_named_sites_of_the_embedded_text_take_part_alone(tokenizer: Any) -> None:
-    read = SiteTexts(DataConfig(sites=["xml", "email"]), tokenizer, seed=0)
+    read = SiteTexts(DataConfig(sites=("xml", "email")), tokenizer, seed=0)
     assert read.names == ("email", "xml")
     with pytest.raises(ConfigError, match="data.sites: there is no site 'north'; the sites are ar"):
-        SiteTexts(DataConfig(sites=["north"]), tokenizer, seed=0)
+        SiteTexts(DataConfig(sites=("north",)), tokenizer, seed=0)
     with pytest.raises(ConfigError, match="'xml' is listed twice"):
         parse({"data": {"sites": ["xml", "xml"]}}, "test")
 
