@@ -45,7 +45,6 @@ PROFILES: dict[str, dict[str, Any]] = {
     "slowest": {"speeds": {"float32": [[1, 1e-6], [2, 1e12]]}},
     "largest batch": {"speeds": {"float32": [[2**40, 1e12]]}},
     "another format": {"speeds": {"nf4": [[1, 1.0]]}},
-    "no peaks": {"peaks": []},
     "falling peaks": {"peaks": [[1, 1, False, 2**50], [2**40, 2**40, False, 1]]},
     "steep peaks": {"peaks": [[1, 1, False, 1], [2, 1, False, 2**50]]},
     "no memory": {"memory_bytes": 1},
@@ -70,6 +69,21 @@ def test_a_lie_of_a_profile_changes_no_setting_of_the_other_sites(played: Round)
             assert metrics["plans"][site] == honest["plans"][site], (what, site)
         assert {failure.site for failure in fleet.failures} <= {LIAR}, what
         assert server.state().to_bytes(), what
+
+
+def test_a_site_that_claims_to_have_no_room_leaves_the_scores_to_the_others(played: Round) -> None:
+    """Without room for a pass a site is not probed; all others are planned."""
+
+    def forge(sent: Payload) -> bytes:
+        return with_values(
+            sent.to_bytes(), {"profile": sent.value("profile", dict) | {"peaks": []}}
+        )
+
+    _, _, honest = played.set_up(lambda _task, _site, _number, data: data)
+    _, fleet, metrics = played.set_up(lying("profile", forge))
+    assert {failure.site for failure in fleet.failures} <= {LIAR}
+    assert set(metrics["plans"]) >= set(honest["plans"]) - {LIAR}
+    assert metrics["scores"] != honest["scores"]
 
 
 def test_a_format_that_the_planner_does_not_know_is_that_sites_failure(played: Round) -> None:

@@ -68,7 +68,7 @@ def test_a_new_setting_of_data_is_the_sites_until_it_is_known_to_name_no_source(
         "public_source",
         "public",
     }
-    assert set(DataConfig.model_fields) == {*INDEPENDENT, *of_the_site, "partition"}
+    assert set(DataConfig.model_fields) == {*INDEPENDENT, *of_the_site, "partition", "sites"}
     assert set(SOURCES) < of_the_site
 
 
