@@ -1,6 +1,6 @@
 """The server half: profiles, scores and plans; rounds with unequal adapters; plans anew."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -118,14 +118,15 @@ class FedPipeServer(SharedModelServer):
             for site in sorted(profiles)
         }
         self.profiles |= profiles
+        limited = {site: self._beside_side_path(profile) for site, profile in profiles.items()}
         metrics: Metrics = {}
         if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
-            able = [site for site in sorted(profiles) if profiles[site].peaks]
-            if able:  # a site without room for a pass probes nothing
+            able = [site for site in self._fitting(limited) if profiles[site].peaks]
+            if able:
                 metrics = self._probe(fleet, able, round)
 
         plans, refused = self.deciding.decide(
-            {site: self._beside_side_path(profile) for site, profile in profiles.items()},
+            limited,
             self.scores,
             self.plans,
             self.slowness,
@@ -148,6 +149,17 @@ class FedPipeServer(SharedModelServer):
         shown = {site: self._predicted(site).to_json() for site in sorted(self.plans)}
         scores = {"scores": self.scores.score} if self.scores.score else {}
         return {"plans": shown, **scores, **metrics}
+
+    def _fitting(self, profiles: Mapping[str, Profile]) -> list[str]:
+        """Return the sites that some plan fits, in order of their names.
+
+        The others probe nothing: they have no room for it, and are refused with the limit that
+        binds.
+        """
+        planners = self.deciding.planners(self.scores, profiles)
+        models = {site: self._models_of(site, profile) for site, profile in profiles.items()}
+        deadline_s = self.config.deadline_s
+        return [site for site in sorted(profiles) if planners[site].fits(models[site], deadline_s)]
 
     def _beside_side_path(self, profile: Profile) -> Profile:
         """Return a profile without the memory of what `_side_bytes` counts."""
@@ -182,7 +194,11 @@ class FedPipeServer(SharedModelServer):
 
     def _models(self, site: str) -> Models:
         """Return the memory and time models of a site, as they are known."""
-        return self.deciding.models(self.profiles[site], self.slowness.get(site, 1.0))
+        return self._models_of(site, self.profiles[site])
+
+    def _models_of(self, site: str, profile: Profile) -> Models:
+        """Return the models of a site by `profile`."""
+        return self.deciding.models(profile, self.slowness.get(site, 1.0))
 
     def _probe(self, fleet: Fleet, sites: Sequence[str], round: int) -> Metrics:
         """Have `sites` score the weights, and fold their scores in; return the site that would

@@ -66,7 +66,8 @@ def probe(site: Site, message: Payload) -> Payload:
     """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
 
     The adapter itself is dropped. A batch that the site's memory has no room for is a smaller one,
-    or one of shorter sequences, by what its profile measured. Raises `WireError` where none fits.
+    or one of shorter sequences, by what its profile measured. Raises `WireError` where none fits,
+    and `RefusalError` where none of those that fit has a label.
     """
     config: FedPipeConfig = site.method
     number = message.whole("number", 0, site.rounds)
@@ -83,7 +84,7 @@ def probe(site: Site, message: Payload) -> Payload:
     site.assigned = replace(run.with_ranks(rank), batch=max(1, min(run.batch, room // longest)))
     start = initial_state(site.layout, site.seed)
     if room < longest:
-        examples = shortened(examples, max(2, room))
+        examples = _with_room(examples, max(2, room), known.memory_bytes)
     modules = modules_of(site.layout.names)
     meter = Meter(modules)
 
@@ -218,6 +219,21 @@ def shortened(examples: Sequence[Example], length: int) -> list[Example]:
             "tokens; remove the lengths that end before the answers"
         )
     return learning
+
+
+def _with_room(examples: Sequence[Example], length: int, memory: int) -> list[Example]:
+    """Return the sequences cut to the `length` that `memory` bytes have room for in a probe.
+
+    Raises `RefusalError` where none has a label left.
+    """
+    try:
+        return shortened(examples, length)
+    except RefusalError as error:
+        raise RefusalError(
+            f"probe: {memory:,} B of memory have room for the first {length} tokens of a sequence, "
+            "where no sequence of this site has a label; raise method.budgets.memory_mb, or set "
+            "method.planner.selection='all', which probes nothing"
+        ) from error
 
 
 def settings_of(run: TrainConfig, config: FedPipeConfig, plan: SiteConfiguration) -> TrainConfig:

@@ -140,6 +140,13 @@ class Planner:
         """Return the parameters of the smallest adapter that a plan may have."""
         return self.choice.least(self.settings.selection)
 
+    def fits(self, models: Models, deadline_s: float | None = None) -> bool:
+        """Return whether a site has a plan: something was measured, and some setting has room for
+        the smallest adapter."""
+        if models.profile.unmeasured:
+            return False
+        return any(room.capacity >= self.least for room in self.rooms(models, deadline_s))
+
     def plan(self, models: Models, deadline_s: float | None = None) -> SitePlan | None:
         """Return the best plan of a site, or None where no setting has room for an adapter, or
         where nothing was measured."""
