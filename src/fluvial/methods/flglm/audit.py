@@ -54,7 +54,7 @@ def leakage(site: Site, message: Payload) -> Talk:
 
     round_of(site, message)
     data = site.load()
-    texts = [_beginning(each, settings.tokens) for each in data.heldout[: settings.texts]]
+    texts = [attacked(each, settings.tokens) for each in data.heldout[: settings.texts]]
 
     release = Release.in_audit(site, message, task=AUDIT)
     with whole_model(site, message, release) as model:
@@ -157,5 +157,14 @@ def _attacks(
     return readers
 
 
-def _beginning(text: Example, tokens: int) -> Example:
-    return Example(text.input_ids[:tokens], text.labels[:tokens])
+def attacked(text: Example, tokens: int) -> Example:
+    """Return the first `tokens` tokens of a text, or, where they have no label and so no gradient,
+    as many around the first token that has one."""
+    beginning = text.cut(0, tokens)
+    labelled = (n for n, label in enumerate(text.labels) if n and label != IGNORE_INDEX)
+    first = next(labelled, None)
+    if beginning.learns or first is None:
+        return beginning
+
+    start = first - tokens // 2
+    return text.cut(start, start + tokens)

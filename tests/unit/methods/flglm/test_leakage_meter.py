@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fluvial.data import Example
+from fluvial.methods.flglm.audit import attacked
 from fluvial.methods.flglm.leakage.meter import (
     Leakage,
     Observation,
@@ -91,3 +93,16 @@ def test_the_sentence_is_about_the_worst_attack(accuracy: float, share: str) -> 
     values = json.loads(json.dumps(leakage.to_values()))
     assert values["accuracy"] == accuracy
     assert values["attacks"][1]["attack"] == "nearest token"
+
+
+@pytest.mark.parametrize(
+    ("labels", "start"),
+    [(16 * [1], 0), (3 * [-100] + 13 * [1], 0), (10 * [-100] + 6 * [1], 8), (16 * [-100], 0)],
+)
+def test_the_attacked_tokens_have_a_label_where_the_text_has_one(
+    labels: list[int], start: int
+) -> None:
+    """Without one no gradient is sent, and the attack on gradients would be left out."""
+    window = attacked(Example(list(range(16)), labels), 4)
+    assert window.input_ids == list(range(start, start + 4))
+    assert window.learns == (1 in labels)

@@ -18,7 +18,8 @@ class LeakageConfig(Settings):
     texts: int = Field(4, ge=1, le=10**4)
     """Held-out texts of a site that are attacked."""
     tokens: int = Field(16, ge=2, le=10**4)
-    """Tokens of each text, from its beginning; each costs a search of the vocabulary."""
+    """Tokens of each text, from its beginning, or around its first label where the beginning has
+    none; each costs a search of the vocabulary."""
 
     most: float | None = Field(None, gt=0, le=1)
     """Share of the tokens that the server may read. A cut and noise under which more was read where
