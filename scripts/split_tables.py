@@ -317,6 +317,24 @@ def split_thousand() -> str:
     return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
 
 
+def split_pipeline() -> str:
+    """Return the rate of split steps over the live stream beside that without a network."""
+    columns = {
+        "model": "model",
+        "line": "line",
+        "in_flight": "micro-batches in flight",
+        "rate": "sequences a second",
+        "of_no_network": "of the rate without a network",
+        "least": "least",
+        "most": "most",
+    }
+    given = read("flglm_pipeline.json")
+    lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
+    words = _loaded(given, f"{given['settings']['repeats']} repetitions")
+    claimed = claims("flglm_pipeline.json")
+    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+
+
 def _loaded(given: Any, what: str) -> str:
     """Return what was measured, and the load of the machine meanwhile, in a sentence."""
     machine = given["machine"]

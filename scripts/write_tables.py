@@ -29,6 +29,7 @@ from split_tables import (
     split_line,
     split_memory,
     split_modes,
+    split_pipeline,
     split_thousand,
 )
 from table_parts import ROOT, cell, claims, listing, read, table
@@ -248,6 +249,7 @@ TABLES = {
         "memory": split_memory,
         "slow-line": split_line,
         "modes": split_modes,
+        "pipeline": split_pipeline,
         "thousand": split_thousand,
         "leakage": leakage,
         "privacy-utility": privacy_utility,
