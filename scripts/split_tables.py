@@ -295,11 +295,7 @@ def split_modes() -> str:
         "computed": "computed s, a core for each",
         "computed_over_sequential": "times sequential, computed",
     }
-    given = read("flglm_modes.json")
-    lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
-    words = _loaded(given, f"{given['settings']['repeats']} repetitions of rounds")
-    claimed = claims("flglm_modes.json")
-    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+    return _figures("flglm_modes.json", columns, "{repeats} repetitions of rounds")
 
 
 def split_thousand() -> str:
@@ -310,11 +306,7 @@ def split_thousand() -> str:
         "cpu_seconds": "CPU seconds",
         "exchanges_s": "seconds of Flower's exchanges beside",
     }
-    given = read("flglm_thousand.json")
-    lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
-    words = _loaded(given, f"Rounds of {given['settings']['steps']} steps at each of four sites")
-    claimed = claims("flglm_thousand.json")
-    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+    return _figures("flglm_thousand.json", columns, "Rounds of {steps} steps at each of four sites")
 
 
 def split_pipeline() -> str:
@@ -328,11 +320,16 @@ def split_pipeline() -> str:
         "least": "least",
         "most": "most",
     }
-    given = read("flglm_pipeline.json")
+    return _figures("flglm_pipeline.json", columns, "{repeats} repetitions")
+
+
+def _figures(file: str, columns: dict[str, str], what: str) -> str:
+    """Return the rows and claims of a stored report, below what was measured; `what` may name its
+    settings in braces."""
+    given = read(file)
     lines = [[_short(row.get(key)) for key in columns] for row in given["rows"]]
-    words = _loaded(given, f"{given['settings']['repeats']} repetitions")
-    claimed = claims("flglm_pipeline.json")
-    return "\n\n".join((words, table([list(columns.values()), *lines]), claimed))
+    words = _loaded(given, what.format_map(given["settings"]))
+    return "\n\n".join((words, table([list(columns.values()), *lines]), claims(file)))
 
 
 def _loaded(given: Any, what: str) -> str:

@@ -114,6 +114,7 @@ class WholeModel:
         tokenizer = self.site.pool.tokenizer
         encoder = Encoder.of(tokenizer)
         context = self.site.pool.outline.context
+        cached = has_cache(self.part)
         answers = []
 
         for prompt in prompts:
@@ -122,7 +123,7 @@ class WholeModel:
                 answers.append("")
                 continue
 
-            if has_cache(self.part):
+            if cached:
                 generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
                 answer = yield from self._answer(generation.answer(prompt))
             else:

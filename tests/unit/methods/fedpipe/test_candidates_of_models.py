@@ -22,9 +22,16 @@ def registry(kind: str, folder: Path, **changes: Any) -> tuple[ModelPool, list[C
     return pool, linear_candidates(pool.outline.base, modules)
 
 
-def shapes(candidates: list[Candidate], layer: int) -> dict[str, tuple[int, int, str]]:
+def shapes(
+    candidates: list[Candidate], layer: int, behind: str = ""
+) -> dict[str, tuple[int, int, str]]:
+    """Return rows, columns and kind by type, or by what follows `behind` in the module's name."""
     return {
-        each.type: (each.rows, each.columns, each.kind)
+        each.module.partition(behind)[2] if behind else each.type: (
+            each.rows,
+            each.columns,
+            each.kind,
+        )
         for each in candidates
         if each.layer == layer
     }
@@ -59,13 +66,7 @@ def test_grouped_queries_have_narrow_keys_and_values(tmp_path: Path) -> None:
 def test_a_fused_conv1d_is_one_weight_of_out_by_in(tmp_path: Path) -> None:
     """GPT-2 stores (in, out); a module of the same name in attention and MLP keeps its kind."""
     pool, candidates = registry("gpt2", tmp_path, n_embd=32, n_layer=2, n_head=4, n_inner=48)
-    by_name = {each.module: each for each in candidates}
-    found = {
-        name.partition(".h.1.")[2]: (each.rows, each.columns, each.kind)
-        for name, each in by_name.items()
-        if each.layer == 1
-    }
-    assert found == {
+    assert shapes(candidates, 1, ".h.1.") == {
         "attn.c_attn": (96, 32, "attention"),
         "attn.c_proj": (32, 32, "attention"),
         "mlp.c_fc": (48, 32, "mlp"),
@@ -94,12 +95,7 @@ def test_names_of_bert_have_their_layer_and_kind() -> None:
         if isinstance(module, nn.Linear) and ".layer." in name
     ]
     candidates = linear_candidates(base, names)
-    found = {
-        each.module.partition(".2.")[2]: (each.rows, each.columns, each.kind)
-        for each in candidates
-        if each.layer == 2
-    }
-    assert found == {
+    assert shapes(candidates, 2, ".2.") == {
         "attention.self.query": (24, 24, "attention"),
         "attention.self.key": (24, 24, "attention"),
         "attention.self.value": (24, 24, "attention"),

@@ -57,11 +57,9 @@ def test_batches_end_where_memory_does(run_config: dict[str, Any], tmp_path: Pat
     assert [speed.batch for speed in profile.speeds["float32"]] == [1]
 
 
-def test_no_pass_is_made_with_a_batch_that_does_not_fit(
-    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such a pass could end the process."""
-    batches = set()
+def watched_batches(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Return a set that grows by the batch of each pass that a site makes."""
+    batches: set[int] = set()
 
     def watched(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
         batches.add(len(inputs["input_ids"]))
@@ -69,6 +67,14 @@ def test_no_pass_is_made_with_a_batch_that_does_not_fit(
 
     for module in (measure, train):
         monkeypatch.setattr(module, "predictions", watched)
+    return batches
+
+
+def test_no_pass_is_made_with_a_batch_that_does_not_fit(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a pass could end the process."""
+    batches = watched_batches(monkeypatch)
     profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path, memory_mb=1.2)
     timed = {speed.batch for speed in profile.speeds["float32"]}
     assert timed < {1, 2, 4, 8, 16}
@@ -78,14 +84,7 @@ def test_no_pass_is_made_with_a_batch_that_does_not_fit(
 def test_no_pass_with_large_batches_is_made_before_its_memory_is_known(
     run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = set()
-
-    def watched(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
-        batches.add(len(inputs["input_ids"]))
-        return predictions(model, inputs)
-
-    for module in (measure, train):
-        monkeypatch.setattr(module, "predictions", watched)
+    batches = watched_batches(monkeypatch)
     for choices in ([2**19, 2**20], [2**20], [4, 2**20]):
         method = {"name": "fedpipe", "planner": {"batches": choices}}
         profile = profiled(run_config | {"method": method}, tmp_path / str(choices), memory_mb=3.0)
