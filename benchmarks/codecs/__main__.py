@@ -2,11 +2,12 @@
 
 import sys
 
-from benchmarks.codecs import bytes_to_target, rate_distortion, speed
+from benchmarks.codecs import bytes_to_target, rate_distortion, snr, speed
 
 BENCHMARKS = {
     "bytes_to_target": bytes_to_target.main,
     "rate_distortion": rate_distortion.main,
+    "snr": snr.main,
     "speed": speed.main,
 }
 

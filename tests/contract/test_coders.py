@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from fluvial.codecs import CODECS, Codec, build, read_settings
-from fluvial.codecs.base import LearnedCodec, SteppedCodec
+from fluvial.codecs.base import LearnedCodec, RatedCodec
 from fluvial.codecs.klt.moments import MomentCodec
 from fluvial.errors import WireError
 from fluvial.exchange.coding import Coder, Plain
 from fluvial.exchange.difference import REFERENCE, Difference
 from fluvial.exchange.feedback import RESIDUAL, Feedback
-from fluvial.exchange.steps import AtStep
 from fluvial.exchange.weighting import Weighted
 from fluvial.models.states import initial_state
 from fluvial.seeds import generator
@@ -48,7 +47,14 @@ def received() -> Named:
 
 RATES = {"klt_trellis": 16}
 """Rates of codecs that refuse 4."""
-STEP = 2.0**-12
+
+
+def at_rate(codec: Codec) -> Codec:
+    """Return a codec at another rate than its own."""
+    assert isinstance(codec, RatedCodec)
+    return codec.at_rate(17.5)
+
+
 CHAINS: dict[str, Callable[[Codec], Coder]] = {
     "plain": Plain,
     "weighted": lambda codec: Weighted(Plain(codec), received()),
@@ -56,8 +62,8 @@ CHAINS: dict[str, Callable[[Codec], Coder]] = {
     "feedback over weighted": lambda codec: Feedback(Weighted(Plain(codec), received()), decay=0.9),
     "difference": lambda codec: Difference(Plain(codec)),
     "difference over weighted": lambda codec: Difference(Weighted(Plain(codec), received())),
-    "at step": lambda codec: AtStep(codec, STEP),
-    "feedback over at step": lambda codec: Feedback(AtStep(codec, STEP), decay=0.9),
+    "at a rate": lambda codec: Plain(at_rate(codec)),
+    "feedback at a rate": lambda codec: Feedback(Plain(at_rate(codec)), decay=0.9),
 }
 """Ways to chain the wrappers. `Feedback` is not put over `Difference`: each repeats what a frame
 lost, so together they would send it twice."""
@@ -72,7 +78,7 @@ CASES = [
     (chain, name)
     for chain in CHAINS
     for name in NAMES
-    if "at step" not in chain or issubclass(CODECS[name], SteppedCodec)
+    if "rate" not in chain or issubclass(CODECS[name], RatedCodec)
 ]
 
 
@@ -173,7 +179,7 @@ def test_foreign_truncated_and_damaged_frames_are_refused(chain: str, name: str)
     coder = coder_of(chain, name)
     state = start_of(coder)
     frame, _ = coder.encode(next_input(coder, state, 1), state, seed=1, round=1)
-    other = coder_of(chain if "at step" not in chain else "plain", "bf16")
+    other = coder_of(chain if "rate" not in chain else "plain", "bf16")
     if name == "bf16":
         other = coder_of(chain, "int8")
     foreign, _ = other.encode(next_input(other, state, 1), state, seed=1, round=1)
@@ -192,7 +198,7 @@ def test_foreign_truncated_and_damaged_frames_are_refused(chain: str, name: str)
         coder.decode(frame, state, round=2)
 
 
-@pytest.mark.parametrize("chain", [chain for chain in CHAINS if "at step" not in chain])
+@pytest.mark.parametrize("chain", [chain for chain in CHAINS if "rate" not in chain])
 @pytest.mark.parametrize("change", ["names", "shapes", "dtype", "values"])
 def test_a_foreign_state_is_refused(chain: str, change: str) -> None:
     coder = coder_of(chain, "int8")

@@ -42,6 +42,7 @@ TABLES: dict[str, dict[str, Any]] = {
         "method": {"name": "fedavg", "tgap": {"source": "sites", "rounds": 2}},
         "codec": {"name": "klt", "rate": 8, "noise_ratio": 0.5},
     },
+    "snr": {"codec": {"name": "trellis", "rate": 8, "snr_db": 6.0}},
     "covariance": {
         "method": {
             "name": "fedavg",

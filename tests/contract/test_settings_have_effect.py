@@ -17,7 +17,7 @@ import torch
 
 from fluvial.codecs import CODECS, CodecConfig, build, read_settings
 from fluvial.codecs.activations import ActivationConfig
-from fluvial.codecs.base import CodecSettings
+from fluvial.codecs.base import CodecSettings, SnrDrivenSettings
 from fluvial.data import POOLED
 from fluvial.errors import ClientError, ConfigError
 from fluvial.exchange import TgapConfig
@@ -39,7 +39,7 @@ from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
 
 Table = dict[str, Any]
-SHARED = set(CodecSettings.model_fields)
+SHARED = set(SnrDrivenSettings.model_fields)
 LAYOUT = Layout((("a.lora_A.weight", (8, 96)), ("a.lora_B.weight", (96, 8))))
 
 FRACTION = 0.4
@@ -209,6 +209,8 @@ QUICK: dict[str, tuple[Table, Any]] = {
     "LoraSettings.lora_dropout": ({}, 0.5),
     "LoraSettings.target_modules": ({}, "all-linear"),
     "LoraSettings.use_rslora": ({}, True),
+    "CodecSettings.snr_db": ({"codec": {"name": "trellis", "rate": 8}}, 6.0),
+    "CodecSettings.noise_ratio": ({"codec": {"name": "hadamard", "rate": 8}}, 0.1),
     "CodecSettings.error_feedback": ({"codec": {"name": "int4"}}, True),
     "CodecSettings.weighted": ({"codec": {"name": "int4"}}, True),
     "CodecSettings.feedback_decay": (
@@ -263,7 +265,6 @@ SLOW: dict[str, tuple[Table, Any]] = {
     "KltSettings.rate": (LEARNS, 32),
     "KltSettings.basis_share": (LEARNS, 0.02),
     "KltSettings.mode": (LEARNS, "dithered"),
-    "KltSettings.noise_ratio": (LEARNS, 0.01),
     "FedCyBgdConfig.order": (BLOCKS, "descending"),
     "FedCyBgdConfig.layers_per_block": (BLOCKS, 2),
     "FedCyBgdConfig.damping": (BLOCKS, 0.5),

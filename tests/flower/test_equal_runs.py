@@ -45,7 +45,11 @@ def tables(run_config: dict[str, Any], tmp_path: Path) -> dict[str, dict[str, An
     run_config = run_config | {"evaluate": {"sample_tokens": 2, "sample_prompt": "the river"}}
 
     return {
-        "fedavg": run_config | {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}},
+        "fedavg": run_config
+        | {
+            "rounds": 3,
+            "codec": {"name": "trellis", "rate": 8, "snr_db": 6.0, "error_feedback": True},
+        },
         "cgfedllm": run_config
         | {
             "rounds": 4,

@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fluvial.codecs.base import CodecSettings
+from fluvial.codecs.base import CodecSettings, SnrDrivenSettings
 from fluvial.wire.tensors import Layout
 
 GAIN_DB = 0.5
@@ -35,7 +35,7 @@ PATIENCE = 3
 """Rounds in a row after which a drift is believed."""
 
 
-class AutoSettings(CodecSettings):
+class AutoSettings(SnrDrivenSettings):
     """Chosen by measurement, and chosen again when the measurements drift. Ours."""
 
     name: Literal["auto"] = "auto"
@@ -50,6 +50,11 @@ class AutoSettings(CodecSettings):
     error_feedback: bool = True
     """Error feedback: sites keep what the codec lost, and add it to their next update; false for
     sites that cannot keep state between rounds."""
+
+    @property
+    def without_bias(self) -> bool:
+        """See `CodecSettings.without_bias`; sites without state get a codec without bias."""
+        return not self.error_feedback
 
     def target(self, layout: Layout) -> float:
         """Return the rate to aim at."""
@@ -96,23 +101,31 @@ class Plain:
 
 def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]]:
     """Return the `[codec]` tables to measure at TGAP."""
-    rate = settings.target(layout)
+    rate: dict[str, object] = {"rate": settings.target(layout), **_targets(settings)}
     if not settings.error_feedback:
-        return [
-            {"name": "eden", "rate": rate},
-            {"name": "klt", "rate": rate, "mode": "dithered"},
-        ]
+        return [{"name": "eden", **rate}, {"name": "klt", **rate, "mode": "dithered"}]
 
-    tables: list[dict[str, object]] = [{"name": "trellis", "rate": rate}]
-    if rate <= 7:
-        tables.append({"name": "int4"})
-    elif rate <= 30:
-        tables.append({"name": "sign"})
-
-    if rate > 32:
-        tables.append({"name": LEARNED, "rate": rate})
+    tables: list[dict[str, object]] = [{"name": "trellis", **rate}]
+    if not settings.snr_driven:
+        tables += _of_fixed_rate(settings.target(layout))
+    if settings.target(layout) > 32:
+        tables.append({"name": LEARNED, **rate})
 
     return [{**table, "error_feedback": True} for table in tables]
+
+
+def _targets(settings: AutoSettings) -> dict[str, object]:
+    """Return the settings by which the rate of a candidate follows its noise, where they are
+    set."""
+    targets = {"snr_db": settings.snr_db, "noise_ratio": settings.noise_ratio}
+    return {name: value for name, value in targets.items() if value is not None}
+
+
+def _of_fixed_rate(rate: float) -> list[dict[str, object]]:
+    """Return the candidates whose rate is their own."""
+    if rate <= 7:
+        return [{"name": "int4"}]
+    return [{"name": "sign"}] if rate <= 30 else []
 
 
 def choose(

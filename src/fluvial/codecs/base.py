@@ -7,7 +7,7 @@ not the codec's business.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -48,6 +48,37 @@ class CodecSettings(Settings):
         """True where the mean over seeds of what is decoded is the update; the mean over sites then
         repays its error."""
         return False
+
+    @property
+    def snr_driven(self) -> bool:
+        """True where the server sets the rate of each round by the noise that sites report."""
+        return False
+
+
+class SnrDrivenSettings(CodecSettings):
+    """A codec whose rate may follow its noise."""
+
+    snr_db: float | None = Field(None, ge=-20, le=30)
+    """Ratio of signal to the codec's noise in decibels, to which the server sets the rate of every
+    round after round 1 by the errors that sites report; unset, `rate` holds in every round."""
+    noise_ratio: float | None = Field(None, ge=1e-6, le=1e6)
+    """Ratio of the codec's noise to the variance between sites, to which the server sets the rate
+    of every round after round 1; unset, `rate` holds in every round."""
+
+    @property
+    def snr_driven(self) -> bool:
+        """See `CodecSettings.snr_driven`."""
+        return self.snr_db is not None or self.noise_ratio is not None
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        if self.snr_db is not None and self.noise_ratio is not None:
+            yield "snr_db: noise_ratio sets the rate too; remove one of the two"
+        if self.snr_db is not None and self.snr_db <= 0 and not self.without_bias:
+            yield (
+                f"snr_db={self.snr_db:g}: sending nothing has 0 dB; choose a positive number, or a "
+                "codec without bias"
+            )
 
 
 class RateSettings(CodecSettings):
@@ -165,20 +196,12 @@ class Codec(ABC):
         a few updates."""
 
 
-class SteppedCodec(Codec):
-    """A codec whose quantiser has one step, which the server may set instead of a rate."""
+class RatedCodec(Codec):
+    """A codec whose rate the server may set for each round."""
 
-    @abstractmethod
-    def encode_at(self, update: Named, step: float, *, seed: int = 0, round: int = 0) -> bytes:
-        """Return the frame for `update` at `step` (in units of the update), whatever its length."""
-
-    @abstractmethod
-    def step_of(self, wire: bytes) -> float:
-        """Return the step of a frame; raises `WireError`."""
-
-    @abstractmethod
-    def noise_of(self, wire: bytes) -> float:
-        """Return the expected squared error of the update in a frame; raises `WireError`."""
+    def at_rate(self, rate: float) -> Self:
+        """Return this codec at another rate; raises `ConfigError` where it cannot code there."""
+        return type(self)(self.settings.model_copy(update={"rate": rate}), self.layout)
 
 
 @dataclass(frozen=True)

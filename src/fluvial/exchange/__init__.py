@@ -5,7 +5,7 @@ which `shared` makes a task of. It sees no payload, frame or codec.
 """
 
 from fluvial.exchange.at_site import LocalUpdate, encode, receive_exchange, shared, shared_tasks
-from fluvial.exchange.checks import check_codec, check_refit, check_unequal
+from fluvial.exchange.checks import check_codec, check_fixed_rate, check_refit, check_unequal
 from fluvial.exchange.exchange import Exchange, Update
 from fluvial.exchange.gathering import (
     STALE,
@@ -18,7 +18,7 @@ from fluvial.exchange.gathering import (
 from fluvial.exchange.rule import COMPONENTS, EVERY_REPLY, Further, Handout, Rule
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import NO_TGAP, PUBLIC_TGAP, TgapConfig
-from fluvial.exchange.uplink import coder_of
+from fluvial.exchange.uplink import coder_of, reports_error
 
 __all__ = [
     "COMPONENTS",
@@ -38,12 +38,14 @@ __all__ = [
     "Update",
     "ask_stale_again",
     "check_codec",
+    "check_fixed_rate",
     "check_refit",
     "check_unequal",
     "coder_of",
     "encode",
     "is_stale",
     "receive_exchange",
+    "reports_error",
     "shared",
     "shared_tasks",
     "to_all",

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from fluvial.codecs import CodecSettings, build
-from fluvial.codecs.base import Codec
+from fluvial.codecs.base import Codec, RatedCodec
 from fluvial.data import Example
-from fluvial.errors import RefusalError, check_call, wrong_return
+from fluvial.errors import ConfigError, RefusalError, WireError, check_call, wrong_return
 from fluvial.exchange import tgap_tasks
 from fluvial.exchange.checks import can_code
 from fluvial.exchange.coding import Coder, Plain
@@ -22,14 +22,14 @@ from fluvial.exchange.representation import coded_object
 from fluvial.exchange.rule import COMPONENTS
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import after_tgap
-from fluvial.exchange.uplink import coder_of
+from fluvial.exchange.uplink import coder_of, reports_error
 from fluvial.exchange.versions import INSTALL, install_codec, site_codec
 from fluvial.federation.adapters import leading, modules_of
 from fluvial.federation.sites import Site, Task, round_of
 from fluvial.models.adapters import module_of
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload
-from fluvial.wire.tensors import Layout, Named, factor
+from fluvial.wire.tensors import Layout, Named, energy, factor, subtract
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ class Received:
     adapter: Named
     """The adapter to train, as the server knows that the site holds it."""
     codec: Codec
-    """The codec to answer with, of what is sent."""
+    """The codec to answer with, of what is sent, at the rate of the round."""
     terms: Terms
     round: int
-    step: float | None
-    """Step of the quantiser, where the server sets it."""
 
     def examples(self, site: Site) -> Sequence[Example]:
         """Return the sequences that a round trains on: all that TGAP does not take."""
@@ -90,18 +88,21 @@ class Received:
 
     def reply(self, site: Site, update: LocalUpdate) -> Payload:
         """Return the site's answer: the frame, sample count, loss, the further values of `update`,
-        and under error feedback the codec's relative squared error."""
+        and the codec's relative squared error where the server needs it."""
         if update.share < 1:
             components = self._leading(update)
             if components is not None:
                 return self._partial(site, update, components)
 
-        coder = coder_of(self.codec, self.adapter, step=self.step, basis=self.terms.basis)
+        coder = coder_of(self.codec, self.adapter, basis=self.terms.basis)
         coded = coded_object(self.adapter, update.tensors, self.terms.representation)
         frame, after = encode(site, coder, coded, self.round)
         values = _values_of(update)
         if RESIDUAL in after:
             values["e"] = _rounded(after[RESIDUAL].value("error", float))
+        elif reports_error(self.codec.settings):
+            lost = energy(subtract(coded, coder.decode(frame)))
+            values["e"] = _rounded(lost / max(energy(coded), 1e-30))
 
         return frame_payload(frame, **values)
 
@@ -160,8 +161,19 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     if followed is None:
         return None
 
-    step = message.number("step", 2.0**-200, 2.0**200) if "step" in message.values else None
-    return Received(adapter, followed, terms, round_of(site, message), step)
+    rated = _at_rate(followed, message) if "rate" in message.values else followed
+    return Received(adapter, rated, terms, round_of(site, message))
+
+
+def _at_rate(codec: Codec, message: Payload) -> Codec:
+    """Return the codec at the rate in a message; raise `WireError` for one that it cannot have."""
+    rate = message.number("rate", 1.0, 1e6)
+    if not isinstance(codec, RatedCodec) or not codec.settings.snr_driven:
+        raise WireError("message value 'rate': the codec of this run has a fixed rate")
+    try:
+        return codec.at_rate(rate)
+    except ConfigError as error:
+        raise WireError(f"message value 'rate': {error}") from None
 
 
 def check_update(update: LocalUpdate, layout: Layout, train: str) -> None:

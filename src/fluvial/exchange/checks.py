@@ -4,9 +4,8 @@ import torch
 
 from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
-from fluvial.codecs.base import OWN_CODES, AdaptiveCodec
+from fluvial.codecs.base import OWN_CODES, AdaptiveCodec, SnrDrivenSettings
 from fluvial.codecs.klt.moments import MomentCodec, num_bytes
-from fluvial.codecs.klt.settings import KltSettings
 from fluvial.errors import ConfigError
 from fluvial.exchange.own_codec import check_own
 from fluvial.exchange.tgap import TgapConfig
@@ -27,11 +26,6 @@ def check_codec(codec: CodecSettings, config: TgapConfig, layout: Layout) -> Non
         ):
             raise ConfigError(
                 "codec.weighted: not with codec 'auto', a refit, or tgap.source='sites-covariance'"
-            )
-
-        if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
-            raise ConfigError(
-                "codec.weighted: noise_ratio compares with unweighted noise; set one of the two"
             )
 
         scales(
@@ -68,7 +62,8 @@ def can_code(codec: CodecSettings, layout: Layout) -> bool:
 
 
 def check_unequal(codec: CodecSettings) -> None:
-    """Raise `ConfigError` for a codec that learns from updates of one layout.
+    """Raise `ConfigError` for a codec that learns from updates of one layout, or whose rate
+    follows their mean.
 
     Each other layout would need a fit of its own, from the updates of the few sites that have it,
     and another one after each new plan.
@@ -81,6 +76,14 @@ def check_unequal(codec: CodecSettings) -> None:
             "few sites that have it; choose a codec that needs no fit, such as 'trellis' or "
             "'int8', or equal ranks under method 'cgfedllm'"
         )
+    check_fixed_rate(codec, "sites of unequal ranks, or with a side path, have no common mean")
+
+
+def check_fixed_rate(codec: CodecSettings, why: str) -> None:
+    """Raise `ConfigError` for a codec whose rate follows its noise, where `why` forbids it."""
+    if isinstance(codec, SnrDrivenSettings) and codec.snr_driven:
+        setting = "noise_ratio" if codec.snr_db is None else "snr_db"
+        raise ConfigError(f"codec.{setting}: {why}; set codec.rate instead")
 
 
 def check_refit(codec: CodecSettings, config: TgapConfig, rounds: int) -> None:

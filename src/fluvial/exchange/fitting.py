@@ -221,7 +221,9 @@ def choose_codec(
         return Chosen(codec, report, None, reason)
 
     errors = [result.error for name, result in measured.items() if not CODECS[name].learned]
-    watch = Watch(min(errors, default=1.0), isinstance(codec, LearnedCodec))
+    # Where the rate follows the error, it says nothing about the codec.
+    compared = isinstance(codec, LearnedCodec) and not settings.snr_driven
+    watch = Watch(min(errors, default=1.0), compared)
     return Chosen(codec, report, watch, reason)
 
 

@@ -1,8 +1,8 @@
 """The uplink: choice, training, gate and later changes of the codec that sends updates.
 
 Before the first round a codec that learns is fitted to updates collected at TGAP, measured on later
-ones (the gate) and installed at the sites. Later it may be fitted again, its step may follow the
-noise between sites, and under `codec.name = "auto"` another codec may take its place.
+ones (the gate) and installed at the sites. Later it may be fitted again, its rate may follow the
+noise that sites report, and under `codec.name = "auto"` another codec may take its place.
 """
 
 import logging
@@ -13,16 +13,15 @@ from dataclasses import asdict, dataclass
 
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
 from fluvial.codecs.auto import PATIENCE, AutoSettings, Watch, candidates
-from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, SteppedCodec
-from fluvial.codecs.klt.settings import KltSettings
+from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, RatedCodec
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.exchange import fitting
 from fluvial.exchange.coding import Coder
 from fluvial.exchange.feedback import Feedback, ResizedFeedback
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.moving import MovingFeedback
+from fluvial.exchange.rates import RateControl
 from fluvial.exchange.refit import Refits
-from fluvial.exchange.steps import AtStep, Noise, StepControl
 from fluvial.exchange.terms import Basis, Terms
 from fluvial.exchange.versions import INSTALL, Versions
 from fluvial.exchange.weighting import weighted
@@ -41,16 +40,14 @@ def coder_of(
     codec: Codec,
     received: Named,
     *,
-    step: float | None = None,
     basis: Basis = "fixed",
 ) -> Coder:
     """Return the chain that both ends put around `codec`, as its settings say.
 
-    `received` is the adapter that updates start from; `step` is the server's, where it sets one;
-    `basis` is that of the terms.
+    `received` is the adapter that updates start from; `basis` is that of the terms.
     """
     settings = codec.settings
-    coder: Coder = weighted(codec, received) if step is None else AtStep(codec, step)
+    coder: Coder = weighted(codec, received)
     if settings.error_feedback and basis == "moving":
         coder = MovingFeedback(coder, received, decay=settings.feedback_decay)
     elif settings.error_feedback:
@@ -68,6 +65,12 @@ def error_metrics(errors: Sequence[float]) -> Metrics:
     return {"codec_error": error, "snr_db": -10 * math.log10(max(error, 1e-30))}
 
 
+def reports_error(settings: CodecSettings) -> bool:
+    """Return whether sites report the codec's error: under error feedback, which knows it anyway,
+    and where the rate follows it."""
+    return settings.error_feedback or settings.snr_driven
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Content of the frame of one site."""
@@ -75,9 +78,7 @@ class Decoded:
     update: Named
     """Object that was coded: an update, or a whole adapter under representation "state"."""
     error: float | None
-    """Relative squared error of the codec, as the site reports it under error feedback."""
-    noise: Noise | None
-    """Noise of the quantiser, where the server sets the step."""
+    """Relative squared error of the codec, where the site reports it (see `reports_error`)."""
 
 
 class Uplink:
@@ -97,13 +98,12 @@ class Uplink:
 
         self.versions = Versions(self.settings)
         self.refits = Refits(terms.tgap, self.layout, context.rounds)
-        self.control: StepControl | None = None
+        self.control = RateControl.of(self.settings, self.layout)
         self.watch: Watch | None = None
         self._coder: Coder | None = None
         """Chain that decodes the updates of this round."""
         self.errors: list[float] = []
-        """Relative squared errors of this round, as the sites report them under error feedback."""
-        self._control_step()
+        """Relative squared errors of this round, as the sites report them (see `reports_error`)."""
 
     # -- before the first round --------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class Uplink:
             self.codec = updates.fit(self.settings)
             report = updates.measure(self.codec)
 
-        self._control_step()
+        self.control = RateControl.of(self.settings, self.layout)
         metrics["snapshots"] = updates.count + report.snapshots
         metrics["loss_curve"] = [list(point) for point in self.codec.loss_curve]
         fitting.judge(self.settings, report, self.on_refusal)
@@ -141,12 +141,6 @@ class Uplink:
 
         return {**metrics, "gate": report.values()}
 
-    def _control_step(self) -> None:
-        """Control the step where the settings in use ask for it."""
-        settings = self.settings
-        ratio = settings.noise_ratio if isinstance(settings, KltSettings) else None
-        self.control = None if ratio is None else StepControl(ratio)
-
     # -- rounds -----------------------------------------------------------------------------------
 
     def begin(self, received: Named, round: int) -> None:
@@ -154,7 +148,11 @@ class Uplink:
         self.errors = []
         self._take(self.refits.begin(self.codec, received, round))
         assert self.codec is not None, "setup comes first"
-        self._coder = coder_of(self.codec, received)
+        codec = self.codec
+        if self.control is not None:
+            assert isinstance(codec, RatedCodec), "only codecs with a rate have these settings"
+            codec = codec.at_rate(self.control.rate)
+        self._coder = coder_of(codec, received)
 
     def install(self, fleet: Fleet, sites: Sequence[str], round: int) -> list[str]:
         """Send the codec to those of `sites` that lack it; return those that hold it then."""
@@ -163,12 +161,12 @@ class Uplink:
         return self.versions.install(fleet, sites, self.codec, round=round, can_follow=can_follow)
 
     def values(self) -> dict[str, Value]:
-        """Return what goes with a round's message: codec version and step, where needed."""
+        """Return what goes with a round's message: codec version and rate, where needed."""
         values: dict[str, Value] = {}
         if self.versions.needed and self.terms.tgap.refit == "broadcast":
             values["codec"] = self.versions.current
-        if self.control is not None and self.control.step is not None:
-            values["step"] = self.control.step
+        if self.control is not None:
+            values["rate"] = self.control.rate
 
         return values
 
@@ -184,16 +182,12 @@ class Uplink:
         """Return what a site coded in `round`; raise `WireError`."""
         assert self._coder is not None, "the round was begun"
         frame = payload_frame(reply)
-        noise = None
-        if self.control is not None and isinstance(self.codec, SteppedCodec):
-            noise = self.control.read(self.codec, frame)
-
         error = None
-        if self.settings.error_feedback:
+        if reports_error(self.settings):
             error = reply.number("e", 0.0, _MOST_ERROR)
 
         update = self._coder.decode(frame, round=round)
-        return Decoded(update, error, noise)
+        return Decoded(update, error)
 
     def decode_components(self, reply: Payload, layout: Layout, round: int) -> Decoded:
         """Return the components of `layout` that a site coded in `round`; raise `WireError`.
@@ -201,25 +195,25 @@ class Uplink:
         No wrapper is around their codec.
         """
         codec = build(self.settings, layout)
-        return Decoded(codec.decode(payload_frame(reply), round=round), None, None)
+        return Decoded(codec.decode(payload_frame(reply), round=round), None)
 
     def fold(self, site: str, decoded: Decoded) -> None:
         """Take note of a reply that counts."""
         self.refits.fold(site, decoded.update)
         if decoded.error is not None:
             self.errors.append(decoded.error)
-        if decoded.noise is not None and self.control is not None:
-            self.control.fold(decoded.noise, decoded.update)
+            if self.control is not None:
+                self.control.fold(decoded.error, decoded.update)
 
     def close(self, mean: Named, round: int) -> Metrics:
         """End a round whose updates have this `mean`; return what was seen of the codec."""
         metrics = error_metrics(self.errors)
+        if self.control is not None:
+            metrics |= self.control.close(mean)
+
         # The median: one site does not change the codec of all.
         if self.errors and self.watch is not None:
             metrics |= self._follow(self.watch, statistics.median_low(self.errors), round)
-
-        if self.control is not None:
-            metrics |= self.control.close(mean)
 
         if self._take(self.refits.end(self.codec)):
             metrics["refit"] = self.versions.current
@@ -261,7 +255,7 @@ class Uplink:
         self.codec = build(self.settings, self.layout)
         self.versions.current += 1
         self.watch = Watch(watch.expected, learned=False)
-        self._control_step()
+        self.control = RateControl.of(self.settings, self.layout)
         logger.info("auto, round %d: %s instead of %s: %s", round, self.settings.name, was, why)
         return {"choice": f"{self.settings.name} instead of {was}: {why}"}
 
@@ -277,7 +271,7 @@ class Uplink:
             "settings": self.settings.model_dump(mode="json"),
             "version": self.versions.current,
             "installed": dict(self.versions.held),
-            "step": None if self.control is None else self.control.step,
+            "rate": None if self.control is None else self.control.rate,
             "watch": None if self.watch is None else asdict(self.watch),
             "seen": [round for round, _ in self.refits.seen],
         }
@@ -296,9 +290,9 @@ class Uplink:
         watch = policy.values["watch"]
         self.watch = Watch(**watch) if isinstance(watch, dict) else None  # type: ignore[arg-type]
 
-        self._control_step()
+        self.control = RateControl.of(self.settings, self.layout)
         if self.control is not None:
-            self.control.step = policy.values["step"]  # type: ignore[assignment]
+            self.control.rate = policy.value("rate", float)
 
         adapters = halves["seen"].tensors
         self.refits.seen = [

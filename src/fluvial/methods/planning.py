@@ -181,7 +181,13 @@ def shared_traffic(
     all_sites = config.cohort(given.sites) == given.sites
     return Traffic(
         down=shared_down(
-            given.downlink, layout, round, all_sites=all_sites, version=version, assigned=values
+            given.downlink,
+            layout,
+            round,
+            all_sites=all_sites,
+            version=version,
+            assigned=values,
+            rated=given.codec.snr_driven,
         ),
         up=shared_up(given.codec, sent, frame_only=frame_only),
     )

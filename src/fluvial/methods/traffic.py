@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.forecast import frame_size
-from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.quantise import IdentitySettings
+from fluvial.exchange import reports_error
 from fluvial.wire.payload import Payload, Value, frame_payload
 from fluvial.wire.tensors import Layout
 
@@ -73,8 +73,8 @@ def coded_frame(settings: CodecSettings, layout: Layout) -> Bytes:
     """Return the bytes of a coded update of `layout`: exact, or within `CODED`."""
     if isinstance(settings, AutoSettings):
         return unknown("codec 'auto' is chosen by measurement when the run starts")
-    if isinstance(settings, KltSettings) and settings.noise_ratio is not None:
-        return unknown("codec.noise_ratio sets the rate by the noise between the sites")
+    if settings.snr_driven:
+        return unknown("the rate of each round follows the errors that sites report")
 
     size = frame_size(settings, layout)
     if CODECS[settings.name].exact:
@@ -103,7 +103,7 @@ def answer(*, error: bool = False, loss: float = LONG_LOSS, **values: Value) -> 
 
 def shared_up(settings: CodecSettings, sent: Layout, *, frame_only: bool = False) -> Bytes:
     """Return the bytes of an update that goes through `fluvial.exchange`."""
-    around = envelope({}) if frame_only else answer(error=settings.error_feedback)
+    around = envelope({}) if frame_only else answer(error=reports_error(settings))
     return coded_frame(settings, sent) + around
 
 
@@ -115,12 +115,28 @@ def shared_down(
     all_sites: bool,
     version: bool,
     assigned: Mapping[str, Value],
+    rated: bool = False,
 ) -> Bytes:
     """Return the bytes of an adapter that goes through `fluvial.exchange`.
 
     `all_sites` says that each site takes part in each round, `version` that the message has the
-    version of a codec that is fitted again and again, `assigned` the values of an assignment.
+    version of a codec that is fitted again and again, `assigned` the values of an assignment,
+    `rated` that the message has the rate of the round, of up to five figures.
     """
+    if rated:
+        short, long = (
+            shared_down(
+                settings,
+                layout,
+                round,
+                all_sites=all_sites,
+                version=version,
+                assigned={**assigned, "rate": rate},
+            )
+            for rate in (4.0, 1234.5)
+        )
+        return Bytes(short.least, long.most, short.unknown)
+
     values: dict[str, Value] = {"round": round, **assigned}
     if version:
         values["codec"] = round

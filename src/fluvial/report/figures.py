@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -211,6 +211,26 @@ def bytes_by_kind(runs: Mapping[str, JsonObject], method: str) -> Markup | None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=len(tables))
 
+    return _svg(figure)
+
+
+def snr_by_round(metrics: Sequence[JsonObject]) -> Markup | None:
+    """Draw the codec's SNR and the rate of each round; None where the rate is fixed."""
+    records = [record for record in metrics if "rate" in record and "snr_db" in record]
+    if not records:
+        return None
+
+    figure = Figure(figsize=(5.4, 3.3), layout="constrained")
+    axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
+    rounds = [record["round"] for record in records]
+    for each, key, label in zip(
+        axes, ("snr_db", "rate"), ("codec SNR, dB", "times smaller"), strict=True
+    ):
+        each.plot(rounds, [record[key] for record in records], "o-", color=COLOURS["own"], ms=4)
+        each.set_ylabel(label)
+
+    axes[-1].set_xlabel("round")
+    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     return _svg(figure)
 
 

@@ -23,6 +23,7 @@ from fluvial.report.figures import (
     loss_by_bytes,
     loss_by_round,
     ranks_by_site,
+    snr_by_round,
 )
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
@@ -106,6 +107,7 @@ def _content(run: JsonObject) -> JsonObject:
         "up": loss_by_bytes(runs, method, ("up",)),
         "both": loss_by_bytes(runs, method, ("up", "down")),
         "kinds": bytes_by_kind(runs, method),
+        "rates": snr_by_round(metrics),
         "gate": gate_errors(gate) if gate else None,
         "ranks": ranks_by_site(setup["plans"]) if setup.get("plans") else None,
         "sites": heldout_by_site(result, run["compare"].get("local", {}).get("result"))

@@ -39,7 +39,8 @@ def round_line(record: JsonObject) -> str:
     ]
 
     if "snr_db" in record:
-        parts.append(f"codec SNR {record['snr_db']:.1f} dB")
+        rate = f" at 1/{record['rate']:.4g}" if "rate" in record else ""
+        parts.append(f"codec SNR {record['snr_db']:.1f} dB{rate}")
     if "epsilon" in record:
         parts.append(
             f"epsilon {record['epsilon']:.3g}"

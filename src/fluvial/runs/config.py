@@ -238,6 +238,11 @@ class RunConfig(Settings):
             yield "downlink.error_feedback: the downlink always has error feedback; remove it"
         if self.downlink.weighted:
             yield "downlink.weighted: only the uplink can be weighted; remove it"
+        if self.downlink.snr_driven:
+            yield (
+                "downlink: snr_db and noise_ratio follow errors that sites report, and these have "
+                "none of the downlink; set downlink.rate"
+            )
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and

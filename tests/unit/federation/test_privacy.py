@@ -360,7 +360,7 @@ def _secrets(folder: Path) -> Iterator[str]:
         ),
         (
             {"codec": {"name": "klt", "noise_ratio": 0.5}, "method": {"tgap": PUBLIC}},
-            "codec.noise_ratio: it compares undisturbed updates",
+            "codec.noise_ratio: method.privacy lets no error",
         ),
         (
             {

@@ -91,6 +91,11 @@ class TransformCodec(LearnedCodec):
             settings, layout, Model.check(layout, settings.basis_share, payload), epoch=epoch
         )
 
+    def at_rate(self, rate: float) -> Self:
+        """Return this codec at another rate, with the same transform."""
+        settings = self.settings.model_copy(update={"rate": rate})
+        return type(self)(settings, self.layout, self.model, epoch=self.epoch)
+
     def checksum(self, marks: bytes) -> int:
         """Return the CRC-32 of `marks` and of the model that is published."""
         tensors = [tensor.numpy().tobytes() for _, tensor in sorted(self.model.named().items())]

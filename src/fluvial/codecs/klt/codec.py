@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import CodecSettings, LatentCodec, SteppedCodec, is_finite, require_updates
+from fluvial.codecs.base import CodecSettings, LatentCodec, RatedCodec, is_finite, require_updates
 from fluvial.codecs.klt.base import AdaptiveTransformCodec
 from fluvial.codecs.klt.encoder import Encoder
 from fluvial.codecs.klt.factors import factors_of
@@ -46,20 +46,17 @@ from fluvial.codecs.klt.learn import learn
 from fluvial.codecs.klt.model import Model
 from fluvial.codecs.klt.order import ClassSide, CoefficientOrder, Floats, Runs, draw_runs
 from fluvial.codecs.klt.search import best_body, finest_step
-from fluvial.codecs.klt.settings import CODES, MAX_STEP, QUIET, SILENT, KltSettings, overhead_bytes
+from fluvial.codecs.klt.settings import MAX_STEP, QUIET, KltSettings, overhead_bytes
 from fluvial.codecs.klt.tables import (
-    CLASS,
     KNOWN,
     LEARNED,
     Codes,
     Doubles,
     Learned,
     Tables,
-    drawn,
 )
-from fluvial.codecs.klt.transform import power
 from fluvial.errors import ConfigError, WireError
-from fluvial.wire.frame import OVERHEAD, Reader, unseal
+from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout, Named
 
 _START = 12
@@ -68,7 +65,7 @@ _PRIOR = 2000.0
 """Coefficients that the generic tables count as, against those that `fit` sees."""
 
 
-class Klt(AdaptiveTransformCodec, LatentCodec, SteppedCodec):
+class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
     """Tied encoder and decoder: whoever can encode can decode."""
 
     code = 12
@@ -157,16 +154,6 @@ class Klt(AdaptiveTransformCodec, LatentCodec, SteppedCodec):
         """Invert `analyse`."""
         return self.transform.inverse(latent)
 
-    def encode_at(self, update: Named, step: float, *, seed: int = 0, round: int = 0) -> bytes:
-        """Return the frame for `update` with a given step (> 0), whatever its bytes; a step is
-        rounded to 1/256 octave."""
-        number = int(np.clip(np.rint(256 * np.log2(step)), -MAX_STEP, MAX_STEP))
-        vector = self.flat(update)
-        encoder = Encoder(self._order, self._energies(vector), vector=vector)
-        encoder.settle(number)
-
-        return self.seal(encoder.write(number, seed, epoch=self.epoch), round=round)
-
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""
         return self._best(Encoder(self._order, self._energies(vector), vector=vector), seed)
@@ -225,30 +212,6 @@ class Klt(AdaptiveTransformCodec, LatentCodec, SteppedCodec):
         has another transform."""
         self._check_epoch(wire)
         return super().decode(wire, round=round)
-
-    def step_of(self, wire: bytes) -> float:
-        """Return the quantiser's step."""
-        return float(2 ** (self._read(self._unsealed(wire))[0].step / 256))
-
-    def noise_of(self, wire: bytes) -> float:
-        """Return the expected squared error of what `wire` carries, from its levels and the
-        variances of `fit`.
-
-        Reads the levels, but does not run the transform.
-        """
-        side, runs, levels, _ = self._read(self._unsealed(wire))
-        coded = float(self.tables.noise[np.repeat(self.tables.start, runs.sizes) + levels].sum())
-        codes = np.arange(-CODES, CODES + 1) + (side.loud - CLASS * side.gains)[:, None]
-        below = np.minimum(codes // CLASS - self.tables.low, 0)
-        below[side.gains == SILENT] = 0
-        missed = 1 / drawn(below) - 1 if self._dithered else below < 0
-        lost = float((self._order.histogram * power(codes) * missed).sum())
-
-        return (coded + lost) * float(4.0 ** (side.step / 256))
-
-    def _unsealed(self, wire: bytes) -> Reader:
-        self._check_epoch(wire)
-        return unseal(wire, self.code, self.fingerprint)
 
     def _check_epoch(self, wire: bytes) -> None:
         whole = len(wire) > OVERHEAD and zlib.crc32(wire[:-4]) == struct.unpack("<I", wire[-4:])[0]

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fluvial.codecs.base import SnrDrivenSettings
 from fluvial.codecs.klt.base import TransformSettings
 from fluvial.codecs.klt.tables import (
     OCTAVE,
@@ -30,7 +31,7 @@ HEAD = struct.Struct("<Bh")
 SEED = struct.Struct("<I")
 
 
-class KltSettings(TransformSettings):
+class KltSettings(TransformSettings, SnrDrivenSettings):
     """A learned linear transform (ours; it needs a fit).
 
     Bytes per value: 4 / rate. Lost: what is small in the learned basis.
@@ -43,9 +44,6 @@ class KltSettings(TransformSettings):
     mode: Mode = "biased"
     """Quantisation: "biased" has the least squared error, "dithered" no error on average over
     seeds."""
-    noise_ratio: float | None = Field(None, ge=1e-6, le=1e6)
-    """Ratio of the codec's noise to the variance between sites (SNR-driven rate), to which the
-    server sets the step after round 1; unset, `rate` holds in every round."""
 
     @property
     def without_bias(self) -> bool:
@@ -54,8 +52,7 @@ class KltSettings(TransformSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        if self.mode == "dithered" and self.noise_ratio is not None:
-            yield "noise_ratio: needs mode='biased'"
+        yield from super().conflicts()
         if (
             self.mode == "dithered" and self.error_feedback
         ):  # feedback around a codec that enlarges diverges

@@ -74,8 +74,6 @@ class Table:
     """Frequencies of magnitudes; a nonzero magnitude's is that of each of its signs."""
     centroids: Doubles
     """Values that magnitudes decode to, in steps."""
-    noise: Doubles
-    """Expected squared error of a magnitude, in squared steps."""
     zero_below: float
     """Magnitudes below become 0."""
     offset: float
@@ -125,7 +123,6 @@ class Tables:
         self.values = np.concatenate([_odd(table.centroids) for table in self.tables]).astype(
             np.float32
         )
-        self.noise = np.concatenate([_both(table.noise) for table in self.tables])
         self.zero_below = np.array([table.zero_below for table in self.tables], np.float32)
         self.offset = np.array([table.offset for table in self.tables], np.float32)
         costs = np.array([table.expected_bits for table in self.tables])
@@ -186,7 +183,7 @@ class Learned:
         bits = -np.log2(counts / (2 * counts.sum() - counts[0]))
         zero_below, offset = _thresholds(centroids, bits)
 
-        return Table(counts, centroids, table.noise, zero_below, offset)
+        return Table(counts, centroids, zero_below, offset)
 
 
 @cache
@@ -207,32 +204,25 @@ def _quantiser(number: int) -> Table:
     for _ in range(
         20 if top < 64 else 3
     ):  # wide classes are uniform within a cell and settle at once
-        mass, centroids, _ = _cells(zero_below, offset, sigma, top)
+        mass, centroids = _cells(zero_below, offset, sigma, top)
         zero_below, offset = _thresholds(centroids, -np.log2(_halves(mass).clip(1e-12)))
 
     # Rounded, so that machines whose functions differ in the last bit agree.
-    mass, centroids, noise = _cells(
-        round(256 * zero_below) / 256, round(256 * offset) / 256, sigma, top
-    )
-    return Table(_counts(mass), centroids, noise, zero_below, offset)
+    mass, centroids = _cells(round(256 * zero_below) / 256, round(256 * offset) / 256, sigma, top)
+    return Table(_counts(mass), centroids, zero_below, offset)
 
 
-def _cells(
-    zero_below: float, offset: float, sigma: float, top: int
-) -> tuple[Doubles, Doubles, Doubles]:
-    """Return the mass, centroid and variance of each magnitude."""
+def _cells(zero_below: float, offset: float, sigma: float, top: int) -> tuple[Doubles, Doubles]:
+    """Return the mass and centroid of each magnitude."""
     edges = torch.cat([torch.tensor([zero_below]), torch.arange(2, top + 1) - offset]).double()
-    mass, first, second = _moments(edges, sigma)
+    mass, first = _moments(edges, sigma)
     seen = mass > 1e-9
     centroids = torch.where(
         seen, first / mass.clamp_min(1e-9), torch.arange(top + 1).double()
     ).clamp(max=top + 0.5)
     centroids[0] = 0
-    noise = torch.where(
-        seen, second / mass.clamp_min(1e-9) - centroids**2, torch.full_like(mass, 1 / 12)
-    )
 
-    return mass.numpy(), centroids.numpy(), noise.clamp_min(0).numpy()
+    return mass.numpy(), centroids.numpy()
 
 
 def _thresholds(centroids: Doubles, bits: Doubles) -> tuple[float, float]:
@@ -267,7 +257,6 @@ def _dithered(number: int) -> Table:
     return Table(
         _counts(mass.numpy()),
         np.arange(top + 1, dtype=np.float64),
-        np.full(top + 1, 1 / 12),
         0.0,
         0.5,
     )
@@ -292,26 +281,18 @@ def _mass(table: Table) -> Doubles:
     return mass
 
 
-def _moments(edges: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mass and first two moments of |x| in the cells that `edges` part, of the
+def _moments(edges: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    """Return the mass and the first moment of |x| in the cells that `edges` part, of the
     mixture."""
     edges = torch.cat([torch.zeros(1).double(), edges])
     width = sigma / 2**0.5
     gauss = torch.exp(-((edges / sigma) ** 2) / 2) * sigma * (2 / math.pi) ** 0.5
     tail = torch.erfc(edges / (sigma * 2**0.5))
     laplace = torch.exp(-edges / width)
-    beyond = torch.stack(
-        [
-            tail + laplace,
-            gauss + (edges + width) * laplace,
-            sigma**2 * tail
-            + edges * gauss
-            + (edges**2 + 2 * edges * width + 2 * width**2) * laplace,
-        ]
-    )
+    beyond = torch.stack([tail + laplace, gauss + (edges + width) * laplace])
     cells = torch.cat([beyond[:, :-1] - beyond[:, 1:], beyond[:, -1:]], dim=1) / 2
 
-    return cells[0], cells[1], cells[2]
+    return cells[0], cells[1]
 
 
 def _ramp(edges: Tensor, sigma: float) -> Tensor:

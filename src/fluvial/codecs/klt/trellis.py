@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.codecs.base import CodecSettings, body_room
+from fluvial.codecs.base import CodecSettings, RatedCodec, SnrDrivenSettings, body_room
 from fluvial.codecs.klt.base import AdaptiveTransformCodec, TransformSettings
 from fluvial.codecs.klt.factors import factors_of
 from fluvial.codecs.klt.model import Model
@@ -69,7 +69,7 @@ _MOST = 8  # bits for one value
 _HEAD = struct.Struct("<BBBh")
 
 
-class KltTrellisSettings(TransformSettings):
+class KltTrellisSettings(TransformSettings, SnrDrivenSettings):
     """The transform of klt, coded jointly by a trellis (ours; it needs a fit).
 
     Bytes per value: 4 / rate. Lost: less than with klt; the variances follow error feedback.
@@ -94,7 +94,7 @@ class LayoutSide:
     lower: Ints
 
 
-class KltTrellis(AdaptiveTransformCodec):
+class KltTrellis(AdaptiveTransformCodec, RatedCodec):
     """Contracts, whatever the update. Whoever can encode can decode."""
 
     code = 23

@@ -16,7 +16,13 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from fluvial.codecs import entropy
-from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.base import (
+    CodecSettings,
+    RatedCodec,
+    RateSettings,
+    SnrDrivenSettings,
+    frame_room,
+)
 from fluvial.codecs.gaussian import Blocks, Doubles, Ints
 from fluvial.codecs.rotated.rotation import LARGEST_FP32, Rotation
 from fluvial.codecs.sparse.positions import slots
@@ -30,7 +36,7 @@ _SLOTS = 2 << 32
 """Added to the seed for the second rotation and for the positions that are sampled."""
 
 
-class EdenSettings(RateSettings):
+class EdenSettings(RateSettings, SnrDrivenSettings):
     """Rotated values, quantised, with a scale that makes them unbiased.
 
     Bytes per value: 4 / rate. Lost: nothing on average over seeds; more than with the others in one
@@ -53,13 +59,14 @@ class EdenSettings(RateSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        yield from super().conflicts()
         if (
             self.unbiased == "yes" and self.error_feedback
         ):  # feedback around a codec that enlarges diverges
             yield "unbiased='yes' diverges with error_feedback=true; choose one of the two"
 
 
-class Eden(Codec):
+class Eden(RatedCodec):
     """EDEN: rotation (two, ours), quantiser, and the scale ||x||^2 / <R x, Q(R x)> (theorem 2.1
     there: unbiased).
 

@@ -10,14 +10,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.base import (
+    CodecSettings,
+    RatedCodec,
+    RateSettings,
+    SnrDrivenSettings,
+    frame_room,
+)
 from fluvial.codecs.gaussian import Blocks
 from fluvial.codecs.rotated.rotation import LARGEST_FP32, Rotation
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout
 
 
-class HadamardSettings(RateSettings):
+class HadamardSettings(RateSettings, SnrDrivenSettings):
     """Rotated values, quantised with one step and entropy-coded.
 
     Bytes per value: 4 / rate. Lost: what a dead-zone quantiser loses on rotated, hence Gaussian,
@@ -28,7 +34,7 @@ class HadamardSettings(RateSettings):
     """Name of the codec."""
 
 
-class Hadamard(Codec):
+class Hadamard(RatedCodec):
     """A randomised Hadamard rotation of every tensor and an entropy-coded scalar quantiser for
     Gaussians.
 

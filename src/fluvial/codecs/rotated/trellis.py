@@ -29,7 +29,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
+from fluvial.codecs.base import (
+    CodecSettings,
+    RatedCodec,
+    RateSettings,
+    SnrDrivenSettings,
+    frame_room,
+)
 from fluvial.codecs.learned.canvas import target
 from fluvial.codecs.rotated.paths import BLOCK, LONGEST, Plan, follow, search
 from fluvial.codecs.rotated.rotation import Rotation
@@ -47,7 +53,7 @@ _HEAD = struct.Struct("<IBh")
 _GAIN = 128
 
 
-class TrellisSettings(RateSettings):
+class TrellisSettings(RateSettings, SnrDrivenSettings):
     """Rotated values, coded jointly by a path on a trellis (ours in this use).
 
     Bytes per value: 4 / rate. Lost: less than with hadamard.
@@ -60,7 +66,7 @@ class TrellisSettings(RateSettings):
     bound."""
 
 
-class Trellis(Codec):
+class Trellis(RatedCodec):
     """Contracts, whatever the update."""
 
     code: ClassVar[int] = 22

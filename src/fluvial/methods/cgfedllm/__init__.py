@@ -20,7 +20,6 @@ from functools import partial
 from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Codec, LatentCodec
-from fluvial.codecs.klt.settings import KltSettings
 from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.exchange import (
@@ -29,6 +28,7 @@ from fluvial.exchange import (
     Rule,
     Terms,
     check_codec,
+    check_fixed_rate,
     check_refit,
     receive_exchange,
     shared_tasks,
@@ -268,6 +268,9 @@ def _check(config: CgFedLlmConfig, codec: CodecSettings, layout: Layout) -> None
             "representation='delta'"
         )
 
+    if config.representation == "state":
+        check_fixed_rate(codec, "errors of a whole adapter say nothing about those of its change")
+
     if codec.weighted and (config.privacy or config.representation == "state"):
         raise ConfigError(
             "codec.weighted: scales updates only, and not where they are clipped; remove it"
@@ -304,10 +307,7 @@ def _check_privacy(
             "nothing"
         )
 
-    if isinstance(codec, KltSettings) and codec.noise_ratio is not None:
-        raise ConfigError(
-            "codec.noise_ratio: it compares undisturbed updates; remove it, or method.privacy"
-        )
+    check_fixed_rate(codec, "method.privacy lets no error of undisturbed updates leave the sites")
 
     if promised.placement == "aggregate" and config.tgap.refit == "decoded":
         raise ConfigError(

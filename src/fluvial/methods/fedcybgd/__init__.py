@@ -16,6 +16,7 @@ from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings, Int8Settings
 from fluvial.errors import ConfigError
+from fluvial.exchange import check_fixed_rate
 from fluvial.federation.bounds import FEWEST_COMPARED
 from fluvial.federation.line import round_s
 from fluvial.federation.sites import refuse_learned
@@ -157,6 +158,7 @@ def largest_block(config: Config, layout: Layout) -> Layout:
 def check_blocks(config: Config, codec: CodecSettings, layout: Layout) -> None:
     """Raise `ConfigError` for blocks that are not there, or that the codec cannot code."""
     refuse_learned(codec, config.name)
+    check_fixed_rate(codec, "each visit changes another block")
     parts = partition(config, layout)
 
     if config.layers_per_block > parts.num_layers:
