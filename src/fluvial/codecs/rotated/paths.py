@@ -145,19 +145,23 @@ def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
     return decoded.reshape(-1)[: plan.size]
 
 
-def search(values: NDArray[np.float64], bits: int, memory: int) -> tuple[Bits, NDArray[np.float64]]:
-    """Return the best path for `values` (n,) of about unit RMS in at most `bits` bits, and what it
-    decodes to (n,)."""
+def search(
+    values: NDArray[np.float64], bits: int, memory: int, *, scale: float = 1.0
+) -> tuple[Bits, NDArray[np.float64]]:
+    """Return the best path for `values` (n,) of about RMS `scale` in at most `bits` bits, and what
+    it decodes to (n,)."""
     plan = Plan.of(len(values), bits)
     if plan.total == 0:
         return np.zeros(0, np.uint8), np.zeros(len(values))
 
     padded = np.zeros(plan.blocks * plan.length, dtype=np.float32)
-    padded[: plan.size] = values
+    np.divide(values, scale, out=padded[: plan.size], casting="same_kind")
     rows = padded.reshape(plan.blocks, plan.length)
     path = best_path(rows, plan, memory)
 
-    return path, follow(path, plan, memory)
+    decoded = follow(path, plan, memory)
+    decoded *= scale
+    return path, decoded
 
 
 def _energies(plan: Plan, memory: int) -> tuple[Floats, NDArray[np.int64]]:

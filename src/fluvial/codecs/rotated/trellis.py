@@ -21,6 +21,7 @@ Groups are the tensors of one target and factor, as LoRA names them; bits go to 
 water-filling on these codes, in whole numbers, so that both ends agree.
 """
 
+import math
 import struct
 from typing import Annotated, ClassVar, Literal
 
@@ -89,11 +90,8 @@ class Trellis(RatedCodec):
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 32
-        rotated = [
-            rotate(torch.cat(tensors).double(), seed + number).numpy()
-            for number, tensors in enumerate(self._parted(vector))
-        ]
-        top, lower = _loudness(rotated)
+        groups = self._parted(vector)
+        top, lower = _loudness(groups)
         bits = self._allocate(lower)
         paths = []
         product = 0.0
@@ -101,11 +99,11 @@ class Trellis(RatedCodec):
 
         for number, (low, count) in enumerate(zip(lower, bits, strict=True)):
             scale = 2.0 ** ((top - int(low)) / _OCTAVE)
-            values = rotated[number]
-            path, decoded = search(values / scale, int(count), self.settings.memory)
-            decoded *= scale
-            product += float(values @ decoded)
-            energy += float(decoded @ decoded)
+            path, of_product, of_energy = self._path(
+                groups[number], seed + number, scale, int(count)
+            )
+            product += of_product
+            energy += of_energy
             paths.append(path)
 
         gain = int(np.clip(np.rint(_GAIN * product / energy), 0, 255)) if energy > 0 else 0
@@ -115,6 +113,18 @@ class Trellis(RatedCodec):
             + lower.astype(np.uint8).tobytes()
             + np.packbits(np.concatenate(paths)).tobytes()
         )
+
+    def _path(
+        self, tensors: list[Tensor], seed: int, scale: float, count: int
+    ) -> tuple[NDArray[np.uint8], float, float]:
+        """Return the path of a group (bits,), the product of the group with what the path decodes
+        to, and the energy of the latter.
+
+        One group at a time is held in fp64, so that memory does not grow with the update.
+        """
+        values = rotate(_doubles(tensors), seed).numpy()
+        path, decoded = search(values, count, self.settings.memory, scale=scale)
+        return path, float(values @ decoded), float(decoded @ decoded)
 
     def parse(self, reader: Reader) -> Tensor:
         """Decode a body into a vector (numel,); see `Codec.parse`."""
@@ -193,14 +203,29 @@ def _groups(layout: Layout) -> tuple[dict[object, int], list[int]]:
     return numbers, owner
 
 
-def _loudness(groups: list[NDArray[np.float64]]) -> tuple[int, NDArray[np.int64]]:
-    """Code of the loudest group's RMS, and how far below it each group is."""
-    rms = np.array([float(np.sqrt(values @ values / max(len(values), 1))) for values in groups])
+def _loudness(groups: list[list[Tensor]]) -> tuple[int, NDArray[np.int64]]:
+    """Code of the loudest group's RMS, and how far below it each group is; a rotation keeps it."""
+    rms = np.array(
+        [float(np.sqrt(_energy(values) / max(sum(map(len, values)), 1))) for values in groups]
+    )
     if not rms.any():
         return 0, np.full(len(rms), _SILENT, dtype=np.int64)
     top = int(np.clip(np.rint(_OCTAVE * np.log2(rms.max())), -126 * _OCTAVE, 126 * _OCTAVE))
     codes = np.rint(top - _OCTAVE * np.log2(np.maximum(rms, 1e-300))).clip(0, _SILENT)
     return top, np.where(rms > 0, codes, _SILENT).astype(np.int64)
+
+
+def _energy(tensors: list[Tensor]) -> float:
+    """Return the sum of squares of 1-D tensors, in fp64."""
+    return math.fsum(float(values @ values) for values in (each.double() for each in tensors))
+
+
+def _doubles(tensors: list[Tensor]) -> Tensor:
+    """Return 1-D tensors one after another, fp64."""
+    values = torch.empty(sum(map(len, tensors)), dtype=torch.float64)
+    for part, tensor in zip(torch.split(values, [*map(len, tensors)]), tensors, strict=True):
+        part.copy_(tensor)
+    return values
 
 
 def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
