@@ -1,6 +1,6 @@
 """Loss at equal bytes of a rate that follows the noise, against fixed rates.
 
-    python -m benchmarks.codecs snr [--quick] [--cell NAME] [--learning-rate LR]
+    python -m benchmarks.codecs snr [--quick] [--cell NAME] [--codec NAME ...] [--learning-rate LR]
         [--cache FILE.jsonl] [--out FILE.json]
 
 Every contender trains the same sites with the same steps, batches and learning rate. Bytes are
@@ -62,10 +62,12 @@ def at_bytes(points: Sequence[tuple[float, float]], size: float) -> float | None
     return None
 
 
-def measure(cell: str, bed: Bed, learning_rate: float, cache: Cache) -> list[Row]:
+def measure(
+    cell: str, codecs: Sequence[str], bed: Bed, learning_rate: float, cache: Cache
+) -> list[Row]:
     """Run every contender with every seed; return a row for each contender."""
     rows = []
-    for codec in CODECS:
+    for codec in codecs:
         curves: list[list[tuple[float, float]]] = [[] for _ in range(bed.seeds)]
         for contender in contenders(codec):
             runs = []
@@ -126,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a run of minutes that shows nothing")
     parser.add_argument("--cell", choices=CELLS, default="stdlib")
+    parser.add_argument("--codec", action="append", choices=CODECS, help="default: each of them")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of every run")
     parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -143,7 +146,13 @@ def main() -> None:
     )
 
     if CORPORA[options.cell].present:
-        report.rows = measure(options.cell, bed, options.learning_rate, Cache(options.cache))
+        report.rows = measure(
+            options.cell,
+            options.codec or CODECS,
+            bed,
+            options.learning_rate,
+            Cache(options.cache),
+        )
         report.claims = claims(report.rows)
         show(f"{options.cell}: fixed rates and rates that follow the noise", COLUMNS, report.rows)
     else:

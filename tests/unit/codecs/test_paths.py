@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fluvial.codecs import compiled
-from fluvial.codecs.rotated import paths, paths_numpy
+from fluvial.codecs.rotated import paths, paths_numpy, paths_torch
 from fluvial.codecs.rotated.trellis import Trellis, TrellisSettings
 from fluvial.wire.tensors import Layout
 from tests.support import GOLDEN
@@ -23,14 +24,22 @@ Doubles = NDArray[np.float64]
 
 FRAMES = json.loads((GOLDEN / "trellis_paths.json").read_text())
 """SHA-256 of paths and frames that the first version of the search made."""
-SLOW = {"compiled": 12, "numpy": 12, "exact": 6}
+SLOW = {"compiled": 12, "numpy": 12, "exact": 6, "torch": 6}
 """Largest memory of the tests' paths, by the way to search them."""
 
 
 @pytest.fixture(params=list(SLOW))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Search with numba, with NumPy, and with NumPy where BLAS does not fuse."""
+    """Search with numba, with NumPy, with NumPy where BLAS does not fuse, and with torch as on
+    another device."""
     name: str = request.param
+    if name == "torch":
+        on_device = partial(paths.best_path, device=torch.device("cpu"))
+        monkeypatch.setattr(
+            paths, "best_path", lambda rows, plan, memory, _=None: on_device(rows, plan, memory)
+        )
+        return name
+
     if name == "compiled":
         pytest.importorskip("numba")
     else:
@@ -88,7 +97,9 @@ def test_frames_are_those_of_the_first_version(way: str) -> None:
     update = layout.unflatten(torch.from_numpy(1e-3 * gaussian(layout.numel, 1)).float())
 
     for row in FRAMES["frames"]:
-        if row["memory"] > 6 and (way == "exact" or (way == "numpy" and row["rate"] < 64)):
+        if row["memory"] > 6 and (
+            way in ("exact", "torch") or (way == "numpy" and row["rate"] < 64)
+        ):
             continue  # seconds each
         codec = Trellis(TrellisSettings(rate=row["rate"], memory=row["memory"]), layout)
         assert sha256(codec.encode(update, seed=7, round=3)) == row["sha256"], row
@@ -145,9 +156,12 @@ def test_products_are_rounded_once() -> None:
         out = np.empty((2, 64), np.float32)
         paths_numpy.fused(codes, values, out=out)
         product = np.float32(codes[0, 0] * values[0, 0])
-        assert out[0, 0] == nearest(
-            Fraction(float(product)) + Fraction(float(codes[1, 0])) * Fraction(float(values[1, 0]))
+        exact = Fraction(float(product)) + Fraction(float(codes[1, 0])) * Fraction(
+            float(values[1, 0])
         )
+        assert out[0, 0] == nearest(exact)
+        a, b = torch.from_numpy(codes[1, :1]), torch.from_numpy(values[1, :1])
+        assert paths_torch._fused(a, b, torch.tensor([float(product)])).item() == nearest(exact)
 
     before = np.float32(1)
     for code, value in ((1 + 2.0**-23, 2.0**-24), (1 - 2.0**-23, 2.0**-24)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
@@ -86,12 +87,17 @@ def codebook(memory: int) -> Floats:
     return codes
 
 
-def best_path(rows: Floats, plan: Plan, memory: int) -> Bits:
+def best_path(rows: Floats, plan: Plan, memory: int, device: torch.device | None = None) -> Bits:
     """Return the bits (plan.total,) of the path of least squared error for every row of (blocks,
-    length), from state 0."""
+    length), from state 0; with `device`, the search runs there."""
     assert plan.spans.max() <= LONGEST, "a code has no more numbers"
     energies, kinds = _energies(plan, memory)
     scales = -2 * plan.scales
+
+    if device is not None:
+        from fluvial.codecs.rotated import paths_torch
+
+        return paths_torch.search(rows, plan, codebook(memory), energies, kinds, scales, device)
 
     if not compiled.available():
         return paths_numpy.search(rows, plan, codebook(memory), energies, kinds, scales)
@@ -146,10 +152,15 @@ def follow(path: Bits, plan: Plan, memory: int) -> NDArray[np.float64]:
 
 
 def search(
-    values: NDArray[np.float64], bits: int, memory: int, *, scale: float = 1.0
+    values: NDArray[np.float64],
+    bits: int,
+    memory: int,
+    *,
+    scale: float = 1.0,
+    device: torch.device | None = None,
 ) -> tuple[Bits, NDArray[np.float64]]:
     """Return the best path for `values` (n,) of about RMS `scale` in at most `bits` bits, and what
-    it decodes to (n,)."""
+    it decodes to (n,); with `device`, the search runs there."""
     plan = Plan.of(len(values), bits)
     if plan.total == 0:
         return np.zeros(0, np.uint8), np.zeros(len(values))
@@ -157,7 +168,7 @@ def search(
     padded = np.zeros(plan.blocks * plan.length, dtype=np.float32)
     np.divide(values, scale, out=padded[: plan.size], casting="same_kind")
     rows = padded.reshape(plan.blocks, plan.length)
-    path = best_path(rows, plan, memory)
+    path = best_path(rows, plan, memory, device)
 
     decoded = follow(path, plan, memory)
     decoded *= scale

@@ -90,7 +90,8 @@ class Trellis(RatedCodec):
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 32
-        groups = self._parted(vector)
+        device = None if vector.device.type == "cpu" else vector.device
+        groups = self._parted(vector.cpu())
         top, lower = _loudness(groups)
         bits = self._allocate(lower)
         paths = []
@@ -100,7 +101,7 @@ class Trellis(RatedCodec):
         for number, (low, count) in enumerate(zip(lower, bits, strict=True)):
             scale = 2.0 ** ((top - int(low)) / _OCTAVE)
             path, of_product, of_energy = self._path(
-                groups[number], seed + number, scale, int(count)
+                groups[number], seed + number, scale, int(count), device
             )
             product += of_product
             energy += of_energy
@@ -115,7 +116,12 @@ class Trellis(RatedCodec):
         )
 
     def _path(
-        self, tensors: list[Tensor], seed: int, scale: float, count: int
+        self,
+        tensors: list[Tensor],
+        seed: int,
+        scale: float,
+        count: int,
+        device: torch.device | None,
     ) -> tuple[NDArray[np.uint8], float, float]:
         """Return the path of a group (bits,), the product of the group with what the path decodes
         to, and the energy of the latter.
@@ -123,7 +129,7 @@ class Trellis(RatedCodec):
         One group at a time is held in fp64, so that memory does not grow with the update.
         """
         values = rotate(_doubles(tensors), seed).numpy()
-        path, decoded = search(values, count, self.settings.memory, scale=scale)
+        path, decoded = search(values, count, self.settings.memory, scale=scale, device=device)
         return path, float(values @ decoded), float(decoded @ decoded)
 
     def parse(self, reader: Reader) -> Tensor:
