@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.codecs import bytes_to_target, rate_distortion, speed, target_claims
+from benchmarks.codecs import bytes_to_target, rate_distortion, snr, speed, target_claims
 from benchmarks.codecs.bed import Found
 from benchmarks.codecs.cache import SOURCE, Cache
 from benchmarks.codecs.contenders import CONTENDERS, Bed, Contender, Role, resolve
@@ -342,6 +342,16 @@ def test_gains_in_decibels() -> None:
     assert gain["gain_db"] == pytest.approx(10)
     (claim,) = rate_distortion.claims([gain])
     assert claim.bar == rate_distortion.BAR_LARGE
+
+
+def test_driven_rates_are_compared_at_their_bytes() -> None:
+    """The loss of fixed rates is a line in the logarithm of the bytes; nothing lies beyond it."""
+    curve = [(400.0, 1.0), (100.0, 3.0)]
+    assert snr.at_bytes(curve, 200.0) == pytest.approx(2.0)
+    assert snr.at_bytes(curve, 50.0) is None
+    row = snr.excess([curve, curve], [(200.0, 2.5), (400.0, 1.1)])
+    assert row["excess"] == pytest.approx(0.3)
+    assert snr.excess([curve], [(50.0, 2.5)])["excess"] is None
 
 
 def test_synthetic_updates_have_the_layout_and_a_common_basis() -> None:

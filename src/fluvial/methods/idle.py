@@ -43,6 +43,16 @@ def idle_feedback(given: Given, *, steady: bool, period: int = 1) -> dict[str, s
     return idle
 
 
+def idle_targets(given: Given, updates: int) -> dict[str, str]:
+    """Return the targets of the codec's noise that no round follows, for rounds of `updates`."""
+    if given.rounds == 1:
+        why = "the run has 1 round, and the rate follows from the second on"
+        return dict.fromkeys(("codec.snr_db", "codec.noise_ratio"), why)
+    if updates == 1:
+        return {"codec.noise_ratio": "a round has 1 update, so there is no variance between sites"}
+    return {}
+
+
 def idle_fraction(config: MethodSettings, sites: int) -> dict[str, str]:
     """Return the share of a cohort where there is one site to draw."""
     if not isinstance(config, SampledSettings) or sites > 1:

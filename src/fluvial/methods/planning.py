@@ -10,7 +10,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
 from fluvial.federation.line import round_s
-from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
+from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
 from fluvial.models.quantised import quantised_bytes
@@ -70,6 +70,7 @@ def shared_idle(config: MethodSettings, given: Given, *, collects: bool) -> dict
     return {
         **idle_bounds(given.sites if collects else cohort),
         **idle_feedback(given, steady=steady),
+        **idle_targets(given, cohort),
         **idle_fraction(config, given.sites),
     }
 

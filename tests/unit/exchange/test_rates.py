@@ -202,6 +202,10 @@ def test_auto_passes_the_target_on(run_config: dict[str, Any], tmp_path: Path) -
             },
             "codec.snr_db",
         ),
+        (
+            {"rounds": 1, "codec": {"name": "trellis", "rate": 8, "snr_db": 3.0}},
+            "the rate follows from the second on",
+        ),
     ],
 )
 def test_what_cannot_follow_is_refused(

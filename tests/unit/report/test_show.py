@@ -16,7 +16,7 @@ from rich.console import Console, RenderableType
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.formatting import human_bytes, human_ratio
 from fluvial.methods import METHODS
-from fluvial.report import block_tables, result_tables, round_lines, show
+from fluvial.report import block_tables, figures, result_tables, round_lines, show
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.damage import damage_reported
 from fluvial.report.fairness_tables import fairness_by_round
@@ -265,6 +265,7 @@ def test_round_lines_are_aligned_with_their_header(finished: Path) -> None:
         assert headings.index(heading) + len(heading) == lines[0].index(value) + len(value)
 
     assert "codec SNR 1.4 dB" in lines[0]
+    assert "codec SNR 1.4 dB at 1/48.2" in round_lines.round_line({**metrics[0], "rate": 48.2})
     assert "held-out 3.1400" in lines[1]
     assert "2/3" in lines[2]
     assert "missing [red]xml[/]" in lines[2]
@@ -429,6 +430,15 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
         "first.html",
         "second.html",
     ]
+
+
+def test_a_rate_that_follows_the_noise_is_drawn() -> None:
+    records = [{"round": 1, "snr_db": 3.0, "rate": 8.0}, {"round": 2, "snr_db": 4.0, "rate": 9.5}]
+    drawn = figures.snr_by_round(records)
+    assert drawn is not None
+    assert "codec SNR, dB" in drawn
+    assert "times smaller" in drawn
+    assert figures.snr_by_round([{"round": 1, "snr_db": 3.0}]) is None
 
 
 def test_page_of_what_is_there(unfinished: Path, local: Path, tmp_path: Path) -> None:
