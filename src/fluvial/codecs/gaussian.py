@@ -15,6 +15,9 @@ from fluvial.errors import WireError
 from fluvial.wire.frame import Reader
 
 Doubles = NDArray[np.float64]
+Reals = NDArray[np.float32] | NDArray[np.float64]
+"""Values to code; those in fp32 are computed with as fp64, without a copy where loops are
+compiled."""
 Ints = NDArray[np.int64]
 
 OCTAVE = 1500
@@ -119,7 +122,7 @@ class Blocks:
         self._ends = np.cumsum(self.sizes)
         self._spans = list(zip(self.sizes.tolist(), self._ends.tolist(), strict=True))
 
-    def encode(self, values: Doubles, room: int) -> bytes:
+    def encode(self, values: Reals, room: int) -> bytes:
         """Code `values` (sum of sizes,) into at most `room` bytes, with about the finest step that
         fits."""
         loudness = self.loudness(values)
@@ -142,7 +145,7 @@ class Blocks:
             step += max(int(excess / self.slope(loudness, step)), stride)
             stride *= 2
 
-    def encode_at(self, values: Doubles, step: int, *, loudness: Doubles | None = None) -> bytes:
+    def encode_at(self, values: Reals, step: int, *, loudness: Doubles | None = None) -> bytes:
         """Code `values` with a given step, whatever bytes it takes; their `loudness` saves time."""
         classes, levels = self._quantise(values, step, loudness)
         centre = _centre(classes)
@@ -154,11 +157,13 @@ class Blocks:
 
         for number, start, end in self._runs(classes):
             table = tables()[number]
-            coded.append((levels[start:end] + table.limit, table.model))
+            symbols = levels[start:end]
+            symbols += table.limit
+            coded.append((symbols, table.model))
 
         return head + entropy.encode_with(coded)
 
-    def decoded(self, values: Doubles, step: int) -> Doubles:
+    def decoded(self, values: Reals, step: int) -> Doubles:
         """Return the values that `decode` makes of `encode_at`."""
         classes, levels = self._quantise(values, step, None)
         result = np.zeros(len(values))
@@ -186,7 +191,7 @@ class Blocks:
         ]
 
     def excess(
-        self, values: Doubles, step: int, room: int, *, loudness: Doubles | None = None
+        self, values: Reals, step: int, room: int, *, loudness: Doubles | None = None
     ) -> float:
         """Return the bits by which `encode_at` goes beyond `room` bytes."""
         classes = self._classes(values, step, loudness)
@@ -196,9 +201,9 @@ class Blocks:
 
         return float(counts @ _costs().ravel() + side) - 8 * (room - self.least + 4)
 
-    def loudness(self, values: Doubles) -> Doubles:
+    def loudness(self, values: Reals) -> Doubles:
         """Return the log2 of the RMS of every block; -inf for silence."""
-        pieces = ((values[end - n : end], n) for n, end in self._spans)
+        pieces = ((values[end - n : end].astype(np.float64), n) for n, end in self._spans)
         power = np.array([float(piece @ piece) / n if n else 0.0 for piece, n in pieces])
 
         with np.errstate(divide="ignore"):
@@ -258,20 +263,20 @@ class Blocks:
             return COARSEST - 1
         return int(np.clip(np.ceil((loudest - 6) * OCTAVE), FINEST, COARSEST - 1))
 
-    def _classes(self, values: Doubles, step: int, loudness: Doubles | None) -> Ints:
+    def _classes(self, values: Reals, step: int, loudness: Doubles | None) -> Ints:
         """Return the class of every block."""
         loudness = self.loudness(values) if loudness is None else loudness
         position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
         return np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
 
     def _quantise(
-        self, values: Doubles, step: int, loudness: Doubles | None
+        self, values: Reals, step: int, loudness: Doubles | None
     ) -> tuple[Ints, NDArray[np.int32]]:
         """Return the class of every block, level of every value."""
         classes = self._classes(values, step, loudness)
         return classes, self._levels(values, step, classes)
 
-    def _levels(self, values: Doubles, step: int, classes: Ints) -> NDArray[np.int32]:
+    def _levels(self, values: Reals, step: int, classes: Ints) -> NDArray[np.int32]:
         """Return the level of every value."""
         factor = 2.0 ** (-step / OCTAVE)
         limits = _limits()[classes]
@@ -284,14 +289,15 @@ class Blocks:
             return made
 
         limits = np.repeat(limits, self.sizes)
-        levels: Doubles = values * factor
+        levels: Doubles = values.astype(np.float64)
+        levels *= factor
         np.rint(levels, out=levels)
         np.minimum(levels, limits, out=levels)
         np.maximum(levels, np.negative(limits, out=limits), out=levels)
 
         return levels.astype(np.int32)
 
-    def _counts(self, values: Doubles, step: int, classes: Ints) -> Ints:
+    def _counts(self, values: Reals, step: int, classes: Ints) -> Ints:
         """Return how often each magnitude of each class occurs (classes * 256,)."""
         if compiled.available():
             from fluvial.codecs import gaussian_compiled

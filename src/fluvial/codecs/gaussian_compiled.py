@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 from fluvial.codecs.compiled import compiled
 
 Doubles = NDArray[np.float64]
+Reals = NDArray[np.float32] | NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
 @compiled
 def quantise(
-    values: Doubles, factor: float, limits: Doubles, ends: Ints, levels: NDArray[np.int32]
+    values: Reals, factor: float, limits: Doubles, ends: Ints, levels: NDArray[np.int32]
 ) -> None:
     """Write `values` times `factor` as whole levels, within the limit of each block."""
     start = 0
@@ -26,7 +27,7 @@ def quantise(
 
 @compiled
 def count(
-    values: Doubles, factor: float, limits: Doubles, ends: Ints, classes: Ints, counts: Ints
+    values: Reals, factor: float, limits: Doubles, ends: Ints, classes: Ints, counts: Ints
 ) -> None:
     """Add the occurrences of every magnitude of the same levels to `counts` (classes,
     magnitudes)."""

@@ -63,7 +63,7 @@ class Hadamard(RatedCodec):
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 32
-        rotated = self._rotate(vector, seed, back=False).double()
+        rotated = self._rotate(vector, seed, back=False)
         return struct.pack("<I", seed) + self._blocks.encode(rotated.numpy(), self._room - 4)
 
     def parse(self, reader: Reader) -> Tensor:
@@ -76,9 +76,11 @@ class Hadamard(RatedCodec):
         """Return every tensor rotated; in fp32, unless sums would end where fp32 ends."""
         least, most = torch.aminmax(vector)
         large = max(-float(least), float(most)) > LARGEST_FP32 / 2**32
-        pieces = list(
-            torch.split(vector.double() if large else vector.float(), list(self.layout.sizes))
-        )
+        vector = vector.double() if large else vector.float()
+        rotated = torch.empty_like(vector)
+        sizes = list(self.layout.sizes)
+        pieces = torch.split(vector, sizes)
+        places = torch.split(rotated, sizes)
 
         for number, size in enumerate(sorted(self._alike)):
             alike = self._alike[size]
@@ -88,6 +90,6 @@ class Hadamard(RatedCodec):
             turned = turn(stacked, overwrite=True)
 
             for index, row in zip(alike, turned, strict=True):
-                pieces[index] = row
+                places[index].copy_(row)
 
-        return torch.cat(pieces)
+        return rotated
