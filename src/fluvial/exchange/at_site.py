@@ -152,7 +152,7 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     Then the answer is `STALE`. Raises `WireError` for a message that the server's half did not
     make.
     """
-    adapter = receive(site, message)
+    adapter = receive(site, message, terms.factors)
     if adapter is None:
         return None
 

@@ -4,7 +4,8 @@ With a codec, the server keeps the adapter that the sites hold, codes its differ
 adapter, and adds the decoded difference to it. The loss of one round is part of the next round's
 difference, so errors do not accumulate (error feedback at the server; EF21-P of Gruntkowska et al.,
 ICML 2023, whose server keeps all its state). A site that was absent receives the frames that it
-missed, or the exact adapter if that is shorter.
+missed, or the exact adapter if that is shorter. A factor A that is frozen does not change, and no
+frame has it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,29 +14,48 @@ import torch
 
 from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.naming import configured_in
-from fluvial.errors import WireError
+from fluvial.errors import ConfigError, WireError
 from fluvial.exchange.coding import Plain
 from fluvial.exchange.difference import REFERENCE, Difference
-from fluvial.federation.sites import Site, adapter_message, read_adapter_message
+from fluvial.federation.sites import Factors, Site, adapter_message, read_adapter_message
+from fluvial.models.adapters import is_side
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_frame, split
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Layout, Named, factor
 
 _SLOT = "received"
 """Slot of a site for the adapter that it received last."""
+
+
+def coded_layout(layout: Layout, factors: Factors) -> Layout:
+    """Return the layout of what a frame has, for sites that receive `layout`: not the frozen A of
+    `factors` "B". A side path is frozen at the sites, but changes from round to round."""
+    if factors == "A and B":
+        return layout
+    return Layout(tuple(s for s in layout.shapes if is_side(s[0]) or factor(s[0]) != "A"))
 
 
 class Downlink:
     """Server half: one reference for all sites, and the frames that lead to it from older
     versions."""
 
-    def __init__(self, settings: CodecSettings | None, seed: int, adapter: Named) -> None:
-        """Begin with `adapter`, version 0, which every site makes from the seed."""
+    def __init__(
+        self,
+        settings: CodecSettings | None,
+        seed: int,
+        adapter: Named,
+        factors: Factors = "A and B",
+    ) -> None:
+        """Begin with `adapter`, version 0, which every site makes from the seed.
+
+        `factors` are those that sites train.
+        """
         self.seed = seed
         self.layout = Layout.of(adapter)
         with configured_in("downlink"):
-            codec = None if settings is None else build(settings, self.layout)
+            coded = coded_layout(self.layout, factors)
+            codec = None if settings is None else build(settings, coded)
         self.coder = None if codec is None else Difference(Plain(codec))
         self.reference = adapter
         self.version = 0
@@ -47,7 +67,10 @@ class Downlink:
         self._messages: dict[int, Payload] = {}
 
     def advance(self, adapter: Named, round: int) -> None:
-        """Make `adapter`, or its coded image, what sites of `round` receive."""
+        """Make `adapter`, or its coded image, what sites of `round` receive.
+
+        Raises `ConfigError` for an adapter in which a frozen factor has changed.
+        """
         self._messages = {}
         if self.coder is None:
             self.reference = adapter
@@ -57,9 +80,17 @@ class Downlink:
             return
 
         seed = derive(self.seed, "downlink", round)
-        state = {REFERENCE: Payload(self.reference)}
-        frame, after = self.coder.encode(adapter, state, seed=seed, round=round)
-        self.reference = after[REFERENCE].tensors
+        names = self.coder.layout.names
+        frozen = self.reference.keys() - set(names)
+        for name in sorted(frozen):
+            if not torch.equal(adapter[name], self.reference[name]):
+                raise ConfigError(
+                    f"[downlink]: {name!r} has changed, which the method's factors='B' freeze"
+                )
+
+        state = {REFERENCE: Payload(_chosen(self.reference, names))}
+        frame, after = self.coder.encode(_chosen(adapter, names), state, seed=seed, round=round)
+        self.reference = self.reference | after[REFERENCE].tensors
         self.version = round
         self.frames[round] = frame
 
@@ -142,8 +173,12 @@ class Downlink:
         self.holds = frames.value("holds", dict)
 
 
-def receive(site: Site, message: Payload) -> Named | None:
-    """Return, at a site, the adapter that `message` brings, and keep it.
+def _chosen(adapter: Named, names: Iterable[str]) -> Named:
+    return {name: adapter[name] for name in names}
+
+
+def receive(site: Site, message: Payload, factors: Factors = "A and B") -> Named | None:
+    """Return, at a site that trains `factors`, the adapter that `message` brings, and keep it.
 
     Return None if it builds on a version that the site lacks.
     """
@@ -159,9 +194,10 @@ def receive(site: Site, message: Payload) -> Named | None:
             return None
 
         received = held
-        coder = Difference(Plain(build(site.downlink, site.layout)))
+        coder = Difference(Plain(build(site.downlink, coded_layout(site.layout, factors))))
         for frame in _split_frames(message):
-            received = coder.decode(frame, {REFERENCE: Payload(received)})
+            before = _chosen(received, coder.layout.names)
+            received = received | coder.decode(frame, {REFERENCE: Payload(before)})
 
     site.keep(_SLOT, Payload(received, {"version": version}))
     return received

@@ -33,7 +33,7 @@ class Link:
         `context` has the layout that they train; `values` go with every message.
         """
         self.uplink = Uplink(context, terms, on_refusal=on_refusal)
-        self.downlink = Downlink(context.downlink, context.seed, adapter)
+        self.downlink = Downlink(context.downlink, context.seed, adapter, terms.factors)
         self.values = dict(values or {})
 
     @classmethod

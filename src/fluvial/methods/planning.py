@@ -3,19 +3,20 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from fluvial.codecs import must_learn
+from fluvial.codecs import CodecSettings, must_learn
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.naming import configured_in
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
+from fluvial.exchange.downlink import coded_layout
 from fluvial.federation.line import round_s
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Traffic, shared_down, shared_up
 from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
-from fluvial.wire.tensors import Layout
+from fluvial.wire.tensors import Layout, factor
 
 OPTIMIZER_BYTES = 16
 """Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""
@@ -101,7 +102,7 @@ def coded(
     frame = frame_size(given.codec, sent)
     with configured_in("downlink"):
         received = given.layout if download is None else download[0]
-        down = frame_size(given.downlink or IdentitySettings(), received)
+        down = frame_size(*_carried(given, received, sent))
     cohort = config.cohort(given.sites)
     # With a coded downlink, every site makes the first adapter from the seed.
     downloads = given.rounds - (given.downlink is not None)
@@ -178,7 +179,8 @@ def shared_traffic(
     download: Download | None = None,
 ) -> Traffic:
     """Predict the bytes of a site in a round that goes through `fluvial.exchange`; see `coded`."""
-    layout, values = download or (given.layout, {})
+    received, values = download or (given.layout, {})
+    _, layout = _carried(given, received, sent)
     all_sites = config.cohort(given.sites) == given.sites
     return Traffic(
         down=shared_down(
@@ -192,6 +194,14 @@ def shared_traffic(
         ),
         up=shared_up(given.codec, sent, frame_only=frame_only),
     )
+
+
+def _carried(given: Given, received: Layout, sent: Layout) -> tuple[CodecSettings, Layout]:
+    """Return the codec of the downlink, and the layout that it codes of what sites receive."""
+    if given.downlink is None:
+        return IdentitySettings(), received
+    trains_a = any(factor(name) == "A" for name in sent.names)
+    return given.downlink, coded_layout(received, "A and B" if trains_a else "B")
 
 
 def _base_memory(given: Given, float_bytes: int) -> str:

@@ -9,8 +9,9 @@ import torch
 
 from fluvial.codecs import read_settings
 from fluvial.codecs.quantise import Int8Settings
-from fluvial.errors import WireError
+from fluvial.errors import ConfigError, WireError
 from fluvial.exchange.downlink import Downlink
+from fluvial.models.adapters import is_side
 from fluvial.models.states import initial_state
 from fluvial.seeds import generator
 from fluvial.wire.payload import Payload
@@ -83,6 +84,32 @@ def test_after_too_many_frames_the_exact_adapter_is_shorter() -> None:
     assert "base" not in message.values
     assert len(message.to_bytes()) < LAYOUT.raw_bytes + 100
     assert sum(map(len, down.frames.values())) <= LAYOUT.raw_bytes
+
+
+def test_no_frame_has_a_frozen_factor() -> None:
+    """A side path of another layer changes, and has one scale with the frozen A in a frame."""
+    names = LAYOUT.names
+    side = {name: name.replace(".weight", ".side.weight") for name in names if "layers.1" in name}
+    assert all(map(is_side, side.values()))
+
+    def adapter(tensors: Named) -> Named:
+        renamed = {side.get(name, name): tensor for name, tensor in tensors.items()}
+        return renamed | {name: START[name] for name in frozen}
+
+    frozen = [name for name in names if ".lora_A." in name and name not in side]
+    settings = read_settings({"name": "trellis", "rate": 4})
+    down = Downlink(settings, 0, adapter(START), factors="B")
+    both = Downlink(settings, 0, adapter(START))
+    for round, tensors in enumerate(moves(4), 1):
+        down.advance(adapter(tensors), round)
+        both.advance(adapter(tensors), round)
+
+    moved = subtract(down.reference, adapter(START))
+    assert {name for name in moved if not moved[name].any()} == set(frozen)
+    assert all((both.reference[name] != START[name]).any() for name in frozen)
+
+    with pytest.raises(ConfigError, match="lora_A.* has changed, which .* factors='B' freeze"):
+        down.advance(adapter(START) | {frozen[0]: torch.ones(4, 32)}, 5)
 
 
 def test_the_state_of_the_downlink_is_all() -> None:
