@@ -235,6 +235,29 @@ def test_a_site_leaves_and_returns_with_another_budget(
     assert third["plans"]["north"]["batch"] == first["plans"]["north"]["batch"]
 
 
+def test_one_slow_round_does_not_keep_a_site_out_for_ever(
+    unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that is refused for its last round is measured anew, without that round."""
+    said = {"north": "000000.000", "south": "999999.999"}
+
+    def train(site: Site, message: Payload) -> Payload:
+        reply = tasks.train(site, message)
+        late = {"s": said[site.name]} if site.name in said and site.recall("late").values else {}
+        site.keep("late", Payload(values={"once": True}))
+        return Payload(reply.tensors, {**reply.values, **late})
+
+    monkeypatch.setitem(cast(dict[str, Task], METHODS["fedpipe"].tasks), "train", train)
+    planner = {"selection": "all", "ranks": [8], "batches": [4]}
+    method = {"name": "fedpipe", "planner": planner, "replan_every": 1, "deadline_s": 60.0}
+    change = {"rounds": 4, "fleet": {"on_failure": "skip"}, "method": method}
+    run_table(unequal | change, tmp_path / "run")
+
+    seen = records(tmp_path / "run")
+    assert [record["sites"] for record in seen] == [3, 3, 2, 3]
+    assert all(record["plans"]["north"]["prediction"]["compute_s"] > 0 for record in seen[1:])
+
+
 def test_a_plan_is_compared_once_with_what_was_measured(
     unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

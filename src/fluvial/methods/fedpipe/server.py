@@ -25,7 +25,14 @@ from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
 from fluvial.methods.fedpipe.profiles import over_line, read_profile
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
-from fluvial.methods.fedpipe.tasks import SECONDS, STEPS, read_seconds, settings_of, terms
+from fluvial.methods.fedpipe.tasks import (
+    LEAST_SECONDS,
+    SECONDS,
+    STEPS,
+    read_seconds,
+    settings_of,
+    terms,
+)
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.assignment import Assignment
@@ -137,6 +144,8 @@ class FedPipeServer(SharedModelServer):
         for site, why in refused.items():
             self.plans.pop(site, None)
             self.unmeasured.discard(site)
+            # One slow round may be the reason; a refused site trains no round that corrects it.
+            self.slowness.pop(site, None)
             if self._side_bytes:
                 why += (
                     f"; {self._side_bytes:,} B of its memory stay free for what method.aggregation "
@@ -337,7 +346,8 @@ class FedPipeServer(SharedModelServer):
             figures[training.site] = compared(plan, measured)
             if self.config.budget(training.site).tokens_s is None and plan.prediction.compute_s > 0:
                 now = self.slowness.get(training.site, 1.0)
-                self.slowness[training.site] = now * training.seconds / plan.prediction.compute_s
+                took_s = max(training.seconds, LEAST_SECONDS)
+                self.slowness[training.site] = now * took_s / plan.prediction.compute_s
 
         return {"predicted": figures} if figures else {}
 

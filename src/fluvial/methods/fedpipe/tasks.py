@@ -40,6 +40,8 @@ SECONDS = "s"
 """Name of the reply value that carries seconds, as text of one length, so that the bytes of a run
 do not depend on the time that it takes."""
 MOST_SECONDS = 999_999.999
+LEAST_SECONDS = 0.001
+"""Least seconds that training counts with: a slowness of zero would never change again."""
 _SECONDS_FORM = re.compile(r"[0-9]{6}\.[0-9]{3}")
 
 
