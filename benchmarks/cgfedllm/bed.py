@@ -35,6 +35,8 @@ it is absent."""
 Source = Literal["sites", "public"]
 Reading = Literal["federated", "local"]
 Table = dict[str, Any]
+Training = tuple[tuple[str, Any], ...]
+"""Settings of a `[train]` table, by which `ensemble` can remember its result."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,11 @@ def config(
     codec: Table | None = None,
     seed: int = 0,
     rank: int = 8,
+    train: Training | None = None,
     **fleet: Any,
 ) -> RunConfig:
     """Return the configuration of one run on `corpus`; alpha is twice the rank, so that every rank
-    has the same scale."""
+    has the same scale. `train` changes the local training."""
     tables = CORPORA[corpus].tables()
     tables["data"] |= {"max_length": 128, "max_heldout": size.heldout}
     table: Table = {
@@ -125,7 +128,8 @@ def config(
         "seed": seed,
         "rounds": size.rounds,
         "lora": {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0},
-        "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": size.steps},
+        "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": size.steps}
+        | dict(train or ()),
         "method": method,
         "evaluate": {"sample_tokens": 1},
         "fleet": fleet,
@@ -155,6 +159,7 @@ def ensemble(
     reading: Reading = "federated",
     seed: int = 0,
     rank: int = 8,
+    train: Training | None = None,
 ) -> Ensemble:
     """Snapshots of `corpus`, collected once in a process by the package's own TGAP."""
     since = time.perf_counter()
@@ -166,6 +171,7 @@ def ensemble(
         codec={"name": "klt"},
         seed=seed,
         rank=rank,
+        train=train,
     )
     settings = TgapConfig.model_validate(wanted)
 

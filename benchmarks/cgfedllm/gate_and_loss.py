@@ -1,7 +1,8 @@
 """CG-FedLLM's codecs: the gate on held-out snapshots, and held-out loss against bytes.
 
     python -m benchmarks.cgfedllm [--quick] [--part NAME ...] [--corpus NAME ...]
-                                  [--iterations N] [--out FILE.json]
+                                  [--iterations N] [--cache FILE.jsonl] [--minutes M]
+                                  [--out FILE.json]
 
 Without `--part`: gate and loss. The paper's autoencoder is `resnet`, on the canvas "grouped"
 because keys and values are narrower in some of the models; how long it was trained stands in its
@@ -18,6 +19,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.cgfedllm import parts
+from benchmarks.cgfedllm.autoencoder import autoencoder
 from benchmarks.cgfedllm.bed import (
     CORPORA,
     DEFAULT,
@@ -316,7 +318,7 @@ def main() -> None:
     parser.add_argument(
         "--part",
         action="append",
-        choices=["gate", "loss", *parts.PARTS],
+        choices=["gate", "loss", "autoencoder", *parts.PARTS],
         help="default: gate and loss",
     )
     parser.add_argument(
@@ -324,6 +326,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--iterations", type=int, help="Adam steps of the paper's autoencoder (1500; quick: 300)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="JSON lines: fits of `autoencoder` to take, and to add to"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="`autoencoder` begins no fit after these"
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
@@ -350,6 +358,10 @@ def main() -> None:
                 rows, claims = gate_part(pool, corpora, size)
             elif part == "loss":
                 rows, claims = loss_part(pool, corpora, size, quick=options.quick)
+            elif part == "autoencoder":
+                rows, claims, left = autoencoder(size, corpora, options.cache, options.minutes)
+                for line in left:
+                    report.skip(line)
             else:
                 rows, claims = parts.PARTS[part](pool, corpora, size, report.skip)
 

@@ -12,6 +12,7 @@ from fluvial.codecs.learned.resnet_networks import (
     build_encoder,
     multiply_accumulates,
 )
+from fluvial.codecs.learned.resnet_training import cut, share_of_rate
 from fluvial.errors import ConfigError, WireError
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, relative_error
@@ -131,6 +132,47 @@ def test_fit_learns_and_depends_on_the_seed_alone() -> None:
     assert first.published(decoder=True).to_bytes() != other.published(decoder=True).to_bytes()
     assert [iteration for iteration, _ in first.loss_curve] == list(range(1, 61))
     assert first.loss_curve[-1][1] < 0.8 * first.loss_curve[0][1]
+
+
+def test_squares_lie_on_the_grid_of_the_latent_and_reach_every_cell() -> None:
+    canvas = torch.arange(128 * 192).reshape(128, 192)
+    draw = torch.Generator().manual_seed(0)
+    seen = torch.zeros(canvas.numel(), dtype=torch.bool)
+    for _ in range(1000):
+        square = cut(canvas, 50, 4, draw)  # 50 is 4 cells of 16
+        assert square.shape == (64, 64)
+        row, col = divmod(int(square[0, 0]), 192)
+        assert row % 16 == col % 16 == 0
+        assert torch.equal(square, canvas[row : row + 64, col : col + 64])
+        seen[square.reshape(-1)] = True
+
+    assert bool(seen.all())
+    assert cut(canvas, 16, 5, draw).shape == (64, 64)  # two cells, which reflection needs
+    assert cut(canvas, 150, 4, draw).shape == (128, 160)
+    assert cut(canvas, "whole", 4, draw) is canvas
+
+
+def test_the_learning_rate_is_that_of_torchs_cosine() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7)
+    for step in range(7):
+        assert theirs.get_last_lr()[0] == pytest.approx(0.3 * share_of_rate(step, 7, "cosine"))
+        assert share_of_rate(step, 7, "constant") == 1
+        optimizer.step()
+        theirs.step()
+
+
+def test_the_course_of_the_training_counts() -> None:
+    layout = attention_layout(128, 128, layers=2, **ATTENTION)
+    updates = updates_of(layout, 2)
+    changes: tuple[dict[str, Any], ...] = ({}, {"crop": "whole"}, {"schedule": "constant"})
+    found = {
+        ResNet.fit(ResNetSettings(stages=2, **QUICK, **change), layout, updates, seed=0)
+        .published(decoder=True)
+        .to_bytes()
+        for change in changes
+    }
+    assert len(found) == len(changes)
 
 
 def test_published_gives_the_same_codec(fitted: ResNet) -> None:

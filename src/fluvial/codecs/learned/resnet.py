@@ -7,21 +7,19 @@ canvas's cells, 1/64 in the paper. It is here to reproduce the paper; for a lear
 carries real updates see `klt`.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fluvial import seeds
 from fluvial.codecs.base import CodecSettings, LatentCodec, require_updates
 from fluvial.codecs.learned.canvas import Canvas, Mode
 from fluvial.codecs.learned.published import load_networks
 from fluvial.codecs.learned.resnet_networks import build_decoder, build_encoder
+from fluvial.codecs.learned.resnet_training import TrainingSettings, train
 from fluvial.codecs.normalise import (
     BYTES_PER_SCALE,
     Normalisation,
@@ -38,16 +36,12 @@ from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 
-logger = logging.getLogger(__name__)
-
 _LATENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ResNetSettings(CodecSettings):
-    """The autoencoder of CG-FedLLM (it needs a fit); defaults are the paper's, where it states one.
+class ResNetSettings(TrainingSettings):
+    """The autoencoder of CG-FedLLM (it needs a fit); defaults are the paper's, where it states one,
+    but for the learning rate.
 
     Bytes per value: 4 / 2^stages, and scales. Lost: what the autoencoder did not learn.
     """
@@ -64,14 +58,6 @@ class ResNetSettings(CodecSettings):
     Ours: the paper states none."""
     latent_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
     """Type of the latent's values on the wire."""
-    iterations: int = Field(3000, ge=1, le=10**6)
-    """Number of Adam steps of the fit; ours, after the reproduction."""
-    batch_size: int = Field(4, ge=1, le=10**6)
-    """Number of updates in a step of the fit; ours, after the reproduction."""
-    learning_rate: float = Field(2e-4, ge=1e-12, le=1)
-    """Adam's learning rate in the fit."""
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Adam's decay rates of the first and second moment."""
 
     @property
     def fit_iterations(self) -> int:
@@ -139,47 +125,9 @@ class ResNet(LatentCodec):
         samples = [
             canvas.pack(_normalised(layout.flatten(update), layout, settings)) for update in updates
         ]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeds.derive(seed, "resnet", "init"))
-            encoder = build_encoder(settings.stages)
-            decoder = build_decoder(settings.stages)
-
-        network = nn.Sequential(encoder, decoder).to(device).train()
-        optimizer = torch.optim.Adam(
-            network.parameters(), lr=settings.learning_rate, betas=settings.betas
-        )
-        batches = _batches(
-            len(samples), settings.batch_size, seeds.generator(seed, "resnet", "batches")
-        )
-        curve = []
-
-        with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-            for iteration, batch in zip(range(1, settings.iterations + 1), batches, strict=False):
-                optimizer.zero_grad()
-                total = 0.0
-                for group, (rows, cols) in enumerate(canvas.shapes):
-                    images = torch.stack([samples[index][group] for index in batch])[:, None].to(
-                        device
-                    )
-                    share = rows * cols / canvas.numel
-                    loss = nn.functional.mse_loss(network(images), images) * share
-                    torch.autograd.backward(loss)
-                    total += float(loss.detach())
-
-                optimizer.step()
-                curve.append((iteration, total))
-                if iteration % 20 == 0:
-                    logger.info(
-                        "autoencoder: iteration %d of %d, error %.3f",
-                        iteration,
-                        settings.iterations,
-                        total,
-                    )
-
-        codec = cls(settings, layout, encoder.cpu(), decoder.cpu())
-        codec.loss_curve = curve
+        trained = train(settings, canvas, samples, seed=seed)
+        codec = cls(settings, layout, trained.encoder, trained.decoder)
+        codec.loss_curve = trained.loss_curve
         return codec
 
     @classmethod
@@ -294,14 +242,6 @@ def _normalised(vector: Tensor, layout: Layout, settings: ResNetSettings) -> Ten
     return normalise(
         vector, measure(vector, layout, settings.normalise), layout, settings.normalise
     )
-
-
-def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield endless batches of at most `size` out of `count`; every update once in an epoch."""
-    while True:
-        order = torch.randperm(count, generator=generator).tolist()
-        for start in range(0, max(count - size, 0) + 1, size):
-            yield order[start : start + size]
 
 
 def _weights(part: str, network: nn.Module) -> Named:
