@@ -22,6 +22,7 @@ from fluvial.codecs.base import Snapshot
 from fluvial.data import DataConfig, SiteTexts
 from fluvial.errors import ClientError, DivergenceError, GateError
 from fluvial.exchange import collecting
+from fluvial.exchange.ensemble import loaded
 from fluvial.federation.meter import MEASURING
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
@@ -130,7 +131,7 @@ class shared_snapshots:  # noqa: N801 - used like a function
             if key not in _snapshots:
                 while len(_snapshots) >= 8:
                     del _snapshots[next(iter(_snapshots))]
-                _snapshots[key] = _collect(settings, fleet, *rest, **named)
+                _snapshots[key] = loaded(_collect(settings, fleet, *rest, **named))
 
             return _snapshots[key]
 

@@ -2,13 +2,16 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 from fluvial.codecs.base import Snapshot
 from fluvial.codecs.klt.moments import Moments, MomentsSum
 from fluvial.codecs.quantise import Identity
 from fluvial.data import SiteData
 from fluvial.errors import ConfigError
+from fluvial.exchange.ensemble import Ensemble, Progress
 from fluvial.exchange.gathering import Gathering, Readable, to_all
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import TgapConfig
@@ -21,7 +24,7 @@ from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
-from fluvial.wire.payload import Payload
+from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Layout, WeightedMean, moved, norm
 
 logger = logging.getLogger(__name__)
@@ -56,49 +59,76 @@ def collect_moments(
 
 
 def collect(
-    config: TgapConfig, fleet: Fleet, layout: Layout, seed: int, *, sent: Layout | None = None
+    config: TgapConfig,
+    fleet: Fleet,
+    layout: Layout,
+    seed: int,
+    *,
+    sent: Layout | None = None,
+    folder: Path | None = None,
 ) -> list[Snapshot]:
     """Return raw updates of all sites over `config.rounds` rounds.
 
     All start from the same initial adapter as FAF. `layout` is the adapter's, `sent` the updates'
-    where sites send some factors only.
+    where sites send some factors only. With `folder` the snapshots lie there, and rounds that an
+    earlier process has finished are not run again.
     """
-    shared = initial_state(layout, seed)
-    own = dict.fromkeys(fleet.sites, shared)
-    codec = Identity.of(sent or layout)
+    sent = sent or layout
+    start = initial_state(layout, seed)
+    ensemble = Ensemble(folder, _made_of(config, seed, sent), start, sent)
+    progress = ensemble.progress()
+    alone = config.reading == "local"
+    own = dict.fromkeys(fleet.sites, progress.shared)
+    if alone:
+        own |= {taken.site: moved(taken.received, taken.update) for taken in ensemble.snapshots()}
+
+    if progress.round > 0:
+        logger.info("TGAP: %d of %d rounds are on the disk", progress.round, config.rounds)
+        fleet.meter.totals = dict(progress.traffic)
+
+    shared = progress.shared
+    codec = Identity.of(sent)
 
     def read(site: str, reply: Payload, *, number: int) -> Readable[Snapshot]:
         update, weight = read_update(site, reply, codec=codec, round=number)
         return Readable(Snapshot(site, number, own[site], update), norm(update), weight)
 
-    snapshots: list[Snapshot] = []
-    for number in range(1, config.rounds + 1):
+    def messages(sites: Sequence[str], *, number: int) -> dict[str, Payload]:
+        return {site: adapter_message(own[site], round=number) for site in sites}
+
+    for number in range(progress.round + 1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
-        message = adapter_message(shared, round=number)
         gathering = Gathering(
             fleet,
             "snapshot",
             0,
-            partial(to_all, message=message),
+            partial(messages, number=number),
             partial(read, number=number),
         )
         mean = WeightedMean()
+        answered = []
 
         for reply in gathering.of(fleet.sites):
-            snapshots.append(reply.content)
-            mean.add(reply.content.update, reply.weight)
+            taken = reply.content
+            ensemble.keep(taken, alone=alone)
+            answered.append(taken.site)
+            mean.add(taken.update, reply.weight)
+            if alone:
+                own[taken.site] = moved(taken.received, taken.update)
 
-        if config.reading == "federated":
+        if not alone:
             shared = moved(shared, mean.mean())
             own = dict.fromkeys(fleet.sites, shared)
-        else:
-            own |= {
-                taken.site: moved(taken.received, taken.update)
-                for taken in snapshots
-                if taken.round == number
-            }
 
-    return sorted(snapshots, key=lambda snapshot: (snapshot.round, snapshot.site))
+        ensemble.close(Progress(number, shared, fleet.meter.totals), answered)
+
+    return ensemble.snapshots()
+
+
+def _made_of(config: TgapConfig, seed: int, sent: Layout) -> dict[str, Value]:
+    """Return what the updates of TGAP depend on, beside what a run never changes."""
+    shapes: list[Value] = [[name, list(shape)] for name, shape in sent.shapes]
+    return {"tgap": config.model_dump(mode="json"), "seed": seed, "shapes": shapes}
 
 
 def simulated_fleet(terms: Terms, context: Context) -> Fleet:

@@ -162,7 +162,9 @@ def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
     if config.source == "public":
         ensemble = collecting.simulated_fleet(terms, context)
 
-    snapshots = collecting.collect(config, ensemble, context.layout, context.seed, sent=layout)
+    snapshots = collecting.collect(
+        config, ensemble, context.layout, context.seed, sent=layout, folder=context.ensemble
+    )
     training, heldout = split_by_time(snapshots, config.holdout)
     seed = derive(context.seed, "codec fit")
 

@@ -6,7 +6,7 @@ below zero.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -99,14 +99,13 @@ def _predictors(
 ) -> dict[str, Callable[[Snapshot], Named]]:
     """Return guesses that need no message, by name."""
     average = _mean(
-        [coded_object(snapshot.received, snapshot.update, representation) for snapshot in training]
+        coded_object(snapshot.received, snapshot.update, representation) for snapshot in training
     )
-    by_round: dict[int, Named] = {
-        round: _mean(
-            [snapshot.update for snapshot in (*training, *heldout) if snapshot.round == round]
-        )
-        for round in {snapshot.round for snapshot in (*training, *heldout)}
-    }
+    means: dict[int, WeightedMean] = {}
+    for snapshot in (*training, *heldout):
+        means.setdefault(snapshot.round, WeightedMean()).add(snapshot.update, 1)
+
+    by_round = {round: mean.mean() for round, mean in means.items()}
 
     def previous(snapshot: Snapshot) -> Named:
         earlier = [round for round in by_round if round < snapshot.round]
@@ -119,7 +118,7 @@ def _predictors(
     }
 
 
-def _mean(tensors: Sequence[Named]) -> Named:
+def _mean(tensors: Iterable[Named]) -> Named:
     mean = WeightedMean()
     for named in tensors:
         mean.add(named, 1)

@@ -20,13 +20,14 @@ from fluvial.wire.tensors import Layout, moved
 def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
     """Train on D1 and send the raw update, or keep what is asked for later.
 
-    With reading "local" the site continues from its own adapter.
+    With source "sites-covariance" the site continues from its own adapter, which the server
+    does not have.
     """
     tgap = terms.tgap
     round = message.whole("round", 1, tgap.rounds)
     received = read_adapter_message(message, site.layout)
 
-    if tgap.reading == "local":
+    if tgap.source == "sites-covariance":
         received = site.recall("tgap").tensors or received
 
     data = site.load().train
@@ -35,9 +36,8 @@ def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
         site, received, round, examples=examples, factors=terms.factors, purpose="tgap"
     )
 
-    if tgap.reading == "local":
-        site.keep("tgap", Payload(moved(received, update)))
     if tgap.source == "sites-covariance":
+        site.keep("tgap", Payload(moved(received, update)))
         _remember(site, Snapshot(site.name, round, received, update), terms)
         return Payload()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fluvial.codecs import CodecSettings
@@ -29,6 +30,8 @@ class Context:
     """Reader of the server's 32 secret bytes for this run, the same after it is resumed."""
     public: Callable[[], dict[str, list[Example]]]
     """Reader of the public text; raises `ConfigError` if there is none."""
+    ensemble: Path | None = None
+    """Folder of TGAP's snapshots; None keeps them in memory."""
     line: Line | None = None
     """Line between a site and the server, where the configuration describes one."""
 

@@ -4,6 +4,7 @@
     metrics.jsonl               one JSON object per round
     checkpoints/round-N         server state after round N and its SHA-256; the newest two are kept
     sites/NAME/SLOT-N-DIGEST    what sites keep (see `store.StateStore`)
+    tgap                        updates that TGAP has collected, until set-up is done
     sites/NAME/errors.log       errors of a site, whole
     adapter/                    the result, as PEFT writes it
     refused.json                why the gate refused the codec, if it did
@@ -40,6 +41,7 @@ from fluvial.storage.run_files import (
     CHECKPOINTS,
     CONFIG,
     DIGESTS,
+    ENSEMBLE,
     EXPORTS,
     METRICS,
     RESULT,
@@ -175,7 +177,8 @@ class RunFolder:
         )
 
     def save(self, round: int, checkpoint: Payload) -> None:
-        """Write the checkpoint of `round`, then drop those before the one before it.
+        """Write the checkpoint of `round`, then drop those before the one before it, and TGAP's
+        snapshots.
 
         It is given the digests of the lines and of the sites' state that it belongs to.
         """
@@ -188,10 +191,16 @@ class RunFolder:
         path = self._checkpoint(round)
         write_atomically(path.with_suffix(".sha256"), _sidecar(path, data))
         write_atomically(path, data)
+        shutil.rmtree(self.ensemble, ignore_errors=True)
 
         for old in sorted(self._checkpoints())[:-KEPT]:
             self._checkpoint(old).unlink()
             self._checkpoint(old).with_suffix(".sha256").unlink(missing_ok=True)
+
+    @property
+    def ensemble(self) -> Path:
+        """Return the folder of TGAP's snapshots."""
+        return self.path / ENSEMBLE
 
     def newest(self) -> tuple[int, Payload] | None:
         """The newest checkpoint and its round; raises `CheckpointError` if it or what it belongs to

@@ -178,6 +178,7 @@ class Run:
             open_pool=lambda: self.pool,
             secret=partial(secret_of, folder.path / "private"),
             public=self.texts.public,
+            ensemble=folder.ensemble,
             line=config.fleet.line,
         )
         server: object = method.server(config.method, self.context)

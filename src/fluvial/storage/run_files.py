@@ -21,6 +21,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of the server's state after a round."""
 SITES = "sites"
 """Folder of what the sites keep."""
+ENSEMBLE = "tgap"
+"""Folder of the updates that TGAP has collected; it goes when the codec is in a checkpoint."""
 COMPARE = "compare"
 """Folder of the baselines, each a folder of a run under its name."""
 EXPORTS = ("adapter", "model")

@@ -24,6 +24,7 @@ from fluvial.codecs.quantise import Identity
 from fluvial.errors import ConfigError, GateError, WireError
 from fluvial.exchange import check_codec, collecting, gate, tgap_tasks
 from fluvial.exchange import report as gate_report
+from fluvial.exchange.ensemble import loaded
 from fluvial.exchange.probe import Probe, fold
 from fluvial.exchange.tgap import TgapConfig, split_by_time
 from fluvial.federation.fleet import Fleet
@@ -301,7 +302,7 @@ def test_the_transform_is_that_of_the_same_snapshots(
     collect_moments = collecting.collect_moments
 
     def keep(*arguments: Any, **named: Any) -> list[Snapshot]:
-        seen.extend(collect(*arguments, **named))
+        seen.extend(loaded(collect(*arguments, **named)))
         return seen
 
     def keep_moments(*arguments: Any, **named: Any) -> Moments:
