@@ -61,7 +61,7 @@ RATED: dict[str, Table] = {
     "powersgd": {"name": "powersgd"},
 }
 """Codecs with a rate, by the name in the tables; those that learn come first. The paper's
-autoencoder, which has no free rate and sends nothing, is in `benchmarks.cgfedllm`."""
+autoencoder, which has no free rate and sends nothing at 1/64, is in `benchmarks.cgfedllm`."""
 FIXED: tuple[Table, ...] = tuple(
     {"name": name} for name in ("bf16", "int8", "int4", "nf4", "sign", "half_sign")
 )

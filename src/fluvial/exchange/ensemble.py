@@ -43,13 +43,13 @@ class Stored(Snapshot):
         self.__dict__.update(site=site, round=round, _ensemble=ensemble)
 
     @property
-    def received(self) -> Named:  # type: ignore[override]
+    def received(self) -> Named:
         """Adapter that the site had received."""
         ensemble: Ensemble = self.__dict__["_ensemble"]
         return ensemble.received(self.site, self.round)
 
     @property
-    def update(self) -> Named:  # type: ignore[override]
+    def update(self) -> Named:
         """Update of the site."""
         ensemble: Ensemble = self.__dict__["_ensemble"]
         return ensemble.update(self.site, self.round)
