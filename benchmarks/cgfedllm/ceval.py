@@ -236,8 +236,8 @@ def measure(options: argparse.Namespace, report: Report) -> None:
         report.rows += [{"part": "ceval", **row} for row in category_rows(arm, before, after, val)]
 
     rows = [row for row in report.rows if row["part"] == "ceval"]
-    names = ("arm", "category", "questions", "before", "after", "macro")
-    names += ("gain", "gain_low", "gain_high")
+    names = ["arm", "category", "questions", "before", "after", "macro"]
+    names += ["gain", "gain_low", "gain_high"]
     show(f"C-Eval val, chance {CHANCE}", {name: name for name in names}, rows)
     report.claims += [
         Claim(

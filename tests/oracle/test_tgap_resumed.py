@@ -13,6 +13,7 @@ import torch
 from fluvial.codecs.base import Snapshot
 from fluvial.errors import CheckpointError, GateError
 from fluvial.exchange.ensemble import Ensemble, Progress
+from fluvial.federation.meter import Kind
 from fluvial.models.states import initial_state
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
@@ -115,7 +116,7 @@ def filled(folder: Path | None, rounds: int, seed: int = 0) -> tuple[Ensemble, l
             ensemble.keep(put[-1], alone=False)
 
         shared = {name: tensor + number for name, tensor in START.items()}
-        traffic = {("up", "snapshot"): 10 * number}
+        traffic: dict[Kind, int] = {("up", "snapshot"): 10 * number}
         ensemble.close(Progress(number, shared, traffic), ["b", "a/c"])
 
     return ensemble, sorted(put, key=lambda taken: (taken.round, taken.site))
@@ -134,6 +135,32 @@ def test_an_ensemble_gives_back_what_was_put_in(on_disk: bool, tmp_path: Path) -
     assert all(same(one.received, other.received) for one, other in zip(found, put, strict=True))
     assert ensemble.progress().round == 11
     assert ensemble.progress().traffic == {("up", "snapshot"): 110}
+
+
+def anonymous_kib() -> int:
+    """Return the process's memory that is no page of a file."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts memory by kind")
+def test_updates_that_are_read_are_pages_of_their_files(tmp_path: Path) -> None:
+    """32 updates of 2 MiB are in hand, and take no memory of the process's own."""
+    layout = attention_layout(4096, 4096, layers=1, rank=64, modules=("q_proj",))
+    start = {name: torch.zeros(shape) for name, shape in layout.shapes}
+    ensemble = Ensemble(tmp_path, {}, start, layout)
+    sites = [f"site-{number}" for number in range(32)]
+    for number, site in enumerate(sites):
+        update = {name: tensor + number for name, tensor in start.items()}
+        ensemble.keep(Snapshot(site, 1, start, update), alone=False)
+
+    ensemble.close(Progress(1, start, {}), sites)
+    del update
+    before = anonymous_kib()
+    updates = {taken.site: taken.update for taken in ensemble.snapshots()}
+    assert anonymous_kib() - before < 16 * 1024
+    assert len(updates) == 32
+    assert all(float(updates[site][layout.names[1]][5, 5]) == n for n, site in enumerate(sites))
 
 
 def test_a_round_that_is_not_whole_does_not_count(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The temporal ensemble of TGAP: updates of all sites over its rounds, on disk in a run's folder.
 
 A run that is killed during TGAP goes on after the last whole round and fits the same codec. The
-server holds one round's mean in memory, and no update: a snapshot is read when it is used, as pages
-of its file. Other settings of TGAP, or updates of another form, begin a new ensemble.
+server holds at most the updates of one round in memory: a snapshot is read when it is used, as
+pages of its file. Other settings of TGAP, or updates of another form, begin a new ensemble.
 """
 
 import shutil
