@@ -82,6 +82,20 @@ def test_meets_its_rate_and_beats_the_bound_of_an_unlearned_code(rate: int) -> N
         assert relative_error(update, codec.decode(wire)) < min(0.9 * without_learning, 0.9)
 
 
+@pytest.mark.parametrize("rate", [4, 8, 16])
+def test_updates_unlike_those_of_the_fit_are_not_silent(rate: int) -> None:
+    """White updates on so few that most directions seem to have no variance: what has is sent."""
+    layout = attention_layout(128, 128, layers=2, rank=4, modules=("q_proj",))
+    updates = [
+        layout.unflatten(torch.randn(layout.numel, generator=torch.Generator().manual_seed(seed)))
+        for seed in range(5)
+    ]
+    codec = Klt.fit(KltSettings(rate=rate), layout, updates[1:], seed=0)
+    wire = codec.encode(updates[0])
+    assert len(wire) <= layout.raw_bytes / rate
+    assert relative_error(updates[0], codec.decode(wire)) < 0.95
+
+
 def test_the_header_is_short(fitted: Klt) -> None:
     silent = fitted.encode(scale(SEEN[0], 0.0))
     assert len(silent) == OVERHEAD + 3 + 1 + 8 // 2

@@ -37,12 +37,32 @@ def finest_step(encoder: Encoder, room_bits: float) -> int:
         return 0
 
     codes, slope = _guess(encoder, room_bits)
-    step = min(max(round(FINE * (encoder.top - codes)), -MAX_STEP), MAX_STEP)
+    first = min(max(round(FINE * (encoder.top - codes)), -MAX_STEP), MAX_STEP)
+    best = _search_from(encoder, first, room_bits, slope, strides=False)
+    if best is None:  # bits of clipped values led far beyond every step that fits
+        best = _search_from(encoder, first, room_bits, slope, strides=True)
+    if best is None:
+        return MAX_STEP + 1
+
+    encoder.loud = best[1]
+    return best[0]
+
+
+def _search_from(
+    encoder: Encoder, step: int, room_bits: float, slope: float, *, strides: bool
+) -> tuple[int, int] | None:
+    """Return the finest step that fits and its `loud`, sought from `step`; None if there is none.
+
+    With `strides`, the search goes on at most `_STICKY` codes coarser, wherever it ended.
+    """
     best: tuple[int, int] | None = None
 
     for _ in range(QUIET, LOUD, _STICKY):
         encoder.settle(step)
+        begun = step
         fits, step = _search_at(encoder, step, room_bits, slope)
+        if strides and fits is None:
+            step = min(step, begun + FINE * _STICKY)
         if fits is not None:
             again = best is None and encoder.loud - encoder.top + step / FINE < -_STICKY
             best = (fits, encoder.loud)
@@ -51,11 +71,7 @@ def finest_step(encoder: Encoder, room_bits: float) -> int:
         elif best is not None:
             break
 
-    if best is None:
-        return MAX_STEP + 1
-
-    encoder.loud = best[1]
-    return best[0]
+    return best
 
 
 def _search_at(
