@@ -1,4 +1,4 @@
-"""`fluvial plan`: the plan of every site, and the method and codec for them, before any round."""
+"""`fluvial plan`: the choice within a budget, or the plan of every site, before any round."""
 
 from fluvial.cli.console import ConfigPath, Format, Overrides, load_config, print_content
 from fluvial.cli.progress import spinner
@@ -8,9 +8,20 @@ def plan(config: ConfigPath, overrides: Overrides = None, format: Format = "tabl
     """Show each site's ranks, batch, format, memory, bytes and time of a round, and which method
     and codec suit the sites.
 
-    The sites measure themselves and probe the weights in this process; no round is run.
+    The sites measure themselves and probe the weights in this process; no round is run. With a
+    [budget], show the adapter, local steps and codec that a run would choose, and the trials.
     """
     settings = load_config(config, overrides)
+    if settings.budget is not None:
+        with spinner("trying adapters and codecs on public text"):
+            from fluvial.report.budget_tables import budget_table
+            from fluvial.runs.budget.preview import choice_alone
+
+            choice = choice_alone(settings)
+
+        print_content(choice, format, budget_table)
+        return
+
     with spinner("measuring the sites"):
         from fluvial.report.site_plans import site_plans_table
         from fluvial.runs.site_plans import site_plans

@@ -211,6 +211,7 @@ METHOD = Method(
         tunes=("lora", "full"),
         receives="downlink",
         weighted=True,
+        budget=True,
         uncompressed="federated, uncompressed",
     ),
 )

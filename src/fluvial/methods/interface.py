@@ -250,6 +250,8 @@ class Traits:
     exports: bool = True
     """True where a run writes a model and a sample of its text; else the settings of that sample
     in `[evaluate]` are refused."""
+    budget: bool = False
+    """True where a `[budget]` can choose the adapter, the local steps and the codec."""
     baseline: bool = False
     """True for a run that others are compared with, without a page of its own in the docs."""
     uncompressed: str | None = None

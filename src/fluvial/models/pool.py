@@ -90,6 +90,13 @@ class ModelPool:
         self._templates: OrderedDict[_Key, _Template] = OrderedDict()
         self._parts: dict[tuple[Cut, bool], PartPool] = {}
 
+    def beside(self, tuning: Tuning) -> "ModelPool":
+        """Return a pool of another adapter, which shares the bases that are loaded or will be."""
+        assert not self.full, "where weights of the base are tuned, it is not shared"
+        other = ModelPool(self.config, tuning)
+        other._bases = self._bases
+        return other
+
     @property
     def layout(self) -> Layout:
         """The layout of the run's own assignment, from shapes alone."""

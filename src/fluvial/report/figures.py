@@ -323,3 +323,33 @@ def ranks_by_site(plans: Mapping[str, JsonObject]) -> Markup:
     axes.set_xlabel(f"{len(modules)} weights in order of their names; the largest disc is {most}")
 
     return _svg(figure)
+
+
+def budget_trials(choice: JsonObject) -> Markup | None:
+    """Draw the losses of all trials by the bytes of a site so far; None without any trial."""
+    if not choice["trials"]:
+        return None
+
+    figure, axes = _axes(5.4, 3.3)
+    for trial in sorted(choice["trials"], key=lambda trial: trial["chosen"]):
+        at, losses = zip(*trial["points"], strict=True)
+        name = f"rank {trial['r']} on {safe_text(trial['target_modules'])}, {trial['codec']}"
+        axes.plot(
+            at,
+            [_or_gap(loss) for loss in losses],
+            "o-",
+            color=COLOURS["own"] if trial["chosen"] else COLOURS["line"],
+            label=f"chosen: {name}" if trial["chosen"] else None,
+            markersize=5 if trial["chosen"] else 3.5,
+            linewidth=1.6 if trial["chosen"] else 0.9,
+        )
+
+    axes.axhline(choice["base_loss"], color=COLOURS["ink"], linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("bytes of a site so far, up and down")
+    axes.set_ylabel("held-out loss, nats per token")
+    figure.legend(loc="outside upper left")
+
+    return _svg(figure)

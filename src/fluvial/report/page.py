@@ -14,6 +14,7 @@ from fluvial.errors import ConfigError
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
+from fluvial.report.budget_tables import budget_trials
 from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.figures import (
     STYLE,
@@ -25,6 +26,7 @@ from fluvial.report.figures import (
     ranks_by_site,
     snr_by_round,
 )
+from fluvial.report.figures import budget_trials as figure_of_trials
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     RESULT_CAPTION,
@@ -110,6 +112,7 @@ def _content(run: JsonObject) -> JsonObject:
         "rates": snr_by_round(metrics),
         "gate": gate_errors(gate) if gate else None,
         "ranks": ranks_by_site(setup["plans"]) if setup.get("plans") else None,
+        "budget": figure_of_trials(setup["budget"]) if setup.get("budget") else None,
         "sites": heldout_by_site(result, run["compare"].get("local", {}).get("result"))
         if result
         else None,
@@ -119,6 +122,7 @@ def _content(run: JsonObject) -> JsonObject:
         for sample in (result or {}).get("samples", [])
     ]
     excerpts = (
+        budget_trials(setup),
         _blocks(setup),
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),

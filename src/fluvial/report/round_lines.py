@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from fluvial.federation.meter import APART
 from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.report.budget_tables import budget_lines
 from fluvial.report.site_plans import plan_lines, predicted_lines
 from fluvial.storage.run_files import JsonObject
 
@@ -98,7 +99,12 @@ def _some(names: Sequence[str]) -> str:
 
 def setup_lines(values: JsonObject) -> list[str]:
     """Return the lines about a set-up, none for a method without one."""
-    return [*_block_lines(values), *_gate_lines(values), *plan_lines(values)]
+    return [
+        *budget_lines(values),
+        *_block_lines(values),
+        *_gate_lines(values),
+        *plan_lines(values),
+    ]
 
 
 def _block_lines(values: JsonObject) -> list[str]:

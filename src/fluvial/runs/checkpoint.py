@@ -7,6 +7,7 @@
     tgap                        updates that TGAP has collected, until set-up is done
     sites/NAME/errors.log       errors of a site, whole
     adapter/                    the result, as PEFT writes it
+    budget.json                 choice within the budget and its trials, if there is one
     refused.json                why the gate refused the codec, if it did
     digests.json                SHA-256 of the files of a finished run
     result.json                 written last; a folder that has it is finished

@@ -22,6 +22,8 @@ from fluvial.methods.measuring import EvaluateConfig
 from fluvial.models.part_tuning import PartTuning, Tuning, tunes_weights
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
+from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.fit import budget_conflicts
 from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
 from fluvial.storage import paths, toml
@@ -53,6 +55,9 @@ class RunConfig(Settings):
     adapter is sent exactly."""
     fleet: FleetConfig = FleetConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    budget: BudgetConfig | None = None
+    """Cost limits, within which settings that are not set are chosen by trials; unset, these have
+    their defaults."""
 
     @property
     def entry(self) -> Method:
@@ -85,6 +90,7 @@ class RunConfig(Settings):
         yield from self._unfit_for_what_is_tuned()
         yield from self._without_effect()
         yield from self._downlink_conflicts()
+        yield from budget_conflicts(self)
 
         if self.method.name in self.compare:
             yield f"compare: {self.method.name!r} is the method itself; remove it from the list"

@@ -55,7 +55,8 @@ def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str
         )
 
     measures_public = config.promise is not None and not config.promise.measures
-    if config.data.public_source is None or planned.reads_public or measures_public:
+    read = planned.reads_public or measures_public or config.budget is not None
+    if config.data.public_source is None or read:
         return
 
     yield (

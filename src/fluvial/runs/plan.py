@@ -21,6 +21,7 @@ from fluvial.models.quantised import check_library
 from fluvial.models.targets import LoraSettings, target_names
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.weights import check_weights
+from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.opening import check_settings, settled
@@ -48,8 +49,9 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     check_tokenizer(tokenizer, base, config.model.name_or_path)
     weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    layout = Outline(config.model, config.adapter).assignment.layout
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
+    config, choosing = shown(config, texts)
+    layout = Outline(config.model, config.adapter).assignment.layout
     planned = check_settings(config, layout, base, texts)
     if isinstance(config.adapter, PartTuning) and config.adapter.cut is None:
         chosen = settled(config, layout, base, len(texts.names))
@@ -103,7 +105,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "round_over_line_s": forecast.round_over_line_s,
         "sites": sites,
         "rows": [{"what": what, "value": value} for what, value in rows],
-        "notes": [*_notes(config, forecast, [*planned.notes, *remarks]), *weights],
+        "notes": [*_notes(config, forecast, [*planned.notes, *choosing, *remarks]), *weights],
     }
 
 

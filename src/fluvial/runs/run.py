@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluvial import __version__, caller
+from fluvial import __version__
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import (
-    CheckpointError,
     ConfigError,
     GateError,
     PrivacyError,
@@ -29,14 +28,17 @@ from fluvial.federation.releases import secret_of
 from fluvial.methods.interface import Context, Reporting, Server
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
+from fluvial.runs.beginning import begun
+from fluvial.runs.budget.choice import choose
+from fluvial.runs.budget.settled import BUDGET, settle
 from fluvial.runs.checkpoint import RunFolder
-from fluvial.runs.config import RunConfig, difference
+from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
 from fluvial.runs.result import description_of, directed, result_of, traffic_of
 from fluvial.storage.files import private
-from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, anew, read_result
+from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -81,15 +83,21 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
     """
-    baselines = [(config.baseline(name), folder / COMPARE / name) for name in config.compare]
     with private(), RunFolder(folder) as main:
-        _check_folder(main, config, resume)
+        config, choice = begun(main, config, resume=resume)
         torch.set_num_threads(config.fleet.threads)
         pool = ModelPool(config.model, config.adapter)  # one for all that tune alike
         if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
             pool.check_behaviour()
         known = texts(config, pool) if texts else texts_of(config, pool)
 
+        if config.budget is not None and choice is None:
+            choice = choose(config, pool, known)
+            config = settle(config, choice)
+            main.write_json(BUDGET, choice)
+            pool = pool.beside(config.adapter)
+
+        baselines = [(config.baseline(name), folder / COMPARE / name) for name in config.compare]
         layout, base = pool.layout, pool.outline.base
         runs = [*baselines, (settled(config, layout, base, len(known.names)), folder)]
         pools: list[ModelPool] = []
@@ -109,47 +117,11 @@ def execute(
         for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, own, known, assemble).events()
+                yield from Run(each, main, own, known, assemble, choice).events()
                 continue
 
             with RunFolder(path) as baseline:
                 yield from Run(each, baseline, own, known, assemble).events()
-
-
-def _check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
-    if not folder.started:
-        if resume:
-            raise CheckpointError(
-                f"{folder.path} holds no run to resume; start it without {caller.resume()}"
-            )
-        return
-
-    if not resume:
-        raise CheckpointError(
-            f"{folder.path} already holds a run; use {caller.resume()} to go on with it, "
-            f"{caller.argument('out')} for another folder, or remove it"
-        )
-
-    stored = folder.read_json(CONFIG)
-    if stored is None:
-        raise CheckpointError(
-            f"{folder.path / CONFIG} is missing, and the folder holds a run; {anew()}"
-        )
-
-    for key in ("fluvial", DESCRIPTION):
-        stored.pop(key, None)
-    # How many sites work at a time changes nothing in the result. And as long as the method itself
-    # has not got through its set-up, another method or codec only keeps the baselines, which do not
-    # depend on them.
-    free = ("fleet.workers",) if folder.newest() else ("fleet.workers", "method.", "codec.")
-    other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
-
-    if other:
-        raise CheckpointError(
-            f"{folder.path} was started with another configuration (differs in "
-            f"{', '.join(other[:5])}); "
-            f"resume with the same one, or {caller.another_folder()}"
-        )
 
 
 class Run:
@@ -162,7 +134,10 @@ class Run:
         pool: ModelPool,
         texts: Texts,
         assemble: Assemble = in_process,
+        choice: dict[str, Any] | None = None,
     ) -> None:
+        """Take a run that begins or goes on; `choice` is what was chosen within its budget."""
+        self.choice = {} if choice is None else {"budget": choice}
         self.config = config
         self.folder = folder
         self.pool = pool
@@ -221,7 +196,8 @@ class Run:
         done = self._restore()
         if done < 0:
             try:
-                self.setup = self._checked("setup", self.server.setup(self.fleet), dict)
+                found = self._checked("setup", self.server.setup(self.fleet), dict)
+                self.setup = self.choice | found
             except GateError as refusal:
                 self.folder.write_json(REFUSED, {"why": str(refusal), "gate": refusal.report})
                 raise

@@ -118,7 +118,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     data = sites[largest]
     loaded = clock()
 
-    step_s, call_s = _time_steps(config, pool, data.train, clock)
+    step_s, call_s = time_steps(config, pool, data.train, clock)
     some = data.heldout[:HELDOUT_SEQUENCES]
 
     with pool.model(initial_state(pool.layout, config.seed)) as model:
@@ -247,7 +247,7 @@ def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
     ]
 
 
-def _time_steps(
+def time_steps(
     config: RunConfig, pool: ModelPool, examples: Sequence[Example], clock: Clock
 ) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""

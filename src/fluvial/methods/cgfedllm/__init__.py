@@ -346,5 +346,7 @@ METHOD = Method(
     paper="Wu et al., CG-FedLLM: How to Compress Gradients in Federated Fine-tuning for LLMs, "
     "ECAI 2025, https://arxiv.org/abs/2405.13746",
     plan=plan,
-    traits=Traits("CG-FedLLM", codec=ResNetSettings(), receives="downlink", weighted=True),
+    traits=Traits(
+        "CG-FedLLM", codec=ResNetSettings(), receives="downlink", weighted=True, budget=True
+    ),
 )

@@ -1,0 +1,114 @@
+"""Tables and lines about a choice within a budget: its reason, and the trials that led to it."""
+
+import json
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
+from fluvial.formatting import figure, human_bytes, human_seconds, safe_text
+from fluvial.report.block_tables import Excerpt
+from fluvial.report.tables import table
+from fluvial.storage.run_files import JsonObject
+
+HEADINGS = [
+    "adapter on",
+    "codec",
+    "rank",
+    "steps",
+    "rate",
+    "frame",
+    "up",
+    "down",
+    "time",
+    "rounds",
+    "loss",
+]
+LINES = 3
+"""Trials that a run prints: the best."""
+
+
+def budget_lines(setup: JsonObject) -> list[str]:
+    """Return the reason for a choice and the best trials, with rich markup; none without one."""
+    choice = setup.get("budget")
+    if choice is None:
+        return []
+
+    rows = _rows(choice)[:LINES]
+    return [
+        f"budget: {escape(safe_text(choice['why']))}",
+        *(
+            f"  loss {row[-1]} after {row[-2]} rounds: rank {row[2]} on {escape(row[0])}, {row[3]} "
+            f"steps, {escape(row[1])} {row[4]}, {row[6]} up and {row[7]} down in the run"
+            for row in rows
+        ),
+    ]
+
+
+def budget_table(choice: JsonObject) -> Group:
+    """Return a choice with all its trials."""
+    content: list[RenderableType] = []
+    rows = _rows(choice)
+    if rows:
+        content.append(table(HEADINGS, rows, "Trials on public text; bytes of a site in the run"))
+    content.append(Text(f"• {safe_text(choice['why'])}"))
+    content += [Text(f"• set to keep it: {line}") for line in _settings(choice["chosen"])]
+    return Group(*content)
+
+
+def budget_trials(setup: JsonObject) -> Excerpt | None:
+    """Return the trials of a choice for the page; None without any."""
+    choice = setup.get("budget")
+    if choice is None or not choice["trials"]:
+        return None
+
+    return Excerpt(
+        "Trials within the budget",
+        HEADINGS,
+        _rows(choice),
+        left=2,
+        words=f"{safe_text(choice['why'])}. Bytes and time are those of a site in the whole run. "
+        f"Losses are of text that was held out from {choice['sites']} simulated sites, by rounds; "
+        "a trial of fewer rounds was ended because others were better.",
+    )
+
+
+def _rows(choice: JsonObject) -> list[list[str]]:
+    """Return a row for each trial, those of most rounds first, by loss."""
+
+    def order(trial: JsonObject) -> tuple[int, float]:
+        return -trial["rounds"], float("inf") if trial["loss"] is None else trial["loss"]
+
+    return [
+        [
+            safe_text(trial["target_modules"]) + (" (chosen)" if trial["chosen"] else ""),
+            safe_text(trial["codec"]),
+            str(trial["r"]),
+            "-" if trial["max_steps"] is None else str(trial["max_steps"]),
+            f"1/{trial['rate']:.3g}",
+            human_bytes(trial["frame_bytes"]),
+            human_bytes(trial["up_bytes"]),
+            human_bytes(trial["down_bytes"]),
+            "-" if trial["run_s"] is None else human_seconds(trial["run_s"]),
+            str(trial["rounds"]),
+            figure(trial["loss"]),
+        ]
+        for trial in sorted(choice["trials"], key=order)
+    ]
+
+
+def _settings(chosen: JsonObject) -> list[str]:
+    """Return the chosen settings as lines of TOML."""
+    tables = {"target_modules": "lora", "r": "lora", "max_steps": "train"}
+    lines = [
+        f"{tables[name]}.{name} = {_toml(value)}"
+        for name, value in chosen.items()
+        if name in tables and value is not None
+    ]
+    codec = chosen.get("codec", {})
+    return lines + [f"codec.{name} = {_toml(value)}" for name, value in codec.items()]
+
+
+def _toml(value: object) -> str:
+    """Return a value as TOML writes it; JSON is the same for texts, numbers and lists of these."""
+    return json.dumps(value)

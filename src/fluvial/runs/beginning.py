@@ -1,0 +1,68 @@
+"""The beginning of a run in its folder: whether it may begin or go on there, and with which
+choice."""
+
+from typing import Any
+
+from fluvial import caller
+from fluvial.errors import CheckpointError
+from fluvial.runs.budget.settled import BUDGET, Open, settle
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import RunConfig, difference
+from fluvial.storage.run_files import CONFIG, DESCRIPTION, anew
+
+
+def begun(
+    folder: RunFolder, config: RunConfig, *, resume: bool
+) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Return the configuration of a run with the choice that it has made within its budget, and
+    that choice; None where none was made yet.
+
+    Raises `CheckpointError` if `folder` holds a run and `resume` is not set, or holds another run.
+    """
+    choice = folder.read_json(BUDGET) if folder.started else None
+    chooses = config.budget is not None and Open.of(config)
+    if folder.started and resume and chooses and choice is None:
+        raise CheckpointError(
+            f"{folder.path / BUDGET} is missing, and the run has a budget; {anew()}"
+        )
+    if choice is not None:
+        config = settle(config, choice)
+
+    _check_folder(folder, config, resume=resume)
+    return config, choice
+
+
+def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
+    if not folder.started:
+        if resume:
+            raise CheckpointError(
+                f"{folder.path} holds no run to resume; start it without {caller.resume()}"
+            )
+        return
+
+    if not resume:
+        raise CheckpointError(
+            f"{folder.path} already holds a run; use {caller.resume()} to go on with it, "
+            f"{caller.argument('out')} for another folder, or remove it"
+        )
+
+    stored = folder.read_json(CONFIG)
+    if stored is None:
+        raise CheckpointError(
+            f"{folder.path / CONFIG} is missing, and the folder holds a run; {anew()}"
+        )
+
+    for key in ("fluvial", DESCRIPTION):
+        stored.pop(key, None)
+    # How many sites work at a time changes nothing in the result. And as long as the method itself
+    # has not got through its set-up, another method or codec only keeps the baselines, which do not
+    # depend on them.
+    free = ("fleet.workers",) if folder.newest() else ("fleet.workers", "method.", "codec.")
+    other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
+
+    if other:
+        raise CheckpointError(
+            f"{folder.path} was started with another configuration (differs in "
+            f"{', '.join(other[:5])}); "
+            f"resume with the same one, or {caller.another_folder()}"
+        )

@@ -1,0 +1,307 @@
+"""The choice within a budget: trials of falling number and growing length, and what they found.
+
+Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with the fewest steps, then
+the numbers of steps for the two best adapters, then the codecs for the best of these. Every
+candidate has the largest frames that the budget allows it, so all are compared at equal cost.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fluvial.errors import ClientError, ConfigError, DivergenceError
+from fluvial.methods.measuring import Texts
+from fluvial.models.pool import ModelPool
+from fluvial.runs.budget.candidates import Adapter, Candidate, Costs, adapters, with_choice
+from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.settled import opened
+from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
+from fluvial.runs.config import RunConfig
+
+logger = logging.getLogger(__name__)
+
+KEEP = 3
+"""One of so many adapters goes on after a part of the rounds."""
+FINALISTS = 2
+"""Adapters whose numbers of steps are tried."""
+
+
+@dataclass(eq=False)
+class Tried:
+    """A candidate with its trial, and what was measured so far."""
+
+    candidate: Candidate
+    trial: Trial
+    points: list[tuple[int, int, float]] = field(default_factory=list)
+    """Rounds, bytes of a site in both directions, and held-out loss after them."""
+
+    @property
+    def loss(self) -> float:
+        """Return the last loss."""
+        return self.points[-1][2]
+
+    def go_on(self, rounds: int) -> None:
+        """Run up to this round, and measure; one that was measured there stays as it is."""
+        if self.points and self.points[-1][0] >= rounds:
+            return
+        try:
+            self.trial.run_until(rounds)
+            loss = self.trial.loss()
+        except (ClientError, DivergenceError) as error:
+            logger.info("budget: %s has failed: %s", _named(self.candidate.adapter), error)
+            loss = math.inf
+
+        sent = sum(self.trial.bytes.values()) // len(self.trial.sites.names)
+        self.points.append((rounds, sent, loss if math.isfinite(loss) else math.inf))
+
+
+def choose(config: RunConfig, pool: ModelPool, texts: Texts) -> dict[str, Any]:
+    """Return what is chosen for what `config` leaves open, and the trials, as JSON values.
+
+    `pool` has the base. Raises `ConfigError` where no candidate is within the budget.
+    """
+    assert config.budget is not None
+    search = _Search(config, config.budget, pool, texts)
+    return search.record(search.best())
+
+
+def part_rounds(rounds: int) -> tuple[int, int]:
+    """Return the rounds after which the worse adapters end, of `rounds` in all."""
+    return max(1, rounds // 4), max(1, rounds // 2)
+
+
+class _Search:
+    """Trials of one choice; models of equal adapters share a pool, and all pools the base."""
+
+    def __init__(
+        self, config: RunConfig, budget: BudgetConfig, pool: ModelPool, texts: Texts
+    ) -> None:
+        self.config = config
+        self.budget = budget
+        self.free = opened(config)
+        self.costs = Costs(config, budget, texts)
+        self.texts = texts
+        self._pool = pool
+        self._pools: dict[tuple[str | None, int | None], ModelPool] = {}
+        self._sites: PublicSites | None = None
+        self.tried: list[Tried] = []
+        self.all_adapters = adapters(budget, self.free)
+
+    @property
+    def sites(self) -> PublicSites:
+        """Return the simulated sites."""
+        if self._sites is None:
+            self._sites = PublicSites.of(self.texts, self.budget.trial_sites)
+        return self._sites
+
+    def best(self) -> Candidate:
+        """Return the candidate of the least loss."""
+        if not self.free:
+            only = self._within(self.all_adapters[0])
+            if not only:
+                raise ConfigError(self._nothing_fits())
+            return only[0]
+
+        fewest = [each for each in self.all_adapters if each.max_steps == self._steps[0]]
+        first = self._first_codecs(fewest)
+        if not first:
+            raise ConfigError(self._nothing_fits())
+
+        rounds = self.budget.trial_rounds
+        going = self._try(first)
+        for until in part_rounds(rounds):
+            for tried in going:
+                tried.go_on(until)
+            going = _least(going, max(FINALISTS, math.ceil(len(going) / KEEP)))
+            self._close_all_but(going)
+
+        finalists = _least(self._finish(going), FINALISTS)
+        longer = [
+            replace(each.candidate.adapter, max_steps=steps)
+            for each in finalists
+            for steps in self._steps[1:]
+        ]
+        finished = self._finish([*finalists, *self._try(self._first_codecs(longer))])
+        winner = _least(finished, 1)[0]
+        others = [
+            each
+            for each in self._within(winner.candidate.adapter)
+            if each.config.codec != winner.candidate.config.codec
+        ]
+        finished = self._finish([winner, *self._try(others)])
+        self._close_all_but([])
+        best = _least(finished, 1)[0]
+        if not math.isfinite(best.loss):
+            raise ConfigError(
+                "budget: no trial has ended with a finite loss; lower train.learning_rate, or set "
+                "what the trials would choose"
+            )
+        return best.candidate
+
+    @property
+    def _steps(self) -> list[int | None]:
+        return sorted({each.max_steps for each in self.all_adapters}, key=lambda n: n or 0)
+
+    def _pool_of(self, adapter: Adapter) -> ModelPool:
+        key = (adapter.target_modules, adapter.r)
+        if key not in self._pools:
+            tuning = with_choice(self.config, adapter, None).adapter
+            self._pools[key] = self._pool.beside(tuning)
+        return self._pools[key]
+
+    def _within(self, adapter: Adapter, *, first: bool = False) -> list[Candidate]:
+        """Return the candidates of an adapter within the budget, or the first of them.
+
+        An adapter that the model cannot have is none, unless the configuration asks for it.
+        """
+        codecs: Sequence[str | None] = self.budget.codecs if self.free.codec else (None,)
+        found = []
+        try:
+            for candidate in self.costs.candidates(adapter, self._pool_of(adapter), codecs):
+                found.append(candidate)
+                if first:
+                    break
+        except ConfigError as error:
+            proposed = self.free.target_modules or self.free.r
+            if not (proposed and str(error).startswith("lora.")):
+                raise
+            logger.info("budget: %s is no candidate: %s", _named(adapter), error)
+
+        return found
+
+    def _first_codecs(self, some: Sequence[Adapter]) -> list[Candidate]:
+        return [each for adapter in some for each in self._within(adapter, first=True)]
+
+    def _try(self, candidates: Sequence[Candidate]) -> list[Tried]:
+        new = [
+            Tried(each, Trial(each.config, self._pool_of(each.adapter), self.sites))
+            for each in candidates
+        ]
+        self.tried += new
+        return new
+
+    def _finish(self, some: Sequence[Tried]) -> list[Tried]:
+        for tried in some:
+            tried.go_on(self.budget.trial_rounds)
+        return list(some)
+
+    def _close_all_but(self, going: Sequence[Tried]) -> None:
+        for tried in self.tried:
+            if tried not in going:
+                tried.trial.close()
+
+    def _nothing_fits(self) -> str:
+        limits = []
+        if self.budget.up_bytes is not None:
+            limits.append(f"budget.up_bytes={self.budget.up_bytes}")
+        if self.budget.run_s is not None:
+            limits.append(f"budget.run_s={self.budget.run_s:g}")
+        return (
+            f"{', '.join(limits)}: no adapter of {len(self.all_adapters)} tried has a codec that "
+            f"needs so little in {self.config.rounds} rounds; allow more, or run fewer rounds"
+        )
+
+    def record(self, candidate: Candidate) -> dict[str, Any]:
+        """Return the choice, its reason and all trials as JSON values."""
+        chosen: dict[str, Any] = {}
+        if self.free.target_modules:
+            chosen["target_modules"] = _plain(candidate.config.lora.target_modules)
+        if self.free.r:
+            chosen["r"] = candidate.config.lora.r
+        if self.free.max_steps:
+            chosen["max_steps"] = candidate.config.train.max_steps
+        if self.free.codec:
+            chosen["codec"] = candidate.config.coding.model_dump(mode="json", exclude_unset=True)
+
+        record: dict[str, Any] = {
+            "chosen": chosen,
+            "up_bytes": candidate.up_bytes,
+            "down_bytes": candidate.down_bytes,
+            "run_s": candidate.run_s,
+            "limits": {"up_bytes": self.budget.up_bytes, "run_s": self.budget.run_s},
+            "trials": [
+                self._row(tried, chosen=tried.candidate is candidate) for tried in self.tried
+            ],
+        }
+        if self.tried:
+            record["sites"] = len(self.sites.names)
+            record["base_loss"] = base_loss(self._pool_of(candidate.adapter), self.sites)
+            record["alone_loss"] = alone_loss(
+                candidate.config,
+                self._pool_of(candidate.adapter),
+                self.sites,
+                self.budget.trial_rounds,
+            )
+
+        return record | {"why": _why(record)}
+
+    def _row(self, tried: Tried, *, chosen: bool) -> dict[str, Any]:
+        candidate = tried.candidate
+        codec = candidate.config.coding
+        return {
+            "target_modules": candidate.adapter.target_modules
+            or _words(candidate.config.lora.target_modules),
+            "r": candidate.config.lora.r,
+            "max_steps": candidate.config.train.max_steps,
+            "codec": codec.name,
+            "rate": candidate.layout.raw_bytes / candidate.frame_bytes,
+            "values": candidate.layout.numel,
+            "frame_bytes": candidate.frame_bytes,
+            "up_bytes": candidate.up_bytes,
+            "down_bytes": candidate.down_bytes,
+            "run_s": candidate.run_s,
+            "rounds": tried.points[-1][0],
+            "loss": _finite(tried.loss),
+            "points": [[sent, _finite(loss)] for _, sent, loss in tried.points],
+            "chosen": chosen,
+        }
+
+
+def _why(record: dict[str, Any]) -> str:
+    """Return the reason for a choice in one sentence."""
+    bytes_words = f"{record['up_bytes']:,} B up"
+    if record["limits"]["up_bytes"] is not None:
+        bytes_words += f" of {record['limits']['up_bytes']:,} B"
+    if record["run_s"] is not None:
+        bytes_words += f" and {record['run_s']:,.0f} s of {record['limits']['run_s']:,.0f} s"
+
+    if not record["trials"]:
+        return f"nothing is open, and the run needs at most {bytes_words}"
+
+    row = next(row for row in record["trials"] if row["chosen"])
+    ended = [other for other in record["trials"] if other["rounds"] == row["rounds"]]
+    steps = "" if row["max_steps"] is None else f", {row['max_steps']} steps a round"
+    codec = f"{row['codec']} at 1/{row['rate']:.3g}"
+    why = (
+        f"rank {row['r']} on {row['target_modules']}{steps}, {codec}: "
+        f"least loss of {len(record['trials'])} candidates on public text, {row['loss']:.4f} after "
+        f"{row['rounds']} rounds"
+    )
+    others = [other["loss"] for other in ended if other is not row and other["loss"] is not None]
+    if others:
+        why += f" (next {min(others):.4f}, base {record['base_loss']:.4f})"
+    if record["alone_loss"] < row["loss"]:
+        why += f"; simulated sites that train alone do better ({record['alone_loss']:.4f})"
+    return f"{why}; the run sends at most {bytes_words} for a site"
+
+
+def _least(some: Sequence[Tried], count: int) -> list[Tried]:
+    return sorted(some, key=lambda tried: tried.loss)[:count]
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+def _named(adapter: Adapter) -> str:
+    return f"rank {adapter.r} on {adapter.target_modules}"
+
+
+def _plain(targets: str | tuple[str, ...] | None) -> str | list[str] | None:
+    return list(targets) if isinstance(targets, tuple) else targets
+
+
+def _words(targets: str | tuple[str, ...] | None) -> str:
+    return "+".join(targets) if isinstance(targets, tuple) else targets or "default"

@@ -1,0 +1,89 @@
+"""A budget before a run: what would be tried, and the choice alone."""
+
+import math
+from typing import Any
+
+import torch
+
+from fluvial.errors import ConfigError
+from fluvial.methods.measuring import Texts
+from fluvial.models.pool import ModelPool
+from fluvial.runs.budget.candidates import Adapter, Costs, adapters
+from fluvial.runs.budget.choice import FINALISTS, KEEP, choose, part_rounds
+from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.settled import Open, opened
+from fluvial.runs.config import RunConfig
+from fluvial.runs.opening import texts_of
+from fluvial.storage.files import private
+
+
+def choice_alone(config: RunConfig) -> dict[str, Any]:
+    """Return what a run of `config` would choose within its budget; no round of it is run, and
+    nothing is written."""
+    torch.set_num_threads(config.fleet.threads)
+    with private():
+        pool = ModelPool(config.model, config.adapter)
+        return choose(config, pool, texts_of(config, pool))
+
+
+def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
+    """Return `config` with an example of what is open, and notes about the choice; nothing is
+    loaded or timed.
+
+    Raises `ConfigError` where the example's codecs need more than the budget.
+    """
+    budget = config.budget
+    free = opened(config)
+    if budget is None:
+        return config, []
+    if not free:
+        return config, ["budget: nothing is open, so the run is checked against it and no more"]
+
+    untimed = budget.model_copy(update={"run_s": None})
+    example = Adapter(None, None, min(budget.max_steps) if free.max_steps else None)
+    pool = ModelPool(config.model, config.adapter)
+    codecs = budget.codecs if free.codec else (None,)
+    found = next(iter(Costs(config, untimed, texts).candidates(example, pool, codecs)), None)
+    if found is None:
+        raise ConfigError(
+            f"budget.up_bytes={budget.up_bytes}: the default adapter has no codec that needs so "
+            "little; allow more, run fewer rounds, or set lora.r"
+        )
+
+    names = {
+        "target_modules": "lora.target_modules",
+        "r": "lora.r",
+        "max_steps": "train.max_steps",
+        "codec": "the codec",
+    }
+    chosen = ", ".join(words for name, words in names.items() if getattr(free, name))
+    most = _most_steps(budget, free, config.train.steps(0) if config.train.max_steps else None)
+    steps = "" if most is None else f", at most {most:,} optimizer steps at the server"
+    return found.config, [
+        f"budget: {chosen} will be chosen when the run starts, among "
+        f"{len(adapters(budget, free))} adapters and steps, on {budget.trial_sites} simulated "
+        f"sites with public text{steps}; the figures here are those of rank {found.config.lora.r} "
+        f"on the default modules with {found.config.coding.name}"
+    ]
+
+
+def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | None:
+    """Return the optimizer steps of all trials at most; None where they follow from the data."""
+    steps = sorted(set(budget.max_steps)) if free.max_steps else [fixed]
+    if None in steps:
+        return None
+
+    numbers = [each for each in steps if each is not None]
+    going = len(adapters(budget, free)) // len(numbers)
+    done = 0
+    rounds = 0
+    for until in part_rounds(budget.trial_rounds):
+        rounds += going * (until - done) * numbers[0]
+        going = max(FINALISTS, math.ceil(going / KEEP))
+        done = until
+
+    rounds += going * (budget.trial_rounds - done) * numbers[0]
+    rounds += FINALISTS * budget.trial_rounds * sum(numbers[1:])
+    others = len(budget.codecs) - 1 if free.codec else 0
+    rounds += (others + 1) * budget.trial_rounds * numbers[-1]  # other codecs, and sites alone
+    return rounds * budget.trial_sites

@@ -1,0 +1,80 @@
+"""The settings that a budget leaves open, and a configuration with a choice in their place."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.config import RunConfig
+
+BUDGET = "budget.json"
+"""File of a run's folder with the choice, so that a run that is resumed keeps it."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """Which settings a budget chooses: those that the configuration does not set."""
+
+    target_modules: bool
+    r: bool
+    max_steps: bool
+    codec: bool
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Open":
+        """Return what `config` leaves open."""
+        lora = config.lora.model_fields_set
+        train = config.train.model_fields_set
+        return cls(
+            "target_modules" not in lora,
+            "r" not in lora,
+            not train & {"max_steps", "num_train_epochs"},
+            config.codec is None,
+        )
+
+    def __bool__(self) -> bool:
+        """Return True where something is open."""
+        return self.target_modules or self.r or self.max_steps or self.codec
+
+
+def opened(config: RunConfig) -> Open:
+    """Return what `config` leaves open, before anything is chosen; raises `ConfigError` for
+    candidates of what is not open."""
+    free = Open.of(config)
+    budget = config.budget
+    names = {
+        "target_modules": free.target_modules,
+        "r": free.r,
+        "max_steps": free.max_steps,
+        "codecs": free.codec,
+    }
+    for name, is_open in names.items():
+        usual = BudgetConfig.model_fields[name].default
+        if budget is not None and not is_open and getattr(budget, name) != usual:
+            raise ConfigError(
+                f"budget.{name}: without effect, because the configuration sets what it would "
+                "choose; remove one of the two"
+            )
+
+    return free
+
+
+def settle(config: RunConfig, record: dict[str, Any]) -> RunConfig:
+    """Return `config` with the choice of `record` in the place of what it leaves open; raises
+    `CheckpointError` for a record without a choice."""
+    free = Open.of(config)
+    if not free:
+        return config
+    table = config.model_dump(exclude_unset=True)
+    try:
+        chosen = record["chosen"]
+        for key, name in (("lora", "target_modules"), ("lora", "r"), ("train", "max_steps")):
+            if getattr(free, name) and name in chosen:
+                table.setdefault(key, {})[name] = chosen[name]
+        if free.codec:
+            table["codec"] = chosen["codec"]
+        return type(config).model_validate(table)
+    except (KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise CheckpointError(f"the choice within the budget is damaged: {error}") from None

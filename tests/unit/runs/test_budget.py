@@ -1,0 +1,162 @@
+"""The choice within a budget: what is open, what fits, what is kept, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.federation.line import Line, round_s
+from fluvial.models.pool import ModelPool
+from fluvial.report.page import write_page
+from fluvial.runs.budget.candidates import Adapter, Costs
+from fluvial.runs.budget.settled import Open, settle
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.opening import texts_of
+from fluvial.runs.plan import plan
+from fluvial.runs.run import execute
+from fluvial.storage.run_files import read_run
+from tests.support.budget import BUDGET, budget_table
+from tests.support.runs import run_table, run_with_stops
+from tests.unit.runs.test_interrupt import toml
+
+Table = dict[str, Any]
+
+
+@pytest.fixture
+def table(run_config: Table, tmp_path: Path) -> Table:
+    """Return a run of which everything but the steps is open."""
+    return budget_table(run_config, tmp_path)
+
+
+def test_the_choice_is_within_its_bytes_as_they_are_counted(table: Table, tmp_path: Path) -> None:
+    result = run_table(table, tmp_path / "run")
+    choice = result["setup"]["budget"]
+    rows = read_run(tmp_path / "run")["metrics"]
+    sent = {site: sum(row["bytes"][site]["up train"] for row in rows) for site in rows[0]["bytes"]}
+    assert max(sent.values()) <= choice["up_bytes"] <= BUDGET["up_bytes"]
+    assert choice["up_bytes"] - max(sent.values()) < 60 * table["rounds"] + choice["up_bytes"] // 50
+
+    config = read_run(tmp_path / "run")["config"]
+    assert config["lora"]["r"] == choice["chosen"]["r"]
+    assert config["codec"]["name"] == choice["chosen"]["codec"]["name"]
+    chosen = [row for row in choice["trials"] if row["chosen"]]
+    assert len(chosen) == 1
+    longest = [row["loss"] for row in choice["trials"] if row["rounds"] == BUDGET["trial_rounds"]]
+    assert chosen[0]["loss"] == min(longest)
+    assert choice["why"].startswith(f"rank {choice['chosen']['r']} on ")
+
+
+def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:
+    straight = run_table(table, tmp_path / "a")
+    stopped = run_with_stops(table, tmp_path / "b", [2, 99])
+    assert stopped["adapter_sha256"] == straight["adapter_sha256"]
+    assert stopped["setup"] == straight["setup"]
+
+    other = table | {"lora": table["lora"] | {"r": 7}, "budget": {"up_bytes": 3000}}
+    with pytest.raises(CheckpointError, match=r"lora\.r"):
+        list(execute(parse(other, "test"), tmp_path / "b", resume=True))
+
+
+def test_the_choice_lost_is_no_other_choice(table: Table, tmp_path: Path) -> None:
+    events = execute(parse(table, "test"), tmp_path / "run")
+    next(events)
+    events.close()
+    (tmp_path / "run" / "budget.json").unlink()
+    with pytest.raises(CheckpointError, match=r"budget\.json is missing"):
+        list(execute(parse(table, "test"), tmp_path / "run", resume=True))
+
+
+def test_the_page_the_check_and_the_plan_show_it(table: Table, tmp_path: Path) -> None:
+    run_table(table, tmp_path / "run")
+    write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Trials within the budget") == 2  # the figure and the table
+
+    notes = plan(parse(table, "test"))["notes"]
+    assert any("will be chosen when the run starts" in note for note in notes)
+
+    file = tmp_path / "config.toml"
+    file.write_text(toml(table))
+    done = CliRunner().invoke(app, ["plan", str(file), "--format", "json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "budget.json").read_text())
+
+
+def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
+    """A clock that counts its calls: each step and each coding takes a known time."""
+    line = {"up_mbit_s": 0.01, "down_mbit_s": 1.0, "rtt_ms": 10.0}
+    budget = {"run_s": 40.0, "trial_sites": 2}
+    config = parse(table | {"budget": budget, "fleet": {"line": line}}, "test")
+    assert config.budget is not None
+    pool = ModelPool(config.model, config.adapter)
+    ticks = iter(range(10**9))
+    texts = texts_of(config, pool)
+    costs = Costs(config, config.budget, texts, clock=lambda: 0.01 * next(ticks))
+    adapter = Adapter("default", 2, None)
+    (found,) = costs.candidates(
+        adapter, pool.beside(config.lora.model_copy(update={"r": 2})), ["trellis"]
+    )
+    assert found.train_s is not None
+    assert found.run_s == pytest.approx(
+        config.rounds
+        * round_s(
+            found.down_bytes // config.rounds,
+            found.up_bytes // config.rounds,
+            sites=config.method.cohort(len(texts.names)),
+            line=Line.model_validate(line),
+            train_s=found.train_s,
+        ),
+        rel=1e-3,  # downloads differ by the digits of their rounds
+    )
+    assert found.run_s <= 40.0
+
+
+def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
+    assert Open.of(parse(table, "test")) == Open(True, True, False, True)
+    fixed = table | {"lora": table["lora"] | {"r": 2}, "codec": {"name": "int8"}}
+    assert Open.of(parse(fixed | {"budget": {"up_bytes": 3000}}, "test")) == Open(
+        True, False, False, False
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": {}}, "a budget needs one of the two"),
+        ({"budget": {"run_s": 10.0}}, "budget.run_s: no line is known"),
+        ({"codec": {"name": "auto"}}, "the budget chooses the codec"),
+        ({"codec": {"name": "klt"}}, "'klt' is learned"),
+        ({"method": {"name": "fedpipe"}}, "plans the ranks of every site itself"),
+        ({"method": {"name": "flglm"}}, "sends hidden states"),
+        ({"method": {"name": "fedcybgd"}}, "tunes blocks of weights"),
+        ({"method": {"name": "ecolora"}}, "shares no adapter of one layout"),
+        ({"method": {"name": "cgfedllm"}}, "more than the budget counts"),
+        ({"tune": "full", "lora": {}}, "all weights are tuned"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(table: Table, change: Table, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(table | change, "test")
+
+
+def test_candidates_of_what_is_set_are_refused(table: Table, tmp_path: Path) -> None:
+    fixed = table | {"lora": table["lora"] | {"r": 2}}
+    with pytest.raises(ConfigError, match=r"budget\.r: without effect"):
+        run_table(fixed, tmp_path / "run")
+
+
+def test_a_budget_of_nothing_is_refused(table: Table, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"budget\.up_bytes=100: no adapter of 4 tried"):
+        run_table(table | {"budget": BUDGET | {"up_bytes": 100}}, tmp_path / "run")
+
+
+def test_a_damaged_choice_is_refused(table: Table) -> None:
+    config: RunConfig = parse(table, "test")
+    for damaged in ({}, {"chosen": 3}, {"chosen": {"r": "two", "codec": {"name": "int8"}}}):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            settle(config, damaged)
