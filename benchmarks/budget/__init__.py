@@ -1,0 +1,1 @@
+"""Choices within a budget against the best choice by hand, and against a fixed adapter."""
