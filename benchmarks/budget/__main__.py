@@ -1,13 +1,14 @@
 """A choice within a third of the bytes, against every choice by hand and a fixed adapter.
 
-    python -m benchmarks.budget [--quick | --full] [--cell NAME ...] [--seeds N] [--cache FILE.jsonl]
-        [--out FILE.json]
+    python -m benchmarks.budget [--quick | --full] [--cell NAME ...] [--seeds N]
+        [--cache FILE.jsonl] [--out FILE.json]
 
-All contenders have the local learning rate that is best for the *uncompressed* run on seed 0. The target is the loss of the uncompressed run, same seed, after two thirds
-of the rounds. The fixed adapter is rank 8 on q, k, v and o with trellis at 1/64. The budget is a
-third of the bytes that a site sends with it in the whole run; the local steps are fixed, so adapter
-and codec are chosen. By hand, every adapter of the grid runs on the sites' own data at the same
-budget, on seed 0: what a choice that knew the result would take.
+All contenders have the local learning rate that is best for the *uncompressed* run on seed 0. The
+target is the loss of the uncompressed run, same seed, after two thirds of the rounds. The fixed
+adapter is rank 8 on q, k, v and o with trellis at 1/64. The budget is a third of the bytes that a
+site sends with it in the whole run; the local steps are fixed, so adapter and codec are chosen. By
+hand, every adapter of the grid runs on the sites' own data at the same budget, on seed 0: what a
+choice that knew the result would take.
 """
 
 import argparse
