@@ -150,7 +150,7 @@ def by_hand(config: RunConfig) -> list[RunConfig]:
 
 @dataclass(frozen=True)
 class Figures:
-    """What all rows of one cell and seed have in common."""
+    """Cell, seed, learning rate and target that all rows of one seed have in common."""
 
     cell: str
     seed: int

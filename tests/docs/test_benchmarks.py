@@ -29,6 +29,17 @@ def test_overhead(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_budget(tmp_path: Path) -> None:
+    """The choice is within its budget, and one of those that were made by hand."""
+    content = quick_report("budget", tmp_path / "budget.json")
+    rows = {row["contender"]: row for row in content["rows"]}
+    own = rows["budget"]
+    assert own["up"] <= content["settings"]["share"] * rows["fixed r 8, trellis 1/64"]["up"]
+    hand = [row["loss"] for name, row in rows.items() if name.startswith("by hand")]
+    assert own["loss"] in hand
+
+
+@pytest.mark.slow
 def test_quantised(tmp_path: Path) -> None:
     """Every format has its costs, and its losses merged and not."""
     pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
