@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,15 @@ from fluvial.codecs import build, must_learn, read_settings
 from fluvial.codecs.auto import AutoSettings, candidates
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.quantise import Int8Settings
-from fluvial.data import Example
 from fluvial.federation.in_process import concurrency
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
+from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import settled, texts_of
-from fluvial.seeds import generator
+from fluvial.runs.step_time import Clock, time_steps
 from fluvial.training.evaluate import heldout
-from fluvial.training.train import train
 
-Clock = Callable[[], float]
-ENOUGH_S = 2.0
-"""Steps are timed together until they take about this long, so that a small model's are measured
-too."""
-MAX_STEPS = 32
 HELDOUT_SEQUENCES = 16
 
 
@@ -109,6 +103,7 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
     pool = ModelPool(config.model, config.adapter)
     pool.load()
     texts = texts_of(config, pool)
+    config, _ = shown(config, texts)
     chosen = settled(config, pool.layout, pool.outline.base, len(texts.names))
     if chosen.adapter != config.adapter:  # which names the cut
         pool = ModelPool(config.model, chosen.adapter)
@@ -245,37 +240,6 @@ def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
         f"codec: with {coding.codec}, coding and upload of an update take {loss} at "
         f"{line.up_mbit_s:g} Mbit/s; choose a faster codec, or more fleet.threads"
     ]
-
-
-def time_steps(
-    config: RunConfig, pool: ModelPool, examples: Sequence[Example], clock: Clock
-) -> tuple[float, float]:
-    """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
-    state = initial_state(pool.layout, config.seed)
-
-    def call(steps: int) -> float:
-        checkpointing = config.train.gradient_checkpointing
-        with pool.model(state, trainable="A and B", checkpointing=checkpointing) as model:
-            before = clock()
-            train(
-                model,
-                examples,
-                config.train,
-                pad_token_id=pool.tokenizer.pad_token_id,
-                generator=generator(config.seed, "time"),
-                steps=steps,
-                start=pool.weights(state),
-            )
-            return clock() - before
-
-    call(1)  # the first step allocates and compiles
-    one = call(1)
-    if one >= ENOUGH_S:
-        return one, 0.0
-
-    further = min(MAX_STEPS, math.ceil(ENOUGH_S / max(one, 1e-9)))
-    step_s = max((call(1 + further) - one) / further, 0.0)
-    return step_s, max(one - step_s, 0.0)
 
 
 def _work(

@@ -16,7 +16,7 @@ from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.settled import Open
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import check_settings
-from fluvial.runs.timing import Clock, time_steps
+from fluvial.runs.step_time import Clock, time_steps
 from fluvial.wire.tensors import Layout
 
 FINEST = 8.0

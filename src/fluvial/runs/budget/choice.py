@@ -19,6 +19,7 @@ from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.settled import opened
 from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
 from fluvial.runs.config import RunConfig
+from fluvial.wire.tensors import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,7 @@ class _Search:
         rounds = self.budget.trial_rounds
         going = self._try(first)
         for until in part_rounds(rounds):
-            for tried in going:
-                tried.go_on(until)
+            self._go_on(going, until)
             going = _least(going, max(FINALISTS, math.ceil(len(going) / KEEP)))
             self._close_all_but(going)
 
@@ -172,7 +172,12 @@ class _Search:
         return found
 
     def _first_codecs(self, some: Sequence[Adapter]) -> list[Candidate]:
-        return [each for adapter in some for each in self._within(adapter, first=True)]
+        """Return the first candidate of each adapter; of adapters with equal tensors, one."""
+        found: dict[tuple[Layout, int | None], Candidate] = {}
+        for adapter in some:
+            for each in self._within(adapter, first=True):
+                found.setdefault((each.layout, adapter.max_steps), each)
+        return list(found.values())
 
     def _try(self, candidates: Sequence[Candidate]) -> list[Tried]:
         new = [
@@ -183,9 +188,13 @@ class _Search:
         return new
 
     def _finish(self, some: Sequence[Tried]) -> list[Tried]:
-        for tried in some:
-            tried.go_on(self.budget.trial_rounds)
+        self._go_on(some, self.budget.trial_rounds)
         return list(some)
+
+    def _go_on(self, some: Sequence[Tried], rounds: int) -> None:
+        for number, tried in enumerate(some, start=1):
+            logger.info("budget: trial %d of %d, to round %d", number, len(some), rounds)
+            tried.go_on(rounds)
 
     def _close_all_but(self, going: Sequence[Tried]) -> None:
         for tried in self.tried:
