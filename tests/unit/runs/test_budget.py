@@ -33,7 +33,7 @@ def table(run_config: Table, tmp_path: Path) -> Table:
     return budget_table(run_config, tmp_path)
 
 
-def test_the_choice_is_within_its_bytes_as_they_are_counted(table: Table, tmp_path: Path) -> None:
+def test_the_choice_is_within_its_bytes_and_shown(table: Table, tmp_path: Path) -> None:
     result = run_table(table, tmp_path / "run")
     choice = result["setup"]["budget"]
     rows = read_run(tmp_path / "run")["metrics"]
@@ -50,6 +50,18 @@ def test_the_choice_is_within_its_bytes_as_they_are_counted(table: Table, tmp_pa
     assert chosen[0]["loss"] == min(longest)
     assert choice["why"].startswith(f"rank {choice['chosen']['r']} on ")
 
+    # The page, the check and the plan show it.
+    write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("Trials within the budget") == 2  # the figure and the table
+    notes = plan(parse(table, "test"))["notes"]
+    assert any("will be chosen when the run starts" in note for note in notes)
+    file = tmp_path / "config.toml"
+    file.write_text(toml(table))
+    done = CliRunner().invoke(app, ["plan", str(file), "--format", "json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == choice
+
 
 def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:
     straight = run_table(table, tmp_path / "a")
@@ -57,34 +69,14 @@ def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) ->
     assert stopped["adapter_sha256"] == straight["adapter_sha256"]
     assert stopped["setup"] == straight["setup"]
 
+    (tmp_path / "b" / "budget.json").rename(tmp_path / "lost.json")
+    with pytest.raises(CheckpointError, match=r"budget\.json is missing"):
+        list(execute(parse(table, "test"), tmp_path / "b", resume=True))
+
+    (tmp_path / "lost.json").rename(tmp_path / "b" / "budget.json")
     other = table | {"lora": table["lora"] | {"r": 7}, "budget": {"up_bytes": 3000}}
     with pytest.raises(CheckpointError, match=r"lora\.r"):
         list(execute(parse(other, "test"), tmp_path / "b", resume=True))
-
-
-def test_the_choice_lost_is_no_other_choice(table: Table, tmp_path: Path) -> None:
-    events = execute(parse(table, "test"), tmp_path / "run")
-    next(events)
-    events.close()
-    (tmp_path / "run" / "budget.json").unlink()
-    with pytest.raises(CheckpointError, match=r"budget\.json is missing"):
-        list(execute(parse(table, "test"), tmp_path / "run", resume=True))
-
-
-def test_the_page_the_check_and_the_plan_show_it(table: Table, tmp_path: Path) -> None:
-    run_table(table, tmp_path / "run")
-    write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("Trials within the budget") == 2  # the figure and the table
-
-    notes = plan(parse(table, "test"))["notes"]
-    assert any("will be chosen when the run starts" in note for note in notes)
-
-    file = tmp_path / "config.toml"
-    file.write_text(toml(table))
-    done = CliRunner().invoke(app, ["plan", str(file), "--format", "json"])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "budget.json").read_text())
 
 
 def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
