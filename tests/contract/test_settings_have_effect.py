@@ -291,6 +291,7 @@ ELSEWHERE = {
             "hysteresis",
         )
     },
+    "PlannerSettings.layer_groups": "tests/oracle/test_mixed_bits.py",
     "FlGlmConfig.in_flight": "tests/oracle/test_flglm_in_flight.py",
     "FlGlmConfig.step_deadline_s": "tests/oracle/test_flglm_rejoin.py",
     "FlGlmConfig.leakage": "tests/oracle/test_flglm_leakage.py",

@@ -36,11 +36,9 @@ def candidates(seed: int, layers: int = 4, *, mlp: bool = False) -> list[Candida
 def sizes(layers: int = 4) -> Sizes:
     """A base of 40 M parameters, most of them in linear layers."""
     return Sizes(
-        linear=36_000_000,
+        weights=(((1000, 1000),) * (36 // layers),) * layers,
         other=4_000_000,
-        largest=1_000_000,
         hidden=64,
-        layers=layers,
         heads=4,
         vocabulary=1000,
         width=2,

@@ -177,12 +177,37 @@ class QuantisedLinear(nn.Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 
 
+def layers_of_coded(base: nn.Module) -> dict[str, int]:
+    """Return the decoder layer, counted from 0, of each linear module of `base` that can be
+    quantised, by name.
+
+    These are the modules of decoder layers that "all-linear" would adapt; a weight that two modules
+    share stays as it is. `base` may be on the meta device; without a list of decoder layers there
+    are none.
+    """
+    lists = layer_lists(base)
+    users = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
+    found: dict[str, int] = {}
+    for name, module in adaptable_modules(base).items():
+        layer = next(
+            (
+                int(name.removeprefix(f"{path}.").partition(".")[0])
+                for path, _ in lists
+                if name.startswith(f"{path}.")
+            ),
+            None,
+        )
+        if layer is not None and users[id(module.weight)] == 1:
+            found[name] = layer
+
+    return found
+
+
 def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
     """Return the format of each linear module of `base` that is quantised, by name.
 
-    These are the modules of decoder layers that "all-linear" would adapt; a weight that two modules
-    share stays as it is. `base` may be on the meta device. Raises `ConfigError` for a layer that
-    the model does not have, and where nothing is quantised.
+    `base` may be on the meta device. Raises `ConfigError` for a layer that the model does not have,
+    and where nothing is quantised.
     """
     lists = layer_lists(base)
     if not lists:
@@ -199,24 +224,8 @@ def formats(base: nn.Module, quantisation: Quantisation) -> dict[str, Format]:
             "from 0"
         )
 
-    users = Counter(id(parameter) for _, parameter in base.named_parameters(remove_duplicate=False))
-    found: dict[str, Format] = {}
-    for name, module in adaptable_modules(base).items():
-        layer = next(
-            (
-                int(name.removeprefix(f"{path}.").partition(".")[0])
-                for path, _ in lists
-                if name.startswith(f"{path}.")
-            ),
-            None,
-        )
-        if layer is None or users[id(module.weight)] > 1:
-            continue
-
-        kind = quantisation.format(layer)
-        if kind is not None:
-            found[name] = kind
-
+    kinds = {name: quantisation.format(layer) for name, layer in layers_of_coded(base).items()}
+    found = {name: kind for name, kind in kinds.items() if kind is not None}
     if quantisation and not found:
         raise ConfigError(
             f"model.quantization: without effect, because no linear layer of {type(base).__name__} "
@@ -246,6 +255,15 @@ def weight_bytes(
 def quantised_bytes(base: nn.Module, quantisation: Quantisation, correction_rank: int = 0) -> int:
     """Return the bytes of all of the base's parameters; see `weight_bytes`."""
     return sum(weight_bytes(base, quantisation, correction_rank).values())
+
+
+def lost(weight: Tensor, kind: Format, correction_rank: int = 0) -> float:
+    """Return ||W - Q(W)||^2 of a matrix (rows, columns) in a format, with its correction."""
+    linear = QuantisedLinear(weight, None, kind, correction_rank=correction_rank)
+    missing = weight.float() - linear.dense().float()
+    if linear.correction_rank:
+        missing -= linear.correction_B.float() @ linear.correction_A.float()
+    return float(missing.double().square().sum())
 
 
 def largest_decoded(base: nn.Module, quantisation: Quantisation) -> int:

@@ -136,11 +136,18 @@ def ranks_words(ranks: Mapping[str, int]) -> str:
     return ", ".join(f"{count} at {rank}" for rank, count in counts)
 
 
+def format_words(plan: JsonObject) -> str:
+    """Return the format of a base, or how many layers have which: "nf4 x 9, int8 x 13"."""
+    counts = Counter(name for _, name in plan["layer_formats"])
+    words = (f"{name} x {count}" for name, count in sorted(counts.items(), reverse=True))
+    return ", ".join(words) or str(plan["format"])
+
+
 def _plan_rows(plans: Mapping[str, JsonObject]) -> list[list[str]]:
     return [
         [
             site,
-            plan["format"],
+            format_words(plan),
             f"{plan['batch']} x {plan['length']}" + (", recomputed" * plan["checkpointing"]),
             f"{plan['steps']:,}",
             f"{plan['under_training']:.0%}",

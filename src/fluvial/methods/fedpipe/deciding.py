@@ -1,7 +1,7 @@
 """From profiles and scores to the plan of each site."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.measure import smallest
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
-from fluvial.methods.fedpipe.planner.formats import Format, formats_named
+from fluvial.methods.fedpipe.planner.formats import Format, layered
 from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel, MemoryPoint
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -21,7 +21,7 @@ from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.methods.fedpipe.scores import Scores
-from fluvial.methods.fedpipe.site_configuration import format_of
+from fluvial.methods.fedpipe.site_configuration import format_of, layers_of
 from fluvial.models.assignment import Assignment
 
 
@@ -42,7 +42,8 @@ class Deciding:
     @classmethod
     def of(cls, config: FedPipeConfig, context: Context) -> "Deciding":
         """Return what the plans of a run share."""
-        outline = context.open_pool().outline
+        pool = context.open_pool()
+        outline = pool.outline
         run = outline.assignment
         most = max(rank for _, rank in run.ranks)
         ranks = tuple(rank for rank in config.planner.ranks if rank <= most) or (most,)
@@ -50,7 +51,7 @@ class Deciding:
         modules = [name for name, _ in run.ranks]
         return cls(
             config.planner.model_copy(update={"ranks": ranks}),
-            sizes_of(outline.base, width),
+            sizes_of(outline.base, width, pool.config.quantization_correction),
             run,
             tuple(linear_candidates(outline.base, modules)),
             max(1, round(context.layout.raw_bytes / frame_size(context.codec, context.layout))),
@@ -59,8 +60,10 @@ class Deciding:
 
     @property
     def format(self) -> Format:
-        """Return the format in which sites measure; raises `ConfigError` for an unknown one."""
-        return formats_named((format_of(self.run),))[0]
+        """Return the format in which sites measure, the run's own."""
+        own = layered(format_of(self.run), layers_of(self.run))
+        whole = tuple(enumerate(own.by_layer(self.sizes.layers)))
+        return replace(own, layers=whole if own.layers else ())
 
     @property
     def lora(self) -> int:
@@ -91,7 +94,7 @@ class Deciding:
             scores.candidates(self.uninformed),
             self.settings,
             length=length,
-            format=format_of(self.run),
+            format=self.format,
             rates=(self.rate,),
             beside=self.lora,
             seed=self.seed,

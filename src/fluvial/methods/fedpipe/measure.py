@@ -19,6 +19,7 @@ from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.federation.sites import Site
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.format_errors import layer_errors
 from fluvial.methods.fedpipe.planner.profile import (
     LEAST_RATE,
     MOST_RATE,
@@ -63,6 +64,7 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
         tokens=_tokens(examples, full_load(site.train, len(examples))),
         fixed_s=passes.fixed_s,
         peaks=passes.peaks,
+        errors=layer_errors(site.pool, config.planner.measured_formats),
     )
 
 

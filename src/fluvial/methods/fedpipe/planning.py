@@ -11,10 +11,10 @@ from fluvial.federation.sites import factor_layout
 from fluvial.formatting import human_bytes
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.planner.formats import FORMATS, formats_named
+from fluvial.methods.fedpipe.planner.formats import FORMATS, formats_named, layered
 from fluvial.methods.fedpipe.planner.memory import base_bytes
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
-from fluvial.methods.fedpipe.site_configuration import VERSION, format_of
+from fluvial.methods.fedpipe.site_configuration import VERSION, format_of, layers_of
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.planning import uncoded
@@ -104,6 +104,11 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
 
     _check_labels(config, given)
     sizes_of(cast(PreTrainedModel, given.base), given.width_bytes)
+    if config.planner.formats and given.quantisation.layers:
+        raise ConfigError(
+            "model.layer_quantization: without effect on plans, because method.planner.formats "
+            "names the formats of the base, by layer too; remove one of them"
+        )
     for name in config.planner.formats:
         if FORMATS[name].quantised:
             try:
@@ -131,8 +136,9 @@ def _check_memory(config: FedPipeConfig, given: Given) -> None:
 
     assert given.outline is not None
     run = given.outline.assignment
-    sizes = sizes_of(given.outline.base, WIDTHS[run.precision])
-    formats = formats_named(config.planner.formats or (format_of(run),))
+    sizes = sizes_of(given.outline.base, WIDTHS[run.precision], given.correction_rank)
+    own = layered(format_of(run), layers_of(run))
+    formats = formats_named(config.planner.formats) or (own,)
     needed, name = min((base_bytes(sizes, format), format.name) for format in formats)
     for budget in config.budgets:
         if budget.memory_mb is not None and budget.memory_mb * 10**6 < needed:

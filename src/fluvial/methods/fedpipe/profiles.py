@@ -1,7 +1,9 @@
 """Profiles of sites as the server reads them, with the rates of the configured line."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
+from fluvial.errors import WireError
 from fluvial.federation.line import Line
 from fluvial.federation.replies import fields
 from fluvial.methods.fedpipe.planner.profile import KEY, Profile
@@ -12,10 +14,18 @@ MBIT = 10**6 / 8
 """Bytes of 10^6 bits."""
 
 
-def read_profile(_site: str, reply: Payload) -> Profile:
-    """Return the profile in a reply; raises `WireError` for one that no honest site sends."""
+def read_profile(_site: str, reply: Payload, *, formats: Collection[str], layers: int) -> Profile:
+    """Return the profile in a reply, which has errors of these `formats` for each of the `layers`;
+    raises `WireError` for one that no honest site sends."""
     fields(reply, (KEY,))
-    return Profile.from_values(reply.values)
+    profile = Profile.from_values(reply.values)
+    counts = {name: len(errors) for name, errors in profile.errors.items()}
+    if counts != dict.fromkeys(formats, layers):
+        raise WireError(
+            f"{KEY}.errors: expected {layers} layers in each of the formats "
+            f"{', '.join(formats) or 'none'}"
+        )
+    return profile
 
 
 def over_line(profile: Profile, budget: SiteBudget, line: Line | None) -> Profile:

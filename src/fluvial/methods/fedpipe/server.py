@@ -116,7 +116,11 @@ class FedPipeServer(SharedModelServer):
                 "profile",
                 dict.fromkeys(sites, Payload()),
                 round=round,
-                read=read_profile,
+                read=partial(
+                    read_profile,
+                    formats=self.config.planner.measured_formats,
+                    layers=self.deciding.sizes.layers,
+                ),
                 alone=round == 0,
             )
         }

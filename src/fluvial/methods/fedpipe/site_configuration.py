@@ -15,7 +15,7 @@ from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import LEAST_RATE, MOST_RATE
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.models.assignment import KEY, Assignment, Precision
-from fluvial.models.quantisation import FLOAT, Format, Quantisation
+from fluvial.models.quantisation import Format, Quantisation
 from fluvial.wire.payload import Payload, Value
 
 SVD = AggregationSettings()
@@ -63,7 +63,9 @@ class SiteConfiguration:
         ranks = dict(plan.ranks)
         full = dict(run.ranks)
         assignment = with_format(
-            run.with_ranks({name: ranks.get(name, 0) for name in full}), plan.setting.format
+            run.with_ranks({name: ranks.get(name, 0) for name in full}),
+            plan.setting.format,
+            plan.setting.layer_formats,
         )
         assignment = replace(assignment, batch=plan.setting.batch)
         side = side_ranks(ranks, run, used, aggregation)
@@ -115,11 +117,7 @@ class SiteConfiguration:
         server can take. `sequences` are those of a round at this site.
         """
         assignment = self.assignment
-        formats = settings.formats or (format_of(run),)
-        bases = [with_format(run, name) for name in formats]
-        allowed = {(base.precision, base.quantisation) for base in bases}
-        if (assignment.precision, assignment.quantisation) not in allowed:
-            raise WireError(f"plan: the base is in none of the formats {', '.join(formats)}")
+        _check_format(settings, run, assignment)
 
         if assignment.batch not in settings.batches:
             raise WireError(f"plan: batch {assignment.batch} is not in method.planner.batches")
@@ -153,6 +151,28 @@ class SiteConfiguration:
                 )
 
 
+def _check_format(settings: PlannerSettings, run: Assignment, assignment: Assignment) -> None:
+    """Raise `WireError` for a base that is neither the run's own, where the settings name no
+    format, nor in one of these, nor in two of them by layer where the settings mix them."""
+    if not settings.formats:
+        own = (run.precision, run.quantisation)
+        if (assignment.precision, assignment.quantisation) != own:
+            raise WireError(f"plan: the base is in none of the formats {format_of(run)}")
+        return
+
+    usual = replace(assignment, quantisation=replace(assignment.quantisation, layers=()))
+    bases = [with_format(run, name) for name in settings.formats]
+    if (usual.precision, usual.quantisation) not in {(b.precision, b.quantisation) for b in bases}:
+        raise WireError(f"plan: the base is in none of the formats {', '.join(settings.formats)}")
+
+    others = {kind for _, kind in assignment.quantisation.layers}
+    if len(others) > 1 or not others <= set(settings.measured_formats):
+        raise WireError(
+            "plan: layers of the base have another format than one of the smaller formats in "
+            f"method.planner.formats, {', '.join(settings.measured_formats) or 'none'}"
+        )
+
+
 def side_ranks(
     ranks: Mapping[str, int],
     run: Assignment,
@@ -180,13 +200,26 @@ def format_of(assignment: Assignment) -> str:
     return assignment.quantisation.usual or assignment.precision
 
 
-def with_format(assignment: Assignment, name: str) -> Assignment:
-    """Return the assignment over a base in a format of the planner's list.
+def layers_of(assignment: Assignment) -> tuple[tuple[int, str], ...]:
+    """Return the planner's names of the formats of layers that have another than `format_of`."""
+    layers = assignment.quantisation.layers
+    return tuple((layer, kind or assignment.precision) for layer, kind in layers)
+
+
+def with_format(
+    assignment: Assignment, name: str, layers: tuple[tuple[int, str], ...] = ()
+) -> Assignment:
+    """Return the assignment over a base in a format of the planner's list, with other formats of
+    some layers.
 
     A quantised base computes in the run's own float type.
     """
-    if name == format_of(assignment):
-        return assignment
-    if name in get_args(Format):
-        return replace(assignment, quantisation=Quantisation(cast(Format, name)))
-    return replace(assignment, precision=cast(Precision, name), quantisation=FLOAT)
+    usual = _quantised(name)
+    kinds = tuple((layer, _quantised(kind)) for layer, kind in layers if kind != name)
+    precision = assignment.precision if usual else cast(Precision, name)
+    return replace(assignment, precision=precision, quantisation=Quantisation(usual, kinds))
+
+
+def _quantised(name: str) -> Format | None:
+    """Return the quantised format of a name, None for that of a float type."""
+    return cast(Format, name) if name in get_args(Format) else None

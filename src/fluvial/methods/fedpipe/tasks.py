@@ -25,6 +25,7 @@ from fluvial.methods.fedpipe.site_configuration import (
     SiteConfiguration,
 )
 from fluvial.models.assignment import Assignment
+from fluvial.models.layer_lists import num_layers
 from fluvial.models.states import initial_state
 from fluvial.training.train import TrainConfig
 from fluvial.wire.payload import Payload, Value
@@ -140,6 +141,9 @@ def configure(site: Site, message: Payload) -> Payload:
     plan = SiteConfiguration.from_payload(message, run)
     sequences = full_load(site.train, len(site.load().train))
     plan.check_allowed(config.planner, config.aggregation, run, sequences)
+    layers = num_layers(site.pool.outline.base) or 0
+    if any(layer >= layers for layer, _ in plan.assignment.quantisation.layers):
+        raise WireError(f"plan: a layer has a format of its own, beyond the {layers} of the model")
     message.whole(VERSION, 1, MOST_VERSIONS)
     site.keep(PLAN, message)
     return Payload()

@@ -85,7 +85,7 @@ def test_a_quantised_base_computes_in_the_runs_type(run: Assignment) -> None:
     quantised = with_format(run, "nf4")
     assert (quantised.precision, quantised.quantisation) == (run.precision, Quantisation("nf4"))
     assert with_format(quantised, "bfloat16").quantisation == FLOAT
-    assert with_format(quantised, "nf4") is quantised
+    assert with_format(quantised, "nf4") == quantised
 
 
 @pytest.mark.parametrize(

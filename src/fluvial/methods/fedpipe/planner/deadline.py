@@ -48,7 +48,8 @@ def uniform_under_training(
     candidates, a fixed batch, the first format, no checkpointing; 1 where memory has no room."""
     steps = -(-models.profile.samples // batch)
     wire = planner.wires[0]
-    setting = Setting(planner.formats[0].name, batch, length, False, wire.rate, steps)
+    format = planner.formats[0]
+    setting = Setting(format.name, batch, length, False, wire.rate, steps, format.layers)
     room = planner.room(models, setting)
     lora = uniform_parameters(planner, rank)
     if room.memory < lora:

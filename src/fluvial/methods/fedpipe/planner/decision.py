@@ -30,8 +30,9 @@ import numpy.typing as npt
 
 from fluvial.methods.fedpipe.planner.candidates import VALUE_UNIT, Candidate
 from fluvial.methods.fedpipe.planner.choice import RankChoice, Ranks
-from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, Wire, formats_named
+from fluvial.methods.fedpipe.planner.formats import Format, Wire, formats_named, layered
 from fluvial.methods.fedpipe.planner.memory import MemoryModel
+from fluvial.methods.fedpipe.planner.mixing import mixtures, shares_of_layers, with_error
 from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
@@ -109,7 +110,7 @@ class Planner:
         settings: PlannerSettings,
         *,
         length: int,
-        format: str,
+        format: str | Format,
         rates: Sequence[int] = (1,),
         beside: int = 0,
         seed: int = 0,
@@ -124,7 +125,8 @@ class Planner:
         self.settings = settings
         self.choice = RankChoice(candidates, settings.ranks, settings.granularity, seed=seed)
         self.lengths = settings.lengths or (length,)
-        self.formats = formats_named(settings.formats or (format,))
+        own = (format,) if isinstance(format, Format) else formats_named((format,))
+        self.formats = formats_named(settings.formats) or own
         self.wires = [Wire.of(rate) for rate in rates]
 
     def at_rates(self, rates: Sequence[int]) -> "Planner":
@@ -172,7 +174,7 @@ class Planner:
     def rooms(self, models: Models, deadline_s: float | None = None) -> Iterator[Room]:
         """Yield every setting of a site in order of the configuration, also those without room."""
         for format, length, batch, checkpointing, wire in product(
-            self.formats,
+            self.choices(models),
             self.lengths,
             self.settings.batches,
             CHECKPOINTING[self.settings.checkpointing],
@@ -182,13 +184,33 @@ class Planner:
             for steps in dict.fromkeys(
                 -(-full * eighths // 8) for eighths in self.settings.eighths
             ):
-                setting = Setting(format.name, batch, length, checkpointing, wire.rate, steps)
-                yield self.room(models, setting, deadline_s)
+                setting = Setting(
+                    format.name, batch, length, checkpointing, wire.rate, steps, format.layers
+                )
+                yield self._room(models, setting, format, deadline_s)
+
+    def choices(self, models: Models) -> list[Format]:
+        """Return the formats of a site's base, each for all layers, then two of them by layer."""
+        errors = models.profile.errors
+        shares = self._shares(models)
+        mixed = mixtures(
+            self.formats, models.memory.sizes, errors, shares, self.settings.layer_groups
+        )
+        return [with_error(format, errors, shares) for format in (*self.formats, *mixed)]
+
+    def _shares(self, models: Models) -> tuple[float, ...]:
+        return shares_of_layers(self.choice.candidates, models.memory.sizes.layers)
 
     def room(self, models: Models, setting: Setting, deadline_s: float | None = None) -> Room:
         """Return the room of one setting."""
+        format = layered(setting.format, setting.layer_formats)
+        format = with_error(format, models.profile.errors, self._shares(models))
+        return self._room(models, setting, format, deadline_s)
+
+    def _room(
+        self, models: Models, setting: Setting, format: Format, deadline_s: float | None
+    ) -> Room:
         profile = models.profile
-        format = FORMATS[setting.format]
         wire = Wire.of(setting.rate)
         shape = (setting.batch, setting.length)
         tokens = processed(profile, setting)
@@ -249,7 +271,7 @@ class Planner:
         """Return the most bytes that a site needs for an adapter of `lora` parameters, and for all
         others of the run's adapter as a side path."""
         trained = models.memory.total(
-            FORMATS[setting.format],
+            layered(setting.format, setting.layer_formats),
             setting.batch,
             setting.length,
             checkpointing=setting.checkpointing,

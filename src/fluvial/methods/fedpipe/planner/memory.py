@@ -1,11 +1,12 @@
 """The memory model of a site: base, adapter with its optimizer, activations, and a reserve.
 
-    memory = linear * bits / 8 + other * width + 16 n_lora + activations(b, T) + reserve
+    memory = layers in their formats + other * width + 16 n_lora + activations(b, T) + reserve
 
-is C2 of FedPipe as we concretise it. Activations are affine in the b T tokens of a pass, with a
-further term in b T^2 where attention holds its scores; without measured points they follow from the
-model's shapes (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models",
-MLSys 2023), and with two or more points from a least-squares fit.
+is C2 of FedPipe as we concretise it. Each layer's weights have the bytes that its format stores,
+with the correction of their quantisation. Activations are affine in the b T tokens of a pass, with
+a further term in b T^2 where attention holds its scores; without measured points they follow from
+the model's shapes (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+Models", MLSys 2023), and with two or more points from a least-squares fit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from fluvial.methods.fedpipe.planner.formats import Format
+from fluvial.methods.fedpipe.planner.formats import FORMATS, Format
 from fluvial.methods.fedpipe.planner.sizes import Sizes
 from fluvial.methods.planning import OPTIMIZER_BYTES
 
@@ -144,13 +145,17 @@ class MemoryModel:
 
     def to_json(self) -> dict[str, Any]:
         """Return the model as JSON values, for the record of a run."""
-        return {**asdict(self), "candidate_width": str(self.candidate_width)}
+        return {
+            **asdict(self),
+            "sizes": self.sizes.to_json(),
+            "candidate_width": str(self.candidate_width),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "MemoryModel":
         """Return the inverse of `to_json`; the record is the run's own."""
         return cls(
-            Sizes(**values["sizes"]),
+            Sizes.from_json(values["sizes"]),
             Activations(**values["plain"]),
             Activations(**values["checkpointed"]),
             values["reserve"],
@@ -162,14 +167,27 @@ class MemoryModel:
 def base_bytes(sizes: Sizes, format: Format) -> int:
     """Return the bytes of a frozen base in a format, with the largest decoded weight."""
     width = value_bytes(sizes, format)
-    coded = ceil(sizes.linear * format.bits / 8)
-    decoded = sizes.largest * width if format.quantised else 0
-    return coded + decoded + sizes.other * width
+    kinds = format.by_layer(sizes.layers)
+    decoded = [
+        largest
+        for kind, largest in zip(kinds, sizes.largest, strict=True)
+        if FORMATS[kind].quantised
+    ]
+    layers = sum(layer_bytes(sizes, layer, kind, width) for layer, kind in enumerate(kinds))
+    return layers + max(decoded, default=0) * width + sizes.other * width
+
+
+def layer_bytes(sizes: Sizes, layer: int, kind: str, width: int) -> int:
+    """Return the bytes of one layer's linear weights in the format `kind`, with corrections, where
+    computed values have `width` bytes."""
+    if FORMATS[kind].quantised:
+        return sizes.coded[kind][layer] + sizes.corrections[layer] * width
+    return sizes.linear[layer] * width
 
 
 def value_bytes(sizes: Sizes, format: Format) -> int:
     """Return the bytes of a computed value: a quantised base computes in the model's type."""
-    return sizes.width if format.quantised else int(format.bits) // 8
+    return sizes.width if format.width is None else format.width
 
 
 def _line(points: Sequence[tuple[int, Fraction]]) -> Activations:

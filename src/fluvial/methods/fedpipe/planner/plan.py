@@ -10,7 +10,7 @@ class Setting:
     """Everything about a site's training but the ranks."""
 
     format: str
-    """Format of the frozen base."""
+    """Format of the frozen base; where `layer_formats` has several, the larger one."""
     batch: int
     length: int
     """Tokens of a sequence at most."""
@@ -19,6 +19,8 @@ class Setting:
     """Bytes of the fp32 update for each byte of its frame."""
     steps: int
     """Local steps, of one batch each."""
+    layer_formats: tuple[tuple[int, str], ...] = ()
+    """Format of the base in each decoder layer, counted from 0; empty where all have `format`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class SitePlan:
         """Return the plan as JSON values."""
         return {
             **asdict(self.setting),
+            "layer_formats": [[layer, name] for layer, name in self.setting.layer_formats],
             "ranks": dict(self.ranks),
             "value": self.value,
             "score": self.score,
@@ -66,9 +69,10 @@ class SitePlan:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "SitePlan":
         """Return the inverse of `to_json`; the record is the run's own."""
-        names = Setting.__dataclass_fields__
+        names = Setting.__dataclass_fields__.keys() - {"layer_formats"}
+        layers = tuple((layer, name) for layer, name in values["layer_formats"])
         return cls(
-            Setting(**{name: values[name] for name in names}),
+            Setting(**{name: values[name] for name in names}, layer_formats=layers),
             tuple(sorted(values["ranks"].items())),
             values["value"],
             values["score"],

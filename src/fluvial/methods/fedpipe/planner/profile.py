@@ -3,10 +3,11 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fluvial.errors import WireError
 from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.models.quantisation import MOST_LAYERS
 from fluvial.wire.payload import Value
 
 KEY = "profile"
@@ -19,6 +20,7 @@ MOST_RATE = 1e12
 LEAST_RATE = 1e-6
 MOST_SECONDS = 1e6
 MOST_COUNT = 2**40
+MOST_ERROR = 1e3
 MOST_POINTS = 256
 """Entries of one list of a profile."""
 
@@ -75,6 +77,9 @@ class Profile:
     """Seconds of a round's training beside its steps."""
     peaks: tuple[Peak, ...] = ()
     """Measured memory, for calibration."""
+    errors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Relative error of each decoder layer's weights by quantised format; none where plans do not
+    mix formats."""
 
     @property
     def unmeasured(self) -> bool:
@@ -114,6 +119,7 @@ class Profile:
                 "peaks": [
                     [peak.batch, peak.length, peak.checkpointing, peak.bytes] for peak in self.peaks
                 ],
+                "errors": {name: list(errors) for name, errors in sorted(self.errors.items())},
             }
         }
 
@@ -144,6 +150,7 @@ class Profile:
             _tokens(given["tokens"], samples),
             _number("fixed_s", given["fixed_s"], 0, MOST_SECONDS),
             _peaks(given["peaks"]),
+            _errors(given["errors"]),
         )
 
 
@@ -212,6 +219,22 @@ def _peaks(given: Value) -> tuple[Peak, ...]:
         )
 
     return tuple(peaks)
+
+
+def _errors(given: Value) -> dict[str, tuple[float, ...]]:
+    if not isinstance(given, dict) or len(given) > MOST_POINTS:
+        raise WireError(f"{KEY}.errors: expected errors of layers by format of the base")
+
+    errors = {}
+    for name, values in given.items():
+        where = f"errors[{name!r:.40}]"
+        if name not in FORMATS or not FORMATS[name].quantised:
+            raise WireError(f"{KEY}.{where}: this is no quantised format")
+        if not isinstance(values, list) or not 1 <= len(values) <= MOST_LAYERS:
+            raise WireError(f"{KEY}.{where}: expected a list of 1 to {MOST_LAYERS} numbers")
+        errors[name] = tuple(_number(where, value, 0, MOST_ERROR) for value in values)
+
+    return errors
 
 
 def _rows(where: str, given: Value, width: int) -> list[list[Value]]:

@@ -41,6 +41,10 @@ class PlannerSettings(Settings):
     formats: tuple[str, ...] = ()
     """Formats of the base; unset, that of the model alone. Earlier ones are preferred to later ones
     of equal worth."""
+    layer_groups: int = Field(4, ge=1, le=64)
+    """Groups of as many decoder layers, in order of their sensitivity to a smaller format, where
+    `formats` has several: a plan may have the first of them in the smaller one of two formats and
+    the others in the larger one. 1 gives all layers one format."""
     checkpointing: Literal["never", "always", "choose"] = "choose"
     """Gradient checkpointing: whether the planner may choose it."""
     eighths: tuple[Eighths, ...] = (8, 7, 6, 5, 4, 3, 2, 1)
@@ -59,6 +63,18 @@ class PlannerSettings(Settings):
         """True where a plan may have a quantised base."""
         return any(FORMATS[name].quantised for name in self.formats)
 
+    @property
+    def measured_formats(self) -> tuple[str, ...]:
+        """Quantised formats whose loss the sites measure by layer: all of `formats`, where a plan
+        may mix two of them."""
+        return self.mixed_formats if self.layer_groups > 1 else ()
+
+    @property
+    def mixed_formats(self) -> tuple[str, ...]:
+        """Quantised ones of `formats`, where it has a further format to mix them with."""
+        quantised = tuple(name for name in self.formats if FORMATS[name].quantised)
+        return quantised if len(self.formats) > 1 else ()
+
     def conflicts(self) -> Iterator[str]:
         """Yield lists that are empty or hold a number twice, unknown formats, and settings without
         effect."""
@@ -72,6 +88,12 @@ class PlannerSettings(Settings):
             if not numbers and key != "lengths":
                 yield f"{key}: names at least one number, or leave it out"
 
+        groups = type(self).model_fields["layer_groups"].default
+        if self.layer_groups != groups and not self.mixed_formats:
+            yield (
+                "layer_groups: without effect, because formats has no quantised format and a "
+                "larger one; remove it"
+            )
         default = type(self).model_fields["weight_of_data"].default
         if self.objective != "value" and self.weight_of_data != default:
             yield (

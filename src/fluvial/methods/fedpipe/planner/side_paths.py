@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models, processed
-from fluvial.methods.fedpipe.planner.formats import FORMATS
+from fluvial.methods.fedpipe.planner.formats import layered
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.time import HEADER_BYTES, VALUE_BYTES
 
@@ -30,7 +30,7 @@ def with_side_path(
     setting = plan.setting
     training_s, _ = models.time.side_path(
         models.profile,
-        FORMATS[setting.format],
+        layered(setting.format, setting.layer_formats),
         batch=setting.batch,
         tokens=processed(models.profile, setting),
         checkpointing=setting.checkpointing,
