@@ -8,10 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluvial.api import Result, check, load_config, load_result, run
+    from fluvial.api import Result, check, load_config, load_result, plan, run
     from fluvial.codecs.base import Codec, CodecSettings
     from fluvial.errors import ConfigError, FluvialError, WireError
-    from fluvial.exchange import Exchange, LocalUpdate
+    from fluvial.exchange import Exchange
     from fluvial.federation.fleet import Fleet
     from fluvial.federation.sites import Site
     from fluvial.methods.interface import Context, Method, MethodSettings, Plan, Server, Traits
@@ -30,7 +30,6 @@ __all__ = [
     "Fleet",
     "FluvialError",
     "Layout",
-    "LocalUpdate",
     "Method",
     "MethodSettings",
     "Payload",
@@ -46,13 +45,14 @@ __all__ = [
     "check",
     "load_config",
     "load_result",
+    "plan",
     "run",
 ]
 _MODULES = {
-    "fluvial.api": ("Result", "check", "load_config", "load_result", "run"),
+    "fluvial.api": ("Result", "check", "load_config", "load_result", "plan", "run"),
     "fluvial.codecs.base": ("Codec", "CodecSettings"),
     "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
-    "fluvial.exchange": ("Exchange", "LocalUpdate"),
+    "fluvial.exchange": ("Exchange",),
     "fluvial.federation.fleet": ("Fleet",),
     "fluvial.federation.sites": ("Site",),
     "fluvial.methods.interface": (

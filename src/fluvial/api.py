@@ -21,6 +21,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.round_lines import round_header, round_lines, setup_lines
+from fluvial.report.site_plans import site_plans_table
 from fluvial.report.tables import table
 from fluvial.runs.config import RunConfig, load, merge, override, parse
 from fluvial.runs.own import listed, with_own, wrong_argument
@@ -95,8 +96,17 @@ class Check:
         return _text(plan_table(self.values))
 
     def _repr_html_(self) -> str:
-        """Return the tables of `fluvial check` as HTML, for a notebook."""
+        """Return the tables as HTML, for a notebook."""
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True)
+class SitePlans(Check):
+    """Plans of the sites under FedPipe; `values` are those of `fluvial plan --format json`."""
+
+    def __str__(self) -> str:
+        """Return the tables of `fluvial plan` as text."""
+        return _text(site_plans_table(self.values))
 
 
 @from_python()
@@ -146,6 +156,18 @@ def check(config: Configuration, overrides: Sequence[str] = (), **own: Any) -> C
     from fluvial.runs.plan import plan
 
     return Check(plan(load_config(config, overrides, **own)))
+
+
+@from_python()
+def plan(config: Configuration, overrides: Sequence[str] = (), **own: Any) -> SitePlans:
+    """Return the plan of each site under FedPipe, before anything runs: its sites measure
+    themselves in this process; raises `ConfigError` for another method.
+
+    `overrides`, `methods` and `codecs` are those of `load_config`.
+    """
+    from fluvial.runs.site_plans import site_plans
+
+    return SitePlans(site_plans(load_config(config, overrides, **own)))
 
 
 @from_python()

@@ -17,7 +17,7 @@ from examples.own_method import MOMENTUM, MomentumServer
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import OWN_CODES
 from fluvial.errors import wrong_return
-from fluvial.exchange import shared
+from fluvial.exchange import LocalUpdate, shared
 from fluvial.methods import METHODS
 from fluvial.methods.fedavg import terms
 from fluvial.runs import own
@@ -35,7 +35,6 @@ NAMES = {
     "Fleet",
     "FluvialError",
     "Layout",
-    "LocalUpdate",
     "Method",
     "MethodSettings",
     "Payload",
@@ -51,6 +50,7 @@ NAMES = {
     "check",
     "load_config",
     "load_result",
+    "plan",
     "run",
 }
 
@@ -387,8 +387,8 @@ class NumpyServer(MomentumServer):
 def wrong_update(**fields: Any) -> Any:
     """Return a training whose update has other fields."""
 
-    def train(_: fluvial.Site, received: Named, *_rest: object) -> fluvial.LocalUpdate:
-        good = fluvial.LocalUpdate(scale(received, 0.0), 1, 1.0)
+    def train(_: fluvial.Site, received: Named, *_rest: object) -> LocalUpdate:
+        good = LocalUpdate(scale(received, 0.0), 1, 1.0)
         return replace(good, **fields)
 
     return {**MOMENTUM.tasks, "train": shared(train, terms)}

@@ -59,7 +59,8 @@ def outward(problem: BaseException, log: Path | None, **about: object) -> str:
     if isinstance(problem, MADE_TO_LEAVE):
         return f"{type(problem).__name__}: {problem}"[:2000]
 
-    return f"{kind(problem)} at {place(problem)} (reference {reference} in the site's own {ERRORS})"
+    there = "in the log of the site's process" if log is None else f"in the site's own {ERRORS}"
+    return f"{kind(problem)} at {place(problem)} (reference {reference} {there})"
 
 
 def kind(problem: BaseException) -> str:

@@ -125,7 +125,7 @@ def predicted_by_site(metrics: Sequence[JsonObject]) -> Excerpt | None:
         ["site", "round", *(name.replace("_", " ") for name in measured)],
         rows,
         left=1,
-        words="Predicted / measured, and the relative error, of the first round after a plan. "
+        words="Predicted and measured, and the relative error, of the first round after a plan. "
         "Memory that was not measured apart is left out; seconds are those of training.",
     )
 
@@ -166,8 +166,14 @@ def _predicted_row(site: str, plan: JsonObject, limits: JsonObject) -> list[str]
         human_bytes(prediction["bytes_up"]),
         human_bytes(prediction["bytes_down"]),
         human_seconds(prediction["compute_s"]),
-        human_seconds(prediction["link_s"]),
+        human_seconds(prediction["link_s"]) if has_link(limits) else "no link given",
     ]
+
+
+def has_link(limits: JsonObject) -> bool:
+    """Return whether a site's link is known, and so costs time."""
+    rates = (limits["up_bytes_s"], limits["down_bytes_s"])
+    return any(rate is not None for rate in rates) or limits["latency_s"] > 0
 
 
 def _compared_words(figures: JsonObject) -> list[str]:
@@ -182,9 +188,9 @@ def _compared(figure: JsonObject, words: Callable[[float], str]) -> str:
     """Return a predicted figure, the measured one and the relative error."""
     predicted = words(figure["predicted"])
     if figure["measured"] is None:
-        return f"{predicted} / -"
+        return f"{predicted} predicted"
     error = "" if figure["error"] is None else f" ({figure['error']:+.0%})"
-    return f"{predicted} / {words(figure['measured'])}{error}"
+    return f"{predicted} predicted, {words(figure['measured'])} measured{error}"
 
 
 def _safe_names(values: Mapping[str, JsonObject]) -> list[tuple[str, JsonObject]]:

@@ -1,27 +1,32 @@
 """Plans of all sites, made as the set-up of a run makes them, without a round."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from fluvial.data import SiteTexts
 from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
+from fluvial.federation.in_process import local_fleet
+from fluvial.federation.store import StateStore
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.advice import RATES, advised_codec, advised_method
 from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, uniform_under_training
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
 from fluvial.methods.fedpipe.planner.plan import SitePlan
-from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.planner.profile import MOST_RATE, Profile
 from fluvial.methods.fedpipe.planner.refusal import Refusal, refusal
 from fluvial.methods.fedpipe.planner.time import speed_at
 from fluvial.methods.fedpipe.server import FedPipeServer
+from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
-from fluvial.runs.opening import check_settings, given, texts_of
+from fluvial.runs.opening import check_settings, given, site_of, tasks_of, texts_of
 from fluvial.runs.other_methods import alternatives
 from fluvial.runs.run import Run
 from fluvial.storage.files import private
@@ -50,11 +55,19 @@ def site_plans(config: RunConfig) -> dict[str, Any]:
         pool = ModelPool(config.model, config.adapter)
         texts = texts_of(config, pool)
         check_settings(config, pool.layout, pool.outline.base, texts)
-        run = Run(config, files, pool, texts)
+        run = Run(config, files, pool, texts, _without_files)
         server = run.server
         assert isinstance(server, FedPipeServer)
         plans = server.setup(run.fleet)["plans"]
         return _described(config, server, plans, run.fleet, pool, len(texts.names))
+
+
+def _without_files(config: RunConfig, _folder: RunFolder, pool: ModelPool, texts: Texts) -> Fleet:
+    """Return a fleet whose sites keep everything in memory: their folder is removed, and an error
+    in it could not be read any more."""
+    assert isinstance(texts, SiteTexts), "the data of all sites is here"
+    open_site = partial(site_of, config, pool=pool, texts=texts, store=StateStore(None))
+    return local_fleet(texts.names, open_site, tasks_of(config), config.fleet)
 
 
 LEAST_QUORUM = 1e-9
@@ -158,12 +171,17 @@ def _limits(profile: Profile | None, plan: SitePlan | None) -> dict[str, Any] | 
     return {
         "memory_bytes": profile.memory_bytes,
         "tokens_s": speed_at(curve, batch),
-        "up_bytes_s": profile.up_bytes_s,
-        "down_bytes_s": profile.down_bytes_s,
+        "up_bytes_s": _known(profile.up_bytes_s),
+        "down_bytes_s": _known(profile.down_bytes_s),
         "latency_s": profile.latency_s,
         "samples": profile.samples,
         "tokens": profile.all_tokens,
     }
+
+
+def _known(rate: float) -> float | None:
+    """Return a rate of a link; None for one of which nothing is known."""
+    return rate if rate < MOST_RATE else None
 
 
 def _reason(refused: Refusal | None, failed: str | None) -> str | None:

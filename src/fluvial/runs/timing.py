@@ -13,6 +13,7 @@ from fluvial.codecs.auto import AutoSettings, candidates
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.federation.in_process import concurrency
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.budget.preview import shown
@@ -161,6 +162,11 @@ def timed(
     if line_s and coding is not None:
         line_s += coding.coding_s
         notes += _coding_note(config, coding)
+    if isinstance(config.method, FedPipeConfig):
+        notes.append(
+            "times are those of the run's own batch and steps; the plan of a site has others, and "
+            "`fluvial plan` predicts their time"
+        )
     ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every, line_s=line_s)
     bound = (
         "" if config.entry.traits.sends == "codec" or config.entry.traits.pooled else ", at most"

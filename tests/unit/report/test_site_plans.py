@@ -21,6 +21,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         "checkpointing": True,
         "rate": 1,
         "steps": 1200,
+        "layer_formats": [],
         "ranks": {"q_proj": 8, "k_proj": 4, "v_proj": 4},
         "value": 10**9,
         "score": 1.0,
@@ -56,6 +57,7 @@ RECORD = {
         }
     },
 }
+LIMITS = {"memory_bytes": 8_000_000, "up_bytes_s": 1e4, "down_bytes_s": None, "latency_s": 0.0}
 PLANNED = {
     "candidates": 28,
     "deadline_s": 60.0,
@@ -64,7 +66,7 @@ PLANNED = {
     "uniform_under_training": {"north": 0.5, "south": 1.0},
     "objective": "value",
     "sites": [
-        {"name": "north", "limits": {"memory_bytes": 8_000_000}, "plan": plan(), "refused": None},
+        {"name": "north", "limits": LIMITS, "plan": plan(), "refused": None},
         {"name": "south", "limits": None, "plan": None, "refused": "the base is too large"},
     ],
     "method": {"name": None, "why": "nothing fits"},
@@ -94,6 +96,19 @@ def test_a_plan_shows_each_site_and_why_another_has_none() -> None:
         assert words in text
 
 
+def test_a_base_in_two_formats_shows_how_many_layers_have_which() -> None:
+    layers = [[0, "int8"], *([layer, "nf4"] for layer in range(1, 4))]
+    (line,) = setup_lines({"plans": {"north": plan(format="int8", layer_formats=layers)}})
+    assert "plan of north: nf4 x 3, int8 x 1, batch" in line
+
+
+def test_a_site_without_a_link_shows_no_seconds_of_messages() -> None:
+    free = {**LIMITS, "up_bytes_s": None}
+    sites = [{**PLANNED["sites"][0], "limits": free}]  # type: ignore[index]
+    assert "no link given" in text_of(site_plans_table(PLANNED | {"sites": sites}))
+    assert "no link given" not in text_of(site_plans_table(PLANNED))
+
+
 def test_a_plan_without_codec_and_deadline_says_so() -> None:
     text = text_of(
         site_plans_table(
@@ -113,8 +128,9 @@ def test_lines_of_a_run_have_plans_and_what_was_measured() -> None:
     first, second = round_lines(RECORD)
     assert first.startswith("    1    2.0000")
     assert second.endswith(
-        "bytes up 110 B / 100 B (+10%), bytes down 50 B / 100 B (-50%), seconds 6.0 s / 5.0 s "
-        "(+20%)"
+        "bytes up 110 B predicted, 100 B measured (+10%), "
+        "bytes down 50 B predicted, 100 B measured (-50%), "
+        "seconds 6.0 s predicted, 5.0 s measured (+20%)"
     )
     assert "\x1b" not in second
     assert "memory" not in second
@@ -131,9 +147,9 @@ def test_the_last_comparison_of_each_site_is_shown() -> None:
         [
             "south",
             "5",
-            "110 B / 100 B (+10%)",
-            "50 B / 100 B (-50%)",
-            "6.0 s / 5.0 s (+20%)",
+            "110 B predicted, 100 B measured (+10%)",
+            "50 B predicted, 100 B measured (-50%)",
+            "6.0 s predicted, 5.0 s measured (+20%)",
         ]
     ]
     assert "memory bytes" not in excerpt.headings

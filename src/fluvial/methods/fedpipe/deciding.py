@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from math import ceil
 
+from fluvial.codecs import CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
@@ -22,7 +24,17 @@ from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.methods.fedpipe.scores import Scores
 from fluvial.methods.fedpipe.site_configuration import format_of, layers_of
+from fluvial.methods.planning import OPTIMIZER_BYTES
 from fluvial.models.assignment import Assignment
+from fluvial.wire.tensors import Layout
+
+FROZEN_BYTES = 4
+"""Bytes of a value of an adapter that is not trained."""
+
+
+def _rate(codec: CodecSettings, layout: Layout) -> int:
+    """Return the bytes of an update for each byte of its frame, as a whole number."""
+    return max(1, round(layout.raw_bytes / frame_size(codec, layout)))
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,11 @@ class Deciding:
     """Candidates about which nothing was measured."""
     rate: int
     """Rate of the run's codec, which carries the updates of all sites."""
+    down_rate: int
+    """Rate of the codec of the downlink; 1 without one."""
+    trained_share: float
+    """Share of an adapter's values that sites train, at most: that of B where A is frozen, in the
+    weight that has most outputs for its inputs."""
     seed: int
 
     @classmethod
@@ -49,12 +66,15 @@ class Deciding:
         ranks = tuple(rank for rank in config.planner.ranks if rank <= most) or (most,)
         width = 4 if run.precision == "float32" else 2
         modules = [name for name, _ in run.ranks]
+        candidates = tuple(linear_candidates(outline.base, modules))
         return cls(
             config.planner.model_copy(update={"ranks": ranks}),
             sizes_of(outline.base, width, pool.config.quantization_correction),
             run,
-            tuple(linear_candidates(outline.base, modules)),
-            max(1, round(context.layout.raw_bytes / frame_size(context.codec, context.layout))),
+            candidates,
+            _rate(context.codec, context.layout),
+            1 if context.downlink is None else _rate(context.downlink, context.layout),
+            max(each.rows / each.width for each in candidates) if config.factors == "B" else 1.0,
             context.seed,
         )
 
@@ -124,8 +144,12 @@ class Deciding:
             )
             for peak in profile.peaks
         ]
-        time = TimeModel(self.sizes.parameters, self.measured, factor=slowness)
-        return Models(profile, memory.calibrated(points), time)
+        time = TimeModel(
+            self.sizes.parameters, self.measured, self.down_rate, self.trained_share, slowness
+        )
+        frozen = FROZEN_BYTES + ceil((OPTIMIZER_BYTES - FROZEN_BYTES) * self.trained_share)
+        # Sites measure with both factors trained.
+        return Models(profile, replace(memory.calibrated(points), lora_bytes=frozen), time)
 
     def decide(
         self,

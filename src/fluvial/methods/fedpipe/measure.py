@@ -195,14 +195,16 @@ def _labelled(example: Example, length: int) -> Example:
     return cut if cut.learns else Example(cut.input_ids, cut.input_ids)
 
 
-def tokens_within(peaks: Sequence[Peak], memory: int, length: int) -> int:
-    """Return the tokens of a pass of sequences of `length`, without checkpointing, that `memory`
-    has room for, by the line through two measured passes.
+def tokens_within(
+    peaks: Sequence[Peak], memory: int, length: int, *, checkpointing: bool = False
+) -> int:
+    """Return the tokens of a pass of sequences of `length` that `memory` has room for, by the line
+    through two measured passes without or with checkpointing.
 
     Where these had shorter sequences, a fifth of the tokens is left out, since attention may hold
     more for each token of a longer one.
     """
-    first, second = (peak for peak in peaks if not peak.checkpointing)
+    first, second = (peak for peak in peaks if peak.checkpointing == checkpointing)
     tokens = first.batch * first.length
     each = (second.bytes - first.bytes) / (second.batch * second.length - tokens)
     room = max(0, int(tokens + (memory - first.bytes) / max(each, 1.0)))

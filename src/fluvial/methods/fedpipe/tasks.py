@@ -69,8 +69,8 @@ def probe(site: Site, message: Payload) -> Payload:
     """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
 
     The adapter itself is dropped. A batch that the site's memory has no room for is a smaller one,
-    or one of shorter sequences, by what its profile measured. Raises `WireError` where none fits,
-    and `RefusalError` where none of those that fit has a label.
+    one whose layers are recomputed, or one of shorter sequences, by what its profile measured.
+    Raises `WireError` where none fits, and `RefusalError` where none of those that fit has a label.
     """
     config: FedPipeConfig = site.method
     number = message.whole("number", 0, site.rounds)
@@ -84,6 +84,11 @@ def probe(site: Site, message: Payload) -> Payload:
     examples = site.load().train
     longest = max(len(example.input_ids) for example in examples)
     room = tokens_within(known.peaks, known.memory_bytes, longest)
+    checkpointing = site.train.gradient_checkpointing
+    if room < longest and config.planner.checkpointing != "never":
+        recomputed = tokens_within(known.peaks, known.memory_bytes, longest, checkpointing=True)
+        checkpointing = checkpointing or recomputed > room
+        room = max(room, recomputed)
     site.assigned = replace(run.with_ranks(rank), batch=max(1, min(run.batch, room // longest)))
     start = initial_state(site.layout, site.seed)
     if room < longest:
@@ -101,7 +106,11 @@ def probe(site: Site, message: Payload) -> Payload:
         return True
 
     settings = site.train.model_copy(
-        update={"max_steps": config.probe_steps, "num_train_epochs": 1.0}
+        update={
+            "max_steps": config.probe_steps,
+            "num_train_epochs": 1.0,
+            "gradient_checkpointing": checkpointing,
+        }
     )
     update, _ = train_locally(
         site,

@@ -34,9 +34,10 @@ class Activations:
     """Bytes for each of the b T^2 pairs of tokens, where attention holds scores."""
 
     def bytes(self, batch: int, length: int) -> int:
-        """Return the bytes of a step."""
+        """Return the bytes of a step; none where measured points that contradict the base's bytes
+        would make them negative."""
         tokens = batch * length
-        return self.fixed + self.token * tokens + self.pair * tokens * length
+        return max(0, self.fixed + self.token * tokens + self.pair * tokens * length)
 
     @classmethod
     def of(cls, sizes: Sizes, *, checkpointing: bool, scores: bool) -> "Activations":

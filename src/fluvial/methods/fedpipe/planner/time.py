@@ -13,6 +13,7 @@ costs 4 a token, for it is frozen, and its bytes down.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from math import ceil
 from typing import Any
 
 from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, Wire
@@ -54,12 +55,15 @@ class TimeModel:
     """n_0: parameters of the adapter with which speeds were measured."""
     down_rate: int = 1
     """Bytes of the fp32 adapter for each byte of its download."""
+    trained_share: float = 1.0
+    """Share of the adapter's values that a site trains and sends; all of it is sent to the site."""
     factor: float = 1.0
     """Correction of the compute time by rounds that were measured."""
 
     def bytes_up(self, lora: int, modules: int, wire: Wire) -> int:
         """Return the bytes from a site in a round."""
-        return -(-VALUE_BYTES * lora // wire.rate) + HEADER_BYTES * modules
+        values = Fraction(VALUE_BYTES * lora) * Fraction(self.trained_share)
+        return ceil(values / wire.rate) + HEADER_BYTES * modules
 
     def bytes_down(self, lora: int, modules: int) -> int:
         """Return the bytes to a site in a round."""
@@ -112,7 +116,7 @@ class TimeModel:
         beside = Fraction(self.factor * profile.fixed_s) + Fraction(profile.latency_s)
         fixed = token_s * base / whole + header * (up + down) + beside
         per_parameter = token_s * each / whole + VALUE_BYTES * (
-            up / wire.rate + down / self.down_rate
+            up * Fraction(self.trained_share) / wire.rate + down / self.down_rate
         )
         return fixed, per_parameter
 
