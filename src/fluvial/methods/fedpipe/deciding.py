@@ -22,10 +22,12 @@ from fluvial.methods.fedpipe.planner.replanning import replanned
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
+from fluvial.methods.fedpipe.profiles import read_profile
 from fluvial.methods.fedpipe.scores import Scores
 from fluvial.methods.fedpipe.site_configuration import format_of, layers_of
 from fluvial.methods.planning import OPTIMIZER_BYTES
 from fluvial.models.assignment import Assignment
+from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 
 FROZEN_BYTES = 4
@@ -94,6 +96,11 @@ class Deciding:
     def measured(self) -> int:
         """The parameters of the adapter with which sites measure."""
         return smallest(self.run, self.settings.ranks).layout.numel
+
+    def read_profile(self, site: str, reply: Payload) -> Profile:
+        """Return the profile in a reply; raises `WireError` for one that no honest site sends."""
+        formats = self.settings.measured_formats
+        return read_profile(site, reply, formats=formats, layers=self.sizes.layers)
 
     def parameters(self, module: str) -> int:
         """Return the parameters of a module's adapter at the run's rank."""

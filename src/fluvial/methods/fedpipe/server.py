@@ -23,7 +23,7 @@ from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
-from fluvial.methods.fedpipe.profiles import over_line, read_profile
+from fluvial.methods.fedpipe.profiles import over_line
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
 from fluvial.methods.fedpipe.tasks import (
     LEAST_SECONDS,
@@ -116,11 +116,7 @@ class FedPipeServer(SharedModelServer):
                 "profile",
                 dict.fromkeys(sites, Payload()),
                 round=round,
-                read=partial(
-                    read_profile,
-                    formats=self.config.planner.measured_formats,
-                    layers=self.deciding.sizes.layers,
-                ),
+                read=self.deciding.read_profile,
                 alone=round == 0,
             )
         }
