@@ -62,7 +62,7 @@ def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -
         "data": tables["data"]
         | {"max_length": bed.length or cell.length, "max_heldout": bed.heldout or cell.heldout},
         "seed": seed,
-        "rounds": bed.rounds,
+        "rounds": round(bed.rounds * which.rounds),
         "train": {
             "learning_rate": centre * which.pace * pace,
             "per_device_train_batch_size": cell.batch,

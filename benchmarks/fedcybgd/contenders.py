@@ -93,6 +93,8 @@ class Contender:
     match: Match | None = None
     pace: float = 1.0
     """Centre of its learning rates, in units of the cell's."""
+    rounds: float = 1.0
+    """Rounds, in units of the bed's."""
     tier: int = 1
     """Contenders of tier 1 come first."""
 
@@ -106,9 +108,17 @@ CYCLIC = "central cyclic"
 CENTRAL = "central"
 EMBEDDINGS = f"{OURS}, embeddings too"
 WIDE = f"{OURS}, embeddings too, two layers a block"
+CUT = "fedcybgd int8, embeddings too, four equal blocks"
+LONGER = f"{CUT}, 1.5 times the cycles"
 LATIN: Table = {"name": "fedcybgd", "order": "latin"}
 GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
 """As configs/fedcybgd.toml, with the rest of the model on disk."""
+EQUAL_BLOCKS: Table = LATIN | {
+    "decay": "cosine",
+    "hold": "disk",
+    "extra": ["embeddings"],
+    "num_blocks": 4,
+}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -165,6 +175,8 @@ CONTENDERS = (
         codec=_hadamard(16),
         tier=2,
     ),
+    Contender(CUT, EQUAL_BLOCKS, codec={"name": "int8"}, tier=2),
+    Contender(LONGER, EQUAL_BLOCKS, codec={"name": "int8"}, rounds=1.5, tier=2),
     Contender(
         "lora r 8 int8, more rounds to bytes of fedcybgd int8",
         {"name": "fedavg"},

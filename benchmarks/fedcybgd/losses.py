@@ -1,8 +1,9 @@
 """FedCyBGD against full tuning and LoRA: held-out loss, bytes, client memory and compute.
 
-    python -m benchmarks.fedcybgd [--part losses|download|memory|compute ...] [--quick]
+    python -m benchmarks.fedcybgd [--part losses|download|memory|compute|paper ...] [--quick]
         [--cell NAME ...] [--contender TEXT ...] [--seeds N] [--minutes M]
         [--cache FILE.jsonl] [--processes N] [--device cuda] [--out FILE.json]
+        [--pictures FOLDER]
 
 losses    Every contender makes the same passes over the same data, unless its name says otherwise.
           Its learning rate is the best of three on seed 0, by the held-out loss after the last
@@ -14,6 +15,9 @@ download  The forms of download at one setting and learning rate: bytes down of 
           base and at the end of a run.
 memory    Peak of one visit in a process of its own; see `benchmarks.fedcybgd.memory`.
 compute   Time of a step by block; see `benchmarks.fedcybgd.compute`.
+paper     The paper's figures: losses cycle by cycle of every order of blocks, of the paper's own
+          form and of visits of 150 steps; --pictures FOLDER draws them beside the stored memory
+          and losses.
 """
 
 import argparse
@@ -33,9 +37,11 @@ from benchmarks.fedcybgd.compute import compute_part
 from benchmarks.fedcybgd.contenders import (
     CELLS,
     CONTENDERS,
+    CUT,
     EMBEDDINGS,
     FEDBAVG,
     INT8,
+    LONGER,
     LORA,
     OURS,
     QUICK_NAMES,
@@ -46,9 +52,11 @@ from benchmarks.fedcybgd.contenders import (
 from benchmarks.fedcybgd.download import download_part
 from benchmarks.fedcybgd.jobs import bed_of, run_all
 from benchmarks.fedcybgd.memory import memory_part
+from benchmarks.fedcybgd.paper import paper_part
+from benchmarks.fedcybgd.pictures import draw
 from benchmarks.report import Claim, Report, Row, show
 
-PARTS = ("losses", "download", "memory", "compute")
+PARTS = ("losses", "download", "memory", "compute", "paper")
 UPLOAD = 0.1
 MEMORY = 1 / 3
 LOSS = 0.01
@@ -195,7 +203,7 @@ def claims(rows: Sequence[Row], report: Report) -> list[Claim]:
         if REFERENCE not in here:
             continue
 
-        for name in (OURS, INT8, EMBEDDINGS, WIDE):
+        for name in (OURS, INT8, EMBEDDINGS, WIDE, CUT, LONGER):
             if name in here:
                 row = here[name]
                 title = f"{cell}: {name}"
@@ -280,7 +288,10 @@ def main() -> None:
         "--quick", action="store_true", help="few contenders and steps: whether it works"
     )
     parser.add_argument(
-        "--cell", action="append", choices=list(CELLS), help="default: all; of download, the first"
+        "--cell",
+        action="append",
+        choices=list(CELLS),
+        help="default: all; of download, the first; of paper, the second",
     )
     parser.add_argument(
         "--contender", action="append", default=[], help="only those with this text in their name"
@@ -295,6 +306,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of part compute")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--pictures", type=Path, help="folder of the pictures of part paper")
     options = parser.parse_args()
     load = os.getloadavg()
     options.deadline = time.time() + 60 * options.minutes
@@ -310,6 +322,11 @@ def main() -> None:
             if "download" in parts:
                 download_part(pool, cells if options.cell else cells[:1], report, options)
 
+    if "paper" in parts:
+        _one_thread()
+        report.settings |= {**asdict(bed_of(options)), "cells": [asdict(cell) for cell in cells]}
+        paper_part(cells if options.cell else cells[1:2] or cells, report, options)
+
     if "memory" in parts:
         memory_part(report, quick=options.quick)
     if "compute" in parts:
@@ -317,6 +334,8 @@ def main() -> None:
         compute_part(report, quick=options.quick, device=options.device)
 
     report.finish(options.out, load)
+    if options.pictures is not None:
+        draw(options.pictures, report.rows)
 
 
 def _cells(options: argparse.Namespace, report: Report) -> list[Cell]:

@@ -267,6 +267,7 @@ SLOW: dict[str, tuple[Table, Any]] = {
     "KltSettings.mode": (LEARNS, "dithered"),
     "FedCyBgdConfig.order": (BLOCKS, "descending"),
     "FedCyBgdConfig.layers_per_block": (BLOCKS, 2),
+    "FedCyBgdConfig.num_blocks": (BLOCKS, 3),
     "FedCyBgdConfig.damping": (BLOCKS, 0.5),
     "FedCyBgdConfig.decay": (BLOCKS, "cosine"),
     "FedCyBgdConfig.download": (BLOCKS, {"form": "full"}),
@@ -305,6 +306,7 @@ ELSEWHERE = {
     "CentralCyclicConfig.order": "tests/unit/methods/fedcybgd/test_schedules.py",
     "CentralCyclicConfig.extra": "tests/unit/methods/fedcybgd/test_blocks.py",
     "CentralCyclicConfig.layers_per_block": "tests/unit/methods/fedcybgd/test_blocks.py",
+    "CentralCyclicConfig.num_blocks": "tests/unit/methods/fedcybgd/test_blocks.py",
 }
 """Fields whose effect is memory, a refusal, or an equality: the file of tests that measures it."""
 

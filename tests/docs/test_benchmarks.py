@@ -10,7 +10,7 @@ from benchmarks.codecs.bed import Found
 from benchmarks.codecs.cache import SOURCE, Cache
 from benchmarks.codecs.contenders import CONTENDERS, Bed, Contender, Role, resolve
 from benchmarks.fedcybgd import bed as fedcybgd_bed
-from benchmarks.fedcybgd import compute, contenders, download, jobs, losses
+from benchmarks.fedcybgd import compute, contenders, download, jobs, losses, paper, pictures
 from benchmarks.fedcybgd.shapes import Shape
 from benchmarks.report import Claim, Report, Row
 from tests.support.benchmarks import quick_report
@@ -181,6 +181,51 @@ def test_fedcybgd_memory(tmp_path: Path) -> None:
         "LLaMA-2-7B",
         "Llama-3-8B",
     }
+
+
+@pytest.mark.slow
+def test_fedcybgd_paper(tmp_path: Path) -> None:
+    """Losses before training and after each of two cycles, and the pictures of them."""
+    options = ("--part", "paper", "--pictures", str(tmp_path / "pictures"))
+    content = quick_report("fedcybgd", tmp_path / "paper.json", *options)
+    rows = {row["contender"]: row for row in content["rows"]}
+    assert set(rows) == {contenders.REFERENCE, paper.PAPER}
+    assert all(len(row["curve"]) == 3 for row in rows.values())
+    assert rows[contenders.REFERENCE]["first"] == rows[paper.PAPER]["first"]
+    assert len(list((tmp_path / "pictures").glob("*.svg"))) == 3
+
+
+def _ended(contender: str, loss: float, steps: int = 4) -> Row:
+    row = {"part": "paper", "cell": "here", "contender": contender, "steps": steps, "seeds": 1}
+    return row | {"loss": loss, "losses": [loss], "curve": [3.0, loss]}
+
+
+def test_claims_of_the_papers_figures_by_hand() -> None:
+    """Visits of other lengths are not compared, nor runs of other seeds."""
+    rows = [
+        _ended("ascending", 2.0),
+        _ended("latin", 1.99),
+        _ended("random", 1.0) | {"seeds": 2},
+        _ended(paper.PAPER, 2.1),
+        _ended(contenders.FEDBAVG, 1.9),
+        _ended(paper.PAPER, 2.5, steps=paper.VISIT),
+    ]
+    found = {claim.name: claim for claim in paper.claims("here", rows)}
+    values = [round(claim.value or 0, 6) for claim in found.values()]
+    assert values == [0.005, 0.05, 0.1]
+    assert [claim.holds for claim in found.values()] == [True, False, False]
+
+
+def test_pictures_show_what_was_measured(tmp_path: Path) -> None:
+    """Every contender of the rows is named in a picture, which is the same when drawn again."""
+    rows = [_ended("ascending", 2.0), _ended(contenders.REFERENCE, 1.9, steps=paper.VISIT)]
+    pictures.draw(tmp_path / "one", rows)
+    pictures.draw(tmp_path / "two", rows)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert drawn == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
+    assert set(drawn) == {f"fedcybgd_{name}.svg" for name in ("memory", "orders", "convergence")}
+    assert pictures.large_bytes()["FedCyBGD"] == 2 * 6_738_415_616 + 16 * 202_383_360
+    assert all(name.encode() in drawn["fedcybgd_convergence.svg"] for name in ("ascending", "150"))
 
 
 @pytest.mark.slow

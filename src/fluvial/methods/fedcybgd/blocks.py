@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from fluvial.errors import ConfigError
@@ -54,13 +55,20 @@ class Partition:
 
 
 def partition(
-    layout: Layout, *, extra: Sequence[Extra] = (), layers_per_block: int = 1, whole: bool = False
+    layout: Layout,
+    *,
+    extra: Sequence[Extra] = (),
+    layers_per_block: int = 1,
+    num_blocks: int | None = None,
+    whole: bool = False,
 ) -> Partition:
     """Return the blocks of consecutive decoder layers, bottom up, then those `extra` ones that are
     asked for.
 
-    `whole` makes one block of everything. Raises `ConfigError` where there are no layers, or
-    nothing of an extra kind.
+    With `num_blocks` the layers and `extra` are cut into that many blocks instead, between the
+    modules of a layer too, such that the largest block is as small as can be. `whole` makes one
+    block of everything. Raises `ConfigError` where there are no layers, nothing of an extra kind,
+    or too little for so many blocks.
     """
     assert layers_per_block >= 1, "a block has a layer"
     prefix = _stack(layout)
@@ -76,6 +84,13 @@ def partition(
         everything = Block("model", tuple(layers), layout)
         return Partition((everything,), Layout(()), prefix, len(layers))
 
+    outside = {name: _kind(name, shape) for name, shape in layout.shapes if name not in numbers}
+    _check_extra(extra, set(outside.values()))
+    if num_blocks is not None:
+        units = _units(layout, prefix, numbers, {n for n, kind in outside.items() if kind in extra})
+        cut = _balanced(layout, units, numbers, num_blocks)
+        return _with_rest(cut, layout, prefix, len(layers))
+
     blocks = []
     for start in range(0, len(layers), layers_per_block):
         inside = layers[start : start + layers_per_block]
@@ -88,20 +103,86 @@ def partition(
             )
         )
 
-    outside = {name: _kind(name, shape) for name, shape in layout.shapes if name not in numbers}
     for kind in dict.fromkeys(extra):
         names = {name for name, match in outside.items() if match == kind}
-        if not names:
-            there = ", ".join(sorted(set(outside.values()))) or "nothing but layers"
-            raise ConfigError(
-                f"method.extra: there is no {kind!r} to train (a tied head is part of the "
-                f"embeddings); found {there}"
-            )
-
         blocks.append(Block(kind, (), _part(layout, names)))
 
+    return _with_rest(blocks, layout, prefix, len(layers))
+
+
+def _check_extra(extra: Sequence[Extra], there: set[Extra]) -> None:
+    for kind in extra:
+        if kind not in there:
+            found = ", ".join(sorted(there)) or "nothing but layers"
+            raise ConfigError(
+                f"method.extra: there is no {kind!r} to train (a tied head is part of the "
+                f"embeddings); found {found}"
+            )
+
+
+def _with_rest(blocks: Sequence[Block], layout: Layout, prefix: str, layers: int) -> Partition:
     taken = {name for block in blocks for name in block.layout.names}
-    return Partition(tuple(blocks), _part(layout, set(layout.names) - taken), prefix, len(layers))
+    return Partition(tuple(blocks), _part(layout, set(layout.names) - taken), prefix, layers)
+
+
+def _units(
+    layout: Layout, prefix: str, numbers: dict[str, int], others: set[str]
+) -> dict[str, list[str]]:
+    """Return the names of each module of a layer, and of each kind of `others`, bottom up: the
+    embeddings, every layer with its attention before its MLP, the norm, the head."""
+    found: dict[tuple[int, bool, str], list[str]] = {}
+    for name, shape in layout.shapes:
+        if name in numbers:
+            module = name.removeprefix(f"{prefix}{numbers[name]}.").split(".", 1)[0]
+            key = (numbers[name], "att" not in module, f"layer {numbers[name]} {module}")
+            found.setdefault(key, []).append(name)
+        elif name in others:
+            kind = _kind(name, shape)
+            place = -1 if kind == "embeddings" else max(numbers.values()) + 1
+            found.setdefault((place, kind == "head", kind), []).append(name)
+
+    return {title: found[place, last, title] for place, last, title in sorted(found)}
+
+
+def _balanced(
+    layout: Layout, units: dict[str, list[str]], numbers: dict[str, int], count: int
+) -> list[Block]:
+    """Return `count` blocks of consecutive units, in the order of the layout."""
+    if count > len(units):
+        raise ConfigError(
+            f"method.num_blocks={count}: the model has {len(units)} modules to train; choose at "
+            "most as many"
+        )
+
+    titles = list(units)
+    sizes = [_part(layout, set(names)).numel for names in units.values()]
+    blocks = []
+
+    for start, end in pairwise((0, *_cuts(sizes, count))):
+        names = {name for title in titles[start:end] for name in units[title]}
+        inside = sorted({numbers[name] for name in names if name in numbers})
+        title = titles[start] if end - start == 1 else f"{titles[start]} to {titles[end - 1]}"
+        blocks.append(Block(title, tuple(inside), _part(layout, names)))
+
+    return blocks
+
+
+def _cuts(sizes: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return the ends of `count` runs of consecutive sizes whose largest sum is the least."""
+    total = [0, *accumulate(sizes)]
+    ends = range(1, len(sizes) + 1)
+    best: dict[int, tuple[int, tuple[int, ...]]] = {end: (total[end], (end,)) for end in ends}
+
+    for runs in range(2, count + 1):
+        best = {
+            end: min(
+                (max(best[start][0], total[end] - total[start]), (*best[start][1], end))
+                for start in range(runs - 1, end)
+            )
+            for end in range(runs, len(sizes) + 1)
+        }
+
+    return best[len(sizes)][1]
 
 
 def _stack(layout: Layout) -> str:

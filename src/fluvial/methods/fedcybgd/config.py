@@ -38,6 +38,9 @@ class FedCyBgdConfig(MethodSettings):
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
     """Number of decoder layers in a block."""
+    num_blocks: int | None = Field(None, ge=1, le=10**6)
+    """Number of blocks of about equal size, instead of `layers_per_block`; layers and `extra` are
+    cut between attention and MLP too."""
     parallel: int = Field(1, ge=1, le=10**6)
     """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one
     after another."""
@@ -84,7 +87,7 @@ class FedCyBgdConfig(MethodSettings):
         given = self.model_fields_set
 
         if self.order == "full":
-            for name in ("extra", "layers_per_block", "parallel", "merge"):
+            for name in ("extra", "layers_per_block", "num_blocks", "parallel", "merge"):
                 if name in given and getattr(self, name) != default[name].default:
                     yield (
                         f"{name}: without effect under order='full', which has one block; remove it"
@@ -95,6 +98,13 @@ class FedCyBgdConfig(MethodSettings):
                     "download.form='proxy': nothing is left to compress under order='full'; use "
                     "'cache'"
                 )
+
+        yield from _two_counts(self)
+        if self.num_blocks is not None and isinstance(self.download, ProxyDownload):
+            yield (
+                "num_blocks: a proxy drops whole layers, and such a block may end within one; use "
+                "layers_per_block"
+            )
 
         if self.hold == "disk" and self.download.form in ("full", "proxy"):
             yield (
@@ -124,6 +134,13 @@ class CentralCyclicConfig(MethodSettings):
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
     """Number of decoder layers in a block."""
+    num_blocks: int | None = Field(None, ge=1, le=10**6)
+    """Number of blocks of about equal size, instead of `layers_per_block`; layers and `extra` are
+    cut between attention and MLP too."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        yield from _two_counts(self)
 
     @property
     def bounds(self) -> frozenset[Bound]:
@@ -144,11 +161,17 @@ class CentralCyclicConfig(MethodSettings):
 Config = FedCyBgdConfig | CentralCyclicConfig
 
 
+def _two_counts(config: Config) -> Iterator[str]:
+    if config.num_blocks is not None and config.layers_per_block != 1:
+        yield "layers_per_block: without effect beside num_blocks; remove one of the two"
+
+
 def partition(config: Config, layout: Layout) -> Partition:
     """Return the blocks of a run; both ends find the same ones."""
     return partition_layout(
         layout,
         extra=config.extra,
         layers_per_block=config.layers_per_block,
+        num_blocks=config.num_blocks,
         whole=config.order == "full",
     )

@@ -1,5 +1,7 @@
 """Blocks of FedCyBGD: named after layers, disjoint, and together the whole model."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
@@ -9,7 +11,8 @@ from fluvial.codecs.quantise import Int8Settings
 from fluvial.errors import ConfigError
 from fluvial.methods.fedcybgd import check_blocks
 from fluvial.methods.fedcybgd.blocks import partition
-from fluvial.methods.fedcybgd.config import FedCyBgdConfig
+from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
+from fluvial.methods.fedcybgd.download import ProxyDownload
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_layout
 from tests.support.layouts import MODELS, TIED, assert_parts, layout_of, meta, named, stack
@@ -97,6 +100,66 @@ def test_any_number_of_layers_is_parted(layers: int, layers_per_block: int) -> N
     assert_parts(parts, layout)
     assert len(parts) == -(-layers // layers_per_block)
     assert parts.fixed.names == ("beside.weight",)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("count", [1, 5, 17])
+def test_a_number_of_blocks_has_the_smallest_largest_block(family: str, count: int) -> None:
+    """As a greedy filling shows: no smaller limit is enough for so many blocks."""
+    layout = layout_of(family)
+    parts = partition(layout, extra=("embeddings", "norm"), num_blocks=count)
+    assert_parts(parts, layout)
+    assert len(parts) == count
+    assert parts.num_layers == 12
+    assert all(
+        first.layers[-1:] <= second.layers[:1] or not second.layers
+        for first, second in pairwise(parts.blocks)
+    )
+    layers = (name.removeprefix(parts.prefix).split(".") for name in layout.names)
+    modules = {(words[0], words[1]) for words in layers if words[0].isdigit()}
+    most = len(modules) + 2
+    ordered = partition(layout, extra=("embeddings", "norm"), num_blocks=most).blocks
+    limit = max(block.numel for block in parts.blocks)
+    assert _filled([block.numel for block in ordered], limit) <= count
+    assert _filled([block.numel for block in ordered], limit - 1) > count
+
+
+def _filled(sizes: list[int], limit: int) -> int:
+    """Return how many blocks hold the sizes in order when each takes as much as `limit` allows."""
+    if max(sizes) > limit:
+        return len(sizes) + 1
+
+    blocks = 1
+    room = limit
+    for size in sizes:
+        if size > room:
+            blocks += 1
+            room = limit
+        room -= size
+
+    return blocks
+
+
+def test_as_many_blocks_as_layers_of_nothing_else_are_the_layers() -> None:
+    layout = layout_of("llama")
+    cut = partition(layout, num_blocks=12)
+    assert [block.layout for block in cut.blocks] == [
+        block.layout for block in partition(layout).blocks
+    ]
+
+
+def test_more_blocks_than_modules_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_blocks=49: the model has 48 modules"):
+        partition(layout_of("llama"), num_blocks=49)
+
+
+def test_a_number_of_blocks_goes_with_no_other_cut() -> None:
+    with pytest.raises(ValueError, match="layers_per_block: without effect beside num_blocks"):
+        FedCyBgdConfig(num_blocks=3, layers_per_block=2)
+    with pytest.raises(ValueError, match="layers_per_block: without effect beside num_blocks"):
+        CentralCyclicConfig(num_blocks=3, layers_per_block=2)
+    with pytest.raises(ValueError, match="num_blocks: a proxy drops whole layers"):
+        FedCyBgdConfig(num_blocks=3, download=ProxyDownload())
 
 
 def test_whole_is_one_block_of_everything() -> None:

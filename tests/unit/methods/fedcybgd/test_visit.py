@@ -1,5 +1,6 @@
 """A visit of FedCyBGD trains its block and touches nothing else; blocks may be of an adapter."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_a_visit_trains_its_block_and_touches_nothing_else(
         assert len(held) == len(names)
         assert sum(state["exp_avg"].numel() for state in held) == parts.blocks[block].numel
         assert sum(state["exp_avg_sq"].numel() for state in held) == parts.blocks[block].numel
+
+
+def test_a_block_that_ends_within_a_layer_touches_nothing_else(
+    stage: Stage, watch: list[Seen]
+) -> None:
+    table = stage.table(
+        3, {"num_blocks": 3, "extra": ["embeddings"]}, rounds=1, train={"max_steps": 2}
+    )
+    parts = stage.play(table).parts
+    assert len(parts) == len(watch) == 3
+    assert any(first.layers[-1:] == second.layers[:1] for first, second in pairwise(parts.blocks))
+
+    for block, seen in zip(parts.blocks, watch, strict=True):
+        names = set(block.layout.names)
+        assert seen.trained == seen.changed == names
+        assert seen.graded == [names] * 2
 
 
 def test_a_block_of_two_layers_and_extra_blocks_touch_nothing_else(
