@@ -1,7 +1,5 @@
 """Tables of the benchmarks of codecs."""
 
-from typing import Any
-
 from table_parts import claims, read, table
 
 from fluvial.formatting import human_ratio
@@ -323,40 +321,3 @@ def speed() -> str:
             claims("codec_speed.json"),
         ]
     )
-
-
-def budget() -> str:
-    """Return choices within a budget, beside the fixed adapter and every choice by hand."""
-    found = read("budget.json")
-    settings = found["settings"]
-    parts = [
-        f"{settings['rounds']} rounds of {settings['steps']} steps on 8 sites, seed by seed; all "
-        f"contenders have the local learning rate of the uncompressed run. The budget is "
-        f"{settings['share']:.2f} of the bytes up of the fixed adapter. *Loss* is held-out, after "
-        "the last round; *kB to the target* are those of one site until the loss of uncompressed "
-        f"round {settings['target']}, and all of its bytes where it is not reached. `by hand` is "
-        "every adapter of the grid at the same budget, run on the sites' own data."
-    ]
-    for name in dict.fromkeys(row["cell"] for row in found["rows"]):
-        rows = [["contender", "seed", "loss", "reached in round", "kB to the target", "kB up"]]
-        rows += [
-            [
-                row["contender"] + (f": {_choice_words(row)}" if "chosen" in row else ""),
-                str(row["seed"]),
-                f"{row['loss']:.4f}",
-                str(row["reached"] or "-"),
-                f"{row['up_to_target'] / 1e3:.1f}",
-                f"{row['up'] / 1e3:.1f}",
-            ]
-            for row in found["rows"]
-            if row["cell"] == name
-        ]
-        parts += [f"`{name}`:", table(rows)]
-
-    return "\n\n".join([*parts, "Claims of `python -m benchmarks.budget`:", claims("budget.json")])
-
-
-def _choice_words(row: dict[str, Any]) -> str:
-    """Return the adapter that was chosen in a few words."""
-    trial = next(trial for trial in row["trials"] if trial["chosen"])
-    return f"r {trial['r']} on {trial['target_modules']}"
