@@ -136,7 +136,7 @@ def main() -> None:
     load = os.getloadavg()
     bed = QUICK if options.quick else FULL
     report = Report(
-        "codec_snr",
+        "snr",
         {
             "quick": options.quick,
             "cell": options.cell,

@@ -122,6 +122,17 @@ def test_codec_speed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_codec_snr(tmp_path: Path) -> None:
+    """Fixed rates send fewer bytes the higher they are; a driven run has a claim."""
+    content = quick_report("codecs", tmp_path / "snr.json", "--codec", "trellis", of="snr")
+    sizes = [row["bytes_up"] for row in content["rows"] if not row["driven"]]
+    assert sizes == sorted(sizes, reverse=True)
+    driven = [row for row in content["rows"] if row["driven"]]
+    assert len(content["claims"]) == len(driven) == len(snr.DRIVEN)
+    assert all(len(set(row["up_by_round"])) > 1 for row in driven)
+
+
+@pytest.mark.slow
 def test_bytes_to_target(tmp_path: Path) -> None:
     """A row for every contender; a second run takes everything from the file."""
     options = ("--cache", str(tmp_path / "runs.jsonl"))
