@@ -23,10 +23,12 @@ def pipe_losses() -> str:
         "bytes": "bytes, all rounds",
         "over_fedpipe": "loss over FedPipe's at equal bytes",
         "over_uniform": "loss over uniform LoRA's at equal bytes",
+        "over_uniform_at_s": "loss over uniform LoRA's at equal s",
         "seconds": "s, all rounds",
         "setup_share_of_s": "set-up, share of s",
         "setup_share_of_bytes": "set-up, share of bytes",
         "speed": "times sooner at uniform LoRA's loss",
+        "speed_without_setup": "the same without set-up",
         "reached": "runs that reach it",
     }
     given = read(LOSSES)

@@ -1,6 +1,6 @@
 """Contenders of `benchmarks.fedpipe`: methods, baselines and ablations, on the same sites."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 RANK = 16
@@ -9,6 +9,9 @@ UNIFORM_RANK = 4
 """Largest rank for all weights that every site of the tasks holds."""
 SCALE = 1
 """Scale s of every adapter: alpha over rank."""
+MORE_ROUNDS = 2
+"""Rounds of a planned contender for each round of the others: its rounds are shorter, and what
+counts is the loss at equal bytes and at equal seconds."""
 RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates among which each contender has its best on seed 0."""
 
@@ -31,6 +34,8 @@ class Contender:
     """Settings of the base model in the place of the task's."""
     self_pruning: bool = False
     """True for HetLoRA's self-pruning at the sites."""
+    late: bool = False
+    """True for a plan without the deadline of the other planned contenders."""
     like: str | None = None
     """Contender whose best learning rate this one has too; None for one with a search of its
     own."""
@@ -56,9 +61,18 @@ MEANS: dict[str, Any] = {"mode": "ab-mean", "measure": "always"}
 PLANNED: dict[str, Any] = {"ranks": [2, 4, 8, 16], "batches": [4, 8, 16]}
 
 
-def _fedpipe(*, mode: str = "svd", base: dict[str, Any] | None = None, **planner: Any) -> Contender:
+def _fedpipe(
+    *,
+    mode: str = "svd",
+    base: dict[str, Any] | None = None,
+    probe_steps: int | None = None,
+    **planner: Any,
+) -> Contender:
     """Return FedPipe with one thing that is other."""
-    return Contender("planned", {"mode": mode}, PLANNED | planner, base=base or {}, like=FEDPIPE)
+    more = {} if probe_steps is None else {"probe_steps": probe_steps}
+    return Contender(
+        "planned", {"mode": mode}, PLANNED | planner, more=more, base=base or {}, like=FEDPIPE
+    )
 
 
 def _uniform(**base: Any) -> Contender:
@@ -81,6 +95,10 @@ CONTENDERS: dict[str, Contender] = {
     "FLoRA (stack)": Contender("equal", {"mode": "stack"}),
     "FedEx-LoRA (residual)": Contender("equal", {"mode": "residual"}),
     "FFA-LoRA": Contender("equal", {"mode": "ffa"}, more={"factors": "B"}),
+    "FedPipe, objective value": _fedpipe(objective="value"),
+    "FedPipe over FFA": Contender("planned", {"mode": "ffa"}, PLANNED, more={"factors": "B"}),
+    "FedPipe, short set-up": _fedpipe(batches=[4, 8], probe_steps=2),
+    "FedPipe, no deadline": replace(_fedpipe(), late=True),
     "FedPipe, random selection": _fedpipe(selection="random"),
     "FedPipe, uniform selection": _fedpipe(selection="uniform"),
     "FedPipe, no selection": _fedpipe(selection="all"),
@@ -118,10 +136,11 @@ def configured(
     if contender.ranks == "planned":
         if contender.planner.get("selection", "importance") == "importance":
             method["probe_steps"] = task["method"]["probe_steps"]
-        if deadline_s is not None:
+        if deadline_s is not None and not contender.late:
             method["deadline_s"] = deadline_s
 
     return task | {
+        "rounds": task["rounds"] * (MORE_ROUNDS if contender.ranks == "planned" else 1),
         "seed": seed,
         "model": task.get("model", {}) | contender.base,
         "method": method | contender.more,

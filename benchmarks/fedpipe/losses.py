@@ -3,22 +3,26 @@
 The learning rate of each contender is the best one on seed 0 of the middle rate, the next larger
 one, and, where that is no better, the next smaller one; an ablation has that of FedPipe. A
 contender and FedPipe are compared at the bytes that both have sent, those of the one that has sent
-fewer. The target of a task is the loss of uniform LoRA after its last round. Between rounds, losses
-are interpolated.
+fewer; they are compared at equal seconds in the same way. The target of a task is the loss of
+uniform LoRA after its last round. Between rounds, losses are interpolated. A row has the figures of
+its runs, from which a later benchmark goes on (`--known`).
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median_low, stdev
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.fedpipe.bed import Bed, read_task
 from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, RATES, UNIFORM, Contender
 from benchmarks.report import Claim, Report, Row, show
+from fluvial.errors import ClientError
 
 BAR_SPEED = 1.5
 """How many times sooner FedPipe should reach the loss of uniform LoRA."""
+Unit = Literal["bytes", "seconds"]
+"""What two runs have in common where their losses are compared."""
 SAFETY = 1.2
 """Factor on the time of the middle site that is the deadline, as `fluvial plan` shows it."""
 COLUMNS = {
@@ -33,6 +37,8 @@ COLUMNS = {
     "worst_site": "worst site",
     "bytes": "bytes, all rounds",
     "over_fedpipe": "loss over FedPipe's at equal bytes",
+    "over_uniform": "loss over uniform LoRA's at equal bytes",
+    "over_uniform_at_s": "loss over uniform LoRA's at equal s",
     "seconds": "s, all rounds",
     "setup_s": "of these in set-up",
     "speed": "times sooner at the target",
@@ -62,6 +68,8 @@ class Losses:
     def __init__(self, bed: Bed, *, quick: bool) -> None:
         self.bed = bed
         self.quick = quick
+        self.refused: dict[str, str] = {}
+        """Reasons of runs that a site's plan refused, by task and contender."""
 
     def run(self, cell: Cell) -> Row | None:
         """Return the figures of a cell, None where they are not known and no run is made."""
@@ -93,7 +101,14 @@ class Losses:
             if deadline_s is None:
                 return None
         table = read_task(task, quick=self.quick)
-        return self.bed.run(table, contender, seed=seed, learning_rate=rate, deadline_s=deadline_s)
+        try:
+            return self.bed.run(
+                table, contender, seed=seed, learning_rate=rate, deadline_s=deadline_s
+            )
+        except ClientError as error:
+            name = next(name for name, each in CONTENDERS.items() if each == contender)
+            self.refused[f"{task}: {name}, seed {seed}, rate {rate:g}"] = str(error)
+            return None
 
     def deadline_s(self, task: str) -> float | None:
         """Return the deadline of the planned contenders: the middle site's round of uniform LoRA,
@@ -110,8 +125,12 @@ class Losses:
 
     def tried(self, task: str, name: str) -> dict[float, float]:
         """Return the loss after the run on seed 0 by learning rate, of those that were tried."""
+        return {rate: row["losses"][-1] for rate, row in self.searched(task, name).items()}
+
+    def searched(self, task: str, name: str) -> dict[float, Row]:
+        """Return the runs on seed 0 by learning rate."""
         found = {rate: self.known._run(task, CONTENDERS[name], 0, rate) for rate in RATES}
-        return {rate: row["losses"][-1] for rate, row in found.items() if row is not None}
+        return {rate: row for rate, row in found.items() if row is not None}
 
     @property
     def known(self) -> "Losses":
@@ -146,15 +165,21 @@ def until(target: float, positions: Sequence[float], losses: Sequence[float]) ->
     return None
 
 
-def over(row: Row, other: Row) -> float:
-    """Return the loss of a run minus that of another, at the bytes that both have sent."""
-    common = min(row["bytes"][-1], other["bytes"][-1])
-    return at(common, row["bytes"], row["losses"]) - at(common, other["bytes"], other["losses"])
+def over(row: Row, other: Row, unit: Unit = "bytes") -> float:
+    """Return the loss of a run minus that of another, at the bytes that both have sent, or at the
+    seconds that both have taken."""
+    common = min(row[unit][-1], other[unit][-1])
+    return at(common, row[unit], row["losses"]) - at(common, other[unit], other["losses"])
 
 
-def times_sooner(row: Row, uniform: Row) -> float | None:
-    """Return the seconds of uniform LoRA over those until a run has its last loss, or None."""
-    needed = until(uniform["losses"][-1], row["seconds"], row["losses"])
+def times_sooner(row: Row, uniform: Row, *, setup: bool = True) -> float | None:
+    """Return the seconds of uniform LoRA over those until a run has its last loss, or None.
+
+    Without `setup` the clock of the run begins with its first round.
+    """
+    before = 0.0 if setup else row["setup_s"]
+    positions = [max(0.0, second - before) for second in row["seconds"]]
+    needed = until(uniform["losses"][-1], positions, row["losses"])
     return None if not needed else uniform["seconds"][-1] / needed
 
 
@@ -177,12 +202,16 @@ def measure(
             break
         losses.run(cell)
 
+    for run, why in losses.refused.items():
+        report.skip(f"losses: {run}: {why}")
+
     for task in tasks:
         known = {name: losses.rows(task, name, seeds) for name in names}
         for name in names:
             if known[name]:
                 rate = losses.best(task, name)
-                report.rows.append(_row(task, name, rate, losses.tried(task, name), known))
+                row = _row(task, name, rate, losses.tried(task, name), known)
+                report.rows.append(row | {"runs": _runs(losses.searched(task, name), known[name])})
         missing = [name for name in names if not known[name]]
         if missing:
             report.skip(f"losses: {task}: {'; '.join(missing)}")
@@ -225,9 +254,17 @@ def _row(
         "setup_share_of_bytes": mean(
             row["setup_bytes"] / row["bytes"][-1] for row in rows.values()
         ),
-        "speed": mean(reached) if reached and len(reached) == len(ratios) else None,
+        "speed": _mean_of_all(ratios),
         "reached": f"{len(reached)} of {len(ratios)}",
         "over_uniform": _over_uniform(rows, uniform),
+        "over_uniform_at_s": _over_uniform(rows, uniform, "seconds"),
+        "speed_without_setup": _mean_of_all(
+            [
+                times_sooner(row, uniform[seed], setup=False)
+                for seed, row in rows.items()
+                if seed in uniform
+            ]
+        ),
         "under_training": mean(mean(row["under_training"]) for row in rows.values()),
         "error": mean(row[-1] for row in errors) if errors else None,
         "errors": [mean(column) for column in zip(*errors, strict=True)],
@@ -235,9 +272,26 @@ def _row(
     }
 
 
-def _over_uniform(rows: dict[int, Row], uniform: dict[int, Row]) -> float | None:
-    """Return the mean loss over that of uniform LoRA at equal bytes; None for no common seed."""
-    gaps = [over(row, uniform[seed]) for seed, row in rows.items() if seed in uniform]
+def _mean_of_all(figures: Sequence[float | None]) -> float | None:
+    """Return the mean, None where a figure lacks: a run that never reaches the target has none."""
+    known = [figure for figure in figures if figure is not None]
+    return mean(known) if known and len(known) == len(figures) else None
+
+
+def _runs(searched: dict[float, Row], rows: dict[int, Row]) -> list[Row]:
+    """Return each run that a row rests on once, those of all seeds after those of the search; the
+    row has the plan of its first seed, and its runs have none."""
+    runs = {row["key"]: row for row in (*searched.values(), *rows.values())}
+    first = rows[min(rows)]["key"]
+    return [row | ({"plans": {}} if key != first else {}) for key, row in runs.items()]
+
+
+def _over_uniform(
+    rows: dict[int, Row], uniform: dict[int, Row], unit: Unit = "bytes"
+) -> float | None:
+    """Return the mean loss over that of uniform LoRA, with equal bytes or seconds; None for no
+    common seed."""
+    gaps = [over(row, uniform[seed], unit) for seed, row in rows.items() if seed in uniform]
     return mean(gaps) if gaps else None
 
 
@@ -250,11 +304,10 @@ def _claims(task: str, known: dict[str, dict[int, Row]]) -> list[Claim]:
         return []
 
     ratios = [times_sooner(fedpipe[seed], uniform[seed]) for seed in common]
-    reached = [ratio for ratio in ratios if ratio is not None]
     claims = [
         Claim(
             f"{task}: times sooner at the loss of uniform LoRA, mean of {len(common)} seeds",
-            mean(reached) if len(reached) == len(ratios) else None,
+            _mean_of_all(ratios),
             BAR_SPEED,
             "at least",
         )

@@ -1,13 +1,17 @@
 """FedPipe beside other LoRA methods on unequal sites, its planner's value and its predictions.
 
     python -m benchmarks.fedpipe [--part losses|value|predictions] [--tasks NAME ...] [--seeds N]
-                                 [--cache FILE.jsonl] [--minutes N] [--quick] [--out FILE.json]
+                                 [--cache FILE.jsonl] [--known REPORT.json] [--minutes N]
+                                 [--quick] [--out FILE.json]
 
 Tasks other than the embedded one name files below the working directory. Runs are written to the
-file of `--cache` and taken from there, so that a benchmark that was stopped goes on.
+file of `--cache` and taken from there, so that a benchmark that was stopped goes on. Runs of an
+earlier report are taken from `--known`, where their settings are the same; each has the state of
+the package (`source`) that made it.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -35,6 +39,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="file of runs, which is added to")
+    parser.add_argument("--known", type=Path, help="JSON file of an earlier report of losses")
     parser.add_argument(
         "--minutes", type=float, default=600.0, help="time for new runs; 0 reports old ones"
     )
@@ -43,7 +48,11 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()
     seeds = 1 if options.quick else options.seeds
-    bed = Bed(Cache(options.cache))
+    cache = Cache(options.cache)
+    if options.known is not None:
+        rows = json.loads(options.known.read_text(encoding="utf-8"))["rows"]
+        cache.take(run for row in rows for run in row["runs"])
+    bed = Bed(cache)
     report = Report("fedpipe", {"seeds": seeds, "tasks": options.tasks, "quick": options.quick})
 
     if options.part in (None, "losses"):

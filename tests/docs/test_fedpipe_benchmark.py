@@ -54,6 +54,23 @@ def test_runs_are_compared_at_common_bytes() -> None:
     assert times_sooner(uniform | {"losses": [4.0, 3.5, 3.0]}, uniform) is None
 
 
+def test_runs_are_compared_at_common_seconds() -> None:
+    """The shorter run sets the seconds; without set-up its clock begins with its first round."""
+    uniform = {"losses": CURVE, "bytes": [0, 10, 20], "seconds": [0.0, 30.0, 60.0]}
+    planned = {"losses": [4.0, 2.0, 1.0], "seconds": [0.0, 30.0, 40.0], "setup_s": 10.0}
+    assert over(planned, uniform, "seconds") == 1.0 - at(40.0, uniform["seconds"], CURVE)
+    assert times_sooner(planned, uniform) == 2.0
+    assert times_sooner(planned, uniform, setup=False) == 3.0
+
+
+def test_runs_of_an_earlier_report_are_known() -> None:
+    """A run of the present cache is newer than one of a report."""
+    cache = Cache(None)
+    cache.add("a", {"losses": [1.0]})
+    cache.take([{"key": "a", "losses": [2.0]}, {"key": "b", "losses": [3.0]}])
+    assert [cache.find(key)["losses"] for key in "ab"] == [[1.0], [3.0]]  # type: ignore[index]
+
+
 def test_hetlora_gives_up_components_whose_norm_falls() -> None:
     """A site whose last components shrink loses them, and sends their end as zero."""
     shapes = {"m.lora_A.weight": (4, 3), "m.lora_B.weight": (5, 4)}
@@ -107,6 +124,7 @@ def test_third_learning_rate_is_tried_where_it_may_win(
 def test_contenders_are_valid(name: str) -> None:
     """Every contender's settings are accepted."""
     task: dict[str, Any] = {
+        "rounds": 2,
         "lora": {"lora_dropout": 0.0},
         "train": {"per_device_train_batch_size": 8, "max_steps": 4},
         "method": {"probe_steps": 4, "budgets": [{"site": "web", "speed": 0.5}]},
@@ -128,6 +146,9 @@ def test_losses(tmp_path: Path) -> None:
     again = quick_report("fedpipe", tmp_path / "again.json", *options, "--minutes", "0")
     assert again["rows"] == content["rows"]
     assert (tmp_path / "runs.jsonl").read_text() == lines
+    known = ("--part", "losses", "--known", str(tmp_path / "losses.json"), "--minutes", "0")
+    third = quick_report("fedpipe", tmp_path / "third.json", *known)
+    assert [row["loss"] for row in third["rows"]] == [row["loss"] for row in content["rows"]]
 
 
 @pytest.mark.slow
