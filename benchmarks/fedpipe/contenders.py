@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-RANK = 16
-"""Rank of the global adapter of unequal sites, and the largest that a site may get."""
+LARGEST_RANK = 16
+"""Rank of the global adapter of contenders that use each site's memory for rank."""
 UNIFORM_RANK = 4
 """Largest rank for all weights that every site of the tasks holds."""
 SCALE = 1
@@ -28,8 +28,8 @@ class Contender:
     planner: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     """Other settings of the method."""
-    uniform_rank: int = UNIFORM_RANK
-    """Rank of all weights at all sites, of equal ranks."""
+    rank: int = UNIFORM_RANK
+    """Rank of the run's adapter: that of all sites, or the largest one that a site may get."""
     base: dict[str, Any] = field(default_factory=dict)
     """Settings of the base model in the place of the task's."""
     self_pruning: bool = False
@@ -39,11 +39,6 @@ class Contender:
     like: str | None = None
     """Contender whose best learning rate this one has too; None for one with a search of its
     own."""
-
-    @property
-    def rank(self) -> int:
-        """Rank of the run's adapter."""
-        return self.uniform_rank if self.ranks == "equal" else RANK
 
 
 UNIFORM = "uniform LoRA (FedIT)"
@@ -58,7 +53,9 @@ LARGEST: dict[str, Any] = {
 """The planner as a rule: the largest rank for all weights that the site's memory holds."""
 MEANS: dict[str, Any] = {"mode": "ab-mean", "measure": "always"}
 """Means of A and of B, with their error measured."""
-PLANNED: dict[str, Any] = {"ranks": [2, 4, 8, 16], "batches": [4, 8, 16]}
+PLANNED: dict[str, Any] = {"ranks": [2, 4], "batches": [4, 8, 16]}
+"""The choices of the planner. Beside ranks up to 16, FedPipe gave all but a few weights 2 or 4, and
+each site's time for the side path of rank 16 went from its steps."""
 
 
 def _fedpipe(
@@ -71,7 +68,24 @@ def _fedpipe(
     """Return FedPipe with one thing that is other."""
     more = {} if probe_steps is None else {"probe_steps": probe_steps}
     return Contender(
-        "planned", {"mode": mode}, PLANNED | planner, more=more, base=base or {}, like=FEDPIPE
+        "planned",
+        {"mode": mode},
+        PLANNED | planner,
+        more=more,
+        rank=max((PLANNED | planner)["ranks"]),
+        base=base or {},
+        like=FEDPIPE,
+    )
+
+
+def _largest(mode: str, *, self_pruning: bool = False, **aggregation: str) -> Contender:
+    """Return a contender with the largest rank that each site holds."""
+    return Contender(
+        "unequal",
+        {"mode": mode, **aggregation},
+        LARGEST,
+        rank=LARGEST_RANK,
+        self_pruning=self_pruning,
     )
 
 
@@ -83,18 +97,17 @@ def _uniform(**base: Any) -> Contender:
 CONTENDERS: dict[str, Contender] = {
     UNIFORM: Contender("equal", MEANS),
     FEDPIPE: Contender("planned", {"mode": "svd"}, PLANNED),
-    "uniform LoRA, rank 2": Contender("equal", MEANS, uniform_rank=2),
-    "uniform LoRA, rank 8": Contender("equal", MEANS, uniform_rank=8),
-    "HetLoRA": Contender("unequal", {"mode": "pad"}, LARGEST, self_pruning=True),
-    "HetLoRA without self-pruning": Contender("unequal", {"mode": "pad"}, LARGEST),
-    "FlexLoRA (svd of products)": Contender(
-        "unequal", {"mode": "svd", "target": "products"}, LARGEST
-    ),
-    "svd of changes, unequal ranks": Contender("unequal", {"mode": "svd"}, LARGEST),
+    "uniform LoRA, rank 2": Contender("equal", MEANS, rank=2),
+    "uniform LoRA, rank 8": Contender("equal", MEANS, rank=8),
+    "HetLoRA": _largest("pad", self_pruning=True),
+    "HetLoRA without self-pruning": _largest("pad"),
+    "FlexLoRA (svd of products)": _largest("svd", target="products"),
+    "svd of changes, unequal ranks": _largest("svd"),
     "svd of changes, equal ranks": Contender("equal", {"mode": "svd"}),
     "FLoRA (stack)": Contender("equal", {"mode": "stack"}),
     "FedEx-LoRA (residual)": Contender("equal", {"mode": "residual"}),
     "FFA-LoRA": Contender("equal", {"mode": "ffa"}, more={"factors": "B"}),
+    "FedPipe, ranks up to 16": _fedpipe(ranks=[2, 4, 8, LARGEST_RANK]),
     "FedPipe, objective value": _fedpipe(objective="value"),
     "FedPipe over FFA": Contender("planned", {"mode": "ffa"}, PLANNED, more={"factors": "B"}),
     "FedPipe, short set-up": _fedpipe(batches=[4, 8], probe_steps=2),
