@@ -5,12 +5,23 @@ from typing import Any
 from table_parts import cell, claims, read, table
 
 LOSSES = "fedpipe_losses.json"
+PRESENT = "fedpipe_mini_ops.json"
+"""One task and one seed, by the present planner."""
 VALUE = "fedpipe_value.json"
 PREDICTIONS = "fedpipe_predictions.json"
 
 
 def pipe_losses() -> str:
-    """Return loss, bytes and time of each contender on each task."""
+    """Return loss, bytes and time of each contender on each task, by an earlier planner."""
+    return _losses(LOSSES)
+
+
+def pipe_present() -> str:
+    """Return loss, bytes and time of the contenders of which the present planner has runs."""
+    return _losses(PRESENT)
+
+
+def _losses(name: str) -> str:
     columns = {
         "task": "task",
         "contender": "contender",
@@ -31,12 +42,13 @@ def pipe_losses() -> str:
         "speed_without_setup": "the same without set-up",
         "reached": "runs that reach it",
     }
-    given = read(LOSSES)
+    given = read(name)
+    columns = {key: words for key, words in columns.items() if key in given["rows"][0]}
     rows = [[_figure(key, row) for key in columns] for row in given["rows"]]
     skipped = "".join(f"- not measured: {line}\n" for line in given["skipped"])
     return "\n\n".join(
         each
-        for each in (table([list(columns.values()), *rows]), skipped.rstrip(), claims(LOSSES))
+        for each in (table([list(columns.values()), *rows]), skipped.rstrip(), claims(name))
         if each
     )
 

@@ -19,7 +19,13 @@ from typing import Any
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from codec_tables import distortion, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
-from pipe_benchmark_tables import pipe_errors, pipe_losses, pipe_predictions, pipe_value
+from pipe_benchmark_tables import (
+    pipe_errors,
+    pipe_losses,
+    pipe_predictions,
+    pipe_present,
+    pipe_value,
+)
 from pipe_tables import example_plans, selections
 from split_tables import (
     activation_codecs,
@@ -257,6 +263,7 @@ TABLES = {
     "docs/methods/fedpipe.md": {
         "example": example_plans,
         "selection": selections,
+        "present": pipe_present,
         "losses": pipe_losses,
         "errors": pipe_errors,
         "value": pipe_value,

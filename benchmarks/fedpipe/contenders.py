@@ -58,20 +58,12 @@ PLANNED: dict[str, Any] = {"ranks": [2, 4], "batches": [4, 8, 16]}
 each site's time for the side path of rank 16 went from its steps."""
 
 
-def _fedpipe(
-    *,
-    mode: str = "svd",
-    base: dict[str, Any] | None = None,
-    probe_steps: int | None = None,
-    **planner: Any,
-) -> Contender:
+def _fedpipe(*, mode: str = "svd", base: dict[str, Any] | None = None, **planner: Any) -> Contender:
     """Return FedPipe with one thing that is other."""
-    more = {} if probe_steps is None else {"probe_steps": probe_steps}
     return Contender(
         "planned",
         {"mode": mode},
         PLANNED | planner,
-        more=more,
         rank=max((PLANNED | planner)["ranks"]),
         base=base or {},
         like=FEDPIPE,
@@ -94,6 +86,9 @@ def _uniform(**base: Any) -> Contender:
     return Contender("equal", MEANS, base=base, like=UNIFORM)
 
 
+WIDE = replace(_fedpipe(ranks=[2, 4, 8, LARGEST_RANK]), like=None)
+"""FedPipe whose global adapter has the rank of those that use each site's memory for rank."""
+
 CONTENDERS: dict[str, Contender] = {
     UNIFORM: Contender("equal", MEANS),
     FEDPIPE: Contender("planned", {"mode": "svd"}, PLANNED),
@@ -107,11 +102,16 @@ CONTENDERS: dict[str, Contender] = {
     "FLoRA (stack)": Contender("equal", {"mode": "stack"}),
     "FedEx-LoRA (residual)": Contender("equal", {"mode": "residual"}),
     "FFA-LoRA": Contender("equal", {"mode": "ffa"}, more={"factors": "B"}),
-    "FedPipe, ranks up to 16": _fedpipe(ranks=[2, 4, 8, LARGEST_RANK]),
-    "FedPipe, objective value": _fedpipe(objective="value"),
-    "FedPipe over FFA": Contender("planned", {"mode": "ffa"}, PLANNED, more={"factors": "B"}),
-    "FedPipe, short set-up": _fedpipe(batches=[4, 8], probe_steps=2),
     "FedPipe, no deadline": replace(_fedpipe(), late=True),
+    "FedPipe over FFA": Contender("planned", {"mode": "ffa"}, PLANNED, more={"factors": "B"}),
+    "FedPipe, ranks up to 16": WIDE,
+    "FedPipe, ranks up to 16, no deadline": replace(WIDE, late=True),
+    "FedPipe, ranks up to 16, short set-up": replace(
+        WIDE, planner=WIDE.planner | {"batches": [4, 8]}, more={"probe_steps": 2}
+    ),
+    "FedPipe, ranks up to 16, over FFA": replace(
+        WIDE, aggregation={"mode": "ffa"}, more={"factors": "B"}
+    ),
     "FedPipe, random selection": _fedpipe(selection="random"),
     "FedPipe, uniform selection": _fedpipe(selection="uniform"),
     "FedPipe, no selection": _fedpipe(selection="all"),

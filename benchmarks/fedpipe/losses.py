@@ -22,7 +22,7 @@ from fluvial.errors import ClientError
 BAR_SPEED = 1.5
 """How many times sooner FedPipe should reach the loss of uniform LoRA."""
 Unit = Literal["bytes", "seconds"]
-"""What two runs have in common where their losses are compared."""
+"""Measure that is equal where the losses of two runs are compared."""
 SAFETY = 1.2
 """Factor on the time of the middle site that is the deadline, as `fluvial plan` shows it."""
 COLUMNS = {

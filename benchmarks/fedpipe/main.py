@@ -51,7 +51,7 @@ def main() -> None:
     cache = Cache(options.cache)
     if options.known is not None:
         rows = json.loads(options.known.read_text(encoding="utf-8"))["rows"]
-        cache.take(run for row in rows for run in row["runs"])
+        cache.take(run for row in rows for run in row.get("runs", ()))
     bed = Bed(cache)
     report = Report("fedpipe", {"seeds": seeds, "tasks": options.tasks, "quick": options.quick})
 
