@@ -58,7 +58,7 @@ def test_runs_are_compared_at_common_seconds() -> None:
     """The shorter run sets the seconds; without set-up its clock begins with its first round."""
     uniform = {"losses": CURVE, "bytes": [0, 10, 20], "seconds": [0.0, 30.0, 60.0]}
     planned = {"losses": [4.0, 2.0, 1.0], "seconds": [0.0, 30.0, 40.0], "setup_s": 10.0}
-    assert over(planned, uniform, "seconds") == 1.0 - at(40.0, uniform["seconds"], CURVE)
+    assert over(planned, uniform, "seconds") == 1.0 - at(40.0, [0.0, 30.0, 60.0], CURVE)
     assert times_sooner(planned, uniform) == 2.0
     assert times_sooner(planned, uniform, setup=False) == 3.0
 
