@@ -253,7 +253,8 @@ class RunConfig(Settings):
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and
         without the settings that the other method has no use for."""
-        table = self.model_dump(exclude={"codec", "downlink", "compare"}, exclude_unset=True)
+        left_out = {"codec", "downlink", "compare", "budget"}
+        table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
         for setting in useless(entry.config.model_validate({"name": name}), entry.traits):
             table.get(setting.table, {}).pop(setting.name, None)

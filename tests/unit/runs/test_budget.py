@@ -64,10 +64,15 @@ def test_the_choice_is_within_its_bytes_and_shown(table: Table, tmp_path: Path) 
 
 
 def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:
+    table = table | {"compare": ["local"]}  # a baseline has the chosen adapter and no budget
     straight = run_table(table, tmp_path / "a")
-    stopped = run_with_stops(table, tmp_path / "b", [2, 99])
+    stopped = run_with_stops(table, tmp_path / "b", [5, 99])
     assert stopped["adapter_sha256"] == straight["adapter_sha256"]
     assert stopped["setup"] == straight["setup"]
+    chosen = straight["setup"]["budget"]["chosen"]
+    local = json.loads((tmp_path / "a" / "compare" / "local" / "result.json").read_text())
+    assert local["setup"] == {}
+    assert chosen.keys() == {"target_modules", "r", "codec"}
 
     (tmp_path / "b" / "budget.json").rename(tmp_path / "lost.json")
     with pytest.raises(CheckpointError, match=r"budget\.json is missing"):
