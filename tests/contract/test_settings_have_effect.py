@@ -48,6 +48,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
     "FedAvgConfig.fraction": ({}, FRACTION),
     "FedAvgConfig.factors": ({}, "B"),
     "FedAvgConfig.server_learning_rate": ({}, 1.5),
+    "FedAvgConfig.server_momentum": ({}, 0.9),
     "FedAvgConfig.aggregation": ({}, {"mode": "residual"}),
     "AggregationSettings.mode": ({}, "svd"),
     "AggregationSettings.residual_rank": (

@@ -88,6 +88,40 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     )
 
 
+def test_server_momentum_is_nesterov_sgd_of_torch(one_site: dict[str, Any], tmp_path: Path) -> None:
+    """Three rounds of one site, with `torch.optim.SGD` as the server's optimizer, and resumed.
+
+    The tolerance (squared, relative) is for fp32 sums in another order.
+    """
+    method = {"name": "fedavg", "server_momentum": 0.9, "server_learning_rate": 0.7}
+    table = one_site | {"rounds": 3, "method": method}
+    config = parse(table, "test")
+    pool = ModelPool(config.model, config.lora)
+    texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
+    initial = initial_state(pool.layout, config.seed)
+    adapter = {name: each.clone() for name, each in initial.items()}
+    outer = torch.optim.SGD(adapter.values(), lr=0.7, momentum=0.9, nesterov=True)
+
+    for number in (1, 2, 3):
+        with pool.model(adapter, trainable="A and B") as model:
+            train(
+                model,
+                texts.load(texts.names[0]).train,
+                config.train,
+                pad_token_id=pool.tokenizer.pad_token_id,
+                generator=generator(config.seed, "train", number, texts.names[0]),
+            )
+            trained = read_weights(model)
+        for name, value in adapter.items():
+            value.grad = value - trained[name]
+        outer.step()
+
+    run = adapter_of(run_table(table, tmp_path / "straight"))
+    assert relative_error(subtract(adapter, initial), subtract(run, initial)) < 1e-10
+    stopped = run_with_stops(table, tmp_path / "stopped", [3, 99])
+    assert digest(adapter_of(stopped | {"folder": str(tmp_path / "stopped")})) == digest(run)
+
+
 def test_one_site_is_the_local_baseline(one_site: dict[str, Any], tmp_path: Path) -> None:
     """FedAvg with one site and the method `local` measure the same."""
     fed = run_table(one_site, tmp_path / "a")

@@ -103,10 +103,13 @@ class SharedAdapter:
             return SiteChange.of_components(update.tensors, update.weight)
         return SiteChange.of(self.exchange.received(update.site), update.tensors, update.weight)
 
-    def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:
+    def step(
+        self, mean: Named, learning_rate: float, *, round: int, move_by: Named | None = None
+    ) -> Metrics:
         """Move by the updates of a round, whose mean is `mean`; return measures of both.
 
         Mean and `learning_rate` count under "ab-mean"; updates of unequal ranks have no mean.
+        `move_by` is the step of an optimizer of the server that takes the place of the mean.
         """
         measures: Metrics = {}
         whole = self.whole
@@ -124,7 +127,8 @@ class SharedAdapter:
             self._changes = {}
 
         if self.settings.mode == "ab-mean":
-            whole = WholeAdapter(move(self.whole.adapter, mean, learning_rate))
+            step = mean if move_by is None else move_by
+            whole = WholeAdapter(move(self.whole.adapter, step, learning_rate))
         self.whole = whole
         closed = (
             self.exchange.close(mean, round) if self.run is None else self.exchange.close_assigned()

@@ -55,8 +55,8 @@ from fluvial.methods.interface import (
 from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.assignment import Assignment
-from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.payload import Payload, join, split
+from fluvial.wire.tensors import Layout, Named, add, scale
 
 
 class FedAvgConfig(SampledSettings):
@@ -70,6 +70,10 @@ class FedAvgConfig(SampledSettings):
     server_learning_rate: float = Field(1.0, gt=0, le=4)
     """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
     and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
+    server_momentum: float = Field(0.0, ge=0, lt=1)
+    """Nesterov momentum of the server over the mean updates; 0 is FedAvg. The outer optimizer of
+    DiLoCo (Douillard et al., 2023, https://arxiv.org/abs/2311.08105) has 0.9 and a
+    `server_learning_rate` of 0.7."""
     tgap: TgapConfig = PUBLIC_TGAP
     """Pre-training of a codec that learns; without effect for the others."""
     aggregation: AggregationSettings = AB_MEAN
@@ -81,6 +85,8 @@ class FedAvgConfig(SampledSettings):
         mode = self.aggregation.mode
         if mode != "ab-mean" and self.server_learning_rate != 1:
             yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
+        if mode != "ab-mean" and self.server_momentum:
+            yield f"server_momentum: without effect under aggregation.mode={mode!r}; remove it"
         yield from frozen_factor(self.aggregation, self.factors)
 
 
@@ -117,6 +123,7 @@ class FedAvgServer(SharedModelServer):
         self.context = context
         settings = AB_MEAN if isinstance(config, CentralConfig) else config.aggregation
         self.shared = SharedAdapter(settings, context, terms(config, context.codec))
+        self.velocity: Named = {}
 
     @property
     def adapter(self) -> Named:
@@ -139,8 +146,27 @@ class FedAvgServer(SharedModelServer):
             aggregate.add(update)
 
         mean = aggregate.mean()
-        measures = self.shared.step(mean, self.learning_rate, round=number)
+        measures = self.shared.step(
+            mean, self.learning_rate, round=number, move_by=self._ahead(mean)
+        )
         return {**aggregate.metrics(mean), **measures}
+
+    def _ahead(self, mean: Named) -> Named:
+        """Return the Nesterov step of a mean update, `mean + m v`, with `v` its velocity after it.
+
+        The formula is that of `torch.optim.SGD(nesterov=True)` for a gradient of `-mean`.
+        """
+        momentum = self.momentum
+        if not momentum:
+            return mean
+        old = scale(self.velocity, momentum)
+        self.velocity = {name: old[name] + mean[name] if old else mean[name] for name in mean}
+        return add(mean, scale(self.velocity, momentum))
+
+    @property
+    def momentum(self) -> float:
+        """Share of the velocity that a round keeps."""
+        return self.config.server_momentum if isinstance(self.config, FedAvgConfig) else 0.0
 
     @property
     def learning_rate(self) -> float:
@@ -157,12 +183,19 @@ class FedAvgServer(SharedModelServer):
         return self.shared.exported
 
     def state(self) -> Payload:
-        """Return the adapter, and what the exchange remembers."""
-        return self.shared.state()
+        """Return the adapter, its velocity if there is one, and what the exchange remembers."""
+        if not self.momentum:
+            return self.shared.state()
+        return join({"shared": self.shared.state(), "velocity": Payload(self.velocity)})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        self.shared.restore(state)
+        if not self.momentum:
+            self.shared.restore(state)
+            return
+        parts = split(state, ("shared", "velocity"))
+        self.shared.restore(parts["shared"])
+        self.velocity = dict(parts["velocity"].tensors)
 
 
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:
