@@ -2,9 +2,10 @@
 
 import sys
 
-from benchmarks.codecs import bytes_to_target, rate_distortion, snr, speed
+from benchmarks.codecs import adapters, bytes_to_target, rate_distortion, snr, speed
 
 BENCHMARKS = {
+    "adapters": adapters.main,
     "bytes_to_target": bytes_to_target.main,
     "rate_distortion": rate_distortion.main,
     "snr": snr.main,

@@ -159,13 +159,14 @@ def table(found: Sequence[Found], bed: Bed) -> list[Row]:
     with."""
     references = {each.cell: each for each in found if each.contender.role == "reference"}
     return [
-        _row(each, references[each.cell].runs, bed)
+        target_row(each, references[each.cell].runs, bed)
         for each in found
         if each.tuning and each.cell in references and references[each.cell].runs
     ]
 
 
-def _row(each: Found, references: Sequence[Row], bed: Bed) -> Row:
+def target_row(each: Found, references: Sequence[Row], bed: Bed) -> Row:
+    """Return the figures of a job beside those of the uncompressed runs of its cell, by seed."""
     rates = grid(each.cell, bed)
     row: Row = {
         "cell": each.cell,
@@ -360,7 +361,7 @@ def free(
 
     for job, each in zip(waiting, found, strict=True):
         if each.tuning and references[job.cell]:
-            row = _row(each, references[job.cell], bed)
+            row = target_row(each, references[job.cell], bed)
             steps = job.bed.steps
             report.rows.append(
                 {**row, "steps": steps, "contender": f"{row['contender']}, {steps} steps"}

@@ -34,6 +34,10 @@ class Contender:
     """Contenders of tier 1 come first."""
     rate: float | None = None
     """The rate under which claims compare it."""
+    lora: Table = field(default_factory=dict)
+    """What differs from the adapter of all, which has rank 8 on the attention."""
+    steps: int = 1
+    """Times the local steps of a round."""
 
 
 def _coded(
@@ -150,11 +154,11 @@ def resolve(
         "data": tables["data"] | {"max_length": 128, "max_heldout": bed.heldout},
         "seed": seed,
         "rounds": bed.rounds,
-        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0},
+        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0} | contender.lora,
         "train": {
             "learning_rate": learning_rate,
             "per_device_train_batch_size": bed.batch,
-            "max_steps": bed.steps,
+            "max_steps": contender.steps * bed.steps,
         },
         "method": contender.method,
         "evaluate": {"every": 1, "sample_tokens": 1},
