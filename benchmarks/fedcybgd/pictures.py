@@ -2,7 +2,8 @@
 
     python -m benchmarks.fedcybgd.pictures [--out docs/images]
 
-It reads `benchmarks/results/fedcybgd_{paper,memory,losses}.json`. Part "paper" with `--pictures`
+It reads `benchmarks/results/fedcybgd_{paper,memory,losses}.json`; without the first it draws memory
+alone, and says so. Part "paper" with `--pictures`
 draws the same from what it has just measured.
 """
 
@@ -14,6 +15,7 @@ from statistics import mean
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from benchmarks.fedcybgd.contenders import CYCLIC, FEDBAVG, INT8, REFERENCE
 from benchmarks.fedcybgd.memory import LLAMA_2_7B
@@ -150,19 +152,19 @@ def convergence_figure(rows: Sequence[Row]) -> Figure:
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> None:
-    """Write the figures as SVG; `rows` are those of part "paper", of one cell."""
+    """Write the figures as SVG; `rows` are those of part "paper", of one cell. Without rows there
+    is the figure of memory alone."""
     mine = [row for row in rows if row["part"] == "paper"]
-    cell = mine[0]["cell"]
-    mine = [row for row in mine if row["cell"] == cell]
+    mine = [row for row in mine if row["cell"] == mine[0]["cell"]]
     memory = [row for row in stored("memory") if row["part"] == "memory"]
     folder.mkdir(parents=True, exist_ok=True)
 
     with mpl.rc_context(STYLE):
-        figures = {
-            "memory": memory_figure(memory, stored("losses")),
-            "orders": orders_figure(mine),
-            "convergence": convergence_figure(mine),
-        }
+        figures = {"memory": memory_figure(memory, stored("losses"))}
+        if mine:
+            figures["orders"] = orders_figure(mine)
+            figures["convergence"] = convergence_figure(mine)
+
         for name, figure in figures.items():
             figure.savefig(
                 folder / f"fedcybgd_{name}.svg",
@@ -174,7 +176,10 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fedcybgd.pictures")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder")
-    draw(parser.parse_args().out, stored("paper"))
+    measured = (RESULTS / "fedcybgd_paper.json").exists()
+    if not measured:
+        Console().print("no fedcybgd_paper.json: orders and convergence are not drawn")
+    draw(parser.parse_args().out, stored("paper") if measured else [])
 
 
 if __name__ == "__main__":
