@@ -99,6 +99,7 @@ def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
         adapter, pool.beside(config.lora.model_copy(update={"r": 2})), ["trellis"]
     )
     assert found.train_s is not None
+    assert found.run_s is not None
     assert found.run_s == pytest.approx(
         config.rounds
         * round_s(
