@@ -50,6 +50,9 @@ def test_the_choice_is_within_its_bytes_and_shown(table: Table, tmp_path: Path) 
     assert chosen[0]["loss"] == min(longest)
     assert choice["why"].startswith(f"rank {choice['chosen']['r']} on ")
 
+    helped = chosen[0]["loss"] < choice["base_loss"]
+    assert helped != ("this text tells little" in choice["why"])
+
     # The page, the check and the plan show it.
     write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -291,6 +291,11 @@ def _why(record: dict[str, Any]) -> str:
     others = [other["loss"] for other in ended if other is not row and other["loss"] is not None]
     if others:
         why += f" (next {min(others):.4f}, base {record['base_loss']:.4f})"
+    if row["loss"] >= record["base_loss"]:
+        why += (
+            "; that is no better than the base, so this text tells little: set "
+            "data.public_source to text like the sites'"
+        )
     if record["alone_loss"] < row["loss"]:
         why += f"; simulated sites that train alone do better ({record['alone_loss']:.4f})"
     return f"{why}; the run sends at most {bytes_words} for a site"
