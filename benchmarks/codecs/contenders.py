@@ -35,9 +35,9 @@ class Contender:
     rate: float | None = None
     """The rate under which claims compare it."""
     lora: Table = field(default_factory=dict)
-    """What differs from the adapter of all, which has rank 8 on the attention."""
+    """Settings of the adapter that differ from rank 8 on the attention."""
     steps: int = 1
-    """Times the local steps of a round."""
+    """Factor of the local steps of a round."""
 
 
 def _coded(

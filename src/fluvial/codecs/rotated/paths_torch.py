@@ -37,7 +37,8 @@ def search(
     codes = torch.from_numpy(book).to(device)
     sums = torch.from_numpy(energies).to(device)
     paths = [
-        _viterbi(group, plan, codes, sums, kinds, scales) for group in columns.split(_LANES, 1)
+        _viterbi(group, plan, codes, sums, kinds, scales)
+        for group in torch.split(columns, _LANES, dim=1)
     ]
     path: Bits = torch.cat(paths).reshape(-1).cpu().numpy()
     return path
