@@ -123,7 +123,7 @@ class FedAvgServer(SharedModelServer):
         self.context = context
         settings = AB_MEAN if isinstance(config, CentralConfig) else config.aggregation
         self.shared = SharedAdapter(settings, context, terms(config, context.codec))
-        self.velocity: Named = {}
+        self._velocity: Named = {}
 
     @property
     def adapter(self) -> Named:
@@ -156,15 +156,15 @@ class FedAvgServer(SharedModelServer):
 
         The formula is that of `torch.optim.SGD(nesterov=True)` for a gradient of `-mean`.
         """
-        momentum = self.momentum
+        momentum = self._server_momentum
         if not momentum:
             return mean
-        old = scale(self.velocity, momentum)
-        self.velocity = {name: old[name] + mean[name] if old else mean[name] for name in mean}
-        return add(mean, scale(self.velocity, momentum))
+        old = scale(self._velocity, momentum)
+        self._velocity = {name: old[name] + mean[name] if old else mean[name] for name in mean}
+        return add(mean, scale(self._velocity, momentum))
 
     @property
-    def momentum(self) -> float:
+    def _server_momentum(self) -> float:
         """Share of the velocity that a round keeps."""
         return self.config.server_momentum if isinstance(self.config, FedAvgConfig) else 0.0
 
@@ -184,18 +184,18 @@ class FedAvgServer(SharedModelServer):
 
     def state(self) -> Payload:
         """Return the adapter, its velocity if there is one, and what the exchange remembers."""
-        if not self.momentum:
+        if not self._server_momentum:
             return self.shared.state()
-        return join({"shared": self.shared.state(), "velocity": Payload(self.velocity)})
+        return join({"shared": self.shared.state(), "velocity": Payload(self._velocity)})
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        if not self.momentum:
+        if not self._server_momentum:
             self.shared.restore(state)
             return
         parts = split(state, ("shared", "velocity"))
         self.shared.restore(parts["shared"])
-        self.velocity = dict(parts["velocity"].tensors)
+        self._velocity = dict(parts["velocity"].tensors)
 
 
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:

@@ -75,8 +75,8 @@ def test_errors_and_bits_of_the_formats_are_those_of_normal_weights() -> None:
     bits = weights.view(np.uint32)
     half = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
     assert error(weights, half) == pytest.approx(FORMATS["bfloat16"].error, rel=0.02)
-    bits = 8 * sum(LLAMA.coded["nf4-double"]) / sum(LLAMA.linear)
-    assert bits == pytest.approx(4.127, abs=5e-4)
+    bits_a_value = 8 * sum(LLAMA.coded["nf4-double"]) / sum(LLAMA.linear)
+    assert bits_a_value == pytest.approx(4.127, abs=5e-4)
 
 
 def error(weights: np.ndarray, coded: np.ndarray) -> float:
