@@ -148,8 +148,14 @@ def line_row(seconds: float) -> CheckRow:
 def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:
     """Return the rows about updates of `frame` bytes."""
     total = frame * config.cohort(given.sites) * given.rounds
+    size = f"{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"
+    if given.codec.snr_driven:
+        return [
+            ("frame of an update in round 1", size),
+            ("up, whole run", "not predicted: the rate of each round follows the noise"),
+        ]
     return [
-        ("frame of an update", f"{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"),
+        ("frame of an update", size),
         ("up, whole run", f"{total:,} B from all sites, without headers"),
     ]
 

@@ -52,7 +52,10 @@ def budget_table(choice: JsonObject) -> Group:
     if rows:
         content.append(table(HEADINGS, rows, "Trials on public text; bytes of a site in the run"))
     content.append(Text(f"• {safe_text(choice['why'])}"))
-    content += [Text(f"• set to keep it: {line}") for line in _settings(choice["chosen"])]
+    content += [
+        Text(f"• to keep it, in the place of [budget]: {line}")
+        for line in _settings(choice["chosen"])
+    ]
     return Group(*content)
 
 

@@ -132,6 +132,8 @@ def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
         ({"budget": {"run_s": 10.0}}, "budget.run_s: no line is known"),
         ({"codec": {"name": "auto"}}, "the budget chooses the codec"),
         ({"codec": {"name": "klt"}}, "'klt' is learned"),
+        ({"codec": {"name": "trellis", "snr_db": 8.0}}, "the rate follows the noise"),
+        ({"codec": {"name": "trellis", "noise_ratio": 0.2}}, "the rate follows the noise"),
         ({"method": {"name": "fedpipe"}}, "plans the ranks of every site itself"),
         ({"method": {"name": "flglm"}}, "sends hidden states"),
         ({"method": {"name": "fedcybgd"}}, "tunes blocks of weights"),
@@ -154,6 +156,12 @@ def test_candidates_of_what_is_set_are_refused(table: Table, tmp_path: Path) -> 
 def test_a_budget_of_nothing_is_refused(table: Table, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"budget\.up_bytes=100: no adapter of 4 tried"):
         run_table(table | {"budget": BUDGET | {"up_bytes": 100}}, tmp_path / "run")
+
+
+def test_candidates_that_the_model_does_not_have_are_named(table: Table, tmp_path: Path) -> None:
+    budget = BUDGET | {"target_modules": ["foo"]}
+    with pytest.raises(ConfigError, match=r"no candidate can be built; rank \d+ on foo: lora"):
+        run_table(table | {"budget": budget}, tmp_path / "run")
 
 
 def test_a_damaged_choice_is_refused(table: Table) -> None:

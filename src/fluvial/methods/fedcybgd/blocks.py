@@ -129,19 +129,31 @@ def _units(
     layout: Layout, prefix: str, numbers: dict[str, int], others: set[str]
 ) -> dict[str, list[str]]:
     """Return the names of each module of a layer, and of each kind of `others`, bottom up: the
-    embeddings, every layer with its attention before its MLP, the norm, the head."""
-    found: dict[tuple[int, bool, str], list[str]] = {}
+    embeddings, every layer's attention and MLP with the norms around them, the norm, the head."""
+    found: dict[tuple[int, int, str], list[str]] = {}
     for name, shape in layout.shapes:
         if name in numbers:
             module = name.removeprefix(f"{prefix}{numbers[name]}.").split(".", 1)[0]
-            key = (numbers[name], "att" not in module, f"layer {numbers[name]} {module}")
+            key = (numbers[name], _place_in_layer(module), f"layer {numbers[name]} {module}")
             found.setdefault(key, []).append(name)
         elif name in others:
             kind = _kind(name, shape)
             place = -1 if kind == "embeddings" else max(numbers.values()) + 1
-            found.setdefault((place, kind == "head", kind), []).append(name)
+            found.setdefault((place, int(kind == "head"), kind), []).append(name)
 
-    return {title: found[place, last, title] for place, last, title in sorted(found)}
+    return {title: found[place, within, title] for place, within, title in sorted(found)}
+
+
+def _place_in_layer(module: str) -> int:
+    """Return the place of a module in its layer, by the names that architectures use: norm before
+    the attention 0, attention 1, norm between attention and MLP 2, MLP 3, norm after it 4."""
+    name = module.lower()
+    if not (name.startswith("ln") or "norm" in name):
+        return 1 if "att" in name else 3
+    if "post_f" in name or "post_mlp" in name:
+        return 4
+    between = ("post_att", "ln_2", "ln2", "pre_f", "pre_mlp", "ffn_norm", "mlp_norm")
+    return 2 if any(part in name for part in between) else 0
 
 
 def _balanced(

@@ -87,6 +87,7 @@ class _Search:
         self._pool = pool
         self._pools: dict[tuple[str | None, int | None], ModelPool] = {}
         self._sites: PublicSites | None = None
+        self._impossible: dict[str, str] = {}
         self.tried: list[Tried] = []
         self.all_adapters = adapters(budget, self.free)
 
@@ -168,6 +169,7 @@ class _Search:
             if not (proposed and str(error).startswith("lora.")):
                 raise
             logger.info("budget: %s is no candidate: %s", _named(adapter), error)
+            self._impossible[_named(adapter)] = str(error)
 
         return found
 
@@ -202,13 +204,18 @@ class _Search:
                 tried.trial.close()
 
     def _nothing_fits(self) -> str:
+        possible = {_named(each) for each in self.all_adapters} - self._impossible.keys()
+        if not possible:
+            name, why = next(iter(self._impossible.items()))
+            return f"budget.target_modules, budget.r: no candidate can be built; {name}: {why}"
+
         limits = []
         if self.budget.up_bytes is not None:
             limits.append(f"budget.up_bytes={self.budget.up_bytes}")
         if self.budget.run_s is not None:
             limits.append(f"budget.run_s={self.budget.run_s:g}")
         return (
-            f"{', '.join(limits)}: no adapter of {len(self.all_adapters)} tried has a codec that "
+            f"{', '.join(limits)}: no adapter of {len(possible)} tried has a codec that "
             f"needs so little in {self.config.rounds} rounds; allow more, or run fewer rounds"
         )
 

@@ -148,6 +148,25 @@ def test_as_many_blocks_as_layers_of_nothing_else_are_the_layers() -> None:
     ]
 
 
+def test_norms_stand_beside_what_they_normalise() -> None:
+    layout = layout_of("llama")
+    cut = partition(layout, num_blocks=48).blocks[:4]
+    assert [next(iter(block.layout.names)).split(".")[3] for block in cut] == [
+        "input_layernorm",
+        "self_attn",
+        "post_attention_layernorm",
+        "mlp",
+    ]
+    gpt2 = partition(layout_of("gpt2"), num_blocks=48).blocks[:4]
+    words = [next(iter(block.layout.names)).split(".") for block in gpt2]
+    assert [next(each for each in name if each[:2] in ("ln", "at", "ml")) for name in words] == [
+        "ln_1",
+        "attn",
+        "ln_2",
+        "mlp",
+    ]
+
+
 def test_more_blocks_than_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="num_blocks=49: the model has 48 modules"):
         partition(layout_of("llama"), num_blocks=49)
