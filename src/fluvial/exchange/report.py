@@ -130,7 +130,8 @@ def _decisive(errors: Errors) -> dict[str, float]:
 
 def explain(report: GateReport, codec: str) -> str:
     """Return why a codec was refused and what to do, in a few lines."""
-    other = "a richer codec.rate" if codec == "klt" else "codec.name='klt' or 'auto'"
+    trained = codec in ("resnet", "cnn", "vq")
+    other = "codec.name='klt' or 'auto'" if trained else "a lower codec.rate"
     return (
         f"codec {codec!r} does not carry this model's updates: on {report.snapshots} held-out "
         "snapshots "
