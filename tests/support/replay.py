@@ -1,7 +1,7 @@
 """The replies of one honest round of a method, to be played again with one of them changed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,9 @@ class Round:
             {name: task(name) for name in tasks_of(self.config)},
             FleetConfig.model_validate(settings),
         )
-        server = self.config.entry.server(self.config.method, self.run.context)
+        # Without the updates of TGAP that the recorded run has left on the disk.
+        context = replace(self.run.context, ensemble=None)
+        server = self.config.entry.server(self.config.method, context)
 
         if not setup:
             server.restore(Payload.from_bytes(self.state))
