@@ -321,3 +321,35 @@ def speed() -> str:
             claims("codec_speed.json"),
         ]
     )
+
+
+def driven() -> str:
+    """Return the loss of rates that follow the noise, over fixed rates at their bytes."""
+    found = read("codec_snr.json")
+    settings = found["settings"]
+    rows = [["codec and rate", "bytes of a site, up", "loss", "over a fixed rate", "95 %"]]
+
+    for row in found["rows"]:
+        excess = row.get("excess")
+        half = row.get("excess_half")
+        rows.append(
+            [
+                row["contender"],
+                f"{row['bytes_up']:,.0f}",
+                f"{row['loss']:.4f}",
+                "-" if excess is None else f"{excess:+.4f}",
+                "-" if half is None else f"{half:.4f}",
+            ]
+        )
+
+    return "\n\n".join(
+        [
+            f"Held-out loss after {settings['rounds']} rounds of {settings['steps']} steps on "
+            f"{settings['cell']}, {settings['seeds']} seeds, error feedback, learning rate "
+            f"{settings['learning_rate']:g} for all. Driven runs begin at 1/64. Fixed rates are "
+            'interpolated in the logarithm of the bytes, by seed; "-" lies outside of them.',
+            table(rows),
+            "Claims of `python -m benchmarks.codecs snr`:",
+            claims("codec_snr.json"),
+        ]
+    )
