@@ -57,8 +57,8 @@ def _beside_the_codec(config: "RunConfig") -> Iterator[str]:
         yield "codec.name='auto': the budget chooses the codec; remove [codec]"
     elif codec is not None and codec.snr_driven:
         yield (
-            "codec.snr_db, codec.noise_ratio: the rate follows the noise and not the budget; remove "
-            "them, and set codec.rate or remove [codec]"
+            "codec.snr_db, codec.noise_ratio: the rate follows the noise and not the budget; "
+            "remove them, and set codec.rate or remove [codec]"
         )
     elif codec is not None and must_learn(codec):
         yield (
