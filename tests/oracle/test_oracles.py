@@ -60,6 +60,22 @@ def test_identity_codec_on_states_is_fedavg_up_to_rounding(
     assert relative_error(plain, adapter_of(coded)) < 1e-12  # squared; fp32 rounding is 6e-8
 
 
+def trained_by_first_site(
+    config: RunConfig, pool: ModelPool, texts: SiteTexts, adapter: Named, number: int
+) -> Named:
+    """The adapter after the first site's training of round `number`, by the plain training loop."""
+    site = texts.names[0]
+    with pool.model(adapter, trainable="A and B") as model:
+        train(
+            model,
+            texts.load(site).train,
+            config.train,
+            pad_token_id=pool.tokenizer.pad_token_id,
+            generator=generator(config.seed, "train", number, site),
+        )
+        return read_weights(model)
+
+
 def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Path) -> None:
     """Three rounds of FedAvg with one site are three calls of the training loop, whose difference
     travels in fp32."""
@@ -69,15 +85,7 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     adapter = initial_state(pool.layout, config.seed)
 
     for number in (1, 2, 3):
-        with pool.model(adapter, trainable="A and B") as model:
-            train(
-                model,
-                texts.load(texts.names[0]).train,
-                config.train,
-                pad_token_id=pool.tokenizer.pad_token_id,
-                generator=generator(config.seed, "train", number, texts.names[0]),
-            )
-            trained = read_weights(model)
+        trained = trained_by_first_site(config, pool, texts, adapter, number)
 
         adapter = add(
             adapter, subtract(trained, adapter)
@@ -103,15 +111,7 @@ def test_server_momentum_is_nesterov_sgd_of_torch(one_site: dict[str, Any], tmp_
     outer = torch.optim.SGD(adapter.values(), lr=0.7, momentum=0.9, nesterov=True)
 
     for number in (1, 2, 3):
-        with pool.model(adapter, trainable="A and B") as model:
-            train(
-                model,
-                texts.load(texts.names[0]).train,
-                config.train,
-                pad_token_id=pool.tokenizer.pad_token_id,
-                generator=generator(config.seed, "train", number, texts.names[0]),
-            )
-            trained = read_weights(model)
+        trained = trained_by_first_site(config, pool, texts, adapter, number)
         for name, value in adapter.items():
             value.grad = value - trained[name]
         outer.step()

@@ -15,7 +15,7 @@ from fluvial.exchange import tgap_tasks
 from fluvial.exchange.checks import can_code
 from fluvial.exchange.coding import Coder, Plain
 from fluvial.exchange.downlink import receive
-from fluvial.exchange.feedback import RESIDUAL
+from fluvial.exchange.feedback import RESIDUAL, share_lost
 from fluvial.exchange.gathering import STALE
 from fluvial.exchange.refit import follow
 from fluvial.exchange.representation import coded_object
@@ -29,7 +29,7 @@ from fluvial.federation.sites import Site, Task, round_of
 from fluvial.models.adapters import module_of
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload
-from fluvial.wire.tensors import Layout, Named, energy, factor, subtract
+from fluvial.wire.tensors import Layout, Named, factor, subtract
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Received:
         if RESIDUAL in after:
             values["e"] = _rounded(after[RESIDUAL].value("error", float))
         elif reports_error(self.codec.settings):
-            lost = energy(subtract(coded, coder.decode(frame)))
-            values["e"] = _rounded(lost / max(energy(coded), 1e-30))
+            lost = subtract(coded, coder.decode(frame))
+            values["e"] = _rounded(share_lost(lost, coded))
 
         return frame_payload(frame, **values)
 

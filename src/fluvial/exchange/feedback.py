@@ -10,6 +10,11 @@ RESIDUAL = "residual"
 """Slot of the residual; its values are the `round` of its making and the codec's `error`."""
 
 
+def share_lost(lost: Named, coded: Named) -> float:
+    """Return the relative squared error that a site reports: ||lost||^2 / ||coded||^2."""
+    return energy(lost) / max(energy(coded), 1e-30)
+
+
 class Feedback(Wrapper):
     """A coder that sends Q(u), u = update + decay^missed * residual, and keeps u - Q(u).
 
@@ -38,7 +43,7 @@ class Feedback(Wrapper):
 
         frame, after = self.inner.encode(update, state, seed=seed, round=round)
         residual = subtract(update, self.inner.decode(frame, state))
-        error = energy(residual) / max(energy(update), 1e-30)
+        error = share_lost(residual, update)
 
         return frame, {**after, RESIDUAL: Payload(residual, {"round": round, "error": error})}
 

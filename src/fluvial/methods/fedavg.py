@@ -159,8 +159,8 @@ class FedAvgServer(SharedModelServer):
         momentum = self._server_momentum
         if not momentum:
             return mean
-        old = scale(self._velocity, momentum)
-        self._velocity = {name: old[name] + mean[name] if old else mean[name] for name in mean}
+        kept = scale(self._velocity, momentum)
+        self._velocity = add(kept, mean) if kept else mean
         return add(mean, scale(self._velocity, momentum))
 
     @property
