@@ -18,15 +18,18 @@ def pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in found}
 
 
+def requirements() -> list[Requirement]:
+    """Return what pyproject.toml asks for, extras included, without the extras that name others."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lines = [*project["dependencies"], *(each for extra in extras for each in extra)]
+    return [asked for asked in map(Requirement, lines) if asked.name != project["name"]]
+
+
 def needed() -> dict[str, Version]:
     """Return every installed distribution that pyproject.toml asks for, with what these ask for, by
     name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"].values()
-    waiting = [
-        Requirement(line)
-        for line in [*project["dependencies"], *(each for extra in extras for each in extra)]
-    ]
+    waiting = requirements()
     found = dict[str, Version]()
     seen = set[tuple[str, frozenset[str]]]()
 
@@ -65,13 +68,10 @@ def test_the_lock_pins_what_is_installed() -> None:
 
 
 def test_the_lock_is_within_the_ranges_of_the_project() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = pins()
-    extras = project["optional-dependencies"].values()
 
-    for line in [*project["dependencies"], *(each for extra in extras for each in extra)]:
-        requirement = Requirement(line)
-        assert lock[canonicalize_name(requirement.name)] in requirement.specifier, line
+    for asked in requirements():
+        assert lock[canonicalize_name(asked.name)] in asked.specifier, asked
 
 
 def test_the_make_file_installs_from_the_lock() -> None:
