@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from fluvial.models.attention import attending
 from fluvial.models.base_weights import open_weights, persistent_buffers
 from fluvial.models.behaviour import check_behaviour
 from fluvial.models.building import building
@@ -59,7 +60,7 @@ class Base:
     @cached_property
     def skeleton(self) -> nn.Module:
         """The base with parameters on the meta device and the buffers that no folder stores."""
-        return skeleton(self.config)
+        return skeleton(self.config, attending(self.config, self.device))
 
     # -- beside an adapter: held in memory ---------------------------------------------------------
 
@@ -143,7 +144,7 @@ class Base:
 
     @cached_property
     def _source(self) -> Source:
-        in_memory = self.config.model_copy(update={"device": "cpu"})
+        in_memory = self.config.model_copy(update={"device": "cpu", "attn_implementation": None})
         folder = weights_folder(self.config)
         if self._holds is None:
             return open_weights(folder, self.skeleton, partial(load_base, in_memory))

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
+from fluvial.models.attention import attending
 from fluvial.models.base_weights import compute_buffers, held_tensors, keep_types
 from fluvial.models.building import building
-from fluvial.models.hf import PreTrainedModel
+from fluvial.models.hf import PretrainedConfig, PreTrainedModel
 from fluvial.models.pretrained import (
     ModelConfig,
     dtype_of,
@@ -58,12 +59,13 @@ def load_base(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     check_weights(config, meta_base(config))
+    device = resolve_device(config.device)
 
     with building():
         model, info = from_hub(
             AutoModelForCausalLM.from_pretrained,
             config,
-            config=read_config(config),
+            config=attending(config, device),
             dtype=dtype_of(config),
             trust_remote_code=False,
             weights_only=True,
@@ -75,7 +77,7 @@ def load_base(config: ModelConfig) -> nn.Module:
     check_finite(dict(model.named_parameters()), config.name_or_path)
     base: nn.Module = model.requires_grad_(False).eval()
 
-    return base.to(resolve_device(config.device))
+    return base.to(device)
 
 
 def load_held(config: ModelConfig, holds: Callable[[str], bool]) -> nn.Module:
@@ -112,8 +114,11 @@ def meta_base(config: ModelConfig) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def skeleton(config: ModelConfig) -> nn.Module:
-    """Return the base model with parameters on the meta device and real buffers, for `fill`."""
+def skeleton(config: ModelConfig, settings: PretrainedConfig | None = None) -> nn.Module:
+    """Return the base model with parameters on the meta device and real buffers, for `fill`.
+
+    `settings` are those of a model that is to run (see `attending`).
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -121,7 +126,9 @@ def skeleton(config: ModelConfig) -> nn.Module:
 
     with building():
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = from_settings(AutoModelForCausalLM.from_config, config)
+            model: PreTrainedModel = from_settings(
+                AutoModelForCausalLM.from_config, config, settings
+            )
         model.tie_weights()  # moving parameters to the meta device untied them
 
     keep_types(model, kind)

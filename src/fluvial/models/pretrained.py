@@ -23,6 +23,14 @@ from fluvial.settings import Settings
 from fluvial.storage.files import read_object
 
 EMBEDDED = "embedded"
+Attention = Literal[
+    "sdpa",
+    "eager",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "flex_attention",
+]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Form of the id of a model on the hub."""
 
@@ -40,6 +48,10 @@ class ModelConfig(Settings):
     Adapters are always fp32."""
     device: str = "auto"
     """Device of the models: "auto" (cuda if there is one, else cpu), "cpu", "cuda" or "cuda:N"."""
+    attn_implementation: Attention | None = None
+    """Implementation of attention, as transformers names it; unset, transformers' choice: "sdpa"
+    where the architecture has it, else "eager". Flash attention needs its package, a GPU, and a
+    `dtype` of half precision."""
     quantization: Format | None = None
     """Format of the frozen linear weights of the decoder layers under a LoRA adapter: "nf4" (4.5
     bits for each value), "nf4-double" (4.13) or "int8" (8); unset, they have `dtype`, which
@@ -158,12 +170,12 @@ def _from_network(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
             raise ConfigError(f"model.name_or_path={wanted.name_or_path!r} {why}") from error
 
 
-def from_settings(make: Any, config: ModelConfig) -> Any:
-    """Call `make`, a `from_config`, with the base's own configuration and float type.
+def from_settings(make: Any, config: ModelConfig, settings: PretrainedConfig | None = None) -> Any:
+    """Call `make`, a `from_config`, with `settings`, by default the base's own, and its float type.
 
     Raises `ConfigError` where transformers cannot make the model.
     """
-    settings = read_config(config)
+    settings = settings or read_config(config)
     dtype = dtype_of(config)
 
     try:

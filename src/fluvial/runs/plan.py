@@ -13,6 +13,7 @@ from fluvial.formatting import privacy_words
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
+from fluvial.models.attention import check_attention
 from fluvial.models.loading import meta_base, resolve_device
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartTuning, tunes_weights
@@ -39,7 +40,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in
     bytes; the memory of a site leaves out activations.
     """
-    resolve_device(config.model.device)
+    device = resolve_device(config.model.device)
     if config.model.quantisation:
         check_library()
     elif isinstance(config.method, FedPipeConfig) and config.method.planner.quantises:
@@ -47,6 +48,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     base = meta_base(config.model)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, base, config.model.name_or_path)
+    check_attention(config.model, device)
     weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
