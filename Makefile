@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/fluvial run configs/quickstart.toml
 
-.PHONY: quickstart install dev check test test-portable test-slow test-claims test-flower faults clean
+.PHONY: quickstart install dev check docs test test-portable test-slow test-claims test-flower faults clean
 
 quickstart: install
 	rm -rf runs/quickstart
@@ -26,6 +26,10 @@ $(VENV)/.dev: $(VENV)/.installed
 
 check: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+# The documents as a site, in build/site.
+docs: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/site
 
 test: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -n 2 --dist worksteal
