@@ -35,6 +35,10 @@ class EvaluateConfig(Settings):
     only."""
     max_new_tokens: int = Field(0, ge=0, le=10**6)
     """Greedy tokens for exact match, token F1 and ROUGE of held-out answers; 0 leaves them out."""
+    cross_site: bool = False
+    """True measures the model of every site of the baseline `local`, and the final one, on
+    the held-out data of all sites. It needs all sites in one process, and as many measures as the
+    square of their number."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end. Unset, it is the first held-out question
     where there are some; "Once upon a time" where the server has no text of the sites, which are

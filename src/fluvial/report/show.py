@@ -10,6 +10,7 @@ from rich.text import Text
 
 from fluvial.formatting import figure, human_bytes, percent, safe_text
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
+from fluvial.report.cross_site import cross_site_table
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     closing_words,
@@ -52,6 +53,7 @@ def run_tables(run: JsonObject) -> Group:
     for excerpt in (
         block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
+        cross_site_table(result or {}),
         leakage_by_attack(result or {}),
         predicted_by_site(metrics),
     ):

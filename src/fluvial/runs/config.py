@@ -208,6 +208,12 @@ class RunConfig(Settings):
                 "remove it"
             )
 
+        if self.evaluate.cross_site and "local" not in self.compare:
+            yield (
+                "evaluate.cross_site: without effect, because the models of single sites are those "
+                "of the baseline 'local'; add it to compare, or remove this"
+            )
+
         yield from self._useless_to_the_method()
         if self.evaluate.every > self.rounds:
             yield (
@@ -256,6 +262,7 @@ class RunConfig(Settings):
         left_out = {"codec", "downlink", "compare", "budget"}
         table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
+        table.get("evaluate", {}).pop("cross_site", None)
         for setting in useless(entry.config.model_validate({"name": name}), entry.traits):
             table.get(setting.table, {}).pop(setting.name, None)
 

@@ -11,6 +11,7 @@ from fluvial import __version__
 from fluvial.federation.meter import APART, MEASURING, Kind
 from fluvial.methods import BASELINES
 from fluvial.methods.interface import Export, Measures, Traits
+from fluvial.methods.measuring import SiteMeasures
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
 from fluvial.storage.run_files import COMPARE, DESCRIBED, read_result
@@ -30,8 +31,12 @@ def result_of(
     traffic: dict[str, Any],
     setup: dict[str, Any],
     wall_s: float,
+    own_models: dict[str, dict[str, SiteMeasures]] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that a run found, beside the results of its baselines in `folder`."""
+    """Return everything that a run found, beside the results of its baselines in `folder`.
+
+    `own_models` has the measures of the sites' own models, see `cross_site`.
+    """
     baselines = {name: _stored(folder, name) for name in BASELINES}
     promise = config.promise
     result: dict[str, Any] = {
@@ -59,6 +64,9 @@ def result_of(
             for site, row in final.by_site.items()
             if site in base.by_site
         },
+        "cross_site": None
+        if own_models is None
+        else {"local": own_models, "federated": final.by_site},
         **traffic,
         "wall_s": wall_s,
         "peak_rss_bytes": peak_rss_bytes(),

@@ -33,6 +33,7 @@ from fluvial.runs.budget.choice import choose
 from fluvial.runs.budget.settled import BUDGET, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
+from fluvial.runs.cross_site import OwnModels, own_models_everywhere
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
@@ -97,6 +98,12 @@ def execute(
             main.write_json(BUDGET, choice)
             pool = pool.beside(config.adapter)
 
+        if config.evaluate.cross_site and assemble is not in_process:
+            raise ConfigError(
+                "evaluate.cross_site: the models of the baseline 'local' stay at their sites, and "
+                "these are not in this process; remove it, or run over fleet 'process'"
+            )
+
         baselines = [(config.baseline(name), folder / COMPARE / name) for name in config.compare]
         layout, base = pool.layout, pool.outline.base
         runs = [*baselines, (settled(config, layout, base, len(known.names)), folder)]
@@ -114,14 +121,18 @@ def execute(
         main.write_json(
             CONFIG, {"fluvial": __version__, DESCRIPTION: description, **config.resolved()}
         )
+        own_models: OwnModels | None = None
         for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, own, known, assemble, choice).events()
+                yield from Run(each, main, own, known, assemble, choice, own_models).events()
                 continue
 
             with RunFolder(path) as baseline:
                 yield from Run(each, baseline, own, known, assemble).events()
+            if config.evaluate.cross_site and each.method.name == "local":
+                fleet = in_process(each, baseline, own, known)
+                own_models = partial(own_models_everywhere, each, baseline, fleet, own.layout)
 
 
 class Run:
@@ -135,8 +146,11 @@ class Run:
         texts: Texts,
         assemble: Assemble = in_process,
         choice: dict[str, Any] | None = None,
+        own_models: OwnModels | None = None,
     ) -> None:
-        """Take a run that begins or goes on; `choice` is what was chosen within its budget."""
+        """Take a run that begins or goes on; `choice` is what was chosen within its budget, and
+        `own_models` measures the models of its baseline `local`."""
+        self.own_models = own_models
         self.choice = {} if choice is None else {"budget": choice}
         self.config = config
         self.folder = folder
@@ -341,6 +355,7 @@ class Run:
             traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, raw),
             setup=self.setup,
             wall_s=self._elapsed(),
+            own_models=self.own_models and self.own_models(),
         )
 
     def _reporting(self) -> Reporting:

@@ -34,6 +34,7 @@ def useless(method: MethodSettings, traits: Traits) -> Iterator[Useless]:
     if traits.pooled:
         for name in ("quorum", "line", "workers", "sites", "join_timeout_s"):
             yield _setting("fleet", FleetConfig, name, "has all data at one place")
+        yield _setting("evaluate", EvaluateConfig, "cross_site", "has one model for all data")
 
     if not traits.exports:
         for name in ("sample_prompt", "sample_tokens"):
