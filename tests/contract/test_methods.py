@@ -6,19 +6,23 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from fluvial.data import SiteTexts
+from fluvial.errors import ConfigError
 from fluvial.methods import METHODS, MethodConfig
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
+from fluvial.runs.export import export_run
 from fluvial.runs.run import Run, execute
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import digest
 from tests.support import ROOT
 from tests.support.models import with_fitting_model
 from tests.support.runs import run_table
+from tests.support.vllm_rules import broken_rules
 
 # What a method needs beside its name to run on the tiny model.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -67,6 +71,27 @@ def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None
     assert result["heldout"]["final"]["loss"] < result["heldout"]["base"]["loss"]
     assert result["bytes"]["up"] > 0
     assert result["bytes"]["down"] > 0
+    assert_exported(table, tmp_path)
+
+
+def assert_exported(table: dict[str, Any], folder: Path) -> None:
+    """Assert that the run's result can be exported, and that vLLM can serve the adapter."""
+    kinds = [kind for kind in ("adapter", "model") if (folder / "run" / kind).exists()]
+    if not kinds:
+        with pytest.raises(ConfigError, match="leaves every site its own"):
+            export_run(folder / "run", folder / "out")
+        return
+
+    made = export_run(folder / "run", folder / "out", base="org/base")
+    assert made.form == {"adapter": "peft", "model": "model"}[kinds[0]]
+    for path in (folder / "out").iterdir():
+        if path.suffix in (".json", ".md"):
+            assert str(folder) not in path.read_text()
+
+    if made.form == "peft":
+        assert made.max_lora_rank is not None
+        base = AutoModelForCausalLM.from_pretrained(table["model"]["name_or_path"])
+        assert broken_rules(folder / "out", base, made.max_lora_rank) == []
 
 
 def test_state_is_all_a_server_needs(table: dict[str, Any], tmp_path: Path) -> None:

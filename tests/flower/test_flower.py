@@ -34,10 +34,10 @@ from fluvial.flower.envelope import STYPE, pack, unpack
 from fluvial.flower.server import _plain
 from fluvial.flower.site import site_process
 from fluvial.flower.transport import flower_fleet
+from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.report.round_lines import round_line
 from fluvial.runs.config import parse
-from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import JOIN, UNKNOWN_RUN
 from fluvial.site_process.site_file import Allowed, SiteFile

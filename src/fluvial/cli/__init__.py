@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from fluvial import __version__, interrupt
-from fluvial.cli import check, evaluate, plan, run, server, show, site, submit
+from fluvial.cli import check, evaluate, export, plan, run, server, show, site, submit
 from fluvial.cli.console import err, out
 from fluvial.errors import FluvialError
 from fluvial.formatting import safe_text
@@ -25,6 +25,7 @@ app.command("check")(check.check)
 app.command("plan")(plan.plan)
 app.command("preview")(check.preview)
 app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
 app.command("show")(show.show)
 app.command("submit")(submit.submit)
 app.command("status")(submit.status)

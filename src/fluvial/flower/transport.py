@@ -25,9 +25,9 @@ from fluvial.flower.letter import Letter
 from fluvial.flower.nodes import Nodes
 from fluvial.flower.stream.conversations import Conversations
 from fluvial.flower.stream.listener import StreamListener
+from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
-from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import JOIN, UNKNOWN_RUN
 from fluvial.wire.payload import Limits, Payload, Value

@@ -1,7 +1,6 @@
-"""Export of a model: the folder of PEFT or of the model, its card, and samples of its text."""
+"""Export of a model: the folder of PEFT or of the model, and samples of its text."""
 
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -13,11 +12,8 @@ from typing import Any
 from fluvial import __version__
 from fluvial.data import with_template
 from fluvial.data.config import DataConfig
-from fluvial.formatting import privacy_words
-from fluvial.methods.measuring import EvaluateConfig, Measures, Texts
-from fluvial.models.part_tuning import PartTuning
+from fluvial.methods.measuring import EvaluateConfig, Texts
 from fluvial.models.pool import ModelPool
-from fluvial.models.quantised import quantised_words
 from fluvial.storage import exported
 from fluvial.training.evaluate import has_effect
 from fluvial.wire.tensors import Named, factor, norm
@@ -29,21 +25,13 @@ logger = logging.getLogger(__name__)
 class Reporting:
     """Everything that a server half needs to measure its model and to write it."""
 
-    method: str
-    """The method's name in a configuration."""
-    paper: str
-    base: str
-    """Name or path of the base model."""
     settings: dict[str, Any]
     """All settings of the run as JSON types."""
     rounds: int
-    sites: int
     evaluate: EvaluateConfig
     data: DataConfig
     heldout: bool
     """True where the sites measure models on their held-out text and send the sums."""
-    privacy: dict[str, Any] | None
-    """The report of the run's differential privacy; None without any."""
     pool: ModelPool
     texts: Texts
     folder: Path
@@ -78,7 +66,7 @@ class Export:
     """Account of noise that is less than a promise of privacy, with a `sentence`; None without."""
 
 
-def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
+def export_weights(reporting: Reporting, state: Named) -> str:
     """Write the folder of PEFT, or of the model; return the SHA-256 over its weight files.
 
     A model that equals the base is written too, with a warning.
@@ -88,12 +76,10 @@ def export_weights(reporting: Reporting, state: Named, final: Measures) -> str:
     if (pool.full and norm(state) == 0) or not has_effect(pool, state, probe):
         logger.warning(UNCHANGED)
 
-    return _write(
-        "model" if pool.full else "adapter", reporting, final, partial(_save, reporting, state)
-    )
+    return _write("model" if pool.full else "adapter", reporting, partial(_save, reporting, state))
 
 
-def export_adapter(reporting: Reporting, state: Named, final: Measures) -> str:
+def export_adapter(reporting: Reporting, state: Named) -> str:
     """Write the folder of PEFT of an adapter, without the base's weights and its tokenizer.
 
     Return the SHA-256 over its weight file. An adapter without effect is written with a warning.
@@ -101,7 +87,7 @@ def export_adapter(reporting: Reporting, state: Named, final: Measures) -> str:
     if not any(bool(tensor.any()) for name, tensor in state.items() if factor(name) == "B"):
         logger.warning(UNCHANGED)
 
-    return _write("adapter", reporting, final, partial(reporting.pool.save_adapter, state))
+    return _write("adapter", reporting, partial(reporting.pool.save_adapter, state))
 
 
 def _save(reporting: Reporting, state: Named, folder: Path) -> None:
@@ -113,14 +99,13 @@ def _save(reporting: Reporting, state: Named, folder: Path) -> None:
         with_template(pool.tokenizer, template).save_pretrained(str(folder))
 
 
-def _write(name: str, reporting: Reporting, final: Measures, save: Callable[[Path], None]) -> str:
-    """Write the folder `name`, with its card; return the SHA-256 over its weight files."""
+def _write(name: str, reporting: Reporting, save: Callable[[Path], None]) -> str:
+    """Write the folder `name`; return the SHA-256 over its weight files."""
     draft = reporting.folder / f".{name}.partial"
     shutil.rmtree(draft, ignore_errors=True)
     save(draft)
 
     exported.write(draft, __version__, reporting.settings)
-    (draft / "README.md").write_text(card(reporting, final))
     digest = hashlib.sha256()
 
     for path in sorted(draft.glob("*.safetensors")):
@@ -157,37 +142,3 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         for weights in (reporting.pool.base_state(), state)
     )
     return [{"prompt": prompt, "base": before, "final": after}]
-
-
-def card(reporting: Reporting, final: Measures) -> str:
-    """Return the text of the model's README.md."""
-    settings = json.dumps(reporting.settings, indent=2)
-    mean = final.mean()
-    measured = (
-        f"Held-out loss {mean['loss']:.4f} nats per token, next-token accuracy "
-        f"{mean['accuracy']:.4f} (means over the sites)."
-        if mean
-        else "Held-out measures were not taken."
-    )
-    if reporting.privacy is not None:
-        measured += f" Differential privacy: {privacy_words(reporting.privacy)}."
-
-    quantised = quantised_words(reporting.pool.config)
-    full = reporting.pool.full
-    tuning = reporting.pool.tuning
-    kind = "Model, all weights tuned," if full else "LoRA adapter"
-    library, tag = ("transformers", "full-parameter-tuning") if full else ("peft", "lora")
-    if isinstance(tuning, PartTuning):
-        measured = f"Tuned weights: {tuning.words}. {measured}"
-        kind = "Model, tuned part by part," if full else "LoRA adapter of some parts"
-        tag = "full-parameter-tuning, lora" if full and tuning.tunes("lora") else tag
-
-    return (
-        f"---\nbase_model: {reporting.base}\nlibrary_name: {library}\n"
-        f"tags: [federated-learning, {tag}]\n---\n\n"
-        f"# {kind} made by Fluvial {__version__}\n\n"
-        f"Method `{reporting.method}` ({reporting.paper}), {reporting.rounds} rounds over "
-        f"{reporting.sites} sites. "
-        f"{measured}{quantised}\n\nThe sites' data is not in this folder. Settings:\n\n"
-        f"```json\n{settings}\n```\n"
-    )

@@ -73,7 +73,7 @@ class SharedModelServer(ABC):
         """Write the model and its card; return what result.json says about it."""
         state = changed(self._checked_model())
         texts = samples(reporting, state)
-        sha256 = export_weights(reporting, state, final)
+        sha256 = export_weights(reporting, state)
         public = (
             None
             if reporting.heldout

@@ -20,11 +20,11 @@ from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.federation.talk import conversed, only_answer
+from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import Records, site_of, tasks_of, texts_of
 from fluvial.site_process.budget import check_budget, check_same_promise
-from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
 from fluvial.site_process.local_config import at_site, refusal
 from fluvial.site_process.outgoing import OutgoingLog, labels_of

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fluvial.federation.store
-import fluvial.site_process.fingerprints
+import fluvial.models.fingerprints
 import fluvial.site_process.journal
 import fluvial.site_process.process
 import fluvial.storage.files

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fluvial.federation.store
-import fluvial.site_process.fingerprints
+import fluvial.models.fingerprints
 import fluvial.site_process.journal
 import fluvial.site_process.process
 import fluvial.storage.files
@@ -21,11 +21,11 @@ from fluvial.data import SiteTexts
 from fluvial.errors import ConfigError, FluvialError, RefusalError, WireError
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.talk import Talk
+from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import RunConfig
-from fluvial.site_process.fingerprints import fingerprints
 from fluvial.site_process.journal import Header, Journal
 from fluvial.site_process.process import JOIN, UNKNOWN_RUN, SiteProcess
 from fluvial.site_process.site_file import read_site_file
@@ -423,10 +423,10 @@ def test_what_differs_has_another_print(
         assert isinstance(adapter, LoraSettings)
         adapter = adapter.model_copy(update={"r": 8})
     elif what == "fluvial":
-        monkeypatch.setattr(fluvial.site_process.fingerprints, "__version__", "0.0.1")
+        monkeypatch.setattr(fluvial.models.fingerprints, "__version__", "0.0.1")
     elif what == "transformers":
         monkeypatch.setattr(
-            fluvial.site_process.fingerprints,
+            fluvial.models.fingerprints,
             "version",
             lambda name: "9" if name == what else ours[name],
         )

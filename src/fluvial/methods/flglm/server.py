@@ -198,7 +198,7 @@ class FlGlmServer(SharedModelServer):
             return super().export(fleet, reporting, final)
 
         texts = self._samples(fleet, reporting)
-        sha256 = export_adapter(reporting, changed(self._checked_model()), final)
+        sha256 = export_adapter(reporting, changed(self._checked_model()))
         return Export(adapter_sha256=sha256, samples=texts)
 
     def _leakage(self, fleet: Fleet, round: int, which: Which = "final") -> Leakage | None:

@@ -1,0 +1,102 @@
+"""`fluvial export`: a finished run as an adapter or a model to publish and to serve."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fluvial.cli.console import Format, print_content, print_line
+from fluvial.cli.progress import spinner
+
+if TYPE_CHECKING:
+    from fluvial.runs.export import Exported
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    to: Annotated[
+        Path | None, typer.Option(help="New folder; default RUN/export-FORM.", show_default=False)
+    ] = None,
+    form: Annotated[
+        Literal["peft", "merged", "gguf"] | None,
+        typer.Option(
+            help="The adapter, or base and adapter as one model; default the adapter, or the model "
+            "where all weights were tuned.",
+            show_default=False,
+        ),
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(
+            help="Id of the base model on the hub, for a base that was a local folder.",
+            show_default=False,
+        ),
+    ] = None,
+    site_names: Annotated[
+        bool,
+        typer.Option("--site-names", help="Name the sites and their losses in the model card."),
+    ] = False,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Type of a merged model; auto is that of the base."),
+    ] = "auto",
+    format: Format = "table",
+) -> None:
+    """Write the adapter or the model of a run, with a model card and without local paths."""
+    with spinner("reading the run"):
+        from fluvial.runs.export import export_run
+
+        made = export_run(folder, to, form=form, base=base_name, name_sites=site_names, dtype=dtype)
+
+    if format == "json":
+        check = made.check
+        content = {
+            "folder": str(made.folder),
+            "form": made.form,
+            "base": made.base,
+            "rank": made.rank,
+            "max_lora_rank": made.max_lora_rank,
+            "merged_error": None if check is None else check.error,
+            "adapter_effect": None if check is None else check.effect,
+            "tolerance": None if check is None else check.tolerance,
+        }
+        print_content(content, format, str)
+        return
+
+    for line in _lines(made):
+        print_line(line)
+
+
+def _lines(made: "Exported") -> list[str]:
+    """Return what was written, and the calls that load it."""
+    path = str(made.folder)
+    if made.form != "peft":
+        lines = [f"wrote {path}: a model of transformers, with its card README.md"]
+        if made.check is not None:
+            lines.append(
+                f"its logits differ from base and adapter by {made.check.error:.1e} of their norm "
+                f"(accepted: {made.check.tolerance:g}); the adapter changes {made.check.effect:.1e}"
+            )
+        return [
+            *lines,
+            f"transformers  pipeline('text-generation', model={path!r})",
+            f"vLLM          vllm serve {path}",
+        ]
+
+    from fluvial.models.pretrained import EMBEDDED
+
+    lines = [f"wrote {path}: a LoRA adapter of rank {made.rank}, with its card README.md"]
+    if made.base == EMBEDDED:
+        return [
+            *lines,
+            "its base is the model of the Fluvial package, which no hub has: `fluvial chat` and "
+            "`fluvial evaluate` load it; for other tools use --form merged",
+        ]
+
+    lines.append(f"PEFT  AutoPeftModelForCausalLM.from_pretrained({path!r})")
+    if made.max_lora_rank is not None:
+        lines.append(
+            f"vLLM  vllm serve {made.base} --enable-lora --max-lora-rank {made.max_lora_rank} "
+            f"--lora-modules tuned={path}"
+        )
+    return lines
