@@ -1,4 +1,4 @@
-"""Tables that `fluvial evaluate` prints: records, questions, their subjects, and SuperGLUE."""
+"""Tables that `fluvial evaluate` prints: records, questions, their subjects, SuperGLUE, tasks."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,7 +10,7 @@ from fluvial.storage.run_files import JsonObject
 
 
 def evaluation_tables(measured: JsonObject) -> Group:
-    """Return tables of the records, of the questions, also by subject, and of SuperGLUE."""
+    """Return tables of the records, the questions, also by subject, SuperGLUE, and the tasks."""
     title = (
         measured["model"]
         if "model" in measured
@@ -27,6 +27,8 @@ def evaluation_tables(measured: JsonObject) -> Group:
 
     if "superglue" in measured:
         content.append(_superglue_table(measured["superglue"], _headings(measured)))
+    if "tasks" in measured:
+        content.append(harness_table(measured["tasks"], _headings(measured)))
 
     return Group(*content)
 
@@ -154,6 +156,40 @@ def _superglue_table(superglue: JsonObject, headings: dict[str, str]) -> Table:
     ]
     columns = ["task", "metric", "clozes", *(headings[model] for model in models)]
     return _measures("SuperGLUE", columns, rows, notes)
+
+
+def harness_table(tasks: JsonObject, headings: dict[str, str]) -> Table:
+    """Return a table of tasks of lm-eval: values with their standard errors, and differences."""
+    rows = []
+    models = _models(tasks["rows"][0]) if tasks["rows"] else []
+
+    for row in tasks["rows"]:
+        name = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
+        shots = "" if row["n_shot"] is None else str(row["n_shot"])
+        documents = "" if row["documents"] is None else str(row["documents"])
+        cells = [row["task"], name, shots, documents]
+        cells += [_with_error(row[model], "") for model in models]
+        cells += [_with_error(row["difference"], "+")] if "difference" in row else []
+        rows.append(cells)
+
+    columns = ["task", "metric", "shots", "documents", *(headings[model] for model in models)]
+    columns += ["difference"] if len(models) == 2 else []
+    notes = [f"lm-eval {tasks['lm_eval']}, with its standard errors"]
+    if len(models) == 2:
+        notes += ["that of a difference is over the same documents"]
+    if tasks["limit"] is not None:
+        notes += [f"limit {tasks['limit']:g}"]
+    if tasks["cut_prompts"]:
+        notes += [f"{tasks['cut_prompts']} prompts cut on the left to fit the context"]
+    notes += [f"written to {path}" for path in tasks["written"]]
+
+    return _measures("Tasks of lm-eval", columns, rows, notes)
+
+
+def _with_error(figure: JsonObject, sign: str) -> str:
+    """Return a value with its standard error, where there is one."""
+    value = f"{figure['value']:{sign}.4f}"
+    return value if figure["stderr"] is None else f"{value} ± {figure['stderr']:.4f}"
 
 
 def _group_tables(

@@ -1,7 +1,7 @@
 """The measurements of `fluvial evaluate`: an adapter beside its base, or a model by itself.
 
-They are made on a file of records, on multiple-choice questions, on SuperGLUE's tasks, or on
-several of these.
+They are made on a file of records, on multiple-choice questions, on SuperGLUE's tasks, on tasks of
+lm-eval, or on several of these.
 """
 
 import logging
@@ -14,7 +14,9 @@ from typing import Any, Literal
 from fluvial import __version__
 from fluvial.data import DataConfig, Whole, read_whole
 from fluvial.errors import ConfigError
+from fluvial.models.digests import weights_digest
 from fluvial.models.encoding import Encoder
+from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig, check_length
 from fluvial.training.answer_scores import AnswerSums
@@ -23,6 +25,7 @@ from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import CHANCE, Choice, read_choices
 from fluvial.training.evaluate import Heldout, has_effect, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
+from fluvial.training.harness import Harness, HarnessConfig
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.training.superglue import Cloze, read_superglue
 from fluvial.training.superglue_scores import Task, superglue_result
@@ -33,8 +36,12 @@ logger = logging.getLogger(__name__)
 
 NOTHING_TO_MEASURE = (
     "nothing to measure: name a file with --data, questions with --choices, SuperGLUE's folder "
-    "with --superglue, or several of them"
+    "with --superglue, tasks of lm-eval with --tasks, or several of them"
 )
+
+
+PROBE = "The"
+"""Text on which an adapter must have an effect, where nothing else is at hand."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ def evaluate_adapter(
     data: DataConfig | None = None,
     choices: ChoiceConfig | None = None,
     superglue: Path | None = None,
+    tasks: HarnessConfig | None = None,
     max_new_tokens: int = NEW_TOKENS,
     seed: int = 0,
     base: bool = True,
@@ -74,15 +82,16 @@ def evaluate_adapter(
     """Measure an adapter or a tuned model, and with `base` its base model too.
 
     The text is the held-out part of `data`, made with `whole_file`, the questions of `choices`, the
-    tasks in the folder `superglue`, or several of these; `max_new_tokens` is the room for a greedy
-    answer, and 0 leaves its scores out. Return JSON types. Raises `ConfigError` when a file or a
-    setting is wrong or the adapter has no effect.
+    tasks in the folder `superglue`, the `tasks` of lm-eval, or several of these; `max_new_tokens`
+    is the room for a greedy answer, and 0 leaves its scores out. Return JSON types. Raises
+    `ConfigError` when a file or a setting is wrong or the adapter has no effect.
     """
-    if data is None and choices is None and superglue is None:
+    if data is None and choices is None and superglue is None and tasks is None:
         raise ConfigError(NOTHING_TO_MEASURE)
 
     questions = None if choices is None else _questions(choices)
     clozes = {} if superglue is None else read_superglue(superglue)
+    harness = None if tasks is None else Harness(tasks)
     logger.info("loading the base model")
     pool = ModelPool(model, adapter.lora)
 
@@ -94,10 +103,11 @@ def evaluate_adapter(
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
     sheet = _sheet(choices, questions, pool) if choices and questions else None
-    tasks = _tasks(clozes, pool)
+    cloze_tasks = _tasks(clozes, pool)
     probes = [texts.examples[0].input_ids] if texts else []
     probes += [sheet.prompts[0].prefix] if sheet else []
-    probes += [task.prompts[0].prefix for task in tasks.values()]
+    probes += [task.prompts[0].prefix for task in cloze_tasks.values()]
+    probes += [Encoder.of(pool.tokenizer).prompt(PROBE)]
     if not has_effect(pool, state, probes[0]):
         raise ConfigError(
             "what was tuned gives exactly the base model's logits: it was not trained, or does not "
@@ -116,8 +126,11 @@ def evaluate_adapter(
         result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
     if choices is not None and sheet is not None:
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
-    if tasks:
-        result["superglue"] = superglue_result(tasks, pool, models)
+    if cloze_tasks:
+        result["superglue"] = superglue_result(cloze_tasks, pool, models)
+    if harness is not None:
+        names = {"base": _loaded_as(model), "adapter": _loaded_as(model, adapter)}
+        result["tasks"] = harness.measure(pool, models, names)
 
     return result
 
@@ -133,21 +146,23 @@ def evaluate_model(
     data: DataConfig | None = None,
     choices: ChoiceConfig | None = None,
     superglue: Path | None = None,
+    tasks: HarnessConfig | None = None,
     max_new_tokens: int = NEW_TOKENS,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a model by itself, as `evaluate_adapter` measures a base model."""
-    if data is None and choices is None and superglue is None:
+    if data is None and choices is None and superglue is None and tasks is None:
         raise ConfigError(NOTHING_TO_MEASURE)
 
     questions = None if choices is None else _questions(choices)
     clozes = {} if superglue is None else read_superglue(superglue)
+    harness = None if tasks is None else Harness(tasks)
     logger.info("loading the model")
     pool = ModelPool(model, None)
     pool.check_behaviour()
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
-    tasks = _tasks(clozes, pool)
+    cloze_tasks = _tasks(clozes, pool)
     models: dict[str, Named] = {"model": {}}
     result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
@@ -156,10 +171,33 @@ def evaluate_model(
     if choices is not None and questions:
         sheet = _sheet(choices, questions, pool)
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
-    if tasks:
-        result["superglue"] = superglue_result(tasks, pool, models)
+    if cloze_tasks:
+        result["superglue"] = superglue_result(cloze_tasks, pool, models)
+    if harness is not None:
+        result["tasks"] = harness.measure(pool, models, {"model": _loaded_as(model)})
 
     return result
+
+
+def _loaded_as(model: ModelConfig, adapter: AdapterFolder | None = None) -> dict[str, Any]:
+    """Return the arguments by which lm-eval would load a model, and digests of its files."""
+    named = {"dtype": model.dtype, **model.quantisation_settings}
+    if adapter is not None and not adapter.lora:
+        return {
+            "pretrained": str(adapter.path),
+            "sha256": weights_digest(adapter.path),
+            **named,
+        }
+
+    loaded = {
+        "pretrained": model.name_or_path,
+        "sha256": weights_digest(weights_folder(model)),
+        **({"revision": model.revision} if model.revision else {}),
+        **named,
+    }
+    if adapter is not None:
+        loaded |= {"peft": str(adapter.path), "peft_sha256": weights_digest(adapter.path)}
+    return loaded
 
 
 def _without_copies(adapter: AdapterFolder, pool: ModelPool) -> Named:

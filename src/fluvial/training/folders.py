@@ -10,6 +10,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
 from fluvial.storage.files import read_object
+from fluvial.storage.run_files import CONFIG, EXPORTS
 from fluvial.wire.tensors import Named, is_finite
 
 _READ = {
@@ -116,6 +117,17 @@ def kind_of(name: str) -> Kind:
         f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of "
         f"transformers (it has no config.json that names a model_type); {_hint(folder)}"
     )
+
+
+def weights_in(name: str) -> str:
+    """Return RUN/adapter or RUN/model for the folder of a run, and any other `name` as it is."""
+    folder = Path(name).expanduser()
+    stored = read_object(folder / CONFIG)
+    if stored is None or "fluvial" not in stored:
+        return name
+
+    inner = [folder / export for export in EXPORTS if (folder / export).is_dir()]
+    return str(inner[0]) if inner else name
 
 
 def _hint(folder: Path) -> str:
