@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from fluvial.data import tokenize
 from fluvial.data.stdlib import PRETRAIN, pretraining_documents, public_packages
 from fluvial.seeds import derive, generator
+from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import heldout
-from fluvial.training.train import TrainConfig, train
+from fluvial.training.train import train
 
 VOCABULARY = 2048
 CONTEXT = 256

@@ -175,7 +175,8 @@ def timed(model: Any, trained: frozenset[str], setting: Setting, device: str) ->
     import torch
 
     from fluvial.data import Example
-    from fluvial.training.train import TrainConfig, train
+    from fluvial.training.config import TrainConfig
+    from fluvial.training.train import train
 
     load = setting.load
     draw = torch.Generator().manual_seed(0)

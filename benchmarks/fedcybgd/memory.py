@@ -103,7 +103,7 @@ def visit_once(folder: Path, tunes: Tunes, hold: Hold, meter: Callable[[Any], An
     from fluvial.models.pool import ModelPool
     from fluvial.models.pretrained import ModelConfig
     from fluvial.models.states import initial_state
-    from fluvial.training.train import TrainConfig
+    from fluvial.training.config import TrainConfig
     from fluvial.wire.payload import Payload
 
     module: Any = importlib.import_module(

@@ -12,7 +12,8 @@ from fluvial.methods.flglm.leakage.meter import Observation
 from fluvial.methods.flglm.leakage.noise import HiddenNoise
 from fluvial.methods.flglm.leakage.public_model import PublicModel
 from fluvial.models.split import Cut, Part, decoder_layers
-from fluvial.training.train import TrainConfig, summed_loss, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import summed_loss, train
 
 BACK = 1
 """Value of q."""

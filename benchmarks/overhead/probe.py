@@ -81,7 +81,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     from fluvial.models.pool import ModelPool
     from fluvial.runs.checkpoint import RunFolder
     from fluvial.runs.result import peak_rss_bytes
-    from fluvial.training.train import TrainConfig
+    from fluvial.training.config import TrainConfig
     from fluvial.wire.payload import Payload, frame_payload
     from fluvial.wire.tensors import Layout
 

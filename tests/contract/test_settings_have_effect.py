@@ -31,7 +31,7 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import merge, parse
 from fluvial.runs.plan import plan
 from fluvial.settings import Settings
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 from tests.contract.test_methods import SETTINGS

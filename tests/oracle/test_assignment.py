@@ -36,7 +36,8 @@ from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import read_shapes, tuned_parameters
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig, collate, shuffled_batches
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import collate, shuffled_batches
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 

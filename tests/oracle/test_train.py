@@ -21,11 +21,11 @@ from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_parameters
 from fluvial.seeds import generator
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import learning_rate_share
 from fluvial.training.train import (
-    TrainConfig,
     TrainReport,
     collate,
-    learning_rate_share,
     predictions,
     shuffled_batches,
     summed_loss,

@@ -33,7 +33,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named, digest, moved, norm, subtract
 

@@ -13,7 +13,7 @@ from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
 from fluvial.methods.interface import MethodSettings
 from fluvial.models.pool import ModelPool
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Limits, Payload
 
 NAMES = ("a", "b", "c", "d")

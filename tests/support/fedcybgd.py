@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import fluvial.training.train as training
+import fluvial.training.stepper as training
 from fluvial.codecs import Codec, build
 from fluvial.data import Example, SiteTexts
 from fluvial.federation.sites import Site, Task
@@ -26,8 +26,9 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Run
 from fluvial.seeds import generator
+from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import heldout
-from fluvial.training.train import TrainConfig, train
+from fluvial.training.train import train
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, moved, subtract
 from tests.support.models import four_layers

@@ -27,7 +27,7 @@ from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.models.weight_sources import MemorySource
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named
 from tests.support.models import four_layers

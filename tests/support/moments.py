@@ -257,7 +257,7 @@ def _full(full: bool) -> Iterator[None]:
 _CHANGES: dict[str, Callable[[ModuleType], None]] = {
     "fluvial.site_process.process": _site_process,
     "fluvial.site_process.journal": _journal,
-    "fluvial.training.train": _train,
+    "fluvial.training.stepper": _train,
     "fluvial.federation.fleet": _fleet,
     "fluvial.runs.checkpoint": _checkpoint,
     "fluvial.flower.executor": _executor,

@@ -80,8 +80,8 @@ class DataConfig(Settings):
     of the answer would stay), "shorten_prompt" (the beginning of the prompt is cut, and the end
     only if that is not enough), "drop", or "refuse". Plain text is cut into windows instead."""
     packing: bool = False
-    """Joining of sequences before they are cut to `max_length`; attention crosses the EOS between
-    them."""
+    """Sharing of sequences by short records in training: up to `max_length` tokens, best fit first.
+    No record reads another, and none is cut; records to measure are not packed."""
     loss_on: Literal["answer", "all"] = "answer"
     """Tokens of a conversation with loss; plain text always has loss on all."""
     max_heldout: int | None = Field(None, ge=1, le=10**9)
@@ -125,11 +125,6 @@ class DataConfig(Settings):
             yield "heldout: without effect, because no heldout_source is named; remove it"
         if self.public is not None and self.public_source is None:
             yield "public: without effect, because no public_source is named; remove it"
-        if self.packing and "overlong" in touched:
-            yield (
-                "overlong: without effect beside packing, which joins records before cutting; "
-                "remove one"
-            )
 
     def _touched(self) -> set[str]:
         default = dict(type(self).model_construct())

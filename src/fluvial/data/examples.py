@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 IGNORE_INDEX = -100
@@ -16,6 +17,9 @@ class Example:
 
     input_ids: Sequence[int]
     labels: Sequence[int]
+    lengths: tuple[int, ...] = ()
+    """Lengths of the records that share the sequence, none of which reads another; empty for a
+    sequence that is not packed."""
 
     @property
     def label_tokens(self) -> int:
@@ -29,7 +33,14 @@ class Example:
 
     def cut(self, start: int, end: int | None = None) -> "Example":
         """Return the positions from `start` to `end`."""
-        return Example(self.input_ids[start:end], self.labels[start:end])
+        stop = len(self.input_ids) if end is None else end
+        ends = list(accumulate(self.lengths))
+        kept = [
+            min(last, stop) - max(last - length, start)
+            for last, length in zip(ends, self.lengths, strict=True)
+        ]
+        lengths = tuple(length for length in kept if length > 0)
+        return Example(self.input_ids[start:end], self.labels[start:end], lengths)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
 from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
+from fluvial.data.packing import pack
 from fluvial.data.partition import Iid, split
 from fluvial.data.records import Record, Text
 from fluvial.data.site_names import check_names, chosen
@@ -148,7 +149,7 @@ class SiteTexts:
             surplus += tokens.surplus
             measured = tokens.heldout.examples[: self.config.max_heldout]
             left_out += len(tokens.heldout.examples) - len(measured)
-            self.num_train[name] = len(tokens.train.examples)
+            self.num_train[name] = len(self._sequences(tokens.train.examples))
             questions += len(tokens.heldout.questions[: self.config.max_heldout])
             leaks.add(name, tokens.train.examples, measured)
 
@@ -230,9 +231,11 @@ class SiteTexts:
     @property
     def _tokenizing(self) -> Tokenizing:
         config = self.config
-        return Tokenizing(
-            self.tokenizer, config.max_length, config.packing, config.loss_on, config.overlong
-        )
+        return Tokenizing(self.tokenizer, config.max_length, config.loss_on, config.overlong)
+
+    def _sequences(self, examples: list[Example]) -> list[Example]:
+        """Return `examples` as they are trained on; what is measured is never packed."""
+        return pack(examples, self.config.max_length) if self.config.packing else examples
 
     def _tokenise(self, name: str) -> _Tokens:
         if self._parts is None:
@@ -260,7 +263,7 @@ class SiteTexts:
         self._own_faults(name, tokens, faults)
         faults.raise_any()
         return SiteData(
-            train.examples,
+            self._sequences(train.examples),
             heldout.examples[: self.config.max_heldout],
             heldout.questions[: self.config.max_heldout],
             train.records + heldout.records,
@@ -319,7 +322,7 @@ class SiteTexts:
         """
         if self.config.source == STDLIB and self.config.public_source is None:
             packages = {
-                name: self._stdlib(documents).examples
+                name: self._sequences(self._stdlib(documents).examples)
                 for name, documents in stdlib.public_packages().items()
             }
             return _even_parts(packages)
@@ -352,7 +355,7 @@ class SiteTexts:
             )
 
         faults.raise_any()
-        return {name: tokenized.examples for name, tokenized in tokens.items()}
+        return {name: self._sequences(made.examples) for name, made in tokens.items()}
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:

@@ -15,6 +15,7 @@ from fluvial.data.examples import (
 )
 from fluvial.data.faults import SHOWN, DataError, Faults
 from fluvial.data.forms import Form
+from fluvial.data.packing import pack
 from fluvial.data.records import Chat, Record, RecordReader, Text
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
@@ -78,7 +79,6 @@ class Tokenizing:
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    packing: bool = False
     loss_on: Literal["answer", "all"] = "answer"
     overlong: Overlong = "cut"
 
@@ -86,8 +86,7 @@ class Tokenizing:
         """Return token ids and labels of `records`.
 
         Text is cut into windows of `max_length` and so loses nothing; what is longer in other forms
-        is treated as `overlong` says. With `packing` the sequences are joined before cutting
-        (attention crosses the EOS between them). Raise `ConfigError` for a tokenizer without EOS.
+        is treated as `overlong` says. Raise `ConfigError` for a tokenizer without EOS.
         """
         if self.tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -97,7 +96,6 @@ class Tokenizing:
 
         encoder = Encoder.of(self.tokenizer)
         result = Tokenized()
-        stream = Example([], [])
 
         for record in records:
             result.records += 1
@@ -107,23 +105,11 @@ class Tokenizing:
                 result.faults.include(error)
                 continue
 
-            if self.packing:
-                stream = Example(
-                    [*stream.input_ids, *example.input_ids], [*stream.labels, *example.labels]
-                )
-                full = len(stream.input_ids) // self.max_length * self.max_length
-                result.examples += windows(stream.cut(0, full), self.max_length)
-                stream = stream.cut(full)
-            elif isinstance(record.content, Text):
+            if isinstance(record.content, Text):
                 result.examples += windows(example, self.max_length)
             else:
                 self._fit(record, example, question, len(encoder.prefix), result)
-                continue
 
-            if question is not None:
-                result.questions.append(question)
-
-        result.examples += windows(stream, self.max_length)
         return result
 
     def _example(self, record: Record, encoder: Encoder) -> tuple[Example, Question | None]:
@@ -212,7 +198,7 @@ def tokenize(
     overlong: Overlong = "cut",
 ) -> Tokenized:
     """Return token ids and labels of `records`, pairs of a name for messages and the fields (see
-    `Tokenizing`).
+    `Tokenizing` and, for `packing`, `pack`).
 
     Raise `DataError` with every record that is not of the form, cannot be rendered or does not fit.
     """
@@ -226,7 +212,7 @@ def tokenize(
         except ConfigError as error:
             faults.include(error)
 
-    tokenizing = Tokenizing(tokenizer, max_length, packing, loss_on, overlong)
+    tokenizing = Tokenizing(tokenizer, max_length, loss_on, overlong)
     result = tokenizing(checked)
     if result.faults.count:
         faults.include(DataError(result.faults.first, result.faults.count))
@@ -234,4 +220,6 @@ def tokenize(
         faults.add(refusal(result.surplus, tokenizing, result.records, {}))
 
     faults.raise_any()
+    if packing:
+        result.examples = pack(result.examples, max_length)
     return result

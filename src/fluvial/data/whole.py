@@ -40,9 +40,7 @@ def read_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: st
     faults.raise_any()
 
     changed = with_template(tokenizer, config.chat_template)
-    tokenizing = Tokenizing(
-        changed, config.max_length, config.packing, config.loss_on, config.overlong
-    )
+    tokenizing = Tokenizing(changed, config.max_length, config.loss_on, config.overlong)
     tokens = tokenizing([entry.record for entry in found.entries])
     faults.include_all(tokens.faults)
 

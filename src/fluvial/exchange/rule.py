@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fluvial.federation.fleet import Fleet
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Named
 

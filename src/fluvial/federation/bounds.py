@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from fluvial.errors import WireError
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Named, WeightedMean, energy
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from fluvial.codecs import CodecSettings
 from fluvial.data import Example
 from fluvial.federation.line import Line
 from fluvial.models.pool import ModelPool
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
 
 

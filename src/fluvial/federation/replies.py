@@ -13,8 +13,8 @@ from fluvial.codecs.base import Codec
 from fluvial.errors import WireError
 from fluvial.federation.bounds import check_update
 from fluvial.training.answer_scores import MILLION, AnswerSums
+from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import Heldout
-from fluvial.training.train import TrainConfig
 from fluvial.wire import payload
 from fluvial.wire.payload import Payload, payload_frame
 from fluvial.wire.tensors import Named, WeightedMean

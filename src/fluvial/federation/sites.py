@@ -19,8 +19,9 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
 from fluvial.seeds import generator
 from fluvial.training.answer_scores import AnswerSums
+from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import Heldout, heldout
-from fluvial.training.train import TrainConfig, TrainReport, train
+from fluvial.training.train import TrainReport, train
 from fluvial.wire.payload import FRAME, OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, factor, subtract
 

@@ -24,7 +24,7 @@ from fluvial.models.part_tuning import Tuning
 from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, factor
 
@@ -245,6 +245,8 @@ class Traits:
     quantised: bool = True
     """True where sites train adapters over a quantised base; else the settings of `[model]` about
     it are refused."""
+    packs: bool = True
+    """True where sites train on packed sequences; else `data.packing` is refused."""
     pooled: bool = False
     """True where all data lies at one place."""
     exports: bool = True

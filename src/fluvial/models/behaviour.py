@@ -1,5 +1,8 @@
 """Checks of a base model on a few tokens, before any measurement."""
 
+from inspect import signature
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,6 +71,53 @@ def check_behaviour(model: nn.Module, name: str) -> None:
             f"{where}: {type(model).__name__} gives other values with its cache than without, so "
             "that what is trained and measured would not be what it generates"
         )
+
+
+def check_positions(base: nn.Module, name: str) -> None:
+    """Raise `ConfigError` for a base that is not told where a packed record begins; it may be
+    without weights."""
+    if "position_ids" not in signature(type(base).forward).parameters:
+        raise ConfigError(_unpackable(base, name, "takes no positions"))
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module, name: str) -> None:
+    """Raise `ConfigError` unless packed records have the logits that each has alone.
+
+    `model` is as `check_behaviour` needs it, or an adapted one that changes nothing.
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    check_positions(base, name)
+    device = next(model.parameters()).device
+    tokens = torch.tensor(_tokens(model), device=device)
+    records = [tokens, tokens.flip(0)[: LENGTH // 2], tokens.roll(1)]
+    rows = torch.cat(records).repeat(2, 1)
+    positions = torch.cat([torch.arange(len(each), device=device) for each in records])
+    found = model(**packed(model, rows, positions.repeat(2, 1))).logits.flatten(0, 1).float()
+    alone = torch.cat([_logits(model, each[None])[0] for each in records]).repeat(2, 1).float()
+
+    if float((alone - found).norm()) > _tolerance(model) * float(alone.norm()):
+        raise ConfigError(_unpackable(base, name, "lets a packed record read the one before it"))
+
+
+def packed(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """Return the arguments of a forward pass over packed rows (batch, seq), whose positions begin
+    again with each record.
+
+    Without a mask transformers takes such positions for the bounds of attention; flash attention
+    does so in a batch of one row only, which then holds all rows.
+    """
+    attention = str(getattr(getattr(model, "config", None), "_attn_implementation", ""))
+    if attention.startswith("flash_attention"):
+        input_ids, position_ids = (each.flatten()[None] for each in (input_ids, position_ids))
+    return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+
+
+def _unpackable(model: nn.Module, name: str, why: str) -> str:
+    return (
+        f"data.packing: {type(model).__name__} ({name}) {why}, so its records cannot share a "
+        "sequence; remove it"
+    )
 
 
 def _plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:

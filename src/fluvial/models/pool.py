@@ -20,7 +20,7 @@ from torch import nn
 from fluvial.models.adapters import adapt
 from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
-from fluvial.models.behaviour import check_behaviour
+from fluvial.models.behaviour import check_behaviour, check_packing
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -156,6 +156,11 @@ class ModelPool:
         if self.full:  # beside an adapter the base is checked where it is loaded
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
+
+    def check_packing(self) -> None:
+        """Load the base, and raise `ConfigError` if packed records would read each other."""
+        with self.model(self.base_state()) as model:
+            check_packing(model, self.config.name_or_path)
 
     def _base(self, assignment: Assignment | None = None) -> Base:
         assignment = assignment or self.outline.assignment

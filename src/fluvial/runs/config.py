@@ -27,7 +27,7 @@ from fluvial.runs.budget.fit import budget_conflicts
 from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
 from fluvial.storage import paths, toml
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 
 
 class RunConfig(Settings):
@@ -177,6 +177,11 @@ class RunConfig(Settings):
                 )
 
         traits = self.entry.traits
+        if self.data.packing and not traits.packs:
+            yield (
+                f"data.packing: method {self.method.name!r} sends each record's hidden states by "
+                "themselves; remove it"
+            )
         chosen = f", which {traits.coded_by} choose" if traits.coded_by else ""
         why = {"own code": f"has a code of its own{chosen}", "nothing": "sends no update"}.get(
             traits.sends

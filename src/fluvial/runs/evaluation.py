@@ -80,7 +80,6 @@ def how_records_are_read(
     parts = [f"form {form}{detected}", f"columns {columns or 'as they are named'}"]
     parts += [f"max_length {data.max_length}", f"loss on {data.loss_on}"]
     parts += [f"template {'of the run' if template else 'of the tokenizer'}"]
-    parts += ["packed"] if data.packing else []
     line = f"Records read {origin}: {'; '.join(parts)}"
     line += f"; set here: {', '.join(sorted(given))}" if given else ""
 
@@ -91,7 +90,6 @@ def how_records_are_read(
         "chat_template": template,
         "max_length": data.max_length,
         "loss_on": data.loss_on,
-        "packing": data.packing,
         "from_run": bool(run),
         "set_here": sorted(given),
         "line": line,

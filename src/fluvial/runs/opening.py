@@ -13,11 +13,12 @@ from fluvial.federation.store import StateStore
 from fluvial.methods.interface import Given, Plan
 from fluvial.methods.measuring import Texts
 from fluvial.models.base_weights import check_constant
+from fluvial.models.behaviour import check_positions
 from fluvial.models.outline import Outline
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import check_length, context_length, dtype_of
 from fluvial.runs.config import RunConfig
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
 
 
@@ -100,6 +101,8 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
         config.promise.report(config.rounds, config.rounds)  # raises where no noise is enough
 
     check_constant(base)
+    if config.data.packing:
+        check_positions(base, config.model.name_or_path)
     check_length(context_length(base), config.data.max_length)
     if planned.reads_public:
         texts.public()

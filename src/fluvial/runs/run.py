@@ -91,6 +91,8 @@ def execute(
         pool = ModelPool(config.model, config.adapter)  # one for all that tune alike
         if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
             pool.check_behaviour()
+            if config.data.packing:
+                pool.check_packing()
         known = texts(config, pool) if texts else texts_of(config, pool)
 
         if config.budget is not None and choice is None:

@@ -207,10 +207,12 @@ class SiteProcess:
         return POOLED if config.entry.traits.pooled else self.site.name
 
     def _pool(self, config: RunConfig) -> ModelPool:
-        key = f"{config.model!r} {config.adapter!r}"
+        key = f"{config.model!r} {config.adapter!r} {config.data.packing}"
         if key not in self._pools:
             pool = ModelPool(config.model, config.adapter)
             pool.load()
+            if config.data.packing and not pool.full:  # else the server checks the whole model
+                pool.check_packing()
             self._pools = {key: pool}  # one base at a time
         return self._pools[key]
 

@@ -17,11 +17,11 @@ FILE = "fluvial.json"
 PLACES = frozenset(
     {
         *("source", "split", "heldout_source", "heldout_split", "heldout_share", "heldout"),
-        *("public_source", "public", "partition", "sites", "max_heldout"),
+        *("public_source", "public", "partition", "sites", "max_heldout", "packing"),
     }
 )
-"""Settings of [data] that say where text lies and who has it; the others say how a record is read
-and scored."""
+"""Settings of [data] that say where text lies, who has it and how training joins it; the others say
+how a record is read and scored."""
 BY_FILE = ("encoding", "delimiter")
 """Settings of [data] that hold for files of the run's own kind only."""
 QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")

@@ -10,81 +10,23 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fluvial.data import IGNORE_INDEX, Example
 from fluvial.errors import DivergenceError
+from fluvial.models.behaviour import packed
 from fluvial.models.tuning import reseed_dropout, switch_dropout, tuned_parameters
 from fluvial.seeds import derive
-from fluvial.settings import Settings
-from fluvial.wire.tensors import Layout, Named
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import Stepper
+from fluvial.wire.tensors import Named
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class TrainConfig(Settings):
-    """Local training of one site in one round; names as in Hugging Face's `TrainingArguments`."""
-
-    learning_rate: float = Field(1.5e-4, ge=1e-30, le=100)
-    """Peak learning rate; the default is CG-FedLLM's value for LLaMA-7B with Dolly."""
-    per_device_train_batch_size: int = Field(8, ge=1, le=10**6)
-    """Sequences of one forward pass (micro-batch)."""
-    gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
-    """Micro-batches of one optimizer step; their product is the logical batch."""
-    num_train_epochs: float = Field(1.0, ge=1e-6, le=10**6)
-    """Passes over the site's data in one round; refused where `max_steps` is set."""
-    max_steps: int | None = Field(None, ge=1, le=10**9)
-    """Optimizer steps of one round, instead of `num_train_epochs`."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate after the warm-up."""
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(0.0, ge=0, le=10)
-    """Decoupled weight decay (AdamW), or L2 penalty (SGD)."""
-    max_grad_norm: float = Field(1.0, ge=0, le=1e9)
-    """Clipping threshold of the global gradient norm; 0 switches clipping off."""
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Optimizer, made anew in each round."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    """Decay of AdamW's mean of gradients."""
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    """Decay of AdamW's mean of squared gradients."""
-    adam_epsilon: float = Field(1e-8, ge=1e-30, le=1)
-    """Term that AdamW adds to the denominator."""
-    gradient_checkpointing: bool = False
-    """Recomputation of activations in the backward pass: less memory, more time."""
-    bf16: bool = False
-    """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""
-
-    def conflicts(self) -> Iterator[str]:
-        """See `Settings`."""
-        fields = type(self).model_fields
-        if self.max_steps is not None and self.num_train_epochs != 1:
-            yield "num_train_epochs: without effect beside max_steps; remove one of the two"
-
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if self.optim == "sgd" and getattr(self, name) != fields[name].default:
-                yield f"{name}: without effect under optim='sgd'; remove it"
-
-    @property
-    def logical_batch(self) -> int:
-        """Sequences of one optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    def steps(self, num_examples: int) -> int:
-        """Return the optimizer steps of one round on `num_examples` sequences.
-
-        The last, smaller batch of an epoch counts.
-        """
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, round(self.num_train_epochs * math.ceil(num_examples / self.logical_batch)))
 
 
 @dataclass(frozen=True)
@@ -106,9 +48,14 @@ def predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
 
     Position by position, the label is the next token of `batch`.
     """
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
+    ids = batch["input_ids"]
+    if "position_ids" in batch:
+        logits = model(**packed(model, ids, batch["position_ids"])).logits
+        logits = logits.reshape(*ids.shape, -1)
+    else:
+        logits = model(
+            input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
     return shifted(logits, batch["labels"])
 
 
@@ -125,8 +72,10 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def collate(
     examples: Sequence[Example], pad_token_id: int, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return right-padded `input_ids`, `attention_mask`, `labels`, (batch, longest sequence),
-    int64."""
+    """Return right-padded `input_ids`, `attention_mask` and `labels` (batch, longest), int64.
+
+    Beside packed sequences, `position_ids` begin at 0 with each record, and with the padding.
+    """
     longest = max(len(example.input_ids) for example in examples)
     rows = len(examples)
     batch = {
@@ -141,7 +90,17 @@ def collate(
         batch["attention_mask"][row, :length] = 1
         batch["labels"][row, :length] = torch.tensor(example.labels)
 
+    if any(example.lengths for example in examples):
+        batch["position_ids"] = torch.stack([_positions(each, longest) for each in examples])
+
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _positions(example: Example, longest: int) -> Tensor:
+    """Return the positions (longest,) of the records of a sequence and of the padding after it."""
+    length = len(example.input_ids)
+    lengths = (*(example.lengths or (length,)), longest - length)
+    return torch.cat([torch.arange(each) for each in lengths])
 
 
 def shuffled_batches(
@@ -160,151 +119,6 @@ def shuffled_batches(
 def drawn_seed(generator: torch.Generator) -> int:
     """Draw the seed of dropout, which comes before the first permutation of a training."""
     return int(torch.randint(2**62, (1,), generator=generator))
-
-
-def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
-    """Return the share of the peak learning rate at `step` (0-based) of `steps`.
-
-    It rises in the warm-up, then decays towards 0.
-    """
-    warmup = math.ceil(config.warmup_ratio * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.lr_scheduler_type == "constant":
-        return 1.0
-
-    done = (step - warmup) / max(1, steps - warmup)
-    return (
-        1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    )
-
-
-AT_ONCE = 2**24
-"""Parameters below which AdamW updates all tensors at once, with 4 more bytes for each."""
-
-
-class Stepper:
-    """The optimizer of one round for some parameters of a model, with its learning rates.
-
-    Parameters in half precision are tuned by way of fp32 masters that last for all steps, because a
-    step is smaller than what half precision resolves (Micikevicius et al., ICLR 2018,
-    https://arxiv.org/abs/1710.03740).
-    """
-
-    def __init__(
-        self,
-        trained: dict[str, nn.Parameter],
-        config: TrainConfig,
-        *,
-        steps: int,
-        start: Named | None = None,
-    ) -> None:
-        """Begin `steps` steps; masters begin at `start`, by name, or else at the parameters."""
-        self.steps = steps
-        self._trained = trained
-        self._config = config
-        self._masters = _masters(trained, start or {})
-        self._optimizer = _optimizer(list(self._masters.values()), config) if trained else None
-
-    @torch.no_grad()
-    def step(self, number: int) -> None:
-        """Make step `number`, counted from 0, with the parameters' gradients, and drop these."""
-        if self._optimizer is None:
-            return
-
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._config.learning_rate * learning_rate_share(
-                number, self.steps, self._config
-            )
-
-        copies = [
-            (parameter, self._masters[name])
-            for name, parameter in self._trained.items()
-            if self._masters[name] is not parameter
-        ]
-        for parameter, master in copies:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        for parameter, master in copies:
-            parameter.copy_(master)
-
-    @torch.no_grad()
-    def replace(self, weights: Named) -> None:
-        """Go on from `weights`, fp32, by name; the optimizer keeps its moments."""
-        for name, parameter in self._trained.items():
-            self._masters[name].copy_(weights[name])
-            parameter.copy_(self._masters[name])
-
-    def state(self) -> Named:
-        """Return weights and moments after at least one step, in the `stepper_layout`, fp32."""
-        state = {f"weights/{name}": tensor for name, tensor in self.weights().items()}
-        for name, master in self._masters.items():
-            for moment in _moments(self._config):
-                state[f"{moment}/{name}"] = self._state(master)[moment].to("cpu", copy=True)
-        return state
-
-    def restore(self, state: Named, steps: int) -> None:
-        """Go on from the `state` of a stepper that has made `steps` steps."""
-        self.replace({name: state[f"weights/{name}"] for name in self._masters})
-        for name, master in self._masters.items():
-            for moment in _moments(self._config):
-                values = state[f"{moment}/{name}"].to(master.device, copy=True)
-                self._state(master).update({moment: values, "step": torch.tensor(float(steps))})
-
-    def _state(self, master: nn.Parameter) -> dict[str, Tensor]:
-        assert self._optimizer is not None, "nothing is trained"
-        state: dict[str, Tensor] = self._optimizer.state[master]
-        return state
-
-    def weights(self) -> Named:
-        """Return the trained parameters by name, fp32, on the CPU."""
-        return {
-            name: master.detach().to("cpu", copy=True) for name, master in self._masters.items()
-        }
-
-
-def stepper_layout(tuned: Layout, config: TrainConfig) -> Layout:
-    """Return the layout of `Stepper.state` for parameters of the layout `tuned`."""
-    kinds = ("weights", *_moments(config))
-    names = ((f"{kind}/{name}", shape) for kind in kinds for name, shape in tuned.shapes)
-    return Layout(tuple(names))
-
-
-def _moments(config: TrainConfig) -> tuple[str, ...]:
-    """Return PyTorch's names of the optimizer's moments."""
-    return () if config.optim == "sgd" else ("exp_avg", "exp_avg_sq")
-
-
-def _masters(trained: dict[str, nn.Parameter], start: Named) -> dict[str, nn.Parameter]:
-    """Return the optimizer's parameters: those in fp32 themselves, else copies in fp32."""
-    return {
-        name: parameter
-        if parameter.dtype == torch.float32
-        else nn.Parameter(
-            start.get(name, parameter.detach()).to(parameter.device, torch.float32, copy=True)
-        )
-        for name, parameter in trained.items()
-    }
-
-
-def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    if config.optim == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-
-    return torch.optim.AdamW(
-        parameters,
-        # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
-        foreach=sum(parameter.numel() for parameter in parameters) < AT_ONCE,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
 
 
 def train(

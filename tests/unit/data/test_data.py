@@ -189,25 +189,6 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "record"), [("text", {"text": "one two three"}), ("prompt_completion", QA)]
-)
-def test_packing_joins_the_sequences_before_cutting(
-    tokenizer: Any, form: str, record: dict[str, Any]
-) -> None:
-    alone = one(tokenizer, form, record)
-    packed = tokens_of(tokenizer, form, *[record] * 9, max_length=16, packing=True).examples
-    joined = Example(list(alone.input_ids) * 9, list(alone.labels) * 9)
-    windows = [
-        Example(joined.input_ids[start : start + 16], joined.labels[start : start + 16])
-        for start in range(0, len(joined.input_ids), 16)
-    ]
-    assert packed == [window for window in windows if window.label_tokens]
-    assert len(packed) == len(windows) or form == "prompt_completion", (
-        "a window of prompt alone teaches nothing"
-    )
-
-
-@pytest.mark.parametrize(
     ("form", "record", "message"),
     [
         ("text", {"body": "x"}, r"record 0: field 'text' is missing; form 'text' needs it"),

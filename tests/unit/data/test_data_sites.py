@@ -253,7 +253,6 @@ def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer:
         ({"delimiter": ""}, "the string is empty"),
         ({"public": {"form": "text"}}, "public: without effect, because no public_source"),
         ({"heldout": {"form": "text"}}, "heldout: without effect, because no heldout_source"),
-        ({"packing": True, "overlong": "drop"}, "overlong: without effect beside packing"),
         (
             {"heldout": {"encoding": "x"}, "heldout_source": "b.csv"},
             "encoding='x': no known encoding",

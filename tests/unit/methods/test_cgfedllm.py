@@ -372,7 +372,7 @@ def test_residuals_are_what_was_lost_and_decay_for_missed_rounds(
     from fluvial.exchange.uplink import coder_of
     from fluvial.federation.sites import Site
     from fluvial.federation.store import StateStore
-    from fluvial.training.train import TrainConfig
+    from fluvial.training.config import TrainConfig
 
     settings = HalfSignSettings(error_feedback=True, feedback_decay=0.5)
     codec = HalfSign(settings, LAYOUT)

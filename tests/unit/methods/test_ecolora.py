@@ -23,7 +23,7 @@ from fluvial.methods.ecolora.config import EcoLoraConfig, check_segments
 from fluvial.methods.ecolora.segments import Slice, Sparsifier, mix, segment, share, turn
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named
 from tests.support.runs import run_table, run_with_stops

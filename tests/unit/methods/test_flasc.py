@@ -12,7 +12,7 @@ from fluvial.errors import WireError
 from fluvial.methods import Context
 from fluvial.methods.flasc import METHOD, FlascConfig, FlascServer, received
 from fluvial.runs.config import RunConfig
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout
 from tests.support.runs import run_table, run_with_stops

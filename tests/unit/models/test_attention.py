@@ -15,7 +15,8 @@ from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import train
 from fluvial.wire.tensors import relative_error, subtract
 
 EXAMPLES = [Example([5, 6, 7, 8, 9], [5, 6, 7, 8, 9]), Example([9, 5, 12], [9, 5, 12])]

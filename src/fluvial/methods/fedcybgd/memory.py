@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from fluvial.methods.fedcybgd.visit_sizes import Form, Sizes, Width
-from fluvial.training.train import AT_ONCE
+from fluvial.training.stepper import AT_ONCE
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from fluvial.models.loading import fill
 from fluvial.models.pool import ModelPool
 from fluvial.models.tuning import checkpoint_layers, tuned_parameters
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig, TrainReport, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import TrainReport, train
 from fluvial.wire.payload import Payload, frame_payload
 
 

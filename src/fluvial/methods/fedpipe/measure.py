@@ -34,7 +34,8 @@ from fluvial.methods.fedpipe.step_times import fixed_s, spread_rows, step_s
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import checkpointed_layers, tuned_parameters
-from fluvial.training.train import TrainConfig, collate, predictions, summed_loss
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import collate, predictions, summed_loss
 
 CGROUP = Path("/sys/fs/cgroup/memory.max")
 MEGA = 10**6

@@ -36,7 +36,7 @@ from fluvial.methods.fedpipe.tasks import (
 from fluvial.methods.interface import Context, Metrics
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.assignment import Assignment
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload, Value, join, split
 from fluvial.wire.tensors import Named, WeightedMean, norm, subtract
 

@@ -9,7 +9,8 @@ from torch import nn
 from fluvial.codecs import build, must_learn
 from fluvial.data import Example
 from fluvial.federation.sites import Site
-from fluvial.training.train import TrainConfig, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import train
 from fluvial.wire.tensors import Named
 
 SEQUENCES = 8

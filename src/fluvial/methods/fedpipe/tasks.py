@@ -27,7 +27,7 @@ from fluvial.methods.fedpipe.site_configuration import (
 from fluvial.models.assignment import Assignment
 from fluvial.models.layer_lists import num_layers
 from fluvial.models.states import initial_state
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import Named, add
 

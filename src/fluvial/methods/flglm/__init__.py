@@ -32,6 +32,7 @@ METHOD = Method(
         tunes=("lora", "full"),
         sends="own code",
         receives="own code",
+        packs=False,
         coded_by="method.hidden and method.gradient",
     ),
     settled=settled,

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from fluvial.methods.flglm.leakage.noise import NoiseConfig, spent
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 
 GRADIENTS = "gradients, which show labels"
 """Information that leaves a site beside hidden states, unless front and middle are frozen."""

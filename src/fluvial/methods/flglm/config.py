@@ -14,7 +14,7 @@ from fluvial.methods.interface import SampledSettings, Tune
 from fluvial.models.part_tuning import PartKind, PartTuning, Place, Tuning
 from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 
 Mode = Literal["sequential", "client-batch", "hierarchical"]
 Layers = Annotated[int, Field(ge=0, le=10**6)]

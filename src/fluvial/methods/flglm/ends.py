@@ -10,7 +10,8 @@ from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
 from fluvial.data import Example
 from fluvial.methods.flglm.tuned_part import TunedPart
 from fluvial.models.split import Part
-from fluvial.training.train import TrainConfig, collate, shifted, summed_loss
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import collate, shifted, summed_loss
 from fluvial.wire.tensors import Named
 
 

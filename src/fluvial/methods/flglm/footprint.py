@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from fluvial.errors import ConfigError
 from fluvial.models.part_tuning import PartKind, PartNames, Place
 from fluvial.models.split import Cut, Part, decoder_layers
-from fluvial.training.train import TrainConfig, shifted, summed_loss
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import shifted, summed_loss
 from fluvial.wire.tensors import factor
 
 STEP = 2

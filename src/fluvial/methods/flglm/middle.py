@@ -10,7 +10,7 @@ from fluvial.errors import WireError
 from fluvial.methods.flglm.passes import length_groups, pass_groups, pass_rows
 from fluvial.methods.flglm.tuned_part import TunedPart
 from fluvial.models.split import Part
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Named
 
 

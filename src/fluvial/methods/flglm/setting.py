@@ -9,7 +9,7 @@ from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.flglm.places import Places
 from fluvial.methods.flglm.turns import TurnLimits
 from fluvial.models.parts import PartPool
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout, Named
 
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from fluvial.codecs.quantise import Identity
 from fluvial.methods.flglm.setting import Setting
-from fluvial.training.train import Stepper, stepper_layout
+from fluvial.training.stepper import Stepper, stepper_layout
 from fluvial.wire.tensors import Named
 
 

@@ -29,12 +29,9 @@ from fluvial.methods.flglm.turns import (
     check_answer,
 )
 from fluvial.seeds import derive, generator
-from fluvial.training.train import (
-    TrainConfig,
-    check_finite,
-    shuffled_batches,
-    stepper_layout,
-)
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import stepper_layout
+from fluvial.training.train import check_finite, shuffled_batches
 from fluvial.wire.payload import FRAME, Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, subtract
 

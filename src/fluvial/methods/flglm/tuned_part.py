@@ -7,7 +7,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from fluvial.models.split import Part
-from fluvial.training.train import Stepper, TrainConfig
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import Stepper
 from fluvial.wire.tensors import Named
 
 

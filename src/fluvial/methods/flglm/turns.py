@@ -14,7 +14,7 @@ from fluvial.codecs.activations.samples import SampleBatch
 from fluvial.errors import WireError
 from fluvial.federation.replies import MOST_SAMPLES, MOST_TOKENS, fields
 from fluvial.models.assignment import MOST_SEQUENCES
-from fluvial.training.train import TrainConfig
+from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import FRAME, Payload, Value, frame_payload, payload_frame
 
 MOST_STEPS = 10**9

@@ -33,7 +33,8 @@ from fluvial.methods.fedcybgd.visit_sizes import (
 )
 from fluvial.methods.interface import Given
 from fluvial.models.tuning import tuned_layout
-from fluvial.training.train import TrainConfig, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import train
 from fluvial.wire.tensors import Layout
 from tests.support.layouts import (
     GPT2,

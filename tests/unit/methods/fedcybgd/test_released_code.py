@@ -16,7 +16,9 @@ from fluvial.data import Example
 from fluvial.errors import ConfigError
 from fluvial.runs.config import parse
 from fluvial.seeds import generator
-from fluvial.training.train import TrainConfig, learning_rate_share, train
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import learning_rate_share
+from fluvial.training.train import train
 from fluvial.wire.tensors import Named, add, cosine, moved, norm
 from tests.support.fedcybgd import FORMS, LAYERS, Seen, Stage, differ
 

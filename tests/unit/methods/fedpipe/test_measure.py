@@ -13,7 +13,8 @@ from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.step_times import spread_rows
 from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.training import train
-from fluvial.training.train import TrainConfig, predictions
+from fluvial.training.config import TrainConfig
+from fluvial.training.train import predictions
 from fluvial.wire.payload import Payload
 from tests.support.site_process import SITE, header, site_file
 

@@ -1,0 +1,68 @@
+"""The settings of local training."""
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from fluvial.settings import Settings
+
+
+class TrainConfig(Settings):
+    """Local training of one site in one round; names as in Hugging Face's `TrainingArguments`."""
+
+    learning_rate: float = Field(1.5e-4, ge=1e-30, le=100)
+    """Peak learning rate; the default is CG-FedLLM's value for LLaMA-7B with Dolly."""
+    per_device_train_batch_size: int = Field(8, ge=1, le=10**6)
+    """Sequences of one forward pass (micro-batch)."""
+    gradient_accumulation_steps: int = Field(1, ge=1, le=10**6)
+    """Micro-batches of one optimizer step; their product is the logical batch."""
+    num_train_epochs: float = Field(1.0, ge=1e-6, le=10**6)
+    """Passes over the site's data in one round; refused where `max_steps` is set."""
+    max_steps: int | None = Field(None, ge=1, le=10**9)
+    """Optimizer steps of one round, instead of `num_train_epochs`."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after the warm-up."""
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0, le=10)
+    """Decoupled weight decay (AdamW), or L2 penalty (SGD)."""
+    max_grad_norm: float = Field(1.0, ge=0, le=1e9)
+    """Clipping threshold of the global gradient norm; 0 switches clipping off."""
+    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
+    """Optimizer, made anew in each round."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: float = Field(1e-8, ge=1e-30, le=1)
+    """Term that AdamW adds to the denominator."""
+    gradient_checkpointing: bool = False
+    """Recomputation of activations in the backward pass: less memory, more time."""
+    bf16: bool = False
+    """Forward passes under bfloat16 autocast; weights, gradients and optimizer stay fp32."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        fields = type(self).model_fields
+        if self.max_steps is not None and self.num_train_epochs != 1:
+            yield "num_train_epochs: without effect beside max_steps; remove one of the two"
+
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if self.optim == "sgd" and getattr(self, name) != fields[name].default:
+                yield f"{name}: without effect under optim='sgd'; remove it"
+
+    @property
+    def logical_batch(self) -> int:
+        """Sequences of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def steps(self, num_examples: int) -> int:
+        """Return the optimizer steps of one round on `num_examples` sequences.
+
+        The last, smaller batch of an epoch counts.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round(self.num_train_epochs * math.ceil(num_examples / self.logical_batch)))
