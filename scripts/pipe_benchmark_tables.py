@@ -2,32 +2,19 @@
 
 from typing import Any
 
-from table_parts import cell, claims, read, table
+from table_parts import cell, claim_table, claims, read, table
 
 LOSSES = "fedpipe_losses.json"
-PRESENT = "fedpipe_mini_ops.json"
-"""One task and one seed, by the present planner."""
 VALUE = "fedpipe_value.json"
 PREDICTIONS = "fedpipe_predictions.json"
 
 
 def pipe_losses() -> str:
-    """Return loss, bytes and time of each contender on each task, by an earlier planner."""
-    return _losses(LOSSES)
-
-
-def pipe_present() -> str:
-    """Return loss, bytes and time of the contenders of which the present planner has runs."""
-    return _losses(PRESENT)
-
-
-def _losses(name: str) -> str:
+    """Return loss, bytes and time of each contender, a table for each task."""
     columns = {
-        "task": "task",
         "contender": "contender",
         "seeds": "seeds",
         "learning_rate": "learning rate",
-        "rates": "rates tried",
         "loss": "loss after",
         "deviation": "standard deviation",
         "worst_site": "worst site",
@@ -37,27 +24,32 @@ def _losses(name: str) -> str:
         "over_uniform_at_s": "loss over uniform LoRA's at equal s",
         "seconds": "s, all rounds",
         "setup_share_of_s": "set-up, share of s",
-        "setup_share_of_bytes": "set-up, share of bytes",
         "speed": "times sooner at uniform LoRA's loss",
         "speed_without_setup": "the same without set-up",
         "reached": "runs that reach it",
     }
-    given = read(name)
-    columns = {key: words for key, words in columns.items() if key in given["rows"][0]}
-    rows = [[_figure(key, row) for key in columns] for row in given["rows"]]
-    skipped = "".join(f"- not measured: {line}\n" for line in given["skipped"])
-    return "\n\n".join(
-        each
-        for each in (table([list(columns.values()), *rows]), skipped.rstrip(), claims(name))
-        if each
-    )
+    given = read(LOSSES)
+    found = []
+    for task in dict.fromkeys(row["task"] for row in given["rows"]):
+        rows = [
+            [_figure(key, row) for key in columns] for row in given["rows"] if row["task"] == task
+        ]
+        found += [f"`{task}`", table([list(columns.values()), *rows])]
+
+    compared = [claim for claim in given["claims"] if _between_methods(claim)]
+    skipped = "\n".join(f"- not measured: {line}" for line in given["skipped"])
+    return "\n\n".join(each for each in (*found, skipped, claim_table(compared)) if each)
+
+
+def _between_methods(claim: dict[str, Any]) -> bool:
+    """Return whether a claim compares FedPipe with another method, not with a variant of its own or
+    with another base."""
+    return "over FedPipe" not in claim["name"] and ", base in" not in claim["name"]
 
 
 def _figure(column: str, row: dict[str, Any]) -> str:
     """Return a figure of the table of losses; losses have as many digits as their spread has."""
     value = row.get(column)
-    if column == "rates" and row["like"]:
-        return f"as {row['like']}"
     if value is None or not isinstance(value, float):
         return cell(value)
     if column.startswith("setup_share"):

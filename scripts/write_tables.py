@@ -23,7 +23,6 @@ from pipe_benchmark_tables import (
     pipe_errors,
     pipe_losses,
     pipe_predictions,
-    pipe_present,
     pipe_value,
 )
 from pipe_tables import example_plans, selections
@@ -263,7 +262,6 @@ TABLES = {
     "docs/methods/fedpipe.md": {
         "example": example_plans,
         "selection": selections,
-        "present": pipe_present,
         "losses": pipe_losses,
         "errors": pipe_errors,
         "value": pipe_value,
