@@ -35,7 +35,7 @@ from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 from tests.contract.test_methods import SETTINGS
-from tests.support.models import with_fitting_model
+from tests.support.models import unmeasured, with_fitting_model
 from tests.support.runs import run_table
 
 Table = dict[str, Any]
@@ -399,7 +399,7 @@ def outcome(table: Table, folder: Path) -> str:
 def check_effect(field: str, case: tuple[Table, Any], usual: Table, folder: Path) -> None:
     extra, value = case
     base = with_fitting_model(
-        {key: value for key, value in (usual | extra).items() if value is not None}
+        unmeasured({key: value for key, value in (usual | extra).items() if value is not None})
     )
     assert outcome(base, folder / "base") != outcome(
         changed(base, field, value), folder / "changed"
@@ -653,7 +653,7 @@ def test_a_shared_setting_has_an_effect_or_is_refused(
     if setting.startswith("model."):
         pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
     case = SHARED_SETTINGS[setting]
-    base = merge(with_fitting_model(run_config | PLAIN_METHODS[name]), case.base)
+    base = merge(with_fitting_model(unmeasured(run_config | PLAIN_METHODS[name])), case.base)
     if name == "fedpipe" and case.base.get("data") == TWO_SITES:  # a budget of no site is refused
         base["method"] = base["method"] | {"budgets": base["method"]["budgets"][1:]}
     table, _ = setting.split(".")

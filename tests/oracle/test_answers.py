@@ -15,7 +15,7 @@ from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
 from fluvial.storage.run_files import read_run
 from fluvial.training.answer_scores import AnswerSums
-from tests.support.models import shared_four_layers, with_fitting_model
+from tests.support.models import UNMEASURED, shared_four_layers, with_fitting_model
 from tests.support.questions import NEW_TOKENS, with_questions
 from tests.support.runs import adapter_of, run_table
 
@@ -28,7 +28,7 @@ def test_scores_of_a_run_are_those_of_plain_generation(
 ) -> None:
     train = {"learning_rate": 3e-2, "max_steps": 30, "per_device_train_batch_size": 4}
     table = with_questions(run_config | {"train": train}, tmp_path)
-    table |= {"method": {"name": "flglm"}}
+    table |= {"method": UNMEASURED}
     table = with_fitting_model(table) | {"method": {"name": method}}
     result = run_table(table, tmp_path / "run")
 

@@ -13,7 +13,7 @@ from fluvial.runs.config import parse
 from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.tensors import Named, norm, subtract
-from tests.support.models import four_layers
+from tests.support.models import UNMEASURED, four_layers
 from tests.support.runs import adapter_of, run_table, run_with_stops
 from tests.support.weights import read_weights
 
@@ -34,7 +34,7 @@ def table(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def flglm(table: dict[str, Any], folder: Path, **settings: Any) -> dict[str, Any]:
-    return run_table(table | {"method": {"name": "flglm", **settings}}, folder)
+    return run_table(table | {"method": UNMEASURED | settings}, folder)
 
 
 def start_of(table: dict[str, Any]) -> Named:
@@ -161,7 +161,7 @@ def test_resume_is_a_straight_run(
     table: dict[str, Any], tmp_path: Path, mode: str, ends: str
 ) -> None:
     """Stop after every event in turn, throw all objects away, and go on: the same bits."""
-    table = table | {"method": {"name": "flglm", "mode": mode, "ends": ends}}
+    table = table | {"method": UNMEASURED | {"mode": mode, "ends": ends}}
     straight = run_table(table, tmp_path / "straight")
     result = run_with_stops(table, tmp_path / "stopped", (1, 2, 99))
     for key in ("adapter_sha256", "heldout", "bytes"):

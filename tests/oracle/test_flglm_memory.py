@@ -21,7 +21,7 @@ from fluvial.methods.flglm.turns import Backward, Content
 from fluvial.models.tokenizers import load_tokenizer
 from fluvial.runs.config import parse
 from fluvial.wire.payload import Payload
-from tests.support.models import four_layers
+from tests.support.models import UNMEASURED, four_layers
 from tests.support.runs import run_table, run_with_stops
 
 MODES = ("sequential", "hierarchical", "client-batch")
@@ -46,7 +46,7 @@ def table(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 def with_method(table: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    return table | {"method": {"name": "flglm", "leakage": {"sites": "none"}, **settings}}
+    return table | {"method": UNMEASURED | settings}
 
 
 @contextmanager

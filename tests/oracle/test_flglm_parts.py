@@ -29,7 +29,7 @@ from fluvial.wire.payload import Payload, split
 from fluvial.wire.tensors import Named
 from tests.conftest import saved_model
 from tests.oracle.test_flglm import flglm
-from tests.support.models import four_layers
+from tests.support.models import UNMEASURED, four_layers
 from tests.support.runs import run_table, run_with_stops
 
 STEPS = 20
@@ -349,7 +349,7 @@ def test_resume_is_a_straight_run(
 ) -> None:
     """Stopped after each event and continued: the same bits."""
     parts = {"front": "lora", "middle": "lora", "back": "full"}
-    table = small | {"method": {"name": "flglm", "mode": mode, "ends": ends, "parts": parts}}
+    table = small | {"method": UNMEASURED | {"mode": mode, "ends": ends, "parts": parts}}
     table["method"]["leakage"] = NO_METER
     straight = run_table(table, tmp_path / "straight")
     result = run_with_stops(table, tmp_path / "stopped", (1, 2, 99))

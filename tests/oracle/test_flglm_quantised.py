@@ -16,7 +16,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.wire.tensors import factor
 from tests.oracle.test_flglm import assert_same, flglm, full_batches, start_of
-from tests.support.models import four_layers
+from tests.support.models import UNMEASURED, four_layers
 from tests.support.runs import adapter_of, run_table
 
 pytest.importorskip("bitsandbytes", reason="the extra `quantization` is not installed")
@@ -93,7 +93,7 @@ def test_each_end_reads_and_quantises_its_own_layers_only(
 def test_check_says_the_bytes_that_are_in_memory(
     table: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    changed = quantised(table, settings) | {"method": {"name": "flglm"}}
+    changed = quantised(table, settings) | {"method": UNMEASURED}
     config = parse(changed, "test")
     rows = {row["what"]: row["value"] for row in plan(config)["rows"]}
 
