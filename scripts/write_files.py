@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "fluvial"
 FOLDERS = ("benchmarks", "examples", "scripts")
 """Folders beside the package whose files are listed."""
 OTHER = {
-    "configs": "Configurations to run as they are: the quick start, and FedCyBGD on the same task",
+    "configs": "Recipes: configurations to run or to copy, which a wheel has inside",
     "deploy": "Files for machines: services of systemd, a container image, a fleet of containers",
     "docs": "Documents; docs/README.md is their index",
     "examples": "A plain loop, a method and a codec of one's own, to read and run",

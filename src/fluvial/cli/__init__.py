@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from fluvial import __version__, interrupt
-from fluvial.cli import check, evaluate, export, plan, run, server, show, site, submit
+from fluvial.cli import (
+    check,
+    evaluate,
+    export,
+    init,
+    plan,
+    recipes,
+    run,
+    server,
+    show,
+    site,
+    submit,
+)
 from fluvial.cli.console import err, out
 from fluvial.errors import FluvialError
 from fluvial.formatting import safe_text
@@ -20,19 +32,25 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("run")(run.run)
-app.command("check")(check.check)
-app.command("plan")(plan.plan)
-app.command("preview")(check.preview)
-app.command("evaluate")(evaluate.evaluate)
-app.command("export")(export.export)
-app.command("show")(show.show)
-app.command("submit")(submit.submit)
-app.command("status")(submit.status)
-app.command("logs")(submit.logs)
-app.command("stop")(submit.stop)
-app.add_typer(server.app, name="server")
-app.add_typer(site.app, name="site")
+START = "Start"
+RUN = "Run"
+LOOK = "Look at results"
+MACHINES = "Many machines"
+app.command("init", rich_help_panel=START)(init.init)
+app.command("recipes", rich_help_panel=START)(recipes.recipes)
+app.command("check", rich_help_panel=RUN)(check.check)
+app.command("preview", rich_help_panel=RUN)(check.preview)
+app.command("plan", rich_help_panel=RUN)(plan.plan)
+app.command("run", rich_help_panel=RUN)(run.run)
+app.command("show", rich_help_panel=LOOK)(show.show)
+app.command("evaluate", rich_help_panel=LOOK)(evaluate.evaluate)
+app.command("export", rich_help_panel=LOOK)(export.export)
+app.add_typer(server.app, name="server", rich_help_panel=MACHINES)
+app.add_typer(site.app, name="site", rich_help_panel=MACHINES)
+app.command("submit", rich_help_panel=MACHINES)(submit.submit)
+app.command("status", rich_help_panel=MACHINES)(submit.status)
+app.command("logs", rich_help_panel=MACHINES)(submit.logs)
+app.command("stop", rich_help_panel=MACHINES)(submit.stop)
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ Format = Annotated[
     Literal["table", "json"],
     typer.Option("--format", help="Tables for people, or JSON for programs."),
 ]
-ConfigPath = Annotated[Path, typer.Argument(help="A TOML file, such as configs/quickstart.toml.")]
+ConfigPath = Annotated[
+    Path, typer.Argument(help="A TOML file, or a recipe, such as recipe:quickstart.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting as a line of TOML, such as 'rounds=3'; may be repeated."),

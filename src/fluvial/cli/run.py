@@ -20,6 +20,7 @@ from fluvial.cli.console import (
     program_name,
 )
 from fluvial.cli.progress import run_progress
+from fluvial.storage.recipes import stem
 from fluvial.storage.run_files import CONFIG
 
 
@@ -37,7 +38,7 @@ def run(
     format: Format = "table",
 ) -> None:
     """Run a configuration: baselines, rounds, held-out measures and the final weights."""
-    path = folder or Path("runs") / config.stem
+    path = folder or Path("runs") / stem(config)
     interrupt.set_advice(partial(_resume_advice, path))
     settings = load_config(config, overrides)
 

@@ -17,6 +17,7 @@ from fluvial.cli.console import (
     print_line,
     program_name,
 )
+from fluvial.storage.recipes import stem
 
 RunNumber = Annotated[
     int | None, typer.Argument(help="The run's number; default the one submitted last.")
@@ -36,7 +37,7 @@ def submit(
     settings = load_config(config, overrides, as_written=True)
     from fluvial.flower import server_operator
 
-    path = folder or server / "runs" / config.stem
+    path = folder or server / "runs" / stem(config)
     number = server_operator.submit(settings, server, out=path, resume=resume)
     print_line(f"run {number} in {path}")
     print_line(f"follow it:  {shlex.join(program_name())} logs {server} {number}")

@@ -100,7 +100,7 @@ def has_splits(name: str) -> bool:
 
 def read_source(source: Source, faults: Faults) -> Found:
     """Return all records of a source; faults of its files go to `faults`."""
-    found = _joined(_records(table, source, faults) for table in _tables(source, faults))
+    found = _joined(_records(table, source, faults) for table in tables(source, faults))
     if not found.entries and not faults.count:
         raise DataError([f"{source.where}: {source.name!r} holds no record with a text"])
     return found
@@ -120,12 +120,12 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
             )
 
         try:
-            tables = [read_file(path, reading)]
+            read = [read_file(path, reading)]
         except DataError as error:
             faults.include(error)
-            tables = []
+            read = []
 
-        by_file[path.stem] = _joined(_records(table, source, faults) for table in tables)
+        by_file[path.stem] = _joined(_records(table, source, faults) for table in read)
 
     return by_file
 
@@ -144,21 +144,22 @@ def _joined(parts: Iterable[Found]) -> Found:
 # -------------------
 
 
-def _tables(source: Source, faults: Faults) -> list[Table]:
+def tables(source: Source, faults: Faults) -> list[Table]:
+    """Return the rows of each file of a source, or of its data set; faults go to `faults`."""
     if not is_local(source.name) or is_saved(Path(source.name).expanduser()):
         return [_data_set(source)]
 
-    tables = list[Table]()
+    read = list[Table]()
     files = _files(source)
     reading = _reading(source, files)
 
     for path in files:
         try:
-            tables.append(read_file(path, reading))
+            read.append(read_file(path, reading))
         except DataError as error:
             faults.include(error)
 
-    return tables
+    return read
 
 
 def _files(source: Source, *, one_kind: bool = True) -> list[Path]:

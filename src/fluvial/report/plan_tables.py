@@ -1,6 +1,7 @@
 """Tables that `fluvial check` and `fluvial preview` print."""
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
@@ -19,17 +20,21 @@ def plan_table(planned: JsonObject) -> Group:
         ]
         for site in planned["sites"]
     ]
-    figures = table(
-        ["", ""], [[safe_text(row["what"]), safe_text(row["value"])] for row in planned["rows"]], ""
-    )
-    figures.show_header = False
     content: list[RenderableType] = [
         Text(title, style="bold"),  # as a table's title it would be wrapped to the table's width
-        figures,
+        figures_table(planned),
         table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
     ]
 
     return Group(*content, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
+
+
+def figures_table(planned: JsonObject) -> Table:
+    """Return the sizes of a planned run."""
+    rows = [[safe_text(row["what"]), safe_text(row["value"])] for row in planned["rows"]]
+    figures = table(["", ""], rows, "")
+    figures.show_header = False
+    return figures
 
 
 def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:

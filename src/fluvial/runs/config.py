@@ -26,7 +26,7 @@ from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.fit import budget_conflicts
 from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
-from fluvial.storage import paths, toml
+from fluvial.storage import paths, recipes, toml
 from fluvial.training.config import TrainConfig
 
 
@@ -294,11 +294,14 @@ def load(
 
     Relative paths in the file are relative to its folder, those of overrides to the working
     directory, and the result has them whole. With `as_written` they stay, for sites that have them
-    elsewhere. Raises `ConfigError` with every problem found, its place and the nearest known key.
+    elsewhere. `recipe:NAME` is the recipe of that name, with paths relative to the working
+    directory. Raises `ConfigError` with every problem found, its place and the nearest known key.
     """
-    table = toml.load(path, f"there is no configuration file {str(path)!r}")
+    recipe = recipes.recipe_of(path)
+    file = path if recipe is None else recipes.recipe_path(recipe)
+    table = toml.load(file, f"there is no configuration file {str(path)!r}")
     if not as_written:
-        table = paths.beside(table, path)
+        table = paths.beside(table, path) if recipe is None else paths.here(table)
 
     for line in overrides:
         change = override(line)

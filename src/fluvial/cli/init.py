@@ -1,0 +1,234 @@
+"""`fluvial init`: look at a model and at records, ask what is missing, write a configuration."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from fluvial.cli.console import err, out, print_line, program_name
+from fluvial.cli.progress import spinner
+from fluvial.errors import ConfigError
+from fluvial.formatting import safe_text
+
+if TYPE_CHECKING:
+    from fluvial.runs.proposal.models import ModelFacts
+    from fluvial.runs.proposal.proposing import Proposal
+    from fluvial.runs.proposal.records import DataFacts, Sites
+
+T = TypeVar("T")
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("fluvial.toml"),
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or hub id, or 'embedded'.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file, a folder of files, or a hub id of a data set.")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="A column to rename, such as completion=answer; may be repeated."),
+    ] = None,
+    site_column: Annotated[
+        str | None, typer.Option(help="The column with the owner's name, or 'file'.")
+    ] = None,
+    sites: Annotated[
+        int | None, typer.Option(min=2, help="Equal shares, where no record names its owner.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="slow-links, small-memory, base-stays, unequal-sites, privacy or none; may be "
+            "repeated."
+        ),
+    ] = None,
+    uplink: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="The slowest uplink, in Mbit/s.")
+    ] = None,
+    public: Annotated[
+        str | None, typer.Option(help="A file with text of no site, to choose the codec on.")
+    ] = None,
+    no_input: Annotated[
+        bool,
+        typer.Option("--yes", "-y", "--no-input", help="Ask nothing; take what the data suggest."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a commented configuration for your model and records, and check it.
+
+    Asks five questions on a terminal; options answer them before.
+    """
+    if file.exists() and not force:
+        raise ConfigError(f"{file}: exists; name another file, or add --force")
+    if site_column is not None and sites is not None:
+        raise ConfigError("--sites: without effect beside --site-column; remove one")
+
+    asks = not no_input and _on_terminal()
+    from fluvial.runs.proposal.limits import LIMITS, limits_of
+    from fluvial.runs.proposal.models import look_at_model
+    from fluvial.runs.proposal.proposing import propose
+    from fluvial.runs.proposal.records import look_at_data
+
+    renamed = _renamed(column or [])
+    chosen_limits = None if limit is None else limits_of(limit)
+
+    def looked_at_model(name: str) -> "ModelFacts":
+        with spinner("looking at the model"):
+            return look_at_model(name)
+
+    def looked_at_data(name: str) -> "DataFacts":
+        with spinner("reading the records"):
+            return look_at_data(name, renamed)
+
+    facts = _answer(
+        "Model: a folder, a hub id, or embedded",
+        model,
+        "--model",
+        asks,
+        looked_at_model,
+        "embedded",
+    )
+    _found(facts.words(), asks)
+    records = _answer("Records: a file, a folder or a hub id", data, "--data", asks, looked_at_data)
+    _found(f"{len(records.rows):,} records, form {records.form}", asks)
+    divided = _sites(records, site_column, sites, asks)
+    _found(divided.words(), asks)
+
+    if chosen_limits is None and asks:
+        for name, meaning in LIMITS.items():
+            err.print(f"  {name}: {meaning}", markup=False)
+    question = "What limits the run? Several with commas"
+    chosen = (
+        _answer(question, None, "--limit", asks, lambda words: limits_of([words]), "none")
+        if chosen_limits is None and asks
+        else chosen_limits or frozenset()
+    )
+    if "slow-links" in chosen and uplink is None and asks:
+        uplink = _answer("Slowest uplink in Mbit/s", None, "--uplink", asks, _mbps, "2")
+
+    with spinner("counting tokens and checking"):
+        proposal = propose(file, facts, records, divided, chosen, uplink_mbps=uplink, public=public)
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(proposal.text, encoding="utf-8")
+    _report(file, proposal)
+
+
+def _on_terminal() -> bool:
+    """Return whether there is a person who can answer."""
+    return sys.stdin.isatty() and err.is_terminal
+
+
+def _answer(
+    question: str,
+    given: str | None,
+    option: str,
+    asks: bool,
+    read: Callable[[str], T],
+    default: str | None = None,
+) -> T:
+    """Return what `read` makes of an option or of an answer; a wrong answer is asked for again.
+
+    Raises `ConfigError` for a wrong option, and for a missing one where nobody can be asked.
+    """
+    if given is not None:
+        return read(given)
+    if not asks:
+        raise ConfigError(
+            f"{option}: missing, and there is no terminal to ask on; add {option}"
+            if not _on_terminal()
+            else f"{option}: missing, and --yes asks nothing; add {option}"
+        )
+
+    while True:
+        try:
+            return read(typer.prompt(question, default=default, err=True).strip())
+        except ConfigError as error:
+            err.print(safe_text(str(error)), style="red", markup=False)
+
+
+def _sites(records: "DataFacts", site_column: str | None, sites: int | None, asks: bool) -> "Sites":
+    """Return the partition that is given, found or answered; raises `ConfigError` without one."""
+    from fluvial.runs.proposal import records as known
+
+    def read(answer: str) -> "Sites":
+        if answer.isdecimal():
+            return known.equal_sites(records, int(answer))
+        return (
+            known.sites_by_file(records)
+            if answer == "file"
+            else known.sites_by_column(records, answer)
+        )
+
+    if sites is not None:
+        return known.equal_sites(records, sites)
+    if site_column is not None:
+        return read(site_column)
+
+    found = known.found_sites(records)
+    if asks:
+        by = dict(found.partition) if found else {}
+        proposed = str(by.get("column", "file")) if found else None
+        question = "Who owns what: a column, 'file' (a file is a site), or a number of equal shares"
+        return _answer(question, None, "--site-column", asks, read, proposed)
+    if found is not None:
+        return found
+
+    likely = known.likely_columns(records)
+    hint = f" (perhaps {' or '.join(likely[:3])})" if likely else ""
+    raise ConfigError(
+        f"--site-column: no column of {records.source!r} is certain to name the owner of a "
+        f"record{hint}; name it, or divide the records into equal shares with --sites 4"
+    )
+
+
+def _renamed(pairs: list[str]) -> dict[str, str]:
+    """Return the columns to rename: our field = the file's column; raises `ConfigError`."""
+    from fluvial.data.forms import FIELDS
+
+    renamed = {}
+    for pair in pairs:
+        field, mark, name = pair.partition("=")
+        if not mark or not name or field not in FIELDS:
+            raise ConfigError(
+                f"--column {pair!r:.60}: write FIELD=COLUMN, where FIELD is {', '.join(FIELDS)}"
+            )
+        renamed[field] = name
+    return renamed
+
+
+def _mbps(words: str) -> float:
+    try:
+        rate = float(words)
+    except ValueError:
+        rate = 0.0
+    if not 1e-6 <= rate <= 1e6:
+        raise ConfigError(f"--uplink {words!r:.40}: a number of megabits a second, such as 2")
+    return rate
+
+
+def _found(words: str, asks: bool) -> None:
+    if asks:
+        err.print(f"  {words}", style="dim", markup=False)
+
+
+def _report(file: Path, proposal: "Proposal") -> None:
+    """Print what was found, the main figures of the check, and the next commands."""
+    from fluvial.report.plan_tables import figures_table
+
+    for line in proposal.found:
+        out.print(safe_text(line), markup=False)
+    out.print(figures_table(proposal.planned))
+    for note in proposal.planned["notes"][1:]:
+        out.print(f"• {safe_text(note)}", markup=False)
+
+    program = shlex.join(program_name())
+    run = Path("runs") / file.stem
+    print_line(f"\nwrote {file}, and checked it. Next:")
+    print_line(f"  {program} preview {file}")
+    print_line(f"  {program} run {file}")
+    print_line(f"  {program} show {run} --html {run}/report.html")

@@ -1,0 +1,109 @@
+"""Guesses about a table: the form of its records, and the column that names their owner."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fluvial.data.forms import FORMS, REQUIRED_FIELDS, Form, detect_form
+from fluvial.data.rows import Number, Row
+from fluvial.errors import ConfigError
+
+LIKE: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "dialog", "dialogue", "chat", "turns"),
+    "conversations": ("conversations", "conversation"),
+    "instruction": ("instruction", "task"),
+    "output": ("output", "response", "answer", "completion"),
+    "input": ("input", "context"),
+    "prompt": (
+        *("prompt", "question", "query", "request", "source", "document", "article", "input"),
+        *("problem", "frage", "eingabe", "pregunta", "domanda"),
+    ),
+    "completion": (
+        *("completion", "answer", "response", "reply", "target", "output", "summary", "label"),
+        *("solution", "antwort", "ausgabe", "respuesta", "reponse", "risposta"),
+    ),
+    "text": ("text", "content", "note", "report", "body", "sentence", "story"),
+}
+"""Usual names of columns for a field, the best first."""
+OWNERS = (
+    *("site", "hospital", "clinic", "client", "owner", "bank", "branch", "institution", "center"),
+    *("centre", "organisation", "organization", "company", "factory", "plant", "department"),
+    *("party", "silo", "location", "region", "school", "university", "practice"),
+)
+"""Usual names of the column with the owner of a record."""
+MOST_SITES = 200
+
+
+def guessed_columns(columns: Sequence[str]) -> tuple[Form, dict[str, str]]:
+    """Return the form of records with these columns, and the columns to rename (our field = the
+    column); raises `ConfigError` where none fits."""
+    try:
+        return detect_form(columns, "data"), {}
+    except ConfigError:
+        pass
+
+    plain = {re.sub(r"[\W_]+", "", name.casefold()): name for name in reversed(columns)}
+    for form in ("messages", "sharegpt", "alpaca", "prompt_completion", "text"):
+        found = {
+            field: next((plain[name] for name in LIKE[field] if name in plain), None)
+            for field in REQUIRED_FIELDS[form]
+        }
+        if form == "alpaca":
+            found["input"] = next((plain[name] for name in LIKE["input"] if name in plain), None)
+        names = [name for name in found.values() if name is not None]
+        required = [found[field] for field in REQUIRED_FIELDS[form]]
+        if None not in required and len(set(names)) == len(names):
+            return form, {f: name for f, name in found.items() if name is not None and name != f}
+
+    raise ConfigError(
+        f"--data: which of the columns {', '.join(columns)} is the text? Name it with "
+        "--column text=COLUMN, or question and answer with --column prompt=COLUMN --column "
+        "completion=COLUMN"
+    )
+
+
+def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
+    """Return the form of records some of whose columns are renamed; raises `ConfigError`."""
+    fits = [form for form in FORMS if set(REQUIRED_FIELDS[form]) <= {*columns, *renamed}]
+    named = [form for form in fits if set(renamed) & set(REQUIRED_FIELDS[form])]
+    if not fits:
+        raise ConfigError(
+            f"--column: with {', '.join(f'{f}={c}' for f, c in renamed.items())} the columns "
+            f"{', '.join(columns)} are no form of a record; name prompt and completion, or text"
+        )
+    return (named or fits)[0]
+
+
+def value_of(row: Row, column: str) -> str | None:
+    """Return the text of a row's cell as a site's name, None where there is none."""
+    value: Any = row.fields.get(column)
+    if isinstance(value, Number):
+        return value.text
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def owner_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
+    """Return the columns that may name the owner of a record, the likeliest first.
+
+    Such a column has a value in each record, at least two values, each in some records, and its
+    name is usual for it. Columns with other names follow where there is none of those.
+    """
+    fitting = []
+    for column in columns:
+        counts = Counter(value_of(row, column) for row in rows)
+        if None not in counts and 2 <= len(counts) <= MOST_SITES and min(counts.values()) >= 2:
+            fitting.append(column)
+
+    usual = [column for column in fitting if _rank(column) < len(OWNERS)]
+    return sorted(usual or fitting, key=_rank)
+
+
+def is_usual_owner(column: str) -> bool:
+    """Return whether a column's name is usual for the owner of a record."""
+    return _rank(column) < len(OWNERS)
+
+
+def _rank(column: str) -> int:
+    words = re.split(r"[\W_]+", column.casefold())
+    return next((n for n, word in enumerate(OWNERS) if word in words), len(OWNERS))

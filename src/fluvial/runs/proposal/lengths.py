@@ -1,0 +1,74 @@
+"""Lengths of records in tokens, and the sequences that they make."""
+
+import math
+from dataclasses import dataclass
+
+from fluvial.data.examples import IGNORE_INDEX
+from fluvial.data.templates import with_template
+from fluvial.data.tokenise import Tokenizing
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.models import ModelFacts
+from fluvial.runs.proposal.records import DataFacts
+
+ROUGH = 2048
+"""Most tokens of a sequence that are proposed, whatever the context of the model."""
+WINDOW = 512
+"""Most tokens of a window of plain text that are proposed."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of a sample of records, in tokens."""
+
+    tokens: tuple[int, ...]
+    """Tokens of each record, sorted."""
+    answers: tuple[int, ...]
+    """Tokens with loss of each record, sorted."""
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest record."""
+        return self.tokens[-1]
+
+    @property
+    def longest_answer(self) -> int:
+        """Return the tokens with loss of the record that has most of them."""
+        return self.answers[-1]
+
+    def quantile(self, share: float) -> int:
+        """Return the length that this share of the records does not exceed."""
+        return self.tokens[min(len(self.tokens) - 1, math.ceil(share * len(self.tokens)) - 1)]
+
+    def longer_than(self, length: int) -> int:
+        """Return how many records of the sample are longer than `length`."""
+        return sum(tokens > length for tokens in self.tokens)
+
+    def sequences(self, length: int, *, text: bool) -> float:
+        """Return the sequences of `length` that a record makes on average: text is cut in
+        windows."""
+        if not text:
+            return 1.0
+        return sum(math.ceil(tokens / length) for tokens in self.tokens) / len(self.tokens)
+
+
+def measure_lengths(facts: DataFacts, model: ModelFacts, template: str | None) -> Lengths:
+    """Return the lengths of a sample of the records by the model's tokenizer; raises `ConfigError`
+    where none of them can be rendered."""
+    tokenizer = with_template(model.tokenizer, template)
+    tokenised = Tokenizing(tokenizer, max_length=10**7)(facts.sample())
+    if not tokenised.examples:
+        reason = tokenised.faults.first[0] if tokenised.faults.count else "all records are empty"
+        raise ConfigError(f"--data {facts.source!r}: no record can be used: {reason}")
+
+    tokens = sorted(len(example.input_ids) for example in tokenised.examples)
+    answers = sorted(
+        sum(label != IGNORE_INDEX for label in example.labels) for example in tokenised.examples
+    )
+    return Lengths(tuple(tokens), tuple(answers))
+
+
+def proposed_length(lengths: Lengths, context: int | None, *, text: bool) -> int:
+    """Return the tokens of a sequence: what 99 % of the records need, within the context."""
+    most = min(context or ROUGH, WINDOW if text else ROUGH)
+    needed = 16 * math.ceil(lengths.quantile(0.99) / 16)
+    return max(8, min(most, max(32, needed)))

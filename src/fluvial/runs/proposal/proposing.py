@@ -1,0 +1,91 @@
+"""A proposed configuration: made of facts and answers, written as text, and checked."""
+
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluvial.runs.config import parse
+from fluvial.runs.plan import plan
+from fluvial.runs.proposal.document import document
+from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
+from fluvial.runs.proposal.limits import LIMITS, Limit
+from fluvial.runs.proposal.models import ModelFacts
+from fluvial.runs.proposal.records import DataFacts, Sites
+from fluvial.runs.proposal.settings import PLAIN, Answers, sections
+from fluvial.storage import paths
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The text of a configuration, what was found, and what `check` says about it."""
+
+    text: str
+    found: tuple[str, ...]
+    """Lines about model, records and sites."""
+    planned: dict[str, Any]
+    """Result of `runs.plan.plan`."""
+
+
+def propose(
+    file: Path,
+    model: ModelFacts,
+    data: DataFacts,
+    sites: Sites,
+    limits: frozenset[Limit],
+    *,
+    uplink_mbps: float | None = None,
+    public: str | None = None,
+) -> Proposal:
+    """Return a configuration for `file`, which is not written.
+
+    Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
+    """
+    template = None if model.has_template else PLAIN
+    lengths = measure_lengths(data, model, template if data.is_conversation else None)
+    is_text = data.form == "text"
+    answers = Answers(
+        model=model,
+        model_path=_from(file, model.name) if model.local else model.name,
+        data=data,
+        data_path=_from(file, data.source) if data.local else data.source,
+        sites=sites,
+        lengths=lengths,
+        max_length=proposed_length(lengths, model.context, text=is_text),
+        limits=limits,
+        uplink_mbps=uplink_mbps,
+        public_path=None if public is None else _from(file, public),
+    )
+    limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "nothing named"
+    head = [
+        f"{sites.words()} tune {model.name}.",
+        f"Written by `fluvial init`; limits: {limited}. Only what differs from the defaults is set: "
+        "docs/settings.md has every setting.",
+    ]
+    text = document(head, sections(answers))
+    table = paths.beside(tomllib.loads(text), file)
+    planned = plan(parse(table, str(file)))
+    return Proposal(text, _found(answers), planned)
+
+
+def _found(answers: Answers) -> tuple[str, ...]:
+    data = answers.data
+    lengths = answers.lengths
+    columns = ", ".join(data.names[:12]) + (", ..." if len(data.names) > 12 else "")
+    return (
+        f"model: {answers.model.words()}",
+        f"records: {len(data.rows):,}, form {data.form}, columns {columns}",
+        f"sites: {answers.sites.words()}; {answers.sites.why}",
+        f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,}; "
+        f"with loss at most {lengths.longest_answer:,}",
+    )
+
+
+def _from(file: Path, name: str) -> str:
+    """Return a path as `file` names it: relative to its folder if it lies below, else whole."""
+    path = Path(name).expanduser().resolve()
+    folder = file.resolve().parent
+    return (
+        Path(os.path.relpath(path, folder)).as_posix() if path.is_relative_to(folder) else str(path)
+    )

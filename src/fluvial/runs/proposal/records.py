@@ -1,0 +1,226 @@
+"""Facts about records: how their files are read, their form, and the sites they belong to."""
+
+import codecs
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluvial.data.config import DataConfig
+from fluvial.data.faults import DataError, Faults, shown
+from fluvial.data.files import UTF8, read_text
+from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
+from fluvial.data.readers import READERS
+from fluvial.data.records import Record, RecordReader
+from fluvial.data.rows import Number, Row, Table, columns_of
+from fluvial.data.sources import DELIMITED, Source, is_local, is_saved, tables
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.columns import (
+    form_of,
+    guessed_columns,
+    is_usual_owner,
+    owner_columns,
+    value_of,
+)
+
+MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+DELIMITERS = (",", ";", "\t", "|")
+SAMPLE = 2000
+"""Records that are tokenised to know their lengths."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about the records of a source."""
+
+    source: str
+    local: bool
+    """True for a file or folder, whose path is relative to the file that names it."""
+    reading: Mapping[str, str]
+    """Settings of [data] that its files need: encoding, delimiter."""
+    form: Form
+    columns: Mapping[str, str]
+    """Columns to rename: our field = the file's column."""
+    numbers: bool
+    """True where a text is a JSON number or boolean."""
+    tables: tuple[Table, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return the rows of all files."""
+        return [row for table in self.tables for row in table.rows]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all columns."""
+        return columns_of(self.rows[:1000])
+
+    @property
+    def is_conversation(self) -> bool:
+        """True where a chat template renders the records."""
+        return self.form in CONVERSATIONS
+
+    @property
+    def other_columns(self) -> list[str]:
+        """Return the columns that are no text of a record."""
+        used = {self.columns.get(field, field) for field in REQUIRED_FIELDS[self.form]}
+        return [name for name in self.names if name not in used]
+
+    def sample(self) -> list[Record]:
+        """Return at most `SAMPLE` records, evenly spaced; faulty ones are left to `check`."""
+        reader = RecordReader(self.form, self.columns, "text" if self.numbers else "refuse")
+        rows = self.rows
+        records = []
+        for row in rows[:: max(1, len(rows) // SAMPLE)]:
+            try:
+                records.append(reader.read(row.place, row.fields))
+            except ConfigError:
+                continue
+
+        return records
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The partition of records into sites."""
+
+    partition: Mapping[str, Any]
+    """Table `data.partition`."""
+    counts: Mapping[str, int]
+    """Records of each site."""
+    why: str
+
+    def words(self) -> str:
+        """Return the largest sites with their counts, and how many there are."""
+        largest = sorted(self.counts, key=lambda name: (-self.counts[name], name))
+        first = ", ".join(f"{shown(name)[1:-1]} {self.counts[name]:,}" for name in largest[:8])
+        return f"{len(largest)} sites ({first}{', ...' if len(largest) > 8 else ''})"
+
+
+def look_at_data(source: str, columns: Mapping[str, str]) -> DataFacts:
+    """Return the facts about a source; `columns` are those that the caller renames.
+
+    Raises `ConfigError` for what cannot be read, and where no form fits the columns.
+    """
+    local = is_local(source)
+    reading = _reading(Path(source).expanduser()) if local else {}
+    config = DataConfig.model_validate({"source": source, **reading})
+    faults = Faults()
+    found = tables(Source("--data", source, config.split, config.reading()), faults)
+    faults.raise_any()
+    names = columns_of([row for table in found for row in table.rows[:1000]])
+    if columns:
+        form, renamed = form_of(names, columns), dict(columns)
+    else:
+        form, renamed = guessed_columns(names)
+
+    texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form]]
+    numbers = any(
+        isinstance(row.fields.get(name), Number | bool)
+        for table in found
+        for row in table.rows
+        for name in texts
+    )
+    return DataFacts(source, local, reading, form, renamed, numbers, tuple(found))
+
+
+def sites_by_file(facts: DataFacts) -> Sites:
+    """Return a site for each file of a folder; raises `ConfigError` for a single file."""
+    if len(facts.tables) < 2:
+        raise ConfigError(
+            f"--site-column file: {facts.source!r} is one file, and a file would be a site; name a "
+            "folder with a file for each site, or the column with the owner's name"
+        )
+    counts = {Path(table.name).stem: len(table.rows) for table in facts.tables}
+    return Sites({"by": "file"}, counts, "each file of the folder is a site")
+
+
+def sites_by_column(facts: DataFacts, column: str) -> Sites:
+    """Return a site for each value of a column; raises `ConfigError` where it has not two."""
+    if column not in facts.names:
+        raise ConfigError(
+            f"--site-column {column!r}: {facts.source!r} has the columns {', '.join(facts.names)}"
+        )
+    counts = Counter(value_of(row, column) for row in facts.rows)
+    if None in counts:
+        raise ConfigError(
+            f"--site-column {column!r}: {counts[None]} records name no owner; write the site's "
+            "name, or remove these records"
+        )
+    if len(counts) < 2:
+        raise ConfigError(
+            f"--site-column {column!r}: all records have the value {shown(str(next(iter(counts))))}"
+            ", and two sites are needed; name another column, or a number of equal shares"
+        )
+
+    known = {name: count for name, count in counts.items() if name is not None}
+    return Sites(
+        {"by": "column", "column": column}, known, f"column {column!r} names the owner of a record"
+    )
+
+
+def equal_sites(facts: DataFacts, number: int) -> Sites:
+    """Return equal shares of the shuffled records; raises `ConfigError` for too few records."""
+    records = len(facts.rows)
+    if not 2 <= number <= records // 2:
+        raise ConfigError(
+            f"--sites {number}: choose from 2 to {records // 2}, since each site needs two of the "
+            f"{records} records"
+        )
+    width = len(str(number - 1))
+    counts = {
+        f"site-{n:0{width}}": records // number + (n < records % number) for n in range(number)
+    }
+    why = "equal shares of the shuffled records: a simulation, since no record names its owner"
+    return Sites({"by": "iid", "sites": number}, counts, why)
+
+
+def found_sites(facts: DataFacts) -> Sites | None:
+    """Return the partition that the records suggest, None where none is certain."""
+    owners = owner_columns(facts.rows, facts.other_columns)
+    if owners and is_usual_owner(owners[0]):
+        return sites_by_column(facts, owners[0])
+    return sites_by_file(facts) if len(facts.tables) > 1 else None
+
+
+def likely_columns(facts: DataFacts) -> Sequence[str]:
+    """Return the columns that may name the owner of a record."""
+    return owner_columns(facts.rows, facts.other_columns)
+
+
+def _reading(path: Path) -> dict[str, str]:
+    """Return encoding and delimiter of a file, or of the first file of a folder, where they are not
+    the usual ones; they are proposals that the user sees."""
+    if path.is_dir():
+        if is_saved(path):
+            return {}
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+        path = files[0] if files else path
+    if not path.is_file() or path.suffix.lower() == ".parquet":
+        return {}
+
+    with path.open("rb") as file:
+        wide = file.read(2) in MARKS_OF_UTF16
+
+    for encoding in (UTF8, "utf-16" if wide else "cp1252"):
+        try:
+            text = read_text(path, encoding)
+        except DataError:
+            continue
+
+        found = {} if encoding == UTF8 else {"encoding": encoding}
+        delimiter = _delimiter(text, path.suffix.lower())
+        return found if delimiter is None else found | {"delimiter": delimiter}
+
+    return {}  # the reader says what is wrong
+
+
+def _delimiter(text: str, suffix: str) -> str | None:
+    """Return the character between the columns, None for the usual one of the suffix."""
+    if suffix not in DELIMITED:
+        return None
+    header = text.lstrip("\ufeff\r\n").splitlines()[:1] or [""]
+    usual = "\t" if suffix == ".tsv" else ","
+    best = max(DELIMITERS, key=lambda mark: (header[0].count(mark), mark == usual))
+    return None if best == usual or not header[0].count(best) else best

@@ -1,0 +1,267 @@
+"""The settings of a first run, as they follow from model, data and limits, each with its why."""
+
+import math
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from fluvial.codecs.auto import AutoSettings
+from fluvial.data.faults import shown
+from fluvial.errors import ConfigError
+from fluvial.models.targets import LoraSettings
+from fluvial.runs.proposal.document import Section, Setting
+from fluvial.runs.proposal.lengths import Lengths
+from fluvial.runs.proposal.limits import Limit, method_for
+from fluvial.runs.proposal.methods import method_sections
+from fluvial.runs.proposal.models import ModelFacts, can_quantise
+from fluvial.runs.proposal.records import DataFacts, Sites
+from fluvial.training.config import TrainConfig
+from fluvial.wire.tensors import Layout
+
+RATE_OF_7B = 1.5e-4
+"""CG-FedLLM's learning rate for 7 B parameters, from which that of other sizes follows."""
+LARGEST_RATE = 5e-3
+PASSES = 3
+"""Passes over the data of the middle site that a run aims at."""
+MEASURED = 100
+"""Most held-out sequences of a site that are measured."""
+PLAIN = "plain"
+"""Chat template for a tokenizer without one."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What `fluvial init` knows: facts about model and data, and the answers of its user."""
+
+    model: ModelFacts
+    model_path: str
+    """Name of the model as the file has it."""
+    data: DataFacts
+    data_path: str
+    """Name of the source as the file has it."""
+    sites: Sites
+    lengths: Lengths
+    max_length: int
+    limits: frozenset[Limit]
+    uplink_mbps: float | None = None
+    public_path: str | None = None
+    """Source of public text as the file has it."""
+
+    @property
+    def heldout_share(self) -> float:
+        """Return the least share of the usual ones that leaves each site a held-out record."""
+        least = min(self.kept.values())
+        return next(share for share in (0.1, 0.2, 0.3, 0.5) if 0 < round(share * least) < least)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Return the sites with two records or more; one with a single record cannot take part."""
+        return {name: count for name, count in self.sites.counts.items() if count > 1}
+
+    @property
+    def sequences(self) -> dict[str, float]:
+        """Return the training sequences of each site, about."""
+        each = self.lengths.sequences(self.max_length, text=self.data.form == "text")
+        return {name: count * (1 - self.heldout_share) * each for name, count in self.kept.items()}
+
+    @property
+    def everywhere(self) -> bool:
+        """Return whether LoRA adapts all linear modules."""
+        return not self.model.has_paper_targets
+
+    @property
+    def rank(self) -> int:
+        """Return the rank of the adapter."""
+        return min(LoraSettings().r, self.model.narrowest)
+
+    @property
+    def adapter_values(self) -> int:
+        """Return the values of the adapter."""
+        of_rank_1 = self.model.adapted_everywhere if self.everywhere else self.model.adapted
+        return self.rank * of_rank_1
+
+    @property
+    def rate(self) -> float:
+        """Return how many times smaller than fp32 an update is sent."""
+        layout = Layout((("adapter", (self.adapter_values,)),))
+        return round(AutoSettings(uplink_mbps=self.uplink_mbps).target(layout), 1)
+
+
+def sections(answers: Answers) -> list[Section]:
+    """Return the tables of a configuration; raises `ConfigError` where two sites are not left."""
+    if len(answers.kept) < 2:
+        raise ConfigError(
+            f"--data {answers.data.source!r}: only {len(answers.kept)} sites have two records or "
+            "more, one to train on and one held out; two such sites are needed"
+        )
+
+    train = _train(answers)
+    values = {setting.key: setting.value for setting in train.settings}
+    batch = TrainConfig(**values).logical_batch
+    steps = values["max_steps"]
+    return [
+        Section("", [_rounds(answers, batch * steps), *_compare(answers)]),
+        _model(answers),
+        _lora(answers),
+        _data(answers),
+        train,
+        *method_sections(
+            answers.limits,
+            list(answers.kept),
+            rate=answers.rate,
+            uplink_mbps=answers.uplink_mbps,
+            public=answers.public_path is not None,
+            clip_norm=_clip_norm(answers, values["learning_rate"], steps),
+        ),
+    ]
+
+
+def _rounds(answers: Answers, sequences: int) -> Setting:
+    wanted = PASSES * median(answers.sequences.values()) / sequences
+    rounds = min(20, max(5, math.ceil(wanted)))
+    passes = rounds * sequences / median(answers.sequences.values())
+    return Setting("rounds", rounds, f"about {passes:.2g} passes over the data of a middle site")
+
+
+def _compare(answers: Answers) -> list[Setting]:
+    method = method_for(answers.limits)
+    if method == "flglm" or "privacy" in answers.limits:
+        return []
+    if method == "cgfedllm":
+        why = "each site alone, and the same run without compression"
+        return [Setting("compare", ["local", "fedavg"], why)]
+    return [Setting("compare", ["local"], "each site alone: what the federation must be ahead of")]
+
+
+def _model(answers: Answers) -> Section:
+    model = answers.model
+    settings = [Setting("name_or_path", answers.model_path, model.words())]
+    remarks = []
+    if "small-memory" in answers.limits:
+        if can_quantise():
+            why = "the frozen base in 4 bits a value (QLoRA); only adapters travel"
+            settings.append(Setting("quantization", "nf4", why))
+        else:
+            remarks.append(
+                'quantization = "nf4" holds the base in 4 bits; install it first: pip install '
+                "'fluvial[quantization]'"
+            )
+    return Section("[model]", settings, remarks=remarks)
+
+
+def _lora(answers: Answers) -> Section:
+    settings = []
+    if answers.rank != LoraSettings().r:
+        why = "no linear module of the model is wider"
+        settings.append(Setting("r", answers.rank, why))
+    if answers.everywhere:
+        usual = ", ".join(answers.model.targets[:4])
+        settings.append(
+            Setting(
+                "target_modules",
+                "all-linear",
+                "the model has no q_proj, k_proj, v_proj and o_proj, the usual four; PEFT's choice "
+                f"would be {usual}",
+            )
+        )
+    return Section("[lora]", settings)
+
+
+def _data(answers: Answers) -> Section:
+    data = answers.data
+    settings = [Setting("source", answers.data_path, f"{len(data.rows):,} records, {data.form}")]
+    for key, value in data.reading.items():
+        settings.append(Setting(key, value, "as the file was found; `fluvial preview` shows it"))
+    if data.columns:
+        why = "our field = your column"
+        settings.append(Setting("columns", dict(data.columns), why))
+    if data.numbers:
+        settings.append(Setting("numbers", "text", "some texts are JSON numbers"))
+    settings += [*_sites(answers), *_lengths(answers)]
+    if data.is_conversation and not answers.model.has_template:
+        why = "roles as words, since the tokenizer has no chat template"
+        settings.append(Setting("chat_template", PLAIN, why))
+    if answers.public_path is not None:
+        why = "text of no site, on which the codec is chosen"
+        settings.append(Setting("public_source", answers.public_path, why))
+    return Section("[data]", settings)
+
+
+def _sites(answers: Answers) -> list[Setting]:
+    partition = Setting("partition", dict(answers.sites.partition), answers.sites.why)
+    settings = [partition]
+    left_out = sorted(set(answers.sites.counts) - set(answers.kept))
+    if left_out:
+        why = f"without {', '.join(map(shown, left_out[:5]))}, which have one record each"
+        settings.append(Setting("sites", sorted(answers.kept), why))
+    share = answers.heldout_share
+    if share != 0.1:
+        least = min(answers.kept, key=lambda name: answers.kept[name])
+        why = f"the smallest site, {shown(least)}, has {answers.kept[least]} records"
+        settings.append(Setting("heldout_share", share, why))
+    if max(answers.sequences.values()) * share / (1 - share) > MEASURED:
+        settings.append(Setting("max_heldout", MEASURED, "enough for the mean of a site"))
+    return settings
+
+
+def _lengths(answers: Answers) -> list[Setting]:
+    lengths = answers.lengths
+    length = answers.max_length
+    over = lengths.longer_than(length)
+    text = answers.data.form == "text"
+    looked = f"the longest record of {len(lengths.tokens):,} looked at has {lengths.longest} tokens"
+    bound = answers.model.context
+    why = f"{looked}; the model reads {bound}" if bound and length == bound else looked
+    if text and over:
+        why += "; longer text is cut into windows"
+    settings = [Setting("max_length", length, why)] if length != 128 else []
+    if over and not text:
+        whole = lengths.longest_answer < length
+        how = "shorten_prompt" if whole else "cut"
+        kept = "the beginning of the prompt goes, the answer stays whole" if whole else "the end"
+        settings.append(Setting("overlong", how, f"{over} records are longer: {kept}"))
+    return settings
+
+
+def _train(answers: Answers) -> Section:
+    model = answers.model
+    small = "small-memory" in answers.limits
+    middle = median(answers.sequences.values())
+    batch = 8 if middle >= 16 else max(1, int(middle // 2))
+    device = batch if model.parameters < 10**9 else min(batch, 4 if model.parameters < 4e9 else 2)
+    device = 1 if small else device
+    steps = min(20, max(2, round(middle / batch)))
+    settings: list[Setting] = [_learning_rate(model)]
+
+    if device != TrainConfig().per_device_train_batch_size:
+        why = "one sequence in a pass: the least memory" if small else "what fits beside the base"
+        if batch == device:
+            why = "the sites have few records"
+        settings.append(Setting("per_device_train_batch_size", device, why))
+    if batch != device:
+        why = f"{batch} sequences a step in the memory of {device}"
+        settings.append(Setting("gradient_accumulation_steps", batch // device, why))
+
+    shown_share = steps * batch / middle
+    why = f"of a site in a round: {shown_share:.0%} of the data of a middle site"
+    settings.append(Setting("max_steps", steps, why))
+    if small:
+        why = "activations are computed again, not held"
+        settings.append(Setting("gradient_checkpointing", True, why))
+    return Section("[train]", settings)
+
+
+def _learning_rate(model: ModelFacts) -> Setting:
+    exact = min(LARGEST_RATE, RATE_OF_7B * math.sqrt(7e9 / model.parameters))
+    rate = float(f"{exact:.1g}")
+    why = "small models take larger steps: 1.5e-4 at 7 B parameters, times the root of the ratio"
+    if exact == LARGEST_RATE:
+        why = "a small model takes a large step; 1.5e-4 is for 7 B parameters"
+    return Setting("learning_rate", rate, why)
+
+
+def _clip_norm(answers: Answers, learning_rate: float, steps: Any) -> float:
+    """Return an estimate of an update's norm: under Adam with linear decay, a value moves by about
+    a quarter of the sum of the learning rates."""
+    moved = learning_rate * (steps + 1) / 2 / 4
+    return float(f"{moved * math.sqrt(answers.adapter_values):.1g}")

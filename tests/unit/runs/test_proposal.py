@@ -1,0 +1,259 @@
+"""Configurations that `fluvial init` proposes: each passes check, and says why."""
+
+import json
+import random
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from pydantic import BaseModel
+from typer.testing import CliRunner
+
+from fluvial.cli import app, init
+from fluvial.errors import ConfigError, MissingWeightsError
+from fluvial.runs.config import RunConfig, load
+from fluvial.runs.proposal.columns import guessed_columns, owner_columns
+from fluvial.runs.proposal.document import Section, Setting, document
+from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
+from fluvial.runs.proposal.records import look_at_data
+from tests.support.models import shared_four_layers
+
+WORDS = {"north": "snow ice wind", "south": "sun sand heat", "west": "rain sea wave"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def answers(number: int = 20, prompt: str = "What is case {}?") -> list[dict[str, str]]:
+    """Records of three sites, with questions and answers."""
+    draw = random.Random(0)
+    return [
+        {
+            "hospital": site,
+            "question": prompt.format(case),
+            "answer": " ".join(draw.choices(words.split(), k=4)),
+        }
+        for site, words in WORDS.items()
+        for case in range(number)
+    ]
+
+
+def written(rows: list[dict[str, Any]], name: str = "records.jsonl") -> str:
+    Path(name).write_text("\n".join(map(json.dumps, rows)))
+    return name
+
+
+def run_init(*options: str, typed: str = "") -> Result:
+    """Call `fluvial init`, and raise what it raises."""
+    result = CliRunner().invoke(app, ["init", "q.toml", *options], input=typed)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def proposed(*options: str) -> RunConfig:
+    run_init("--yes", *options)
+    return load(Path("q.toml"))
+
+
+def test_a_file_with_a_column_of_owners(tiny_model: Path) -> None:
+    data = written(answers())
+    options = ("--model", str(tiny_model), "--data", data, "--limit", "slow-links")
+    result = run_init("--yes", *options, "--uplink", "0.1")
+    config = load(Path("q.toml"))
+    assert config.data.partition.model_dump()["column"] == "hospital"
+    assert config.data.columns == {"prompt": "question", "completion": "answer"}
+    assert config.coding.name == "trellis"
+    assert config.coding.error_feedback
+    assert config.compare == ("local", "fedavg")
+    assert config.fleet.line is not None
+    assert config.fleet.line.up_mbit_s == 0.1
+    assert "3 sites (north 20, south 20, west 20)" in result.output
+    assert " preview q.toml" in result.output.partition("Next:")[2]
+
+
+def test_everything_that_is_set_differs_from_the_defaults(tiny_model: Path) -> None:
+    run_init("--yes", "--model", str(tiny_model), "--data", written(answers()))
+    table = tomllib.loads(Path("q.toml").read_text())
+
+    def same(given: dict[str, Any], settings: BaseModel, where: str) -> Iterator[str]:
+        for key, value in given.items():
+            default = getattr(settings, key)
+            if isinstance(value, dict) and isinstance(default, BaseModel) and "by" not in value:
+                yield from same(value, default, f"{where}{key}.")
+            elif value == default:
+                yield where + key
+
+    assert list(same(table, RunConfig(), "")) == []
+
+
+def test_each_setting_says_why() -> None:
+    run_init("--yes", "--model", "embedded", "--data", written(answers()), "--limit", "slow-links")
+    lines = Path("q.toml").read_text().splitlines()
+    settings = [number for number, line in enumerate(lines) if " = " in line and line[0] != "#"]
+    without = [
+        lines[number]
+        for number in settings
+        if "#" not in lines[number] and not lines[number - 1].startswith("#")
+    ]
+    assert without == ['name = "trellis"', "rate = 16"]  # their table says why
+    assert all(len(line) <= 100 for line in lines)
+
+
+def test_a_folder_with_a_spreadsheet_for_each_site(tiny_model: Path) -> None:
+    """Semicolons, an encoding of Windows, and German headings."""
+    for site, words in WORDS.items():
+        rows = "".join(f"Fall {n}: für wen?;{words}\n" for n in range(12))
+        Path("csv").mkdir(exist_ok=True)
+        Path("csv", f"{site}.csv").write_text(f"Frage;Antwort\n{rows}", encoding="cp1252")
+
+    config = proposed("--model", str(tiny_model), "--data", "csv")
+    assert config.data.partition.by == "file"
+    assert (config.data.delimiter, config.data.encoding) == (";", "cp1252")
+    assert config.data.columns == {"prompt": "Frage", "completion": "Antwort"}
+
+
+def test_conversations_for_a_base_without_a_chat_template() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
+    rows = [{"client": site, "messages": turns} for site in WORDS for _ in range(4)]
+    config = proposed("--model", "embedded", "--data", written(rows))
+    assert config.data.chat_template is not None
+    assert config.data.heldout_share == 0.2  # a tenth of four records is none
+
+
+def test_records_longer_than_the_context(tiny_model: Path) -> None:
+    """The answer stays whole; the model reads 128 tokens, the default of `max_length`."""
+    data = written(answers(prompt="word " * 100 + "{}?"))
+    config = proposed("--model", str(tiny_model), "--data", data)
+    assert config.data.max_length == 128
+    assert config.data.overlong == "shorten_prompt"
+
+
+def test_a_model_without_the_usual_four_projections(tiny_gpt2_model: Path) -> None:
+    config = proposed("--model", str(tiny_gpt2_model), "--data", written(answers()))
+    assert config.lora.target_modules == "all-linear"
+    assert "c_attn" in Path("q.toml").read_text()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_each_limit_gives_a_run_that_passes_check(limit: str) -> None:
+    model = str(shared_four_layers())
+    data = written(answers(10))
+    config = proposed("--model", model, "--data", data, "--limit", limit, "--limit", "slow-links")
+    assert config.method.name == method_for(limits_of([limit, "slow-links"]))
+    if limit == "small-memory":
+        assert config.model.quantization == "nf4"
+        assert config.train.gradient_checkpointing
+    if limit == "privacy":
+        assert config.promise is not None
+
+
+def test_equal_shares_where_no_record_names_its_owner(tiny_model: Path) -> None:
+    rows = [{"text": f"{number} small words"} for number in range(30)]
+    options = ("--model", str(tiny_model), "--data", written(rows))
+    with pytest.raises(ConfigError, match="--site-column: no column"):
+        run_init("--yes", *options)
+
+    assert proposed(*options, "--sites", "3").data.partition.model_dump()["sites"] == 3
+
+
+def test_questions_are_asked_on_a_terminal(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong answer is asked for again; an empty one takes the proposal."""
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    data = written(answers())
+    typed = f"nowhere/model\n{tiny_model}\n{data}\n\nsnow\nslow-links\nfast\n0.5\n"
+    output = run_init(typed=typed).output
+    assert "nowhere/model" in output
+    assert "choose among slow-links" in output
+    assert "a number of megabits a second" in output
+    assert load(Path("q.toml")).coding.name == "trellis"
+
+
+def test_a_missing_option_is_refused_without_a_terminal(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="--model: missing, and there is no terminal"):
+        run_init()
+    with pytest.raises(ConfigError, match="--data: missing, and there is no terminal"):
+        run_init("--model", str(tiny_model))
+    assert not Path("q.toml").exists()
+
+
+def test_a_file_is_not_replaced() -> None:
+    Path("q.toml").write_text("seed = 1")
+    with pytest.raises(ConfigError, match="add --force"):
+        run_init("--yes")
+    assert Path("q.toml").read_text() == "seed = 1"
+
+
+def test_models_that_cannot_be_tuned_are_named(tiny_model: Path) -> None:
+    data = written(answers())
+    Path("encoder").mkdir()
+    for file in tiny_model.iterdir():
+        Path("encoder", file.name).write_bytes(file.read_bytes())
+    Path("encoder", "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match="is_decoder"):
+        run_init("--yes", "--model", "encoder", "--data", data)
+
+    Path("encoder", "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    Path("encoder", "model.safetensors").unlink()
+    with pytest.raises(MissingWeightsError, match="no weights"):
+        run_init("--yes", "--model", "encoder", "--data", data)
+
+
+@pytest.mark.parametrize(
+    ("columns", "form", "renamed"),
+    [
+        (["text", "site"], "text", {}),
+        (["Note", "ward"], "text", {"text": "Note"}),
+        (
+            ["instruction", "context", "response", "category"],
+            "alpaca",
+            {"input": "context", "output": "response"},
+        ),
+        (["document", "summary", "id"], "prompt_completion", None),
+        (["conversation"], "sharegpt", {"conversations": "conversation"}),
+    ],
+)
+def test_columns_are_guessed(columns: list[str], form: str, renamed: dict[str, str] | None) -> None:
+    found, rename = guessed_columns(columns)
+    assert found == form
+    assert renamed is None or rename == renamed
+
+
+def test_columns_that_fit_no_form_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--column prompt=COLUMN"):
+        guessed_columns(["a", "b"])
+
+
+def test_an_owner_is_named_in_each_record() -> None:
+    rows = [{"text": "x", "site": "ab"[n % 2], "id": str(n), "hospital": "a"} for n in range(6)]
+    rows[0] |= {"ward": "1"}
+    facts = look_at_data(written(rows), {})
+    assert owner_columns(facts.rows, facts.other_columns) == ["site"]
+
+
+def test_limits_that_ask_for_two_methods_are_refused() -> None:
+    with pytest.raises(ConfigError, match="each asks for a method of its own"):
+        limits_of(["privacy, base-stays"])
+    with pytest.raises(ConfigError, match="choose among slow-links"):
+        limits_of(["slow"])
+    assert limits_of(["none"]) == frozenset()
+
+
+def test_the_document_is_toml_with_its_values() -> None:
+    values: dict[str, Any] = {
+        "name": 'a "quoted" \\ path/é/' + "long/" * 40,
+        "many": list(range(100)),
+        "table": {"by": "column", "column": "x"},
+        "flag": True,
+        "rate": 5e-4,
+    }
+    sections = [Section("[t]", [Setting(key, value, "why") for key, value in values.items()])]
+    assert tomllib.loads(document(["head"], sections))["t"] == values
