@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/fluvial run configs/quickstart.toml
 
-.PHONY: quickstart install dev check docs test test-portable test-slow test-claims test-flower faults clean
+.PHONY: quickstart install dev check docs test test-portable test-slow test-claims test-flower test-browser faults clean
 
 quickstart: install
 	rm -rf runs/quickstart
@@ -37,13 +37,16 @@ test: dev
 # The oracle and contract tests with torch's plainest kernels, as on a processor without AVX2.
 test-portable: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" ATEN_CPU_CAPABILITY=default scripts/test -n 2 --dist worksteal \
-	  -m '(oracle or contract) and not slow and not claims and not flower and not faults'
+	  -m '(oracle or contract) and not slow and not claims and not flower and not faults and not browser'
 
 test-slow: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m slow
 
 test-flower: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m 'flower and not faults'
+
+test-browser: dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/test -m browser
 
 faults: dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" python scripts/faults.py --out docs/reliability.md

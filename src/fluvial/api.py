@@ -209,7 +209,9 @@ def run(
     else:
         from fluvial.runs.run import execute
 
-    for event in execute(settings, folder, resume=resume):
+    from fluvial.report.live import with_page
+
+    for event in with_page(execute(settings, folder, resume=resume), settings, folder):
         if show is not None:
             show(event)
 

@@ -48,7 +48,9 @@ def run(
         else:
             from fluvial.runs.run import execute
 
-        for event in execute(settings, path, resume=resume):
+        from fluvial.report.live import with_page
+
+        for event in with_page(execute(settings, path, resume=resume), settings, path):
             progress.show(event)
 
     interrupt.set_advice(str)

@@ -26,6 +26,7 @@ from fluvial.flower.transport import flower_fleet
 from fluvial.methods import METHODS
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
+from fluvial.report.live import with_page
 from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
@@ -73,9 +74,10 @@ def main(grid: Grid, context: Context) -> None:
 
     place = stream_place(named.parent)
     with StreamListener(place) as listener:
-        for event in execute(
+        events = execute(
             config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
-        ):
+        )
+        for event in with_page(events, config, folder):
             if event.kind == "round":
                 logger.info("%s", _plain(round_line(event.values)))
             elif event.kind == "setup":

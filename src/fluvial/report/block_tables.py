@@ -73,12 +73,17 @@ def _trained(visits: Sequence[JsonObject], site: str) -> str:
 
 def _cell(visit: JsonObject) -> str:
     """Return a block in short, `3` or `4-7`, and the share of the step where it is not 1."""
-    block = re.sub(r"^layers? ", "", safe_text(visit["block"])).replace(" to ", "-")
+    block = block_words(visit["block"])
     share = visit["share"]
 
     if share == 1:
         return block
     return f"{block} refused" if share == 0 else f"{block} (1/{1 / share:g})"
+
+
+def block_words(name: str) -> str:
+    """Return the name of a block in short: "4-7" for "layers 4 to 7"."""
+    return re.sub(r"^layers? ", "", safe_text(name)).replace(" to ", "-")
 
 
 def conflict_log(metrics: Sequence[JsonObject], *, last: int) -> Excerpt | None:

@@ -28,6 +28,10 @@ class Matrix:
     words: str
     """One sentence on own data, other sites' data and the final model."""
 
+    def short(self, value: float) -> str:
+        """Return a value as a cell of a heat map has it."""
+        return f"{value:.2f}" if self.name == "loss" else f"{100 * value:.0f}"
+
     def text(self, value: float | None) -> str:
         """Return a value as the cells of a table have it."""
         return figure(value, ".3f") if self.name == "loss" else percent(value)

@@ -1,355 +1,389 @@
-"""Figures of a run's page, as inline SVG that takes its colours from the page."""
+"""Figures of a run's page, drawn from the values of its folder."""
 
-import io
-import re
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fluvial.formatting import human_bytes, safe_text
-from fluvial.runs.verdict import loss_of, losses
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.report.block_tables import block_words
+from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
+from fluvial.report.cross_site import Matrix
+from fluvial.runs.verdict import losses
 from fluvial.storage.run_files import JsonObject
 
-COLOURS = {
-    name: f"#0101{number:02x}"
-    for number, name in enumerate(("ink", "line", "own", "fedavg", "local", "central"), 1)
-}
-"""Placeholders that `_svg` replaces by CSS variables, so that figures follow light and dark."""
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fluvial",
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.parse_math": False,
-    "text.color": COLOURS["ink"],
-    "axes.labelcolor": COLOURS["ink"],
-    "axes.edgecolor": COLOURS["line"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.facecolor": "none",
-    "grid.color": COLOURS["line"],
-    "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["line"],
-    "ytick.color": COLOURS["line"],
-    "xtick.labelcolor": COLOURS["ink"],
-    "ytick.labelcolor": COLOURS["ink"],
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-}
+SITES = 48
+"""Number of sites of a figure at most: the first by name."""
+SCORES = {"exact_match": "exact match", "accuracy": "next-token accuracy"}
+"""Scores that are drawn, the most telling first."""
+CYCLES = 24
+"""Number of cycles of a block schedule: the last ones."""
 HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
 
-def _svg(figure: Figure) -> Markup:
-    """Return the figure as an SVG element with the page's colours; matplotlib escapes its texts."""
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+@dataclass(frozen=True)
+class Run:
+    """One run of a page: the method's own, or one of its baselines."""
+
+    name: str
+    """Name as the result table has it."""
+    colour: str
+    metrics: Sequence[JsonObject]
+    result: JsonObject | None
+    sends_updates: bool
+
+    def places(self, axis: str) -> list[float]:
+        """Return the value on an axis before round 1 and after each round.
+
+        The axes are round, up, both and seconds. Bytes of set-up, known at the end, come before
+        round 1.
+        """
+        if axis == "round":
+            return [0.0, *(float(record["round"]) for record in self.metrics)]
+        if axis == "seconds":
+            steps = [float(record["seconds"]) for record in self.metrics]
+            return _sums(0.0, steps)
+
+        keys = ("bytes_up",) if axis == "up" else ("bytes_up", "bytes_down")
+        setup = "setup_up" if axis == "up" else "setup"
+        before = float(self.result["bytes"][setup]) if self.result else 0.0
+        return _sums(before, [float(sum(record[key] for key in keys)) for record in self.metrics])
+
+
+def score_of(runs: Sequence[Run]) -> str:
+    """Return the most telling score that a run has."""
+    heldout = [run.result["heldout"] for run in runs if run.result]
+    measured = [table.get(key) or {} for table in heldout for key in ("base", "final")]
+    return next((name for name in SCORES if any(name in each for each in measured)), "accuracy")
+
+
+def by_axis(runs: Sequence[Run], axis: str, measure: str) -> Markup:
+    """Draw the loss or a score of all `runs` over an axis of `Run.places`."""
+    drawn = [run for run in runs if axis in ("round", "seconds") or run.sends_updates]
+    words, across = _AXES[axis]
+    percents = measure != "loss"
+    heights: Callable[[float], str] = _short_percent if percents else "{:.4g}".format
+    return line_chart(
+        [_series(run, axis, measure, words) for run in drawn],
+        across=across,
+        up=SCORES.get(measure, "loss, nats per token"),
+        words=words,
+        heights=heights,
+        log=axis in ("up", "both"),
+        whole=axis == "round",
     )
-    text = buffer.getvalue()
-    text = re.sub(
-        r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text[text.index("<svg") :], count=4
-    )
-
-    for name, colour in COLOURS.items():
-        text = text.replace(colour, f"var(--{name})")
-    return Markup(text)
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+_AXES: dict[str, tuple[Callable[[float], str], str]] = {
+    "round": (lambda value: f"{value:g}", "round"),
+    "up": (lambda value: human_bytes(value).replace(".00", "").replace(".0", ""), "bytes up"),
+    "both": (
+        lambda value: human_bytes(value).replace(".00", "").replace(".0", ""),
+        "bytes so far, up and down",
+    ),
+    "seconds": (lambda value: human_seconds(value) if value else "0", "time of the rounds"),
+}
+"""Words for a value on an axis, and the axis's name."""
 
 
-def _colour(name: str, method: str) -> str:
-    return COLOURS["own"] if name == method else COLOURS.get(name, COLOURS["ink"])
+def _series(run: Run, axis: str, measure: str, words: Callable[[float], str]) -> Series:
+    """Return training losses as a line, and held-out measures as points."""
+    at = run.places(axis)
+    show = figure if measure == "loss" else percent
+    line = []
+    points = []
+    for place, record in zip(at[1:], run.metrics, strict=True):
+        if measure == "loss" and record["loss"] is not None:
+            line.append((place, float(record["loss"])))
+        value = record.get(f"heldout_{measure}")
+        if value is not None:
+            points.append((place, float(value)))
 
-
-def _sends_updates(run: JsonObject) -> bool:
-    """Return whether a run sends updates, as its description says; False where it has none yet, as
-    a baseline before its end."""
-    return bool((run["result"] or run.get("description") or {}).get("sends_updates"))
-
-
-def _or_gap(loss: float | None) -> float:
-    """Return a loss to draw, NaN for a loss that sites did not send."""
-    return float("nan") if loss is None else loss
-
-
-def _draw_losses(
-    axes: Axes,
-    runs: Mapping[str, JsonObject],
-    method: str,
-    place: Callable[[JsonObject], list[float]],
-) -> None:
-    """Draw training losses as lines and held-out losses as points.
-
-    `place(run)` returns the value on the horizontal axis of round 0, 1, ...
-    """
-    for name, run in runs.items():
-        colour = _colour(name, method)
-        at = place(run)
-        records = run["metrics"]
-        result = run["result"]
-        axes.plot(
-            at[1:],
-            [_or_gap(record["loss"]) for record in records],
-            color=colour,
-            label=name,
-            linewidth=1.6,
+    if run.result:
+        before, after = (
+            _number((run.result["heldout"].get(which) or {}).get(measure))
+            for which in ("base", "final")
         )
         points = [
-            (at[number], record["heldout_loss"])
-            for number, record in enumerate(records, start=1)
-            if "heldout_loss" in record
+            *([] if before is None else [(at[0], before)]),
+            *points,
+            *([] if after is None else [(at[-1], after)]),
         ]
 
-        if result:
-            ends = [loss_of(result["heldout"].get(which)) for which in ("base", "final")]
-            before, after = (
-                [] if loss is None else [(place, loss)]
-                for place, loss in zip((at[0], at[-1]), ends, strict=True)
-            )
-            points = [*before, *points, *after]
-
-        points = [point for point in points if point[0] > 0 or axes.get_xscale() == "linear"]
-        if points:
-            form = "o:" if len(points) > 1 else "o"
-            axes.plot(*zip(*points, strict=True), form, color=colour, ms=4, lw=0.9)
-
-    axes.set_ylabel("loss, nats per token")
-    axes.figure.legend(loc="outside upper left", ncols=len(runs))
+    unit = "round " if axis == "round" else ""
+    tips = [f"{run.name}\n{unit}{words(x)}: training loss {figure(y)}" for x, y in line]
+    tips += [f"{run.name}\n{unit}{words(x)}: held-out {show(y)}" for x, y in points]
+    return Series(run.name, run.colour, line, points, tips)
 
 
-def loss_by_round(runs: Mapping[str, JsonObject], method: str) -> Markup:
-    """Draw training and held-out loss of all `runs` by round."""
-    figure, axes = _axes(5.4, 3.3)
-    _draw_losses(
-        axes, runs, method, lambda run: [0, *(record["round"] for record in run["metrics"])]
-    )
-    axes.set_xlabel("round")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-
-    return _svg(figure)
-
-
-def loss_by_bytes(
-    runs: Mapping[str, JsonObject], method: str, ways: tuple[str, ...]
-) -> Markup | None:
-    """Draw losses by the bytes sent so far in these `ways`; None where no run sends updates."""
-    runs = {name: run for name, run in runs.items() if _sends_updates(run)}
-    if not runs:
-        return None
-
-    figure, axes = _axes(5.4, 3.3)
-
-    def place(run: JsonObject) -> list[float]:
-        """Return cumulative bytes; those of set-up, known at the end, come before round 1."""
-        sums = [
-            float(run["result"]["bytes"]["setup_up" if ways == ("up",) else "setup"])
-            if run["result"]
-            else 0.0
-        ]
-        for record in run["metrics"]:
-            sums.append(sums[-1] + sum(record[f"bytes_{way}"] for way in ways))
-        return sums
-
-    axes.set_xscale("log")
-    _draw_losses(axes, runs, method, place)
-    ends = [value for run in runs.values() for value in place(run) if value > 0]
-    wide = max(ends) > 50 * min(ends)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: human_bytes(value).replace(".00", "").replace(".0", ""))
-    )
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"bytes so far, {' and '.join(ways)}")
-
-    return _svg(figure)
-
-
-def bytes_by_kind(runs: Mapping[str, JsonObject], method: str) -> Markup | None:
-    """Draw the bytes of each kind of message; None where no finished run sends updates."""
-    tables = {
-        name: run["result"]["bytes"]["by_kind"]
-        for name, run in runs.items()
-        if run["result"] and _sends_updates(run)
-    }
-    kinds = sorted({kind for table in tables.values() for kind in table}, reverse=True)
-
-    if not kinds:
-        return None
-
-    figure, axes = _axes(5.4, 0.9 + len(kinds) * (0.14 + 0.2 * len(tables)))
-    thick = 0.8 / len(tables)
-    for number, (name, table) in enumerate(reversed(tables.items())):
-        at = [index + (number - (len(tables) - 1) / 2) * thick for index in range(len(kinds))]
-        bars = axes.barh(
-            at,
-            [table.get(kind, 0) for kind in kinds],
-            thick * 0.9,
-            color=_colour(name, method),
-            label=name,
+def bytes_by_kind(runs: Sequence[Run]) -> Markup:
+    """Draw the bytes of each kind of message, of finished runs that send updates."""
+    finished = [(run, run.result["bytes"]["by_kind"]) for run in runs if run.result]
+    tables = [(run, table) for run, table in finished if run.sends_updates]
+    kinds = sorted({kind for _, table in tables for kind in table})
+    bars = [
+        Bars(
+            run.name,
+            run.colour,
+            [table.get(kind) for kind in kinds],
+            [human_bytes(table[kind]) if kind in table else "none" for kind in kinds],
         )
-        axes.bar_label(
-            bars,
-            [human_bytes(table[kind]) if kind in table else "" for kind in kinds],
-            padding=3,
-            fontsize=8,
-        )
-
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    axes.grid(visible=False, axis="y")
-    axes.margins(x=0.15)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside upper left", ncols=len(tables))
-
-    return _svg(figure)
+        for run, table in tables
+    ]
+    chart = bar_chart(kinds, bars, name="Bytes by kind") if kinds else Markup("")
+    return _with_legend(chart, bars)
 
 
-def snr_by_round(metrics: Sequence[JsonObject]) -> Markup | None:
-    """Draw the codec's SNR and the rate of each round; None where the rate is fixed."""
-    records = [record for record in metrics if "rate" in record and "snr_db" in record]
-    if not records:
-        return None
+def gains_by_site(own: Run, others: Sequence[Run]) -> Markup:
+    """Draw by how much each run lowers the held-out loss of every site below the base's."""
+    before = losses(own.result or {}, "base")
+    sites = list(before)[:SITES]
+    bars = []
+    for run in (*others, own):
+        after = losses(run.result or {}, "final")
+        gains = [before[site] - after[site] if site in after else None for site in sites]
+        words = ["not measured" if gain is None else f"{gain:+.4f}" for gain in gains]
+        tips = [f"loss {figure(after.get(site))}, base {before[site]:.4f}" for site in sites]
+        if any(gain is not None for gain in gains):
+            bars.append(Bars(run.name, run.colour, gains, words, tips))
 
-    figure = Figure(figsize=(5.4, 3.3), layout="constrained")
-    axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
-    rounds = [record["round"] for record in records]
-    for each, key, label in zip(
-        axes, ("snr_db", "rate"), ("codec SNR, dB", "times smaller"), strict=True
-    ):
-        each.plot(rounds, [record[key] for record in records], "o-", color=COLOURS["own"], ms=4)
-        each.set_ylabel(label)
+    labels = [safe_text(site) for site in sites]
+    return _with_legend(
+        bar_chart(labels, bars, name="Gain by site") if labels else Markup(""), bars
+    )
 
-    axes[-1].set_xlabel("round")
-    axes[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
-    return _svg(figure)
+
+def scores_by_site(own: Run, others: Sequence[Run], score: str) -> Markup:
+    """Draw a score of every site under the base, each run and the final model."""
+    rows = (own.result or {}).get("heldout_by_site") or {}
+    sites = list(rows)[:SITES]
+    tables = [("base model, untuned", "base", rows, "base")]
+    for run in (*others, own):
+        found = (run.result or {}).get("heldout_by_site") or {}
+        tables.append((run.name, run.colour, found, "final"))
+
+    bars = []
+    for name, colour, table, which in tables:
+        values = [_number(((table.get(site) or {}).get(which) or {}).get(score)) for site in sites]
+        if any(value is not None for value in values):
+            bars.append(Bars(name, colour, values, [percent(value) for value in values]))
+
+    labels = [safe_text(site) for site in sites]
+    chart = bar_chart(labels, bars, name="Score by site") if labels and bars else Markup("")
+    return _with_legend(chart, bars)
+
+
+def bytes_by_site(own: Run, *, unequal: float) -> Markup:
+    """Draw the bytes that each site has sent in the rounds; empty where the most are less than
+    `unequal` times the fewest."""
+    sums: dict[str, int] = {}
+    for record in own.metrics:
+        for site, kinds in (record.get("bytes") or {}).items():
+            up = sum(size for kind, size in kinds.items() if kind.startswith("up "))
+            sums[site] = sums.get(site, 0) + up
+    sites = sorted(sums)[:SITES]
+    if not sites or not own.sends_updates or max(sums.values()) < unequal * min(sums.values()):
+        return Markup("")
+
+    values = [float(sums[site]) for site in sites]
+    bars = [Bars(own.name, own.colour, values, [human_bytes(value) for value in values])]
+    return bar_chart([safe_text(site) for site in sites], bars, name="Bytes up by site")
+
+
+def snr_by_round(metrics: Sequence[JsonObject]) -> Markup:
+    """Draw the codec's SNR by round; empty without any."""
+    return _by_round(metrics, "snr_db", "codec SNR, dB", lambda value: f"codec SNR {value:.2f} dB")
+
+
+def rate_by_round(metrics: Sequence[JsonObject]) -> Markup:
+    """Draw the rate of each round; empty where the rate is fixed."""
+    return _by_round(metrics, "rate", "times smaller", lambda value: human_ratio(1 / value))
+
+
+def epsilon_by_round(metrics: Sequence[JsonObject]) -> Markup:
+    """Draw the epsilon that was spent after each round; empty without any."""
+    return _by_round(metrics, "epsilon", "epsilon so far", lambda value: f"epsilon {value:.4g}")
+
+
+def _by_round(
+    metrics: Sequence[JsonObject], key: str, up: str, words: Callable[[float], str]
+) -> Markup:
+    found = [(float(record["round"]), record[key]) for record in metrics if key in record]
+    points = [(round, value) for round, value in found if _number(value) is not None]
+    tips = [f"round {round:g}: {words(value)}" for round, value in points]
+    return line_chart(
+        [Series("", "own", points=points, tips=tips)], across="round", up=up, whole=True
+    )
 
 
 def gate_errors(gate: JsonObject) -> Markup:
     """Draw the errors of codec and predictors at the gate, for A, B and the aggregate."""
-    figure, axes = _axes(5.4, 3.3)
-    series = {"codec": gate["errors"], **gate["predictors"]}
-    colours = [COLOURS[name] for name in ("own", "fedavg", "local", "central")]
-    thick = 0.84 / len(series)
-
-    for number, (name, errors) in enumerate(series.items()):
-        at = [index + (number - (len(series) - 1) / 2) * thick for index in range(3)]
+    colours = ("own", "fedavg", "local", "central", "sixth")
+    bars = []
+    for number, (name, errors) in enumerate(
+        {"codec": gate["errors"], **gate["predictors"]}.items()
+    ):
         values = [errors[factor] for factor in ("a", "b", "aggregate")]
-        bars = axes.bar(
-            at,
-            [min(v, HIGHEST) for v in values],
-            thick * 0.9,
-            color=colours[number % 4],
-            label=name,
-        )
-        axes.bar_label(
-            bars, [f"{v:.2f}" if v < 100 else f"{v:.0e}" for v in values], padding=2, fontsize=7
-        )
+        words = [f"{value:.2f}" if value < 100 else f"{value:.0e}" for value in values]
+        drawn = [min(value, HIGHEST) for value in values]
+        bars.append(Bars(safe_text(name), colours[number % len(colours)], drawn, words))
 
-    axes.axhline(1, color=COLOURS["ink"], linewidth=0.8, linestyle="--")
-    axes.set_xticks(range(3), ["A", "B", "aggregate"])
-    axes.set_ylabel("relative squared error")
-    axes.grid(visible=False, axis="x")
-    figure.legend(loc="outside upper left", ncols=len(series))
-
-    return _svg(figure)
-
-
-def heldout_by_site(result: JsonObject, local: JsonObject | None) -> Markup | None:
-    """Draw the losses of every measured site before and after; None without any."""
-    before = losses(result, "base")
-    after = losses(result, "final")
-    sites = [
-        site for site in reversed(result["heldout_by_site"]) if site in before and site in after
-    ]
-
-    if not sites:
-        return None
-
-    figure, axes = _axes(5.4, 0.9 + 0.26 * len(sites))
-    base = [before[site] for site in sites]
-    final = [after[site] for site in sites]
-    at = range(len(sites))
-    axes.hlines(at, base, final, color=COLOURS["line"], linewidth=3)
-    axes.plot(base, at, "o", color=COLOURS["ink"], markerfacecolor="none", label="base model")
-
-    if local and local is not result:
-        local_losses = losses(local, "final")
-        alone = [local_losses.get(site, float("nan")) for site in sites]
-        axes.plot(
-            alone,
-            at,
-            "|",
-            color=COLOURS["local"],
-            markersize=10,
-            markeredgewidth=2,
-            label="local only",
-        )
-
-    axes.plot(final, at, "o", color=COLOURS["own"], label="final")
-    axes.set_yticks(at, [safe_text(site) for site in sites])
-    axes.set_ylim(-0.6, len(sites) - 0.4)
-    axes.set_xlabel("held-out loss, nats per token")
-    figure.legend(loc="outside upper left", ncols=3)
-
-    return _svg(figure)
+    chart = bar_chart(["A", "B", "aggregate"], bars, name="Errors at the codec gate")
+    return _with_legend(chart, bars)
 
 
 def ranks_by_site(plans: Mapping[str, JsonObject]) -> Markup:
-    """Draw the rank of every weight at every site as a disc, larger for a higher rank."""
-    sites = sorted(plans, reverse=True)
+    """Draw the rank of every weight at every site as a cell, stronger for a higher rank."""
     modules = sorted({module for plan in plans.values() for module in plan["ranks"]})
     most = max(rank for plan in plans.values() for rank in plan["ranks"].values())
-    discs = [
-        (modules.index(module), row, 60 * rank / most)
-        for row, site in enumerate(sites)
-        for module, rank in plans[site]["ranks"].items()
-    ]
+    rows = {}
+    for site in sorted(plans)[:SITES]:
+        ranks = plans[site]["ranks"]
+        rows[safe_text(site)] = [
+            Cell(
+                ranks[module] / most if module in ranks else None,
+                "",
+                f"{safe_text(site)}\n{safe_text(module)}: "
+                + (f"rank {ranks[module]}" if module in ranks else "not tuned"),
+            )
+            for module in modules
+        ]
 
-    figure, axes = _axes(7.2, 1.1 + 0.3 * len(sites))
-    axes.scatter(*zip(*discs, strict=True), color=COLOURS["own"], linewidths=0)
-    axes.set_yticks(range(len(sites)), [safe_text(site) for site in sites])
-    axes.set_ylim(-0.6, len(sites) - 0.4)
-    axes.set_xticks([])
-    axes.set_xlabel(f"{len(modules)} weights in order of their names; the largest disc is {most}")
-
-    return _svg(figure)
+    return grid_chart(rows, [""] * len(modules), name="Rank of each weight by site")
 
 
-def budget_trials(choice: JsonObject) -> Markup | None:
-    """Draw the losses of all trials by the bytes of a site so far; None without any trial."""
-    if not choice["trials"]:
-        return None
+def prediction_errors(metrics: Sequence[JsonObject]) -> Markup:
+    """Draw the relative error of each site's last prediction; empty without any."""
+    latest: dict[str, JsonObject] = {}
+    for record in metrics:
+        latest |= record.get("predicted", {})
+    sites = sorted(latest)[:SITES]
+    bars = []
+    for colour, key, words in (
+        ("own", "bytes_up", human_bytes),
+        ("fedavg", "bytes_down", human_bytes),
+        ("local", "seconds", human_seconds),
+        ("central", "memory_bytes", human_bytes),
+    ):
+        figures = [latest[site].get(key) or {} for site in sites]
+        errors = [_number(each.get("error")) for each in figures]
+        if any(error is not None for error in errors):
+            shown = [
+                f"{each['error']:+.0%}, {words(each['measured'])}"
+                if _number(each.get("error")) is not None
+                else "not measured"
+                for each in figures
+            ]
+            bars.append(Bars(key.replace("_", " "), colour, errors, shown))
 
-    figure, axes = _axes(5.4, 3.3)
+    labels = [safe_text(site) for site in sites]
+    chart = bar_chart(labels, bars, name="Plan against measured") if bars else Markup("")
+    return _with_legend(chart, bars)
+
+
+def schedule_grid(metrics: Sequence[JsonObject], setup: JsonObject) -> Markup:
+    """Draw the blocks that each site trained in the last cycles; empty without visits."""
+    records = [record for record in metrics if "visits" in record][-CYCLES:]
+    if not records:
+        return Markup("")
+
+    order = [block["name"] for block in setup.get("blocks", [])]
+    order += sorted({v["block"] for r in records for v in r["visits"]} - set(order))
+    sites = sorted({visit["site"] for record in records for visit in record["visits"]})[:SITES]
+    rows = {safe_text(site): [_visits(record, site, order) for record in records] for site in sites}
+    return grid_chart(
+        rows, [str(record["round"]) for record in records], name="Block schedule, by cycle"
+    )
+
+
+def _visits(record: JsonObject, site: str, order: Sequence[str]) -> Cell:
+    """Return the blocks that a site trained in one cycle as a cell; a later block is stronger."""
+    visits = [visit for visit in record["visits"] if visit["site"] == site]
+    lines = [f"{safe_text(site)}, cycle {record['round']}"]
+    for visit in visits[:4]:
+        state = {0: ", refused", 1: ""}.get(visit["share"], f", step times {visit['share']:g}")
+        loss = "" if _number(visit.get("loss")) is None else f", loss {figure(visit['loss'])}"
+        lines.append(f"{safe_text(visit['block'])}{state}{loss}")
+    if not visits:
+        return Cell(None, "-", "\n".join([*lines, "no visit"]))
+
+    place = order.index(visits[-1]["block"])
+    shade = 0.1 + 0.8 * place / max(1, len(order) - 1)
+    text = block_words(visits[0]["block"]) + (" …" if len(visits) > 1 else "")
+    return Cell(shade, text, "\n".join(lines), bad=any(v["share"] == 0 for v in visits))
+
+
+def tokens_read(leakage: JsonObject) -> Markup:
+    """Draw the share of tokens that each attack read."""
+    attacks = leakage["attacks"]
+    values = [_number(row["accuracy"]) for row in attacks]
+    bars = [Bars("tokens read", "fedavg", values, [percent(value) for value in values])]
+    return bar_chart([safe_text(row["attack"]) for row in attacks], bars, name="Tokens read")
+
+
+def heat_map(matrix: Matrix) -> Markup:
+    """Draw the cross-site matrix, stronger for a better value."""
+    known = [value for row in matrix.values for value in row if value is not None]
+    low, high = min(known), max(known)
+    better = 1.0 if matrix.name != "loss" else -1.0
+    rows = {}
+    for label, values in zip(matrix.rows, matrix.values, strict=True):
+        cells = []
+        for site, value in zip(matrix.columns, values, strict=True):
+            share = None
+            if value is not None:
+                share = (value - low) / (high - low) if high > low else 0.5
+                share = 0.08 + 0.84 * (share if better > 0 else 1 - share)
+            shown = "" if value is None else matrix.short(value)
+            tip = f"model of {label}\ndata of {site}: {matrix.text(value)}"
+            cells.append(Cell(share, shown, tip))
+        rows[label] = cells
+
+    return grid_chart(rows, matrix.columns, name=f"Held-out {matrix.name}, by model and by data")
+
+
+def budget_trials(choice: JsonObject) -> Markup:
+    """Draw the losses of all trials by the bytes of a site so far; empty without any trial."""
+    series = []
+    words = _AXES["both"][0]
     for trial in sorted(choice["trials"], key=lambda trial: trial["chosen"]):
-        at, losses = zip(*trial["points"], strict=True)
         name = f"rank {trial['r']} on {safe_text(trial['target_modules'])}, {trial['codec']}"
-        axes.plot(
-            at,
-            [_or_gap(loss) for loss in losses],
-            "o-",
-            color=COLOURS["own"] if trial["chosen"] else COLOURS["line"],
-            label=f"chosen: {name}" if trial["chosen"] else None,
-            markersize=5 if trial["chosen"] else 3.5,
-            linewidth=1.6 if trial["chosen"] else 0.9,
-        )
+        name = f"chosen: {name}" if trial["chosen"] else name
+        points = [(float(at), loss) for at, loss in trial["points"] if _number(loss) is not None]
+        tips = [f"{name}\n{words(at)}: {figure(loss)}" for at, loss in points]
+        series.append(Series(name, "own" if trial["chosen"] else "base", points=points, tips=tips))
 
-    axes.axhline(choice["base_loss"], color=COLOURS["ink"], linewidth=0.8, linestyle="--")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("bytes of a site so far, up and down")
-    axes.set_ylabel("held-out loss, nats per token")
-    figure.legend(loc="outside upper left")
+    chart = line_chart(
+        series,
+        across="bytes of a site so far, up and down",
+        up="held-out loss, nats per token",
+        words=words,
+        log=True,
+    )
+    chosen = [(each.name, each.colour) for each in series if each.colour == "own"]
+    return legend(chosen) + chart if chart else chart
 
-    return _svg(figure)
+
+def _with_legend(chart: Markup, bars: Sequence[Bars]) -> Markup:
+    """Return the chart below the legend of its bars; empty without a chart."""
+    return (
+        legend([(each.name, each.colour) for each in bars], bars=True) + chart if chart else chart
+    )
+
+
+def _sums(before: float, steps: Sequence[float]) -> list[float]:
+    sums = [before]
+    for step in steps:
+        sums.append(sums[-1] + step)
+    return sums
+
+
+def _short_percent(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number, None for all else; a file that was changed by hand may hold it."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,32 +1,26 @@
-"""One self-contained HTML page about a run, with figures as inline SVG, for light and dark.
+"""One self-contained HTML page about a run, with charts as inline SVG, for light and dark.
 
-The page loads nothing. Its template is page.html in this folder.
+The page loads nothing and has no script. Its template is page.html in this folder.
 """
 
 import json
-import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
 from jinja2 import Environment, StrictUndefined
 
 from fluvial.errors import ConfigError
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.formatting import privacy_words, safe_text
+from fluvial.report import figures
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.budget_tables import budget_trials
+from fluvial.report.charts import legend
+from fluvial.report.cross_site import matrix_of
 from fluvial.report.fairness_tables import fairness_by_round
-from fluvial.report.figures import (
-    STYLE,
-    bytes_by_kind,
-    gate_errors,
-    heldout_by_site,
-    loss_by_bytes,
-    loss_by_round,
-    ranks_by_site,
-    snr_by_round,
-)
-from fluvial.report.figures import budget_trials as figure_of_trials
+from fluvial.report.figures import SCORES, Run, score_of
+from fluvial.report.headline import first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     RESULT_CAPTION,
@@ -34,23 +28,23 @@ from fluvial.report.result_tables import (
     result_rows,
     run_name,
     too_long_words,
-    verdict_of,
     with_compared,
 )
 from fluvial.report.site_plans import plans_by_site, predicted_by_site
-from fluvial.runs.verdict import NAMES, loss_of
 from fluvial.storage.run_files import JsonObject
 
-CYCLES = 48
-"""Number of cycles of a block schedule on the page: the last ones."""
-SITES = 256
-"""Number of sites of a block schedule on the page."""
 CONFLICTS = 128
 """Number of entries of a conflict log on the page: the last ones."""
 MODULES = 64
 """Number of modules of the table of aggregation errors on the page."""
 ROUNDS = 12
 """Number of last rounds of the table of fairness on the page."""
+UNEQUAL = 1.05
+"""Ratio of the most to the fewest bytes of a site from which these are drawn."""
+AXES = {"round": "By round", "up": "By bytes up", "both": "By all bytes", "seconds": "By time"}
+"""Axes of losses and scores, with the words of their tabs."""
+ORDER = "local central fedavg"
+"""Names of the baselines in the order of the result table."""
 MEASURES = {
     "cosine": "Innovation cosine",
     "aggregate_cosine": "of the aggregate",
@@ -65,12 +59,19 @@ TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=T
 )
 
 
+def page_of(run: JsonObject, *, written: str = "", refresh_s: int = 0) -> bytes:
+    """Return the page of a run, which `read_run` has read.
+
+    `written` is the time that the page shows as that of its writing. A browser reads the page anew
+    every `refresh_s` seconds; 0 for a page that stays as it is.
+    """
+    content = _content(run) | {"written": written, "refresh_s": refresh_s}
+    return TEMPLATE.render(content).encode(errors="replace")
+
+
 def write_page(run: JsonObject, path: Path) -> None:
     """Write the page of a run, which `read_run` has read; raise `ConfigError` if it cannot be."""
-    with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # The browser has the glyphs that DejaVu lacks.
-        warnings.filterwarnings("ignore", message="Glyph")
-        page = TEMPLATE.render(_content(run)).encode(errors="replace")
+    page = page_of(run)
 
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: is a folder; choose another --html")
@@ -91,40 +92,26 @@ def _content(run: JsonObject) -> JsonObject:
     result = run["result"]
     config = run["config"]
     metrics = run["metrics"]
-    runs = {name: other for name, other in sorted(run["compare"].items()) if other["metrics"]}
+    description = run["description"] or {}
     method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
-
-    if metrics:
-        runs[method] = {
-            "metrics": metrics,
-            "result": result,
-            "description": run["description"],
-        }
-
+    own = Run(
+        run_name(result) if result else method,
+        "own",
+        metrics,
+        result,
+        bool((result or description).get("sends_updates")),
+    )
+    others = _baselines(run["compare"], description)
+    runs = [each for each in (*others, own) if each.metrics]
+    score = score_of(runs)
     setup = (result or {}).get("setup", {})
     refused = run.get("refused") or {}
     gate = setup.get("gate") or refused.get("gate")
-    figures = {
-        "rounds": loss_by_round(runs, method) if runs else None,
-        "up": loss_by_bytes(runs, method, ("up",)),
-        "both": loss_by_bytes(runs, method, ("up", "down")),
-        "kinds": bytes_by_kind(runs, method),
-        "rates": snr_by_round(metrics),
-        "gate": gate_errors(gate) if gate else None,
-        "ranks": ranks_by_site(setup["plans"]) if setup.get("plans") else None,
-        "budget": figure_of_trials(setup["budget"]) if setup.get("budget") else None,
-        "sites": heldout_by_site(result, run["compare"].get("local", {}).get("result"))
-        if result
-        else None,
-    }
-    samples = [
-        {key: safe_text(text) for key, text in sample.items()}
-        for sample in (result or {}).get("samples", [])
-    ]
+    blocks = block_schedule(metrics, cycles=figures.CYCLES, sites=figures.SITES)
+    missing = failures(metrics)
     excerpts = (
         budget_trials(setup),
         _blocks(setup),
-        block_schedule(metrics, cycles=CYCLES, sites=SITES),
         conflict_log(metrics, last=CONFLICTS),
         leakage_by_attack(result or {}),
         plans_by_site(setup),
@@ -134,28 +121,53 @@ def _content(run: JsonObject) -> JsonObject:
     )
 
     return {
-        "title": run_name(result) if result else method,
+        "title": own.name,
         "model": config.get("model", {}).get("name_or_path", ""),
         "rounds": config.get("rounds", len(metrics)),
         "done": len(metrics),
-        "refused": refused.get("why", ""),
         "finished": result is not None,
         "folder": run["folder"],
-        "headline": _headline(run) if result else [],
+        "verdict": first_lines(run, method),
+        "tiles": tiles(result, score) if result else [],
         "rows": result_rows(with_compared(run)) if result else [],
         "caption": RESULT_CAPTION + cut_words(config) + too_long_words(result or {}),
-        "figures": figures,
+        "axes": _axes(runs, score),
+        "runs": legend([(each.name, each.colour) for each in runs]),
+        "maps": _maps(result or {}),
+        "figures": {
+            "gains": figures.gains_by_site(own, others),
+            "scores": figures.scores_by_site(own, others, score),
+            "kinds": figures.bytes_by_kind(runs),
+            "sent": figures.bytes_by_site(own, unequal=UNEQUAL),
+            "snr": figures.snr_by_round(metrics),
+            "rates": figures.rate_by_round(metrics),
+            "gate": figures.gate_errors(gate) if gate else "",
+            "epsilon": figures.epsilon_by_round(metrics),
+            "read": figures.tokens_read(result["leakage"])
+            if result and result.get("leakage")
+            else "",
+            "errors": figures.prediction_errors(metrics),
+            "ranks": figures.ranks_by_site(setup["plans"]) if setup.get("plans") else "",
+            "budget": figures.budget_trials(setup["budget"]) if setup.get("budget") else "",
+            "schedule": figures.schedule_grid(metrics, setup),
+        },
+        "score": SCORES[score].capitalize(),
+        "schedule": f"{blocks.words} A stronger colour is a later block." if blocks else "",
+        "privacy": _privacy(result or {}),
         "gate": gate,
         "snapshots": setup.get("snapshots"),
         "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None}
         if gate
         else {},
         "verdicts": _verdicts(gate) if gate else [],
-        "samples": samples,
-        "excerpts": [excerpt for excerpt in excerpts if excerpt],
-        "failures": [
-            {**failure, "reason": safe_text(failure["reason"])} for failure in failures(metrics)
+        "samples": [
+            {key: safe_text(text) for key, text in sample.items()}
+            for sample in (result or {}).get("samples", [])
         ],
+        "excerpts": [excerpt for excerpt in excerpts if excerpt],
+        "failures": [{**failure, "reason": safe_text(failure["reason"])} for failure in missing],
+        "missing": _missing(missing),
+        "changed": [(name, json.dumps(value)) for name, value in _flat(description.get("set", {}))],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]}
         if result
@@ -164,68 +176,78 @@ def _content(run: JsonObject) -> JsonObject:
     }
 
 
-def _headline(run: JsonObject) -> list[dict[str, str]]:
-    """Return the tiles at the top of the page: what, value, note, and a mark for its colour."""
-    result = run["result"]
-    verdict = verdict_of(run)
-    base, final = (loss_of(result["heldout"].get(key)) for key in ("base", "final"))
-    change = None if base is None or final is None else final - base
-    reference = NAMES[verdict.against] if verdict.against else "other runs"
-    tiles = [
+def _baselines(compare: Mapping[str, JsonObject], description: JsonObject) -> list[Run]:
+    """Return the baselines that have begun, under the names of the result table."""
+    known = description.get("compare", {})
+    runs = []
+    for name, baseline in sorted(compare.items(), key=lambda item: ORDER.find(item[0])):
+        about = baseline["result"] or known.get(name) or {}
+        runs.append(
+            Run(
+                str(about.get("label", name)),
+                name,
+                baseline["metrics"],
+                baseline["result"],
+                bool(about.get("sends_updates")),
+            )
+        )
+
+    return runs
+
+
+def _axes(runs: Sequence[Run], score: str) -> list[JsonObject]:
+    """Return the charts of loss and score over each axis, those without values left out."""
+    found = []
+    for key, name in AXES.items():
+        charts = [figures.by_axis(runs, key, measure) for measure in ("loss", score)]
+        if any(charts):
+            found.append({"key": key, "name": name, "charts": [each for each in charts if each]})
+
+    return found
+
+
+def _maps(result: JsonObject) -> list[JsonObject]:
+    """Return the heat maps of the cross-site matrix, of loss and of exact match."""
+    names = {"loss": "Held-out loss", "exact_match": "Exact match, per cent"}
+    found = [(heading, matrix_of(result, name)) for name, heading in names.items()]
+    return [
         {
-            "what": f"helped against {reference}",
-            "value": verdict.tile(),
-            "note": verdict.line(),
-            "mark": {"yes": "yes", "no": "no"}.get(verdict.helped, ""),
-        },
-        {
-            "what": "held-out loss, mean over sites",
-            "value": figure(final),
-            "note": f"base model {figure(base)}" + ("" if change is None else f" ({change:+.4f})"),
-        },
+            "heading": f"{heading}, by model and by data",
+            "chart": figures.heat_map(matrix),
+            "words": matrix.words,
+        }
+        for heading, matrix in found
+        if matrix
     ]
 
-    if result.get("round_ratio") is not None:
-        up = result["bytes"]["up"]
-        sites = result["sites"]
-        tiles += [
-            {
-                "what": "updates, of uncompressed",
-                "value": human_ratio(result["round_ratio"]),
-                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds",
-            },
-            {
-                "what": "amortised, of uncompressed",
-                "value": human_ratio(result["amortised_ratio"]),
-                "note": "all bytes in both directions, set-up included",
-            },
-        ]
 
-    if result.get("leakage"):
-        tiles.append(
-            {
-                "what": "tokens that the server could read",
-                "value": percent(result["leakage"]["accuracy"]),
-                "note": safe_text(result["leakage"]["sentence"]),
-            }
-        )
-    if result.get("noise"):
-        tiles.append(
-            {
-                "what": "epsilon of a hidden state",
-                "value": figure(result["noise"]["epsilon"], ".3g"),
-                "note": safe_text(result["noise"]["sentence"]),
-            }
-        )
+def _privacy(result: JsonObject) -> list[str]:
+    """Return the sentences on what the run promises about privacy."""
+    report = result.get("privacy")
+    noise = result.get("noise")
+    return [
+        *([privacy_words(report)] if report else []),
+        *([safe_text(noise["sentence"])] if noise else []),
+    ]
 
-    tiles.append(
-        {
-            "what": "wall time",
-            "value": human_seconds(result["wall_s"]),
-            "note": f"{human_bytes(result['peak_rss_bytes'])} of memory at most",
-        }
-    )
-    return tiles
+
+def _missing(missing: Sequence[JsonObject]) -> str:
+    """Return how many replies are missing, in how many rounds, and of which sites."""
+    sites: dict[str, int] = {}
+    for failure in missing:
+        sites[failure["site"]] = sites.get(failure["site"], 0) + 1
+    rounds = len({failure["round"] for failure in missing})
+    listed = ", ".join(f"{safe_text(site)} {count}" for site, count in sorted(sites.items()))
+    return f"{len(missing)} missing in {rounds} of the rounds, by site: {listed}."
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return the settings of a nested table by their dotted names."""
+    found: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return found
 
 
 def _verdicts(gate: JsonObject) -> list[JsonObject]:

@@ -5,7 +5,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -39,6 +39,9 @@ class RunConfig(Settings):
     """Number of rounds; CG-FedLLM has 20 with Dolly, 5 with C-Eval, 8 with MMLU."""
     compare: tuple[Baseline, ...] = ()
     """Baselines that are run first with the same data, steps and code."""
+    page: Literal["rounds", "end", "never"] = "rounds"
+    """Times at which report.html, the page of the run, is written into its folder: after rounds, as
+    often as takes at most a hundredth of the run's time; at the end; or never."""
     model: ModelConfig = ModelConfig()
     tune: Tune | None = None
     """Weights that are tuned: a LoRA adapter ("lora"), or all ("full"); unset, the method's
@@ -264,7 +267,7 @@ class RunConfig(Settings):
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and
         without the settings that the other method has no use for."""
-        left_out = {"codec", "downlink", "compare", "budget"}
+        left_out = {"codec", "downlink", "compare", "budget", "page"}
         table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
         table.get("evaluate", {}).pop("cross_site", None)

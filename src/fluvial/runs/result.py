@@ -2,7 +2,7 @@
 
 import platform
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from fluvial.methods.interface import Export, Measures, Traits
 from fluvial.methods.measuring import SiteMeasures
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
-from fluvial.storage.run_files import COMPARE, DESCRIBED, read_result
+from fluvial.storage.run_files import COMPARE, DESCRIBED, DESCRIPTION, read_result
 
 BytesByKind = Mapping[Kind, int]
 """Bytes by direction and task."""
@@ -96,6 +96,17 @@ def result_of(
 def coding_of(config: RunConfig) -> str | None:
     """Return the name of the codec of `[codec]`; None where it carries no update."""
     return config.coding.name if config.entry.traits.sends == "codec" else None
+
+
+def recorded(config: RunConfig, baselines: Sequence[RunConfig]) -> dict[str, Any]:
+    """Return the content of config.json: the resolved configuration, and the description of the run
+    with those of its `baselines` and with what was set."""
+    description = {
+        **description_of(config),
+        "compare": {each.method.name: description_of(each) for each in baselines},
+        "set": config.model_dump(mode="json", exclude_unset=True),
+    }
+    return {"fluvial": __version__, DESCRIPTION: description, **config.resolved()}
 
 
 def description_of(config: RunConfig) -> dict[str, Any]:

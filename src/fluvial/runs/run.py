@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from fluvial import __version__
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import (
     ConfigError,
@@ -38,9 +37,9 @@ from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
 from fluvial.runs.model_card import Described, Form, base_name, model_card
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
-from fluvial.runs.result import description_of, directed, result_of, traffic_of
+from fluvial.runs.result import directed, recorded, result_of, traffic_of
 from fluvial.storage.files import private, write_atomically
-from fluvial.storage.run_files import COMPARE, CONFIG, DESCRIPTION, REFUSED, read_result
+from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -120,10 +119,7 @@ def execute(
         for remark in [*remarks, *idle_remarks(config, planned, known)]:
             logger.warning("%s", remark)
 
-        description = description_of(config)
-        main.write_json(
-            CONFIG, {"fluvial": __version__, DESCRIPTION: description, **config.resolved()}
-        )
+        main.write_json(CONFIG, recorded(config, [each for each, _ in baselines]))
         own_models: OwnModels | None = None
         for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))

@@ -168,12 +168,13 @@ def test_without_any_plan_there_is_no_empty_table() -> None:
     assert plans.rows[0][0] == "north"
 
 
-def test_the_picture_has_a_disc_for_each_weight_of_each_site() -> None:
+def test_the_picture_has_a_cell_for_each_weight_of_each_site() -> None:
     drawn = str(ranks_by_site({"north": plan(), "<south>": plan(ranks={"q_proj": 32})}))
     assert drawn.startswith("<svg")
     assert "&lt;south&gt;" in drawn
-    assert "3 weights in order of their names; the largest disc is 32" in drawn
-    assert drawn.count("<use ") >= 4
+    assert drawn.count('class="v"') == 2 * 3
+    assert "q_proj: rank 32" in drawn
+    assert drawn.count("not tuned") == 2
 
 
 def test_ranks_are_counted() -> None:

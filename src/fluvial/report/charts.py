@@ -1,0 +1,338 @@
+"""Charts as inline SVG: lines, bars and grids of cells, with their values shown on hover or tap.
+
+Text, marks and colours follow the page's style sheet, by classes and variables of CSS, so a chart
+is right in light and dark. A chart is drawn in a millisecond, because a page that follows a run is
+drawn in every round; matplotlib needs about a second for a page.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
+
+WIDTH = 400.0
+"""Width of a chart in the units of its view box; on a phone a unit is three quarters of a pixel."""
+CHARACTER = 6.4
+"""Mean width of a character in these units."""
+COLOURS = ("own", "fedavg", "local", "central", "base", "sixth")
+"""Variables of the page for the colours of series, after Okabe and Ito."""
+DASHES = {"own": "", "fedavg": "7 3", "local": "2 3", "central": "8 3 2 3", "base": "1 4"}
+"""Dashes of the lines of a colour, which tell series apart without it."""
+MARKS = {
+    "own": "M-3.6,0a3.6,3.6 0 1,0 7.2,0a3.6,3.6 0 1,0 -7.2,0",
+    "fedavg": "M-3.3,-3.3h6.6v6.6h-6.6z",
+    "local": "M0,-4.2L4,3.2H-4z",
+    "central": "M0,-4.6L4.6,0L0,4.6L-4.6,0z",
+    "base": "M-3.4,-3.4L3.4,3.4M3.4,-3.4L-3.4,3.4",
+}
+"""Outlines of the points of a colour, around the origin."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Values of one run or one kind, under the name that the tables have for it."""
+
+    name: str
+    colour: str
+    line: Sequence[tuple[float, float]] = ()
+    """Points that are joined by a line, in order."""
+    points: Sequence[tuple[float, float]] = ()
+    """Points that are marked, and joined by a thin line."""
+    tips: Sequence[str] = ()
+    """Texts on hover, of the points of `line` and then of `points`."""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One bar for each label, None where there is no value."""
+
+    name: str
+    colour: str
+    values: Sequence[float | None]
+    words: Sequence[str]
+    """Values as the bars show them."""
+    tips: Sequence[str] = ()
+    """Values as a hover shows them; empty for those of `words`."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid."""
+
+    shade: float | None
+    """Strength of the colour, from 0 to 1; None leaves the cell empty."""
+    text: str
+    tip: str
+    bad: bool = False
+    """True for a cell that is framed as a failure."""
+
+
+@dataclass
+class _Drawing:
+    """Elements of a chart in the order in which they are drawn; the values on hover come last."""
+
+    marks: list[str] = field(default_factory=list)
+    tips: list[str] = field(default_factory=list)
+
+    def text(
+        self, x: float, y: float, words: str, *, anchor: str = "start", kind: str = ""
+    ) -> None:
+        shown = f' class="{kind}"' if kind else ""
+        self.marks.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{shown}>{escape(words)}</text>'
+        )
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        self.marks.append(
+            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+        )
+
+    def path(self, d: str, style: str, kind: str = "") -> None:
+        shown = f' class="{kind}"' if kind else ""
+        self.marks.append(f'<path d="{d}"{shown} style="{style}"/>')
+
+    def tip(self, shape: str, x: float, y: float, words: str, width: float) -> None:
+        """Add an area that shows `words` on hover, within the chart's `width`."""
+        lines = words.split("\n")
+        half = max(map(len, lines)) * CHARACTER / 2
+        x = min(max(x, half + 2), width - half - 2)
+        top = y - 8 - 13 * (len(lines) - 1)
+        if top < 12:
+            top = y + 20
+        spans = "".join(
+            f'<tspan x="{x:.1f}" y="{top + 13 * number:.1f}">{escape(line)}</tspan>'
+            for number, line in enumerate(lines)
+        )
+        self.tips.append(f'<g class="v">{shape}<text class="tip">{spans}</text></g>')
+
+    def svg(self, width: float, height: float, label: str) -> Markup:
+        inner = "".join(self.marks + self.tips)
+        limits = f' style="min-width:{0.75 * width:.0f}px;max-width:{1.2 * width:.0f}px"'
+        wide = limits if width > WIDTH else ""
+        return Markup(  # all texts are escaped where they are put in
+            f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img"{wide} '
+            f'aria-label="{escape(label)}">{inner}</svg>'
+        )
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    across: str,
+    up: str,
+    words: Callable[[float], str] = "{:g}".format,
+    heights: Callable[[float], str] = "{:g}".format,
+    log: bool = False,
+    whole: bool = False,
+) -> Markup:
+    """Return lines and points over a common axis, which is logarithmic where `log` says so, and has
+    ticks at whole numbers only where `whole` does.
+
+    `across` and `up` name the axes, `words` and `heights` write their ticks.
+    """
+    shown = [
+        Series(
+            each.name,
+            each.colour,
+            [point for point in each.line if _drawable(point, log)],
+            [point for point in each.points if _drawable(point, log)],
+            [
+                tip
+                for tip, point in zip(each.tips, [*each.line, *each.points], strict=True)
+                if _drawable(point, log)
+            ],
+        )
+        for each in series
+    ]
+    places = [point for each in shown for point in (*each.line, *each.points)]
+    if not places:
+        return Markup("")
+
+    low, high = min(y for _, y in places), max(y for _, y in places)
+    margin = (high - low) * 0.06 or abs(high) * 0.01 or 1.0
+    low, high = low - margin, high + margin
+    rows = ticks(low, high)
+    left = 14 + CHARACTER * max(len(heights(row)) for row in rows)
+    right, top, bottom = 12.0, 22.0, 214.0
+    first, last = min(x for x, _ in places), max(x for x, _ in places)
+    if first == last:
+        first, last = (first / 2, last * 2) if log else (first - 1, last + 1)
+    inner = WIDTH - left - right
+
+    def at_x(x: float) -> float:
+        if log:
+            return left + inner * math.log(x / first) / math.log(last / first)
+        return left + inner * (x - first) / (last - first)
+
+    def at_y(y: float) -> float:
+        return bottom - (bottom - top) * (y - low) / (high - low)
+
+    drawing = _Drawing()
+    drawing.text(4, 12, up)
+    for row in rows:
+        drawing.line(left, at_y(row), WIDTH - right, at_y(row), "grid")
+        drawing.text(left - 5, at_y(row) + 4, heights(row), anchor="end")
+
+    columns = _decades(first, last) if log else ticks(first, last)
+    columns = [each for each in columns if not whole or each == round(each)]
+    free = 0.0
+    for column in columns:
+        half = CHARACTER * len(words(column)) / 2
+        x = min(max(at_x(column), half), WIDTH - half)
+        drawing.line(at_x(column), bottom, at_x(column), bottom + 4, "grid")
+        if x - half >= free:
+            drawing.text(x, bottom + 17, words(column), anchor="middle")
+            free = x + half + 8
+    drawing.text(left + inner / 2, bottom + 34, across, anchor="middle")
+
+    for each in shown:
+        stroke = f"stroke:var(--{each.colour});stroke-dasharray:{DASHES.get(each.colour) or 'none'}"
+        for line, wide in ((each.line, 1.8), (each.points, 1.0)):
+            if len(line) > 1:
+                d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
+                drawing.path(d, f"{stroke};stroke-width:{wide};fill:none")
+        for x, y in each.points:
+            drawing.marks.append(_mark(each.colour, at_x(x), at_y(y)))
+        for (x, y), tip in zip((*each.line, *each.points), each.tips, strict=True):
+            shape = f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="7"/>'
+            drawing.tip(shape, at_x(x), at_y(y), tip, WIDTH)
+
+    return drawing.svg(WIDTH, bottom + 42, f"{up}, by {across}")
+
+
+def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Markup:
+    """Return horizontal bars from zero, those of one label together; `name` describes the chart."""
+    known = [value for bars in series for value in bars.values if value is not None]
+    if not known:
+        return Markup("")
+
+    low, high = min(0.0, *known), max(0.0, *known)
+    high = high if high > low else low + 1.0
+    left = 10 + CHARACTER * min(24, max(map(len, labels)))
+    room = 8 + CHARACTER * max((len(words) for bars in series for words in bars.words), default=0)
+    before = room if low < 0 else 0.0
+    inner = WIDTH - left - room - before - 4
+    thick = 13.0 if len(series) > 1 else 16.0
+    step = thick * len(series) + 9
+
+    def at_x(value: float) -> float:
+        return left + before + inner * (value - low) / (high - low)
+
+    drawing = _Drawing()
+    height = 6 + step * len(labels)
+    for row, label in enumerate(labels):
+        top = 6 + row * step
+        drawing.text(left - 7, top + step / 2, _short(label, 24), anchor="end")
+        for number, bars in enumerate(series):
+            value = bars.values[row]
+            y = top + number * thick
+            if value is None:
+                drawing.text(at_x(0) + 4, y + thick - 3.5, bars.words[row], kind="soft")
+                continue
+
+            ends = sorted((at_x(0), at_x(value)))
+            long = max(1.0, ends[1] - ends[0])
+            box = f'x="{ends[0]:.1f}" y="{y:.1f}" width="{long:.1f}" height="{thick - 2:.1f}"'
+            drawing.marks.append(f'<rect {box} style="fill:var(--{bars.colour})"/>')
+            beside = (ends[0] - 4, "end") if value < 0 else (ends[1] + 4, "start")
+            drawing.text(beside[0], y + thick - 3.5, bars.words[row], anchor=beside[1])
+            tip = f"{label}\n{bars.name}: {(bars.tips or bars.words)[row]}"
+            drawing.tip(f"<rect {box}/>", (ends[0] + ends[1]) / 2, y, tip, WIDTH)
+    drawing.line(at_x(0), 2, at_x(0), height - 4, "axis")
+
+    return drawing.svg(WIDTH, height, name)
+
+
+def grid_chart(
+    rows: Mapping[str, Sequence[Cell]], columns: Sequence[str], *, name: str, cell: float = 0.0
+) -> Markup:
+    """Return a grid of cells with a row for each label; `columns` may be empty texts.
+
+    A column has at least the width `cell`, or what its longest text needs.
+    """
+    texts = [each.text for cells in rows.values() for each in cells]
+    left = 10 + CHARACTER * min(20, max(map(len, rows)))
+    need = max(cell, 8 + CHARACTER * max(map(len, texts), default=0))
+    wide = max(need, min(64.0, (WIDTH - left - 6) / max(1, len(columns))))
+    slanted = max(map(len, columns), default=0) * CHARACTER > wide - 4
+    top = 14 + (CHARACTER * 0.72 * min(16, max(map(len, columns))) if slanted else 4.0)
+    tall = 24.0 if any(texts) else 16.0
+    width = max(left + wide * len(columns) + (50 if slanted else 6), 200.0)
+
+    drawing = _Drawing()
+    for number, label in enumerate(columns):
+        x, y = left + wide * (number + 0.5), top - 5
+        turn = f' transform="rotate(-45 {x:.1f} {y:.1f})"' if slanted else ""
+        anchor = "start" if slanted else "middle"
+        drawing.marks.append(
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>'
+            f"{escape(_short(label, 16))}</text>"
+        )
+
+    for row, (label, cells) in enumerate(rows.items()):
+        y = top + row * tall
+        drawing.text(left - 7, y + tall / 2 + 4, _short(label, 20), anchor="end")
+        for number, each in enumerate(cells):
+            x = left + number * wide
+            box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{tall - 2:.1f}"'
+            kind = ' class="bad"' if each.bad else ""
+            if each.shade is not None:
+                drawing.marks.append(
+                    f'<rect {box}{kind} style="fill:var(--own);fill-opacity:{each.shade:.2f}"/>'
+                )
+            strong = "strong" if each.shade is not None and each.shade > 0.55 else ""
+            drawing.text(x + wide / 2, y + tall / 2 + 4, each.text, anchor="middle", kind=strong)
+            drawing.tip(f"<rect {box}/>", x + wide / 2, y, each.tip, width)
+
+    return drawing.svg(width, top + tall * len(rows) + 6, name)
+
+
+def legend(entries: Sequence[tuple[str, str]], *, bars: bool = False) -> Markup:
+    """Return the legend of series, given by name and colour: line and point, or a bar's box."""
+    items = []
+    for name, colour in entries:
+        dash = DASHES.get(colour) or "none"
+        swatch = (
+            f'<rect x="2" y="2" width="20" height="10" style="fill:var(--{colour})"/>'
+            if bars
+            else f'<path d="M0,7H24" style="stroke:var(--{colour});stroke-width:1.8;'
+            f'stroke-dasharray:{dash}"/>' + _mark(colour, 12, 7)
+        )
+        items.append(f'<span><svg viewBox="0 0 24 14">{swatch}</svg>{escape(name)}</span>')
+
+    return Markup(f'<p class="legend">{"".join(items)}</p>')
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Return about `count` round values from `low` to `high`."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * each for each in (1, 2, 2.5, 5, 10) if power * each >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Return powers of ten from `low` to `high`, with their halves and fifths where few fit."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1.0,) if high > 50 * low else (1.0, 2.0, 5.0)
+    found = [factor * 10.0**power for power in powers for factor in factors]
+    return [each for each in found if low <= each <= high]
+
+
+def _drawable(point: tuple[float, float], log: bool) -> bool:
+    x, y = point
+    return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log)
+
+
+def _mark(colour: str, x: float, y: float) -> str:
+    d = MARKS.get(colour, MARKS["own"])
+    return (
+        f'<path d="{d}" transform="translate({x:.1f} {y:.1f})" '
+        f'style="fill:var(--{colour});stroke:var(--{colour})"/>'
+    )
+
+
+def _short(label: str, most: int) -> str:
+    return label if len(label) <= most else f"{label[: most - 1]}…"

@@ -1,0 +1,105 @@
+"""The top of a run's page: whether it helped or how far it is, and its most telling figures."""
+
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.report.figures import SCORES
+from fluvial.report.result_tables import verdict_of
+from fluvial.runs.verdict import loss_of
+from fluvial.storage.run_files import JsonObject
+
+
+def first_lines(run: JsonObject, method: str) -> dict[str, str]:
+    """Return the first line of the page, the one after it, and the colour of the first."""
+    if refused := run.get("refused"):
+        return {"first": "Refused by the gate", "more": safe_text(refused["why"]), "mark": "no"}
+
+    metrics = run["metrics"]
+    if run["result"] is None:
+        if metrics and "stopped" in metrics[-1]:
+            return {"first": "Stopped", "more": safe_text(metrics[-1]["stopped"]), "mark": "no"}
+
+        total = run["config"].get("rounds", "?")
+        states = [
+            f"{name}: " + ("finished" if other["result"] else f"{len(other['metrics'])} rounds")
+            for name, other in run["compare"].items()
+        ]
+        first = f"Not finished: {len(metrics)} of {total} rounds of {method}"
+        more = f"Baselines: {', '.join(states)}." if states else ""
+        return {"first": first, "more": more, "mark": ""}
+
+    verdict = verdict_of(run)
+    first, _, more = safe_text(verdict.line()).partition("; ")
+    return {
+        "first": first,
+        "more": more[:1].upper() + more[1:],
+        "mark": {"yes": "yes", "no": "no"}.get(verdict.helped, ""),
+    }
+
+
+def tiles(result: JsonObject, score: str) -> list[dict[str, str]]:
+    """Return the tiles at the top of the page: what, value and note."""
+    heldout = result["heldout"]
+    base, final = (heldout.get(which) or {} for which in ("base", "final"))
+    before, after = loss_of(base), loss_of(final)
+    change = "" if before is None or after is None else f" ({after - before:+.4f})"
+    found = [
+        {
+            "what": "held-out loss, mean over sites",
+            "value": figure(after),
+            "note": f"base model {figure(before)}{change}",
+        },
+        {
+            "what": f"{SCORES[score]}, mean over sites",
+            "value": percent(final.get(score)),
+            "note": f"base model {percent(base.get(score))}",
+        },
+    ]
+
+    if result.get("round_ratio") is not None:
+        up = result["bytes"]["up"]
+        sites = result["sites"]
+        found += [
+            {
+                "what": "updates, of uncompressed",
+                "value": human_ratio(result["round_ratio"]),
+                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds",
+            },
+            {
+                "what": "amortised, of uncompressed",
+                "value": human_ratio(result["amortised_ratio"]),
+                "note": "all bytes in both directions, set-up included",
+            },
+        ]
+
+    if result.get("leakage"):
+        found.append(
+            {
+                "what": "tokens that the server could read",
+                "value": percent(result["leakage"]["accuracy"]),
+                "note": safe_text(result["leakage"]["sentence"]),
+            }
+        )
+    if result.get("noise"):
+        found.append(
+            {
+                "what": "epsilon of a hidden state",
+                "value": figure(result["noise"]["epsilon"], ".3g"),
+                "note": "what it leaves out stands below",
+            }
+        )
+    if result.get("privacy"):
+        found.append(
+            {
+                "what": "epsilon of the run",
+                "value": figure(result["privacy"]["epsilon"], ".3g"),
+                "note": f"at delta {result['privacy']['delta']:g}",
+            }
+        )
+
+    found.append(
+        {
+            "what": "wall time",
+            "value": human_seconds(result["wall_s"]),
+            "note": f"{human_bytes(result['peak_rss_bytes'])} of memory at most",
+        }
+    )
+    return found

@@ -1,0 +1,109 @@
+"""The page in the folder of a run while it goes on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.errors import CheckpointError, GateError
+from fluvial.report.live import COST, PAGE, with_page
+from fluvial.runs.config import RunConfig
+from fluvial.runs.run import Event
+from tests.unit.report.test_show import config, records, result, write
+
+REFRESH = '<meta http-equiv="refresh"'
+LINES = records(131300, 131200, start=3.3)
+
+
+class Clock:
+    """A clock on which each page takes a second to draw."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def run_of(folder: Path, clock: Clock, between_s: float) -> Iterator[Event]:
+    """Yield four rounds, `between_s` apart, and the result, as a run that writes its files."""
+    config(folder, "fedavg")
+    for number, record in enumerate(LINES, start=1):
+        write(folder, LINES[:number], None)
+        clock.now += between_s
+        yield Event("fedavg", "round", record)
+
+    write(folder, LINES, result("fedavg", "identity", 3.2011, 131300, 131200))
+    yield Event("fedavg", "result", {})
+
+
+def pages(folder: Path, setting: str, between_s: float = 1e6) -> list[str | None]:
+    """Return the page after each event and after the run, None where there was none yet."""
+    clock = Clock()
+    settings = RunConfig.model_validate({"page": setting})
+    path = folder / PAGE
+    events = with_page(run_of(folder, clock, between_s), settings, folder, clock)
+    found = [path.read_text() if path.exists() else None for _ in events]
+    return [*found, path.read_text() if path.exists() else None]
+
+
+def test_an_open_page_follows_the_rounds_and_stays_at_the_end(tmp_path: Path) -> None:
+    *shown, last = pages(tmp_path / "run", "rounds")
+    for number, page in enumerate(shown[:4], start=1):
+        assert page is not None
+        assert f"Not finished: {number} of 4 rounds" in page
+        assert REFRESH in page
+    assert last is not None
+    assert REFRESH not in last
+    assert "ahead of the base model" in last or "against the base model" in last
+    assert (tmp_path / "run" / PAGE).stat().st_mode & 0o777 == 0o600
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_pages_take_at_most_a_hundredth_of_the_time(tmp_path: Path) -> None:
+    """A page takes a second of this clock, and rounds take less than a hundred."""
+    shown = pages(tmp_path / "run", "rounds", between_s=0.7 * COST)
+    rounds = [page.split(" of 4 rounds")[0][-1] for page in shown[:4] if page]
+    assert rounds == ["1", "1", "3", "3"]
+
+
+@pytest.mark.parametrize(("setting", "written"), [("end", True), ("never", False)])
+def test_a_setting_leaves_pages_out(setting: str, written: bool, tmp_path: Path) -> None:
+    *shown, last = pages(tmp_path / "run", setting)
+    assert shown == [None] * 5
+    assert (last is not None) == written
+
+
+@pytest.mark.parametrize(
+    ("error", "written"),
+    [(GateError("refused", {}), True), (CheckpointError("holds another run"), False)],
+)
+def test_a_run_that_never_began_leaves_the_folder_as_it_was(
+    error: Exception, written: bool, tmp_path: Path
+) -> None:
+    config(tmp_path / "run", "fedavg")
+
+    def events() -> Iterator[Event]:
+        yield from map(fail, range(1))
+
+    def fail(_: int) -> Event:
+        raise error
+
+    with pytest.raises(type(error)):
+        list(with_page(events(), RunConfig(), tmp_path / "run"))
+    assert (tmp_path / "run" / PAGE).exists() == written
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def events() -> Iterator[Event]:
+        config(tmp_path / "run", "fedavg")
+        broken: dict[str, Any] = {"round": 1}
+        write(tmp_path / "run", [broken], None)
+        yield Event("fedavg", "round", broken)
+
+    assert len(list(with_page(events(), RunConfig(), tmp_path / "run"))) == 1
+    assert "report.html is not written: KeyError" in caplog.text
