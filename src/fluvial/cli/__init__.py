@@ -11,6 +11,7 @@ import typer
 
 from fluvial import __version__, interrupt
 from fluvial.cli import (
+    chat,
     check,
     evaluate,
     export,
@@ -44,6 +45,7 @@ app.command("plan", rich_help_panel=RUN)(plan.plan)
 app.command("run", rich_help_panel=RUN)(run.run)
 app.command("show", rich_help_panel=LOOK)(show.show)
 app.command("evaluate", rich_help_panel=LOOK)(evaluate.evaluate)
+app.command("chat", rich_help_panel=LOOK)(chat.chat)
 app.command("export", rich_help_panel=LOOK)(export.export)
 app.add_typer(server.app, name="server", rich_help_panel=MACHINES)
 app.add_typer(site.app, name="site", rich_help_panel=MACHINES)

@@ -52,6 +52,16 @@ def encode_chat(
     return Example(ids, labels)
 
 
+def chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of a conversation up to the point where the assistant answers.
+
+    Raises `ConfigError` where the tokenizer's template cannot render it.
+    """
+    place = "the conversation"
+    rendered = _render(place, messages, tokenizer, add_generation_prompt=True)
+    return _tokens(place, rendered, tokenizer)[0]
+
+
 def _spans(
     place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
 ) -> list[tuple[int, int]]:

@@ -7,13 +7,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import __version__
 from fluvial.formatting import human_bytes, human_ratio, privacy_words
 from fluvial.models.pretrained import EMBEDDED, ModelConfig
 from fluvial.models.quantised import quantised_words
+from fluvial.runs.config import RunConfig
 from fluvial.runs.shareable import is_local, shareable
+from fluvial.storage.files import write_atomically
 
 Form = Literal["adapter", "model", "merged"]
 """An adapter, a model of which all weights were tuned, or a base with the adapter merged into
@@ -52,6 +55,16 @@ class Described:
 def base_name(name_or_path: str) -> str | None:
     """Return the name that a card gives the base model; None for a folder of this machine."""
     return None if is_local(name_or_path) else name_or_path
+
+
+def write_cards(folder: Path, config: RunConfig, result: Mapping[str, Any]) -> None:
+    """Write README.md into the folder of a run's final weights, where there is one."""
+    base = base_name(config.model.name_or_path)
+    forms: tuple[Form, ...] = ("adapter", "model")
+    for form in forms:
+        if result[f"{form}_sha256"] is not None:
+            card = model_card(Described(config.resolved(), result, config.entry.paper, form, base))
+            write_atomically(folder / form / "README.md", card.encode())
 
 
 def model_card(run: Described) -> str:

@@ -35,10 +35,10 @@ from fluvial.runs.config import RunConfig
 from fluvial.runs.cross_site import OwnModels, own_models_everywhere
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
-from fluvial.runs.model_card import Described, Form, base_name, model_card
+from fluvial.runs.model_card import write_cards
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
 from fluvial.runs.result import directed, recorded, result_of, traffic_of
-from fluvial.storage.files import private, write_atomically
+from fluvial.storage.files import private
 from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, read_result
 from fluvial.wire.payload import Payload, Value
 
@@ -356,22 +356,8 @@ class Run:
             wall_s=self._elapsed(),
             own_models=self.own_models and self.own_models(),
         )
-        self._write_card(result)
+        write_cards(self.folder.path, self.config, result)
         return result
-
-    def _write_card(self, result: dict[str, Any]) -> None:
-        """Write README.md into the folder of the final weights, where there is one."""
-        base = base_name(self.config.model.name_or_path)
-        forms: dict[Form, str | None] = {
-            "adapter": result["adapter_sha256"],
-            "model": result["model_sha256"],
-        }
-        for form, digest in forms.items():
-            if digest is not None:
-                card = model_card(
-                    Described(self.config.resolved(), result, self.config.entry.paper, form, base)
-                )
-                write_atomically(self.folder.path / form / "README.md", card.encode())
 
     def _reporting(self) -> Reporting:
         config = self.config

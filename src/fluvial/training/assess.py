@@ -7,7 +7,7 @@ lm-eval, or on several of these.
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +26,11 @@ from fluvial.training.choices import CHANCE, Choice, read_choices
 from fluvial.training.evaluate import Heldout, has_effect, heldout
 from fluvial.training.folders import NEW_TOKENS, AdapterFolder
 from fluvial.training.harness import Harness, HarnessConfig
+from fluvial.training.opened import open_weights
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.training.superglue import Cloze, read_superglue
 from fluvial.training.superglue_scores import Task, superglue_result
-from fluvial.wire.tensors import Layout, Named
+from fluvial.wire.tensors import Named
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +93,7 @@ def evaluate_adapter(
     questions = None if choices is None else _questions(choices)
     clozes = {} if superglue is None else read_superglue(superglue)
     harness = None if tasks is None else Harness(tasks)
-    logger.info("loading the base model")
-    pool = ModelPool(model, adapter.lora)
-
-    if adapter.lora:
-        adapter = replace(adapter, tensors=_without_copies(adapter, pool))
-
-    _check_fit(adapter, pool.layout, model.name_or_path)
-    state = adapter.tensors if adapter.lora else _change(adapter.tensors, pool)
+    pool, state = open_weights(adapter, model)
     logger.info("reading the data")
     texts = None if data is None else _texts(data, pool)
     sheet = _sheet(choices, questions, pool) if choices and questions else None
@@ -133,11 +127,6 @@ def evaluate_adapter(
         result["tasks"] = harness.measure(pool, models, names)
 
     return result
-
-
-def _change(weights: Named, pool: ModelPool) -> Named:
-    """Return the change from the base's weights to the tuned `weights`."""
-    return {name: tensor - pool.base.get(name).float() for name, tensor in weights.items()}
 
 
 def evaluate_model(
@@ -198,46 +187,6 @@ def _loaded_as(model: ModelConfig, adapter: AdapterFolder | None = None) -> dict
     if adapter is not None:
         loaded |= {"peft": str(adapter.path), "peft_sha256": weights_digest(adapter.path)}
     return loaded
-
-
-def _without_copies(adapter: AdapterFolder, pool: ModelPool) -> Named:
-    """Return the factors of `adapter` without copies of the base's matrices.
-
-    PEFT saves such copies with an adapted head. Raises `ConfigError` if one is not the base's.
-    """
-    with pool.model(pool.base_state()) as model:
-        base = {
-            name.removeprefix("base_model.model.").replace(".base_layer.", "."): parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        }
-        copies = [name for name in adapter.tensors if name.replace(".base_layer.", ".") in base]
-        for name in copies:
-            own = base[name.replace(".base_layer.", ".")].detach().cpu().float()
-            if own.shape != adapter.tensors[name].shape or not own.equal(adapter.tensors[name]):
-                raise ConfigError(
-                    f"{adapter.path} holds a matrix {name!r} that is not the base's: its "
-                    "embeddings were resized or trained; merge the adapter into its base with PEFT"
-                )
-
-    return {name: tensor for name, tensor in adapter.tensors.items() if name not in copies}
-
-
-def _check_fit(adapter: AdapterFolder, layout: Layout, base: str) -> None:
-    """Raise `ConfigError` unless the adapter has exactly the model's factors, in its shapes."""
-    wanted = dict(layout.shapes)
-    found = dict(Layout.of(adapter.tensors).shapes)
-    wrong = sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-    )
-
-    if wrong:
-        name = wrong[0]
-        raise ConfigError(
-            f"{adapter.path} does not fit {base!r}: {name} has shape {found.get(name, 'none')}, "
-            "the model needs "
-            f"{wanted.get(name, 'none')} ({len(wrong)} tensors differ); is model.name_or_path what "
-            "it was trained on?"
-        )
 
 
 def _texts(data: DataConfig, pool: ModelPool) -> Whole:

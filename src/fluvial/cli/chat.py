@@ -1,0 +1,159 @@
+"""`fluvial chat`: talk to the tuned model, with its base beside it."""
+
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fluvial import interrupt
+from fluvial.cli.console import Format, Overrides, err, out, print_json
+from fluvial.cli.progress import spinner
+from fluvial.errors import ConfigError
+from fluvial.formatting import safe_text
+
+if TYPE_CHECKING:
+    from fluvial.models.streaming import Sampling
+    from fluvial.runs.chat import Chat
+
+NARROW = 80
+"""Columns of a terminal below which the answers stand one after the other."""
+NEW = "/new"
+"""Line that begins a new conversation."""
+
+
+def chat(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="runs/NAME, a folder of an adapter or a model, a hub id, or 'embedded'.",
+        ),
+    ],
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="One prompt to answer; else prompts are read from standard input."),
+    ] = None,
+    only: Annotated[
+        Literal["base", "tuned"] | None, typer.Option(help="Ask one of the two models only.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=10, help="0 takes the most likely token every time.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the draws, the same for both models.")
+    ] = 0,
+    template: Annotated[
+        Literal["auto", "chat", "plain"],
+        typer.Option(help="The tokenizer's chat template, or the bare text; auto: if it has one."),
+    ] = "auto",
+    overrides: Overrides = None,
+    format: Format = "table",
+) -> None:
+    """Answer prompts with the tuned model of a run and with its base, side by side.
+
+    The answers are shown as they are generated. Ctrl-D ends, /new begins a new conversation.
+    """
+    talks = prompt is None and sys.stdin.isatty()
+    if format == "json" and talks:
+        raise ConfigError("--format json: needs --prompt, or prompts on standard input")
+
+    interrupt.set_advice(str)
+    with spinner("loading the models"):
+        from fluvial.models.streaming import Sampling
+        from fluvial.runs.chat import Chat
+
+        chat = Chat(name, only=only, template=template, overrides=overrides)
+
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    with chat:
+        if talks:
+            way = "its chat template" if chat.chats else "plain text, which is continued"
+            err.print(f"[dim]with {way}; {NEW} begins a new conversation, Ctrl-D ends[/]")
+        for text in [prompt] if prompt is not None else _prompts(talks):
+            if text.strip() == NEW:
+                for speaker in chat.speakers:
+                    speaker.forget()
+            elif text.strip():
+                _answer(chat, text, sampling, format)
+
+
+def _prompts(talks: bool) -> Iterator[str]:
+    """Yield lines of standard input, without their line breaks."""
+    if not talks:
+        yield from (line.rstrip("\n") for line in sys.stdin)
+        return
+
+    with suppress(ImportError):
+        import readline  # noqa: F401 - lets the user edit the line
+
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print(file=sys.stderr)  # noqa: T201 - ends the line of the prompt
+            return
+
+
+def _answer(chat: "Chat", text: str, sampling: "Sampling", format: str) -> None:
+    names = [speaker.name for speaker in chat.speakers]
+    if format == "json":
+        said = {speaker.name: "".join(speaker.answer(text, sampling)) for speaker in chat.speakers}
+        print_json({"prompt": text, **said})
+    elif out.is_terminal and out.width >= NARROW and len(names) > 1:
+        _beside(chat, text, sampling)
+    else:
+        for speaker in chat.speakers:
+            out.print(f"[bold]{escape(speaker.name)}[/]")
+            for piece in speaker.answer(text, sampling):
+                out.print(safe_text(piece), end="", markup=False, soft_wrap=True)
+            out.print("\n")
+
+
+def _beside(chat: "Chat", text: str, sampling: "Sampling") -> None:
+    """Show all answers in columns while they are generated."""
+    said = {speaker.name: "" for speaker in chat.speakers}
+    pieces: queue.Queue[tuple[str, str | Exception | None]] = queue.Queue()
+
+    def listen(name: str, answer: Iterator[str]) -> None:
+        try:
+            for piece in answer:
+                pieces.put((name, piece))
+            pieces.put((name, None))
+        except Exception as error:
+            pieces.put((name, error))
+
+    for speaker in chat.speakers:
+        answer = speaker.answer(text, sampling)
+        threading.Thread(target=listen, args=(speaker.name, answer), daemon=True).start()
+
+    open_answers = len(said)
+    with Live(_columns(said), console=out, refresh_per_second=12, transient=True) as live:
+        while open_answers:
+            name, piece = pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            open_answers -= piece is None
+            said[name] += piece or ""
+            live.update(_columns(said))
+
+    out.print(_columns(said))
+
+
+def _columns(said: dict[str, str]) -> Table:
+    """Return the answers side by side."""
+    table = Table(*said, box=None, expand=True, padding=(0, 2, 0, 0), header_style="bold")
+    for column in table.columns:
+        column.ratio = 1
+        column.overflow = "fold"
+
+    table.add_row(*(Text(safe_text(answer)) for answer in said.values()))
+    return table

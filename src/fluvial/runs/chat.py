@@ -1,0 +1,139 @@
+"""Conversations with the result of a run, and with its base model beside it."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+from fluvial.data import with_template
+from fluvial.data.chat import chat_prompt
+from fluvial.errors import ConfigError
+from fluvial.models.encoding import Encoder
+from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
+from fluvial.models.pool import ModelPool
+from fluvial.models.streaming import Sampling, stream
+from fluvial.runs.evaluation import evaluation_settings, run_settings
+from fluvial.training.folders import kind_of, read_adapter_folder, weights_in
+from fluvial.training.opened import open_weights
+from fluvial.wire.tensors import Named
+
+Template = Literal["auto", "chat", "plain"]
+"""The tokenizer's chat template if there is one ("auto"), that template, or the bare text."""
+
+
+class Speaker:
+    """One model in a conversation: it answers, and remembers what was said."""
+
+    def __init__(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        *,
+        chats: bool,
+    ) -> None:
+        self.name = name
+        """"base", "tuned", or "model" for a model without a base."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._context = context
+        self._chats = chats
+        self._turns: list[Any] = []
+
+    def answer(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the answer in pieces.
+
+        With a chat template, earlier turns go before `text`; without one, `text` alone is
+        continued. Raises `ConfigError` where the prompt fills the model's context.
+        """
+        turns = [*self._turns, {"role": "user", "content": text}]
+        prompt = (
+            chat_prompt(turns, self._tokenizer)
+            if self._chats
+            else Encoder.of(self._tokenizer).prompt(text)
+        )
+        if self._context is not None and len(prompt) >= self._context:
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens and fills the model's context of "
+                f"{self._context}; shorten it, or begin a new conversation with /new"
+            )
+
+        pieces = []
+        for piece in stream(self._model, self._tokenizer, prompt, sampling, self._context):
+            pieces.append(piece)
+            yield piece
+
+        if self._chats:
+            self._turns = [*turns, {"role": "assistant", "content": "".join(pieces)}]
+
+    def forget(self) -> None:
+        """Begin a new conversation."""
+        self._turns = []
+
+
+class Chat:
+    """The models of a conversation. Use as a context manager, which frees them."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        only: Literal["base", "tuned"] | None = None,
+        template: Template = "auto",
+        overrides: list[str] | None = None,
+    ) -> None:
+        """Load the weights that `name` stands for: a run, a folder of an adapter or a model, a hub
+        id, or "embedded".
+
+        `overrides` are settings of [model]. Raises `ConfigError` for what is none of these.
+        """
+        self._models = ExitStack()
+        name = weights_in(name)
+        kind = kind_of(name)
+
+        if kind == "model":
+            settings = evaluation_settings(run_settings(name, None)[0], None, overrides or [])
+            if only is not None:
+                raise ConfigError(f"--only {only}: without effect, because {name} has no base")
+            pool = ModelPool(settings.model, None)
+            states: dict[str, Named] = {"model": {}}
+            run: dict[str, Any] = {}
+        else:
+            folder = read_adapter_folder(Path(name).expanduser())
+            settings = evaluation_settings(folder.settings(), None, overrides or [])
+            pool, tuned = open_weights(folder, settings.model)
+            states = {"base": pool.base_state(), "tuned": tuned}
+            run = folder.run
+
+        written = run.get("data", {}).get("chat_template")
+        tokenizer = with_template(pool.tokenizer, written) if written else pool.tokenizer
+        self.chats = _chats(tokenizer, template, name)
+        self.speakers = [
+            Speaker(
+                each,
+                self._models.enter_context(pool.model(state)),
+                tokenizer,
+                pool.outline.context,
+                chats=self.chats,
+            )
+            for each, state in states.items()
+            if only in (None, each)
+        ]
+
+    def __enter__(self) -> "Chat":
+        """Return the chat."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the models back."""
+        self._models.close()
+
+
+def _chats(tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> bool:
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if template == "chat" and not has:
+        raise ConfigError(
+            f"--template chat: the tokenizer of {name} has no chat template; use --template plain"
+        )
+    return has and template != "plain"

@@ -1,0 +1,206 @@
+"""Conversations with a tuned model and its base: the text, the draws, and the terminal."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.errors import ConfigError
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import initial_state
+from fluvial.models.streaming import Sampling, _SeededDraws, stream
+from fluvial.models.targets import LoraSettings
+from fluvial.runs.chat import Chat
+from fluvial.seeds import generator
+
+RUNNER = CliRunner()
+TEXT = "The river carries"
+PATIENCE_S = 240
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter whose answers are not the base's, as a run would have it."""
+    folder = tmp_path_factory.mktemp("run")
+    pool = ModelPool(
+        ModelConfig(name_or_path=str(tiny_model), device="cpu"), LoraSettings(r=2, lora_alpha=4)
+    )
+    start = initial_state(pool.layout, 0)
+    state = {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
+    pool.save(state, folder / "adapter")
+    (folder / "config.json").write_text(json.dumps({"fluvial": "test"}))
+    return folder
+
+
+def answers(chat: Chat, text: str, **sampling: Any) -> dict[str, str]:
+    return {
+        speaker.name: "".join(speaker.answer(text, Sampling(**sampling)))
+        for speaker in chat.speakers
+    }
+
+
+def plain_answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> str:
+    """Greedy text of transformers' own `generate`."""
+    found = model.eval().generate(
+        torch.tensor([ids]), max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0
+    )
+    text: str = tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)
+    return text
+
+
+def test_answers_are_those_of_plain_transformers(run: Path, tiny_model: Path) -> None:
+    """Over two turns by the tokenizer's chat template, and for the bare text without it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    models = {
+        "base": AutoModelForCausalLM.from_pretrained(tiny_model),
+        "tuned": AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter")),
+    }
+    with Chat(str(run)) as chat:
+        assert chat.chats
+        first = answers(chat, TEXT, max_new_tokens=6)
+        second = answers(chat, "Why?", max_new_tokens=6)
+
+    assert first["base"] != first["tuned"]
+    for name, model in models.items():
+        turns = [{"role": "user", "content": TEXT}]
+        for said, question in ((first[name], "Why?"), (second[name], "")):
+            rendered = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+            ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+            assert said == plain_answer(model, tokenizer, ids, 6)
+            turns += [
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": question},
+            ]
+
+    with Chat(str(run / "adapter"), template="plain", only="tuned") as chat:
+        ids = tokenizer(TEXT)["input_ids"]
+        expected = plain_answer(models["tuned"], tokenizer, ids, 6)
+        assert answers(chat, TEXT, max_new_tokens=6) == {"tuned": expected}
+        assert answers(chat, TEXT, max_new_tokens=6) == {"tuned": expected}  # nothing is remembered
+
+
+def test_draws_are_repeated_by_their_seed_and_side_by_side(run: Path) -> None:
+    with Chat(str(run), template="plain") as chat:
+        alone = answers(chat, TEXT, max_new_tokens=12, temperature=1.0, seed=3)
+        other = answers(chat, TEXT, max_new_tokens=12, temperature=1.0, seed=4)
+        both: dict[str, str] = {}
+
+        def ask(speaker: Any) -> None:
+            both[speaker.name] = "".join(
+                speaker.answer(TEXT, Sampling(max_new_tokens=12, temperature=1.0, seed=3))
+            )
+
+        threads = [threading.Thread(target=ask, args=(each,)) for each in chat.speakers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    assert both == alone != other
+
+
+def test_draws_follow_the_softmax() -> None:
+    """The shares of 20,000 draws lie within five standard errors of the probabilities."""
+    scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    expected = torch.softmax(scores / 0.7, -1)[0].double()
+    draws = _SeededDraws(Sampling(temperature=0.7, seed=1))
+    drawn = draws(torch.empty(0), scores.expand(20_000, -1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4).double() / 20_000
+    error = (expected * (1 - expected) / 20_000).sqrt()
+    assert bool(((shares - expected).abs() < 5 * error).all())
+
+
+def test_a_stream_that_is_closed_ends_its_thread(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    before = threading.active_count()
+    pieces = stream(model, tokenizer, [1, 50, 60], Sampling(max_new_tokens=100))
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == before
+    assert "".join(stream(model, tokenizer, [1] * 9, Sampling(), context=9)) == ""
+
+    model.forward = None
+    with pytest.raises(TypeError):
+        list(stream(model, tokenizer, [1, 50, 60], Sampling()))
+
+
+def test_prompts_come_from_an_option_or_from_lines(run: Path, tiny_model: Path) -> None:
+    command = ["chat", str(run), "--max-new-tokens", "4"]
+    said = RUNNER.invoke(app, [*command, "--prompt", TEXT, "--format", "json"])
+    found = json.loads(said.stdout)
+    assert found.keys() == {"prompt", "base", "tuned"}
+
+    lines = RUNNER.invoke(app, command, input=f"{TEXT}\n\n/new\n{TEXT}\n")
+    assert lines.exit_code == 0, lines.output
+    assert lines.stdout.count("base\n") == lines.stdout.count("tuned\n") == 2
+    assert lines.stdout.count(found["tuned"]) == 2
+
+    one = RUNNER.invoke(app, ["chat", str(tiny_model), "--prompt", TEXT, "--max-new-tokens", "4"])
+    assert one.stdout.startswith("model\n")
+    assert found["base"] in one.stdout
+
+
+def test_what_cannot_be_asked_is_refused(run: Path, tiny_model: Path) -> None:
+    with Chat(str(run)) as chat, pytest.raises(ConfigError, match=r"fills the model's context of"):
+        answers(chat, "river " * 200)
+    with pytest.raises(ConfigError, match="without effect, because .* has no base"):
+        Chat(str(tiny_model), only="base")
+    with pytest.raises(ConfigError, match="has no chat template"):
+        Chat("embedded", template="chat")
+    with pytest.raises(ConfigError, match="neither a PEFT adapter"):
+        Chat(str(run.parent))
+
+
+def test_a_terminal_shows_both_in_columns_and_ctrl_c_ends_with_130(run: Path) -> None:
+    """A real terminal: a question, two columns, and Ctrl-C, which shows the cursor again."""
+    terminal, inner = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fluvial.cli", "chat", str(run), "--max-new-tokens", "8"],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        env={**os.environ, "COLUMNS": "100", "TERM": "xterm"},
+    )
+    os.close(inner)
+
+    def shown_until(text: str) -> str:
+        shown = ""
+        end = time.monotonic() + PATIENCE_S
+        while text not in shown:
+            assert process.poll() is None, shown
+            assert time.monotonic() < end, shown
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096).decode(errors="replace")
+        return shown
+
+    try:
+        shown_until("> ")
+        os.write(terminal, f"{TEXT}\n".encode())
+        shown = shown_until("> ")
+        assert re.search(r"base +tuned", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)), shown
+        process.send_signal(signal.SIGINT)
+        assert process.wait(PATIENCE_S) == 130
+        assert b"\x1b[?25h" in os.read(terminal, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
