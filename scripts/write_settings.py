@@ -1,4 +1,4 @@
-"""Write docs/settings.md, every setting of the three files that people write, from the classes that
+"""Write docs/settings.md, every setting of the files that people write, from the classes that
 read them.
 
     python scripts/write_settings.py [--check]
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.flower.server_operator import ServerFile
+from fluvial.runs.comparison.sweep import SweepConfig
 from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
 from fluvial.site_process.site_file import SiteFile
@@ -35,6 +36,11 @@ FILES: tuple[tuple[str, str, type[Settings]], ...] = (
         "The configuration of a run",
         "`fluvial run`, `check`, `preview` and `submit` read it.",
         RunConfig,
+    ),
+    (
+        "The file of a comparison",
+        "`fluvial compare` reads it; [comparing](comparing.md) explains it.",
+        SweepConfig,
     ),
     (
         "site.toml",

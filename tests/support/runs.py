@@ -1,5 +1,6 @@
 """Run a configuration in a test and read what it made."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,3 +40,22 @@ def adapter_of(result: dict[str, Any]) -> Named:
     """The final adapter as PEFT wrote it, under our names."""
     tensors = load_file(Path(result["folder"]) / "adapter" / "adapter_model.safetensors")
     return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+def toml_of(table: dict[str, Any], prefix: str = "") -> str:
+    """A table as TOML."""
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items())
+
+    for key, value in table.items():
+        if isinstance(value, dict):
+            text += f"[{prefix}{key}]\n{toml_of(value, f'{prefix}{key}.')}"
+
+    return text
+
+
+def write_toml(path: Path, table: dict[str, Any]) -> Path:
+    """A table as a TOML file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(toml_of(table))
+    return path

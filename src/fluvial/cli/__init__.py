@@ -13,6 +13,7 @@ from fluvial import __version__, interrupt
 from fluvial.cli import (
     chat,
     check,
+    compare,
     evaluate,
     export,
     init,
@@ -43,6 +44,7 @@ app.command("check", rich_help_panel=RUN)(check.check)
 app.command("preview", rich_help_panel=RUN)(check.preview)
 app.command("plan", rich_help_panel=RUN)(plan.plan)
 app.command("run", rich_help_panel=RUN)(run.run)
+app.command("compare", rich_help_panel=RUN, cls=compare.SeedsCommand)(compare.compare)
 app.command("show", rich_help_panel=LOOK)(show.show)
 app.command("evaluate", rich_help_panel=LOOK)(evaluate.evaluate)
 app.command("chat", rich_help_panel=LOOK)(chat.chat)

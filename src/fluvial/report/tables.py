@@ -14,10 +14,12 @@ def table(
     title: str,
     left: int = 1,
     caption: str = "",
+    whole: bool = False,
 ) -> Table:
     """Return a table of texts without markup.
 
     The first `left` columns are set to the left; the others hold numbers and are set to the right.
+    With `whole`, only the first column is folded where the table is too wide.
     """
     table = Table(
         title=title or None,
@@ -35,7 +37,11 @@ def table(
     for number, heading in enumerate(headings):
         justify: Literal["left", "right"] = "left" if number < left else "right"
         table.add_column(
-            heading, justify=justify, overflow="fold", min_width=0 if number else label
+            heading,
+            justify=justify,
+            overflow="fold",
+            min_width=0 if number else label,
+            no_wrap=whole and number > 0,
         )
 
     for row in rows:

@@ -300,18 +300,24 @@ def load(
     elsewhere. `recipe:NAME` is the recipe of that name, with paths relative to the working
     directory. Raises `ConfigError` with every problem found, its place and the nearest known key.
     """
-    recipe = recipes.recipe_of(path)
-    file = path if recipe is None else recipes.recipe_path(recipe)
-    table = toml.load(file, f"there is no configuration file {str(path)!r}")
-    if not as_written:
-        table = paths.beside(table, path) if recipe is None else paths.here(table)
-
+    table = table_of(path, as_written=as_written)
     for line in overrides:
         change = override(line)
         table = merge(table, change if as_written else paths.here(change))
 
     where = f"{path} with {caller.overrides()}" if overrides else str(path)
     return with_chat_template(parse(table, where, kind=kind))
+
+
+def table_of(path: Path, *, as_written: bool = False) -> dict[str, Any]:
+    """Return the table of a configuration's file or recipe, its relative paths whole unless
+    `as_written`; raises `ConfigError`."""
+    recipe = recipes.recipe_of(path)
+    file = path if recipe is None else recipes.recipe_path(recipe)
+    table = toml.load(file, f"there is no configuration file {str(path)!r}")
+    if as_written:
+        return table
+    return paths.beside(table, path) if recipe is None else paths.here(table)
 
 
 def with_chat_template(config: RunConfig) -> RunConfig:

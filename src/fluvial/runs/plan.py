@@ -25,7 +25,7 @@ from fluvial.models.weights import check_weights
 from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
-from fluvial.runs.opening import check_settings, settled
+from fluvial.runs.opening import check_settings, settled, train_config
 
 _ENVELOPE = 64
 """Bytes by which rounds may differ through the digits of their numbers."""
@@ -63,15 +63,17 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     remarks += idle_remarks(config, planned, texts)
     sites = []
     steps = 0
+    train = train_config(config, len(texts.names))
 
     for name in (POOLED,) if config.entry.traits.pooled else texts.names:
         data = texts.pooled() if config.entry.traits.pooled else texts.load(name)
-        steps = max(steps, config.train.steps(len(data.train)))
+        steps = max(steps, train.steps(len(data.train)))
         sites.append(
             {
                 "name": name,
                 "records": data.records,
                 "train": len(data.train),
+                "steps": train.steps(len(data.train)),
                 "heldout": len(data.heldout),
                 "truncated_records": data.truncated_records,
                 "dropped_records": data.dropped_records,

@@ -36,9 +36,9 @@ class Remaining:
         self._stage = ""
         self._stage_left_s = None
 
-    def finished(self, method: str) -> None:
-        """Note that no round of `method` is left."""
-        self._left[method] = 0
+    def finished(self, method: str, left: int = 0) -> None:
+        """Note that no round of `method` is left, or as many as the runs after it have."""
+        self._left[method] = left
 
     def heard(self, record: logging.LogRecord) -> None:
         """Note the pace of a set-up from a message such as "TGAP round 3 of 10"."""

@@ -13,23 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.runs import run_table
+from tests.support.runs import run_table, toml_of
 
 FLUVIAL = [sys.executable, "-m", "fluvial.cli"]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 PATIENCE_S = 120
-
-
-def toml(table: dict[str, Any], prefix: str = "") -> str:
-    """A table as TOML."""
-    plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in plain.items())
-
-    for key, value in table.items():
-        if isinstance(value, dict):
-            text += f"[{prefix}{key}]\n{toml(value, f'{prefix}{key}.')}"
-
-    return text
 
 
 def stopped(
@@ -96,7 +84,7 @@ def clean(words: str) -> str:
 def long_run(run_config: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], list[str]]:
     """A table of some rounds, and the command that runs it into `tmp_path / "run"`."""
     table = run_config | {"rounds": 4, "train": run_config["train"] | {"max_steps": 15}}
-    (tmp_path / "long.toml").write_text(toml(table))
+    (tmp_path / "long.toml").write_text(toml_of(table))
     return table, ["run", str(tmp_path / "long.toml"), "--out", str(tmp_path / "run")]
 
 
@@ -139,7 +127,7 @@ def test_stopped_in_set_up_and_in_a_round(
     table, _ = long_run
     table |= {"method": {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 8}}}
     table |= {"codec": {"name": "klt", "rate": 8}}
-    (tmp_path / "long.toml").write_text(toml(table))
+    (tmp_path / "long.toml").write_text(toml_of(table))
     run = tmp_path / "run"
     command = ["run", str(tmp_path / "long.toml"), "--out", str(run)]
     ready = (

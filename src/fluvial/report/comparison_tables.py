@@ -1,0 +1,173 @@
+"""Tables of a comparison: losses with their differences, further measures, and costs."""
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.report.result_tables import ANSWER_SCORES
+from fluvial.report.tables import table
+from fluvial.runs.comparison.judging import answer, p_words, primary, test_words
+from fluvial.runs.comparison.result import Compared, ComparedContender, Difference
+
+POOLED = "_pooled"
+NAMES = {"loss": "held-out loss", "accuracy": "next-token accuracy", **ANSWER_SCORES}
+"""Names of measures in tables."""
+COSTS_CAPTION = (
+    "Means over the seeds. Up and down: bytes of one site in all rounds, with set-up. Amortised: "
+    "all bytes in both directions, against an uncompressed run of the same rounds. Time: the "
+    "method with its set-up and measures, without its baselines. Peak memory: the largest of the "
+    "runs, each in a process of its own, baselines included."
+)
+STEPS_CAPTION = (
+    " Optimizer steps: of all sites in the whole run, as [train] and the cohort set them; a method "
+    "that plans the steps of its sites may take others."
+)
+Rows = list[list[str]]
+"""Cells of a table, the headings first."""
+
+
+def measure_name(measure: str) -> str:
+    """Return the name of a measure for people."""
+    plain = measure.removesuffix(POOLED)
+    name = NAMES.get(plain, plain.replace("_", " "))
+    return f"pooled {name.removeprefix('held-out ')}" if measure.endswith(POOLED) else name
+
+
+def measure_rows(compared: Compared, measure: str) -> Rows:
+    """Return the table of one measure: a row for each contender."""
+    losing = measure.removesuffix(POOLED) == "loss"
+    headings = ["", measure_name(measure), "less the baseline", "95 % interval"]
+    rows = [[*headings, "better", "p"]]
+
+    for each in compared.contenders:
+        score = each.scores.get(measure)
+        found = each.differences.get(measure)
+        value = "-" if score is None else _value(score.mean, score.high, losing=losing)
+        rows.append([safe_text(each.name), value, *_difference_cells(found, losing=losing)])
+
+    return rows
+
+
+def cost_rows(compared: Compared) -> Rows:
+    """Return the table of costs; optimizer steps only where they are not equal."""
+    unequal = len({each.optimizer_steps for each in compared.contenders}) > 1
+    unfinished = any(each.finished < len(compared.seeds) for each in compared.contenders)
+    headings = ["", *(["runs"] if unfinished else []), *(["optimizer steps"] if unequal else [])]
+    rows = [[*headings, "up per site", "down per site", "amortised", "time", "peak memory"]]
+
+    for each in compared.contenders:
+        row = [safe_text(each.name)]
+        row += [f"{each.finished} of {len(compared.seeds)}"] if unfinished else []
+        row += [_or_dash(each.optimizer_steps, ",.0f")] if unequal else []
+        row += [_bytes(each, each.up_bytes_per_site), _bytes(each, each.down_bytes_per_site)]
+        row += ["-" if each.pooled else human_ratio(each.amortised_ratio)]
+        row += ["-" if each.wall_s is None else human_seconds(each.wall_s)]
+        row += ["-" if each.peak_rss_bytes is None else human_bytes(each.peak_rss_bytes)]
+        rows.append(row)
+
+    return rows
+
+
+def costs_caption(compared: Compared) -> str:
+    """Return the meaning of the columns of `cost_rows`."""
+    unequal = len({each.optimizer_steps for each in compared.contenders}) > 1
+    return COSTS_CAPTION + (STEPS_CAPTION if unequal else "")
+
+
+def measures_caption(compared: Compared) -> str:
+    """Return the meaning of the columns of `measure_rows`."""
+    count = len(compared.seeds)
+    tested = next((found for each in compared.contenders if (found := primary(each))), None)
+    if count > 1:
+        first = f"Mean over {count} seeds, and half of its 95 % t-interval"
+    else:
+        first = "One seed, so that a value has no interval"
+
+    words = [f"{first}; a value of a run is the mean over its sites."]
+    if tested is not None:
+        difference = tested[1]
+        others = len(compared.contenders) - 1
+        words.append(
+            f"Less the baseline: the difference to {compared.baseline}, site by site under the "
+            f"same seed, with its 95 % interval and p, {test_words(difference)}"
+            + (f", corrected for {others} contenders (Holm)" if others > 1 else "")
+            + "."
+        )
+        words.append("Better: cells, each a site under a seed, in which the contender is better.")
+        if difference.over == "sites":
+            words.append("A test over sites tells nothing about other seeds.")
+    return " ".join(words)
+
+
+def comparison_tables(compared: Compared) -> RenderableType:
+    """Return all tables of a comparison, and its verdict."""
+    parts: list[RenderableType] = []
+    for number, measure in enumerate(compared.measures):
+        headings, *rows = measure_rows(compared, measure)
+        caption = measures_caption(compared) if number == len(compared.measures) - 1 else ""
+        title = "Comparison" if number == 0 else ""
+        parts.append(table(_two_lines(headings), rows, title, caption=caption, whole=True))
+
+    headings, *rows = cost_rows(compared)
+    caption = costs_caption(compared)
+    parts.append(table(_two_lines(headings), rows, "Costs", caption=caption, whole=True))
+    parts += [Text(f"Note: {safe_text(note)}") for note in compared.notes]
+    parts += [
+        Text(safe_text(f"Failed: {each.name}, seed {run.seed}: {run.failed}"), style="red")
+        for each in compared.contenders
+        for run in each.runs
+        if run.failed
+    ]
+    return Group(*parts, Text(safe_text(compared.verdict), style=f"bold {colour(compared)}"))
+
+
+def colour(compared: Compared) -> str:
+    """Return the colour of the verdict."""
+    found = [answer(each[1]) for one in compared.contenders if (each := primary(one))]
+    if found and all(each in ("better", "equal") for each in found):
+        return "green"
+    return "red" if found and all(each == "worse" for each in found) else "yellow"
+
+
+def _two_lines(headings: Sequence[str]) -> list[str]:
+    """Return headings that are broken at their last space."""
+    return ["\n".join(heading.rsplit(" ", 1)) for heading in headings]
+
+
+def _value(mean: float, high: float | None, *, losing: bool) -> str:
+    """Return a mean and half of its interval."""
+    half = "" if high is None else f" ±{_number(high - mean, losing)}"
+    return f"{_number(mean, losing)}{half}{'' if losing else ' %'}"
+
+
+def _number(value: float, losing: bool, sign: str = "") -> str:
+    """Return a loss in nats, or a share in per cent without its sign."""
+    return figure(value, f"{sign}.4f") if losing else figure(100 * value, f"{sign}.2f")
+
+
+def _difference_cells(found: Difference | None, *, losing: bool) -> list[str]:
+    if found is None:
+        return ["-"] * 4
+    unit = "" if losing else " %"
+    interval = (
+        "-"
+        if found.low is None or found.high is None
+        else f"{_number(found.low, losing, '+')}, {_number(found.high, losing, '+')}{unit}"
+    )
+    return [
+        f"{_number(found.mean, losing, '+')}{unit}",
+        interval,
+        f"{found.better}/{found.cells}",
+        p_words(found.p_holm),
+    ]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _bytes(contender: ComparedContender, value: float | None) -> str:
+    """Return bytes of a site; data in one place cross no line."""
+    return "-" if value is None or contender.pooled else human_bytes(value)

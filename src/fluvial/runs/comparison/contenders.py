@@ -1,0 +1,250 @@
+"""The contenders of a comparison, from the files that people write: all of them valid, on the same
+data, model and evaluation."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fluvial import caller
+from fluvial.errors import ConfigError, FluvialError
+from fluvial.runs.comparison.sweep import (
+    SweepConfig,
+    folder_name,
+    is_sweep,
+    variants,
+    without,
+)
+from fluvial.runs.config import (
+    RunConfig,
+    difference,
+    merge,
+    override,
+    parse,
+    table_of,
+    with_chat_template,
+)
+from fluvial.storage import paths, recipes, toml
+
+SAME = ("data.", "model.", "evaluate.")
+"""Tables of settings that contenders must have in common."""
+SHOWN = 12
+"""Settings that a refusal names, at most."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of the configurations that are compared."""
+
+    name: str
+    """Name in tables, and of the folder of its runs."""
+    configs: dict[int, RunConfig]
+    """Configuration by seed, all of them equal but for the seed."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Return the configuration with the first seed."""
+        return next(iter(self.configs.values()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Contenders that are compared, each with the same seeds."""
+
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    baseline: str
+    """Name of the contender that the others are compared with."""
+
+    def differing(self) -> dict[str, dict[str, Any]]:
+        """Return the value of each contender, by name, for every setting in which they differ."""
+        resolved = {each.name: each.config.resolved() for each in self.contenders}
+        first, *others = resolved.values()
+        keys = sorted({key for other in others for key in difference(first, other)})
+        return {key: {name: _value(table, key) for name, table in resolved.items()} for key in keys}
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A contender that has not been checked yet."""
+
+    name: str
+    where: str
+    """File and contender, for messages."""
+    table: dict[str, Any]
+
+
+def read_comparison(
+    files: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    seeds: Sequence[int] = (),
+    baseline: str | None = None,
+    allow_different: bool = False,
+) -> Comparison:
+    """Return the comparison of several configurations, or of one file of contenders.
+
+    `overrides` are lines of TOML for all contenders. Without `seeds`, those of the file or of the
+    configurations count. Raises `ConfigError` with every fault of every contender, and for
+    contenders on other data, models or measures unless `allow_different`.
+    """
+    tables = {path: table_of(path) for path in dict.fromkeys(files)}
+    sweeps = [path for path, table in tables.items() if is_sweep(table)]
+    if sweeps and len(tables) > 1:
+        raise ConfigError(
+            f"{sweeps[0]}: lists its contenders itself; give it alone, or only configurations"
+        )
+
+    if sweeps:
+        sweep = _sweep_of(sweeps[0], tables[sweeps[0]])
+        drafts = _of_sweep(sweep, sweeps[0])
+        seeds = seeds or sweep.seeds
+        baseline = baseline or sweep.baseline
+    else:
+        drafts = _of_files(tables)
+
+    changes = [paths.here(override(line)) for line in overrides]
+    for change in changes:
+        drafts = [_Draft(each.name, each.where, merge(each.table, change)) for each in drafts]
+    _check_names(drafts)
+
+    contenders = _parsed(drafts, seeds)
+    names = [each.name for each in contenders]
+    if baseline is not None and baseline not in names:
+        raise ConfigError(
+            f"{caller.argument('baseline', baseline)}: no contender has this name; the contenders "
+            f"are {', '.join(names)}"
+        )
+
+    comparison = Comparison(contenders, tuple(contenders[0].configs), baseline or names[0])
+    if not allow_different:
+        _refuse_other_data(comparison)
+
+    return comparison
+
+
+def together(faults: Iterable[Callable[[], object]]) -> None:
+    """Call all functions, and raise one `ConfigError` with the lines of all that they raised."""
+    lines = dict[str, None]()
+    for check in faults:
+        try:
+            check()
+        except FluvialError as error:
+            lines |= dict.fromkeys(str(error).splitlines())
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _sweep_of(path: Path, table: dict[str, Any]) -> SweepConfig:
+    """Return the settings of a comparison's file, with the path of its base whole; a recipe has none."""
+    sweep = toml.read(SweepConfig, table, str(path))
+    if recipes.recipe_of(sweep.base) is not None:
+        return sweep
+    return sweep.model_copy(update={"base": path.resolve().parent / sweep.base})
+
+
+def _of_sweep(sweep: SweepConfig, path: Path) -> list[_Draft]:
+    base = table_of(sweep.base)
+    if is_sweep(base):
+        raise ConfigError(f"{path}: base: {sweep.base} is a comparison; give a run's configuration")
+
+    drafts = []
+    for name, changes, left_out in variants(sweep, path):
+        try:
+            table = merge(without(base, left_out), changes)
+        except KeyError as error:
+            raise ConfigError(
+                f"{path}: contender {name!r}: unset: {sweep.base.name} does not set "
+                f"{error.args[0]}; remove it"
+            ) from None
+        drafts.append(_Draft(name, f"{path}: contender {name!r}", table))
+    if not drafts:
+        raise ConfigError(f"{path}: exclude: leaves no combination of the grid; remove some")
+
+    return drafts
+
+
+def _of_files(tables: dict[Path, dict[str, Any]]) -> list[_Draft]:
+    """Return a contender for each file, named by the file; with its folder, where two have one
+    name."""
+    stems = [recipes.stem(path) for path in tables]
+    return [
+        _Draft(
+            folder_name(
+                recipes.stem(path)
+                if stems.count(recipes.stem(path)) == 1
+                else f"{path.resolve().parent.name}-{path.stem}"
+            ),
+            str(path),
+            table,
+        )
+        for path, table in tables.items()
+    ]
+
+
+def _check_names(drafts: Sequence[_Draft]) -> None:
+    """Raise `ConfigError` where two contenders have one name, or one that differs in case only."""
+    seen = dict[str, _Draft]()
+    for draft in drafts:
+        other = seen.setdefault(draft.name.casefold(), draft)
+        if other is not draft:
+            raise ConfigError(
+                f"{draft.where}: another contender is called {other.name!r} too "
+                f"({other.where}); give it another name"
+            )
+
+
+def _parsed(drafts: Sequence[_Draft], seeds: Sequence[int]) -> tuple[Contender, ...]:
+    """Return the contenders; raises `ConfigError` with the faults of all of them."""
+    found = dict[str, dict[int, RunConfig]]()
+
+    def read(draft: _Draft) -> None:
+        changes = [{"seed": seed} for seed in seeds] or [{}]
+        read = [with_chat_template(parse({**draft.table, **each}, draft.where)) for each in changes]
+        found[draft.name] = {config.seed: config for config in read}
+
+    together(partial(read, draft) for draft in drafts)
+    first = next(iter(found))
+    for name, configs in found.items():
+        if configs.keys() != found[first].keys():
+            raise ConfigError(
+                f"contenders {first!r} and {name!r} have other seeds "
+                f"({', '.join(map(str, found[first]))}; {', '.join(map(str, configs))}), and runs "
+                f"are compared seed by seed; give {caller.argument('seeds')}"
+            )
+
+    return tuple(Contender(name, configs) for name, configs in found.items())
+
+
+def _refuse_other_data(comparison: Comparison) -> None:
+    """Raise `ConfigError` with the settings of data, model and evaluation that differ."""
+    first, *others = comparison.contenders
+    lines = []
+    for other in others:
+        keys = [
+            key
+            for key in difference(first.config.resolved(), other.config.resolved())
+            if key.startswith(SAME)
+        ]
+        if keys:
+            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+            lines.append(
+                f"contender {other.name!r} differs from {first.name!r} in "
+                f"{', '.join(keys[:SHOWN])}{more}"
+            )
+
+    if lines:
+        remedy = (
+            "contenders need the same data, model and evaluation: make these settings equal, or "
+            f"use {caller.argument('allow-different')}"
+        )
+        raise ConfigError("\n".join([*lines, remedy]))
+
+
+def _value(table: dict[str, Any], key: str) -> Any:
+    """Return the value at a dotted key of nested tables; None where there is none."""
+    value: Any = table
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value

@@ -1,0 +1,116 @@
+"""The verdict of a comparison: one line that says which contender is better than the baseline."""
+
+from collections.abc import Sequence
+
+from fluvial.formatting import figure, human_ratio
+from fluvial.runs.comparison.result import Compared, ComparedContender, Difference
+
+ALPHA = 0.05
+"""Level of a test below which a difference counts as shown."""
+PRIMARY = ("loss", "loss_pooled")
+"""Measures that decide, the first that a contender and the baseline have in common."""
+
+
+def verdict_line(compared: Compared) -> str:
+    """Return the verdict as one line for people."""
+    base = compared.contender(compared.baseline)
+    others = [each for each in compared.contenders if each.name != base.name]
+    parts = _alone(compared, base) if not others else _against(base, others)
+
+    runs = [run for each in compared.contenders for run in each.runs]
+    missing = sum(not run.finished for run in runs)
+    return "; ".join(
+        [*parts, *([f"{missing} of {len(runs)} runs not finished"] if missing else [])]
+    )
+
+
+def primary(contender: ComparedContender) -> tuple[str, Difference] | None:
+    """Return the measure that decides about a contender, and its difference; None without any."""
+    names = [name for name in PRIMARY if name in contender.differences]
+    return (names[0], contender.differences[names[0]]) if names else None
+
+
+def answer(difference: Difference) -> str:
+    """Return "better", "worse", "no difference shown" or "not tested" for a difference of
+    losses."""
+    if difference.p_holm is None:
+        return "equal" if difference.over and difference.mean == 0 else "not tested"
+    if difference.p_holm >= ALPHA:
+        return "no difference shown"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def test_words(difference: Difference) -> str:
+    """Return the name of a test and its pairs."""
+    if difference.over is None:
+        return "no test, one pair only"
+    return f"paired t over {difference.pairs} {difference.over}"
+
+
+def _alone(compared: Compared, base: ComparedContender) -> list[str]:
+    score = next((base.scores[name] for name in PRIMARY if name in base.scores), None)
+    if score is None:
+        return ["Not measured: no run is finished"]
+
+    interval = ""
+    if score.low is not None:
+        interval = f", 95 % interval {figure(score.low)} to {figure(score.high)}"
+    return [f"{base.name}: held-out loss {figure(score.mean)}{interval}, {_seeds(compared)}"]
+
+
+def _seeds(compared: Compared) -> str:
+    count = len(compared.seeds)
+    return f"{count} seeds" if count > 1 else "one seed"
+
+
+def _against(base: ComparedContender, others: Sequence[ComparedContender]) -> list[str]:
+    known = {each.name: found for each in others if (found := primary(each)) is not None}
+    if not known:
+        return [f"Not measured: no contender can be compared with {base.name} yet"]
+    if len(others) == 1:
+        return [_sentence(others[0], base, known[others[0].name][1])]
+
+    groups: dict[str, list[str]] = {}
+    for name, (_, difference) in known.items():
+        groups.setdefault(answer(difference), []).append(name)
+
+    order = ("better", "equal", "no difference shown", "not tested", "worse")
+    words = "; ".join(f"{what}: {', '.join(groups[what])}" for what in order if what in groups)
+    parts = [f"Against {base.name}: {words}"]
+    losses = {
+        each.name: each.scores["loss"].mean for each in (base, *others) if "loss" in each.scores
+    }
+    if losses:
+        best = min(losses, key=lambda name: losses[name])
+        parts.append(f"lowest held-out loss: {best} ({figure(losses[best])})")
+
+    return parts
+
+
+def _sentence(contender: ComparedContender, base: ComparedContender, found: Difference) -> str:
+    """Return the verdict on the only other contender."""
+    both = f"{contender.name} and {base.name}"
+    words = {
+        "better": f"{contender.name} is better than {base.name}",
+        "worse": f"{contender.name} is worse than {base.name}",
+        "equal": f"{both} have equal losses",
+        "no difference shown": f"No difference shown between {both}",
+        "not tested": f"{both} are not tested",
+    }[answer(found)]
+    way = "lower" if found.mean < 0 else "higher"
+    parts = [f"{words}: held-out loss {figure(abs(found.mean))} nats {way}"]
+    if found.low is not None:
+        parts.append(f"95 % interval {figure(found.low, '+.4f')} to {figure(found.high, '+.4f')}")
+    tested = test_words(found)
+    parts.append(tested if found.p_holm is None else f"{tested}, p = {p_words(found.p_holm)}")
+    if contender.bytes_total and base.bytes_total:
+        parts.append(f"bytes {human_ratio(contender.bytes_total / base.bytes_total)} of its")
+
+    return ", ".join(parts)
+
+
+def p_words(p: float | None) -> str:
+    """Return a p-value with two digits."""
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.2g}"

@@ -1,0 +1,27 @@
+"""A comparison in this process, for tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fluvial.runs.comparison.child import Message, RunFailedError
+from fluvial.runs.comparison.contenders import Comparison
+from fluvial.runs.comparison.execute import execute_comparison
+from fluvial.runs.comparison.gathering import gather
+from fluvial.runs.comparison.result import Compared
+from fluvial.runs.config import RunConfig
+from fluvial.runs.run import execute
+
+
+def launch_here(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
+    """The events of a run, without a process of its own."""
+    try:
+        yield from execute(config, folder, resume=resume)
+    except ArithmeticError as error:
+        raise RunFailedError(str(error)) from error
+
+
+def compare_here(comparison: Comparison, out: Path) -> Compared:
+    """The figures of a whole comparison."""
+    for _ in execute_comparison(comparison, out, launch=launch_here):
+        pass
+    return gather(comparison, out)

@@ -1,0 +1,241 @@
+"""Contenders of a comparison: what their files mean, and what is refused before any run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from typer.main import get_command
+
+from fluvial.cli import app
+from fluvial.cli.compare import SeedsCommand
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.runs.comparison.contenders import Comparison, read_comparison
+from fluvial.runs.comparison.execute import execute_comparison
+from fluvial.runs.comparison.files import run_folder
+from fluvial.runs.config import load
+from fluvial.runs.run import execute
+from tests.support.runs import write_toml
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(run_config: dict[str, Any], tmp_path: Path) -> Write:
+    """Writes a configuration with changes as NAME.toml."""
+
+    def written(name: str, **changes: Any) -> Path:
+        return write_toml(tmp_path / f"{name}.toml", run_config | changes)
+
+    return written
+
+
+def sweep(write: Write, text: str) -> Path:
+    path = write("base").with_name("sweep.toml")
+    path.write_text('base = "base.toml"\n' + text)
+    return path
+
+
+def named(comparison: Comparison) -> list[str]:
+    return [each.name for each in comparison.contenders]
+
+
+def test_a_contender_of_a_file_is_the_configuration_of_a_run(write: Write) -> None:
+    paths = [write("a"), write("b", codec={"name": "int8"})]
+    comparison = read_comparison(paths, ["rounds = 3"], seeds=(4, 0))
+    assert named(comparison) == ["a", "b"]
+    assert comparison.seeds == (4, 0)
+    assert comparison.baseline == "a"
+    for path, contender in zip(paths, comparison.contenders, strict=True):
+        for seed, config in contender.configs.items():
+            assert config == load(path, ["rounds = 3", f"seed = {seed}"])
+
+
+def test_differing_settings_have_the_value_of_each_contender(write: Write) -> None:
+    comparison = read_comparison([write("a"), write("b", rounds=5)])
+    assert comparison.differing() == {"rounds": {"a": 2, "b": 5}}
+
+
+def test_a_grid_has_every_combination_that_is_not_excluded(write: Write) -> None:
+    path = sweep(
+        write,
+        """
+seeds = [3, 5]
+baseline = "int8+r=8"
+[grid]
+"codec.name" = ["identity", "int8"]
+"lora.r" = [4, 8]
+[[exclude]]
+"codec.name" = "identity"
+"lora.r" = 8
+[[contender]]
+name = "slow"
+set = ["codec = { name = 'trellis', rate = 64 }", "train.learning_rate = 1e-4"]
+""",
+    )
+    comparison = read_comparison([path])
+    assert named(comparison) == ["identity+r=4", "int8+r=4", "int8+r=8", "slow"]
+    assert comparison.seeds == (3, 5)
+    assert comparison.baseline == "int8+r=8"
+    assert [each.config.lora.r for each in comparison.contenders] == [4, 4, 8, 4]
+    assert comparison.contenders[-1].config.train.learning_rate == 1e-4
+    base = path.with_name("base.toml")
+    expected = load(base, ["codec.name = 'int8'", "lora.r = 8", "seed = 5"])
+    assert comparison.contenders[2].configs[5] == expected
+
+
+def test_the_order_of_keys_in_a_grid_means_nothing(write: Write) -> None:
+    """Another codec takes the place of the whole table, also where its settings come first."""
+    path = sweep(write, '[grid]\n"codec.rate" = [16, 64]\n"codec.name" = ["trellis"]\n')
+    codecs = [each.config.coding for each in read_comparison([path]).contenders]
+    assert [(codec.name, getattr(codec, "rate", None)) for codec in codecs] == [
+        ("trellis", 16),
+        ("trellis", 64),
+    ]
+
+
+def test_tables_and_lists_are_values_of_a_grid(write: Write) -> None:
+    path = sweep(
+        write,
+        "[grid]\ncodec = [{ name = 'int8' }, { name = 'trellis', rate = 64 }]\n"
+        "'lora.target_modules' = [['q_proj', 'v_proj']]\n",
+    )
+    assert named(read_comparison([path])) == [
+        "int8+target_modules=q_proj,v_proj",
+        "trellis,rate=64+target_modules=q_proj,v_proj",
+    ]
+
+
+def test_a_contender_leaves_settings_of_the_base_out(write: Write) -> None:
+    path = write("base", codec={"name": "int8"}).with_name("sweep.toml")
+    path.write_text(
+        'base = "base.toml"\n[[contender]]\nname = "int8"\n'
+        '[[contender]]\nname = "blocks"\nunset = ["codec", "lora.r"]\n'
+        "set = [\"method.name = 'fedcybgd'\"]\n"
+    )
+    assert read_comparison([path]).contenders[1].config.codec is None
+
+
+def test_files_of_one_name_are_called_by_their_folders_too(write: Write, tmp_path: Path) -> None:
+    paths = [write_toml(tmp_path / name / "run.toml", {}) for name in ("x", "y")]
+    assert named(read_comparison(paths)) == ["x-run", "y-run"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "there is no contender"),
+        ("[grid]\n'lora.r' = []\n", "grid.lora.r: the list is empty"),
+        ("[grid]\nseed = [0, 1]\n", "write seeds = [...] above the tables"),
+        ("[grid]\n'lora.r' = [4]\n[[exclude]]\n'lora.r' = 5\n", "is no value of the grid"),
+        ("[grid]\n'lora.r' = [4]\n[[exclude]]\n'lora.r' = 4\n", "leaves no combination"),
+        ("[[contender]]\nname = 'a/b'\n", 'such as "a-b"'),
+        ("[[contender]]\nname = 'a'\nset = ['lora.r : 3']\n", "contender 'a'"),
+        ("[[contender]]\nname = 'a'\nunset = ['codec']\n", "base.toml does not set codec"),
+        ("[[contender]]\nname = 'a'\n[[contender]]\nname = 'A'\n", "is called 'a' too"),
+        ("baseline = 'b'\n[[contender]]\nname = 'a'\n", "the contenders are a"),
+        ("seeds = [0]\n[gird]\n'lora.r' = [4]\n", "gird"),
+        (f"[grid]\n'train.max_steps' = {list(range(1, 1002))}\n", "at most"),
+    ],
+)
+def test_faults_of_a_sweep_are_refused(write: Write, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_comparison([sweep(write, text)])
+    assert words in str(caught.value)
+
+
+def test_all_faults_of_all_contenders_are_named_at_once(write: Write) -> None:
+    path = sweep(
+        write, "[grid]\n'lora.r' = [4, 0]\n[[contender]]\nname = 'odd'\nset = ['ruonds = 3']\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        read_comparison([path])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert "contender 'r=0': lora.r = 0" in lines[0]
+    assert "contender 'odd': ruonds: unknown key; did you mean" in lines[1]
+
+
+def test_other_data_or_models_are_refused_with_the_settings(write: Write) -> None:
+    paths = [
+        write("a"),
+        write("b", model={"name_or_path": "embedded"}),
+        write("c", evaluate={"sample_tokens": 3}),
+        write("d", train={"max_steps": 9}),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        read_comparison(paths)
+    first, second, remedy = str(caught.value).splitlines()
+    assert first == "contender 'b' differs from 'a' in model.name_or_path"
+    assert second == "contender 'c' differs from 'a' in evaluate.sample_tokens"
+    assert remedy.endswith("or use --allow-different")
+    assert named(read_comparison(paths, allow_different=True)) == ["a", "b", "c", "d"]
+
+
+def test_unequal_seeds_of_files_are_refused(write: Write) -> None:
+    paths = [write("a"), write("b", seed=2)]
+    with pytest.raises(ConfigError, match="other seeds .*give --seeds"):
+        read_comparison(paths)
+    assert read_comparison(paths, seeds=(7,)).seeds == (7,)
+
+
+def test_a_sweep_stands_alone(write: Write) -> None:
+    path = sweep(write, "[grid]\n'lora.r' = [4]\n")
+    with pytest.raises(ConfigError, match="give it alone"):
+        read_comparison([path, write("a")])
+
+
+def test_a_changed_configuration_is_refused_before_any_run(write: Write, tmp_path: Path) -> None:
+    """Every changed run is named, with its settings."""
+    out = tmp_path / "out"
+    before = read_comparison([write("a"), write("b", lora={"r": 2})])
+    for each in before.contenders:
+        next(iter(execute(each.config, run_folder(out, each.name, 1))))
+
+    after = read_comparison([write("a", rounds=3), write("b", lora={"r": 3})])
+    with pytest.raises(CheckpointError) as caught:
+        next(execute_comparison(after, out))
+    first, second = str(caught.value).splitlines()
+    assert "a/seed-1 was started with another configuration (differs in rounds)" in first
+    assert "b/seed-1 was started with another configuration (differs in lora.r)" in second
+
+
+def test_a_run_folder_is_no_folder_for_a_comparison(write: Write, tmp_path: Path) -> None:
+    comparison = read_comparison([write("a")])
+    next(iter(execute(comparison.contenders[0].config, tmp_path / "run")))
+    with pytest.raises(CheckpointError, match="holds a run"):
+        next(execute_comparison(comparison, tmp_path / "run"))
+
+
+def test_what_only_data_and_model_show_is_refused_for_all_contenders(
+    write: Write, tmp_path: Path
+) -> None:
+    paths = [write(str(length), lora={"target_modules": [length]}) for length in ("one", "two")]
+    with pytest.raises(ConfigError) as caught:
+        next(execute_comparison(read_comparison(paths), tmp_path / "out"))
+    assert "contender 'one': " in str(caught.value)
+    assert "contender 'two': " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--seeds", "0", "1", "12", "a.toml"],
+        ["a.toml", "--seeds", "0,1,12"],
+        ["a.toml", "--seeds=0,1", "--seeds", "12"],
+    ],
+)
+def test_seeds_are_several_numbers(words: list[str]) -> None:
+    command = get_command(app).commands["compare"]  # type: ignore[attr-defined]
+    assert isinstance(command, SeedsCommand)
+    context = command.make_context("compare", list(words))
+    assert list(context.params["seeds"]) == [0, 1, 12]
+    assert list(map(str, context.params["configs"])) == ["a.toml"]
+
+
+def test_seeds_without_a_number_are_refused() -> None:
+    command = get_command(app).commands["compare"]  # type: ignore[attr-defined]
+    for words in (["a.toml", "--seeds"], ["a.toml", "--seeds", "x"], ["a.toml", "--seeds=-1"]):
+        with pytest.raises(click.UsageError):
+            command.make_context("compare", words)
