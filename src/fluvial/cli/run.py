@@ -19,6 +19,7 @@ from fluvial.cli.console import (
     print_json,
     program_name,
 )
+from fluvial.cli.launched import in_first_process
 from fluvial.cli.progress import run_progress
 from fluvial.storage.recipes import stem
 from fluvial.storage.run_files import CONFIG
@@ -42,7 +43,7 @@ def run(
     interrupt.set_advice(partial(_resume_advice, path))
     settings = load_config(config, overrides)
 
-    with run_progress(settings, quiet=format == "json") as progress:
+    with in_first_process(), run_progress(settings, quiet=format == "json") as progress:
         if fleet == "flower":
             from fluvial.flower.simulate import simulate as execute
         else:

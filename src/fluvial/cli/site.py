@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fluvial.cli.console import Insecure, ServerFolder, SiteFolder, print_line
+from fluvial.cli.launched import in_first_process
 
 app = typer.Typer(help="Many machines: a site.", no_args_is_help=True)
 
@@ -54,4 +55,6 @@ def start(
     """Run a site until it is stopped."""
     from fluvial.flower import site_operator
 
-    raise typer.Exit(site_operator.site_start(folder, warm=not stock))
+    with in_first_process():
+        code = site_operator.site_start(folder, warm=not stock)
+    raise typer.Exit(code)

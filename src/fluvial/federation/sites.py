@@ -17,11 +17,11 @@ from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.generation import count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import base_state, initial_state
-from fluvial.seeds import generator
 from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import Heldout, heldout
-from fluvial.training.train import TrainReport, train
+from fluvial.training.processes import Job, train_job
+from fluvial.training.train import TrainReport
 from fluvial.wire.payload import FRAME, OWN_FILES, Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Layout, Named, factor, subtract
 
@@ -168,23 +168,10 @@ def train_locally(
     settings = (settings or site.train).model_copy(
         update={"per_device_train_batch_size": assignment.batch}
     )
+    stream = (site.seed, purpose, round, site.name)
+    job = Job(received, factors, examples, settings, assignment, stream)
     start = pool.weights(received, assignment)
-
-    with pool.model(
-        received,
-        trainable=factors,
-        checkpointing=settings.gradient_checkpointing,
-        assignment=assignment,
-    ) as model:
-        report = train(
-            model,
-            examples,
-            settings,
-            pad_token_id=pool.tokenizer.pad_token_id,
-            generator=generator(site.seed, purpose, round, site.name),
-            start=start,
-            watch=watch,
-        )
+    report = train_job(pool, job, start, watch)
 
     return subtract(report.weights, start), report
 

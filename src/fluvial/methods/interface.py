@@ -247,6 +247,8 @@ class Traits:
     it are refused."""
     packs: bool = True
     """True where sites train on packed sequences; else `data.packing` is refused."""
+    shares_steps: bool = True
+    """True where several processes of a site can train together; else they are refused."""
     pooled: bool = False
     """True where all data lies at one place."""
     exports: bool = True

@@ -19,6 +19,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import check_length, context_length, dtype_of
 from fluvial.runs.config import RunConfig
 from fluvial.training.config import TrainConfig
+from fluvial.training.processes import refuse_alone
 from fluvial.wire.tensors import Layout
 
 
@@ -71,6 +72,11 @@ def site_of(
     )
 
 
+def check_processes(config: RunConfig) -> None:
+    """Raise `RefusalError` for a run that the processes of this site cannot train together."""
+    refuse_alone(config.model.device, config.method.name, shares=config.entry.traits.shares_steps)
+
+
 def train_config(config: RunConfig, sites: int) -> TrainConfig:
     """Return [train]; where data is pooled, with as many steps as all sites together."""
     if not config.entry.traits.pooled or config.train.max_steps is None:
@@ -94,6 +100,7 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     `base` may be without weights. Raises `ConfigError` for settings that cannot work together, and
     for a method that lacks public text.
     """
+    check_processes(config)
     planned = config.entry.plan(config.method, given(config, layout, base, len(texts.names), texts))
     if not isinstance(planned, Plan):
         raise ConfigError(wrong_return(f"plan of method {config.method.name!r}", planned, "a Plan"))

@@ -23,7 +23,7 @@ from fluvial.federation.talk import conversed, only_answer
 from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.opening import Records, site_of, tasks_of, texts_of
+from fluvial.runs.opening import Records, check_processes, site_of, tasks_of, texts_of
 from fluvial.site_process.budget import check_budget, check_same_promise
 from fluvial.site_process.journal import Header, Journal
 from fluvial.site_process.local_config import at_site, refusal
@@ -146,6 +146,7 @@ class SiteProcess:
         local = at_site(config, self.site)
         folder = self._run_folder(header.run)
         self._check_allowed(config, folder)
+        check_processes(local)
 
         try:
             pool = self._pool(local)

@@ -22,6 +22,7 @@ from fluvial.models.tuning import reseed_dropout, switch_dropout, tuned_paramete
 from fluvial.seeds import derive
 from fluvial.training.config import TrainConfig
 from fluvial.training.stepper import Stepper
+from fluvial.training.team import ALONE, Team
 from fluvial.wire.tensors import Named
 
 logger = logging.getLogger(__name__)
@@ -131,12 +132,14 @@ def train(
     steps: int | None = None,
     start: Named | None = None,
     watch: Callable[[Mapping[str, nn.Parameter]], bool] | None = None,
+    team: Team = ALONE,
 ) -> TrainReport:
     """Tune the parameters of `model` that require gradients, in place, with a fresh optimizer.
 
     `start` has values by the names of `models.tuning.tuned_parameters`; see `Stepper`. `watch`
-    sees the parameters of each step with their gradients; False makes that step the last. Raises
-    `DivergenceError` when a loss or a gradient norm is not finite; the step is then not taken.
+    sees the parameters of each step with their gradients; False makes that step the last. The
+    processes of `team` share each batch. Raises `DivergenceError` when a loss or a gradient norm is
+    not finite; the step is then not taken.
     """
     trained = {
         name: parameter
@@ -159,7 +162,9 @@ def train(
         batch = next(batches)
         tokens = sum(example.label_tokens for example in batch)
         assert tokens > 0, "a batch without label tokens"
-        loss = _backward(model, batch, tokens, config, pad_token_id, derive(dropout_seed, step))
+        seed = derive(dropout_seed, step)
+        loss = _backward(model, batch, tokens, config, pad_token_id, seed, team)
+        loss = team.sum_gradients(parameters, loss)
         go_on = watch is None or watch(trained)
         norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm or math.inf))
         check_finite(loss, norm, step, steps, config)
@@ -194,13 +199,17 @@ def _backward(
     config: TrainConfig,
     pad_token_id: int,
     dropout_seed: int,
+    team: Team,
 ) -> float:
-    """Accumulate the gradient of one logical batch; returns its loss per label token, nats."""
+    """Accumulate the gradient of this process's share of one logical batch; returns the loss of the
+    share over the label tokens of the whole batch, nats."""
     total = 0.0
-    size = config.per_device_train_batch_size
+    size = team.micro_batch(len(batch), config.per_device_train_batch_size)
     device = next(iter(tuned_parameters(model).values())).device
 
     for number, start in enumerate(range(0, len(batch), size)):
+        if number % team.size != team.rank:
+            continue
         reseed_dropout(model, derive(dropout_seed, number))
         autocast = torch.autocast(device.type, torch.bfloat16) if config.bf16 else nullcontext()
         with autocast:

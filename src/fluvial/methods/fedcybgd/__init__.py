@@ -282,6 +282,7 @@ METHOD = Method(
         codec=Int8Settings(),
         receives="own code",
         quantised=False,
+        shares_steps=False,
     ),
 )
 CENTRAL_CYCLIC = Method(
@@ -295,6 +296,7 @@ CENTRAL_CYCLIC = Method(
         tunes=("full", "lora"),
         sends="nothing",
         quantised=False,
+        shares_steps=False,
         pooled=True,
         baseline=True,
     ),

@@ -33,6 +33,7 @@ METHOD = Method(
         sends="own code",
         receives="own code",
         packs=False,
+        shares_steps=False,
         coded_by="method.hidden and method.gradient",
     ),
     settled=settled,

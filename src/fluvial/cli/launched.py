@@ -1,0 +1,29 @@
+"""Commands that torchrun starts several times: the first process runs them, the others help."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def in_first_process() -> Iterator[None]:
+    """Run the body in the first process; the others take part in its trainings and end with it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+
+    from fluvial.training.processes import Processes
+
+    here = Processes.here()
+    if here is None:
+        yield
+    elif here.rank:
+        here.serve()
+        raise typer.Exit
+    else:
+        try:
+            yield
+        finally:
+            here.end()
