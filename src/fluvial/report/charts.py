@@ -108,10 +108,10 @@ class _Drawing:
 
     def svg(self, width: float, height: float, label: str) -> Markup:
         inner = "".join(self.marks + self.tips)
-        limits = f' style="min-width:{0.75 * width:.0f}px;max-width:{1.2 * width:.0f}px"'
-        wide = limits if width > WIDTH else ""
+        least = f"min-width:{0.75 * width:.0f}px;" if width > WIDTH else ""
+        limits = f'style="{least}max-width:{1.25 * width:.0f}px"'
         return Markup(  # all texts are escaped where they are put in
-            f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img"{wide} '
+            f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" {limits} '
             f'aria-label="{escape(label)}">{inner}</svg>'
         )
 
@@ -192,6 +192,8 @@ def line_chart(
             if len(line) > 1:
                 d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
                 drawing.path(d, f"{stroke};stroke-width:{wide};fill:none")
+        if len(each.line) == 1:
+            drawing.marks.append(_mark(each.colour, at_x(each.line[0][0]), at_y(each.line[0][1])))
         for x, y in each.points:
             drawing.marks.append(_mark(each.colour, at_x(x), at_y(y)))
         for (x, y), tip in zip((*each.line, *each.points), each.tips, strict=True):

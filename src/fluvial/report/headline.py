@@ -6,6 +6,9 @@ from fluvial.report.result_tables import verdict_of
 from fluvial.runs.verdict import loss_of
 from fluvial.storage.run_files import JsonObject
 
+ORDER = "local central fedavg"
+"""Names of the baselines in the order of the result table."""
+
 
 def first_lines(run: JsonObject, method: str) -> dict[str, str]:
     """Return the first line of the page, the one after it, and the colour of the first."""
@@ -20,7 +23,7 @@ def first_lines(run: JsonObject, method: str) -> dict[str, str]:
         total = run["config"].get("rounds", "?")
         states = [
             f"{name}: " + ("finished" if other["result"] else f"{len(other['metrics'])} rounds")
-            for name, other in run["compare"].items()
+            for name, other in sorted(run["compare"].items(), key=lambda item: ORDER.find(item[0]))
         ]
         first = f"Not finished: {len(metrics)} of {total} rounds of {method}"
         more = f"Baselines: {', '.join(states)}." if states else ""

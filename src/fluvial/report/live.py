@@ -10,12 +10,10 @@ from fluvial.report.page import page_of
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event
 from fluvial.storage.files import write_atomically
-from fluvial.storage.run_files import read_run
+from fluvial.storage.run_files import PAGE, read_run
 
 logger = logging.getLogger(__name__)
 
-PAGE = "report.html"
-"""Name of the page in the folder of a run."""
 COST = 100
 """Ratio of the time between two pages to that of drawing one, at least: pages take at most one
 per cent of a run."""

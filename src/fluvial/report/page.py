@@ -20,7 +20,7 @@ from fluvial.report.charts import legend
 from fluvial.report.cross_site import matrix_of
 from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.figures import SCORES, Run, score_of
-from fluvial.report.headline import first_lines, tiles
+from fluvial.report.headline import ORDER, first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     RESULT_CAPTION,
@@ -43,8 +43,6 @@ UNEQUAL = 1.05
 """Ratio of the most to the fewest bytes of a site from which these are drawn."""
 AXES = {"round": "By round", "up": "By bytes up", "both": "By all bytes", "seconds": "By time"}
 """Axes of losses and scores, with the words of their tabs."""
-ORDER = "local central fedavg"
-"""Names of the baselines in the order of the result table."""
 MEASURES = {
     "cosine": "Innovation cosine",
     "aggregate_cosine": "of the aggregate",

@@ -10,7 +10,7 @@ from rich.text import Text
 from fluvial.formatting import figure, human_bytes, human_ratio, percent, privacy_words, safe_text
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
-from fluvial.storage.run_files import JsonObject
+from fluvial.storage.run_files import PAGE, JsonObject
 
 
 def run_name(result: JsonObject) -> str:
@@ -112,7 +112,8 @@ def _columns(
 
 
 def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> RenderableType:
-    """Return the path of the adapter or model, how to load it, and samples before and after."""
+    """Return the path of the adapter or model, how to load it, samples before and after, and the
+    page."""
     lines: list[RenderableType] = []
     if result.get("adapter_sha256"):
         lines += [
@@ -169,9 +170,11 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
             )
             lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
 
-    return Group(
-        *lines, Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
-    )
+    if (path / PAGE).is_file():
+        page = Text.assemble("\nPage     ", (str(path / PAGE), "bold"))
+    else:
+        page = Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
+    return Group(*lines, page)
 
 
 def too_long_words(result: JsonObject) -> str:

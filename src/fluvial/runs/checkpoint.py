@@ -9,6 +9,7 @@
     adapter/                    the result, as PEFT writes it
     budget.json                 choice within the budget and its trials, if there is one
     refused.json                why the gate refused the codec, if it did
+    report.html                 the page of the run for people, which nothing reads
     digests.json                SHA-256 of the files of a finished run
     result.json                 written last; a folder that has it is finished
 

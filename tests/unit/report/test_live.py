@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from fluvial.errors import CheckpointError, GateError
-from fluvial.report.live import COST, PAGE, with_page
+from fluvial.report.live import COST, with_page
+from fluvial.report.show import run_tables
 from fluvial.runs.config import RunConfig
 from fluvial.runs.run import Event
-from tests.unit.report.test_show import config, records, result, write
+from fluvial.storage.run_files import PAGE, read_run
+from tests.unit.report.test_show import config, records, result, text_of, write
 
 REFRESH = '<meta http-equiv="refresh"'
 LINES = records(131300, 131200, start=3.3)
@@ -67,6 +69,14 @@ def test_pages_take_at_most_a_hundredth_of_the_time(tmp_path: Path) -> None:
     shown = pages(tmp_path / "run", "rounds", between_s=0.7 * COST)
     rounds = [page.split(" of 4 rounds")[0][-1] for page in shown[:4] if page]
     assert rounds == ["1", "1", "3", "3"]
+
+
+def test_a_run_names_its_page_at_the_end(tmp_path: Path) -> None:
+    pages(tmp_path / "run", "end")
+    shown = read_run(tmp_path / "run")
+    assert f"Page     {tmp_path / 'run' / PAGE}" in text_of(run_tables(shown))
+    (tmp_path / "run" / PAGE).unlink()
+    assert "--html report.html" in text_of(run_tables(shown))
 
 
 @pytest.mark.parametrize(("setting", "written"), [("end", True), ("never", False)])
