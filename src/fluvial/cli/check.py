@@ -8,7 +8,6 @@ from fluvial.cli.console import (
     ConfigPath,
     Format,
     Overrides,
-    err,
     load_config,
     out,
     print_content,
@@ -57,7 +56,7 @@ def preview(
 ) -> None:
     """Show the tokens that a site trains on; those that carry loss are marked."""
     settings = load_config(config, overrides)
-    with err.status("reading data"):
+    with spinner("reading data"):
         from fluvial.report.plan_tables import preview_text
         from fluvial.runs.plan import preview as preview_tokens
 

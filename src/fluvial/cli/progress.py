@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.status import Status
 
 from fluvial.cli.console import err
-from fluvial.runs.remaining import Remaining
+from fluvial.runs.remaining import Pace, Remaining
 
 if TYPE_CHECKING:
     from fluvial.runs.config import RunConfig
@@ -118,18 +118,23 @@ class RunProgress(logging.Handler):
 
 
 class StatusText(logging.Handler):
-    """A log handler that shows the newest message of the library beside a spinner."""
+    """A log handler that shows the newest message of the library, and the time left, beside a
+    spinner."""
 
     def __init__(self, status: Status) -> None:
         super().__init__(logging.INFO)
         self.status = status
+        self._pace = Pace()
         self._plain = PlainProgress()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show a message of the library; warnings have a handler of their own."""
         if record.levelno < logging.WARNING:
-            self.status.update(escape(record.getMessage()))
-            self._plain.update(record.getMessage())
+            message = record.getMessage()
+            self._pace.heard(record)
+            left = self._pace.words()
+            self.status.update(escape(f"{message} ({left})" if left else message))
+            self._plain.update(message, left)
 
 
 @contextmanager

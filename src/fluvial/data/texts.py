@@ -1,5 +1,6 @@
 """The data of every site: read once, checked as a whole, tokenised when a site is used."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -20,6 +21,8 @@ from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.seeds import derive
+
+logger = logging.getLogger(__name__)
 
 CACHED_SITES = 32
 POOLED = "pooled"
@@ -143,7 +146,8 @@ class SiteTexts:
         refused: dict[str, int] = {}
         questions = 0
 
-        for name in self.names:
+        for number, name in enumerate(self.names, start=1):
+            logger.info("counting tokens of site %d of %d", number, len(self.names))
             tokens = self._tokens(name)
             records += tokens.train.records + tokens.heldout.records
             surplus += tokens.surplus

@@ -1,4 +1,5 @@
-"""The time that a run still takes, from its measured rounds and the pace of its set-up."""
+"""The time that a run or another command still takes, from measured rounds and from the pace of
+messages such as "TGAP round 3 of 10"."""
 
 import logging
 import re
@@ -10,7 +11,47 @@ from fluvial.formatting import human_minutes
 
 RECENT = 5
 """Rounds of a run that its next ones are predicted from: the newest."""
-_PACE = re.compile(r"\b(round|iteration) %d of %d")
+_SET_UP = re.compile(r"\b(round|iteration) %d of %d")
+"""Messages of a set-up; others of a run come from sites that work at the same time."""
+_COUNTED = re.compile(r"(\w*):? ?\b(\d+) of (\d+)")
+_BEGIN = ("round", "site", "trial")
+"""Pieces that are reported when they begin, not when they are done."""
+
+
+class Pace:
+    """The time that a stage still takes, from the messages that count its pieces."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.left_s: float | None = None
+        """Seconds of the stage to come; None before two of its pieces were counted."""
+        self._clock = clock
+        self._stage = ""
+        self._first = (0, 0.0)
+
+    def heard(self, record: logging.LogRecord) -> None:
+        """Note a message that says how many pieces of how many are done or begin."""
+        found = _COUNTED.search(record.getMessage())
+        if found is None:
+            return
+
+        number, total = int(found[2]), int(found[3])
+        if record.msg != self._stage or number <= self._first[0]:
+            self._stage = str(record.msg)
+            self._first = (number, self._clock())
+            self.left_s = None
+            return
+
+        pace = (self._clock() - self._first[1]) / (number - self._first[0])
+        self.left_s = pace * (total - number + (found[1] in _BEGIN))
+
+    def ended(self) -> None:
+        """Note that the stage is over."""
+        self._stage = ""
+        self.left_s = None
+
+    def words(self) -> str:
+        """Return the time left for people; empty while nothing is known."""
+        return "" if self.left_s is None else f"about {rough(self.left_s)} left"
 
 
 class Remaining:
@@ -23,18 +64,14 @@ class Remaining:
         """Take the runs as method and number of rounds, in their order; `clock` gives seconds."""
         self._left = dict(runs)
         self._seconds: dict[str, list[float]] = {}
-        self._clock = clock
-        self._stage = ""
-        self._first = (0, 0.0)
-        self._stage_left_s: float | None = None
+        self._set_up = Pace(clock)
 
     def round(self, method: str, number: int, total: int, seconds: float) -> None:
         """Note that round `number` of `total` took `seconds`; a run that was resumed begins later
         than at 1."""
         self._left[method] = total - number
         self._seconds.setdefault(method, []).append(seconds)
-        self._stage = ""
-        self._stage_left_s = None
+        self._set_up.ended()
 
     def finished(self, method: str, left: int = 0) -> None:
         """Note that no round of `method` is left, or as many as the runs after it have."""
@@ -42,24 +79,8 @@ class Remaining:
 
     def heard(self, record: logging.LogRecord) -> None:
         """Note the pace of a set-up from a message such as "TGAP round 3 of 10"."""
-        found = _PACE.search(str(record.msg))
-        if found is None or not isinstance(record.args, tuple) or len(record.args) < 2:
-            return
-
-        number, total = record.args[:2]
-        if not (isinstance(number, int) and isinstance(total, int)):
-            return
-        if record.msg != self._stage or number <= self._first[0]:
-            self._stage, self._first, self._stage_left_s = (
-                str(record.msg),
-                (number, self._clock()),
-                None,
-            )
-            return
-
-        pace = (self._clock() - self._first[1]) / (number - self._first[0])
-        # A round is reported when it begins, an iteration when it is done.
-        self._stage_left_s = pace * (total - number + (found[1] == "round"))
+        if _SET_UP.search(str(record.msg)):
+            self._set_up.heard(record)
 
     def left_s(self) -> float | None:
         """Return the seconds of all rounds to come; None before the first was measured.
@@ -76,12 +97,13 @@ class Remaining:
     def words(self) -> str:
         """Return the time left for people; empty while nothing is known."""
         rounds = self.left_s()
-        if self._stage_left_s is None:
-            return "" if rounds is None else f"about {_rough(rounds)} left"
-        then = "then the rounds" if rounds is None else f"then about {_rough(rounds)}"
-        return f"set-up about {_rough(self._stage_left_s)}, {then}"
+        set_up = self._set_up.left_s
+        if set_up is None:
+            return "" if rounds is None else f"about {rough(rounds)} left"
+        then = "then the rounds" if rounds is None else f"then about {rough(rounds)}"
+        return f"set-up about {rough(set_up)}, {then}"
 
 
-def _rough(seconds: float) -> str:
+def rough(seconds: float) -> str:
     """Return `seconds` in steps of what such a guess can tell."""
     return f"{max(1, round(seconds))} s" if seconds < 60 else human_minutes(seconds)

@@ -17,11 +17,11 @@ from fluvial.models.tuning import tuned_parameters
 from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
-from fluvial.runs.remaining import Remaining
+from fluvial.runs.remaining import Pace, Remaining
 from fluvial.runs.timing import MeasuredCoding, MeasuredTimes, Work, measure, predict, timed
 from tests.support.models import with_fitting_model
+from tests.support.runs import toml_of
 from tests.unit.report.test_show import text_of
-from tests.unit.runs.test_interrupt import toml
 
 TGAP = {"method": {"name": "cgfedllm", "tgap": {"source": "sites"}}}
 FOUND = MeasuredTimes(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout_s=0.1)
@@ -96,7 +96,7 @@ def test_a_codec_slower_than_the_upload_that_it_saves_is_named(run_config: dict[
 
 
 def test_check_times_when_asked_only(run_config: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "c.toml").write_text(toml(run_config))
+    (tmp_path / "c.toml").write_text(toml_of(run_config))
     plain, asked = (
         CliRunner().invoke(app, ["check", str(tmp_path / "c.toml"), "--format", "json", *more])
         for more in ([], ["--time"])
@@ -179,3 +179,23 @@ def test_set_up_has_a_pace_of_its_own() -> None:
     assert left.words() == "set-up about 4 s, then the rounds"
     left.round("cgfedllm", 1, 3, 2.0)
     assert left.words() == "about 4 s left"
+
+
+def test_a_stage_of_a_command_has_a_pace() -> None:
+    """What begins is counted as left, what is done is not; another stage begins anew."""
+    now = iter([0.0, 4.0, 10.0, 13.0])
+    pace = Pace(clock=lambda: next(now))
+
+    def say(text: str, *values: object) -> None:
+        pace.heard(logging.LogRecord("fluvial", logging.INFO, "", 0, text, values, None))
+
+    say("counting tokens of site %d of %d", 1, 5)
+    assert pace.words() == ""
+    say("counting tokens of site %d of %d", 3, 5)  # two seconds each, three to go
+    assert pace.words() == "about 6 s left"
+    say("loading the base model")
+    assert pace.words() == "about 6 s left"
+    say("multiple choice: %d of %d sequences", 10, 40)
+    assert pace.words() == ""
+    say("multiple choice: %d of %d sequences", 20, 40)
+    assert pace.words() == "about 6 s left"

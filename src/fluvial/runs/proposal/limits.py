@@ -1,4 +1,4 @@
-"""What limits a run, in the words of `fluvial init`, and the method that follows."""
+"""Limits of a run, in the words of `fluvial init`, and the method that follows from them."""
 
 from collections.abc import Iterable
 from typing import Literal, cast, get_args

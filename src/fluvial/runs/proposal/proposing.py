@@ -60,8 +60,8 @@ def propose(
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "nothing named"
     head = [
         f"{sites.words()} tune {model.name}.",
-        f"Written by `fluvial init`; limits: {limited}. Only what differs from the defaults is set: "
-        "docs/settings.md has every setting.",
+        f"Written by `fluvial init`; limits: {limited}. Only what differs from the defaults is "
+        "set: docs/settings.md has every setting.",
     ]
     text = document(head, sections(answers))
     table = paths.beside(tomllib.loads(text), file)

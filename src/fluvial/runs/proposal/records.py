@@ -4,6 +4,7 @@ import codecs
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,12 @@ class DataFacts:
     """True where a text is a JSON number or boolean."""
     tables: tuple[Table, ...]
 
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
         """Return the rows of all files."""
         return [row for table in self.tables for row in table.rows]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Return the names of all columns."""
         return columns_of(self.rows[:1000])

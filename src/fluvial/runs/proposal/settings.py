@@ -25,13 +25,15 @@ PASSES = 3
 """Passes over the data of the middle site that a run aims at."""
 MEASURED = 100
 """Most held-out sequences of a site that are measured."""
+LONGEST_WRITTEN = 32
+"""Most tokens of an answer that is written, to be compared with the right one."""
 PLAIN = "plain"
 """Chat template for a tokenizer without one."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What `fluvial init` knows: facts about model and data, and the answers of its user."""
+    """Facts about model and data, and the answers of the user of `fluvial init`."""
 
     model: ModelFacts
     model_path: str
@@ -113,6 +115,7 @@ def sections(answers: Answers) -> list[Section]:
             public=answers.public_path is not None,
             clip_norm=_clip_norm(answers, values["learning_rate"], steps),
         ),
+        _evaluate(answers),
     ]
 
 
@@ -249,6 +252,16 @@ def _train(answers: Answers) -> Section:
         why = "activations are computed again, not held"
         settings.append(Setting("gradient_checkpointing", True, why))
     return Section("[train]", settings)
+
+
+def _evaluate(answers: Answers) -> Section:
+    """Return the table that has held-out answers written, where they are short and no secret."""
+    longest = answers.lengths.longest_answer
+    asked = answers.data.form in ("prompt_completion", "alpaca")
+    if not asked or longest > LONGEST_WRITTEN or answers.limits & {"privacy", "base-stays"}:
+        return Section("[evaluate]", [])
+    why = "held-out answers are written and compared: exact match and F1"
+    return Section("[evaluate]", [Setting("max_new_tokens", longest, why)])
 
 
 def _learning_rate(model: ModelFacts) -> Setting:
