@@ -21,8 +21,7 @@ from fluvial.runs.plan import plan
 from fluvial.runs.run import execute
 from fluvial.storage.run_files import read_run
 from tests.support.budget import BUDGET, budget_table
-from tests.support.runs import run_table, run_with_stops
-from tests.unit.runs.test_interrupt import toml
+from tests.support.runs import run_table, run_with_stops, toml_of
 
 Table = dict[str, Any]
 
@@ -60,7 +59,7 @@ def test_the_choice_is_within_its_bytes_and_shown(table: Table, tmp_path: Path) 
     notes = plan(parse(table, "test"))["notes"]
     assert any("will be chosen when the run starts" in note for note in notes)
     file = tmp_path / "config.toml"
-    file.write_text(toml(table))
+    file.write_text(toml_of(table))
     done = CliRunner().invoke(app, ["plan", str(file), "--format", "json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == choice

@@ -15,9 +15,8 @@ from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.report.site_plans import site_plans_table
 from fluvial.runs.config import parse
 from fluvial.runs.site_plans import site_plans
-from tests.support.runs import run_table
+from tests.support.runs import run_table, toml_of
 from tests.unit.report.test_show import text_of
-from tests.unit.runs.test_interrupt import toml
 
 BUDGETS = [
     {"site": "north", "memory_mb": 50.0, "tokens_s": 1e4, "up_mbit_s": 0.05, "rtt_ms": 100.0},
@@ -69,8 +68,8 @@ def test_the_command_prints_the_same_plans_and_leaves_nothing(
 ) -> None:
     config = tmp_path / "c.toml"
     method = {key: value for key, value in table["method"].items() if key != "budgets"}
-    budgets = "".join(f"[[method.budgets]]\n{toml(budget)}" for budget in BUDGETS)
-    config.write_text(toml(table | {"method": method}) + budgets)
+    budgets = "".join(f"[[method.budgets]]\n{toml_of(budget)}" for budget in BUDGETS)
+    config.write_text(toml_of(table | {"method": method}) + budgets)
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["plan", str(config), "--format", "json"])
     assert result.exit_code == 0, result.output
