@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-WIDTH = 400.0
-"""Width of a chart in the units of its view box; on a phone a unit is three quarters of a pixel."""
+WIDTH = 340.0
+"""Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
 CHARACTER = 6.4
 """Mean width of a character in these units."""
 COLOURS = ("own", "fedavg", "local", "central", "base", "sixth")
@@ -211,7 +211,7 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
 
     low, high = min(0.0, *known), max(0.0, *known)
     high = high if high > low else low + 1.0
-    left = 10 + CHARACTER * min(24, max(map(len, labels)))
+    left = 10 + CHARACTER * min(18, max(map(len, labels)))
     room = 8 + CHARACTER * max((len(words) for bars in series for words in bars.words), default=0)
     before = room if low < 0 else 0.0
     inner = WIDTH - left - room - before - 4
@@ -225,7 +225,7 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
     height = 6 + step * len(labels)
     for row, label in enumerate(labels):
         top = 6 + row * step
-        drawing.text(left - 7, top + step / 2, _short(label, 24), anchor="end")
+        drawing.text(left - 7, top + step / 2, _short(label, 18), anchor="end")
         for number, bars in enumerate(series):
             value = bars.values[row]
             y = top + number * thick

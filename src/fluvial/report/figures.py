@@ -270,17 +270,19 @@ def prediction_errors(metrics: Sequence[JsonObject]) -> Markup:
         figures = [latest[site].get(key) or {} for site in sites]
         errors = [_number(each.get("error")) for each in figures]
         if any(error is not None for error in errors):
-            shown = [
-                f"{each['error']:+.0%}, {words(each['measured'])}"
-                if _number(each.get("error")) is not None
-                else "not measured"
-                for each in figures
-            ]
-            bars.append(Bars(key.replace("_", " "), colour, errors, shown))
+            shown = ["not measured" if error is None else f"{error:+.0%}" for error in errors]
+            tips = [_compared(each, words) for each in figures]
+            bars.append(Bars(key.replace("_", " "), colour, errors, shown, tips))
 
     labels = [safe_text(site) for site in sites]
     chart = bar_chart(labels, bars, name="Plan against measured") if bars else Markup("")
     return _with_legend(chart, bars)
+
+
+def _compared(figures: JsonObject, words: Callable[[float], str]) -> str:
+    """Return what was predicted and what was measured."""
+    pairs = ((name, _number(figures.get(name))) for name in ("predicted", "measured"))
+    return ", ".join(f"{name} {words(value)}" for name, value in pairs if value is not None)
 
 
 def schedule_grid(metrics: Sequence[JsonObject], setup: JsonObject) -> Markup:

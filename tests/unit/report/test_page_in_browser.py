@@ -29,6 +29,7 @@ document.getElementById("page").onload = event => {
   const view = event.target.contentWindow, page = view.document
   document.querySelector("pre").textContent = JSON.stringify({
     wide: page.documentElement.scrollWidth,
+    text: page.querySelector("details").remove() || page.body.innerText,
     requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
     headings: [...page.querySelectorAll("h2")].map(entry => entry.textContent),
     charts: [...page.querySelectorAll("figure > svg")].map(svg => ({
@@ -143,6 +144,7 @@ def test_the_page_opens_whole(
 
     found = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)[1])  # type: ignore[index]
     assert found["wide"] <= width
+    assert "None" not in found["text"]
     assert found["requests"] == []
     assert {*headings} <= {*found["headings"]}
     assert found["charts"]
