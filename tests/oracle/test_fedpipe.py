@@ -24,6 +24,7 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import merge, parse
 from fluvial.runs.plan import plan as check
 from fluvial.runs.run import execute
+from fluvial.training import processes
 from fluvial.training.train import TrainReport, collate, train
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named
@@ -117,7 +118,7 @@ def test_sites_train_what_their_plans_say(
         )
         return report
 
-    monkeypatch.setattr(federation_sites, "train", watched)
+    monkeypatch.setattr(processes, "train", watched)
     result = run_table(unequal | {"rounds": 1}, tmp_path / "run")
     plans = result["setup"]["plans"]
     trained = [entry for entries in seen.values() for entry in entries[1:]]  # the first is a probe

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from fluvial.errors import WireError
-from fluvial.federation import sites as federation_sites
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.methods.fedpipe.format_errors import layer_errors
 from fluvial.methods.fedpipe.planner.formats import FORMATS, layered
@@ -29,6 +28,7 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.quantised import QuantisedLinear
 from fluvial.models.targets import LoraSettings
 from fluvial.report.site_plans import plan_lines
+from fluvial.training import processes
 from fluvial.training.train import TrainReport, train
 from fluvial.wire.payload import Payload
 from tests.support.planner import models, sizes
@@ -76,7 +76,7 @@ def test_a_site_trains_against_the_formats_of_its_plan(
         seen.append((layers, sum(parameter.nbytes for parameter in base)))
         return train(model, examples, config, **options)
 
-    monkeypatch.setattr(federation_sites, "train", watched)
+    monkeypatch.setattr(processes, "train", watched)
     run_table(run_config | MIXED | {"rounds": 1, "compare": []}, tmp_path / "run")
     setup = json.loads((tmp_path / "run" / "result.json").read_text())["setup"]
     plans = setup["plans"]

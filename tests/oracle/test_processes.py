@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -25,12 +24,12 @@ from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.training.config import TrainConfig
-from fluvial.training.processes import Job, Processes, train_job
+from fluvial.training.processes import Job, Processes, refuse_alone, train_job
 from fluvial.training.team import LostError
 from fluvial.training.train import TrainReport
 from fluvial.wire.tensors import Named, relative_error, subtract
 from tests.oracle.test_train import EXAMPLES
-from tests.support.flower_lab import toml
+from tests.support.flower_lab import launched, toml
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -189,9 +188,9 @@ def test_methods_with_steps_of_their_own_are_refused(
             with pytest.raises(RefusalError, match="trains in one process"):
                 list(execute(config, tmp_path / method))
 
-        other = run_config | {"model": run_config["model"] | {"device": "cuda:1"}}
-        with pytest.raises(RefusalError, match="2 processes would share one GPU"):
-            list(execute(parse(other, "test"), tmp_path / "gpu"))
+        with pytest.raises(RefusalError, match="2 processes would share one GPU; set 'auto'"):
+            refuse_alone("cuda:1", "fedavg", shares=True)
+        refuse_alone("auto", "fedavg", shares=True)
 
 
 def test_an_environment_of_no_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,11 +207,9 @@ def test_torchrun_runs_the_command(run_config: dict[str, Any], tmp_path: Path) -
     table["lora"] = {"r": 4, "lora_dropout": 0.0}
     file = tmp_path / "run.toml"
     file.write_text(toml(table))
-    command = ["-m", "fluvial.cli", "run", str(file), "--out"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, launcher in (("two", torchrun), ("one", [])):
+    for name, processes in (("two", 2), ("one", 1)):
         out = subprocess.run(
-            [sys.executable, *launcher, *command, str(tmp_path / name)],
+            [*launched(processes), "run", str(file), "--out", str(tmp_path / name)],
             capture_output=True,
             text=True,
             timeout=600,

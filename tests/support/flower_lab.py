@@ -17,6 +17,16 @@ from typing import Any, cast
 from fluvial.flower import server_operator
 
 FLUVIAL = (sys.executable, "-m", "fluvial.cli")
+
+
+def launched(processes: int) -> list[str]:
+    """Return the command `fluvial`, started by torchrun where it has several processes."""
+    if processes == 1:
+        return list(FLUVIAL)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    return [FLUVIAL[0], "-m", *torchrun, *FLUVIAL[1:]]
+
+
 SERVER = "server"
 """Stands for the server where a site's name would stand."""
 _MARK = "FLUVIAL_LAB"
@@ -74,7 +84,7 @@ class Deployment:
 
     def start_server(self, **environment: str) -> None:
         """Start it and wait until its port is open."""
-        process = self._start(SERVER, "server", "start", str(self.server), **environment)
+        process = self._start(SERVER, "server", "start", str(self.server), environment=environment)
         until = time.monotonic() + 120
 
         while True:
@@ -105,12 +115,13 @@ class Deployment:
             self.command("site", "register", str(self.server), str(self.site(name) / f"{name}.pub"))
 
     def start_site(
-        self, name: str, *, stock: bool | None = None, **environment: str
+        self, name: str, *, stock: bool | None = None, processes: int = 1, **environment: str
     ) -> subprocess.Popen[bytes]:
-        """Start a site that was made; does not wait for it."""
+        """Start a site that was made, with torchrun if it has several processes; does not wait for
+        it."""
         stock = self.stock if stock is None else stock
         arguments = ["site", "start", str(self.site(name)), *(["--stock"] if stock else [])]
-        return self._start(name, *arguments, **environment)
+        return self._start(name, *arguments, environment=environment, processes=processes)
 
     def status(self) -> dict[str, Any]:
         """Runs and sites as Flower's server knows them; about two seconds of processor time."""
@@ -264,14 +275,20 @@ class Deployment:
             self.end(who)
         assert _processes(f"{self.folder}:") == {}
 
-    def _start(self, who: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self,
+        who: str,
+        *arguments: str,
+        environment: Mapping[str, str],
+        processes: int = 1,
+    ) -> subprocess.Popen[bytes]:
         assert who not in self._started or self._started[who].poll() is not None, (
             f"{who} runs already"
         )
         with self.log(who).open("ab") as log:
             self._started[who] = subprocess.Popen(
-                [*FLUVIAL, *arguments],
-                env=self._environment(who) | environment,
+                [*launched(processes), *arguments],
+                env=self._environment(who) | dict(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
