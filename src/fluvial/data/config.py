@@ -13,6 +13,8 @@ from fluvial.data.records import Numbers
 from fluvial.settings import Settings
 
 STDLIB = "stdlib"
+BUNDLED = (STDLIB, "stdlib-keywords")
+"""Sources that come with Python and bring their own sites, held-out records and public text."""
 READING = ("form", "columns", "encoding", "delimiter")
 """Settings that each source may have of its own."""
 
@@ -38,7 +40,7 @@ class DataConfig(Settings):
     """The text of a run, its form, and its partition over the sites."""
 
     source: str = STDLIB
-    """Source of the records: "stdlib", a file (jsonl, json, csv, tsv, parquet, txt) or a folder of
+    """Source of the records: "stdlib" or "stdlib-keywords" (docs/data.md), a file (jsonl, json, csv, tsv, parquet, txt) or a folder of
     files, a `save_to_disk` folder, or a hub id."""
     split: str = "train"
     """Split of a hub id or of a saved `DatasetDict`."""
@@ -93,7 +95,7 @@ class DataConfig(Settings):
 
         touched = self._touched()
 
-        if self.source == STDLIB:
+        if self.source in BUNDLED:
             idle = touched & {
                 "split",
                 "heldout_source",
@@ -110,8 +112,8 @@ class DataConfig(Settings):
                 idle |= touched & {"encoding", "delimiter", "numbers"}
             if idle:
                 yield (
-                    f"{', '.join(sorted(idle))}: without effect, because source='stdlib' brings "
-                    "its own split"
+                    f"{', '.join(sorted(idle))}: without effect, because source={self.source!r} "
+                    "brings its own split"
                 )
 
         if self.heldout_split == self.split and self.heldout_source in (None, self.source):

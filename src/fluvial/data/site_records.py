@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from fluvial.data.config import STDLIB, DataConfig
+from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults, shown
 from fluvial.data.partition import Drawn, Files, Natural, alike, split
 from fluvial.data.records import Record
@@ -31,7 +31,7 @@ class SiteRecords:
         self.owner = owner
         self.notes: list[str] = []
         """Remarks on the files for their owner."""
-        self.forms: set[str] = {"text"} if config.source == STDLIB else set()
+        self.forms: set[str] = set()
         """Forms of the records."""
         self.public_forms: set[str] = set()
         """Forms of the public records, once they were read."""

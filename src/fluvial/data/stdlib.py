@@ -75,10 +75,11 @@ def site_names() -> tuple[str, ...]:
     return tuple(sorted(SITES))
 
 
-def site_text(site: str) -> SiteText:
+def site_text(site: str, share: float = HELD_OUT_SHARE) -> SiteText:
     """Return all text of one site.
 
-    Whole files are held out, chosen by a checksum of their names. Raises `ConfigError` for an
+    Whole files with at least `share` of the characters are held out, as far as files are small
+    enough, chosen by a checksum of their names. Raises `ConfigError` for an
     unknown site and for a Python without library sources.
     """
     if site not in SITES:
@@ -91,7 +92,7 @@ def site_text(site: str) -> SiteText:
     heldout: set[str] = set()
 
     for name in sorted(files, key=lambda name: zlib.crc32(name.encode())):
-        if sum(len(files[held]) for held in heldout) < HELD_OUT_SHARE * total and (
+        if sum(len(files[held]) for held in heldout) < share * total and (
             len(files[name]) <= LARGEST_HELD_OUT * total
         ):
             heldout.add(name)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from fluvial.data import stdlib
-from fluvial.data.config import STDLIB, DataConfig
+from fluvial.data.bundled import SOURCES
+from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
 from fluvial.data.forms import CONVERSATIONS
@@ -97,16 +97,18 @@ class SiteTexts:
         self._public_forms = records.public_forms
         faults = Faults()
         self._public_records = cache(records.public)
-        self._parts = None if config.source == STDLIB else records.read(faults)
+        self._bundled = SOURCES.get(config.source)
+        self._parts = records.read(faults) if self._bundled is None else None
 
         if faults.count and owner is None and config.public_source is not None:
             self._try_public(faults)  # so that one message has its faults too
 
         faults.raise_any()
-        if self._parts is not None:
-            self.names = tuple(sorted(self._parts))
+        if self._bundled is None:
+            self.names = tuple(sorted(self._parts or ()))
         else:
-            self.names = stdlib.site_names()
+            self.forms.add(self._bundled.form)
+            self.names = self._bundled.site_names()
             if config.sites is not None:
                 self.names = chosen(self.names, config.sites)
         check_names(self.names, "data.partition")
@@ -242,12 +244,15 @@ class SiteTexts:
         return pack(examples, self.config.max_length) if self.config.packing else examples
 
     def _tokenise(self, name: str) -> _Tokens:
-        if self._parts is None:
-            text = stdlib.site_text(name)
-            return _Tokens(self._stdlib(text.train), self._stdlib(text.heldout))
-
-        train, heldout = self._parts[name]
+        train, heldout = self._records_of(name)
         return _Tokens(self._tokenizing(train), self._tokenizing(heldout))
+
+    def _records_of(self, name: str) -> tuple[Sequence[Record], Sequence[Record]]:
+        """Return the records of one site: to train on, and held out."""
+        if self._bundled is not None:
+            return self._bundled.site(name)
+        assert self._parts is not None, "the records were read"
+        return self._parts[name]
 
     def _load(self, name: str) -> SiteData:
         """Return the tokens of one site.
@@ -305,11 +310,6 @@ class SiteTexts:
                 "resize the model (resize_token_embeddings) and save it anew"
             )
 
-    def _stdlib(self, documents: list[stdlib.Document]) -> Tokenized:
-        return self._tokenizing(
-            Record(document.name, Text(document.text)) for document in documents
-        )
-
     # -- public text
     # --------------------------------------------------------------------------------------------
 
@@ -324,12 +324,13 @@ class SiteTexts:
 
         Raise `ConfigError` when the configuration names no public text.
         """
-        if self.config.source == STDLIB and self.config.public_source is None:
-            packages = {
-                name: self._sequences(self._stdlib(documents).examples)
-                for name, documents in stdlib.public_packages().items()
-            }
-            return _even_parts(packages)
+        if self._bundled is not None and self.config.public_source is None:
+            return _even_parts(
+                {
+                    name: self._sequences(self._tokenizing(records).examples)
+                    for name, records in self._bundled.public().items()
+                }
+            )
 
         if self.config.public_source is None:
             raise ConfigError(

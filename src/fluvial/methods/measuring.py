@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fluvial.data import Example, SiteData
-from fluvial.data.config import STDLIB, DataConfig
+from fluvial.data.config import BUNDLED, DataConfig
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.meter import MEASURING
 from fluvial.federation.replies import measured
@@ -137,7 +137,7 @@ def measure_public(
     pool: ModelPool, adapter: Named, data: DataConfig, texts: Texts
 ) -> dict[str, Any] | None:
     """Return measures of `adapter` on public text; None where the configuration has none."""
-    if data.public_source is None and data.source != STDLIB:
+    if data.public_source is None and data.source not in BUNDLED:
         return None
 
     examples = [example for some in texts.public().values() for example in some]

@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 
-from fluvial.formatting import figure, human_bytes, human_ratio, percent, privacy_words, safe_text
+from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, privacy_words, safe_text
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 from fluvial.storage.run_files import PAGE, JsonObject
@@ -28,6 +29,12 @@ def run_name(result: JsonObject) -> str:
 
 ANSWER_SCORES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L"}
 """Headings of the scores of greedy answers."""
+INTERVAL = "95 % interval"
+LINE_MBIT_S = 20
+AT_LINE = f"at {LINE_MBIT_S} Mbit/s"
+"""Heading of the time that a site's bytes take on a line of 20 Mbit/s."""
+TRAFFIC = ("up per site", "round ratio", "amortised", AT_LINE)
+"""Headings of what sites and server send."""
 
 
 def result_rows(result: JsonObject) -> list[list[str]]:
@@ -49,7 +56,9 @@ def result_rows(result: JsonObject) -> list[list[str]]:
     }
     headings = ["", "held-out loss", *(["pooled loss"] if centrally else []), "next-token accuracy"]
     headings += scores.values()
-    rows = [[*headings, "up per site", "round ratio", "amortised"]]
+    if "exact_match" in scores:
+        headings.insert(headings.index(scores["exact_match"]) + 1, INTERVAL)
+    rows = [[*headings, *TRAFFIC]]
 
     for label, key, traffic in runs:
         values = heldout.get(key) or {}
@@ -61,45 +70,75 @@ def result_rows(result: JsonObject) -> list[list[str]]:
             [figure((total or (values if at_one_place else {})).get("loss"))] if centrally else []
         )
         row += [percent(values.get("accuracy"))]
-        row += [percent(values.get(name)) for name in scores]
+        for name in scores:
+            row.append(percent(values.get(name)))
+            if name == "exact_match":
+                right = (total or values).get(name)
+                row.append(interval_words(right, result.get("questions") or 0))
         row += [
             human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"
         ]
         row += [
             human_ratio(traffic.get("round_ratio")),
             human_ratio(traffic.get("amortised_ratio")),
+            _line_time(traffic),
         ]
         rows.append(row)
 
     return rows
 
 
+def interval_words(share: float | None, questions: int) -> str:
+    """Return Wilson's 95 % interval of a share of right answers, in per cent."""
+    if share is None or not questions:
+        return "-"
+    found = stats.binomtest(round(share * questions), questions).proportion_ci(method="wilson")
+    return f"{100 * found.low:.1f} - {100 * found.high:.1f} %"
+
+
+def _line_time(traffic: JsonObject) -> str:
+    """Return the time of one site's bytes, both ways and with set-up, on a line of its own."""
+    if "bytes" not in traffic or traffic.get("round_ratio") is None:
+        return "-"
+    sent = traffic["bytes"]
+    size = (sent["up"] + sent["down"] + sent["setup"]) / traffic["sites"]
+    return human_seconds(8 * size / (LINE_MBIT_S * 1e6))
+
+
 RESULT_CAPTION = (
     "Held-out values are means over the sites, each counting the same; pooled: over all their "
     "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
     "ratio: these against uncompressed updates; local training only reports its loss. Amortised: "
-    "all bytes in both directions, with set-up, against an uncompressed run of the same rounds."
+    "all bytes in both directions, with set-up, against an uncompressed run of the same rounds. At "
+    "20 Mbit/s: these bytes of one site on a line of its own, without round trips."
 )
 """Meaning of the columns, below each table of results."""
 ANSWERS_CAPTION = (
-    "Means over the sites, each counting the same; result.json has those over all questions too."
+    "Means over the sites, each counting the same; result.json has those over all questions too. "
+    "The interval of exact match is Wilson's, over all questions together."
 )
 
 
 def result_table(result: JsonObject, more: str = "") -> RenderableType:
     """Return the run beside the base model and its baselines, with `more` in the caption.
 
-    Scores of greedy answers have a table of their own, since 80 columns do not hold all.
+    With scores of greedy answers there are three tables, since 80 columns do not hold all.
     """
     headings, *rows = result_rows(result)
     scores = [at for at, heading in enumerate(headings) if heading in ANSWER_SCORES.values()]
+    scores += [at for at, heading in enumerate(headings) if heading == INTERVAL]
     others = [at for at in range(1, len(headings)) if at not in scores]
-    tables = [_columns(headings, rows, others, "Result", RESULT_CAPTION + more)]
-    if scores:
-        caption = ANSWERS_CAPTION + too_long_words(result)
-        tables.append(_columns(headings, rows, scores, "Greedy answers", caption))
+    if not scores:
+        return Group(_columns(headings, rows, others, "Result", RESULT_CAPTION + more))
 
-    return Group(*tables)
+    answers = ANSWERS_CAPTION + too_long_words(result)
+    losses = [at for at in others if headings[at] not in TRAFFIC]
+    traffic = [at for at in others if headings[at] in TRAFFIC]
+    return Group(
+        _columns(headings, rows, sorted(scores), "Greedy answers", answers),
+        _columns(headings, rows, losses, "Held-out loss", ""),
+        _columns(headings, rows, traffic, "Bytes and time", RESULT_CAPTION + more),
+    )
 
 
 def _columns(

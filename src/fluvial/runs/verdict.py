@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Reference = Literal["local", "fedavg", "base"]
@@ -47,6 +47,9 @@ class Verdict:
     base: Comparison | None
     itself: Reference | None = None
     """The baseline that this run is, which it is not compared with."""
+    exact_match: dict[str, float] = field(default_factory=dict)
+    """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
+    empty where this run has no answers."""
 
     @property
     def against(self) -> Reference | None:
@@ -66,13 +69,24 @@ class Verdict:
 
         first = self.against
         others = [name for name in NAMES if name not in (first, self.itself)]
-        parts = [_leading(NAMES[first], getattr(self, first))] if first else []
+        parts = [self._score()] if self.exact_match else []
+        parts += [_leading(NAMES[first], getattr(self, first))] if first else []
         parts += [_further(NAMES[name], getattr(self, name)) for name in others]
 
         if self.measured < self.sites:
             parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
 
         return "; ".join(parts)
+
+    def _score(self) -> str:
+        """Return exact match of this run and of those that it is compared with."""
+        others = [
+            f"{100 * self.exact_match[name]:.1f} % of {words}"
+            for name, words in NAMES.items()
+            if name in self.exact_match
+        ]
+        against = f" against {', '.join(others)}" if others else ""
+        return f"Exact match {100 * self.exact_match['final']:.1f} %{against}"
 
     def tile(self) -> str:
         """Return the verdict in the few words of a heading."""
@@ -105,6 +119,7 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
         fedavg=found["fedavg"],
         base=found["base"],
         itself=itself,
+        exact_match=_scores(result, {name: compared.get(name) or {} for name in tables}, itself),
     )
 
 
@@ -113,6 +128,29 @@ def losses(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[s
     rows = result.get("heldout_by_site") or {}
     found = {site: loss_of((row or {}).get(which)) for site, row in rows.items()}
     return {site: loss for site, loss in found.items() if loss is not None}
+
+
+def _scores(
+    result: Mapping[str, Any],
+    compared: Mapping[Reference, Mapping[str, Any]],
+    itself: Reference | None,
+) -> dict[str, float]:
+    """Return the mean over the sites of exact match, for this run, the base and the baselines."""
+    found = {"final": _mean_score(result, "final"), "base": _mean_score(result, "base")}
+    found |= {
+        name: _mean_score(other, "final") for name, other in compared.items() if name != "base"
+    }
+    known = {
+        name: score for name, score in found.items() if score is not None and name != itself
+    }
+    return known if "final" in known else {}
+
+
+def _mean_score(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:
+    rows = (result.get("heldout_by_site") or {}).values()
+    scores = [((row or {}).get(which) or {}).get("exact_match") for row in rows]
+    known = [score for score in scores if isinstance(score, int | float) and math.isfinite(score)]
+    return math.fsum(known) / len(known) if known else None
 
 
 def loss_of(measures: Mapping[str, Any] | None) -> float | None:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.config import STDLIB
+from fluvial.data.config import BUNDLED, STDLIB
 from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
@@ -74,12 +74,12 @@ def _data(settings: dict[str, Any], site: SiteFile) -> dict[str, Any]:
 
     for name in SOURCES:
         named = settings.get(name)
-        if named not in (None, STDLIB) and not _allowed(named, site):
+        if named not in (None, *BUNDLED) and not _allowed(named, site):
             raise refusal(f"data.{name}", site)
 
     public = ("public_source", "public")
     local = {name: value for name, value in settings.items() if name not in public}
-    if settings.get("source", STDLIB) == STDLIB:
+    if settings.get("source", STDLIB) in BUNDLED:
         # The run sets these for its public text.
         for name in ("encoding", "delimiter", "numbers"):
             local.pop(name, None)

@@ -82,7 +82,7 @@ def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
         ):
             continue
 
-        if text in ("embedded", "stdlib") or (
+        if text in ("embedded", "stdlib", "stdlib-keywords") or (
             key == "chat_template" and "." not in text and "/" not in text
         ):
             continue  # names of ours
