@@ -19,7 +19,7 @@ from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.tensors import Named, digest, moved, subtract
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.toml"
+CONFIG = Path(__file__).parents[1] / "configs" / "stdlib.toml"
 
 
 def fedavg(config: RunConfig) -> Named:

@@ -19,7 +19,7 @@ LONGEST = 34
 """Largest number of lines of one command; further lines are only counted."""
 COMMANDS = (
     ("check", "configs/quickstart.toml"),
-    ("preview", "configs/quickstart.toml", "--site", "email", "--count", "1"),
+    ("preview", "configs/quickstart.toml", "--site", "except-for", "--count", "2"),
     ("show", "runs/quickstart"),
     ("evaluate", "runs/quickstart/adapter", "--data", "runs/story.txt"),
 )

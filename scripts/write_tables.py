@@ -40,7 +40,7 @@ from split_tables import (
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
-from fluvial.report.result_tables import RESULT_CAPTION, result_rows
+from fluvial.report.result_tables import ANSWERS_CAPTION, RESULT_CAPTION, result_rows
 
 
 def quickstart() -> str:
@@ -59,24 +59,11 @@ def quickstart() -> str:
             table(result_rows(result)),
             f"The run in one line: {result['verdict']['line']}.",
             RESULT_CAPTION,
-            f"Loss falls on every site's held-out files, by {gains[least]:.3f} ({least}) to "
-            f"{max(gains.values()):.3f} "
-            f"nats. {_local_accuracy(result['heldout'])}Set-up is {human_bytes(setup)} for each "
+            ANSWERS_CAPTION,
+            f"Held-out loss falls at every site, by {gains[least]:.2f} ({least}) to "
+            f"{max(gains.values()):.2f} nats. Set-up is {human_bytes(setup)} for each "
             f"site. What `auto` said: {result['setup']['choice']['why']}.",
         ]
-    )
-
-
-def _local_accuracy(heldout: dict[str, dict[str, float]]) -> str:
-    """Return a remark where local training lowers the loss and the accuracy too."""
-    base = heldout["base"]
-    local = heldout["local"]
-    if local["loss"] >= base["loss"] or local["accuracy"] >= base["accuracy"]:
-        return ""
-    return (
-        f"Local training lowers the loss and also the accuracy ({100 * local['accuracy']:.2f} % "
-        f"against {100 * base['accuracy']:.2f} %): it makes right tokens more likely on average, "
-        "and fewer of them the first choice. "
     )
 
 

@@ -62,8 +62,8 @@ def table(
 
 
 def quickstart(rounds: int) -> dict[str, Any]:
-    """Return the quickstart's model, data and training, for `rounds` rounds."""
-    path = Path(__file__).parents[2] / "configs" / "quickstart.toml"
+    """Return model, data and training of configs/stdlib.toml, for `rounds` rounds."""
+    path = Path(__file__).parents[2] / "configs" / "stdlib.toml"
     stored = tomllib.loads(path.read_text(encoding="utf-8"))
     return {key: stored[key] for key in ("model", "data", "lora", "train")} | {
         "rounds": rounds,

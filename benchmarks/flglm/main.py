@@ -5,7 +5,7 @@
 
 Modes are timed on pieces of Python's standard library. Codecs are compared on a run of `--config`,
 which sets data.max_length, train.max_steps and train.per_device_train_batch_size; by default on
-the quickstart's data.
+the data of configs/stdlib.toml.
 """
 
 import argparse

@@ -59,8 +59,8 @@ def snapshots(
 
 @pytest.fixture(scope="module")
 def embedded() -> tuple[Layout, list[Snapshot], list[Snapshot]]:
-    """Of the quick start."""
-    table = load(ROOT / "configs" / "quickstart.toml").model_dump(
+    """Of configs/stdlib.toml."""
+    table = load(ROOT / "configs" / "stdlib.toml").model_dump(
         exclude={"method", "codec", "compare"}, exclude_unset=True
     )
     return snapshots(table)
@@ -132,7 +132,7 @@ def test_the_learned_transform_on_a_real_model_and_tales(tmp_path: Path) -> None
 def test_the_quick_start_keeps_its_promise(tmp_path: Path) -> None:
     """Held-out loss falls on every site, federated beats local, and 1/64 costs at most 0.5 % of the
     loss."""
-    config = load(ROOT / "configs" / "quickstart.toml")
+    config = load(ROOT / "configs" / "stdlib.toml")
     result = run_table(
         json.loads(json.dumps(config.model_dump(mode="json", exclude_unset=True))), tmp_path / "run"
     )

@@ -40,8 +40,8 @@ class DataConfig(Settings):
     """The text of a run, its form, and its partition over the sites."""
 
     source: str = STDLIB
-    """Source of the records: "stdlib" or "stdlib-keywords" (docs/data.md), a file (jsonl, json, csv, tsv, parquet, txt) or a folder of
-    files, a `save_to_disk` folder, or a hub id."""
+    """Source of the records: "stdlib" or "stdlib-keywords" (docs/data.md), a file (jsonl,
+    json, csv, tsv, parquet, txt) or a folder of files, a `save_to_disk` folder, or a hub id."""
     split: str = "train"
     """Split of a hub id or of a saved `DatasetDict`."""
     heldout_source: str | None = None

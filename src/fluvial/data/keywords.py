@@ -1,4 +1,4 @@
-"""Questions on Python's standard library: which keyword begins this line?
+"""Questions on Python's standard library: the keyword that begins a line is asked for.
 
 Each of eight sites knows two of the eight keywords, and each keyword is known to two sites. The
 held-out questions of every site are on all eight, so that a site alone cannot answer most of them.

@@ -51,7 +51,7 @@ class FleetConfig(Settings):
     max_update_growth: float = Field(10.0, gt=1, le=10**9)
     """Length of an update over the median of its round, of three replies or more, from which on it
     is the site's failure; refused for a method that compares no updates. (Ours: 1.03 among
-    quickstart's eight sites.)"""
+    the eight sites of configs/stdlib.toml.)"""
     max_weight_share: float = Field(0.9, ge=0.5, le=1)
     """Share of a round's weight that one site counts with at most; the round's record names a site
     that has more. Refused for a method that weighs no updates by their samples. (Ours: 1 believes

@@ -8,7 +8,15 @@ from rich.table import Table
 from rich.text import Text
 from scipy import stats
 
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, privacy_words, safe_text
+from fluvial.formatting import (
+    figure,
+    human_bytes,
+    human_ratio,
+    human_seconds,
+    percent,
+    privacy_words,
+    safe_text,
+)
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 from fluvial.storage.run_files import PAGE, JsonObject
@@ -122,20 +130,22 @@ ANSWERS_CAPTION = (
 def result_table(result: JsonObject, more: str = "") -> RenderableType:
     """Return the run beside the base model and its baselines, with `more` in the caption.
 
-    With scores of greedy answers there are three tables, since 80 columns do not hold all.
+    With scores of greedy answers or a central run there are several tables, since 80 columns do not
+    hold all.
     """
     headings, *rows = result_rows(result)
     scores = [at for at, heading in enumerate(headings) if heading in ANSWER_SCORES.values()]
     scores += [at for at, heading in enumerate(headings) if heading == INTERVAL]
     others = [at for at in range(1, len(headings)) if at not in scores]
-    if not scores:
+    if not scores and "pooled loss" not in headings:
         return Group(_columns(headings, rows, others, "Result", RESULT_CAPTION + more))
 
     answers = ANSWERS_CAPTION + too_long_words(result)
     losses = [at for at in others if headings[at] not in TRAFFIC]
     traffic = [at for at in others if headings[at] in TRAFFIC]
+    tables = [_columns(headings, rows, sorted(scores), "Greedy answers", answers)] if scores else []
     return Group(
-        _columns(headings, rows, sorted(scores), "Greedy answers", answers),
+        *tables,
         _columns(headings, rows, losses, "Held-out loss", ""),
         _columns(headings, rows, traffic, "Bytes and time", RESULT_CAPTION + more),
     )

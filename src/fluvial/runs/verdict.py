@@ -140,9 +140,7 @@ def _scores(
     found |= {
         name: _mean_score(other, "final") for name, other in compared.items() if name != "base"
     }
-    known = {
-        name: score for name, score in found.items() if score is not None and name != itself
-    }
+    known = {name: score for name, score in found.items() if score is not None and name != itself}
     return known if "final" in known else {}
 
 

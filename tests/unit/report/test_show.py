@@ -3,6 +3,7 @@ models say runs."""
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from fluvial.errors import CheckpointError, ConfigError
-from fluvial.formatting import human_bytes, human_ratio
+from fluvial.formatting import human_bytes, human_ratio, human_seconds
 from fluvial.methods import METHODS
 from fluvial.report import block_tables, figures, result_tables, round_lines, show
 from fluvial.report.aggregation_tables import aggregation_by_module
@@ -299,9 +300,9 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
     rows = {
         line.strip().split("  ")[0]: line.split() for line in words.splitlines() if line.strip()
     }
-    assert rows["base model, untuned"][-6:] == ["3.3241", "30.12", "%", "-", "-", "-"]
-    assert rows["local only"][-7:] == ["3.2871", "30.77", "%", "36", "B", "-", "-"]
-    assert rows["federated, uncompressed"][-7:] == [
+    assert rows["base model, untuned"][-7:] == ["3.3241", "30.12", "%", "-", "-", "-", "-"]
+    assert rows["local only"][-8:] == ["3.2871", "30.77", "%", "36", "B", "-", "-", "-"]
+    assert rows["federated, uncompressed"][-9:] == [
         "3.2011",
         "31.99",
         "%",
@@ -309,8 +310,10 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
         "kB",
         "1.002",
         "1.001",
+        "0.4",
+        "s",
     ]
-    assert rows["federated, cgfedllm + klt"][-7:] == [
+    assert rows["federated, cgfedllm + klt"][-9:] == [
         "3.2345",
         "31.55",
         "%",
@@ -318,6 +321,8 @@ def test_tables_of_a_finished_run(finished: Path) -> None:
         "kB",
         "1/60",
         "1/2.0",
+        "0.2",
+        "s",
     ]
     assert rows["asyncio"][1:5] == ["3.2000", "3.1345", "-0.0655", "3.1871"]
     assert rows["up train"][-1] == "26,400"
@@ -353,10 +358,32 @@ def test_scores_of_answers_have_a_table_that_80_columns_hold() -> None:
     stream = io.StringIO()
     Console(file=stream, width=80).print(result_tables.result_table(run))
     lines = stream.getvalue().splitlines()
-    assert any(line.split()[-6:] == " ".join(scores).split() for line in lines)
+    assert any(
+        line.split()[-7:] == ["10.00", "%", "-", "20.00", "%", "50.00", "%"] for line in lines
+    )
+    assert max(map(len, lines)) <= 80
     assert "Greedy answers" not in text_of(
         result_tables.result_table(result("fedavg", "int8", 3.25, 8000, 131200))
     )
+
+
+def test_the_interval_of_exact_match_is_wilsons() -> None:
+    questions, share, z = 256, 225 / 256, 1.959963984540054
+    centre = (share + z * z / (2 * questions)) / (1 + z * z / questions)
+    root = math.sqrt(share * (1 - share) / questions + z * z / (4 * questions**2))
+    half = z / (1 + z * z / questions) * root
+    expected = f"{100 * (centre - half):.1f} - {100 * (centre + half):.1f} %"
+    assert result_tables.interval_words(share, questions) == expected
+    assert result_tables.interval_words(None, questions) == "-"
+
+
+def test_the_time_on_a_line_is_that_of_one_sites_bytes() -> None:
+    run = result("fedavg", "int8", 3.25, 8000, 131200)
+    headings, *_, ours = result_tables.result_rows(run)
+    sent = run["bytes"]
+    size = (sent["up"] + sent["down"] + sent["setup"]) / run["sites"]
+    cell = dict(zip(headings, ours, strict=True))["at 20 Mbit/s"]
+    assert cell == human_seconds(size * 8 / 20e6)
 
 
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:

@@ -21,7 +21,8 @@ def test_quickstart_configuration_loads() -> None:
     assert config.method.name == "cgfedllm"
     assert config.coding.name == "auto"
     assert config.downlink is not None
-    assert config.compare == ("local", "fedavg")
+    assert config.compare == ("local", "central", "fedavg")
+    assert config.data.source == "stdlib-keywords"
 
 
 def test_defaults_are_the_papers() -> None:

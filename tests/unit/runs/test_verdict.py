@@ -77,6 +77,24 @@ def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str
     assert judge(made(final), {"local": made([3.0] * 4)}).line().startswith(words)
 
 
+def test_a_run_with_answers_leads_with_their_score() -> None:
+    def scored(score: float, base: float) -> dict[str, Any]:
+        found = made([2.9] * 4)
+        for number, row in enumerate(found["heldout_by_site"].values()):
+            row["base"]["exact_match"] = base
+            row["final"]["exact_match"] = score + 0.1 * (-1) ** number
+        return found
+
+    verdict = judge(scored(0.8, 0.1), {"local": scored(0.25, 0.1), "fedavg": None})
+    assert verdict.exact_match == pytest.approx({"final": 0.8, "base": 0.1, "local": 0.25})
+    assert verdict.line().startswith(
+        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; "
+    )
+    without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
+    assert without.exact_match == {}
+    assert "Exact match" not in without.line()
+
+
 def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
     """The mean of the base alone would look like a gain."""
     verdict = judge(made([2.9] * 8), {"local": made([2.8] * 8)})
