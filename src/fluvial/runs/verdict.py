@@ -69,8 +69,9 @@ class Verdict:
 
         first = self.against
         others = [name for name in NAMES if name not in (first, self.itself)]
-        parts = [self._score()] if self.exact_match else []
-        parts += [_leading(NAMES[first], getattr(self, first))] if first else []
+        parts = [_leading(NAMES[first], getattr(self, first))] if first else []
+        if self.exact_match:
+            parts = [self._score(), *(part[:1].lower() + part[1:] for part in parts)]
         parts += [_further(NAMES[name], getattr(self, name)) for name in others]
 
         if self.measured < self.sites:
