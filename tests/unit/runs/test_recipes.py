@@ -13,7 +13,7 @@ from fluvial.runs.plan import plan
 from fluvial.storage import recipes
 from tests.conftest import _llama
 
-OF_THE_PACKAGE = {"quickstart", "fedcybgd", "fedpipe", "flglm", "thin-line"}
+OF_THE_PACKAGE = {"quickstart", "stdlib", "fedcybgd", "fedpipe", "flglm", "thin-line"}
 """Recipes that need no model and no data."""
 FEWER_SITES: dict[str, dict[str, Any]] = {
     "cgfedllm-paper": {"partition": {"sites": 4, "min_records": 12}},
