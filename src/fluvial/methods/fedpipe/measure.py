@@ -264,7 +264,7 @@ def peak_bytes(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[int, int]:
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in weights:
             saved[inside[-1]][memory.data_ptr()] = memory.nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep its graph, and so itself, for ever
 
     def enter(number: int, _layer: nn.Module, given: tuple[Any, ...]) -> None:
         inside.append(number)

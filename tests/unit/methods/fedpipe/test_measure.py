@@ -1,5 +1,6 @@
 """The measures of a site: its limits, its speed, and the memory of a pass."""
 
+import gc
 import resource
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,22 @@ def test_no_pass_needs_more_than_the_limit(
     if memory_mb == 100:
         assert {peak.batch for peak in profile.peaks} == {1, 2}
         assert profile.fixed_s > 0
+
+
+def test_nothing_of_a_measured_pass_stays_in_memory(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A hook that keeps a saved tensor itself keeps its graph, which no collection frees."""
+    table = run_config | {"method": {"name": "fedpipe", "planner": {"batches": [1, 2]}}}
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    profiled(table, tmp_path / "first")
+    before = tensors()
+    profiled(table, tmp_path / "second")
+    assert tensors() <= before
 
 
 def test_rows_of_a_timed_step_spread_over_the_lengths() -> None:
