@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -11,6 +11,11 @@ from fluvial.cli.console import Format, Overrides, print_content
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 
+if TYPE_CHECKING:
+    from fluvial.training.generated import Metric
+
+ANSWERS: dict[str, Any] = {"rich_help_panel": "Generated answers"}
+DEFAULT_METRICS = "exact_match,f1,rouge"
 HARNESS: dict[str, Any] = {"rich_help_panel": "Tasks of lm-eval"}
 
 
@@ -25,6 +30,29 @@ def evaluate(
     ],
     data: Annotated[
         Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")
+    ] = None,
+    generate: Annotated[
+        bool | None,
+        typer.Option(
+            "--generate/--no-generate",
+            help="Write greedy answers to the records of --data and score them; the default where "
+            "they have answers.",
+            **ANSWERS,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of an answer; unset, those of the run, or 64.", **ANSWERS),
+    ] = None,
+    metrics: Annotated[
+        str, typer.Option(help="Of exact_match, f1, rouge, bleu and chrf.", **ANSWERS)
+    ] = DEFAULT_METRICS,
+    site_field: Annotated[
+        str | None,
+        typer.Option(
+            help="The field that names a record's site; unset, the column of the run's partition.",
+            **ANSWERS,
+        ),
     ] = None,
     choices: Annotated[
         Path | None, typer.Option(help="Multiple-choice questions, JSON lines.")
@@ -80,7 +108,7 @@ def evaluate(
         bool, typer.Option("--apply-chat-template", help="Ask in the chat template.", **HARNESS)
     ] = False,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Documents of one forward pass.", **HARNESS)
+        int, typer.Option(min=1, help="Prompts at a time, also of generated answers.", **HARNESS)
     ] = 8,
     out: Annotated[
         Path | None,
@@ -117,16 +145,28 @@ def evaluate(
         "--include-path": include_path is not None,
         "--dataset": dataset,
         "--apply-chat-template": apply_chat_template,
-        "--batch-size": batch_size != 8,
+        "--batch-size": batch_size != 8 and data is None,
         "--out": out is not None,
     }
     if tasks is None:
         _refuse(only_with_tasks, "no tasks of lm-eval are named; add --tasks")
 
+    only_with_answers = {
+        "--generate": generate and data is None,
+        "--no-generate": generate is False and data is None,
+        "--max-new-tokens": max_new_tokens is not None,
+        "--metrics": metrics != DEFAULT_METRICS,
+        "--site-field": site_field is not None,
+    }
+    if data is None or generate is False:
+        why = "--no-generate is given; remove it" if data else "no records are named; add --data"
+        _refuse(only_with_answers, why)
+
     with spinner("reading the weights"):
         from fluvial.runs.evaluation import evaluation_settings, how_records_are_read, run_settings
         from fluvial.training.assess import ChoiceConfig, evaluate_adapter, evaluate_model
         from fluvial.training.folders import kind_of, read_adapter_folder, weights_in
+        from fluvial.training.generated import AnswerConfig
         from fluvial.training.harness import HarnessConfig
 
         questions = None
@@ -138,7 +178,7 @@ def evaluate(
         harness = None
         if tasks is not None:
             harness = HarnessConfig(
-                _names(tasks),
+                _names(tasks, "--tasks", "task"),
                 num_fewshot,
                 limit,
                 include_path,
@@ -159,6 +199,17 @@ def evaluate(
             recorded, run = run_settings(adapter, data)
 
         settings = evaluation_settings(recorded, data, overrides or [])
+        answers = None
+        if generate is not False:
+            answers = AnswerConfig(
+                max_new_tokens or settings.evaluate.max_new_tokens,
+                cast("tuple[Metric, ...]", _names(metrics, "--metrics", "metric")),
+                batch_size,
+                bool(generate),
+                site_field or run.get("site_column"),
+                site_field is not None,
+            )
+
         measure = evaluate_model
         if weights is not None:
             measure = partial(evaluate_adapter, weights, base=base)
@@ -168,7 +219,7 @@ def evaluate(
             choices=questions,
             superglue=superglue,
             tasks=harness,
-            max_new_tokens=settings.evaluate.max_new_tokens,
+            answers=answers,
             seed=settings.seed,
         )
 
@@ -189,11 +240,11 @@ def _refuse(options: Mapping[str, Any], why: str) -> None:
         raise ConfigError(f"{', '.join(given)}: without effect, because {why}")
 
 
-def _names(tasks: str) -> tuple[str, ...]:
+def _names(text: str, option: str, kind: str) -> tuple[str, ...]:
     """Return the names in a list with commas."""
-    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
-        raise ConfigError("--tasks: names no task; write one such as 'mmlu', several with commas")
+        raise ConfigError(f"{option}: names no {kind}; write one, or several with commas")
     return names
 
 

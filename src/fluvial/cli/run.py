@@ -60,6 +60,7 @@ def run(
         print_json(event.values)
         return
 
+    from fluvial.report.harness_table import run_tasks
     from fluvial.report.result_tables import (
         closing_words,
         cut_words,
@@ -71,6 +72,8 @@ def run(
     finished = read_run(path)
     out.print(result_table(event.values, cut_words(finished["config"])))
     out.print(verdict_line(finished))
+    for content in run_tasks(event.values):
+        out.print(content)
     out.print()
     out.print(closing_words(event.values, path, shlex.join(program_name())))
 

@@ -1,13 +1,18 @@
 """All records of one source as sequences to measure, without sites and without training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
-from fluvial.data.faults import Faults
-from fluvial.data.sources import Source, read_source
+from fluvial.data.faults import Faults, shown
+from fluvial.data.partition import Natural
+from fluvial.data.records import Answered
+from fluvial.data.rows import columns_of
+from fluvial.data.sources import Entry, Source, classes_of, read_source
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenizing, refusal
+from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 from fluvial.models.hf import PreTrainedTokenizerBase
 
@@ -19,6 +24,8 @@ class Whole:
     examples: list[Example]
     """Sequences to measure: the first `max_heldout`, or all."""
     questions: list[Question]
+    sites: list[str]
+    """Site of each question; empty where no field names it."""
     records: int
     unmeasured: int
     """Sequences beyond `max_heldout`."""
@@ -28,8 +35,18 @@ class Whole:
     """Remarks on the files."""
 
 
-def read_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> Whole:
+def read_whole(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    site_field: str | None = None,
+    *,
+    site_required: bool = True,
+) -> Whole:
     """Return the records of `config.source`; `where` names it in messages.
+
+    `site_field` is the column with the name of a record's site; unless it is required, a source
+    without this column has no sites.
 
     Raise `DataError` with all faults of its files, or `ConfigError` for a setting that does not fit
     them.
@@ -38,6 +55,18 @@ def read_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: st
     source = Source(where, config.source, config.split, config.reading(), strict=False)
     found = read_source(source, faults)
     faults.raise_any()
+
+    sites = None
+    if site_field is not None:
+        known = columns_of([entry.row for entry in found.entries])
+        if site_field in known:
+            sites = classes_of(found.entries, Natural(column=site_field), where, faults)
+            faults.raise_any()
+        elif site_required:
+            raise ConfigError(
+                f"--site-field {site_field!r}: {safe_line(config.source)} ({where}) has the "
+                f"columns {', '.join(map(shown, known))}"
+            )
 
     changed = with_template(tokenizer, config.chat_template)
     tokenizing = Tokenizing(changed, config.max_length, config.loss_on, config.overlong)
@@ -57,13 +86,38 @@ def read_whole(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: st
 
     faults.raise_any()
 
+    asked = tokens.questions[: config.max_heldout]
     most = config.max_heldout or len(tokens.examples)
     return Whole(
         tokens.examples[:most],
-        tokens.questions[: config.max_heldout],
+        asked,
+        [] if sites is None else _sites_of(asked, found.entries, sites),
         tokens.records,
         len(tokens.examples[most:]),
         tokens.surplus,
         sorted(set(found.forms)),
         found.notes,
     )
+
+
+def _sites_of(
+    questions: Sequence[Question], entries: Sequence[Entry], sites: Sequence[str]
+) -> list[str]:
+    """Return the site of each question, of the records in whose order they are.
+
+    Records that were dropped have no question; equal ones are dropped alike.
+    """
+    found: list[str] = []
+    for entry, site in zip(entries, sites, strict=True):
+        if len(found) == len(questions):
+            break
+        content = entry.record.content
+        asked = questions[len(found)]
+        if isinstance(content, Answered) and (content.prompt, content.answer) == (
+            asked.prompt,
+            asked.answer,
+        ):
+            found.append(site)
+
+    assert len(found) == len(questions), "every question is that of a record"
+    return found

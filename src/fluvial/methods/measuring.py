@@ -1,6 +1,6 @@
 """Measures of a model on held-out text of the sites, and on public text at the server."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -39,12 +39,27 @@ class EvaluateConfig(Settings):
     """True measures the model of every site of the baseline `local`, and the final one, on
     the held-out data of all sites. It needs all sites in one process, and as many measures as the
     square of their number."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-eval, such as "mmlu", that the server measures at the end, on the base and on
+    the final model. They use no data of the sites. Needs `pip install 'fluvial[evaluation]'`."""
+    num_fewshot: int | None = Field(None, ge=0, le=1000)
+    """Solved examples before each question of `tasks`; unset, the task's own number."""
+    limit: float | None = Field(None, gt=0, le=1e9)
+    """First documents of each of `tasks`, or a share of them below 1; unset, all."""
+    include_path: str | None = None
+    """Folder with tasks of your own for `tasks`, as YAML files of lm-eval."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end. Unset, it is the first held-out question
     where there are some; "Once upon a time" where the server has no text of the sites, which are
     deployed runs and `flglm`."""
     sample_tokens: int = Field(40, ge=1, le=10**6)
     """Tokens of that continuation."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        for name in ("num_fewshot", "limit", "include_path"):
+            if getattr(self, name) is not None and not self.tasks:
+                yield f"{name}: without effect, because tasks names none of lm-eval; remove it"
 
 
 class Texts(Protocol):

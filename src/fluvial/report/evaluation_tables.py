@@ -5,6 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
+from fluvial.report.answer_tables import answer_tables
+from fluvial.report.harness_table import harness_table
 from fluvial.report.tables import table
 from fluvial.storage.run_files import JsonObject
 
@@ -22,6 +24,7 @@ def evaluation_tables(measured: JsonObject) -> Group:
         content.append(Text(safe_text(measured["records"]["line"])))
     if "data" in measured:
         content.append(_record_table(measured["data"], _headings(measured)))
+        content += answer_tables(measured["data"].get("answers"), _headings(measured))
     if "choices" in measured:
         content += _choice_tables(measured["choices"], _headings(measured))
 
@@ -55,14 +58,9 @@ def _record_table(data: JsonObject, headings: dict[str, str]) -> Table:
         "loss": "loss, nats per token",
         "perplexity": "perplexity",
         "accuracy": "next-token accuracy",
-        "exact_match": "exact match of greedy answers, outer white space aside",
-        "f1": "token F1 of greedy answers, as SQuAD counts it",
-        "rouge_1": "ROUGE-1 of greedy answers, F1",
-        "rouge_2": "ROUGE-2 of greedy answers, F1",
-        "rouge_l": "ROUGE-L of greedy answers, F1",
     }
     rows = [
-        [labels[key], *(_figure(data[model][key]) for model in models)] for key in data[models[-1]]
+        [label, *(_figure(data[model][key]) for model in models)] for key, label in labels.items()
     ]
     notes = [f"{data['records']} records", f"{data['label_tokens']:,} label tokens"]
 
@@ -76,9 +74,6 @@ def _record_table(data: JsonObject, headings: dict[str, str]) -> Table:
     notes += [
         f"{data['truncated_records']} records truncated to data.max_length={data['max_length']}"
     ]
-    if data["questions_too_long"]:
-        notes += [f"{data['questions_too_long']} prompts too long for an answer, counted as wrong"]
-
     return _measures(data["source"], ["", *(headings[model] for model in models)], rows, notes)
 
 
@@ -156,40 +151,6 @@ def _superglue_table(superglue: JsonObject, headings: dict[str, str]) -> Table:
     ]
     columns = ["task", "metric", "clozes", *(headings[model] for model in models)]
     return _measures("SuperGLUE", columns, rows, notes)
-
-
-def harness_table(tasks: JsonObject, headings: dict[str, str]) -> Table:
-    """Return a table of tasks of lm-eval: values with their standard errors, and differences."""
-    rows = []
-    models = _models(tasks["rows"][0]) if tasks["rows"] else []
-
-    for row in tasks["rows"]:
-        name = row["metric"] if row["filter"] == "none" else f"{row['metric']}, {row['filter']}"
-        shots = "" if row["n_shot"] is None else str(row["n_shot"])
-        documents = "" if row["documents"] is None else str(row["documents"])
-        cells = [row["task"], name, shots, documents]
-        cells += [_with_error(row[model], "") for model in models]
-        cells += [_with_error(row["difference"], "+")] if "difference" in row else []
-        rows.append(cells)
-
-    columns = ["task", "metric", "shots", "documents", *(headings[model] for model in models)]
-    columns += ["difference"] if len(models) == 2 else []
-    notes = [f"lm-eval {tasks['lm_eval']}, with its standard errors"]
-    if len(models) == 2:
-        notes += ["that of a difference is over the same documents"]
-    if tasks["limit"] is not None:
-        notes += [f"limit {tasks['limit']:g}"]
-    if tasks["cut_prompts"]:
-        notes += [f"{tasks['cut_prompts']} prompts cut on the left to fit the context"]
-    notes += [f"written to {path}" for path in tasks["written"]]
-
-    return _measures("Tasks of lm-eval", columns, rows, notes)
-
-
-def _with_error(figure: JsonObject, sign: str) -> str:
-    """Return a value with its standard error, where there is one."""
-    value = f"{figure['value']:{sign}.4f}"
-    return value if figure["stderr"] is None else f"{value} ± {figure['stderr']:.4f}"
 
 
 def _group_tables(

@@ -11,6 +11,7 @@ from rich.text import Text
 from fluvial.formatting import figure, human_bytes, percent, safe_text
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
 from fluvial.report.cross_site import cross_site_table
+from fluvial.report.harness_table import run_tasks
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     closing_words,
@@ -99,6 +100,7 @@ def _outcome(run: JsonObject, method: str) -> list[RenderableType]:
         _site_table(run),
         Text(),
         _bytes_table(run["result"]),
+        *run_tasks(run["result"]),
     ]
 
 

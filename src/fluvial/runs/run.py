@@ -33,6 +33,7 @@ from fluvial.runs.budget.settled import BUDGET, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
 from fluvial.runs.cross_site import OwnModels, own_models_everywhere
+from fluvial.runs.harness import check_tasks, measure_tasks
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
 from fluvial.runs.model_card import write_cards
@@ -116,6 +117,7 @@ def execute(
             planned = check_settings(each, pools[-1].layout, base, known)
         remarks = known.check() if isinstance(known, SiteTexts) else []
         refuse_idle(config, planned, known)
+        check_tasks(config)
         for remark in [*remarks, *idle_remarks(config, planned, known)]:
             logger.warning("%s", remark)
 
@@ -351,6 +353,7 @@ class Run:
             base=base,
             final=final,
             export=export,
+            tasks=measure_tasks(self.config, self.pool, self.folder.path, export),
             traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, raw),
             setup=self.setup,
             wall_s=self._elapsed(),

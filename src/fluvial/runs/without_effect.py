@@ -37,7 +37,8 @@ def useless(method: MethodSettings, traits: Traits) -> Iterator[Useless]:
         yield _setting("evaluate", EvaluateConfig, "cross_site", "has one model for all data")
 
     if not traits.exports:
-        for name in ("sample_prompt", "sample_tokens"):
+        tasks = ("tasks", "num_fewshot", "limit", "include_path")
+        for name in ("sample_prompt", "sample_tokens", *tasks):
             yield _setting("evaluate", EvaluateConfig, name, "writes no model")
 
 

@@ -33,11 +33,13 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a run's resolved configuration that a measurement of its result needs."""
     data = {key: value for key, value in resolved.get("data", {}).items() if key not in PLACES}
     model = resolved.get("model", {})
+    partition = resolved.get("data", {}).get("partition") or {}
 
     return {
         "model": {key: model[key] for key in MODEL if model.get(key)},
         "data": {key: value for key, value in data.items() if value is not None},
         "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
+        "site_column": partition.get("column") if partition.get("by") == "column" else None,
         "suffix": _suffix(Path(str(resolved.get("data", {}).get("source", ""))).expanduser()),
     }
 

@@ -15,6 +15,7 @@ PLACES = (
     ("data", "heldout_source"),
     ("data", "public_source"),
     ("data", "chat_template"),
+    ("evaluate", "include_path"),
 )
 """Settings that may name a file or a folder, or something else, such as the id of a hub."""
 

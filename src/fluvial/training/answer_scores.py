@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from fluvial.data import Question
-from fluvial.training.rouge import rouge_l, rouge_n, words
+from fluvial.training.rouge import rouge
 
 logger = logging.getLogger(__name__)
 
@@ -47,16 +47,15 @@ class AnswerSums:
 
         Raises `ValueError` without any reference.
         """
-        read = words(answer)
-        sent = [words(reference) for reference in references]
+        overlap = rouge(answer, references)
 
         return cls(
             questions=1,
             right=int(any(exact_match(answer, reference) for reference in references)),
             f1=_millionths(max(token_f1(answer, reference) for reference in references)),
-            rouge_1=_millionths(max(rouge_n(read, reference, 1) for reference in sent)),
-            rouge_2=_millionths(max(rouge_n(read, reference, 2) for reference in sent)),
-            rouge_l=_millionths(max(rouge_l(read, reference) for reference in sent)),
+            rouge_1=_millionths(overlap.rouge_1),
+            rouge_2=_millionths(overlap.rouge_2),
+            rouge_l=_millionths(overlap.rouge_l),
         )
 
     @classmethod

@@ -5,28 +5,28 @@ lm-eval, or on several of these.
 """
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import __version__
-from fluvial.data import DataConfig, Whole, read_whole
+from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
 from fluvial.models.digests import weights_digest
 from fluvial.models.encoding import Encoder
 from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import ModelConfig, check_length
-from fluvial.training.answer_scores import AnswerSums
+from fluvial.models.pretrained import ModelConfig
 from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import CHANCE, Choice, read_choices
-from fluvial.training.evaluate import Heldout, has_effect, heldout
-from fluvial.training.folders import NEW_TOKENS, AdapterFolder
+from fluvial.training.evaluate import has_effect
+from fluvial.training.folders import AdapterFolder
+from fluvial.training.generated import AnswerConfig
 from fluvial.training.harness import Harness, HarnessConfig
 from fluvial.training.opened import open_weights
+from fluvial.training.record_result import read_texts, record_result
 from fluvial.training.subjects import BENCHMARKS, Benchmark, BenchmarkName, detect, grouped
 from fluvial.training.superglue import Cloze, read_superglue
 from fluvial.training.superglue_scores import Task, superglue_result
@@ -76,16 +76,18 @@ def evaluate_adapter(
     choices: ChoiceConfig | None = None,
     superglue: Path | None = None,
     tasks: HarnessConfig | None = None,
-    max_new_tokens: int = NEW_TOKENS,
+    answers: AnswerConfig | None = None,
     seed: int = 0,
     base: bool = True,
+    pool: ModelPool | None = None,
 ) -> dict[str, Any]:
     """Measure an adapter or a tuned model, and with `base` its base model too.
 
     The text is the held-out part of `data`, made with `whole_file`, the questions of `choices`, the
-    tasks in the folder `superglue`, the `tasks` of lm-eval, or several of these; `max_new_tokens`
-    is the room for a greedy answer, and 0 leaves its scores out. Return JSON types. Raises
-    `ConfigError` when a file or a setting is wrong or the adapter has no effect.
+    tasks in the folder `superglue`, the `tasks` of lm-eval, or several of these. `answers` asks
+    for scores of greedy answers to the records of `data`. Return JSON types. Raises `ConfigError`
+    when a file or a setting is wrong or the adapter has no effect. A `pool` of the same base lends
+    an adapter what it has loaded.
     """
     if data is None and choices is None and superglue is None and tasks is None:
         raise ConfigError(NOTHING_TO_MEASURE)
@@ -93,9 +95,9 @@ def evaluate_adapter(
     questions = None if choices is None else _questions(choices)
     clozes = {} if superglue is None else read_superglue(superglue)
     harness = None if tasks is None else Harness(tasks)
-    pool, state = open_weights(adapter, model)
+    pool, state = open_weights(adapter, model, pool)
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, pool)
+    texts = None if data is None else read_texts(data, pool, answers)
     sheet = _sheet(choices, questions, pool) if choices and questions else None
     cloze_tasks = _tasks(clozes, pool)
     probes = [texts.examples[0].input_ids] if texts else []
@@ -117,7 +119,7 @@ def evaluate_adapter(
     }
 
     if data is not None and texts is not None:
-        result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
+        result["data"] = record_result(data, texts, pool, models, answers, seed)
     if choices is not None and sheet is not None:
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
     if cloze_tasks:
@@ -136,7 +138,7 @@ def evaluate_model(
     choices: ChoiceConfig | None = None,
     superglue: Path | None = None,
     tasks: HarnessConfig | None = None,
-    max_new_tokens: int = NEW_TOKENS,
+    answers: AnswerConfig | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure a model by itself, as `evaluate_adapter` measures a base model."""
@@ -150,13 +152,13 @@ def evaluate_model(
     pool = ModelPool(model, None)
     pool.check_behaviour()
     logger.info("reading the data")
-    texts = None if data is None else _texts(data, pool)
+    texts = None if data is None else read_texts(data, pool, answers)
     cloze_tasks = _tasks(clozes, pool)
     models: dict[str, Named] = {"model": {}}
     result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
     if data is not None and texts is not None:
-        result["data"] = _data_result(data, texts, pool, models, max_new_tokens)
+        result["data"] = record_result(data, texts, pool, models, answers, seed)
     if choices is not None and questions:
         sheet = _sheet(choices, questions, pool)
         result["choices"] = _choice_result(choices, sheet, pool, models, seed)
@@ -189,11 +191,6 @@ def _loaded_as(model: ModelConfig, adapter: AdapterFolder | None = None) -> dict
     return loaded
 
 
-def _texts(data: DataConfig, pool: ModelPool) -> Whole:
-    check_length(pool.outline.context, data.max_length)
-    return read_whole(data, pool.tokenizer, "--data")
-
-
 def _questions(choices: ChoiceConfig) -> tuple[list[Choice], list[Choice]]:
     """Return the questions, and the records that examples are taken from."""
     paths = [choices.path, *([choices.shots_path] if choices.shots_path else [])]
@@ -219,56 +216,6 @@ def _sheet(
 def _tasks(clozes: Mapping[str, Sequence[Cloze]], pool: ModelPool) -> dict[str, Task]:
     encoder = Encoder.of(pool.tokenizer)
     return {name: Task.of(some, encoder, pool.outline.context) for name, some in clozes.items()}
-
-
-def _data_result(
-    data: DataConfig, texts: Whole, pool: ModelPool, models: dict[str, Named], max_new_tokens: int
-) -> dict[str, Any]:
-    questions = texts.questions if max_new_tokens else []
-    longest = pool.outline.context
-    room = None if longest is None else longest - max_new_tokens
-    encoder = Encoder.of(pool.tokenizer)
-    fit = [q for q in questions if room is None or len(encoder.prompt(q.prompt)) <= room]
-    result: dict[str, Any] = {
-        "source": data.source,
-        "form": ", ".join(texts.forms),
-        "notes": texts.notes,
-        "max_length": data.max_length,
-        "records": texts.records,
-        "truncated_records": texts.surplus.records,
-        "truncated_tokens": texts.surplus.tokens,
-        "sequences": len(texts.examples),
-        "unmeasured_sequences": texts.unmeasured,
-        "label_tokens": sum(example.label_tokens for example in texts.examples),
-        "questions": len(questions),
-        "questions_too_long": len(questions) - len(fit),
-        "max_new_tokens": max_new_tokens,
-    }
-
-    for name, adapter in models.items():
-        with pool.model(adapter) as model:
-            sums = heldout(model, texts.examples, pad_token_id=pool.tokenizer.pad_token_id)
-        result[name] = _measures(sums, name)
-        if questions:
-            prompts = [question.prompt for question in fit]
-            answers = pool.answers(adapter, prompts, max_new_tokens=max_new_tokens)
-            result[name] |= AnswerSums.over(answers, fit).means(len(questions))
-
-    return result
-
-
-def _measures(sums: Heldout, name: str) -> dict[str, Any]:
-    """Return the measures as JSON types; raises `ConfigError` where the model's logits are not
-    numbers."""
-    if not math.isfinite(sums.loss):
-        raise ConfigError(
-            f"the held-out loss of the {name} is {sums.loss}: its weights may be damaged, or too "
-            "large for "
-            "model.dtype: choose --set 'model.dtype=\"float32\"'"
-        )
-
-    perplexity = sums.perplexity if math.isfinite(sums.perplexity) else None
-    return {"loss": sums.loss, "perplexity": perplexity, "accuracy": sums.accuracy}
 
 
 def _choice_result(

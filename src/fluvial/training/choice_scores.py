@@ -135,13 +135,7 @@ class Marks:
         Where all answers are alike, the interval is the exact one (Clopper-Pearson).
         """
         found = bootstrap(self.right, seed)
-        if found is None:
-            from scipy.stats import binomtest
-
-            exact = binomtest(sum(self.right), len(self.right)).proportion_ci(0.95)
-            found = Interval(self.accuracy, float(exact.low), float(exact.high))
-
-        return found
+        return exact_interval(sum(self.right), len(self.right)) if found is None else found
 
     def by_subject(self) -> dict[str, tuple[int, int]]:
         """Return right answers and questions of each subject, in alphabetical order; "" is no
@@ -154,6 +148,14 @@ class Marks:
             counts[subject] = (hits + right, asked + 1)
 
         return counts
+
+
+def exact_interval(hits: int, count: int) -> Interval:
+    """Return the share `hits` of `count` with its exact 95 % interval (Clopper-Pearson)."""
+    from scipy.stats import binomtest
+
+    exact = binomtest(hits, count).proportion_ci(0.95)
+    return Interval(hits / count, float(exact.low), float(exact.high))
 
 
 def bootstrap(values: Sequence[float], seed: int) -> Interval | None:

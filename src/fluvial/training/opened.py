@@ -12,13 +12,18 @@ from fluvial.wire.tensors import Layout, Named
 logger = logging.getLogger(__name__)
 
 
-def open_weights(adapter: AdapterFolder, model: ModelConfig) -> tuple[ModelPool, Named]:
+def open_weights(
+    adapter: AdapterFolder, model: ModelConfig, pool: ModelPool | None = None
+) -> tuple[ModelPool, Named]:
     """Return a pool of the base `model` and the state in which it has the folder's weights.
+
+    A `pool` of the same base lends an adapter what it has loaded.
 
     Raises `ConfigError` where the weights do not belong to this base.
     """
     logger.info("loading the base model")
-    pool = ModelPool(model, adapter.lora)
+    shared = pool is not None and not pool.full and adapter.lora is not None
+    pool = pool.beside(adapter.lora) if pool and shared else ModelPool(model, adapter.lora)
 
     if adapter.lora:
         adapter = replace(adapter, tensors=_without_copies(adapter, pool))

@@ -1,46 +1,48 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L: overlap of a text with its reference.
+"""ROUGE-1, ROUGE-2 and ROUGE-L by the package `rouge_score`: overlap of a text with its reference.
 
-Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. F1 of precision and recall,
-as in the package `rouge_score`, on the words that it forms: runs of a-z and 0-9, lower case, no
-stemming.
+Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004. Each is F1 of precision and
+recall. The words are those of the package: runs of a-z and 0-9, lower case, no stemming. The
+package imports nltk, which takes a second, and is imported when the first text is scored.
 """
 
-import re
-from collections import Counter
-from collections.abc import Hashable, Sequence
-
-_WORD = re.compile(r"[a-z0-9]+")
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 
-def words(text: str) -> list[str]:
-    """Return the words of a text."""
-    return _WORD.findall(text.lower())
+class Rouge(NamedTuple):
+    """Scores of one text, 0 to 1."""
+
+    rouge_1: float
+    rouge_2: float
+    rouge_l: float
 
 
-def rouge_n(read: Sequence[Hashable], sent: Sequence[Hashable], n: int) -> float:
-    """Return F1 of the runs of `n` words, each counted as often as both texts have it; 0 to 1."""
-    ours = _runs(read, n)
-    theirs = _runs(sent, n)
-    return _f1((ours & theirs).total(), ours.total(), theirs.total())
+def rouge(text: str, references: Sequence[str]) -> Rouge:
+    """Return the scores of a text, each against the reference that it meets best."""
+    return _scores(_scorer().score_multi(references, text))
 
 
-def rouge_l(read: Sequence[Hashable], sent: Sequence[Hashable]) -> float:
-    """Return F1 of the longest common subsequence of words; 0 to 1."""
-    lengths = [0] * (len(sent) + 1)
-
-    for word in read:
-        before = lengths
-        lengths = [0]
-        for index, other in enumerate(sent):
-            best = before[index] + 1 if word == other else max(before[index + 1], lengths[index])
-            lengths.append(best)
-
-    return _f1(lengths[-1], len(read), len(sent))
+def rouge_of_ids(read: Sequence[int], sent: Sequence[int]) -> Rouge:
+    """Return the scores of token ids in place of words."""
+    return _scores(_scorer(words=False).score(sent, read))
 
 
-def _runs(text: Sequence[Hashable], n: int) -> Counter[tuple[Hashable, ...]]:
-    return Counter(tuple(text[start : start + n]) for start in range(len(text) - n + 1))
+class _AsGiven:
+    """A tokenizer for `rouge_score` of sequences that are tokens already."""
+
+    def tokenize(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Return the tokens."""
+        return tokens
 
 
-def _f1(common: int, read: int, sent: int) -> float:
-    return 2 * common / (read + sent) if common else 0.0
+@cache
+def _scorer(*, words: bool = True) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=None if words else _AsGiven())
+
+
+def _scores(found: Any) -> Rouge:
+    figures = (float(found[name].fmeasure) for name in ("rouge1", "rouge2", "rougeL"))
+    return Rouge(*figures)

@@ -15,35 +15,6 @@ from fluvial.methods.flglm.leakage.meter import (
     common_beginning,
     measure,
 )
-from fluvial.training.rouge import rouge_l, rouge_n, words
-
-
-def test_rouge_by_hand() -> None:
-    """Read: the cat the cat sat; sent: the cat sat on the mat."""
-    read = words("The cat, the cat sat!")
-    sent = words("the cat sat on the mat")
-    assert read == ["the", "cat", "the", "cat", "sat"]
-
-    # the (2 of 2), cat (1 of 2), sat (1): 4 common of 5 and 6.
-    assert rouge_n(read, sent, 1) == pytest.approx(2 * 4 / 11)
-    # "the cat" once, "cat sat" once: 2 common of 4 and 5.
-    assert rouge_n(read, sent, 2) == pytest.approx(2 * 2 / 9)
-    # the cat sat: 3 of 5 and 6.
-    assert rouge_l(read, sent) == pytest.approx(2 * 3 / 11)
-
-
-@pytest.mark.parametrize("text", ["", "one", "one two three"])
-def test_rouge_of_equal_and_of_disjoint_texts(text: str) -> None:
-    read = words(text)
-    for n in (1, 2):
-        assert rouge_n(read, read, n) == (1.0 if len(read) >= n else 0.0)
-        assert rouge_n(read, ["four", "five"], n) == 0
-    assert rouge_l(read, read) == (1.0 if read else 0.0)
-
-
-def test_the_longest_common_subsequence_need_not_be_a_run() -> None:
-    assert rouge_l("abcbdab", "bdcaba") == pytest.approx(2 * 4 / 13)
-    assert rouge_l("xaxbxc", "abc") == pytest.approx(2 * 3 / 9)
 
 
 def observed(*ids: int) -> Observation:

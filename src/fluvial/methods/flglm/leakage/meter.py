@@ -11,7 +11,7 @@ from statistics import mean
 
 from torch import Tensor
 
-from fluvial.training.rouge import rouge_l, rouge_n, words
+from fluvial.training.rouge import Rouge, rouge, rouge_of_ids
 
 GRADIENTS = "gradient matching"
 """Name of the attack on gradients."""
@@ -175,16 +175,11 @@ def common_beginning(texts: Sequence[Tensor]) -> int:
     return length - 1
 
 
-def _overlap(
-    read: Tensor, sent: Tensor, decode: Callable[[list[int]], str] | None
-) -> tuple[float, float, float]:
+def _overlap(read: Tensor, sent: Tensor, decode: Callable[[list[int]], str] | None) -> Rouge:
     """Return ROUGE-1, ROUGE-2 and ROUGE-L of two texts of token ids."""
     ours: list[int] = read[read >= 0].tolist()
     theirs: list[int] = sent.tolist()
-
     if decode is None:
-        return rouge_n(ours, theirs, 1), rouge_n(ours, theirs, 2), rouge_l(ours, theirs)
+        return rouge_of_ids(ours, theirs)
 
-    a = words(decode(ours))
-    b = words(decode(theirs))
-    return rouge_n(a, b, 1), rouge_n(a, b, 2), rouge_l(a, b)
+    return rouge(decode(ours), [decode(theirs)])

@@ -1,0 +1,66 @@
+"""Tables of the scores of generated answers: over all records, and by site."""
+
+from rich.table import Table
+
+from fluvial.formatting import safe_text
+from fluvial.report.tables import table
+from fluvial.storage.run_files import JsonObject
+
+LABELS = {
+    "exact_match": "exact match, outer white space aside",
+    "exact_match_squad": "exact match, normalised as in SQuAD",
+    "f1": "token F1, as SQuAD counts it",
+    "rouge_1": "ROUGE-1, F1",
+    "rouge_2": "ROUGE-2, F1",
+    "rouge_l": "ROUGE-L, F1",
+    "bleu": "BLEU, 0 to 100",
+    "chrf": "chrF, 0 to 100",
+}
+
+
+def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[Table]:
+    """Return a table of all answers, and one with a row for each site and score."""
+    if answers is None:
+        return []
+
+    models = [model for model in headings if model in answers]
+    columns = [headings[model] for model in models]
+    columns += ["difference"] if "difference" in answers else []
+    notes = [f"greedy, at most {answers['max_new_tokens']} tokens", "95 % bootstrap intervals"]
+    if answers["too_long"]:
+        notes += [f"{answers['too_long']} prompts too long for an answer, counted as wrong"]
+
+    title = f"Generated answers to {answers['questions']} records"
+    rows = [[LABELS[key], *_cells(answers, key, models)] for key in answers[models[0]]]
+    tables = [table(["", *columns], rows, title, caption="; ".join(notes))]
+    sites = []
+    for site, part in answers.get("by_site", {}).items():
+        for key in part[models[0]]:
+            if key != "exact_match_squad":
+                name = LABELS[key].partition(",")[0]
+                cells = _cells(part, key, models)
+                sites.append([safe_text(site), str(part["questions"]), name, *cells])
+
+    if sites:
+        names = ["site", "records", "score", *columns]
+        tables.append(table(names, sites, "Generated answers by site"))
+    return tables
+
+
+def _cells(scored: JsonObject, key: str, models: list[str]) -> list[str]:
+    """Return the figures of a score for each model, and of the difference of two."""
+    cells = [_figure(scored[model][key], key, "") for model in models]
+    if "difference" in scored:
+        change = scored["difference"].get(key)
+        cells.append("" if change is None else _figure(change, key, "+"))
+    return cells
+
+
+def _figure(figure: JsonObject, key: str, sign: str) -> str:
+    """Return a mean with its interval, where there is one."""
+    form = f"{sign}.2f" if key in ("bleu", "chrf") else f"{sign}.4f"
+    if figure["interval"] is None:
+        return format(figure["mean"], form)
+
+    low, high = (format(end, form) for end in figure["interval"])
+    return f"{figure['mean']:{form}} ({low} to {high})"

@@ -1,0 +1,202 @@
+"""Generated answers of one or two models: scores by site and over all, with 95 % intervals.
+
+ROUGE is that of `rouge_score`, BLEU and chrF those of sacreBLEU (Post, 2018). Token F1 and the
+normalised exact match are those of SQuAD (Rajpurkar et al., 2016).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from fluvial.data import Question
+from fluvial.errors import ConfigError
+from fluvial.models.batched_generation import batched_continuations
+from fluvial.models.encoding import Encoder
+from fluvial.models.pool import ModelPool
+from fluvial.training.answer_scores import AnswerSums, squad_words
+from fluvial.training.choice_scores import Interval, bootstrap, exact_interval
+from fluvial.wire.tensors import Named
+
+Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+_KEYS: dict[Metric, tuple[str, ...]] = {
+    "exact_match": ("exact_match", "exact_match_squad"),
+    "f1": ("f1",),
+    "rouge": ("rouge_1", "rouge_2", "rouge_l"),
+    "bleu": (),
+    "chrf": (),
+}
+"""Scores of one answer that belong to a metric; the others are scores of all answers together."""
+_RESAMPLES = 1000
+MISSING = "--metrics {}: needs sacreBLEU: pip install 'fluvial[evaluation]'"
+
+
+@dataclass(frozen=True)
+class AnswerConfig:
+    """The generation of answers, and their scores."""
+
+    max_new_tokens: int
+    """Greedy tokens of an answer."""
+    metrics: tuple[Metric, ...] = ("exact_match", "f1", "rouge")
+    batch_size: int = 8
+    required: bool = False
+    """True if records without answers are refused."""
+    site_field: str | None = None
+    """The field of a record that names its site."""
+    site_required: bool = True
+    """False if records need not have that field, because it is the run's."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for a metric that is unknown or needs a package that is missing."""
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise ConfigError(f"--metrics {metric}: unknown; known are {', '.join(METRICS)}")
+            if not _KEYS[metric]:
+                _sacrebleu(metric)
+
+
+def answer_result(
+    pool: ModelPool,
+    models: Mapping[str, Named],
+    questions: Sequence[Question],
+    sites: Sequence[str],
+    config: AnswerConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the scores of all models' greedy answers to `questions`, as JSON types.
+
+    `sites` has the site of each question, or nothing. A prompt that leaves no room for an answer in
+    the model's context counts as answered with nothing.
+    """
+    context = pool.outline.context
+    encoder = Encoder.of(pool.tokenizer)
+    longest = math.inf if context is None else context - config.max_new_tokens
+    fitting = [len(encoder.prompt(question.prompt)) <= longest for question in questions]
+    prompts = [one.prompt for one, fits in zip(questions, fitting, strict=True) if fits]
+    answers = {}
+
+    for name, state in models.items():
+        with pool.model(state) as model:
+            written = iter(
+                batched_continuations(
+                    model,
+                    pool.tokenizer,
+                    prompts,
+                    max_new_tokens=config.max_new_tokens,
+                    batch_size=config.batch_size,
+                )
+            )
+        answers[name] = [next(written) if fits else "" for fits in fitting]
+
+    result = {
+        "metrics": list(config.metrics),
+        "max_new_tokens": config.max_new_tokens,
+        "too_long": fitting.count(False),
+        **_scored(answers, questions, config, seed),
+    }
+    if sites:
+        result["by_site"] = {
+            site: _scored(*_part(answers, questions, sites, site), config, seed)
+            for site in sorted(set(sites))
+        }
+    return result
+
+
+def _part(
+    answers: Mapping[str, Sequence[str]],
+    questions: Sequence[Question],
+    sites: Sequence[str],
+    wanted: str,
+) -> tuple[dict[str, list[str]], list[Question]]:
+    """Return the answers and the questions of one site."""
+    places = [place for place, site in enumerate(sites) if site == wanted]
+    own = {name: [given[place] for place in places] for name, given in answers.items()}
+    return own, [questions[place] for place in places]
+
+
+def _scored(
+    answers: Mapping[str, Sequence[str]],
+    questions: Sequence[Question],
+    config: AnswerConfig,
+    seed: int,
+) -> dict[str, Any]:
+    """Return the scores of each model over `questions`, and the differences of two."""
+    references = [(question.answer, *question.references) for question in questions]
+    keys = [key for metric in config.metrics for key in _KEYS[metric]]
+    values = {
+        name: [_scores(*pair) for pair in zip(given, references, strict=True)]
+        for name, given in answers.items()
+    }
+    result: dict[str, Any] = {"questions": len(questions)}
+
+    for name, rows in values.items():
+        result[name] = {
+            key: _figure(
+                _mean_interval([row[key] for row in rows], seed, shares=key.startswith("exact"))
+            )
+            for key in keys
+        } | {
+            metric: _corpus_score(metric, answers[name], references)
+            for metric in config.metrics
+            if not _KEYS[metric]
+        }
+
+    if "base" in values and "adapter" in values:
+        pairs = list(zip(values["base"], values["adapter"], strict=True))
+        result["difference"] = {
+            key: _figure(_mean_interval([new[key] - old[key] for old, new in pairs], seed))
+            for key in keys
+        }
+    return result
+
+
+def _scores(answer: str, references: Sequence[str]) -> dict[str, float]:
+    """Return the scores of one answer, each against the reference that it meets best."""
+    words = squad_words(answer)
+    normalised = any(words == squad_words(reference) for reference in references)
+    return AnswerSums.of(answer, references).means(1) | {"exact_match_squad": float(normalised)}
+
+
+def _mean_interval(values: Sequence[float], seed: int, *, shares: bool = False) -> Interval:
+    """Return the mean of `values` with its bootstrap interval over questions.
+
+    Where all values are alike, the interval of a share is the exact one, and any other is empty.
+    """
+    found = bootstrap(values, seed)
+    if found is not None:
+        return found
+    if shares:
+        return exact_interval(round(sum(values)), len(values))
+    return Interval(values[0], math.nan, math.nan)
+
+
+def _figure(interval: Interval) -> dict[str, Any]:
+    known = not math.isnan(interval.low)
+    return {"mean": interval.mean, "interval": [interval.low, interval.high] if known else None}
+
+
+def _sacrebleu(metric: Metric) -> Any:
+    """Return a metric of sacreBLEU; raises `ConfigError` where it is not installed."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError as error:
+        raise ConfigError(MISSING.format(metric)) from error
+    return BLEU() if metric == "bleu" else CHRF()
+
+
+def _corpus_score(
+    metric: Metric, answers: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, Any]:
+    """Return a score of all answers together, 0 to 100, with its bootstrap interval."""
+    most = max(map(len, references))
+    streams = [
+        [each[number] if number < len(each) else None for each in references]
+        for number in range(most)
+    ]
+    scorer = _sacrebleu(metric)
+    found = scorer.corpus_score(list(answers), streams, n_bootstrap=_RESAMPLES)
+    told = json.loads(found.format(4, signature=str(scorer.get_signature()), is_json=True))
+    middle, half = told["confidence_mean"], told["confidence_var"]
+    return {"mean": found.score, "interval": [max(0.0, middle - half), min(100.0, middle + half)]}
