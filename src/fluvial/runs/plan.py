@@ -1,5 +1,6 @@
 """Plan of a run, made without training: parameters, bytes, memory, and whether everything fits."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.opening import check_settings, settled, train_config
+
+logger = logging.getLogger(__name__)
 
 _ENVELOPE = 64
 """Bytes by which rounds may differ through the digits of their numbers."""
@@ -59,6 +62,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         chosen = settled(config, layout, base, len(texts.names))
         layout = Outline(config.model, chosen.adapter).assignment.layout
     remarks = texts.check()
+    logger.info("predicting bytes and memory")
     refuse_idle(config, planned, texts)
     remarks += idle_remarks(config, planned, texts)
     sites = []

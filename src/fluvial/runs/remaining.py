@@ -32,6 +32,7 @@ class Pace:
         """Note a message that says how many pieces of how many are done or begin."""
         found = _COUNTED.search(record.getMessage())
         if found is None:
+            self.left_s = None
             return
 
         number, total = int(found[2]), int(found[3])

@@ -13,11 +13,13 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from fluvial.cli import app, init
+from fluvial.data.records import Answered
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.runs.config import RunConfig, load
 from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
+from fluvial.runs.proposal.proposing import path_from
 from fluvial.runs.proposal.records import look_at_data
 from tests.support.models import shared_four_layers
 
@@ -237,6 +239,20 @@ def test_an_owner_is_named_in_each_record() -> None:
     rows[0] |= {"ward": "1"}
     facts = look_at_data(written(rows), {})
     assert owner_columns(facts.rows, facts.other_columns) == ["site"]
+
+
+def test_labels_that_are_numbers_are_texts() -> None:
+    rows = [
+        {"site": "ab"[number % 2], "prompt": "p", "completion": number % 2} for number in range(6)
+    ]
+    facts = look_at_data(written(rows), {})
+    assert facts.numbers
+    assert [record.content for record in facts.sample()][1] == Answered("p", "1")
+
+
+def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    assert path_from(Path("sub/q.toml"), "sub/records.csv") == "records.csv"
+    assert path_from(Path("sub/q.toml"), "records.csv") == str(tmp_path / "records.csv")
 
 
 def test_limits_that_ask_for_two_methods_are_refused() -> None:

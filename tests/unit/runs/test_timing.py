@@ -194,7 +194,7 @@ def test_a_stage_of_a_command_has_a_pace() -> None:
     say("counting tokens of site %d of %d", 3, 5)  # two seconds each, three to go
     assert pace.words() == "about 6 s left"
     say("loading the base model")
-    assert pace.words() == "about 6 s left"
+    assert pace.words() == ""
     say("multiple choice: %d of %d sequences", 10, 40)
     assert pace.words() == ""
     say("multiple choice: %d of %d sequences", 20, 40)

@@ -47,15 +47,15 @@ def propose(
     is_text = data.form == "text"
     answers = Answers(
         model=model,
-        model_path=_from(file, model.name) if model.local else model.name,
+        model_path=path_from(file, model.name) if model.local else model.name,
         data=data,
-        data_path=_from(file, data.source) if data.local else data.source,
+        data_path=path_from(file, data.source) if data.local else data.source,
         sites=sites,
         lengths=lengths,
         max_length=proposed_length(lengths, model.context, text=is_text),
         limits=limits,
         uplink_mbps=uplink_mbps,
-        public_path=None if public is None else _from(file, public),
+        public_path=None if public is None else path_from(file, public),
     )
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "nothing named"
     head = [
@@ -82,7 +82,7 @@ def _found(answers: Answers) -> tuple[str, ...]:
     )
 
 
-def _from(file: Path, name: str) -> str:
+def path_from(file: Path, name: str) -> str:
     """Return a path as `file` names it: relative to its folder if it lies below, else whole."""
     path = Path(name).expanduser().resolve()
     folder = file.resolve().parent

@@ -3,12 +3,12 @@
 import math
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from fluvial.codecs.auto import AutoSettings
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
 from fluvial.models.targets import LoraSettings
+from fluvial.runs.config import RunConfig
 from fluvial.runs.proposal.document import Section, Setting
 from fluvial.runs.proposal.lengths import Lengths
 from fluvial.runs.proposal.limits import Limit, method_for
@@ -23,6 +23,11 @@ RATE_OF_7B = 1.5e-4
 LARGEST_RATE = 5e-3
 PASSES = 3
 """Passes over the data of the middle site that a run aims at."""
+LEAST_STEPS = 60
+"""Optimizer steps of a site that a run aims at, however few its records are."""
+DEFAULT_ROUNDS: int = RunConfig.model_fields["rounds"].default
+ROUNDS = (5, DEFAULT_ROUNDS)
+"""Fewest and most rounds that are proposed."""
 MEASURED = 100
 """Most held-out sequences of a site that are measured."""
 LONGEST_WRITTEN = 32
@@ -98,11 +103,10 @@ def sections(answers: Answers) -> list[Section]:
         )
 
     train = _train(answers)
-    values = {setting.key: setting.value for setting in train.settings}
-    batch = TrainConfig(**values).logical_batch
-    steps = values["max_steps"]
+    values = TrainConfig.model_validate({each.key: each.value for each in train.settings})
+    steps = values.steps(0)
     return [
-        Section("", [_rounds(answers, batch * steps), *_compare(answers)]),
+        Section("", [*_rounds(answers, values.logical_batch, steps), *_compare(answers)]),
         _model(answers),
         _lora(answers),
         _data(answers),
@@ -113,17 +117,19 @@ def sections(answers: Answers) -> list[Section]:
             rate=answers.rate,
             uplink_mbps=answers.uplink_mbps,
             public=answers.public_path is not None,
-            clip_norm=_clip_norm(answers, values["learning_rate"], steps),
+            clip_norm=_clip_norm(answers, values.learning_rate, steps),
         ),
         _evaluate(answers),
     ]
 
 
-def _rounds(answers: Answers, sequences: int) -> Setting:
-    wanted = PASSES * median(answers.sequences.values()) / sequences
-    rounds = min(20, max(5, math.ceil(wanted)))
-    passes = rounds * sequences / median(answers.sequences.values())
-    return Setting("rounds", rounds, f"about {passes:.2g} passes over the data of a middle site")
+def _rounds(answers: Answers, batch: int, steps: int) -> list[Setting]:
+    middle = median(answers.sequences.values())
+    wanted = max(PASSES * middle / (batch * steps), LEAST_STEPS / steps)
+    rounds = min(ROUNDS[1], max(ROUNDS[0], math.ceil(wanted)))
+    passes = rounds * steps * batch / middle
+    why = f"{rounds * steps} steps, about {passes:.2g} passes over the data of a middle site"
+    return [] if rounds == DEFAULT_ROUNDS else [Setting("rounds", rounds, why)]
 
 
 def _compare(answers: Answers) -> list[Setting]:
@@ -234,7 +240,8 @@ def _train(answers: Answers) -> Section:
     device = batch if model.parameters < 10**9 else min(batch, 4 if model.parameters < 4e9 else 2)
     device = 1 if small else device
     steps = min(20, max(2, round(middle / batch)))
-    settings: list[Setting] = [_learning_rate(model)]
+    settings = [_learning_rate(model)]
+    settings = [each for each in settings if each.value != TrainConfig().learning_rate]
 
     if device != TrainConfig().per_device_train_batch_size:
         why = "one sequence in a pass: the least memory" if small else "what fits beside the base"
@@ -273,7 +280,7 @@ def _learning_rate(model: ModelFacts) -> Setting:
     return Setting("learning_rate", rate, why)
 
 
-def _clip_norm(answers: Answers, learning_rate: float, steps: Any) -> float:
+def _clip_norm(answers: Answers, learning_rate: float, steps: int) -> float:
     """Return an estimate of an update's norm: under Adam with linear decay, a value moves by about
     a quarter of the sum of the learning rates."""
     moved = learning_rate * (steps + 1) / 2 / 4
