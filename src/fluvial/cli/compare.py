@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,7 @@ def compare(
         from fluvial.report.comparison_tables import comparison_tables
         from fluvial.runs.comparison.contenders import read_comparison
         from fluvial.runs.comparison.execute import execute_comparison
+        from fluvial.runs.comparison.files import PAGE
         from fluvial.runs.comparison.gathering import gather
 
         comparison = read_comparison(
@@ -107,17 +109,21 @@ def compare(
         out.print(comparison_tables(compared))
         out.print()
         out.print(f"Runs     {path}", markup=False, soft_wrap=True)
+        out.print(f"Page     {path / PAGE}", markup=False, soft_wrap=True)
 
     if failed:
         raise typer.Exit(1)
 
 
 def _write(compared: "Compared", path: Path) -> None:
-    """Write the comparison into its folder."""
-    from fluvial.runs.comparison.files import COMPARED
+    """Write the comparison and its page into its folder."""
+    from fluvial.report.comparison_page import comparison_page
+    from fluvial.runs.comparison.files import COMPARED, PAGE
     from fluvial.storage.files import write_atomically
 
     write_atomically(path / COMPARED, (compared.model_dump_json(indent=2) + "\n").encode())
+    written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    write_atomically(path / PAGE, comparison_page(compared, path, written=written))
 
 
 def _advice(folder: Path) -> str:

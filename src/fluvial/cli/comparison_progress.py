@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from fluvial.cli.console import err
-from fluvial.cli.progress import PlainProgress
+from fluvial.cli.progress import PlainProgress, library_messages
 from fluvial.formatting import figure, human_bytes, human_seconds, safe_text
 from fluvial.runs.remaining import Remaining
 
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from fluvial.runs.run import Event
 
 
-class ComparisonProgress:
-    """A bar over the rounds of all runs, baselines included, with the time left."""
+class ComparisonProgress(logging.Handler):
+    """A bar over the rounds of all runs, baselines included, with the time left.
+
+    As a log handler it shows what is checked before the first run.
+    """
 
     def __init__(self, comparison: "Comparison", quiet: bool) -> None:
+        super().__init__(logging.INFO)
         self.quiet = quiet
         self.bar = Progress(
             SpinnerColumn(),
@@ -65,6 +69,11 @@ class ComparisonProgress:
         self._done: dict[tuple[str, int], int] = {}
         self._warned: set[str] = set()
         self._plain = PlainProgress()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a message of this process; warnings have a handler of their own."""
+        if record.levelno < logging.WARNING:
+            self._update("before the first run", safe_text(record.getMessage()))
 
     def show(self, step: "Step") -> None:
         """Show a step of the comparison."""
@@ -143,5 +152,5 @@ class ComparisonProgress:
 def comparison_progress(comparison: "Comparison", quiet: bool) -> Iterator[ComparisonProgress]:
     """Show the progress of a comparison; `quiet` shows failures and warnings only."""
     progress = ComparisonProgress(comparison, quiet)
-    with progress.bar:
+    with library_messages(progress), progress.bar:
         yield progress

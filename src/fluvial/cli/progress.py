@@ -140,7 +140,7 @@ class StatusText(logging.Handler):
 @contextmanager
 def spinner(first: str) -> Iterator[None]:
     """Show a spinner with the newest message of the library, beginning with `first`."""
-    with err.status(first) as status, _library_messages(StatusText(status)):
+    with err.status(first) as status, library_messages(StatusText(status)):
         yield
 
 
@@ -148,12 +148,12 @@ def spinner(first: str) -> Iterator[None]:
 def run_progress(settings: "RunConfig", quiet: bool) -> Iterator[RunProgress]:
     """Show the progress of a run; `quiet` shows nothing."""
     progress = RunProgress(settings, quiet)
-    with _library_messages(progress), progress.bar:
+    with library_messages(progress), progress.bar:
         yield progress
 
 
 @contextmanager
-def _library_messages(handler: logging.Handler) -> Iterator[None]:
+def library_messages(handler: logging.Handler) -> Iterator[None]:
     """Pass the messages of the library from INFO on to `handler`."""
     library = logging.getLogger("fluvial")
     level = library.level

@@ -41,6 +41,8 @@ class Series:
     """Points that are marked, and joined by a thin line."""
     tips: Sequence[str] = ()
     """Texts on hover, of the points of `line` and then of `points`."""
+    band: Sequence[tuple[float, float, float]] = ()
+    """Place, lowest and highest value of a shaded band."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +144,16 @@ def line_chart(
                 for tip, point in zip(each.tips, [*each.line, *each.points], strict=True)
                 if _drawable(point, log)
             ],
+            [
+                (x, low, high)
+                for x, low, high in each.band
+                if _drawable((x, low), log) and _drawable((x, high), log)
+            ],
         )
         for each in series
     ]
     places = [point for each in shown for point in (*each.line, *each.points)]
+    places += [(x, y) for each in shown for x, low, high in each.band for y in (low, high)]
     if not places:
         return Markup("")
 
@@ -185,6 +193,13 @@ def line_chart(
             drawing.text(x, bottom + 17, words(column), anchor="middle")
             free = x + half + 8
     drawing.text(left + inner / 2, bottom + 34, across, anchor="middle")
+
+    for each in shown:
+        edge = [(x, low) for x, low, _ in each.band]
+        edge += [(x, high) for x, _, high in reversed(each.band)]
+        if edge:
+            d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in edge) + "Z"
+            drawing.path(d, f"fill:var(--{each.colour});fill-opacity:.14")
 
     for each in shown:
         stroke = f"stroke:var(--{each.colour});stroke-dasharray:{DASHES.get(each.colour) or 'none'}"

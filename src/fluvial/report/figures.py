@@ -23,6 +23,10 @@ HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
 
+Points = Sequence[tuple[float, float]]
+"""Places on an axis, each with a value."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a page: the method's own, or one of its baselines."""
@@ -62,11 +66,16 @@ def score_of(runs: Sequence[Run]) -> str:
 def by_axis(runs: Sequence[Run], axis: str, measure: str) -> Markup:
     """Draw the loss or a score of all `runs` over an axis of `Run.places`."""
     drawn = [run for run in runs if axis in ("round", "seconds") or run.sends_updates]
+    return chart_of([series_of(run, axis, measure) for run in drawn], axis, measure)
+
+
+def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
+    """Draw series of the loss or of a score over an axis of `Run.places`."""
     words, across = _AXES[axis]
     percents = measure != "loss"
     heights: Callable[[float], str] = _short_percent if percents else "{:.4g}".format
     return line_chart(
-        [_series(run, axis, measure, words) for run in drawn],
+        series,
         across=across,
         up=SCORES.get(measure, "loss, nats per token"),
         words=words,
@@ -88,10 +97,9 @@ _AXES: dict[str, tuple[Callable[[float], str], str]] = {
 """Words for a value on an axis, and the axis's name."""
 
 
-def _series(run: Run, axis: str, measure: str, words: Callable[[float], str]) -> Series:
+def series_of(run: Run, axis: str, measure: str) -> Series:
     """Return training losses as a line, and held-out measures as points."""
     at = run.places(axis)
-    show = figure if measure == "loss" else percent
     line = []
     points = []
     for place, record in zip(at[1:], run.metrics, strict=True):
@@ -112,10 +120,18 @@ def _series(run: Run, axis: str, measure: str, words: Callable[[float], str]) ->
             *([] if after is None else [(at[-1], after)]),
         ]
 
+    return Series(
+        run.name, run.colour, line, points, tips_of(run.name, axis, measure, line, points)
+    )
+
+
+def tips_of(name: str, axis: str, measure: str, line: Points, points: Points) -> list[str]:
+    """Return the texts on hover of training losses and of held-out measures."""
+    words, _ = _AXES[axis]
+    show = figure if measure == "loss" else percent
     unit = "round " if axis == "round" else ""
-    tips = [f"{run.name}\n{unit}{words(x)}: training loss {figure(y)}" for x, y in line]
-    tips += [f"{run.name}\n{unit}{words(x)}: held-out {show(y)}" for x, y in points]
-    return Series(run.name, run.colour, line, points, tips)
+    tips = [f"{name}\n{unit}{words(x)}: training loss {figure(y)}" for x, y in line]
+    return tips + [f"{name}\n{unit}{words(x)}: held-out {show(y)}" for x, y in points]
 
 
 def bytes_by_kind(runs: Sequence[Run]) -> Markup:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words, safe_text
@@ -52,9 +52,13 @@ MEASURES = {
     "snr_db": "SNR in dB",
 }
 """Names on the page of the gate's measures."""
-TEMPLATE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(
-    Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
 )
+"""Templates of pages, which are in this folder."""
 
 
 def page_of(run: JsonObject, *, written: str = "", refresh_s: int = 0) -> bytes:
@@ -64,7 +68,7 @@ def page_of(run: JsonObject, *, written: str = "", refresh_s: int = 0) -> bytes:
     every `refresh_s` seconds; 0 for a page that stays as it is.
     """
     content = _content(run) | {"written": written, "refresh_s": refresh_s}
-    return TEMPLATE.render(content).encode(errors="replace")
+    return PAGES.get_template("page.html").render(content).encode(errors="replace")
 
 
 def write_page(run: JsonObject, path: Path) -> None:

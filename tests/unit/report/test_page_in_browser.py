@@ -126,23 +126,33 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
         server.shutdown()
 
 
+def opened(
+    page: bytes, width: int, served: tuple[Path, str], profile: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """What the probe finds in a page of this width, and the lines of the console."""
+    assert CHROMIUM is not None
+    www, address = served
+    (www / "page.html").write_bytes(page)
+    (www / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--window-size=1400,1000", "--virtual-time-budget=3000", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={profile}", f"{address}/probe.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+    found = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)[1])  # type: ignore[index]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return found, [line for line in console if "favicon" not in line]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_opens_whole(
     kind: str, width: int, served: tuple[Path, str], tmp_path: Path
 ) -> None:
-    assert CHROMIUM is not None
-    www, address = served
     make, headings = KINDS[kind]
     make(tmp_path / "run")
-    (www / "page.html").write_bytes(page_of(read_run(tmp_path / "run")))
-    (www / "probe.html").write_text(PROBE.replace("WIDTH", str(width)))
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    command += ["--window-size=1400,1000", "--virtual-time-budget=3000", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", f"{address}/probe.html"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-
-    found = json.loads(re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL)[1])  # type: ignore[index]
+    page = page_of(read_run(tmp_path / "run"))
+    found, console = opened(page, width, served, tmp_path / "profile")
     assert found["wide"] <= width
     assert "None" not in found["text"]
     assert found["requests"] == []
@@ -151,5 +161,4 @@ def test_the_page_opens_whole(
     assert all(chart["tips"] and not chart["outside"] for chart in found["charts"]), found["charts"]
     assert found["hidden"]
     assert found["shown"] == (0 if kind == "refused" else 1)
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert [line for line in console if "favicon" not in line] == []
+    assert console == []

@@ -1,33 +1,27 @@
 """One run in a process of its own, so that its peak of memory is its own.
 
-    python -m fluvial.runs.comparison.child
-
-The first line of standard input is the task; each line of standard output is a message. When
-standard input ends, the process that started this one has ended, and this one ends too.
+The program is `fluvial.cli.comparison_run`. The first line of its standard input is the task; each
+line of its standard output is a message. When its standard input ends, the process that started it
+has ended, and it ends too.
 """
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from fluvial import interrupt
-from fluvial.errors import FluvialError
-from fluvial.runs.config import RunConfig, parse
-from fluvial.runs.run import Event, execute
+from fluvial.runs.config import RunConfig
+from fluvial.runs.run import Event
 
 Message = Event | logging.LogRecord
 """An event of the run, or a message of the library from it."""
-ENDED = 1
-"""Exit code of a run that ended with an error of ours, which was its last message."""
+PROGRAM = "fluvial.cli.comparison_run"
+"""Module that is the process of a run."""
 
 
 class RunFailedError(Exception):
@@ -49,7 +43,7 @@ def in_own_process(config: RunConfig, folder: Path, *, resume: bool) -> Iterator
     with (
         tempfile.TemporaryFile() as words,
         subprocess.Popen(
-            [sys.executable, "-m", "fluvial.runs.comparison.child"],
+            [sys.executable, "-m", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=words,
@@ -82,70 +76,3 @@ def _last_line(words: IO[bytes]) -> str:
     words.seek(0)
     lines = words.read().decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it said nothing"
-
-
-class _Messages(logging.Handler):
-    """Messages to the process that started this one."""
-
-    def __init__(self, pipe: IO[str]) -> None:
-        super().__init__()
-        self._pipe = pipe
-
-    def send(self, kind: str, content: Any) -> None:
-        """Write one message."""
-        line = json.dumps([kind, content]) + "\n"
-        with self.lock or threading.RLock():
-            self._pipe.write(line)
-            self._pipe.flush()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Send a message of the library, or a warning of another one."""
-        if not record.name.startswith("fluvial") and record.levelno < logging.WARNING:
-            return
-
-        plain = isinstance(record.args, tuple) and all(
-            isinstance(value, str | int | float) for value in record.args
-        )
-        self.send(
-            "log",
-            {
-                "name": record.name,
-                "levelno": record.levelno,
-                "levelname": record.levelname,
-                "msg": str(record.msg) if plain else record.getMessage().replace("%", "%%"),
-                "args": record.args if plain else [],
-            },
-        )
-
-
-def main() -> int:
-    """Do the task of standard input; return the exit code."""
-    interrupt.install()
-    task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    # What a library prints must not get among the messages.
-    messages = _Messages(os.fdopen(os.dup(1), "w"))
-    os.dup2(2, 1)
-    logging.getLogger().addHandler(messages)
-    logging.getLogger("fluvial").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as `fluvial.cli` does
-
-    try:
-        config = parse(task["config"], "the configuration of the comparison")
-        for event in execute(config, Path(task["folder"]), resume=task["resume"]):
-            messages.send("event", asdict(event))
-    except FluvialError as error:
-        messages.send("error", f"{type(error).__name__}: {error}")
-        return ENDED
-
-    return 0
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    os._exit(143)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

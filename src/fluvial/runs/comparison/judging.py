@@ -98,13 +98,14 @@ def _sentence(contender: ComparedContender, base: ComparedContender, found: Diff
         "not tested": f"{both} are not tested",
     }[answer(found)]
     way = "lower" if found.mean < 0 else "higher"
-    parts = [f"{words}: held-out loss {figure(abs(found.mean))} nats {way}"]
+    apart = f": held-out loss {figure(abs(found.mean))} nats {way}" if found.mean else ""
+    parts = [words + apart]
     if found.low is not None:
         parts.append(f"95 % interval {figure(found.low, '+.4f')} to {figure(found.high, '+.4f')}")
     tested = test_words(found)
     parts.append(tested if found.p_holm is None else f"{tested}, p = {p_words(found.p_holm)}")
     if contender.bytes_total and base.bytes_total:
-        parts.append(f"bytes {human_ratio(contender.bytes_total / base.bytes_total)} of its")
+        parts.append(f"at {human_ratio(contender.bytes_total / base.bytes_total)} of the bytes")
 
     return ", ".join(parts)
 
