@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -71,7 +71,7 @@ def init(
     from fluvial.runs.proposal.limits import LIMITS, limits_of
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
-    from fluvial.runs.proposal.records import look_at_data
+    from fluvial.runs.proposal.records import facts_about, read_records
 
     renamed = _renamed(column or [])
     chosen_limits = None if limit is None else limits_of(limit)
@@ -82,7 +82,8 @@ def init(
 
     def looked_at_data(name: str) -> "DataFacts":
         with spinner("reading the records"):
-            return look_at_data(name, renamed)
+            files = read_records(name)
+        return facts_about(files, renamed, _columns if asks else None)
 
     facts = _answer(
         "Model: a folder, a hub id, or embedded",
@@ -199,6 +200,15 @@ def _renamed(pairs: list[str]) -> dict[str, str]:
             )
         renamed[field] = name
     return renamed
+
+
+def _columns(names: Sequence[str]) -> dict[str, str]:
+    """Return the columns of question and answer, or of a text, as the user answers."""
+    err.print(f"  columns: {safe_text(', '.join(names))}", markup=False)
+    first = typer.prompt("Column with the text, or with the question", err=True)
+    question = "Column with the answer, or Enter where there is none"
+    answer = typer.prompt(question, default="", show_default=False, err=True)
+    return {"prompt": first, "completion": answer} if answer else {"text": first}
 
 
 def _mbps(words: str) -> float:

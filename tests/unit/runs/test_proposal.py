@@ -20,7 +20,7 @@ from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
 from fluvial.runs.proposal.proposing import path_from
-from fluvial.runs.proposal.records import look_at_data
+from fluvial.runs.proposal.records import facts_about, read_records
 from tests.support.models import shared_four_layers
 
 WORDS = {"north": "snow ice wind", "south": "sun sand heat", "west": "rain sea wave"}
@@ -179,6 +179,19 @@ def test_questions_are_asked_on_a_terminal(
     assert load(Path("q.toml")).coding.name == "trellis"
 
 
+def test_columns_that_fit_no_form_are_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    rows = [{"site": "ab"[n % 2], "a1": f"question {n}", "a2": "yes"} for n in range(40)]
+    options = ("--model", str(tiny_model), "--data", written(rows), "--limit", "none")
+    with pytest.raises(ConfigError, match="--column prompt=a3: the records have the columns"):
+        run_init(*options, typed="a3\na2\n")
+
+    run_init(*options, typed="a1\na2\n\n")
+    assert load(Path("q.toml")).data.columns == {"prompt": "a1", "completion": "a2"}
+
+
 def test_a_missing_option_is_refused_without_a_terminal(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match="--model: missing, and there is no terminal"):
         run_init()
@@ -237,7 +250,7 @@ def test_columns_that_fit_no_form_are_refused() -> None:
 def test_an_owner_is_named_in_each_record() -> None:
     rows = [{"text": "x", "site": "ab"[n % 2], "id": str(n), "hospital": "a"} for n in range(6)]
     rows[0] |= {"ward": "1"}
-    facts = look_at_data(written(rows), {})
+    facts = facts_about(read_records(written(rows)), {})
     assert owner_columns(facts.rows, facts.other_columns) == ["site"]
 
 
@@ -245,7 +258,7 @@ def test_labels_that_are_numbers_are_texts() -> None:
     rows = [
         {"site": "ab"[number % 2], "prompt": "p", "completion": number % 2} for number in range(6)
     ]
-    facts = look_at_data(written(rows), {})
+    facts = facts_about(read_records(written(rows)), {})
     assert facts.numbers
     assert [record.content for record in facts.sample()][1] == Answered("p", "1")
 

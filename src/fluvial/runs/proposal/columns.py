@@ -64,7 +64,16 @@ def guessed_columns(columns: Sequence[str]) -> tuple[Form, dict[str, str]]:
 
 
 def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
-    """Return the form of records some of whose columns are renamed; raises `ConfigError`."""
+    """Return the form of records some of whose columns are renamed.
+
+    Raises `ConfigError` for a column that is not there, and where no form fits.
+    """
+    for field, column in renamed.items():
+        if column not in columns:
+            raise ConfigError(
+                f"--column {field}={column}: the records have the columns {', '.join(columns)}"
+            )
+
     fits = [form for form in FORMS if set(REQUIRED_FIELDS[form]) <= {*columns, *renamed}]
     named = [form for form in fits if set(renamed) & set(REQUIRED_FIELDS[form])]
     if not fits:

@@ -49,7 +49,7 @@ def propose(
         model=model,
         model_path=path_from(file, model.name) if model.local else model.name,
         data=data,
-        data_path=path_from(file, data.source) if data.local else data.source,
+        data_path=path_from(file, data.source) if data.files.local else data.source,
         sites=sites,
         lengths=lengths,
         max_length=proposed_length(lengths, model.context, text=is_text),

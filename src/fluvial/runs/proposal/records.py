@@ -2,7 +2,7 @@
 
 import codecs
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,19 +32,14 @@ SAMPLE = 2000
 
 
 @dataclass(frozen=True)
-class DataFacts:
-    """Facts about the records of a source."""
+class RecordFiles:
+    """The rows of a source, as they were read."""
 
     source: str
     local: bool
     """True for a file or folder, whose path is relative to the file that names it."""
     reading: Mapping[str, str]
     """Settings of [data] that its files need: encoding, delimiter."""
-    form: Form
-    columns: Mapping[str, str]
-    """Columns to rename: our field = the file's column."""
-    numbers: bool
-    """True where a text is a JSON number or boolean."""
     tables: tuple[Table, ...]
 
     @cached_property
@@ -55,7 +50,34 @@ class DataFacts:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Return the names of all columns."""
-        return columns_of(self.rows[:1000])
+        return columns_of([row for table in self.tables for row in table.rows[:1000]])
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Facts about the records of a source."""
+
+    files: RecordFiles
+    form: Form
+    columns: Mapping[str, str]
+    """Columns to rename: our field = the file's column."""
+    numbers: bool
+    """True where a text is a JSON number or boolean."""
+
+    @property
+    def source(self) -> str:
+        """Return the name of the source."""
+        return self.files.source
+
+    @property
+    def rows(self) -> list[Row]:
+        """Return the rows of all files."""
+        return self.files.rows
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all columns."""
+        return self.files.names
 
     @property
     def is_conversation(self) -> bool:
@@ -99,41 +121,53 @@ class Sites:
         return f"{len(largest)} sites ({first}{', ...' if len(largest) > 8 else ''})"
 
 
-def look_at_data(source: str, columns: Mapping[str, str]) -> DataFacts:
-    """Return the facts about a source; `columns` are those that the caller renames.
-
-    Raises `ConfigError` for what cannot be read, and where no form fits the columns.
-    """
+def read_records(source: str) -> RecordFiles:
+    """Return the rows of a source; raises `ConfigError` for what cannot be read."""
     local = is_local(source)
     reading = _reading(Path(source).expanduser()) if local else {}
     config = DataConfig.model_validate({"source": source, **reading})
     faults = Faults()
     found = tables(Source("--data", source, config.split, config.reading()), faults)
     faults.raise_any()
-    names = columns_of([row for table in found for row in table.rows[:1000]])
-    if columns:
-        form, renamed = form_of(names, columns), dict(columns)
-    else:
-        form, renamed = guessed_columns(names)
+    return RecordFiles(source, local, reading, tuple(found))
+
+
+def facts_about(
+    files: RecordFiles,
+    columns: Mapping[str, str],
+    ask: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+) -> DataFacts:
+    """Return the facts about records; `columns` are those that the caller renames.
+
+    Where no form fits the columns, `ask` returns those to rename. Raises `ConfigError` where no
+    form fits.
+    """
+    names = files.names
+    try:
+        form, renamed = (
+            (form_of(names, columns), dict(columns)) if columns else guessed_columns(names)
+        )
+    except ConfigError:
+        if ask is None:
+            raise
+        renamed = dict(ask(names))
+        form = form_of(names, renamed)
 
     texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form]]
     numbers = any(
-        isinstance(row.fields.get(name), Number | bool)
-        for table in found
-        for row in table.rows
-        for name in texts
+        isinstance(row.fields.get(name), Number | bool) for row in files.rows for name in texts
     )
-    return DataFacts(source, local, reading, form, renamed, numbers, tuple(found))
+    return DataFacts(files, form, renamed, numbers)
 
 
 def sites_by_file(facts: DataFacts) -> Sites:
     """Return a site for each file of a folder; raises `ConfigError` for a single file."""
-    if len(facts.tables) < 2:
+    if len(facts.files.tables) < 2:
         raise ConfigError(
             f"--site-column file: {facts.source!r} is one file, and a file would be a site; name a "
             "folder with a file for each site, or the column with the owner's name"
         )
-    counts = {Path(table.name).stem: len(table.rows) for table in facts.tables}
+    counts = {Path(table.name).stem: len(table.rows) for table in facts.files.tables}
     return Sites({"by": "file"}, counts, "each file of the folder is a site")
 
 
@@ -182,7 +216,7 @@ def found_sites(facts: DataFacts) -> Sites | None:
     owners = owner_columns(facts.rows, facts.other_columns)
     if owners and is_usual_owner(owners[0]):
         return sites_by_column(facts, owners[0])
-    return sites_by_file(facts) if len(facts.tables) > 1 else None
+    return sites_by_file(facts) if len(facts.files.tables) > 1 else None
 
 
 def likely_columns(facts: DataFacts) -> Sequence[str]:

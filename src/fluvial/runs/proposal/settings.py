@@ -179,7 +179,7 @@ def _lora(answers: Answers) -> Section:
 def _data(answers: Answers) -> Section:
     data = answers.data
     settings = [Setting("source", answers.data_path, f"{len(data.rows):,} records, {data.form}")]
-    for key, value in data.reading.items():
+    for key, value in data.files.reading.items():
         settings.append(Setting(key, value, "as the file was found; `fluvial preview` shows it"))
     if data.columns:
         why = "our field = your column"
