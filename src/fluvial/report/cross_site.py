@@ -10,7 +10,7 @@ from fluvial.storage.run_files import JsonObject
 
 FEDERATED = "federated"
 """Label of the row of the final model."""
-MOST_COLUMNS = 8
+MOST_COLUMNS = 6
 """Number of sites whose columns fit on a terminal."""
 
 

@@ -23,6 +23,9 @@ from fluvial.report.figures import SCORES, Run, score_of
 from fluvial.report.headline import ORDER, first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
+    ANSWER_SCORES,
+    ANSWERS_CAPTION,
+    INTERVAL,
     RESULT_CAPTION,
     cut_words,
     result_rows,
@@ -41,6 +44,9 @@ ROUNDS = 12
 """Number of last rounds of the table of fairness on the page."""
 UNEQUAL = 1.05
 """Ratio of the most to the fewest bytes of a site from which these are drawn."""
+EXACT = ANSWER_SCORES["exact_match"]
+FURTHER = ("next-token accuracy", ANSWER_SCORES["f1"], ANSWER_SCORES["rouge_l"])
+"""Headings of scores that stand apart where there is exact match."""
 AXES = {"round": "By round", "up": "By bytes up", "both": "By all bytes", "seconds": "By time"}
 """Axes of losses and scores, with the words of their tabs."""
 MEASURES = {
@@ -131,8 +137,8 @@ def _content(run: JsonObject) -> JsonObject:
         "folder": run["folder"],
         "verdict": first_lines(run, method),
         "tiles": tiles(result, score) if result else [],
-        "rows": result_rows(with_compared(run)) if result else [],
-        "caption": RESULT_CAPTION + cut_words(config) + too_long_words(result or {}),
+        "tables": _tables(result_rows(with_compared(run))) if result else [],
+        "caption": _caption(result or {}, config),
         "axes": _axes(runs, score),
         "runs": legend([(each.name, each.colour) for each in runs]),
         "maps": _maps(result or {}),
@@ -195,6 +201,26 @@ def _baselines(compare: Mapping[str, JsonObject], description: JsonObject) -> li
         )
 
     return runs
+
+
+def _tables(rows: list[list[str]]) -> list[list[list[str]]]:
+    """Return the result table; with answers their exact match comes first, and the other scores are
+    a table of their own."""
+    headings = rows[0]
+    if EXACT not in headings:
+        return [rows]
+
+    first = [EXACT, INTERVAL]
+    further = [name for name in FURTHER if name in headings]
+    rest = [name for name in headings[1:] if name not in (*first, *further)]
+    chosen = [[0, *map(headings.index, names)] for names in ([*first, *rest], further)]
+    return [[[row[at] for at in places] for row in rows] for places in chosen if len(places) > 1]
+
+
+def _caption(result: JsonObject, config: JsonObject) -> str:
+    """Return the meaning of the columns of the result tables."""
+    answers = f" {ANSWERS_CAPTION}" if result.get("questions") else ""
+    return RESULT_CAPTION + answers + cut_words(config) + too_long_words(result)
 
 
 def _axes(runs: Sequence[Run], score: str) -> list[JsonObject]:

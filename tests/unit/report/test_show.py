@@ -386,6 +386,23 @@ def test_the_time_on_a_line_is_that_of_one_sites_bytes() -> None:
     assert cell == human_seconds(size * 8 / 20e6)
 
 
+def test_the_page_has_exact_match_first_and_other_scores_apart(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = read_run(finished)
+    run["result"]["questions"] = 200
+    for table in filter(None, run["result"]["heldout"].values()):
+        table |= {"exact_match": 0.5, "f1": 0.6, "rouge_l": 0.7}
+
+    write_page(run, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    headings = re.findall(r"<th>(.*?)</th>", page)
+    assert headings[:4] == ["", "exact match", "95 % interval", "held-out loss"]
+    assert headings[4:8] == ["up per site", "round ratio", "amortised", "at 20 Mbit/s"]
+    assert headings[8:12] == ["", "next-token accuracy", "token F1", "ROUGE-L"]
+    assert "43.1 - 56.9 %" in page
+
+
 def test_a_coded_baseline_is_not_called_uncompressed() -> None:
     compare = {"local": described("local", METHODS["local"].traits, None)}
     ours = result("fedavg", "ternary", 3.25, 8000, 131200, compare=compare)
