@@ -108,6 +108,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "max_steps": 2,
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0.5,
+            "warmup_steps": 2,
             "weight_decay": 1.0,
             "max_grad_norm": 0.01,
             "optim": "sgd",

@@ -22,7 +22,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.models.tuning import tuned_parameters
 from fluvial.seeds import generator
 from fluvial.training.config import TrainConfig
-from fluvial.training.stepper import learning_rate_share
+from fluvial.training.stepper import Stepper, learning_rate_share
 from fluvial.training.train import (
     TrainReport,
     collate,
@@ -255,6 +255,74 @@ def test_steps_of_a_round(changes: dict[str, Any], examples: int, expected: int)
 def test_learning_rate_schedule(kind: Any, warmup: float, expected: list[float]) -> None:
     config = TrainConfig(lr_scheduler_type=kind, warmup_ratio=warmup)
     assert [learning_rate_share(step, 4, config) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "inverse_sqrt"])
+def test_schedules_are_those_of_transformers(kind: Any, warmup: int) -> None:
+    """The warm-up is theirs one step earlier, so that no step is made at a learning rate of 0."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=8)
+    share = theirs.lr_lambdas[0]
+    config = TrainConfig(lr_scheduler_type=kind, warmup_steps=warmup)
+    expected = [share(step + 1 if step < warmup else step) for step in range(8)]
+    assert [learning_rate_share(step, 8, config) for step in range(8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd"])
+def test_optimizers_are_those_of_transformers(optim: Any, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    numbers: dict[str, Any] = {
+        "learning_rate": 0.02,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "weight_decay": 0.1,
+    }
+    ours = {name: value for name, value in numbers.items() if "adam" in optim or "adam" not in name}
+    config = TrainConfig.model_validate({"optim": optim, "lr_scheduler_type": "constant", **ours})
+    arguments = TrainingArguments(str(tmp_path), optim=optim, use_cpu=True, **numbers)
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    draw = torch.Generator().manual_seed(0)
+    value = torch.randn(5, 7, generator=draw)
+    mine, other = nn.Parameter(value.clone()), nn.Parameter(value.clone())
+    stepper = Stepper({"weight": mine}, config, steps=4)
+    optimizer = kind([other], weight_decay=config.weight_decay, **options)
+
+    for step in range(4):
+        gradient = torch.randn(5, 7, generator=draw)
+        mine.grad, other.grad = gradient.clone(), gradient.clone()
+        stepper.step(step)
+        optimizer.step()
+
+    # AdamW of all tensors at once and one by one round alike; a fused kernel may not.
+    torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    assert float((mine - value).detach().abs().min()) > 0
+
+
+def test_gradient_checkpointing_holds_less_for_the_backward_pass(pool: ModelPool) -> None:
+    """Bytes that autograd saves, apart from weights."""
+    held = {}
+    for checkpointing in (False, True):
+        with pool.model(start(pool), trainable="A and B", checkpointing=checkpointing) as model:
+            weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+            saved: dict[int, int] = {}
+
+            def pack(tensor: Tensor, weights: set[int] = weights, saved: Any = saved) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in weights:
+                    saved[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                logits, labels = predictions(model, collate(EXAMPLES, 0))
+            held[checkpointing] = sum(saved.values())
+            assert summed_loss(logits, labels).requires_grad
+
+    assert held[True] < 0.6 * held[False]
 
 
 def test_the_schedule_reaches_the_optimizer(pool: ModelPool) -> None:
@@ -514,6 +582,7 @@ def test_the_loop_fits_a_known_distribution() -> None:
         {"gradient_accumulation_steps": 0},
         {"warmup_ratio": 1.0},
         {"optim": "lion"},
+        {"warmup_steps": 2, "warmup_ratio": 0.1},
         {"epochs": 1},
     ],
     ids=str,

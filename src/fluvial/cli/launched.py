@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import typer
 
+from fluvial.cli.console import err
+
 
 @contextmanager
 def in_first_process() -> Iterator[None]:
@@ -20,7 +22,8 @@ def in_first_process() -> Iterator[None]:
     if here is None:
         yield
     elif here.rank:
-        here.serve()
+        trainings = here.serve()
+        err.print(f"process {here.rank} took part in {trainings} trainings", highlight=False)
         raise typer.Exit
     else:
         try:

@@ -15,7 +15,7 @@ from fluvial.methods.measuring import Texts
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import train_config
 
-_OF_STEPS = ("train.lr_scheduler_type", "train.warmup_ratio")
+_OF_STEPS = ("train.lr_scheduler_type", "train.warmup_ratio", "train.warmup_steps")
 """Settings that shape the learning rate over the steps of a round."""
 
 

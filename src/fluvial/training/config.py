@@ -22,16 +22,22 @@ class TrainConfig(Settings):
     """Passes over the site's data in one round; refused where `max_steps` is set."""
     max_steps: int | None = Field(None, ge=1, le=10**9)
     """Optimizer steps of one round, instead of `num_train_epochs`."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay of the learning rate after the warm-up."""
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    """Decay of the learning rate after the warm-up; "constant" has the warm-up that is set, as
+    "constant_with_warmup"."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
+    warmup_steps: int = Field(0, ge=0, le=10**9)
+    """Steps of a round in which the learning rate rises, instead of `warmup_ratio`."""
     weight_decay: float = Field(0.0, ge=0, le=10)
     """Decoupled weight decay (AdamW), or L2 penalty (SGD)."""
     max_grad_norm: float = Field(1.0, ge=0, le=1e9)
     """Clipping threshold of the global gradient norm; 0 switches clipping off."""
-    optim: Literal["adamw_torch", "sgd"] = "adamw_torch"
-    """Optimizer, made anew in each round."""
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
+    """Optimizer, made anew in each round; "adamw_torch_fused" is AdamW in one kernel, quicker on a
+    GPU."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of AdamW's mean of gradients."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -49,6 +55,9 @@ class TrainConfig(Settings):
         if self.max_steps is not None and self.num_train_epochs != 1:
             yield "num_train_epochs: without effect beside max_steps; remove one of the two"
 
+        if self.warmup_steps and self.warmup_ratio:
+            yield "warmup_ratio: without effect beside warmup_steps; remove one of the two"
+
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
             if self.optim == "sgd" and getattr(self, name) != fields[name].default:
                 yield f"{name}: without effect under optim='sgd'; remove it"
@@ -57,6 +66,10 @@ class TrainConfig(Settings):
     def logical_batch(self) -> int:
         """Sequences of one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def warmup(self, steps: int) -> int:
+        """Return the steps of warm-up in a round of `steps`."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
     def steps(self, num_examples: int) -> int:
         """Return the optimizer steps of one round on `num_examples` sequences.

@@ -226,8 +226,8 @@ class Processes:
         store = self._store()
         store.set(f"training/{store.add('announced', 1)}", "none")
 
-    def serve(self) -> None:
-        """Take part in trainings until the first process ends them."""
+    def serve(self) -> int:
+        """Take part in trainings until the first process ends them; return how many there were."""
         self._take_device()
         store = self._store()
         pools: dict[str, ModelPool] = {}
@@ -242,6 +242,8 @@ class Processes:
             except (DivergenceError, LostError) as error:  # which the first process reports
                 logger.info("process %d: %s", self.rank, error)
             number += 1
+
+        return number - 1
 
     def _take_device(self) -> None:
         """Let "cuda" be this process's own GPU."""

@@ -12,20 +12,25 @@ from fluvial.wire.tensors import Layout, Named
 def learning_rate_share(step: int, steps: int, config: TrainConfig) -> float:
     """Return the share of the peak learning rate at `step` (0-based) of `steps`.
 
-    It rises in the warm-up, then decays towards 0.
+    It rises in the warm-up, then decays by the formulas of transformers' `get_scheduler`, whose
+    first step of a warm-up has none.
     """
-    warmup = math.ceil(config.warmup_ratio * steps)
+    warmup = config.warmup(steps)
+    kind = config.lr_scheduler_type
     if step < warmup:
         return (step + 1) / warmup
-    if config.lr_scheduler_type == "constant":
+    if kind in ("constant", "constant_with_warmup"):
         return 1.0
+    if kind == "inverse_sqrt":
+        scale = warmup or INVERSE_SQRT_STEPS
+        return 1.0 / math.sqrt((step - warmup + scale) / scale)
 
-    done = (step - warmup) / max(1, steps - warmup)
-    return (
-        1.0 - done if config.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * done))
-    )
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 1.0 - done if kind == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
+INVERSE_SQRT_STEPS = 10_000
+"""Time scale of "inverse_sqrt" without a warm-up, as in transformers."""
 AT_ONCE = 2**24
 """Parameters below which AdamW updates all tensors at once, with 4 more bytes for each."""
 
@@ -143,10 +148,12 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.opt
             parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
+    fused = config.optim == "adamw_torch_fused"
     return torch.optim.AdamW(
         parameters,
         # The same operations on all tensors at once: torch's choice on a GPU, and quicker on a CPU.
-        foreach=sum(parameter.numel() for parameter in parameters) < AT_ONCE,
+        foreach=not fused and sum(parameter.numel() for parameter in parameters) < AT_ONCE,
+        fused=fused,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
