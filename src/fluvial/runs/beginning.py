@@ -54,10 +54,16 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
 
     for key in ("fluvial", DESCRIPTION):
         stored.pop(key, None)
-    # How many sites work at a time, and the page, change nothing in the result. And as long as the
+    # How many sites work at a time, the page, trackers and traces change nothing in the result. And as long as the
     # method itself has not got through its set-up, another method or codec only keeps the
     # baselines, which do not depend on them.
-    free = ("fleet.workers", "page", *(() if folder.newest() else ("method.", "codec.")))
+    free = (
+        "fleet.workers",
+        "page",
+        "report_to",
+        "profile",
+        *(() if folder.newest() else ("method.", "codec.")),
+    )
     other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
 
     if other:

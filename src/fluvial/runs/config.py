@@ -24,6 +24,7 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.fit import budget_conflicts
+from fluvial.runs.trackers import Tracker
 from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
 from fluvial.storage import paths, recipes, toml
@@ -42,6 +43,12 @@ class RunConfig(Settings):
     page: Literal["rounds", "end", "never"] = "rounds"
     """Times at which report.html, the page of the run, is written into its folder: after rounds, as
     often as takes at most a hundredth of the run's time; at the end; or never."""
+    report_to: tuple[Tracker, ...] = ()
+    """Trackers that get the measures of each round, by accelerate's names. They write into the run's
+    folder, and report nothing over a network unless their own environment variables say so."""
+    profile: tuple[int, ...] = ()
+    """Rounds of which torch.profiler writes a trace into the run's folder, such as `[2]`: the first
+    round also warms up. Sites in other processes are not traced."""
     model: ModelConfig = ModelConfig()
     tune: Tune | None = None
     """Weights that are tuned: a LoRA adapter ("lora"), or all ("full"); unset, the method's
@@ -95,6 +102,9 @@ class RunConfig(Settings):
         yield from self._downlink_conflicts()
         yield from budget_conflicts(self)
 
+        beyond = [number for number in self.profile if not 1 <= number <= self.rounds]
+        if beyond:
+            yield f"profile: there is no round {beyond[0]}; the run has rounds 1 to {self.rounds}"
         if self.method.name in self.compare:
             yield f"compare: {self.method.name!r} is the method itself; remove it from the list"
 
@@ -267,7 +277,7 @@ class RunConfig(Settings):
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and
         without the settings that the other method has no use for."""
-        left_out = {"codec", "downlink", "compare", "budget", "page"}
+        left_out = {"codec", "downlink", "compare", "budget", "page", "profile"}
         table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
         table.get("evaluate", {}).pop("cross_site", None)

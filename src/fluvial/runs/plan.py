@@ -27,6 +27,7 @@ from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.opening import check_settings, settled, train_config
+from fluvial.runs.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer, base, config.model.name_or_path)
     check_attention(config.model, device)
+    check_trackers(config.report_to)
     weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
     texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))

@@ -38,7 +38,9 @@ from fluvial.runs.idle import idle_remarks, refuse_idle
 from fluvial.runs.metrics import check_metrics
 from fluvial.runs.model_card import write_cards
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
+from fluvial.runs.profiling import profiled
 from fluvial.runs.result import directed, recorded, result_of, traffic_of
+from fluvial.runs.trackers import check_trackers, tracked
 from fluvial.storage.files import private
 from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, read_result
 from fluvial.wire.payload import Payload, Value
@@ -85,6 +87,7 @@ def execute(
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
     """
+    check_trackers(config.report_to)
     with private(), RunFolder(folder) as main:
         config, choice = begun(main, config, resume=resume)
         torch.set_num_threads(config.fleet.threads)
@@ -121,16 +124,19 @@ def execute(
         for remark in [*remarks, *idle_remarks(config, planned, known)]:
             logger.warning("%s", remark)
 
-        main.write_json(CONFIG, recorded(config, [each for each, _ in baselines]))
+        if read_result(folder) is None:  # the digests of a finished run know its files
+            main.write_json(CONFIG, recorded(config, [each for each, _ in baselines]))
         own_models: OwnModels | None = None
         for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
             if path == folder:
-                yield from Run(each, main, own, known, assemble, choice, own_models).events()
+                run = Run(each, main, own, known, assemble, choice, own_models)
+                yield from tracked(run.events(), each, main, folder)
                 continue
 
             with RunFolder(path) as baseline:
-                yield from Run(each, baseline, own, known, assemble).events()
+                run = Run(each, baseline, own, known, assemble)
+                yield from tracked(run.events(), each, baseline, folder)
             if config.evaluate.cross_site and each.method.name == "local":
                 fleet = in_process(each, baseline, own, known)
                 own_models = partial(own_models_everywhere, each, baseline, fleet, own.layout)
@@ -235,7 +241,8 @@ class Run:
     def _round(self, number: int) -> dict[str, Any]:
         started = time.perf_counter()
         known = len(self.fleet.failures)
-        metrics = self._checked("round", self.server.round(number, self.fleet), dict)
+        with profiled(self.folder.path, number, self.config.profile):
+            metrics = self._checked("round", self.server.round(number, self.fleet), dict)
         place = f"round of method {self.config.method.name!r}: its metrics"
         check_metrics(place, metrics)
 
