@@ -254,6 +254,11 @@ def test_an_owner_is_named_in_each_record() -> None:
     assert owner_columns(facts.rows, facts.other_columns) == ["site"]
 
 
+def test_text_of_the_machine_is_a_recipe() -> None:
+    with pytest.raises(ConfigError, match="recipe:stdlib"):
+        read_records("stdlib")
+
+
 def test_labels_that_are_numbers_are_texts() -> None:
     rows = [
         {"site": "ab"[number % 2], "prompt": "p", "completion": number % 2} for number in range(6)

@@ -20,6 +20,7 @@ FEWER_SITES: dict[str, dict[str, Any]] = {
     "fedcybgd-paper": {"partition": {"sites": 8}, "heldout_share": 0.1},
     "fedcybgd": {"sites": ["archives", "email"]},
     "flglm": {"sites": ["archives", "email"]},
+    "stdlib": {"sites": ["archives", "email"]},
     "thin-line": {"sites": ["archives", "email"]},
 }
 """Changes of `[data]` that leave fewer sites than a recipe has."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.config import DataConfig
+from fluvial.data.config import BUNDLED, DataConfig
 from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.files import UTF8, read_text
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
@@ -123,6 +123,12 @@ class Sites:
 
 def read_records(source: str) -> RecordFiles:
     """Return the rows of a source; raises `ConfigError` for what cannot be read."""
+    if source in BUNDLED:
+        raise ConfigError(
+            f"--data {source!r}: is text of this machine that has sites of its own; run it as it "
+            "is with `fluvial run recipe:quickstart` or recipe:stdlib"
+        )
+
     local = is_local(source)
     reading = _reading(Path(source).expanduser()) if local else {}
     config = DataConfig.model_validate({"source": source, **reading})
