@@ -20,6 +20,7 @@ from fluvial.seeds import generator
 from fluvial.training.harness import Harness, HarnessConfig
 from fluvial.wire.tensors import Named
 from tests.support.harness import QUESTIONS, lines, write_tasks
+from tests.support.models import shared_four_layers
 
 MODELS = ("base", "adapter")
 
@@ -114,6 +115,26 @@ def test_likelihoods_are_those_of_transformers_and_peft(
         values[name] = row["acc,none"]
 
     assert len(set(values.values())) == 2  # the adapter changes something
+
+
+def test_an_adapter_on_a_tied_head_is_asked_as_it_is(tasks: Path) -> None:
+    config = ModelConfig(name_or_path=str(shared_four_layers()), device="cpu")
+    lora = LoraSettings(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=("lm_head",))
+    pool = ModelPool(config, lora)
+    start = initial_state(pool.layout, 0)
+    state = {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}
+    harness = Harness(HarnessConfig(("texts",), include_path=tasks, limit=3))
+    _, samples, _, _ = harness._ask(pool, state, {"pretrained": "tiny"})
+
+    with pool.model(state) as model:
+        for question, sample in zip(QUESTIONS, samples["texts"], strict=False):
+            before = f"{question['question']}\nAnswer:"
+            scores = [
+                _likelihood(model, pool.tokenizer, before, f" {choice}")
+                for choice in question["choices"]
+            ]
+            asked = [score for score, _ in sample["filtered_resps"]]
+            assert asked == pytest.approx(scores, abs=1e-4)  # padding changes the order of sums
 
 
 def test_results_are_those_of_lm_eval_on_the_merged_model(

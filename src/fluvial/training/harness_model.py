@@ -30,13 +30,21 @@ class LoadedModel(HFLM):  # type: ignore[misc] # lm-eval has no types
         batch_size: int,
         context: int | None,
     ) -> None:
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            batch_size=batch_size,
-            max_length=context,
-        )
+        # lm-eval ties the weights of every model, which these are already, and which fails where an
+        # adapter is on the head.
+        loaded: Any = model
+        loaded.tie_weights = lambda: None
+        try:
+            super().__init__(
+                pretrained=model,
+                tokenizer=tokenizer,
+                backend="causal",
+                batch_size=batch_size,
+                max_length=context,
+            )
+        finally:
+            del loaded.tie_weights
+
         self.cut_prompts = 0
         """Prompts that lost their beginning because the model's context is shorter."""
 
@@ -83,7 +91,7 @@ def quiet() -> Iterator[None]:
     start = tqdm.std.tqdm.__init__
 
     def begin(bar: Any, *options: Any, **more: Any) -> None:
-        form = "{desc}: {n_fmt} of {total_fmt}, {remaining} left"
+        form = "{desc}: {n_fmt} of {total_fmt}"
         start(bar, *options, **more | {"file": _Messages(), "bar_format": form, "mininterval": 1.0})
 
     with ExitStack() as stack:
