@@ -2,6 +2,10 @@
 are those of `fluvial run`."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +13,18 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fluvial.cli.comparison_progress import ComparisonProgress
 from fluvial.report.comparison_tables import cost_rows, measure_rows
-from fluvial.runs.comparison.child import in_own_process
+from fluvial.runs.comparison.child import Message, RunFailedError, in_own_process
 from fluvial.runs.comparison.contenders import Comparison, Contender
 from fluvial.runs.comparison.execute import execute_comparison
 from fluvial.runs.comparison.gathering import gather
 from fluvial.runs.comparison.result import Compared
 from fluvial.runs.comparison.statistics import holm, interval, p_value
-from fluvial.runs.config import parse
+from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Event
-from tests.support.comparison import compare_here
-from tests.support.runs import run_table
+from tests.support.comparison import compare_here, launch_here
+from tests.support.runs import run_table, write_toml
 
 SEEDS = (0, 1, 2)
 CODECS: dict[str, dict[str, Any]] = {
@@ -238,3 +243,66 @@ def test_a_run_in_its_own_process_goes_on_and_is_the_run_itself(
     assert isinstance(last, Event)
     assert last.values["adapter_sha256"] == straight["adapter_sha256"]
     assert last.values["heldout"] == straight["heldout"]
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on(tiny_model: Path, three_sites: Path, tmp_path: Path) -> None:
+    """Killed in its first run, with no chance to say anything: its processes end, the same command
+    goes on, and every run has the weights of `fluvial run`."""
+    codecs = {name: CODECS[name] for name in ("exact", "int8")}
+    tables = {
+        name: table_of(tiny_model, three_sites, rounds=3, codec=codec)
+        for name, codec in codecs.items()
+    }
+    files = [str(write_toml(tmp_path / f"{name}.toml", table)) for name, table in tables.items()]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fluvial.cli", "compare", *files, "--out", str(out)]
+    command += ["--seeds", "0", "1", "--format", "json"]
+    first = out / "exact" / "seed-0" / "checkpoints"
+
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    end = time.monotonic() + 300
+    while not list(first.glob("round-000001*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "the comparison never came so far"
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (out / "exact" / "seed-0" / "result.json").exists()
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    compared = Compared.model_validate_json(done.stdout)
+    assert compared == Compared.model_validate_json((out / "compare.json").read_text())
+    assert compared.complete
+    assert "<h1" in (out / "compare.html").read_text()
+    for each in compared.contenders:
+        for run in each.runs:
+            straight = run_table(
+                tables[each.name] | {"seed": run.seed}, tmp_path / each.name / str(run.seed)
+            )
+            assert run.weights_sha256 == straight["adapter_sha256"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tiny_model: Path, three_sites: Path, tmp_path: Path
+) -> None:
+    contenders = tuple(
+        contender(name, table_of(tiny_model, three_sites), (0,)) for name in ("a", "b")
+    )
+    comparison = Comparison(contenders, (0,), "b")
+
+    def launch(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
+        if "a" in folder.parts:
+            raise RunFailedError("GateError: refused")
+        return launch_here(config, folder, resume=resume)
+
+    steps = list(execute_comparison(comparison, tmp_path, launch=launch))
+    ends = [(step.contender, step.kind, step.reason) for step in steps if step.kind != "message"]
+    assert ends == [("a", "failed", "GateError: refused"), ("b", "finished", "")]
+    compared = gather(comparison, tmp_path, {("a", 0): "GateError: refused"})
+    assert compared.contender("a").runs[0].failed == "GateError: refused"
+    assert compared.verdict.endswith("1 of 2 runs not finished")
+    progress = ComparisonProgress(comparison, quiet=False)
+    for step in steps:
+        progress.show(step)
+    assert progress.bar.tasks[0].completed == progress.total == 2

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fluvial.runs.comparison.child import Message, RunFailedError
+from fluvial.runs.comparison.child import Message
 from fluvial.runs.comparison.contenders import Comparison
 from fluvial.runs.comparison.execute import execute_comparison
 from fluvial.runs.comparison.gathering import gather
@@ -14,10 +14,7 @@ from fluvial.runs.run import execute
 
 def launch_here(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
     """The events of a run, without a process of its own."""
-    try:
-        yield from execute(config, folder, resume=resume)
-    except ArithmeticError as error:
-        raise RunFailedError(str(error)) from error
+    yield from execute(config, folder, resume=resume)
 
 
 def compare_here(comparison: Comparison, out: Path) -> Compared:

@@ -118,8 +118,9 @@ def compare(
 def _write(compared: "Compared", path: Path) -> None:
     """Write the comparison and its page into its folder."""
     from fluvial.report.comparison_page import comparison_page
-    from fluvial.runs.comparison.files import COMPARED, PAGE
+    from fluvial.runs.comparison.files import PAGE
     from fluvial.storage.files import write_atomically
+    from fluvial.storage.run_files import COMPARED
 
     write_atomically(path / COMPARED, (compared.model_dump_json(indent=2) + "\n").encode())
     written = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())

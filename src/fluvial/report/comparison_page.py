@@ -72,9 +72,7 @@ def comparison_page(compared: Compared, folder: Path, *, written: str = "") -> b
                 [
                     safe_text(each.name),
                     str(run.seed),
-                    figure(each.scores["loss"].by_seed.get(run.seed))
-                    if "loss" in each.scores
-                    else "-",
+                    _loss(each, run.seed),
                     "-" if run.wall_s is None else human_seconds(run.wall_s),
                     "-" if run.peak_rss_bytes is None else human_bytes(run.peak_rss_bytes),
                     (run.weights_sha256 or "-")[:16],
@@ -91,6 +89,13 @@ def comparison_page(compared: Compared, folder: Path, *, written: str = "") -> b
         "version": compared.fluvial,
     }
     return PAGES.get_template("comparison_page.html").render(content).encode(errors="replace")
+
+
+def _loss(contender: ComparedContender, seed: int) -> str:
+    """Return the held-out loss of a run; over all sites together where the data are in one
+    place."""
+    score = contender.scores.get("loss_pooled" if contender.pooled else "loss")
+    return "-" if score is None or seed not in score.by_seed else figure(score.by_seed[seed])
 
 
 def _drawn(compared: Compared) -> list[ComparedContender]:

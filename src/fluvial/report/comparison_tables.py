@@ -78,7 +78,7 @@ def costs_caption(compared: Compared) -> str:
 
 def measures_caption(compared: Compared) -> str:
     """Return the meaning of the columns of `measure_rows`."""
-    count = len(compared.seeds)
+    count = max(each.finished for each in compared.contenders)
     tested = next((found for each in compared.contenders if (found := primary(each))), None)
     if count > 1:
         first = f"Mean over {count} seeds, and half of its 95 % t-interval"

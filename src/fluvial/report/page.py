@@ -79,8 +79,11 @@ def page_of(run: JsonObject, *, written: str = "", refresh_s: int = 0) -> bytes:
 
 def write_page(run: JsonObject, path: Path) -> None:
     """Write the page of a run, which `read_run` has read; raise `ConfigError` if it cannot be."""
-    page = page_of(run)
+    write_html(page_of(run), path)
 
+
+def write_html(page: bytes, path: Path) -> None:
+    """Write a page where a person wants it; raise `ConfigError` if it cannot be."""
     if path.is_dir():
         raise ConfigError(f"cannot write {path}: is a folder; choose another --html")
 

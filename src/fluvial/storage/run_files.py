@@ -25,6 +25,8 @@ SITES = "sites"
 """Folder of what the sites keep."""
 ENSEMBLE = "tgap"
 """Folder of the updates that TGAP has collected; it goes when the codec is in a checkpoint."""
+COMPARED = "compare.json"
+"""Figures of a comparison, in its folder."""
 COMPARE = "compare"
 """Folder of the baselines, each a folder of a run under its name."""
 EXPORTS = ("adapter", "model")

@@ -161,14 +161,14 @@ def test_other_data_or_models_are_refused_with_the_settings(write: Write) -> Non
     paths = [
         write("a"),
         write("b", model={"name_or_path": "embedded"}),
-        write("c", evaluate={"sample_tokens": 3}),
+        write("c", evaluate={"every": 1}),
         write("d", train={"max_steps": 9}),
     ]
     with pytest.raises(ConfigError) as caught:
         read_comparison(paths)
     first, second, remedy = str(caught.value).splitlines()
     assert first == "contender 'b' differs from 'a' in model.name_or_path"
-    assert second == "contender 'c' differs from 'a' in evaluate.sample_tokens"
+    assert second == "contender 'c' differs from 'a' in evaluate.every"
     assert remedy.endswith("or use --allow-different")
     assert named(read_comparison(paths, allow_different=True)) == ["a", "b", "c", "d"]
 

@@ -29,6 +29,8 @@ from fluvial.storage import paths, recipes, toml
 
 SAME = ("data.", "model.", "evaluate.")
 """Tables of settings that contenders must have in common."""
+BESIDE = ("evaluate.sample_prompt", "evaluate.sample_tokens", "evaluate.cross_site")
+"""Settings among these that change no measure, and that some methods refuse."""
 SHOWN = 12
 """Settings that a refusal names, at most."""
 
@@ -58,11 +60,19 @@ class Comparison:
     """Name of the contender that the others are compared with."""
 
     def differing(self) -> dict[str, dict[str, Any]]:
-        """Return the value of each contender, by name, for every setting in which they differ."""
+        """Return the value of each contender, by name, for every setting that one of them sets and
+        in which they differ."""
         resolved = {each.name: each.config.resolved() for each in self.contenders}
+        written = [
+            each.config.model_dump(mode="json", exclude_unset=True) for each in self.contenders
+        ]
         first, *others = resolved.values()
         keys = sorted({key for other in others for key in difference(first, other)})
-        return {key: {name: _value(table, key) for name, table in resolved.items()} for key in keys}
+        return {
+            key: {name: _value(table, key) for name, table in resolved.items()}
+            for key in keys
+            if any(_value(table, key) is not None for table in written)
+        }
 
 
 @dataclass(frozen=True)
@@ -225,7 +235,7 @@ def _refuse_other_data(comparison: Comparison) -> None:
         keys = [
             key
             for key in difference(first.config.resolved(), other.config.resolved())
-            if key.startswith(SAME)
+            if key.startswith(SAME) and key not in BESIDE
         ]
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""

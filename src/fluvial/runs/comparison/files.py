@@ -10,8 +10,6 @@ from pathlib import Path
 
 CHECK = "check.json"
 """Figures of a contender that were predicted without training."""
-COMPARED = "compare.json"
-"""The comparison."""
 PAGE = "compare.html"
 """The page of the comparison."""
 
