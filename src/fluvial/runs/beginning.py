@@ -54,9 +54,9 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
 
     for key in ("fluvial", DESCRIPTION):
         stored.pop(key, None)
-    # How many sites work at a time, the page, trackers and traces change nothing in the result. And as long as the
-    # method itself has not got through its set-up, another method or codec only keeps the
-    # baselines, which do not depend on them.
+    # How many sites work at a time, the page, trackers and traces change nothing in the result. And
+    # as long as the method itself has not got through its set-up, another method or codec only
+    # keeps the baselines, which do not depend on them.
     free = (
         "fleet.workers",
         "page",

@@ -44,8 +44,9 @@ class RunConfig(Settings):
     """Times at which report.html, the page of the run, is written into its folder: after rounds, as
     often as takes at most a hundredth of the run's time; at the end; or never."""
     report_to: tuple[Tracker, ...] = ()
-    """Trackers that get the measures of each round, by accelerate's names. They write into the run's
-    folder, and report nothing over a network unless their own environment variables say so."""
+    """Trackers that get the measures of each round, by accelerate's names. They write into the
+    run's folder, and report nothing over a network unless their own environment variables say
+    so."""
     profile: tuple[int, ...] = ()
     """Rounds of which torch.profiler writes a trace into the run's folder, such as `[2]`: the first
     round also warms up. Sites in other processes are not traced."""

@@ -184,8 +184,8 @@ class Trackers:
                 self._open[name].log(dict(values), step=step)
             except Exception as error:
                 logger.warning(
-                    "report_to: %s failed in round %d and gets no further values; metrics.jsonl has "
-                    "them: %s",
+                    "report_to: %s failed in round %d and gets no further values; metrics.jsonl "
+                    "has them: %s",
                     *(name, step, str(error).strip()[:200]),
                 )
                 del self._open[name], self._stands[name]
@@ -280,7 +280,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, str | float | 
 
 
 class _Event(Protocol):
-    """What a run yields, as far as a tracker reads it."""
+    """An event of a run: its kind and its values."""
 
     @property
     def kind(self) -> str: ...
