@@ -1,7 +1,9 @@
 """FedPipe equals what is already trusted where nothing sets it apart, and applies its plans."""
 
 import json
+import struct
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +28,7 @@ from fluvial.runs.plan import plan as check
 from fluvial.runs.run import execute
 from fluvial.training import processes
 from fluvial.training.train import TrainReport, collate, train
-from fluvial.wire.payload import Payload
+from fluvial.wire.payload import Payload, frame_payload, payload_frame
 from fluvial.wire.tensors import Named
 from tests.contract.test_methods import SETTINGS
 from tests.support.runs import adapter_of, run_table
@@ -335,6 +337,27 @@ def test_a_site_that_lies_about_itself_fails_alone(
     skipping = parse(unequal | {"fleet": {"on_failure": "skip"}}, "test")
     setup = next(execute(skipping, tmp_path / "skip"))
     assert sorted(setup.values["plans"]) == ["north", "south"]
+
+
+def test_a_site_that_sends_values_that_are_not_finite_fails_alone(
+    unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frame is whole by its checksum, and its last value is NaN."""
+
+    def hostile(site: Site, message: Payload) -> Payload:
+        reply = tasks.train(site, message)
+        if site.name != "west":
+            return reply
+        frame = payload_frame(reply)[:-8] + struct.pack("<f", float("nan"))
+        return frame_payload(frame + struct.pack("<I", zlib.crc32(frame)), **reply.values)
+
+    monkeypatch.setitem(cast(dict[str, Task], METHODS["fedpipe"].tasks), "train", hostile)
+    table = unequal | {"rounds": 1, "codec": {"name": "identity"}}
+    with pytest.raises(ClientError, match=r"'west' failed: WireError.*NaN or Inf"):
+        list(execute(parse(table, "test"), tmp_path / "stop"))
+
+    run_table(table | {"fleet": {"on_failure": "skip"}}, tmp_path / "skip")
+    assert [record["sites"] for record in records(tmp_path / "skip")] == [2]
 
 
 def test_a_site_without_any_plan_is_refused_with_the_limit_that_binds(

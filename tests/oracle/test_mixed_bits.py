@@ -32,7 +32,7 @@ from fluvial.training import processes
 from fluvial.training.train import TrainReport, train
 from fluvial.wire.payload import Payload
 from tests.support.planner import models, sizes
-from tests.support.runs import run_table
+from tests.support.runs import run_table, run_with_stops
 
 Table = dict[str, Any]
 
@@ -92,6 +92,18 @@ def test_a_site_trains_against_the_formats_of_its_plan(
     assert ({0: "float32", 1: "float32"}, memory.base(FORMATS["float32"])) in seen
     words = "\n".join(plan_lines({"plans": plans}))
     assert "plan of north: nf4 x 1, float32 x 1, batch" in words
+
+
+def test_a_stopped_run_goes_on_with_the_formats_of_its_plans(
+    run_config: Table, tmp_path: Path
+) -> None:
+    """Nothing but the folder is left after the set-up, and again after round 1."""
+    table = run_config | MIXED | {"rounds": 2, "compare": []}
+    straight = run_table(table, tmp_path / "straight")
+    assert straight["setup"]["plans"]["north"]["layer_formats"]
+    resumed = run_with_stops(table, tmp_path / "stopped", [1, 1, 9])
+    assert resumed["setup"] == straight["setup"]
+    assert resumed["adapter_sha256"] == straight["adapter_sha256"]
 
 
 def kind_of(module: Any) -> str:

@@ -21,7 +21,7 @@ from fluvial.methods.fedpipe.planner.decision import Planner
 from fluvial.methods.fedpipe.planner.profile import Speed
 from fluvial.methods.fedpipe.planner.refusal import Alternative, refusal
 from fluvial.methods.fedpipe.planner.replanning import replanned
-from fluvial.methods.fedpipe.planner.settings import PlannerSettings
+from fluvial.methods.fedpipe.planner.settings import PlannerSettings, SiteBudget
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
 from tests.support.planner import MB, candidates, models
 
@@ -380,6 +380,11 @@ def test_coverage_is_concave_and_complete_at_the_rank_of_the_probe() -> None:
 def test_settings_that_cannot_work_are_refused(table: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         PlannerSettings.model_validate(table)
+
+
+def test_a_speed_that_no_site_has_is_refused() -> None:
+    with pytest.raises(ValidationError, match="speed"):
+        SiteBudget.model_validate({"site": "north", "speed": 1e-9})
 
 
 @pytest.mark.parametrize(

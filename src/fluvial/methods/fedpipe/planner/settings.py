@@ -118,7 +118,7 @@ class SiteBudget(Settings):
     """Rate from the server to the site, in 10^6 bits a second; unset, that of `fleet.line`."""
     rtt_ms: float | None = Field(None, ge=0, le=1e6)
     """Round-trip time, in milliseconds; unset, that of `fleet.line`."""
-    speed: float = Field(1.0, gt=0, le=1e3)
+    speed: float = Field(1.0, ge=1e-4, le=1e3)
     """Speed of the site against the machine that measures, for plans before a run and for sites
     that are slowed down in one process."""
     tokens_s: float | None = Field(None, ge=1e-3, le=1e12)
