@@ -15,6 +15,8 @@ from tests.conftest import _llama
 
 OF_THE_PACKAGE = {"quickstart", "stdlib", "fedcybgd", "fedpipe", "flglm", "thin-line"}
 """Recipes that need no model and no data."""
+OF_MUCH_TEXT = {"stdlib", "fedpipe", "thin-line"}
+"""Recipes whose text takes seconds to be tokenised."""
 FEWER_SITES: dict[str, dict[str, Any]] = {
     "cgfedllm-paper": {"partition": {"sites": 4, "min_records": 12}},
     "fedcybgd-paper": {"partition": {"sites": 8}, "heldout_share": 0.1},
@@ -95,12 +97,23 @@ def small(name: str, table: dict[str, Any], model: Path, records: Path) -> dict[
     return merge(table, change)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in OF_MUCH_TEXT else [])
+        for name in recipes.names()
+    ],
+)
 def test_a_recipe_passes_check(name: str, long_model: Path, records: Path) -> None:
     config = parse(small(name, tomllib.loads(recipes.text(name)), long_model, records), name)
     planned = plan(config)
     assert len(planned["sites"]) >= 2
     assert planned["model"]["trainable"] > 0
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_a_configuration(name: str) -> None:
+    assert load(Path(f"recipe:{name}"), as_written=True).rounds >= 5
 
 
 @pytest.mark.parametrize("name", recipes.names())
