@@ -29,7 +29,8 @@ def with_page(
 ) -> Iterator[Event]:
     """Yield the events of a run, and write the page of its folder after those of `config.page`.
 
-    The last page, which no browser reads anew, is written however the run ends.
+    The last page, which no browser reads anew, is written at the end, also by an error. A run that
+    a signal ends leaves the page of its last round.
     """
     begun = False
     due = -float("inf")
