@@ -27,6 +27,8 @@ MARKS = {
     "base": "M-3.4,-3.4L3.4,3.4M3.4,-3.4L-3.4,3.4",
 }
 """Outlines of the points of a colour, around the origin."""
+Points = Sequence[tuple[float, float]]
+"""Places on an axis, each with a value."""
 
 
 @dataclass(frozen=True)

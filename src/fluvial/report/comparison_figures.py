@@ -5,8 +5,9 @@ from statistics import fmean
 
 from markupsafe import Markup
 
-from fluvial.report.charts import Series
-from fluvial.report.figures import Points, Run, chart_of, series_of, tips_of
+from fluvial.report.axes import chart_of, tips_of
+from fluvial.report.charts import Points, Series
+from fluvial.report.figures import Run, series_of
 
 
 def curves(contenders: Sequence[Sequence[Run]], axis: str, measure: str) -> Markup:

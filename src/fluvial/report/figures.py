@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.report.axes import AXIS_WORDS, SCORES, chart_of, tips_of
 from fluvial.report.block_tables import block_words
 from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
 from fluvial.report.cross_site import Matrix
@@ -15,16 +16,10 @@ from fluvial.storage.run_files import JsonObject
 
 SITES = 48
 """Number of sites of a figure at most: the first by name."""
-SCORES = {"exact_match": "exact match", "accuracy": "next-token accuracy"}
-"""Scores that are drawn, the most telling first."""
 CYCLES = 24
 """Number of cycles of a block schedule: the last ones."""
 HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
-
-
-Points = Sequence[tuple[float, float]]
-"""Places on an axis, each with a value."""
 
 
 @dataclass(frozen=True)
@@ -69,34 +64,6 @@ def by_axis(runs: Sequence[Run], axis: str, measure: str) -> Markup:
     return chart_of([series_of(run, axis, measure) for run in drawn], axis, measure)
 
 
-def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
-    """Draw series of the loss or of a score over an axis of `Run.places`."""
-    words, across = _AXES[axis]
-    percents = measure != "loss"
-    heights: Callable[[float], str] = _short_percent if percents else "{:.4g}".format
-    return line_chart(
-        series,
-        across=across,
-        up=SCORES.get(measure, "loss, nats per token"),
-        words=words,
-        heights=heights,
-        log=axis in ("up", "both"),
-        whole=axis == "round",
-    )
-
-
-_AXES: dict[str, tuple[Callable[[float], str], str]] = {
-    "round": (lambda value: f"{value:g}", "round"),
-    "up": (lambda value: human_bytes(value).replace(".00", "").replace(".0", ""), "bytes up"),
-    "both": (
-        lambda value: human_bytes(value).replace(".00", "").replace(".0", ""),
-        "bytes so far, up and down",
-    ),
-    "seconds": (lambda value: human_seconds(value) if value else "0", "time of the rounds"),
-}
-"""Words for a value on an axis, and the axis's name."""
-
-
 def series_of(run: Run, axis: str, measure: str) -> Series:
     """Return training losses as a line, and held-out measures as points."""
     at = run.places(axis)
@@ -123,15 +90,6 @@ def series_of(run: Run, axis: str, measure: str) -> Series:
     return Series(
         run.name, run.colour, line, points, tips_of(run.name, axis, measure, line, points)
     )
-
-
-def tips_of(name: str, axis: str, measure: str, line: Points, points: Points) -> list[str]:
-    """Return the texts on hover of training losses and of held-out measures."""
-    words, _ = _AXES[axis]
-    show = figure if measure == "loss" else percent
-    unit = "round " if axis == "round" else ""
-    tips = [f"{name}\n{unit}{words(x)}: training loss {figure(y)}" for x, y in line]
-    return tips + [f"{name}\n{unit}{words(x)}: held-out {show(y)}" for x, y in points]
 
 
 def bytes_by_kind(runs: Sequence[Run]) -> Markup:
@@ -365,7 +323,7 @@ def heat_map(matrix: Matrix) -> Markup:
 def budget_trials(choice: JsonObject) -> Markup:
     """Draw the losses of all trials by the bytes of a site so far; empty without any trial."""
     series = []
-    words = _AXES["both"][0]
+    words = AXIS_WORDS["both"][0]
     for trial in sorted(choice["trials"], key=lambda trial: trial["chosen"]):
         name = f"rank {trial['r']} on {safe_text(trial['target_modules'])}, {trial['codec']}"
         name = f"chosen: {name}" if trial["chosen"] else name
@@ -396,10 +354,6 @@ def _sums(before: float, steps: Sequence[float]) -> list[float]:
     for step in steps:
         sums.append(sums[-1] + step)
     return sums
-
-
-def _short_percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
 
 
 def _number(value: object) -> float | None:

@@ -1,7 +1,7 @@
 """The top of a run's page: whether it helped or how far it is, and its most telling figures."""
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
-from fluvial.report.figures import SCORES
+from fluvial.report.axes import SCORES
 from fluvial.report.result_tables import verdict_of
 from fluvial.runs.verdict import loss_of
 from fluvial.storage.run_files import JsonObject

@@ -14,12 +14,13 @@ from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words, safe_text
 from fluvial.report import figures
 from fluvial.report.aggregation_tables import aggregation_by_module
+from fluvial.report.axes import SCORES
 from fluvial.report.block_tables import Excerpt, block_schedule, conflict_log, failures
 from fluvial.report.budget_tables import budget_trials
 from fluvial.report.charts import legend
 from fluvial.report.cross_site import matrix_of
 from fluvial.report.fairness_tables import fairness_by_round
-from fluvial.report.figures import SCORES, Run, score_of
+from fluvial.report.figures import Run, score_of
 from fluvial.report.headline import ORDER, first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (

@@ -147,7 +147,8 @@ def together(faults: Iterable[Callable[[], object]]) -> None:
 
 
 def _sweep_of(path: Path, table: dict[str, Any]) -> SweepConfig:
-    """Return the settings of a comparison's file, with the path of its base whole; a recipe has none."""
+    """Return the settings of a comparison's file, with the path of its base whole; a recipe has
+    none."""
     sweep = toml.read(SweepConfig, table, str(path))
     if recipes.recipe_of(sweep.base) is not None:
         return sweep

@@ -1,0 +1,48 @@
+"""Axes of losses and scores on the pages: their words, charts over them, and values on hover."""
+
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup
+
+from fluvial.formatting import figure, human_bytes, human_seconds, percent
+from fluvial.report.charts import Points, Series, line_chart
+
+SCORES = {"exact_match": "exact match", "accuracy": "next-token accuracy"}
+"""Scores that are drawn, the most telling first."""
+AXIS_WORDS: dict[str, tuple[Callable[[float], str], str]] = {
+    "round": (lambda value: f"{value:g}", "round"),
+    "up": (lambda value: human_bytes(value).replace(".00", "").replace(".0", ""), "bytes up"),
+    "both": (
+        lambda value: human_bytes(value).replace(".00", "").replace(".0", ""),
+        "bytes so far, up and down",
+    ),
+    "seconds": (lambda value: human_seconds(value) if value else "0", "time of the rounds"),
+}
+"""Words for a value on an axis, and the axis's name."""
+
+
+def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
+    """Draw series of the loss or of a score over an axis of `Run.places`."""
+    words, across = AXIS_WORDS[axis]
+    return line_chart(
+        series,
+        across=across,
+        up=SCORES.get(measure, "loss, nats per token"),
+        words=words,
+        heights="{:.4g}".format if measure == "loss" else _short_percent,
+        log=axis in ("up", "both"),
+        whole=axis == "round",
+    )
+
+
+def tips_of(name: str, axis: str, measure: str, line: Points, points: Points) -> list[str]:
+    """Return the texts on hover of training losses and of held-out measures."""
+    words, _ = AXIS_WORDS[axis]
+    show = figure if measure == "loss" else percent
+    unit = "round " if axis == "round" else ""
+    tips = [f"{name}\n{unit}{words(x)}: training loss {figure(y)}" for x, y in line]
+    return tips + [f"{name}\n{unit}{words(x)}: held-out {show(y)}" for x, y in points]
+
+
+def _short_percent(value: float) -> str:
+    return f"{100 * value:.4g} %"
