@@ -1,5 +1,8 @@
 """Tables of the benchmarks of codecs."""
 
+from statistics import mean
+from typing import Any
+
 from table_parts import claims, read, table
 
 from fluvial.formatting import human_ratio
@@ -351,5 +354,42 @@ def driven() -> str:
             table(rows),
             "Claims of `python -m benchmarks.codecs snr`:",
             claims("codec_snr.json"),
+        ]
+    )
+
+
+def budget() -> str:
+    """Return bytes to a loss, and the loss, of a choice within a budget and of fixed adapters."""
+    found = read("budget.json")
+    settings = found["settings"]
+    headings = ["cell", "contender", "seeds", "reach the target", "up to the target"]
+    rows = [[*headings, "up, whole run", "loss"]]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["cell"], row["contender"]), []).append(row)
+
+    for (cell, contender), runs in groups.items():
+        reached = [run for run in runs if run["reached"] is not None]
+        until = mean(run["up_to_target"] for run in reached) if reached else None
+        rows.append(
+            [
+                cell,
+                contender,
+                str(len(runs)),
+                f"{len(reached)} of {len(runs)}",
+                "-" if until is None else f"{until:,.0f} B",
+                f"{mean(run['up'] for run in runs):,.0f} B",
+                f"{mean(run['loss'] for run in runs):.4f}",
+            ]
+        )
+
+    return "\n\n".join(
+        [
+            f"{settings['rounds']} rounds of {settings['steps']} steps of {settings['batch']}, "
+            "bytes of one site. The target is the loss of the uncompressed run after "
+            f"{settings['target']} rounds; the budget, and every adapter by hand, has a third of "
+            "the bytes of the fixed one.",
+            table(rows),
+            claims("budget.json"),
         ]
     )
