@@ -17,6 +17,7 @@ dev: $(VENV)/.dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Fluvial needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing about 2 GB of packages into $(VENV); this takes some minutes.'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
