@@ -474,7 +474,7 @@ def knocks(deployed: Deployment, name: str, words: str, *, ahead_s: int = 0) -> 
     """The line with `words` that a site's process writes, and after how long; the site must not
     have come in."""
     began = time.time()
-    deployed.start_site(name, stock=False, **{SKEW: str(ahead_s)})
+    deployed.start_site(name, stock=False, processes=1, **{SKEW: str(ahead_s)})
 
     try:
         while True:
