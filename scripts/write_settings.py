@@ -25,11 +25,11 @@ HEAD = """# Every setting
 `python scripts/write_settings.py` writes this page from the classes that read the files. Do not
 edit it by hand.
 
-`fluvial check CONFIG` names an unknown key and the nearest known one. `--set 'method.fraction =
-0.5'` replaces one setting of a run. A relative path in a file is relative to the folder of that
-file; a relative path in `--set` is relative to the working directory. `fluvial submit` sends paths
-to sites as they are written. A setting without a default must be given. Its text says what "unset"
-means.
+`fluvial check CONFIG` names an unknown key and the nearest known one, or all known keys of the
+table if none is near. `--set 'method.fraction = 0.5'` replaces one setting of a run. A relative
+path in a file is relative to the folder of that file; a relative path in `--set` is relative to the
+working directory. `fluvial submit` sends paths to sites as they are written. A setting without a
+default must be given. Its text says what "unset" means.
 """
 FILES: tuple[tuple[str, str, type[Settings]], ...] = (
     (

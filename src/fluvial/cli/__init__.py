@@ -25,13 +25,14 @@ from fluvial.cli import (
     site,
     submit,
 )
-from fluvial.cli.console import err, out
+from fluvial.cli.console import CLICK_SUGGESTS, err, out
 from fluvial.errors import FluvialError
 from fluvial.formatting import safe_text
 
 app = typer.Typer(
     help="Fine-tune one language model over many sites whose data must stay where it is.",
     no_args_is_help=True,
+    suggest_commands=not CLICK_SUGGESTS,
     pretty_exceptions_enable=False,
 )
 START = "Start"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import click
 import typer
 from rich.console import Console, RenderableType
 
@@ -19,6 +20,8 @@ out = Console(highlight=False)
 """Console of results: standard output."""
 err = Console(stderr=True, highlight=False)
 """Console of progress, warnings and errors: standard error."""
+CLICK_SUGGESTS = hasattr(click.exceptions, "NoSuchCommand")
+"""True where click (8.4 and later) names the nearest command, so that typer must not do it too."""
 
 Format = Annotated[
     Literal["table", "json"],

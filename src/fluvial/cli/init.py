@@ -31,7 +31,7 @@ def init(
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="A column to rename, such as completion=answer; may be repeated."),
+        typer.Option(help="FIELD=YOUR_COLUMN, such as completion=answer; may be repeated."),
     ] = None,
     site_column: Annotated[
         str | None, typer.Option(help="The column with the owner's name, or 'file'.")
@@ -196,7 +196,8 @@ def _renamed(pairs: list[str]) -> dict[str, str]:
         field, mark, name = pair.partition("=")
         if not mark or not name or field not in FIELDS:
             raise ConfigError(
-                f"--column {pair!r:.60}: write FIELD=COLUMN, where FIELD is {', '.join(FIELDS)}"
+                f"--column {pair!r:.60}: write FIELD=YOUR_COLUMN, where FIELD is "
+                f"{', '.join(FIELDS)}"
             )
         renamed[field] = name
     return renamed

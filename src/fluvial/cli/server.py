@@ -5,9 +5,11 @@ from typing import Annotated
 
 import typer
 
-from fluvial.cli.console import Insecure, ServerFolder, print_line
+from fluvial.cli.console import CLICK_SUGGESTS, Insecure, ServerFolder, print_line
 
-app = typer.Typer(help="Many machines: the server.", no_args_is_help=True)
+app = typer.Typer(
+    help="Many machines: the server.", no_args_is_help=True, suggest_commands=not CLICK_SUGGESTS
+)
 
 
 @app.command()

@@ -5,10 +5,12 @@ from typing import Annotated
 
 import typer
 
-from fluvial.cli.console import Insecure, ServerFolder, SiteFolder, print_line
+from fluvial.cli.console import CLICK_SUGGESTS, Insecure, ServerFolder, SiteFolder, print_line
 from fluvial.cli.launched import in_first_process
 
-app = typer.Typer(help="Many machines: a site.", no_args_is_help=True)
+app = typer.Typer(
+    help="Many machines: a site.", no_args_is_help=True, suggest_commands=not CLICK_SUGGESTS
+)
 
 
 @app.command()

@@ -71,6 +71,11 @@ def _message(faults: Sequence[str], count: int) -> str:
     return "\n".join(lines)
 
 
+def are(count: int) -> str:
+    """Return the verb for a count: "1 of 9 records is", "2 of 9 records are"."""
+    return "is" if count == 1 else "are"
+
+
 def shown(name: str) -> str:
     """Return a name in quotes, safe for a terminal: control characters escaped, long names cut."""
     cut = name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 3] + "..."

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from fluvial.data.bundled import SOURCES
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
-from fluvial.data.faults import Faults, shown
+from fluvial.data.faults import Faults, are, shown
 from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.packing import pack
@@ -214,9 +214,9 @@ class SiteTexts:
             how = {"drop": "left out", "shorten_prompt": "cut at the beginning of the prompt"}
             done = how.get(self.config.overlong, "cut at the end")
             remarks.append(
-                f"{surplus.records} of {records} records are longer than "
-                f"data.max_length={self.config.max_length} and are {done} (data.overlong; the "
-                f"longest has {surplus.longest} tokens)"
+                f"{surplus.records} of {records} records {are(surplus.records)} longer than "
+                f"data.max_length={self.config.max_length} and {are(surplus.records)} {done} "
+                f"(data.overlong; the longest has {surplus.longest} tokens)"
             )
 
         template = getattr(self.tokenizer, "chat_template", None)
@@ -290,9 +290,7 @@ class SiteTexts:
             elif not tokenized.examples and not tokenized.surplus.refused:
                 dropped = tokenized.surplus.dropped
                 lost = (
-                    f" ({dropped} are longer than data.max_length and were dropped)"
-                    if dropped
-                    else ""
+                    f" (dropped because longer than data.max_length: {dropped})" if dropped else ""
                 )
                 faults.add(
                     f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave "

@@ -13,7 +13,7 @@ from fluvial.data.examples import (
     windows,
     without_beginning,
 )
-from fluvial.data.faults import SHOWN, DataError, Faults
+from fluvial.data.faults import SHOWN, DataError, Faults, are
 from fluvial.data.forms import Form
 from fluvial.data.packing import pack
 from fluvial.data.records import Chat, Record, RecordReader, Text
@@ -179,7 +179,7 @@ def refusal(
     places = ", ".join(surplus.places[:5]) + (", ..." if surplus.refused > 5 else "")
 
     return (
-        f"{surplus.refused} of {records} records are longer than "
+        f"{surplus.refused} of {records} records {are(surplus.refused)} longer than "
         f"data.max_length={tokenizing.max_length}, {why}"
         f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest "
         f'record has {surplus.longest} tokens), or set data.overlong to "shorten_prompt" (the '

@@ -78,9 +78,7 @@ def read_whole(
     if not tokens.examples and not faults.count:
         dropped = tokens.surplus.dropped
         lost = (
-            f": {dropped} records are longer than data.max_length and were dropped"
-            if dropped
-            else ""
+            f" (records dropped because longer than data.max_length: {dropped})" if dropped else ""
         )
         faults.add(f"{safe_line(config.source)} ({where}): holds nothing to measure{lost}")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data import DataConfig
+from fluvial.data.forms import CONVERSATIONS
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
 from fluvial.storage import exported
@@ -79,7 +80,7 @@ def how_records_are_read(
     detected = " (detected)" if data.form == "auto" else ""
     parts = [f"form {form}{detected}", f"columns {columns or 'as they are named'}"]
     parts += [f"max_length {data.max_length}", f"loss on {data.loss_on}"]
-    parts += [f"template {'of the run' if template else 'of the tokenizer'}"]
+    parts += [_template_words(template, form)]
     line = f"Records read {origin}: {'; '.join(parts)}"
     line += f"; set here: {', '.join(sorted(given))}" if given else ""
 
@@ -94,3 +95,11 @@ def how_records_are_read(
         "set_here": sorted(given),
         "line": line,
     }
+
+
+def _template_words(template: str | None, form: str) -> str:
+    """Return which chat template renders the records: none unless one is a conversation, which a
+    tokenizer without a template refuses."""
+    if template:
+        return "template of the run"
+    return "template of the tokenizer" if CONVERSATIONS & set(form.split(", ")) else "no template"

@@ -158,5 +158,21 @@ def _dotted(place: str, rest: str) -> str:
 
 
 def _nearest(found: str, known: Sequence[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(found, known, n=1)
+    close = difflib.get_close_matches(found, known, n=1) or _abbreviated(found, known)
     return f"did you mean {close[0]!r}?" if close else f"{otherwise}{', '.join(known) or 'none'}"
+
+
+def _abbreviated(found: str, known: Sequence[str]) -> list[str]:
+    """Return the names that `found` abbreviates, the likeliest first: it has the initials of their
+    words (`lr`), is a piece of them (`epochs`), or has some of their letters in order (`lrn_rate`).
+    """
+    word = re.sub(r"[\W_]+", "", found.casefold())
+    if len(word) < 2:
+        return []
+
+    plain = {name: name.replace("_", "") for name in sorted(known, key=len)}
+    initials = [name for name in plain if word == "".join(part[:1] for part in name.split("_"))]
+    pieces = [name for name in plain if len(word) > 2 and word in plain[name]]
+    in_order = re.compile(".*".join(map(re.escape, word)))
+    letters = [name for name in plain if len(word) > 2 and in_order.match(plain[name])]
+    return [*initials, *pieces, *letters]

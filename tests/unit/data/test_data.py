@@ -163,7 +163,7 @@ def test_what_is_truncated_is_counted(tokenizer: Any) -> None:
 def test_a_record_without_a_label_left_is_named(tokenizer: Any) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"1 of 2 records are longer than data.max_length=8, .*: record 1 \(\d+ tokens\)",
+        match=r"1 of 2 records is longer than data.max_length=8, .*: record 1 \(\d+ tokens\)",
     ):
         tokens_of(
             tokenizer, "prompt_completion", {"prompt": "", "completion": "x"}, QA, max_length=8

@@ -45,6 +45,8 @@ def test_defaults_are_the_papers() -> None:
             {"train": {"learnin_rate": 1e-3}},
             "train.learnin_rate: unknown key; did you mean 'learning_rate'?",
         ),
+        ({"train": {"lr": 1e-3}}, "train.lr: unknown key; did you mean 'learning_rate'?"),
+        ({"train": {"epochs": 3}}, "train.epochs: unknown key; did you mean 'num_train_epochs'?"),
         (
             {"method": {"name": "fedavgg"}},
             "method: unknown name \"fedavgg\"; did you mean 'fedavg'?",

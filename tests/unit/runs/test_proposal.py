@@ -20,7 +20,7 @@ from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
 from fluvial.runs.proposal.proposing import path_from
-from fluvial.runs.proposal.records import facts_about, read_records
+from fluvial.runs.proposal.records import Sites, facts_about, read_records
 from tests.support.models import shared_four_layers
 
 WORDS = {"north": "snow ice wind", "south": "sun sand heat", "west": "rain sea wave"}
@@ -76,7 +76,7 @@ def test_a_file_with_a_column_of_owners(tiny_model: Path) -> None:
     assert config.compare == ("local", "fedavg")
     assert config.fleet.line is not None
     assert config.fleet.line.up_mbit_s == 0.1
-    assert "3 sites (north 20, south 20, west 20)" in result.output
+    assert "3 sites ('north' 20, 'south' 20, 'west' 20)" in result.output
     assert " preview q.toml" in result.output.partition("Next:")[2]
 
 
@@ -190,6 +190,16 @@ def test_columns_that_fit_no_form_are_asked_for(
 
     run_init(*options, typed="a1\na2\n\n")
     assert load(Path("q.toml")).data.columns == {"prompt": "a1", "completion": "a2"}
+
+
+def test_names_of_sites_are_apart_where_they_have_commas_and_numbers() -> None:
+    counts = {"Nord, Haus 3": 50, "St. Mary's": 49}
+    assert Sites({}, counts, "").words() == "2 sites ('Nord, Haus 3' 50, \"St. Mary's\" 49)"
+
+
+def test_the_side_of_a_renamed_column_is_named() -> None:
+    with pytest.raises(ConfigError, match="write FIELD=YOUR_COLUMN, where FIELD is text, prompt"):
+        run_init("--yes", "--column", "answer=completion")
 
 
 def test_a_missing_option_is_refused_without_a_terminal(tiny_model: Path) -> None:

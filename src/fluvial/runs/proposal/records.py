@@ -117,7 +117,7 @@ class Sites:
     def words(self) -> str:
         """Return the largest sites with their counts, and how many there are."""
         largest = sorted(self.counts, key=lambda name: (-self.counts[name], name))
-        first = ", ".join(f"{shown(name)[1:-1]} {self.counts[name]:,}" for name in largest[:8])
+        first = ", ".join(f"{shown(name)} {self.counts[name]:,}" for name in largest[:8])
         return f"{len(largest)} sites ({first}{', ...' if len(largest) > 8 else ''})"
 
 
