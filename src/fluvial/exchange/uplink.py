@@ -234,6 +234,7 @@ class Uplink:
         if verdict == "keep":
             return {}
 
+        was = self.settings.name
         if verdict == "plain":
             assert isinstance(self.context.codec, AutoSettings), "only auto watches"
             settings = candidates(self.context.codec, self.layout)
@@ -251,7 +252,6 @@ class Uplink:
                 "round %d: the codec no longer carries updates; falling back to int8", round
             )
 
-        was = type(self.codec).__name__.lower()
         self.codec = build(self.settings, self.layout)
         self.versions.current += 1
         self.watch = Watch(watch.expected, learned=False)

@@ -2,6 +2,8 @@
 purpose."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -17,6 +19,7 @@ from fluvial.codecs.auto import (
     choose,
 )
 from fluvial.codecs.coding_time import coding_s
+from fluvial.exchange.uplink import Uplink
 from fluvial.wire.tensors import Layout
 
 LAYOUT = Layout(
@@ -183,3 +186,14 @@ def test_a_codec_at_the_bound_falls_back_to_int8() -> None:
     watch = Watch(expected=0.62, learned=False)
     assert [watch.see(error) for error in [1.0] * (PATIENCE - 1)] == ["keep"] * (PATIENCE - 1)
     assert watch.see(float("nan")) == "int8"
+
+
+def test_a_round_names_the_codec_that_it_gives_up_as_settings_do() -> None:
+    settings = read_settings({"name": "klt_trellis"})
+    uplink = SimpleNamespace(
+        settings=settings, codec=None, layout=LAYOUT, versions=SimpleNamespace(current=0)
+    )
+    watch = Watch(expected=0.62, learned=False)
+    seen = [Uplink._follow(cast("Uplink", uplink), watch, 1.0, round) for round in range(PATIENCE)]
+    assert seen[:-1] == [{}] * (PATIENCE - 1)
+    assert str(seen[-1]["choice"]).startswith("int8 instead of klt_trellis: ")
