@@ -62,6 +62,11 @@ def safe_text(text: str) -> str:
     return re.sub(r"\n{3,}", lambda newlines: f" [⏎ x {len(newlines[0])}] ", text)
 
 
+def shown_answer(text: str) -> str:
+    """Return what a model wrote as `safe_text` does, and words in place of white space alone."""
+    return safe_text(text) if text.strip() else "(empty answer)"
+
+
 def safe_line(text: str) -> str:
     """Return `text` as `safe_text` does, with newlines and tabs written as escapes too."""
     return "".join(map(_escaped, text))

@@ -17,7 +17,7 @@ from fluvial import interrupt
 from fluvial.cli.console import Format, Overrides, err, out, print_json
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
-from fluvial.formatting import safe_text
+from fluvial.formatting import safe_text, shown_answer
 
 if TYPE_CHECKING:
     from fluvial.models.streaming import Sampling
@@ -30,11 +30,11 @@ NEW = "/new"
 
 
 def chat(
-    name: Annotated[
+    run: Annotated[
         str,
         typer.Argument(
-            metavar="RUN",
-            help="runs/NAME, a folder of an adapter or a model, a hub id, or 'embedded'.",
+            help="A run's folder, such as runs/NAME, a folder of an adapter or a model, a hub id, "
+            "or 'embedded'.",
         ),
     ],
     prompt: Annotated[
@@ -71,7 +71,7 @@ def chat(
         from fluvial.models.streaming import Sampling
         from fluvial.runs.chat import Chat
 
-        chat = Chat(name, only=only, template=template, overrides=overrides)
+        chat = Chat(run, only=only, template=template, overrides=overrides)
 
     sampling = Sampling(max_new_tokens, temperature, seed)
     with chat:
@@ -113,9 +113,11 @@ def _answer(chat: "Chat", text: str, sampling: "Sampling", format: str) -> None:
     else:
         for speaker in chat.speakers:
             out.print(f"[bold]{escape(speaker.name)}[/]")
+            answer = ""
             for piece in speaker.answer(text, sampling):
+                answer += piece
                 out.print(safe_text(piece), end="", markup=False, soft_wrap=True)
-            out.print("\n")
+            out.print("\n" if answer.strip() else f"{shown_answer(answer)}\n", markup=False)
 
 
 def _beside(chat: "Chat", text: str, sampling: "Sampling") -> None:
@@ -145,7 +147,7 @@ def _beside(chat: "Chat", text: str, sampling: "Sampling") -> None:
             said[name] += piece or ""
             live.update(_columns(said))
 
-    out.print(_columns(said))
+    out.print(_columns({name: shown_answer(answer) for name, answer in said.items()}))
 
 
 def _columns(said: dict[str, str]) -> Table:

@@ -5,16 +5,32 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
 from rich.console import Console, RenderableType
+from typer.core import TyperArgument
 
 from fluvial.storage.run_files import JsonObject
 
 if TYPE_CHECKING:
     from fluvial.runs.config import RunConfig
+
+
+class Argument(TyperArgument):
+    """Argument that keeps its help text.
+
+    The base class of click 8.5 has a help text too, and typer 0.20, which Flower asks for, sets its
+    own before that of the base, which is none.
+    """
+
+    def __init__(self, *, help: str | None = None, **given: Any) -> None:
+        super().__init__(help=help, **given)
+        self.help = help
+
+
+typer.main.TyperArgument = Argument  # type: ignore[attr-defined]
 
 out = Console(highlight=False)
 """Console of results: standard output."""

@@ -20,10 +20,9 @@ HARNESS: dict[str, Any] = {"rich_help_panel": "Tasks of lm-eval"}
 
 
 def evaluate(
-    adapter: Annotated[
+    target: Annotated[
         str,
         typer.Argument(
-            metavar="TARGET",
             help="A run's folder, a PEFT folder such as runs/NAME/adapter, a model's folder or hub "
             "id, or 'embedded'.",
         ),
@@ -188,15 +187,15 @@ def evaluate(
                 out,
             )
 
-        adapter = weights_in(adapter)
-        kind = kind_of(adapter)
+        target = weights_in(target)
+        kind = kind_of(target)
         if kind == "adapter" or (kind == "tuned" and base):
-            weights = read_adapter_folder(Path(adapter).expanduser())
+            weights = read_adapter_folder(Path(target).expanduser())
             recorded = weights.settings(data)
             run = weights.run
         else:
             weights = None
-            recorded, run = run_settings(adapter, data)
+            recorded, run = run_settings(target, data)
 
         settings = evaluation_settings(recorded, data, overrides or [])
         answers = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, such as runs/NAME.")],
     to: Annotated[
         Path | None, typer.Option(help="New folder; default RUN/export-FORM.", show_default=False)
     ] = None,
@@ -46,7 +46,7 @@ def export(
     with spinner("reading the run"):
         from fluvial.runs.export import export_run
 
-        made = export_run(folder, to, form=form, base=base_name, name_sites=site_names, dtype=dtype)
+        made = export_run(run, to, form=form, base=base_name, name_sites=site_names, dtype=dtype)
 
     if format == "json":
         check = made.check

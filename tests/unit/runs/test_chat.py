@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.cli.chat import _answer, _beside
 from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
@@ -157,6 +159,16 @@ def test_prompts_come_from_an_option_or_from_lines(run: Path, tiny_model: Path) 
     one = RUNNER.invoke(app, ["chat", str(tiny_model), "--prompt", TEXT, "--max-new-tokens", "4"])
     assert one.stdout.startswith("model\n")
     assert found["base"] in one.stdout
+
+
+def test_an_empty_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a model writes the end token alone, on a terminal or not."""
+    asked = [SimpleNamespace(name=name, answer=lambda *_: iter(())) for name in ("base", "tuned")]
+    chat = cast("Chat", SimpleNamespace(speakers=asked))
+    _answer(chat, TEXT, Sampling(), "table")
+    assert capsys.readouterr().out.count("(empty answer)") == 2
+    _beside(chat, TEXT, Sampling())
+    assert capsys.readouterr().out.count("(empty answer)") == 2
 
 
 def test_what_cannot_be_asked_is_refused(run: Path, tiny_model: Path) -> None:
