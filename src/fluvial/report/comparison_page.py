@@ -10,12 +10,15 @@ from fluvial.report.charts import COLOURS, Bars, bar_chart, legend
 from fluvial.report.comparison_figures import curves
 from fluvial.report.comparison_tables import (
     Rows,
+    coding_words,
     colour,
     cost_rows,
     costs_caption,
+    equal_words,
     measure_name,
     measure_rows,
     measures_caption,
+    told_apart,
 )
 from fluvial.report.figures import Run, score_of
 from fluvial.report.page import AXES, PAGES
@@ -56,8 +59,10 @@ def comparison_page(compared: Compared, folder: Path, *, written: str = "") -> b
         "written": written,
         "refresh_s": REFRESH_S if open_runs else 0,
         "notes": [safe_text(note) for note in compared.notes],
-        "measures": [measure_rows(compared, name) for name in compared.measures],
+        "measures": [measure_rows(compared, name) for name in told_apart(compared)],
         "measures_caption": measures_caption(compared),
+        "equal": equal_words(compared),
+        "coding": safe_text(coding_words(compared)),
         "costs": cost_rows(compared),
         "costs_caption": costs_caption(compared),
         "axes": _axes(runs, score),
@@ -150,7 +155,8 @@ def _bars(compared: Compared, score: str) -> list[JsonObject]:
     """Return the charts of differences and of costs."""
     found = []
     for measure in ("loss", score):
-        others = [each for each in compared.contenders if measure in each.differences]
+        shown = measure in told_apart(compared)
+        others = [each for each in compared.contenders if shown and measure in each.differences]
         if not others:
             continue
         show = (lambda value: figure(value, "+.4f")) if measure == "loss" else _points

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.text import Text
+from scipy import stats
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
 from fluvial.report.result_tables import ANSWER_SCORES
 from fluvial.report.tables import table
+from fluvial.runs.comparison.gathering import is_loss
 from fluvial.runs.comparison.judging import answer, p_words, primary, test_words
 from fluvial.runs.comparison.result import Compared, ComparedContender, Difference
 
@@ -48,6 +50,46 @@ def measure_rows(compared: Compared, measure: str) -> Rows:
         rows.append([safe_text(each.name), value, *_difference_cells(found, losing=losing)])
 
     return rows
+
+
+def told_apart(compared: Compared) -> tuple[str, ...]:
+    """Return the measures that have a table: the one that decides, and those not equal at all
+    contenders."""
+    equal = _equal(compared)
+    return tuple(name for name in compared.measures if name not in equal)
+
+
+def equal_words(compared: Compared) -> str:
+    """Return the measures that have no table, with their value; "" without any."""
+    shown = []
+    for name in _equal(compared):
+        score = next(each.scores[name] for each in compared.contenders if name in each.scores)
+        shown.append(f"{measure_name(name)} {_value(score.mean, None, losing=is_loss(name))}")
+    return f"Equal at all contenders, without a table: {', '.join(shown)}." if shown else ""
+
+
+def _equal(compared: Compared) -> list[str]:
+    """Return the measures, but for losses, that no site under no seed tells apart.
+
+    No cell is better, and the mean of the differences is 0, so that none is worse either.
+    """
+    found = []
+    for name in compared.measures:
+        differences = [each.differences.get(name) for each in compared.contenders]
+        known = [each for each in differences if each is not None]
+        if known and not is_loss(name) and all(each.mean == each.better == 0 for each in known):
+            found.append(name)
+    return found
+
+
+def coding_words(compared: Compared) -> str:
+    """Return the method and the codec of each contender whose name does not say both."""
+    shown = []
+    for each in compared.contenders:
+        values = [each.method, *([each.codec] if each.codec else [])]
+        if not all(value in each.name for value in values):
+            shown.append(f"{each.name}: {' + '.join(values)}")
+    return f"Method and codec: {'; '.join(shown)}." if shown else ""
 
 
 def cost_rows(compared: Compared) -> Rows:
@@ -98,17 +140,36 @@ def measures_caption(compared: Compared) -> str:
         words.append("Better: cells, each a site under a seed, in which the contender is better.")
         if difference.over == "sites":
             words.append("A test over sites tells nothing about other seeds.")
+        if difference.over == "seeds" and _few_seeds(compared):
+            wide = stats.t.ppf(0.975, difference.pairs - 1)
+            words.append(
+                f"The test compares the means of {difference.pairs} seeds, not the cells: its "
+                f"interval reaches {wide:.1f} standard errors to each side, so that no difference "
+                "may be shown where every cell is better. More seeds narrow it."
+            )
     return " ".join(words)
+
+
+def _few_seeds(compared: Compared) -> bool:
+    """Return whether all cells of a contender agree, and its test shows no difference."""
+    found = [each[1] for one in compared.contenders if (each := primary(one))]
+    return any(
+        answer(each) == "no difference shown" and each.better in (0, each.cells) for each in found
+    )
 
 
 def comparison_tables(compared: Compared) -> RenderableType:
     """Return all tables of a comparison, and its verdict."""
     parts: list[RenderableType] = []
-    for number, measure in enumerate(compared.measures):
+    measures = told_apart(compared)
+    for number, measure in enumerate(measures):
         headings, *rows = measure_rows(compared, measure)
-        caption = measures_caption(compared) if number == len(compared.measures) - 1 else ""
+        caption = measures_caption(compared) if number == len(measures) - 1 else ""
         title = "Comparison" if number == 0 else ""
         parts.append(table(_two_lines(headings), rows, title, caption=caption, whole=True))
+
+    lines = (equal_words(compared), coding_words(compared))
+    parts += [Text(safe_text(line)) for line in lines if line]
 
     headings, *rows = cost_rows(compared)
     caption = costs_caption(compared)

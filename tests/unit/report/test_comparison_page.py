@@ -10,7 +10,13 @@ import pytest
 from fluvial import __version__
 from fluvial.report.comparison_figures import mean_series
 from fluvial.report.comparison_page import comparison_page
-from fluvial.report.comparison_tables import cost_rows, measure_rows
+from fluvial.report.comparison_tables import (
+    comparison_tables,
+    cost_rows,
+    measure_rows,
+    measures_caption,
+    told_apart,
+)
 from fluvial.report.figures import Run
 from fluvial.runs.comparison.judging import verdict_line
 from fluvial.runs.comparison.result import (
@@ -22,7 +28,7 @@ from fluvial.runs.comparison.result import (
 )
 from fluvial.runs.comparison.statistics import interval
 from tests.unit.report.test_page_in_browser import CHROMIUM, opened, served
-from tests.unit.report.test_show import SCRIPT, records, result, write
+from tests.unit.report.test_show import SCRIPT, records, result, text_of, write
 
 __all__ = ["served"]
 LOSSES = {"fedavg": (3.2, 3.3), "cgfedllm": (3.1, 3.16)}
@@ -152,6 +158,42 @@ def test_nothing_that_a_name_or_a_failure_says_runs(two: Compared, tmp_path: Pat
     assert "Failed runs" in page
 
 
+def test_a_measure_that_is_equal_at_all_has_a_line_in_place_of_a_table(tmp_path: Path) -> None:
+    zero = difference(0.0, None).model_copy(update={"low": 0.0, "high": 0.0, "better": 0})
+    crossed = zero.model_copy(update={"better": 3})  # two cells that cancel
+    score = Score(mean=0.0, low=0.0, high=0.0, by_seed={0: 0.0, 1: 0.0})
+    losses = Score(mean=3.2, low=None, high=None, by_seed={0: 3.2, 1: 3.2})
+    scores = {"loss": losses, "exact_match": score, "f1": score}
+    differences = {"loss": zero, "exact_match": zero, "f1": crossed}
+    both = compared(
+        contender("a", "a", (3.2, 3.2), scores=scores),
+        contender("b", "b", (3.2, 3.2), scores=scores, differences=differences),
+        measures=("loss", "exact_match", "f1"),
+    )
+    assert told_apart(both) == ("loss", "f1")
+    line = "Equal at all contenders, without a table: exact match 0.00 %."
+    assert line in text_of(comparison_tables(both))
+    page = comparison_page(both, tmp_path).decode()
+    assert line in page
+    assert "<th>exact match</th>" not in page
+    assert "<th>token F1</th>" in page
+
+
+def test_method_and_codec_stand_beside_names_that_do_not_say_them(two: Compared) -> None:
+    first = two.contenders[0].model_copy(update={"name": "fedavg-int8"})
+    both = compared(first, two.contenders[1])
+    assert "Method and codec: cgfedllm: fedavg + int8." in text_of(comparison_tables(both))
+
+
+def test_the_caption_says_why_all_cells_may_be_better_and_nothing_be_shown() -> None:
+    base = contender("a", "a", (3.2, 3.3))
+    words = "interval reaches 12.7 standard errors to each side"
+    for p, better, said in ((0.4, 6, True), (0.4, 5, False), (0.01, 6, False)):
+        found = difference(-0.12, p).model_copy(update={"better": better})
+        ours = contender("b", "b", (3.1, 3.2), differences={"loss": found})
+        assert (words in measures_caption(compared(base, ours))) == said
+
+
 def test_a_curve_is_the_mean_of_its_seeds() -> None:
     runs = [Run("a", "own", records(10, 20, start=start), None, True) for start in (3.0, 3.1, 3.5)]
     series = mean_series(runs, "both", "loss")
@@ -181,7 +223,9 @@ def test_the_verdict_on_two(found: Difference, words: str) -> None:
     ours = contender("b", "b", (3.1, 3.2), differences={"loss": found}, bytes_total=20010.0)
     line = compared(base, ours).verdict
     assert line.startswith(words)
-    assert line.endswith("at 1/20 of the bytes")
+    assert line.endswith("b at 1/20 of the bytes of a")
+    ours = ours.model_copy(update={"bytes_total": 9.099 * base.bytes_total})
+    assert compared(base, ours).verdict.endswith("b at 9.1 times the bytes of a")
 
 
 def test_the_verdict_on_several_and_on_one() -> None:

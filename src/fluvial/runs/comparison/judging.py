@@ -105,9 +105,17 @@ def _sentence(contender: ComparedContender, base: ComparedContender, found: Diff
     tested = test_words(found)
     parts.append(tested if found.p_holm is None else f"{tested}, p = {p_words(found.p_holm)}")
     if contender.bytes_total and base.bytes_total:
-        parts.append(f"at {human_ratio(contender.bytes_total / base.bytes_total)} of the bytes")
+        times = times_words(contender.bytes_total / base.bytes_total)
+        parts.append(f"{contender.name} at {times} the bytes of {base.name}")
 
     return ", ".join(parts)
+
+
+def times_words(ratio: float) -> str:
+    """Return a ratio as "1/20 of" where much is saved, else as "9.1 times"."""
+    if ratio < 0.7:
+        return f"{human_ratio(ratio)} of"
+    return f"{ratio:.{2 if ratio < 2 else 1 if ratio < 10 else 0}f} times"
 
 
 def p_words(p: float | None) -> str:
