@@ -1,6 +1,8 @@
 """Axes of losses and scores on the pages: their words, charts over them, and values on hover."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from markupsafe import Markup
 
@@ -19,11 +21,15 @@ AXIS_WORDS: dict[str, tuple[Callable[[float], str], str]] = {
     "seconds": (lambda value: human_seconds(value) if value else "0", "time of the rounds"),
 }
 """Words for a value on an axis, and the axis's name."""
+TIMES = ((18000.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.1, 1.0, "s"), (0.0, 0.001, "ms"))
+"""Units of an axis of time: seconds from which on one is used, its seconds, and its name."""
 
 
 def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
     """Draw series of the loss or of a score over an axis of `Run.places`."""
     words, across = AXIS_WORDS[axis]
+    if axis == "seconds":
+        series, words = _in_unit(series)
     return line_chart(
         series,
         across=across,
@@ -33,6 +39,25 @@ def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
         log=axis in ("up", "both"),
         whole=axis == "round",
     )
+
+
+def _in_unit(series: Sequence[Series]) -> tuple[list[Series], Callable[[float], str]]:
+    """Return series over seconds in a unit of which the axis has several, and the words of its
+    ticks, which are round numbers of this unit."""
+    places = [x for each in series for x, _ in (*each.line, *each.points) if math.isfinite(x)]
+    last = max(places, default=0.0)
+    _, size, unit = next(each for each in TIMES if last >= each[0])
+
+    shown = [
+        replace(
+            each,
+            line=[(x / size, y) for x, y in each.line],
+            points=[(x / size, y) for x, y in each.points],
+            band=[(x / size, low, high) for x, low, high in each.band],
+        )
+        for each in series
+    ]
+    return shown, lambda value: f"{value:g} {unit}" if value else "0"
 
 
 def tips_of(name: str, axis: str, measure: str, line: Points, points: Points) -> list[str]:
