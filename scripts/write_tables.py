@@ -40,7 +40,7 @@ from split_tables import (
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
-from fluvial.report.result_tables import ANSWERS_CAPTION, RESULT_CAPTION, result_rows
+from fluvial.report.result_tables import ANSWERS_CAPTION, result_caption, result_rows
 
 QUICK = (
     "",
@@ -69,15 +69,16 @@ def quickstart() -> str:
     gains = {site: row["base"]["loss"] - row["final"]["loss"] for site, row in sites.items()}
     least = min(gains, key=gains.__getitem__)
     setup = result["bytes"]["setup"] / result["sites"]
+    rows = result_rows(result)
 
     return "\n\n".join(
         [
             f"`make quickstart`: {result['sites']} sites, {result['rounds']} rounds, Python "
             f"{result['python']}, "
             f"torch {result['versions']['torch']}, two CPU cores.",
-            table(_columns(result_rows(result), QUICK)),
+            table(_columns(rows, QUICK)),
             f"The run in one line: {result['verdict']['line']}.",
-            RESULT_CAPTION,
+            result_caption(rows[0]),
             ANSWERS_CAPTION,
             f"Held-out loss falls at every site, by {gains[least]:.2f} ({least}) to "
             f"{max(gains.values()):.2f} nats. Set-up is {human_bytes(setup)} for each "

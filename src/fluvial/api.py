@@ -13,9 +13,10 @@ from fluvial.caller import from_python
 from fluvial.codecs.base import Codec
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.methods.interface import Method
+from fluvial.report.line_rates import Rates
 from fluvial.report.plan_tables import plan_table
 from fluvial.report.result_tables import (
-    RESULT_CAPTION,
+    result_caption,
     result_rows,
     verdict_of,
     with_compared,
@@ -52,7 +53,7 @@ class Result:
     @property
     def rows(self) -> list[list[str]]:
         """Return the table of the result as texts; the first row has the headings."""
-        return result_rows(self.values)
+        return result_rows(self.values, Rates.of(self.config))
 
     @property
     def verdict(self) -> str:
@@ -78,9 +79,10 @@ class Result:
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in rows
         )
+        caption = html.escape(result_caption(self.rows[0], Rates.of(self.config)))
         return (
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            f"<p>{html.escape(self.verdict)}</p><p><small>{html.escape(RESULT_CAPTION)}</small></p>"
+            f"<p>{html.escape(self.verdict)}</p><p><small>{caption}</small></p>"
         )
 
 

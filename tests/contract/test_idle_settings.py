@@ -519,6 +519,7 @@ class NamesOnly:
     """Data of a deployment, of which the server knows the names."""
 
     names = ("north", "south", "west")
+    samples_site = False
 
     def public(self) -> dict[str, list[Example]]:
         """Return no text."""

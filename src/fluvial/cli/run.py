@@ -63,14 +63,13 @@ def run(
     from fluvial.report.harness_table import run_tasks
     from fluvial.report.result_tables import (
         closing_words,
-        cut_words,
         result_table,
         verdict_line,
     )
     from fluvial.storage.run_files import read_run
 
     finished = read_run(path)
-    out.print(result_table(event.values, cut_words(finished["config"])))
+    out.print(result_table(event.values, finished["config"]))
     out.print(verdict_line(finished))
     for content in run_tasks(event.values):
         out.print(content)

@@ -116,6 +116,11 @@ class SiteTexts:
         self.load = lru_cache(CACHED_SITES)(self._load)
         self.public = cache(self._public)
 
+    @property
+    def samples_site(self) -> bool:
+        """Return whether `sample` has records of a site; bundled text is public."""
+        return self._bundled is None
+
     def sample(self) -> SiteData:
         """Return the data of the first site, to show the model on."""
         return self.load(self.names[0])

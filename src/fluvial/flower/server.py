@@ -131,6 +131,9 @@ class ServerTexts:
         """Return the public records; see `Texts`."""
         return self._texts.public()
 
+    samples_site = False
+    """The sample is a prompt of the configuration, or a fixed one."""
+
     def sample(self) -> SiteData:
         """Return the configured prompt as a sample, since the server holds no text of the sites."""
         prompt = self.config.evaluate.sample_prompt or "Once upon a time"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fluvial import __version__
 from fluvial.data import with_template
@@ -117,17 +117,26 @@ def _write(name: str, reporting: Reporting, save: Callable[[Path], None]) -> str
     return digest.hexdigest()
 
 
+PromptFrom = Literal["setting", "site", "public"]
+"""Origin of a sample's prompt: `evaluate.sample_prompt`, a held-out record of a site, or text that
+belongs to no site."""
+
+
 def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
     """Return continuations of one prompt by the base and by the tuned model.
 
-    Without a configured prompt a site's own text is one, unless sites may not be measured.
+    Without a configured prompt a site's own text is one, unless sites may not be measured. Each
+    sample says where its prompt is from.
     """
     settings = reporting.evaluate
     texts = reporting.texts.sample()
 
     if settings.sample_prompt is None and not reporting.heldout:
         return []
+
+    origin: PromptFrom = "site" if reporting.texts.samples_site else "public"
     if settings.sample_prompt is not None:
+        origin = "setting"
         prompt = settings.sample_prompt
     elif texts.questions:
         prompt = texts.questions[0].prompt
@@ -141,4 +150,4 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         reporting.pool.generate(weights, [prompt], max_new_tokens=settings.sample_tokens)[0]
         for weights in (reporting.pool.base_state(), state)
     )
-    return [{"prompt": prompt, "base": before, "final": after}]
+    return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after}]

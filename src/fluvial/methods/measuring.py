@@ -74,6 +74,11 @@ class Texts(Protocol):
         """Return text that belongs to no site; raises `ConfigError` if there is none."""
         ...
 
+    @property
+    def samples_site(self) -> bool:
+        """True where `sample` returns records that belong to a site."""
+        ...
+
     def sample(self) -> SiteData:
         """Return held-out text to show the model on."""
         ...

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fluvial.errors import ConfigError
-from fluvial.formatting import privacy_words, safe_text
+from fluvial.formatting import privacy_words, safe_text, shown_answer
 from fluvial.report import figures
 from fluvial.report.aggregation_tables import aggregation_by_module
 from fluvial.report.axes import SCORES
@@ -23,14 +23,16 @@ from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.figures import Run, score_of
 from fluvial.report.headline import ORDER, first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
+from fluvial.report.line_rates import Rates
 from fluvial.report.result_tables import (
     ANSWER_SCORES,
     ANSWERS_CAPTION,
     INTERVAL,
-    RESULT_CAPTION,
     cut_words,
+    result_caption,
     result_rows,
     run_name,
+    sample_words,
     too_long_words,
     with_compared,
 )
@@ -121,6 +123,8 @@ def _content(run: JsonObject) -> JsonObject:
     gate = setup.get("gate") or refused.get("gate")
     blocks = block_schedule(metrics, cycles=figures.CYCLES, sites=figures.SITES)
     missing = failures(metrics)
+    rates = Rates.of(config)
+    rows = result_rows(with_compared(run), rates) if result else []
     excerpts = (
         budget_trials(setup),
         _blocks(setup),
@@ -141,8 +145,8 @@ def _content(run: JsonObject) -> JsonObject:
         "folder": run["folder"],
         "verdict": first_lines(run, method),
         "tiles": tiles(result, score) if result else [],
-        "tables": _tables(result_rows(with_compared(run))) if result else [],
-        "caption": _caption(result or {}, config),
+        "tables": _tables(rows) if rows else [],
+        "caption": _caption(result, config, result_caption(rows[0], rates)) if result else "",
         "axes": _axes(runs, score),
         "runs": legend([(each.name, each.colour) for each in runs]),
         "maps": _maps(result or {}),
@@ -173,7 +177,12 @@ def _content(run: JsonObject) -> JsonObject:
         else {},
         "verdicts": _verdicts(gate) if gate else [],
         "samples": [
-            {key: safe_text(text) for key, text in sample.items()}
+            {
+                "prompt": safe_text(sample["prompt"]),
+                "base": shown_answer(sample["base"]),
+                "final": shown_answer(sample["final"]),
+                "words": sample_words(sample),
+            }
             for sample in (result or {}).get("samples", [])
         ],
         "excerpts": [excerpt for excerpt in excerpts if excerpt],
@@ -221,10 +230,10 @@ def _tables(rows: list[list[str]]) -> list[list[list[str]]]:
     return [[[row[at] for at in places] for row in rows] for places in chosen if len(places) > 1]
 
 
-def _caption(result: JsonObject, config: JsonObject) -> str:
-    """Return the meaning of the columns of the result tables."""
+def _caption(result: JsonObject, config: JsonObject, columns: str) -> str:
+    """Return the meaning of the columns of the result tables, and remarks on what they measure."""
     answers = f" {ANSWERS_CAPTION}" if result.get("questions") else ""
-    return RESULT_CAPTION + answers + cut_words(config) + too_long_words(result)
+    return columns + answers + cut_words(config) + too_long_words(result)
 
 
 def _axes(runs: Sequence[Run], score: str) -> list[JsonObject]:

@@ -1,5 +1,6 @@
 """Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -16,7 +17,9 @@ from fluvial.formatting import (
     percent,
     privacy_words,
     safe_text,
+    shown_answer,
 )
+from fluvial.report.line_rates import PLAIN, Rates
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 from fluvial.storage.run_files import PAGE, JsonObject
@@ -38,15 +41,15 @@ def run_name(result: JsonObject) -> str:
 ANSWER_SCORES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L"}
 """Headings of the scores of greedy answers."""
 INTERVAL = "95 % interval"
-LINE_MBIT_S = 20
-AT_LINE = f"at {LINE_MBIT_S} Mbit/s"
-"""Heading of the time that a site's bytes take on a line of 20 Mbit/s."""
-TRAFFIC = ("up per site", "round ratio", "amortised", AT_LINE)
-"""Headings of what sites and server send."""
+TRAFFIC = ("up per site", "round ratio", "amortised")
+"""Headings of what sites and server send; the time of these bytes follows."""
 
 
-def result_rows(result: JsonObject) -> list[list[str]]:
-    """Return the headings, then a row for the base model, each baseline and the run itself."""
+def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
+    """Return the headings, then a row for the base model, each baseline and the run itself.
+
+    The last column has the time of a site's bytes at `rates`.
+    """
     heldout = result["heldout"]
     compared = result.get("compare", {})
     pooled = result.get("heldout_pooled") or {}
@@ -66,7 +69,7 @@ def result_rows(result: JsonObject) -> list[list[str]]:
     headings += scores.values()
     if "exact_match" in scores:
         headings.insert(headings.index(scores["exact_match"]) + 1, INTERVAL)
-    rows = [[*headings, *TRAFFIC]]
+    rows = [[*headings, *TRAFFIC, rates.heading]]
 
     for label, key, traffic in runs:
         values = heldout.get(key) or {}
@@ -89,7 +92,7 @@ def result_rows(result: JsonObject) -> list[list[str]]:
         row += [
             human_ratio(traffic.get("round_ratio")),
             human_ratio(traffic.get("amortised_ratio")),
-            _line_time(traffic),
+            _line_time(traffic, rates),
         ]
         rows.append(row)
 
@@ -104,50 +107,58 @@ def interval_words(share: float | None, questions: int) -> str:
     return f"{100 * found.low:.1f} - {100 * found.high:.1f} %"
 
 
-def _line_time(traffic: JsonObject) -> str:
+def _line_time(traffic: JsonObject, rates: Rates) -> str:
     """Return the time of one site's bytes, both ways and with set-up, on a line of its own."""
     if "bytes" not in traffic or traffic.get("round_ratio") is None:
         return "-"
     sent = traffic["bytes"]
-    size = (sent["up"] + sent["down"] + sent["setup"]) / traffic["sites"]
-    return human_seconds(8 * size / (LINE_MBIT_S * 1e6))
+    up = sent["up"] + sent["setup_up"]
+    down = sent["down"] + sent["setup"] - sent["setup_up"]
+    return human_seconds(rates.seconds(up / traffic["sites"], down / traffic["sites"]))
 
 
-RESULT_CAPTION = (
-    "Held-out values are means over the sites, each counting the same; pooled: over all their "
-    "label tokens, which is all that a central run has. Up per site: bytes of all rounds; round "
-    "ratio: these against uncompressed updates; local training only reports its loss. Amortised: "
-    "all bytes in both directions, with set-up, against an uncompressed run of the same rounds. At "
-    "20 Mbit/s: these bytes of one site on a line of its own, without round trips."
-)
-"""Meaning of the columns, below each table of results."""
+def result_caption(headings: Sequence[str], rates: Rates = PLAIN) -> str:
+    """Return the meaning of the columns of `result_rows`, below each table of results."""
+    pooled = "; pooled: over all their label tokens, which is all that a central run has"
+    return (
+        "Held-out values are means over the sites, each counting the same"
+        f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds; round "
+        "ratio: these against uncompressed updates; local training only reports its loss. "
+        "Amortised: all bytes in both directions, with set-up, against an uncompressed run of the "
+        f"same rounds. {rates.words}"
+    )
+
+
 ANSWERS_CAPTION = (
     "Means over the sites, each counting the same; result.json has those over all questions too. "
     "The interval of exact match is Wilson's, over all questions together."
 )
 
 
-def result_table(result: JsonObject, more: str = "") -> RenderableType:
-    """Return the run beside the base model and its baselines, with `more` in the caption.
+def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
+    """Return the run of a configuration beside the base model and its baselines.
 
     With scores of greedy answers or a central run there are several tables, since 80 columns do not
     hold all.
     """
-    headings, *rows = result_rows(result)
+    rates = Rates.of(config)
+    headings, *rows = result_rows(result, rates)
+    caption = result_caption(headings, rates) + cut_words(config)
     scores = [at for at, heading in enumerate(headings) if heading in ANSWER_SCORES.values()]
     scores += [at for at, heading in enumerate(headings) if heading == INTERVAL]
     others = [at for at in range(1, len(headings)) if at not in scores]
     if not scores and "pooled loss" not in headings:
-        return Group(_columns(headings, rows, others, "Result", RESULT_CAPTION + more))
+        return Group(_columns(headings, rows, others, "Result", caption))
 
     answers = ANSWERS_CAPTION + too_long_words(result)
-    losses = [at for at in others if headings[at] not in TRAFFIC]
-    traffic = [at for at in others if headings[at] in TRAFFIC]
+    first = headings.index(TRAFFIC[0])
+    losses = [at for at in others if at < first]
+    traffic = [at for at in others if at >= first]
     tables = [_columns(headings, rows, sorted(scores), "Greedy answers", answers)] if scores else []
     return Group(
         *tables,
         _columns(headings, rows, losses, "Held-out loss", ""),
-        _columns(headings, rows, traffic, "Bytes and time", RESULT_CAPTION + more),
+        _columns(headings, rows, traffic, "Bytes and time", caption),
     )
 
 
@@ -214,16 +225,27 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
 
     for sample in result.get("samples", []):
         for when, key in (("before", "base"), ("after", "final")):
-            shown = Text.assemble(
-                (safe_text(sample["prompt"]), "dim"), safe_text(sample[key]).rstrip()
-            )
+            answer = shown_answer(sample[key]).rstrip()
+            shown = Text.assemble((safe_text(sample["prompt"]), "dim"), answer)
             lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
+        if sample_words(sample):
+            lines.append(Text(f"\n{sample_words(sample)}", style="yellow"))
 
     if (path / PAGE).is_file():
         page = Text.assemble("\nPage     ", (str(path / PAGE), "bold"))
     else:
         page = Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
     return Group(*lines, page)
+
+
+def sample_words(sample: JsonObject) -> str:
+    """Return a warning where the prompt of a sample is text of a site, "" elsewhere."""
+    if sample.get("prompt_from") != "site":
+        return ""
+    return (
+        "The prompt is a held-out record of a site; set evaluate.sample_prompt to a text of your "
+        "own before you pass this page on."
+    )
 
 
 def too_long_words(result: JsonObject) -> str:

@@ -15,7 +15,6 @@ from fluvial.report.harness_table import run_tasks
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.result_tables import (
     closing_words,
-    cut_words,
     result_table,
     verdict_line,
     with_compared,
@@ -94,7 +93,7 @@ def _outcome(run: JsonObject, method: str) -> list[RenderableType]:
 
     return [
         Text(),
-        result_table(with_compared(run), cut_words(run["config"])),
+        result_table(with_compared(run), run["config"]),
         verdict_line(run),
         Text(),
         _site_table(run),

@@ -356,14 +356,14 @@ def test_scores_of_answers_have_a_table_that_80_columns_hold() -> None:
     assert scores == ["10.00 %", "20.00 %", "50.00 %"]
 
     stream = io.StringIO()
-    Console(file=stream, width=80).print(result_tables.result_table(run))
+    Console(file=stream, width=80).print(result_tables.result_table(run, {}))
     lines = stream.getvalue().splitlines()
     assert any(
         line.split()[-7:] == ["10.00", "%", "-", "20.00", "%", "50.00", "%"] for line in lines
     )
     assert max(map(len, lines)) <= 80
     assert "Greedy answers" not in text_of(
-        result_tables.result_table(result("fedavg", "int8", 3.25, 8000, 131200))
+        result_tables.result_table(result("fedavg", "int8", 3.25, 8000, 131200), {})
     )
 
 

@@ -571,6 +571,7 @@ def test_exact_match_of_answers_is_reported(run_config: dict[str, Any], tmp_path
     for row in result["heldout_by_site"].values():
         assert 0 <= row["base"]["exact_match"] <= row["final"]["exact_match"] <= 1
     assert result["samples"][0]["prompt"].endswith("+ 1 =")
+    assert result["samples"][0]["prompt_from"] == "site"
 
 
 # -- other architectures -------------------------------------------------------------------------

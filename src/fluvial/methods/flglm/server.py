@@ -14,7 +14,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.meter import AUDIT, MEASURING, SAMPLING
 from fluvial.federation.replies import fields, measured
 from fluvial.federation.sites import state_message
-from fluvial.methods.exporting import Export, Reporting, export_adapter
+from fluvial.methods.exporting import Export, PromptFrom, Reporting, export_adapter
 from fluvial.methods.flglm.accounting import account, passes_of_round
 from fluvial.methods.flglm.client_batch import ClientBatch
 from fluvial.methods.flglm.config import FlGlmConfig
@@ -260,7 +260,8 @@ class FlGlmServer(SharedModelServer):
 
         if len(texts) < 2:  # the site has failed
             return []
-        return [{"prompt": prompt, "base": texts[0], "final": texts[1]}]
+        origin: PromptFrom = "setting" if reporting.evaluate.sample_prompt else "public"
+        return [{"prompt": prompt, "prompt_from": origin, "base": texts[0], "final": texts[1]}]
 
     @contextmanager
     def _serving(self, which: Which) -> Iterator[Serving]:

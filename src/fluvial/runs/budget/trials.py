@@ -64,6 +64,9 @@ class PublicSites:
         train = [example for site in sites for example in site.train]
         return SiteData(train, [e for site in sites for e in site.heldout], [], len(train), 0, 0)
 
+    samples_site = False
+    """All text is public."""
+
     def sample(self) -> SiteData:
         """Return the data of the first simulated site."""
         return self.data[self.names[0]]
