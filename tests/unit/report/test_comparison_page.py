@@ -224,7 +224,7 @@ def test_the_verdict_on_two(found: Difference, words: str) -> None:
     line = compared(base, ours).verdict
     assert line.startswith(words)
     assert line.endswith("b at 1/20 of the bytes of a")
-    ours = ours.model_copy(update={"bytes_total": 9.099 * base.bytes_total})
+    ours = ours.model_copy(update={"bytes_total": 9.099 * 400200.0})
     assert compared(base, ours).verdict.endswith("b at 9.1 times the bytes of a")
 
 
