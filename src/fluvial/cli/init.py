@@ -68,6 +68,7 @@ def init(
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
     asks = not no_input and _on_terminal()
+    from fluvial.data.faults import DataError
     from fluvial.runs.proposal.limits import LIMITS, limits_of
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
@@ -98,6 +99,8 @@ def init(
     _found(f"{len(records.rows):,} records, form {records.form}", asks)
     divided = _sites(records, site_column, sites, asks)
     _found(divided.words(), asks)
+    if not renamed:
+        records = _with_answers(records, divided, asks)
 
     if chosen_limits is None and asks:
         for name, meaning in LIMITS.items():
@@ -111,8 +114,15 @@ def init(
     if "slow-links" in chosen and uplink is None and asks:
         uplink = _answer("Slowest uplink in Mbit/s", None, "--uplink", asks, _mbps, "2")
 
-    with spinner("counting tokens and checking"):
-        proposal = propose(file, facts, records, divided, chosen, uplink_mbps=uplink, public=public)
+    try:
+        with spinner("counting tokens and checking"):
+            proposal = propose(
+                file, facts, records, divided, chosen, uplink_mbps=uplink, public=public
+            )
+    except DataError as error:
+        raise DataError(
+            [f"{error}\n{file}: not written; mend these records and call `fluvial init` again"]
+        ) from None
 
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(proposal.text, encoding="utf-8")
@@ -185,6 +195,35 @@ def _sites(records: "DataFacts", site_column: str | None, sites: int | None, ask
         f"--site-column: no column of {records.source!r} is certain to name the owner of a "
         f"record{hint}; name it, or divide the records into equal shares with --sites 4"
     )
+
+
+def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFacts":
+    """Return the records with the column of answers that the user names, if one may be left over.
+
+    Raises `ConfigError` where one may be, and nobody can be asked.
+    """
+    from fluvial.runs.proposal.records import answer_pairs, as_options, facts_about
+
+    pairs = answer_pairs(records, sites)
+    if not pairs:
+        return records
+
+    text = pairs[0][0]
+    names = " or ".join(repr(answer) for _, answer in pairs[:3])
+    if not asks:
+        alone = shlex.quote(f"text={text}")
+        raise ConfigError(
+            f"--column: {names} may be the answer to the text {text!r}. To learn it: "
+            f"{as_options(*pairs[0])}. To learn the text alone: --column {alone}"
+        )
+
+    def read(answer: str) -> "DataFacts":
+        if answer == "none":
+            return records
+        return facts_about(records.files, {"prompt": text, "completion": answer})
+
+    question = safe_text(f"Column with the answer to {text!r}, perhaps {names}; none: text alone")
+    return _answer(question, None, "--column", asks, read, "none")
 
 
 def _renamed(pairs: list[str]) -> dict[str, str]:

@@ -125,8 +125,7 @@ class RecordReader:
         if not answer.strip():
             raise ConfigError(
                 f"{place}: the answer is empty ({self._name(field)}), which would teach the model "
-                "to say nothing; "
-                "remove the record"
+                "to say nothing; write the answer, or remove the record"
             )
 
         return answer

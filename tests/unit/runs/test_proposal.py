@@ -16,6 +16,7 @@ from fluvial.cli import app, init
 from fluvial.data.records import Answered
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.runs.config import RunConfig, load
+from fluvial.runs.plan import plan
 from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
@@ -190,6 +191,74 @@ def test_columns_that_fit_no_form_are_asked_for(
 
     run_init(*options, typed="a1\na2\n\n")
     assert load(Path("q.toml")).data.columns == {"prompt": "a1", "completion": "a2"}
+
+
+def notes() -> list[dict[str, str]]:
+    """Notes of two hospitals with a code beside each, which is a likely answer."""
+    return [
+        {"id": str(n), "hospital": "NS"[n % 2], "note": f"case {n} was seen", "icd": f"A{n % 5}"}
+        for n in range(40)
+    ]
+
+
+def test_a_column_that_may_be_the_answer_is_not_dropped(tiny_model: Path) -> None:
+    options = ("--model", str(tiny_model), "--data", written(notes()))
+    both = "--column prompt=note --column completion=icd"
+    with pytest.raises(ConfigError, match=f"{both}. To learn the text alone: --column text=note"):
+        run_init("--yes", *options)
+    assert not Path("q.toml").exists()
+
+    result = run_init("--yes", *options, "--column", "text=note")
+    assert f"not used: 'icd'; for note -> icd: {both}" in " ".join(result.output.split())
+    comment = Path("q.toml").read_text().replace("\n# ", " ")
+    assert """not used: 'icd'; for note -> icd: columns = { prompt = "note", """ in comment
+
+    Path("q.toml").unlink()
+    result = run_init("--yes", *options, *both.split())
+    assert load(Path("q.toml")).data.columns == {"prompt": "note", "completion": "icd"}
+    assert "not used" not in result.output
+
+
+def test_a_column_that_may_be_the_answer_is_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    options = ("--model", str(tiny_model), "--data", written(notes()), "--limit", "none")
+    assert "perhaps 'icd'" in run_init(*options, typed="\n\n").output
+    assert load(Path("q.toml")).data.columns == {"text": "note"}
+    run_init(*options, "--force", typed="\nicd\n")
+    assert load(Path("q.toml")).data.columns == {"prompt": "note", "completion": "icd"}
+
+
+def test_columns_about_a_text_are_named_and_no_answers(tiny_model: Path) -> None:
+    rows = [{**row, "date": "2024", "ward": "w" * (2 * n)} for n, row in enumerate(notes())]
+    for row in rows:
+        del row["icd"]
+    result = run_init("--yes", "--model", str(tiny_model), "--data", written(rows))
+    assert "not used: 'date', 'ward'\n" in result.output
+    assert "# not used: 'date', 'ward'\n" in Path("q.toml").read_text()
+
+
+def test_an_empty_answer_is_refused_with_its_remedy(tiny_model: Path) -> None:
+    rows = answers()
+    rows[3]["answer"] = " "
+    with pytest.raises(ConfigError) as caught:
+        run_init("--yes", "--model", str(tiny_model), "--data", written(rows))
+    assert "line 4: the answer is empty" in str(caught.value)
+    assert "write the answer, or remove the record" in str(caught.value)
+    assert "q.toml: not written; mend these records" in str(caught.value)
+
+
+@pytest.mark.parametrize(("mbps", "rate"), [("0.1", 5.3), ("0.01", 10.5), ("0.0002", 256)])
+def test_the_rate_and_its_comment_agree_with_check(mbps: str, rate: float) -> None:
+    options = ("--model", "embedded", "--data", written(answers()), "--limit", "slow-links")
+    config = proposed(*options, "--uplink", mbps)
+    assert config.coding.model_dump()["rate"] == rate
+    sizes = plan(config)["bytes"]
+    assert sizes["raw"] / sizes["frame"] == pytest.approx(rate, rel=0.01)
+    upload_s = 8 * sizes["frame"] / (1e6 * float(mbps))
+    comment = f"times smaller than fp32: {upload_s:.2g} s at {float(mbps):g} Mbit/s"
+    assert comment in Path("q.toml").read_text()
 
 
 def test_names_of_sites_are_apart_where_they_have_commas_and_numbers() -> None:

@@ -45,7 +45,8 @@ from fluvial.settings import EXACT
 from fluvial.wire.frame import OVERHEAD, Reader
 from fluvial.wire.tensors import Layout, factor
 
-_MOST = 6  # bits for one value
+MOST_BITS = 6
+"""Most bits that a value takes: a frame is never larger than 6/32 of fp32."""
 _ROW = 1 << 16  # values that are rotated together
 _OCTAVE = 8
 _FINE = 1024  # parts of a code in which the water level is sought
@@ -188,7 +189,7 @@ class Trellis(RatedCodec):
 
         def bits(level: int) -> NDArray[np.int64]:
             found = self._sizes * np.maximum(loud - level, 0) // (_FINE * _OCTAVE)
-            found = np.minimum(found, _MOST * self._sizes)
+            found = np.minimum(found, MOST_BITS * self._sizes)
             return np.where(live & (found // blocks * LONGEST >= lengths), found, 0)
 
         while most - least > 1:

@@ -33,6 +33,18 @@ OWNERS = (
 )
 """Usual names of the column with the owner of a record."""
 MOST_SITES = 200
+NUMBERS = ("id", "uuid", "guid", "key", "index", "idx", "nr", "number", "row", "unnamed")
+"""Usual names of the column that numbers the records."""
+ABOUT = (
+    *("date", "time", "timestamp", "year", "month", "day", "url", "link", "source", "license"),
+    *("licence", "split", "language", "lang", "author", "name", "age", "sex", "gender", "file"),
+    *("filename", "path", "version", "title", "length", "tokens"),
+)
+"""Usual names of columns that say something about a text and are no answer to it."""
+LONGEST_LABEL = 60
+"""Characters of a value that may be a label."""
+MOST_CLASSES = 20
+"""Values of a column of numbers that may be labels."""
 
 
 def guessed_columns(columns: Sequence[str]) -> tuple[Form, dict[str, str]]:
@@ -108,11 +120,40 @@ def owner_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     return sorted(usual or fitting, key=_rank)
 
 
+def numbers_records(rows: Sequence[Row], column: str) -> bool:
+    """Return whether a column tells records apart: by its name, or by a number of each."""
+    if set(_words(column)) & set(NUMBERS):
+        return True
+    values = [value_of(row, column) for row in rows]
+    return len(set(values)) == len(values) and all(value and value.isdecimal() for value in values)
+
+
+def may_be_answers(rows: Sequence[Row], column: str) -> bool:
+    """Return whether a column may hold the answers to a text: short values, of two kinds or more,
+    in nine of ten records, and no name that is usual for something else."""
+    if set(_words(column)) & {*ABOUT, *NUMBERS, *OWNERS}:
+        return False
+    cells = [row.fields.get(column) for row in rows]
+    values = [
+        str(cell) if isinstance(cell, bool) else value_of(row, column)
+        for row, cell in zip(rows, cells, strict=True)
+    ]
+    filled = [value for value in values if value is not None]
+    if len(filled) < 0.9 * len(rows) or max(map(len, filled), default=0) > LONGEST_LABEL:
+        return False
+    numeric = all(re.fullmatch(r"[+-]?[\d.,]+", value) for value in filled)
+    return 2 <= len(set(filled)) <= (MOST_CLASSES if numeric else len(filled))
+
+
 def is_usual_owner(column: str) -> bool:
     """Return whether a column's name is usual for the owner of a record."""
     return _rank(column) < len(OWNERS)
 
 
 def _rank(column: str) -> int:
-    words = re.split(r"[\W_]+", column.casefold())
+    words = _words(column)
     return next((n for n, word in enumerate(OWNERS) if word in words), len(OWNERS))
+
+
+def _words(column: str) -> list[str]:
+    return re.split(r"[\W_]+", column.casefold())

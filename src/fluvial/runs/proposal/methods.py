@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fluvial.codecs.rotated.trellis import MOST_BITS
 from fluvial.runs.proposal.document import Section, Setting
 from fluvial.runs.proposal.limits import Limit, method_for
 
@@ -17,14 +18,15 @@ def method_sections(
     sites: Sequence[str],
     *,
     rate: float,
+    update_bytes: int,
     uplink_mbps: float | None,
     public: bool,
     clip_norm: float,
 ) -> list[Section]:
     """Return the tables below `[train]`.
 
-    `rate` is the times an update is sent smaller, `clip_norm` an estimate of its norm, and `public`
-    says whether there is public text.
+    `rate` is the times an update of `update_bytes` is sent smaller, `clip_norm` an estimate of its
+    norm, and `public` says whether there is public text.
     """
     slow = "slow-links" in limits
     line = [_line(uplink_mbps)] if uplink_mbps is not None else []
@@ -36,7 +38,7 @@ def method_sections(
         case "cgfedllm" if "privacy" in limits:
             return [*_private(slow, rate, clip_norm), *line]
         case "cgfedllm":
-            return [*_slow(rate, uplink_mbps, public), *line]
+            return [*_slow(rate, update_bytes, uplink_mbps, public), *line]
 
     remark = (
         'updates are sent exactly. For slow lines: name = "cgfedllm" and a [codec] table; see '
@@ -45,9 +47,14 @@ def method_sections(
     return [Section("", [], remarks=[remark]), *line]
 
 
-def _slow(rate: float, uplink_mbps: float | None, public: bool) -> list[Section]:
-    known = "no uplink is known" if uplink_mbps is None else f"10 s for an update, {uplink_mbps:g}"
-    target = f"times smaller than fp32 ({known}{'' if uplink_mbps is None else ' Mbit/s'})"
+def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: bool) -> list[Section]:
+    least = round(32 / MOST_BITS, 1)
+    rate = max(rate, least)
+    target = "times smaller than fp32 (no uplink is known)"
+    if uplink_mbps is not None:
+        upload_s = 8 * update_bytes / rate / (1e6 * uplink_mbps)
+        target = f"times smaller than fp32: {upload_s:.2g} s at {uplink_mbps:g} Mbit/s"
+        target += f", and trellis takes {MOST_BITS} bits a value at most" if rate == least else ""
     method = Setting("name", "cgfedllm", "FedAvg over LoRA with coded updates")
     down = Section(
         "[downlink]",

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluvial.data.faults import listed
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.proposal.document import document
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
-from fluvial.runs.proposal.records import DataFacts, Sites
+from fluvial.runs.proposal.records import DataFacts, Sites, answer_pairs, as_options, unused_columns
 from fluvial.runs.proposal.settings import PLAIN, Answers, sections
 from fluvial.storage import paths
 
@@ -73,9 +74,13 @@ def _found(answers: Answers) -> tuple[str, ...]:
     data = answers.data
     lengths = answers.lengths
     columns = ", ".join(data.names[:12]) + (", ..." if len(data.names) > 12 else "")
+    unused = unused_columns(data, answers.sites)
+    pairs = answer_pairs(data, answers.sites)
+    further = "".join(f"; for {' -> '.join(pair)}: {as_options(*pair)}" for pair in pairs[:1])
     return (
         f"model: {answers.model.words()}",
         f"records: {len(data.rows):,}, form {data.form}, columns {columns}",
+        *([f"not used: {listed(unused)}{further}"] if unused else []),
         f"sites: {answers.sites.words()}; {answers.sites.why}",
         f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,}; "
         f"with loss at most {lengths.longest_answer:,}",

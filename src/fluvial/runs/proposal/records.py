@@ -1,6 +1,7 @@
 """Facts about records: how their files are read, their form, and the sites they belong to."""
 
 import codecs
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from fluvial.data.config import BUNDLED, DataConfig
 from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.files import UTF8, read_text
-from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
+from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form, fields_of
 from fluvial.data.readers import READERS
 from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
@@ -21,6 +22,8 @@ from fluvial.runs.proposal.columns import (
     form_of,
     guessed_columns,
     is_usual_owner,
+    may_be_answers,
+    numbers_records,
     owner_columns,
     value_of,
 )
@@ -163,7 +166,8 @@ def facts_about(
     numbers = any(
         isinstance(row.fields.get(name), Number | bool) for row in files.rows for name in texts
     )
-    return DataFacts(files, form, renamed, numbers)
+    changed = {field: column for field, column in renamed.items() if field != column}
+    return DataFacts(files, form, changed, numbers)
 
 
 def sites_by_file(facts: DataFacts) -> Sites:
@@ -228,6 +232,31 @@ def found_sites(facts: DataFacts) -> Sites | None:
 def likely_columns(facts: DataFacts) -> Sequence[str]:
     """Return the columns that may name the owner of a record."""
     return owner_columns(facts.rows, facts.other_columns)
+
+
+def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
+    """Return the columns that are neither text nor owner of a record, nor number it."""
+    used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
+    used.add(sites.partition.get("column", ""))
+    return [
+        name for name in facts.names if name not in used and not numbers_records(facts.rows, name)
+    ]
+
+
+def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:
+    """Return the column of plain text with each unused column that may hold the answers to it."""
+    if facts.form != "text":
+        return []
+    text = facts.columns.get("text", "text")
+    unused = unused_columns(facts, sites)
+    return [(text, name) for name in unused if may_be_answers(facts.rows, name)]
+
+
+def as_options(text: str, answer: str) -> str:
+    """Return the options that make a question of one column and its answer of another."""
+    return (
+        f"--column {shlex.quote(f'prompt={text}')} --column {shlex.quote(f'completion={answer}')}"
+    )
 
 
 def _reading(path: Path) -> dict[str, str]:

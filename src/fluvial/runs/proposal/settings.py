@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from statistics import median
 
 from fluvial.codecs.auto import AutoSettings
-from fluvial.data.faults import shown
+from fluvial.data.faults import listed, shown
 from fluvial.errors import ConfigError
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import RunConfig
-from fluvial.runs.proposal.document import Section, Setting
+from fluvial.runs.proposal.document import Section, Setting, toml_value
 from fluvial.runs.proposal.lengths import Lengths
 from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
 from fluvial.runs.proposal.models import ModelFacts, can_quantise
-from fluvial.runs.proposal.records import DataFacts, Sites
+from fluvial.runs.proposal.records import DataFacts, Sites, answer_pairs, unused_columns
 from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
 
@@ -90,8 +90,12 @@ class Answers:
     @property
     def rate(self) -> float:
         """Return how many times smaller than fp32 an update is sent."""
-        layout = Layout((("adapter", (self.adapter_values,)),))
-        return round(AutoSettings(uplink_mbps=self.uplink_mbps).target(layout), 1)
+        return round(AutoSettings(uplink_mbps=self.uplink_mbps).target(self.layout), 1)
+
+    @property
+    def layout(self) -> Layout:
+        """Return the layout of an update, as one tensor."""
+        return Layout((("adapter", (self.adapter_values,)),))
 
 
 def sections(answers: Answers) -> list[Section]:
@@ -115,6 +119,7 @@ def sections(answers: Answers) -> list[Section]:
             answers.limits,
             list(answers.kept),
             rate=answers.rate,
+            update_bytes=answers.layout.raw_bytes,
             uplink_mbps=answers.uplink_mbps,
             public=answers.public_path is not None,
             clip_norm=_clip_norm(answers, values.learning_rate, steps),
@@ -193,7 +198,22 @@ def _data(answers: Answers) -> Section:
     if answers.public_path is not None:
         why = "text of no site, on which the codec is chosen"
         settings.append(Setting("public_source", answers.public_path, why))
-    return Section("[data]", settings)
+    return Section("[data]", settings, remarks=_not_used(answers))
+
+
+def _not_used(answers: Answers) -> list[str]:
+    """Return a comment that names the columns which no setting uses, and how to learn one."""
+    unused = unused_columns(answers.data, answers.sites)
+    if not unused:
+        return []
+
+    pairs = answer_pairs(answers.data, answers.sites)
+    remark = f"not used: {listed(unused)}"
+    if pairs:
+        (text, answer), *_ = pairs
+        remark += f"; for {text} -> {answer}: columns = "
+        remark += toml_value({"prompt": text, "completion": answer})
+    return [remark]
 
 
 def _sites(answers: Answers) -> list[Setting]:
