@@ -81,7 +81,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
     def train(*_: Any, **__: Any) -> None:
         raise TrainedError
 
-    for module in ("fluvial.federation.sites", "fluvial.methods.fedcybgd.visit"):
+    for module in ("fluvial.training.processes", "fluvial.methods.fedcybgd.visit"):
         monkeypatch.setattr(sys.modules[module], "train", train)
     store = StateStore(tmp_path / "sites")
 

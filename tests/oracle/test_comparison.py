@@ -225,6 +225,7 @@ def test_a_finished_comparison_makes_nothing_again(
     assert gather(comparison, out) == compared
 
 
+@pytest.mark.slow
 def test_a_run_in_its_own_process_goes_on_and_is_the_run_itself(
     tiny_model: Path, three_sites: Path, tmp_path: Path
 ) -> None:

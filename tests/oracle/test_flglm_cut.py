@@ -22,7 +22,7 @@ from fluvial.runs.plan import plan
 from fluvial.runs.run import execute
 from fluvial.storage.run_files import read_run
 from tests.oracle.test_flglm import flglm
-from tests.support.models import four_layers
+from tests.support.models import UNMEASURED, four_layers
 from tests.support.runs import run_table
 
 Table = dict[str, Any]
@@ -62,7 +62,7 @@ def test_a_chosen_cut_trains_as_the_same_cut_in_numbers(table: Table, tmp_path: 
     assert chosen["adapter_sha256"] == number["adapter_sha256"]
     assert chosen["bytes"] == number["bytes"]
 
-    config = parse(table | {"method": {"name": "flglm", **auto}}, "test")
+    config = parse(table | {"method": UNMEASURED | auto}, "test")
     *_, again = execute(config, tmp_path / "auto", resume=True)
     assert again.values["adapter_sha256"] == chosen["adapter_sha256"]
 
