@@ -1,7 +1,9 @@
 """The live stream: turns that arrive once, lost connections, and hostile ends, over loopback."""
 
 import queue
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -164,11 +166,19 @@ def test_a_turn_whose_answer_was_lost_is_not_delivered_again(desk: Desk) -> None
 
 def test_a_new_connection_takes_the_place_of_one_that_hangs(desk: Desk) -> None:
     """A site that notices a loss earlier than the server has two connections for a while."""
+    done = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        done.wait(WAIT_S)  # a site that closes its end of a call is gone
+        yield from ()
+
     with in_thread(lambda: raw(desk.invitation, [chunk(1, 3, b"one")])):
         assert desk.next().data == b"one"
-        with in_thread(lambda: raw(desk.invitation, [])) as second:
+        with in_thread(lambda: raw(desk.invitation, nothing())) as second:
             time.sleep(0.1)
             desk.session.answer(1, b"ONE")
+            time.sleep(0.5)
+            done.set()
             answers, _ = second.get(timeout=WAIT_S)
             assert answers[:2] == [Welcome(1, 2).to_bytes(), chunk(1, 3, b"ONE")]
         desk.listener.end(desk.invitation)  # which also ends the first
