@@ -25,6 +25,10 @@ from tests.support.models import shared_four_layers
 MODELS = ("base", "adapter")
 
 
+CLOSE = 1e-4
+"""Nats, because padding changes the order of sums."""
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks") / "own")
@@ -79,6 +83,17 @@ def _likelihood(model: Any, tokenizer: Any, before: str, after: str) -> float:
     return sum(float(likely[at - 1, ids[at]]) for at in range(len(prompt), len(ids)))
 
 
+def _scores(model: Any, tokenizer: Any, question: dict[str, Any]) -> list[float]:
+    """The log-likelihoods of the answers to a question, by transformers alone."""
+    before = f"{question['question']}\nAnswer:"
+    return [_likelihood(model, tokenizer, before, f" {each}") for each in question["choices"]]
+
+
+def _asked(sample: dict[str, Any]) -> list[float]:
+    """The same as lm-eval has them."""
+    return [score for score, _ in sample["filtered_resps"]]
+
+
 def test_likelihoods_are_those_of_transformers_and_peft(
     pool: ModelPool, state: Named, tiny_model: Path, adapter: Path, tasks: Path
 ) -> None:
@@ -94,13 +109,8 @@ def test_likelihoods_are_those_of_transformers_and_peft(
         normed = []
 
         for question, sample in zip(QUESTIONS, samples["texts"], strict=True):
-            before = f"{question['question']}\nAnswer:"
-            scores = [
-                _likelihood(plain, pool.tokenizer, before, f" {choice}")
-                for choice in question["choices"]
-            ]
-            asked = [score for score, _ in sample["filtered_resps"]]
-            assert asked == pytest.approx(scores, abs=1e-4)  # padding changes the order of sums
+            scores = _scores(plain, pool.tokenizer, question)
+            assert _asked(sample) == pytest.approx(scores, abs=CLOSE)
             sizes = [len(choice) for choice in question["choices"]]
             by_size = [score / size for score, size in zip(scores, sizes, strict=True)]
             right.append(scores.index(max(scores)) == question["answer"])
@@ -128,13 +138,8 @@ def test_an_adapter_on_a_tied_head_is_asked_as_it_is(tasks: Path) -> None:
 
     with pool.model(state) as model:
         for question, sample in zip(QUESTIONS, samples["texts"], strict=False):
-            before = f"{question['question']}\nAnswer:"
-            scores = [
-                _likelihood(model, pool.tokenizer, before, f" {choice}")
-                for choice in question["choices"]
-            ]
-            asked = [score for score, _ in sample["filtered_resps"]]
-            assert asked == pytest.approx(scores, abs=1e-4)  # padding changes the order of sums
+            scores = _scores(model, pool.tokenizer, question)
+            assert _asked(sample) == pytest.approx(scores, abs=CLOSE)
 
 
 def test_results_are_those_of_lm_eval_on_the_merged_model(

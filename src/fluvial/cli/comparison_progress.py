@@ -6,17 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
-
-from fluvial.cli.console import err
-from fluvial.cli.progress import PlainProgress, library_messages
+from fluvial.cli.progress import PlainProgress, library_messages, round_bar
 from fluvial.formatting import figure, human_bytes, human_seconds, safe_text
 from fluvial.runs.remaining import Remaining
 
@@ -35,18 +25,7 @@ class ComparisonProgress(logging.Handler):
     def __init__(self, comparison: "Comparison", quiet: bool) -> None:
         super().__init__(logging.INFO)
         self.quiet = quiet
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("[dim]{task.fields[doing]}"),
-            console=err,
-            transient=True,
-            disable=quiet,
-        )
+        self.bar = round_bar(quiet)
         self._methods = {
             each.name: (*each.config.compare, each.config.method.name)
             for each in comparison.contenders

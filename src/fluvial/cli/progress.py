@@ -48,6 +48,22 @@ class PlainProgress:
         err.print(line, style="dim", markup=False)
 
 
+def round_bar(quiet: bool) -> Progress:
+    """Return a bar over rounds; its tasks have the fields `left` and `doing`. `quiet` hides it."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        TextColumn("[dim]{task.fields[doing]}"),
+        console=err,
+        transient=True,
+        disable=quiet,
+    )
+
+
 class RunProgress(logging.Handler):
     """A progress bar over all rounds of a run, with a line for each finished round.
 
@@ -58,18 +74,7 @@ class RunProgress(logging.Handler):
         super().__init__(logging.INFO)
         self.settings = settings
         self.quiet = quiet
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}"),
-            TextColumn("[dim]{task.fields[doing]}"),
-            console=err,
-            transient=True,
-            disable=quiet,
-        )
+        self.bar = round_bar(quiet)
         runs = [(name, settings.rounds) for name in (*settings.compare, settings.method.name)]
         self.remaining = Remaining(runs)
         total = settings.rounds * len(runs)
