@@ -24,7 +24,7 @@ from fluvial.runs.comparison.statistics import holm, interval, p_value
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import Event
 from tests.support.comparison import compare_here, launch_here
-from tests.support.runs import run_table, write_toml
+from tests.support.runs import run_table, small_table, write_toml
 
 SEEDS = (0, 1, 2)
 CODECS: dict[str, dict[str, Any]] = {
@@ -37,19 +37,12 @@ EXACTNESS = 1e-12
 
 
 def table_of(tiny_model: Path, three_sites: Path, **changes: Any) -> dict[str, Any]:
-    return {
+    table = small_table(tiny_model, three_sites) | {
         "rounds": 1,
-        "model": {"name_or_path": str(tiny_model)},
-        "lora": {"r": 4},
-        "data": {
-            "source": str(three_sites),
-            "form": "text",
-            "max_length": 32,
-            "partition": {"by": "column", "column": "client"},
-        },
         "train": {"learning_rate": 1e-2, "max_steps": 2, "per_device_train_batch_size": 2},
         "evaluate": {"sample_tokens": 1},
-    } | changes
+    }
+    return table | changes
 
 
 def contender(name: str, table: dict[str, Any], seeds: tuple[int, ...] = SEEDS) -> Contender:

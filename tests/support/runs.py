@@ -12,6 +12,20 @@ from fluvial.runs.run import execute
 from fluvial.wire.tensors import Named
 
 
+def small_table(model: Path, sites: Path) -> dict[str, Any]:
+    """A run of an adapter of rank 4 over text whose sites are in the column "client"."""
+    return {
+        "model": {"name_or_path": str(model)},
+        "lora": {"r": 4},
+        "data": {
+            "source": str(sites),
+            "form": "text",
+            "max_length": 32,
+            "partition": {"by": "column", "column": "client"},
+        },
+    }
+
+
 def run_table(table: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The result of a whole run, with its folder under "folder"."""
     *_, last = execute(parse(table, "test"), folder)

@@ -18,7 +18,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.export import export_run
 from fluvial.runs.run import execute
 from fluvial.storage.files import digest_of_file
-from tests.support.runs import run_table
+from tests.support.runs import run_table, small_table
 from tests.support.vllm_rules import broken_rules
 
 TOKENS = torch.tensor([[1, 40, 50, 60, 70, 80, 90, 100]])
@@ -30,16 +30,9 @@ def finished(tiny_model: Path, three_sites: Path, tmp_path_factory: pytest.TempP
     """Folder of a finished run over three sites."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     run_table(
-        {
+        small_table(tiny_model, three_sites)
+        | {
             "rounds": 2,
-            "model": {"name_or_path": str(tiny_model)},
-            "lora": {"r": 4},
-            "data": {
-                "source": str(three_sites),
-                "form": "text",
-                "max_length": 32,
-                "partition": {"by": "column", "column": "client"},
-            },
             "train": {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4},
             "evaluate": {"sample_prompt": "snow of the north site", "sample_tokens": 2},
             "codec": {"name": "int8"},
