@@ -3,6 +3,7 @@ model by itself, and of our own questions with the same prompts."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -89,7 +90,7 @@ def _scores(model: Any, tokenizer: Any, question: dict[str, Any]) -> list[float]
     return [_likelihood(model, tokenizer, before, f" {each}") for each in question["choices"]]
 
 
-def _asked(sample: dict[str, Any]) -> list[float]:
+def _asked(sample: Mapping[str, Any]) -> list[float]:
     """The same as lm-eval has them."""
     return [score for score, _ in sample["filtered_resps"]]
 
