@@ -238,10 +238,10 @@ def test_a_site_leaves_and_returns_with_another_budget(
     assert third["plans"]["north"]["batch"] == first["plans"]["north"]["batch"]
 
 
-def test_one_slow_round_does_not_keep_a_site_out_for_ever(
+def test_one_slow_round_does_not_keep_a_site_out(
     unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A site that is refused for its last round is measured anew, without that round."""
+    """A site that would be refused for its last round is measured anew, without that round."""
     said = {"north": "000000.000", "south": "999999.999"}
 
     def train(site: Site, message: Payload) -> Payload:
@@ -257,8 +257,32 @@ def test_one_slow_round_does_not_keep_a_site_out_for_ever(
     run_table(unequal | change, tmp_path / "run")
 
     seen = records(tmp_path / "run")
-    assert [record["sites"] for record in seen] == [3, 3, 2, 3]
+    assert [record["sites"] for record in seen] == [3, 3, 3, 3]
     assert all(record["plans"]["north"]["prediction"]["compute_s"] > 0 for record in seen[1:])
+
+
+@pytest.mark.parametrize("stalls", [1, 2])
+def test_a_site_is_measured_again_before_the_deadline_refuses_it(
+    stalls: int, unequal: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its measure is too slow once, or always."""
+    asked = []
+
+    def profile(site: Site, message: Payload) -> Payload:
+        reply = tasks.profile(site, message)
+        asked.append(site.name)
+        if site.name != "south" or asked.count("south") > stalls:
+            return reply
+        slow = {"speeds": {"float32": [[1, 0.01]]}}
+        return Payload(values={"profile": cast(dict[str, Any], reply.values["profile"]) | slow})
+
+    monkeypatch.setitem(cast(dict[str, Task], METHODS["fedpipe"].tasks), "profile", profile)
+    planner = {"selection": "all", "ranks": [8], "batches": [1, 4]}
+    method = {"name": "fedpipe", "planner": planner, "deadline_s": 60.0}
+    table = unequal | {"fleet": {"on_failure": "skip"}, "method": method}
+    setup = next(execute(parse(table, "test"), tmp_path / "run"))
+    assert sorted(asked) == ["north", "south", "south", "west"]
+    assert ("south" in setup.values["plans"]) == (stalls == 1)
 
 
 def test_a_plan_is_compared_once_with_what_was_measured(

@@ -8,6 +8,7 @@ from math import ceil
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.forecast import frame_size
+from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.measure import smallest
@@ -102,10 +103,18 @@ class Deciding:
         formats = self.settings.measured_formats
         return read_profile(site, reply, formats=formats, layers=self.sizes.layers)
 
-    def parameters(self, module: str) -> int:
-        """Return the parameters of a module's adapter at the run's rank."""
-        width = next(each.width for each in self.uninformed if each.module == module)
-        return width * dict(self.run.ranks)[module]
+    def side_parameters(self, module: str, rank: int) -> int:
+        """Return the parameters of a module's side path of `rank`."""
+        return rank * next(each.width for each in self.uninformed if each.module == module)
+
+    def beside_parameters(self, aggregation: AggregationSettings) -> int:
+        """Return the parameters of the components that `aggregation` leaves beside the adapter."""
+        if not aggregation.sends_side:
+            return 0
+        return sum(
+            self.side_parameters(name, min(aggregation.residual_rank, self.run.width(name)))
+            for name, _ in self.run.ranks
+        )
 
     def planners(self, scores: Scores, profiles: Mapping[str, Profile]) -> dict[str, Planner]:
         """Return the planner of each site, for the scores that are known.

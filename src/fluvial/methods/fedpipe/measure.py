@@ -30,7 +30,7 @@ from fluvial.methods.fedpipe.planner.profile import (
 )
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.methods.fedpipe.site_configuration import format_of
-from fluvial.methods.fedpipe.step_times import fixed_s, spread_rows, step_s
+from fluvial.methods.fedpipe.step_times import StepTimer, fixed_s, spread_rows
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import checkpointed_layers, tuned_parameters
@@ -144,6 +144,8 @@ def _passes(
         if fixed_bytes(model) > memory:
             return Passes((Speed(1, budget.tokens_s or LEAST_RATE),), (), 0.0)
 
+        timer = StepTimer(model, site.train, pad)
+
         def measure(batch: int, most: int) -> tuple[Peak, Peak]:
             rows = [_labelled(longest, most)] * batch
             inputs = collate(rows, pad, _device(model))
@@ -153,8 +155,7 @@ def _passes(
         def speed_of(batch: int, most: int) -> Speed:
             rows = [_labelled(row, most) for row in spread_rows(examples, batch)]
             tokens = sum(len(row.input_ids) for row in rows)
-            speed = budget.speed * tokens / step_s(model, rows, site.train, pad)
-            return Speed(batch, _rounded(speed))
+            return Speed(batch, _rounded(budget.speed * tokens / timer.step_s(rows)))
 
         eighth = max(2, length // 8)
         short = [*measure(1, eighth), *measure(2, eighth)]
@@ -178,8 +179,8 @@ def _passes(
             speeds.append(speed_of(1, min(length, room)))
 
     speeds = speeds or [Speed(1, LEAST_RATE)]
-    beside_s = fixed_s(site, initial_state(site.layout, site.seed)) / budget.speed
-    return Passes(tuple(speeds), peaks, _rounded(beside_s))
+    beside_s = fixed_s(site, initial_state(site.layout, site.seed), timer.longest_s)
+    return Passes(tuple(speeds), peaks, _rounded(beside_s / budget.speed))
 
 
 def smallest(run: Assignment, ranks: Sequence[int]) -> Assignment:

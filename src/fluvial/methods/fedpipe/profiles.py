@@ -1,11 +1,13 @@
 """Profiles of sites as the server reads them, with the rates of the configured line."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from fluvial.errors import WireError
+from fluvial.federation.fleet import Fleet
 from fluvial.federation.line import Line
 from fluvial.federation.replies import fields
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.profile import KEY, Profile
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.wire.payload import Payload
@@ -28,11 +30,33 @@ def read_profile(_site: str, reply: Payload, *, formats: Collection[str], layers
     return profile
 
 
-def over_line(profile: Profile, budget: SiteBudget, line: Line | None) -> Profile:
-    """Return a profile with the rates of `fleet.line` where the site's budget has none."""
-    if line is None:
-        return profile
+def ask_profiles(
+    fleet: Fleet,
+    sites: Sequence[str],
+    *,
+    round: int,
+    read: Callable[[str, Payload], Profile],
+    alone: bool,
+) -> dict[str, Profile]:
+    """Return what `sites` measure, in order of their names; see `Fleet.ask`."""
+    messages = dict.fromkeys(sites, Payload())
+    replies = fleet.ask("profile", messages, round=round, read=read, alone=alone)
+    profiles = {reply.site: reply.content for reply in replies}
+    return {site: profiles[site] for site in sorted(profiles)}
 
+
+def over_line(
+    profiles: Mapping[str, Profile], config: FedPipeConfig, line: Line | None
+) -> dict[str, Profile]:
+    """Return profiles with the rates of `fleet.line` where a site's budget has none."""
+    if line is None:
+        return dict(profiles)
+    return {
+        site: _over_line(profile, config.budget(site), line) for site, profile in profiles.items()
+    }
+
+
+def _over_line(profile: Profile, budget: SiteBudget, line: Line) -> Profile:
     if budget.up_mbit_s is None:
         profile = replace(profile, up_bytes_s=line.up_mbit_s * MBIT)
     if budget.down_mbit_s is None:

@@ -23,7 +23,7 @@ from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.side_paths import with_side_path
-from fluvial.methods.fedpipe.profiles import over_line
+from fluvial.methods.fedpipe.profiles import ask_profiles, over_line
 from fluvial.methods.fedpipe.scores import Probe, Scores, read_probe
 from fluvial.methods.fedpipe.tasks import (
     LEAST_SECONDS,
@@ -110,25 +110,13 @@ class FedPipeServer(SharedModelServer):
 
         Weights are scored where all sites are measured, so that no score is that of a few.
         """
-        profiles = {
-            reply.site: reply.content
-            for reply in fleet.ask(
-                "profile",
-                dict.fromkeys(sites, Payload()),
-                round=round,
-                read=self.deciding.read_profile,
-                alone=round == 0,
-            )
-        }
-        profiles = {
-            site: over_line(profiles[site], self.config.budget(site), self.context.line)
-            for site in sorted(profiles)
-        }
+        profiles = self._measure(fleet, sites, round)
         self.profiles |= profiles
-        limited = {site: self._beside_side_path(profile) for site, profile in profiles.items()}
+        limited = self._beside_side_path(profiles)
         metrics: Metrics = {}
         if self.config.planner.selection == "importance" and len(sites) == len(fleet.sites):
-            able = [site for site in self._fitting(limited) if profiles[site].peaks]
+            fitting = self._fitting(limited, self.config.deadline_s)
+            able = [site for site in fitting if profiles[site].peaks]
             if able:
                 metrics = self._probe(fleet, able, round)
 
@@ -144,8 +132,6 @@ class FedPipeServer(SharedModelServer):
         for site, why in refused.items():
             self.plans.pop(site, None)
             self.unmeasured.discard(site)
-            # One slow round may be the reason; a refused site trains no round that corrects it.
-            self.slowness.pop(site, None)
             if self._side_bytes:
                 why += (
                     f"; {self._side_bytes:,} B of its memory stay free for what method.aggregation "
@@ -159,7 +145,30 @@ class FedPipeServer(SharedModelServer):
         scores = {"scores": self.scores.score} if self.scores.score else {}
         return {"plans": shown, **scores, **metrics}
 
-    def _fitting(self, profiles: Mapping[str, Profile]) -> list[str]:
+    def _measure(self, fleet: Fleet, sites: Sequence[str], round: int) -> dict[str, Profile]:
+        """Return what sites measure, with the rates of the run's line.
+
+        A site that only the deadline would refuse measures again, and forgets how slow its rounds
+        were: one slow step or round may be the reason.
+        """
+        ask = partial(ask_profiles, fleet, round=round, read=self.deciding.read_profile)
+        profiles = over_line(ask(sites, alone=round == 0), self.config, self.context.line)
+        late = self._late(self._beside_side_path(profiles))
+        for site in late:
+            self.slowness.pop(site, None)
+            del profiles[site]
+        return profiles | over_line(ask(late, alone=False), self.config, self.context.line)
+
+    def _late(self, profiles: Mapping[str, Profile]) -> list[str]:
+        """Return the sites that no plan fits, and that one would fit if training took no time, less
+        those whose speed is that of their budgets."""
+        timed = [site for site in profiles if self.config.budget(site).tokens_s is None]
+        deadline_s = self.config.deadline_s
+        in_time = self._fitting(profiles, deadline_s)
+        able = self._fitting({site: profiles[site].in_no_time() for site in timed}, deadline_s)
+        return [site for site in able if site not in in_time]
+
+    def _fitting(self, profiles: Mapping[str, Profile], deadline_s: float | None) -> list[str]:
         """Return the sites that some plan fits, in order of their names.
 
         The others probe nothing: they have no room for it, and are refused with the limit that
@@ -167,35 +176,25 @@ class FedPipeServer(SharedModelServer):
         """
         planners = self.deciding.planners(self.scores, profiles)
         models = {site: self._models_of(site, profile) for site, profile in profiles.items()}
-        deadline_s = self.config.deadline_s
         return [site for site in sorted(profiles) if planners[site].fits(models[site], deadline_s)]
 
-    def _beside_side_path(self, profile: Profile) -> Profile:
-        """Return a profile without the memory of what `_side_bytes` counts."""
-        return replace(profile, memory_bytes=max(1, profile.memory_bytes - self._side_bytes))
+    def _beside_side_path(self, profiles: Mapping[str, Profile]) -> dict[str, Profile]:
+        """Return profiles without the memory of what `_side_bytes` counts."""
+        return {
+            site: replace(profile, memory_bytes=max(1, profile.memory_bytes - self._side_bytes))
+            for site, profile in profiles.items()
+        }
 
     @cached_property
     def _side_bytes(self) -> int:
         """The memory of the components that `method.aggregation` leaves beside the adapter, which
         every site has as a frozen side path."""
-        aggregation = self.config.aggregation
-        if not aggregation.sends_side:
-            return 0
-
-        run = self.deciding.run
-        return SIDE_BYTES * sum(
-            self._side_parameters(name, min(aggregation.residual_rank, run.width(name)))
-            for name, _ in run.ranks
-        )
-
-    def _side_parameters(self, module: str, rank: int) -> int:
-        """Return the parameters of a module's side path of `rank`."""
-        return self.deciding.parameters(module) // dict(self.deciding.run.ranks)[module] * rank
+        return SIDE_BYTES * self.deciding.beside_parameters(self.config.aggregation)
 
     def _predicted(self, site: str) -> SitePlan:
         """Return the plan of a site, with the side path in what is predicted of it."""
         side = self.configurations.by_site[site].assignment.side
-        sizes = {module: self._side_parameters(module, rank) for module, rank in side}
+        sizes = {module: self.deciding.side_parameters(module, rank) for module, rank in side}
         plan = self.plans[site]
         # Under "stack" and "residual" a module that the site trains has a side path too.
         whole = with_side_path(replace(plan, ranks=()), self._models(site), sizes, sizes)

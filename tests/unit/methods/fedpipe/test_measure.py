@@ -2,6 +2,7 @@
 
 import gc
 import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ import pytest
 import torch
 
 from fluvial.data import Example
-from fluvial.methods.fedpipe import measure
+from fluvial.methods.fedpipe import measure, step_times
 from fluvial.methods.fedpipe.planner.profile import Profile
-from fluvial.methods.fedpipe.step_times import spread_rows
+from fluvial.methods.fedpipe.step_times import StepTimer, spread_rows
+from fluvial.models.pool import ModelPool
+from fluvial.models.pretrained import ModelConfig
+from fluvial.models.states import initial_state
+from fluvial.models.targets import LoraSettings
 from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.training import train
 from fluvial.training.config import TrainConfig
@@ -139,6 +144,74 @@ def test_rows_of_a_timed_step_spread_over_the_lengths() -> None:
     }
     assert lengths == {1: [5], 2: [3, 7], 5: [2, 3, 5, 7, 9]}
     assert len(spread_rows(examples[:2], 7)) == 7
+
+
+class Steps:
+    """A clock by which the steps of a batch take the seconds that a test says."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.now = 0.0
+        self.made = 0
+        self._seconds = iter(seconds)
+
+    def perf_counter(self) -> float:
+        self.made += 1
+        self.now += next(self._seconds)
+        return self.now
+
+
+@pytest.fixture
+def timed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[list[float], int]]]:
+    """The seconds of steps of several batches by a clock, and how often it was read."""
+    pool = ModelPool(ModelConfig(name_or_path=str(tiny_model)), LoraSettings(r=2))
+    state = initial_state(pool.layout, 1)
+
+    with pool.model(state, trainable="A and B") as model:
+
+        def of(batches: list[int], *seconds: float) -> tuple[list[float], int]:
+            clock = Steps(*seconds)
+            monkeypatch.setattr(step_times, "time", clock)
+            timer = StepTimer(model, TrainConfig(), 0)
+            rows = [[Example(range(4), range(4))] * batch for batch in batches]
+            return [timer.step_s(each) for each in rows], clock.made
+
+        yield of
+
+
+def test_a_stall_is_no_speed(timed: Callable[..., tuple[list[float], int]]) -> None:
+    """The first reading of each batch ends the step that warms up."""
+    four = [0.0, 0.0625, 0.0625, 0.0625]
+    assert timed([8], 0.0, 0.125, 0.75, 0.125) == ([0.125], 4)
+    assert timed([4, 8], *four, 9.0, 0.125) == ([0.0625, 0.125], 6)
+    # A large batch is timed once, and again where it is slow beside the one before.
+    assert timed([4, 8], 0.0, 0.0625, 0.75, 0.0625, 0.0, 0.75, 0.125) == ([0.0625, 0.125], 7)
+    assert timed([1], 0.0, *[0.125] * 4, 5.0, *[0.125] * 3) == ([0.125], 9)
+
+
+def test_a_batch_that_is_always_slow_is_slow(
+    timed: Callable[..., tuple[list[float], int]],
+) -> None:
+    four = [0.0, 0.0625, 0.0625, 0.0625]
+    assert timed([4, 8], *four, 0.0, 0.75, 0.75, 0.75) == ([0.0625, 0.75], 8)
+
+
+def test_repeated_steps_have_a_bound_on_their_seconds(
+    timed: Callable[..., tuple[list[float], int]],
+) -> None:
+    """A step of 20 s is repeated once in a profile, and one of 40 s never."""
+    assert timed([8], 0.0, 40.0) == ([40.0], 2)
+    assert timed([8], 0.0, 20.0, 20.0) == ([20.0], 3)
+
+
+def test_coding_that_stalls_once_is_timed_again(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([5.0, 0.25])
+    monkeypatch.setattr(step_times, "_beside_s", lambda *_: next(seconds))
+    profile = profiled(run_config | {"method": {"name": "fedpipe"}}, tmp_path)
+    assert profile.fixed_s == 0.25
 
 
 def test_the_limit_of_a_process_is_the_least_of_its_limits(

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fluvial.errors import WireError
 from fluvial.methods.fedpipe.planner.formats import FORMATS
@@ -92,6 +92,14 @@ class Profile:
     def all_tokens(self) -> int:
         """Return the tokens of all sequences, uncut."""
         return self.tokens[-1].tokens
+
+    def in_no_time(self) -> "Profile":
+        """Return this profile with training that takes no time, where something was measured."""
+        speeds = {
+            name: tuple(replace(speed, tokens_s=MOST_RATE) for speed in curve)
+            for name, curve in self.speeds.items()
+        }
+        return self if self.unmeasured else replace(self, speeds=speeds, fixed_s=0.0)
 
     def tokens_at(self, length: int) -> int:
         """Return the tokens of all sequences cut to `length`, of the next smaller length where it
