@@ -12,6 +12,7 @@ from fluvial.cli.console import err, out, print_line, program_name
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
+from fluvial.storage.files import write_whole, writing
 
 if TYPE_CHECKING:
     from fluvial.runs.proposal.models import ModelFacts
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from fluvial.runs.proposal.records import DataFacts, Sites
 
 T = TypeVar("T")
+ANOTHER = "name another file"
+"""Remedy where the file cannot be written."""
 
 
 def init(
@@ -124,8 +127,9 @@ def init(
             [f"{error}\n{file}: not written; mend these records and call `fluvial init` again"]
         ) from None
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(proposal.text, encoding="utf-8")
+    with writing(file, ANOTHER):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, proposal.text.encode(), ANOTHER)
     _report(file, proposal)
 
 

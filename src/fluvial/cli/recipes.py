@@ -8,6 +8,7 @@ import typer
 from fluvial.cli.console import out, print_line
 from fluvial.errors import ConfigError
 from fluvial.storage import recipes as shipped
+from fluvial.storage.files import write_whole
 
 
 def recipes(
@@ -35,7 +36,7 @@ def recipes(
 
     if write.exists() and not force:
         raise ConfigError(f"--write: {str(write)!r} exists; name another file, or add --force")
-    write.write_text(text, encoding="utf-8")
+    write_whole(write, text.encode(), "choose another --write")
     print_line(f"wrote {write}: change what is yours, then  fluvial check {write}")
 
 

@@ -52,13 +52,15 @@ def encode_chat(
     return Example(ids, labels)
 
 
-def chat_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def chat_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, remedy: str
+) -> list[int]:
     """Return the tokens of a conversation up to the point where the assistant answers.
 
-    Raises `ConfigError` where the tokenizer's template cannot render it.
+    Raises `ConfigError` with `remedy` where the tokenizer's template cannot render it.
     """
     place = "the conversation"
-    rendered = _render(place, messages, tokenizer, add_generation_prompt=True)
+    rendered = _render(place, messages, tokenizer, remedy, add_generation_prompt=True)
     return _tokens(place, rendered, tokenizer)[0]
 
 
@@ -152,6 +154,7 @@ def _render(
     place: object,
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
+    remedy: str = "change the record, or set data.chat_template to another template",
     *,
     add_generation_prompt: bool = False,
 ) -> str:
@@ -166,7 +169,7 @@ def _render(
         said = safe_line(str(error).strip().partition("\n")[0])[:120]
         raise ConfigError(
             f"{place}: the chat template refuses the conversation: {said or type(error).__name__}; "
-            "change the record, or set data.chat_template to another template"
+            f"{remedy}"
         ) from error
 
     return text

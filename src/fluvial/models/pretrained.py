@@ -144,10 +144,10 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:
+        reader = getattr(getattr(load, "__self__", None), "__name__", "transformers")
         raise ConfigError(
-            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)} (it "
-            "must be a local folder of transformers' form, or a hub id that this machine can "
-            "reach or has cached)"
+            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {reader} says: "
+            f"{first_line(error)}; copy the folder's files again from where the model came from"
         ) from error
 
 

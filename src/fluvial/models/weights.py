@@ -83,8 +83,8 @@ def check_info(info: dict[str, Any], model: nn.Module, name: str) -> None:
     shapes = sorted(str(key) for key, *_ in info["mismatched_keys"])
     if shapes:
         raise ConfigError(
-            f"{where}: {some(shapes)} is stored in another shape than config.json says; the "
-            "weights are of another model"
+            f"{where}: stores {some(shapes)} in another shape than config.json says; the weights "
+            "are of another model"
         )
 
     if info.get("error_msgs"):

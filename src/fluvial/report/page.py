@@ -37,6 +37,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.site_plans import plans_by_site, predicted_by_site
+from fluvial.storage.files import write_whole
 from fluvial.storage.run_files import JsonObject
 
 CONFLICTS = 128
@@ -86,19 +87,17 @@ def write_page(run: JsonObject, path: Path) -> None:
 
 
 def write_html(page: bytes, path: Path) -> None:
-    """Write a page where a person wants it; raise `ConfigError` if it cannot be."""
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: is a folder; choose another --html")
+    """Write a page where a person wants it; raise `ConfigError` if it cannot be, or if a file that
+    is no page stands there."""
+    if path.is_file() and path.stat().st_size and not _is_page(path):
+        raise ConfigError(f"{path}: exists and is no page; choose another --html")
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(page)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror}; choose another --html"
-        ) from error
+    write_whole(path, page, "choose another --html")
+
+
+def _is_page(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(256).lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _content(run: JsonObject) -> JsonObject:

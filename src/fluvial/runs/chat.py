@@ -49,7 +49,7 @@ class Speaker:
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         prompt = (
-            chat_prompt(turns, self._tokenizer)
+            chat_prompt(turns, self._tokenizer, "use --template plain")
             if self._chats
             else Encoder.of(self._tokenizer).prompt(text)
         )
@@ -108,6 +108,7 @@ class Chat:
 
         written = run.get("data", {}).get("chat_template")
         tokenizer = with_template(pool.tokenizer, written) if written else pool.tokenizer
+        pool.check_behaviour()
         self.chats = _chats(tokenizer, template, name)
         self.speakers = [
             Speaker(

@@ -49,6 +49,7 @@ from fluvial.storage.run_files import (
     RESULT,
     SITES,
     anew,
+    check_written,
     read_file,
     read_metrics,
 )
@@ -142,13 +143,7 @@ class RunFolder:
             )
 
         for name, digest in listed.items():
-            path = self.path / name
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing; {anew()}")
-            if digest_of_file(path) != digest:
-                raise CheckpointError(
-                    f"{path} is damaged: its bytes are not those that were written; {anew()}"
-                )
+            check_written(self.path / name, digest)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Return the object in `name`, None without such a file; raises `CheckpointError` if it is

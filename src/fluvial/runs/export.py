@@ -27,7 +27,8 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.runs.model_card import Described, Form, base_name, model_card
 from fluvial.storage import exported
-from fluvial.storage.run_files import JsonObject, read_run
+from fluvial.storage.files import writing
+from fluvial.storage.run_files import COMPARE, CONFIG, JsonObject, anew, read_run
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
 
 FORMS = ("peft", "merged", "gguf")
@@ -144,7 +145,9 @@ def _weights(folder: Path, run: JsonObject) -> Path:
             f"{folder}: the run has not finished; continue it with `fluvial run ... --resume`"
         )
     if not run["config"]:
-        raise ConfigError(f"{folder} is a baseline of a run; export the run itself")
+        if folder.resolve().parent.name == COMPARE:
+            raise ConfigError(f"{folder} is a baseline of a run; export the run itself")
+        raise CheckpointError(f"{folder / CONFIG} is missing; {anew()}")
 
     for name in ("adapter", "model"):
         if (folder / name).is_dir():
@@ -245,12 +248,13 @@ def _draft(target: Path) -> Iterator[Path]:
 
     draft = target.with_name(f".{target.name}.partial")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
-        yield draft
-        if target.is_dir():
-            target.rmdir()
-        draft.replace(target)
+        with writing(target, "name another folder with --to"):
+            draft.mkdir(parents=True)
+            yield draft
+            if target.is_dir():
+                target.rmdir()
+            draft.replace(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

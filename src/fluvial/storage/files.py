@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fluvial import caller
 from fluvial.errors import CheckpointError, ConfigError
 
@@ -51,6 +53,39 @@ def write_atomically(path: Path, data: bytes) -> None:
             f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is "
             f"untouched; free some space and use {caller.resume()}"
         ) from error
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Raise `ConfigError` with `remedy` where `path`, which a person names, cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot write {path}: {reason}; {remedy}") from error
+
+
+def write_whole(path: Path, data: bytes, remedy: str) -> None:
+    """Replace `path`, which a person names, by `data`; raises `ConfigError` with `remedy`, and
+    leaves what was there.
+
+    A link and what is no file, such as /dev/stdout, are written through.
+    """
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: is a folder; {remedy}")
+
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path, remedy):
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(data)
+            return
+
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
 
 
 def append(path: Path, text: str) -> None:

@@ -57,9 +57,16 @@ def here(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(table: dict[str, Any], place: tuple[str, str], folder: Path) -> dict[str, Any]:
-    """Return the table with the path at `place` as seen from `folder`."""
+    """Return the table with the path at `place` as seen from `folder`.
+
+    One file has one path, whichever folder names it: `..` is left out, unless a link lies before
+    it.
+    """
     outer, key = place
-    return {**table, outer: {**table[outer], key: str(folder / table[outer][key])}}
+    path = folder / table[outer][key]
+    plain = Path(os.path.normpath(path))
+    same = exists(plain) and exists(path) and plain.samefile(path)
+    return {**table, outer: {**table[outer], key: str(plain if same else path)}}
 
 
 def exists(path: Path) -> bool:

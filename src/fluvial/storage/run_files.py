@@ -6,6 +6,7 @@ from typing import Any
 
 from fluvial import caller
 from fluvial.errors import CheckpointError
+from fluvial.storage.files import digest_of_file
 
 CONFIG = "config.json"
 """The resolved configuration, and a description of the run."""
@@ -60,6 +61,24 @@ def read_file(path: Path) -> JsonObject | None:
         raise CheckpointError(f"{path} is damaged: it holds no JSON object; {anew()}")
 
     return content
+
+
+def check_written(path: Path, digest: Any) -> None:
+    """Raise `CheckpointError` unless a file of a run has the SHA-256 that the run wrote down."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; {anew()}")
+    if digest_of_file(path) != digest:
+        raise CheckpointError(
+            f"{path} is damaged: its bytes are not those that were written; {anew()}"
+        )
+
+
+def check_weights_written(folder: Path) -> None:
+    """Raise `CheckpointError` where a weight file in RUN/adapter or RUN/model is not the one that
+    the finished run wrote; a folder of another place is not known."""
+    for name, digest in (read_file(folder.parent / DIGESTS) or {}).items():
+        if Path(name).parent.name == folder.name and name.endswith(".safetensors"):
+            check_written(folder.parent / name, digest)
 
 
 def read_result(folder: Path) -> JsonObject | None:
@@ -122,11 +141,12 @@ def read_run(folder: Path) -> JsonObject:
     config = read_file(folder / CONFIG)
     run = _outcome(folder)
 
-    if config is None and not run["metrics"] and run["result"] is None:
-        raise CheckpointError(
-            f"{folder} holds no run: it has no {CONFIG}; give the folder of a run, "
-            "by default runs/NAME"
-        )
+    if not run["metrics"] and run["result"] is None:
+        why = f"it has no {CONFIG}" if config is None else f"its {CONFIG} is a model's"
+        if config is None or "model_type" in config:
+            raise CheckpointError(
+                f"{folder} holds no run: {why}; give the folder of a run, by default runs/NAME"
+            )
 
     config = config or {}
     description = config.pop(DESCRIPTION, None)

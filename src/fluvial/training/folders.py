@@ -10,7 +10,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
 from fluvial.storage.files import read_object
-from fluvial.storage.run_files import CONFIG, EXPORTS
+from fluvial.storage.run_files import CONFIG, EXPORTS, check_weights_written
 from fluvial.wire.tensors import Named, is_finite
 
 _READ = {
@@ -139,8 +139,10 @@ def _hint(folder: Path) -> str:
 def read_adapter_folder(folder: Path) -> AdapterFolder:
     """Read the adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
 
-    Raises `ConfigError` where it is neither, or where `ModelPool` cannot hold it.
+    Raises `ConfigError` where it is neither, or where `ModelPool` cannot hold it, and
+    `CheckpointError` where its weights are not those that a finished run around it wrote.
     """
+    check_weights_written(folder)
     config = read_object(folder / "adapter_config.json")
     if config is None and "architectures" in (read_object(folder / "config.json") or {}):
         return _model_folder(folder)

@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "another shape": (
         settings(intermediate_size=80),
-        "stored in another shape than config.json says",
+        "in another shape than config.json says",
     ),
     "too few layers": (settings(num_hidden_layers=3), r"lack 'model\.layers\.2\..* needs"),
     "too many layers": (

@@ -1,10 +1,12 @@
 """Conversations with a tuned model and its base: the text, the draws, and the terminal."""
 
 import json
+import math
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +182,26 @@ def test_what_cannot_be_asked_is_refused(run: Path, tiny_model: Path) -> None:
         Chat("embedded", template="chat")
     with pytest.raises(ConfigError, match="neither a PEFT adapter"):
         Chat(str(run.parent))
+
+
+def test_a_template_that_fails_names_the_way_without_it(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "M")
+    for path in (tmp_path / "M").glob("chat_template*"):
+        path.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{% broken"
+    tokenizer.save_pretrained(tmp_path / "M")
+    with Chat(str(tmp_path / "M")) as chat, pytest.raises(ConfigError, match="--template plain"):
+        answers(chat, "Hello")
+
+
+def test_a_model_whose_weights_are_no_numbers_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.model.norm.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="values are not finite"):
+        Chat(str(tmp_path))
 
 
 def test_a_terminal_shows_both_in_columns_and_ctrl_c_ends_with_130(run: Path) -> None:

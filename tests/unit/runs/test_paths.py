@@ -91,3 +91,16 @@ def test_an_override_is_relative_to_the_working_directory(
 def test_the_id_of_a_hub_is_no_path(tmp_path: Path, name: str) -> None:
     (tmp_path / "my.toml").write_text(f'[model]\nname_or_path = "{name}"\n')
     assert load(tmp_path / "my.toml").model.name_or_path == name.replace("\\n", "\n")
+
+
+def test_one_file_has_one_path_from_every_folder(folder: Path) -> None:
+    """Two contenders of a comparison then have the same data, wherever their files lie."""
+    inner = folder / "inner"
+    inner.mkdir()
+    other = TOML.replace('"M"', '"../M"').replace('"three', '"../three')
+    (inner / "my.toml").write_text(other)
+    assert load(inner / "my.toml") == load(folder / "my.toml")
+
+    (folder / "link").symlink_to(folder.parent / "elsewhere")
+    (folder / "my.toml").write_text(TOML.replace('"M"', '"link/../project/M"'))
+    assert Path(load(folder / "my.toml").model.name_or_path).samefile(folder / "M")

@@ -1,0 +1,125 @@
+"""Places that a person names, where nothing can be written: one line with the remedy, and
+what was there stays."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fluvial.cli import app
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.report.page import write_html
+from fluvial.runs.export import export_run
+from fluvial.storage.files import write_whole
+from fluvial.training.folders import read_adapter_folder
+from tests.support.runs import run_table, small_table
+
+RUNNER = CliRunner()
+PAGE = b"<!DOCTYPE html>\n<p>a page</p>"
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, three_sites: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of one step."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    table = small_table(tiny_model, three_sites) | {"rounds": 1, "train": {"max_steps": 1}}
+    run_table(table, folder)
+    return folder
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Path:
+    """A path in which no file can be made, not even by root: a file where a folder should be."""
+    (tmp_path / "file").write_text("kept")
+    return tmp_path / "file" / "new"
+
+
+WRITERS: dict[str, Callable[[Path, Path, Path, Path], Any]] = {
+    "recipes": lambda path, *_: call("recipes", "clinic", "--write", path),
+    "show": lambda path, run, *_: call("show", run, "--html", path),
+    "init": lambda path, _, model, data: call(
+        "init", path, "--model", model, "--data", data, "--site-column", "client", "--yes"
+    ),
+    "export": lambda path, run, *_: export_run(run, path, form="merged"),
+}
+
+
+def call(*arguments: object) -> None:
+    RUNNER.invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_place_that_cannot_be_written_is_named(
+    writer: str, closed: Path, finished: Path, tiny_model: Path, three_sites: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"cannot write {closed}: .*(choose|name) another"):
+        WRITERS[writer](closed, finished, tiny_model, three_sites)
+    assert closed.parent.read_text() == "kept"
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also no empty file, which would count as one that exists."""
+    old, new = tmp_path / "old.toml", tmp_path / "new.toml"
+    old.write_bytes(b"old")
+
+    def full(path: Path, _: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    for path in (old, new):
+        with pytest.raises(ConfigError, match=r"No space left on device; name another file"):
+            write_whole(path, b"data", "name another file")
+    assert [path.name for path in tmp_path.iterdir()] == ["old.toml"]
+    assert old.read_bytes() == b"old"
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", b"data", "name another file")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"data"
+
+
+def test_a_page_replaces_pages_only(tmp_path: Path) -> None:
+    """`show RUN --html RUN/result.json` would end the run."""
+    result, page = tmp_path / "result.json", tmp_path / "page.html"
+    result.write_text("{}")
+    with pytest.raises(ConfigError, match=r"result.json: exists and is no page"):
+        write_html(PAGE, result)
+    assert result.read_text() == "{}"
+
+    for _ in range(2):
+        write_html(PAGE, page)
+    assert page.read_bytes() == PAGE
+
+
+def test_a_folder_of_a_model_is_no_run(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no run: its config.json is a model's"):
+        export_run(tiny_model, tmp_path / "out")
+
+
+def test_a_run_without_its_configuration_is_no_baseline(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config.json is missing; restore it"):
+        export_run(tmp_path / "run", tmp_path / "out")
+
+
+def test_other_weights_than_those_of_the_run_are_noticed(finished: Path, tmp_path: Path) -> None:
+    """A value that is another one still is a tensor: nothing but the digest tells."""
+    shutil.copytree(finished, tmp_path / "run")
+    adapter = tmp_path / "run" / "adapter"
+    card = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(card | {"base_model_name_or_path": ""}))
+    read_adapter_folder(adapter)  # a base may be renamed
+
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(CheckpointError, match=r"safetensors is damaged: its bytes are not those"):
+        read_adapter_folder(adapter)
